@@ -1,0 +1,57 @@
+# syntax=docker/dockerfile:1
+#
+#   docker build --target cuda -t onebase:cuda .
+#   docker run --gpus all -p 8000:8000 -v onebase-cache:/var/cache/onebase onebase:cuda
+#
+#   docker build --target cpu -t onebase:cpu .
+#   docker run -p 8000:8000 -v onebase-cache:/var/cache/onebase onebase:cpu
+#
+# Arguments after the image's name go to `onebase serve`. Python's own wheels of PyTorch carry the CUDA
+# libraries, so the CUDA image needs only the driver, which NVIDIA's container toolkit brings in.
+ARG PYTHON_VERSION=3.12
+
+FROM python:${PYTHON_VERSION}-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+RUN python -m venv /opt/onebase
+WORKDIR /src
+
+FROM build AS build-cuda
+COPY pyproject.toml README.md LICENSE ./
+COPY server server
+COPY adapters adapters
+COPY clients clients
+RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server]"
+
+FROM build AS build-cpu
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/onebase/bin/pip install "torch>=2.9" --index-url https://download.pytorch.org/whl/cpu
+COPY pyproject.toml README.md LICENSE ./
+COPY server server
+COPY adapters adapters
+COPY clients clients
+RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server]"
+
+FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
+RUN useradd --system --uid 10001 --create-home onebase \
+    && install --directory --owner=onebase --group=onebase /var/cache/onebase
+ENV PATH=/opt/onebase/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    ONEBASE_CACHE=/var/cache/onebase \
+    HF_HOME=/var/cache/onebase/huggingface \
+    ONEBASE_PORT=8000
+USER onebase
+WORKDIR /home/onebase
+VOLUME /var/cache/onebase
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# The first start downloads the base: it counts as starting, not as unhealthy, for half an hour.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=30m --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/health' % os.environ['ONEBASE_PORT'], timeout=4)"]
+ENTRYPOINT ["onebase", "serve", "--host", "0.0.0.0"]
+
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/onebase /opt/onebase
+
+FROM runtime AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-cuda /opt/onebase /opt/onebase

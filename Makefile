@@ -1,0 +1,51 @@
+# `make demo` and `make test` are all that a newcomer needs: each sets up what it uses, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL_SCRIPTS := .ci/run tools/setup.sh
+
+.PHONY: help setup base demo test lint format check clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: base ## Serve the base and two adapters, watch them answer at once, try your own requests
+	@exec $(BIN)/python examples/demo.py
+
+test: base ## Run every test, on the real default base (PYTEST_ARGS="-k name" picks some)
+	@echo "==> Running the tests"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## Check style, types, import rules, shell scripts and the Dockerfile
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+	@echo "==> import-linter"
+	@$(BIN)/lint-imports
+	@echo "==> shellcheck and hadolint"
+	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	@$(BIN)/hadolint Dockerfile
+
+check: ## Everything that continuous integration checks: lint, then test
+	@$(MAKE) lint
+	@$(MAKE) test
+
+format: setup ## Rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+setup: ## Create .venv and install into it (done by every other target when needed)
+	@tools/setup.sh $(VENV)
+
+base: setup ## Fetch the default base into the user's cache (done by demo and test when needed)
+	@echo "==> Default base model"
+	@$(BIN)/onebase base fetch
+
+clean: ## Remove .venv and the tools' caches; the cached base stays
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Creates the virtual environment and installs OneBase into it, once: a stamp in the environment
+# remembers what was installed, so that the next call returns at once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv="${1:-.venv}"
+stamp="$venv/.installed"
+
+say() { printf '==> %s\n' "$*"; }
+
+fail() {
+  printf '\nSet-up stopped: %s\n' "$1" >&2
+  shift
+  if (($#)); then printf '    %s\n' "$@" >&2; fi
+  exit 1
+}
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+can_make_venv() { "$1" -c 'import venv, ensurepip' 2>/dev/null; }
+
+# Prints the first Python 3.11 to 3.13 that can create an environment; $PYTHON overrides the search.
+find_python() {
+  local candidate version without_venv=""
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 /usr/bin/python3}; do
+    supported "$candidate" || continue
+    can_make_venv "$candidate" && { echo "$candidate"; return; }
+    without_venv="${without_venv:-$candidate}"
+  done
+  if [[ -n "$without_venv" ]]; then
+    version="$("$without_venv" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    fail "Python $version is here, but not its venv module. On Debian or Ubuntu, install it:" \
+      "sudo apt-get install python$version-venv"
+  fi
+  [[ -z "${PYTHON:-}" ]] || fail "PYTHON=$PYTHON is not Python 3.11, 3.12 or 3.13."
+  fail "no Python 3.11, 3.12 or 3.13 found. On Debian 12 or later, or Ubuntu 24.04 or later:" \
+    "sudo apt-get install python3 python3-venv" \
+    "On Ubuntu 22.04: sudo apt-get install python3.11 python3.11-venv" \
+    "Elsewhere, name one: make demo PYTHON=/path/to/python3.12"
+}
+
+create_venv() {
+  local python
+  python="$(find_python)"
+  say "Creating $venv with $("$python" --version)"
+  "$python" -m venv --clear "$venv"
+}
+
+# The interpreter, the folder (an environment does not survive a move) and the requirements.
+wanted_stamp() {
+  "$venv/bin/python" -c 'import sys; print(sys.version, sys.prefix)'
+  cat pyproject.toml
+}
+
+install() {
+  say "Installing OneBase and its tools into $venv"
+  say "The first time this downloads PyTorch: some minutes, and up to 3 GB with its CUDA libraries"
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --editable '.[server,dev]' ||
+    fail "pip could not install the packages; its message is above." \
+      "Once that is solved (network, disk space), run the same command again."
+  wanted_stamp >"$stamp"
+  say "Installed"
+}
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  create_venv
+fi
+if [[ ! -f "$stamp" || "$(wanted_stamp)" != "$(cat "$stamp")" ]]; then
+  install
+fi
