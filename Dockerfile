@@ -6,7 +6,7 @@
 #   docker build --target cpu -t onebase:cpu .
 #   docker run -p 8000:8000 -v onebase-cache:/var/cache/onebase onebase:cpu
 #
-# Arguments after the image's name go to `onebase serve`. Python's own wheels of PyTorch carry the CUDA
+# Arguments after the image's name go to `onebase serve`. PyTorch's wheels on PyPI carry the CUDA
 # libraries, so the CUDA image needs only the driver, which NVIDIA's container toolkit brings in.
 ARG PYTHON_VERSION=3.12
 
@@ -32,14 +32,15 @@ COPY clients clients
 RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
-RUN useradd --system --uid 10001 --create-home onebase \
-    && install --directory --owner=onebase --group=onebase /var/cache/onebase
+RUN groupadd --gid 10001 onebase \
+    && useradd --uid 10001 --gid 10001 --create-home onebase \
+    && install --directory --owner=10001 --group=10001 /var/cache/onebase
 ENV PATH=/opt/onebase/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ONEBASE_CACHE=/var/cache/onebase \
     HF_HOME=/var/cache/onebase/huggingface \
     ONEBASE_PORT=8000
-USER onebase
+USER 10001:10001
 WORKDIR /home/onebase
 VOLUME /var/cache/onebase
 EXPOSE 8000
