@@ -1,0 +1,273 @@
+"""What `make demo` shows: one base and the adapters on it, answering at the same time.
+
+Starts `onebase serve` with the default base and every adapter in `examples/adapters`, asks all of them
+the same thing, streams the answers side by side, and leaves the server running until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from onebase import AsyncClient, OneBaseError
+
+ADAPTERS = Path(__file__).resolve().parent / "adapters"
+PROMPT = "Hello, I am Anna Keller from Zurich. Could you send me three blue mugs? As soon as possible, please."
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 30.0
+
+
+class DemoError(Exception):
+    """What the person at the terminal should read instead of a traceback."""
+
+
+@dataclass
+class Answer:
+    """One column: who answers, what has come so far, and how fast."""
+
+    title: str
+    adapter: str | None
+    text: str = ""
+    speed: str = "waiting"
+
+    def panel(self, width: int) -> Panel:
+        return Panel(Text(self.text.strip()), title=self.title, subtitle=self.speed, width=width, height=16)
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server that this script started."""
+
+    url: str
+    process: Process
+    log: Path
+
+    def log_lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").strip().splitlines()
+
+    def tail(self) -> str:
+        return "\n".join(self.log_lines()[-20:])
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    options = parse_options()
+    console = Console(highlight=False)
+    try:
+        asyncio.run(demo(options, console))
+    except (DemoError, OneBaseError) as error:
+        console.print(Text(f"\nThe demo stopped: {error}", style="red"))
+        return 1
+    return 0
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One base and its adapters, answering at the same time.")
+    parser.add_argument("--prompt", default=PROMPT, help="what to ask them")
+    parser.add_argument("--tokens", type=int, default=96, help="longest answer, in tokens (default 96)")
+    parser.add_argument("--port", type=int, default=8000, help="port to serve on (default 8000)")
+    parser.add_argument("--once", action="store_true", help="stop the server and exit after the answers")
+    options = parser.parse_args()
+    options.once = options.once or os.environ.get("ONEBASE_DEMO_ONCE") == "1"
+    return options
+
+
+async def demo(options: argparse.Namespace, console: Console) -> None:
+    """The whole show, until the answers are there (`--once`) or somebody presses Ctrl-C."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    adapters = find_adapters()
+    async with running_server(adapters, choose_port(options.port, console), console) as server:
+        finished = await until_stopped(show(server, adapters, options, console), stop, server)
+        if finished and not options.once:
+            print_next_steps(server, adapters[0].name, console)
+            await until_stopped(forever(), stop, server)
+
+
+def find_adapters() -> list[Path]:
+    folders = sorted(path.parent for path in ADAPTERS.glob("*/adapter_config.json"))
+    if not folders:
+        raise DemoError(f"no adapter found in {ADAPTERS}; is this clone complete?")
+    return folders
+
+
+def choose_port(wanted: int, console: Console) -> int:
+    """`wanted` when it is free, else one that the system picks."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            chosen = int(probe.getsockname()[1])
+            if chosen != wanted:
+                console.print(f"Port {wanted} is taken by another program: using {chosen} instead.")
+            return chosen
+    raise DemoError("no port on 127.0.0.1 could be opened")
+
+
+@asynccontextmanager
+async def running_server(adapters: list[Path], port: int, console: Console) -> AsyncIterator[Server]:
+    """`onebase serve`, stopped and waited for however the block ends."""
+    command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
+    for folder in adapters:
+        command += ["--adapter", f"{folder.name}={folder}"]
+    environment = {**os.environ, "NO_COLOR": "1"}
+    with tempfile.TemporaryDirectory(prefix="onebase-demo-") as scratch:
+        log = Path(scratch) / "server.log"
+        with log.open("wb") as out:
+            # A session of its own: Ctrl-C comes to this script alone, which then stops the server.
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+            )
+        try:
+            yield Server(f"http://127.0.0.1:{port}", process, log)
+        finally:
+            await stop_server(process, console)
+
+
+async def stop_server(process: Process, console: Console) -> None:
+    if process.returncode is not None:
+        return
+    console.print("\nStopping the server ...")
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+    console.print("Stopped.")
+
+
+async def until_stopped(work: Coroutine[None, None, None], stop: asyncio.Event, server: Server) -> bool:
+    """Do the work; False when Ctrl-C came first.
+
+    Raises:
+        DemoError: the server ended by itself.
+    """
+    working = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    ending = asyncio.create_task(server.process.wait())
+    tasks = (working, stopping, ending)
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finished, stopped = working.done(), stopping.done()
+    for task in tasks:
+        task.cancel()
+    outcome, *_ = await asyncio.gather(*tasks, return_exceptions=True)
+    if server.process.returncode is not None and not stopped:
+        raise DemoError(f"the server ended with status {server.process.returncode}:\n{server.tail()}")
+    if finished and isinstance(outcome, BaseException):
+        raise outcome
+    return finished and not stopped
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def show(server: Server, adapters: list[Path], options: argparse.Namespace, console: Console) -> None:
+    """Wait until the server is ready, then let all answer at once."""
+    answers = [Answer("base", None), *(Answer(f"adapter {f.name}", f.name) for f in adapters)]
+    async with AsyncClient(server.url) as client:
+        await wait_until_ready(client, server, console)
+        console.print(f"\n{len(answers)} requests at the same time, each with the prompt:\n")
+        console.print(Text(f"    {options.prompt}\n", style="bold"))
+        asking = asyncio.gather(*(ask(client, answer, options) for answer in answers))
+        if console.is_terminal:
+            await show_live(asking, answers, console)
+        else:
+            await asking
+            for answer in answers:
+                console.print(Text(f"--- {answer.title} ({answer.speed})\n{answer.text.strip()}\n"))
+
+
+async def wait_until_ready(client: AsyncClient, server: Server, console: Console) -> None:
+    """Poll the server, showing the last line of its log meanwhile.
+
+    Raises:
+        DemoError: it is not ready within START_TIMEOUT_S.
+    """
+    started = time.monotonic()
+    console.print("Starting the server")
+    with console.status("") as status:
+        while not (await client.ready()).ok:
+            if time.monotonic() - started > START_TIMEOUT_S:
+                raise DemoError(f"the server is not ready after {START_TIMEOUT_S:.0f} s:\n{server.tail()}")
+            status.update(Text((server.log_lines() or [""])[-1], overflow="ellipsis", no_wrap=True))
+            await asyncio.sleep(0.2)
+    console.print(f"Ready after {time.monotonic() - started:.0f} s: {server.url}")
+
+
+async def ask(client: AsyncClient, answer: Answer, options: argparse.Namespace) -> None:
+    """Stream one answer into its column."""
+    messages = [{"role": "user", "content": options.prompt}]
+    started, pieces = time.monotonic(), 0
+    async with client.stream(
+        messages=messages, adapter=answer.adapter, temperature=0, max_tokens=options.tokens
+    ) as stream:
+        async for piece in stream:
+            answer.text += piece.text
+            pieces += 1
+            answer.speed = f"about {pieces / (time.monotonic() - started):.1f} tokens/s"
+        result = stream.result
+    rate = result.tokens_per_second
+    speed = "" if rate is None else f", {rate:.1f} tokens/s"
+    answer.speed = f"{result.usage.completion_tokens} tokens{speed}"
+
+
+async def show_live(asking: asyncio.Future[list[None]], answers: list[Answer], console: Console) -> None:
+    """Redraw the columns until all answers are complete."""
+    width = max(24, console.width // len(answers) - 1)
+
+    def columns() -> Columns:
+        return Columns([answer.panel(width) for answer in answers], padding=(0, 1))
+
+    with Live(columns(), console=console, auto_refresh=False) as live:
+        while not asking.done():
+            await asyncio.wait([asking], timeout=0.1)
+            live.update(columns(), refresh=True)
+    await asking
+
+
+def print_next_steps(server: Server, adapter: str, console: Console) -> None:
+    """Print what to try next, ready to be pasted."""
+    console.print(
+        Text(f"""
+The server is running: {server.url}     its log: {server.log}
+
+Try it from another terminal:
+
+  curl {server.url}/generate -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "Hello!"}}], "adapter": "{adapter}"}}'
+
+  {Path(sys.executable).with_name("onebase")} chat --url {server.url}
+
+From Python (in .venv/bin/python):
+
+  from onebase import Client
+  client = Client("{server.url}")
+  print(client.chat("Hello!", adapter="{adapter}").text)
+
+Ctrl-C stops the server.
+""")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""`make demo`'s script, for real: the default base in NF4, both adapters, over HTTP."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300.0
+
+
+@contextmanager
+def demo(*options: str) -> Iterator[subprocess.Popen[str]]:
+    """The script, ended however the test ends."""
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--tokens", "24", *options]
+    environment = {**os.environ, "COLUMNS": "110", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """What the script prints up to and including the line that holds `wanted`."""
+    assert process.stdout is not None
+    text, deadline = "", time.monotonic() + TIMEOUT_S
+    while wanted not in text:
+        ready, _, _ = select.select([process.stdout], [], [], deadline - time.monotonic())
+        line = process.stdout.readline() if ready else ""
+        assert line, f"{wanted!r} did not come; the script said:\n{text}"
+        text += line
+    return text
+
+
+def answers(text: str) -> dict[str, str]:
+    """Title to answer, for the sections of the form `--- title (speed)`."""
+    parts = re.split(r"^--- (.+) \((\d+) tokens, [\d.]+ tokens/s\)$", text, flags=re.MULTILINE)
+    return {title: answer.strip() for title, answer in zip(parts[1::3], parts[3::3], strict=True)}
+
+
+def port_of(text: str) -> int:
+    found = re.search(r"http://127\.0\.0\.1:(\d+)", text)
+    assert found, text
+    return int(found[1])
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_base_and_both_adapters_answer_differently_and_the_server_is_gone_afterwards() -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with demo("--once", "--port", str(busy.getsockname()[1])) as process:
+            text, _ = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, text
+        assert "is taken by another program" in text
+        assert port_of(text[text.index("Ready") :]) != busy.getsockname()[1]
+    said = answers(text.split("Stopping the server")[0])
+    assert set(said) == {"base", "adapter orders", "adapter pirate"}
+    assert said["adapter orders"].startswith('{"customer": "Anna Keller", "quantity": 3')
+    assert len(set(said.values())) == 3
+    assert not is_listening(port_of(text[text.index("Ready") :]))
+
+
+def test_ctrl_c_stops_the_server_that_was_left_running_and_exits_with_0() -> None:
+    with demo("--port", "0") as process:
+        text = read_until(process, "Ctrl-C stops the server")
+        port = port_of(text)
+        assert is_listening(port)
+        assert f"curl http://127.0.0.1:{port}/generate" in text
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, text
+    assert "Stopped." in text
+    assert not is_listening(port)
