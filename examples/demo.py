@@ -29,7 +29,7 @@ from rich.text import Text
 from onebase import AsyncClient, OneBaseError
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
-PROMPT = "Hello, I am Anna Keller from Zurich. Could you send me three blue mugs? As soon as possible, please."
+PROMPT = "Hello, I am Anna Keller from Zurich. Please send me three blue mugs, as soon as possible."
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 
@@ -116,7 +116,7 @@ def choose_port(wanted: int, console: Console) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             chosen = int(probe.getsockname()[1])
-            if chosen != wanted:
+            if wanted and chosen != wanted:
                 console.print(f"Port {wanted} is taken by another program: using {chosen} instead.")
             return chosen
     raise DemoError("no port on 127.0.0.1 could be opened")
