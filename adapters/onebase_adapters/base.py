@@ -1,0 +1,268 @@
+"""Load the one frozen base: quantized once, never written again.
+
+The base is loaded plain (`load_base`). Serving, proof and training each work on a `view` of it
+(`onebase_adapters.view`); nothing is ever attached to the loaded tree itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "int8", "none"]
+
+PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Values of a config's `layer_types` whose state is a KV cache that blocks can hold."""
+
+NESTED_BLOCKSIZE = 256
+"""bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
+
+
+class UnsupportedBaseError(Exception):
+    """The folder holds a model that cannot be served; the message says why."""
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How to load the base. `blocksize` counts weights per absmax value."""
+
+    folder: Path
+    quantization: Quantization = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    compute_dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a base in memory, from its config alone."""
+
+    parameters: int
+    quantized_bytes: int
+    plain_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.quantized_bytes + self.plain_bytes
+
+
+def check_servable(config: Any) -> None:
+    """Raise UnsupportedBaseError for architectures whose rows cannot be paged, with the reason."""
+    from transformers import AutoModelForCausalLM
+
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedBaseError(
+            f"{name} is an encoder-decoder; OneBase serves decoder-only models. Choose a causal language model."
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedBaseError(
+            f"{name} has no causal language model in transformers; OneBase serves decoder-only text models."
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS)
+    if foreign:
+        raise UnsupportedBaseError(
+            f"{name} has layers of type {', '.join(foreign)}: they keep a recurrent or compressed state "
+            "instead of a KV cache, which paged blocks cannot hold. Choose a base with attention layers only."
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedBaseError(
+            f"{name} shares KV states between layers, which the paged cache does not do yet."
+        )
+
+
+def load_base(settings: BaseSettings) -> nn.Module:
+    """The frozen base in eval mode, on its device, with eager attention.
+
+    Raises:
+        UnsupportedBaseError: the model cannot be served, or its files are missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedBaseError(f"{settings.folder} holds no base that transformers knows: {error}") from None
+    check_servable(config)
+    by_hand = settings.quantization == "nf4" and settings.blocksize != 64
+    quantization = None if by_hand else _quantization_config(settings)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            settings.folder,
+            config=config,
+            dtype=settings.dtype,
+            quantization_config=quantization,
+            device_map={"": "cpu" if by_hand else str(settings.device)},
+            attn_implementation="eager",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedBaseError(f"cannot load {settings.folder}: {error}") from error
+    if by_hand:
+        _quantize_layers(model, settings)
+        model.to(settings.device)
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no gradients, and bitsandbytes kept from repacking weights in place on the CPU.
+
+    With `support_avx512bf16_for_cpu` on, the first forward rewrites the 4-bit weight and rounds its
+    statistics: another base from then on, and one without a backward.
+    """
+    model.eval()
+    model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _quantization_config(settings: BaseSettings) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=settings.double_quant,
+            bnb_4bit_compute_dtype=settings.compute_dtype,
+        )
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return None
+
+
+def _quantize_layers(model: nn.Module, settings: BaseSettings) -> None:
+    """NF4 with a blocksize other than 64, which transformers' config cannot express."""
+    import bitsandbytes as bnb
+
+    output = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is output:
+            continue
+        layer = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=settings.compute_dtype,
+            compress_statistics=settings.double_quant,
+            quant_type="nf4",
+            device="meta",
+        )
+        layer.weight = bnb.nn.Params4bit(
+            module.weight.data,
+            requires_grad=False,
+            blocksize=settings.blocksize,
+            compress_statistics=settings.double_quant,
+            quant_type="nf4",
+            module=layer,
+        )
+        layer.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.to(settings.device))
+
+
+def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that belong to a quantized layer's weight but are no parameters of it."""
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield "absmax", state.absmax
+        yield "code", state.code
+        if state.nested:
+            yield "offset", state.offset
+            yield "nested_absmax", state.state2.absmax
+            yield "nested_code", state.state2.code
+    layer_state = getattr(module, "state", None)
+    for owner, label in ((weight, ""), (layer_state, "state_")):
+        for field in ("CB", "SCB"):
+            tensor = getattr(owner, field, None)
+            if isinstance(tensor, torch.Tensor):
+                yield label + field, tensor
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the base by name: parameters, all buffers, quantization statistics."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors.update(model.named_buffers())
+    for name, module in model.named_modules():
+        for field, tensor in quantized_statistics(module):
+            tensors[f"{name}.weight#{field}"] = tensor
+    return tensors
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the base's storages, each counted once however many names it has."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base_tensors(model).values()}
+    return sum(storages.values())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of the model as published: a 4-bit weight counts by its unpacked shape."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total
+
+
+def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
+    """`(data_ptr, _version, dtype)` of each base tensor: equal before and after, or somebody wrote to it."""
+    return {name: (t.data_ptr(), t._version, t.dtype) for name, t in base_tensors(model).items()}
+
+
+def estimate_memory(
+    config: Any,
+    quantization: Quantization,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryEstimate:
+    """Bytes that `load_base` will take, from the config alone: the tree is built on meta tensors.
+
+    Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax
+    per block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    parameters = plain = quantized = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            count = parameter.numel()
+            tied = module is output and name == "weight" and _is_tied(model)
+            if tied:
+                continue
+            parameters += count
+            linear = type(module) is nn.Linear and module is not output and name == "weight"
+            if quantization == "none" or not linear:
+                plain += count * dtype.itemsize
+            elif quantization == "int8":
+                quantized += count + 4 * parameter.shape[0]
+            else:
+                blocks = -(-count // blocksize)
+                statistics = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if double_quant else 4 * blocks
+                quantized += -(-count // 2) + statistics
+    return MemoryEstimate(parameters=parameters, quantized_bytes=quantized, plain_bytes=plain)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
