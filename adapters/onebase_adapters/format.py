@@ -1,0 +1,324 @@
+"""Read a PEFT folder that somebody else wrote, without giving one byte of it to PEFT or torch.load.
+
+PEFT loads non-strictly and in place: a foreign tensor would overwrite the shared base, a field of the
+config is a regular expression, another names a module to import. So the folder is read here, checked
+against a closed list of fields and against the base's own layers, and written again as a canonical
+folder that holds nothing but the adapter's tensors. That folder is what PEFT sees.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 100 << 20
+
+_LITERAL = re.compile(r"[A-Za-z0-9_.]+\Z")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?:lora_(?P<kind>A|B)\.weight|lora_embedding_(?P<embedding>A|B))\Z"
+)
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False, None),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "loftq_config": (None, {}),
+    "megatron_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "ensure_weight_tying": (False, None),
+}
+"""Fields that change what an adapter computes in a way that is not served: refused unless off."""
+
+_IGNORED = frozenset(
+    "auto_mapping megatron_core qalora_group_size runtime_config eva_config exclude_modules layers_to_transform "
+    "layers_pattern lora_dropout inference_mode peft_version revision target_modules".split()
+)
+"""Fields that never act here: the tensors themselves say which modules are meant."""
+
+_READ = frozenset(
+    "peft_type task_type r lora_alpha rank_pattern alpha_pattern use_rslora init_lora_weights "
+    "base_model_name_or_path".split()
+)
+
+_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva")
+
+
+class AdapterFormatError(ValueError):
+    """The folder is not an adapter that can be served; `code` is stable, the message names the field."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a target may be: a linear layer or an embedding of the base. `size_in` is the vocabulary for the latter."""
+
+    size_in: int
+    size_out: int
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One adapted module: its rank and alpha as the tensors and the config agree on them."""
+
+    name: str
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A validated adapter: what it adapts and how strongly."""
+
+    modules: tuple[ModuleSpec, ...]
+    rslora: bool
+    base_name: str | None
+    parameters: int
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def targets(self) -> list[str]:
+        """Last parts of the adapted modules' names, sorted."""
+        return sorted({module.name.rpartition(".")[2] for module in self.modules})
+
+
+def canonicalize(folder: Path, layers: Mapping[str, LayerShape], max_rank: int, target: Path) -> AdapterSpec:
+    """Validate the PEFT folder and write a canonical one to `target` (an empty, existing folder).
+
+    Args:
+        layers: every layer of the base that may be adapted, by its full name.
+        max_rank: largest rank that the server's slots hold.
+
+    Raises:
+        AdapterFormatError: with a code and a message that names the file, field or tensor.
+    """
+    config = _read_config(folder / CONFIG_FILE)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    grouped = _group(tensors, layers)
+    modules = tuple(
+        _check_module(name, pair, layers[name], config, max_rank) for name, pair in sorted(grouped.items())
+    )
+    spec = AdapterSpec(
+        modules=modules,
+        rslora=bool(config.get("use_rslora")),
+        base_name=config.get("base_model_name_or_path"),
+        parameters=sum(t.numel() for t in tensors.values()),
+    )
+    (target / CONFIG_FILE).write_text(json.dumps(_canonical_config(spec)))
+    save_file({key: tensor.float().contiguous() for key, tensor in tensors.items()}, target / WEIGHTS_FILE)
+    return spec
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    raw = _read_limited(path, MAX_CONFIG_BYTES)
+    try:
+        config = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError("bad_config", f"{CONFIG_FILE} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterFormatError("bad_config", f"{CONFIG_FILE} must hold a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError("unsupported_kind", f"peft_type is {config.get('peft_type')!r}; only LORA is served")
+    if config.get("task_type") not in ("CAUSAL_LM", None):
+        raise AdapterFormatError("unsupported_kind", f"task_type is {config['task_type']!r}; only CAUSAL_LM is served")
+    unknown = sorted(config.keys() - _READ - _IGNORED - _SWITCHED_OFF.keys())
+    if unknown:
+        raise AdapterFormatError("unknown_field", f"{CONFIG_FILE} has unknown fields: {', '.join(unknown)[:200]}")
+    for name, allowed in _SWITCHED_OFF.items():
+        if config.get(name) not in allowed:
+            raise AdapterFormatError("unsupported_kind", f"{name} = {config[name]!r:.80} is not served yet; only {allowed[0]!r}")
+    if config.get("init_lora_weights") not in _HARMLESS_INITIALISATIONS:
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"init_lora_weights = {config['init_lora_weights']!r:.80} trains against a changed base, so the adapter "
+            "does not fit the shared one. Convert it to a plain LoRA (PEFT: path_initial_model_for_weight_conversion).",
+        )
+    _check_numbers(config)
+    return config
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    if not isinstance(config.get("r", 8), int) or isinstance(config.get("r", 8), bool):
+        raise AdapterFormatError("bad_config", "r must be an integer")
+    _finite(config.get("lora_alpha", 8), "lora_alpha")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise AdapterFormatError("bad_config", "use_rslora must be true or false")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise AdapterFormatError("bad_config", "base_model_name_or_path must be a string")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict):
+            raise AdapterFormatError("bad_config", f"{field} must be an object")
+        for key, value in pattern.items():
+            if not _LITERAL.match(key):
+                raise AdapterFormatError("bad_config", f"{field} key {key!r:.80} is not a literal module name")
+            _finite(value, f"{field}[{key}]")
+
+
+def _finite(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterFormatError("bad_config", f"{field} must be a finite number, got {value!r:.80}")
+    return float(value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_limited(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise AdapterFormatError("missing_file", f"cannot read {path.name}: {error.strerror}") from None
+    if len(raw) > limit:
+        raise AdapterFormatError("bad_config", f"{path.name} is over {limit} bytes")
+    return raw
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The file's tensors; its header is read first, for what safetensors itself lets through."""
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:
+        raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}") from None
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterFormatError("not_finite", f"{WEIGHTS_FILE}: {key:.200} holds NaN or infinity")
+    return tensors
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: header over {MAX_HEADER_BYTES} bytes")
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise AdapterFormatError(
+            "missing_file",
+            f"cannot read {WEIGHTS_FILE}: {error.strerror}. Pickled weights (.bin) are never loaded; save the adapter "
+            "with safe_serialization=True.",
+        ) from None
+    except AdapterFormatError:
+        raise
+    except (ValueError, RecursionError, struct.error) as error:
+        raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}") from None
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
+            raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {key:.200} must be F32, F16 or BF16")
+
+
+def _group(
+    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, LayerShape]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by module, as {"A": ..., "B": ...}; every one must be a LoRA matrix of a layer of the base."""
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None:
+            raise AdapterFormatError(
+                "foreign_tensor",
+                f"{WEIGHTS_FILE}: {key:.200} is not a LoRA matrix. Save with save_embedding_layers=False if it is a "
+                "weight of the base; other kinds of adapters are not served yet.",
+            )
+        name = match["module"]
+        layer = layers.get(name)
+        if layer is None:
+            raise AdapterFormatError("unknown_module", f"{WEIGHTS_FILE}: the base has no layer {name:.200}")
+        if layer.embedding != (match["embedding"] is not None):
+            raise AdapterFormatError("bad_shape", f"{WEIGHTS_FILE}: {key:.200} does not fit the kind of layer it names")
+        grouped.setdefault(name, {})[match["kind"] or match["embedding"]] = tensor
+    if not grouped:
+        raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no LoRA matrices")
+    return grouped
+
+
+def _check_module(
+    name: str, pair: Mapping[str, torch.Tensor], layer: LayerShape, config: Mapping[str, Any], max_rank: int
+) -> ModuleSpec:
+    if pair.keys() != {"A", "B"}:
+        raise AdapterFormatError("incomplete", f"{WEIGHTS_FILE}: {name} has lora_{next(iter(pair))} but not its partner")
+    rank = int(_patterned(config.get("rank_pattern"), name, config.get("r", 8)))
+    if not 1 <= rank <= max_rank:
+        raise AdapterFormatError(
+            "rank_too_large", f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}"
+        )
+    for which, expected in (("A", (rank, layer.size_in)), ("B", (layer.size_out, rank))):
+        if tuple(pair[which].shape) != expected:
+            raise AdapterFormatError(
+                "bad_shape",
+                f"{WEIGHTS_FILE}: lora_{which} of {name} is {list(pair[which].shape)}; rank {rank} on this base "
+                f"needs {list(expected)}",
+            )
+    return ModuleSpec(name, rank, float(_patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))))
+
+
+def _patterned(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's lookup (first key that is the name or a dotted end of it), by literal comparison."""
+    for key, value in (pattern or {}).items():
+        if name == key or name.endswith(f".{key}"):
+            return value
+    return default
+
+
+def _canonical_config(spec: AdapterSpec) -> dict[str, Any]:
+    first = spec.modules[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "use_rslora": spec.rslora,
+        "target_modules": [module.name for module in spec.modules],
+        "rank_pattern": {re.escape(m.name): m.rank for m in spec.modules if m.rank != first.rank},
+        "alpha_pattern": {re.escape(m.name): m.alpha for m in spec.modules if m.alpha != first.alpha},
+    }

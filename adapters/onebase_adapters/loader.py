@@ -1,0 +1,97 @@
+"""From a PEFT folder to matrices: PEFT itself loads the canonical folder on a view of the base.
+
+So key mapping, scaling and dtypes are PEFT's own, and the loaded tree is at the same time the
+reference against which each served module is compared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from onebase_adapters.base import fingerprint
+from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
+from onebase_adapters.slots import LoraWeights
+from onebase_adapters.view import view
+
+_NAME = "version"
+
+
+class BaseChangedError(RuntimeError):
+    """Something wrote to the shared base. The process must stop: nothing it serves is right any more."""
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """One version in host memory, ready for a slot."""
+
+    spec: AdapterSpec
+    weights: Mapping[str, LoraWeights]
+
+    @property
+    def bytes(self) -> int:
+        return sum(w.a.nbytes + w.b.nbytes for w in self.weights.values())
+
+
+def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
+    """Every linear layer and the input embedding of the base, by full name."""
+    embedding = base.get_input_embeddings()
+    layers: dict[str, LayerShape] = {}
+    for name, module in base.named_modules():
+        if module is embedding:
+            layers[name] = LayerShape(module.num_embeddings, module.embedding_dim, embedding=True)
+        elif isinstance(module, nn.Linear):
+            layers[name] = LayerShape(module.in_features, module.out_features)
+    return layers
+
+
+def load_adapter(base: nn.Module, folder: Path, max_rank: int) -> LoadedAdapter:
+    """Validate the folder and load it through `PeftModel.from_pretrained` on a view of `base`.
+
+    Raises:
+        AdapterFormatError: the folder is not servable, or changes nothing.
+        BaseChangedError: loading wrote to the base.
+    """
+    before = fingerprint(base)
+    with tempfile.TemporaryDirectory(prefix="onebase-adapter-") as temporary:
+        spec = canonicalize(folder, adaptable_layers(base), max_rank, Path(temporary))
+        weights = _matrices(peft_model(base, Path(temporary)))
+    if fingerprint(base) != before:
+        raise BaseChangedError(f"loading {folder.name} changed the base")
+    missing = {module.name for module in spec.modules} ^ weights.keys()
+    if missing:
+        raise AdapterFormatError("unknown_module", f"PEFT does not apply {sorted(missing)[0]} on this base")
+    if not any(torch.count_nonzero(w.a) and torch.count_nonzero(w.b) for w in weights.values()):
+        raise AdapterFormatError("no_effect", "every product B @ A is zero: the adapter would serve the bare base")
+    return LoadedAdapter(spec, weights)
+
+
+def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
+    """PEFT's own model of a canonical folder, over a view of the base: the reference for every row."""
+    from peft import PeftModel
+
+    model: nn.Module = PeftModel.from_pretrained(view(base), str(canonical), adapter_name=_NAME)
+    return model.eval()
+
+
+def _matrices(model: Any) -> dict[str, LoraWeights]:
+    tree = model.get_base_model()
+    matrices: dict[str, LoraWeights] = {}
+    for name, module in tree.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if not isinstance(scaling, dict) or _NAME not in scaling:
+            continue
+        if _NAME in module.lora_A:
+            a, b = module.lora_A[_NAME].weight, module.lora_B[_NAME].weight
+        else:
+            a, b = module.lora_embedding_A[_NAME].T, module.lora_embedding_B[_NAME]
+        matrices[name] = LoraWeights(
+            a.detach().float().contiguous(), b.detach().float().contiguous(), float(scaling[_NAME])
+        )
+    return matrices
