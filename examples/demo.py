@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from onebase import AsyncClient, OneBaseError
+from onebase import APIConnectionError, AsyncClient, OneBaseError
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPT = "Hello, I am Anna Keller from Zurich. Please send me three blue mugs, as soon as possible."
@@ -206,7 +206,7 @@ async def wait_until_ready(client: AsyncClient, server: Server, console: Console
     started = time.monotonic()
     console.print("Starting the server")
     with console.status("") as status:
-        while not (await client.ready()).ok:
+        while not await is_ready(client):
             if time.monotonic() - started > START_TIMEOUT_S:
                 raise DemoError(f"the server is not ready after {START_TIMEOUT_S:.0f} s:\n{server.tail()}")
             status.update(Text((server.log_lines() or [""])[-1], overflow="ellipsis", no_wrap=True))
@@ -214,12 +214,18 @@ async def wait_until_ready(client: AsyncClient, server: Server, console: Console
     console.print(f"Ready after {time.monotonic() - started:.0f} s: {server.url}")
 
 
+async def is_ready(client: AsyncClient) -> bool:
+    try:
+        return (await client.with_options(max_retries=0).ready()).ok
+    except APIConnectionError:  # not even listening yet
+        return False
+
+
 async def ask(client: AsyncClient, answer: Answer, options: argparse.Namespace) -> None:
     """Stream one answer into its column."""
-    messages = [{"role": "user", "content": options.prompt}]
     started, pieces = time.monotonic(), 0
     async with client.stream(
-        messages=messages, adapter=answer.adapter, temperature=0, max_tokens=options.tokens
+        messages=options.prompt, adapter=answer.adapter, temperature=0, max_tokens=options.tokens
     ) as stream:
         async for piece in stream:
             answer.text += piece.text
