@@ -1,0 +1,184 @@
+"""From the server's JSON to typed results: pure functions, shared by both clients.
+
+Unknown fields are ignored, so that an older client works with a newer server; a missing one raises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from .errors import ErrorDetail, InvalidResponseError
+from .types import (
+    Adapter,
+    AdapterWeight,
+    Choice,
+    Generation,
+    Health,
+    Logprobs,
+    Model,
+    Piece,
+    ServerVersion,
+    Timing,
+    Usage,
+)
+
+T = TypeVar("T")
+Json = Mapping[str, Any]
+
+
+def parse(body: bytes, build: Callable[[Json], T]) -> T:
+    """What `build` makes of a JSON object.
+
+    Raises:
+        InvalidResponseError: it is no JSON object, or lacks a field.
+    """
+    return _build(_object(body), build)
+
+
+def _object(body: bytes | str) -> Json:
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise InvalidResponseError(f"the server's answer is not JSON: {body[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise InvalidResponseError(f"the server's answer is not a JSON object: {body[:80]!r}")
+    return value
+
+
+def _build(value: Json, build: Callable[[Json], T]) -> T:
+    try:
+        return build(value)
+    except KeyError as error:
+        raise InvalidResponseError(f"the server's answer has no field {error.args[0]!r}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidResponseError(f"the server's answer has a field of the wrong type: {error}") from error
+
+
+def generation(value: Json) -> Generation:
+    choices = tuple(
+        Choice(item["index"], item["text"], item["finish_reason"], _logprobs(item.get("logprobs")))
+        for item in value["choices"]
+    )
+    if not choices:
+        raise ValueError("choices is empty")
+    return Generation(
+        value["id"],
+        choices,
+        _adapter_used(value.get("adapter")),
+        usage(value["usage"]),
+        timing(value["timing"]),
+    )
+
+
+def usage(value: Json) -> Usage:
+    return Usage(value["prompt_tokens"], value["completion_tokens"], value.get("cached_tokens", 0))
+
+
+def timing(value: Json) -> Timing:
+    return Timing(float(value["queue_s"]), float(value["ttft_s"]), float(value["decode_s"]))
+
+
+def _adapter_used(value: Any) -> str | tuple[AdapterWeight, ...] | None:
+    if value is None or isinstance(value, str):
+        return value
+    return tuple(AdapterWeight(term["name"], term["weight"]) for term in value)
+
+
+def _logprobs(value: Json | None) -> Logprobs | None:
+    if value is None:
+        return None
+    return Logprobs(
+        tuple(value["tokens"]),
+        tuple(value["token_ids"]),
+        tuple(value["token_logprobs"]),
+        tuple(value["top_logprobs"]),
+        tuple(value["text_offset"]),
+    )
+
+
+def adapters(value: Json) -> tuple[Adapter, ...]:
+    return tuple(
+        Adapter(
+            name=item["id"],
+            version=item["version"],
+            rank=item["rank"],
+            targets=tuple(item["targets"]),
+            parameters=item["parameters"],
+            bytes=item["bytes"],
+            base=item["base"],
+            active=item["active"],
+        )
+        for item in value["data"]
+    )
+
+
+def models(value: Json) -> tuple[Model, ...]:
+    return tuple(model(item) for item in value["data"])
+
+
+def model(value: Json) -> Model:
+    return Model(value["id"], value.get("owned_by"), value.get("created"))
+
+
+def version(value: Json) -> ServerVersion:
+    return ServerVersion(value["version"], dict(value))
+
+
+def health(status: int, body: bytes) -> Health:
+    """The state of the server from the answer of /health or /ready, whose status 503 is an answer too."""
+    try:
+        value = _object(body)
+    except InvalidResponseError:
+        value = {}
+    if status == 200:
+        return Health(True, str(value.get("status", "ok")))
+    return Health(False, str(value.get("status") or error_detail(status, body).message))
+
+
+def error_detail(status: int, body: bytes) -> ErrorDetail:
+    """The error in a body, in OpenAI's shape; a body of another shape is quoted."""
+    try:
+        return stream_error(_object(body)["error"])
+    except (InvalidResponseError, KeyError):
+        text = body.decode("utf-8", errors="replace").strip()[:200]
+        return ErrorDetail(f"the server answered {status}" + (f": {text}" if text else " with no body"))
+
+
+def stream_error(error: Any) -> ErrorDetail:
+    """One `error` object."""
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return ErrorDetail(f"the server reports an error of unknown shape: {str(error)[:200]}")
+    type_, param, code = (_optional_text(error.get(name)) for name in ("type", "param", "code"))
+    return ErrorDetail(error["message"], type_, param, code)
+
+
+def _optional_text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+class StreamEnd:
+    """The last event of a stream that went well."""
+
+    def __init__(self, value: Json) -> None:
+        self.id: str = value["id"]
+        self.adapter = _adapter_used(value.get("adapter"))
+        self.usage = usage(value["usage"])
+        self.timing = timing(value["timing"])
+
+
+def stream_event(data: str) -> Piece | StreamEnd | ErrorDetail:
+    """One event of a stream (any but `[DONE]`).
+
+    Raises:
+        InvalidResponseError: it is none of the events that a stream has.
+    """
+    value = _object(data)
+    if "error" in value:
+        return stream_error(value["error"])
+    return _build(value, StreamEnd) if value.get("done") else _build(value, _piece)
+
+
+def _piece(value: Json) -> Piece:
+    return Piece(value["index"], value["text"], value.get("finish_reason"), _logprobs(value.get("logprobs")))

@@ -1,0 +1,136 @@
+"""From what the caller asked to what is sent: pure functions, shared by both clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import quote
+
+from .types import AdapterSpec, AdapterWeight, Message, Messages, SamplingFields
+
+Body = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request, not yet sent."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: bytes | None = None
+    retry_statuses: frozenset[int] = frozenset({429, 502, 503, 504})
+    """Error statuses after which it may be sent again."""
+    answer_statuses: frozenset[int] = frozenset()
+    """Error statuses that are an answer, not a failure."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent again even if the first one may have been acted on."""
+        return self.method == "GET"
+
+
+HEALTH = Call("GET", "/health", answer_statuses=frozenset({503}))
+READY = Call("GET", "/ready", answer_statuses=frozenset({503}))
+VERSION = Call("GET", "/version")
+ADAPTERS = Call("GET", "/v1/adapters")
+MODELS = Call("GET", "/v1/models")
+
+
+def model(model_id: str) -> Call:
+    """The call for one model."""
+    return Call("GET", f"/v1/models/{quote(model_id, safe='@')}")
+
+
+def generate(
+    prompt: str | None,
+    messages: Messages | None,
+    adapter: AdapterSpec,
+    sampling: SamplingFields,
+    *,
+    stream: bool,
+) -> Call:
+    """The call for one generation.
+
+    Raises:
+        TypeError: an unknown sampling field, or a value that JSON cannot carry.
+        ValueError: neither or both of `prompt` and `messages`; a number that is not finite.
+    """
+    if (prompt is None) == (messages is None):
+        raise ValueError("give either prompt (text to continue) or messages (a conversation to answer)")
+    body: Body = {"prompt": prompt} if messages is None else {"messages": messages_body(messages)}
+    body["adapter"] = adapter_body(adapter)
+    body |= sampling_body(sampling)
+    body["stream"] = stream
+    # 503 here is an answer given before any work: the engine is starting, draining or restarting.
+    return Call("POST", "/generate", _encode(body), retry_statuses=frozenset({429, 503}))
+
+
+def messages_body(messages: Messages) -> list[dict[str, str]]:
+    """A conversation as JSON; a plain string is one message from the user."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not messages:
+        raise ValueError("messages is empty: give at least one, such as Message('user', 'Hello')")
+    return [
+        {"role": item.role, "content": item.content} if isinstance(item, Message) else dict(item)
+        for item in messages
+    ]
+
+
+def adapter_body(adapter: AdapterSpec) -> object:
+    """What `adapter` says, as the server reads it: null, a name, or a weighted list."""
+    if adapter is None or isinstance(adapter, str):
+        return adapter
+    terms = _terms(adapter)
+    if not terms:
+        raise ValueError("adapter is an empty sum: give None for the base")
+    return terms
+
+
+def _terms(adapter: Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, object]]) -> list[Body]:
+    if isinstance(adapter, Mapping):
+        return [{"name": name, "weight": weight} for name, weight in adapter.items()]
+    return [
+        {"name": term.name, "weight": term.weight} if isinstance(term, AdapterWeight) else dict(term)
+        for term in adapter
+    ]
+
+
+def sampling_body(sampling: SamplingFields) -> Body:
+    """The sampling fields as JSON; what was left out stays out."""
+    unknown = sampling.keys() - SamplingFields.__annotations__.keys()
+    if unknown:
+        known = ", ".join(SamplingFields.__annotations__)
+        raise TypeError(f"unknown field {sorted(unknown)[0]!r}; there are: {known}")
+    body: Body = dict(sampling)
+    if "logit_bias" in sampling:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"].items()}
+    for name in ("stop", "stop_token_ids"):
+        value = body.get(name)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            body[name] = list(value)
+    return body
+
+
+def _encode(body: Body) -> bytes:
+    try:
+        return _json(body)
+    except (TypeError, ValueError):
+        for name, value in body.items():
+            _check(name, value)
+        raise
+
+
+def _check(name: str, value: object) -> None:
+    try:
+        _json(value)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be sent: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"{name} cannot be sent: {error}") from error
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,74 @@
+"""Server-sent events out of bytes, however the network cut them.
+
+The format: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_EVENT_BYTES = 64 * 1024 * 1024
+"""More than this without the end of an event is no event stream."""
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+
+class SSEParser:
+    """Cuts a byte stream into events. Feed it what came; it keeps the incomplete rest.
+
+    Only the data of events matters here: comments and other fields are skipped.
+    """
+
+    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_event_bytes = max_event_bytes
+        self._rest: list[bytes] = []
+        self._data: list[bytes] = []
+        self._size = 0
+        self._first_line = True
+        self._skip_newline = False
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """The data of each event that `chunk` completes.
+
+        Raises:
+            ValueError: an event is over the size limit.
+        """
+        if not chunk:
+            return []
+        if self._skip_newline:
+            chunk = chunk.removeprefix(b"\n")
+        *ended, rest = _LINE_END.split(chunk)
+        self._skip_newline = chunk.endswith(b"\r")
+        events: list[str] = []
+        for line in ended:
+            event = self._line(b"".join((*self._rest, line)))
+            self._rest.clear()
+            if event is not None:
+                events.append(event)
+        if rest:
+            self._rest.append(rest)
+            self._size += len(rest)
+        if self._size > self._max_event_bytes:
+            raise ValueError(f"an event of the stream is over {self._max_event_bytes} bytes")
+        return events
+
+    def _line(self, line: bytes) -> str | None:
+        """Take one whole line; the event's data if it was the blank line that ends one."""
+        if self._first_line:
+            self._first_line = False
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line:
+            return self._end_event()
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            self._data.append(value.removeprefix(b" "))
+        self._size = sum(map(len, self._data))
+        return None
+
+    def _end_event(self) -> str | None:
+        self._size = 0
+        if not self._data:
+            return None
+        data = b"\n".join(self._data).decode("utf-8", errors="replace")
+        self._data.clear()
+        return data

@@ -1,0 +1,177 @@
+"""What can go wrong when talking to a OneBase server, one class per kind of failure.
+
+* OneBaseError
+  x APIConnectionError          no connection, or it broke before the answer was complete
+  x APITimeoutError             a timeout passed before the answer was complete
+  x APIStatusError              the server answered with an error status
+    + BadRequestError           400: a field is missing or wrong (`param` names it)
+    + AuthenticationError       401, 403: no API key, a wrong one, or one without this right
+    + NotFoundError             404: no such adapter, model or path
+    + ConflictError             409: the request collides with the state of what it names
+    + PayloadTooLargeError      413: the body is over the server's limit
+    + UnprocessableError        422: well formed, but it cannot be done
+    + RateLimitError            429: the queue is full; `retry_after` says when to come back
+    + ServerUnavailableError    502, 503: starting, draining or restarting its engine
+    + InternalServerError       any other 5xx: a fault of the server
+  x StreamError                 a stream failed after it had begun
+  x InvalidResponseError        the answer is not what a OneBase server sends
+
+Wrong arguments (an unknown field, both `prompt` and `messages`) raise TypeError or ValueError
+before anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ErrorDetail:
+    """The body of an error, in OpenAI's shape."""
+
+    message: str
+    type: str | None = None
+    """The broad kind, such as `invalid_request_error`."""
+    param: str | None = None
+    """The field of the request that is at fault, when one is."""
+    code: str | None = None
+    """The exact kind, stable enough to compare with, such as `adapter_not_found`."""
+
+
+class OneBaseError(Exception):
+    """The base of every error that this package raises for what the network or the server does.
+
+    Attributes:
+        message: What happened and what to do about it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class APIConnectionError(OneBaseError):
+    """The server could not be reached, or the connection broke before the answer was complete.
+
+    Attributes:
+        sent: False when the request certainly never left (connection refused, unknown host), so that
+            sending it again cannot do anything twice.
+    """
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class APITimeoutError(OneBaseError):
+    """A timeout passed before the answer was complete.
+
+    Attributes:
+        sent: False when it passed while still connecting.
+    """
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class APIStatusError(OneBaseError):
+    """The server answered with an error status; statuses of their own kind raise a subclass.
+
+    Attributes:
+        status: The HTTP status.
+        type: The broad kind of error, or None.
+        param: The field of the request that is at fault, or None.
+        code: The exact kind of error, or None.
+        retry_after: Seconds after which the server asks to be tried again, or None.
+    """
+
+    def __init__(self, status: int, detail: ErrorDetail, *, retry_after: float | None = None) -> None:
+        super().__init__(detail.message)
+        self.status = status
+        self.type = detail.type
+        self.param = detail.param
+        self.code = detail.code
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        field = f" [{self.param}]" if self.param else ""
+        return f"{self.message} (HTTP {self.status}{field})"
+
+
+class BadRequestError(APIStatusError):
+    """400: a field is missing or wrong; `param` names it."""
+
+
+class AuthenticationError(APIStatusError):
+    """401 or 403: no API key, a wrong one, or one without this right."""
+
+
+class NotFoundError(APIStatusError):
+    """404: no such adapter, model or path."""
+
+
+class ConflictError(APIStatusError):
+    """409: the request collides with the present state of what it names."""
+
+
+class PayloadTooLargeError(APIStatusError):
+    """413: the body is over the server's limit."""
+
+
+class UnprocessableError(APIStatusError):
+    """422: well formed, but it cannot be done."""
+
+
+class RateLimitError(APIStatusError):
+    """429: the server's queue is full; `retry_after` says when to come back."""
+
+
+class ServerUnavailableError(APIStatusError):
+    """502 or 503: the server is starting, draining, or restarting its engine."""
+
+
+class InternalServerError(APIStatusError):
+    """Any other 5xx: a fault of the server."""
+
+
+class StreamError(OneBaseError):
+    """A stream failed after it had begun. It is never retried: pieces were already handed out.
+
+    What came before is still in the stream's `text`.
+
+    Attributes:
+        type, param, code: As in APIStatusError. `code` is `connection_lost` or `timeout` when the
+            connection failed rather than the server.
+    """
+
+    def __init__(self, detail: ErrorDetail) -> None:
+        super().__init__(detail.message)
+        self.type = detail.type
+        self.param = detail.param
+        self.code = detail.code
+
+
+class InvalidResponseError(OneBaseError):
+    """The answer is not what a OneBase server sends: the URL may lead to another service."""
+
+
+_BY_STATUS: Mapping[int, type[APIStatusError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: AuthenticationError,
+    404: NotFoundError,
+    409: ConflictError,
+    413: PayloadTooLargeError,
+    422: UnprocessableError,
+    429: RateLimitError,
+    502: ServerUnavailableError,
+    503: ServerUnavailableError,
+}
+
+
+def status_error(status: int, detail: ErrorDetail, *, retry_after: float | None = None) -> APIStatusError:
+    """The exception for an error status, of the most exact class there is."""
+    kind = _BY_STATUS.get(status, InternalServerError if status >= 500 else APIStatusError)
+    return kind(status, detail, retry_after=retry_after)

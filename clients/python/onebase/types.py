@@ -1,0 +1,209 @@
+"""What goes in and what comes out: plain frozen dataclasses, no validation library needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypedDict
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """`system`, `user` or `assistant`, as the base's chat template knows them."""
+    content: str
+
+
+@dataclass(frozen=True)
+class AdapterWeight:
+    """One term of a weighted sum of adapters."""
+
+    name: str
+    """An adapter's name, or `name@version`."""
+    weight: float = 1.0
+
+
+AdapterSpec: TypeAlias = str | Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, object]] | None
+"""None is the base. `"acme"` or `"acme@3f2a..."` is one adapter. `{"acme": 0.7, "legal": 0.3}`, or a
+sequence of AdapterWeight (or of the same as dicts), is the weighted sum of several."""
+
+Messages: TypeAlias = str | Sequence[Message | Mapping[str, str]]
+"""A conversation; a plain string is one message from the user."""
+
+
+class SamplingFields(TypedDict, total=False):
+    """How tokens are chosen. What is left out takes the server's default, given here."""
+
+    temperature: float
+    """1.0. 0 always takes the likeliest token; higher is more varied."""
+    top_k: int
+    """0, off. Choose among the k likeliest tokens only."""
+    top_p: float
+    """1.0, off. Choose among the likeliest tokens that together have this probability."""
+    min_p: float
+    """0, off. Drop tokens less likely than this fraction of the likeliest one."""
+    repetition_penalty: float
+    """1.0, off. Above 1 makes tokens of the prompt and the answer so far less likely."""
+    presence_penalty: float
+    """0, off. Subtracted from the logit of each token that the answer already has."""
+    frequency_penalty: float
+    """0, off. Subtracted as often as the answer already has the token."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of these token ids."""
+    seed: int | None
+    """None, drawn anew. The same request and seed give the same text."""
+    stop: str | Sequence[str]
+    """Strings that end the answer; they are not part of it."""
+    stop_token_ids: Sequence[int]
+    """Token ids that end the answer; they are not part of it."""
+    min_tokens: int
+    """0. No end before this many tokens."""
+    max_tokens: int
+    """256. No more tokens than this."""
+    ignore_eos: bool
+    """False. Go on after the end-of-sequence token."""
+    n: int
+    """1. How many answers to the same prompt."""
+    logprobs: int | None
+    """None, none. The log probability of each token, and those of this many alternatives."""
+    echo: bool
+    """False. Let the text begin with the prompt; with `logprobs`, also gives the prompt's."""
+    timeout_s: float | None
+    """None, none. Seconds after which the server ends the request by itself."""
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural-log probabilities, one entry per token in each sequence."""
+
+    tokens: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    token_logprobs: tuple[float | None, ...] = ()
+    """None for the first token of an echoed prompt, which nothing precedes."""
+    top_logprobs: tuple[Mapping[str, float] | None, ...] = ()
+    text_offset: tuple[int, ...] = ()
+    """Where each token begins in the text, in characters."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer to the prompt."""
+
+    index: int
+    text: str
+    finish_reason: str
+    """`stop` (its natural end, or a stop string or token), `length` (max_tokens, or no room left),
+    `cancelled` or `error`."""
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    """Over all choices."""
+    cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a request's time went, in seconds, measured by the server."""
+
+    queue_s: float
+    """Waiting for a place in the batch."""
+    ttft_s: float
+    """From arrival to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A complete answer."""
+
+    id: str
+    choices: tuple[Choice, ...]
+    adapter: str | tuple[AdapterWeight, ...] | None
+    """What answered: None is the base, `name@digest` an exact version, a tuple a weighted sum."""
+    usage: Usage
+    timing: Timing
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def message(self) -> Message:
+        """The first choice as the assistant's turn, ready to be appended to the conversation."""
+        return Message("assistant", self.text)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first of each choice, per second of decoding; None when there are none."""
+        tokens = self.usage.completion_tokens - len(self.choices)
+        if tokens <= 0 or self.timing.decode_s <= 0:
+            return None
+        return tokens / self.timing.decode_s
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one choice's text, as it streams."""
+
+    index: int
+    """Which of the `n` choices."""
+    text: str
+    finish_reason: str | None = None
+    """Set on the last piece of a choice, whose text may be empty; see Choice."""
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that the server has."""
+
+    name: str
+    version: str
+    """The digest of the active version."""
+    rank: int
+    targets: tuple[str, ...]
+    """The layers it changes."""
+    parameters: int
+    bytes: int
+    base: str
+    """The name of the base that it belongs to."""
+    active: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something that a request can name: the base, or an adapter on it."""
+
+    id: str
+    owned_by: str | None = None
+    created: int | None = None
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the server can do its work right now."""
+
+    ok: bool
+    status: str
+    """`ok`, or the reason why not."""
+
+
+@dataclass(frozen=True)
+class ServerVersion:
+    """What runs at the other end."""
+
+    version: str
+    details: Mapping[str, object]
+    """Everything that the server said, its `version` included."""
