@@ -63,7 +63,13 @@ class Client:
         transport: Transport | None = None,
     ) -> None:
         self._options = ClientOptions(api_key_or_default(api_key), Timeout.of(timeout), max_retries)
-        self._http = Http(url_or_default(url), transport)
+        self._url = url_or_default(url)
+        self._http = Http(self._url, transport)
+
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        return self._url
 
     def with_options(
         self,

@@ -132,9 +132,9 @@ def health(status: int, body: bytes) -> Health:
         value = _object(body)
     except InvalidResponseError:
         value = {}
-    if status == 200:
-        return Health(True, str(value.get("status", "ok")))
-    return Health(False, str(value.get("status") or error_detail(status, body).message))
+    ok = status == 200
+    said = value.get("status") or ("ok" if ok else error_detail(status, body).message)
+    return Health(ok, str(said), _optional_text(value.get("engine")))
 
 
 def error_detail(status: int, body: bytes) -> ErrorDetail:

@@ -171,14 +171,16 @@ class Adapter:
     name: str
     version: str
     """The digest of the active version."""
-    rank: int
+    rank: int | None
+    """None, as `parameters` and `bytes`, while it is not active."""
     targets: tuple[str, ...]
-    """The layers it changes."""
-    parameters: int
-    bytes: int
+    """The layers it changes; none while it is not active."""
+    parameters: int | None
+    bytes: int | None
     base: str
     """The name of the base that it belongs to."""
     active: bool
+    """Whether it is loaded and answers requests."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ class Health:
 
     ok: bool
     status: str
-    """`ok`, or the reason why not."""
+    """In a word or a sentence: `ok`, `ready`, `stopping`, ..."""
+    engine: str | None = None
+    """The state of the engine, such as `ready`, `loading` or `stalled`."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The subcommands of `onebase`. Each module has `run(argv) -> exit status`."""
