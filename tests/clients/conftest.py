@@ -1,0 +1,249 @@
+"""What the SDK's tests share: both clients behind one call, and a small HTTP server with a script."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import pytest
+
+from onebase import AsyncClient, Client, Generation, Piece
+
+HERE = Path(__file__).parent
+Handler = Callable[[httpx2.Request], httpx2.Response]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Here every warning is an error: an unclosed connection, a coroutine never awaited."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("error"))
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ONEBASE_URL", "ONEBASE_API_KEY", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replaces sleeping; the list has what would have been slept, in seconds."""
+    delays: list[float] = []
+
+    async def record(delay: float) -> None:
+        delays.append(delay)
+
+    monkeypatch.setattr("time.sleep", delays.append)
+    monkeypatch.setattr("anyio.sleep", record)
+    return delays
+
+
+@dataclass(frozen=True)
+class Sdk:
+    """One of the two clients, used the same way: what `action` returns is awaited where need be."""
+
+    asynchronous: bool
+
+    def call(
+        self, action: Callable[[Any], Any], transport: Any = None, url: str | None = None, **options: Any
+    ) -> Any:
+        """What `action(client)` gives."""
+        if not self.asynchronous:
+            with Client(url, transport=transport, **options) as client:
+                return action(client)
+
+        async def run() -> Any:
+            async with AsyncClient(url, transport=transport, **options) as client:
+                value = action(client)
+                return await value if isinstance(value, Awaitable) else value
+
+        return anyio.run(run)
+
+    def stream(
+        self, prompt: str, *, stop_after: int | None = None, seen: list[Any] | None = None, **options: Any
+    ) -> tuple[list[Piece], Generation | None]:
+        """The pieces of one stream and its result; None where it was left after `stop_after` pieces.
+
+        `seen` gets the stream object, for a look at it after a failure.
+        """
+        if self.asynchronous:
+            return self.call(lambda client: _read_async(client, prompt, stop_after, seen), **options)
+        return self.call(lambda client: _read(client, prompt, stop_after, seen), **options)
+
+
+def _read(client: Client, prompt: str, stop_after: int | None, seen: list[Any] | None) -> Any:
+    pieces: list[Piece] = []
+    stream = client.stream(prompt)
+    if seen is not None:
+        seen.append(stream)
+    with stream:
+        for piece in stream:
+            pieces.append(piece)
+            if len(pieces) == stop_after:
+                return pieces, None
+        return pieces, stream.result
+
+
+async def _read_async(
+    client: AsyncClient, prompt: str, stop_after: int | None, seen: list[Any] | None
+) -> Any:
+    pieces: list[Piece] = []
+    stream = client.stream(prompt)
+    if seen is not None:
+        seen.append(stream)
+    async with stream:
+        async for piece in stream:
+            pieces.append(piece)
+            if len(pieces) == stop_after:
+                return pieces, None
+        return pieces, stream.result
+
+
+@pytest.fixture(params=["sync", "async"])
+def sdk(request: pytest.FixtureRequest) -> Sdk:
+    return Sdk(request.param == "async")
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "cached_tokens": 2}
+TIMING = {"queue_s": 0.0, "ttft_s": 0.25, "decode_s": 0.5}
+
+
+class Wire:
+    """Answers as the server sends them."""
+
+    @staticmethod
+    def generation(text: str = "Hello", **changes: Any) -> dict[str, Any]:
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+        body = {"id": "g1", "object": "generation", "choices": [choice], "adapter": None}
+        return body | {"usage": USAGE, "timing": TIMING} | changes
+
+    @staticmethod
+    def error(message: str, **changes: Any) -> dict[str, Any]:
+        return {
+            "error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+            | changes
+        }
+
+    @staticmethod
+    def piece(text: str, index: int = 0, **changes: Any) -> dict[str, Any]:
+        return {"id": "g1", "index": index, "text": text} | changes
+
+    @staticmethod
+    def done(**changes: Any) -> dict[str, Any]:
+        return {"id": "g1", "done": True, "adapter": None, "usage": USAGE, "timing": TIMING} | changes
+
+    @classmethod
+    def answer(cls, *texts: str, **changes: Any) -> list[dict[str, Any]]:
+        """A whole stream of one choice."""
+        return [*map(cls.piece, texts), cls.piece("", finish_reason="stop"), cls.done(**changes)]
+
+    @staticmethod
+    def sse(*events: dict[str, Any], done: bool = True) -> bytes:
+        data = [json.dumps(event, ensure_ascii=False) for event in events] + ["[DONE]"] * done
+        return "".join(f"data: {one}\n\n" for one in data).encode()
+
+
+@pytest.fixture
+def wire() -> type[Wire]:
+    return Wire
+
+
+@dataclass
+class Scripted:
+    """A request that came, with the means to answer it piece by piece."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+    _http: BaseHTTPRequestHandler
+
+    def reply(self, status: int, body: dict[str, Any], **headers: str) -> None:
+        content = json.dumps(body).encode()
+        self._http.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self._http.send_header(name, value)
+        self._http.end_headers()
+        self._http.wfile.write(content)
+
+    def begin_stream(self) -> None:
+        self._http.send_response(200)
+        self._http.send_header("Content-Type", "text/event-stream")
+        self._http.send_header("Transfer-Encoding", "chunked")
+        self._http.end_headers()
+
+    def send(self, data: bytes) -> None:
+        self._http.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self._http.wfile.flush()
+
+    def end_stream(self) -> None:
+        self._http.wfile.write(b"0\r\n\r\n")
+
+    def hang_up(self) -> None:
+        """Drop the connection, whatever is missing."""
+        self._http.close_connection = True
+
+    def wait_for_hang_up(self) -> bool:
+        """Until the client drops the connection; False if it sends something instead."""
+        self._http.connection.settimeout(30)
+        return self._http.rfile.read(1) == b""
+
+
+@dataclass
+class ScriptedServer:
+    """A real HTTP server on a real port, whose answers the test writes."""
+
+    script: Callable[[Scripted], None]
+    requests: list[Scripted] = field(default_factory=list)
+    connections: int = 0
+    url: str = ""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[Scripted], None]], ScriptedServer]]:
+    """Start a ScriptedServer; it ends with the test."""
+    running: list[ThreadingHTTPServer] = []
+
+    def start(script: Callable[[Scripted], None]) -> ScriptedServer:
+        server = ScriptedServer(script)
+
+        class Http(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                server.connections += 1
+                super().setup()
+
+            def do_GET(self) -> None:
+                length = int(self.headers.get("Content-Length", 0))
+                body = json.loads(self.rfile.read(length)) if length else None
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                request = Scripted(self.command, self.path, headers, body, self)
+                server.requests.append(request)
+                server.script(request)
+
+            def do_POST(self) -> None:
+                self.do_GET()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Http)
+        server.url = f"http://127.0.0.1:{http.server_address[1]}"
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        running.append(http)
+        return server
+
+    yield start
+    for http in running:
+        http.shutdown()
+        http.server_close()

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import onebase
+from onebase import errors
+
+SOURCES = sorted(Path(onebase.__file__).parent.rglob("*.py"))
+
+
+def test_all_names_every_public_name_and_nothing_else() -> None:
+    public = {
+        name
+        for name, value in vars(onebase).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType) and name != "sdk_version"
+    }
+    assert set(onebase.__all__) == public | {"__version__"}
+    assert onebase.__all__ == sorted(onebase.__all__)
+
+
+def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, Exception)
+    }
+    assert len(classes) == 15
+    assert classes <= set(onebase.__all__)
+    assert errors.__doc__ is not None
+    assert classes == {word for word in errors.__doc__.split() if word.endswith("Error")} - {
+        "TypeError",
+        "ValueError",
+    }
+
+
+def test_the_version_is_the_distributions() -> None:
+    assert onebase.__version__ == metadata.version("onebase")
+
+
+def test_importing_the_sdk_and_the_command_loads_nothing_of_the_server() -> None:
+    program = "import sys, onebase, onebase.cli; print(*sorted(m.partition('.')[0] for m in sys.modules))"
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+    assert "onebase" in loaded
+    assert not loaded & {
+        "torch",
+        "numpy",
+        "pydantic",
+        "transformers",
+        "fastapi",
+        "onebase_server",
+        "onebase_adapters",
+    }
+
+
+def imported(source: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def test_the_http_library_is_imported_in_one_file() -> None:
+    assert [source.name for source in SOURCES if "httpx2" in imported(source)] == ["_http.py"]
+
+
+def test_no_file_imports_the_server_or_what_only_it_has() -> None:
+    foreign = {"onebase_server", "onebase_adapters", "torch", "pydantic", "msgspec"}
+    assert {source.name: imported(source) & foreign for source in SOURCES if imported(source) & foreign} == {}
+
+
+def test_the_environment_is_read_in_one_file() -> None:
+    assert [source.name for source in SOURCES if "os.environ" in source.read_text()] == ["_config.py"]
+
+
+@pytest.mark.parametrize(
+    ("sync", "asynchronous"),
+    [
+        (onebase.Client, onebase.AsyncClient),
+        (onebase.Stream, onebase.AsyncStream),
+        (type(onebase.Client().adapters), type(onebase.AsyncClient().adapters)),
+        (type(onebase.Client().models), type(onebase.AsyncClient().models)),
+    ],
+)
+def test_both_clients_have_the_same_methods_and_arguments(sync: type, asynchronous: type) -> None:
+    def shape(kind: type) -> dict[str, list[str]]:
+        methods = {name: value for name, value in inspect.getmembers(kind) if not name.startswith("_")}
+        return {
+            name: [str(parameter) for parameter in inspect.signature(value).parameters.values()]
+            for name, value in methods.items()
+            if callable(value)
+        } | {name: [] for name, value in methods.items() if not callable(value)}
+
+    assert shape(sync) == shape(asynchronous)
+    assert shape(sync)

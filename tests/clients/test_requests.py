@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from onebase import AdapterWeight, Message
+from onebase._requests import generate, model
+
+
+def body(prompt: str | None = "hi", messages: Any = None, adapter: Any = None, **sampling: Any) -> Any:
+    call = generate(prompt, messages, adapter, sampling, stream=False)  # type: ignore[arg-type]
+    assert call.body is not None
+    return json.loads(call.body)
+
+
+def test_fields_that_were_not_given_are_not_sent() -> None:
+    assert body() == {"prompt": "hi", "adapter": None, "stream": False}
+
+
+def test_each_way_to_write_an_adapter_reaches_the_server_as_the_contract_says() -> None:
+    terms = [{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}]
+    assert body(adapter="a@3f2a")["adapter"] == "a@3f2a"
+    assert body(adapter={"a": 0.7, "b": 0.3})["adapter"] == terms
+    assert body(adapter=[AdapterWeight("a", 0.7), AdapterWeight("b", 0.3)])["adapter"] == terms
+    assert body(adapter=terms)["adapter"] == terms
+    assert body(adapter=(AdapterWeight("a"),))["adapter"] == [{"name": "a", "weight": 1.0}]
+
+
+def test_each_way_to_write_messages_reaches_the_server_as_the_contract_says() -> None:
+    user = {"role": "user", "content": "héllo 🙂"}
+    assert body(None, "héllo 🙂")["messages"] == [user]
+    assert body(None, [Message("user", "héllo 🙂")])["messages"] == [user]
+    assert body(None, [user])["messages"] == [user]
+    assert "prompt" not in body(None, [user])
+
+
+def test_sampling_fields_are_sent_as_json_has_them() -> None:
+    sent = body(temperature=0, logit_bias={42: -5.0}, stop=("a", "b"), stop_token_ids=(1, 2), seed=None)
+    assert sent["logit_bias"] == {"42": -5.0}
+    assert sent["stop"] == ["a", "b"]
+    assert sent["stop_token_ids"] == [1, 2]
+    assert sent["temperature"] == 0
+    assert sent["seed"] is None
+
+
+def test_one_stop_string_stays_a_string() -> None:
+    assert body(stop="END")["stop"] == "END"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"prompt": None}, ValueError, "either prompt"),
+        ({"messages": "hi"}, ValueError, "either prompt"),
+        ({"prompt": None, "messages": []}, ValueError, "messages is empty"),
+        ({"adapter": {}}, ValueError, "adapter is an empty sum"),
+        ({"temprature": 1}, TypeError, "unknown field 'temprature'; there are: temperature"),
+        ({"temperature": float("nan")}, ValueError, "temperature cannot be sent"),
+        ({"adapter": {"a": float("inf")}}, ValueError, "adapter cannot be sent"),
+        ({"seed": object()}, TypeError, "seed cannot be sent"),
+        ({"prompt": "\udcff"}, ValueError, "prompt cannot be sent"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_sent(
+    arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        body(**arguments)
+
+
+def test_a_model_name_cannot_change_the_path() -> None:
+    assert model("a/../b?x=1").path == "/v1/models/a%2F..%2Fb%3Fx%3D1"
+    assert model("acme@3f2a").path == "/v1/models/acme@3f2a"
