@@ -14,15 +14,9 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from onebase_adapters import default_base
-from onebase_adapters.default_base import (
-    BaseFetchError,
-    BaseSpecError,
-    check_sha256,
-    default_cache,
-    fetch_default_base,
-    parse_repo,
-    resolve_base,
-)
+from onebase_adapters.base_errors import BaseFetchError, BaseSpecError
+from onebase_adapters.default_base import default_cache, fetch_default_base, parse_repo, resolve_base
+from onebase_adapters.default_wheel import check_sha256
 
 
 def write_model_folder(folder: Path) -> Path:
