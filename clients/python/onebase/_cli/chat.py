@@ -10,7 +10,7 @@ from .._client import Client
 from ..errors import OneBaseError
 from . import options
 from .conversation import HELP, Conversation
-from .exits import OK, explain
+from .exits import FAILED, OK, explain, report
 from .terminal import note
 
 _DESCRIPTION = f"""\
@@ -49,9 +49,7 @@ def _interactive(client: Client, conversation: Conversation) -> int:
     try:
         _greet(client)
     except OneBaseError as error:
-        text, status = explain(error, client.url)
-        note(f"onebase: {text}")
-        return status
+        return report(error, client.url)
     for line in _lines(conversation):
         try:
             if not conversation.take(line):
@@ -70,9 +68,10 @@ def _piped(client: Client, conversation: Conversation) -> int:
             if not conversation.take(line.rstrip("\r\n"), interruptible=False):
                 break
         except OneBaseError as error:
-            text, status = explain(error, client.url)
-            note(f"onebase: {text}")
-            return status
+            return report(error, client.url)
+        except ValueError as error:
+            note(f"onebase: {error}")
+            return FAILED
     return OK
 
 

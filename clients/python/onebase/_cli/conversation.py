@@ -76,11 +76,10 @@ class Conversation:
             return False
         command = self._commands.get(word)
         if command is None:
-            note(
-                f"There is no command {word}: /help lists them, //TEXT sends a text that begins with a slash."
+            raise ValueError(
+                f"There is no command {word}: /help lists them, //TEXT sends /TEXT as a message."
             )
-        else:
-            command(rest.strip())
+        command(rest.strip())
         return True
 
     def _answer(self, text: str, interruptible: bool) -> None:

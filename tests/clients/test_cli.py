@@ -1,0 +1,370 @@
+"""The command in this process, against a scripted server on a real port."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onebase import __version__
+from onebase._cli import models, options, plugins
+from onebase._cli.terminal import printable
+from onebase.cli import COMMANDS, SERVER_COMMANDS, main
+from onebase.types import Adapter, AdapterWeight, Model
+
+Serve = Callable[..., Any]
+ADAPTER = {
+    "id": "pirate",
+    "object": "adapter",
+    "version": "3f2a" * 16,
+    "rank": 8,
+    "targets": ["q_proj", "v_proj"],
+}
+ADAPTER |= {"parameters": 1_234_567, "bytes": 4_938_268, "base": "tiny", "active": True}
+MODELS = [{"id": name, "object": "model", "created": 1, "owned_by": "onebase"} for name in ("tiny", "pirate")]
+
+
+@pytest.fixture
+def server(serve: Serve, wire: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server with one adapter that answers each message with its number and who speaks."""
+
+    def script(request: Any) -> None:
+        if request.path == "/v1/adapters":
+            request.reply(200, {"object": "list", "data": [ADAPTER]})
+        elif request.path == "/v1/models":
+            request.reply(200, {"object": "list", "data": MODELS})
+        elif request.path == "/version":
+            request.reply(200, {"version": "9.9"})
+        elif request.body["adapter"] == "unknown":
+            request.reply(404, wire.error("no adapter 'unknown'", param="adapter", code="adapter_not_found"))
+        else:
+            turns = len(request.body.get("messages", [0]))
+            request.begin_stream()
+            request.send(wire.sse(*wire.answer(f"{turns}: ", "arr 🏴", adapter=request.body["adapter"])))
+            request.end_stream()
+
+    made = serve(script)
+    monkeypatch.setenv("ONEBASE_URL", made.url)
+    return made
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def asked(server: Any) -> list[Any]:
+    return [request.body for request in server.requests if request.path == "/generate"]
+
+
+def test_generate_streams_the_answer_to_stdout_and_its_speed_to_stderr(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["generate", "Hello", "--adapter", "pirate", "--temperature", "0", "--stop", "a", "--stop", "b"])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert out == "1: arr 🏴\n"
+    assert err == "3 tokens, first after 0.25 s, 4.0 tokens/s, pirate\n"
+    assert asked(server) == [
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "adapter": "pirate",
+            "temperature": 0.0,
+            "stop": ["a", "b"],
+            "stream": True,
+        }
+    ]
+
+
+def test_generate_takes_the_prompt_from_a_pipe(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(monkeypatch, "two\nlines\n")
+    assert main(["generate", "--system", "Be brief"]) == 0
+    assert asked(server)[0]["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "two\nlines\n"},
+    ]
+
+
+def test_generate_raw_sends_the_text_as_it_is(server: Any) -> None:
+    assert main(["generate", "--raw", "Once upon"]) == 0
+    assert asked(server) == [{"prompt": "Once upon", "adapter": None, "stream": True}]
+
+
+def test_generate_json_prints_the_whole_result(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--json", "--adapter", "a=0.5", "--adapter", "b=2", "x"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["choices"][0]["text"] == "1: arr 🏴"
+    assert result["adapter"] == [{"name": "a", "weight": 0.5}, {"name": "b", "weight": 2.0}]
+
+
+def test_a_failure_half_way_keeps_what_came_and_is_reported(
+    serve: Serve, wire: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(request: Any) -> None:
+        request.begin_stream()
+        request.send(wire.sse(wire.piece("so far"), wire.error("the engine stopped")))
+        request.end_stream()
+
+    assert main(["generate", "--url", serve(script).url, "x"]) == 1
+    assert capsys.readouterr() == ("so far\n", "onebase: the engine stopped\n")
+
+
+def test_an_unknown_adapter_leads_to_the_list_of_adapters(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--adapter", "unknown", "x"]) == 1
+    assert capsys.readouterr().err == (
+        "onebase: no adapter 'unknown' (HTTP 404 [adapter])\n`onebase models` lists what the server has.\n"
+    )
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["models"], ["version"], ["chat"]])
+def test_without_a_server_every_command_says_how_to_start_one(
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    slept: list[float],
+) -> None:
+    piped(monkeypatch, "hi\n")
+    monkeypatch.setenv("ONEBASE_URL", "http://127.0.0.1:1")
+    assert main(command) == 3
+    err = capsys.readouterr().err
+    assert "No server answers at http://127.0.0.1:1" in err
+    assert "onebase serve" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "--temperature", "warm", "x"], "--temperature: invalid float value"),
+        (["generate", "--temperature", "nan", "x"], "temperature cannot be sent"),
+        (["generate", "--adapter", "a=heavy", "x"], "write NAME=WEIGHT"),
+        (["generate", "--raw", "--system", "s", "x"], "--system has no place"),
+        (["generate", "--url", "nowhere", "x"], "url must look like"),
+        (["models", "--timeout", "0"], "timeout"),
+        (["chat", "--adapter", "a=heavy"], "write NAME=WEIGHT"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_name_the_option(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_chat_keeps_the_conversation_across_adapters(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(
+        monkeypatch,
+        "Hello\n\n/adapter pirate\nAgain\n/adapter a=1 pirate=0.5\n/adapter base\n//Slash\n/quit\nLost\n",
+    )
+    assert main(["chat", "--seed", "7"]) == 1  # `a` is unknown: a script must notice
+    assert capsys.readouterr().out == "1: arr 🏴\n3: arr 🏴\n"
+    piped(monkeypatch, "Hello\n/adapter pirate\nAgain\n/adapter base\n//Slash\n/quit\nLost\n")
+    server.requests.clear()
+    assert main(["chat", "--seed", "7"]) == 0
+    assert capsys.readouterr().out == "1: arr 🏴\n3: arr 🏴\n5: arr 🏴\n"
+    assert [request["adapter"] for request in asked(server)] == [None, "pirate", None]
+    assert [request["seed"] for request in asked(server)] == [7, 7, 7]
+    assert asked(server)[2]["messages"] == [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "1: arr 🏴"},
+        {"role": "user", "content": "Again"},
+        {"role": "assistant", "content": "3: arr 🏴"},
+        {"role": "user", "content": "/Slash"},
+    ]
+
+
+def test_chat_instructions_come_first_and_survive_a_reset(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, "One\n/system Rhyme\nTwo\n/reset\nThree\n/system\nFour\n")
+    assert main(["chat", "--system", "Be brief"]) == 0
+    roles = [[turn["role"] for turn in request["messages"]] for request in asked(server)]
+    assert roles == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user"],
+        ["user", "assistant", "user"],
+    ]
+    assert [request["messages"][0]["content"] for request in asked(server)] == [
+        "Be brief",
+        "Rhyme",
+        "Rhyme",
+        "Three",
+    ]
+
+
+def test_chat_lists_and_mixes_adapters_and_explains_itself(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, "/adapters\n/adapter pirate=0.5\n/adapter\n/help\nHi\n")
+    assert main(["chat"]) == 0
+    out, err = capsys.readouterr()
+    assert "pirate  (rank 8, version 3f2a3f2a3f2a)" in err
+    assert "answering: 0.5*pirate" in err
+    assert "/system TEXT" in err
+    assert out == "1: arr 🏴\n"
+    assert asked(server)[0]["adapter"] == [{"name": "pirate", "weight": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("/nonsense", "onebase: There is no command /nonsense: /help lists them"),
+        ("/adapter pirate=heavy", "write NAME=WEIGHT"),
+        ("/adapter pirate a=1", "no adapter 'a'"),
+    ],
+)
+def test_a_script_that_chats_notices_the_first_failure(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, says: str
+) -> None:
+    piped(monkeypatch, f"One\n{wrong}\nTwo\n")
+    assert main(["chat"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "1: arr 🏴\n"
+    assert says in err
+
+
+def test_chat_suggests_the_adapter_that_was_meant_and_keeps_the_old_one(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, "/adapter pirat\n")
+    assert main(["chat"]) == 1
+    assert "no adapter 'pirat': did you mean pirate?" in capsys.readouterr().err
+    assert asked(server) == []
+
+
+def test_models_prints_every_name_with_tabs_through_a_pipe(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models"]) == 0
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()] == [
+        ["name", "kind", "version", "rank", "parameters", "size", "changes"],
+        ["tiny", "base", "", "", "", "", ""],
+        ["pirate", "adapter", "3f2a3f2a3f2a", "8", "1,234,567", "4.9 MB", "q_proj v_proj"],
+    ]
+
+
+def test_models_shows_an_adapter_that_is_not_loaded() -> None:
+    waiting = Adapter("a", "3f2a", None, (), None, None, "tiny", False)
+    assert models.table_rows([Model("tiny"), Model("a")], [waiting]) == [
+        ("tiny", "base", "", "", "", "", ""),
+        ("a", "adapter, not loaded", "3f2a", "", "", "", ""),
+    ]
+
+
+def test_version_shows_both_ends(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"client {__version__}\nserver 9.9 at {server.url}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in (*COMMANDS, *SERVER_COMMANDS))
+    assert main([]) == 2
+    assert capsys.readouterr().err == out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"onebase {__version__}\n"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: onebase {command}" in capsys.readouterr().out
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["genrate"]) == 2
+    assert "Did you mean `onebase generate`?" in capsys.readouterr().err
+    assert main(["xyzzy"]) == 2
+    assert "`onebase --help` lists them." in capsys.readouterr().err
+
+
+PLUGIN = """
+import sys
+def echo(argv):
+    print(argv)
+    return 7
+def needs_torch(argv):
+    import a_package_that_is_not_installed.part
+def is_broken(argv):
+    import onebase_server.no_such_module
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another distribution that brings commands, as the server's packages do."""
+    (tmp_path / "plugin_of_a_test.py").write_text(PLUGIN)
+    info = tmp_path / "plugin_of_a_test-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: plugin-of-a-test\nVersion: 1\n")
+    names = ("echo", "needs_torch", "is_broken")
+    lines = "".join(f"{name} = plugin_of_a_test:{name}\n" for name in names)
+    (info / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{lines}")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_command_of_another_package_gets_its_arguments_untouched(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["echo", "--help", "--url=x", "-h"]) == 7
+    assert capsys.readouterr().out == "['--help', '--url=x', '-h']\n"
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_missing_package_leads_to_the_extra_that_brings_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["needs_torch"]) == 1
+    assert capsys.readouterr().err == (
+        "onebase: `onebase needs_torch` needs the package 'a_package_that_is_not_installed'.\n"
+        "The server is an extra of this package. Install it with: pip install 'onebase[server]'\n"
+    )
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_broken_own_module_is_not_mistaken_for_a_missing_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match="onebase_server"):
+        main(["is_broken"])
+
+
+@pytest.mark.parametrize("command", SERVER_COMMANDS)
+def test_the_servers_commands_are_registered_by_this_distribution(command: str) -> None:
+    found = plugins.find(command)
+    assert isinstance(found, EntryPoint)
+    assert found.value == f"onebase_server.cli:{command}"
+
+
+def test_text_of_a_model_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b]0;title\x07b\x9b31mc\r\n\td🙂é") == "a]0;titleb31mc\n\td🙂é"
+
+
+def test_adapter_options_are_one_name_or_weights() -> None:
+    assert options.adapter([]) is None
+    assert options.adapter(["a@3f2a"]) == "a@3f2a"
+    assert options.adapter(["a", "b=0.5"]) == (AdapterWeight("a", 1.0), AdapterWeight("b", 0.5))
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(server: Any) -> None:
+    command = [sys.executable, "-m", "onebase.cli", "generate", "x", "--url", server.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

@@ -1,0 +1,173 @@
+"""The command at a real terminal (a pty), as a person uses it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="there are no ptys on this platform")
+
+
+class Person:
+    """Someone at a terminal: sees everything that the command shows, and types."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._terminal, end = pty.openpty()
+        command = [sys.executable, "-m", "onebase.cli", *arguments]
+        environment = os.environ | {"TERM": "dumb", "COLUMNS": "200"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(end)
+        self.seen = ""
+
+    def sees(self, pattern: str) -> str:
+        """Read on until `pattern` appears; gives everything new up to its end."""
+        while (found := re.search(pattern, self.seen)) is None:
+            try:
+                new = os.read(self._terminal, 65536)
+            except OSError:  # how Linux reports the end of a pty
+                new = b""
+            if not new:
+                raise AssertionError(f"{pattern!r} never came after: {self.seen!r}")
+            self.seen += new.decode()
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return text
+
+    def types(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def leaves(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._terminal)
+
+
+def _take_terminal() -> None:
+    """Make the pty the process's own terminal, so that Ctrl-C typed there becomes SIGINT."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def person() -> Iterator[Callable[..., Person]]:
+    people: list[Person] = []
+
+    def arrive(*arguments: str) -> Person:
+        people.append(Person(*arguments))
+        return people[-1]
+
+    yield arrive
+    for one in people:
+        one.leaves()
+
+
+@pytest.fixture
+def hung_up() -> queue.Queue[bool]:
+    """Whether the client dropped the connection, per answer that never ends."""
+    return queue.Queue()
+
+
+@pytest.fixture
+def url(serve: Callable[..., Any], wire: Any, hung_up: queue.Queue[bool]) -> str:
+    """A server whose answer to "endless" never ends by itself."""
+
+    def script(request: Any) -> None:
+        if request.path == "/v1/adapters":
+            adapter = {
+                "id": "pirate",
+                "version": "3f2a",
+                "rank": 8,
+                "targets": [],
+                "parameters": 1,
+                "bytes": 1,
+            }
+            request.reply(200, {"data": [adapter | {"base": "tiny", "active": True}]})
+        elif request.path == "/v1/models":
+            request.reply(200, {"data": [{"id": "tiny"}, {"id": "pirate"}]})
+        elif request.body["messages"][-1]["content"] == "endless":
+            request.begin_stream()
+            request.send(wire.sse(wire.piece("on and \x1b[31mon"), done=False))
+            hung_up.put(request.wait_for_hang_up())
+        else:
+            turns = [turn["content"] for turn in request.body["messages"]]
+            request.begin_stream()
+            request.send(wire.sse(*wire.answer(" | ".join(turns))))
+            request.end_stream()
+
+    return str(serve(script).url)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(
+    person: Callable[..., Person], url: str, hung_up: queue.Queue[bool]
+) -> None:
+    one = person("chat", "--url", url)
+    assert f"Talking to tiny at {url}. Adapters: pirate." in one.sees("base> ")
+    one.types("endless\n")
+    assert "\x1b[31m" not in one.sees(r"on and \S*on")
+    one.types("\x03")
+    one.sees(r"\(stopped\)")
+    assert hung_up.get(timeout=30)
+    one.sees("base> ")
+    one.types("/adapter pirate\n")
+    one.sees("answering from here on: pirate")
+    one.sees("pirate> ")
+    one.types("again\n")
+    one.sees(r"endless \| on and .*on \| again")
+    one.sees(r"4\.0 tokens/s.*\)")
+    one.types("/quit\n")
+    assert one.process.wait(timeout=30) == 0
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_does(
+    person: Callable[..., Person], url: str
+) -> None:
+    one = person("chat", "--url", url)
+    one.sees("base> ")
+    one.types("\x03")
+    one.sees(r"Ctrl-D or /quit leaves")
+    one.sees("base> ")
+    one.types("\x04")
+    assert one.process.wait(timeout=30) == 0
+
+
+def test_a_failed_command_leaves_the_conversation_open(person: Callable[..., Person], url: str) -> None:
+    one = person("chat", "--url", url)
+    one.sees("base> ")
+    one.types("/adapter pirat\n")
+    one.sees("did you mean pirate")
+    one.sees("base> ")
+    one.types("hello\n")
+    one.sees("hello\r\n.*hello")
+    one.types("/quit\n")
+    assert one.process.wait(timeout=30) == 0
+
+
+def test_ctrl_c_ends_generate_with_its_own_status(
+    person: Callable[..., Person], url: str, hung_up: queue.Queue[bool]
+) -> None:
+    one = person("generate", "--url", url, "endless")
+    one.sees("on and")
+    one.types("\x03")
+    assert hung_up.get(timeout=30)
+    assert one.process.wait(timeout=30) == 130
+
+
+def test_models_is_a_table_at_a_terminal(person: Callable[..., Person], url: str) -> None:
+    one = person("models", "--url", url)
+    assert "\t" not in one.sees("pirate +adapter +3f2a +8")
