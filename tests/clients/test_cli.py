@@ -93,6 +93,14 @@ def test_generate_takes_the_prompt_from_a_pipe(server: Any, monkeypatch: pytest.
     ]
 
 
+def test_bytes_that_are_no_text_are_replaced_and_do_not_fail(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert main(["generate", "--raw"]) == 0
+    assert asked(server)[0]["prompt"] == "caf\ufffd"
+
+
 def test_generate_raw_sends_the_text_as_it_is(server: Any) -> None:
     assert main(["generate", "--raw", "Once upon"]) == 0
     assert asked(server) == [{"prompt": "Once upon", "adapter": None, "stream": True}]

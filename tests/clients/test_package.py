@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pickle
 import subprocess
 import sys
 from importlib import metadata
@@ -39,6 +40,22 @@ def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
         "TypeError",
         "ValueError",
     }
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.APIConnectionError("broke", sent=True),
+        errors.APITimeoutError("slow", sent=False),
+        errors.status_error(429, errors.ErrorDetail("full", "t", "p", "c"), retry_after=3.0),
+        errors.StreamError(errors.ErrorDetail("late", code="timeout")),
+        errors.InvalidResponseError("no JSON"),
+    ],
+)
+def test_errors_survive_a_process_pool(error: errors.OneBaseError) -> None:
+    restored = pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
+    assert type(restored) is type(error)
+    assert (str(restored), vars(restored)) == (str(error), vars(error))
 
 
 def test_the_version_is_the_distributions() -> None:

@@ -40,7 +40,7 @@ def parse(body: bytes, build: Callable[[Json], T]) -> T:
 def _object(body: bytes | str) -> Json:
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidResponseError(f"the server's answer is not JSON: {body[:80]!r}") from error
     if not isinstance(value, dict):
         raise InvalidResponseError(f"the server's answer is not a JSON object: {body[:80]!r}")

@@ -100,8 +100,8 @@ def _unknown(command: str) -> int:
 
 
 def _tolerate_narrow_encodings() -> None:
-    """Where the terminal's encoding has no emoji, print a question mark instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
+    """Replace what an encoding lacks, and piped bytes that are no text, instead of failing."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 

@@ -50,6 +50,16 @@ class OneBaseError(Exception):
         super().__init__(message)
         self.message = message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle and copy by state, not by calling `__init__`: errors cross process pools."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[OneBaseError], args: tuple[object, ...], state: dict[str, object]) -> OneBaseError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class APIConnectionError(OneBaseError):
     """The server could not be reached, or the connection broke before the answer was complete.
