@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from onebase import APIConnectionError, AsyncClient, OneBaseError
+from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPT = "Hello, I am Anna Keller from Zurich. Please send me three blue mugs, as soon as possible."
@@ -216,8 +216,8 @@ async def wait_until_ready(client: AsyncClient, server: Server, console: Console
 
 async def is_ready(client: AsyncClient) -> bool:
     try:
-        return (await client.with_options(max_retries=0).ready()).ok
-    except APIConnectionError:  # not even listening yet
+        return (await client.with_options(max_retries=0, timeout=2).ready()).ok
+    except (APIConnectionError, APITimeoutError):  # not listening yet, or not answering
         return False
 
 
