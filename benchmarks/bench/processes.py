@@ -1,0 +1,106 @@
+"""Servers started for a measurement, in a process group of their own that always ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+
+from bench.stream import request
+
+
+class StartError(Exception):
+    """A server did not come up; the message ends with the last lines of its log."""
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_on_signals() -> None:
+    """Turns SIGTERM and SIGHUP into SystemExit, so that `finally` blocks stop what was started."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, leave)
+
+
+@asynccontextmanager
+async def server(
+    command: list[str], ready_url: str, log: Path, env: Mapping[str, str] | None = None, timeout: float = 300.0
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """Runs `command` until the block ends; enters it once `ready_url` answers 200.
+
+    Args:
+        log: receives stdout and stderr.
+        env: added to this process's own environment.
+        timeout: seconds until the start counts as failed.
+
+    Raises:
+        StartError: the process ended, or was not ready in time.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+    try:
+        await _wait_ready(process, ready_url, log, timeout)
+        yield process
+    finally:
+        stop_group(process)
+
+
+async def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StartError(f"{process.args!r} ended with {process.returncode}:\n{tail(log)}")
+        if await _answers(url):
+            return
+        await asyncio.sleep(0.5)
+    raise StartError(f"{process.args!r} was not ready after {timeout:.0f} s:\n{tail(log)}")
+
+
+async def _answers(url: str) -> bool:
+    try:
+        async with asyncio.timeout(5), request(url) as response:
+            return response.status == 200
+    except (OSError, EOFError, TimeoutError):
+        return False
+
+
+def stop_group(process: subprocess.Popen[bytes], grace: float = 20.0) -> None:
+    """SIGTERM to the process; after `grace` seconds, or once it is gone, SIGKILL to its whole group."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

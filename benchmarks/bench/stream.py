@@ -1,0 +1,162 @@
+"""A streaming HTTP client that costs next to nothing: it shares the cores with what it measures.
+
+Raw asyncio sockets, HTTP/1.1 with chunked bodies, server-sent events cut at the blank line. Of the
+pieces of text only the arrival time is taken; they are parsed after the clock has stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DONE = b"[DONE]"
+
+
+class HttpError(Exception):
+    """The server answered with another status than 200, or not in HTTP at all."""
+
+    def __init__(self, status: int, body: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(f"HTTP {status}: {body[:300]}")
+        self.status = status
+        self.body = body
+        self.headers = headers or {}
+
+
+@dataclass
+class Response:
+    """A response whose headers have arrived; its body is read by one of the two methods, once."""
+
+    status: int
+    headers: dict[str, str]
+    reader: asyncio.StreamReader
+    first_byte_s: float
+    """`time.perf_counter` when the headers had arrived."""
+    _buffer: bytearray = field(default_factory=bytearray)
+
+    async def body(self) -> bytes:
+        return b"".join([part async for part in self._parts()])
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The data of each server-sent event, `[DONE]` included."""
+        async for part in self._parts():
+            self._buffer += part
+            while (end := self._buffer.find(b"\n\n")) >= 0:
+                event = bytes(self._buffer[:end])
+                del self._buffer[: end + 2]
+                for line in event.split(b"\n"):
+                    if line.startswith(b"data:"):
+                        yield line[5:].strip()
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        if self.headers.get("transfer-encoding", "").lower() == "chunked":
+            while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
+                yield (await self.reader.readexactly(size + 2))[:-2]
+            await self.reader.readuntil(b"\r\n")
+        elif "content-length" in self.headers:
+            yield await self.reader.readexactly(int(self.headers["content-length"]))
+        else:
+            while part := await self.reader.read(65536):
+                yield part
+
+
+@asynccontextmanager
+async def request(
+    url: str, method: str = "GET", payload: dict[str, Any] | None = None
+) -> AsyncIterator[Response]:
+    """One request on a connection of its own, which is closed on leaving: that is how to cancel.
+
+    Raises:
+        ValueError: the URL is not on the loopback interface.
+        OSError, asyncio.IncompleteReadError: the connection failed or ended early.
+    """
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or 80
+    if host not in LOOPBACK:
+        raise ValueError(f"{url}: only servers on this machine are measured ({', '.join(LOOPBACK)})")
+    body = b"" if payload is None else json.dumps(payload).encode()
+    head = f"{method} {parts.path or '/'} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(head.encode() + body)
+        await writer.drain()
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        fields = (line.partition(":") for line in lines[1:] if line)
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        yield Response(int(lines[0].split(" ")[1]), headers, reader, time.perf_counter())
+    finally:
+        writer.close()
+
+
+async def fetch_json(url: str, method: str = "GET", payload: dict[str, Any] | None = None) -> Any:
+    """The parsed JSON body; raises HttpError unless the status is 200."""
+    async with request(url, method, payload) as response:
+        body = await response.body()
+        if response.status != 200:
+            raise HttpError(response.status, body.decode(errors="replace"), response.headers)
+        return json.loads(body)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One finished stream. Times are seconds."""
+
+    started: float
+    ttft: float
+    """From just before connecting to the first piece of text."""
+    ended: float
+    tokens: int
+    text: str
+
+    @property
+    def tpot(self) -> float:
+        """Mean time between tokens after the first."""
+        return (self.ended - self.started - self.ttft) / max(1, self.tokens - 1)
+
+
+async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
+    """Streams one `/v1/completions` request and times it.
+
+    Raises:
+        HttpError: another status than 200, or an error event in the stream.
+        ValueError: the stream ended without text or without usage.
+    """
+    started = time.perf_counter()
+    first = last = 0.0
+    events: list[bytes] = []
+    async with request(f"{url}/v1/completions", "POST", payload) as response:
+        if response.status != 200:
+            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
+        async for event in response.events():
+            if event == DONE:
+                break
+            last = time.perf_counter()
+            events.append(event)
+            if not first and _has_text(event):
+                first = last
+    text, tokens = _read(events)
+    if not first or not tokens:
+        raise ValueError(f"a stream of {len(events)} events ended with {tokens} tokens: {events[-1:]!r}")
+    return Sample(started, first - started, last, tokens, text)
+
+
+def _has_text(event: bytes) -> bool:
+    return any(choice.get("text") for choice in json.loads(event).get("choices", ()))
+
+
+def _read(events: list[bytes]) -> tuple[str, int]:
+    """The whole text and the number of generated tokens, by the server's own count."""
+    text, tokens = "", 0
+    for event in map(json.loads, events):
+        if "error" in event:
+            raise HttpError(200, json.dumps(event["error"]))
+        text += "".join(choice.get("text") or "" for choice in event.get("choices", ()))
+        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    return text, tokens
