@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -39,7 +39,11 @@ def end_on_signals() -> None:
 
 @asynccontextmanager
 async def server(
-    command: list[str], ready_url: str, log: Path, env: Mapping[str, str] | None = None, timeout: float = 300.0
+    command: list[str],
+    ready_url: str,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300.0,
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
     """Runs `command` until the block ends; enters it once `ready_url` answers 200.
 
@@ -90,14 +94,10 @@ def stop_group(process: subprocess.Popen[bytes], grace: float = 20.0) -> None:
     """SIGTERM to the process; after `grace` seconds, or once it is gone, SIGKILL to its whole group."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

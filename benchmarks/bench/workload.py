@@ -12,7 +12,7 @@ WORDS = (
     "river window garden morning letter engine silver market winter answer bridge paper captain story "
     "mountain kitchen doctor music yellow travel station history coffee forest signal island teacher "
     "village number color summer picture machine ocean friend basket planet corner library ticket"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ class Prompts:
         self._tokenizer = Tokenizer.from_file(str(base_folder / "tokenizer.json"))
         self._length = length
         self._seed = seed
+        self._words = WORDS.split()
 
     def make(self, *key: object) -> str:
         """The prompt named by `key`: the same for every target, another for every other key."""
         rng = random.Random(f"{self._seed}/{'/'.join(map(str, key))}")
-        opening = f"{rng.randrange(10**9)} {rng.choice(WORDS)}: tell a story about "
-        text = opening + " ".join(rng.choice(WORDS) for _ in range(self._length))
+        opening = f"{rng.randrange(10**9)} {rng.choice(self._words)}: tell a story about "
+        text = opening + " ".join(rng.choice(self._words) for _ in range(self._length))
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return str(self._tokenizer.decode(ids[: self._length]))
 

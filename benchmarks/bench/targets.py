@@ -1,0 +1,185 @@
+"""What is measured: each target is started, asked and ended in the same way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.processes import StartError, free_port, server, tail
+from bench.stream import Sample, fetch_json, stream_completion
+from bench.workload import Request
+
+WORKER = Path(__file__).with_name("peft_worker.py")
+
+
+class Session(Protocol):
+    """A running target."""
+
+    async def run(self, requests: list[Request]) -> list[Sample]:
+        """Runs the requests at the same time; the samples come in their order."""
+
+
+class Target(Protocol):
+    """A server, or a library, that can be started."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, log: Path) -> AbstractAsyncContextManager[Session]:
+        """Runs the target until the block ends; raises StartError when it does not come up."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every target is started with."""
+
+    base: Path
+    adapters: dict[str, Path]
+    rank: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class HttpSession:
+    """Asks an OpenAI-compatible server; the adapter is the model's name."""
+
+    url: str
+    base_model: str
+
+    async def run(self, requests: list[Request]) -> list[Sample]:
+        return await asyncio.gather(*(self._one(request) for request in requests))
+
+    async def _one(self, request: Request) -> Sample:
+        payload = {
+            "model": request.adapter or self.base_model,
+            "prompt": request.prompt,
+            "max_tokens": request.tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return await stream_completion(self.url, payload)
+
+
+async def _http_session(url: str, setup: Setup) -> HttpSession:
+    models = [model["id"] for model in (await fetch_json(f"{url}/v1/models"))["data"]]
+    missing = sorted(set(setup.adapters) - set(models))
+    if missing:
+        raise StartError(f"{url} does not serve {', '.join(missing)}")
+    return HttpSession(url, next(model for model in models if model not in setup.adapters))
+
+
+@dataclass(frozen=True)
+class OneBaseTarget:
+    """`onebase serve`, as installed next to the Python that runs this."""
+
+    setup: Setup
+    extra: list[str] = field(default_factory=list)
+    name: str = "onebase"
+
+    @asynccontextmanager
+    async def start(self, log: Path) -> AsyncIterator[Session]:
+        setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
+        command = [str(Path(sys.executable).with_name("onebase")), "serve", "--base", str(setup.base)]
+        command += ["--port", str(port), "--threads", str(setup.threads)]
+        command += ["--max-slots", str(len(setup.adapters)), "--max-rank", str(setup.rank)]
+        for name, folder in setup.adapters.items():
+            command += ["--adapter", f"{name}={folder}"]
+        async with server([*command, *self.extra], f"{url}/ready", log):
+            yield await _http_session(url, setup)
+
+
+@dataclass(frozen=True)
+class VllmTarget:
+    """`vllm serve` from a virtual environment of its own; the CPU build unless told otherwise."""
+
+    setup: Setup
+    python: Path
+    extra: list[str] = field(default_factory=list)
+    name: str = "vllm"
+
+    @asynccontextmanager
+    async def start(self, log: Path) -> AsyncIterator[Session]:
+        setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
+        command = [str(self.python.with_name("vllm")), "serve", str(setup.base)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
+        command += ["--dtype", "bfloat16", "--max-model-len", "2048", "--enable-lora"]
+        command += ["--max-loras", str(len(setup.adapters)), "--max-lora-rank", str(setup.rank)]
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in setup.adapters.items())]
+        async with server([*command, *self.extra], f"{url}/health", log, self._environment()):
+            yield await _http_session(url, setup)
+
+    def _environment(self) -> dict[str, str]:
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{self.setup.threads - 1}",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        # vLLM's own advice for the CPU; the library comes with its wheel's dependencies.
+        openmp = self.python.parents[1] / "lib" / "libiomp5.so"
+        return environment | ({"LD_PRELOAD": str(openmp)} if openmp.exists() else {})
+
+
+@dataclass(frozen=True)
+class PeftSession:
+    """Speaks with `peft_worker.py`; a batch starts and ends as one, as `generate` does."""
+
+    process: asyncio.subprocess.Process
+
+    async def run(self, requests: list[Request]) -> list[Sample]:
+        answer = await self.ask([asdict(request) for request in requests])
+        return [Sample(**sample) for sample in answer]
+
+    async def ask(self, job: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.process.stdin is None:
+            raise StartError("the PEFT worker was started without a pipe")
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        await self.process.stdin.drain()
+        samples: list[dict[str, Any]] = await self.answer()
+        return samples
+
+    async def answer(self) -> Any:
+        line = b"" if self.process.stdout is None else await self.process.stdout.readline()
+        if not line:
+            raise EOFError("the PEFT worker ended")
+        return json.loads(line)
+
+
+@dataclass(frozen=True)
+class PeftTarget:
+    """transformers + PEFT in NF4, without a server between."""
+
+    setup: Setup
+    attention: str = "sdpa"
+    name: str = "peft"
+
+    @asynccontextmanager
+    async def start(self, log: Path) -> AsyncIterator[Session]:
+        setup = self.setup
+        adapters = json.dumps({name: str(folder) for name, folder in setup.adapters.items()})
+        command = [sys.executable, str(WORKER), "--base", str(setup.base), "--adapters", adapters]
+        command += ["--threads", str(setup.threads), "--attention", self.attention]
+        pipe = asyncio.subprocess.PIPE
+        with log.open("ab") as errors:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, stderr=errors, limit=2**24
+            )
+        session = PeftSession(process)
+        try:
+            try:
+                await asyncio.wait_for(session.answer(), 300)
+            except (EOFError, TimeoutError) as error:
+                raise StartError(f"the PEFT worker did not start:\n{tail(log)}") from error
+            yield session
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
