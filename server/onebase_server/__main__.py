@@ -1,0 +1,8 @@
+"""`python -m onebase_server` is `onebase serve`."""
+
+import sys
+
+from onebase_server.cli import serve
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1:]))

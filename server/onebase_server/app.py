@@ -1,0 +1,146 @@
+"""The composition root: one function that makes the ASGI app out of its parts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import onebase_server
+from onebase_server.errors import (
+    InvalidRequestError,
+    OneBaseError,
+    PayloadTooLargeError,
+    error_dict,
+    error_headers,
+    error_json,
+    status_of,
+)
+from onebase_server.routes import adapters, chat, completions, generate, health, models
+from onebase_server.schemas import validation_error
+from onebase_server.services import Services
+
+_log = logging.getLogger(__name__)
+_NO_TELEMETRY: Any = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+
+
+def create_app(services: Services) -> FastAPI:
+    """The HTTP application. Its lifetime is the server's: starting the engine is not its business."""
+    app = FastAPI(
+        title="OneBase",
+        version=onebase_server.__version__,
+        summary=onebase_server.SUMMARY,
+        telemetry=_NO_TELEMETRY,
+    )
+    app.state.services = services
+    for route in (generate, completions, chat, models, adapters, health):
+        app.include_router(route.router)
+    app.add_exception_handler(OneBaseError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_unexpected)
+    app.add_middleware(BodyLimit, limit=services.settings.max_body)
+    return app
+
+
+class BodyLimit:
+    """Refuses bodies over `limit` bytes: by their announced length at once, else while they come in.
+
+    Starlette's own middleware does the same but answers in plain text, which OpenAI's clients cannot
+    read.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if _announced_length(scope) > self._limit:
+            await _response(PayloadTooLargeError(self._limit))(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._limit:
+                raise _BodyTooLarge(self._limit)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+class _BodyTooLarge(HTTPException):
+    """Passes through FastAPI's body reader, which hides every other exception."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413)
+        self.error = PayloadTooLargeError(limit)
+
+
+def _announced_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _response(error: OneBaseError) -> Response:
+    return Response(
+        error_json(error), status_of(error)[0], media_type="application/json", headers=error_headers(error)
+    )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, OneBaseError):
+        raise error
+    return _response(error)
+
+
+async def _answer_validation(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    message, param = validation_error(error.errors())
+    return _response(InvalidRequestError(message, param=param))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    if isinstance(error, _BodyTooLarge):
+        return _response(error.error)
+    if not isinstance(error, HTTPException):
+        raise error
+    messages = {
+        404: f"There is nothing at {request.url.path}. GET /docs lists what there is.",
+        405: f"{request.method} is not possible at {request.url.path}. GET /docs lists what is.",
+    }
+    body = error_dict(
+        messages.get(error.status_code, str(error.detail)),
+        "invalid_request_error",
+        f"http_{error.status_code}",
+    )
+    return _json(body, error.status_code, dict(error.headers or {}))
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    message = "The server failed on this request; its log says why. Please report it."
+    return _json(error_dict(message, "server_error", "internal_error"), 500, {})
+
+
+def _json(body: dict[str, Any], status: int, headers: dict[str, str]) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json", headers=headers)

@@ -1,0 +1,138 @@
+"""`onebase serve` and `onebase base`: the commands that need the server's packages."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from rich.console import Console
+
+from onebase_server.settings import (
+    Settings,
+    SettingsError,
+    load_settings,
+    option_name,
+    parse_adapter,
+    setting_fields,
+)
+
+_SERVE = """\
+Serve one base model, and LoRA adapters on it, over HTTP.
+
+Without options: the small default base (downloaded once, 270 MB), on http://127.0.0.1:8000.
+The first answer:
+
+  curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
+       -d '{"prompt": "The capital of France is", "max_tokens": 16}'
+"""
+_GROUPS = {
+    "base": "the base model",
+    "adapters": "adapters",
+    "server": "server",
+    "engine": "engine (tokens, memory, threads)",
+    "limits": "limits",
+}
+
+
+def serve(argv: Sequence[str], engine_command: Sequence[str] | None = None) -> int:
+    """`onebase serve`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options.
+
+    `engine_command` replaces the engine process, for tests of its faults.
+    """
+    parser = serve_parser()
+    options = vars(parser.parse_args(list(argv)))
+    try:
+        settings = load_settings(options)
+    except SettingsError as error:
+        parser.error(str(error))
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from onebase_server.engine_link import ENGINE_COMMAND
+    from onebase_server.startup import StartupError, run
+
+    console = Console(stderr=True)
+    try:
+        run(settings, console, engine_command or ENGINE_COMMAND)
+    except StartupError as error:
+        from onebase_server.console import print_failure
+
+        print_failure(console, str(error))
+        return 1
+    return 0
+
+
+def base(argv: Sequence[str]) -> int:
+    """`onebase base fetch`: get a base model ready and print its folder as the last line."""
+    parser = argparse.ArgumentParser(
+        prog="onebase base", description="Get base models ready before serving them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a base model once and print its folder",
+        description="Download a base model into the cache (once) and print its folder as the last line.",
+    )
+    default = Settings().base
+    fetch.add_argument(
+        "base", nargs="?", default=default, help=f"{default} (default), org/repo[@revision] or a folder"
+    )
+    arguments = parser.parse_args(list(argv))
+    from onebase_server.console import LoadingDisplay, print_failure
+    from onebase_server.startup import StartupError, resolve
+
+    console = Console(stderr=True)
+    try:
+        with LoadingDisplay(console) as display:
+            resolved = resolve(arguments.base, display)
+    except StartupError as error:
+        print_failure(console, str(error))
+        return 1
+    sys.stdout.write(f"{resolved.folder}\n")
+    return 0
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """The options of `onebase serve`, one per field of Settings."""
+    parser = argparse.ArgumentParser(
+        prog="onebase serve",
+        description=_SERVE,
+        epilog="Each option can also be set in the environment: --kv-memory 2GB is ONEBASE_KV_MEMORY=2GB.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    for item, kind in setting_fields():
+        groups[item.metadata["group"]].add_argument(option_name(item.name), **_argument(item, kind))
+    return parser
+
+
+def _argument(item: Any, kind: Any) -> dict[str, Any]:
+    text = item.metadata["help"].replace("%", "%%")
+    argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
+    if item.name == "adapter":
+        return argument | {"action": "append", "type": _checked(parse_adapter), "metavar": "NAME=FOLDER"}
+    if kind is bool:
+        return argument | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return argument | {"choices": get_args(kind)}
+    parse = item.metadata["parse"] or {int: int, float: float}.get(kind, str)
+    metavar = item.metadata["metavar"] or {int: "N", float: "SECONDS"}.get(kind, item.name.upper())
+    return argument | {"type": _checked(parse), "metavar": metavar}
+
+
+def _default(item: Any) -> str:
+    return f" (default: {item.default})" if item.default not in ((), "", False) else ""
+
+
+def _checked(parse: Any) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except SettingsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    convert.__name__ = getattr(parse, "__name__", "value")
+    return convert

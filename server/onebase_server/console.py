@@ -1,0 +1,115 @@
+"""What the person who starts the server sees: progress while it loads, then a summary."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import onebase_server
+from onebase_server.catalog import Catalog
+from onebase_server.engine.protocol import BaseInfo, Loading
+from onebase_server.settings import Settings
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def readable_bytes(count: float) -> str:
+    """`110 MB`, `5.6 GB`: powers of 1000, as disks and model cards count."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class LoadingDisplay:
+    """One line per stage: a bar on a terminal, plain text in a log. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bars away; may be called more than once."""
+        self._progress.stop()
+
+    def update(self, stage: str, fraction: float) -> None:
+        """Show that `stage` is done to `fraction` (0 to 1)."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=1.0)
+            if not self._live:
+                self._console.print(f"{stage} ...", highlight=False)
+        self._progress.update(self._tasks[stage], completed=max(0.0, min(1.0, fraction)))
+
+    def loading(self, message: Loading) -> None:
+        self.update(message.stage, message.fraction)
+
+
+def print_summary(console: Console, settings: Settings, base: BaseInfo, catalog: Catalog, url: str) -> None:
+    """The base and its memory, the adapters, and where to send requests."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "base", f"{catalog.base_name} ({base.architecture}, {base.parameters / 1e6:,.0f} M parameters)"
+    )
+    table.add_row(
+        "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), on {base.device}"
+    )
+    tokens = base.kv_blocks * base.block_size
+    table.add_row(
+        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens, {base.max_length:,} per request"
+    )
+    for title, text in zip(["adapters", *[""] * len(catalog)], _adapter_lines(catalog), strict=False):
+        table.add_row(title, text)
+    table.add_row("listening", f"{url}   (API reference: {url}/docs)")
+    console.print()
+    console.print(f"OneBase {onebase_server.__version__} is ready", style="bold", highlight=False)
+    console.print(table, highlight=False)
+    if not settings.host.startswith(_LOOPBACK):
+        console.print(
+            f"anyone who reaches {settings.host} can use this server: it checks no keys", style="yellow"
+        )
+    console.print()
+
+
+def _adapter_lines(catalog: Catalog) -> list[str]:
+    lines = []
+    for version in catalog:
+        loaded = catalog.loaded(version)
+        detail = f"rank {loaded.rank}, {readable_bytes(loaded.bytes)}" if loaded else "not loaded"
+        lines.append(f"{version.label}  ({detail})")
+    return lines or ["none yet: start with --adapter NAME=FOLDER"]
+
+
+def print_failure(console: Console, message: str) -> None:
+    console.print(f"onebase: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def address_error(settings: Settings, error: OSError) -> str:
+    """Why the server cannot listen, and the way out."""
+    return (
+        f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
+        "Choose another address with --host and --port."
+    )

@@ -1,0 +1,157 @@
+"""What can go wrong for a caller, and the one table that turns it into HTTP (OpenAI's error shape).
+
+OneBaseError
+├── InvalidRequestError        the request names a field that must change
+├── PayloadTooLargeError       the body is over the limit
+├── UnknownAdapterError        no such adapter (or version) on /generate
+├── UnknownModelError          no such model on /v1
+├── QueueFullError             come back later
+├── UnavailableError           the engine is starting, restarting or stopping
+├── EngineRestartedError       the engine died under a running request
+├── RowFailedError             the engine ended this request with an error
+├── ClientGoneError            the caller left; nobody reads the answer
+└── SlowReaderError            the caller did not read its stream
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+
+class OneBaseError(Exception):
+    """Base of all errors that a caller sees. `message` says what to do about it."""
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(OneBaseError):
+    """The request cannot be served as it is; `param` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message, code=code, param=param)
+
+
+class PayloadTooLargeError(OneBaseError):
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The request body is over {limit} bytes. Send less, or raise --max-body.",
+            code="payload_too_large",
+        )
+
+
+class UnknownAdapterError(OneBaseError):
+    def __init__(self, message: str, *, param: str = "adapter") -> None:
+        super().__init__(message, code="adapter_not_found", param=param)
+
+
+class UnknownModelError(OneBaseError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="model_not_found", param="model")
+
+
+class QueueFullError(OneBaseError):
+    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+        super().__init__(
+            f"{waiting} rows are waiting and the limit is {limit} (--queue-limit). Try again in a moment.",
+            code="queue_full",
+            retry_after=retry_after,
+        )
+
+
+class UnavailableError(OneBaseError):
+    """Nothing can be generated now; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, code: str, retry_after: float) -> None:
+        super().__init__(message, code=code, retry_after=retry_after)
+
+
+class EngineRestartedError(OneBaseError):
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine stopped while this request was running and is being restarted. Send it again.",
+            code="engine_restarted",
+            retry_after=2.0,
+        )
+
+
+class RowFailedError(OneBaseError):
+    """The engine's own words about a row that it ended."""
+
+    @property
+    def is_callers_fault(self) -> bool:
+        return self.code in CALLER_CODES
+
+
+class ClientGoneError(OneBaseError):
+    def __init__(self) -> None:
+        super().__init__("The client closed the connection.", code="client_closed_request")
+
+
+class SlowReaderError(OneBaseError):
+    def __init__(self) -> None:
+        super().__init__(
+            "The stream was not read fast enough and was cut off (--stream-buffer).", code="slow_reader"
+        )
+
+
+CALLER_CODES = frozenset(
+    {
+        "context_length_exceeded",
+        "invalid_value",
+        "never_fits",
+        "kv_capacity",
+        "prompt_too_long",
+        "invalid_request",
+    }
+)
+"""Engine error codes that the caller can cure by asking for something else."""
+
+_TABLE: dict[type[OneBaseError], tuple[int, str]] = {
+    InvalidRequestError: (400, "invalid_request_error"),
+    PayloadTooLargeError: (413, "invalid_request_error"),
+    UnknownAdapterError: (404, "invalid_request_error"),
+    UnknownModelError: (404, "invalid_request_error"),
+    QueueFullError: (429, "rate_limit_error"),
+    UnavailableError: (503, "service_unavailable"),
+    EngineRestartedError: (503, "service_unavailable"),
+    RowFailedError: (500, "server_error"),
+    ClientGoneError: (499, "invalid_request_error"),
+    SlowReaderError: (499, "invalid_request_error"),
+}
+
+
+def status_of(error: OneBaseError) -> tuple[int, str]:
+    """HTTP status and OpenAI error type."""
+    if isinstance(error, RowFailedError) and error.is_callers_fault:
+        return 400, "invalid_request_error"
+    return _TABLE.get(type(error), (500, "server_error"))
+
+
+def error_body(error: OneBaseError) -> dict[str, Any]:
+    """`{"error": {...}}`, as OpenAI's clients expect it."""
+    return error_dict(error.message, status_of(error)[1], error.code, error.param)
+
+
+def error_dict(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_headers(error: OneBaseError) -> dict[str, str]:
+    """`Retry-After` in whole seconds, rounded up, where waiting helps."""
+    if error.retry_after is None:
+        return {}
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+
+
+def error_json(error: OneBaseError) -> bytes:
+    return msgspec.json.encode(error_body(error))

@@ -1,0 +1,196 @@
+"""The wire models of POST /generate, and the limits and parts that the OpenAI routes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_N = 128
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKENS = 64
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_ADAPTER_TERMS = 16
+MAX_WEIGHT = 1000.0
+MAX_MESSAGES = 1024
+MAX_PROMPTS = 64
+MAX_PROMPT_TOKENS = 4_000_000
+MAX_TOKENS = 1_000_000
+MAX_NAME = 200
+SEED_BITS = 63
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)]
+
+
+class Wire(BaseModel):
+    """Strict types, finite numbers, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class AdapterTerm(Wire):
+    """One adapter of a weighted sum."""
+
+    name: Name
+    weight: float = Field(default=1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+class SamplingFields(Wire):
+    """How tokens are chosen: the fields that every route knows, under the same names.
+
+    A null counts as "not given".
+    """
+
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; 1 by default")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=10_000_000, description="0 is off")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: Bias | None = Field(
+        default=None, description="token id (as text) to what is added to its logit"
+    )
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    stop: str | Stops | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    ignore_eos: bool | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    stream: bool | None = None
+    timeout_s: float | None = Field(
+        default=None, gt=0, description="seconds; then finish_reason is cancelled"
+    )
+    adapter: Name | Annotated[list[AdapterTerm], Field(min_length=1, max_length=MAX_ADAPTER_TERMS)] | None = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> Self:
+        stops = [self.stop] if isinstance(self.stop, str) else []
+        if any(not stop or len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+            raise FieldError("stop", f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+        for key in self.logit_bias or {}:
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise FieldError(
+                    "logit_bias", f'{key[:40]!r} is not a token id: keys are ids, as in {{"42": -5}}'
+                )
+        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise FieldError("min_tokens", f"min_tokens is over max_tokens ({self.max_tokens})")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, whichever way they were written."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class FieldError(ValueError):
+    """A rule about one field that the field's type cannot express."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class TextPart(Wire):
+    """A piece of a message's content. Only text can be served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Wire):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_extras(cls, value: Any) -> Any:
+        """Clients send answers back with empty `refusal`, `tool_calls` and so on: they mean nothing."""
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if key in cls.model_fields or item not in (None, [])}
+
+    def rendered(self) -> dict[str, str]:
+        """What chat templates take. They know no `developer`: it is the newer word for `system`."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(parts)}
+
+
+class GenerateRequest(SamplingFields):
+    """Body of POST /generate: a prompt or messages, an adapter or none, and how to sample."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="alternatives per token, besides the chosen one"
+    )
+    echo: bool | None = Field(default=None, description="begin the text with the prompt")
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise FieldError("prompt", "give either prompt or messages")
+        return self
+
+
+def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """`(message, param)` for the most exact of pydantic's errors: the field, and the way out."""
+    first = max(errors, key=lambda error: len(error["loc"]))
+    path = [part for part in first["loc"] if part != "body"]
+    param = _param(path)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        param = f"{param}.{cause.param}" if param else cause.param
+        return f"{param}: {cause}.", param
+    if first["type"] == "extra_forbidden":
+        return f"{param}: this server does not know this field. Remove it.", param
+    if first["type"] == "json_invalid":
+        return f"The body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}.", None
+    if not path:
+        return "The body must be a JSON object, sent with Content-Type: application/json.", None
+    return f"{param}: {_sentence(first)}", param
+
+
+def _param(path: Sequence[str | int]) -> str | None:
+    """`messages[0].content` from a location; union members' names are pydantic's and left out."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif _is_field_name(part):
+            text += f".{part}" if text else part
+    return text or None
+
+
+def _is_field_name(part: str) -> bool:
+    return part.isidentifier() and part not in {
+        "str",
+        "int",
+        "float",
+        "bool",
+        "Message",
+        "TextPart",
+        "AdapterTerm",
+    }
+
+
+def _sentence(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    value = error.get("input")
+    shown = f" (it is {value!r})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+    return f"{message}{shown}."

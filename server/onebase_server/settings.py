@@ -1,0 +1,289 @@
+"""Everything a user can set about the server, once: its default, its help text, its limits.
+
+A value comes from the command line, else from `ONEBASE_<NAME>`, else from the default here. No
+other file reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from onebase_server.engine.protocol import EngineConfig
+
+ENVIRONMENT_PREFIX = "ONEBASE_"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+Quantization = Literal["nf4", "int8", "none"]
+FloatType = Literal["bfloat16", "float16", "float32"]
+Device = Literal["auto", "cuda", "cpu"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names it and says what would be right."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as `2GB`, `512MiB` or `1000000`.
+
+    Decimal suffixes (kB, MB, GB, TB) are powers of 1000 and binary ones (KiB, MiB, ...) of 1024.
+    Raises SettingsError for anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"{text!r} is not a size: write bytes or a suffix, as in 2GB or 512MiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+
+
+def parse_bool(text: str) -> bool:
+    """True for 1, true, yes, on; False for 0, false, no, off and the empty text."""
+    lowered = text.strip().lower()
+    if lowered in {"1", "true", "yes", "on"}:
+        return True
+    if lowered in {"0", "false", "no", "off", ""}:
+        return False
+    raise SettingsError(f"{text!r} is neither true nor false: write 1 or 0")
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """`(name, folder)` from `name=folder`."""
+    name, separator, folder = text.partition("=")
+    if not separator or not name or not folder:
+        raise SettingsError(f"{text!r} is not NAME=FOLDER, as in --adapter support=./adapters/support")
+    return name, folder
+
+
+def parse_adapters(text: str) -> tuple[tuple[str, str], ...]:
+    """Several `name=folder`, separated by commas (the environment's form)."""
+    return tuple(parse_adapter(part.strip()) for part in text.split(",") if part.strip())
+
+
+def about(
+    group: str,
+    text: str,
+    *,
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> dict[str, Any]:
+    """What the command line shows about a field of Settings, and the field's limits."""
+    return {"group": group, "help": text, "parse": parse, "metavar": metavar, "low": low, "high": high}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One server's settings, checked. Sizes are bytes, times are seconds, lengths are tokens."""
+
+    base: str = field(
+        default="smollm2-135m-instruct",
+        metadata=about(
+            "base",
+            "the base model: the default's name, org/repo[@revision] on the Hub, or a folder",
+        ),
+    )
+    quantization: Quantization = field(
+        default="nf4", metadata=about("base", "how the base's linear layers are stored")
+    )
+    blocksize: int = field(
+        default=64, metadata=about("base", "weights that share one scale (nf4)", low=32, high=4096)
+    )
+    double_quant: bool = field(
+        default=True, metadata=about("base", "quantize the scales as well (nf4): saves 0.4 bits a weight")
+    )
+    compute_dtype: FloatType = field(
+        default="bfloat16", metadata=about("base", "type in which 4-bit products are computed")
+    )
+    dtype: FloatType = field(
+        default="bfloat16", metadata=about("base", "type of what is not quantized, and of activations")
+    )
+    device: Device = field(
+        default="auto", metadata=about("base", "where the base lives; auto takes a GPU if there is one")
+    )
+
+    host: str = field(
+        default="127.0.0.1",
+        metadata=about("server", "address to listen on; 0.0.0.0 serves the whole network"),
+    )
+    port: int = field(
+        default=8000, metadata=about("server", "port to listen on; 0 takes any free one", low=0, high=65535)
+    )
+    log_level: LogLevel = field(
+        default="info", metadata=about("server", "least important messages that are logged")
+    )
+    access_log: bool = field(default=False, metadata=about("server", "log one line per request"))
+    drain_timeout: float = field(
+        default=120.0,
+        metadata=about(
+            "server", "seconds that running requests get to finish after SIGTERM", low=0, high=86400
+        ),
+    )
+
+    adapter: tuple[tuple[str, str], ...] = field(
+        default=(),
+        metadata=about(
+            "adapters",
+            "serve the PEFT folder under this name; may be repeated",
+            parse=parse_adapters,
+            metavar="NAME=FOLDER",
+        ),
+    )
+    adapters_dir: str = field(
+        default="",
+        metadata=about(
+            "adapters",
+            "serve each subfolder that holds an adapter_config.json, under the subfolder's name",
+            metavar="DIR",
+        ),
+    )
+    max_slots: int = field(
+        default=8,
+        metadata=about("adapters", "adapters in the accelerator's memory at once", low=1, high=1024),
+    )
+    max_rank: int = field(
+        default=64, metadata=about("adapters", "highest rank of an adapter", low=1, high=1024)
+    )
+
+    max_rows: int = field(
+        default=64, metadata=about("engine", "rows that are decoded in one step", low=1, high=4096)
+    )
+    max_length: int = field(
+        default=0,
+        metadata=about("engine", "longest prompt plus completion, in tokens; 0 takes the base's own", low=0),
+    )
+    step_tokens: int = field(
+        default=0, metadata=about("engine", "tokens in one step; 0 chooses by device", low=0)
+    )
+    kv_memory: int = field(
+        default=0,
+        metadata=about(
+            "engine",
+            "size of the KV cache, as in 2GB; 0 takes what is free",
+            parse=parse_size,
+            metavar="SIZE",
+            low=0,
+        ),
+    )
+    train_memory: int = field(
+        default=0,
+        metadata=about(
+            "engine", "memory left free for training jobs, as in 8GB", parse=parse_size, metavar="SIZE", low=0
+        ),
+    )
+    threads: int = field(
+        default=0, metadata=about("engine", "CPU threads of the engine; 0 takes every core", low=0, high=1024)
+    )
+    deterministic: bool = field(
+        default=False, metadata=about("engine", "on CUDA, the same bits whatever else is in the batch")
+    )
+
+    queue_limit: int = field(
+        default=256,
+        metadata=about(
+            "limits",
+            "rows that may wait for their turn; beyond that requests get status 429",
+            low=0,
+            high=1_000_000,
+        ),
+    )
+    stall_timeout: float = field(
+        default=60.0,
+        metadata=about(
+            "limits", "seconds without progress after which the engine is restarted", low=0.1, high=86400
+        ),
+    )
+    max_body: int = field(
+        default=8_000_000,
+        metadata=about(
+            "limits", "largest request body, as in 8MB", parse=parse_size, metavar="SIZE", low=1000
+        ),
+    )
+    max_choices: int = field(
+        default=128,
+        metadata=about("limits", "most completions of one request (n times its prompts)", low=1, high=4096),
+    )
+    max_timeout: float = field(
+        default=3600.0,
+        metadata=about("limits", "seconds after which any request is ended", low=1, high=7 * 86400),
+    )
+    stream_buffer: int = field(
+        default=1024,
+        metadata=about(
+            "limits",
+            "outputs per choice kept for a slow reader before it is cut off",
+            low=1,
+            high=1_000_000,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            _check(item, getattr(self, item.name), hints[item.name])
+
+    def engine_config(self, base_folder: str) -> EngineConfig:
+        """What the engine needs to know of these settings, for the base in a local folder."""
+        shared = {item.name for item in fields(self)} & set(EngineConfig.__struct_fields__)
+        return EngineConfig(base_folder=base_folder, **{name: getattr(self, name) for name in shared})
+
+
+def _check(item: Field[Any], value: Any, kind: Any) -> None:
+    flag = option_name(item.name)
+    choices = get_args(kind) if getattr(kind, "__origin__", None) is Literal else ()
+    if choices and value not in choices:
+        raise SettingsError(f"{flag} is {value!r}: choose one of {', '.join(choices)}")
+    low, high = item.metadata["low"], item.metadata["high"]
+    if low is not None and not value >= low:
+        raise SettingsError(f"{flag} is {value}: the lowest value is {low}")
+    if high is not None and not value <= high:
+        raise SettingsError(f"{flag} is {value}: the highest value is {high}")
+
+
+def option_name(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def environment_name(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def setting_fields() -> Iterator[tuple[Field[Any], Any]]:
+    """Each field of Settings with its type, in the order of the help text."""
+    hints = get_type_hints(Settings)
+    for item in fields(Settings):
+        yield item, hints[item.name]
+
+
+def load_settings(options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from command-line options (by field name; None is "not given") and the environment.
+
+    Raises SettingsError naming the option or variable that cannot be used.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for item, kind in setting_fields():
+        given = options.get(item.name)
+        if given is not None:
+            values[item.name] = given
+            continue
+        text = environ.get(environment_name(item.name))
+        if text is not None:
+            values[item.name] = _parse(item, kind, text)
+    return Settings(**values)
+
+
+def _parse(item: Field[Any], kind: Any, text: str) -> Any:
+    plain: dict[Any, Callable[[str], Any]] = {bool: parse_bool, int: int, float: float}
+    parse = item.metadata["parse"] or plain.get(kind, str)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise SettingsError(f"{environment_name(item.name)}: {error}") from error

@@ -1,0 +1,148 @@
+"""An engine process that speaks the real protocol over the real socket, and fails on demand.
+
+It stands in for the engine only where a fault cannot be had from the real one at a given moment.
+Run as `python scripted_engine.py BEHAVIOUR --fd N`:
+
+    words        every row gets the token ids of its prompt, one per step, over and over
+    flood        as `words`, with no pause between steps
+    deaf         accepts requests and reports steps that never advance
+    fatal        refuses to start
+    die-early    exits before it is ready
+    die-ready    exits as soon as it has been ready for a moment
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import sys
+import time
+
+from onebase_server.engine.protocol import (
+    AdapterLoaded,
+    BaseInfo,
+    Cancel,
+    Fatal,
+    FrameReader,
+    LoadAdapter,
+    Loading,
+    Ready,
+    RowOutput,
+    Shutdown,
+    Start,
+    Stats,
+    StepDone,
+    Submit,
+    ToApi,
+    encode,
+    to_engine_decoder,
+)
+
+STEP_SECONDS = 0.02
+
+
+class ScriptedEngine:
+    """Rows that copy their prompt, in one loop over the socket."""
+
+    def __init__(self, behaviour: str, connection: socket.socket) -> None:
+        self.behaviour = behaviour
+        self.connection = connection
+        self.frames = FrameReader()
+        self.decoder = to_engine_decoder()
+        self.rows: dict[tuple[str, int], list[object]] = {}
+        self.steps = 0
+
+    def send(self, message: ToApi) -> None:
+        self.connection.setblocking(True)
+        self.connection.sendall(encode(message))
+
+    def run(self) -> None:
+        selector = selectors.DefaultSelector()
+        selector.register(self.connection, selectors.EVENT_READ)
+        while True:
+            pause = 0.0 if self.behaviour == "flood" and self.rows else STEP_SECONDS
+            if selector.select(pause):
+                data = self.connection.recv(1 << 16)
+                if not data:
+                    return
+                for payload in self.frames.feed(data):
+                    self.receive(self.decoder.decode(payload))
+            self.step()
+
+    def receive(self, message: object) -> None:
+        if isinstance(message, Start):
+            self.start(message)
+        elif isinstance(message, LoadAdapter):
+            self.send(
+                AdapterLoaded(
+                    digest=message.digest,
+                    rank=8,
+                    targets=["q_proj"],
+                    parameters=64,
+                    bytes=256,
+                    load_seconds=0.1,
+                )
+            )
+        elif isinstance(message, Submit):
+            for choice in range(message.n):
+                self.rows[message.id, choice] = [message, 0]
+        elif isinstance(message, Cancel):
+            self.cancel(message)
+        elif isinstance(message, Shutdown):
+            sys.exit(0)
+
+    def start(self, message: Start) -> None:
+        self.send(Loading("loading the base", 0.5))
+        if self.behaviour == "fatal":
+            self.send(Fatal("this base is a sonnet, not a model"))
+            sys.exit(3)
+        if self.behaviour == "die-early":
+            sys.exit(7)
+        config = message.config
+        base = BaseInfo(
+            architecture="Scripted", parameters=1, quantization="none", dtype="float32", device="cpu",
+            base_bytes=1, kv_bytes=1, kv_blocks=4096, block_size=16, max_length=config.max_length or 100_000,
+            max_rows=config.max_rows, max_slots=1, max_rank=8, vocab_size=49152, load_seconds=0.0,
+        )  # fmt: skip
+        self.send(Ready(base))
+        if self.behaviour == "die-ready":
+            time.sleep(0.05)
+            os._exit(9)
+
+    def cancel(self, message: Cancel) -> None:
+        ended = [key for key in self.rows if key[0] == message.id and message.choice in (None, key[1])]
+        for key in ended:
+            del self.rows[key]
+        self.report([RowOutput(id=name, choice=choice, finish="cancelled") for name, choice in ended])
+
+    def step(self) -> None:
+        if self.behaviour == "deaf":
+            self.report([])
+            return
+        outputs = []
+        for (name, choice), state in list(self.rows.items()):
+            submit, count = state
+            if not isinstance(submit, Submit) or not isinstance(count, int):
+                raise TypeError("a row is a submit and a count")
+            state[1] = count + 1
+            finish = "length" if count + 1 >= submit.sampling.max_tokens else None
+            token = submit.prompt[count % len(submit.prompt)]
+            outputs.append(RowOutput(id=name, choice=choice, tokens=[token], finish=finish))
+            if finish:
+                del self.rows[name, choice]
+        self.steps += bool(outputs)
+        if outputs:
+            self.report(outputs)
+
+    def report(self, outputs: list[RowOutput]) -> None:
+        stats = Stats(
+            rows_running=len(self.rows), rows_waiting=0, kv_blocks_free=1, kv_blocks_cached=0, kv_blocks_total=1,
+            slots_used=0, steps=self.steps, preemptions=0, prompt_tokens=0, generated_tokens=0, cached_tokens=0,
+            adapters_loaded=0,
+        )  # fmt: skip
+        self.send(StepDone(outputs, stats))
+
+
+if __name__ == "__main__":
+    ScriptedEngine(sys.argv[1], socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))).run()
