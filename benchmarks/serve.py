@@ -118,9 +118,10 @@ class Bench:
             "runs": [asdict(run) for run in self.runs],
         }
         (folder / "serve.json").write_text(json.dumps(result, indent=1))
-        heading = f"{described['cpu']}, {described['cores']} cores, {described['versions']}\n\n"
+        versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+        heading = f"{described['cpu']}, {described['cores']} cores; {versions}. Times in ms.\n\n"
         listed = "".join(f"- {note}\n" for note in notes)
-        (folder / "serve.md").write_text(f"{heading}{report.markdown_table(cells)}\n{listed}")
+        (folder / "serve.md").write_text(f"{heading}{report.markdown_table(cells, main)}\n{listed}")
         self.console.print(f"Written: {folder / 'serve.json'}, {folder / 'serve.md'}")
 
 

@@ -7,12 +7,13 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("onebase", "torch", "transformers", "peft", "bitsandbytes")
 _VLLM_VERSION = "from importlib.metadata import version; print(version('vllm'))"
 
 
-def describe(vllm_python: Path | None) -> dict[str, object]:
+def describe(vllm_python: Path | None) -> dict[str, Any]:
     """CPU, memory, versions and load: all that a reader needs to judge a figure."""
     versions = {name: _version(name) for name in PACKAGES}
     if vllm_python is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bench.stream import Sample
@@ -80,19 +81,30 @@ def equal_texts(runs: Sequence[Run], target: str, reference: str) -> dict[str, t
     return counts
 
 
-COLUMNS = ("load", "target", "tokens/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT ms", "ratio", "rounds tok/s")
+def columns(main: str) -> tuple[str, ...]:
+    """Headings of the cells that `rows` gives; times are in milliseconds."""
+    return (
+        "load",
+        "target",
+        "tokens/s",
+        "TTFT p50",
+        "TTFT p99",
+        "TPOT",
+        f"{main} ratio",
+        "tokens/s by round",
+    )
 
 
 def rows(
     figures: dict[str, dict[str, Figures]], scenarios: Sequence[Scenario], main: str
 ) -> list[tuple[str, ...]]:
-    """Table cells; "ratio" is the main target's throughput over that of the row's target."""
+    """Table cells; the last but one is the main target's tokens/s over that of the row's target."""
     cells: list[tuple[str, ...]] = []
     for scenario in scenarios:
         targets = figures.get(scenario.key, {})
         ours = targets[main].tokens_per_second if main in targets else math.nan
         for target, figure in targets.items():
-            ratio = "" if target == main or math.isnan(ours) else f"{ours / figure.tokens_per_second:.2f}x"
+            same = target == main or math.isnan(ours)
             cells.append(
                 (
                     scenario.title,
@@ -101,24 +113,33 @@ def rows(
                     f"{figure.ttft_p50 * 1e3:.0f}",
                     f"{figure.ttft_p99 * 1e3:.0f}",
                     f"{figure.tpot_p50 * 1e3:.1f}",
-                    ratio,
+                    "" if same else f"{ours / figure.tokens_per_second:.2f}x",
                     ", ".join(f"{value:.1f}" for value in figure.rounds),
                 )
             )
     return cells
 
 
-def rich_table(cells: Sequence[tuple[str, ...]], title: str) -> Table:
-    table = Table(title=title)
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right")
+def rich_table(cells: Sequence[tuple[str, ...]], main: str, title: str) -> Table:
+    """For a terminal of 80 columns: the load is a line of its own above its targets."""
+    headings = columns(main)
+    table = Table(
+        title=title,
+        caption=f"times in ms; ratio: {main}'s tokens/s over the target's",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for index, heading in enumerate(headings[1:-1]):
+        table.add_column(heading if index else "", justify="right" if index else "left", no_wrap=True)
     for index, row in enumerate(cells):
+        if index == 0 or cells[index - 1][0] != row[0]:
+            table.add_row(f"[bold]{row[0]}[/]")
         last = index + 1 == len(cells) or cells[index + 1][0] != row[0]
-        first = index == 0 or cells[index - 1][0] != row[0]
-        table.add_row(row[0] if first else "", *row[1:], end_section=last)
+        table.add_row(f"  {row[1]}", *row[2:-1], end_section=last)
     return table
 
 
-def markdown_table(cells: Sequence[tuple[str, ...]]) -> str:
-    lines = [COLUMNS, tuple("---" if index < 2 else "---:" for index in range(len(COLUMNS))), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def markdown_table(cells: Sequence[tuple[str, ...]], main: str) -> str:
+    headings = columns(main)
+    rule = tuple("---" if index < 2 else "---:" for index in range(len(headings)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, rule, *cells)) + "\n"
