@@ -136,11 +136,8 @@ class ScriptedEngine:
             self.report(outputs)
 
     def report(self, outputs: list[RowOutput]) -> None:
-        stats = Stats(
-            rows_running=len(self.rows), rows_waiting=0, kv_blocks_free=1, kv_blocks_cached=0, kv_blocks_total=1,
-            slots_used=0, steps=self.steps, preemptions=0, prompt_tokens=0, generated_tokens=0, cached_tokens=0,
-            adapters_loaded=0,
-        )  # fmt: skip
+        counts = dict.fromkeys(Stats.__struct_fields__, 0)
+        stats = Stats(**counts | {"rows_running": len(self.rows), "steps": self.steps})
         self.send(StepDone(outputs, stats))
 
 

@@ -1,0 +1,208 @@
+"""Bodies are checked strictly, and each refusal names the field and what would be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from onebase_server.openai_schemas import ChatRequest, CompletionRequest
+from onebase_server.schemas import GenerateRequest, Wire, validation_error
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def refusal(model: type[Wire], body: dict[str, Any]) -> tuple[str, str | None]:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    return validation_error(caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
+        ("seed", 2**64),
+        ("seed", "1"),
+        ("n", 0),
+        ("n", 129),
+        ("max_tokens", -1),
+        ("max_tokens", 10**9),
+        ("min_tokens", -1),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("stop", ""),
+        ("stop", "x" * 257),
+        ("stop", ["x"] * 17),
+        ("timeout_s", 0),
+        ("logit_bias", {"x": 1.0}),
+        ("logit_bias", {"-1": 1.0}),
+        ("logit_bias", {str(i): 1.0 for i in range(1025)}),
+        ("adapter", []),
+        ("adapter", [{"name": "a", "weight": 1.0}] * 17),
+        ("stream", "yes"),
+        ("nonsense", 1),
+    ],
+)
+def test_a_value_out_of_its_limits_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
+    message, param = refusal(GenerateRequest, {"prompt": "hi", field: value})
+
+    assert param == field
+    assert message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "hi", "stop": ["ok", ""]}, "stop[1]"),
+        ({"prompt": "hi", "stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
+        ({"prompt": "hi", "logit_bias": {"5": float("nan")}}, "logit_bias"),
+        ({"prompt": "hi", "adapter": [{"name": "a", "weight": float("inf")}]}, "adapter[0].weight"),
+        ({"prompt": "hi", "adapter": [{"name": "a", "weight": 1e9}]}, "adapter[0].weight"),
+        ({"prompt": "hi", "adapter": [{"weight": 1.0}]}, "adapter[0].name"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": []}, "messages"),
+        ({"prompt": "hi", "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"prompt": "hi", "messages": USER}, "prompt"),
+        ({}, "prompt"),
+    ],
+)
+def test_a_wrong_part_is_refused_by_its_path(body: dict[str, Any], param: str) -> None:
+    message, found = refusal(GenerateRequest, body)
+
+    assert found is not None
+    assert found.startswith(param)
+    assert param.split("[")[0] in message
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["tools", "functions", "function_call", "audio", "prediction", "reasoning_effort", "web_search_options"],
+)
+def test_a_chat_field_that_would_change_the_answer_is_refused_by_name(field: str) -> None:
+    message, param = refusal(ChatRequest, {"model": "m", "messages": USER, field: {"x": 1}})
+
+    assert param == field
+    assert "does not support" in message
+
+
+def test_other_response_formats_than_text_are_refused() -> None:
+    body = {"model": "m", "messages": USER, "response_format": {"type": "json_object"}}
+
+    message, param = refusal(ChatRequest, body)
+
+    assert param == "response_format.type"
+    assert "text" in message
+
+
+@pytest.mark.parametrize(("field", "value"), [("suffix", "end"), ("best_of", 2)])
+def test_a_completion_field_that_would_change_the_answer_is_refused_by_name(
+    field: str, value: object
+) -> None:
+    _, param = refusal(CompletionRequest, {"model": "m", "prompt": "hi", field: value})
+
+    assert param == field
+
+
+def test_fields_that_change_nothing_are_accepted() -> None:
+    body = {
+        "model": "m",
+        "messages": USER,
+        "user": "me",
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "parallel_tool_calls": True,
+        "reasoning_effort": None,
+        "frequency_penalty": None,
+        "stop": None,
+    }
+
+    request = ChatRequest.model_validate(body)
+
+    assert request.model == "m"
+
+
+def test_an_answer_sent_back_with_empty_extras_is_a_message() -> None:
+    message = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []}
+
+    request = ChatRequest.model_validate({"model": "m", "messages": [message]})
+
+    assert request.messages[0].rendered() == {"role": "assistant", "content": "hi"}
+
+
+def test_a_message_with_a_tool_call_is_refused() -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+
+    _, param = refusal(ChatRequest, {"model": "m", "messages": [message]})
+
+    assert param == "messages[0].tool_calls"
+
+
+def test_text_parts_are_joined_and_other_parts_refused() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+
+    request = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": parts}]})
+    image = {"type": "image_url", "image_url": {"url": "http://x"}}
+    _, param = refusal(ChatRequest, {"model": "m", "messages": [{"role": "user", "content": [image]}]})
+
+    assert request.messages[0].rendered()["content"] == "one two"
+    assert param is not None
+    assert param.startswith("messages[0].content[0]")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("hi", ["hi"]),
+        (["hi", "ho"], ["hi", "ho"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_a_completion_takes_every_form_of_prompt(prompt: object, expected: list[object]) -> None:
+    request = CompletionRequest.model_validate({"model": "m", "prompt": prompt})
+
+    assert request.prompts() == expected
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "x"], [-1], ["x"] * 65, None, {"a": 1}])
+def test_what_is_no_prompt_is_refused(prompt: object) -> None:
+    _, param = refusal(CompletionRequest, {"model": "m", "prompt": prompt})
+
+    assert param is not None
+    assert param.startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_chat_fields_that_do_not_go_together_are_refused(body: dict[str, Any], param: str) -> None:
+    _, found = refusal(ChatRequest, {"model": "m", "messages": USER, **body})
+
+    assert found == param

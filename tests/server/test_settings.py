@@ -1,0 +1,95 @@
+"""Settings come from options, then the environment, then the defaults, and are checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from onebase_server.engine.protocol import EngineConfig
+from onebase_server.settings import Settings, SettingsError, load_settings, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("1000000", 1_000_000),
+        ("2GB", 2_000_000_000),
+        ("2 gb", 2_000_000_000),
+        ("1.5G", 1_500_000_000),
+        ("512MiB", 512 * 1024**2),
+        ("4kB", 4000),
+        ("1TiB", 1024**4),
+    ],
+)
+def test_sizes_are_bytes_with_decimal_or_binary_suffixes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1GB", "1XB", "1GB2", "NaN", "1e9", "1GBB"])
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(SettingsError, match="2GB"):
+        parse_size(text)
+
+
+def test_an_option_wins_over_the_environment_and_that_over_the_default() -> None:
+    environ = {"ONEBASE_PORT": "9000", "ONEBASE_MAX_ROWS": "7"}
+
+    settings = load_settings({"port": 9001, "max_rows": None}, environ)
+
+    assert (settings.port, settings.max_rows, settings.max_slots) == (9001, 7, Settings().max_slots)
+
+
+def test_the_environment_takes_sizes_switches_and_several_adapters() -> None:
+    environ = {
+        "ONEBASE_KV_MEMORY": "2GB",
+        "ONEBASE_DOUBLE_QUANT": "no",
+        "ONEBASE_ADAPTER": "a=/x/a, b=/x/b",
+        "UNRELATED": "1",
+    }
+
+    settings = load_settings({}, environ)
+
+    assert settings.kv_memory == 2_000_000_000
+    assert settings.double_quant is False
+    assert settings.adapter == (("a", "/x/a"), ("b", "/x/b"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"ONEBASE_PORT": "eighty"}, "ONEBASE_PORT"),
+        ({"ONEBASE_PORT": "70000"}, "--port"),
+        ({"ONEBASE_QUANTIZATION": "fp4"}, "nf4, int8, none"),
+        ({"ONEBASE_STALL_TIMEOUT": "nan"}, "--stall-timeout"),
+        ({"ONEBASE_ADAPTER": "nofolder"}, "NAME=FOLDER"),
+        ({"ONEBASE_DETERMINISTIC": "perhaps"}, "ONEBASE_DETERMINISTIC"),
+        ({"ONEBASE_MAX_ROWS": "0"}, "--max-rows"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, environ)
+    assert named in str(caught.value)
+
+
+def test_the_server_listens_on_loopback_unless_told_otherwise() -> None:
+    assert Settings().host == "127.0.0.1"
+
+
+def test_every_engine_setting_reaches_the_engine() -> None:
+    settings = Settings(quantization="none", max_rows=3, kv_memory=5, deterministic=True, threads=2)
+
+    config = settings.engine_config("/base")
+
+    assert config == EngineConfig(
+        base_folder="/base",
+        quantization="none",
+        max_rows=3,
+        kv_memory=5,
+        deterministic=True,
+        threads=2,
+        max_slots=settings.max_slots,
+        max_rank=settings.max_rank,
+    )
+    missing = set(EngineConfig.__struct_fields__) - set(vars(settings)) - {"base_folder", "block_size"}
+    assert not missing
