@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,6 +46,7 @@ class Bench:
     prompts: Prompts
     scenarios: list[Scenario]
     console: Console
+    machine: dict[str, Any]
     runs: list[report.Run]
     failed: set[str]
 
@@ -100,28 +102,25 @@ class Bench:
         figures = report.summarize(self.runs)
         cells = report.rows(figures, self.scenarios, main)
         equal = report.equal_texts(self.runs, main, "peft") if main != "peft" else {}
-        self.console.print(
-            report.rich_table(cells, f"{self.setup.base.name}, {self.options.tokens} tokens out")
-        )
+        title = f"{self.setup.base.name}, {self.options.tokens} tokens out"
+        self.console.print(report.rich_table(cells, main, title))
         notes = [f"texts equal to PEFT's, {key}: {n} of {total}" for key, (n, total) in equal.items()]
         for note in notes:
             self.console.print(note)
-        described = machine.describe(self.options.vllm_python)
-        folder: Path = self.options.output
-        folder.mkdir(parents=True, exist_ok=True)
         result = {
-            "machine": described,
+            "machine": self.machine,
             "options": {name: str(value) for name, value in vars(self.options).items()},
             "figures": {key: {t: asdict(f) for t, f in by.items()} for key, by in figures.items()},
             "texts_equal_to_peft": equal,
             "failed": sorted(self.failed),
             "runs": [asdict(run) for run in self.runs],
         }
+        folder: Path = self.options.output
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "serve.json").write_text(json.dumps(result, indent=1))
-        versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-        heading = f"{described['cpu']}, {described['cores']} cores; {versions}. Times in ms.\n\n"
         listed = "".join(f"- {note}\n" for note in notes)
-        (folder / "serve.md").write_text(f"{heading}{report.markdown_table(cells, main)}\n{listed}")
+        markdown = f"{machine.sentence(self.machine)}\n\n{report.markdown_table(cells, main)}\n{listed}"
+        (folder / "serve.md").write_text(markdown)
         self.console.print(f"Written: {folder / 'serve.json'}, {folder / 'serve.md'}")
 
 
@@ -216,7 +215,9 @@ def main(argv: Sequence[str]) -> int:
         setup = Setup(options.base, names, options.rank, options.threads)
         prompts = Prompts(options.base, options.prompt_tokens, options.seed)
         loads = scenarios(options.streams, list(names), options.repeats)
-        bench = Bench(options, setup, prompts, loads, console, [], set())
+        bench = Bench(
+            options, setup, prompts, loads, console, machine.describe(options.vllm_python), [], set()
+        )
         asyncio.run(bench.measure(_targets(options, setup), Path(folder)))
     bench.publish()
     return 1 if bench.failed or not bench.runs else 0

@@ -32,6 +32,13 @@ def describe(vllm_python: Path | None) -> dict[str, Any]:
     }
 
 
+def sentence(described: dict[str, Any]) -> str:
+    """The line above a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
+    gpu = f", {described['gpu']}" if described["gpu"] else ""
+    return f"{described['cpu']}, {described['cores']} cores{gpu}; {versions}. Times in ms."
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
