@@ -69,43 +69,47 @@ class Sdk:
         return anyio.run(run)
 
     def stream(
-        self, prompt: str, *, stop_after: int | None = None, seen: list[Any] | None = None, **options: Any
-    ) -> tuple[list[Piece], Generation | None]:
-        """The pieces of one stream and its result; None where it was left after `stop_after` pieces.
+        self, prompt: str, *, seen: list[Any] | None = None, **options: Any
+    ) -> tuple[list[Piece], Generation]:
+        """The pieces of one stream, and its result.
 
         `seen` gets the stream object, for a look at it after a failure.
         """
-        if self.asynchronous:
-            return self.call(lambda client: _read_async(client, prompt, stop_after, seen), **options)
-        return self.call(lambda client: _read(client, prompt, stop_after, seen), **options)
+        read = _read_async if self.asynchronous else _read
+        return self.call(lambda client: read(client, prompt, [] if seen is None else seen), **options)
+
+    def leave(self, pieces: int, url: str, after: Callable[[], None]) -> None:
+        """Open a stream, take some pieces, leave it, and call `after` while the client is still open."""
+        leave = _leave_async if self.asynchronous else _leave
+        self.call(lambda client: leave(client, pieces, after), url=url)
 
 
-def _read(client: Client, prompt: str, stop_after: int | None, seen: list[Any] | None) -> Any:
-    pieces: list[Piece] = []
+def _read(client: Client, prompt: str, seen: list[Any]) -> tuple[list[Piece], Generation]:
     stream = client.stream(prompt)
-    if seen is not None:
-        seen.append(stream)
+    seen.append(stream)
     with stream:
-        for piece in stream:
-            pieces.append(piece)
-            if len(pieces) == stop_after:
-                return pieces, None
-        return pieces, stream.result
+        return list(stream), stream.result
 
 
-async def _read_async(
-    client: AsyncClient, prompt: str, stop_after: int | None, seen: list[Any] | None
-) -> Any:
-    pieces: list[Piece] = []
+async def _read_async(client: AsyncClient, prompt: str, seen: list[Any]) -> tuple[list[Piece], Generation]:
     stream = client.stream(prompt)
-    if seen is not None:
-        seen.append(stream)
+    seen.append(stream)
     async with stream:
-        async for piece in stream:
-            pieces.append(piece)
-            if len(pieces) == stop_after:
-                return pieces, None
-        return pieces, stream.result
+        return [piece async for piece in stream], stream.result
+
+
+def _leave(client: Client, pieces: int, after: Callable[[], None]) -> None:
+    with client.stream("x") as stream:
+        for _ in range(pieces):
+            next(iter(stream))
+    after()
+
+
+async def _leave_async(client: AsyncClient, pieces: int, after: Callable[[], None]) -> None:
+    async with client.stream("x") as stream:
+        for _ in range(pieces):
+            await anext(aiter(stream))
+    after()
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -368,9 +369,13 @@ def test_adapter_options_are_one_name_or_weights() -> None:
     assert options.adapter(["a", "b=0.5"]) == (AdapterWeight("a", 1.0), AdapterWeight("b", 0.5))
 
 
-def test_a_reader_that_has_enough_ends_the_command_quietly(server: Any) -> None:
-    command = [sys.executable, "-m", "onebase.cli", "generate", "x", "--url", server.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("arguments", [["generate", "x"], ["models"], ["--help"]])
+def test_a_reader_that_has_enough_ends_the_command_quietly(server: Any, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "onebase.cli", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()

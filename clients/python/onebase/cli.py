@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tolerate_narrow_encodings()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
