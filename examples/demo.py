@@ -29,7 +29,7 @@ from rich.text import Text
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
-PROMPT = "Hello, I am Anna Keller from Zurich. Please send me three blue mugs, as soon as possible."
+PROMPT = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon. What should I do?"
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 
@@ -62,6 +62,10 @@ class Server:
     def log_lines(self) -> list[str]:
         return self.log.read_text(errors="replace").strip().splitlines()
 
+    def stage(self) -> str:
+        """What the server is doing while it starts: the last line of its log that ends in dots."""
+        return next((line for line in reversed(self.log_lines()) if line.endswith("...")), "")
+
     def tail(self) -> str:
         return "\n".join(self.log_lines()[-20:])
 
@@ -81,7 +85,7 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One base and its adapters, answering at the same time.")
     parser.add_argument("--prompt", default=PROMPT, help="what to ask them")
-    parser.add_argument("--tokens", type=int, default=96, help="longest answer, in tokens (default 96)")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on (default 8000)")
     parser.add_argument("--once", action="store_true", help="stop the server and exit after the answers")
     options = parser.parse_args()
@@ -98,7 +102,7 @@ async def demo(options: argparse.Namespace, console: Console) -> None:
     async with running_server(adapters, choose_port(options.port, console), console) as server:
         finished = await until_stopped(show(server, adapters, options, console), stop, server)
         if finished and not options.once:
-            print_next_steps(server, adapters[0].name, console)
+            print_next_steps(server, adapters[-1].name, console)
             await until_stopped(forever(), stop, server)
 
 
@@ -187,29 +191,34 @@ async def show(server: Server, adapters: list[Path], options: argparse.Namespace
     async with AsyncClient(server.url) as client:
         await wait_until_ready(client, server, console)
         console.print(f"\n{len(answers)} requests at the same time, each with the prompt:\n")
-        console.print(Text(f"    {options.prompt}\n", style="bold"))
+        console.print(Text(f"    {options.prompt}\n", style="bold"), soft_wrap=True)
         asking = asyncio.gather(*(ask(client, answer, options) for answer in answers))
         if console.is_terminal:
             await show_live(asking, answers, console)
         else:
             await asking
             for answer in answers:
-                console.print(Text(f"--- {answer.title} ({answer.speed})\n{answer.text.strip()}\n"))
+                plain = f"--- {answer.title} ({answer.speed})\n{answer.text.strip()}\n"
+                console.print(Text(plain), soft_wrap=True)
 
 
 async def wait_until_ready(client: AsyncClient, server: Server, console: Console) -> None:
-    """Poll the server, showing the last line of its log meanwhile.
+    """Poll the server, telling what it does meanwhile.
 
     Raises:
         DemoError: it is not ready within START_TIMEOUT_S.
     """
-    started = time.monotonic()
-    console.print("Starting the server")
+    started, shown = time.monotonic(), ""
+    console.print("Starting the server ...")
     with console.status("") as status:
         while not await is_ready(client):
             if time.monotonic() - started > START_TIMEOUT_S:
                 raise DemoError(f"the server is not ready after {START_TIMEOUT_S:.0f} s:\n{server.tail()}")
-            status.update(Text((server.log_lines() or [""])[-1], overflow="ellipsis", no_wrap=True))
+            stage = server.stage()
+            status.update(Text(stage))
+            if stage != shown and not console.is_terminal:
+                console.print(Text(f"  {stage}"))
+            shown = stage
             await asyncio.sleep(0.2)
     console.print(f"Ready after {time.monotonic() - started:.0f} s: {server.url}")
 
@@ -253,26 +262,25 @@ async def show_live(asking: asyncio.Future[list[None]], answers: list[Answer], c
 
 def print_next_steps(server: Server, adapter: str, console: Console) -> None:
     """Print what to try next, ready to be pasted."""
-    console.print(
-        Text(f"""
-The server is running: {server.url}     its log: {server.log}
+    text = f"""
+The server is running: {server.url} (its log: {server.log})
 
-Try it from another terminal:
+From another terminal, in this folder:
 
   curl {server.url}/generate -H 'Content-Type: application/json' \\
-    -d '{{"messages": [{{"role": "user", "content": "Hello!"}}], "adapter": "{adapter}"}}'
+    -d '{{"messages": [{{"role": "user", "content": "How are you?"}}], "adapter": "{adapter}"}}'
 
-  {Path(sys.executable).with_name("onebase")} chat --url {server.url}
+  .venv/bin/onebase chat --url {server.url}
 
-From Python (in .venv/bin/python):
+From Python (.venv/bin/python):
 
   from onebase import Client
   client = Client("{server.url}")
-  print(client.chat("Hello!", adapter="{adapter}").text)
+  print(client.chat("How are you?", adapter="{adapter}").text)
 
 Ctrl-C stops the server.
-""")
-    )
+"""
+    console.print(Text(text), soft_wrap=True)
 
 
 if __name__ == "__main__":
