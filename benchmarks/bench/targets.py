@@ -88,7 +88,7 @@ class OneBaseTarget:
     async def start(self, log: Path) -> AsyncIterator[Session]:
         setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
         command = [str(Path(sys.executable).with_name("onebase")), "serve", "--base", str(setup.base)]
-        command += ["--port", str(port), "--threads", str(setup.threads)]
+        command += ["--port", str(port), "--threads", str(setup.threads), "--kv-memory", "2GiB"]
         command += ["--max-slots", str(len(setup.adapters)), "--max-rank", str(setup.rank)]
         for name, folder in setup.adapters.items():
             command += ["--adapter", f"{name}={folder}"]

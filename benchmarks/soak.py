@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""Loads a server with everything at once for some minutes, then proves that nothing leaked.
+
+32 clients send random prompts, adapters, weighted sums, lengths, sampling settings and n, streamed or
+not; some leave in the middle, some set deadlines, some send nonsense. Among them run canaries:
+requests whose answer was recorded before the load, and must come out the same under it.
+
+After a warm-up and again at the end, the soak waits until the server is idle and compares: KV blocks
+all free, no rows, no restart, memory and file descriptors of the server's processes where they were.
+Exit status: 0 when all of that holds and every answer kept the contract, else 1.
+
+  python benchmarks/soak.py                                     # starts `onebase serve` itself, 3 minutes
+  python benchmarks/soak.py --url http://127.0.0.1:8000 --pid 4711 --minutes 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.leaks import Snapshot, compare, leak_table, snapshot
+from bench.lora import make_adapters
+from bench.processes import StartError, end_on_signals, free_port, server, tail
+from bench.soak_client import ContractError, Tally, run_plan, texts_of
+from bench.soak_plan import Plan, Planner
+from bench.stream import HttpError, fetch_json
+
+ABORT_AFTER_FAILURES = 20
+CANARY_SHARE = 0.08
+
+
+@dataclass
+class Soak:
+    """One soak of a server that is ready."""
+
+    url: str
+    pid: int | None
+    options: argparse.Namespace
+    console: Console
+    planner: Planner
+    tally: Tally
+
+    async def run(self) -> list[str]:
+        """All phases; returns what is wrong, in sentences."""
+        options, seconds = self.options, self.options.minutes * 60
+        canaries = await self._record(self.planner.canaries())
+        self.console.print(f"{len(canaries)} canaries recorded; {options.clients} clients start")
+        warm_up = min(seconds / 3, 120.0)
+        await self._load("warm-up", warm_up, canaries)
+        before = await self._idle()
+        await self._load("soak", seconds - warm_up, canaries)
+        after = await self._idle()
+        for plan in canaries:
+            await self._one(plan)
+        self._print_outcomes()
+        self.console.print(leak_table(before, after))
+        leaks = compare(before, after, options.memory_bound * 2**20, options.descriptor_slack)
+        if not self.tally.outcomes["finished"]:
+            leaks.append("no request finished")
+        return [*self.tally.failures, *leaks]
+
+    async def _record(self, plans: list[Plan]) -> list[Plan]:
+        """The same plans, with the texts that the idle server gives for them."""
+        recorded = []
+        for plan in plans:
+            answer = await run_plan(self.url, plan, self.tally, self.options.hang)
+            if answer is None:
+                raise ContractError(f"the idle server refused {plan.body}")
+            recorded.append(replace(plan, text=texts_of(answer)) if self.options.canaries else plan)
+        return recorded
+
+    async def _load(self, phase: str, seconds: float, canaries: list[Plan]) -> None:
+        """All clients until the time is over; requests that run then are awaited."""
+        end = time.monotonic() + seconds
+        reporter = asyncio.create_task(self._report(phase, end))
+        try:
+            await asyncio.gather(*(self._client(end, canaries) for _ in range(self.options.clients)))
+        finally:
+            reporter.cancel()
+
+    async def _client(self, end: float, canaries: list[Plan]) -> None:
+        while time.monotonic() < end and len(self.tally.failures) < ABORT_AFTER_FAILURES:
+            is_canary = self.planner.chance(CANARY_SHARE)
+            await self._one(self.planner.choose(canaries) if is_canary else self.planner.plan())
+
+    async def _one(self, plan: Plan) -> None:
+        try:
+            answer = await run_plan(self.url, plan, self.tally, self.options.hang)
+        except ContractError as error:
+            self.tally.failures.append(str(error))
+            self.console.print(f"[red]failure {len(self.tally.failures)}:[/] {escape(str(error))}")
+        else:
+            self.tally.outcomes["canaries right"] += plan.text is not None and answer is not None
+
+    async def _report(self, phase: str, end: float) -> None:
+        """A line now and then, for the person who waits."""
+        while True:
+            await asyncio.sleep(15)
+            try:
+                now = await snapshot(self.url, self.pid)
+            except (OSError, EOFError, HttpError) as error:
+                self.console.print(f"{phase}: /status does not answer: {error!r}")
+                continue
+            left = max(0.0, end - time.monotonic())
+            self.console.print(
+                f"{phase}: {left:.0f} s left, {self.tally.outcomes.total()} requests, "
+                f"{self.tally.tokens} tokens, {len(self.tally.failures)} failures; {now.line()}"
+            )
+
+    async def _idle(self) -> Snapshot:
+        """The state once nothing runs and all is free, or what it is after `--settle` seconds."""
+        deadline = time.monotonic() + self.options.settle
+        while True:
+            state = await snapshot(self.url, self.pid)
+            if state.idle or time.monotonic() > deadline:
+                await asyncio.sleep(3)
+                return await snapshot(self.url, self.pid)
+            await asyncio.sleep(0.5)
+
+    def _print_outcomes(self) -> None:
+        table = Table("outcome", "requests", title=f"{self.tally.tokens} tokens read")
+        for outcome, count in self.tally.outcomes.most_common():
+            table.add_row(outcome, str(count))
+        self.console.print(table)
+
+
+@asynccontextmanager
+async def _server(options: argparse.Namespace, folder: Path) -> AsyncIterator[tuple[str, int | None]]:
+    """The URL and process of the server to soak: the one given, or one of our own."""
+    if options.url:
+        yield options.url.rstrip("/"), options.pid
+        return
+    from onebase_adapters.default_base import resolve_base
+
+    base = resolve_base(options.base).folder
+    adapters = make_adapters(base, folder / "adapters", options.adapters)
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [str(Path(sys.executable).with_name("onebase")), "serve", "--base", str(base)]
+    command += ["--port", str(port), "--max-slots", str(options.slots), "--kv-memory", options.kv_memory]
+    command += ["--threads", str(options.threads)]
+    for name, path in adapters.items():
+        command += ["--adapter", f"{name}={path}"]
+    log = folder / "server.log"
+    async with server([*command, *shlex.split(options.onebase_args)], f"{url}/ready", log) as process:
+        try:
+            yield url, process.pid
+        finally:
+            if process.poll() is not None:
+                sys.stderr.write(f"the server ended with {process.returncode}:\n{tail(log)}\n")
+
+
+async def _soak(options: argparse.Namespace, console: Console) -> list[str]:
+    with tempfile.TemporaryDirectory(prefix="onebase-soak-") as folder:
+        async with _server(options, Path(folder)) as (url, pid):
+            adapters = [item["id"] for item in (await fetch_json(f"{url}/v1/adapters"))["data"]]
+            if pid is None:
+                console.print("[yellow]Without --pid, memory and file descriptors are not watched.[/]")
+            soak = Soak(url, pid, options, console, Planner(adapters, options.seed), Tally())
+            return await soak.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, default=3, help="length, with the warm-up (default: 3)")
+    add("--clients", type=int, default=32, help="requests at the same time (default: 32)")
+    add("--seed", type=int, default=0, help="of the random requests (default: 0)")
+    add("--url", default="", help="a running server on this machine (default: start one)")
+    add("--pid", type=int, help="its process, to watch memory and file descriptors")
+    add("--base", default="smollm2-135m-instruct", help="for a server of our own: as in `onebase serve`")
+    add("--adapters", type=int, default=8, help="for a server of our own: random adapters (default: 8)")
+    add("--slots", type=int, default=4, help="... and slots: fewer, so that adapters must wait (default: 4)")
+    add("--kv-memory", default="96MiB", help="... and KV cache: small, so that rows are preempted")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="... and CPU threads (default: all)")
+    add("--onebase-args", default="", metavar="ARGS", help="... and more options, in one string")
+    add("--hang", type=float, default=300, help="seconds after which a request counts as hung (default: 300)")
+    add("--settle", type=float, default=60, help="seconds that the server gets to become idle (default: 60)")
+    add("--memory-bound", type=int, default=64, help="MiB that a process may grow by (default: 64)")
+    add("--descriptor-slack", type=int, default=0, help="descriptors that may be added (default: 0)")
+    add(
+        "--canaries",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="require recorded answers to stay the same; they may not on CUDA without --deterministic",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 when nothing leaked and nothing went wrong, else 1."""
+    options = _parser().parse_args(argv)
+    end_on_signals()
+    console = Console()
+    try:
+        problems = asyncio.run(_soak(options, console))
+    except (StartError, ContractError, HttpError, OSError, EOFError) as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    for problem in problems:
+        console.print(f"[bold red]FAILED[/] {escape(problem)}")
+    if not problems:
+        console.print("[bold green]No leak, no wrong answer.[/]")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
