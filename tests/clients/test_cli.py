@@ -131,7 +131,7 @@ def test_an_unknown_adapter_leads_to_the_list_of_adapters(
 ) -> None:
     assert main(["generate", "--adapter", "unknown", "x"]) == 1
     assert capsys.readouterr().err == (
-        "onebase: no adapter 'unknown' (HTTP 404 [adapter])\n`onebase models` lists what the server has.\n"
+        "onebase: no adapter 'unknown' (HTTP 404)\n`onebase models` lists what the server has.\n"
     )
 
 

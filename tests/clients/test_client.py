@@ -36,6 +36,7 @@ from onebase import (
     UnprocessableError,
     Usage,
 )
+from onebase.errors import ErrorDetail, status_error
 
 Answer = httpx2.Response | Exception
 
@@ -197,7 +198,12 @@ def test_each_status_raises_its_own_error(sdk: Any, wire: Any, status: int, kind
     )
     assert error.message == "top_k is below 0"
     assert error.retry_after == 3.0
-    assert str(error) == f"top_k is below 0 (HTTP {status} [top_k])"
+    assert str(error) == f"top_k is below 0 (HTTP {status})"
+
+
+def test_an_error_names_its_field_once() -> None:
+    assert str(status_error(400, ErrorDetail("too low", param="top_k"))) == "too low (HTTP 400, top_k)"
+    assert str(status_error(400, ErrorDetail("top_k: too low", param="top_k"))) == "top_k: too low (HTTP 400)"
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ class APIStatusError(OneBaseError):
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        field = f" [{self.param}]" if self.param else ""
-        return f"{self.message} (HTTP {self.status}{field})"
+        named = self.param is None or self.param in self.message
+        return f"{self.message} (HTTP {self.status}{'' if named else f', {self.param}'})"
 
 
 class BadRequestError(APIStatusError):

@@ -1,0 +1,160 @@
+"""The SDK and the command against the real server, with the real base and real adapters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import anyio
+import httpx2
+import pytest
+
+from onebase import AsyncClient, BadRequestError, Client, Message, NotFoundError, __version__
+
+PROMPT = "The capital of France is"
+EMOJI = "Repeat after me: 🙂 日本語 é"
+
+
+@pytest.fixture
+def adapter(server: Any) -> str:
+    """The name of an adapter that the server has."""
+    with Client(server.url) as client:
+        adapters = client.adapters.list()
+    assert adapters, "the server of these tests serves at least one adapter"
+    assert adapters[0].active
+    return adapters[0].name
+
+
+def test_the_server_is_well_and_lists_what_it_has(sdk: Any, server: Any, adapter: str) -> None:
+    assert sdk.call(lambda client: client.health(), url=server.url).ok
+    assert sdk.call(lambda client: client.ready(), url=server.url).ok
+    assert sdk.call(lambda client: client.version(), url=server.url).version == __version__
+    (first, *_) = sdk.call(lambda client: client.adapters.list(), url=server.url)
+    names = [model.id for model in sdk.call(lambda client: client.models.list(), url=server.url)]
+    assert {first.name, first.base} <= set(names)
+    assert sdk.call(lambda client: client.models.retrieve(first.base), url=server.url).id == first.base
+    assert len(first.version) == 64
+    assert first.rank > 0
+    assert first.targets
+
+
+def test_the_base_answers_and_says_what_it_took(sdk: Any, server: Any) -> None:
+    answer = sdk.call(lambda client: client.generate(PROMPT, temperature=0, max_tokens=8), url=server.url)
+    assert "Paris" in answer.text
+    assert answer.adapter is None
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.prompt_tokens > 0
+    assert answer.timing.ttft_s > 0
+    assert answer.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("messages", [EMOJI, [Message("system", "Be brief"), Message("user", EMOJI)]])
+def test_a_stream_and_a_whole_answer_are_the_same(server: Any, adapter: str, messages: Any) -> None:
+    fields: dict[str, Any] = {"adapter": adapter, "temperature": 0, "max_tokens": 24}
+    with Client(server.url) as client:
+        whole = client.chat(messages, **fields)
+        with client.stream(messages=messages, **fields) as stream:
+            pieces = list(stream)
+    assert "".join(piece.text for piece in pieces) == stream.result.text == whole.text
+    assert len(pieces) > 2
+    assert stream.result.choices == whole.choices
+    assert stream.result.adapter == whole.adapter
+    assert str(whole.adapter).startswith(f"{adapter}@")
+    assert stream.result.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_an_adapter_changes_the_answer_and_weight_zero_gives_it_back(server: Any, adapter: str) -> None:
+    with Client(server.url) as client:
+        base, own, none = (
+            client.chat("How are you today?", adapter=spec, temperature=0, max_tokens=24).text
+            for spec in (None, adapter, {adapter: 0.0})
+        )
+    assert own != base
+    assert none == base
+
+
+def test_choices_and_logprobs_come_as_asked(sdk: Any, server: Any) -> None:
+    answer = sdk.call(
+        lambda client: client.generate(PROMPT, n=2, seed=7, max_tokens=4, logprobs=2, ignore_eos=True),
+        url=server.url,
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        assert "".join(choice.logprobs.tokens) == choice.text
+        assert len(choice.logprobs.token_ids) == 4
+        assert all(value <= 0 for value in choice.logprobs.token_logprobs)
+        assert all(len(top) >= 2 for top in choice.logprobs.top_logprobs)
+
+
+def test_the_servers_refusals_are_typed_and_name_the_field(sdk: Any, server: Any) -> None:
+    with pytest.raises(NotFoundError) as unknown:
+        sdk.call(lambda client: client.chat("x", adapter="no-such-adapter"), url=server.url)
+    assert unknown.value.param == "adapter"
+    with pytest.raises(BadRequestError) as wrong:
+        sdk.call(lambda client: client.chat("x", top_k=-1), url=server.url)
+    assert wrong.value.param == "top_k"
+
+
+def test_many_streams_at_once_each_get_their_own_answer(server: Any, adapter: str) -> None:
+    answers: dict[int, str] = {}
+
+    async def one(client: AsyncClient, number: int) -> None:
+        who = adapter if number % 2 else None
+        async with client.stream(PROMPT, adapter=who, temperature=0, max_tokens=6) as stream:
+            answers[number] = (await stream.read()).text
+
+    async def run() -> None:
+        async with AsyncClient(server.url) as client, anyio.create_task_group() as group:
+            for number in range(8):
+                group.start_soon(one, client, number)
+
+    anyio.run(run)
+    assert len(answers) == 8
+    assert len({answers[number] for number in (0, 2, 4, 6)}) == 1
+    assert len({answers[number] for number in (1, 3, 5, 7)}) == 1
+
+
+def test_leaving_a_stream_ends_its_request_on_the_server(server: Any) -> None:
+    def running() -> int:
+        return int(httpx2.get(f"{server.url}/status").json()["requests"])
+
+    during: list[int] = []
+
+    def leave(client: Client) -> None:
+        with client.stream(PROMPT, max_tokens=2000, ignore_eos=True) as stream:
+            next(iter(stream))
+            during.append(running())
+
+    before = running()
+    with Client(server.url) as client:
+        leave(client)
+        for _ in range(600):
+            if running() == before:
+                break
+            anyio.run(anyio.sleep, 0.05)
+        assert running() == before
+    assert during == [before + 1]
+
+
+def test_the_command_talks_and_changes_adapter_on_the_way(server: Any, adapter: str) -> None:
+    command = [sys.executable, "-m", "onebase.cli", "chat", "--temperature", "0", "--max-tokens", "16"]
+    lines = f"How are you today?\n/adapter {adapter}\nHow are you today?\n"
+    done = subprocess.run(
+        command,
+        input=lines,
+        env=os.environ | {"ONEBASE_URL": server.url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with Client(server.url) as client:
+        question = Message("user", "How are you today?")
+        first = client.chat([question], temperature=0, max_tokens=16)
+        second = client.chat(
+            [question, first.message, question], adapter=adapter, temperature=0, max_tokens=16
+        )
+    assert done.stdout == f"{first.text}\n{second.text}\n"
+    assert f"answering from here on: {adapter}" in done.stderr
