@@ -46,6 +46,7 @@ class Answer:
     adapter: str | None
     text: str = ""
     speed: str = "waiting"
+    complete: bool = False
 
     def panel(self, width: int) -> Panel:
         return Panel(Text(self.text.strip()), title=self.title, subtitle=self.speed, width=width, height=16)
@@ -74,12 +75,13 @@ def main() -> int:
     """Run the demo; returns the exit status."""
     options = parse_options()
     console = Console(highlight=False)
+    status = 0
     try:
         asyncio.run(demo(options, console))
-    except (DemoError, OneBaseError) as error:
-        console.print(Text(f"\nThe demo stopped: {error}", style="red"))
-        return 1
-    return 0
+    except* (DemoError, OneBaseError) as group:
+        console.print(Text(f"\nThe demo stopped: {group.exceptions[0]}", style="red"))
+        status = 1
+    return status
 
 
 def parse_options() -> argparse.Namespace:
@@ -192,14 +194,15 @@ async def show(server: Server, adapters: list[Path], options: argparse.Namespace
         await wait_until_ready(client, server, console)
         console.print(f"\n{len(answers)} requests at the same time, each with the prompt:\n")
         console.print(Text(f"    {options.prompt}\n", style="bold"), soft_wrap=True)
-        asking = asyncio.gather(*(ask(client, answer, options) for answer in answers))
-        if console.is_terminal:
-            await show_live(asking, answers, console)
-        else:
-            await asking
+        async with asyncio.TaskGroup() as group:
             for answer in answers:
-                plain = f"--- {answer.title} ({answer.speed})\n{answer.text.strip()}\n"
-                console.print(Text(plain), soft_wrap=True)
+                group.create_task(ask(client, answer, options))
+            if console.is_terminal:
+                await show_live(answers, console)
+    if not console.is_terminal:
+        for answer in answers:
+            plain = f"--- {answer.title} ({answer.speed})\n{answer.text.strip()}\n"
+            console.print(Text(plain), soft_wrap=True)
 
 
 async def wait_until_ready(client: AsyncClient, server: Server, console: Console) -> None:
@@ -244,9 +247,10 @@ async def ask(client: AsyncClient, answer: Answer, options: argparse.Namespace) 
     rate = result.tokens_per_second
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
     answer.speed = f"{result.usage.completion_tokens} tokens{speed}"
+    answer.complete = True
 
 
-async def show_live(asking: asyncio.Future[list[None]], answers: list[Answer], console: Console) -> None:
+async def show_live(answers: list[Answer], console: Console) -> None:
     """Redraw the columns until all answers are complete."""
     width = max(24, console.width // len(answers) - 1)
 
@@ -254,10 +258,9 @@ async def show_live(asking: asyncio.Future[list[None]], answers: list[Answer], c
         return Columns([answer.panel(width) for answer in answers], padding=(0, 1))
 
     with Live(columns(), console=console, auto_refresh=False) as live:
-        while not asking.done():
-            await asyncio.wait([asking], timeout=0.1)
+        while not all(answer.complete for answer in answers):
+            await asyncio.sleep(0.1)
             live.update(columns(), refresh=True)
-    await asking
 
 
 def print_next_steps(server: Server, adapter: str, console: Console) -> None:
