@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,10 @@ class UnsupportedBaseError(Exception):
     """The folder holds a model that cannot be served; the message says why."""
 
 
+class BaseChangedError(RuntimeError):
+    """Something wrote to the shared base. The process must stop: nothing it serves is right any more."""
+
+
 @dataclass(frozen=True)
 class BaseSettings:
     """How to load the base. `blocksize` counts weights per absmax value."""
@@ -40,7 +44,7 @@ class BaseSettings:
     double_quant: bool = True
     compute_dtype: torch.dtype = torch.bfloat16
     dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ def load_base(settings: BaseSettings) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UnsupportedBaseError(f"{settings.folder} holds no base that transformers knows: {error}") from None
+        raise UnsupportedBaseError(
+            f"{settings.folder} holds no base that transformers knows: {error}"
+        ) from None
     check_servable(config)
     by_hand = settings.quantization == "nf4" and settings.blocksize != 64
     quantization = None if by_hand else _quantization_config(settings)
@@ -207,7 +213,9 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def base_bytes(model: nn.Module) -> int:
     """Bytes of the base's storages, each counted once however many names it has."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base_tensors(model).values()}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base_tensors(model).values()
+    }
     return sum(storages.values())
 
 

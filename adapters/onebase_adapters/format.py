@@ -57,14 +57,36 @@ _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
 """Fields that change what an adapter computes in a way that is not served: refused unless off."""
 
 _IGNORED = frozenset(
-    "auto_mapping megatron_core qalora_group_size runtime_config eva_config exclude_modules layers_to_transform "
-    "layers_pattern lora_dropout inference_mode peft_version revision target_modules".split()
+    [
+        "auto_mapping",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "eva_config",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "lora_dropout",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "target_modules",
+    ]
 )
 """Fields that never act here: the tensors themselves say which modules are meant."""
 
 _READ = frozenset(
-    "peft_type task_type r lora_alpha rank_pattern alpha_pattern use_rslora init_lora_weights "
-    "base_model_name_or_path".split()
+    [
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "init_lora_weights",
+        "base_model_name_or_path",
+    ]
 )
 
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva")
@@ -152,15 +174,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterFormatError("bad_config", f"{CONFIG_FILE} must hold a JSON object")
     if config.get("peft_type") != "LORA":
-        raise AdapterFormatError("unsupported_kind", f"peft_type is {config.get('peft_type')!r}; only LORA is served")
+        raise AdapterFormatError(
+            "unsupported_kind", f"peft_type is {config.get('peft_type')!r}; only LORA is served"
+        )
     if config.get("task_type") not in ("CAUSAL_LM", None):
-        raise AdapterFormatError("unsupported_kind", f"task_type is {config['task_type']!r}; only CAUSAL_LM is served")
+        raise AdapterFormatError(
+            "unsupported_kind", f"task_type is {config['task_type']!r}; only CAUSAL_LM is served"
+        )
     unknown = sorted(config.keys() - _READ - _IGNORED - _SWITCHED_OFF.keys())
     if unknown:
-        raise AdapterFormatError("unknown_field", f"{CONFIG_FILE} has unknown fields: {', '.join(unknown)[:200]}")
+        raise AdapterFormatError(
+            "unknown_field", f"{CONFIG_FILE} has unknown fields: {', '.join(unknown)[:200]}"
+        )
     for name, allowed in _SWITCHED_OFF.items():
         if config.get(name) not in allowed:
-            raise AdapterFormatError("unsupported_kind", f"{name} = {config[name]!r:.80} is not served yet; only {allowed[0]!r}")
+            raise AdapterFormatError(
+                "unsupported_kind", f"{name} = {config[name]!r:.80} is not served yet; only {allowed[0]!r}"
+            )
     if config.get("init_lora_weights") not in _HARMLESS_INITIALISATIONS:
         raise AdapterFormatError(
             "unsupported_kind",
@@ -185,7 +215,9 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             raise AdapterFormatError("bad_config", f"{field} must be an object")
         for key, value in pattern.items():
             if not _LITERAL.match(key):
-                raise AdapterFormatError("bad_config", f"{field} key {key!r:.80} is not a literal module name")
+                raise AdapterFormatError(
+                    "bad_config", f"{field} key {key!r:.80} is not a literal module name"
+                )
             _finite(value, f"{field}[{key}]")
 
 
@@ -224,7 +256,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:
-        raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}") from None
+        raise AdapterFormatError(
+            "bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}"
+        ) from None
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFormatError("not_finite", f"{WEIGHTS_FILE}: {key:.200} holds NaN or infinity")
@@ -236,7 +270,9 @@ def _check_header(path: Path) -> None:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > MAX_HEADER_BYTES:
-                raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: header over {MAX_HEADER_BYTES} bytes")
+                raise AdapterFormatError(
+                    "bad_weights", f"{WEIGHTS_FILE}: header over {MAX_HEADER_BYTES} bytes"
+                )
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise AdapterFormatError(
@@ -247,7 +283,9 @@ def _check_header(path: Path) -> None:
     except AdapterFormatError:
         raise
     except (ValueError, RecursionError, struct.error) as error:
-        raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}") from None
+        raise AdapterFormatError(
+            "bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}"
+        ) from None
     for key, entry in header.items():
         if key == "__metadata__":
             continue
@@ -273,7 +311,9 @@ def _group(
         if layer is None:
             raise AdapterFormatError("unknown_module", f"{WEIGHTS_FILE}: the base has no layer {name:.200}")
         if layer.embedding != (match["embedding"] is not None):
-            raise AdapterFormatError("bad_shape", f"{WEIGHTS_FILE}: {key:.200} does not fit the kind of layer it names")
+            raise AdapterFormatError(
+                "bad_shape", f"{WEIGHTS_FILE}: {key:.200} does not fit the kind of layer it names"
+            )
         grouped.setdefault(name, {})[match["kind"] or match["embedding"]] = tensor
     if not grouped:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no LoRA matrices")
@@ -284,11 +324,14 @@ def _check_module(
     name: str, pair: Mapping[str, torch.Tensor], layer: LayerShape, config: Mapping[str, Any], max_rank: int
 ) -> ModuleSpec:
     if pair.keys() != {"A", "B"}:
-        raise AdapterFormatError("incomplete", f"{WEIGHTS_FILE}: {name} has lora_{next(iter(pair))} but not its partner")
+        raise AdapterFormatError(
+            "incomplete", f"{WEIGHTS_FILE}: {name} has lora_{next(iter(pair))} but not its partner"
+        )
     rank = int(_patterned(config.get("rank_pattern"), name, config.get("r", 8)))
     if not 1 <= rank <= max_rank:
         raise AdapterFormatError(
-            "rank_too_large", f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}"
+            "rank_too_large",
+            f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
     for which, expected in (("A", (rank, layer.size_in)), ("B", (layer.size_out, rank))):
         if tuple(pair[which].shape) != expected:
@@ -297,7 +340,9 @@ def _check_module(
                 f"{WEIGHTS_FILE}: lora_{which} of {name} is {list(pair[which].shape)}; rank {rank} on this base "
                 f"needs {list(expected)}",
             )
-    return ModuleSpec(name, rank, float(_patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))))
+    return ModuleSpec(
+        name, rank, float(_patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
+    )
 
 
 def _patterned(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

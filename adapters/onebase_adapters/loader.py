@@ -15,16 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import fingerprint
+from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
 from onebase_adapters.slots import LoraWeights
 from onebase_adapters.view import view
 
 _NAME = "version"
-
-
-class BaseChangedError(RuntimeError):
-    """Something wrote to the shared base. The process must stop: nothing it serves is right any more."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,9 @@ def load_adapter(base: nn.Module, folder: Path, max_rank: int) -> LoadedAdapter:
     if missing:
         raise AdapterFormatError("unknown_module", f"PEFT does not apply {sorted(missing)[0]} on this base")
     if not any(torch.count_nonzero(w.a) and torch.count_nonzero(w.b) for w in weights.values()):
-        raise AdapterFormatError("no_effect", "every product B @ A is zero: the adapter would serve the bare base")
+        raise AdapterFormatError(
+            "no_effect", "every product B @ A is zero: the adapter would serve the bare base"
+        )
     return LoadedAdapter(spec, weights)
 
 

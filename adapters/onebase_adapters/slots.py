@@ -109,7 +109,9 @@ class StepRows:
 class SlotModule(nn.Module):
     """What the wrapped linear layers and embeddings share: the base layer and its slots' matrices."""
 
-    def __init__(self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False) -> None:
+    def __init__(
+        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
+    ) -> None:
         super().__init__()
         self.base = base
         self.step = step
@@ -153,7 +155,9 @@ class SlotModule(nn.Module):
 class SlotLinear(SlotModule):
     """A linear layer (plain, 4-bit or 8-bit) with one LoRA per slot."""
 
-    def __init__(self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False) -> None:
+    def __init__(
+        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
+    ) -> None:
         super().__init__(base, step, slots=slots, tiled=tiled, head=head)
         self.quantized = type(base).__name__ in ("Linear4bit", "Linear8bitLt")
         self.bank: _Bank | None = None

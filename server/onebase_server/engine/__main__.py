@@ -1,0 +1,25 @@
+"""`python -m onebase_server.engine --fd N`: started by the api, never by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+
+from onebase_server.engine.process import run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="OneBase engine process; the api starts it.")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(message)s", stream=sys.stderr)
+    # Ctrl-C in a terminal reaches both processes; the api decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return run(socket.socket(fileno=arguments.fd))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

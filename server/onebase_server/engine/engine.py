@@ -1,0 +1,320 @@
+"""The engine proper: messages in, one step at a time, events out. No sockets here, no threads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from onebase_adapters.base import BaseChangedError, fingerprint
+from onebase_adapters.format import AdapterFormatError
+from onebase_adapters.loader import load_adapter
+from onebase_adapters.slots import LoraWeights
+from onebase_server.engine import protocol
+from onebase_server.engine.batch import Batch, Packer
+from onebase_server.engine.kv_cache import BlockPool
+from onebase_server.engine.model import ServedModel
+from onebase_server.engine.protocol import RowOutput
+from onebase_server.engine.row import AdapterMix, Plan, Row
+from onebase_server.engine.sampling import Drawn, draw, score_prompt
+from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
+from onebase_server.engine.slot_table import SlotTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """Totals since the engine started."""
+
+    steps: int = 0
+    failed_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class Store:
+    """Versions in host memory, by digest."""
+
+    weights: dict[str, Mapping[str, LoraWeights]] = field(default_factory=dict)
+    leaving: set[str] = field(default_factory=set)
+    """Unloaded by the api, but still used by rows."""
+
+
+class Engine:
+    """One base, its rows and its adapters. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        name: str,
+        limits: Limits,
+        kv_blocks: int,
+        block_size: int = 16,
+        slots: int = 8,
+        max_rank: int = 64,
+        eos_ids: frozenset[int] = frozenset(),
+        model: ServedModel | None = None,
+    ) -> None:
+        self._base = base
+        self._max_rank = max_rank
+        self._eos_ids = eos_ids
+        self._fingerprint = fingerprint(base)
+        self.model = model if model is not None else ServedModel(base, slots)
+        self.model.allocate_kv(kv_blocks, block_size)
+        self.pool = BlockPool(kv_blocks, block_size)
+        self.slots = SlotTable(slots)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits)
+        self.store = Store()
+        self.counters = Counters()
+        self._packer = Packer(
+            block_size,
+            slots,
+            self.model.device,
+            tiled=self.model.tiled,
+            fp32=self.model.dtype == torch.float32,
+        )
+        self._rows: dict[str, list[Row]] = {}
+        self._arrivals = 0
+        self._outputs: list[RowOutput] = []
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows)
+
+    def submit(self, request: protocol.Submit) -> None:
+        """Queue the request's rows, or report at once why it can never run."""
+        mix = AdapterMix.of(request.adapters)
+        try:
+            self.scheduler.check(len(request.prompt), request.sampling.max_tokens, len(mix.terms))
+            self._check_loaded(mix)
+        except NeverFitsError as error:
+            for choice in range(request.n):
+                self._outputs.append(
+                    RowOutput(
+                        id=request.id,
+                        choice=choice,
+                        finish="error",
+                        error_code=error.code,
+                        error_message=str(error),
+                        error_param=error.param,
+                    )
+                )
+            return
+        rows: list[Row] = []
+        for choice in range(request.n):
+            row = Row(
+                id=request.id,
+                choice=choice,
+                tokens=list(request.prompt),
+                sampling=request.sampling,
+                mix=mix,
+                arrival=self._arrivals,
+                arrived_at=time.monotonic(),
+                tenant=request.tenant,
+                leader=rows[0] if rows else None,
+            )
+            self._arrivals += 1
+            rows.append(row)
+            self.scheduler.add(row)
+        self._rows[request.id] = rows
+
+    def cancel(self, message: protocol.Cancel) -> None:
+        """End the request's rows that are still going; each yields its final event."""
+        for row in list(self._rows.get(message.id, ())):
+            if message.choice in (None, row.choice):
+                self._end(row, "cancelled")
+
+    def _check_loaded(self, mix: AdapterMix) -> None:
+        for digest in mix.digests:
+            if digest not in self.store.weights or digest in self.store.leaving:
+                raise NeverFitsError(
+                    "adapter_not_loaded", "adapter", f"adapter version {digest[:12]} is not loaded"
+                )
+
+    # ---- adapters ---------------------------------------------------------------------------
+
+    def load_adapter(self, message: protocol.LoadAdapter) -> protocol.AdapterLoaded | protocol.AdapterFailed:
+        """Read, validate and load one version into host memory."""
+        started = time.monotonic()
+        try:
+            adapter = load_adapter(self._base, Path(message.folder), self._max_rank)
+        except AdapterFormatError as error:
+            return protocol.AdapterFailed(digest=message.digest, code=error.code, message=str(error))
+        self.store.weights[message.digest] = adapter.weights
+        self.store.leaving.discard(message.digest)
+        return protocol.AdapterLoaded(
+            digest=message.digest,
+            rank=adapter.spec.rank,
+            targets=adapter.spec.targets,
+            parameters=adapter.spec.parameters,
+            bytes=adapter.bytes,
+            load_seconds=time.monotonic() - started,
+        )
+
+    def unload_adapter(self, message: protocol.UnloadAdapter) -> None:
+        """Forget a version, at once or when its last row ends."""
+        if message.digest in self.store.weights:
+            self.store.leaving.add(message.digest)
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        in_use = {digest for row in self.scheduler.rows for digest in row.mix.digests}
+        for digest in list(self.store.leaving - in_use):
+            if self.slots.evict(digest):
+                self.store.leaving.discard(digest)
+                del self.store.weights[digest]
+
+    # ---- steps ------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Compute one step. An exception ends the rows of this step, not the engine.
+
+        Raises:
+            BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
+        """
+        plan = self.scheduler.plan()
+        self._apply_moves()
+        if not plan:
+            return
+        self.counters.steps += 1
+        self._note_first_steps(plan)
+        try:
+            batch = self._packer.pack(plan, self.slots.slot_of)
+            logits = self.model.forward(batch)
+            self._score(batch, logits)
+            drawn = draw(logits[: len(batch.sampled)], batch.sampled, self._eos_ids) if batch.sampled else []
+        except (BaseChangedError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            self.counters.failed_steps += 1
+            logger.exception("step failed; ending its %d rows", len(plan.segments))
+            for segment in plan.segments:
+                self._end(segment.row, "error", code="step_failed", message=f"the step failed: {error}")
+            return
+        for segment in plan.segments:
+            self.scheduler.computed(segment)
+        for row, result in zip(batch.sampled, drawn, strict=True):
+            self._append(row, result)
+
+    def take_outputs(self) -> list[RowOutput]:
+        """What happened since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def check_base(self) -> None:
+        """Raise BaseChangedError if anything wrote to the base's tensors."""
+        if fingerprint(self._base) != self._fingerprint:
+            raise BaseChangedError("a tensor of the shared base was written to")
+
+    def stats(self) -> protocol.Stats:
+        return protocol.Stats(
+            rows_running=len(self.scheduler.running),
+            rows_waiting=len(self.scheduler.waiting),
+            kv_blocks_free=self.pool.free,
+            kv_blocks_cached=self.pool.cached,
+            kv_blocks_total=self.pool.capacity,
+            slots_used=self.slots.used,
+            steps=self.counters.steps,
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self.counters.prompt_tokens,
+            generated_tokens=self.counters.generated_tokens,
+            cached_tokens=self.counters.cached_tokens,
+            adapters_loaded=len(self.store.weights),
+        )
+
+    def _apply_moves(self) -> None:
+        moves, self.slots.moves = self.slots.moves, {}
+        self.model.move_slots(moves, self.store.weights)
+
+    def _note_first_steps(self, plan: Plan) -> None:
+        for segment in plan.segments:
+            row = segment.row
+            if row.queue_seconds is None:
+                row.queue_seconds = time.monotonic() - row.arrived_at
+                self.counters.prompt_tokens += row.prompt_length
+                self.counters.cached_tokens += row.cached_tokens or 0
+
+    def _score(self, batch: Batch, logits: torch.Tensor) -> None:
+        for segment, part in batch.scored:
+            row = segment.row
+            if segment.start == 0:
+                row.prompt_scores = []
+            targets = row.tokens[segment.start + 1 : segment.start + 1 + (part.stop - part.start)]
+            row.prompt_scores += score_prompt(logits[part], targets, row.sampling.prompt_logprobs or 0)
+            row.prompt_scored = segment.stop >= row.prompt_length
+
+    def _append(self, row: Row, drawn: Drawn) -> None:
+        if drawn.token is None:
+            message = "the logits are not finite: an adapter of this request overflows"
+            self._end(row, "error", code="not_finite", message=message)
+            return
+        row.tokens.append(drawn.token)
+        self.counters.generated_tokens += 1
+        finish, stop_token = self._finish_reason(row, drawn.token)
+        output = RowOutput(
+            id=row.id,
+            choice=row.choice,
+            tokens=[drawn.token],
+            logprobs=None if drawn.logprob is None else [drawn.logprob],
+            prompt_logprobs=self._prompt_scores(row),
+            finish=finish,
+            stop_token=stop_token,
+            **self._admission(row),
+        )
+        self._outputs.append(output)
+        if finish is not None:
+            row.finish = finish
+            self._remove(row)
+
+    def _finish_reason(self, row: Row, token: int) -> tuple[protocol.FinishReason | None, int | None]:
+        sampling = row.sampling
+        if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
+            return "stop", token
+        return ("length", None) if row.generated >= sampling.max_tokens else (None, None)
+
+    def _prompt_scores(self, row: Row) -> list[protocol.TokenLogprob] | None:
+        return row.prompt_scores if row.prompt_scored and not row.reported else None
+
+    def _admission(self, row: Row) -> dict[str, int | float | None]:
+        """The facts that go with a row's first output."""
+        if row.reported:
+            return {}
+        row.reported = True
+        return {"cached_tokens": row.cached_tokens, "queue_seconds": row.queue_seconds}
+
+    def _end(
+        self, row: Row, finish: protocol.FinishReason, code: str | None = None, message: str | None = None
+    ) -> None:
+        """Take a row out before its time, with its final event."""
+        row.finish = finish
+        self._outputs.append(
+            RowOutput(
+                id=row.id,
+                choice=row.choice,
+                finish=finish,
+                error_code=code,
+                error_message=message,
+                **self._admission(row),
+            )
+        )
+        self._remove(row)
+
+    def _remove(self, row: Row) -> None:
+        self.scheduler.finish(row)
+        siblings = self._rows[row.id]
+        siblings.remove(row)
+        if not siblings:
+            del self._rows[row.id]
+        if self.store.leaving:
+            self._drop_unused()

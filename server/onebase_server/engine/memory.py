@@ -1,0 +1,64 @@
+"""How much memory there is, and how many KV blocks fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from onebase_server.engine.kv_cache import RESERVED_BLOCKS
+
+CPU_SHARE = 0.5
+"""Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""
+CUDA_SHARE = 0.9
+"""On CUDA the rest is for activations and the allocator's fragments."""
+
+
+class MemoryBudgetError(Exception):
+    """The KV cache has no room; the message says which setting to change."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the KV cache may take on `device`, before `train_memory` is set aside."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * CUDA_SHARE)
+    return int(min(_meminfo_available(), _cgroup_available()) * CPU_SHARE)
+
+
+def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, train_memory: int) -> int:
+    """Blocks for the KV cache: what `kv_memory` says, else what is free less `train_memory`, at most `most`.
+
+    Args:
+        block_bytes: bytes of one block over all layers.
+        most: blocks beyond which none could be used by running rows.
+        free: bytes that may be taken.
+
+    Raises:
+        MemoryBudgetError: fewer than one usable block fits.
+    """
+    budget = kv_memory or free - train_memory
+    count = budget // block_bytes if kv_memory else min(budget // block_bytes, most)
+    if count <= RESERVED_BLOCKS:
+        raise MemoryBudgetError(
+            f"no memory for the KV cache: {max(budget, 0) / 1e6:.0f} MB available, a block takes "
+            f"{block_bytes / 1e6:.2f} MB; lower --train-memory, choose a smaller base or set --kv-memory"
+        )
+    return int(count)
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise MemoryBudgetError("/proc/meminfo does not say what is available; set --kv-memory")
+
+
+def _cgroup_available() -> int:
+    """What the container may still take (cgroup v2); a huge number when there is no limit."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(int(limit) - used, 0)

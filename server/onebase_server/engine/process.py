@@ -1,0 +1,262 @@
+"""The engine process: a socket to the api, a thread that reads, a thread that writes, one that steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from onebase_adapters.base import (
+    BaseChangedError,
+    BaseSettings,
+    UnsupportedBaseError,
+    base_bytes,
+    load_base,
+    parameter_count,
+)
+from onebase_adapters.slots import TILE
+from onebase_server.engine import protocol
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.kv_cache import RESERVED_BLOCKS
+from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count
+from onebase_server.engine.model import ServedModel
+from onebase_server.engine.protocol import EngineConfig, FrameReader
+from onebase_server.engine.scheduler import Limits
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0
+"""How often an idle engine says that it lives."""
+CHECK_STEPS = 256
+"""Steps between two looks at whether the base is unchanged."""
+MAX_FAILED_STEPS = 5
+"""Steps failing one after the other before the process gives up and is restarted."""
+DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
+class Channel:
+    """The socket to the api. Reading and writing have threads of their own: a step waits for neither."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._inbox: queue.SimpleQueue[protocol.ToEngine | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+        self._writer.start()
+
+    def send(self, message: protocol.ToApi) -> None:
+        self._outbox.put(protocol.encode(message))
+
+    def receive(self, timeout: float | None) -> Iterator[protocol.ToEngine]:
+        """Messages that have arrived; waits up to `timeout` seconds (None: for ever) for the first.
+
+        Raises EOFError when the api has gone.
+        """
+        with contextlib.suppress(queue.Empty):
+            message = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
+            while True:
+                if message is None:
+                    raise EOFError("the api closed the socket")
+                yield message
+                message = self._inbox.get_nowait()
+
+    def close(self) -> None:
+        """Send what is queued, then close."""
+        self._outbox.put(None)
+        self._writer.join(timeout=5)
+        self._socket.close()
+
+    def _read(self) -> None:
+        reader, decoder = FrameReader(), protocol.to_engine_decoder()
+        try:
+            while data := self._socket.recv(1 << 16):
+                for payload in reader.feed(data):
+                    self._inbox.put(decoder.decode(payload))
+        except (OSError, ValueError, msgspec.DecodeError) as error:
+            logger.error("reading from the api failed: %s", error)
+        self._inbox.put(None)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            while (frame := self._outbox.get()) is not None:
+                self._socket.sendall(frame)
+
+
+def run(sock: socket.socket) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status."""
+    channel = Channel(sock)
+    try:
+        start = next(channel.receive(None))
+        if not isinstance(start, protocol.Start):
+            raise EOFError(f"expected Start, got {type(start).__name__}")
+        engine = _start(start.config, channel)
+        return _serve(engine, channel)
+    except EOFError as error:
+        logger.info("engine ends: %s", error)
+        return 0
+    except (UnsupportedBaseError, MemoryBudgetError, torch.OutOfMemoryError) as error:
+        channel.send(protocol.Fatal(message=str(error)))
+        return 2
+    except BaseChangedError as error:
+        logger.critical("%s; the process ends", error)
+        return 3
+    finally:
+        channel.close()
+
+
+def _serve(engine: Engine, channel: Channel) -> int:
+    failures = 0
+    while True:
+        for message in channel.receive(0 if engine.busy else IDLE_SECONDS):
+            if isinstance(message, protocol.Shutdown):
+                return 0
+            _handle(engine, channel, message)
+        steps, failed = engine.counters.steps, engine.counters.failed_steps
+        engine.step()
+        outputs = engine.take_outputs()
+        if outputs or engine.counters.steps != steps or not engine.busy:
+            channel.send(protocol.StepDone(rows=outputs, stats=engine.stats()))
+        failures = failures + 1 if engine.counters.failed_steps != failed else 0
+        if failures >= MAX_FAILED_STEPS:
+            logger.critical("%d steps failed in a row; the process ends", failures)
+            return 4
+        if engine.counters.steps != steps and engine.counters.steps % CHECK_STEPS == 0:
+            engine.check_base()
+
+
+def _handle(engine: Engine, channel: Channel, message: protocol.ToEngine) -> None:
+    if isinstance(message, protocol.Submit):
+        engine.submit(message)
+    elif isinstance(message, protocol.Cancel):
+        engine.cancel(message)
+    elif isinstance(message, protocol.LoadAdapter):
+        channel.send(engine.load_adapter(message))
+    elif isinstance(message, protocol.UnloadAdapter):
+        engine.unload_adapter(message)
+    else:
+        logger.error("unexpected message %s", type(message).__name__)
+
+
+def _start(config: EngineConfig, channel: Channel) -> Engine:
+    """Load the base, size the KV cache, warm up, and say Ready."""
+    started = time.monotonic()
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
+    base = load_base(_base_settings(config, device))
+    channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
+    model = ServedModel(base, config.max_slots)
+    max_length = _max_length(config, base)
+    limits = Limits(
+        max_rows=config.max_rows,
+        step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
+        max_length=max_length,
+    )
+    block_bytes = model.kv_bytes_per_token * config.block_size
+    most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS
+    blocks = kv_block_count(
+        block_bytes, most, free_memory(device), kv_memory=config.kv_memory, train_memory=config.train_memory
+    )
+    engine = Engine(
+        base,
+        name=config.base_folder,
+        limits=limits,
+        kv_blocks=blocks,
+        block_size=config.block_size,
+        slots=config.max_slots,
+        max_rank=config.max_rank,
+        eos_ids=_eos_ids(base),
+        model=model,
+    )
+    channel.send(protocol.Loading(stage="warming up", fraction=0.9))
+    warm_up(engine)
+    info = _base_info(config, base, engine, blocks * block_bytes, time.monotonic() - started)
+    channel.send(protocol.Ready(base=info))
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """One short request, so that the first user does not pay for lazy initialisation."""
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.submit(protocol.Submit(id="warm-up", prompt=[0] * (TILE + 1), sampling=sampling, tenant="warm-up"))
+    while engine.busy:
+        engine.step()
+    failed = [output.error_message for output in engine.take_outputs() if output.finish == "error"]
+    if failed:
+        raise UnsupportedBaseError(f"the base cannot generate: {failed[0]}")
+
+
+def _base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
+    return BaseSettings(
+        folder=Path(config.base_folder),
+        quantization=config.quantization,
+        blocksize=config.blocksize,
+        double_quant=config.double_quant,
+        compute_dtype=getattr(torch, config.compute_dtype),
+        dtype=getattr(torch, config.dtype),
+        device=device,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedBaseError("--device cuda, but torch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def _max_length(config: EngineConfig, base: Any) -> int:
+    own = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    if config.max_length and own and config.max_length > own:
+        raise UnsupportedBaseError(
+            f"--max-length {config.max_length} is over the base's own limit of {own} tokens"
+        )
+    return config.max_length or own or 4096
+
+
+def _eos_ids(base: Any) -> frozenset[int]:
+    """Tokens that end a text: the generation config's, else the model's."""
+    found: set[int] = set()
+    for source in (getattr(base, "generation_config", None), base.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset(found)
+
+
+def _base_info(
+    config: EngineConfig, base: nn.Module, engine: Engine, kv_bytes: int, seconds: float
+) -> protocol.BaseInfo:
+    limits = engine.scheduler.limits
+    return protocol.BaseInfo(
+        architecture=type(base).__name__,
+        parameters=parameter_count(base),
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=str(engine.model.device),
+        base_bytes=base_bytes(base),
+        kv_bytes=kv_bytes,
+        kv_blocks=engine.pool.capacity,
+        block_size=config.block_size,
+        max_length=limits.max_length,
+        max_rows=limits.max_rows,
+        max_slots=config.max_slots,
+        max_rank=config.max_rank,
+        vocab_size=int(base.config.get_text_config().vocab_size),  # type: ignore[union-attr, operator]
+        load_seconds=seconds,
+    )
