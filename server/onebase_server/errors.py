@@ -105,14 +105,7 @@ class SlowReaderError(OneBaseError):
 
 
 CALLER_CODES = frozenset(
-    {
-        "context_length_exceeded",
-        "invalid_value",
-        "never_fits",
-        "kv_capacity",
-        "prompt_too_long",
-        "invalid_request",
-    }
+    {"context_length_exceeded", "empty_prompt", "kv_memory_exceeded", "too_many_adapters"}
 )
 """Engine error codes that the caller can cure by asking for something else."""
 

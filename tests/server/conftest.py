@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,10 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from onebase_adapters.default_base import fetch_default_base
 from onebase_server.tokenization import BaseTokenizer
@@ -111,6 +117,18 @@ def serving(command: list[str], *options: str, ready: bool = True) -> Iterator[S
         process.wait()
 
 
+def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int) -> Path:
+    """A PEFT adapter of the default base, saved by PEFT; random but far from the base."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
 Starter = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
@@ -143,3 +161,48 @@ def serve_real(base_folder: Path) -> Starter:
         return serving([sys.executable, "-m", "onebase_server"], *options, ready=ready)
 
     return start
+
+
+@dataclass(frozen=True)
+class Api:
+    """The shared server and what it serves."""
+
+    server: Server
+    http: httpx2.Client
+    base: str
+    adapters: dict[str, Path]
+    digests: dict[str, str]
+
+    def generate(self, **body: Any) -> dict[str, Any]:
+        """The answer of POST /generate, greedy unless asked otherwise; raises unless the status is 200."""
+        answer = self.http.post("/generate", json={"temperature": 0, "max_tokens": 8, **body})
+        if answer.status_code != 200:
+            raise RuntimeError(f"{answer.status_code}: {answer.text}")
+        data: dict[str, Any] = answer.json()
+        return data
+
+    def events(self, path: str, **body: Any) -> list[Any]:
+        """All events of a streamed answer, decoded; the last one is the text `[DONE]`."""
+        events: list[Any] = []
+        with self.http.stream("POST", path, json={"stream": True, **body}) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError(f"{answer.status_code}: {answer.read().decode()}")
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    data = line.removeprefix("data: ")
+                    events.append(data if data == "[DONE]" else json.loads(data))
+        return events
+
+
+@pytest.fixture(scope="session")
+def api(serve_real: Starter, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """The server that all tests share: the default base in NF4 and two adapters made by PEFT."""
+    parent = tmp_path_factory.mktemp("adapters")
+    adapters = {
+        name: make_adapter(base_folder, parent / name, seed, rank)
+        for name, seed, rank in (("red", 1, 4), ("blue", 2, 8))
+    }
+    options = ["--adapters-dir", str(parent), "--kv-memory", "400MB", "--max-rows", "16", "--threads", "2"]
+    with serve_real(*options) as server, server.client() as http:
+        digests = {entry["id"]: entry["version"] for entry in http.get("/v1/adapters").json()["data"]}
+        yield Api(server, http, "smollm2-135m-instruct", adapters, digests)

@@ -1,0 +1,327 @@
+"""POST /generate on the real engine: text, adapters, streams, logprobs, limits and errors."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import pytest
+
+from onebase_server.tokenization import BaseTokenizer
+
+FRANCE = "The capital of France is"
+
+
+def error_of(api: Any, status: int, **body: Any) -> dict[str, Any]:
+    answer = api.http.post("/generate", json=body)
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def text_of(events: list[Any], index: int = 0) -> str:
+    return "".join(event["text"] for event in events[:-1] if event.get("index") == index)
+
+
+def test_the_base_answers_with_text_usage_and_timing(api: Any, tokenizer: BaseTokenizer) -> None:
+    answer = api.generate(prompt=FRANCE)
+
+    (choice,) = answer["choices"]
+    assert choice["text"].startswith(" Paris")
+    assert choice["finish_reason"] == "length"
+    assert choice["logprobs"] is None
+    assert answer["object"] == "generation"
+    assert answer["adapter"] is None
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode(FRANCE))
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["timing"]["ttft_s"] > answer["timing"]["queue_s"] >= 0
+    assert answer["timing"]["decode_s"] > 0
+
+
+def test_a_stream_has_the_same_text_and_ends_with_usage_and_done(api: Any) -> None:
+    whole = api.generate(prompt=FRANCE)
+
+    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=8)
+
+    assert text_of(events) == whole["choices"][0]["text"]
+    assert events[-1] == "[DONE]"
+    assert events[-2]["done"] is True
+    assert events[-2]["usage"]["completion_tokens"] == 8
+    assert events[-3]["finish_reason"] == "length"
+    assert len({event["id"] for event in events[:-1]}) == 1
+
+
+def test_base_and_adapters_in_one_batch_answer_as_they_do_alone(api: Any) -> None:
+    names = [None, "red", "blue", None, "red"]
+    alone = {name: api.generate(prompt=FRANCE, adapter=name)["choices"][0]["text"] for name in set(names)}
+    together: dict[int, str] = {}
+
+    def ask(index: int) -> None:
+        together[index] = api.generate(prompt=FRANCE, adapter=names[index])["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(set(alone.values())) == 3
+    assert [together[index] for index in range(len(names))] == [alone[name] for name in names]
+
+
+def test_a_version_and_its_beginning_name_the_same_adapter(api: Any) -> None:
+    digest = api.digests["red"]
+
+    answers = [
+        api.generate(prompt=FRANCE, adapter=name) for name in ("red", f"red@{digest}", f"red@{digest[:8]}")
+    ]
+
+    assert {answer["adapter"] for answer in answers} == {f"red@{digest[:12]}"}
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+
+
+def test_a_weighted_list_is_the_sum_of_its_terms(api: Any) -> None:
+    single = api.generate(prompt=FRANCE, adapter="red")
+    halves = [{"name": "red", "weight": 0.5}, {"name": "red", "weight": 0.5}, {"name": "blue", "weight": 0.0}]
+
+    summed = api.generate(prompt=FRANCE, adapter=halves)
+
+    assert summed["choices"][0]["text"] == single["choices"][0]["text"]
+    assert [term["weight"] for term in summed["adapter"]] == [0.5, 0.5, 0.0]
+    assert summed["adapter"][0]["name"] == f"red@{api.digests['red'][:12]}"
+
+
+def test_messages_go_through_the_bases_own_chat_template(api: Any, tokenizer: BaseTokenizer) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+
+    answer = api.generate(messages=messages, max_tokens=24)
+
+    assert "Paris" in answer["choices"][0]["text"]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(messages))
+
+
+def test_a_stop_string_never_shows_in_a_stream_and_frees_the_row(api: Any) -> None:
+    plain = api.generate(prompt=FRANCE, max_tokens=12)["choices"][0]["text"]
+    stop = plain[9:13]
+
+    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=500, stop=["zzz", stop])
+
+    assert text_of(events) == plain[: plain.index(stop)]
+    assert events[-3]["finish_reason"] == "stop"
+    api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0, 30)
+
+
+def test_a_stop_token_ends_the_text_before_itself(api: Any, tokenizer: BaseTokenizer) -> None:
+    plain = api.generate(prompt=FRANCE)["choices"][0]["text"]
+    token = tokenizer.encode(plain)[2]
+
+    answer = api.generate(prompt=FRANCE, stop_token_ids=[token])
+
+    assert answer["choices"][0]["text"] == tokenizer.decode(tokenizer.encode(plain)[:2])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_n_choices_differ_and_a_seed_repeats_them(api: Any) -> None:
+    body = {"prompt": "Once upon a time", "temperature": 1.2, "n": 3, "seed": 7}
+
+    first, second = (api.generate(**body)["choices"] for _ in range(2))
+
+    assert [choice["index"] for choice in first] == [0, 1, 2]
+    assert len({choice["text"] for choice in first}) > 1
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in second]
+
+
+def test_without_a_seed_two_requests_differ(api: Any) -> None:
+    texts = {
+        api.generate(prompt="Once upon a time", temperature=1.5, max_tokens=12)["choices"][0]["text"]
+        for _ in range(3)
+    }
+
+    assert len(texts) > 1
+
+
+def test_emoji_cjk_and_combining_marks_stream_as_valid_text(api: Any) -> None:
+    prompt = "🎉👩‍👩‍👧‍👦 漢字 e\u0301 🎉👩‍👩‍👧‍👦 漢字 e\u0301 🎉👩‍👩‍👧‍👦"
+
+    events = api.events("/generate", prompt=prompt, temperature=0, max_tokens=12, ignore_eos=True)
+    whole = api.generate(prompt=prompt, max_tokens=12, ignore_eos=True)
+
+    assert text_of(events) == whole["choices"][0]["text"]
+
+
+def test_forced_tokens_that_split_an_emoji_come_out_whole(api: Any, tokenizer: BaseTokenizer) -> None:
+    """One choice's tokens are forced one by one by a bias that leaves no other."""
+    first, *_ = tokenizer.encode("🦩")
+
+    events = api.events(
+        "/generate", prompt="bird", temperature=0, max_tokens=3, ignore_eos=True, logit_bias={str(first): 100}
+    )
+
+    assert text_of(events) == "\ufffd" * 3
+    assert all("\ufffd" not in event["text"] for event in events[:1])
+
+
+def test_logprobs_add_up_to_the_text(api: Any) -> None:
+    choice = api.generate(prompt=FRANCE, logprobs=3)["choices"][0]
+    logprobs = choice["logprobs"]
+
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert logprobs["text_offset"] == [
+        len("".join(logprobs["tokens"][:position])) for position in range(len(logprobs["tokens"]))
+    ]
+    for token, value, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert value <= 0
+        assert top[token] == pytest.approx(max(top.values()))
+        assert sum(math.exp(other) for other in top.values()) <= 1 + 1e-5
+
+
+def test_streamed_logprobs_are_those_of_the_whole_answer(api: Any) -> None:
+    whole = api.generate(prompt=FRANCE, logprobs=2)["choices"][0]["logprobs"]
+
+    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=8, logprobs=2)
+
+    parts = [event["logprobs"] for event in events[:-1] if event.get("logprobs")]
+    for field, values in whole.items():
+        joined = [value for part in parts for value in part[field]]
+        if field == "token_logprobs":
+            assert joined == pytest.approx(values)
+        elif field != "top_logprobs":
+            assert joined == values
+
+
+def test_echo_begins_with_the_prompt_and_scores_it(api: Any, tokenizer: BaseTokenizer) -> None:
+    choice = api.generate(prompt=FRANCE, echo=True, logprobs=1)["choices"][0]
+    prompt = tokenizer.encode(FRANCE)
+
+    assert choice["text"].startswith(FRANCE + " Paris")
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert choice["logprobs"]["token_ids"][: len(prompt)] == prompt
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"][1:])
+
+
+def test_echo_without_new_tokens_scores_the_prompt_alone(api: Any) -> None:
+    answer = api.generate(prompt=FRANCE, echo=True, logprobs=0, max_tokens=0)
+
+    assert answer["choices"][0]["text"] == FRANCE
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_a_repeated_prompt_hits_the_prefix_cache(api: Any) -> None:
+    prompt = "A long shared beginning that fills more than one block of the cache. " * 6
+
+    api.generate(prompt=prompt, max_tokens=1)
+    again = api.generate(prompt=prompt, max_tokens=1)
+
+    assert 0 < again["usage"]["cached_tokens"] < again["usage"]["prompt_tokens"]
+
+
+def test_a_deadline_ends_the_request_with_what_there_is(api: Any) -> None:
+    answer = api.generate(prompt=FRANCE, max_tokens=4000, ignore_eos=True, timeout_s=1.5)
+
+    assert answer["choices"][0]["finish_reason"] == "cancelled"
+    assert 0 < answer["usage"]["completion_tokens"] < 4000
+    assert answer["choices"][0]["text"]
+
+
+def test_a_caller_who_leaves_frees_the_row(api: Any) -> None:
+    with api.http.stream(
+        "POST",
+        "/generate",
+        json={"prompt": FRANCE, "max_tokens": 4000, "ignore_eos": True, "stream": True},
+    ) as answer:
+        next(answer.iter_lines())
+        assert api.http.get("/status").json()["requests"] == 1
+
+    api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0, 30)
+    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
+
+
+def test_a_caller_who_leaves_without_a_stream_frees_the_row(api: Any) -> None:
+    body = {"prompt": FRANCE, "max_tokens": 4000, "ignore_eos": True}
+
+    with api.server.client(timeout=1.0) as impatient, pytest.raises(Exception, match="timed out"):
+        impatient.post("/generate", json=body)
+
+    api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
+
+
+def test_an_unknown_adapter_is_not_found(api: Any) -> None:
+    error = error_of(api, 404, prompt="hi", adapter="nobody")
+
+    assert (error["code"], error["param"]) == ("adapter_not_found", "adapter")
+    assert "red" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"prompt": ""}, "prompt", "no tokens"),
+        ({"prompt": "hi", "max_tokens": 8192}, "max_tokens", "--max-length"),
+        ({"prompt": "hi " * 9000}, "prompt", "--max-length"),
+        ({"prompt": "hi", "max_tokens": 0}, "max_tokens", "echo"),
+        ({"prompt": "hi", "stop_token_ids": [49152]}, "stop_token_ids", "vocabulary"),
+        ({"prompt": "hi", "logit_bias": {"49152": 1}}, "logit_bias", "vocabulary"),
+        ({"prompt": "hi", "temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"prompt": "hi", "temprature": 1}, "temprature", "does not know"),
+    ],
+)
+def test_a_refusal_names_the_field_and_the_limit(
+    api: Any, body: dict[str, Any], param: str, said: str
+) -> None:
+    error = error_of(api, 400, **body)
+
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+def test_what_can_never_fit_the_cache_is_refused_by_the_engine_with_the_limit(api: Any) -> None:
+    blocks = api.http.get("/status").json()["info"]["kv_blocks"]
+    if blocks * 16 >= 8192:
+        pytest.fail("the shared server's cache is too large for this test")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "hi", "temperature": NaN}', "valid JSON"),
+        (b'{"prompt": "hi", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "hi"', "valid JSON"),
+        (b"[" * 100_000, "valid JSON"),
+        (b'{"prompt": "\xff"}', "valid JSON"),
+        (b"[]", "JSON object"),
+        (b"", "JSON object"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(api: Any, content: bytes, said: str) -> None:
+    answer = api.http.post("/generate", content=content, headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == 400, answer.text
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_body_with_another_content_type_is_refused_with_the_right_one(api: Any) -> None:
+    answer = api.http.post("/generate", content=b'{"prompt": "hi"}', headers={"Content-Type": "text/plain"})
+
+    assert answer.status_code == 400
+    assert "application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit_is_refused_whether_announced_or_not(api: Any, announced: bool) -> None:
+    body = b'{"prompt": "' + b"x" * 9_000_000 + b'"}'
+    content: Any = body if announced else (body[at : at + 65536] for at in range(0, len(body), 65536))
+
+    answer = api.http.post("/generate", content=content, headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "payload_too_large"
+    assert "--max-body" in answer.json()["error"]["message"]

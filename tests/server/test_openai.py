@@ -1,0 +1,188 @@
+"""The current `openai` client, unchanged, against the real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+FRANCE = "The capital of France is"
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def client(api: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{api.server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_a_completion_has_text_and_usage(client: openai.OpenAI, api: Any) -> None:
+    answer = client.completions.create(model=api.base, prompt=FRANCE, max_tokens=8, temperature=0)
+
+    assert answer.choices[0].text.startswith(" Paris")
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.object == "text_completion"
+    assert answer.model == api.base
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+    assert answer.usage.prompt_tokens_details is not None
+
+
+def test_a_completion_makes_sixteen_tokens_unless_told_otherwise(client: openai.OpenAI, api: Any) -> None:
+    answer = client.completions.create(model=api.base, prompt=FRANCE, temperature=0)
+
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 16
+
+
+def test_several_prompts_and_n_give_choices_in_order(client: openai.OpenAI, api: Any) -> None:
+    prompts = [FRANCE, "Two plus two is"]
+    alone = [
+        client.completions.create(model=api.base, prompt=prompt, max_tokens=4, temperature=0).choices[0].text
+        for prompt in prompts
+    ]
+
+    answer = client.completions.create(model=api.base, prompt=prompts, n=2, max_tokens=4, temperature=0)
+
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in answer.choices] == [alone[0], alone[0], alone[1], alone[1]]
+
+
+def test_prompts_as_token_ids_give_the_same_text(client: openai.OpenAI, api: Any, tokenizer: Any) -> None:
+    ids = tokenizer.encode(FRANCE)
+
+    texts = [
+        client.completions.create(model=api.base, prompt=prompt, max_tokens=4, temperature=0).choices[0].text
+        for prompt in (FRANCE, ids, [ids])
+    ]
+
+    assert len(set(texts)) == 1
+
+
+def test_a_streamed_completion_adds_up_and_reports_usage_when_asked(client: openai.OpenAI, api: Any) -> None:
+    options: dict[str, Any] = {"model": api.base, "prompt": FRANCE, "max_tokens": 6, "temperature": 0}
+    whole = client.completions.create(**options)
+
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+
+    text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].text
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 6
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_completion_logprobs_with_echo_score_the_prompt(client: openai.OpenAI, api: Any) -> None:
+    answer = client.completions.create(
+        model=api.base, prompt=FRANCE, max_tokens=3, temperature=0, logprobs=2, echo=True
+    )
+
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert answer.choices[0].text.startswith(FRANCE)
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+
+
+def test_a_chat_answers_and_stops_at_the_end_of_its_turn(client: openai.OpenAI, api: Any) -> None:
+    answer = client.chat.completions.create(
+        model=api.base, messages=QUESTION, max_completion_tokens=24, temperature=0
+    )
+
+    message = answer.choices[0].message
+    assert message.role == "assistant"
+    assert message.content is not None
+    assert "Paris" in message.content
+    assert "<|im_end|>" not in message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.object == "chat.completion"
+
+
+def test_a_streamed_chat_starts_with_the_role_and_adds_up(client: openai.OpenAI, api: Any) -> None:
+    options: dict[str, Any] = {"model": api.base, "messages": QUESTION, "max_tokens": 10, "temperature": 0}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+
+    chunks = list(
+        client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
+
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole
+    assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason]
+    assert chunks[-1].usage is not None
+
+
+def test_chat_logprobs_have_bytes_and_alternatives(client: openai.OpenAI, api: Any) -> None:
+    answer = client.chat.completions.create(
+        model=api.base, messages=QUESTION, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
+    )
+
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    text = b"".join(bytes(entry.bytes or []) for entry in logprobs.content).decode()
+    assert text == answer.choices[0].message.content
+    for entry in logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
+
+
+def test_the_model_may_be_an_adapter_or_a_version_of_it(client: openai.OpenAI, api: Any) -> None:
+    def ask(model: str) -> str | None:
+        answer = client.completions.create(model=model, prompt=FRANCE, max_tokens=6, temperature=0)
+        return answer.choices[0].text
+
+    base, red, version = ask(api.base), ask("red"), ask(f"red@{api.digests['red'][:12]}")
+
+    assert red == version
+    assert red != base
+
+
+def test_extensions_travel_in_the_extra_body(client: openai.OpenAI, api: Any) -> None:
+    answer = client.completions.create(
+        model=api.base,
+        prompt=FRANCE,
+        max_tokens=6,
+        extra_body={"top_k": 1, "adapter": [{"name": "red", "weight": 1.0}], "ignore_eos": True},
+    )
+    red = client.completions.create(model="red", prompt=FRANCE, max_tokens=6, temperature=0)
+
+    assert answer.choices[0].text == red.choices[0].text
+
+
+def test_models_can_be_listed_and_fetched(client: openai.OpenAI, api: Any) -> None:
+    assert {model.id for model in client.models.list()} == {api.base, "red", "blue"}
+    assert client.models.retrieve("red").owned_by == "onebase"
+
+
+def test_an_unknown_model_raises_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-9", messages=QUESTION)
+    assert caught.value.code == "model_not_found"
+
+
+def test_tools_are_refused_clearly(client: openai.OpenAI, api: Any) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=api.base, messages=QUESTION, tools=[tool])
+    assert caught.value.param == "tools"
+    assert "system message" in str(caught.value)
+
+
+def test_an_adapter_beside_a_model_that_is_one_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="red", prompt="hi", extra_body={"adapter": "blue"})
+    assert caught.value.param == "adapter"
+
+
+def test_a_prompt_of_foreign_token_ids_is_refused(client: openai.OpenAI, api: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="vocabulary"):
+        client.completions.create(model=api.base, prompt=[1, 60_000])
