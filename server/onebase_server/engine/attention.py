@@ -195,7 +195,7 @@ def _prefill(
         grouped = q[:, start:stop].reshape(kv_heads, groups * count, q.shape[-1])
         masked = hidden[start - context.start : stop - context.start].repeat(groups, 1)
         mixed = _attend(grouped, k, v, masked, scores)
-        out[start:stop] = mixed.view(q.shape[0], count, -1).transpose(0, 1)
+        out[start:stop] = mixed.reshape(q.shape[0], count, -1).transpose(0, 1)
 
 
 def _attend(
