@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2
 import pytest
 
-from onebase import AsyncClient, BadRequestError, Client, Message, NotFoundError, __version__
+from onebase import (
+    APIConnectionError,
+    AsyncClient,
+    BadRequestError,
+    Client,
+    Message,
+    NotFoundError,
+    __version__,
+)
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 PROMPT = "The capital of France is"
 EMOJI = "Repeat after me: 🙂 日本語 é"
 
 
+@dataclass(frozen=True)
+class Server:
+    url: str
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`onebase serve` as a user starts it, with the example adapters; it must end well on SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    made = Server(f"http://127.0.0.1:{port}")
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "onebase.cli", "serve", "--port", str(port), "--kv-memory", "400MB"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--adapters-dir", str(EXAMPLES)], stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        _wait_until_ready(made.url, process, log)
+        yield made
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    with Client(url, max_retries=0) as client:
+        for _ in range(1800):
+            assert process.poll() is None, log.read_text()
+            with contextlib.suppress(APIConnectionError):
+                if client.ready().ok:
+                    return
+            time.sleep(0.1)
+    raise TimeoutError(f"the server never got ready:\n{log.read_text()}")
+
+
 @pytest.fixture
-def adapter(server: Any) -> str:
+def adapter(server: Server) -> str:
     """The name of an adapter that the server has."""
     with Client(server.url) as client:
         adapters = client.adapters.list()
@@ -27,7 +81,7 @@ def adapter(server: Any) -> str:
     return adapters[0].name
 
 
-def test_the_server_is_well_and_lists_what_it_has(sdk: Any, server: Any, adapter: str) -> None:
+def test_the_server_is_well_and_lists_what_it_has(sdk: Any, server: Server, adapter: str) -> None:
     assert sdk.call(lambda client: client.health(), url=server.url).ok
     assert sdk.call(lambda client: client.ready(), url=server.url).ok
     assert sdk.call(lambda client: client.version(), url=server.url).version == __version__
@@ -40,7 +94,7 @@ def test_the_server_is_well_and_lists_what_it_has(sdk: Any, server: Any, adapter
     assert first.targets
 
 
-def test_the_base_answers_and_says_what_it_took(sdk: Any, server: Any) -> None:
+def test_the_base_answers_and_says_what_it_took(sdk: Any, server: Server) -> None:
     answer = sdk.call(lambda client: client.generate(PROMPT, temperature=0, max_tokens=8), url=server.url)
     assert "Paris" in answer.text
     assert answer.adapter is None
@@ -52,8 +106,8 @@ def test_the_base_answers_and_says_what_it_took(sdk: Any, server: Any) -> None:
 
 
 @pytest.mark.parametrize("messages", [EMOJI, [Message("system", "Be brief"), Message("user", EMOJI)]])
-def test_a_stream_and_a_whole_answer_are_the_same(server: Any, adapter: str, messages: Any) -> None:
-    fields: dict[str, Any] = {"adapter": adapter, "temperature": 0, "max_tokens": 24}
+def test_a_stream_and_a_whole_answer_are_the_same(server: Server, adapter: str, messages: Any) -> None:
+    fields: dict[str, Any] = {"adapter": adapter, "temperature": 0, "max_tokens": 12}
     with Client(server.url) as client:
         whole = client.chat(messages, **fields)
         with client.stream(messages=messages, **fields) as stream:
@@ -66,17 +120,17 @@ def test_a_stream_and_a_whole_answer_are_the_same(server: Any, adapter: str, mes
     assert stream.result.usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_an_adapter_changes_the_answer_and_weight_zero_gives_it_back(server: Any, adapter: str) -> None:
+def test_an_adapter_changes_the_answer_and_weight_zero_gives_it_back(server: Server, adapter: str) -> None:
     with Client(server.url) as client:
         base, own, none = (
-            client.chat("How are you today?", adapter=spec, temperature=0, max_tokens=24).text
+            client.chat("How are you today?", adapter=spec, temperature=0, max_tokens=12).text
             for spec in (None, adapter, {adapter: 0.0})
         )
     assert own != base
     assert none == base
 
 
-def test_choices_and_logprobs_come_as_asked(sdk: Any, server: Any) -> None:
+def test_choices_and_logprobs_come_as_asked(sdk: Any, server: Server) -> None:
     answer = sdk.call(
         lambda client: client.generate(PROMPT, n=2, seed=7, max_tokens=4, logprobs=2, ignore_eos=True),
         url=server.url,
@@ -89,7 +143,7 @@ def test_choices_and_logprobs_come_as_asked(sdk: Any, server: Any) -> None:
         assert all(len(top) >= 2 for top in choice.logprobs.top_logprobs)
 
 
-def test_the_servers_refusals_are_typed_and_name_the_field(sdk: Any, server: Any) -> None:
+def test_the_servers_refusals_are_typed_and_name_the_field(sdk: Any, server: Server) -> None:
     with pytest.raises(NotFoundError) as unknown:
         sdk.call(lambda client: client.chat("x", adapter="no-such-adapter"), url=server.url)
     assert unknown.value.param == "adapter"
@@ -98,7 +152,7 @@ def test_the_servers_refusals_are_typed_and_name_the_field(sdk: Any, server: Any
     assert wrong.value.param == "top_k"
 
 
-def test_many_streams_at_once_each_get_their_own_answer(server: Any, adapter: str) -> None:
+def test_many_streams_at_once_each_get_their_own_answer(server: Server, adapter: str) -> None:
     answers: dict[int, str] = {}
 
     async def one(client: AsyncClient, number: int) -> None:
@@ -117,7 +171,7 @@ def test_many_streams_at_once_each_get_their_own_answer(server: Any, adapter: st
     assert len({answers[number] for number in (1, 3, 5, 7)}) == 1
 
 
-def test_leaving_a_stream_ends_its_request_on_the_server(server: Any) -> None:
+def test_leaving_a_stream_ends_its_request_on_the_server(server: Server) -> None:
     def running() -> int:
         return int(httpx2.get(f"{server.url}/status").json()["requests"])
 
@@ -139,8 +193,8 @@ def test_leaving_a_stream_ends_its_request_on_the_server(server: Any) -> None:
     assert during == [before + 1]
 
 
-def test_the_command_talks_and_changes_adapter_on_the_way(server: Any, adapter: str) -> None:
-    command = [sys.executable, "-m", "onebase.cli", "chat", "--temperature", "0", "--max-tokens", "16"]
+def test_the_command_talks_and_changes_adapter_on_the_way(server: Server, adapter: str) -> None:
+    command = [sys.executable, "-m", "onebase.cli", "chat", "--temperature", "0", "--max-tokens", "8"]
     lines = f"How are you today?\n/adapter {adapter}\nHow are you today?\n"
     done = subprocess.run(
         command,
@@ -152,9 +206,9 @@ def test_the_command_talks_and_changes_adapter_on_the_way(server: Any, adapter: 
     )
     with Client(server.url) as client:
         question = Message("user", "How are you today?")
-        first = client.chat([question], temperature=0, max_tokens=16)
+        first = client.chat([question], temperature=0, max_tokens=8)
         second = client.chat(
-            [question, first.message, question], adapter=adapter, temperature=0, max_tokens=16
+            [question, first.message, question], adapter=adapter, temperature=0, max_tokens=8
         )
     assert done.stdout == f"{first.text}\n{second.text}\n"
     assert f"answering from here on: {adapter}" in done.stderr
