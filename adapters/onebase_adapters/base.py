@@ -67,7 +67,8 @@ def check_servable(config: Any) -> None:
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedBaseError(
-            f"{name} is an encoder-decoder; OneBase serves decoder-only models. Choose a causal language model."
+            f"{name} is an encoder-decoder; OneBase serves decoder-only models. "
+            "Choose a causal language model."
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedBaseError(
@@ -134,6 +135,9 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module, "weight", None), "CB", None) is not None and hasattr(module, "init_8bit_state"):
+            # Else the first forward would move the statistics out of the parameter that every view shares.
+            module.init_8bit_state()
     return model
 
 
@@ -195,10 +199,10 @@ def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]
             yield "nested_code", state.state2.code
     layer_state = getattr(module, "state", None)
     for owner, label in ((weight, ""), (layer_state, "state_")):
-        for field in ("CB", "SCB"):
-            tensor = getattr(owner, field, None)
+        for attribute in ("CB", "SCB"):
+            tensor = getattr(owner, attribute, None)
             if isinstance(tensor, torch.Tensor):
-                yield label + field, tensor
+                yield label + attribute, tensor
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -206,8 +210,8 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors.update(model.named_buffers())
     for name, module in model.named_modules():
-        for field, tensor in quantized_statistics(module):
-            tensors[f"{name}.weight#{field}"] = tensor
+        for label, tensor in quantized_statistics(module):
+            tensors[f"{name}.weight#{label}"] = tensor
     return tensors
 
 

@@ -102,7 +102,10 @@ class AdapterFormatError(ValueError):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a target may be: a linear layer or an embedding of the base. `size_in` is the vocabulary for the latter."""
+    """What a target may be: a linear layer or an embedding of the base.
+
+    `size_in` of an embedding is its vocabulary.
+    """
 
     size_in: int
     size_out: int
@@ -194,8 +197,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("init_lora_weights") not in _HARMLESS_INITIALISATIONS:
         raise AdapterFormatError(
             "unsupported_kind",
-            f"init_lora_weights = {config['init_lora_weights']!r:.80} trains against a changed base, so the adapter "
-            "does not fit the shared one. Convert it to a plain LoRA (PEFT: path_initial_model_for_weight_conversion).",
+            f"init_lora_weights = {config['init_lora_weights']!r:.80} trains against a changed base, so the "
+            "adapter does not fit the shared one. Convert it to a plain LoRA (PEFT: "
+            "path_initial_model_for_weight_conversion).",
         )
     _check_numbers(config)
     return config
@@ -277,8 +281,8 @@ def _check_header(path: Path) -> None:
     except OSError as error:
         raise AdapterFormatError(
             "missing_file",
-            f"cannot read {WEIGHTS_FILE}: {error.strerror}. Pickled weights (.bin) are never loaded; save the adapter "
-            "with safe_serialization=True.",
+            f"cannot read {WEIGHTS_FILE}: {error.strerror}. Pickled weights (.bin) are never loaded; save "
+            "the adapter with safe_serialization=True.",
         ) from None
     except AdapterFormatError:
         raise
@@ -303,8 +307,8 @@ def _group(
         if match is None:
             raise AdapterFormatError(
                 "foreign_tensor",
-                f"{WEIGHTS_FILE}: {key:.200} is not a LoRA matrix. Save with save_embedding_layers=False if it is a "
-                "weight of the base; other kinds of adapters are not served yet.",
+                f"{WEIGHTS_FILE}: {key:.200} is not a LoRA matrix. Save with save_embedding_layers=False if "
+                "it is a weight of the base; other kinds of adapters are not served yet.",
             )
         name = match["module"]
         layer = layers.get(name)
@@ -337,8 +341,8 @@ def _check_module(
         if tuple(pair[which].shape) != expected:
             raise AdapterFormatError(
                 "bad_shape",
-                f"{WEIGHTS_FILE}: lora_{which} of {name} is {list(pair[which].shape)}; rank {rank} on this base "
-                f"needs {list(expected)}",
+                f"{WEIGHTS_FILE}: lora_{which} of {name} is {list(pair[which].shape)}; rank {rank} on this "
+                f"base needs {list(expected)}",
             )
     return ModuleSpec(
         name, rank, float(_patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))

@@ -199,7 +199,7 @@ class SlotLinear(SlotModule):
             y.copy_(y.float() + delta)
 
     def _base_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """base(x) [rows, out]; on the CPU tile by tile, with a 4-bit weight dequantized once for all tiles."""
+        """base(x) [rows, out]; on the CPU by tiles, with a 4-bit weight dequantized once for all of them."""
         if not self.tiled or len(x) <= TILE or type(self.base).__name__ == "Linear8bitLt":
             y: torch.Tensor = self.base(x)
             return y
@@ -221,7 +221,8 @@ class SlotLinear(SlotModule):
 class _Bank:
     """All slots of one layer as two matrices: `a` [slots * rank, in], `b` [out, slots * rank] with the scale.
 
-    Its rank is that of the largest adapter so far, rounded up to a multiple of 8; smaller ones are padded by zeros.
+    Its rank is that of the largest adapter so far, rounded up to a multiple of 8; smaller ones are padded
+    by zeros.
     """
 
     def __init__(self, slots: Sequence[LoraWeights | None], like: LoraWeights) -> None:
