@@ -132,12 +132,14 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     model.eval()
     model.requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if getattr(getattr(module, "weight", None), "CB", None) is not None and hasattr(module, "init_8bit_state"):
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        held = getattr(getattr(layer, "weight", None), "CB", None)
+        if held is not None and hasattr(layer, "init_8bit_state"):
             # Else the first forward would move the statistics out of the parameter that every view shares.
-            module.init_8bit_state()
+            layer.init_8bit_state()
     return model
 
 
@@ -156,7 +158,7 @@ def _quantization_config(settings: BaseSettings) -> Any:
     return None
 
 
-def _quantize_layers(model: nn.Module, settings: BaseSettings) -> None:
+def _quantize_layers(model: Any, settings: BaseSettings) -> None:
     """NF4 with a blocksize other than 64, which transformers' config cannot express."""
     import bitsandbytes as bnb
 

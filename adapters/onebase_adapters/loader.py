@@ -17,7 +17,7 @@ from torch import nn
 
 from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
-from onebase_adapters.slots import LoraWeights
+from onebase_adapters.slots import LoraWeights, input_embedding
 from onebase_adapters.view import view
 
 _NAME = "version"
@@ -37,11 +37,11 @@ class LoadedAdapter:
 
 def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
     """Every linear layer and the input embedding of the base, by full name."""
-    embedding = base.get_input_embeddings()
     layers: dict[str, LayerShape] = {}
+    embedding = input_embedding(base)
     for name, module in base.named_modules():
         if module is embedding:
-            layers[name] = LayerShape(module.num_embeddings, module.embedding_dim, embedding=True)
+            layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, embedding=True)
         elif isinstance(module, nn.Linear):
             layers[name] = LayerShape(module.in_features, module.out_features)
     return layers

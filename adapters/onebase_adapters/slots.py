@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,7 +114,7 @@ class SlotModule(nn.Module):
         self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base: Any = base
         self.step = step
         self.tiled = tiled
         self.head = head
@@ -204,7 +205,7 @@ class SlotLinear(SlotModule):
             y: torch.Tensor = self.base(x)
             return y
         weight, bias, dtype = self._plain_weight()
-        tiles = [functional.linear(part, weight, bias) for part in x.to(dtype).split(TILE)]
+        tiles = [functional.linear(part, weight, bias) for part in torch.split(x.to(dtype), TILE)]
         return torch.cat(tiles).to(x.dtype)
 
     def _plain_weight(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
@@ -282,12 +283,22 @@ class SlotEmbedding(SlotModule):
         return (*rows.tiles, Tile(stack.start, stack.stop, terms))
 
 
+def input_embedding(model: Any) -> nn.Embedding:
+    embedding: nn.Embedding = model.get_input_embeddings()
+    return embedding
+
+
+def output_head(model: Any) -> nn.Module | None:
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
+
+
 def wrap_layers(model: nn.Module, step: StepRows, *, slots: int, tiled: bool) -> dict[str, SlotModule]:
     """Replace every linear layer and the input embedding of a view by slot modules; returns them by name.
 
     The view's own base layers stay inside the wrappers: the loaded base is untouched.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = output_head(model), input_embedding(model)
     wrapped: dict[str, SlotModule] = {}
     for name, module in list(model.named_modules()):
         if module is embedding:
