@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300.0
@@ -76,12 +80,51 @@ def test_base_and_both_adapters_answer_differently_and_the_server_is_gone_afterw
     assert not is_listening(port_of(text[text.index("Ready") :]))
 
 
-def test_ctrl_c_stops_the_server_that_was_left_running_and_exits_with_0() -> None:
+def readme_blocks(language: str) -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL)
+
+
+def send(curl: str, port: int) -> dict[str, Any]:
+    """What a curl command of the form `curl URL -H HEADER -d BODY` would get from the server at `port`."""
+    program, url, *options = shlex.split(curl.replace("\\\n", " "))
+    assert program == "curl"
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    name, _, value = given["-H"].partition(": ")
+    request = urllib.request.Request(
+        re.sub(r":\d+/", f":{port}/", url), given["-d"].encode(), headers={name: value}
+    )
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        return dict(json.load(response))
+
+
+def run_python(source: str, port: int) -> str:
+    source = source.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{port}")
+    result = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, "ONEBASE_URL": f"http://127.0.0.1:{port}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_server_left_running_answers_what_the_readme_suggests_until_ctrl_c() -> None:
     with demo("--port", "0") as process:
         text = read_until(process, "Ctrl-C stops the server")
         port = port_of(text)
-        assert is_listening(port)
-        assert f"curl http://127.0.0.1:{port}/generate" in text
+        (curl,) = [block for block in readme_blocks("") if block.startswith("curl")]
+        (printed,) = re.findall(r"^  (curl .+?)\n\n", text, re.MULTILINE | re.DOTALL)
+        answer = send(curl, port)
+        assert json.loads(answer["choices"][0]["text"])["customer"] == "Anna"
+        assert answer["adapter"].startswith("orders@")
+        assert send(printed, port)["choices"][0]["text"]
+        outputs = [run_python(block, port) for block in readme_blocks("python")]
+        assert len(outputs) == 2
+        assert all(output.strip() for output in outputs)
         process.send_signal(signal.SIGINT)
         text, _ = process.communicate()
     assert process.returncode == 0, text
