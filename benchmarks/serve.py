@@ -119,7 +119,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "serve.json").write_text(json.dumps(result, indent=1))
         listed = "".join(f"- {note}\n" for note in notes)
-        markdown = f"{machine.sentence(self.machine)}\n\n{report.markdown_table(cells, main)}\n{listed}"
+        markdown = f"{machine.sentence(self.machine)}\n\n{report.markdown_table(cells)}\n{listed}"
         (folder / "serve.md").write_text(markdown)
         self.console.print(f"Written: {folder / 'serve.json'}, {folder / 'serve.md'}")
 

@@ -81,18 +81,8 @@ def equal_texts(runs: Sequence[Run], target: str, reference: str) -> dict[str, t
     return counts
 
 
-def columns(main: str) -> tuple[str, ...]:
-    """Headings of the cells that `rows` gives; times are in milliseconds."""
-    return (
-        "load",
-        "target",
-        "tokens/s",
-        "TTFT p50",
-        "TTFT p99",
-        "TPOT",
-        f"{main} ratio",
-        "tokens/s by round",
-    )
+COLUMNS = ("load", "target", "tokens/s", "TTFT p50", "TTFT p99", "TPOT", "ratio", "by round")
+"""Headings of the cells that `rows` gives; times are in milliseconds."""
 
 
 def rows(
@@ -122,14 +112,13 @@ def rows(
 
 def rich_table(cells: Sequence[tuple[str, ...]], main: str, title: str) -> Table:
     """For a terminal of 80 columns: the load is a line of its own above its targets."""
-    headings = columns(main)
     table = Table(
         title=title,
         caption=f"times in ms; ratio: {main}'s tokens/s over the target's",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    for index, heading in enumerate(headings[1:-1]):
+    for index, heading in enumerate(COLUMNS[1:-1]):
         table.add_column(heading if index else "", justify="right" if index else "left", no_wrap=True)
     for index, row in enumerate(cells):
         if index == 0 or cells[index - 1][0] != row[0]:
@@ -139,7 +128,6 @@ def rich_table(cells: Sequence[tuple[str, ...]], main: str, title: str) -> Table
     return table
 
 
-def markdown_table(cells: Sequence[tuple[str, ...]], main: str) -> str:
-    headings = columns(main)
-    rule = tuple("---" if index < 2 else "---:" for index in range(len(headings)))
-    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, rule, *cells)) + "\n"
+def markdown_table(cells: Sequence[tuple[str, ...]]) -> str:
+    rule = tuple("---" if index < 2 else "---:" for index in range(len(COLUMNS)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (COLUMNS, rule, *cells)) + "\n"

@@ -70,7 +70,7 @@ async def _ask(url: str, plan: Plan, tally: Tally) -> Answer | None:
         if not plan.valid:
             raise ContractError(f"an invalid request was served: {_short(plan.body)}")
         answer = await (_streamed(response, plan) if plan.body.get("stream") else _whole(response))
-    _check(answer, plan)
+    check(answer, plan)
     tally.tokens += answer.usage["completion_tokens"]
     tally.outcomes[
         "cancelled by its deadline" if "cancelled" in answer.finishes.values() else "finished"
@@ -135,7 +135,7 @@ def _take(answer: Answer, event: dict[str, Any]) -> bool:
     return False
 
 
-def _check(answer: Answer, plan: Plan) -> None:
+def check(answer: Answer, plan: Plan) -> None:
     body, short = plan.body, _short(plan.body)
     count = body.get("n", 1)
     if sorted(answer.finishes) != list(range(count)):
