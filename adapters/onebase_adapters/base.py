@@ -104,6 +104,8 @@ def load_base(settings: BaseSettings) -> nn.Module:
     check_servable(config)
     by_hand = settings.quantization == "nf4" and settings.blocksize != 64
     quantization = None if by_hand else _quantization_config(settings)
+    if settings.quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             settings.folder,
@@ -122,6 +124,11 @@ def load_base(settings: BaseSettings) -> nn.Module:
         _quantize_layers(model, settings)
         model.to(settings.device)
     return freeze(model)
+
+
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
+    """Drop the line that bitsandbytes writes for each 8-bit layer of each forward when x is not fp16."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Real engines on tiny models, stepped in the test's own process."""

@@ -1,0 +1,125 @@
+"""Drive a real Engine step by step, and ask PEFT what each row should have been."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tests.oracle import greedy
+from tests.tiny import ADAPTERS, save_adapter
+from torch import nn
+
+from onebase_adapters.format import canonicalize
+from onebase_adapters.loader import adaptable_layers, peft_model
+from onebase_server.engine import protocol
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.scheduler import Limits
+
+
+@dataclass(frozen=True)
+class Request:
+    """One greedy request; `adapter` is an index into the adapters, None the base. `at`: step of arrival."""
+
+    prompt: tuple[int, ...]
+    adapter: int | None
+    max_tokens: int
+    at: int = 0
+
+
+@dataclass
+class Lab:
+    """A base with its eight adapters, PEFT's models of them, and the texts they give."""
+
+    base: nn.Module
+    folders: list[Path]
+    references: list[nn.Module]
+    _texts: dict[tuple[tuple[int, ...], int | None, int], list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, base: nn.Module, folder: Path) -> Lab:
+        folders = [
+            save_adapter(base, settings, folder / f"a{i}", seed=i + 1) for i, settings in enumerate(ADAPTERS)
+        ]
+        return cls(base, folders, [cls._reference(base, path) for path in folders])
+
+    @staticmethod
+    def _reference(base: nn.Module, folder: Path) -> nn.Module:
+        with tempfile.TemporaryDirectory() as canonical:
+            canonicalize(folder, adaptable_layers(base), 64, Path(canonical))
+            return peft_model(base, Path(canonical))
+
+    def engine(self, **changes: int) -> Engine:
+        settings = {
+            "max_rows": 32,
+            "step_tokens": 96,
+            "kv_blocks": 400,
+            "block_size": 16,
+            "slots": 8,
+        } | changes
+        limits = Limits(settings["max_rows"], settings["step_tokens"], 512)
+        engine = Engine(
+            self.base,
+            name="tiny",
+            limits=limits,
+            kv_blocks=settings["kv_blocks"],
+            block_size=settings["block_size"],
+            slots=settings["slots"],
+        )
+        for i, folder in enumerate(self.folders):
+            answer = engine.load_adapter(protocol.LoadAdapter(f"digest{i}", str(folder)))
+            assert isinstance(answer, protocol.AdapterLoaded), answer
+        return engine
+
+    def expected(self, request: Request) -> list[int]:
+        """PEFT's own greedy text for the request alone."""
+        key = (request.prompt, request.adapter, request.max_tokens)
+        if key not in self._texts:
+            model = self.base if request.adapter is None else self.references[request.adapter]
+            self._texts[key] = greedy(model, list(request.prompt), request.max_tokens)
+        return self._texts[key]
+
+
+def requests(
+    count: int, seed: int, *, longest: int = 70, tokens: int = 10, spread: int = 12
+) -> list[Request]:
+    """Random requests over the base and all adapters, arriving within the first `spread` steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    return [
+        Request(
+            prompt=tuple(torch.randint(3, 320, (pick(1, longest),), generator=generator).tolist()),
+            adapter=None if i % 9 == 8 else i % 9,
+            max_tokens=pick(3, tokens + 1),
+            at=pick(0, spread),
+        )
+        for i in range(count)
+    ]
+
+
+def run(engine: Engine, asked: Sequence[Request]) -> list[list[int]]:
+    """Serve all requests together, each arriving at its step; returns the tokens of each."""
+    texts: dict[str, list[int]] = {str(i): [] for i in range(len(asked))}
+    step = 0
+    while step <= max(r.at for r in asked) or engine.busy:
+        for i, request in enumerate(asked):
+            if request.at == step:
+                engine.submit(submission(str(i), request))
+        engine.step()
+        for output in engine.take_outputs():
+            assert output.error_message is None, output.error_message
+            texts[output.id] += output.tokens
+        step += 1
+        assert step < 5000, "the engine makes no progress"
+    return list(texts.values())
+
+
+def submission(name: str, request: Request) -> protocol.Submit:
+    adapters = [] if request.adapter is None else [protocol.AdapterRef(f"digest{request.adapter}")]
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True)
+    return protocol.Submit(id=name, prompt=list(request.prompt), sampling=sampling, adapters=adapters)

@@ -1,0 +1,62 @@
+"""Every row of a mixed batch equals what PEFT gives for it alone, in every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.engine.harness import Lab, Request, requests, run
+from tests.tiny import ARCHITECTURES, save_base
+
+from onebase_adapters.base import BaseSettings, load_base
+
+PRECISIONS = {
+    "fp32": {"quantization": "none", "dtype": torch.float32},
+    "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
+}
+
+
+@pytest.fixture(scope="module", params=[(a, p) for a in ARCHITECTURES for p in PRECISIONS], ids="-".join)
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    architecture, precision = request.param
+    folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
+    base = load_base(BaseSettings(save_base(architecture, folder / "base"), **PRECISIONS[precision]))
+    yield Lab.create(base, folder)
+
+
+ASKED = requests(18, seed=7)
+
+
+def test_rows_of_a_mixed_batch_equal_peft_alone_token_for_token(lab: Lab) -> None:
+    engine = lab.engine()
+    texts = run(engine, ASKED)
+    for request, text in zip(ASKED, texts, strict=True):
+        assert text == lab.expected(request), request
+    assert engine.pool.free == engine.pool.capacity
+    assert engine.slots.used == 0
+    engine.check_base()
+
+
+def test_adapters_change_the_text_so_that_equality_means_something(lab: Lab) -> None:
+    prompt = ASKED[0].prompt
+    texts = {tuple(lab.expected(Request(prompt, adapter, 8))) for adapter in (None, *range(8))}
+    assert len(texts) > 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"step_tokens": 5}, id="chunks-of-five-tokens"),
+        pytest.param({"kv_blocks": 11, "block_size": 16}, id="preemption"),
+        pytest.param({"slots": 2}, id="two-slots-for-eight-adapters"),
+        pytest.param({"max_rows": 1}, id="one-row-at-a-time"),
+    ],
+)
+def test_no_row_notices_chunking_preemption_eviction_or_company(lab: Lab, changes: dict[str, int]) -> None:
+    engine = lab.engine(**changes)
+    texts = run(engine, ASKED)
+    assert texts == [lab.expected(request) for request in ASKED]
+    if "kv_blocks" in changes:
+        assert engine.scheduler.preemptions > 0
+    assert engine.pool.free == engine.pool.capacity

@@ -1,0 +1,96 @@
+"""Tiny random models of every tested architecture, and adapters on them, saved as real folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+
+from onebase_adapters.view import view
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# A tied head over embeddings scaled by sqrt(hidden) would only ever repeat the last token.
+_GEMMA: dict[str, Any] = {"sliding_window": 24, "query_pre_attn_scalar": 32, "tie_word_embeddings": False}
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tf.LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "mistral": lambda: tf.MistralConfig(**_SIZES, sliding_window=24, tie_word_embeddings=False),
+    "qwen2": lambda: tf.Qwen2Config(**_SIZES, tie_word_embeddings=False),
+    "qwen3": lambda: tf.Qwen3Config(**_SIZES, tie_word_embeddings=True),
+    "gemma2": lambda: tf.Gemma2Config(**_SIZES, **_GEMMA),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_SIZES, **_GEMMA),
+    "phi3": lambda: tf.Phi3Config(**_SIZES, tie_word_embeddings=False),
+}
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+ADAPTERS: list[dict[str, Any]] = [
+    {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
+    {"r": 16, "lora_alpha": 16, "target_modules": ATTENTION},
+    {"r": 4, "lora_alpha": 24, "target_modules": ATTENTION + MLP},
+    {"r": 32, "lora_alpha": 20, "target_modules": ATTENTION + MLP},
+    {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, "lm_head"]},
+    {"r": 8, "lora_alpha": 12, "target_modules": ATTENTION + MLP, "use_rslora": True},
+    {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ATTENTION + MLP,
+        "rank_pattern": {"o_proj": 12},
+        "alpha_pattern": {"down_proj": 5},
+    },
+    {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"]},
+]
+"""Attention only; all linear layers; lm_head; embed_tokens; unlike ranks and alphas; rsLoRA; patterns."""
+
+
+def save_base(architecture: str, folder: Path, seed: int = 0) -> Path:
+    """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
+    torch.manual_seed(seed)
+    config = ARCHITECTURES[architecture]()
+    config.initializer_range = 0.15
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(
+    base: torch.nn.Module, settings: dict[str, Any], folder: Path, seed: int, std: float = 0.1
+) -> Path:
+    """A LoRA of the base with random A and B, as PEFT itself saves it."""
+    torch.manual_seed(seed)
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    targets = [name if name in names else FUSED[name] for name in settings["target_modules"]]
+    model = get_peft_model(
+        view(base), LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": sorted(set(targets))})
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, std)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
