@@ -49,7 +49,7 @@ class Answer:
     complete: bool = False
 
     def panel(self, width: int) -> Panel:
-        return Panel(Text(self.text.strip()), title=self.title, subtitle=self.speed, width=width, height=16)
+        return Panel(Text(self.text.strip()), title=self.title, subtitle=self.speed, width=width, height=14)
 
 
 @dataclass(frozen=True)
