@@ -50,7 +50,7 @@ class _Frames(asyncio.Protocol):
 
 
 class EngineProcess:
-    """A running engine. Made by `spawn`; ended by `kill`, its own death or `shutdown`."""
+    """A running engine. Made by `spawn`; ended by `end` or by its own death."""
 
     def __init__(self, process: asyncio.subprocess.Process, transport: asyncio.WriteTransport) -> None:
         self._process = process
@@ -92,10 +92,13 @@ class EngineProcess:
         if not self._transport.is_closing():
             self._transport.write(encode(message))
 
-    async def kill(self) -> str:
-        """End the process group at once and say how the process ended, for the log."""
-        self.signal_group(signal.SIGKILL)
-        return await self.wait()
+    async def end(self, grace: float = 0.0) -> str:
+        """Wait `grace` seconds for the process to exit, then kill it. Says how it ended, for the log."""
+        try:
+            return await asyncio.wait_for(self.wait(), grace)
+        except TimeoutError:
+            self.signal_group(signal.SIGKILL)
+            return await self.wait()
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the engine and to whatever it has started."""

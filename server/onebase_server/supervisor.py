@@ -30,6 +30,8 @@ from onebase_server.engine_link import ENGINE_COMMAND, EngineProcess
 from onebase_server.errors import EngineRestartedError, InvalidRequestError, QueueFullError, UnavailableError
 from onebase_server.inflight import Inflight
 
+_LAST_WORDS_SECONDS = 1.0
+"""An engine that has closed its socket is about to exit, with a status that says why."""
 _log = logging.getLogger(__name__)
 
 
@@ -193,10 +195,7 @@ class EngineSupervisor:
         if engine is None or ended is None:
             return
         engine.send(Shutdown())
-        try:
-            await asyncio.wait_for(engine.wait(), self._policy.shutdown_grace)
-        except TimeoutError:
-            await engine.kill()
+        await engine.end(self._policy.shutdown_grace)
 
     def kill_now(self) -> None:
         """End the engine without waiting for anything: the api is about to exit."""
@@ -227,7 +226,7 @@ class EngineSupervisor:
             watch.cancel()
             self._close_requests()
             if not self._stopping:
-                status = await engine.kill()
+                status = await engine.end(0.0 if self.state is EngineState.STALLED else _LAST_WORDS_SECONDS)
                 self._engine = None
         if self._stopping:
             return reason

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,96 +19,7 @@ from transformers import AutoModelForCausalLM
 from onebase_adapters.default_base import fetch_default_base
 from onebase_server.tokenization import BaseTokenizer
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-START_SECONDS = 180.0
-
-
-class Server:
-    """A server process: its URL, its log, and ways to end it."""
-
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self.process = process
-        self.url = f"http://127.0.0.1:{port}"
-        self.port = port
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
-
-    def _read_log(self) -> None:
-        for line in self.process.stderr or ():
-            self._lines.append(line)
-
-    @property
-    def log(self) -> str:
-        return "".join(self._lines)
-
-    def client(self, timeout: float = 120.0) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=timeout)
-
-    def wait_ready(self) -> None:
-        self.wait_for(lambda: self.status_of("/ready") == 200)
-
-    def status_of(self, path: str) -> int | None:
-        """The status of a GET; None while nobody listens."""
-        try:
-            return httpx2.get(self.url + path, timeout=10).status_code
-        except httpx2.TransportError:
-            return None
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server exited with {self.process.returncode}:\n{self.log}")
-            if time.monotonic() > end:
-                raise TimeoutError(f"no luck within {seconds} s:\n{self.log}")
-            time.sleep(0.05)
-
-    def exit_status(self, seconds: float = 60.0) -> int:
-        """Wait for the process to end."""
-        status = self.process.wait(seconds)
-        self._reader.join(5)
-        return status
-
-    def engine_pid(self) -> int:
-        """The process id of the engine: the server's only child."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        (child,) = path.read_text().split()
-        return int(child)
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def serving(command: list[str], *options: str, ready: bool = True) -> Iterator[Server]:
-    """A server started by `command` on a free port; killed at the end if it still runs."""
-    port = free_port()
-    sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
-    process = subprocess.Popen(
-        [*command, "--port", str(port), *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200"},
-    )
-    server = Server(process, port)
-    try:
-        if ready:
-            server.wait_ready()
-        yield server
-    finally:
-        process.kill()
-        process.wait()
+from .support import HERE, Server, Starter, serving
 
 
 def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int) -> Path:
@@ -127,9 +32,6 @@ def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int) -> Path:
     )  # fmt: skip
     get_peft_model(model, config).save_pretrained(folder)
     return folder
-
-
-Starter = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +77,7 @@ class Api:
 
     def generate(self, **body: Any) -> dict[str, Any]:
         """The answer of POST /generate, greedy unless asked otherwise; raises unless the status is 200."""
-        answer = self.http.post("/generate", json={"temperature": 0, "max_tokens": 8, **body})
+        answer = self.http.post("/generate", json={"temperature": 0, "max_tokens": 6, **body})
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {answer.text}")
         data: dict[str, Any] = answer.json()
@@ -202,7 +104,7 @@ def api(serve_real: Starter, base_folder: Path, tmp_path_factory: pytest.TempPat
         name: make_adapter(base_folder, parent / name, seed, rank)
         for name, seed, rank in (("red", 1, 4), ("blue", 2, 8))
     }
-    options = ["--adapters-dir", str(parent), "--kv-memory", "400MB", "--max-rows", "16", "--threads", "2"]
+    options = ["--adapters-dir", str(parent), "--kv-memory", "400MB", "--max-rows", "16", "--threads", "1"]
     with serve_real(*options) as server, server.client() as http:
         digests = {entry["id"]: entry["version"] for entry in http.get("/v1/adapters").json()["data"]}
         yield Api(server, http, "smollm2-135m-instruct", adapters, digests)

@@ -8,6 +8,7 @@ Run as `python scripted_engine.py BEHAVIOUR --fd N`:
     deaf         accepts requests and reports steps that never advance
     fatal        refuses to start
     die-early    exits before it is ready
+    sleep-early  never gets ready
     die-ready    exits as soon as it has been ready for a moment
 """
 
@@ -99,6 +100,9 @@ class ScriptedEngine:
             sys.exit(3)
         if self.behaviour == "die-early":
             sys.exit(7)
+        if self.behaviour == "sleep-early":
+            self.connection.recv(1)
+            sys.exit(0)
         config = message.config
         base = BaseInfo(
             architecture="Scripted", parameters=1, quantization="none", dtype="float32", device="cpu",

@@ -35,7 +35,7 @@ def test_the_base_answers_with_text_usage_and_timing(api: Any, tokenizer: BaseTo
     assert answer["object"] == "generation"
     assert answer["adapter"] is None
     assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode(FRANCE))
-    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["usage"]["completion_tokens"] == 6
     assert answer["timing"]["ttft_s"] > answer["timing"]["queue_s"] >= 0
     assert answer["timing"]["decode_s"] > 0
 
@@ -43,12 +43,12 @@ def test_the_base_answers_with_text_usage_and_timing(api: Any, tokenizer: BaseTo
 def test_a_stream_has_the_same_text_and_ends_with_usage_and_done(api: Any) -> None:
     whole = api.generate(prompt=FRANCE)
 
-    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=8)
+    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=6)
 
     assert text_of(events) == whole["choices"][0]["text"]
     assert events[-1] == "[DONE]"
     assert events[-2]["done"] is True
-    assert events[-2]["usage"]["completion_tokens"] == 8
+    assert events[-2]["usage"]["completion_tokens"] == 6
     assert events[-3]["finish_reason"] == "length"
     assert len({event["id"] for event in events[:-1]}) == 1
 
@@ -96,16 +96,15 @@ def test_a_weighted_list_is_the_sum_of_its_terms(api: Any) -> None:
 def test_messages_go_through_the_bases_own_chat_template(api: Any, tokenizer: BaseTokenizer) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
 
-    answer = api.generate(messages=messages, max_tokens=24)
+    answer = api.generate(messages=messages)
 
-    assert "Paris" in answer["choices"][0]["text"]
-    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["text"] == "The capital of France is Paris"
     assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(messages))
 
 
 def test_a_stop_string_never_shows_in_a_stream_and_frees_the_row(api: Any) -> None:
-    plain = api.generate(prompt=FRANCE, max_tokens=12)["choices"][0]["text"]
-    stop = plain[9:13]
+    plain = api.generate(prompt=FRANCE)["choices"][0]["text"]
+    stop = plain[4:9]
 
     events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=500, stop=["zzz", stop])
 
@@ -136,10 +135,7 @@ def test_n_choices_differ_and_a_seed_repeats_them(api: Any) -> None:
 
 
 def test_without_a_seed_two_requests_differ(api: Any) -> None:
-    texts = {
-        api.generate(prompt="Once upon a time", temperature=1.5, max_tokens=12)["choices"][0]["text"]
-        for _ in range(3)
-    }
+    texts = {api.generate(prompt="Once upon a time", temperature=1.5)["choices"][0]["text"] for _ in range(3)}
 
     assert len(texts) > 1
 
@@ -147,22 +143,20 @@ def test_without_a_seed_two_requests_differ(api: Any) -> None:
 def test_emoji_cjk_and_combining_marks_stream_as_valid_text(api: Any) -> None:
     prompt = "🎉👩‍👩‍👧‍👦 漢字 e\u0301 🎉👩‍👩‍👧‍👦 漢字 e\u0301 🎉👩‍👩‍👧‍👦"
 
-    events = api.events("/generate", prompt=prompt, temperature=0, max_tokens=12, ignore_eos=True)
-    whole = api.generate(prompt=prompt, max_tokens=12, ignore_eos=True)
+    events = api.events("/generate", prompt=prompt, temperature=0, max_tokens=6, ignore_eos=True)
+    whole = api.generate(prompt=prompt, ignore_eos=True)
 
     assert text_of(events) == whole["choices"][0]["text"]
 
 
-def test_forced_tokens_that_split_an_emoji_come_out_whole(api: Any, tokenizer: BaseTokenizer) -> None:
-    """One choice's tokens are forced one by one by a bias that leaves no other."""
+def test_tokens_that_are_half_a_character_stay_out_of_a_stream(api: Any, tokenizer: BaseTokenizer) -> None:
+    """A bias forces the first token of an emoji again and again: the text is its bytes' decoding."""
     first, *_ = tokenizer.encode("🦩")
+    body = {"prompt": "bird", "temperature": 0, "max_tokens": 3, "logit_bias": {str(first): 100}}
 
-    events = api.events(
-        "/generate", prompt="bird", temperature=0, max_tokens=3, ignore_eos=True, logit_bias={str(first): 100}
-    )
+    events = api.events("/generate", **body)
 
-    assert text_of(events) == "\ufffd" * 3
-    assert all("\ufffd" not in event["text"] for event in events[:1])
+    assert text_of(events) == tokenizer.decode([first] * 3)
 
 
 def test_logprobs_add_up_to_the_text(api: Any) -> None:
@@ -184,7 +178,7 @@ def test_logprobs_add_up_to_the_text(api: Any) -> None:
 def test_streamed_logprobs_are_those_of_the_whole_answer(api: Any) -> None:
     whole = api.generate(prompt=FRANCE, logprobs=2)["choices"][0]["logprobs"]
 
-    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=8, logprobs=2)
+    events = api.events("/generate", prompt=FRANCE, temperature=0, max_tokens=6, logprobs=2)
 
     parts = [event["logprobs"] for event in events[:-1] if event.get("logprobs")]
     for field, values in whole.items():
@@ -225,7 +219,7 @@ def test_a_repeated_prompt_hits_the_prefix_cache(api: Any) -> None:
 
 
 def test_a_deadline_ends_the_request_with_what_there_is(api: Any) -> None:
-    answer = api.generate(prompt=FRANCE, max_tokens=4000, ignore_eos=True, timeout_s=1.5)
+    answer = api.generate(prompt=FRANCE, max_tokens=4000, ignore_eos=True, timeout_s=3)
 
     assert answer["choices"][0]["finish_reason"] == "cancelled"
     assert 0 < answer["usage"]["completion_tokens"] < 4000
@@ -281,12 +275,6 @@ def test_a_refusal_names_the_field_and_the_limit(
 
     assert error["param"] == param
     assert said in error["message"]
-
-
-def test_what_can_never_fit_the_cache_is_refused_by_the_engine_with_the_limit(api: Any) -> None:
-    blocks = api.http.get("/status").json()["info"]["kv_blocks"]
-    if blocks * 16 >= 8192:
-        pytest.fail("the shared server's cache is too large for this test")
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ def client(api: Any) -> Iterator[openai.OpenAI]:
 
 
 def test_a_completion_has_text_and_usage(client: openai.OpenAI, api: Any) -> None:
-    answer = client.completions.create(model=api.base, prompt=FRANCE, max_tokens=8, temperature=0)
+    answer = client.completions.create(model=api.base, prompt=FRANCE, max_tokens=5, temperature=0)
 
     assert answer.choices[0].text.startswith(" Paris")
     assert answer.choices[0].finish_reason == "length"
     assert answer.object == "text_completion"
     assert answer.model == api.base
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == 8
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+    assert answer.usage.completion_tokens == 5
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 5
     assert answer.usage.prompt_tokens_details is not None
 
 
@@ -91,22 +91,36 @@ def test_completion_logprobs_with_echo_score_the_prompt(client: openai.OpenAI, a
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
 
 
-def test_a_chat_answers_and_stops_at_the_end_of_its_turn(client: openai.OpenAI, api: Any) -> None:
+def test_a_chat_answers_as_the_assistant(client: openai.OpenAI, api: Any) -> None:
     answer = client.chat.completions.create(
-        model=api.base, messages=QUESTION, max_completion_tokens=24, temperature=0
+        model=api.base, messages=QUESTION, max_completion_tokens=6, temperature=0
     )
 
     message = answer.choices[0].message
     assert message.role == "assistant"
-    assert message.content is not None
-    assert "Paris" in message.content
-    assert "<|im_end|>" not in message.content
-    assert answer.choices[0].finish_reason == "stop"
+    assert message.content == "The capital of France is Paris"
+    assert answer.choices[0].finish_reason == "length"
     assert answer.object == "chat.completion"
 
 
+def test_the_end_of_a_turn_ends_the_chat_and_does_not_show(
+    client: openai.OpenAI, api: Any, tokenizer: Any
+) -> None:
+    """A bias makes the base end its turn at once."""
+    (end,) = tokenizer.encode("<|im_end|>")
+
+    answer = client.chat.completions.create(
+        model=api.base, messages=QUESTION, temperature=0, logit_bias={str(end): 100}
+    )
+
+    assert answer.choices[0].message.content == ""
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 1
+
+
 def test_a_streamed_chat_starts_with_the_role_and_adds_up(client: openai.OpenAI, api: Any) -> None:
-    options: dict[str, Any] = {"model": api.base, "messages": QUESTION, "max_tokens": 10, "temperature": 0}
+    options: dict[str, Any] = {"model": api.base, "messages": QUESTION, "max_tokens": 5, "temperature": 0}
     whole = client.chat.completions.create(**options).choices[0].message.content
 
     chunks = list(

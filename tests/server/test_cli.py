@@ -1,0 +1,119 @@
+"""`onebase serve` and `onebase base fetch`: help, wrong options, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from onebase_server.cli import base, serve
+from onebase_server.settings import environment_name, option_name, setting_fields
+
+from .support import ROOT, Starter, make_folder
+
+
+def test_the_commands_are_found_by_the_sdk() -> None:
+    found = {entry.name: entry.load() for entry in entry_points(group="onebase.commands")}
+
+    assert found == {"serve": serve, "base": base}
+
+
+def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        serve(["--help"])
+
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for item, _ in setting_fields():
+        assert option_name(item.name) in text
+    assert "curl" in text
+    assert "(default: 8000)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "eighty"], "--port"),
+        (["--quantization", "fp4"], "nf4"),
+        (["--kv-memory", "lots"], "2GB"),
+        (["--adapter", "acme"], "NAME=FOLDER"),
+        (["--max-rows", "0"], "--max-rows"),
+        (["--adaptor", "x=y"], "--adaptor"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_would_be_right(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        serve(options)
+
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_reported_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        status = serve(["--port", str(port)])
+
+    assert status == 1
+    text = capsys.readouterr().err
+    assert "--port" in text
+    assert "loading" not in text
+
+
+def test_a_base_that_does_not_exist_is_reported_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    status = serve(["--port", "0", "--base", "./no/such/folder"])
+
+    assert status == 1
+    text = capsys.readouterr().err
+    assert "no/such/folder" in text
+    assert "Traceback" not in text
+
+
+def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> None:
+    sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
+    program = "import sys; from onebase_server.cli import base; sys.exit(base(['fetch']))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": sources},
+    )
+
+    assert Path(done.stdout.splitlines()[-1]) == base_folder
+
+
+def test_the_summary_tells_memory_adapters_and_address(serve_scripted: Starter, tmp_path: Path) -> None:
+    make_folder(tmp_path, "acme")
+    with serve_scripted("words", "--adapters-dir", str(tmp_path)) as server:
+        server.wait_for(lambda: server.url in server.log, 30)
+
+        assert "smollm2-135m-instruct" in server.log
+        assert "for the base" in server.log
+        assert "acme@" in server.log
+        assert "checks no keys" not in server.log
+
+
+def test_listening_on_every_address_is_said_aloud(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--host", "0.0.0.0") as server:
+        server.wait_for(lambda: "checks no keys" in server.log, 30)
+
+
+def test_the_environment_configures_the_server(
+    serve_scripted: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment_name("max_length"), "77")
+    with serve_scripted("words") as server, server.client() as http:
+        assert json.loads(http.get("/status").text)["info"]["max_length"] == 77

@@ -1,0 +1,245 @@
+"""The engine dies, stalls or refuses: the api stays up, says so, and brings it back.
+
+A scripted engine stands in where the real one cannot be made to fail at a given moment; crash and
+stall of the real engine are in test_real_engine_faults.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from .support import Server, Starter, make_folder
+
+LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
+
+
+def stream_until_end(server: Server, body: dict[str, Any]) -> list[str]:
+    """The data of every event until the stream ends."""
+    with server.client() as http, http.stream("POST", "/generate", json=body) as answer:
+        return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+
+
+def test_running_requests_end_with_an_error_when_the_engine_dies_and_new_ones_are_served(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words") as server, server.client() as http:
+        first_pid = server.engine_pid()
+        events: list[str] = []
+        reader = threading.Thread(target=lambda: events.extend(stream_until_end(server, LONG)))
+        reader.start()
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+        time.sleep(0.2)
+
+        os.kill(first_pid, signal.SIGKILL)
+        reader.join(30)
+
+        assert json.loads(events[-2])["error"]["code"] == "engine_restarted"
+        assert events[-1] == "[DONE]"
+        server.wait_ready()
+        assert server.engine_pid() != first_pid
+        answer = http.post("/generate", json={"prompt": "word", "max_tokens": 2}).json()
+        assert answer["choices"][0]["text"] == "wordword"
+        assert http.get("/status").json()["engine"]["restarts"] == 1
+
+
+def test_while_the_engine_restarts_requests_get_503_with_retry_after(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server, server.client() as http:
+        whole: dict[str, httpx2.Response] = {}
+        body = {**LONG, "stream": False}
+        waiting = threading.Thread(
+            target=lambda: whole.update(answer=server.client().post("/generate", json=body))
+        )
+        waiting.start()
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        waiting.join(30)
+        refused = http.post("/generate", json={"prompt": "word"})
+
+        for answer in (whole["answer"], refused):
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) >= 1
+        assert whole["answer"].json()["error"]["code"] == "engine_restarted"
+        assert refused.json()["error"]["code"] == "engine_restarting"
+        server.wait_ready()
+
+
+def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(serve_scripted: Starter) -> None:
+    with serve_scripted("deaf", "--stall-timeout", "0.5") as server, server.client() as http:
+        first_pid = server.engine_pid()
+        assert http.get("/health").status_code == 200
+
+        answer = http.post("/generate", json={"prompt": "word"})
+        unhealthy = http.get("/health")
+
+        assert answer.status_code == 503
+        assert unhealthy.status_code == 503
+        assert unhealthy.json()["engine"] == "stalled"
+        server.wait_for(lambda: server.status_of("/health") == 200)
+        server.wait_ready()
+        assert server.engine_pid() != first_pid
+
+
+def test_an_idle_engine_is_no_stall(serve_scripted: Starter) -> None:
+    with serve_scripted("deaf", "--stall-timeout", "0.2") as server:
+        pid = server.engine_pid()
+        time.sleep(1.0)
+
+        assert server.status_of("/health") == 200
+        assert server.engine_pid() == pid
+
+
+def test_a_base_that_the_engine_refuses_ends_the_server_with_the_engines_words(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("fatal", ready=False) as server:
+        assert server.exit_status() == 1
+        assert "this base is a sonnet" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_an_engine_that_dies_while_starting_ends_the_server(serve_scripted: Starter) -> None:
+    with serve_scripted("die-early", ready=False) as server:
+        assert server.exit_status() == 1
+        assert "exit status 7" in server.log
+
+
+def test_an_engine_that_keeps_dying_ends_the_server_after_a_bounded_number_of_tries(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("die-ready", ready=False) as server:
+        assert server.exit_status(120) == 1
+        assert "giving up" in server.log
+        assert server.log.count("starting a new one") == 5
+
+
+def test_adapters_come_back_with_the_new_engine(serve_scripted: Starter, tmp_path: Path) -> None:
+    make_folder(tmp_path, "acme")
+    with serve_scripted("words", "--adapters-dir", str(tmp_path)) as server, server.client() as http:
+        before = http.get("/v1/adapters/acme").json()
+
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == 1)
+        server.wait_ready()
+
+        assert before["active"] is True
+        assert http.get("/v1/adapters/acme").json() == before
+        assert http.post("/generate", json={"prompt": "word", "adapter": "acme"}).status_code == 200
+
+
+def test_an_adapter_without_weights_ends_the_start_by_its_name(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    make_folder(tmp_path, "acme").joinpath("adapter_model.safetensors").unlink()
+    with serve_scripted("words", "--adapters-dir", str(tmp_path), ready=False) as server:
+        assert server.exit_status() == 1
+        assert "acme has no adapter_model.safetensors" in server.log
+
+
+def test_requests_beyond_the_queue_get_429_with_retry_after(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--max-rows", "1", "--queue-limit", "1") as server, server.client() as http:
+        streams = [http.stream("POST", "/generate", json=LONG) for _ in range(2)]
+        for stream in streams:
+            stream.__enter__()
+
+        refused = http.post("/generate", json={"prompt": "word"})
+        impossible = http.post("/generate", json={"prompt": "word", "n": 3})
+
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert impossible.status_code == 400
+        assert "--queue-limit" in impossible.json()["error"]["message"]
+        for stream in streams:
+            stream.__exit__(None, None, None)
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 0)
+        assert http.post("/generate", json={"prompt": "word", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_new_requests_and_lets_running_ones_end(
+    serve_scripted: Starter, stop: signal.Signals
+) -> None:
+    with serve_scripted("words") as server, server.client() as http:
+        events: list[str] = []
+        body = {"prompt": "word", "max_tokens": 60, "stream": True}
+        reader = threading.Thread(target=lambda: events.extend(stream_until_end(server, body)))
+        reader.start()
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+
+        server.signal(stop)
+        server.wait_for(lambda: http.get("/ready").status_code == 503)
+        refused = http.post("/generate", json={"prompt": "word"})
+        reader.join(30)
+
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "server_stopping"
+        assert "retry-after" in refused.headers
+        assert sum('"text":"word"' in event for event in events) == 60
+        assert events[-1] == "[DONE]"
+        assert server.exit_status() == 0
+
+
+def test_a_second_signal_ends_the_server_and_its_engine_at_once(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server, server.client() as http:
+        engine = server.engine_pid()
+        with http.stream("POST", "/generate", json=LONG):
+            server.signal(signal.SIGTERM)
+            server.wait_for(lambda: server.status_of("/ready") == 503)
+
+            server.signal(signal.SIGTERM)
+
+            assert server.exit_status() == 128 + signal.SIGTERM
+        assert not alive(engine)
+
+
+def test_requests_that_outlast_the_drain_are_cut_off_and_the_server_still_exits_0(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words", "--drain-timeout", "0.3") as server, server.client() as http:
+        engine = server.engine_pid()
+        with http.stream("POST", "/generate", json=LONG) as answer:
+            server.signal(signal.SIGTERM)
+            with pytest.raises(httpx2.TransportError):
+                answer.read()
+        assert server.exit_status() == 0
+        assert not alive(engine)
+
+
+def test_a_signal_while_loading_ends_the_server_with_status_0(serve_scripted: Starter) -> None:
+    with serve_scripted("sleep-early", ready=False) as server:
+        server.wait_for(lambda: server.status_of("/ready") == 503)
+
+        server.signal(signal.SIGTERM)
+
+        assert server.exit_status() == 0
+
+
+def test_the_engine_ends_when_the_api_is_killed(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        engine = server.engine_pid()
+
+        server.signal(signal.SIGKILL)
+        server.exit_status()
+
+        end = time.monotonic() + 30
+        while alive(engine) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not alive(engine)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,59 @@
+"""A reader that does not read slows nobody, holds little memory, and is cut off."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+from .support import Server, Starter
+
+ENDLESS = {"prompt": "word " * 50, "max_tokens": 90_000, "stream": True}
+
+
+def open_and_do_not_read(server: Server) -> socket.socket:
+    """A connection with a small receive buffer that has asked for an endless stream."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    body = json.dumps(ENDLESS).encode()
+    head = (
+        "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_a_reader_that_does_not_read_is_cut_off_and_others_are_served(serve_scripted: Starter) -> None:
+    with serve_scripted("flood", "--stream-buffer", "50") as server, server.client() as http:
+        with open_and_do_not_read(server) as lazy:
+            server.wait_for(lambda: "not read fast enough" in server.log, 60)
+
+            other = http.post("/generate", json={"prompt": "word", "max_tokens": 3})
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 30)
+
+            assert other.json()["choices"][0]["text"] == "wordwordword"
+            lazy.settimeout(30)
+            assert is_cut_off(lazy)
+        assert "Traceback" not in server.log
+
+
+def test_a_reader_that_keeps_up_gets_everything_however_small_the_buffer(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--stream-buffer", "2") as server, server.client() as http:
+        body = {"prompt": "word", "max_tokens": 100, "stream": True}
+        with http.stream("POST", "/generate", json=body) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+
+        assert sum('"text":"word"' in line for line in lines) == 100
+        assert lines[-1] == "data: [DONE]"
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    """Whether the other side dropped the connection before the stream's end."""
+    received = b""
+    try:
+        while data := connection.recv(1 << 16):
+            received += data
+    except ConnectionResetError:
+        return True
+    return b"[DONE]" not in received
