@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,11 +17,11 @@ PRECISIONS = {
 
 
 @pytest.fixture(scope="module", params=[(a, p) for a in ARCHITECTURES for p in PRECISIONS], ids="-".join)
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     architecture, precision = request.param
     folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
     base = load_base(BaseSettings(save_base(architecture, folder / "base"), **PRECISIONS[precision]))
-    yield Lab.create(base, folder)
+    return Lab.create(base, folder)
 
 
 ASKED = requests(18, seed=7)
