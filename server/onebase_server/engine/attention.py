@@ -201,7 +201,7 @@ def _prefill(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: _Scores
 ) -> torch.Tensor:
-    """q [..., m, d], k and v [..., length, d], hidden broadcastable to [..., m, length] -> [..., m, d of v]."""
+    """q [..., m, d], k, v [..., length, d], hidden broadcastable to [..., m, length] -> [..., m, d of v]."""
     if q.dtype == torch.float32 and q.device.type == "cpu":
         return _attend_fixed(q, k, v, hidden, scores)
     weights = scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden)
@@ -214,17 +214,16 @@ def _attend_fixed(
     """The same in fp32 on the CPU: every product has FP32_ROWS queries and FP32_KEYS keys."""
     count = q.shape[-2]
     q = nn.functional.pad(q, (0, 0, 0, -count % FP32_ROWS))
-    keys = k.split(FP32_KEYS, dim=-2)
-    values = v.split(FP32_KEYS, dim=-2)
-    parts = []
+    keys = torch.split(k, FP32_KEYS, dim=-2)
+    values = torch.split(v, FP32_KEYS, dim=-2)
+    parts: list[torch.Tensor] = []
     for start in range(0, q.shape[-2], FP32_ROWS):
         tile = q[..., start : start + FP32_ROWS, :].contiguous()
         raw = torch.cat([torch.matmul(tile, part.transpose(-1, -2)) for part in keys], dim=-1)
         real = min(FP32_ROWS, count - start)
         mask = hidden if hidden.shape[-2] == 1 else hidden[..., start : start + real, :]
         weights = nn.functional.pad(scores.weights(raw[..., :real, :], mask), (0, 0, 0, FP32_ROWS - real))
-        mixed = sum(
-            torch.matmul(w, part) for w, part in zip(weights.split(FP32_KEYS, -1), values, strict=True)
-        )
-        parts.append(mixed)
+        pieces = torch.split(weights, FP32_KEYS, dim=-1)
+        products = (torch.matmul(piece, part) for piece, part in zip(pieces, values, strict=True))
+        parts.append(sum(products, start=torch.zeros((), dtype=q.dtype)))
     return torch.cat(parts, dim=-2)[..., :count, :]

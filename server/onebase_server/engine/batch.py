@@ -192,9 +192,9 @@ class Packer:
                 columns.setdefault(digest, [0.0] * TILE)[row] = weight
         terms = []
         for digest in sorted(columns):
-            weight = self._column(columns[digest])
+            column = self._column(columns[digest])
             plain = all(value in (0.0, 1.0) for value in columns[digest])
-            terms.append(Term(slot_of[digest], mask=weight != 0, weight=None if plain else weight))
+            terms.append(Term(slot_of[digest], mask=column != 0, weight=None if plain else column))
         return tuple(terms)
 
     def _column(self, values: list[float]) -> torch.Tensor:

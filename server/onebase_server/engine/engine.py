@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -46,6 +47,11 @@ class Store:
     weights: dict[str, Mapping[str, LoraWeights]] = field(default_factory=dict)
     leaving: set[str] = field(default_factory=set)
     """Unloaded by the api, but still used by rows."""
+
+
+class _Admission(TypedDict, total=False):
+    cached_tokens: int | None
+    queue_seconds: float | None
 
 
 class Engine:
@@ -286,7 +292,7 @@ class Engine:
     def _prompt_scores(self, row: Row) -> list[protocol.TokenLogprob] | None:
         return row.prompt_scores if row.prompt_scored and not row.reported else None
 
-    def _admission(self, row: Row) -> dict[str, int | float | None]:
+    def _admission(self, row: Row) -> _Admission:
         """The facts that go with a row's first output."""
         if row.reported:
             return {}

@@ -47,14 +47,14 @@ class ServedModel:
             ) from error
 
     def _probe(self) -> None:
-        """One pass over padding tokens, which learns each layer's KV shape and that attention is called at all."""
+        """One pass over padding tokens: learns each layer's KV shape, and that attention is called at all."""
         ids = torch.zeros(1, TILE, dtype=torch.int64, device=self.device)
         self._forward(ids, torch.arange(TILE, device=self.device)[None], ids[0])
         expected = set(range(self._view.config.get_text_config().num_hidden_layers))
         if self._attention.shapes.keys() != expected:
             raise UnsupportedAttentionError(
-                f"{len(expected - self._attention.shapes.keys())} of {len(expected)} layers do not call the attention "
-                "interface"
+                f"{len(expected - self._attention.shapes.keys())} of {len(expected)} layers do not call the "
+                "attention interface"
             )
 
     @property

@@ -30,7 +30,7 @@ class AdapterMix:
 
 @dataclass(eq=False)
 class Row:
-    """State of one choice. `tokens` is prompt plus completion; the first `computed` have their KV in `blocks`."""
+    """State of one choice. `tokens`: prompt and completion; the first `computed` have KV in `blocks`."""
 
     id: str
     choice: int

@@ -8,6 +8,7 @@ function of (seed, choice, token index) alone.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -107,8 +108,10 @@ def _penalize(logits: torch.Tensor, row: Row) -> None:
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     completion = row.tokens[row.prompt_length :]
     if completion and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids, counts = torch.tensor(completion, device=logits.device).unique(return_counts=True)
-        logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts.to(logits.dtype)
+        counts = Counter(completion)
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * times
+        logits[torch.tensor(list(counts), device=logits.device)] -= penalties
 
 
 def _sample(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

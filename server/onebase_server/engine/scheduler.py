@@ -67,8 +67,8 @@ class Scheduler:
             raise NeverFitsError(
                 "kv_memory_exceeded",
                 "max_tokens",
-                f"{total} tokens need {blocks} KV blocks, the cache has {self._pool.capacity}; lower max_tokens "
-                "or start the server with more --kv-memory",
+                f"{total} tokens need {blocks} KV blocks, the cache has {self._pool.capacity}; "
+                "lower max_tokens or start the server with more --kv-memory",
             )
         if adapters > self._slots.capacity:
             raise NeverFitsError(
@@ -146,7 +146,7 @@ class Scheduler:
         ]
 
     def _take_blocks(self, row: Row) -> bool:
-        """Blocks for all of the row's tokens, a cached prefix first. At least one token is left to compute."""
+        """Blocks for all of the row's tokens, a cached prefix first. At least one token stays to compute."""
         self._extend_keys(row, len(row.tokens) - 1)
         reusable = 0 if row.scores_prompt else (len(row.tokens) - 1) // self._pool.block_size
         shared = self._pool.share(row.block_keys[:reusable])
@@ -161,7 +161,7 @@ class Scheduler:
         return True
 
     def _grow(self, row: Row, tokens: int) -> bool:
-        """Blocks for `tokens`; preempts the youngest rows until there are. False if that was this row itself."""
+        """Blocks for `tokens`; preempts the youngest rows until there are. False if that was this row."""
         while len(row.blocks) * self._pool.block_size < tokens:
             more = self._pool.allocate(1)
             if more is not None:

@@ -95,9 +95,16 @@ class SlotTable:
         return claimant is not None and claimant is not row and claimant.arrival < row.arrival
 
     def _claim(self, row: Row, count: int, keep: set[int]) -> None:
-        """Reserve the slots with the fewest users, idle ones first, unless an older row has a claim already."""
-        if any(slot.claimed_by is not None for slot in self._slots):
-            return
+        """Reserve the slots with the fewest users, idle ones first, unless this or an older row has a claim.
+
+        A younger row's claim gives way: a preempted row may come back to find one, and would otherwise
+        wait for every younger claim made one after the other.
+        """
+        for slot in self._slots:
+            if slot.claimed_by is not None and slot.claimed_by.arrival <= row.arrival:
+                return
+        for slot in self._slots:
+            slot.claimed_by = None
         candidates = [number for number in range(self.capacity) if number not in keep]
         candidates.sort(key=lambda number: (len(self._slots[number].users), self._slots[number].last_used))
         for number in candidates[:count]:
