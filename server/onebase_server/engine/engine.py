@@ -21,6 +21,7 @@ from onebase_server.engine.batch import Batch, Packer
 from onebase_server.engine.kv_cache import BlockPool
 from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import RowOutput
+from onebase_server.engine.request_checks import check_tokens, check_weights
 from onebase_server.engine.row import AdapterMix, Plan, Row
 from onebase_server.engine.sampling import Drawn, draw, score_prompt
 from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
@@ -72,7 +73,8 @@ class Engine:
     ) -> None:
         self._base = base
         self._max_rank = max_rank
-        self._eos_ids = eos_ids
+        self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
         self._fingerprint = fingerprint(base)
         self.model = model if model is not None else ServedModel(base, slots)
         self.model.allocate_kv(kv_blocks, block_size)
@@ -100,9 +102,15 @@ class Engine:
 
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's rows, or report at once why it can never run."""
+        if request.id in self._rows or request.n < 1:
+            # Its events could not be told from the first one's, which goes on undisturbed.
+            logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
+            return
         mix = AdapterMix.of(request.adapters)
         try:
             self.scheduler.check(len(request.prompt), request.sampling.max_tokens, len(mix.terms))
+            check_tokens(request, self._vocabulary)
+            check_weights(mix)
             self._check_loaded(mix)
         except NeverFitsError as error:
             for choice in range(request.n):
@@ -157,7 +165,7 @@ class Engine:
             adapter = load_adapter(self._base, Path(message.folder), self._max_rank)
         except AdapterFormatError as error:
             return protocol.AdapterFailed(digest=message.digest, code=error.code, message=str(error))
-        self.store.weights[message.digest] = adapter.weights
+        self.store.weights[message.digest] = {name: w.folded() for name, w in adapter.weights.items()}
         self.store.leaving.discard(message.digest)
         return protocol.AdapterLoaded(
             digest=message.digest,

@@ -26,7 +26,7 @@ from onebase_adapters.base import (
 )
 from onebase_adapters.slots import TILE
 from onebase_server.engine import protocol
-from onebase_server.engine.engine import Engine
+from onebase_server.engine.engine import Counters, Engine
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
 from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count
 from onebase_server.engine.model import ServedModel
@@ -83,9 +83,10 @@ class Channel:
             while data := self._socket.recv(1 << 16):
                 for payload in reader.feed(data):
                     self._inbox.put(decoder.decode(payload))
-        except (OSError, ValueError, msgspec.DecodeError) as error:
+        except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
             logger.error("reading from the api failed: %s", error)
-        self._inbox.put(None)
+        finally:
+            self._inbox.put(None)
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
@@ -100,14 +101,18 @@ def run(sock: socket.socket) -> int:
         start = next(channel.receive(None))
         if not isinstance(start, protocol.Start):
             raise EOFError(f"expected Start, got {type(start).__name__}")
-        engine = _start(start.config, channel)
+        try:
+            engine = _start(start.config, channel)
+        except Exception as error:
+            logger.exception("the engine cannot start")
+            explained = isinstance(error, UnsupportedBaseError | MemoryBudgetError)
+            prefix = "" if explained else f"the engine cannot start: {type(error).__name__}: "
+            channel.send(protocol.Fatal(message=f"{prefix}{error}"))
+            return 2
         return _serve(engine, channel)
     except EOFError as error:
         logger.info("engine ends: %s", error)
         return 0
-    except (UnsupportedBaseError, MemoryBudgetError, torch.OutOfMemoryError) as error:
-        channel.send(protocol.Fatal(message=str(error)))
-        return 2
     except BaseChangedError as error:
         logger.critical("%s; the process ends", error)
         return 3
@@ -127,7 +132,11 @@ def _serve(engine: Engine, channel: Channel) -> int:
         outputs = engine.take_outputs()
         if outputs or engine.counters.steps != steps or not engine.busy:
             channel.send(protocol.StepDone(rows=outputs, stats=engine.stats()))
-        failures = failures + 1 if engine.counters.failed_steps != failed else 0
+        if engine.counters.failed_steps != failed:
+            failures += 1
+        elif engine.counters.steps != steps:
+            # Idle time between two failing steps proves nothing.
+            failures = 0
         if failures >= MAX_FAILED_STEPS:
             logger.critical("%d steps failed in a row; the process ends", failures)
             return 4
@@ -154,8 +163,11 @@ def _start(config: EngineConfig, channel: Channel) -> Engine:
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+    if config.deterministic and device.type != "cpu":
+        raise UnsupportedBaseError(
+            "--deterministic is kept on the CPU only, where it always holds; on CUDA rows agree up to rounding. "
+            "Leave it out, or use --device cpu"
+        )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     base = load_base(_base_settings(config, device))
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
@@ -192,12 +204,15 @@ def _start(config: EngineConfig, channel: Channel) -> Engine:
 def warm_up(engine: Engine) -> None:
     """One short request, so that the first user does not pay for lazy initialisation."""
     sampling = protocol.Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
-    engine.submit(protocol.Submit(id="warm-up", prompt=[0] * (TILE + 1), sampling=sampling, tenant="warm-up"))
+    most = min(engine.scheduler.limits.max_length, engine.pool.capacity * engine.pool.block_size)
+    prompt = [0] * max(min(TILE + 1, most - sampling.max_tokens), 1)
+    engine.submit(protocol.Submit(id="warm-up", prompt=prompt, sampling=sampling, tenant="warm-up"))
     while engine.busy:
         engine.step()
     failed = [output.error_message for output in engine.take_outputs() if output.finish == "error"]
     if failed:
         raise UnsupportedBaseError(f"the base cannot generate: {failed[0]}")
+    engine.counters = Counters()
 
 
 def _base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:

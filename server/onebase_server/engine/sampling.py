@@ -117,8 +117,11 @@ def _penalize(logits: torch.Tensor, row: Row) -> None:
 def _sample(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     """Inverse-CDF draws, [rows] int64, after top_k, top_p and min_p in this order."""
     settings = [row.sampling for row in rows]
-    temperature = _column([s.temperature for s in settings], logits)
-    probabilities = _kept_by_top_k(logits / temperature, [s.top_k for s in settings]).softmax(dim=-1)
+    coldest = torch.finfo(logits.dtype).tiny
+    temperature = _column([max(s.temperature, coldest) for s in settings], logits)
+    # Relative to the highest logit, so that no temperature, however low, overflows.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probabilities = _kept_by_top_k(scaled, [s.top_k for s in settings]).softmax(dim=-1)
     floor = torch.maximum(
         _nucleus_floor(probabilities, [s.top_p for s in settings]),
         probabilities.amax(dim=-1, keepdim=True) * _column([s.min_p for s in settings], logits),
