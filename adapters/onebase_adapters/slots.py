@@ -17,6 +17,7 @@ On accelerators decode rows go through one stack of all slots instead, two produ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,12 @@ class LoraWeights:
 
     def to(self, device: torch.device) -> LoraWeights:
         return LoraWeights(self.a.to(device), self.b.to(device), self.scale)
+
+    def folded(self) -> LoraWeights:
+        """The same with the scale in B where that changes no bit: when it is a power of two (most are)."""
+        scaled = self.b * self.scale
+        exact = math.frexp(self.scale)[0] == 0.5 and bool(torch.isfinite(scaled).all())
+        return LoraWeights(self.a, scaled, 1.0) if exact else self
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,8 @@ class SlotModule(nn.Module):
         self.occupied += (weights is not None) - (self.slots[slot] is not None)
         self.slots[slot] = weights
 
-    def product(self, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
-        """The unscaled delta of one slot for the rows `x`: [rows, out] fp32."""
+    def hidden(self, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
+        """The product of the rows `x` with A: [rows, rank] fp32."""
         raise NotImplementedError
 
     def tile_delta(self, x: torch.Tensor, tile: Tile) -> torch.Tensor | None:
@@ -141,14 +148,16 @@ class SlotModule(nn.Module):
             weights = self.slots[term.slot]
             if weights is None:
                 continue
-            delta = self.product(x, weights)
+            hidden = self.hidden(x, weights)
+            if term.mask is not None:
+                # `where`, not a product: 0 * inf of one adapter would poison its neighbours. B is finite,
+                # so that a row of zeros stays zero.
+                hidden = torch.where(term.mask, hidden, 0.0)
+            delta = functional.linear(hidden, weights.b)
             if weights.scale != 1.0:
                 delta = delta * weights.scale
             if term.weight is not None:
                 delta = delta * term.weight
-            if term.mask is not None:
-                # `where`, not a product: 0 * inf of one adapter would poison its neighbours.
-                delta = torch.where(term.mask, delta, 0.0)
             total = delta if total is None else total + delta
         return total
 
@@ -179,8 +188,8 @@ class SlotLinear(SlotModule):
             self._add_deltas(flat, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def product(self, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
-        return functional.linear(functional.linear(x, weights.a), weights.b)
+    def hidden(self, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
+        return functional.linear(x, weights.a)
 
     def _add_deltas(self, x: torch.Tensor, y: torch.Tensor) -> None:
         rows = self.rows
@@ -223,7 +232,8 @@ class _Bank:
     """All slots of one layer as two matrices: `a` [slots * rank, in], `b` [out, slots * rank] with the scale.
 
     Its rank is that of the largest adapter so far, rounded up to a multiple of 8; smaller ones are padded
-    by zeros.
+    by zeros. Its `b` holds finite numbers only (`load_adapter` refuses others): a row's idle slots give
+    0 * b there.
     """
 
     def __init__(self, slots: Sequence[LoraWeights | None], like: LoraWeights) -> None:
@@ -262,8 +272,8 @@ class SlotEmbedding(SlotModule):
                 part.copy_(part.float() + delta)
         return y
 
-    def product(self, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
-        return functional.linear(weights.a[x], weights.b)
+    def hidden(self, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
+        return weights.a[x]
 
     def tile_delta(self, x: torch.Tensor, tile: Tile) -> torch.Tensor | None:
         delta = super().tile_delta(x, tile)
