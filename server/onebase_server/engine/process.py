@@ -165,8 +165,8 @@ def _start(config: EngineConfig, channel: Channel) -> Engine:
         torch.set_num_threads(config.threads)
     if config.deterministic and device.type != "cpu":
         raise UnsupportedBaseError(
-            "--deterministic is kept on the CPU only, where it always holds; on CUDA rows agree up to rounding. "
-            "Leave it out, or use --device cpu"
+            "--deterministic is kept on the CPU only, where it always holds; on CUDA rows agree up to "
+            "rounding. Leave it out, or use --device cpu"
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     base = load_base(_base_settings(config, device))
