@@ -70,16 +70,23 @@ def check_servable(config: Any) -> None:
             f"{name} is an encoder-decoder; OneBase serves decoder-only models. "
             "Choose a causal language model."
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    if type(config) not in AutoModelForCausalLM._model_mapping or encoder:
         raise UnsupportedBaseError(
             f"{name} has no causal language model in transformers; OneBase serves decoder-only text models."
         )
     layer_types = set(getattr(config, "layer_types", None) or ())
     foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS)
-    if foreign:
+    model = AutoModelForCausalLM._model_mapping[type(config)]
+    if foreign or getattr(model, "_is_stateful", False):
+        kind = f" of type {', '.join(foreign)}" if foreign else ""
         raise UnsupportedBaseError(
-            f"{name} has layers of type {', '.join(foreign)}: they keep a recurrent or compressed state "
-            "instead of a KV cache, which paged blocks cannot hold. Choose a base with attention layers only."
+            f"{name} has layers{kind} that keep a recurrent or compressed state instead of a KV cache, "
+            "which paged blocks cannot hold. Choose a base with attention layers only."
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedBaseError(
+            f"{name} brings its own attention, which transformers cannot replace by the paged one."
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedBaseError(
@@ -279,10 +286,20 @@ def estimate_memory(
             elif quantization == "int8":
                 quantized += count + 4 * parameter.shape[0]
             else:
-                blocks = -(-count // blocksize)
-                statistics = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if double_quant else 4 * blocks
-                quantized += -(-count // 2) + statistics
+                quantized += -(-count // 2) + _nf4_statistics(count, blocksize, double_quant)
+        plain += sum(buffer.nbytes for _, buffer in module.named_buffers(recurse=False))
     return MemoryEstimate(parameters=parameters, quantized_bytes=quantized, plain_bytes=plain)
+
+
+def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
+    """Bytes beside a 4-bit weight of `count` values: its absmax and the 16 fp32 of its code.
+
+    Double quantization: one byte an absmax, their own fp32 absmax, the fp32 offset and a code of 256 fp32.
+    """
+    blocks = -(-count // blocksize)
+    if not double_quant:
+        return 4 * blocks + 4 * 16
+    return blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 + 4 * 256 + 4 * 16
 
 
 def _is_tied(model: nn.Module) -> bool:

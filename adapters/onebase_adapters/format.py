@@ -9,8 +9,8 @@ folder that holds nothing but the adapter's tensors. That folder is what PEFT se
 from __future__ import annotations
 
 import json
-import math
 import re
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,13 +24,17 @@ from safetensors.torch import save_file
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 100 << 20
+MAX_RANK = 1 << 16
+MAX_ALPHA = 1e6
+"""Far above any use."""
+MAX_HEADER_BYTES = 16 << 20
+"""A hundred times the header of a 70B model's adapter; parsed JSON takes many times its text in memory."""
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.]+\Z")
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?:lora_(?P<kind>A|B)\.weight|lora_embedding_(?P<embedding>A|B))\Z"
 )
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = ("F32", "F16", "BF16")
 
 _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
@@ -96,7 +100,8 @@ class AdapterFormatError(ValueError):
     """The folder is not an adapter that can be served; `code` is stable, the message names the field."""
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        # Names in the message come from the file: JSON may hold lone surrogates, which no encoder takes.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
         self.code = code
 
 
@@ -178,11 +183,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterFormatError("bad_config", f"{CONFIG_FILE} must hold a JSON object")
     if config.get("peft_type") != "LORA":
         raise AdapterFormatError(
-            "unsupported_kind", f"peft_type is {config.get('peft_type')!r}; only LORA is served"
+            "unsupported_kind", f"peft_type is {_shown(config.get('peft_type'))}; only LORA is served"
         )
     if config.get("task_type") not in ("CAUSAL_LM", None):
         raise AdapterFormatError(
-            "unsupported_kind", f"task_type is {config['task_type']!r}; only CAUSAL_LM is served"
+            "unsupported_kind", f"task_type is {_shown(config['task_type'])}; only CAUSAL_LM is served"
         )
     unknown = sorted(config.keys() - _READ - _IGNORED - _SWITCHED_OFF.keys())
     if unknown:
@@ -192,28 +197,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, allowed in _SWITCHED_OFF.items():
         if config.get(name) not in allowed:
             raise AdapterFormatError(
-                "unsupported_kind", f"{name} = {config[name]!r:.80} is not served yet; only {allowed[0]!r}"
+                "unsupported_kind", f"{name} = {_shown(config[name])} is not served yet; only {allowed[0]!r}"
             )
     if config.get("init_lora_weights") not in _HARMLESS_INITIALISATIONS:
         raise AdapterFormatError(
             "unsupported_kind",
-            f"init_lora_weights = {config['init_lora_weights']!r:.80} trains against a changed base, so the "
-            "adapter does not fit the shared one. Convert it to a plain LoRA (PEFT: "
+            f"init_lora_weights = {_shown(config['init_lora_weights'])} trains against a changed base, so "
+            "the adapter does not fit the shared one. Convert it to a plain LoRA (PEFT: "
             "path_initial_model_for_weight_conversion).",
         )
     _check_numbers(config)
     return config
 
 
+def _shown(value: Any) -> str:
+    """A value from the file for a message: cut in length and in depth, where `repr` may recurse too far."""
+    return reprlib.repr(value)[:80]
+
+
 def _check_numbers(config: Mapping[str, Any]) -> None:
-    if not isinstance(config.get("r", 8), int) or isinstance(config.get("r", 8), bool):
-        raise AdapterFormatError("bad_config", "r must be an integer")
+    _integer(config.get("r", 8), "r")
     _finite(config.get("lora_alpha", 8), "lora_alpha")
     if not isinstance(config.get("use_rslora", False), bool):
         raise AdapterFormatError("bad_config", "use_rslora must be true or false")
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         raise AdapterFormatError("bad_config", "base_model_name_or_path must be a string")
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field, check in (("rank_pattern", _integer), ("alpha_pattern", _finite)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict):
             raise AdapterFormatError("bad_config", f"{field} must be an object")
@@ -222,13 +231,22 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
                 raise AdapterFormatError(
                     "bad_config", f"{field} key {key!r:.80} is not a literal module name"
                 )
-            _finite(value, f"{field}[{key}]")
+            check(value, f"{field}[{key:.80}]")
 
 
-def _finite(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterFormatError("bad_config", f"{field} must be a finite number, got {value!r:.80}")
-    return float(value)
+def _integer(value: Any, field: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise AdapterFormatError(
+            "bad_config", f"{field} must be an integer from 1 to {MAX_RANK}, got {_shown(value)}"
+        )
+
+
+def _finite(value: Any, field: str) -> None:
+    # Compared, not converted: an integer of 400 digits has no float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise AdapterFormatError(
+            "bad_config", f"{field} must be a number within ±{MAX_ALPHA:g}, got {_shown(value)}"
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -290,6 +308,8 @@ def _check_header(path: Path) -> None:
         raise AdapterFormatError(
             "bad_weights", f"{WEIGHTS_FILE} is not a valid safetensors file: {error}"
         ) from None
+    if not isinstance(header, dict):
+        raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: the header is no JSON object")
     for key, entry in header.items():
         if key == "__metadata__":
             continue
@@ -332,7 +352,7 @@ def _check_module(
             "incomplete", f"{WEIGHTS_FILE}: {name} has lora_{next(iter(pair))} but not its partner"
         )
     rank = int(_patterned(config.get("rank_pattern"), name, config.get("r", 8)))
-    if not 1 <= rank <= max_rank:
+    if rank > max_rank:
         raise AdapterFormatError(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",

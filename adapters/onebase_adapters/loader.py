@@ -63,9 +63,11 @@ def load_adapter(base: nn.Module, folder: Path, max_rank: int) -> LoadedAdapter:
     missing = {module.name for module in spec.modules} ^ weights.keys()
     if missing:
         raise AdapterFormatError("unknown_module", f"PEFT does not apply {sorted(missing)[0]} on this base")
-    if not any(torch.count_nonzero(w.a) and torch.count_nonzero(w.b) for w in weights.values()):
+    if not all(torch.isfinite(w.b * w.scale).all() for w in weights.values()):
+        raise AdapterFormatError("not_finite", "a lora_B times its scale overflows fp32")
+    if not any(w.scale and torch.count_nonzero(w.a) and torch.count_nonzero(w.b) for w in weights.values()):
         raise AdapterFormatError(
-            "no_effect", "every product B @ A is zero: the adapter would serve the bare base"
+            "no_effect", "every product scale * B @ A is zero: the adapter would serve the bare base"
         )
     return LoadedAdapter(spec, weights)
 

@@ -1,0 +1,165 @@
+"""The one base: how much it takes, what is refused, and that nothing writes to it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from onebase_adapters.base import (
+    BaseSettings,
+    UnsupportedBaseError,
+    base_bytes,
+    base_tensors,
+    check_servable,
+    estimate_memory,
+    fingerprint,
+    load_base,
+    parameter_count,
+)
+
+LLAMA_8B = tf.LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "gigabytes"),
+    [("none", torch.float32, 32.1), ("int8", torch.bfloat16, 9.1), ("nf4", torch.bfloat16, 5.7)],
+)
+def test_llama_8b_is_estimated_without_its_weights(
+    quantization: Any, dtype: torch.dtype, gigabytes: float
+) -> None:
+    estimate = estimate_memory(LLAMA_8B, quantization, dtype=dtype)
+    assert estimate.parameters == 8_030_261_248
+    assert estimate.total == pytest.approx(gigabytes * 1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "settings"),
+    [
+        ("nf4", {}),
+        ("nf4", {"blocksize": 128}),
+        ("nf4", {"double_quant": False}),
+        ("nf4", {"blocksize": 128, "double_quant": False}),
+        ("int8", {}),
+        ("none", {}),
+        ("none", {"dtype": torch.float32}),
+    ],
+)
+def test_the_estimate_is_what_a_loaded_base_takes_to_the_byte(
+    load: Any, quantization: Any, settings: dict[str, Any]
+) -> None:
+    model = load(quantization, **settings)
+    estimate = estimate_memory(model.config, quantization, **settings)
+    assert (estimate.total, estimate.parameters) == (base_bytes(model), parameter_count(model))
+
+
+def test_tied_embeddings_are_counted_once(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = tf.LlamaConfig(vocab_size=64, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = load_base(BaseSettings(folder=tmp_path))
+    estimate = estimate_memory(model.config, "nf4")
+    assert (estimate.total, estimate.parameters) == (base_bytes(model), parameter_count(model))
+
+
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_all_linear_layers_but_the_head_are_quantized_at_the_blocksize(load: Any, blocksize: int) -> None:
+    model = load("nf4", blocksize=blocksize)
+    states = [m.weight.quant_state for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(states) == 14
+    assert {(s.blocksize, s.nested, s.quant_type) for s in states} == {(blocksize, True, "nf4")}
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (tf.T5Config(), "encoder-decoder"),
+        (tf.BartConfig(), "encoder-decoder"),
+        (tf.Qwen3NextConfig(num_hidden_layers=4), "linear_attention.*paged blocks cannot hold"),
+        (tf.MambaConfig(), "state"),
+        (tf.RwkvConfig(), "state"),
+        (tf.BertConfig(), "decoder-only"),
+        (tf.CLIPConfig(), "no causal language model"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_base_that_cannot_be_paged_is_refused_in_a_sentence(config: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedBaseError, match=reason) as refused:
+        check_servable(config)
+    assert type(config).__name__ in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.LlamaConfig(),
+        tf.MistralConfig(),
+        tf.Qwen2Config(),
+        tf.Qwen3Config(),
+        tf.Gemma2Config(),
+        tf.Gemma3TextConfig(),
+        tf.Phi3Config(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_decoders_with_attention_in_each_layer_are_taken(config: Any) -> None:
+    check_servable(config)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedBaseError, match="holds no base"):
+        load_base(BaseSettings(folder=tmp_path))
+    (tmp_path / "config.json").write_text(tf.LlamaConfig(num_hidden_layers=1).to_json_string())
+    with pytest.raises(UnsupportedBaseError, match="cannot load"):
+        load_base(BaseSettings(folder=tmp_path))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_forwards_change_neither_the_base_nor_its_answers(
+    load: Any, quantization: Any, tokens: torch.Tensor
+) -> None:
+    model = load(quantization)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    before, values = fingerprint(model), {n: t.clone() for n, t in base_tensors(model).items()}
+    with torch.inference_mode():
+        first = model(tokens).logits
+        for length in (1, 2, 8, 24, 1):
+            model(tokens[:, :length])
+        again = model(tokens).logits
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, again)
+    assert fingerprint(model) == before
+    after = base_tensors(model)
+    assert all(torch.equal(value, after[name]) for name, value in values.items())
+
+
+def test_a_write_to_any_tensor_shows_in_the_fingerprint(load: Any) -> None:
+    model = load("nf4")
+    for name, tensor in base_tensors(model).items():
+        before = fingerprint(model)
+        tensor.add_(0)
+        assert fingerprint(model) != before, name
+
+
+def test_an_8_bit_base_logs_nothing_in_a_forward(
+    bases: dict[str, nn.Module], tokens: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        bases["int8"](tokens)
+        logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
