@@ -1,0 +1,108 @@
+"""Drive a real Scheduler with a model that only appends a token to every row that samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onebase_server.engine.kv_cache import BlockPool
+from onebase_server.engine.protocol import AdapterRef, Sampling
+from onebase_server.engine.row import AdapterMix, Plan, Row
+from onebase_server.engine.scheduler import Limits, Scheduler
+from onebase_server.engine.slot_table import SlotTable
+
+BLOCK = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """A scheduler with its pool and slots."""
+
+    scheduler: Scheduler
+    pool: BlockPool
+    slots: SlotTable
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        blocks: int = 40,
+        slots: int = 2,
+        max_rows: int = 4,
+        step_tokens: int = 16,
+        max_length: int = 64,
+    ) -> World:
+        pool, table = BlockPool(blocks + 2, BLOCK), SlotTable(slots)
+        return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
+
+    def step(self) -> Plan:
+        """Plan, check what holds for every plan, and compute it; finished rows leave."""
+        running = list(self.scheduler.running)
+        plan = self.scheduler.plan()
+        self._check(plan, running)
+        sampling = [segment.row for segment in plan.segments if segment.samples]
+        for segment in plan.segments:
+            if segment.row.scores_prompt:
+                segment.row.prompt_scored = segment.stop >= segment.row.prompt_length
+            self.scheduler.computed(segment)
+        for row in sampling:
+            row.tokens.append(1000 + row.generated)
+            if row.generated >= row.sampling.max_tokens:
+                self.end(row)
+        return plan
+
+    def end(self, row: Row) -> None:
+        row.finish = "length"
+        self.scheduler.finish(row)
+
+    def finish_all(self, limit: int = 3000) -> int:
+        """Step until no row is left; every step must compute something."""
+        steps = 0
+        while self.scheduler.rows:
+            assert self.step(), "rows are left, but nothing was planned"
+            steps += 1
+            assert steps <= limit, "the rows do not finish"
+        return steps
+
+    def _check(self, plan: Plan, before: Sequence[Row]) -> None:
+        limits, running = self.scheduler.limits, self.scheduler.running
+        segments = plan.segments
+        assert len(running) <= limits.max_rows
+        assert sum(segment.length for segment in segments) <= limits.step_tokens
+        assert len({segment.row for segment in segments}) == len(segments)
+        assert [row.arrival for row in running] == sorted(row.arrival for row in running)
+        for segment in segments:
+            assert segment.row in running
+            assert segment.length >= 1
+            assert segment.start == segment.row.computed
+            assert len(segment.row.blocks) * BLOCK >= segment.stop
+            assert set(segment.row.mix.digests) <= self.slots.slot_of.keys()
+        kept = [row.arrival for row in before if row in running]
+        lost = [row.arrival for row in before if row not in running]
+        assert not kept or not lost or max(kept) < min(lost), (
+            "an older row was preempted before a younger one"
+        )
+        holders = [block for row in running for block in row.blocks]
+        assert len(set(holders)) + self.pool.free == self.pool.capacity, "a block leaked"
+        assert all(not row.blocks for row in self.scheduler.waiting)
+
+
+def make_row(
+    arrival: int,
+    prompt: Sequence[int],
+    max_tokens: int = 4,
+    adapters: Sequence[str] = (),
+    *,
+    leader: Row | None = None,
+    scored: bool = False,
+) -> Row:
+    return Row(
+        id=str(arrival),
+        choice=0,
+        tokens=list(prompt),
+        sampling=Sampling(max_tokens=max_tokens, prompt_logprobs=0 if scored else None),
+        mix=AdapterMix.of([AdapterRef(digest) for digest in adapters]),
+        arrival=arrival,
+        arrived_at=0.0,
+        leader=leader,
+    )

@@ -1,0 +1,240 @@
+"""Every sampling setting against plain numpy, and a row's token in any company."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onebase_server.engine.protocol import Sampling
+from onebase_server.engine.row import AdapterMix, Row
+from onebase_server.engine.sampling import NUCLEUS_CANDIDATES, draw, score_prompt, uniform
+
+VOCAB = 40
+EOS = frozenset({2})
+
+
+def row(
+    prompt: list[int] | None = None, completion: list[int] | None = None, choice: int = 0, **options: Any
+) -> Row:
+    made = Row("r", choice, list(prompt or [5, 6]), Sampling(**options), AdapterMix(), 0, 0.0)
+    made.tokens += completion or []
+    return made
+
+
+def logits(seed: int, rows: int = 1, vocab: int = VOCAB, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, vocab, generator=generator) * 3).to(dtype)
+
+
+def reference(raw: torch.Tensor, of: Row) -> np.ndarray:
+    """The distribution that the row's token is drawn from, step by step as the settings are defined."""
+    s = of.sampling
+    z = raw.double().numpy().copy()
+    completion = of.tokens[of.prompt_length :]
+    for token in set(of.tokens):
+        z[token] = z[token] / s.repetition_penalty if z[token] > 0 else z[token] * s.repetition_penalty
+    for token, count in Counter(completion).items():
+        z[token] -= s.presence_penalty + s.frequency_penalty * count
+    for token, bias in s.logit_bias.items():
+        z[token] += bias
+    if len(completion) < s.min_tokens:
+        z[[*EOS, *s.stop_token_ids]] = -np.inf
+    if s.temperature == 0:
+        return np.eye(len(z))[int(np.argmax(z))]
+    z = z / s.temperature
+    if s.top_k:
+        z[z < np.sort(z)[::-1][min(s.top_k, len(z)) - 1]] = -np.inf
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    keep = np.ones(len(p), dtype=bool)
+    if s.top_p < 1:
+        ordered = np.sort(p)[::-1]
+        last = int((np.cumsum(ordered) < s.top_p).sum())
+        keep &= p >= ordered[min(last, len(p) - 1)]
+    keep &= p >= s.min_p * p.max()
+    p = np.where(keep, p, 0)
+    return p / p.sum()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "greedy": {"temperature": 0.0},
+    "cold": {"temperature": 0.4},
+    "hot": {"temperature": 2.5},
+    "top_k": {"top_k": 3},
+    "top_k over the vocabulary": {"top_k": 10_000},
+    "top_p": {"top_p": 0.6},
+    "tiny top_p": {"top_p": 1e-6},
+    "min_p": {"min_p": 0.2},
+    "all filters": {"temperature": 1.5, "top_k": 12, "top_p": 0.8, "min_p": 0.1},
+    "repetition": {"repetition_penalty": 1.8},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.7},
+    "all penalties": {"repetition_penalty": 0.7, "presence_penalty": -1.0, "frequency_penalty": 1.1},
+    "logit_bias": {"logit_bias": {3: 6.0, 4: -100.0}},
+    "min_tokens": {"min_tokens": 9, "stop_token_ids": (7, 8), "logit_bias": {2: 50.0, 7: 50.0}},
+    "min_tokens reached": {"min_tokens": 4, "stop_token_ids": (7,), "logit_bias": {7: 3.0}},
+}
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_setting_draws_from_the_distribution_that_it_defines(options: dict[str, Any]) -> None:
+    """Inverse-CDF sampling: each seed gives the token at which the cumulated distribution passes u."""
+    raw = logits(1)
+    for seed in range(150):
+        asked = row([5, 6, 9], [9, 9, 11, 3], seed=seed, **options)
+        (drawn,) = draw(raw, [asked], EOS)
+        cumulated = np.cumsum(reference(raw[0], asked))
+        u = uniform(seed, 0, 4) if asked.sampling.temperature else 0.5
+        near = np.abs(cumulated - u).min() < 1e-5
+        assert drawn.token is not None
+        assert near or drawn.token == int(np.searchsorted(cumulated, u, side="right")), seed
+        assert reference(raw[0], asked)[drawn.token] > 0
+
+
+def test_penalties_work_before_the_first_token() -> None:
+    raw = logits(2)
+    asked = row(
+        [5, 6], [], temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=1.2
+    )
+    assert draw(raw, [asked], EOS)[0].token == int(np.argmax(reference(raw[0], asked)))
+
+
+def test_min_tokens_works_without_any_token_that_could_end_the_text() -> None:
+    raw = logits(2)
+    assert draw(raw, [row(temperature=0.0, min_tokens=3)], frozenset())[0].token == int(raw[0].argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
+def test_a_very_low_temperature_is_greedy(temperature: float) -> None:
+    raw = logits(3) * 10
+    assert draw(raw, [row(temperature=temperature, seed=4)], EOS)[0].token == int(raw[0].argmax())
+
+
+def test_top_p_reaches_past_the_candidates_that_are_tried_first() -> None:
+    vocab = 4 * NUCLEUS_CANDIDATES
+    raw = torch.linspace(0, 0.5, vocab)[None]
+    tokens = {draw(raw, [row(top_p=0.9, seed=seed)], EOS)[0].token for seed in range(300)}
+    allowed = np.flatnonzero(reference(raw[0], row(top_p=0.9)))
+    assert len(allowed) > NUCLEUS_CANDIDATES
+    assert min(t for t in tokens if t is not None) < vocab - NUCLEUS_CANDIDATES
+    assert all(t is not None and t >= allowed.min() - 1 for t in tokens)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+        "top_k": st.sampled_from([0, 1, 3, 20]),
+        "top_p": st.sampled_from([1.0, 0.95, 0.5]),
+        "min_p": st.sampled_from([0.0, 0.1]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, 0.5]),
+        "frequency_penalty": st.sampled_from([0.0, 0.5]),
+        "logit_bias": st.sampled_from([{}, {3: 2.0}]),
+        "min_tokens": st.integers(0, 2),
+        "seed": st.integers(0, 5),
+        "logprobs": st.sampled_from([None, 0, 3]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    options=st.lists(OPTIONS, min_size=2, max_size=6),
+    seed=st.integers(0, 20),
+    levels=st.sampled_from([2, 40]),
+)
+def test_a_rows_token_does_not_depend_on_its_company_even_with_ties(
+    options: list[dict[str, Any]], seed: int, levels: int
+) -> None:
+    # Few distinct values, in bf16: most logits are tied with others, also across every threshold.
+    raw = (logits(seed, len(options), 300) * levels / 12).round().div(levels / 12).to(torch.bfloat16)
+    rows = [row([5, 6], [7, 3], choice=i, **option) for i, option in enumerate(options)]
+    alone = [draw(raw[i : i + 1], [rows[i]], EOS)[0] for i in range(len(rows))]
+    assert draw(raw, rows, EOS) == alone
+    order = list(reversed(range(len(rows))))
+    assert draw(raw[order], [rows[i] for i in order], EOS) == [alone[i] for i in order]
+
+
+def test_a_seed_gives_the_same_token_again_and_choices_and_positions_differ() -> None:
+    raw = torch.zeros(1, 1000)
+
+    def token(seed: int, choice: int = 0, completion: int = 0) -> int | None:
+        return draw(raw, [row([5], [6] * completion, choice=choice, seed=seed)], EOS)[0].token
+
+    assert [token(seed) for seed in range(20)] == [token(seed) for seed in range(20)]
+    assert len({token(7, choice) for choice in range(20)}) > 15
+    assert len({token(7, 0, count) for count in range(20)}) > 15
+    assert len({token(seed) for seed in range(20)}) > 15
+
+
+def test_the_whole_range_of_seeds_can_be_drawn_with() -> None:
+    for seed in (0, -1, 2**63, 2**64 - 1):
+        assert 0 <= uniform(seed, 0, 0) < 1
+
+
+def test_the_frequencies_of_drawn_tokens_follow_the_softmax() -> None:
+    raw = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, 1.5]])
+    draws = 4000
+    rows = [row(seed=seed) for seed in range(draws)]
+    counts = Counter(drawn.token for drawn in draw(raw.expand(draws, -1), rows, frozenset()))
+    expected = torch.softmax(raw[0].double(), dim=-1).numpy() * draws
+    chi_square = sum((counts[i] - expected[i]) ** 2 / expected[i] for i in range(6))
+    assert chi_square < 20.5, "p < 0.001 for 5 degrees of freedom"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_fail_their_own_row_only(bad: float, temperature: float) -> None:
+    raw = logits(5, 3)
+    asked = [row(temperature=temperature, seed=i, top_p=0.9) for i in range(3)]
+    clean = [draw(raw[i : i + 1], [asked[i]], EOS)[0] for i in range(3)]
+    raw[1, 4] = bad
+    drawn = draw(raw, asked, EOS)
+    assert drawn[1].token is None
+    assert [drawn[0], drawn[2]] == [clean[0], clean[2]]
+
+
+def test_logprobs_are_the_raw_log_softmax_with_the_most_likely_first() -> None:
+    raw = logits(6)
+    asked = row(temperature=0.7, top_k=2, logit_bias={9: 40.0}, logprobs=5)
+    (drawn,) = draw(raw, [asked], EOS)
+    expected = torch.log_softmax(raw[0].double(), dim=-1)
+    assert drawn.token == 9
+    assert drawn.logprob is not None
+    assert drawn.logprob.token == 9
+    assert drawn.logprob.logprob == pytest.approx(float(expected[9]), abs=1e-5)
+    best = expected.argsort(descending=True)[:5].tolist()
+    assert [token for token, _ in drawn.logprob.top] == best
+    assert [value for _, value in drawn.logprob.top] == pytest.approx(expected[best].tolist(), abs=1e-5)
+
+
+def test_logprobs_of_zero_alternatives_hold_the_token_alone_and_none_gives_none() -> None:
+    raw = logits(6)
+    assert draw(raw, [row(temperature=0.0)], EOS)[0].logprob is None
+    (drawn,) = draw(raw, [row(temperature=0.0, logprobs=0)], EOS)
+    assert drawn.logprob is not None
+    assert drawn.logprob.top == []
+
+
+def test_more_alternatives_than_the_vocabulary_give_all_of_it() -> None:
+    (drawn,) = draw(logits(6), [row(temperature=0.0, logprobs=VOCAB + 5)], EOS)
+    assert drawn.logprob is not None
+    assert sorted(token for token, _ in drawn.logprob.top) == list(range(VOCAB))
+
+
+def test_prompt_scores_are_the_log_softmax_of_each_target() -> None:
+    raw = logits(8, 4)
+    scores = score_prompt(raw, [3, 1, 4, 1], 2)
+    expected = torch.log_softmax(raw.double(), dim=-1)
+    assert [score.token for score in scores] == [3, 1, 4, 1]
+    for i, score in enumerate(scores):
+        assert score.logprob == pytest.approx(float(expected[i, score.token]), abs=1e-5)
+        assert [token for token, _ in score.top] == expected[i].argsort(descending=True)[:2].tolist()

@@ -1,0 +1,247 @@
+"""Which rows run: everyone finishes, whatever the limits, and nothing is left behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.scheduling import BLOCK, World, make_row
+
+from onebase_server.engine.row import Row
+from onebase_server.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One row to come: when, how long, with which adapters, and when it is cancelled (never: None)."""
+
+    at: int
+    prompt: int
+    start: int
+    max_tokens: int
+    adapters: tuple[str, ...]
+    scored: bool
+    follows: bool
+    cancel_at: int | None
+
+
+TRAFFIC = st.lists(
+    st.builds(
+        Traffic,
+        at=st.integers(0, 20),
+        prompt=st.integers(1, 20),
+        start=st.integers(0, 2),
+        max_tokens=st.integers(1, 12),
+        adapters=st.lists(st.sampled_from("abcd"), max_size=2, unique=True).map(tuple),
+        scored=st.booleans(),
+        follows=st.booleans(),
+        cancel_at=st.none() | st.integers(0, 40),
+    ),
+    min_size=1,
+    max_size=16,
+)
+
+
+def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
+    if item.follows and previous is not None:
+        prompt = previous.tokens[: previous.prompt_length]
+        leader = previous.leader or previous
+        return make_row(arrival, prompt, item.max_tokens, previous.mix.digests, leader=leader)
+    prompt = list(range(item.start, item.start + item.prompt))
+    return make_row(arrival, prompt, item.max_tokens, item.adapters, scored=item.scored)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    traffic=TRAFFIC,
+    blocks=st.integers(8, 20),
+    slots=st.integers(2, 3),
+    max_rows=st.integers(1, 5),
+    step_tokens=st.integers(1, 24),
+)
+def test_every_row_finishes_and_everything_comes_back(
+    traffic: list[Traffic], blocks: int, slots: int, max_rows: int, step_tokens: int
+) -> None:
+    world = World.create(blocks=blocks, slots=slots, max_rows=max_rows, step_tokens=step_tokens)
+    coming = sorted(traffic, key=lambda item: item.at)
+    rows: list[tuple[Row, Traffic]] = []
+    work = sum(item.prompt + item.max_tokens for item in traffic)
+    # Each preemption throws away at most one row's work, and only an older row's growth preempts.
+    limit = 60 + work * (len(traffic) + 1)
+    for step in range(limit + 1):
+        while coming and coming[0].at <= step:
+            item = coming.pop(0)
+            row = _row(len(rows), item, rows[-1][0] if rows else None)
+            world.scheduler.check(row.prompt_length, item.max_tokens, len(row.mix.terms))
+            world.scheduler.add(row)
+            rows.append((row, item))
+        for row, item in rows:
+            if item.cancel_at == step and row.finish is None:
+                row.finish = "cancelled"
+                world.scheduler.finish(row)
+        if not coming and not world.scheduler.rows:
+            break
+        assert step < limit, "the rows do not finish"
+        assert world.step() or not world.scheduler.rows, "rows wait for nothing"
+    for row, item in rows:
+        assert row.finish is not None
+        assert row.finish == "cancelled" or row.generated == item.max_tokens
+        assert not row.blocks
+    assert world.pool.free == world.pool.capacity
+    assert world.slots.used == 0
+
+
+def test_the_youngest_row_is_preempted_and_still_finishes() -> None:
+    world = World.create(blocks=6, max_rows=3)
+    rows = [make_row(i, [i * 10 + j for j in range(4)], 12) for i in range(3)]
+    for row in rows:
+        world.scheduler.add(row)
+    order = []
+    while world.scheduler.rows:
+        before = list(world.scheduler.running)
+        world.step()
+        order += [row.arrival for row in before if row in world.scheduler.waiting]
+    assert order[0] == 2
+    assert world.scheduler.preemptions == len(order)
+    assert [row.generated for row in rows] == [12, 12, 12]
+
+
+def test_a_preempted_row_goes_on_where_it_was() -> None:
+    world = World.create(blocks=6, max_rows=2, step_tokens=32)
+    rows = [make_row(i, [i * 10 + j for j in range(8)], 9) for i in range(2)]
+    for row in rows:
+        world.scheduler.add(row)
+    while not world.scheduler.preemptions:
+        world.step()
+    generated = list(rows[1].tokens)
+    assert rows[1] in world.scheduler.waiting
+    assert rows[1].generated > 1
+    world.finish_all()
+    assert rows[1].tokens[: len(generated)] == generated
+    assert rows[1].generated == 9
+
+
+def test_decodes_come_before_prefills_of_older_and_younger_rows() -> None:
+    world = World.create(step_tokens=5, max_rows=4)
+    world.scheduler.add(make_row(0, [1, 2], 20))
+    world.step()
+    world.scheduler.add(make_row(1, list(range(20)), 4))
+    plan = world.step()
+    assert [(s.row.arrival, s.length) for s in plan.decodes] == [(0, 1)]
+    assert [(s.row.arrival, s.length) for s in plan.prefills] == [(1, 4)]
+    world.scheduler.add(make_row(2, [7], 4))
+    plan = world.step()
+    assert [(s.row.arrival, s.length) for s in plan.segments] == [(0, 1), (1, 4)]
+
+
+def test_a_long_prefill_holds_no_decode_up() -> None:
+    world = World.create(step_tokens=4)
+    decoding = make_row(0, [1], 12)
+    world.scheduler.add(decoding)
+    world.step()
+    world.scheduler.add(make_row(1, list(range(40)), 1))
+    for expected in range(2, 12):
+        world.step()
+        assert decoding.generated == expected
+
+
+def test_followers_wait_for_their_leader_and_take_its_prompt_from_the_cache() -> None:
+    world = World.create(step_tokens=6)
+    prompt = list(range(13))
+    leader = make_row(0, prompt, 6)
+    followers = [make_row(i, prompt, 6, leader=leader) for i in (1, 2)]
+    for row in (leader, *followers):
+        world.scheduler.add(row)
+    for _ in range(3):
+        assert {segment.row for segment in world.step().segments} == {leader}
+    assert {segment.row for segment in world.step().segments} == {leader, *followers}
+    assert [row.cached_tokens for row in (leader, *followers)] == [0, 12, 12]
+    world.finish_all()
+
+
+def test_followers_of_a_cancelled_leader_prefill_themselves() -> None:
+    world = World.create(step_tokens=4)
+    leader = make_row(0, list(range(13)), 6)
+    follower = make_row(1, list(range(13)), 6, leader=leader)
+    world.scheduler.add(leader)
+    world.scheduler.add(follower)
+    world.step()
+    leader.finish = "cancelled"
+    world.scheduler.finish(leader)
+    world.finish_all()
+    assert follower.generated == 6
+    assert follower.cached_tokens == 4
+
+
+def test_a_repeated_prompt_comes_from_the_cache_but_one_token_is_always_computed() -> None:
+    world = World.create()
+    prompt = list(range(2 * BLOCK))
+    world.scheduler.add(make_row(0, prompt, 1))
+    world.finish_all()
+    again = make_row(1, prompt, 1)
+    world.scheduler.add(again)
+    (segment,) = world.step().segments
+    assert again.cached_tokens == BLOCK
+    assert segment.length == BLOCK
+
+
+@pytest.mark.parametrize("change", ["adapter", "scored"])
+def test_a_prompt_is_not_taken_from_the_cache(change: str) -> None:
+    world = World.create()
+    prompt = list(range(2 * BLOCK + 1))
+    world.scheduler.add(make_row(0, prompt, 1))
+    world.finish_all()
+    adapters = ["a"] if change == "adapter" else []
+    row = make_row(1, prompt, 1, adapters, scored=change == "scored")
+    world.scheduler.add(row)
+    (segment,) = world.step().segments
+    assert row.cached_tokens == 0
+    assert segment.start == 0
+
+
+def test_a_scored_prompt_is_cut_into_bounded_pieces() -> None:
+    world = World.create(blocks=100, step_tokens=1000, max_length=400)
+    world.scheduler.add(make_row(0, list(range(MAX_SCORED_TOKENS + 5)), 1, scored=True))
+    assert [s.length for s in world.step().segments] == [MAX_SCORED_TOKENS]
+    assert [s.length for s in world.step().segments] == [5]
+
+
+def test_a_row_that_waits_for_a_slot_lets_younger_ones_pass() -> None:
+    world = World.create(slots=1)
+    rows = [make_row(0, [1], 3, ["a"]), make_row(1, [1], 3, ["b"]), make_row(2, [1], 3)]
+    for row in rows:
+        world.scheduler.add(row)
+    assert [segment.row for segment in world.step().segments] == [rows[0], rows[2]]
+    world.finish_all()
+    assert rows[1].generated == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "adapters", "code", "words"),
+    [
+        (0, 4, 0, "empty_prompt", "no tokens"),
+        (30, 35, 0, "context_length_exceeded", "64 tokens"),
+        (30, 20, 0, "kv_memory_exceeded", "--kv-memory"),
+        (4, 4, 3, "too_many_adapters", "--max-slots 3"),
+    ],
+)
+def test_what_can_never_fit_is_refused_with_its_limit(
+    prompt: int, max_tokens: int, adapters: int, code: str, words: str
+) -> None:
+    world = World.create(blocks=10, slots=2, max_length=64)
+    with pytest.raises(NeverFitsError, match=words) as caught:
+        world.scheduler.check(prompt, max_tokens, adapters)
+    assert caught.value.code == code
+    assert caught.value.param in ("prompt", "max_tokens", "adapter")
+
+
+def test_what_just_fits_is_accepted_and_runs_beside_others() -> None:
+    world = World.create(blocks=10, slots=2, max_length=40)
+    world.scheduler.check(30, 10, 2)
+    rows = [make_row(0, [9] * 8, 8, ["c"]), make_row(1, list(range(30)), 10, ["a", "b"])]
+    for row in rows:
+        world.scheduler.add(row)
+    world.finish_all()
+    assert rows[1].generated == 10
