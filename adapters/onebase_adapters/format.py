@@ -165,7 +165,7 @@ def canonicalize(folder: Path, layers: Mapping[str, LayerShape], max_rank: int, 
     spec = AdapterSpec(
         modules=modules,
         rslora=bool(config.get("use_rslora")),
-        base_name=config.get("base_model_name_or_path"),
+        base_name=config.get("base_model_name_or_path") or None,
         parameters=sum(t.numel() for t in tensors.values()),
     )
     (target / CONFIG_FILE).write_text(json.dumps(_canonical_config(spec)))
@@ -220,8 +220,9 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     _finite(config.get("lora_alpha", 8), "lora_alpha")
     if not isinstance(config.get("use_rslora", False), bool):
         raise AdapterFormatError("bad_config", "use_rslora must be true or false")
-    if not isinstance(config.get("base_model_name_or_path"), str | None):
-        raise AdapterFormatError("bad_config", "base_model_name_or_path must be a string")
+    base_name = config.get("base_model_name_or_path") or ""
+    if not isinstance(base_name, str) or not base_name.isprintable():
+        raise AdapterFormatError("bad_config", "base_model_name_or_path must be a printable string")
     for field, check in (("rank_pattern", _integer), ("alpha_pattern", _finite)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict):
