@@ -107,12 +107,14 @@ class Generation:
         self._supervisor.submit(self.inflight)
         if self.job.timeout_s is not None:
             loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(self.job.timeout_s, self._supervisor.cancel, self.inflight)
+            self._deadline = loop.call_later(
+                self.job.timeout_s, self._supervisor.router.cancel, self.inflight
+            )
 
     def cancel(self) -> None:
         """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
         self.inflight.fail(ClientGoneError())
-        self._supervisor.cancel(self.inflight)
+        self._supervisor.router.cancel(self.inflight)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Pieces of all choices, one list per engine step.
@@ -181,7 +183,7 @@ class Generation:
         if choice.finish_reason is not None:
             self._open -= 1
             if choice.stopped_here and output.finish is None:
-                self._supervisor.cancel(self.inflight, output.id, output.choice)
+                self._supervisor.router.cancel(self.inflight, output.id, output.choice)
         if self.job.echo:
             return self._with_echo(choice, prompt, output, piece)
         return [piece] if piece else []

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from onebase_server.services import Services
+from onebase_server.services import Services, server_stopping
 from onebase_server.settings import Settings
 from onebase_server.sse import ABORT_EXTENSION
 
@@ -102,13 +102,17 @@ async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
 
 async def _drain(services: Services, engine: asyncio.Task[None]) -> None:
     """Wait until running requests have ended, for at most the drain timeout."""
-    running = services.supervisor.open_requests
+    router = services.supervisor.router
+    running = router.open_requests
     if running:
         _log.warning("stopping: %d running requests may end; press Ctrl-C again to end at once", running)
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout(services.settings.drain_timeout):
-            while services.supervisor.open_requests and not engine.done():
+            while router.open_requests and not engine.done():
                 await asyncio.sleep(0.05)
+    except TimeoutError:
+        _log.warning("stopping: %d requests did not end in time", router.open_requests)
+        router.fail_all(server_stopping())
 
 
 def _install_signals(services: Services, stop: asyncio.Event) -> None:

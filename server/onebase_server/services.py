@@ -21,6 +21,14 @@ from onebase_server.supervisor import EngineSupervisor
 from onebase_server.tokenization import BaseTokenizer
 
 
+def server_stopping() -> UnavailableError:
+    return UnavailableError(
+        "The server is stopping. Send the request to another one, or again later.",
+        code="server_stopping",
+        retry_after=5.0,
+    )
+
+
 @dataclass
 class Services:
     """One server's parts. `draining` is set by SIGTERM: what runs may end, nothing new begins."""
@@ -35,11 +43,7 @@ class Services:
 
     def refuse_if_draining(self) -> None:
         if self.draining:
-            raise UnavailableError(
-                "The server is stopping. Send the request to another one, or again later.",
-                code="server_stopping",
-                retry_after=5.0,
-            )
+            raise server_stopping()
 
     def begin(self, job: Job, *, streamed: bool) -> Generation:
         """Submit a job. Raises UnavailableError, QueueFullError or InvalidRequestError."""

@@ -15,20 +15,19 @@ from onebase_server.engine.protocol import (
     AdapterFailed,
     AdapterLoaded,
     BaseInfo,
-    Cancel,
     EngineConfig,
-    Fatal,
     Loading,
     Ready,
     Shutdown,
     Start,
-    Stats,
     StepDone,
     ToApi,
+    ToEngine,
 )
 from onebase_server.engine_link import ENGINE_COMMAND, EngineProcess
-from onebase_server.errors import EngineRestartedError, InvalidRequestError, QueueFullError, UnavailableError
+from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inflight import Inflight
+from onebase_server.router import RequestRouter
 
 _LAST_WORDS_SECONDS = 1.0
 """An engine that has closed its socket is about to exit, with a status that says why."""
@@ -85,65 +84,30 @@ class EngineSupervisor:
     ) -> None:
         self.state = EngineState.STARTING
         self.base: BaseInfo | None = None
-        self.stats: Stats | None = None
+        self.router = RequestRouter(queue_limit, self._send)
+        """The requests that are running."""
         self.restarts = 0
         self.ready = asyncio.Event()
         """Set while requests can be submitted."""
         self._config = config
         self._catalog = catalog
-        self._queue_limit = queue_limit
         self._stall_timeout = stall_timeout
         self._command = tuple(command)
         self._policy = policy or RestartPolicy()
         self._on_loading = on_loading
         self._engine: EngineProcess | None = None
-        self._ended: asyncio.Future[str] | None = None
         self._awaited_adapters: set[str] = set()
-        self._requests: dict[str, Inflight] = {}
-        self._open_rows = 0
-        self._last_progress = 0.0
-        self._row_seconds = 0.5
-        self._last_row_end = 0.0
         self._stopping = False
         self._ever_ready = False
 
     # ---- for requests ------------------------------------------------------------------------
 
-    @property
-    def open_requests(self) -> int:
-        return len({id(request) for request in self._requests.values()})
-
-    @property
-    def engine_pid(self) -> int | None:
-        return self._engine.pid if self._engine else None
-
     def submit(self, request: Inflight) -> None:
         """Hand a request over. Raises UnavailableError, QueueFullError, InvalidRequestError (never fits)."""
-        engine = self._require_ready()
-        capacity = self._row_capacity()
-        if request.rows > capacity:
-            raise InvalidRequestError(
-                f"The request asks for {request.rows} completions at once and this server takes {capacity} "
-                "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
-                param="n",
-            )
-        if self._open_rows + request.rows > capacity:
-            waiting = max(0, self._open_rows - (capacity - self._queue_limit))
-            raise QueueFullError(waiting, self._queue_limit, min(30.0, self._row_seconds * (waiting + 1)))
-        if self._open_rows == 0:
-            self._last_progress = time.monotonic()
-        self._open_rows += request.rows
-        for message in request.submits:
-            self._requests[message.id] = request
-            engine.send(message)
-
-    def cancel(self, request: Inflight, request_id: str | None = None, choice: int | None = None) -> None:
-        """End all of a request's rows, or one choice of one of its submits."""
-        if self._engine is None:
-            return
-        for open_id in [request_id] if request_id else list(request.open_rows):
-            if open_id in self._requests:
-                self._engine.send(Cancel(open_id, choice))
+        reason = self.unavailable()
+        if reason is not None:
+            raise reason
+        self.router.submit(request, self.base.max_rows if self.base else 0)
 
     def unavailable(self) -> UnavailableError | None:
         """Why nothing can be submitted now, or None."""
@@ -189,13 +153,11 @@ class EngineSupervisor:
     async def stop(self) -> None:
         """Ask the engine to exit, then make it. Requests still running end with an error."""
         self._stopping = True
-        engine, ended = self._engine, self._ended
         self.state = EngineState.STOPPED
         self.ready.clear()
-        if engine is None or ended is None:
-            return
-        engine.send(Shutdown())
-        await engine.end(self._policy.shutdown_grace)
+        if self._engine is not None:
+            self._engine.send(Shutdown())
+            await self._engine.end(self._policy.shutdown_grace)
 
     def kill_now(self) -> None:
         """End the engine without waiting for anything: the api is about to exit."""
@@ -207,7 +169,6 @@ class EngineSupervisor:
         """One engine from start to death. Returns why it ended, in words."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
-        self._ended = ended
 
         def end(reason: str) -> None:
             if not ended.done():
@@ -224,7 +185,7 @@ class EngineSupervisor:
             reason = await ended
         finally:
             watch.cancel()
-            self._close_requests()
+            self._engine_gone()
             if not self._stopping:
                 status = await engine.end(0.0 if self.state is EngineState.STALLED else _LAST_WORDS_SECONDS)
                 self._engine = None
@@ -232,31 +193,29 @@ class EngineSupervisor:
             return reason
         return reason or status
 
-    def _close_requests(self) -> None:
+    def _engine_gone(self) -> None:
         self.ready.clear()
         self._catalog.mark_unloaded()
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
-        for request in list(self._requests.values()):
-            request.fail(EngineRestartedError())
-        self._requests.clear()
-        self._open_rows = 0
+        self.router.fail_all(EngineRestartedError())
+        self.router.forget_all()
 
     async def _watch(self, end: Callable[[str], None]) -> None:
         """Proves progress: rows in the engine and no step for the stall timeout is a stall."""
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout / 4))
-            idle = time.monotonic() - self._last_progress
-            if self._open_rows and idle > self._stall_timeout:
+            idle = self.router.stalled_for()
+            if idle > self._stall_timeout:
                 self.state = EngineState.STALLED
-                end(f"a stall: {self._open_rows} rows without progress for {idle:.1f} s")
+                end(f"a stall: {self.router.open_rows} rows without progress for {idle:.1f} s")
                 return
 
     # ---- messages ----------------------------------------------------------------------------
 
     def _receive(self, message: ToApi, end: Callable[[str], None]) -> None:
         if isinstance(message, StepDone):
-            self._step_done(message)
+            self.router.deliver(message)
         elif isinstance(message, Loading):
             self._on_loading(message)
         elif isinstance(message, Ready):
@@ -267,40 +226,14 @@ class EngineSupervisor:
         elif isinstance(message, AdapterFailed):
             self._adapter_failed(message, end)
         else:
-            self._fatal(message, end)
-
-    def _step_done(self, step: StepDone) -> None:
-        now = time.monotonic()
-        if step.rows or self.stats is None or step.stats.steps != self.stats.steps:
-            self._last_progress = now
-        self.stats = step.stats
-        requests = self._requests
-        for output in step.rows:
-            request = requests.get(output.id)
-            if request is None:
-                continue
-            if not request.push(output):
-                _log.warning("request %s is not read fast enough: cut off", output.id)
-                self.cancel(request)
-            if output.finish is not None:
-                self._row_ended(request, output.id, now)
-
-    def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
-        self._open_rows -= 1
-        if request_id not in request.open_rows:
-            del self._requests[request_id]
-        if self._last_row_end:
-            gap = min(60.0, now - self._last_row_end)
-            self._row_seconds += 0.1 * (gap - self._row_seconds)
-        self._last_row_end = now
+            end(message.message)
 
     def _base_ready(self, message: Ready) -> None:
         self.base = message.base
         loads = self._catalog.loads()
         self._awaited_adapters = {load.digest for load in loads}
         for load in loads:
-            if self._engine is not None:
-                self._engine.send(load)
+            self._send(load)
         self._ready_if_complete()
 
     def _adapter_answered(self, digest: str) -> None:
@@ -316,23 +249,14 @@ class EngineSupervisor:
         _log.error("%s", text)
         self._adapter_answered(message.digest)
 
-    def _fatal(self, message: Fatal, end: Callable[[str], None]) -> None:
-        end(message.message)
-
     def _ready_if_complete(self) -> None:
         if self._awaited_adapters or self._stopping:
             return
         self._ever_ready = True
-        self._last_progress = time.monotonic()
+        self.router.note_progress()
         self.state = EngineState.READY
         self.ready.set()
 
-    def _require_ready(self) -> EngineProcess:
-        reason = self.unavailable()
-        if reason is not None or self._engine is None:
-            raise reason or UnavailableError("The engine is gone.", code="engine_restarting", retry_after=2.0)
-        return self._engine
-
-    def _row_capacity(self) -> int:
-        max_rows = self.base.max_rows if self.base else 0
-        return max_rows + self._queue_limit
+    def _send(self, message: ToEngine) -> None:
+        if self._engine is not None:
+            self._engine.send(message)

@@ -20,7 +20,7 @@ def test_a_killed_or_frozen_engine_is_replaced_and_answers_as_before(
     serve_real: Starter, api: Any, fault: signal.Signals
 ) -> None:
     adapters = str(api.adapters["red"].parent)
-    options = ["--adapters-dir", adapters, "--kv-memory", "100MB", "--threads", "1", "--stall-timeout", "15"]
+    options = ["--adapters-dir", adapters, "--kv-memory", "100MB", "--threads", "1", "--stall-timeout", "8"]
     with serve_real(*options) as server, server.client() as http:
         before = http.post("/generate", json=PROBE).json()["choices"]
         answers: list[Any] = []

@@ -59,8 +59,8 @@ async def status(services: Provided) -> Response:
             "base": services.catalog.base_name,
             "engine": {"state": supervisor.state.value, "restarts": supervisor.restarts},
             "info": supervisor.base,
-            "stats": supervisor.stats,
-            "requests": supervisor.open_requests,
+            "stats": supervisor.router.stats,
+            "requests": supervisor.router.open_requests,
             "adapters": len(services.catalog),
         }
     )
