@@ -1,0 +1,66 @@
+"""How many KV blocks there are, and that unused ones cost nothing on the CPU."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from onebase_server.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
+from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count
+
+MB = 1_000_000
+
+
+def test_free_memory_less_the_training_share_is_cut_into_blocks() -> None:
+    assert kv_block_count(MB, 10_000, 100 * MB, kv_memory=0, train_memory=0) == 100
+    assert kv_block_count(MB, 10_000, 100 * MB, kv_memory=0, train_memory=60 * MB) == 40
+
+
+def test_no_more_blocks_are_taken_than_rows_could_use() -> None:
+    assert kv_block_count(MB, 30, 100 * MB, kv_memory=0, train_memory=0) == 30
+
+
+def test_kv_memory_overrides_what_is_free_and_the_training_share() -> None:
+    assert kv_block_count(MB, 30, 5 * MB, kv_memory=50 * MB, train_memory=90 * MB) == 50
+
+
+@pytest.mark.parametrize(
+    ("free", "kv_memory", "train_memory"),
+    [(100 * MB, 0, 100 * MB), (100 * MB, 0, 500 * MB), (100 * MB, RESERVED_BLOCKS * MB, 0), (0, 0, 0)],
+)
+def test_too_little_memory_is_refused_with_a_remedy(free: int, kv_memory: int, train_memory: int) -> None:
+    with pytest.raises(MemoryBudgetError, match="--kv-memory"):
+        kv_block_count(MB, 1000, free, kv_memory=kv_memory, train_memory=train_memory)
+
+
+def test_the_free_memory_of_the_cpu_is_less_than_the_machine_has() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory(torch.device("cpu")) < total
+
+
+def _resident() -> int:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written() -> None:
+    shapes = {0: (2, 64, 32), 1: (2, 64, 32)}
+    before = _resident()
+    cache = KVCache(shapes, 10_000, 16, torch.bfloat16, torch.device("cpu"))
+    size = sum(t.nbytes for t in (*cache.keys.values(), *cache.values.values()))
+    assert size == 10_000 * 16 * bytes_per_token(shapes, torch.bfloat16) > 100 * MB
+    assert _resident() - before < size / 10
+    assert not cache.keys[0][:, :32].any()
+    cache.keys[0].fill_(1)
+    assert _resident() - before > cache.keys[0].nbytes / 2
+
+
+def test_keys_and_values_have_a_place_for_every_token_of_every_block() -> None:
+    cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, torch.device("cpu"))
+    assert cache.keys[3].shape == (2, 80, 8)
+    assert cache.values[3].shape == (2, 80, 4)

@@ -1,0 +1,315 @@
+"""The real engine process on a tiny Llama, spoken to over a socket as the api does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from tests.tiny import ADAPTERS, save_adapter, save_base
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_server.engine import protocol
+from onebase_server.engine.protocol import FrameReader, RowOutput
+
+Message = TypeVar("Message", bound=protocol.ToApi)
+PATIENCE = 120.0
+"""Seconds before a test gives up on a process that says nothing; passing tests never wait for it."""
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+
+
+class EngineClient:
+    """The api's end of the socket to one engine process."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(PATIENCE)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "onebase_server.engine", "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        theirs.close()
+        self._reader, self._decoder = FrameReader(), protocol.to_api_decoder()
+        self._messages: list[protocol.ToApi] = []
+
+    def start(self, folder: Path, **config: Any) -> None:
+        settings = {"quantization": "none", "dtype": "float32", "compute_dtype": "float32"} | config
+        settings = {"device": "cpu", "threads": 1, "kv_memory": 4_000_000, **settings}
+        self.send(protocol.Start(protocol.EngineConfig(base_folder=str(folder), **settings)))
+
+    def send(self, *messages: protocol.ToEngine) -> None:
+        self.send_bytes(b"".join(protocol.encode(message) for message in messages))
+
+    def send_bytes(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def hang_up(self) -> None:
+        self._socket.close()
+
+    def receive(self) -> protocol.ToApi:
+        """The next message; raises EOFError when the engine has closed its end."""
+        while not self._messages:
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise EOFError
+            self._messages += [self._decoder.decode(payload) for payload in self._reader.feed(data)]
+        return self._messages.pop(0)
+
+    def wait_for(self, kind: type[Message]) -> Message:
+        while not isinstance(message := self.receive(), kind):
+            pass
+        return message
+
+    def outputs(self, name: str, rows: int) -> list[RowOutput]:
+        """All events of a request, up to the final one of each of its rows."""
+        found: list[RowOutput] = []
+        while sum(output.finish is not None for output in found) < rows:
+            found += [output for output in self.wait_for(protocol.StepDone).rows if output.id == name]
+        return found
+
+    def status(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self._socket.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("llama", tmp_path_factory.mktemp("process") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    settings = BaseSettings(folder=base, quantization="none")
+    return save_adapter(load_base(settings), ADAPTERS[0], base.parent / "adapter", seed=1, std=0.5)
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[[], EngineClient]]:
+    clients: list[EngineClient] = []
+
+    def new() -> EngineClient:
+        clients.append(EngineClient())
+        return clients[-1]
+
+    yield new
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def shared(base: Path) -> Iterator[EngineClient]:
+    """One engine for all tests that leave it running."""
+    client = EngineClient()
+    client.start(base, max_length=256)
+    client.wait_for(protocol.Ready)
+    yield client
+    client.close()
+
+
+def submit(
+    name: str, prompt: list[int], *, n: int = 1, adapters: tuple[str, ...] = (), **sampling: Any
+) -> protocol.Submit:
+    return protocol.Submit(
+        id=name,
+        prompt=prompt,
+        sampling=protocol.Sampling(**{**GREEDY, **sampling}),
+        adapters=[protocol.AdapterRef(digest) for digest in adapters],
+        n=n,
+    )
+
+
+def tokens(outputs: list[RowOutput], choice: int = 0) -> list[int]:
+    return [token for output in outputs if output.choice == choice for token in output.tokens]
+
+
+def test_a_start_is_answered_by_progress_then_ready_then_idle_reports(
+    base: Path, spawn: Callable[[], EngineClient]
+) -> None:
+    client = spawn()
+    client.start(base, max_length=64, max_rows=3)
+    progress: list[protocol.Loading] = []
+    while isinstance(message := client.receive(), protocol.Loading):
+        progress.append(message)
+    assert len(progress) >= 2
+    assert [p.fraction for p in progress] == sorted(p.fraction for p in progress)
+    assert isinstance(message, protocol.Ready)
+    assert message.base.architecture == "LlamaForCausalLM"
+    assert (message.base.max_length, message.base.max_rows, message.base.vocab_size) == (64, 3, 320)
+    idle = client.wait_for(protocol.StepDone)
+    assert idle.rows == []
+    assert idle.stats.generated_tokens == 0
+    client.send(protocol.Shutdown())
+    assert client.status() == 0
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_the_engine_ends_when_the_api_hangs_up(
+    base: Path, spawn: Callable[[], EngineClient], started: bool
+) -> None:
+    client = spawn()
+    if started:
+        client.start(base)
+        client.wait_for(protocol.Ready)
+        client.send(submit("r", [5] * 20, max_tokens=400))
+        client.wait_for(protocol.StepDone)
+    client.hang_up()
+    assert client.status() == 0
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x03\0\0\0\xc1\xc1\xc1", b"\x01\0\0\0\x01"])
+def test_bytes_that_are_no_message_end_the_engine_cleanly(
+    spawn: Callable[[], EngineClient], garbage: bytes
+) -> None:
+    client = spawn()
+    client.send_bytes(garbage)
+    with pytest.raises(EOFError):
+        client.receive()
+    assert client.status() == 0
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def _encoder_decoder(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5"]}))
+
+
+def _cut_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(_no_config, "no base"), (_encoder_decoder, "encoder-decoder"), (_cut_weights, "cannot")],
+)
+def test_a_base_that_cannot_be_served_is_fatal_with_a_sentence(
+    tmp_path: Path, spawn: Callable[[], EngineClient], spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = save_base("llama", tmp_path / "base")
+    spoil(folder)
+    client = spawn()
+    client.start(folder)
+    assert words in client.wait_for(protocol.Fatal).message
+    assert client.status() == 2
+
+
+def test_too_little_kv_memory_is_fatal_and_names_the_setting(
+    base: Path, spawn: Callable[[], EngineClient]
+) -> None:
+    client = spawn()
+    client.start(base, kv_memory=100)
+    assert "--kv-memory" in client.wait_for(protocol.Fatal).message
+    assert client.status() == 2
+
+
+def test_a_server_with_very_short_texts_starts(base: Path, spawn: Callable[[], EngineClient]) -> None:
+    client = spawn()
+    client.start(base, max_length=4)
+    client.wait_for(protocol.Ready)
+    client.send(submit("r", [5, 6], max_tokens=2))
+    assert len(tokens(client.outputs("r", 1))) == 2
+
+
+def test_a_request_streams_its_tokens_and_ends_once(shared: EngineClient) -> None:
+    shared.send(submit("plain", [5, 6, 7], max_tokens=6, logprobs=1))
+    outputs = shared.outputs("plain", 1)
+    assert [len(output.tokens) for output in outputs] == [1] * 6
+    assert [output.finish for output in outputs] == [None] * 5 + ["length"]
+    assert outputs[0].cached_tokens == 0
+    assert outputs[0].queue_seconds is not None
+    assert all(o.logprobs and o.logprobs[0].top[0][0] == o.tokens[0] for o in outputs)
+
+
+def test_choices_share_the_prompt_and_draw_for_themselves(shared: EngineClient) -> None:
+    prompt = list(range(3, 43))
+    shared.send(submit("two", prompt, n=2, temperature=2.0, seed=3, max_tokens=8))
+    outputs = shared.outputs("two", 2)
+    first = {o.choice: o.cached_tokens for o in outputs if o.cached_tokens is not None}
+    assert first == {0: 0, 1: 32}
+    assert len(tokens(outputs, 0)) == len(tokens(outputs, 1)) == 8
+    assert tokens(outputs, 0) != tokens(outputs, 1)
+
+
+def test_one_choice_can_be_cancelled_while_the_other_goes_on(shared: EngineClient) -> None:
+    shared.send(submit("pair", [8, 9], n=2, max_tokens=60), protocol.Cancel("pair", 0))
+    outputs = shared.outputs("pair", 2)
+    ends = {output.choice: output.finish for output in outputs if output.finish}
+    assert ends == {0: "cancelled", 1: "length"}
+    assert len(tokens(outputs, 1)) == 60
+    shared.send(protocol.Cancel("pair"), protocol.Cancel("unknown"), submit("after", [4], max_tokens=1))
+    assert shared.outputs("after", 1)[-1].finish == "length"
+
+
+def test_an_adapter_acts_once_loaded_and_is_refused_once_unloaded(
+    shared: EngineClient, adapter: Path
+) -> None:
+    prompt = [5, 6, 7, 8]
+    shared.send(submit("before", prompt, adapters=("d",)))
+    assert shared.outputs("before", 1)[0].error_code == "adapter_not_loaded"
+    shared.send(protocol.LoadAdapter("d", str(adapter)))
+    assert shared.wait_for(protocol.AdapterLoaded).rank == ADAPTERS[0]["r"]
+    shared.send(submit("bare", prompt), submit("adapted", prompt, adapters=("d",), max_tokens=40))
+    # Unloaded while in use: the running row keeps it to its end.
+    shared.send(protocol.UnloadAdapter("d"), submit("late", prompt, adapters=("d",)))
+    outputs: dict[str, list[RowOutput]] = {"bare": [], "adapted": [], "late": []}
+    while sum(o.finish is not None for found in outputs.values() for o in found) < 3:
+        for output in shared.wait_for(protocol.StepDone).rows:
+            outputs[output.id].append(output)
+    assert len(tokens(outputs["adapted"])) == 40
+    assert tokens(outputs["adapted"])[:16] != tokens(outputs["bare"])
+    assert outputs["late"][0].error_code == "adapter_not_loaded"
+    while shared.wait_for(protocol.StepDone).stats.adapters_loaded:
+        pass
+
+
+def test_a_folder_that_holds_no_adapter_fails_alone(shared: EngineClient, tmp_path: Path) -> None:
+    shared.send(protocol.LoadAdapter("x", str(tmp_path)))
+    failed = shared.wait_for(protocol.AdapterFailed)
+    assert failed.digest == "x"
+    assert failed.code == "missing_file"
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (submit("bad", [5] * 250, max_tokens=10), "max_tokens"),
+        (submit("bad", []), "prompt"),
+        (submit("bad", [5, -1]), "prompt"),
+        (submit("bad", [5, 320]), "prompt"),
+        (submit("bad", [5], logit_bias={320: 1.0}), "logit_bias"),
+        (submit("bad", [5], stop_token_ids=(-7,), min_tokens=1), "stop_token_ids"),
+        (submit("bad", [5], adapters=("nobody",)), "adapter"),
+    ],
+)
+def test_a_request_that_can_never_run_names_its_field_and_harms_no_other(
+    shared: EngineClient, request_: protocol.Submit, param: str
+) -> None:
+    shared.send(submit("good", [9, 8, 7], max_tokens=30), request_)
+    ends: dict[str, RowOutput] = {}
+    while len(ends) < 2:
+        ends |= {o.id: o for o in shared.wait_for(protocol.StepDone).rows if o.finish}
+    assert ends["good"].finish == "length"
+    assert (ends["bad"].finish, ends["bad"].error_param) == ("error", param)
+    assert ends["bad"].error_message
+
+
+def test_a_request_id_that_is_running_already_is_ignored(shared: EngineClient) -> None:
+    shared.send(submit("twice", [5, 6], max_tokens=20), submit("twice", [7, 8], max_tokens=3))
+    assert len(tokens(shared.outputs("twice", 1))) == 20
+    shared.send(submit("next", [5], max_tokens=1))
+    while not (step := shared.wait_for(protocol.StepDone)).rows:
+        pass
+    assert {output.id for output in step.rows} == {"next"}
