@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from onebase_server.catalog import AdapterChoice, Catalog
 from onebase_server.engine.protocol import BaseInfo, Sampling
-from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownModelError
+from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
 from onebase_server.generation import Job, Prompt, new_id
 from onebase_server.openai_schemas import ChatRequest, CompletionRequest
 from onebase_server.schemas import SEED_BITS, GenerateRequest, Message, SamplingFields
@@ -33,6 +33,21 @@ class Limits:
     max_timeout: float
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What one route asks for, in the words that all routes share."""
+
+    kind: str
+    prompts: tuple[Prompt, ...]
+    prompt_param: str
+    adapter: AdapterChoice
+    max_tokens: int | None
+    default_tokens: int | None
+    """Without max_tokens; None is as many as fit."""
+    logprobs: int | None
+    echo: bool
+
+
 class Planner:
     """Makes jobs. Every method raises InvalidRequestError, UnknownAdapterError or UnavailableError."""
 
@@ -48,11 +63,17 @@ class Planner:
         base = self._base()
         adapter = self._adapter(body)
         prompt = await (self._chat(body.messages) if body.messages else self._text(body.prompt or ""))
-        logprobs = body.logprobs
-        return self._job(
-            "gen", body, [prompt], adapter, base, max_tokens=body.max_tokens, default_tokens=GENERATE_TOKENS,
-            logprobs=logprobs, echo=bool(body.echo), prompt_param="messages" if body.messages else "prompt",
-        )  # fmt: skip
+        wanted = _Wanted(
+            kind="gen",
+            prompts=(prompt,),
+            prompt_param="messages" if body.messages else "prompt",
+            adapter=adapter,
+            max_tokens=body.max_tokens,
+            default_tokens=GENERATE_TOKENS,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+        )
+        return self._job(wanted, body, base)
 
     async def completion(self, body: CompletionRequest) -> Job:
         base = self._base()
@@ -61,20 +82,32 @@ class Planner:
             await self._text(prompt) if isinstance(prompt, str) else Prompt(prompt)
             for prompt in body.prompts()
         ]
-        return self._job(
-            "cmpl", body, prompts, adapter, base, max_tokens=body.max_tokens,
-            default_tokens=COMPLETION_TOKENS, logprobs=body.logprobs, echo=bool(body.echo),
+        wanted = _Wanted(
+            kind="cmpl",
+            prompts=tuple(prompts),
             prompt_param="prompt",
-        )  # fmt: skip
+            adapter=adapter,
+            max_tokens=body.max_tokens,
+            default_tokens=COMPLETION_TOKENS,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+        )
+        return self._job(wanted, body, base)
 
     async def chat(self, body: ChatRequest) -> Job:
         base = self._base()
         adapter = self._model(body.model, body)
-        prompt = await self._chat(body.messages)
-        return self._job(
-            "chatcmpl", body, [prompt], adapter, base, max_tokens=body.token_limit, default_tokens=None,
-            logprobs=body.logprob_count, echo=False, prompt_param="messages",
-        )  # fmt: skip
+        wanted = _Wanted(
+            kind="chatcmpl",
+            prompts=(await self._chat(body.messages),),
+            prompt_param="messages",
+            adapter=adapter,
+            max_tokens=body.token_limit,
+            default_tokens=None,
+            logprobs=body.logprob_count,
+            echo=False,
+        )
+        return self._job(wanted, body, base)
 
     # ---- parts -------------------------------------------------------------------------------
 
@@ -95,15 +128,15 @@ class Planner:
         if model == self._catalog.base_name:
             return self._adapter(body)
         try:
-            choice = self._loaded(self._catalog.choose(model))
-        except OneBaseError as error:
+            choice = self._catalog.choose(model)
+        except UnknownAdapterError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
         if body.adapter is not None:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
             )
-        return choice
+        return self._loaded(choice)
 
     def _loaded(self, choice: AdapterChoice) -> AdapterChoice:
         self._catalog.require_loaded(choice)
@@ -120,92 +153,88 @@ class Planner:
             return Prompt(self._tokenizer.encode_chat(rendered))
         return Prompt(await asyncio.to_thread(self._tokenizer.encode_chat, rendered))
 
-    def _job(
-        self,
-        kind: str,
-        body: SamplingFields,
-        prompts: Sequence[Prompt],
-        adapter: AdapterChoice,
-        base: BaseInfo,
-        *,
-        max_tokens: int | None,
-        default_tokens: int | None,
-        logprobs: int | None,
-        echo: bool,
-        prompt_param: str,
-    ) -> Job:
+    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo) -> Job:
         n = body.n or 1
-        if n * len(prompts) > self._limits.max_choices:
-            raise InvalidRequestError(
-                f"{n * len(prompts)} completions are asked for; this server allows "
-                f"{self._limits.max_choices} per request (--max-choices). Lower n or send fewer prompts.",
-                param="n",
-            )
-        self._check_prompts(prompts, base, prompt_param)
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        scores_only = max_tokens == 0
-        if scores_only and not echo:
+        self._check_limits(n * len(wanted.prompts), body.timeout_s)
+        _check_prompts(wanted.prompts, base, wanted.prompt_param)
+        scores_only = wanted.max_tokens == 0
+        if scores_only and not wanted.echo:
             raise InvalidRequestError(
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
-        tokens = _token_limit(base, longest, 1 if scores_only else max_tokens, default_tokens)
         return Job(
-            id=new_id(kind),
-            prompts=tuple(prompts),
-            sampling=self._sampling(body, base, tokens, logprobs, echo),
-            adapter=adapter,
+            id=new_id(wanted.kind),
+            prompts=wanted.prompts,
+            sampling=_sampling(body, base, wanted),
+            adapter=wanted.adapter,
             n=n,
             stops=body.stops,
-            echo=echo,
+            echo=wanted.echo,
             scores_only=scores_only,
-            timeout_s=min(body.timeout_s or self._limits.max_timeout, self._limits.max_timeout),
+            timeout_s=body.timeout_s or self._limits.max_timeout,
         )
 
-    def _check_prompts(self, prompts: Sequence[Prompt], base: BaseInfo, param: str) -> None:
-        for prompt in prompts:
-            if not prompt.tokens:
-                raise InvalidRequestError(
-                    f"{param}: has no tokens. Write at least one character (this base adds none of its own).",
-                    param=param,
-                )
-            highest = max(prompt.tokens)
-            if highest >= base.vocab_size:
-                raise InvalidRequestError(
-                    f"{param}: token id {highest} is not in the vocabulary (0 to {base.vocab_size - 1}).",
-                    param=param,
-                )
-            if len(prompt.tokens) >= base.max_length:
-                raise InvalidRequestError(
-                    f"{param}: has {len(prompt.tokens)} tokens; this server's longest prompt plus completion "
-                    f"is {base.max_length} tokens (--max-length). Shorten it.",
-                    param=param,
-                    code="context_length_exceeded",
-                )
+    def _check_limits(self, choices: int, timeout_s: float | None) -> None:
+        most, longest = self._limits.max_choices, self._limits.max_timeout
+        if choices > most:
+            raise InvalidRequestError(
+                f"n: {choices} completions are asked for; this server allows {most} per request "
+                "(--max-choices). Lower n or send fewer prompts.",
+                param="n",
+            )
+        if timeout_s is not None and timeout_s > longest:
+            raise InvalidRequestError(
+                f"timeout_s: this server ends requests after {longest:g} seconds (--max-timeout). "
+                "Ask for that or less.",
+                param="timeout_s",
+            )
 
-    def _sampling(
-        self, body: SamplingFields, base: BaseInfo, max_tokens: int, logprobs: int | None, echo: bool
-    ) -> Sampling:
-        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        _check_vocabulary("logit_bias", bias, base)
-        _check_vocabulary("stop_token_ids", body.stop_token_ids or (), base)
-        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**SEED_BITS
-        return Sampling(
-            temperature=_given(body.temperature, 1.0),
-            top_k=_given(body.top_k, 0),
-            top_p=_given(body.top_p, 1.0),
-            min_p=_given(body.min_p, 0.0),
-            repetition_penalty=_given(body.repetition_penalty, 1.0),
-            presence_penalty=_given(body.presence_penalty, 0.0),
-            frequency_penalty=_given(body.frequency_penalty, 0.0),
-            logit_bias=bias,
-            seed=seed,
-            stop_token_ids=tuple(body.stop_token_ids or ()),
-            min_tokens=min(_given(body.min_tokens, 0), max_tokens),
-            max_tokens=max_tokens,
-            ignore_eos=bool(body.ignore_eos),
-            logprobs=logprobs,
-            prompt_logprobs=logprobs if echo else None,
-        )
+
+def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> None:
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise InvalidRequestError(
+                f"{param}: has no tokens. Write at least one character (this base adds none of its own).",
+                param=param,
+            )
+        highest = max(prompt.tokens)
+        if highest >= base.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {highest} is not in the vocabulary (0 to {base.vocab_size - 1}).",
+                param=param,
+            )
+        if len(prompt.tokens) >= base.max_length:
+            raise InvalidRequestError(
+                f"{param}: has {len(prompt.tokens)} tokens; this server's longest prompt plus completion "
+                f"is {base.max_length} tokens (--max-length). Shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+
+def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling:
+    max_tokens = _token_limit(base, wanted)
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    _check_vocabulary("logit_bias", bias, base)
+    _check_vocabulary("stop_token_ids", body.stop_token_ids or (), base)
+    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**SEED_BITS
+    return Sampling(
+        temperature=_given(body.temperature, 1.0),
+        top_k=_given(body.top_k, 0),
+        top_p=_given(body.top_p, 1.0),
+        min_p=_given(body.min_p, 0.0),
+        repetition_penalty=_given(body.repetition_penalty, 1.0),
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        logit_bias=bias,
+        seed=seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=min(_given(body.min_tokens, 0), max_tokens),
+        max_tokens=max_tokens,
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.logprobs if wanted.echo else None,
+    )
 
 
 def _given(value: _T | None, default: _T) -> _T:
@@ -221,17 +250,18 @@ def _check_vocabulary(param: str, tokens: Sequence[int] | dict[int, float], base
             )
 
 
-def _token_limit(base: BaseInfo, prompt: int, asked: int | None, default: int | None) -> int:
+def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
     """Tokens to generate. What the caller asked for must fit; a default is cut to what fits."""
+    prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
     room = base.max_length - prompt
-    if asked is None:
+    if wanted.max_tokens is None:
         held = max(1, base.kv_blocks * base.block_size - prompt)
-        return min(room, held, default if default is not None else room)
-    if asked > room:
+        return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
+    if wanted.max_tokens > room:
         raise InvalidRequestError(
-            f"max_tokens: {asked} tokens after a prompt of {prompt} are over this server's {base.max_length} "
-            f"tokens (--max-length). Ask for {room} or fewer, or shorten the prompt.",
+            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are over this server's "
+            f"{base.max_length} tokens (--max-length). Ask for {room} or fewer, or shorten the prompt.",
             param="max_tokens",
             code="context_length_exceeded",
         )
-    return asked
+    return max(1, wanted.max_tokens)

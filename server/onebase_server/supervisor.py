@@ -29,6 +29,7 @@ from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inflight import Inflight
 from onebase_server.router import RequestRouter
 
+_LEAST_RETRY_AFTER = 2.0
 _LAST_WORDS_SECONDS = 1.0
 """An engine that has closed its socket is about to exit, with a status that says why."""
 _log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class EngineSupervisor:
         self._on_loading = on_loading
         self._engine: EngineProcess | None = None
         self._awaited_adapters: set[str] = set()
+        self._restart_delay = 0.0
         self._stopping = False
         self._ever_ready = False
 
@@ -113,11 +115,10 @@ class EngineSupervisor:
         """Why nothing can be submitted now, or None."""
         if self.state is EngineState.READY:
             return None
-        delay = self._policy.delay(max(1, self.restarts)) if self._ever_ready else 5.0
         return UnavailableError(
             f"The engine is {self.state.value}. Try again in a moment; GET /ready says when it is ready.",
             code=f"engine_{self.state.value}",
-            retry_after=max(2.0, delay),
+            retry_after=max(_LEAST_RETRY_AFTER, self._restart_delay),
         )
 
     # ---- the engine's life -------------------------------------------------------------------
@@ -142,10 +143,12 @@ class EngineSupervisor:
                     raise EngineFailedError(
                         f"the engine died {deaths} times in a row, the last time by {reason}; giving up"
                     )
-                delay = self._policy.delay(deaths)
-                _log.error("the engine is gone (%s); starting a new one in %.1f s", reason, delay)
+                self._restart_delay = self._policy.delay(deaths)
+                _log.error(
+                    "the engine is gone (%s); starting a new one in %.1f s", reason, self._restart_delay
+                )
                 self.restarts += 1
-                await asyncio.sleep(delay)
+                await asyncio.sleep(self._restart_delay)
         except EngineFailedError:
             self.state = EngineState.FAILED
             raise

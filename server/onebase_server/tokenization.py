@@ -27,6 +27,7 @@ class BaseTokenizer:
         self._special = frozenset(
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
+        _never_cut_or_pad(self._tokenizer)
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
@@ -110,6 +111,14 @@ class BaseTokenizer:
                 return name.encode()
         byte = _BYTE_TOKEN.fullmatch(name)
         return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()
+
+
+def _never_cut_or_pad(tokenizer: Any) -> None:
+    """Switch off what a tokenizer file may ask for, here and not at a first request: threads share it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

@@ -313,3 +313,19 @@ def test_a_body_over_the_limit_is_refused_whether_announced_or_not(api: Any, ann
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "payload_too_large"
     assert "--max-body" in answer.json()["error"]["message"]
+
+
+def test_a_timeout_over_the_servers_is_refused(api: Any) -> None:
+    error = error_of(api, 400, prompt="hi", timeout_s=1e6)
+
+    assert error["param"] == "timeout_s"
+    assert "--max-timeout" in error["message"]
+
+
+def test_too_many_choices_are_refused(api: Any) -> None:
+    body = {"model": api.base, "prompt": ["hi"] * 64, "n": 3}
+
+    answer = api.http.post("/v1/completions", json=body)
+
+    assert answer.status_code == 400
+    assert "--max-choices" in answer.json()["error"]["message"]

@@ -31,7 +31,7 @@ async def list_models(services: Provided) -> Response:
     return json_response({"object": "list", "data": models})
 
 
-@router.get("/models/{name}")
+@router.get("/models/{name:path}")
 async def get_model(name: str, services: Provided) -> Response:
     """One model; `name` may be an adapter's `name@version`."""
     base = services.catalog.base_name

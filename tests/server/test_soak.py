@@ -1,0 +1,61 @@
+"""Hundreds of requests, many of them abandoned, leave nothing behind in the api."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from .support import Server, Starter
+
+REQUESTS = 240
+
+
+def open_files(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+async def one_request(client: httpx2.AsyncClient, number: int) -> str:
+    """One request, seeded by its number: streamed or not, read to the end or given up."""
+    chance = random.Random(number)
+    body: dict[str, Any] = {
+        "prompt": "one two three",
+        "max_tokens": chance.randint(1, 20),
+        "n": chance.randint(1, 3),
+    }
+    if chance.random() < 0.3:
+        body["stop"] = ["three"]
+    if chance.random() < 0.4:
+        answer = await client.post("/generate", json=body)
+        return "whole" if answer.status_code == 200 else f"status {answer.status_code}"
+    async with client.stream(
+        "POST", "/generate", json={**body, "max_tokens": 2000, "stream": True}
+    ) as answer:
+        async for line in answer.aiter_lines():
+            if chance.random() < 0.2 or line == "data: [DONE]":
+                break
+    return "left"
+
+
+async def soak(url: str) -> list[str]:
+    limits = httpx2.Limits(max_connections=32)
+    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        return await asyncio.gather(*(one_request(client, number) for number in range(REQUESTS)))
+
+
+def test_requests_and_abandoned_streams_leave_no_row_and_no_open_file(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server, server.client() as http:
+        asyncio.run(soak(server.url))
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
+        before = open_files(server)
+
+        outcomes = asyncio.run(soak(server.url))
+
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
+        server.wait_for(lambda: http.get("/status").json()["stats"]["rows_running"] == 0, 60)
+        server.wait_for(lambda: open_files(server) <= before, 60)
+        assert set(outcomes) == {"whole", "left"}
+        assert "Traceback" not in server.log

@@ -1,0 +1,75 @@
+"""The base's tokenizer: prompts, chats, bytes of tokens, and many threads at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from transformers import AutoTokenizer
+
+from onebase_server.errors import InvalidRequestError
+from onebase_server.tokenization import BaseTokenizer
+
+
+def test_a_chat_is_tokenized_as_the_bases_tokenizer_does_it(
+    tokenizer: BaseTokenizer, base_folder: str
+) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🎉"}]
+    reference = AutoTokenizer.from_pretrained(base_folder)
+
+    ids = tokenizer.encode_chat(messages)
+
+    assert ids == reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids.count(reference.bos_token_id) == reference.decode(ids).count(reference.bos_token)
+
+
+def test_the_bytes_of_all_tokens_make_the_text(tokenizer: BaseTokenizer) -> None:
+    text = "naïve 🎉 漢字\n\ttabs"
+
+    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)).decode() == text
+
+
+def test_special_tokens_are_no_text_but_have_a_name(tokenizer: BaseTokenizer) -> None:
+    (end,) = tokenizer.encode("<|im_end|>")
+
+    assert tokenizer.text_bytes(end) == b""
+    assert tokenizer.token_text(end) == "<|im_end|>"
+    assert tokenizer.decode([end]) == ""
+
+
+def test_half_a_character_is_written_as_bytes(tokenizer: BaseTokenizer) -> None:
+    first, *_ = tokenizer.encode("🦩")
+
+    assert tokenizer.token_text(first).startswith("bytes:\\x")
+
+
+def test_an_unused_id_is_empty(tokenizer: BaseTokenizer) -> None:
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_threads_share_one_tokenizer(tokenizer: BaseTokenizer) -> None:
+    texts = [f"text number {number} 🎉 " * 50 for number in range(64)]
+    expected = [tokenizer.encode(text) for text in texts]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode, texts)) == expected
+
+
+def test_a_base_without_a_chat_template_says_what_to_use_instead(
+    tokenizer: BaseTokenizer, base_folder: str
+) -> None:
+    bare = BaseTokenizer(str(base_folder))
+    bare._tokenizer.chat_template = None
+
+    with pytest.raises(InvalidRequestError, match="/v1/completions") as caught:
+        bare.encode_chat([{"role": "user", "content": "hi"}])
+    assert caught.value.code == "no_chat_template"
+
+
+def test_messages_that_the_template_refuses_are_the_callers_error(base_folder: str) -> None:
+    strict = BaseTokenizer(str(base_folder))
+    strict._tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+
+    with pytest.raises(InvalidRequestError, match="roles must alternate") as caught:
+        strict.encode_chat([{"role": "user", "content": "hi"}])
+    assert caught.value.param == "messages"
