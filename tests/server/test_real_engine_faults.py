@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .support import Starter
+from .support import Starter, make_folder
 
 ENDLESS = {"prompt": "word", "max_tokens": 4000, "ignore_eos": True}
 PROBE = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0, "adapter": "red"}
@@ -42,3 +43,33 @@ def test_a_killed_or_frozen_engine_is_replaced_and_answers_as_before(
         assert server.engine_pid() != first
         assert http.get("/health").status_code == 200
         assert http.post("/generate", json=PROBE).json()["choices"] == before
+
+
+def test_an_adapter_that_the_engine_refuses_ends_the_start_with_its_name_and_the_reason(
+    serve_real: Starter, tmp_path: Path
+) -> None:
+    make_folder(tmp_path, "broken")
+    with serve_real(
+        "--adapters-dir", str(tmp_path), "--kv-memory", "50MB", "--threads", "1", ready=False
+    ) as server:
+        assert server.exit_status(180) == 1
+        assert "adapter broken cannot be served" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_a_drain_lets_real_text_end_and_the_engine_exit(serve_real: Starter) -> None:
+    with serve_real("--kv-memory", "50MB", "--threads", "1") as server, server.client() as http:
+        engine = server.engine_pid()
+        with http.stream(
+            "POST", "/generate", json=PROBE | {"adapter": None, "max_tokens": 8, "stream": True}
+        ) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            server.signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+
+        assert '"text"' in first
+        assert '"completion_tokens":8' in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        assert server.exit_status() == 0
+        assert not Path(f"/proc/{engine}").exists()
