@@ -75,6 +75,9 @@ class Channel:
         """Send what is queued, then close."""
         self._outbox.put(None)
         self._writer.join(timeout=5)
+        with contextlib.suppress(OSError):
+            # Ends the reader's recv too, which would otherwise keep the socket open.
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _read(self) -> None:

@@ -1,0 +1,187 @@
+"""What goes wrong in one place of the engine stays there, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import ADAPTERS, save_adapter, save_base
+from torch import nn
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_server.engine import process, protocol
+from onebase_server.engine.batch import Batch
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.protocol import FrameReader, RowOutput
+from onebase_server.engine.scheduler import Limits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    folder = save_base("llama", tmp_path_factory.mktemp("faults"))
+    settings = BaseSettings(folder, quantization="none", dtype=torch.float32, compute_dtype=torch.float32)
+    return load_base(settings)
+
+
+def create(base: nn.Module, *, kv_blocks: int = 60, slots: int = 2, max_rows: int = 4) -> Engine:
+    limits = Limits(max_rows, 64, 200)
+    return Engine(base, name="tiny", limits=limits, kv_blocks=kv_blocks, slots=slots)
+
+
+def submit(
+    name: str, prompt: list[int], n: int = 1, adapter: str | None = None, **options: Any
+) -> protocol.Submit:
+    sampling = protocol.Sampling(**{"temperature": 0.0, "max_tokens": 8, **options})
+    adapters = [] if adapter is None else [protocol.AdapterRef(adapter)]
+    return protocol.Submit(id=name, prompt=prompt, sampling=sampling, adapters=adapters, n=n)
+
+
+def finish(engine: Engine) -> dict[tuple[str, int], list[RowOutput]]:
+    """Step to the end: every row has exactly one final event, and everything is given back."""
+    outputs = engine.take_outputs()
+    for _ in range(500):
+        if not engine.busy:
+            break
+        engine.step()
+        outputs += engine.take_outputs()
+    assert not engine.busy
+    found: dict[tuple[str, int], list[RowOutput]] = {}
+    for output in outputs:
+        found.setdefault((output.id, output.choice), []).append(output)
+    for events in found.values():
+        assert [event.finish is not None for event in events] == [False] * (len(events) - 1) + [True]
+    assert engine.pool.free == engine.pool.capacity
+    assert engine.slots.used == 0
+    return found
+
+
+def tokens(events: list[RowOutput]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+
+class Flaky:
+    """The model's forward pass, failing in the steps that are told."""
+
+    def __init__(self, engine: Engine, failing: set[int]) -> None:
+        self._forward, self._failing, self._calls = engine.model.forward, failing, 0
+        engine.model.forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        self._calls += 1
+        if self._calls - 1 in self._failing:
+            raise RuntimeError("the kernel gave up")
+        return self._forward(batch)
+
+
+def test_a_failing_step_ends_its_own_rows_and_later_ones_are_served(base: nn.Module) -> None:
+    engine = create(base, max_rows=2)
+    expected = create(base)
+    expected.submit(submit("third", [7, 8]))
+    alone = tokens(finish(expected)["third", 0])
+    Flaky(engine, {2})
+    for name, prompt in (("first", [3, 4]), ("second", [5, 6]), ("third", [7, 8])):
+        engine.submit(submit(name, prompt))
+    found = finish(engine)
+    assert [found[name, 0][-1].error_code for name in ("first", "second")] == ["step_failed"] * 2
+    assert tokens(found["third", 0]) == alone
+    assert engine.counters.failed_steps == 1
+
+
+def test_what_a_failed_step_should_have_written_is_never_reused(base: nn.Module) -> None:
+    engine = create(base)
+    Flaky(engine, {0})
+    prompt = list(range(3, 40))
+    engine.submit(submit("failed", prompt))
+    finish(engine)
+    engine.submit(submit("again", prompt))
+    assert finish(engine)["again", 0][0].cached_tokens == 0
+
+
+def test_choices_of_a_preempted_leader_finish_with_the_text_they_have_alone(base: nn.Module) -> None:
+    prompt = list(range(3, 35))
+    roomy, tight = create(base), create(base, kv_blocks=2 + 6)
+    for engine in (roomy, tight):
+        engine.submit(submit("older", [9] * 16, max_tokens=40))
+        engine.submit(submit("pair", prompt, n=3, max_tokens=20))
+    expected, found = finish(roomy), finish(tight)
+    assert tight.scheduler.preemptions
+    assert {key: tokens(events) for key, events in found.items()} == {
+        key: tokens(events) for key, events in expected.items()
+    }
+
+
+def test_waiting_rows_can_be_cancelled(base: nn.Module) -> None:
+    engine = create(base, max_rows=1)
+    engine.submit(submit("running", [3]))
+    engine.submit(submit("waiting", [4], n=2))
+    engine.step()
+    engine.cancel(protocol.Cancel("waiting"))
+    found = finish(engine)
+    assert [found["waiting", choice][0].finish for choice in (0, 1)] == ["cancelled"] * 2
+    assert len(tokens(found["running", 0])) == 8
+
+
+def test_a_version_unloaded_while_a_row_waits_for_it_serves_that_row_first(
+    base: nn.Module, tmp_path: Path
+) -> None:
+    engine = create(base, slots=1)
+    for i in range(2):
+        folder = save_adapter(base, ADAPTERS[i], tmp_path / str(i), seed=i)
+        assert isinstance(
+            engine.load_adapter(protocol.LoadAdapter(f"d{i}", str(folder))), protocol.AdapterLoaded
+        )
+    engine.submit(submit("a", [3, 4], adapter="d0"))
+    engine.submit(submit("b", [3, 4], adapter="d1"))
+    engine.step()
+    engine.unload_adapter(protocol.UnloadAdapter("d1"))
+    assert set(engine.store.weights) == {"d0", "d1"}
+    found = finish(engine)
+    assert len(tokens(found["b", 0])) == 8
+    assert set(engine.store.weights) == {"d0"}
+    engine.step()
+    engine.submit(submit("late", [3], adapter="d1"))
+    assert finish(engine)["late", 0][0].error_code == "adapter_not_loaded"
+
+
+def test_a_weight_that_fp32_cannot_hold_is_refused(base: nn.Module) -> None:
+    engine = create(base)
+    request = protocol.Submit(
+        id="r", prompt=[3], sampling=protocol.Sampling(), adapters=[protocol.AdapterRef("d", 1e39)]
+    )
+    engine.submit(request)
+    (output,) = finish(engine)["r", 0]
+    assert (output.error_code, output.error_param) == ("weight_out_of_range", "adapter")
+
+
+def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_with_idle_time_between(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "IDLE_SECONDS", 0.01)
+    engine = create(base)
+    Flaky(engine, set(range(100)))
+    ours, theirs = socket.socketpair()
+    channel = process.Channel(theirs)
+    failed: list[str] = []
+
+    def one_request_after_the_other() -> None:
+        reader, decoder = FrameReader(), protocol.to_api_decoder()
+        while data := ours.recv(1 << 16):
+            for payload in reader.feed(data):
+                step = decoder.decode(payload)
+                assert isinstance(step, protocol.StepDone)
+                failed.extend(output.error_code or "" for output in step.rows if output.finish)
+                if not step.rows and len(failed) < process.MAX_FAILED_STEPS:
+                    ours.sendall(protocol.encode(submit(str(len(failed)), [3])))
+
+    api = threading.Thread(target=one_request_after_the_other)
+    api.start()
+    status = process._serve(engine, channel)
+    channel.close()
+    api.join()
+    ours.close()
+    assert status == 4
+    assert failed == ["step_failed"] * process.MAX_FAILED_STEPS
