@@ -163,3 +163,13 @@ def test_an_8_bit_base_logs_nothing_in_a_forward(
         bases["int8"](tokens)
         logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_no_4_bit_layer_may_repack_its_weight(load: Any, blocksize: int) -> None:
+    flags = [
+        module.support_avx512bf16_for_cpu
+        for module in load("nf4", blocksize=blocksize).modules()
+        if hasattr(module, "support_avx512bf16_for_cpu")
+    ]
+    assert flags == [False] * 14
