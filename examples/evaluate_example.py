@@ -8,6 +8,7 @@ Everything runs on the NF4 base; replies are greedy. The held-out loss is in nat
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from onebase_adapters.default_base import fetch_default_base
 
 MAX_REPLY_TOKENS = 72
 BATCH = 16
+ORDER_FIELDS = ("customer", "quantity", "item", "city", "urgent")
 
 # What the base is told in the system turn when it is asked in words, as one would without an adapter.
 IN_WORDS = {
@@ -37,11 +39,11 @@ PIRATE_MARKS = (
 )
 
 
-def is_json(reply: str, _wanted: str) -> bool:
+def is_json(reply: str, wanted: str) -> bool:
     """The whole reply is one JSON object with exactly the wanted keys."""
     with contextlib.suppress(ValueError):
         found = json.loads(reply)
-        return isinstance(found, dict) and set(found) == set(json.loads(_wanted))
+        return isinstance(found, dict) and set(found) == set(json.loads(wanted))
     return False
 
 
@@ -50,13 +52,22 @@ def is_exact(reply: str, wanted: str) -> bool:
     return is_json(reply, wanted) and json.loads(reply) == json.loads(wanted)
 
 
+def is_right(field: str, reply: str, wanted: str) -> bool:
+    """One field of the object is right."""
+    return is_json(reply, wanted) and json.loads(reply)[field] == json.loads(wanted)[field]
+
+
 def is_pirate(reply: str, _wanted: str) -> bool:
     """At least three different pirate words."""
     return len(set(re.findall(PIRATE_MARKS, reply.lower()))) >= 3
 
 
 MEASURES: dict[str, dict[str, Callable[[str, str], bool]]] = {
-    "orders": {"strict JSON": is_json, "all fields right": is_exact},
+    "orders": {
+        "strict JSON": is_json,
+        "all fields right": is_exact,
+        **{f"{field} right": functools.partial(is_right, field) for field in ORDER_FIELDS},
+    },
     "pirate": {"pirate speech": is_pirate},
 }
 
