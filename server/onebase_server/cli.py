@@ -98,6 +98,7 @@ def serve_parser() -> argparse.ArgumentParser:
     """The options of `onebase serve`, one per field of Settings."""
     parser = argparse.ArgumentParser(
         prog="onebase serve",
+        usage="onebase serve [options]",
         description=_SERVE,
         epilog="Each option can also be set in the environment: --kv-memory 2GB is ONEBASE_KV_MEMORY=2GB.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,7 +27,7 @@ def readable_bytes(count: float) -> str:
 
 
 class LoadingDisplay:
-    """One line per stage: a bar on a terminal, plain text in a log. A context manager."""
+    """What is being done: a bar on a terminal, a line per stage in a log. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -40,7 +40,8 @@ class LoadingDisplay:
             console=console,
             transient=True,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._task: TaskID | None = None
+        self._stage = ""
 
     def __enter__(self) -> Self:
         if self._live:
@@ -57,12 +58,13 @@ class LoadingDisplay:
         self._progress.stop()
 
     def update(self, stage: str, fraction: float) -> None:
-        """Show that `stage` is done to `fraction` (0 to 1)."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=1.0)
-            if not self._live:
-                self._console.print(f"{stage} ...", highlight=False)
-        self._progress.update(self._tasks[stage], completed=max(0.0, min(1.0, fraction)))
+        """Show that `stage` is being done, and the share (0 to 1) of the whole that is done."""
+        if self._task is None:
+            self._task = self._progress.add_task(stage, total=1.0)
+        self._progress.update(self._task, description=stage, completed=max(0.0, min(1.0, fraction)))
+        if stage != self._stage and not self._live:
+            self._console.print(f"{stage} ...", highlight=False)
+        self._stage = stage
 
     def loading(self, message: Loading) -> None:
         self.update(message.stage, message.fraction)
@@ -78,8 +80,9 @@ def print_summary(console: Console, settings: Settings, base: BaseInfo, catalog:
         "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), on {base.device}"
     )
     tokens = base.kv_blocks * base.block_size
+    most = min(tokens, base.max_length)
     table.add_row(
-        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens, {base.max_length:,} per request"
+        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens, at most {most:,} per request"
     )
     for title, text in zip(["adapters", *[""] * len(catalog)], _adapter_lines(catalog), strict=False):
         table.add_row(title, text)
