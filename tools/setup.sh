@@ -55,7 +55,7 @@ wanted_stamp() {
 
 install() {
   say "Installing OneBase and its tools into $venv"
-  say "The first time this downloads PyTorch: some minutes, and up to 3 GB with its CUDA libraries"
+  say "The first time this downloads PyTorch: some minutes, and up to 3 GB (6 GB on disk) with CUDA libraries"
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --editable '.[server,dev]' ||
     fail "pip could not install the packages; its message is above." \
       "Once that is solved (network, disk space), run the same command again."
