@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from onebase_adapters.slots import TILE
+from onebase_adapters.rows import TILE
 
 
 @torch.inference_mode()

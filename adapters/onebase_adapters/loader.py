@@ -17,7 +17,8 @@ from torch import nn
 
 from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
-from onebase_adapters.slots import LoraWeights, input_embedding
+from onebase_adapters.rows import LoraWeights
+from onebase_adapters.slots import input_embedding
 from onebase_adapters.view import view
 
 _NAME = "version"

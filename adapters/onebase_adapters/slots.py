@@ -12,106 +12,21 @@ Arithmetic is PEFT's own, in its order (fp32 products, then one addition), so th
 
 On the CPU each product has a fixed number of rows (`TILE`), because the libraries choose their
 blocking, and with it the last bits, by the shape: a row must not depend on how many others there are.
-On accelerators decode rows go through one stack of all slots instead, two products a layer.
+Decode rows go through one stack of all slots (`Bank`), two products a layer: on accelerators always,
+on the CPU where a trial shows that it gives the very bits of each slot's own products.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-TILE = 32
-"""Rows of every product on the CPU. oneDNN's bf16 kernels agree for any count up to 32 (not from 33),
-MKL's fp32 kernels only for equal counts."""
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """One module's matrices, fp32: `a` [rank, in], `b` [out, rank]. For an embedding `a` is [vocab, rank]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[1]
-
-    def to(self, device: torch.device) -> LoraWeights:
-        return LoraWeights(self.a.to(device), self.b.to(device), self.scale)
-
-    def folded(self) -> LoraWeights:
-        """The same with the scale in B where that changes no bit: when it is a power of two (most are)."""
-        scaled = self.b * self.scale
-        exact = math.frexp(self.scale)[0] == 0.5 and bool(torch.isfinite(scaled).all())
-        return LoraWeights(self.a, scaled, 1.0) if exact else self
-
-
-@dataclass(frozen=True)
-class Term:
-    """One slot acting on the rows of a tile. None stands for "every row" and "weight 1"."""
-
-    slot: int
-    mask: torch.Tensor | None = None
-    """[rows, 1] bool"""
-    weight: torch.Tensor | None = None
-    """[rows, 1] fp32"""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Packed rows `start:stop` and the slots acting on them, in an order that no neighbour changes."""
-
-    start: int
-    stop: int
-    terms: tuple[Term, ...]
-
-
-@dataclass
-class Stack:
-    """Decode rows `start:stop` against all slots at once: `weight` [rows, slots] fp32, 0 where idle."""
-
-    start: int
-    stop: int
-    weight: torch.Tensor
-    _expanded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def expanded(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask and weight, [rows, slots * rank], made once a step for each bank width."""
-        if rank not in self._expanded:
-            weight = self.weight.repeat_interleave(rank, dim=1)
-            self._expanded[rank] = (weight != 0, weight)
-        return self._expanded[rank]
-
-
-@dataclass(frozen=True)
-class RowMap:
-    """Which slots act on which packed rows of one forward pass."""
-
-    tiles: tuple[Tile, ...] = ()
-    stack: Stack | None = None
-
-    @property
-    def acts(self) -> bool:
-        return self.stack is not None or any(tile.terms for tile in self.tiles)
-
-
-@dataclass
-class StepRows:
-    """The row map of the running step; every wrapped layer of a view holds the same object.
-
-    `tokens` is for layers that see all packed rows, `logits` for the output head, which sees only
-    the rows whose logits are wanted.
-    """
-
-    tokens: RowMap = RowMap()
-    logits: RowMap = RowMap()
+from onebase_adapters.bank import MAX_TILED_BANK, Bank
+from onebase_adapters.rows import TILE, LoraWeights, RowMap, StepRows, Term, Tile
 
 
 class SlotModule(nn.Module):
@@ -170,16 +85,14 @@ class SlotLinear(SlotModule):
     ) -> None:
         super().__init__(base, step, slots=slots, tiled=tiled, head=head)
         self.quantized = type(base).__name__ in ("Linear4bit", "Linear8bitLt")
-        self.bank: _Bank | None = None
+        self.bank: Bank | None = None
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
         super().put(slot, weights)
-        if self.tiled:
-            return
-        if weights is not None and (self.bank is None or self.bank.rank < weights.rank):
-            self.bank = _Bank(self.slots, weights)
-        elif self.bank is not None:
+        if self.bank is not None and (weights is None or weights.rank <= self.bank.rank):
             self.bank.put(slot, weights)
+        elif weights is not None:
+            self.bank = None if self.tiled else Bank(self.slots)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -194,13 +107,28 @@ class SlotLinear(SlotModule):
     def _add_deltas(self, x: torch.Tensor, y: torch.Tensor) -> None:
         rows = self.rows
         for tile in rows.tiles:
-            if tile.terms:
-                delta = self.tile_delta(x[tile.start : tile.stop].float(), tile)
-                if delta is not None:
-                    self._add(y[tile.start : tile.stop], delta)
+            if not tile.terms:
+                continue
+            part = x[tile.start : tile.stop].float()
+            bank = self._exact_bank() if tile.stack is not None else None
+            if bank is not None and tile.stack is not None:
+                self._add(y[tile.start : tile.stop], bank.delta(part, tile.stack))
+                continue
+            delta = self.tile_delta(part, tile)
+            if delta is not None:
+                self._add(y[tile.start : tile.stop], delta)
         if rows.stack is not None and self.bank is not None:
-            part = slice(rows.stack.start, rows.stack.stop)
-            self._add(y[part], self.bank.delta(x[part].float(), rows.stack))
+            some = slice(rows.stack.start, rows.stack.stop)
+            self._add(y[some], self.bank.delta(x[some].float(), rows.stack))
+
+    def _exact_bank(self) -> Bank | None:
+        """The bank, where two products of all slots give the very bits of each slot's own products."""
+        if self.bank is None:
+            self.bank = Bank(self.slots)
+        if self.bank.width > MAX_TILED_BANK or any(w is not None and w.scale != 1.0 for w in self.slots):
+            return None
+        exact = all(self.bank.is_exact(w.rank, self.step.exact_banks) for w in self.slots if w is not None)
+        return self.bank if exact else None
 
     def _add(self, y: torch.Tensor, delta: torch.Tensor) -> None:
         if self.quantized:
@@ -226,35 +154,6 @@ class SlotLinear(SlotModule):
         dtype = self.base.compute_dtype
         plain = dequantize_4bit(weight, weight.quant_state).to(dtype)
         return plain, None if bias is None else bias.to(dtype), dtype
-
-
-class _Bank:
-    """All slots of one layer as two matrices: `a` [slots * rank, in], `b` [out, slots * rank] with the scale.
-
-    Its rank is that of the largest adapter so far, rounded up to a multiple of 8; smaller ones are padded
-    by zeros. Its `b` holds finite numbers only (`load_adapter` refuses others): a row's idle slots give
-    0 * b there.
-    """
-
-    def __init__(self, slots: Sequence[LoraWeights | None], like: LoraWeights) -> None:
-        self.rank = -(-like.rank // 8) * 8
-        self.a = like.a.new_zeros(len(slots) * self.rank, like.a.shape[1])
-        self.b = like.b.new_zeros(like.b.shape[0], len(slots) * self.rank)
-        for slot, weights in enumerate(slots):
-            self.put(slot, weights)
-
-    def put(self, slot: int, weights: LoraWeights | None) -> None:
-        start = slot * self.rank
-        self.a[start : start + self.rank].zero_()
-        self.b[:, start : start + self.rank].zero_()
-        if weights is not None:
-            self.a[start : start + weights.rank] = weights.a
-            self.b[:, start : start + weights.rank] = weights.b * weights.scale
-
-    def delta(self, x: torch.Tensor, stack: Stack) -> torch.Tensor:
-        mask, weight = stack.expanded(self.rank)
-        hidden = torch.where(mask, functional.linear(x, self.a), 0.0) * weight
-        return functional.linear(hidden, self.b)
 
 
 class SlotEmbedding(SlotModule):
@@ -331,12 +230,14 @@ class SlotBank:
         self._device = device
         self._touched: list[tuple[str, ...]] = [()] * slots
 
+    @torch.inference_mode()
     def load(self, slot: int, weights: Mapping[str, LoraWeights]) -> None:
         """Put a version's matrices into an empty slot."""
         for name, matrices in weights.items():
             self._modules[name].put(slot, matrices.to(self._device))
         self._touched[slot] = tuple(weights)
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Empty a slot. No running row may still point at it."""
         for name in self._touched[slot]:

@@ -13,20 +13,8 @@ from torch import nn
 
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.loader import load_adapter
-from onebase_adapters.slots import (
-    TILE,
-    LoraWeights,
-    RowMap,
-    SlotBank,
-    SlotEmbedding,
-    SlotLinear,
-    SlotModule,
-    Stack,
-    StepRows,
-    Term,
-    Tile,
-    wrap_layers,
-)
+from onebase_adapters.rows import TILE, LoraWeights, RowMap, Stack, StepRows, Term, Tile
+from onebase_adapters.slots import SlotBank, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
 from onebase_adapters.view import view
 
 SLOTS = 4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from onebase_adapters.slots import TILE, RowMap, Stack, Term, Tile
+from onebase_adapters.rows import TILE, RowMap, Stack, Term, Tile
 from onebase_server.engine.attention import FP32_KEYS, LENGTH_MULTIPLE, AttentionStep, Context
 from onebase_server.engine.kv_cache import DUMP_BLOCK, ZERO_BLOCK
 from onebase_server.engine.row import AdapterMix, Plan, Row, Segment
@@ -168,21 +168,23 @@ class Packer:
         if not any(mix.terms for mix in mixes):
             return RowMap()
         if not self._tiled:
-            weight = np.zeros((len(mixes), self._slots), dtype=np.float32)
-            for row, mix in enumerate(mixes):
-                for digest, value in mix.terms:
-                    weight[row, slot_of[digest]] = value
-            return RowMap(stack=Stack(start, start + len(mixes), self._tensor(weight)))
-        return RowMap(
-            tuple(
-                Tile(
-                    start + first,
-                    start + first + TILE,
-                    self._mixed_terms(mixes[first : first + TILE], slot_of),
-                )
-                for first in range(0, len(mixes), TILE)
-            )
-        )
+            return RowMap(stack=self._stack(mixes, start, start + len(mixes), slot_of))
+        tiles = []
+        for first in range(0, len(mixes), TILE):
+            some, stop = mixes[first : first + TILE], start + first + TILE
+            terms = self._mixed_terms(some, slot_of)
+            plain = len(terms) > 1 and all(len(mix.terms) < 2 for mix in some)
+            plain = plain and all(term.weight is None for term in terms)
+            stack = self._stack(some, start + first, stop, slot_of) if plain else None
+            tiles.append(Tile(start + first, stop, terms, stack))
+        return RowMap(tuple(tiles))
+
+    def _stack(self, mixes: list[AdapterMix], start: int, stop: int, slot_of: Mapping[str, int]) -> Stack:
+        weight = np.zeros((stop - start, self._slots), dtype=np.float32)
+        for row, mix in enumerate(mixes):
+            for digest, value in mix.terms:
+                weight[row, slot_of[digest]] = value
+        return Stack(start, stop, self._tensor(weight), plain=bool(np.isin(weight, (0.0, 1.0)).all()))
 
     def _mixed_terms(self, mixes: list[AdapterMix], slot_of: Mapping[str, int]) -> tuple[Term, ...]:
         """A term for each adapter in the tile, in the order of digests, which no neighbour changes."""

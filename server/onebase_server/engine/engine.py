@@ -15,7 +15,7 @@ from torch import nn
 from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.format import AdapterFormatError
 from onebase_adapters.loader import load_adapter
-from onebase_adapters.slots import LoraWeights
+from onebase_adapters.rows import LoraWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.batch import Batch, Packer
 from onebase_server.engine.kv_cache import BlockPool

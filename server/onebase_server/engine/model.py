@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from onebase_adapters.base import UnsupportedBaseError
-from onebase_adapters.slots import TILE, LoraWeights, RowMap, SlotBank, StepRows, wrap_layers
+from onebase_adapters.rows import TILE, LoraWeights, RowMap, StepRows
+from onebase_adapters.slots import SlotBank, wrap_layers
 from onebase_adapters.view import view
 from onebase_server.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_server.engine.batch import Batch

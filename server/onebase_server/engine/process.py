@@ -24,7 +24,7 @@ from onebase_adapters.base import (
     load_base,
     parameter_count,
 )
-from onebase_adapters.slots import TILE
+from onebase_adapters.rows import TILE
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Counters, Engine
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
