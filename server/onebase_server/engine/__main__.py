@@ -7,6 +7,9 @@ import logging
 import signal
 import socket
 import sys
+import warnings
+
+import transformers
 
 from onebase_server.engine.process import run
 
@@ -16,6 +19,10 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(message)s", stream=sys.stderr)
+    # Advice for people who call the libraries themselves; here nobody could follow it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.disable_progress_bar()
     # Ctrl-C in a terminal reaches both processes; the api decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return run(socket.socket(fileno=arguments.fd))
