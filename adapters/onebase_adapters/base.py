@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from onebase_adapters import rotary
+
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -139,13 +141,14 @@ def _is_no_cast_warning(record: logging.LogRecord) -> bool:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Eval mode, no gradients, and bitsandbytes kept from repacking weights in place on the CPU.
+    """Eval mode, no gradients, rotary frequencies pinned, and bitsandbytes kept from repacking weights.
 
-    With `support_avx512bf16_for_cpu` on, the first forward rewrites the 4-bit weight and rounds its
+    With `support_avx512bf16_for_cpu` on, the first forward on a CPU rewrites the 4-bit weight and rounds its
     statistics: another base from then on, and one without a backward.
     """
     model.eval()
     model.requires_grad_(False)
+    rotary.pin(model)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):

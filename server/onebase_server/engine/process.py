@@ -24,6 +24,7 @@ from onebase_adapters.base import (
     load_base,
     parameter_count,
 )
+from onebase_adapters.rotary import exact_length
 from onebase_adapters.rows import TILE
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Counters, Engine
@@ -239,10 +240,16 @@ def _device(name: str) -> torch.device:
 
 
 def _max_length(config: EngineConfig, base: Any) -> int:
-    own = int(getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    text = base.config.get_text_config()
+    own = int(getattr(text, "max_position_embeddings", 0) or 0)
+    exact = exact_length(text)
+    if exact is not None and not 0 < own <= exact:
+        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", exact)
+        own = exact
     if config.max_length and own and config.max_length > own:
         raise UnsupportedBaseError(
             f"--max-length {config.max_length} is over the base's own limit of {own} tokens"
+            + (", at which its longrope switches frequencies for all rows of a step" if own == exact else "")
         )
     return config.max_length or own or 4096
 
