@@ -77,7 +77,9 @@ def check_servable(config: Any) -> None:
         raise UnsupportedBaseError(
             f"{name} has no causal language model in transformers; OneBase serves decoder-only text models."
         )
-    layer_types = set(getattr(config, "layer_types", None) or ())
+    # Of a model that also sees or hears, the layers are those of its text part.
+    text = config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ())
     foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS)
     model = AutoModelForCausalLM._model_mapping[type(config)]
     if foreign or getattr(model, "_is_stateful", False):
@@ -90,7 +92,7 @@ def check_servable(config: Any) -> None:
         raise UnsupportedBaseError(
             f"{name} brings its own attention, which transformers cannot replace by the paged one."
         )
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(text, "num_kv_shared_layers", 0):
         raise UnsupportedBaseError(
             f"{name} shares KV states between layers, which the paged cache does not do yet."
         )
