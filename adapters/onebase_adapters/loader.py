@@ -92,7 +92,10 @@ def _matrices(model: Any) -> dict[str, LoraWeights]:
             a, b = module.lora_A[_NAME].weight, module.lora_B[_NAME].weight
         else:
             a, b = module.lora_embedding_A[_NAME].T, module.lora_embedding_B[_NAME]
-        matrices[name] = LoraWeights(
-            a.detach().float().contiguous(), b.detach().float().contiguous(), float(scaling[_NAME])
-        )
+        matrices[name] = LoraWeights(_in_host_memory(a), _in_host_memory(b), float(scaling[_NAME]))
     return matrices
+
+
+def _in_host_memory(matrix: torch.Tensor) -> torch.Tensor:
+    """PEFT puts matrices beside the base; on an accelerator only those in slots may stay there."""
+    return matrix.detach().float().cpu().contiguous()
