@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,23 @@ def test_a_version_unloaded_while_a_row_waits_for_it_serves_that_row_first(
     engine.step()
     engine.submit(submit("late", [3], adapter="d1"))
     assert finish(engine)["late", 0][0].error_code == "adapter_not_loaded"
+
+
+def test_an_adapter_that_finds_no_room_on_the_disk_fails_alone(
+    base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = create(base)
+    folder = save_adapter(base, ADAPTERS[0], tmp_path / "adapter", seed=0)
+    load = protocol.LoadAdapter("d", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no-such-folder"))
+    engine.submit(submit("running", [3]))
+    engine.step()
+    answer = engine.load_adapter(load)
+    assert isinstance(answer, protocol.AdapterFailed)
+    assert (answer.digest, answer.code) == ("d", "load_failed")
+    assert len(tokens(finish(engine)["running", 0])) == 8
+    monkeypatch.undo()
+    assert isinstance(engine.load_adapter(load), protocol.AdapterLoaded)
 
 
 def test_a_weight_that_fp32_cannot_hold_is_refused(base: nn.Module) -> None:

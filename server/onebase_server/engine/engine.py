@@ -159,12 +159,24 @@ class Engine:
     # ---- adapters ---------------------------------------------------------------------------
 
     def load_adapter(self, message: protocol.LoadAdapter) -> protocol.AdapterLoaded | protocol.AdapterFailed:
-        """Read, validate and load one version into host memory."""
+        """Read, validate and load one version into host memory.
+
+        Raises:
+            BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
+        """
         started = time.monotonic()
         try:
             adapter = load_adapter(self._base, Path(message.folder), self._max_rank)
         except AdapterFormatError as error:
             return protocol.AdapterFailed(digest=message.digest, code=error.code, message=str(error))
+        except (BaseChangedError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            # No room on the disk or in memory, say: the adapter's trouble, not everyone's.
+            logger.exception("loading %s failed", message.folder)
+            self.check_base()
+            text = f"{type(error).__name__}: {error}"
+            return protocol.AdapterFailed(digest=message.digest, code="load_failed", message=text)
         self.store.weights[message.digest] = {name: w.folded() for name, w in adapter.weights.items()}
         self.store.leaving.discard(message.digest)
         return protocol.AdapterLoaded(
