@@ -13,7 +13,7 @@ from tests.tiny import save_adapter, save_base
 
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.view import view
-from onebase_server.engine import protocol
+from onebase_server.engine import batch, protocol
 from onebase_server.engine.engine import Engine
 
 PRECISIONS = {
@@ -73,6 +73,24 @@ def test_logprobs_are_bit_equal_alone_and_in_any_company(lab: Lab) -> None:
 def test_logprobs_are_bit_equal_under_any_chunking(lab: Lab, step_tokens: int) -> None:
     asked = ASKED[:4] if step_tokens == 1 else ASKED
     assert scored(lab.engine(step_tokens=step_tokens), asked) == scored(lab.engine(), asked)
+
+
+def test_logprobs_are_bit_equal_when_decodes_attend_in_groups(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = scored(lab.engine(), ASKED)
+    monkeypatch.setattr(batch, "MAX_DECODE_CONTEXT", 150)
+    assert scored(lab.engine(), ASKED) == together
+
+
+def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batch, "MAX_DECODE_CONTEXT", 100)
+    assert batch._decode_groups([]) == []
+    assert batch._decode_groups([25] * 4) == [(0, 4)]
+    assert batch._decode_groups([25] * 5) == [(0, 4), (4, 5)]
+    assert batch._decode_groups([10, 10, 500, 10, 10]) == [(0, 2), (2, 3), (3, 5)]
 
 
 def test_logprobs_are_bit_equal_after_preemption(lab: Lab) -> None:

@@ -61,7 +61,7 @@ class AttentionStep:
     """Where this step's keys are written, and its contexts."""
 
     write_slots: torch.Tensor
-    decode: Context | None
+    decodes: Sequence[Context]
     prefills: Sequence[Context]
 
 
@@ -94,8 +94,8 @@ class PagedAttention:
         values.index_copy_(1, step.write_slots, v[0])
         scores = _Scores(options["scaling"], options.get("softcap"), options.get("sliding_window"))
         out = v.new_zeros(q.shape[2], q.shape[1], v.shape[3])
-        if step.decode is not None:
-            _decode(q[0], keys, values, step.decode, scores, out)
+        for context in step.decodes:
+            _decode(q[0], keys, values, context, scores, out)
         for context in step.prefills:
             _prefill(q[0], keys, values, context, scores, out)
         return out.unsqueeze(0)

@@ -17,6 +17,10 @@ from onebase_server.engine.attention import FP32_KEYS, LENGTH_MULTIPLE, Attentio
 from onebase_server.engine.kv_cache import DUMP_BLOCK, ZERO_BLOCK
 from onebase_server.engine.row import AdapterMix, Plan, Row, Segment
 
+MAX_DECODE_CONTEXT = 1 << 17
+"""Tokens of context, padding included, that decodes gather at once in each layer: with one long row among
+many short ones, all would be padded to its length and memory run out (Llama-3.1-8B: 4 KB a token)."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -62,7 +66,7 @@ class Packer:
             write[start:stop] = table[segment.start :]
         attention = AttentionStep(
             write_slots=self._tensor(write),
-            decode=self._decode_context(plan.decodes, tables),
+            decodes=self._decode_contexts(plan.decodes, tables),
             prefills=[
                 self._prefill_context(start, segment, tables[id(segment.row)])
                 for start, segment in zip(starts[len(plan.decodes) :], plan.prefills, strict=True)
@@ -109,12 +113,14 @@ class Packer:
             slots[row, : len(table)] = table
         return slots
 
-    def _decode_context(self, decodes: list[Segment], tables: Mapping[int, np.ndarray]) -> Context | None:
-        if not decodes:
-            return None
-        slots = self._padded_slots([tables[id(segment.row)] for segment in decodes])
-        positions = np.array([segment.start for segment in decodes], dtype=np.int64)
-        return Context(0, len(decodes), self._tensor(slots), self._tensor(positions))
+    def _decode_contexts(self, decodes: list[Segment], tables: Mapping[int, np.ndarray]) -> list[Context]:
+        contexts: list[Context] = []
+        for first, last in _decode_groups([segment.stop for segment in decodes]):
+            some = decodes[first:last]
+            slots = self._padded_slots([tables[id(segment.row)] for segment in some])
+            positions = np.array([segment.start for segment in some], dtype=np.int64)
+            contexts.append(Context(first, last, self._tensor(slots), self._tensor(positions)))
+        return contexts
 
     def _prefill_context(self, start: int, segment: Segment, table: np.ndarray) -> Context:
         positions = np.arange(segment.start, segment.stop, dtype=np.int64)
@@ -201,3 +207,15 @@ class Packer:
 
     def _column(self, values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+
+def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows `first:last` that attend together: MAX_DECODE_CONTEXT tokens, or one row that is longer."""
+    groups: list[tuple[int, int]] = []
+    first, longest = 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and max(longest, length) * (row + 1 - first) > MAX_DECODE_CONTEXT:
+            groups.append((first, row))
+            first, longest = row, 0
+        longest = max(longest, length)
+    return [*groups, (first, len(lengths))] if lengths else []
