@@ -8,13 +8,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tests.tiny import ADAPTERS, save_adapter, save_base
 from torch import nn
 
 from onebase_adapters.base import BaseSettings, load_base
-from onebase_server.engine import process, protocol
+from onebase_server.engine import process, protocol, request_checks
 from onebase_server.engine.batch import Batch
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.protocol import FrameReader, RowOutput
@@ -173,6 +174,46 @@ def test_a_weight_that_fp32_cannot_hold_is_refused(base: nn.Module) -> None:
     engine.submit(request)
     (output,) = finish(engine)["r", 0]
     assert (output.error_code, output.error_param) == ("weight_out_of_range", "adapter")
+
+
+def test_prompt_logprobs_that_fit_in_no_message_are_refused(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = [(2**31 - 1, -0.1)] * 20
+    longest = protocol.RowOutput(id="r", prompt_logprobs=[protocol.TokenLogprob(2**31 - 1, -0.1, top)] * 1000)
+    per_token = request_checks.SCORED_TOKEN_BYTES + 20 * request_checks.ALTERNATIVE_BYTES
+    assert len(msgspec.msgpack.encode(longest)) <= 1000 * per_token
+    monkeypatch.setattr(request_checks, "MAX_SCORE_BYTES", 10 * per_token)
+    engine = create(base)
+    engine.submit(submit("fits", [3] * 10, prompt_logprobs=20))
+    engine.submit(submit("longer", [3] * 11, prompt_logprobs=20))
+    found = finish(engine)
+    assert (found["longer", 0][0].error_code, found["longer", 0][0].error_param) == (
+        "prompt_logprobs_too_large",
+        "logprobs",
+    )
+    assert len(found["fits", 0][0].prompt_logprobs or []) == 9
+
+
+def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> None:
+    engine = create(base)
+    for name in ("a", "b"):
+        engine.submit(submit(name, [3, 4, 5], prompt_logprobs=1))
+    engine.submit(submit("c", [6]))
+    engine.step()
+    ours, theirs = socket.socketpair()
+    channel = process.Channel(theirs)
+    process._report(engine.take_outputs(), engine.stats(), channel)
+    channel.close()
+    data = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+    ours.close()
+    decoder = protocol.to_api_decoder()
+    messages = [decoder.decode(payload) for payload in FrameReader().feed(data)]
+    assert [[row.id for row in m.rows] for m in messages if isinstance(m, protocol.StepDone)] == [
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
 
 
 def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_with_idle_time_between(

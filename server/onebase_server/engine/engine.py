@@ -21,7 +21,7 @@ from onebase_server.engine.batch import Batch, Packer
 from onebase_server.engine.kv_cache import BlockPool
 from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import RowOutput
-from onebase_server.engine.request_checks import check_tokens, check_weights
+from onebase_server.engine.request_checks import check_scores, check_tokens, check_weights
 from onebase_server.engine.row import AdapterMix, Plan, Row
 from onebase_server.engine.sampling import Drawn, draw, score_prompt
 from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
@@ -110,6 +110,7 @@ class Engine:
         try:
             self.scheduler.check(len(request.prompt), request.sampling.max_tokens, len(mix.terms))
             check_tokens(request, self._vocabulary)
+            check_scores(request)
             check_weights(mix)
             self._check_loaded(mix)
         except NeverFitsError as error:

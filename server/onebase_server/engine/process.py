@@ -31,7 +31,7 @@ from onebase_server.engine.engine import Counters, Engine
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
 from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count
 from onebase_server.engine.model import ServedModel
-from onebase_server.engine.protocol import EngineConfig, FrameReader
+from onebase_server.engine.protocol import EngineConfig, FrameReader, RowOutput
 from onebase_server.engine.scheduler import Limits
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _serve(engine: Engine, channel: Channel) -> int:
         engine.step()
         outputs = engine.take_outputs()
         if outputs or engine.counters.steps != steps or not engine.busy:
-            channel.send(protocol.StepDone(rows=outputs, stats=engine.stats()))
+            _report(outputs, engine.stats(), channel)
         if engine.counters.failed_steps != failed:
             failures += 1
         elif engine.counters.steps != steps:
@@ -146,6 +146,16 @@ def _serve(engine: Engine, channel: Channel) -> int:
             return 4
         if engine.counters.steps != steps and engine.counters.steps % CHECK_STEPS == 0:
             engine.check_base()
+
+
+def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: Channel) -> None:
+    """Say what a step gave. Prompt logprobs go alone: two long prompts may not fit in one message."""
+    small = [output for output in outputs if output.prompt_logprobs is None]
+    for output in outputs:
+        if output.prompt_logprobs is not None:
+            channel.send(protocol.StepDone(rows=[output], stats=stats))
+    if small or not outputs:
+        channel.send(protocol.StepDone(rows=small, stats=stats))
 
 
 def _handle(engine: Engine, channel: Channel, message: protocol.ToEngine) -> None:
