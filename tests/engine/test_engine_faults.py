@@ -176,6 +176,25 @@ def test_a_weight_that_fp32_cannot_hold_is_refused(base: nn.Module) -> None:
     assert (output.error_code, output.error_param) == ("weight_out_of_range", "adapter")
 
 
+@pytest.mark.parametrize("setting", ["logprobs", "prompt_logprobs"])
+def test_a_row_that_raises_ends_alone(base: nn.Module, setting: str) -> None:
+    neighbours = {"left": [3, 4], "right": [7, 8, 9]}
+    expected = {}
+    for name, prompt in neighbours.items():
+        alone = create(base)
+        alone.submit(submit(name, prompt))
+        expected[name] = tokens(finish(alone)[name, 0])
+    engine = create(base)
+    engine.submit(submit("left", neighbours["left"]))
+    # The api lets no such number through; torch refuses it.
+    engine.submit(submit("raises", [5, 6], **{setting: -1}))
+    engine.submit(submit("right", neighbours["right"]))
+    found = finish(engine)
+    assert [event.error_code for event in found["raises", 0]] == ["row_failed"]
+    assert {name: tokens(found[name, 0]) for name in neighbours} == expected
+    assert engine.counters.failed_steps == 0
+
+
 def test_prompt_logprobs_that_fit_in_no_message_are_refused(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

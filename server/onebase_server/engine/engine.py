@@ -23,7 +23,7 @@ from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import RowOutput
 from onebase_server.engine.request_checks import check_scores, check_tokens, check_weights
 from onebase_server.engine.row import AdapterMix, Plan, Row
-from onebase_server.engine.sampling import Drawn, draw, score_prompt
+from onebase_server.engine.sampling import Drawn, draw_apart, score_prompt
 from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_server.engine.slot_table import SlotTable
 
@@ -220,19 +220,22 @@ class Engine:
             batch = self._packer.pack(plan, self.slots.slot_of)
             logits = self.model.forward(batch)
             self._score(batch, logits)
-            drawn = draw(logits[: len(batch.sampled)], batch.sampled, self._eos_ids) if batch.sampled else []
+            drawn = draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids)
         except (BaseChangedError, torch.AcceleratorError):
             raise
         except Exception as error:
             self.counters.failed_steps += 1
             logger.exception("step failed; ending its %d rows", len(plan.segments))
             for segment in plan.segments:
-                self._end(segment.row, "error", code="step_failed", message=f"the step failed: {error}")
+                if segment.row.finish is None:
+                    self._end(segment.row, "error", code="step_failed", message=f"the step failed: {error}")
             return
         for segment in plan.segments:
-            self.scheduler.computed(segment)
+            if segment.row.finish is None:
+                self.scheduler.computed(segment)
         for row, result in zip(batch.sampled, drawn, strict=True):
-            self._append(row, result)
+            if row.finish is None:
+                self._append(row, result)
 
     def take_outputs(self) -> list[RowOutput]:
         """What happened since the last call."""
@@ -278,10 +281,24 @@ class Engine:
             if segment.start == 0:
                 row.prompt_scores = []
             targets = row.tokens[segment.start + 1 : segment.start + 1 + (part.stop - part.start)]
-            row.prompt_scores += score_prompt(logits[part], targets, row.sampling.prompt_logprobs or 0)
+            try:
+                row.prompt_scores += score_prompt(logits[part], targets, row.sampling.prompt_logprobs or 0)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self._fail(row, error)
+                continue
             row.prompt_scored = segment.stop >= row.prompt_length
 
+    def _fail(self, row: Row, error: Exception) -> None:
+        """End a row for an exception of its own."""
+        logger.error("a row of request %s failed", row.id, exc_info=error)
+        self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
+
     def _append(self, row: Row, drawn: Drawn) -> None:
+        if drawn.error is not None:
+            self._fail(row, drawn.error)
+            return
         if drawn.token is None:
             message = "the logits are not finite: an adapter of this request overflows"
             self._end(row, "error", code="not_finite", message=message)

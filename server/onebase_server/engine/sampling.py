@@ -24,10 +24,11 @@ NUCLEUS_CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class Drawn:
-    """One row's new token; `token` is None when its logits are not finite, which fails that row alone."""
+    """One row's new token; None when its logits are not finite or it raised `error`: it fails alone."""
 
     token: int | None
     logprob: TokenLogprob | None = None
+    error: Exception | None = None
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
@@ -51,6 +52,25 @@ def draw(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> 
         Drawn(None) if not finite[i] else Drawn(chosen[i], _score(raw[i], chosen[i], row.sampling.logprobs))
         for i, row in enumerate(rows)
     ]
+
+
+def draw_apart(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+    """`draw`, but an exception is that of the row which raises it: the others get their tokens.
+
+    Raises:
+        torch.AcceleratorError, or what every one of several rows raises: it is nobody's in particular.
+    """
+    try:
+        return draw(logits, rows, eos_ids)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        if len(rows) == 1:
+            return [Drawn(None, error=error)]
+        apart = [draw_apart(logits[i : i + 1], [row], eos_ids)[0] for i, row in enumerate(rows)]
+        if all(drawn.error is not None for drawn in apart):
+            raise
+        return apart
 
 
 def score_prompt(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
