@@ -88,9 +88,12 @@ class SlotLinear(SlotModule):
         self.quantized = self._kind in ("Linear4bit", "Linear8bitLt")
         self._absmax: torch.Tensor | None = None
         self.bank: Bank | None = None
+        self._stacks: bool | None = None
+        """Whether the bank may stand for each slot's own products; None until asked after a change."""
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
         super().put(slot, weights)
+        self._stacks = None
         if self.bank is not None and (weights is None or weights.rank <= self.bank.rank):
             self.bank.put(slot, weights)
         elif weights is not None:
@@ -125,12 +128,16 @@ class SlotLinear(SlotModule):
 
     def _exact_bank(self) -> Bank | None:
         """The bank, where two products of all slots give the very bits of each slot's own products."""
-        if self.bank is None:
-            self.bank = Bank(self.slots)
-        if self.bank.width > MAX_TILED_BANK or any(w is not None and w.scale != 1.0 for w in self.slots):
-            return None
-        exact = all(self.bank.is_exact(w.rank, self.step.exact_banks) for w in self.slots if w is not None)
-        return self.bank if exact else None
+        if self._stacks is None:
+            self.bank = self.bank or Bank(self.slots)
+            self._stacks = self._bank_is_exact(self.bank)
+        return self.bank if self._stacks else None
+
+    def _bank_is_exact(self, bank: Bank) -> bool:
+        present = [weights for weights in self.slots if weights is not None]
+        if bank.width > MAX_TILED_BANK or any(weights.scale != 1.0 for weights in present):
+            return False
+        return all(bank.is_exact(rank, self.step.exact_banks) for rank in {w.rank for w in present})
 
     def _add(self, y: torch.Tensor, delta: torch.Tensor) -> None:
         if self.quantized:
