@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
-from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count
+from onebase_server.engine.memory import MemoryBudgetError, cgroup_available, free_memory, kv_block_count
 
 MB = 1_000_000
 
@@ -40,6 +40,18 @@ def test_too_little_memory_is_refused_with_a_remedy(free: int, kv_memory: int, t
 def test_the_free_memory_of_the_cpu_is_less_than_the_machine_has() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < free_memory(torch.device("cpu")) < total
+
+
+@pytest.mark.parametrize(("limit", "available"), [("1000", 1000 - (900 - 500)), ("max", 1 << 62)])
+def test_the_page_cache_of_a_container_counts_as_free(tmp_path: Path, limit: str, available: int) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 500\ninactive_file 300\nactive_file 200\nshmem 0\n")
+    assert cgroup_available(tmp_path) == available
+
+
+def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
+    assert cgroup_available(tmp_path) == 1 << 62
 
 
 def _resident() -> int:

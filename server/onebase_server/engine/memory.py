@@ -23,7 +23,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARE)
-    return int(min(_meminfo_available(), _cgroup_available()) * CPU_SHARE)
+    return int(min(_meminfo_available(), cgroup_available()) * CPU_SHARE)
 
 
 def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, train_memory: int) -> int:
@@ -54,11 +54,16 @@ def _meminfo_available() -> int:
     raise MemoryBudgetError("/proc/meminfo does not say what is available; set --kv-memory")
 
 
-def _cgroup_available() -> int:
-    """What the container may still take (cgroup v2); a huge number when there is no limit."""
+def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the container may still take (cgroup v2), in bytes; a huge number when there is no limit.
+
+    The page cache counts as free: having read the base's files, it may fill the container to its limit.
+    """
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        pairs = (line.split() for line in (root / "memory.stat").read_text().splitlines())
+        cached = sum(int(value) for name, value in pairs if name in ("active_file", "inactive_file"))
     except (OSError, ValueError):
         return 1 << 62
-    return 1 << 62 if limit == "max" else max(int(limit) - used, 0)
+    return 1 << 62 if limit == "max" else max(int(limit) - max(used - cached, 0), 0)
