@@ -1,0 +1,55 @@
+"""The path of accelerators (no tiles, one stack of all slots), run on the CPU: equal to PEFT as well.
+
+Rows agree up to rounding there, so texts are compared, not bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.engine.harness import Lab, requests, run
+from tests.tiny import save_base
+from torch import nn
+
+from onebase_adapters import slots
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.rows import StepRows
+from onebase_adapters.slots import SlotModule
+from onebase_server.engine import model
+from onebase_server.engine.model import ServedModel
+
+ASKED = requests(18, seed=7)
+
+
+@pytest.fixture
+def untiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve as on a device that is no CPU."""
+
+    def wrap(tree: nn.Module, step: StepRows, *, slots: int, tiled: bool) -> dict[str, SlotModule]:
+        return wrap_layers(tree, step, slots=slots, tiled=False)
+
+    def create(self: ServedModel, base: nn.Module, slots: int) -> None:
+        initialize(self, base, slots)
+        self.tiled = False
+
+    wrap_layers, initialize = slots.wrap_layers, ServedModel.__init__
+    monkeypatch.setattr(model, "wrap_layers", wrap)
+    monkeypatch.setattr(ServedModel, "__init__", create)
+
+
+@pytest.mark.usefixtures("untiled")
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_rows_on_the_stack_of_all_slots_equal_peft_alone(architecture: str, tmp_path: Path) -> None:
+    settings = BaseSettings(
+        save_base(architecture, tmp_path / "base"), quantization="none", dtype=torch.float32
+    )
+    lab = Lab.create(load_base(settings), tmp_path)
+    expected = [lab.expected(request) for request in ASKED]
+    for changes in ({}, {"slots": 2, "step_tokens": 20}):
+        engine = lab.engine(**changes)
+        assert not engine.model.tiled
+        assert run(engine, ASKED) == expected
+        assert engine.slots.used == 0
+        engine.check_base()
