@@ -16,9 +16,10 @@ help: ## Show this list
 demo: base ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
 
+# Several processes share the cores in the tests: threads that spin while they wait would starve each other.
 test: base ## Run every test, on the real default base (PYTEST_ARGS="-k name" picks some)
 	@echo "==> Running the tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup ## Check style, types, import rules, shell scripts and the Dockerfile
 	@echo "==> ruff"

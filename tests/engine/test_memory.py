@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from onebase_adapters.format import LayerShape
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
-from onebase_server.engine.memory import MemoryBudgetError, cgroup_available, free_memory, kv_block_count
+from onebase_server.engine.memory import (
+    MemoryBudgetError,
+    cgroup_available,
+    free_memory,
+    kv_block_count,
+    slot_bytes,
+)
 
 MB = 1_000_000
 
@@ -76,3 +83,14 @@ def test_keys_and_values_have_a_place_for_every_token_of_every_block() -> None:
     cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, torch.device("cpu"))
     assert cache.keys[3].shape == (2, 80, 8)
     assert cache.values[3].shape == (2, 80, 4)
+
+
+def test_slots_of_an_8b_llama_are_counted_in_bytes() -> None:
+    attention = [
+        LayerShape(4096, 4096),
+        LayerShape(4096, 1024),
+        LayerShape(4096, 1024),
+        LayerShape(4096, 4096),
+    ]
+    one = slot_bytes(attention * 32, slots=1, rank=32)
+    assert one == 2 * 109_051_904, "109.05 MB for r=32 on q, k, v, o; held in the slot and in the stack"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from onebase_adapters.format import LayerShape
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
 
 CPU_SHARE = 0.5
@@ -42,9 +44,15 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
     if count <= RESERVED_BLOCKS:
         raise MemoryBudgetError(
             f"no memory for the KV cache: {max(budget, 0) / 1e6:.0f} MB available, a block takes "
-            f"{block_bytes / 1e6:.2f} MB; lower --train-memory, choose a smaller base or set --kv-memory"
+            f"{block_bytes / 1e6:.2f} MB; lower --train-memory, --max-slots or --max-rank, "
+            "choose a smaller base or set --kv-memory"
         )
     return int(count)
+
+
+def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
+    """Most bytes that `slots` adapters of `rank` take on an accelerator: fp32, once per slot and once in the stack."""
+    return sum(layer.size_in + layer.size_out for layer in layers) * rank * slots * 4 * 2
 
 
 def _meminfo_available() -> int:

@@ -24,12 +24,13 @@ from onebase_adapters.base import (
     load_base,
     parameter_count,
 )
+from onebase_adapters.loader import adaptable_layers
 from onebase_adapters.rotary import exact_length
 from onebase_adapters.rows import TILE
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Counters, Engine
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
-from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count
+from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count, slot_bytes
 from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import EngineConfig, FrameReader, RowOutput
 from onebase_server.engine.scheduler import Limits
@@ -194,8 +195,9 @@ def _start(config: EngineConfig, channel: Channel) -> Engine:
     )
     block_bytes = model.kv_bytes_per_token * config.block_size
     most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS
+    free = free_memory(device) - _slot_reserve(config, base, device)
     blocks = kv_block_count(
-        block_bytes, most, free_memory(device), kv_memory=config.kv_memory, train_memory=config.train_memory
+        block_bytes, most, free, kv_memory=config.kv_memory, train_memory=config.train_memory
     )
     engine = Engine(
         base,
@@ -239,6 +241,13 @@ def _base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
         dtype=getattr(torch, config.dtype),
         device=device,
     )
+
+
+def _slot_reserve(config: EngineConfig, base: nn.Module, device: torch.device) -> int:
+    """Bytes to keep free for slots; none on the CPU, where slots point at what host memory holds anyway."""
+    if device.type == "cpu":
+        return 0
+    return slot_bytes(adaptable_layers(base).values(), config.max_slots, config.max_rank)
 
 
 def _device(name: str) -> torch.device:
