@@ -51,7 +51,7 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, once per slot and once in the stack."""
+    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, in the slots and in the stack."""
     return sum(layer.size_in + layer.size_out for layer in layers) * rank * slots * 4 * 2
 
 
