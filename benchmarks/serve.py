@@ -218,8 +218,11 @@ def main(argv: Sequence[str]) -> int:
         bench = Bench(
             options, setup, prompts, loads, console, machine.describe(options.vllm_python), [], set()
         )
-        asyncio.run(bench.measure(_targets(options, setup), Path(folder)))
-    bench.publish()
+        try:
+            asyncio.run(bench.measure(_targets(options, setup), Path(folder)))
+        finally:
+            if bench.runs:
+                bench.publish()
     return 1 if bench.failed or not bench.runs else 0
 
 
