@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", default="smollm2-135m-instruct", help="for a server of our own: as in `onebase serve`")
     add("--adapters", type=int, default=8, help="for a server of our own: random adapters (default: 8)")
     add("--slots", type=int, default=4, help="... and slots: fewer, so that adapters must wait (default: 4)")
-    add("--kv-memory", default="96MiB", help="... and KV cache: small, so that rows are preempted")
+    add("--kv-memory", default="24MiB", help="... and KV cache: small, so that rows are preempted")
     add("--threads", type=int, default=os.cpu_count() or 1, help="... and CPU threads (default: all)")
     add("--onebase-args", default="", metavar="ARGS", help="... and more options, in one string")
     add("--hang", type=float, default=300, help="seconds after which a request counts as hung (default: 300)")
