@@ -190,7 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--onebase-args", default="", metavar="ARGS", help="... and more options, in one string")
     add("--hang", type=float, default=300, help="seconds after which a request counts as hung (default: 300)")
     add("--settle", type=float, default=60, help="seconds that the server gets to become idle (default: 60)")
-    add("--memory-bound", type=int, default=64, help="MiB that a process may grow by (default: 64)")
+    add(
+        "--memory-bound",
+        type=int,
+        default=160,
+        help="MiB that a process may grow by: oneDNN keeps up to 1024 kernels (default: 160)",
+    )
     add("--descriptor-slack", type=int, default=0, help="descriptors that may be added (default: 0)")
     add(
         "--canaries",
