@@ -82,10 +82,6 @@ class RowMap:
     tiles: tuple[Tile, ...] = ()
     stack: Stack | None = None
 
-    @property
-    def acts(self) -> bool:
-        return self.stack is not None or any(tile.terms for tile in self.tiles)
-
 
 @dataclass
 class StepRows:

@@ -1,1 +1,0 @@
-"""Real engines on tiny models, stepped in the test's own process."""
