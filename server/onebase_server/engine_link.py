@@ -1,4 +1,4 @@
-"""One engine process and the socket to it."""
+"""A child process (the engine, or a workshop) and the socket to it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import msgspec
 
-from onebase_server.engine.protocol import FrameReader, ToApi, ToEngine, encode, to_api_decoder
+from onebase_server.engine.protocol import FrameReader, encode
 
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.engine")
+
+Received = TypeVar("Received")
 
 _log = logging.getLogger(__name__)
 
 
-class _Frames(asyncio.Protocol):
+class _Frames(asyncio.Protocol, Generic[Received]):
     """Decodes what arrives, in the event loop, and hands over each message with a plain call."""
 
-    def __init__(self, on_message: Callable[[ToApi], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        decoder: msgspec.msgpack.Decoder[Received],
+        on_message: Callable[[Received], None],
+        on_lost: Callable[[], None],
+    ) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
         self._frames = FrameReader()
-        self._decoder = to_api_decoder()
+        self._decoder = decoder
         self._transport: asyncio.BaseTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -38,7 +46,7 @@ class _Frames(asyncio.Protocol):
             payloads = self._frames.feed(data)
             messages = [self._decoder.decode(payload) for payload in payloads]
         except (ValueError, msgspec.DecodeError) as error:
-            _log.error("the engine sent something that is no message: %s", error)
+            _log.error("a child process sent something that is no message: %s", error)
             if self._transport is not None:
                 self._transport.close()
             return
@@ -49,8 +57,8 @@ class _Frames(asyncio.Protocol):
         self._on_lost()
 
 
-class EngineProcess:
-    """A running engine. Made by `spawn`; ended by `end` or by its own death."""
+class ChildProcess:
+    """A running child. Made by `spawn`; ended by `end` or by its own death."""
 
     def __init__(self, process: asyncio.subprocess.Process, transport: asyncio.WriteTransport) -> None:
         self._process = process
@@ -58,21 +66,28 @@ class EngineProcess:
 
     @classmethod
     async def spawn(
-        cls, command: Sequence[str], on_message: Callable[[ToApi], None], on_lost: Callable[[], None]
-    ) -> EngineProcess:
-        """Start the command with one end of a socket pair.
+        cls,
+        command: Sequence[str],
+        decoder: msgspec.msgpack.Decoder[Received],
+        on_message: Callable[[Received], None],
+        on_lost: Callable[[], None],
+        fds: Mapping[str, int] | None = None,
+    ) -> ChildProcess:
+        """Start the command with `--fd N`, one end of a socket pair, and an option for each of `fds`.
 
-        `on_lost` is called once when the socket closes, which a dead process causes too. The engine
+        `fds` maps an option's name (`--base-fd`) to a file descriptor that the child inherits.
+        `on_lost` is called once when the socket closes, which a dead process causes too. The child
         gets a session of its own: Ctrl-C in the terminal reaches the api alone, which drains first.
         """
         ours, theirs = socket.socketpair()
         with theirs:
+            inherited = {"--fd": theirs.fileno(), **(fds or {})}
+            options = [part for name, number in inherited.items() for part in (name, str(number))]
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
-                    "--fd",
-                    str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),),
+                    *options,
+                    pass_fds=tuple(inherited.values()),
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,
                 )
@@ -80,15 +95,17 @@ class EngineProcess:
                 ours.close()
                 raise
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_unix_connection(lambda: _Frames(on_message, on_lost), sock=ours)
+        transport, _ = await loop.create_unix_connection(
+            lambda: _Frames(decoder, on_message, on_lost), sock=ours
+        )
         return cls(process, transport)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, message: ToEngine) -> None:
-        """Queue a message; never blocks. Lost if the engine is gone."""
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue a message; never blocks. Lost if the child is gone."""
         if not self._transport.is_closing():
             self._transport.write(encode(message))
 
@@ -101,7 +118,7 @@ class EngineProcess:
             return await self.wait()
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the engine and to whatever it has started."""
+        """Send a signal to the child and to whatever it has started."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)

@@ -23,8 +23,9 @@ from onebase_server.engine.protocol import (
     StepDone,
     ToApi,
     ToEngine,
+    to_api_decoder,
 )
-from onebase_server.engine_link import ENGINE_COMMAND, EngineProcess
+from onebase_server.engine_link import ENGINE_COMMAND, ChildProcess
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inflight import Inflight
 from onebase_server.router import RequestRouter
@@ -96,7 +97,7 @@ class EngineSupervisor:
         self._command = tuple(command)
         self._policy = policy or RestartPolicy()
         self._on_loading = on_loading
-        self._engine: EngineProcess | None = None
+        self._engine: ChildProcess | None = None
         self._awaited_adapters: set[str] = set()
         self._restart_delay = 0.0
         self._stopping = False
@@ -181,7 +182,9 @@ class EngineSupervisor:
             if not ended.done():
                 self._receive(message, end)
 
-        self._engine = engine = await EngineProcess.spawn(self._command, receive, lambda: end(""))
+        self._engine = engine = await ChildProcess.spawn(
+            self._command, to_api_decoder(), receive, lambda: end("")
+        )
         watch = loop.create_task(self._watch(end))
         try:
             engine.send(Start(self._config))

@@ -112,14 +112,20 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Load one version from a PEFT folder; answered by AdapterLoaded or AdapterFailed."""
+    """Load one proven version into host memory; answered by AdapterLoaded or AdapterFailed.
+
+    A thread reads it while the engine steps on.
+    """
 
     digest: str
-    folder: str
+    path: str
+    """The prepared file: the finished tensors that the workshop proved."""
+    sha256: str
+    """Hex digest of that file; another content is refused."""
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Forget a version once no row uses it."""
+    """Forget a version once no row uses it; answered by AdapterUnloaded."""
 
     digest: str
 
@@ -163,6 +169,8 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     base: BaseInfo
+    manifest: bytes = b""
+    """How a workshop attaches the base (`onebase_adapters.attach`); empty when it was not published."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -172,10 +180,9 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The version is in host memory: from now on requests may name it."""
+
     digest: str
-    rank: int
-    targets: list[str]
-    parameters: int
     bytes: int
     load_seconds: float
 
@@ -184,6 +191,18 @@ class AdapterFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     digest: str
     code: str
     message: str
+
+
+class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
+    """The version's memory is free again."""
+
+    digest: str
+
+
+class SlotsChanged(msgspec.Struct, frozen=True, tag=True):
+    """The versions that sit in slots now, in no order. Sent when that changes."""
+
+    digests: list[str]
 
 
 class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -232,14 +251,14 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     stats: Stats
 
 
-ToApi = Loading | Ready | Fatal | AdapterLoaded | AdapterFailed | StepDone
+ToApi = Loading | Ready | Fatal | AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged | StepDone
 
 
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(message: ToEngine | ToApi) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """One frame: the payload's length in 4 bytes (little-endian), then the payload."""
     payload = _encoder.encode(message)
     if len(payload) > MAX_MESSAGE_BYTES:
