@@ -12,10 +12,10 @@ import json
 import re
 import reprlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -107,38 +107,62 @@ class AdapterFormatError(ValueError):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a target may be: a linear layer or an embedding of the base.
+    """What a target may be: a linear layer, an embedding or a norm of the base.
 
-    `size_in` of an embedding is its vocabulary.
+    `size_in` of an embedding is its vocabulary; of a norm both sizes are the hidden size. `bias`: whether
+    the module has one.
     """
 
     size_in: int
     size_out: int
-    embedding: bool = False
+    kind: Literal["linear", "embedding", "norm"] = "linear"
+    bias: bool = False
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """One adapted module: its rank and alpha as the tensors and the config agree on them."""
+    """One adapted module, as the tensors and the config agree on it.
+
+    `rank` is 0 unless the kind is lora or dora; `bias`: whether lora_B has one; `indices`: the tokens whose
+    rows are replaced.
+    """
 
     name: str
+    kind: Literal["lora", "dora", "saved", "tokens"]
     rank: int
     alpha: float
+    bias: bool
+    parameters: int
+    indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A validated adapter: what it adapts and how strongly."""
+    """A validated adapter: what it adapts and how strongly.
+
+    `dropped`: names of tensors in the file that were the base's own, bit for bit, and were left out.
+    """
 
     modules: tuple[ModuleSpec, ...]
     rslora: bool
     base_name: str | None
     parameters: int
+    dropped: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
+        """The largest rank of any module; 0 if none has one."""
         return max(module.rank for module in self.modules)
+
+    @property
+    def alpha(self) -> float:
+        """The largest alpha of any module; 0 if none has one."""
+        return max(module.alpha for module in self.modules)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of the modules, sorted."""
+        return sorted({module.kind for module in self.modules})
 
     @property
     def targets(self) -> list[str]:
@@ -146,18 +170,27 @@ class AdapterSpec:
         return sorted({module.name.rpartition(".")[2] for module in self.modules})
 
 
-def canonicalize(folder: Path, layers: Mapping[str, LayerShape], max_rank: int, target: Path) -> AdapterSpec:
-    """Validate the PEFT folder and write a canonical one to `target` (an empty, existing folder).
+def canonicalize(
+    config_file: Path,
+    weights_file: Path,
+    layers: Mapping[str, LayerShape],
+    max_rank: int,
+    target: Path,
+    *,
+    base_tensor: Callable[[str], torch.Tensor | None],
+) -> AdapterSpec:
+    """Validate a PEFT adapter and write a canonical folder to `target` (empty and existing).
 
     Args:
         layers: every layer of the base that may be adapted, by its full name.
         max_rank: largest rank that the server's slots hold.
+        base_tensor: the base's tensor by the full name of its parameter; None if there is none.
 
     Raises:
         AdapterFormatError: with a code and a message that names the file, field or tensor.
     """
-    config = _read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    config = _read_config(config_file)
+    tensors = _read_tensors(weights_file)
     grouped = _group(tensors, layers)
     modules = tuple(
         _check_module(name, pair, layers[name], config, max_rank) for name, pair in sorted(grouped.items())
@@ -335,7 +368,7 @@ def _group(
         layer = layers.get(name)
         if layer is None:
             raise AdapterFormatError("unknown_module", f"{WEIGHTS_FILE}: the base has no layer {name:.200}")
-        if layer.embedding != (match["embedding"] is not None):
+        if (layer.kind == "embedding") != (match["embedding"] is not None):
             raise AdapterFormatError(
                 "bad_shape", f"{WEIGHTS_FILE}: {key:.200} does not fit the kind of layer it names"
             )
@@ -365,9 +398,8 @@ def _check_module(
                 f"{WEIGHTS_FILE}: lora_{which} of {name} is {list(pair[which].shape)}; rank {rank} on this "
                 f"base needs {list(expected)}",
             )
-    return ModuleSpec(
-        name, rank, float(_patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
-    )
+    alpha = float(_patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
+    return ModuleSpec(name, "lora", rank, alpha, False, sum(t.numel() for t in pair.values()))
 
 
 def _patterned(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

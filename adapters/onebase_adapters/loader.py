@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import BaseChangedError, fingerprint
-from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
+from onebase_adapters.base import BaseChangedError, base_tensors, fingerprint
+from onebase_adapters.format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFormatError,
+    AdapterSpec,
+    LayerShape,
+    canonicalize,
+)
 from onebase_adapters.rows import LoraWeights
 from onebase_adapters.slots import input_embedding
 from onebase_adapters.view import view
@@ -42,7 +49,7 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
     embedding = input_embedding(base)
     for name, module in base.named_modules():
         if module is embedding:
-            layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, embedding=True)
+            layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, "embedding")
         elif isinstance(module, nn.Linear):
             layers[name] = LayerShape(module.in_features, module.out_features)
     return layers
@@ -57,7 +64,14 @@ def load_adapter(base: nn.Module, folder: Path, max_rank: int) -> LoadedAdapter:
     """
     before = fingerprint(base)
     with tempfile.TemporaryDirectory(prefix="onebase-adapter-") as temporary:
-        spec = canonicalize(folder, adaptable_layers(base), max_rank, Path(temporary))
+        spec = canonicalize(
+            folder / CONFIG_FILE,
+            folder / WEIGHTS_FILE,
+            adaptable_layers(base),
+            max_rank,
+            Path(temporary),
+            base_tensor=base_tensors(base).get,
+        )
         weights = _matrices(peft_model(base, Path(temporary)))
     if fingerprint(base) != before:
         raise BaseChangedError(f"loading {folder.name} changed the base")

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from onebase_adapters.base import base_tensors
 from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
 from onebase_adapters.loader import adaptable_layers
 from onebase_adapters.view import view
@@ -25,7 +26,7 @@ from onebase_adapters.view import view
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}.lora_A.weight"
-LAYERS = {Q0: LayerShape(8, 6), "model.embed_tokens": LayerShape(10, 8, embedding=True)}
+LAYERS = {Q0: LayerShape(8, 6), "model.embed_tokens": LayerShape(10, 8, "embedding")}
 PAIR = {KEY: torch.ones(2, 8), KEY.replace("lora_A", "lora_B"): torch.ones(6, 2)}
 SETTINGS: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
 
@@ -40,7 +41,14 @@ def folder(tmp_path: Path) -> Path:
 
 def read(folder: Path, max_rank: int = 64, layers: dict[str, LayerShape] = LAYERS) -> AdapterSpec:
     with tempfile.TemporaryDirectory() as target:
-        return canonicalize(folder, layers, max_rank, Path(target))
+        return canonical(folder, layers, max_rank, Path(target))
+
+
+def canonical(
+    folder: Path, layers: dict[str, LayerShape], max_rank: int, target: Path, base: nn.Module | None = None
+) -> AdapterSpec:
+    own = {} if base is None else base_tensors(base)
+    return canonicalize(folder / CONFIG, folder / WEIGHTS, layers, max_rank, target, base_tensor=own.get)
 
 
 def refusal(folder: Path, **arguments: Any) -> AdapterFormatError:
@@ -83,7 +91,7 @@ def test_a_folder_from_peft_gives_the_same_logits_from_its_canonical_form(
     base: nn.Module, save_adapter: Any, tokens: torch.Tensor, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     original = save_adapter(**fields)
-    canonicalize(original, adaptable_layers(base), 64, tmp_path)
+    canonical(original, adaptable_layers(base), 64, tmp_path, base)
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     with torch.inference_mode():
         bare = base(tokens).logits
@@ -122,7 +130,7 @@ def test_the_canonical_config_holds_nothing_of_the_original_but_numbers(folder: 
     )
     target = tmp_path / "target"
     target.mkdir()
-    assert canonicalize(folder, LAYERS, 8, target).base_name == "evil"
+    assert canonical(folder, LAYERS, 8, target).base_name == "evil"
     text = (target / CONFIG).read_text()
     assert not any(word in text for word in ("evil", "a+", "parent_library", "eva_config"))
     assert json.loads(text)["target_modules"] == [Q0]

@@ -12,7 +12,8 @@ from tests.oracle import greedy
 from tests.tiny import ADAPTERS, save_adapter
 from torch import nn
 
-from onebase_adapters.format import canonicalize
+from onebase_adapters.base import base_tensors
+from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE, canonicalize
 from onebase_adapters.loader import adaptable_layers, peft_model
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Engine
@@ -48,7 +49,14 @@ class Lab:
     @staticmethod
     def _reference(base: nn.Module, folder: Path) -> nn.Module:
         with tempfile.TemporaryDirectory() as canonical:
-            canonicalize(folder, adaptable_layers(base), 64, Path(canonical))
+            canonicalize(
+                folder / CONFIG_FILE,
+                folder / WEIGHTS_FILE,
+                adaptable_layers(base),
+                64,
+                Path(canonical),
+                base_tensor=base_tensors(base).get,
+            )
             return peft_model(base, Path(canonical))
 
     def engine(self, **changes: int) -> Engine:
