@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import nn
 
 from onebase_adapters.base import BaseChangedError, fingerprint
-from onebase_adapters.format import AdapterFormatError
-from onebase_adapters.loader import load_adapter
 from onebase_adapters.rows import LoraWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.batch import Batch, Packer
@@ -26,6 +23,7 @@ from onebase_server.engine.row import AdapterMix, Plan, Row
 from onebase_server.engine.sampling import Drawn, draw_apart, score_prompt
 from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_server.engine.slot_table import SlotTable
+from onebase_server.engine.versions import Versions
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +37,6 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
-
-
-@dataclass
-class Store:
-    """Versions in host memory, by digest."""
-
-    weights: dict[str, Mapping[str, LoraWeights]] = field(default_factory=dict)
-    leaving: set[str] = field(default_factory=set)
-    """Unloaded by the api, but still used by rows."""
 
 
 class _Admission(TypedDict, total=False):
@@ -67,12 +56,10 @@ class Engine:
         kv_blocks: int,
         block_size: int = 16,
         slots: int = 8,
-        max_rank: int = 64,
         eos_ids: frozenset[int] = frozenset(),
         model: ServedModel | None = None,
     ) -> None:
         self._base = base
-        self._max_rank = max_rank
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
         self._fingerprint = fingerprint(base)
@@ -81,7 +68,7 @@ class Engine:
         self.pool = BlockPool(kv_blocks, block_size)
         self.slots = SlotTable(slots)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
-        self.store = Store()
+        self.versions = Versions()
         self.counters = Counters()
         self._packer = Packer(
             block_size,
@@ -93,6 +80,7 @@ class Engine:
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0
         self._outputs: list[RowOutput] = []
+        self._slots_changed = False
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -112,7 +100,7 @@ class Engine:
             check_tokens(request, self._vocabulary)
             check_scores(request)
             check_weights(mix)
-            self._check_loaded(mix)
+            self.versions.check(mix)
         except NeverFitsError as error:
             for choice in range(request.n):
                 self._outputs.append(
@@ -150,57 +138,20 @@ class Engine:
             if message.choice in (None, row.choice):
                 self._end(row, "cancelled")
 
-    def _check_loaded(self, mix: AdapterMix) -> None:
-        for digest in mix.digests:
-            if digest not in self.store.weights or digest in self.store.leaving:
-                raise NeverFitsError(
-                    "adapter_not_loaded", "adapter", f"adapter version {digest[:12]} is not loaded"
-                )
-
     # ---- adapters ---------------------------------------------------------------------------
 
-    def load_adapter(self, message: protocol.LoadAdapter) -> protocol.AdapterLoaded | protocol.AdapterFailed:
-        """Read, validate and load one version into host memory.
+    def put_adapter(self, digest: str, weights: Mapping[str, LoraWeights]) -> None:
+        """Take a version's finished tensors; from now on rows may name it."""
+        self.versions.put(digest, weights)
 
-        Raises:
-            BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
-        """
-        started = time.monotonic()
-        try:
-            adapter = load_adapter(self._base, Path(message.folder), self._max_rank)
-        except AdapterFormatError as error:
-            return protocol.AdapterFailed(digest=message.digest, code=error.code, message=str(error))
-        except (BaseChangedError, torch.AcceleratorError):
-            raise
-        except Exception as error:
-            # No room on the disk or in memory, say: the adapter's trouble, not everyone's.
-            logger.exception("loading %s failed", message.folder)
-            self.check_base()
-            text = f"{type(error).__name__}: {error}"
-            return protocol.AdapterFailed(digest=message.digest, code="load_failed", message=text)
-        self.store.weights[message.digest] = {name: w.folded() for name, w in adapter.weights.items()}
-        self.store.leaving.discard(message.digest)
-        return protocol.AdapterLoaded(
-            digest=message.digest,
-            rank=adapter.spec.rank,
-            targets=adapter.spec.targets,
-            parameters=adapter.spec.parameters,
-            bytes=adapter.bytes,
-            load_seconds=time.monotonic() - started,
-        )
-
-    def unload_adapter(self, message: protocol.UnloadAdapter) -> None:
-        """Forget a version, at once or when its last row ends."""
-        if message.digest in self.store.weights:
-            self.store.leaving.add(message.digest)
-            self._drop_unused()
+    def unload_adapter(self, digest: str) -> None:
+        """Forget a version, at once or when its last row ends; `versions.take_dropped` says when."""
+        self.versions.leave(digest)
+        self._drop_unused()
 
     def _drop_unused(self) -> None:
         in_use = {digest for row in self.scheduler.rows for digest in row.mix.digests}
-        for digest in list(self.store.leaving - in_use):
-            if self.slots.evict(digest):
-                self.store.leaving.discard(digest)
-                del self.store.weights[digest]
+        self.versions.drop_unused(in_use, self.slots)
 
     # ---- steps ------------------------------------------------------------------------------
 
@@ -260,12 +211,19 @@ class Engine:
             prompt_tokens=self.counters.prompt_tokens,
             generated_tokens=self.counters.generated_tokens,
             cached_tokens=self.counters.cached_tokens,
-            adapters_loaded=len(self.store.weights),
+            adapters_loaded=len(self.versions),
         )
+
+    def slots_changed(self) -> bool:
+        """Whether slots were filled or emptied since the last call."""
+        changed, self._slots_changed = self._slots_changed, False
+        return changed
 
     def _apply_moves(self) -> None:
         moves, self.slots.moves = self.slots.moves, {}
-        self.model.move_slots(moves, self.store.weights)
+        if moves:
+            self.model.move_slots(moves, self.versions.weights)
+            self._slots_changed = True
 
     def _note_first_steps(self, plan: Plan) -> None:
         for segment in plan.segments:
@@ -360,5 +318,5 @@ class Engine:
         siblings.remove(row)
         if not siblings:
             del self._rows[row.id]
-        if self.store.leaving:
+        if self.versions.any_leaving:
             self._drop_unused()
