@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from torch import nn
 
 from onebase_adapters.base import base_tensors
 from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE, canonicalize
-from onebase_adapters.loader import adaptable_layers, peft_model
+from onebase_adapters.loader import adaptable_layers, load_adapter, peft_model
+from onebase_adapters.rows import LoraWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.scheduler import Limits
@@ -37,6 +38,7 @@ class Lab:
     base: nn.Module
     folders: list[Path]
     references: list[nn.Module]
+    weights: list[Mapping[str, LoraWeights]]
     _texts: dict[tuple[tuple[int, ...], int | None, int], list[int]] = field(default_factory=dict)
 
     @classmethod
@@ -44,7 +46,8 @@ class Lab:
         folders = [
             save_adapter(base, settings, folder / f"a{i}", seed=i + 1) for i, settings in enumerate(ADAPTERS)
         ]
-        return cls(base, folders, [cls._reference(base, path) for path in folders])
+        references = [cls._reference(base, path) for path in folders]
+        return cls(base, folders, references, [load_adapter(base, path, 64).weights for path in folders])
 
     @staticmethod
     def _reference(base: nn.Module, folder: Path) -> nn.Module:
@@ -76,9 +79,8 @@ class Lab:
             block_size=settings["block_size"],
             slots=settings["slots"],
         )
-        for i, folder in enumerate(self.folders):
-            answer = engine.load_adapter(protocol.LoadAdapter(f"digest{i}", str(folder)))
-            assert isinstance(answer, protocol.AdapterLoaded), answer
+        for i, weights in enumerate(self.weights):
+            engine.put_adapter(f"digest{i}", weights)
         return engine
 
     def expected(self, request: Request) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tests.tiny import ADAPTERS, save_adapter, save_base
 from torch import nn
 
 from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.loader import load_adapter
 from onebase_server.engine import process, protocol, request_checks
 from onebase_server.engine.batch import Batch
 from onebase_server.engine.engine import Engine
@@ -133,37 +133,18 @@ def test_a_version_unloaded_while_a_row_waits_for_it_serves_that_row_first(
     engine = create(base, slots=1)
     for i in range(2):
         folder = save_adapter(base, ADAPTERS[i], tmp_path / str(i), seed=i)
-        assert isinstance(
-            engine.load_adapter(protocol.LoadAdapter(f"d{i}", str(folder))), protocol.AdapterLoaded
-        )
+        engine.put_adapter(f"d{i}", load_adapter(base, folder, 64).weights)
     engine.submit(submit("a", [3, 4], adapter="d0"))
     engine.submit(submit("b", [3, 4], adapter="d1"))
     engine.step()
-    engine.unload_adapter(protocol.UnloadAdapter("d1"))
-    assert set(engine.store.weights) == {"d0", "d1"}
+    engine.unload_adapter("d1")
+    assert set(engine.versions.weights) == {"d0", "d1"}
     found = finish(engine)
     assert len(tokens(found["b", 0])) == 8
-    assert set(engine.store.weights) == {"d0"}
+    assert set(engine.versions.weights) == {"d0"}
     engine.step()
     engine.submit(submit("late", [3], adapter="d1"))
     assert finish(engine)["late", 0][0].error_code == "adapter_not_loaded"
-
-
-def test_an_adapter_that_finds_no_room_on_the_disk_fails_alone(
-    base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = create(base)
-    folder = save_adapter(base, ADAPTERS[0], tmp_path / "adapter", seed=0)
-    load = protocol.LoadAdapter("d", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no-such-folder"))
-    engine.submit(submit("running", [3]))
-    engine.step()
-    answer = engine.load_adapter(load)
-    assert isinstance(answer, protocol.AdapterFailed)
-    assert (answer.digest, answer.code) == ("d", "load_failed")
-    assert len(tokens(finish(engine)["running", 0])) == 8
-    monkeypatch.undo()
-    assert isinstance(engine.load_adapter(load), protocol.AdapterLoaded)
 
 
 def test_a_weight_that_fp32_cannot_hold_is_refused(base: nn.Module) -> None:

@@ -74,7 +74,7 @@ TO_ENGINE: list[protocol.ToEngine] = [
     ),
     protocol.Cancel("r", 1),
     protocol.Cancel("r"),
-    protocol.LoadAdapter("d", "/a"),
+    protocol.LoadAdapter("d", "/a", "0" * 64),
     protocol.UnloadAdapter("d"),
     protocol.Shutdown(),
 ]
@@ -82,7 +82,9 @@ TO_API: list[protocol.ToApi] = [
     protocol.Loading("base", 0.5),
     protocol.Ready(BASE),
     protocol.Fatal("no"),
-    protocol.AdapterLoaded(digest="d", rank=8, targets=["q_proj"], parameters=1, bytes=2, load_seconds=0.5),
+    protocol.AdapterLoaded(digest="d", bytes=2, load_seconds=0.5),
+    protocol.AdapterUnloaded("d"),
+    protocol.SlotsChanged(["d", "e"]),
     protocol.AdapterFailed(digest="d", code="c", message="m"),
     protocol.StepDone([ROW, protocol.RowOutput(id="s")], STATS),
 ]

@@ -22,6 +22,9 @@ LENGTH_MULTIPLE = 64
 """Contexts are padded to this many tokens, so that vectorized reductions have no ragged tail."""
 QUERY_CHUNK = 128
 """Tokens whose scores are held at once; bounds the memory of a long prefill."""
+QUERY_MULTIPLE = 32
+"""Rows of the half-precision products on the CPU are padded to this many: oneDNN keeps close to a megabyte
+of compiled kernel for every shape that it meets."""
 FP32_ROWS = 32
 FP32_KEYS = 256
 """The one shape of fp32 products on the CPU; contexts are padded to a multiple of FP32_KEYS there."""
@@ -35,8 +38,9 @@ class UnsupportedAttentionError(Exception):
 class Context:
     """Queries at packed rows `start:stop` and the KV slots that they may see.
 
-    `slots` is [rows, length] for decodes (one query a row) or [length] for one prefill segment;
-    `positions` [queries] are the queries' own positions: a query sees keys at positions up to its own.
+    `slots` is [rows, length] for decodes (one query a row, and perhaps padding rows after them) or [length]
+    for one prefill segment; `positions` [queries] are the queries' own positions: a query sees keys at
+    positions up to its own.
     """
 
     start: int
@@ -171,10 +175,11 @@ def _decode(
     flat = context.slots.view(-1)
     k = keys.index_select(1, flat).view(kv_heads, rows, length, -1)
     v = values.index_select(1, flat).view(kv_heads, rows, length, -1)
-    part = q[:, context.start : context.stop]
+    count = context.stop - context.start
+    part = nn.functional.pad(q[:, context.start : context.stop], (0, 0, 0, rows - count))
     grouped = part.reshape(kv_heads, -1, rows, part.shape[-1]).transpose(1, 2)
     mixed = _attend(grouped, k, v, context.hidden(scores.window)[:, None], scores)
-    out[context.start : context.stop] = mixed.permute(1, 0, 2, 3).reshape(rows, q.shape[0], -1)
+    out[context.start : context.stop] = mixed.permute(1, 0, 2, 3).reshape(rows, q.shape[0], -1)[:count]
 
 
 def _prefill(
@@ -202,10 +207,23 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: _Scores
 ) -> torch.Tensor:
     """q [..., m, d], k, v [..., length, d], hidden broadcastable to [..., m, length] -> [..., m, d of v]."""
-    if q.dtype == torch.float32 and q.device.type == "cpu":
+    if q.device.type == "cpu" and q.dtype == torch.float32:
         return _attend_fixed(q, k, v, hidden, scores)
+    if q.device.type == "cpu" and hidden.shape[-2] > 1:
+        return _attend_padded(q, k, v, hidden, scores)
     weights = scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden)
     return torch.matmul(weights, v)
+
+
+def _attend_padded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: _Scores
+) -> torch.Tensor:
+    """The same with queries padded to a multiple of QUERY_MULTIPLE; padding sees every key."""
+    count = q.shape[-2]
+    padding = (0, 0, 0, -count % QUERY_MULTIPLE)
+    q, hidden = nn.functional.pad(q, padding), nn.functional.pad(hidden, padding)
+    weights = scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden)
+    return torch.matmul(weights, v)[..., :count, :]
 
 
 def _attend_fixed(

@@ -105,10 +105,11 @@ class Packer:
         slots = blocks[:, None] * self._block_size + np.arange(self._block_size)
         return slots.reshape(-1)[: segment.stop]
 
-    def _padded_slots(self, tables: Sequence[np.ndarray]) -> np.ndarray:
+    def _padded_slots(self, tables: Sequence[np.ndarray], rows: int) -> np.ndarray:
+        """KV slots [rows, length]; what no table fills points at zeros."""
         longest = max(len(table) for table in tables)
         length = -(-longest // self._length_multiple) * self._length_multiple
-        slots = np.full((len(tables), length), ZERO_BLOCK, dtype=np.int64)
+        slots = np.full((rows, length), ZERO_BLOCK, dtype=np.int64)
         for row, table in enumerate(tables):
             slots[row, : len(table)] = table
         return slots
@@ -117,14 +118,16 @@ class Packer:
         contexts: list[Context] = []
         for first, last in _decode_groups([segment.stop for segment in decodes]):
             some = decodes[first:last]
-            slots = self._padded_slots([tables[id(segment.row)] for segment in some])
-            positions = np.array([segment.start for segment in some], dtype=np.int64)
+            rows = _decode_rows(len(some)) if self._tiled else len(some)
+            slots = self._padded_slots([tables[id(segment.row)] for segment in some], rows)
+            positions = np.zeros(rows, dtype=np.int64)
+            positions[: len(some)] = [segment.start for segment in some]
             contexts.append(Context(first, last, self._tensor(slots), self._tensor(positions)))
         return contexts
 
     def _prefill_context(self, start: int, segment: Segment, table: np.ndarray) -> Context:
         positions = np.arange(segment.start, segment.stop, dtype=np.int64)
-        slots = self._padded_slots([table])[0]
+        slots = self._padded_slots([table], 1)[0]
         return Context(start, start + segment.length, self._tensor(slots), self._tensor(positions))
 
     def _logit_rows(
@@ -207,6 +210,11 @@ class Packer:
 
     def _column(self, values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+
+def _decode_rows(count: int) -> int:
+    """Rows of a decode context on the CPU, with padding: few numbers, so that few kernels are compiled."""
+    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
 
 
 def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
