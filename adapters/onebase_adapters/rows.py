@@ -1,37 +1,16 @@
-"""Which adapters act on which packed rows of a step, and the matrices they act with."""
+"""Which adapters act on which packed rows of a step."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 
+from onebase_adapters.weights import LoraWeights as LoraWeights
+
 TILE = 32
 """Rows of every product on the CPU. oneDNN's bf16 kernels agree for any count up to 32 (not from 33),
 MKL's fp32 kernels only for equal counts."""
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """One module's matrices, fp32: `a` [rank, in], `b` [out, rank]. For an embedding `a` is [vocab, rank]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[1]
-
-    def to(self, device: torch.device) -> LoraWeights:
-        return LoraWeights(self.a.to(device), self.b.to(device), self.scale)
-
-    def folded(self) -> LoraWeights:
-        """The same with the scale in B where that changes no bit: when it is a power of two (most are)."""
-        scaled = self.b * self.scale
-        exact = math.frexp(self.scale)[0] == 0.5 and bool(torch.isfinite(scaled).all())
-        return LoraWeights(self.a, scaled, 1.0) if exact else self
 
 
 @dataclass(frozen=True)
