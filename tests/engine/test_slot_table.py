@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.engine.scheduling import World, make_row
 
 from onebase_server.engine.row import Row
@@ -129,3 +131,53 @@ def test_a_version_in_use_is_not_evicted() -> None:
     assert table.slot_of == {}
     assert table.moves == {0: None}
     assert table.evict("a")
+
+
+SIZES = {"a": 10, "b": 20, "c": 30, "d": 60, "e": 90}
+
+
+def held(table: SlotTable) -> int:
+    return sum(SIZES[digest] for digest in table.slot_of)
+
+
+def test_idle_versions_leave_until_the_new_one_fits_in_the_memory_of_the_slots() -> None:
+    table = SlotTable(8, 100, SIZES.__getitem__)
+    for arrival, digest in enumerate("abd"):
+        user = row(arrival, digest)
+        assert table.acquire(user)
+        table.release(user)
+    assert table.acquire(row(9, "c"))
+    assert set(table.slot_of) == {"d", "c"}, "a and b, used longest ago, made room"
+
+
+def test_only_slots_that_cover_the_missing_bytes_are_closed_for_a_version_that_waits() -> None:
+    table = SlotTable(8, 100, SIZES.__getitem__)
+    users = {digest: row(arrival, digest) for arrival, digest in enumerate("abd")}
+    for user in users.values():
+        assert table.acquire(user)
+    waiting = row(10, "c")
+    assert not table.acquire(waiting)
+    late = {digest: table.acquire(row(20 + i, digest)) for i, digest in enumerate("abd")}
+    assert late == {"a": False, "b": False, "d": True}
+    for digest in "ab":
+        table.release(users[digest])
+    assert table.acquire(waiting)
+    assert set(table.slot_of) >= {"c", "d"}
+    assert held(table) <= 100
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(SIZES)), st.booleans()), max_size=60), st.integers(1, 4))
+def test_slots_never_hold_more_bytes_than_they_may(events: list[tuple[str, bool]], slots: int) -> None:
+    table = SlotTable(slots, 100, SIZES.__getitem__)
+    running: list[Row] = []
+    for arrival, (digest, release) in enumerate(events):
+        if release and running:
+            table.forget(running.pop(0))
+        new = row(arrival, digest)
+        if table.acquire(new):
+            running.append(new)
+            assert digest in table.slot_of
+        else:
+            table.forget(new)
+        assert held(table) <= 100
+        assert all(set(user.mix.digests) <= set(table.slot_of) for user in running)

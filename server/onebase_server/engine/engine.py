@@ -56,6 +56,7 @@ class Engine:
         kv_blocks: int,
         block_size: int = 16,
         slots: int = 8,
+        slot_memory: int = 0,
         eos_ids: frozenset[int] = frozenset(),
         model: ServedModel | None = None,
     ) -> None:
@@ -66,9 +67,9 @@ class Engine:
         self.model = model if model is not None else ServedModel(base, slots)
         self.model.allocate_kv(kv_blocks, block_size)
         self.pool = BlockPool(kv_blocks, block_size)
-        self.slots = SlotTable(slots)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self.versions = Versions()
+        self.slots = SlotTable(slots, slot_memory, self.versions.size)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self.counters = Counters()
         self._packer = Packer(
             block_size,
@@ -100,7 +101,7 @@ class Engine:
             check_tokens(request, self._vocabulary)
             check_scores(request)
             check_weights(mix)
-            self.versions.check(mix)
+            self.versions.check(mix, self.slots.budget)
         except NeverFitsError as error:
             for choice in range(request.n):
                 self._outputs.append(

@@ -29,6 +29,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     max_rank: int = 64
     max_slots: int = 8
+    slot_memory: int = 0
+    """Bytes of the versions in slots; 0 sets no limit but `max_slots`."""
     max_rows: int = 64
     max_length: int = 0
     """Longest prompt plus completion, in tokens; 0 takes the base's own limit."""

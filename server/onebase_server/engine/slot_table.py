@@ -2,11 +2,13 @@
 
 A version stays in its slot until another needs the place; the least recently used idle one goes first.
 When every slot is in use, the oldest waiting row claims slots: rows that came after it may no longer
-join them, so they fall idle, while all other slots go on as before. So nobody starves.
+join them, so they fall idle, while all other slots go on as before. So nobody starves. Where the slots'
+memory is limited in bytes, idle versions leave until the new one fits, and claims cover bytes too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from onebase_server.engine.row import Row
@@ -23,8 +25,13 @@ class _Slot:
 class SlotTable:
     """Slots by number. `moves` collects what the model must load before the next step."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self, capacity: int, budget: int = 0, size_of: Callable[[str], int] = lambda digest: 0
+    ) -> None:
+        """`budget` bytes hold the versions in slots, each of `size_of(digest)`; 0 is no limit."""
         self._slots = [_Slot() for _ in range(capacity)]
+        self.budget = budget
+        self._size_of = size_of
         self._clock = 0
         self.moves: dict[int, str | None] = {}
         """Slot -> digest to load, or None to empty it; the engine applies and clears it."""
@@ -54,14 +61,18 @@ class SlotTable:
             for number, slot in enumerate(self._slots)
             if not slot.users and number not in held.values() and not self._closed_to(row, slot)
         ]
-        if len(free) < len(missing):
-            self._claim(row, len(missing), keep=set(held.values()))
-            return False
         free.sort(key=lambda number: (self._slots[number].digest is not None, self._slots[number].last_used))
+        if len(free) < len(missing) or not self._fits(missing, without=free):
+            self._claim(row, missing, keep=set(held.values()))
+            return False
         for digest, number in zip(missing, free, strict=False):
             self._slots[number].digest = digest
             self.moves[number] = digest
             held[digest] = number
+        for number in free[len(missing) :]:
+            if self._fits(()):
+                break
+            self._empty(number)
         self._unclaim(row)
         self._clock += 1
         for number in held.values():
@@ -86,15 +97,27 @@ class SlotTable:
             return True
         if self._slots[number].users:
             return False
-        self._slots[number].digest = None
-        self.moves[number] = None
+        self._empty(number)
         return True
+
+    def _empty(self, number: int) -> None:
+        if self._slots[number].digest is not None:
+            self._slots[number].digest = None
+            self.moves[number] = None
+
+    def _fits(self, added: Iterable[str], without: Sequence[int] = ()) -> bool:
+        """Whether the versions in slots and `added` fit in the budget, once the slots `without` are empty."""
+        if not self.budget:
+            return True
+        kept = [slot.digest for number, slot in enumerate(self._slots) if number not in without]
+        held = [digest for digest in kept if digest is not None]
+        return sum(self._size_of(digest) for digest in (*held, *added)) <= self.budget
 
     def _closed_to(self, row: Row, slot: _Slot) -> bool:
         claimant = slot.claimed_by
         return claimant is not None and claimant is not row and claimant.arrival < row.arrival
 
-    def _claim(self, row: Row, count: int, keep: set[int]) -> None:
+    def _claim(self, row: Row, missing: Sequence[str], keep: set[int]) -> None:
         """Reserve the slots with the fewest users, idle ones first, unless this or an older row has a claim.
 
         A younger row's claim gives way: a preempted row may come back to find one, and would otherwise
@@ -107,7 +130,14 @@ class SlotTable:
             slot.claimed_by = None
         candidates = [number for number in range(self.capacity) if number not in keep]
         candidates.sort(key=lambda number: (len(self._slots[number].users), self._slots[number].last_used))
-        for number in candidates[:count]:
+        claimed: list[int] = []
+        for number in candidates:
+            enough = len(claimed) >= len(missing)
+            if enough and self._fits(missing, without=claimed):
+                break
+            if enough and self._slots[number].digest is None:
+                continue  # an empty slot frees no bytes
+            claimed.append(number)
             self._slots[number].claimed_by = row
         for number in keep:
             self._slots[number].claimed_by = row

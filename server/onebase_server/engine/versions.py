@@ -15,6 +15,7 @@ class Versions:
 
     def __init__(self) -> None:
         self.weights: dict[str, Mapping[str, LoraWeights]] = {}
+        self._sizes: dict[str, int] = {}
         self._leaving: set[str] = set()
         self._dropped: list[str] = []
 
@@ -27,6 +28,7 @@ class Versions:
 
     def put(self, digest: str, weights: Mapping[str, LoraWeights]) -> None:
         """Take a version in; its scales go into B where that changes no bit."""
+        self._sizes[digest] = sum(w.a.nbytes + w.b.nbytes for w in weights.values())
         self.weights[digest] = {name: w.folded() for name, w in weights.items()}
         self._leaving.discard(digest)
 
@@ -40,7 +42,7 @@ class Versions:
         for digest in list(self._leaving - in_use):
             if slots.evict(digest):
                 self._leaving.discard(digest)
-                del self.weights[digest]
+                del self.weights[digest], self._sizes[digest]
                 self._dropped.append(digest)
 
     def take_dropped(self) -> list[str]:
@@ -48,10 +50,22 @@ class Versions:
         dropped, self._dropped = self._dropped, []
         return dropped
 
-    def check(self, mix: AdapterMix) -> None:
-        """Raise NeverFitsError when a row's adapters are not here."""
+    def size(self, digest: str) -> int:
+        """Bytes of a version's tensors."""
+        return self._sizes[digest]
+
+    def check(self, mix: AdapterMix, slot_budget: int = 0) -> None:
+        """Raise NeverFitsError when a row's adapters are not here, or can never be in slots together."""
         for digest in mix.digests:
             if digest not in self.weights or digest in self._leaving:
                 raise NeverFitsError(
                     "adapter_not_loaded", "adapter", f"adapter version {digest[:12]} is not loaded"
                 )
+        needed = sum(self._sizes[digest] for digest in mix.digests)
+        if slot_budget and needed > slot_budget:
+            raise NeverFitsError(
+                "slot_memory_exceeded",
+                "adapter",
+                f"the adapters of this request take {needed} bytes in slots and there are {slot_budget}; "
+                "raise --slot-memory",
+            )
