@@ -1,0 +1,95 @@
+"""Which version is active: activation, rolling back, and the history of both. Inside a write transaction."""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.errors import (
+    NothingToRollBackError,
+    NotReadyError,
+    StaleActivationError,
+)
+from onebase_adapters.registry.mapping import plain
+from onebase_adapters.registry.records import Action, Unset
+from onebase_adapters.registry.tables import AdapterRow, HistoryRow, PreviousRow, VersionRow
+
+
+def check_expected(adapter: AdapterRow, expected: str | Unset | None) -> None:
+    """Raise StaleActivationError unless `expected` is what is active, or was not given."""
+    if isinstance(expected, Unset) or expected == adapter.active:
+        return
+    raise StaleActivationError(
+        f"The active version of {adapter.name!r} is {adapter.active or 'none'}, not {expected or 'none'}: "
+        "look at it and decide again.",
+        adapter.active,
+    )
+
+
+def activate(session: Session, adapter: AdapterRow, version: VersionRow, actor: str, at: float) -> None:
+    """Make `version` active, unless it is so already; what was active goes onto the stack."""
+    if version.state != "ready":
+        raise NotReadyError(
+            f"Version {version.digest} of {adapter.name!r} is {version.state}: "
+            "only a ready one can be activated.",
+            version.state,
+        )
+    if adapter.active == version.digest:
+        return
+    _push_active(session, adapter)
+    _switch(session, adapter, version.digest, "activate", actor, at)
+
+
+def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
+    """Make the version active that was so before the current one was activated, and take it off the stack.
+
+    Entries that cannot be active now (not ready any more, or the active version itself) are passed over.
+    """
+    stack = session.execute(
+        select(PreviousRow, VersionRow)
+        .join(VersionRow, VersionRow.id == PreviousRow.version_id)
+        .where(PreviousRow.adapter_id == adapter.id)
+        .order_by(PreviousRow.id.desc())
+    ).all()
+    for previous, version in stack:
+        if version.state == "ready" and version.digest != adapter.active:
+            session.execute(
+                delete(PreviousRow).where(PreviousRow.adapter_id == adapter.id, PreviousRow.id >= previous.id)
+            )
+            _switch(session, adapter, version.digest, "rollback", actor, at)
+            return
+    raise NothingToRollBackError(
+        f"{adapter.name!r} has no earlier version to roll back to: activate one by its digest."
+    )
+
+
+def deactivate(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
+    """Nothing is active from now on; rolling back brings the version back that was."""
+    if adapter.active is None:
+        return
+    _push_active(session, adapter)
+    _switch(session, adapter, None, "deactivate", actor, at)
+
+
+def _push_active(session: Session, adapter: AdapterRow) -> None:
+    active = session.scalar(
+        select(VersionRow.id).where(VersionRow.adapter_id == adapter.id, VersionRow.digest == adapter.active)
+    )
+    if active is not None:
+        session.add(PreviousRow(adapter_id=adapter.id, version_id=active))
+
+
+def _switch(
+    session: Session, adapter: AdapterRow, digest: str | None, action: Action, actor: str, at: float
+) -> None:
+    session.add(
+        HistoryRow(
+            adapter_id=adapter.id,
+            action=action,
+            version=digest,
+            previous=adapter.active,
+            actor=plain(actor),
+            at=at,
+        )
+    )
+    adapter.active = digest

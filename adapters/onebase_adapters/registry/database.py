@@ -1,0 +1,175 @@
+"""The registry's database: connections, transactions, migrations, and what its errors mean."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, select, text, update
+from sqlalchemy.orm import Session
+
+from onebase_adapters.redaction import redacted, without_secrets
+from onebase_adapters.registry.errors import RegistryBusyError, RegistryError, RegistryFullError
+from onebase_adapters.registry.tables import ChangeCounter
+
+_WAIT_SECONDS = 30.0
+_COUNTER_ID = 1
+_MIGRATION_LOCK = 0x6F6E_6562_6173_65  # "onebase", for pg_advisory_xact_lock
+_DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
+_READ = "onebase_read"
+
+
+class Database:
+    """One engine for a SQLite file or a PostgreSQL database; raises only RegistryError and its kinds."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.place = redacted(url)
+        with self.errors("opening the registry"):
+            parsed = make_url(url)
+            backend = parsed.get_backend_name()
+            if backend not in ("sqlite", "postgresql"):
+                raise RegistryError(f"{self.place}: the registry is a sqlite:/// or a postgresql:// URL.")
+            self._file = Path(parsed.database or "").expanduser().absolute() if backend == "sqlite" else None
+            if self._file is not None:
+                if not parsed.database or parsed.database == ":memory:":
+                    raise RegistryError("sqlite:///: the registry needs a file, which outlives the server.")
+                parsed = parsed.set(database=str(self._file))
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            elif parsed.drivername == "postgresql":
+                parsed = parsed.set(drivername="postgresql+psycopg")
+            self.engine = self._sqlite(parsed) if self._file else self._postgresql(parsed)
+            level = {} if self._file else {"isolation_level": "REPEATABLE READ"}
+            self._reading = self.engine.execution_options(**level, **{_READ: True})
+
+    def _sqlite(self, url: Any) -> Engine:
+        engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS}, hide_parameters=True)
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+
+    def _postgresql(self, url: Any) -> Engine:
+        return create_engine(
+            url,
+            pool_pre_ping=True,
+            hide_parameters=True,
+            connect_args={"connect_timeout": int(_WAIT_SECONDS)},
+        )
+
+    @contextmanager
+    def write(self) -> Iterator[tuple[Session, int]]:
+        """A transaction that excludes other writers, and the change counter it will leave behind."""
+        with self.errors("writing"), Session(self.engine) as session, session.begin():
+            counter = session.scalar(
+                update(ChangeCounter)
+                .where(ChangeCounter.id == _COUNTER_ID)
+                .values(value=ChangeCounter.value + 1)
+                .returning(ChangeCounter.value)
+            )
+            if counter is None:
+                raise RegistryError(f"{self.place} has no change counter: it was not migrated.")
+            yield session, counter
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that sees one state throughout."""
+        with self.errors("reading"), Session(self._reading) as session:
+            yield session
+
+    def counter(self, session: Session | None = None) -> int:
+        """The change counter, as the transaction sees it or now."""
+        if session is None:
+            with self.read() as own:
+                return self.counter(own)
+        value = session.scalar(select(ChangeCounter.value).where(ChangeCounter.id == _COUNTER_ID))
+        if value is None:
+            raise RegistryError(f"{self.place} has no change counter: it was not migrated.")
+        return value
+
+    def migrate(self) -> None:
+        """Bring the tables to this version, once, however many servers start at the same time."""
+        from alembic import command
+        from alembic.config import Config
+        from alembic.util import CommandError
+
+        config = Config()
+        config.set_main_option("script_location", "onebase_adapters.registry:migrations")
+        with self.errors("migrating"), self._alone(), self.engine.begin() as connection:
+            if self._file is None:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            config.attributes["connection"] = connection
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise RegistryError(
+                    f"{self.place} was written by another version of OneBase ({error}): "
+                    "use that or a newer one."
+                ) from None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """SQLite: nobody else on this disk switches the file to WAL or migrates it."""
+        if self._file is None:
+            yield
+            return
+        lock = os.open(f"{self._file}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            raw = sqlite3.connect(self._file, timeout=_WAIT_SECONDS)
+            try:
+                raw.execute("PRAGMA journal_mode=WAL")
+            finally:
+                raw.close()
+            yield
+        finally:
+            os.close(lock)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Errors of the database, its driver and the disk as RegistryError, without the URL's password."""
+        try:
+            yield
+        except RegistryError:
+            raise
+        except (exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+            cause = getattr(error, "orig", None) or error
+            said = without_secrets(f"{type(cause).__name__}: {cause}".strip(), self.url)
+            raise _kind(error, cause)(f"{self.place} failed while {doing}: {said}") from None
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # SQLAlchemy's own way to have BEGIN say which kind: the driver must not begin by itself.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("foreign_keys=ON", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A writer takes the lock at once: one that had read first could not, if another wrote meanwhile."""
+    reads = connection.get_execution_options().get(_READ, False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _kind(error: Exception, cause: BaseException) -> type[RegistryError]:
+    if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return RegistryFullError
+    if getattr(cause, "sqlstate", None) == _DISK_FULL:
+        return RegistryFullError
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RegistryFullError
+    if isinstance(
+        error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError | sqlite3.OperationalError
+    ):
+        return RegistryBusyError
+    return RegistryError

@@ -1,0 +1,53 @@
+"""What the registry refuses, and what can go wrong with its database.
+
+RegistryError
+├── RegistryFullError         no space for the database; what was written before is whole
+├── RegistryBusyError         the database cannot be reached, or is locked for long; try again
+├── UnknownAdapterError       no adapter of that name
+├── UnknownVersionError       the adapter has no such version, or several begin like that
+├── NotReadyError             the version has not been proved, or failed
+├── StaleActivationError      another version is active than the caller expects
+└── NothingToRollBackError    no earlier version is left
+"""
+
+from __future__ import annotations
+
+
+class RegistryError(Exception):
+    """The registry could not do it; the message says why, without the database's password."""
+
+
+class RegistryFullError(RegistryError):
+    """No space is left where the database is. What was written before is whole."""
+
+
+class RegistryBusyError(RegistryError):
+    """The database cannot be reached now, or others hold it locked. The same call may work later."""
+
+
+class UnknownAdapterError(RegistryError):
+    """There is no adapter of this name for this tenant and this base."""
+
+
+class UnknownVersionError(RegistryError):
+    """The adapter has no such version, or several whose digests begin like that."""
+
+
+class NotReadyError(RegistryError):
+    """Only a version in state `ready` can be active. `state`: the one it has."""
+
+    def __init__(self, message: str, state: str) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+class StaleActivationError(RegistryError):
+    """Somebody else was faster. `current`: the digest of the version that is active now, or None."""
+
+    def __init__(self, message: str, current: str | None) -> None:
+        super().__init__(message)
+        self.current = current
+
+
+class NothingToRollBackError(RegistryError):
+    """No version was active before this one, or those that were are deleted."""

@@ -1,0 +1,1 @@
+"""The registry's schema, step by step. `Registry.migrate` runs what is missing."""

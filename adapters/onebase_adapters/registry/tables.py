@@ -1,0 +1,124 @@
+"""The tables. What is here and what the migrations make are compared in a test.
+
+`adapters` and `versions` belong to one tenant and one base; blobs are shared by all. `previous_versions` is
+the stack that rolling back walks; a deleted version leaves it by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import Double as DoubleType
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+# SQLite counts up rows by itself only for a key declared INTEGER.
+_Id = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class Table(DeclarativeBase):
+    """The base class of all tables."""
+
+    metadata = MetaData(naming_convention=NAMING)
+
+
+class ChangeCounter(Table):
+    """One row. Each write raises it first, and so waits for the writes before it."""
+
+    __tablename__ = "change_counter"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(BigInteger)
+
+
+class BaseRow(Table):
+    """A base that some server on this registry has served; for people who look at the database."""
+
+    __tablename__ = "bases"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+
+
+class AdapterRow(Table):
+    """One name of one tenant on one base."""
+
+    __tablename__ = "adapters"
+    __table_args__ = (UniqueConstraint("base_id", "tenant", "name"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    base_id: Mapped[str] = mapped_column(String)
+    tenant: Mapped[str] = mapped_column(String)
+    name: Mapped[str] = mapped_column(String)
+    active: Mapped[str | None] = mapped_column(String)
+    pinned: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    updated_at: Mapped[float] = mapped_column(DoubleType)
+    changed: Mapped[int] = mapped_column(BigInteger)
+
+    versions: Mapped[list[VersionRow]] = relationship(
+        back_populates="adapter",
+        order_by="VersionRow.id.desc()",
+        cascade="all, delete-orphan",
+        passive_deletes=True,
+    )
+
+
+class VersionRow(Table):
+    """One content under one name."""
+
+    __tablename__ = "versions"
+    __table_args__ = (UniqueConstraint("adapter_id", "digest"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    digest: Mapped[str] = mapped_column(String)
+    state: Mapped[str] = mapped_column(String, index=True)
+    config_sha256: Mapped[str] = mapped_column(String, index=True)
+    config_size: Mapped[int] = mapped_column(BigInteger)
+    weights_sha256: Mapped[str] = mapped_column(String, index=True)
+    weights_size: Mapped[int] = mapped_column(BigInteger)
+    prepared_sha256: Mapped[str | None] = mapped_column(String, index=True)
+    prepared_size: Mapped[int | None] = mapped_column(BigInteger)
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    modules: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+    source: Mapped[dict[str, Any]] = mapped_column(JSON)
+    error_code: Mapped[str | None] = mapped_column(String)
+    error_message: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    created_by: Mapped[str] = mapped_column(String)
+    finished_at: Mapped[float | None] = mapped_column(DoubleType)
+
+    adapter: Mapped[AdapterRow] = relationship(back_populates="versions")
+
+
+class PreviousRow(Table):
+    """One entry of an adapter's stack: the version that was active before a later activation."""
+
+    __tablename__ = "previous_versions"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), index=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), index=True)
+
+
+class HistoryRow(Table):
+    """One change of an adapter's active version; kept when the version is deleted."""
+
+    __tablename__ = "history"
+    __table_args__ = (Index(None, "adapter_id", "id"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    action: Mapped[str] = mapped_column(String)
+    version: Mapped[str | None] = mapped_column(String)
+    previous: Mapped[str | None] = mapped_column(String)
+    actor: Mapped[str] = mapped_column(String)
+    at: Mapped[float] = mapped_column(DoubleType)
