@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
+from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.loader import LoadedAdapter, load_adapter
 from onebase_adapters.view import view
 
 _SIZES: dict[str, Any] = {
@@ -94,3 +96,8 @@ def save_adapter(
                 parameter.normal_(0, std)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+def load_folder(base: torch.nn.Module, folder: Path, max_rank: int = 64) -> LoadedAdapter:
+    """The adapter whose two files lie in `folder`."""
+    return load_adapter(base, folder / CONFIG_FILE, folder / WEIGHTS_FILE, max_rank)

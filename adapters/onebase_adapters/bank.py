@@ -1,92 +1,192 @@
-"""All slots of one layer as two matrices, so that a mixed batch costs two products whatever is in it."""
+"""All plain LoRAs of one layer as a few pairs of matrices, so that a mixed batch costs few products.
+
+Adapters lie together by rank: those whose ranks round up to the same power of two share a `Bank`, so that
+one of rank 256 costs the others nothing, and rows without it nothing either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import torch
 from torch.nn import functional
 
-from onebase_adapters.rows import TILE, LoraWeights, Stack
+from onebase_adapters.rows import TILE, Stack
+from onebase_adapters.weights import LoraWeights
 
 MAX_TILED_BANK = 1024
 """Columns up to which the stack beats each slot's own products on the CPU."""
+SMALLEST_BUCKET = 8
+
+
+def bucket(rank: int) -> int:
+    """The rank that an adapter of `rank` is padded to: a power of two, at least SMALLEST_BUCKET."""
+    return max(SMALLEST_BUCKET, 1 << (rank - 1).bit_length())
 
 
 class Bank:
-    """`a` [slots * rank, in] and `b` [out, slots * rank], the latter with the scale.
+    """The adapters of one bucket: `a` [places * rank, in] and `b` [out, places * rank], with the scale in b.
 
-    Its rank is that of the largest adapter at its making, rounded up to a multiple of 8; smaller ones are
-    padded by zeros. Its `b` holds finite numbers only (`load_adapter` refuses others): a row's idle slots
-    give 0 * b there.
+    Places double when all are taken and halve when three quarters are free. `b` holds finite numbers only
+    (`load_adapter` refuses others): a row's idle places give 0 * b there.
     """
 
-    def __init__(self, slots: Sequence[LoraWeights | None]) -> None:
-        """`slots` holds at least one adapter."""
-        present = [weights for weights in slots if weights is not None]
-        self.rank = -(-max(weights.rank for weights in present) // 8) * 8
-        self.width = len(slots) * self.rank
-        self.a = present[0].a.new_zeros(self.width, present[0].a.shape[1])
-        self.b = present[0].b.new_zeros(present[0].b.shape[0], self.width)
-        for slot, weights in enumerate(slots):
-            self.put(slot, weights)
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.places: tuple[int | None, ...] = (None,)
+        """The slot at each place."""
+        self._matrices: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def width(self) -> int:
+        return len(self.places) * self.rank
+
+    @property
+    def slots(self) -> list[int]:
+        return [slot for slot in self.places if slot is not None]
+
+    @property
+    def built(self) -> bool:
+        return self._matrices is not None
+
+    def add(self, slot: int, weights: LoraWeights) -> None:
+        """Take a slot in that is not here yet."""
+        if None not in self.places:
+            self._resize(2 * len(self.places))
+        place = self.places.index(None)
+        self._write(place, weights)
+        self.places = (*self.places[:place], slot, *self.places[place + 1 :])
+
+    def remove(self, slot: int) -> None:
+        """Empty the slot's place."""
+        place = self.places.index(slot)
+        self._write(place, None)
+        self.places = (*self.places[:place], None, *self.places[place + 1 :])
+        if 1 < len(self.places) >= 4 * len(self.slots):
+            self._resize(len(self.places) // 2)
+
+    @torch.inference_mode()
+    def build(self, slots: Sequence[LoraWeights | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices, from the weights of all slots of the layer; made when first wanted."""
+        if self._matrices is None:
+            some = next(weights for slot in self.slots if (weights := slots[slot]) is not None)
+            self._matrices = (
+                some.a.new_zeros(self.width, some.a.shape[1]),
+                some.b.new_zeros(some.b.shape[0], self.width),
+            )
+            for place, slot in enumerate(self.places):
+                if slot is not None:
+                    self._write(place, slots[slot])
+        return self._matrices
+
+    def delta(self, x: torch.Tensor, stack: Stack, slots: Sequence[LoraWeights | None]) -> torch.Tensor:
+        """The sum of each row's terms, [rows, out] fp32, for rows `x` [rows, in] fp32."""
+        a, b = self.build(slots)
+        mask, weight = stack.expanded(self.rank, self.places)
+        # `where`, not a product: 0 * inf of one adapter would poison its neighbours.
+        hidden = torch.where(mask, functional.linear(x, a), 0.0)
+        return functional.linear(hidden if stack.plain else hidden * weight, b)
+
+    @torch.inference_mode()
+    def _write(self, place: int, weights: LoraWeights | None) -> None:
+        if self._matrices is None:
+            return
+        a, b = self._matrices
+        columns = slice(place * self.rank, (place + 1) * self.rank)
+        a[columns].zero_()
+        b[:, columns].zero_()
+        if weights is not None:
+            a[columns.start : columns.start + weights.rank] = weights.a
+            b[:, columns.start : columns.start + weights.rank] = weights.b * weights.scale
+
+    @torch.inference_mode()
+    def _resize(self, count: int) -> None:
+        """Move the slots that are here to `count` places, the first ones."""
+        kept = [place for place, slot in enumerate(self.places) if slot is not None]
+        old, self._matrices = self._matrices, None
+        if old is not None:
+            a, b = old
+            new = a.new_zeros(count * self.rank, a.shape[1]), b.new_zeros(b.shape[0], count * self.rank)
+            for target, place in enumerate(kept):
+                to, source = (slice(p * self.rank, (p + 1) * self.rank) for p in (target, place))
+                new[0][to], new[1][:, to] = a[source], b[:, source]
+            self._matrices = new
+        slots = self.slots
+        self.places = (*slots, *[None] * (count - len(slots)))
+
+
+class Banks:
+    """The banks of one layer, by bucket. The matrices of a bank are made when first wanted."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots: list[LoraWeights | None] = [None] * slots
+        self.by_rank: dict[int, Bank] = {}
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
-        """Overwrite one slot's part; None empties it."""
-        start = slot * self.rank
-        self.a[start : start + self.rank].zero_()
-        self.b[:, start : start + self.rank].zero_()
+        """Take a slot's plain LoRA in, or forget it with None."""
+        old = self._slots[slot]
+        self._slots[slot] = weights
+        if old is not None:
+            bank = self.by_rank[bucket(old.rank)]
+            bank.remove(slot)
+            if not bank.slots:
+                del self.by_rank[bank.rank]
         if weights is not None:
-            self.a[start : start + weights.rank] = weights.a
-            self.b[:, start : start + weights.rank] = weights.b * weights.scale
+            rank = bucket(weights.rank)
+            self.by_rank.setdefault(rank, Bank(rank)).add(slot, weights)
 
-    def delta(self, x: torch.Tensor, stack: Stack) -> torch.Tensor:
-        """The sum of each row's terms, [rows, out] fp32, for rows `x` [rows, in] fp32."""
-        mask, weight = stack.expanded(self.rank)
-        # `where`, not a product: 0 * inf of one adapter would poison its neighbours.
-        hidden = torch.where(mask, functional.linear(x, self.a), 0.0)
-        return functional.linear(hidden if stack.plain else hidden * weight, self.b)
+    @property
+    def width(self) -> int:
+        """Columns of all banks."""
+        return sum(bank.width for bank in self.by_rank.values())
 
-    def is_exact(self, rank: int, known: MutableMapping[tuple[int, ...], bool]) -> bool:
-        """Whether, for TILE rows and adapters of `rank`, the stack gives the bits of a slot's own products.
+    def used(self, stack: Stack) -> Iterator[Bank]:
+        """The banks that any row of the stack needs."""
+        for bank in self.by_rank.values():
+            if any(map(stack.uses, bank.places)):
+                yield bank
 
-        The library chooses its order of summation by shape, so this is tried once per shape, with random
-        numbers in every slot, and remembered in `known`.
+    def delta(self, x: torch.Tensor, stack: Stack) -> torch.Tensor | None:
+        """The sum of each row's terms, [rows, out] fp32, for rows `x` [rows, in] fp32; None without any."""
+        total: torch.Tensor | None = None
+        for bank in self.used(stack):
+            delta = bank.delta(x, stack, self._slots)
+            total = delta if total is None else total + delta
+        return total
+
+    def exact(self, known: MutableMapping[tuple[int, ...], bool]) -> bool:
+        """Whether, for TILE rows, the banks give the very bits of each slot's own products.
+
+        Not where a scale needs a multiplication of its own, nor where the library sums in another order: it
+        chooses its order by shape, so that is tried once per shape and remembered in `known`.
         """
-        key = (*self.a.shape, self.b.shape[0], self.rank, rank)
+        present = [weights for weights in self._slots if weights is not None]
+        if self.width > MAX_TILED_BANK or any(weights.scale != 1.0 for weights in present):
+            return False
+        return all(self._is_exact(weights, known) for weights in present)
+
+    def _is_exact(self, weights: LoraWeights, known: MutableMapping[tuple[int, ...], bool]) -> bool:
+        places = len(self.by_rank[bucket(weights.rank)].places)
+        key = (places, weights.a.shape[1], weights.b.shape[0], weights.rank)
         if key not in known:
-            known[key] = self._try_slots(rank)
+            known[key] = _try_places(*key)
         return known[key]
 
-    def _try_slots(self, rank: int) -> bool:
-        generator = torch.Generator().manual_seed(rank)
-        size_in, size_out, slots = self.a.shape[1], self.b.shape[0], self.width // self.rank
-        x = torch.randn(TILE, size_in, generator=generator)
-        own = [
-            LoraWeights(
-                torch.randn(rank, size_in, generator=generator),
-                torch.randn(size_out, rank, generator=generator),
-                1.0,
-            )
-            for _ in range(slots)
-        ]
-        bank = Bank(own) if self.rank == -(-rank // 8) * 8 else _padded(own, self.rank)
-        for slot, weights in enumerate(own):
-            weight = torch.zeros(TILE, slots)
-            weight[:, slot] = 1.0
-            expected = functional.linear(functional.linear(x, weights.a), weights.b)
-            if not torch.equal(bank.delta(x, Stack(0, TILE, weight, plain=True)), expected):
-                return False
-        return True
 
-
-def _padded(slots: Sequence[LoraWeights], rank: int) -> Bank:
-    """A bank of a larger rank than its adapters have."""
-    first = slots[0]
-    wide = LoraWeights(
-        first.a.new_zeros(rank, first.a.shape[1]), first.b.new_zeros(first.b.shape[0], rank), 1.0
-    )
-    bank = Bank([wide] * len(slots))
-    for slot, weights in enumerate(slots):
-        bank.put(slot, weights)
-    return bank
+def _try_places(places: int, size_in: int, size_out: int, rank: int) -> bool:
+    """Whether a bank of `places` adapters of `rank`, with random numbers, gives each one's own bits."""
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn(TILE, size_in, generator=draw)
+    own: list[LoraWeights | None] = []
+    bank = Bank(bucket(rank))
+    for slot in range(places):
+        a, b = torch.randn(rank, size_in, generator=draw), torch.randn(size_out, rank, generator=draw)
+        own.append(LoraWeights(a, b, 1.0))
+        bank.add(slot, LoraWeights(a, b, 1.0))
+    for slot, weights in enumerate(own):
+        weight = torch.zeros(TILE, places)
+        weight[:, slot] = 1.0
+        expected = functional.linear(functional.linear(x, weights.a), weights.b)  # type: ignore[union-attr]
+        if not torch.equal(bank.delta(x, Stack(0, TILE, weight, plain=True), own), expected):
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""From a PEFT folder to matrices: PEFT itself loads the canonical folder on a view of the base.
+"""From a PEFT adapter's two files to finished tensors: PEFT itself loads the canonical folder on a view.
 
 So key mapping, scaling and dtypes are PEFT's own, and the loaded tree is at the same time the
 reference against which each served module is compared.
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import BaseChangedError, base_tensors, fingerprint
-from onebase_adapters.format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterFormatError,
-    AdapterSpec,
-    LayerShape,
-    canonicalize,
-)
-from onebase_adapters.rows import LoraWeights
-from onebase_adapters.slots import input_embedding
+from onebase_adapters.base import BaseChangedError, fingerprint
+from onebase_adapters.extract import extract
+from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
+from onebase_adapters.slots import hidden_norms, input_embedding, output_head
 from onebase_adapters.view import view
+from onebase_adapters.weights import (
+    AdapterWeights,
+    LoraWeights,
+    ModuleWeights,
+    TokenRows,
+    tensors_of,
+    weights_bytes,
+)
 
 _NAME = "version"
 
@@ -36,55 +37,66 @@ class LoadedAdapter:
     """One version in host memory, ready for a slot."""
 
     spec: AdapterSpec
-    weights: Mapping[str, LoraWeights]
+    weights: AdapterWeights
+    reference: nn.Module
+    """PEFT's own model of it on a view of the base: what the proof compares with."""
+    changed: int
+    """Modules that change something."""
 
     @property
     def bytes(self) -> int:
-        return sum(w.a.nbytes + w.b.nbytes for w in self.weights.values())
+        return weights_bytes(self.weights)
 
 
 def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
-    """Every linear layer and the input embedding of the base, by full name."""
+    """Every linear layer, the input embedding and the norms of hidden size, by full name."""
     layers: dict[str, LayerShape] = {}
     embedding = input_embedding(base)
+    norms = {name for name, _ in hidden_norms(base)}
+    module: Any
     for name, module in base.named_modules():
+        bias = getattr(module, "bias", None) is not None
         if module is embedding:
             layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, "embedding")
         elif isinstance(module, nn.Linear):
-            layers[name] = LayerShape(module.in_features, module.out_features)
+            layers[name] = LayerShape(module.in_features, module.out_features, bias=bias)
+        elif name in norms:
+            layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)
     return layers
 
 
-def load_adapter(base: nn.Module, folder: Path, max_rank: int) -> LoadedAdapter:
-    """Validate the folder and load it through `PeftModel.from_pretrained` on a view of `base`.
+def load_adapter(
+    base: nn.Module, config_file: Path, weights_file: Path, max_rank: int, *, allow_noop: bool = False
+) -> LoadedAdapter:
+    """Validate the files and load them through `PeftModel.from_pretrained` on a view of `base`.
+
+    Args:
+        max_rank: largest rank that the server's slots hold.
+        allow_noop: accept an adapter that changes nothing.
 
     Raises:
-        AdapterFormatError: the folder is not servable, or changes nothing.
+        AdapterFormatError: the adapter is not servable, or changes nothing.
         BaseChangedError: loading wrote to the base.
     """
     before = fingerprint(base)
-    with tempfile.TemporaryDirectory(prefix="onebase-adapter-") as temporary:
-        spec = canonicalize(
-            folder / CONFIG_FILE,
-            folder / WEIGHTS_FILE,
-            adaptable_layers(base),
-            max_rank,
-            Path(temporary),
-            base_tensor=base_tensors(base).get,
-        )
-        weights = _matrices(peft_model(base, Path(temporary)))
+    own = dict(base.named_parameters(remove_duplicate=False))
+    with tempfile.TemporaryDirectory(prefix="onebase-adapter-") as folder:
+        canonical = Path(folder)
+        layers = adaptable_layers(base)
+        spec = canonicalize(config_file, weights_file, layers, max_rank, canonical, base_tensor=own.get)
+        reference = peft_model(base, canonical)
+    weights = extract(reference, _NAME)
     if fingerprint(base) != before:
-        raise BaseChangedError(f"loading {folder.name} changed the base")
-    missing = {module.name for module in spec.modules} ^ weights.keys()
-    if missing:
-        raise AdapterFormatError("unknown_module", f"PEFT does not apply {sorted(missing)[0]} on this base")
-    if not all(torch.isfinite(w.b * w.scale).all() for w in weights.values()):
-        raise AdapterFormatError("not_finite", "a lora_B times its scale overflows fp32")
-    if not any(w.scale and torch.count_nonzero(w.a) and torch.count_nonzero(w.b) for w in weights.values()):
+        raise BaseChangedError("loading an adapter changed the base")
+    _check_names(base, spec, weights)
+    for name, module in weights.items():
+        _check_finite(name, module, own)
+    changed = sum(_changes(module, base.get_submodule(name)) for name, module in weights.items())
+    if not changed and not allow_noop:
         raise AdapterFormatError(
-            "no_effect", "every product scale * B @ A is zero: the adapter would serve the bare base"
+            "no_effect", "no module changes anything: the adapter would serve the bare base"
         )
-    return LoadedAdapter(spec, weights)
+    return LoadedAdapter(spec, weights, reference, changed)
 
 
 def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
@@ -95,21 +107,46 @@ def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
     return model.eval()
 
 
-def _matrices(model: Any) -> dict[str, LoraWeights]:
-    tree = model.get_base_model()
-    matrices: dict[str, LoraWeights] = {}
-    for name, module in tree.named_modules():
-        scaling = getattr(module, "scaling", None)
-        if not isinstance(scaling, dict) or _NAME not in scaling:
-            continue
-        if _NAME in module.lora_A:
-            a, b = module.lora_A[_NAME].weight, module.lora_B[_NAME].weight
-        else:
-            a, b = module.lora_embedding_A[_NAME].T, module.lora_embedding_B[_NAME]
-        matrices[name] = LoraWeights(_in_host_memory(a), _in_host_memory(b), float(scaling[_NAME]))
-    return matrices
+def _check_names(base: nn.Module, spec: AdapterSpec, weights: AdapterWeights) -> None:
+    """PEFT acts on the modules that were validated, and on a tied head beside its embedding."""
+    wanted = {module.name for module in spec.modules}
+    embedding, head = input_embedding(base), output_head(base)
+    tied = head is not None and head.weight is embedding.weight
+    may = {name for name, module in base.named_modules() if tied and module is head}
+    differing = (wanted - weights.keys()) | (weights.keys() - wanted - may)
+    if differing:
+        raise AdapterFormatError(
+            "unknown_module", f"PEFT does not apply {sorted(differing)[0]} on this base as the files say"
+        )
 
 
-def _in_host_memory(matrix: torch.Tensor) -> torch.Tensor:
-    """PEFT puts matrices beside the base; on an accelerator only those in slots may stay there."""
-    return matrix.detach().float().cpu().contiguous()
+def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what overflows on its way from the file to the product."""
+    if isinstance(module, LoraWeights):
+        vectors = [part * module.scale for part in (module.b, module.bias) if part is not None]
+        finite = [*vectors, *([] if module.gain is None else [module.gain])]
+        problem = "a lora_B times its scale overflows fp32, or the magnitude by the norm of its row does"
+    elif isinstance(module, TokenRows):
+        finite, problem = [module.rows.to(own[f"{name}.weight"].dtype)], "a row overflows the base's dtype"
+    else:
+        finite, problem = [tensor for _, tensor in tensors_of(module)], "a tensor overflows the base's dtype"
+    if not all(torch.isfinite(tensor).all() for tensor in finite):
+        raise AdapterFormatError("not_finite", f"{name}: {problem}")
+
+
+@torch.inference_mode()
+def _changes(module: ModuleWeights, base: Any) -> bool:
+    """Whether the module's output differs from the base's for any input."""
+    if isinstance(module, LoraWeights):
+        if module.gain is not None and bool((module.gain != 1).any()):
+            return True
+        if module.bias is not None and bool((module.bias * module.scale != 0).any()):
+            return True
+        a = module.a if module.a.shape[0] == module.rank else module.a.T
+        # B @ (A @ x) is zero for a random x only where B @ A is.
+        x = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0))
+        return bool((module.scale * (module.b @ (a @ x)) != 0).any())
+    if isinstance(module, TokenRows):
+        weight = base.weight.cpu()[module.indices]
+        return not torch.equal(module.rows.to(weight.dtype), weight)
+    return any(not torch.equal(tensor, getattr(base, part).cpu()) for part, tensor in tensors_of(module))

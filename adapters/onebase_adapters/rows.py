@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional
 
 from onebase_adapters.weights import LoraWeights as LoraWeights
 
@@ -33,14 +35,32 @@ class Stack:
     weight: torch.Tensor
     plain: bool = False
     """All weights are 0 or 1."""
-    _expanded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    used: frozenset[int] | None = None
+    """Slots that act on any of the rows; None where nobody counted."""
+    _expanded: dict[tuple[int, tuple[int | None, ...]], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
+    _terms: dict[int, Term] = field(default_factory=dict)
 
-    def expanded(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask and weight, [rows, slots * rank], made once a step for each bank width."""
-        if rank not in self._expanded:
-            weight = self.weight.repeat_interleave(rank, dim=1)
-            self._expanded[rank] = (weight != 0, weight)
-        return self._expanded[rank]
+    def uses(self, slot: int | None) -> bool:
+        return slot is not None and (self.used is None or slot in self.used)
+
+    def expanded(self, rank: int, places: tuple[int | None, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask and weight, [rows, places * rank], of the slots at `places`; made once a step."""
+        key = (rank, places)
+        if key not in self._expanded:
+            idle = self.weight.shape[1]
+            columns = [idle if slot is None else slot for slot in places]
+            weight = functional.pad(self.weight, (0, 1))[:, columns].repeat_interleave(rank, dim=1)
+            self._expanded[key] = (weight != 0, weight)
+        return self._expanded[key]
+
+    def term(self, slot: int) -> Term:
+        """One slot's part of the stack."""
+        if slot not in self._terms:
+            weight = self.weight[:, slot, None]
+            self._terms[slot] = Term(slot, mask=weight != 0, weight=None if self.plain else weight)
+        return self._terms[slot]
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,16 @@ class RowMap:
     tiles: tuple[Tile, ...] = ()
     stack: Stack | None = None
 
+    def parts(
+        self, of_stack: Callable[[Stack], tuple[Term, ...]]
+    ) -> Iterator[tuple[int, int, tuple[Term, ...]]]:
+        """Packed rows and the terms that act on them, those of the stack as `of_stack` lists them."""
+        for tile in self.tiles:
+            if tile.terms:
+                yield tile.start, tile.stop, tile.terms
+        if self.stack is not None and (terms := of_stack(self.stack)):
+            yield self.stack.start, self.stack.stop, terms
+
 
 @dataclass
 class StepRows:
@@ -73,4 +103,4 @@ class StepRows:
     tokens: RowMap = RowMap()
     logits: RowMap = RowMap()
     exact_banks: dict[tuple[int, ...], bool] = field(default_factory=dict)
-    """Shapes of banks, and whether their products are bit-equal to each slot's own on this machine."""
+    """Shapes of products tried on this machine, and whether they are bit-equal to those they stand for."""

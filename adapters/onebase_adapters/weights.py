@@ -83,7 +83,7 @@ ModuleWeights = LoraWeights | SavedModule | TokenRows
 AdapterWeights = Mapping[str, ModuleWeights]
 """By the full name of the base's module."""
 
-_Module = TypeVar("_Module", LoraWeights, SavedModule, TokenRows)
+_Module = TypeVar("_Module", bound=ModuleWeights)
 
 
 def tensors_of(module: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,11 +94,16 @@ def tensors_of(module: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
             yield field.name, value
 
 
-def moved(module: _Module, device: torch.device) -> _Module:
-    """The same on `device`; the same object where it is there already."""
-    elsewhere: dict[str, Any] = {
-        name: tensor.to(device) for name, tensor in tensors_of(module) if tensor.device != device
-    }
+def moved(module: _Module, device: torch.device, copies: dict[int, torch.Tensor] | None = None) -> _Module:
+    """The same on `device`; the same object where it is there already.
+
+    `copies`: what was copied before, by `id`, so that modules which share a tensor go on sharing it.
+    """
+    copies = {} if copies is None else copies
+    elsewhere: dict[str, Any] = {}
+    for name, tensor in tensors_of(module):
+        if tensor.device != device:
+            copies[id(tensor)] = elsewhere[name] = copies.get(id(tensor), tensor.to(device))
     return replace(module, **elsewhere) if elsewhere else module
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from onebase_adapters.bank import Bank
-from onebase_adapters.rows import TILE, LoraWeights, RowMap, Stack, StepRows, Term, Tile
+from onebase_adapters.bank import Banks, bucket
+from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
 from onebase_adapters.slots import SlotLinear
+from onebase_adapters.weights import LoraWeights
 
 SLOTS = 8
 
@@ -53,9 +54,9 @@ def test_a_scale_that_is_no_power_of_two_keeps_each_slots_own_products() -> None
     layer = SlotLinear(nn.Linear(64, 64, bias=False), StepRows(), slots=2, tiled=True)
     layer.put(0, lora(8, 0, 64, 64, scale=1.5).folded())
     layer.put(1, lora(8, 1, 64, 64, scale=4.0).folded())
-    assert layer._exact_bank() is None
+    assert not layer._may_stack()
     layer.put(0, lora(8, 0, 64, 64, scale=0.25).folded())
-    assert layer.slots[0] is not None
+    assert isinstance(layer.slots[0], LoraWeights)
     assert layer.slots[0].scale == 1.0
 
 
@@ -70,13 +71,80 @@ def test_folding_the_scale_changes_no_bit() -> None:
     assert huge.folded().scale == 16.0, "B must stay finite"
 
 
-def test_a_bank_follows_its_slots() -> None:
-    first, second = lora(8, 0, 64, 64), lora(24, 1, 64, 64)
-    layer = SlotLinear(nn.Linear(64, 64, bias=False), StepRows(), slots=2, tiled=False)
-    layer.put(0, first)
-    layer.put(1, second)
-    assert isinstance(layer.bank, Bank)
-    assert layer.bank.rank == 24
-    assert torch.equal(layer.bank.a[24:48], second.a)
-    layer.put(1, None)
-    assert not layer.bank.a[24:48].any()
+def test_adapters_lie_together_by_powers_of_two_of_their_rank() -> None:
+    assert [bucket(rank) for rank in (1, 8, 9, 16, 17, 64, 65, 256)] == [8, 8, 16, 16, 32, 64, 128, 256]
+
+
+def stack(weights: dict[int, float], slots: int = SLOTS, used: frozenset[int] | None = None) -> Stack:
+    """A stack whose row i belongs to the i-th of `weights`."""
+    weight = torch.zeros(len(weights), slots)
+    for row, (slot, value) in enumerate(weights.items()):
+        weight[row, slot] = value
+    return Stack(0, len(weights), weight, used=used)
+
+
+def test_a_bank_holds_only_the_slots_of_its_ranks_and_grows_with_them() -> None:
+    banks, widths = Banks(SLOTS), []
+    for slot, rank in enumerate((8, 4, 256, 7, 8, 2)):
+        banks.put(slot, lora(rank, slot, 64, 32))
+        widths.append(banks.width)
+    assert widths == [8, 16, 16 + 256, 32 + 256, 32 + 256, 64 + 256]
+    banks.put(2, None)
+    assert sorted(banks.by_rank) == [8], "a rank that nobody has any more costs nothing"
+    for slot in (0, 1, 3):
+        banks.put(slot, None)
+    assert banks.width == 32, "places halve once three quarters are free"
+    banks.put(4, lora(16, 4, 64, 32))
+    banks.put(5, None)
+    assert banks.width == 16
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built before", "built last"])
+def test_slots_keep_their_products_while_others_come_and_go(built: bool) -> None:
+    draw = torch.Generator().manual_seed(4)
+    banks, present = Banks(SLOTS), {0: lora(5, 100, 64, 32)}
+    banks.put(0, present[0])
+    x = torch.randn(SLOTS, 64, generator=draw)
+    for step in range(60):
+        slot = int(torch.randint(0, SLOTS, (1,), generator=draw))
+        if present.pop(slot, None) is not None:
+            banks.put(slot, None)
+        elif step % 3:
+            present[slot] = lora((1, 8, 20, 64)[step % 4], step, 64, 32)
+            banks.put(slot, present[slot])
+        if not present or (not built and step < 59):
+            continue
+        of_rows = dict.fromkeys(sorted(present), 0.5)
+        got = banks.delta(x[: len(of_rows)], stack(of_rows))
+        expected = [0.5 * (x[i] @ present[s].a.T @ present[s].b.T) for i, s in enumerate(of_rows)]
+        assert got is not None
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_without_the_large_adapter_do_not_touch_its_bank() -> None:
+    banks = Banks(SLOTS)
+    banks.put(0, lora(8, 0, 64, 32))
+    banks.put(1, lora(256, 1, 64, 32))
+    x = torch.randn(1, 64)
+    only_small = stack({0: 1.0}, used=frozenset({0}))
+    assert [bank.rank for bank in banks.used(only_small)] == [8]
+    got = banks.delta(x, only_small)
+    assert got is not None
+    assert torch.equal(got, banks.by_rank[8].delta(x, only_small, banks._slots))
+    assert not banks.by_rank[256].built
+    assert banks.delta(x, stack({5: 1.0}, used=frozenset({5}))) is None
+
+
+@pytest.mark.parametrize("ranks", [(8, 16, 64, 256), (4, 12, 20, 100), (8, 8, 8, 256)], ids=str)
+def test_a_tile_over_several_banks_has_the_bits_of_each_slots_own_products(ranks: tuple[int, ...]) -> None:
+    layer = SlotLinear(nn.Linear(576, 192, bias=False), StepRows(), slots=SLOTS, tiled=True)
+    for slot, rank in enumerate(ranks):
+        layer.put(slot, lora(rank, slot, 576, 192))
+    x = torch.randn(TILE, 576, generator=torch.Generator().manual_seed(9))
+    tile = mixed_tile(SLOTS)
+    with torch.inference_mode():
+        layer.step.tokens = RowMap((tile,))
+        stacked = layer(x)
+        layer.step.tokens = RowMap((Tile(0, TILE, tile.terms),))
+        assert torch.equal(stacked, layer(x))
+    assert layer.step.exact_banks, "the stack was tried"

@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.tiny import load_folder
 from torch import nn
 
 from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.loader import load_adapter
-from onebase_adapters.rows import TILE, LoraWeights, RowMap, Stack, StepRows, Term, Tile
+from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
 from onebase_adapters.slots import SlotBank, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
 from onebase_adapters.view import view
+from onebase_adapters.weights import AdapterWeights, LoraWeights
 
 SLOTS = 4
 HIDDEN, OUT = 128, 192
@@ -30,6 +31,10 @@ def lora(rank: int, seed: int, scale: float = 2.0, size_in: int = HIDDEN, size_o
 
 def rows(count: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def load(base: nn.Module, folder: Path) -> AdapterWeights:
+    return load_folder(base, folder).weights
 
 
 def layer(base: nn.Module, tiled: bool = True) -> SlotLinear:
@@ -71,7 +76,7 @@ def test_a_tile_is_bit_equal_to_peft(
     base = bases[kind]
     folder = save_adapter(r=12, lora_alpha=20, use_rslora=use_rslora)
     module = layer(base)
-    module.put(1, load_adapter(base, folder, 64).weights[LAYER])
+    module.put(1, load(base, folder)[LAYER])
     x = rows(TILE, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
     with torch.inference_mode():
         expected = peft_layer(base, folder, LAYER)(x)
@@ -102,7 +107,7 @@ def test_a_whole_wrapped_model_is_bit_equal_to_peft(base: nn.Module, save_adapte
     ids = torch.randint(0, 256, (1, TILE), generator=torch.Generator().manual_seed(5))
     served, step = view(base), StepRows()
     bank = SlotBank(wrap_layers(served, step, slots=SLOTS, tiled=True), SLOTS, torch.device("cpu"))
-    bank.load(2, load_adapter(base, folder, 64).weights)
+    bank.load(2, load(base, folder))
     every = RowMap((Tile(0, TILE, (Term(2),)),))
     step.tokens, step.logits = every, every
     with torch.inference_mode():
@@ -209,8 +214,7 @@ def test_the_bank_grows_and_forgets_what_left(base: nn.Module) -> None:
     put(0, lora(4, 1))
     check()
     put(1, lora(20, 2))
-    assert stacked.bank is not None
-    assert stacked.bank.rank == 24
+    assert sorted(stacked.banks.by_rank) == [8, 32]
     check()
     put(1, None)
     check()
@@ -219,8 +223,7 @@ def test_the_bank_grows_and_forgets_what_left(base: nn.Module) -> None:
     put(0, None)
     put(1, None)
     assert torch.equal(run(stacked, x, stack=stack(MIXES)), base.get_submodule(LAYER)(x))
-    assert not stacked.bank.a.any()
-    assert not stacked.bank.b.any()
+    assert not stacked.banks.by_rank
     assert stacked.occupied == tiled.occupied == 0
 
 
@@ -253,7 +256,7 @@ def test_weighted_sums_are_peft_s_cat(
         expected = model.eval().base_model.model.get_submodule(LAYER)(x)
     module = layer(base, tiled)
     for slot, folder in enumerate(folders):
-        module.put(slot, load_adapter(base, folder, 64).weights[LAYER])
+        module.put(slot, load(base, folder)[LAYER])
     mixes = [{0: weights[0], 1: weights[1]}] * TILE
     got = run(module, x, tile(mixes)) if tiled else run(module, x, stack=stack(mixes))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -289,7 +292,7 @@ def test_an_embedding_is_equal_to_peft(
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     name = "model.embed_tokens"
     module = SlotEmbedding(view(model).get_submodule(name), StepRows(), slots=SLOTS, tiled=tiled)
-    module.put(3, load_adapter(model, tmp_path, 64).weights[name])
+    module.put(3, load(model, tmp_path)[name])
     ids = torch.arange(TILE)
     mixes: list[dict[int, float]] = [{3: 1.0} if i % 3 else {} for i in range(TILE)]
     got = run(module, ids, tile(mixes)) if tiled else run(module, ids, stack=stack(mixes))

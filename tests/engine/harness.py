@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tests.oracle import greedy
-from tests.tiny import ADAPTERS, save_adapter
+from tests.tiny import ADAPTERS, load_folder, save_adapter
 from torch import nn
 
-from onebase_adapters.base import base_tensors
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE, canonicalize
-from onebase_adapters.loader import adaptable_layers, load_adapter, peft_model
-from onebase_adapters.rows import LoraWeights
+from onebase_adapters.weights import AdapterWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.scheduler import Limits
@@ -38,7 +34,7 @@ class Lab:
     base: nn.Module
     folders: list[Path]
     references: list[nn.Module]
-    weights: list[Mapping[str, LoraWeights]]
+    weights: list[AdapterWeights]
     _texts: dict[tuple[tuple[int, ...], int | None, int], list[int]] = field(default_factory=dict)
 
     @classmethod
@@ -46,21 +42,8 @@ class Lab:
         folders = [
             save_adapter(base, settings, folder / f"a{i}", seed=i + 1) for i, settings in enumerate(ADAPTERS)
         ]
-        references = [cls._reference(base, path) for path in folders]
-        return cls(base, folders, references, [load_adapter(base, path, 64).weights for path in folders])
-
-    @staticmethod
-    def _reference(base: nn.Module, folder: Path) -> nn.Module:
-        with tempfile.TemporaryDirectory() as canonical:
-            canonicalize(
-                folder / CONFIG_FILE,
-                folder / WEIGHTS_FILE,
-                adaptable_layers(base),
-                64,
-                Path(canonical),
-                base_tensor=base_tensors(base).get,
-            )
-            return peft_model(base, Path(canonical))
+        loaded = [load_folder(base, path) for path in folders]
+        return cls(base, folders, [one.reference for one in loaded], [one.weights for one in loaded])
 
     def engine(self, **changes: int) -> Engine:
         settings = {

@@ -10,11 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tests.tiny import ADAPTERS, save_adapter, save_base
+from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 from torch import nn
 
 from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.loader import load_adapter
 from onebase_server.engine import process, protocol, request_checks
 from onebase_server.engine.batch import Batch
 from onebase_server.engine.engine import Engine
@@ -133,7 +132,7 @@ def test_a_version_unloaded_while_a_row_waits_for_it_serves_that_row_first(
     engine = create(base, slots=1)
     for i in range(2):
         folder = save_adapter(base, ADAPTERS[i], tmp_path / str(i), seed=i)
-        engine.put_adapter(f"d{i}", load_adapter(base, folder, 64).weights)
+        engine.put_adapter(f"d{i}", load_folder(base, folder).weights)
     engine.submit(submit("a", [3, 4], adapter="d0"))
     engine.submit(submit("b", [3, 4], adapter="d1"))
     engine.step()

@@ -9,10 +9,9 @@ import torch
 from peft import PeftModel
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.oracle import greedy
-from tests.tiny import save_adapter, save_base
+from tests.tiny import load_folder, save_adapter, save_base
 
 from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.loader import load_adapter
 from onebase_adapters.view import view
 from onebase_server.engine import batch, protocol
 from onebase_server.engine.engine import Engine
@@ -152,7 +151,7 @@ def test_an_adapter_that_overflows_fails_alone(lab: Lab, tmp_path: Path) -> None
     settings = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]}
     for name, std in (("huge", 1e6), ("overflowing", 3e37)):
         folder = save_adapter(lab.base, settings, tmp_path / name, seed=1, std=std)
-        engine.put_adapter(name, load_adapter(lab.base, folder, 64).weights)
+        engine.put_adapter(name, load_folder(lab.base, folder).weights)
         sampling = protocol.Sampling(temperature=0.0, max_tokens=200, ignore_eos=True)
         for i in range(2):
             engine.submit(
