@@ -1,0 +1,93 @@
+"""How an adapter on the Hub is named: `hub:org/repo[@revision][:subfolder]`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PREFIX = "hub:"
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,249}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SUBFOLDER_LIMIT = 250
+
+
+class HubError(Exception):
+    """An adapter cannot be had from the Hub. `code` is stable:
+
+    hub_invalid        the reference itself is not one
+    hub_unreachable    the Hub does not answer, too slowly, or with an error; the transfer broke
+    hub_not_found      no such repository or revision (the Hub says so of private ones too)
+    hub_gated          it is there, but access must be granted, or the token is not accepted
+    hub_too_large      the files are larger than allowed
+    hub_offline        HF_HUB_OFFLINE is set, and the files are not in the cache
+    hub_no_adapter     the repository has no `adapter_config.json` and `adapter_model.safetensors` there
+    hub_damaged        what came is not what the Hub's hash says
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """Where an adapter lies on the Hub; without a revision: on the repository's default branch."""
+
+    repo: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_repo(self.repo)
+        if self.revision is not None:
+            _check_revision(self.revision)
+        if self.subfolder is not None:
+            _check_subfolder(self.subfolder)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision is not None else ""
+        subfolder = f":{self.subfolder}" if self.subfolder is not None else ""
+        return f"{PREFIX}{self.repo}{revision}{subfolder}"
+
+
+def parse_hub_reference(text: str) -> HubReference:
+    """`hub:org/repo[@revision][:subfolder]` taken apart. Raises HubError (`hub_invalid`)."""
+    if not text.startswith(PREFIX):
+        raise HubError("hub_invalid", f"{text[:80]!r}: an adapter on the Hub is named hub:org/repo.")
+    place, colon, subfolder = text.removeprefix(PREFIX).partition(":")
+    repo, at, revision = place.partition("@")
+    return HubReference(repo, revision if at else None, subfolder if colon else None)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit's whole hash, which needs no looking up."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def _check_repo(repo: str) -> None:
+    parts = repo.split("/")
+    allowed = all(_SEGMENT.fullmatch(part) and "--" not in part and ".." not in part for part in parts)
+    if len(parts) != 2 or not allowed or len(repo) > 96 or repo.endswith(".git"):
+        raise HubError(
+            "hub_invalid", f"repo {repo[:120]!r}: use org/name, each of letters, digits, '.', '_' and '-'."
+        )
+
+
+def _check_revision(revision: str) -> None:
+    # It becomes part of a URL and of a path in the Hub's cache.
+    parts = revision.split("/")
+    if not _REVISION.fullmatch(revision) or ".." in revision or "" in parts or "." in parts:
+        raise HubError(
+            "hub_invalid", f"revision {revision[:120]!r}: use the name of a branch or a tag, or a commit."
+        )
+
+
+def _check_subfolder(subfolder: str) -> None:
+    parts = subfolder.split("/")
+    odd = any(part in ("", ".", "..") for part in parts) or "\\" in subfolder or not subfolder.isprintable()
+    if odd or len(subfolder) > _SUBFOLDER_LIMIT:
+        raise HubError(
+            "hub_invalid", f"subfolder {subfolder[:120]!r}: use a path inside the repository, such as a/b."
+        )
