@@ -134,6 +134,8 @@ def load_base(settings: BaseSettings) -> nn.Module:
     if by_hand:
         _quantize_layers(model, settings)
         model.to(settings.device)
+        # What transformers sets: by it PEFT chooses its layers for 4-bit weights, which add in another order.
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
     return freeze(model)
 
 
