@@ -1,0 +1,250 @@
+"""The proof that what is served is what PEFT computes: module by module, on the same input.
+
+Logits alone prove little in NF4, where a product of 1e-5 moves them by more than 1. So each wrapped module
+(adapted or not) is compared with PEFT's module of the same name: bit-equal on the CPU, and within 1e-2 of
+PEFT's largest output on CUDA, where kernels choose their order of summation by the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_adapters.slots import SlotBank, wrap_layers
+from onebase_adapters.view import view
+from onebase_adapters.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
+
+CUDA_TOLERANCE = 1e-2
+_VERSION, _OTHER = 0, 1
+"""Slots of the version and of its neighbour."""
+_OTHER_RANK = 8
+_OVERFLOWS = 3e38
+
+
+class ProofError(Exception):
+    """A served module, or a text, is not PEFT's.
+
+    `name` is that of the module or text; `difference` the largest of its outputs, relative to PEFT's largest.
+    """
+
+    def __init__(self, name: str, difference: float, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+        self.difference = difference
+
+
+@dataclass(frozen=True)
+class ModuleProof:
+    """What was compared. `rows`: input rows of each module, alone and in company taken together."""
+
+    compared: int
+    rows: int
+    exact: bool
+    """Compared bit by bit."""
+    largest_difference: float
+    """Of any output, relative to PEFT's largest of that module."""
+
+
+@torch.inference_mode()
+def prove_modules(
+    base: nn.Module,
+    reference: nn.Module,
+    weights: AdapterWeights,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> ModuleProof:
+    """Compare every wrapped module of a view of `base`, with `weights` in a slot, with PEFT's.
+
+    On 32 input rows each: all of them the version's; every second one of another adapter, whose products
+    overflow; every second one of nobody, which must be the base's own.
+
+    Args:
+        reference: PEFT's model of the version, on a view of the same base.
+        weights: as the engine puts them into a slot.
+        on_progress: called with the part that is done, 0 to 1, after each module; what it raises ends the
+            proof.
+
+    Raises:
+        ProofError: a module differs, or one that the version adapts is not served.
+    """
+    bench = _Bench(base, weights)
+    model: Any = reference
+    tree: nn.Module = model.get_base_model()
+    largest = 0.0
+    for done, name in enumerate(bench.names, start=1):
+        largest = max(largest, bench.prove(name, tree.get_submodule(name)))
+        on_progress(done / len(bench.names))
+    return ModuleProof(len(bench.names), TILE * len(bench.companies), bench.exact, largest)
+
+
+@dataclass(frozen=True)
+class _Company:
+    """Who has which of the rows. `mine` [rows, 1] bool: the version's; the others may be nobody's."""
+
+    title: str
+    rows: RowMap
+    mine: torch.Tensor
+    others_bare: bool = False
+
+
+class _Bench:
+    """A wrapped view of the base with the version in one slot, and another for a neighbour."""
+
+    def __init__(self, base: nn.Module, weights: AdapterWeights) -> None:
+        model: Any = base
+        head: torch.Tensor = model.get_output_embeddings().weight
+        self.exact = head.device.type == "cpu"
+        self._base = base
+        self._weights = weights
+        self._dtype, self._device = head.dtype, head.device
+        self._step = StepRows()
+        self._modules = wrap_layers(view(base), self._step, slots=2, tiled=self.exact)
+        self.names = list(self._modules)
+        unserved = sorted(weights.keys() - self._modules.keys())
+        if unserved:
+            raise ProofError(unserved[0], math.inf, f"{unserved[0]} is adapted, and no slot serves it")
+        self._slots = SlotBank(self._modules, 2, self._device)
+        self._slots.load(_VERSION, weights)
+        self._random = torch.Generator().manual_seed(0)
+        self.companies = list(_companies(self._device, tiled=self.exact))
+
+    def prove(self, name: str, expected: nn.Module) -> float:
+        """The largest relative difference of any output. Raises ProofError."""
+        bare, served = self._base.get_submodule(name), self._modules[name]
+        self._slots.load(_OTHER, {name: self._neighbour(bare)})
+        largest = 0.0
+        for x in self._inputs(bare, self._weights.get(name)):
+            wanted, unadapted = expected(x)[0], bare(x)[0]
+            for company in self.companies:
+                self._step.tokens = self._step.logits = company.rows
+                got, mine = served(x)[0], company.mine
+                if company.others_bare:
+                    right = torch.where(mine, wanted, unadapted)
+                else:
+                    got, right = got[mine[:, 0]], wanted[mine[:, 0]]
+                largest = max(largest, self._compare(name, company.title, got, right))
+        self._slots.clear(_OTHER)
+        return largest
+
+    def _compare(self, name: str, title: str, got: torch.Tensor, right: torch.Tensor) -> float:
+        if got.dtype == right.dtype and torch.equal(got, right):
+            return 0.0
+        difference = float((got.float() - right.float()).abs().max() / right.float().abs().max())
+        if math.isnan(difference):
+            difference = math.inf
+        if self.exact or difference > CUDA_TOLERANCE:
+            raise ProofError(
+                name,
+                difference,
+                f"{name} differs from PEFT's {title}: by {difference:.1e} of its largest output",
+            )
+        return difference
+
+    def _inputs(self, bare: Any, weights: ModuleWeights | None) -> Iterator[torch.Tensor]:
+        """Seeded rows [1, 32, in]; for an embedding ids [1, 32], those with a row of their own among them."""
+        if not isinstance(bare, nn.Embedding):
+            size = bare.in_features if isinstance(bare, nn.Linear) else bare.weight.shape[0]
+            x = torch.randn(1, TILE, size, generator=self._random)
+            yield x.to(self._device, self._dtype)
+            return
+        own = weights.indices.cpu() if isinstance(weights, TokenRows) else torch.empty(0, dtype=torch.int64)
+        padding = TILE - len(own) % TILE
+        others = torch.randint(bare.num_embeddings, (padding,), generator=self._random)
+        for ids in torch.split(torch.cat([own, others]), TILE):
+            yield ids[None].to(self._device)
+
+    def _neighbour(self, bare: Any) -> ModuleWeights:
+        """Another adapter's weights, whose outputs overflow: what leaks of them is seen."""
+        if isinstance(bare, nn.Embedding):
+            size_in, size_out = bare.num_embeddings, bare.embedding_dim
+            a = torch.full((size_in, _OTHER_RANK), _OVERFLOWS)
+        elif isinstance(bare, nn.Linear):
+            size_out = bare.out_features
+            a = torch.full((_OTHER_RANK, bare.in_features), _OVERFLOWS)
+        else:
+            return SavedModule(torch.full_like(bare.weight, math.inf))
+        return LoraWeights(a, torch.ones(size_out, _OTHER_RANK), 1.0)
+
+
+def _companies(device: torch.device, *, tiled: bool) -> Iterator[_Company]:
+    """The ways in which the engine's batches mix rows: a prefill, and decodes through the stack or not."""
+    everyone = torch.ones(TILE, 1, dtype=torch.bool, device=device)
+    even = torch.arange(TILE, device=device)[:, None] % 2 == 0
+    yield _Company("for a row alone", RowMap((Tile(0, TILE, (Term(_VERSION),)),)), everyone)
+    weight = torch.cat([even, ~even], dim=1).float()
+    stack = Stack(0, TILE, weight, plain=True)
+    terms = (Term(_OTHER, mask=~even), Term(_VERSION, mask=even))
+    rows = RowMap((Tile(0, TILE, terms, stack),)) if tiled else RowMap(stack=stack)
+    yield _Company("beside another adapter's rows", rows, even)
+    if tiled:
+        # Without the stack, which the engine uses only where it is exact.
+        yield _Company("beside another adapter's rows", RowMap((Tile(0, TILE, terms),)), even)
+    lonely = Stack(0, TILE, torch.cat([~even, torch.zeros_like(even)], dim=1).float(), plain=True)
+    rows = RowMap((Tile(0, TILE, (Term(_VERSION, mask=~even),)),)) if tiled else RowMap(stack=lonely)
+    yield _Company("beside rows without an adapter", rows, ~even, others_bare=True)
+
+
+# ---- texts -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def greedy(model: nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
+    """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base.
+
+    The prompt is fed in pieces of TILE tokens through transformers' own cache: from 33 rows on oneDNN
+    sums bf16 products in another order, and one flipped last bit may tip a near tie between two tokens.
+    """
+    reader = _Reader(model)
+    logits = reader.read(prompt)
+    tokens: list[int] = []
+    while True:
+        tokens.append(int(logits.argmax()))
+        if len(tokens) == max_tokens:
+            return tokens
+        logits = reader.read(tokens[-1:])
+
+
+@torch.inference_mode()
+def largest_regret(model: nn.Module, prompt: list[int], tokens: list[int]) -> float:
+    """How far the logits of `tokens` lie below the best, at most, relative to the largest; 0 if greedy."""
+    reader = _Reader(model)
+    logits, regret = reader.read(prompt), 0.0
+    for token in tokens:
+        regret = max(regret, float((logits.max() - logits[token]) / logits.abs().max()))
+        logits = reader.read([token])
+    return regret
+
+
+class _Reader:
+    """One row that is fed token by token."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._cache = DynamicCache(config=model.config)
+
+    def read(self, ids: list[int]) -> torch.Tensor:
+        """Feed tokens; the last one's logits, [vocab] fp32."""
+        logits = torch.empty(0)
+        for first in range(0, len(ids), TILE):
+            logits = self._read(ids[first : first + TILE])
+        return logits
+
+    def _read(self, ids: list[int]) -> torch.Tensor:
+        start = self._cache.get_seq_length()
+        positions = torch.arange(start, start + len(ids), device=self._device)[None]
+        output = self._model(
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=positions,
+            cache=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[0, -1].float()
+        return logits
