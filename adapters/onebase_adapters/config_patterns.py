@@ -1,0 +1,143 @@
+"""Which modules the names in a config mean, found as PEFT finds them but without its regular expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+MAX_KEYS = 1 << 13
+MAX_FORMS = 256
+"""Limits of a pattern: eight thousand keys, of 256 unlike forms (length and places of the dots). A form costs
+one lookup per module; real configs have some ten."""
+
+_LITERAL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
+
+
+class PatternError(ValueError):
+    """A key of a pattern is no literal module name."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Keys of one form: from their text, with a dot where PEFT takes any character, to place and value."""
+
+    length: int
+    anyhow: tuple[int, ...]
+    whole: bool
+    values: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+class NamePattern:
+    """`rank_pattern` or `alpha_pattern`: the first key that fits, as by PEFT's `(.*\\.)?({key})$`.
+
+    Keys are literal names: letters, digits, `_` and `.`, in which PEFT takes a dot as any character; `\\.`
+    is a dot only, a leading `^` asks for the whole name, and a final `$` changes nothing.
+
+    Raises:
+        PatternError: a key is anything else, or there are too many.
+    """
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        if len(values) > MAX_KEYS:
+            raise PatternError(f"more than {MAX_KEYS} keys")
+        self.values = dict(values)
+        forms: dict[tuple[int, tuple[int, ...], bool], _Form] = {}
+        for place, (key, value) in enumerate(values.items()):
+            text, anyhow, whole = _taken_apart(key)
+            form = forms.setdefault((len(text), anyhow, whole), _Form(len(text), anyhow, whole))
+            form.values.setdefault(text, (place, value))
+            if len(forms) > MAX_FORMS:
+                raise PatternError(f"keys of more than {MAX_FORMS} forms")
+        self._forms = tuple(forms.values())
+
+    def lookup(self, name: str, default: float) -> float:
+        """The value of the first key that means the module `name`."""
+        found = [hit for form in self._forms if (hit := _hit(form, name)) is not None]
+        return min(found)[1] if found else default
+
+
+def _taken_apart(key: str) -> tuple[str, tuple[int, ...], bool]:
+    """A key's text, the places of dots that stand for any character, and whether it means a whole name."""
+    whole = key.startswith("^")
+    rest = key.removeprefix("^").removesuffix("$")
+    text: list[str] = []
+    anyhow: list[int] = []
+    escaped = False
+    for character in rest:
+        if character == "\\" and not escaped:
+            escaped = True
+            continue
+        if character not in _LITERAL or (escaped and character != "."):
+            raise PatternError(f"key {key!r:.80} is not a literal module name")
+        if character == "." and not escaped:
+            anyhow.append(len(text))
+        text.append(character)
+        escaped = False
+    if not text or escaped:
+        raise PatternError(f"key {key!r:.80} is not a literal module name")
+    return "".join(text), tuple(anyhow), whole
+
+
+def _hit(form: _Form, name: str) -> tuple[int, float] | None:
+    start = len(name) - form.length
+    if start < 0 or (start > 0 and (form.whole or name[start - 1] != ".")):
+        return None
+    text = name[start:]
+    if any(text[place] != "." for place in form.anyhow):
+        letters = list(text)
+        for place in form.anyhow:
+            letters[place] = "."
+        text = "".join(letters)
+    return form.values.get(text)
+
+
+def endings(name: str) -> Iterator[str]:
+    """The name and each dotted end of it: a.b.c, b.c, c."""
+    yield name
+    for place, character in enumerate(name):
+        if character == ".":
+            yield name[place + 1 :]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which modules PEFT would wrap by `target_modules`, where no regular expression is needed to tell."""
+
+    names: frozenset[str]
+    excluded: frozenset[str]
+    layers: frozenset[int] | None
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, ...] | str | None,
+        excluded: tuple[str, ...] | str | None,
+        layers: frozenset[int] | None,
+        patterns: tuple[str, ...],
+    ) -> Targets | None:
+        """None where a field is a regular expression, or where PEFT would pick modules by architecture."""
+        if names is None or isinstance(names, str) or (isinstance(excluded, str) and excluded):
+            return None
+        if layers is not None and not all(p and _LITERAL.issuperset(p) and "." not in p for p in patterns):
+            return None
+        return cls(frozenset(names), frozenset(excluded or ()), layers, patterns)
+
+    def means(self, name: str) -> bool:
+        """Whether the module `name` is a target."""
+        ends = set(endings(name))
+        if ends & self.excluded:
+            return False
+        if name in self.names:
+            return True
+        return bool(ends & self.names) and (self.layers is None or self._layer(name) in self.layers)
+
+    def _layer(self, name: str) -> int | None:
+        """The number behind `layers.`; behind any name but the first part, if there is no pattern."""
+        parts = name.split(".")
+        for pattern in self.patterns or (None,):
+            for place in range(len(parts) - 2):
+                fits = place > 0 if pattern is None else parts[place] == pattern
+                if fits and parts[place + 1].isdigit():
+                    return int(parts[place + 1])
+        return None
