@@ -12,7 +12,7 @@ from onebase_adapters.format import AdapterFormatError
 from onebase_adapters.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(model: Any, adapter: str) -> AdapterWeights:
     """The weights of PEFT's active `adapter`, by the full name of the base's module, in host memory.
 

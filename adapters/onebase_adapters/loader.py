@@ -19,7 +19,7 @@ from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.extract import extract
 from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
 from onebase_adapters.slots import hidden_norms, input_embedding, output_head
-from onebase_adapters.view import view
+from onebase_adapters.view import peft_view
 from onebase_adapters.weights import (
     AdapterWeights,
     LoraWeights,
@@ -103,7 +103,7 @@ def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
     """PEFT's own model of a canonical folder, over a view of the base: the reference for every row."""
     from peft import PeftModel
 
-    model: nn.Module = PeftModel.from_pretrained(view(base), str(canonical), adapter_name=_NAME)
+    model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
     return model.eval()
 
 

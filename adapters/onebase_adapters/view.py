@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,3 +20,22 @@ def view(base: Model) -> Model:
     """
     shared = {id(tensor): tensor for tensor in base_tensors(base).values()}
     return copy.deepcopy(base, shared)
+
+
+def peft_view(base: Model) -> Model:
+    """A view for PEFT to put an adapter on.
+
+    On the CPU, PEFT's DoRA gives an 8-bit layer a new parameter without its scales at every pass, and the
+    layer's next pass takes its state from there. That state is set once when the base is loaded (`freeze`),
+    so here the layers keep it.
+    """
+    tree = view(base)
+    layer: Any
+    for layer in tree.modules():
+        if getattr(getattr(layer, "state", None), "SCB", None) is not None:
+            layer.init_8bit_state = _keep
+    return tree
+
+
+def _keep() -> None:
+    return None

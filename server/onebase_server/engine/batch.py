@@ -193,7 +193,9 @@ class Packer:
         for row, mix in enumerate(mixes):
             for digest, value in mix.terms:
                 weight[row, slot_of[digest]] = value
-        return Stack(start, stop, self._tensor(weight), plain=bool(np.isin(weight, (0.0, 1.0)).all()))
+        used = frozenset(slot_of[digest] for mix in mixes for digest in mix.digests)
+        plain = bool(np.isin(weight, (0.0, 1.0)).all())
+        return Stack(start, stop, self._tensor(weight), plain, used)
 
     def _mixed_terms(self, mixes: list[AdapterMix], slot_of: Mapping[str, int]) -> tuple[Term, ...]:
         """A term for each adapter in the tile, in the order of digests, which no neighbour changes."""
