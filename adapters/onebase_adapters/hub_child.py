@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from tqdm import tqdm
@@ -157,10 +156,10 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
         return "hub_gated", f"{repo} is there, but this server has no access: ask for it, then set HF_TOKEN."
     if isinstance(error, RevisionNotFoundError):
         return "hub_not_found", f"The Hub has no revision {at}."
-    if isinstance(error, RepositoryNotFoundError) or (_status(error) == 404 and not _is_missing_file(error)):
-        return "hub_not_found", f"The Hub has no repository {repo}; if it is private, set HF_TOKEN."
-    if _status(error) == 401:
+    if _is_refused_token(error):
         return "hub_gated", f"The Hub did not accept this server's HF_TOKEN for {repo}."
+    if _status(error) in (401, 404) and not _is_missing_file(error):
+        return "hub_not_found", f"The Hub has no repository {repo}; if it is private, set HF_TOKEN."
     if isinstance(error, HFValidationError):
         return "hub_invalid", f"{at} is no name of a repository and a revision."
     if _is_offline(error):
@@ -173,6 +172,13 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
 
 def _status(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _is_refused_token(error: Exception) -> bool:
+    """The Hub also answers 401 for what is not there; huggingface_hub tells the two apart by this message."""
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code != 401:
+        return False
+    return "Invalid credentials" in error.response.headers.get("X-Error-Message", "")
 
 
 def _is_missing_file(error: Exception) -> bool:

@@ -1,0 +1,394 @@
+"""Adapters from the Hub, against a local server that speaks its API to huggingface_hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.disks import small_disk
+from tests.hub_standin import HubStandIn
+
+from onebase_adapters.content import VersionFiles
+from onebase_adapters.hub import (
+    HubError,
+    HubReference,
+    PullCancelledError,
+    parse_hub_reference,
+    pull,
+    resolve,
+)
+from onebase_adapters.store import Store, StoreFullError
+
+CONFIG = b'{"peft_type": "LORA"}'
+WEIGHTS = bytes(range(256)) * 2_000
+FILES = {
+    "adapter_config.json": CONFIG,
+    "adapter_model.safetensors": WEIGHTS,
+    "README.md": b"not wanted",
+    "optimizer.pt": b"not wanted either" * 1_000,
+}
+REF = HubReference("acme/support")
+MANY = 1 << 30
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+    with HubStandIn() as standin:
+        for name, value in standin.environment(tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        yield standin
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"), tmp_path / "cache")
+
+
+def contents(store: Store, files: VersionFiles) -> tuple[bytes, bytes]:
+    return store.local(files.config.sha256).read_bytes(), store.local(files.weights.sha256).read_bytes()
+
+
+def code_of(refused: pytest.ExceptionInfo[HubError]) -> str:
+    return refused.value.code
+
+
+# References
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hub:acme/support", HubReference("acme/support")),
+        ("hub:acme/support@v1.0", HubReference("acme/support", "v1.0")),
+        ("hub:a-b/c.d_e@refs/pr/3:lora/fr", HubReference("a-b/c.d_e", "refs/pr/3", "lora/fr")),
+        ("hub:acme/support:fr", HubReference("acme/support", None, "fr")),
+    ],
+)
+def test_a_reference_is_taken_apart_and_put_together(text: str, expected: HubReference) -> None:
+    assert parse_hub_reference(text) == expected
+    assert str(expected) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "acme/support",
+        "hub:",
+        "hub:support",
+        "hub:a/b/c",
+        "hub:../support",
+        "hub:acme/..",
+        "hub:acme/sup port",
+        "hub:acme/support.git",
+        "hub:acme/a--b",
+        "hub:acme/support@",
+        "hub:acme/support@../../../etc",
+        "hub:acme/support@/etc/passwd",
+        "hub:acme/support@a//b",
+        "hub:acme/support@a/./b",
+        "hub:acme/support@-x",
+        "hub:acme/support@v1\n",
+        "hub:acme/support@a b",
+        "hub:acme/support@main?x=1",
+        "hub:acme/support:",
+        "hub:acme/support:..",
+        "hub:acme/support:a/../../b",
+        "hub:acme/support:/etc",
+        "hub:acme/support:a\\b",
+        "hub:acme/support:a\0b",
+        "hub:" + "a" * 97 + "/b",
+    ],
+)
+def test_a_reference_that_could_lead_elsewhere_is_refused(text: str) -> None:
+    with pytest.raises(HubError) as refused:
+        parse_hub_reference(text)
+    assert code_of(refused) == "hub_invalid"
+
+
+# Pulling
+
+
+def test_the_two_files_come_and_nothing_else(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    assert resolve("acme/support") == commit
+    seen: list[tuple[int, int]] = []
+    files = pull(REF, commit, store, MANY, lambda done, total: seen.append((done, total)))
+    assert contents(store, files) == (CONFIG, WEIGHTS)
+    assert seen[-1] == (len(CONFIG) + len(WEIGHTS),) * 2
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert any(len(CONFIG) < done < len(CONFIG) + len(WEIGHTS) for done, _ in seen)
+    assert not [path for path in hub.requests() if "README" in path or "optimizer" in path]
+
+
+def test_a_branch_a_tag_and_a_pull_request_resolve_to_their_commits(hub: HubStandIn) -> None:
+    old = hub.add_repo("acme/support", FILES, ("v1", "refs/pr/1"))
+    new = hub.add_repo("acme/support", {**FILES, "adapter_config.json": b"{}"})
+    assert (resolve("acme/support", "v1"), resolve("acme/support", "refs/pr/1")) == (old, old)
+    assert (resolve("acme/support", "main"), resolve("acme/support", None)) == (new, new)
+    asked = len(hub.log)
+    assert resolve("acme/support", old) == old
+    assert len(hub.log) == asked
+
+
+def test_a_pull_is_of_the_commit_even_when_the_branch_has_moved(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.add_repo("acme/support", {**FILES, "adapter_config.json": b'{"moved": 1}'})
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+
+
+def test_a_subfolder_is_pulled(hub: HubStandIn, store: Store) -> None:
+    inside = {f"lora/fr/{name}": content for name, content in FILES.items()}
+    commit = hub.add_repo("acme/support", inside)
+    files = pull(HubReference("acme/support", None, "lora/fr"), commit, store, MANY)
+    assert contents(store, files) == (CONFIG, WEIGHTS)
+    with pytest.raises(HubError, match="its main folder") as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "hub_no_adapter"
+
+
+def test_a_repository_that_was_renamed_is_followed(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.moved["old/name"] = "acme/support"
+    assert resolve("old/name") == commit
+    assert contents(store, pull(HubReference("old/name"), commit, store, MANY)) == (CONFIG, WEIGHTS)
+
+
+def test_the_token_reaches_the_hub_and_never_the_cdn(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add_repo("acme/support", FILES, private=True)
+    with pytest.raises(HubError) as refused:
+        resolve("acme/support")
+    assert code_of(refused) == "hub_not_found"
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert resolve("acme/support") == commit
+    pull(REF, commit, store, MANY)
+    cdn = [headers for _, path, headers in hub.log if path.startswith("/cdn/")]
+    assert cdn
+    assert not [headers for headers in cdn if "authorization" in headers]
+
+
+# What the cache gives
+
+
+def test_offline_the_cached_commit_serves(
+    hub: HubStandIn, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    pull(REF, resolve("acme/support"), store, MANY)
+    asked = len(hub.log)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    empty = Store(str(tmp_path / "other"), tmp_path / "cache")
+    assert resolve("acme/support") == commit
+    assert contents(empty, pull(REF, commit, empty, MANY)) == (CONFIG, WEIGHTS)
+    assert len(hub.log) == asked
+
+
+def test_offline_what_is_not_cached_is_refused_by_name(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for call in (lambda: resolve("acme/support"), lambda: pull(REF, commit, store, MANY)):
+        with pytest.raises(HubError, match=r"acme/support.*HF_HUB_OFFLINE") as refused:
+            call()
+        assert code_of(refused) == "hub_offline"
+    assert not hub.log
+
+
+def test_while_the_hub_is_down_the_cached_commit_serves(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    pull(REF, resolve("acme/support"), store, MANY)
+    hub.faults.status = 503
+    assert resolve("acme/support") == commit
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+    hub.stop()
+    assert resolve("acme/support") == commit
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+
+
+# What the Hub refuses
+
+
+def test_what_is_not_there_is_said(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", {"README.md": b"only this"})
+    for call, code, words in [
+        (lambda: resolve("acme/other"), "hub_not_found", "acme/other"),
+        (lambda: resolve("acme/support", "v9"), "hub_not_found", "v9"),
+        (lambda: pull(REF, "0" * 40, store, MANY), "hub_not_found", "0000"),
+        (lambda: pull(REF, commit, store, MANY), "hub_no_adapter", "adapter_model.safetensors"),
+    ]:
+        with pytest.raises(HubError, match=words) as refused:
+            call()
+        assert code_of(refused) == code
+
+
+def test_a_gated_repository_and_a_wrong_token_are_told_apart_from_a_missing_one(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add_repo("acme/support", FILES, gated=True)
+    with pytest.raises(HubError, match="no access") as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "hub_gated"
+    monkeypatch.setenv("HF_TOKEN", "hf_WrongTokenOfMine")
+    with pytest.raises(HubError) as refused:
+        resolve("acme/support")
+    assert code_of(refused) == "hub_gated"
+    assert "WrongToken" not in str(refused.value)
+    hub.token = "hf_without_access"
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    with pytest.raises(HubError) as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "hub_gated"
+    hub.token = "hf_granted"
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+
+
+# Faults
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_a_hub_that_answers_with_errors_is_unreachable(hub: HubStandIn, store: Store, status: int) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.status = status
+    for call in (lambda: resolve("acme/support"), lambda: pull(REF, commit, store, MANY)):
+        with pytest.raises(HubError, match=hub.url) as refused:
+            call()
+        assert code_of(refused) == "hub_unreachable"
+
+
+def test_no_hub_at_all_is_unreachable(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.stop()
+    for call in (lambda: resolve("acme/support"), lambda: pull(REF, commit, store, MANY)):
+        with pytest.raises(HubError) as refused:
+            call()
+        assert code_of(refused) == "hub_unreachable"
+
+
+def test_a_transfer_that_is_cut_goes_on_where_it_was(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.cut_after, hub.faults.cuts = 300_000, 1
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+    ranges = [h.get("range") for m, path, h in hub.log if m == "GET" and path.startswith("/cdn/")]
+    assert len(ranges) == 2
+    assert ranges[1] is not None
+
+
+def test_a_file_that_is_shorter_than_announced_is_not_stored(
+    hub: HubStandIn, store: Store, tmp_path: Path
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.extra_size = 64
+    hub.faults.cuts = 0
+    with pytest.raises(HubError) as refused:
+        pull(REF, commit, store, MANY, stall_seconds=2.0)
+    assert code_of(refused) == "hub_unreachable"
+    assert not list((tmp_path / "store" / "blobs").iterdir())
+    hub.faults.extra_size = 0
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
+
+
+def test_damage_on_the_way_is_noticed_and_fetched_again(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", {**FILES, "adapter_config.json": CONFIG})
+    hub.faults.corrupt = 2  # the config, which git's hash names, and the weights
+    files = pull(REF, commit, store, MANY)
+    assert contents(store, files) == (CONFIG, WEIGHTS)
+    assert len(hub.requests("GET", "/cdn/")) == 2
+
+
+def test_damage_that_stays_is_an_error(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.corrupt = 1_000
+    with pytest.raises(HubError) as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "hub_damaged"
+
+
+def test_a_slow_hub_is_given_up(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.pause, hub.faults.piece = 0.05, 16
+    with pytest.raises(HubError, match="Nothing came") as refused:
+        pull(REF, commit, store, MANY, stall_seconds=1.0)
+    assert code_of(refused) == "hub_unreachable"
+
+
+def test_a_hub_that_never_answers_is_given_up(hub: HubStandIn) -> None:
+    hub.add_repo("acme/support", FILES)
+    hub.faults.hang = True
+    with pytest.raises(HubError) as refused:
+        resolve("acme/support", timeout=1.0)
+    assert code_of(refused) == "hub_unreachable"
+    assert hub.log
+
+
+def test_a_pull_can_be_given_up_while_it_waits(hub: HubStandIn, store: Store, tmp_path: Path) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.pause, hub.faults.piece = 0.05, 16_384
+    cancel = threading.Event()
+    with pytest.raises(PullCancelledError):
+        pull(REF, commit, store, MANY, lambda *_: cancel.set(), cancel=cancel)
+    assert not list((tmp_path / "store" / "blobs").iterdir())
+
+
+def test_files_that_are_too_large_are_refused_before_a_byte_of_them(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    limit = len(CONFIG) + len(WEIGHTS) - 1
+    with pytest.raises(HubError, match=f"{limit} are allowed") as refused:
+        pull(REF, commit, store, limit)
+    assert code_of(refused) == "hub_too_large"
+    assert not hub.requests("GET")
+    assert pull(REF, commit, store, limit + 1)
+
+
+def test_a_transfer_without_an_end_is_stopped_at_the_limit(
+    hub: HubStandIn, store: Store, tmp_path: Path
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.endless = True
+    with pytest.raises(HubError) as refused:
+        pull(REF, commit, store, 2_000_000)
+    assert code_of(refused) == "hub_too_large"
+    left = [path.stat().st_size for path in (tmp_path / "hf").rglob("*") if path.is_file()]
+    assert sum(left) < 3_000_000
+
+
+def test_a_server_that_is_no_hub_is_said_to_be_none(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.no_commit_header = True
+    with pytest.raises(HubError) as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "hub_unreachable"
+
+
+def test_no_error_or_log_line_holds_the_token_or_a_signed_address(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    commit = hub.add_repo("acme/support", FILES)
+    hub.faults.extra_size = 64
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(HubError) as refused:
+        pull(REF, commit, store, MANY, stall_seconds=2.0)
+    for text in (str(refused.value), caplog.text):
+        assert hub.token not in text
+        assert "s3cr3t" not in text
+
+
+def test_a_full_disk_under_the_cache_is_said_to_be_full(
+    hub: HubStandIn, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    with small_disk(tmp_path / "small", 200_000) as disk:
+        monkeypatch.setenv("HF_HOME", str(disk))
+        with pytest.raises(StoreFullError, match="HF_HOME"):
+            pull(REF, commit, store, MANY)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
