@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from tests.tiny import ADAPTERS, save_adapter, save_base
+from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 
 from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.prepared import write_prepared
 from onebase_server.engine import protocol
 from onebase_server.engine.protocol import FrameReader, RowOutput
 
@@ -91,8 +93,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
-    settings = BaseSettings(folder=base, quantization="none")
-    return save_adapter(load_base(settings), ADAPTERS[0], base.parent / "adapter", seed=1, std=0.5)
+    """The prepared file of an adapter."""
+    model = load_base(BaseSettings(folder=base, quantization="none"))
+    folder = save_adapter(model, ADAPTERS[0], base.parent / "adapter", seed=1, std=0.5)
+    prepared = base.parent / "prepared.safetensors"
+    write_prepared(prepared, load_folder(model, folder).weights, base_id="b")
+    return prepared
+
+
+def load(digest: str, prepared: Path) -> protocol.LoadAdapter:
+    return protocol.LoadAdapter(digest, str(prepared), hashlib.sha256(prepared.read_bytes()).hexdigest())
 
 
 @pytest.fixture
@@ -259,27 +269,64 @@ def test_an_adapter_acts_once_loaded_and_is_refused_once_unloaded(
     prompt = [5, 6, 7, 8]
     shared.send(submit("before", prompt, adapters=("d",)))
     assert shared.outputs("before", 1)[0].error_code == "adapter_not_loaded"
-    shared.send(protocol.LoadAdapter("d", str(adapter)))
-    assert shared.wait_for(protocol.AdapterLoaded).rank == ADAPTERS[0]["r"]
+    shared.send(load("d", adapter))
+    loaded = shared.wait_for(protocol.AdapterLoaded)
+    assert loaded.digest == "d"
+    assert loaded.bytes > 0
     shared.send(submit("bare", prompt), submit("adapted", prompt, adapters=("d",), max_tokens=40))
     # Unloaded while in use: the running row keeps it to its end.
     shared.send(protocol.UnloadAdapter("d"), submit("late", prompt, adapters=("d",)))
     outputs: dict[str, list[RowOutput]] = {"bare": [], "adapted": [], "late": []}
-    while sum(o.finish is not None for found in outputs.values() for o in found) < 3:
-        for output in shared.wait_for(protocol.StepDone).rows:
+    unloaded: list[str] = []
+    while sum(o.finish is not None for found in outputs.values() for o in found) < 3 or not unloaded:
+        message = shared.receive()
+        if isinstance(message, protocol.AdapterUnloaded):
+            assert outputs["adapted"], "not before its row has run"
+            unloaded.append(message.digest)
+        for output in message.rows if isinstance(message, protocol.StepDone) else ():
             outputs[output.id].append(output)
     assert len(tokens(outputs["adapted"])) == 40
     assert tokens(outputs["adapted"])[:16] != tokens(outputs["bare"])
     assert outputs["late"][0].error_code == "adapter_not_loaded"
-    while shared.wait_for(protocol.StepDone).stats.adapters_loaded:
-        pass
+    assert unloaded == ["d"]
+    assert shared.wait_for(protocol.StepDone).stats.adapters_loaded == 0
 
 
-def test_a_folder_that_holds_no_adapter_fails_alone(shared: EngineClient, tmp_path: Path) -> None:
-    shared.send(protocol.LoadAdapter("x", str(tmp_path)))
+def test_the_engine_says_which_versions_sit_in_slots(shared: EngineClient, adapter: Path) -> None:
+    shared.send(load("s", adapter))
+    shared.wait_for(protocol.AdapterLoaded)
+    shared.send(submit("one", [5, 6], adapters=("s",), max_tokens=2))
+    assert shared.wait_for(protocol.SlotsChanged).digests == ["s"]
+    shared.outputs("one", 1)
+    shared.send(protocol.UnloadAdapter("s"))
+    assert shared.wait_for(protocol.SlotsChanged).digests == []
+
+
+def test_a_version_that_is_unloaded_while_it_loads_is_never_served(
+    shared: EngineClient, adapter: Path
+) -> None:
+    shared.send(load("u", adapter), protocol.UnloadAdapter("u"))
+    assert shared.wait_for(protocol.AdapterUnloaded).digest == "u"
+    shared.send(submit("none", [5], adapters=("u",)))
+    assert shared.outputs("none", 1)[0].error_code == "adapter_not_loaded"
+
+
+@pytest.mark.parametrize("fault", ["missing", "another content", "cut"])
+def test_a_prepared_file_that_is_not_the_proven_one_fails_alone(
+    shared: EngineClient, adapter: Path, tmp_path: Path, fault: str
+) -> None:
+    path = tmp_path / "prepared"
+    content = bytearray(adapter.read_bytes())
+    sha256 = hashlib.sha256(content).hexdigest()
+    if fault == "another content":
+        content[-1] ^= 1
+    if fault != "missing":
+        path.write_bytes(content[:-1] if fault == "cut" else content)
+    shared.send(protocol.LoadAdapter("x", str(path), sha256))
     failed = shared.wait_for(protocol.AdapterFailed)
-    assert failed.digest == "x"
-    assert failed.code == "missing_file"
+    assert (failed.digest, failed.code) == ("x", "damaged")
+    shared.send(submit("base", [5], max_tokens=1))
+    assert shared.outputs("base", 1)[-1].finish == "length"
 
 
 @pytest.mark.parametrize(

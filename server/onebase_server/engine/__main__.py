@@ -17,6 +17,7 @@ from onebase_server.engine.process import run
 def main() -> int:
     parser = argparse.ArgumentParser(description="OneBase engine process; the api starts it.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
+    parser.add_argument("--base-fd", type=int, help="memfd to publish the base in, for workshops")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(message)s", stream=sys.stderr)
     # Advice for people who call the libraries themselves; here nobody could follow it.
@@ -25,7 +26,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     # Ctrl-C in a terminal reaches both processes; the api decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return run(socket.socket(fileno=arguments.fd))
+    return run(socket.socket(fileno=arguments.fd), arguments.base_fd)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.base import BaseChangedError, fingerprint
-from onebase_adapters.rows import LoraWeights
+from onebase_adapters.weights import AdapterWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.batch import Batch, Packer
 from onebase_server.engine.kv_cache import BlockPool
@@ -141,7 +140,7 @@ class Engine:
 
     # ---- adapters ---------------------------------------------------------------------------
 
-    def put_adapter(self, digest: str, weights: Mapping[str, LoraWeights]) -> None:
+    def put_adapter(self, digest: str, weights: AdapterWeights) -> None:
         """Take a version's finished tensors; from now on rows may name it."""
         self.versions.put(digest, weights)
 

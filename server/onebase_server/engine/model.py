@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from onebase_adapters.base import UnsupportedBaseError
-from onebase_adapters.rows import TILE, LoraWeights, RowMap, StepRows
+from onebase_adapters.rows import TILE, RowMap, StepRows
 from onebase_adapters.slots import SlotBank, wrap_layers
 from onebase_adapters.view import view
+from onebase_adapters.weights import AdapterWeights
 from onebase_server.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_server.engine.batch import Batch
 from onebase_server.engine.kv_cache import KVCache, bytes_per_token
@@ -66,9 +67,7 @@ class ServedModel:
         """Create the KV cache. Zeroed memory: on the CPU pages are taken only when written."""
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
 
-    def move_slots(
-        self, moves: Mapping[int, str | None], store: Mapping[str, Mapping[str, LoraWeights]]
-    ) -> None:
+    def move_slots(self, moves: Mapping[int, str | None], store: Mapping[str, AdapterWeights]) -> None:
         """Load or empty slots; `store` holds each version's matrices in host memory."""
         for slot, digest in moves.items():
             self._bank.clear(slot)

@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch import nn
 
+from onebase_adapters.attach import publish
 from onebase_adapters.base import (
     BaseChangedError,
     BaseSettings,
@@ -30,6 +31,7 @@ from onebase_adapters.rows import TILE
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Counters, Engine
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
+from onebase_server.engine.loading import Arrived, PreparedLoader
 from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count, slot_bytes
 from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import EngineConfig, FrameReader, RowOutput
@@ -46,12 +48,16 @@ MAX_FAILED_STEPS = 5
 DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
+Received = protocol.ToEngine | Arrived | protocol.AdapterFailed
+"""What the stepping thread takes: messages from the api, and what the loader thread has read."""
+
+
 class Channel:
     """The socket to the api. Reading and writing have threads of their own: a step waits for neither."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._inbox: queue.SimpleQueue[protocol.ToEngine | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
@@ -60,7 +66,11 @@ class Channel:
     def send(self, message: protocol.ToApi) -> None:
         self._outbox.put(protocol.encode(message))
 
-    def receive(self, timeout: float | None) -> Iterator[protocol.ToEngine]:
+    def post(self, message: Received) -> None:
+        """Put something beside the api's messages; callable from any thread."""
+        self._inbox.put(message)
+
+    def receive(self, timeout: float | None) -> Iterator[Received]:
         """Messages that have arrived; waits up to `timeout` seconds (None: for ever) for the first.
 
         Raises EOFError when the api has gone.
@@ -99,15 +109,18 @@ class Channel:
                 self._socket.sendall(frame)
 
 
-def run(sock: socket.socket) -> int:
-    """Serve one api until it closes the socket; returns the process's exit status."""
+def run(sock: socket.socket, base_fd: int | None = None) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status.
+
+    `base_fd` is a memfd into which the base is published, for workshops to attach.
+    """
     channel = Channel(sock)
     try:
         start = next(channel.receive(None))
         if not isinstance(start, protocol.Start):
             raise EOFError(f"expected Start, got {type(start).__name__}")
         try:
-            engine = _start(start.config, channel)
+            engine = _start(start.config, channel, base_fd)
         except Exception as error:
             logger.exception("the engine cannot start")
             explained = isinstance(error, UnsupportedBaseError | MemoryBudgetError)
@@ -126,14 +139,16 @@ def run(sock: socket.socket) -> int:
 
 
 def _serve(engine: Engine, channel: Channel) -> int:
+    loader = PreparedLoader(engine.model.device, channel.post)
     failures = 0
     while True:
         for message in channel.receive(0 if engine.busy else IDLE_SECONDS):
             if isinstance(message, protocol.Shutdown):
                 return 0
-            _handle(engine, channel, message)
+            _handle(engine, channel, loader, message)
         steps, failed = engine.counters.steps, engine.counters.failed_steps
         engine.step()
+        _report_versions(engine, channel)
         outputs = engine.take_outputs()
         if outputs or engine.counters.steps != steps or not engine.busy:
             _report(outputs, engine.stats(), channel)
@@ -159,21 +174,44 @@ def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: Channel) -
         channel.send(protocol.StepDone(rows=small, stats=stats))
 
 
-def _handle(engine: Engine, channel: Channel, message: protocol.ToEngine) -> None:
+def _report_versions(engine: Engine, channel: Channel) -> None:
+    """Say which versions have left memory, and which sit in slots when that has changed."""
+    for digest in engine.versions.take_dropped():
+        channel.send(protocol.AdapterUnloaded(digest))
+    if engine.slots_changed():
+        channel.send(protocol.SlotsChanged(sorted(engine.slots.slot_of)))
+
+
+def _handle(engine: Engine, channel: Channel, loader: PreparedLoader, message: Received) -> None:
     if isinstance(message, protocol.Submit):
         engine.submit(message)
     elif isinstance(message, protocol.Cancel):
         engine.cancel(message)
     elif isinstance(message, protocol.LoadAdapter):
-        channel.send(engine.load_adapter(message))
+        loader.load(message)
+    elif isinstance(message, Arrived):
+        _take_in(engine, channel, loader, message)
+    elif isinstance(message, protocol.AdapterFailed):
+        loader.forget(message.digest)
+        channel.send(message)
     elif isinstance(message, protocol.UnloadAdapter):
-        engine.unload_adapter(message)
+        loader.forget(message.digest)
+        engine.unload_adapter(message.digest)
     else:
         logger.error("unexpected message %s", type(message).__name__)
 
 
-def _start(config: EngineConfig, channel: Channel) -> Engine:
-    """Load the base, size the KV cache, warm up, and say Ready."""
+def _take_in(engine: Engine, channel: Channel, loader: PreparedLoader, arrived: Arrived) -> None:
+    digest = arrived.answer.digest
+    if loader.wanted(digest):
+        engine.put_adapter(digest, arrived.weights)
+        channel.send(arrived.answer)
+    else:
+        channel.send(protocol.AdapterUnloaded(digest))
+
+
+def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engine:
+    """Load the base, publish it, size the KV cache, warm up, and say Ready."""
     started = time.monotonic()
     device = _device(config.device)
     if config.threads:
@@ -184,7 +222,9 @@ def _start(config: EngineConfig, channel: Channel) -> Engine:
             "rounding. Leave it out, or use --device cpu"
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
-    base = load_base(_base_settings(config, device))
+    base = load_base(base_settings(config, device))
+    # Before anything holds on to its tensors: they move into the memory that workshops attach.
+    manifest = publish(base, base_fd) if base_fd is not None or device.type == "cuda" else b""
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
     model = ServedModel(base, config.max_slots)
     max_length = _max_length(config, base)
@@ -206,14 +246,13 @@ def _start(config: EngineConfig, channel: Channel) -> Engine:
         kv_blocks=blocks,
         block_size=config.block_size,
         slots=config.max_slots,
-        max_rank=config.max_rank,
         eos_ids=_eos_ids(base),
         model=model,
     )
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
     warm_up(engine)
     info = _base_info(config, base, engine, blocks * block_bytes, time.monotonic() - started)
-    channel.send(protocol.Ready(base=info))
+    channel.send(protocol.Ready(base=info, manifest=manifest))
     return engine
 
 
@@ -231,7 +270,7 @@ def warm_up(engine: Engine) -> None:
     engine.counters = Counters()
 
 
-def _base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
+def base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
     return BaseSettings(
         folder=Path(config.base_folder),
         quantization=config.quantization,

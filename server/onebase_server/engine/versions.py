@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Set
 
-from onebase_adapters.rows import LoraWeights
+from onebase_adapters.weights import AdapterWeights, composable, weights_bytes
 from onebase_server.engine.row import AdapterMix
 from onebase_server.engine.scheduler import NeverFitsError
 from onebase_server.engine.slot_table import SlotTable
@@ -14,8 +14,10 @@ class Versions:
     """Finished tensors by digest. A version that is told to leave stays until its last row has ended."""
 
     def __init__(self) -> None:
-        self.weights: dict[str, Mapping[str, LoraWeights]] = {}
+        self.weights: dict[str, AdapterWeights] = {}
         self._sizes: dict[str, int] = {}
+        self._alone: set[str] = set()
+        """Versions that are no sum of products, and so cannot be weighted or added to others."""
         self._leaving: set[str] = set()
         self._dropped: list[str] = []
 
@@ -26,11 +28,13 @@ class Versions:
     def any_leaving(self) -> bool:
         return bool(self._leaving)
 
-    def put(self, digest: str, weights: Mapping[str, LoraWeights]) -> None:
+    def put(self, digest: str, weights: AdapterWeights) -> None:
         """Take a version in; its scales go into B where that changes no bit."""
-        self._sizes[digest] = sum(w.a.nbytes + w.b.nbytes for w in weights.values())
-        self.weights[digest] = {name: w.folded() for name, w in weights.items()}
+        self.weights[digest] = folded(weights)
+        self._sizes[digest] = weights_bytes(self.weights[digest])
         self._leaving.discard(digest)
+        if not composable(weights):
+            self._alone.add(digest)
 
     def leave(self, digest: str) -> None:
         """Take no more rows of this version, and drop it with `drop_unused`."""
@@ -43,6 +47,7 @@ class Versions:
             if slots.evict(digest):
                 self._leaving.discard(digest)
                 del self.weights[digest], self._sizes[digest]
+                self._alone.discard(digest)
                 self._dropped.append(digest)
 
     def take_dropped(self) -> list[str]:
@@ -61,6 +66,8 @@ class Versions:
                 raise NeverFitsError(
                     "adapter_not_loaded", "adapter", f"adapter version {digest[:12]} is not loaded"
                 )
+        if len(mix.terms) > 1 or any(weight != 1.0 for _, weight in mix.terms):
+            self._check_composes(mix)
         needed = sum(self._sizes[digest] for digest in mix.digests)
         if slot_budget and needed > slot_budget:
             raise NeverFitsError(
@@ -69,3 +76,18 @@ class Versions:
                 f"the adapters of this request take {needed} bytes in slots and there are {slot_budget}; "
                 "raise --slot-memory",
             )
+
+    def _check_composes(self, mix: AdapterMix) -> None:
+        for digest in mix.digests:
+            if digest in self._alone:
+                raise NeverFitsError(
+                    "adapter_not_composable",
+                    "adapter",
+                    f"adapter version {digest[:12]} has DoRA, lora_bias, saved modules or token rows, which "
+                    "can neither be weighted nor added to others; name it alone, with weight 1",
+                )
+
+
+def folded(weights: AdapterWeights) -> AdapterWeights:
+    """Each module with its scale in B, where that changes no bit."""
+    return {name: module.folded() for name, module in weights.items()}
