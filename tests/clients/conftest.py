@@ -157,19 +157,37 @@ class Wire:
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as PEFT saves one; what is in its files is the server's business."""
+    made = tmp_path / "acme-support"
+    made.mkdir()
+    (made / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (made / "adapter_model.safetensors").write_bytes(b"weights\r\n--\x00" * 1000)
+    (made / "README.md").write_text("not to be sent")
+    return made
+
+
+@pytest.fixture
 def wire() -> type[Wire]:
     return Wire
 
 
 @dataclass
 class Scripted:
-    """A request that came, with the means to answer it piece by piece."""
+    """A request that came, with the means to answer it piece by piece. `body` is what was sent as JSON."""
 
     method: str
     path: str
     headers: dict[str, str]
     body: Any
     _http: BaseHTTPRequestHandler
+
+    def chunks(self) -> Iterator[bytes]:
+        """A body that is not JSON, as it arrives."""
+        left = int(self.headers.get("content-length", 0))
+        while left and (chunk := self._http.rfile.read(min(left, 65536))):
+            left -= len(chunk)
+            yield chunk
 
     def reply(self, status: int, body: dict[str, Any], **headers: str) -> None:
         content = json.dumps(body).encode()
@@ -229,13 +247,17 @@ def serve() -> Iterator[Callable[[Callable[[Scripted], None]], ScriptedServer]]:
 
             def do_GET(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
-                body = json.loads(self.rfile.read(length)) if length else None
+                is_json = length and self.headers["Content-Type"] == "application/json"
+                body = json.loads(self.rfile.read(length)) if is_json else None
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 request = Scripted(self.command, self.path, headers, body, self)
                 server.requests.append(request)
                 server.script(request)
 
             def do_POST(self) -> None:
+                self.do_GET()
+
+            def do_DELETE(self) -> None:
                 self.do_GET()
 
             def log_message(self, format: str, *args: Any) -> None:

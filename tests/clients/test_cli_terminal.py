@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.clients.registry_double import Registry, digest
 
 pty = pytest.importorskip("pty", reason="there are no ptys on this platform")
 
@@ -87,17 +88,12 @@ def hung_up() -> queue.Queue[bool]:
 def url(serve: Callable[..., Any], wire: Any, hung_up: queue.Queue[bool]) -> str:
     """A server whose answer to "endless" never ends by itself."""
 
+    registry = Registry()
+    registry.activate("pirate", registry.add("pirate", "x"))
+
     def script(request: Any) -> None:
         if request.path == "/v1/adapters":
-            adapter = {
-                "id": "pirate",
-                "version": "3f2a",
-                "rank": 8,
-                "targets": [],
-                "parameters": 1,
-                "bytes": 1,
-            }
-            request.reply(200, {"data": [adapter | {"base": "tiny", "active": True}]})
+            request.reply(200, {"data": [registry.adapter("pirate")]})
         elif request.path == "/v1/models":
             request.reply(200, {"data": [{"id": "tiny"}, {"id": "pirate"}]})
         elif request.body["messages"][-1]["content"] == "endless":
@@ -170,4 +166,4 @@ def test_ctrl_c_ends_generate_with_its_own_status(
 
 def test_models_is_a_table_at_a_terminal(person: Callable[..., Person], url: str) -> None:
     one = person("models", "--url", url)
-    assert "\t" not in one.sees("pirate +adapter +3f2a +8")
+    assert "\t" not in one.sees(f"pirate +adapter +{digest('x')[:12]} +8")

@@ -10,7 +10,6 @@ import httpx2
 import pytest
 
 from onebase import (
-    Adapter,
     AdapterWeight,
     APIConnectionError,
     APIStatusError,
@@ -29,8 +28,10 @@ from onebase import (
     Model,
     NotFoundError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     RateLimitError,
     ServerUnavailableError,
+    StorageFullError,
     Timeout,
     Timing,
     UnprocessableError,
@@ -120,22 +121,7 @@ def test_chat_sends_messages_and_the_key_to_generate(sdk: Any, wire: Any) -> Non
     }
 
 
-def test_lists_are_typed(sdk: Any) -> None:
-    loaded = {"id": "a", "object": "adapter", "version": "3f2a", "rank": 8, "targets": ["q_proj", "v_proj"]}
-    loaded |= {"parameters": 1000, "bytes": 4000, "base": "tiny", "active": True}
-    waiting = loaded | {
-        "id": "b",
-        "rank": None,
-        "targets": [],
-        "parameters": None,
-        "bytes": None,
-        "active": False,
-    }
-    adapters = Script(ok({"object": "list", "data": [loaded, waiting]}))
-    assert sdk.call(lambda client: client.adapters.list(), adapters.transport) == (
-        Adapter("a", "3f2a", 8, ("q_proj", "v_proj"), 1000, 4000, "tiny", True),
-        Adapter("b", "3f2a", None, (), None, None, "tiny", False),
-    )
+def test_models_are_typed(sdk: Any) -> None:
     model = {"id": "tiny", "object": "model", "created": 1, "owned_by": "onebase"}
     models = Script(ok({"object": "list", "data": [model]}), ok(model))
     expected = Model("tiny", "onebase", 1)
@@ -170,7 +156,7 @@ def test_the_servers_version_comes_with_all_it_said(sdk: Any) -> None:
         (302, APIStatusError),
         (400, BadRequestError),
         (401, AuthenticationError),
-        (403, AuthenticationError),
+        (403, PermissionDeniedError),
         (404, NotFoundError),
         (409, ConflictError),
         (413, PayloadTooLargeError),
@@ -181,6 +167,7 @@ def test_the_servers_version_comes_with_all_it_said(sdk: Any) -> None:
         (502, ServerUnavailableError),
         (503, ServerUnavailableError),
         (504, InternalServerError),
+        (507, StorageFullError),
     ],
 )
 def test_each_status_raises_its_own_error(sdk: Any, wire: Any, status: int, kind: type[Exception]) -> None:
@@ -279,7 +266,7 @@ def test_a_generation_that_may_have_run_is_not_sent_again(sdk: Any, slept: list[
 
 def test_a_read_that_failed_is_sent_again(sdk: Any, slept: list[float]) -> None:
     script = Script(httpx2.ReadError("reset"), httpx2.ReadTimeout("slow"), ok({"object": "list", "data": []}))
-    assert sdk.call(lambda client: client.adapters.list(), script.transport) == ()
+    assert sdk.call(lambda client: client.models.list(), script.transport) == ()
     assert len(slept) == 2
 
 

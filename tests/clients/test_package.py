@@ -33,7 +33,7 @@ def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, Exception)
     }
-    assert len(classes) == 15
+    assert len(classes) == 18
     assert classes <= set(onebase.__all__)
     assert errors.__doc__ is not None
     assert classes == {word for word in errors.__doc__.split() if word.endswith("Error")} - {
@@ -48,6 +48,8 @@ def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
         errors.APIConnectionError("broke", sent=True),
         errors.APITimeoutError("slow", sent=False),
         errors.status_error(429, errors.ErrorDetail("full", "t", "p", "c"), retry_after=3.0),
+        errors.status_error(409, errors.ErrorDetail("stale", code="stale_activation", current="3f2a")),
+        errors.AdapterRejectedError("no", code="no_effect", version=None),
         errors.StreamError(errors.ErrorDetail("late", code="timeout")),
         errors.InvalidResponseError("no JSON"),
     ],

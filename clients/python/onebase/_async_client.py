@@ -11,6 +11,7 @@ from typing import TypeVar, Unpack
 import anyio
 
 from . import _parse, _requests
+from ._async_adapters import AsyncAdapters
 from ._config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from ._http import AsyncHttp, AsyncTransport, Reply
 from ._requests import Call
@@ -18,7 +19,6 @@ from ._retry import retry_delay
 from ._streaming import AsyncStream
 from .errors import OneBaseError
 from .types import (
-    Adapter,
     AdapterSpec,
     Generation,
     Health,
@@ -74,8 +74,8 @@ class AsyncClient:
 
     @property
     def adapters(self) -> AsyncAdapters:
-        """The server's adapters."""
-        return AsyncAdapters(self)
+        """The server's adapters, and how new ones get there."""
+        return AsyncAdapters(self._send)
 
     @property
     def models(self) -> AsyncModels:
@@ -152,17 +152,6 @@ class AsyncClient:
                     raise
             await anyio.sleep(delay)
             attempt += 1
-
-
-class AsyncAdapters:
-    """`client.adapters`."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-
-    async def list(self) -> tuple[Adapter, ...]:
-        """Every adapter that the server has."""
-        return _parse.parse((await self._client._send(_requests.ADAPTERS)).body, _parse.adapters)
 
 
 class AsyncModels:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TypeVar, Unpack
 
 from . import _parse, _requests
+from ._adapters import Adapters
 from ._config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from ._http import Http, Reply, Transport
 from ._requests import Call
@@ -17,7 +18,6 @@ from ._retry import retry_delay
 from ._streaming import Stream
 from .errors import OneBaseError
 from .types import (
-    Adapter,
     AdapterSpec,
     Generation,
     Health,
@@ -88,8 +88,8 @@ class Client:
 
     @property
     def adapters(self) -> Adapters:
-        """The server's adapters."""
-        return Adapters(self)
+        """The server's adapters, and how new ones get there."""
+        return Adapters(self._send)
 
     @property
     def models(self) -> Models:
@@ -203,17 +203,6 @@ class Client:
                     raise
             time.sleep(delay)
             attempt += 1
-
-
-class Adapters:
-    """`client.adapters`."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def list(self) -> tuple[Adapter, ...]:
-        """Every adapter that the server has."""
-        return _parse.parse(self._client._send(_requests.ADAPTERS).body, _parse.adapters)
 
 
 class Models:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
@@ -13,6 +13,7 @@ import httpx2
 
 from . import _parse
 from ._config import ClientOptions, Timeout
+from ._multipart import Multipart, OpenForm
 from ._requests import Call
 from ._retry import parse_retry_after
 from ._version import sdk_version
@@ -89,8 +90,13 @@ class Http:
 
         Raises:
             APIConnectionError, APITimeoutError, APIStatusError, InvalidResponseError.
+            OSError, ValueError: a file that belongs to `call` cannot be read.
         """
-        request = _request(self._client, call, options)
+        with _content(call) as content:
+            request = _request(self._client, call, content, options)
+            return self._send(call, request)
+
+    def _send(self, call: Call, request: httpx2.Request) -> Response:
         with _errors(request):
             response = self._client.send(request, stream=True)
             if _is_answer(call, response):
@@ -123,7 +129,11 @@ class AsyncHttp:
 
     async def open(self, call: Call, options: ClientOptions) -> AsyncResponse:
         """As Http.open."""
-        request = _request(self._client, call, options)
+        with _content(call) as content:
+            request = _request(self._client, call, content, options)
+            return await self._send(call, request)
+
+    async def _send(self, call: Call, request: httpx2.Request) -> AsyncResponse:
         with _errors(request):
             response = await self._client.send(request, stream=True)
             if _is_answer(call, response):
@@ -146,16 +156,32 @@ class AsyncHttp:
         await self._client.aclose()
 
 
+def _content(call: Call) -> AbstractContextManager[bytes | OpenForm | None]:
+    """What is sent as the body; the files of a form are open inside the block."""
+    return call.body.opened() if isinstance(call.body, Multipart) else nullcontext(call.body)
+
+
 def _request(
-    client: httpx2.Client | httpx2.AsyncClient, call: Call, options: ClientOptions
+    client: httpx2.Client | httpx2.AsyncClient,
+    call: Call,
+    content: bytes | OpenForm | None,
+    options: ClientOptions,
 ) -> httpx2.Request:
     headers = {"User-Agent": f"onebase-python/{sdk_version()}"}
-    if call.body is not None:
+    if isinstance(call.body, Multipart):
+        headers["Content-Type"] = call.body.content_type
+    elif call.body is not None:
         headers["Content-Type"] = "application/json"
+    body: bytes | Iterator[bytes] | AsyncIterator[bytes] | None
+    if isinstance(content, OpenForm):
+        headers["Content-Length"] = str(content.length)  # else it would be sent chunked
+        body = content.achunks() if isinstance(client, httpx2.AsyncClient) else content.chunks()
+    else:
+        body = content
     if options.api_key is not None:
         headers["Authorization"] = f"Bearer {options.api_key}"
     return client.build_request(
-        call.method, call.path, content=call.body, headers=headers, timeout=_timeout(options.timeout)
+        call.method, call.path, content=body, headers=headers, timeout=_timeout(options.timeout)
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from .errors import ErrorDetail, InvalidResponseError
 from .types import (
-    Adapter,
     AdapterWeight,
     Choice,
     Generation,
@@ -98,22 +97,6 @@ def _logprobs(value: Json | None) -> Logprobs | None:
     )
 
 
-def adapters(value: Json) -> tuple[Adapter, ...]:
-    return tuple(
-        Adapter(
-            name=item["id"],
-            version=item["version"],
-            rank=item["rank"],
-            targets=tuple(item["targets"]),
-            parameters=item["parameters"],
-            bytes=item["bytes"],
-            base=item["base"],
-            active=item["active"],
-        )
-        for item in value["data"]
-    )
-
-
 def models(value: Json) -> tuple[Model, ...]:
     return tuple(model(item) for item in value["data"])
 
@@ -150,8 +133,8 @@ def stream_error(error: Any) -> ErrorDetail:
     """One `error` object."""
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         return ErrorDetail(f"the server reports an error of unknown shape: {str(error)[:200]}")
-    type_, param, code = (_optional_text(error.get(name)) for name in ("type", "param", "code"))
-    return ErrorDetail(error["message"], type_, param, code)
+    names = ("type", "param", "code", "current")
+    return ErrorDetail(error["message"], *(_optional_text(error.get(name)) for name in names))
 
 
 def _optional_text(value: object) -> str | None:

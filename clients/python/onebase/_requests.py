@@ -8,33 +8,46 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
 
+from ._multipart import Multipart
 from .types import AdapterSpec, AdapterWeight, Message, Messages, SamplingFields
 
 Body = dict[str, object]
+
+_ALWAYS = frozenset({429, 503})
+_FROM_A_PROXY = frozenset({502, 504})
 
 
 @dataclass(frozen=True)
 class Call:
     """One HTTP request, not yet sent."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
-    body: bytes | None = None
-    retry_statuses: frozenset[int] = frozenset({429, 502, 503, 504})
-    """Error statuses after which it may be sent again."""
+    body: bytes | Multipart | None = None
+    """JSON, or a form with files."""
+    idempotent: bool = False
+    """Whether it does no more when it is done twice; a GET never does."""
     answer_statuses: frozenset[int] = frozenset()
     """Error statuses that are an answer, not a failure."""
 
     @property
     def repeatable(self) -> bool:
         """Whether it may be sent again even if the first one may have been acted on."""
-        return self.method == "GET"
+        return self.method == "GET" or self.idempotent
+
+    @property
+    def retry_statuses(self) -> frozenset[int]:
+        """Error statuses after which it may be sent again.
+
+        429 and 503 are answers given before any work: the queue is full, or the engine is starting,
+        draining or restarting. 502 and 504 come from a proxy, which cannot know.
+        """
+        return _ALWAYS | _FROM_A_PROXY if self.repeatable else _ALWAYS
 
 
 HEALTH = Call("GET", "/health", answer_statuses=frozenset({503}))
 READY = Call("GET", "/ready", answer_statuses=frozenset({503}))
 VERSION = Call("GET", "/version")
-ADAPTERS = Call("GET", "/v1/adapters")
 MODELS = Call("GET", "/v1/models")
 
 
@@ -63,8 +76,7 @@ def generate(
     body["adapter"] = adapter_body(adapter)
     body |= sampling_body(sampling)
     body["stream"] = stream
-    # 503 here is an answer given before any work: the engine is starting, draining or restarting.
-    return Call("POST", "/generate", _encode(body), retry_statuses=frozenset({429, 503}))
+    return Call("POST", "/generate", encode(body))
 
 
 def messages_body(messages: Messages) -> list[dict[str, str]]:
@@ -114,7 +126,12 @@ def sampling_body(sampling: SamplingFields) -> Body:
     return body
 
 
-def _encode(body: Body) -> bytes:
+def encode(body: Body) -> bytes:
+    """A body as JSON.
+
+    Raises:
+        TypeError, ValueError: a value cannot be sent; the message names its field.
+    """
     try:
         return _json(body)
     except (TypeError, ValueError):

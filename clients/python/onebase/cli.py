@@ -26,6 +26,7 @@ A server (needs: pip install 'onebase[server]')
 Talking to a server
   generate   answer one prompt
   chat       have a conversation; change the adapter while it goes on
+  adapters   bring adapters to the server, look at them, let them answer, roll back
   models     list the base and the adapters that the server has
   version    show the version of this command and of the server
 
@@ -43,6 +44,7 @@ Exit status: 0 done, 1 failed, 2 wrong arguments, 3 no server answers, 130 inter
 COMMANDS: Final[Mapping[str, str]] = {
     "generate": "onebase._cli.generate",
     "chat": "onebase._cli.chat",
+    "adapters": "onebase._cli.adapters",
     "models": "onebase._cli.models",
     "version": "onebase._cli.version",
 }

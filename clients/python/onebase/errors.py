@@ -5,25 +5,32 @@
   x APITimeoutError             a timeout passed before the answer was complete
   x APIStatusError              the server answered with an error status
     + BadRequestError           400: a field is missing or wrong (`param` names it)
-    + AuthenticationError       401, 403: no API key, a wrong one, or one without this right
-    + NotFoundError             404: no such adapter, model or path
-    + ConflictError             409: the request collides with the state of what it names
+    + AuthenticationError       401: no API key, or a wrong one
+    + PermissionDeniedError     403: the server does not allow this
+    + NotFoundError             404: no such adapter, version, model or path
+    + ConflictError             409: it collides with the state of what it names (`current` says which)
     + PayloadTooLargeError      413: the body is over the server's limit
     + UnprocessableError        422: well formed, but it cannot be done
     + RateLimitError            429: the queue is full; `retry_after` says when to come back
     + ServerUnavailableError    502, 503: starting, draining or restarting its engine
+    + StorageFullError          507: the server's disk is full; nothing was kept of the request
     + InternalServerError       any other 5xx: a fault of the server
+  x AdapterRejectedError        an adapter was not accepted: `code` and `version` say why and which
   x StreamError                 a stream failed after it had begun
   x InvalidResponseError        the answer is not what a OneBase server sends
 
-Wrong arguments (an unknown field, both `prompt` and `messages`) raise TypeError or ValueError
-before anything is sent.
+Wrong arguments (an unknown field, both `prompt` and `messages`, a folder that holds no adapter) raise
+TypeError or ValueError before anything is sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapter_types import AdapterVersion
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class ErrorDetail:
     """The field of the request that is at fault, when one is."""
     code: str | None = None
     """The exact kind, stable enough to compare with, such as `adapter_not_found`."""
+    current: str | None = None
+    """The digest that is active, in an error that says that another one was expected."""
 
 
 class OneBaseError(Exception):
@@ -115,15 +124,28 @@ class BadRequestError(APIStatusError):
 
 
 class AuthenticationError(APIStatusError):
-    """401 or 403: no API key, a wrong one, or one without this right."""
+    """401: no API key, or a wrong one."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the server does not allow this, such as a Hub repository outside its `--hub-allow`."""
 
 
 class NotFoundError(APIStatusError):
-    """404: no such adapter, model or path."""
+    """404: no such adapter, version, model or path."""
 
 
 class ConflictError(APIStatusError):
-    """409: the request collides with the present state of what it names."""
+    """409: the request collides with the present state of what it names.
+
+    Attributes:
+        current: With code `stale_activation`: the digest of the version that is active instead of the
+            expected one; None when none is.
+    """
+
+    def __init__(self, status: int, detail: ErrorDetail, *, retry_after: float | None = None) -> None:
+        super().__init__(status, detail, retry_after=retry_after)
+        self.current = detail.current
 
 
 class PayloadTooLargeError(APIStatusError):
@@ -142,8 +164,31 @@ class ServerUnavailableError(APIStatusError):
     """502 or 503: the server is starting, draining, or restarting its engine."""
 
 
+class StorageFullError(APIStatusError):
+    """507: the server's disk is full. Nothing was kept of the request; what it had before is untouched."""
+
+
 class InternalServerError(APIStatusError):
     """Any other 5xx: a fault of the server."""
+
+
+class AdapterRejectedError(OneBaseError):
+    """An adapter was not accepted: it could not be fetched, its files are wrong, or its proof failed.
+
+    Nothing of it is served; the version that was active before still is.
+
+    Attributes:
+        code: The exact kind of reason, such as `no_effect`, or None.
+        version: The version that failed, or None where the server refused it before it became one.
+    """
+
+    def __init__(self, message: str, *, code: str | None, version: AdapterVersion | None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.version = version
+
+    def __str__(self) -> str:
+        return self.message if self.code is None else f"{self.message} ({self.code})"
 
 
 class StreamError(OneBaseError):
@@ -170,7 +215,7 @@ class InvalidResponseError(OneBaseError):
 _BY_STATUS: Mapping[int, type[APIStatusError]] = {
     400: BadRequestError,
     401: AuthenticationError,
-    403: AuthenticationError,
+    403: PermissionDeniedError,
     404: NotFoundError,
     409: ConflictError,
     413: PayloadTooLargeError,
@@ -178,6 +223,7 @@ _BY_STATUS: Mapping[int, type[APIStatusError]] = {
     429: RateLimitError,
     502: ServerUnavailableError,
     503: ServerUnavailableError,
+    507: StorageFullError,
 }
 
 

@@ -165,25 +165,6 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter that the server has."""
-
-    name: str
-    version: str
-    """The digest of the active version."""
-    rank: int | None
-    """None, as `parameters` and `bytes`, while it is not active."""
-    targets: tuple[str, ...]
-    """The layers it changes; none while it is not active."""
-    parameters: int | None
-    bytes: int | None
-    base: str
-    """The name of the base that it belongs to."""
-    active: bool
-    """Whether it is loaded and answers requests."""
-
-
-@dataclass(frozen=True)
 class Model:
     """Something that a request can name: the base, or an adapter on it."""
 

@@ -125,10 +125,11 @@ class Conversation:
     def _list(self, _: str) -> None:
         adapters = self._client.adapters.list()
         if not adapters:
-            note("The server has no adapters. Give it some: onebase serve --adapter NAME=FOLDER")
+            note("The server has no adapters. Give it some: onebase adapters push FOLDER --activate")
         for adapter in adapters:
-            state = f"rank {adapter.rank}" if adapter.active else "not loaded"
-            note(f"  {adapter.name}  ({state}, version {adapter.version[:12]})")
+            version = adapter.version
+            state = f"rank {adapter.rank}, version {version[:12]}" if version else "not active"
+            note(f"  {adapter.name}  ({state})")
 
     def _instruct(self, text: str) -> None:
         self._system = text or None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Final
 
 from ..errors import (
     APIConnectionError,
     APITimeoutError,
     AuthenticationError,
+    ConflictError,
     NotFoundError,
     OneBaseError,
 )
@@ -33,16 +35,33 @@ def explain(error: OneBaseError, url: str) -> tuple[str, int]:
     return f"{error}\n{hint}" if hint else str(error), FAILED
 
 
+_HINTS: Final[Mapping[str, str]] = {
+    "adapter_not_found": "`onebase adapters list` lists the adapters that the server has.",
+    "version_not_found": "`onebase adapters show NAME` lists the versions.",
+    "model_not_found": "`onebase models` lists what the server has.",
+    "base_mismatch": "If you are sure that it fits this base: --any-base",
+    "version_not_ready": "See how far it is, or why it failed: onebase adapters show NAME",
+    "adapter_in_use": "To end its requests and delete it all the same: --force",
+    "no_effect": "If that is meant: --allow-noop",
+}
+"""What to do next, by the code of an error."""
+
+
 def _hint(error: OneBaseError) -> str | None:
-    if isinstance(error, APITimeoutError):
-        return "Give it more time with --timeout SECONDS."
-    if isinstance(error, AuthenticationError):
-        return "Put your API key into the environment: export ONEBASE_API_KEY=..."
-    if isinstance(error, NotFoundError) and error.param in ("adapter", "model"):
-        return "`onebase models` lists what the server has."
-    if isinstance(error, NotFoundError):
-        return "Is this a OneBase server? Check --url or ONEBASE_URL."
-    return None
+    code = str(getattr(error, "code", ""))
+    if isinstance(error, ConflictError) and code == "stale_activation":
+        active = error.current[:12] if error.current else "none"
+        return f"The active version is {active}. Look at it, then say so: --expected {active}"
+    if code in _HINTS:
+        return _HINTS[code]
+    return next((hint for kind, hint in _HINTS_BY_KIND if isinstance(error, kind)), None)
+
+
+_HINTS_BY_KIND: Final[tuple[tuple[type[OneBaseError], str], ...]] = (
+    (APITimeoutError, "Give it more time with --timeout SECONDS."),
+    (AuthenticationError, "Put your API key into the environment: export ONEBASE_API_KEY=..."),
+    (NotFoundError, "Is this a OneBase server? Check --url or ONEBASE_URL."),
+)
 
 
 def report(error: OneBaseError, url: str) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from ..adapter_types import Adapter
 from ..errors import OneBaseError
-from ..types import Adapter, Model
+from ..types import Model
 from . import options
 from .exits import OK, report
-from .terminal import printable
+from .tables import Column, print_table, size
 
 _DESCRIPTION = "List the base and the adapters that the server has; any of the names goes with --adapter."
-_COLUMNS = ("name", "kind", "version", "rank", "parameters", "size", "changes")
+_TITLES = ("name", "kind", "version", "rank", "parameters", "size", "changes")
+_NUMBERS = ("rank", "parameters", "size")
 
 
 def run(argv: list[str]) -> int:
@@ -26,10 +27,15 @@ def run(argv: list[str]) -> int:
     with client:
         try:
             once = client.with_options(max_retries=0)
-            _print(table_rows(once.models.list(), once.adapters.list()))
+            rows = table_rows(once.models.list(), once.adapters.list())
         except OneBaseError as error:
             return report(error, client.url)
+    print_table([_column(place, title) for place, title in enumerate(_TITLES)], rows)
     return OK
+
+
+def _column(place: int, title: str) -> Column[tuple[str, ...]]:
+    return Column(title, lambda row: row[place], right=title in _NUMBERS, shrink=title == "changes")
 
 
 def table_rows(models: Sequence[Model], adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
@@ -42,38 +48,10 @@ def table_rows(models: Sequence[Model], adapters: Sequence[Adapter]) -> list[tup
 def _adapter_row(adapter: Adapter) -> tuple[str, ...]:
     return (
         adapter.name,
-        "adapter" if adapter.active else "adapter, not loaded",
-        adapter.version[:12],
+        "adapter" if adapter.active else "adapter, not active",
+        (adapter.version or "")[:12],
         "" if adapter.rank is None else str(adapter.rank),
         "" if adapter.parameters is None else f"{adapter.parameters:,}",
         "" if adapter.bytes is None else size(adapter.bytes),
         " ".join(adapter.targets),
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people: `4.9 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def _print(rows: Sequence[tuple[str, ...]]) -> None:
-    """A table that fits a terminal; through a pipe, tab-separated lines that lose nothing."""
-    if not sys.stdout.isatty():
-        for row in (_COLUMNS, *rows):
-            print("\t".join(row))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE)
-    for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in ("rank", "parameters", "size") else "left")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)

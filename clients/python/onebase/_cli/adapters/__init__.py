@@ -1,0 +1,78 @@
+"""`onebase adapters`: bring adapters to a server, look at them, let them answer. One module an action."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+from ..exits import OK, USAGE
+
+HELP: Final = """\
+usage: onebase adapters ACTION [options]
+
+Bring adapters to a server, look at them, and let them answer. A name has
+versions, one for each content that was brought under it. A request that asks
+for the name gets the active one.
+
+Bring
+  push FOLDER           send a folder that PEFT saved, and have it proven
+  pull ORG/REPO[@REV]   let the server fetch one from the Hugging Face Hub
+
+Look
+  list                  all adapters
+  show NAME[@VERSION]   an adapter with its versions, or a version with its proof
+  diff A B              two side by side: targets, ranks, norms layer by layer
+
+Let answer
+  activate NAME VERSION from now on; what has begun ends on the version before
+  rollback NAME         go back to the version that was active before
+  deactivate NAME       let none of its versions answer
+  pin NAME, unpin NAME  keep it in memory, or let it leave it again
+
+Remove
+  rm NAME[@VERSION]     one version, or the adapter with all of them
+
+VERSION is a digest as `show` prints it; its first 8 digits are enough.
+`onebase adapters ACTION --help` explains an action. All of them take --json.
+"""
+
+ACTIONS: Final[Mapping[str, str]] = {
+    "push": "bring",
+    "pull": "bring",
+    "list": "listing",
+    "show": "show",
+    "diff": "diff",
+    "activate": "switch",
+    "rollback": "switch",
+    "deactivate": "switch",
+    "pin": "switch",
+    "unpin": "switch",
+    "rm": "remove",
+}
+
+
+def run(argv: list[str]) -> int:
+    """Run the command; gives its exit status."""
+    if not argv:
+        sys.stderr.write(HELP)
+        return USAGE
+    action, *rest = argv
+    if action in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return OK
+    if action not in ACTIONS:
+        return _unknown(action)
+    module = importlib.import_module(f".{ACTIONS[action]}", __name__)
+    status: int = module.run(action, rest)
+    return status
+
+
+def _unknown(action: str) -> int:
+    print(f"onebase adapters: there is no action {action!r}.", file=sys.stderr)
+    near = difflib.get_close_matches(action, ACTIONS, n=1)
+    hint = f"Did you mean `onebase adapters {near[0]}`?" if near else "`onebase adapters --help` lists them."
+    print(hint, file=sys.stderr)
+    return USAGE

@@ -1,0 +1,39 @@
+"""`onebase adapters rm`: delete a version, or an adapter with all of them."""
+
+from __future__ import annotations
+
+from ..._client import Client
+from ..exits import OK
+from .common import Reference, parser, perform, print_json, reference
+
+_DESCRIPTION = """\
+Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses while a
+version is active or requests run on it; --force deletes it all the same, and those requests end with an
+error.
+"""
+_EXAMPLES = """\
+  onebase adapters rm acme-support@3f2a9c41
+  onebase adapters rm acme-support
+"""
+
+
+def run(action: str, argv: list[str]) -> int:
+    """Run the action; gives its exit status."""
+    made = parser(action, _DESCRIPTION, _EXAMPLES)
+    made.add_argument("adapter", metavar="NAME[@VERSION]")
+    made.add_argument("--force", action="store_true", help="even if it is active or in use")
+    args = made.parse_args(argv)
+    try:
+        wanted = reference(args.adapter)
+    except ValueError as error:
+        made.error(str(error))
+    return perform(made, args, lambda client: _remove(client, wanted, args.force, args.json))
+
+
+def _remove(client: Client, wanted: Reference, force: bool, as_json: bool) -> int:
+    client.adapters.delete(wanted.name, wanted.version, force=force)
+    if as_json:
+        print_json({"name": wanted.name, "version": wanted.version, "deleted": True})
+    else:
+        print(f"Deleted {wanted}" + ("." if wanted.version else ", with all its versions."))
+    return OK

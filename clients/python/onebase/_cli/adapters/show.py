@@ -1,0 +1,183 @@
+"""`onebase adapters show`: one adapter with its versions and history, or one version with its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..._client import Client
+from ...adapter_types import Activation, Adapter, AdapterVersion, ModuleReport
+from ..exits import OK
+from ..tables import ROOMY, WIDE, Column, console, size, table, when
+from ..terminal import printable
+from .common import Reference, number, parser, perform, print_json, reference, short, state_style, targets
+from .layers import by_target, place, ranges, span, sparklines
+from .report import came_from, headline, makeup, proof
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_DESCRIPTION = """\
+NAME: what answers to it, its versions (the newest first) and what answered before.
+NAME@VERSION: what that version is, where it is from, how it was proven, and what it does to which modules.
+"""
+_EXAMPLES = """\
+  onebase adapters show acme-support
+  onebase adapters show acme-support@3f2a9c41
+"""
+
+
+def run(action: str, argv: list[str]) -> int:
+    """Run the action; gives its exit status."""
+    made = parser(action, _DESCRIPTION, _EXAMPLES)
+    made.add_argument("adapter", metavar="NAME[@VERSION]")
+    args = made.parse_args(argv)
+    try:
+        wanted = reference(args.adapter)
+    except ValueError as error:
+        made.error(str(error))
+    show = _show_adapter if wanted.version is None else _show_version
+    return perform(made, args, lambda client: show(client, wanted, args.json))
+
+
+def _show_adapter(client: Client, wanted: Reference, as_json: bool) -> int:
+    adapter = client.adapters.retrieve(wanted.name)
+    versions, history = client.adapters.versions(wanted.name), client.adapters.history(wanted.name)
+    if as_json:
+        from dataclasses import asdict
+
+        print_json(
+            asdict(adapter)
+            | {"versions": [asdict(one) for one in versions], "history": [asdict(one) for one in history]}
+        )
+    else:
+        print_adapter(console(), adapter, versions, history)
+    return OK
+
+
+def _show_version(client: Client, wanted: Reference, as_json: bool) -> int:
+    version = client.adapters.version(wanted.name, wanted.version or "")
+    if as_json:
+        print_json(version)
+    else:
+        print_version(console(), version)
+    return OK
+
+
+def print_adapter(
+    out: Console, adapter: Adapter, versions: Sequence[AdapterVersion], history: Sequence[Activation]
+) -> None:
+    """The adapter, then its versions, then what answered before."""
+    from rich.text import Text
+
+    state = "active" if adapter.active else f"{adapter.state}, not active"
+    style = state_style("active" if adapter.active else adapter.state)
+    shown = Text.assemble((printable(adapter.name), "bold"), "  ", (state, style))
+    out.print(shown, *([Text("pinned", "cyan")] if adapter.pinned else []))
+    out.print(Text(f"  on {printable(adapter.base)}" + _where(adapter), "dim"))
+    out.print()
+    out.print(table(_VERSION_COLUMNS, versions, out.width))
+    for version in versions:
+        if version.error is not None:
+            out.print()
+            out.print(Text(f"{short(version.version)}: {printable(version.error.message)}", "red"))
+    if history:
+        out.print()
+        out.print(table(_HISTORY_COLUMNS, history, out.width))
+
+
+def _where(adapter: Adapter) -> str:
+    places = {"slot": "in a slot", "host": "in host memory", "disk": "on disk"}
+    return "" if adapter.tier is None else f", {places.get(adapter.tier, adapter.tier)}"
+
+
+_HISTORY_COLUMNS: tuple[Column[Activation], ...] = (
+    Column("version", lambda entry: short(entry.version) or "none", style=lambda _: "bold"),
+    Column("history", lambda entry: entry.action),
+    Column("before", lambda entry: short(entry.previous) or "none"),
+    Column("when", lambda entry: when(entry.at)),
+    Column("by", lambda entry: entry.actor, shrink=True),
+)
+
+
+def _shown_state(version: AdapterVersion) -> str:
+    if version.active:
+        return "active"
+    if version.progress is None or version.progress.fraction is None:
+        return version.state
+    return f"{version.state} {version.progress.fraction:.0%}"
+
+
+_VERSION_COLUMNS: tuple[Column[AdapterVersion], ...] = (
+    Column("version", lambda version: short(version.version), style=lambda _: "bold"),
+    Column(
+        "state",
+        _shown_state,
+        style=lambda version: state_style("active" if version.active else version.state),
+    ),
+    Column("kind", lambda item: " ".join(item.report.kinds) if item.report else "", at=WIDE),
+    Column("rank", lambda item: str(item.report.rank) if item.report else "", right=True),
+    Column("alpha", lambda item: number(item.report.alpha) if item.report else "", right=True, at=ROOMY),
+    Column("size", lambda item: size(item.report.bytes) if item.report else "", right=True),
+    Column("changes", lambda item: targets(item.report.targets) if item.report else "", at=ROOMY),
+    Column("from", came_from, shrink=True),
+    Column("when", lambda item: when(item.created_at)),
+    Column("by", lambda item: item.created_by, at=ROOMY),
+)
+
+
+def print_version(out: Console, version: AdapterVersion) -> None:
+    """What it is, its proof, and what it does to which modules."""
+    from rich.text import Text
+
+    out.print(headline(version))
+    by = f" by {printable(version.created_by)}" if version.created_by else ""
+    out.print(Text(f"  from {printable(came_from(version))}, {when(version.created_at)}{by}", "dim"))
+    out.print(Text(f"  sha256 {version.version}", "dim"), soft_wrap=True)
+    if version.error is not None:
+        out.print()
+        out.print(Text(f"{printable(version.error.message)} ({version.error.code})", "red"))
+    if version.report is None:
+        return
+    report = version.report
+    named = f", trained on {printable(report.base_name)}" if report.base_name else ""
+    out.print(Text(f"  on {printable(version.base)}{named}", "dim"))
+    out.print()
+    out.print(Text(makeup(report)))
+    out.print(Text(proof(report.proof)))
+    if report.dropped:
+        dropped = printable(", ".join(report.dropped))
+        out.print(Text(f"left out, since they are the base's own: {dropped}", "dim"))
+    out.print()
+    _print_modules(out, report.modules)
+
+
+def _print_modules(out: Console, modules: Sequence[ModuleReport]) -> None:
+    """A line for each target, with the norms of what it adds from the first layer to the last."""
+    groups = by_target(modules)
+    charts = sparklines(groups, 32 if out.width < WIDE else 48, ascii_only=out.options.ascii_only)
+    columns: tuple[Column[tuple[str, list[ModuleReport]]], ...] = (
+        Column("target", lambda item: item[0], style=lambda _: "bold"),
+        Column("layers", lambda item: _layers(item[1])),
+        Column("kind", lambda item: " ".join(sorted({module.kind for module in item[1]})), at=WIDE),
+        Column("rank", lambda item: span(module.rank for module in item[1]), right=True),
+        Column("alpha", lambda item: span(module.alpha for module in item[1]), right=True),
+        Column(
+            "parameters",
+            lambda item: _parameters(item[1]),
+            right=True,
+            at=WIDE,
+        ),
+        Column("norm", lambda item: span(float(f"{module.norm:.2g}") for module in item[1]), right=True),
+        Column("by layer", lambda item: charts[item[0]], style=lambda _: "cyan"),
+    )
+    out.print(table(columns, list(groups.items()), out.width))
+
+
+def _parameters(modules: Sequence[ModuleReport]) -> str:
+    return f"{sum(module.parameters for module in modules):,}"
+
+
+def _layers(modules: Sequence[ModuleReport]) -> str:
+    found = [where.layer for where in (place(module.name) for module in modules) if where.layer is not None]
+    return ranges(found)

@@ -1,0 +1,191 @@
+"""What the server tells about adapters, their versions and their proofs: plain frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+READY: Final = "ready"
+FAILED: Final = "failed"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A name that requests can ask for. It points at one of its versions, the active one, or at none."""
+
+    name: str
+    version: str | None
+    """The digest of the active version; None while none is."""
+    active: bool
+    state: str
+    """Of the active version, else of the newest one: see AdapterVersion."""
+    kinds: tuple[str, ...]
+    """What the active version is made of: `lora`, `dora`, `saved`, `tokens`. As `rank`, `alpha`,
+    `targets`, `parameters` and `bytes`, empty or None while no version is active."""
+    rank: int | None
+    alpha: float | None
+    targets: tuple[str, ...]
+    """The layers that the active version changes, such as `q_proj`."""
+    parameters: int | None
+    bytes: int | None
+    base: str
+    """The name of the base that it belongs to."""
+    tenant: str
+    """Who owns it."""
+    pinned: bool
+    """Whether it stays in memory although others were used more recently."""
+    tier: str | None
+    """Where the active version is: `slot` (on the accelerator), `host` (in memory) or `disk`."""
+    versions: int
+    """How many it has."""
+    created_at: float
+    """Unix time in seconds, as `updated_at`."""
+    updated_at: float
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where the files of a version came from."""
+
+    kind: str
+    """`upload`, `hub` or `folder`."""
+    repo: str | None = None
+    revision: str | None = None
+    """What was asked for, such as `main`."""
+    commit: str | None = None
+    """The commit that `revision` was at that moment."""
+    subfolder: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an adapter is on its way to being ready."""
+
+    stage: str
+    """`uploading`, `pulling`, `validating` or `proving`; at the end `ready` or `failed`."""
+    fraction: float | None = None
+    """0 to 1; None when it is not known. Validating and proving are one piece of work: it goes on there."""
+    bytes_done: int | None = None
+    """Sent so far, while uploading."""
+    bytes_total: int | None = None
+
+
+ProgressCallback: TypeAlias = Callable[[Progress], object]
+"""Called with each step forward, in the thread (or the event loop) that waits. Be quick."""
+
+
+@dataclass(frozen=True)
+class VersionFailure:
+    """Why a version failed."""
+
+    code: str
+    """The exact kind, stable enough to compare with."""
+    message: str
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What a version does to one module of the base."""
+
+    name: str
+    kind: str
+    """`lora`, `dora`, `saved` (the whole module is replaced) or `tokens` (some rows are)."""
+    rank: int
+    """0 unless the kind is `lora` or `dora`."""
+    alpha: float
+    parameters: int
+    norm: float
+    """Frobenius norm of what is added to the module's weight."""
+
+
+@dataclass(frozen=True)
+class ProofReport:
+    """How the server made sure that what it serves is what PEFT computes."""
+
+    modules_compared: int
+    """Each on the same input, with PEFT's own module."""
+    modules_changed: int
+    """Those whose output differs from the base's."""
+    rows: int
+    """Of the input that they were compared on."""
+    exact: bool
+    """Whether they had to be equal bit for bit, as on a CPU."""
+    largest_difference: float
+    """Between the server's modules and PEFT's."""
+    texts: int
+    """Prompts that were continued by both, greedily."""
+    tokens_compared: int
+    texts_changed: int
+    """Texts that differ from what the base alone says."""
+    base_unchanged: bool
+    """Whether the base's weights are what they were before."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VersionReport:
+    """What the server found out about a version before it served it."""
+
+    kinds: tuple[str, ...]
+    rank: int
+    """The largest of any module."""
+    alpha: float
+    rslora: bool
+    """Whether alpha is divided by the root of the rank instead of the rank."""
+    targets: tuple[str, ...]
+    parameters: int
+    bytes: int
+    """In host memory or in a slot."""
+    base_name: str | None
+    """The base that the adapter's own configuration names."""
+    dropped: tuple[str, ...]
+    """Tensors in the file that were the base's own and were left out."""
+    modules: tuple[ModuleReport, ...]
+    proof: ProofReport
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable set of files under a name."""
+
+    id: str
+    """`name@version`, shortened: good for `adapter=` in a request."""
+    name: str
+    version: str
+    """The SHA-256 of its content; while it is still being pulled, the id of the pull."""
+    state: str
+    """`pulling`, `validating`, `proving`, and in the end `ready` or `failed`."""
+    active: bool
+    """Whether requests that give just the name get this version."""
+    error: VersionFailure | None
+    base: str
+    source: AdapterSource
+    created_at: float
+    """Unix time in seconds."""
+    created_by: str
+    tenant: str
+    progress: Progress | None
+    """None in the end."""
+    report: VersionReport | None
+    """None until it is ready."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether its state is final."""
+        return self.state in (READY, FAILED)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One entry in the history of a name: who let it answer with what, and when."""
+
+    action: str
+    """`activate`, `rollback` or `deactivate`."""
+    version: str | None
+    """The digest that answered from then on; None after `deactivate`."""
+    previous: str | None
+    """The digest that answered before."""
+    actor: str
+    at: float
+    """Unix time in seconds."""
