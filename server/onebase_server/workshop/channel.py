@@ -1,0 +1,67 @@
+"""The workshop's end of the socket to the api."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+
+import msgspec
+
+from onebase_server.engine.protocol import FrameReader, encode
+from onebase_server.workshop.protocol import ToWorkshop, to_workshop_decoder
+
+logger = logging.getLogger(__name__)
+
+LONGEST_GOODBYE = 10.0
+"""Seconds from the api's end until the process is gone, whatever it is doing then."""
+
+
+class ApiGoneError(Exception):
+    """The api closed the socket, or said something that is no message: the workshop ends."""
+
+
+class Channel:
+    """Reads in a thread of its own, so that an api that ends is noticed while a proof computes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._inbox: queue.SimpleQueue[ToWorkshop | None] = queue.SimpleQueue()
+        self._gone = threading.Event()
+        threading.Thread(target=self._read, name="workshop-reader", daemon=True).start()
+
+    def receive(self) -> ToWorkshop:
+        """The next message, whenever it comes. Raises ApiGoneError."""
+        message = self._inbox.get()
+        if message is None:
+            raise ApiGoneError
+        return message
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Raises ApiGoneError."""
+        self.check()
+        try:
+            self._socket.sendall(encode(message))
+        except OSError as error:
+            raise ApiGoneError from error
+
+    def check(self) -> None:
+        """Raise ApiGoneError if nobody waits for what is being computed."""
+        if self._gone.is_set():
+            raise ApiGoneError
+
+    def _read(self) -> None:
+        reader, decoder = FrameReader(), to_workshop_decoder()
+        try:
+            while data := self._socket.recv(1 << 16):
+                for payload in reader.feed(data):
+                    self._inbox.put(decoder.decode(payload))
+        except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
+            logger.error("reading from the api failed: %s", error)
+        self._gone.set()
+        self._inbox.put(None)
+        timer = threading.Timer(LONGEST_GOODBYE, os._exit, [0])
+        timer.daemon = True
+        timer.start()
