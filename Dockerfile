@@ -1,10 +1,13 @@
 # syntax=docker/dockerfile:1
 #
 #   docker build --target cuda -t onebase:cuda .
-#   docker run --gpus all -p 8000:8000 -v onebase-cache:/var/cache/onebase onebase:cuda
+#   docker run --gpus all -p 8000:8000 -v onebase-cache:/var/cache/onebase \
+#       -v onebase-data:/var/lib/onebase onebase:cuda
 #
 #   docker build --target cpu -t onebase:cpu .
-#   docker run -p 8000:8000 -v onebase-cache:/var/cache/onebase onebase:cpu
+#   docker run -p 8000:8000 -v onebase-cache:/var/cache/onebase -v onebase-data:/var/lib/onebase onebase:cpu
+#
+# /var/lib/onebase holds the adapters and what is active; /var/cache/onebase can be made again.
 #
 # Arguments after the image's name go to `onebase serve`. PyTorch's wheels on PyPI carry the CUDA
 # libraries, so the CUDA image needs only the driver, which NVIDIA's container toolkit brings in.
@@ -34,15 +37,17 @@ RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[s
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
 RUN groupadd --gid 10001 onebase \
     && useradd --uid 10001 --gid 10001 --create-home onebase \
-    && install --directory --owner=10001 --group=10001 /var/cache/onebase
+    && install --directory --owner=10001 --group=10001 /var/cache/onebase \
+    && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/onebase
 ENV PATH=/opt/onebase/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ONEBASE_CACHE=/var/cache/onebase \
+    ONEBASE_DATA_DIR=/var/lib/onebase \
     HF_HOME=/var/cache/onebase/huggingface \
     ONEBASE_PORT=8000
 USER 10001:10001
 WORKDIR /home/onebase
-VOLUME /var/cache/onebase
+VOLUME /var/cache/onebase /var/lib/onebase
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # The first start downloads the base: it counts as starting, not as unhealthy, for half an hour.

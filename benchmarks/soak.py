@@ -150,7 +150,7 @@ async def _server(options: argparse.Namespace, folder: Path) -> AsyncIterator[tu
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [str(Path(sys.executable).with_name("onebase")), "serve", "--base", str(base)]
     command += ["--port", str(port), "--max-slots", str(options.slots), "--kv-memory", options.kv_memory]
-    command += ["--threads", str(options.threads)]
+    command += ["--threads", str(options.threads), "--data-dir", str(folder / "data")]
     for name, path in adapters.items():
         command += ["--adapter", f"{name}={path}"]
     log = folder / "server.log"

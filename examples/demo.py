@@ -27,6 +27,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
+from onebase_adapters.default_base import default_cache
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPT = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon. What should I do?"
@@ -132,6 +133,8 @@ def choose_port(wanted: int, console: Console) -> int:
 async def running_server(adapters: list[Path], port: int, console: Console) -> AsyncIterator[Server]:
     """`onebase serve`, stopped and waited for however the block ends."""
     command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
+    # A registry of its own, kept between runs: the adapters are proven once.
+    command += ["--data-dir", str(default_cache() / "demo")]
     for folder in adapters:
         command += ["--adapter", f"{folder.name}={folder}"]
     environment = {**os.environ, "NO_COLOR": "1"}

@@ -70,7 +70,7 @@ def generate(model: Any, tokenizer: Any, requests: list[dict[str, Any]]) -> list
     extra: dict[str, Any] = {}
     if len(set(wanted)) > 1:
         extra["adapter_names"] = [name or "__base__" for name in wanted]
-    elif wanted[0] is not None:
+    elif wanted[0] is not None and model.active_adapter != wanted[0]:
         model.set_adapter(wanted[0])
     inputs = tokenizer([request["prompt"] for request in requests], return_tensors="pt", padding=True)
     inputs = inputs.to(model.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -85,15 +86,17 @@ class OneBaseTarget:
     name: str = "onebase"
 
     @asynccontextmanager
-    async def start(self, log: Path) -> AsyncIterator[Session]:
+    async def start(self, log: Path) -> AsyncIterator[HttpSession]:
         setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
         command = [str(Path(sys.executable).with_name("onebase")), "serve", "--base", str(setup.base)]
         command += ["--port", str(port), "--threads", str(setup.threads), "--kv-memory", "2GiB"]
-        command += ["--max-slots", str(len(setup.adapters)), "--max-rank", str(setup.rank)]
+        command += ["--max-slots", str(max(1, len(setup.adapters))), "--max-rank", str(setup.rank)]
         for name, folder in setup.adapters.items():
             command += ["--adapter", f"{name}={folder}"]
-        async with server([*command, *self.extra], f"{url}/ready", log):
-            yield await _http_session(url, setup)
+        with tempfile.TemporaryDirectory(prefix="onebase-data-") as data:
+            command += ["--data-dir", data, *self.extra]
+            async with server(command, f"{url}/ready", log):
+                yield await _http_session(url, setup)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class VllmTarget:
     name: str = "vllm"
 
     @asynccontextmanager
-    async def start(self, log: Path) -> AsyncIterator[Session]:
+    async def start(self, log: Path) -> AsyncIterator[HttpSession]:
         setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
         command = [str(self.python.with_name("vllm")), "serve", str(setup.base)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
