@@ -1,0 +1,147 @@
+"""Names in a config mean the modules that PEFT means by them, without its regular expressions."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from tests.adapters.format_support import SETTINGS
+
+from onebase_adapters.config_fields import AdapterFormatError, check_config
+from onebase_adapters.config_patterns import NamePattern, PatternError, Targets, endings
+
+PARTS = [
+    "q_proj",
+    "k_proj",
+    "q.proj",
+    "layers",
+    "layers.0",
+    "layers.1",
+    "layers.10",
+    "model",
+    "mlp",
+    "lm_head",
+]
+MODULES = [
+    "lm_head",
+    "q_proj",
+    "model.embed_tokens",
+    "layers.1.q_proj",
+    "model.layersX1.q_proj",
+    *(
+        f"model.layers.{i}.{part}_proj"
+        for i in (0, 1, 10)
+        for part in ("self_attn.q", "self_attn.k", "mlp.q")
+    ),
+    "model.layers.1.mlp.experts.0.q_proj",
+    "model.h.1.q_proj.2.k_proj",
+    "model.layers.1",
+    "model.1.layers.q_proj",
+]
+
+names = st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(".".join) | st.sampled_from(MODULES)
+keys = st.builds(
+    lambda start, name, end: f"{start}{name}{end}",
+    st.sampled_from(["", "^"]),
+    names,
+    st.sampled_from(["", "$"]),
+)
+escaped = keys.map(lambda key: key.replace(".", r"\."))
+fast = settings(max_examples=400, deadline=None, database=None)
+
+
+@fast
+@given(pattern=st.dictionaries(keys | escaped, st.integers(1, 99), max_size=5))
+def test_a_pattern_gives_each_module_what_peft_gives_it(pattern: dict[str, int]) -> None:
+    ours = NamePattern(pattern)
+    for module in MODULES:
+        assert ours.lookup(module, 0) == pattern.get(get_pattern_key(list(pattern), module), 0)
+
+
+@fast
+@given(
+    targets=st.lists(names, min_size=1, max_size=4),
+    excluded=st.none() | st.lists(names, max_size=2),
+    layers=st.none() | st.integers(0, 10) | st.lists(st.integers(0, 10), max_size=3),
+    patterns=st.none()
+    | st.sampled_from(["", "layers", "h", "model"])
+    | st.lists(st.sampled_from(["layers", "h"]), max_size=2),
+)
+def test_targets_are_the_modules_that_peft_would_wrap(
+    targets: list[str], excluded: Any, layers: Any, patterns: Any
+) -> None:
+    fields = {
+        "target_modules": targets,
+        "exclude_modules": excluded,
+        "layers_to_transform": layers,
+        "layers_pattern": patterns,
+    }
+    facts = check_config(json.dumps({**SETTINGS, **fields}).encode())
+    ours = Targets.of(
+        facts.target_modules, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern
+    )
+    assert ours is not None
+    peft = SimpleNamespace(**fields, modules_to_save=None, target_parameters=None)
+    for module in MODULES:
+        theirs = check_target_module_exists(peft, module)
+        assert ours.means(module) == (theirs is True), module
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(a+)+$"},
+        {"target_modules": "all-linear"},
+        {"target_modules": None},
+        {"target_modules": ["q_proj"], "exclude_modules": "(a+)+$"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(a+)+$"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "model.layers"]},
+    ],
+)
+def test_a_regular_expression_is_not_evaluated(fields: dict[str, Any]) -> None:
+    facts = check_config(json.dumps({**SETTINGS, **fields}).encode())
+    assert (
+        Targets.of(
+            facts.target_modules, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "(a+)+$",
+        ".*",
+        "a|b",
+        "[ab]",
+        "a+",
+        "a?",
+        "a\n",
+        "a ",
+        "ä",
+        "a^",
+        "a$b",
+        "\\d",
+        "\\",
+        "^",
+        "$",
+        "",
+        "a\\",
+    ],
+)
+def test_a_key_that_is_no_literal_name_is_refused(key: str) -> None:
+    with pytest.raises(PatternError, match="literal"):
+        NamePattern({key: 1})
+    with pytest.raises(AdapterFormatError, match="rank_pattern"):
+        check_config(json.dumps({**SETTINGS, "rank_pattern": {key: 1}}).encode())
+
+
+def test_endings_are_the_dotted_ends_of_a_name() -> None:
+    assert list(endings("a.bc.d")) == ["a.bc.d", "bc.d", "d"]
