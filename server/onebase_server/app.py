@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -21,10 +22,11 @@ from onebase_server.errors import (
     error_json,
     status_of,
 )
-from onebase_server.routes import adapters, chat, completions, generate, health, models
+from onebase_server.routes import adapters, chat, completions, generate, health, models, vllm
 from onebase_server.schemas import validation_error
 from onebase_server.services import Services
 
+_ADAPTERS = "/v1/adapters"
 _log = logging.getLogger(__name__)
 _NO_TELEMETRY: Any = {
     "tracing": False,
@@ -44,21 +46,22 @@ def create_app(services: Services) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     app.state.services = services
-    for route in (generate, completions, chat, models, adapters, health):
+    for route in (generate, completions, chat, models, adapters, vllm, health):
         app.include_router(route.router)
     app.add_exception_handler(OneBaseError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unexpected)
     app.add_middleware(BodyLimit, limit=services.settings.max_body)
+    app.add_middleware(QuotedNames)
     return app
 
 
 class BodyLimit:
     """Refuses bodies over `limit` bytes: by their announced length at once, else while they come in.
 
-    Starlette's own middleware does the same but answers in plain text, which OpenAI's clients cannot
-    read.
+    Uploads of adapters, which go straight to disk, have a limit of their own (`uploads.Form`).
+    Starlette's own middleware does the same but answers in plain text, which OpenAI's clients cannot read.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -66,7 +69,7 @@ class BodyLimit:
         self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _is_upload(scope):
             await self._app(scope, receive, send)
             return
         if _announced_length(scope) > self._limit:
@@ -91,6 +94,29 @@ class _BodyTooLarge(HTTPException):
     def __init__(self, limit: int) -> None:
         super().__init__(413)
         self.error = PayloadTooLargeError(limit)
+
+
+class QuotedNames:
+    """Keeps slashes in an adapter's name (`hub:org/repo`) encoded: it is one segment of the path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = scope.get("raw_path") or b""
+        if scope["type"] == "http" and raw.startswith(_ADAPTERS.encode() + b"/"):
+            segments = raw.partition(b"?")[0].decode("latin-1").split("/")
+            scope["path"] = "/".join(unquote(segment).replace("/", adapters.SLASH) for segment in segments)
+        await self._app(scope, receive, send)
+
+
+def _is_upload(scope: Scope) -> bool:
+    kinds = (value for name, value in scope["headers"] if name == b"content-type")
+    return (
+        scope["method"] == "POST"
+        and scope["path"] == _ADAPTERS
+        and any(kind.lower().startswith(b"multipart/form-data") for kind in kinds)
+    )
 
 
 def _announced_length(scope: Scope) -> int:

@@ -1,170 +1,201 @@
-"""Names of adapters, the versions they point at, and what a request may call them."""
+"""What requests read of the registry: names, versions and which of them is active, in memory.
+
+Own writes are seen at once, those of other servers within `--sync-seconds`.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from onebase_server.engine.protocol import AdapterLoaded, AdapterRef, LoadAdapter
-from onebase_server.errors import UnavailableError, UnknownAdapterError
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    LEAST_PREFIX,
+    AdapterRecord,
+    Registry,
+    RegistryError,
+    VersionRecord,
+)
+from onebase_server.background import Threads
+from onebase_server.engine.protocol import AdapterRef
+from onebase_server.errors import ConflictError, UnavailableError, UnknownAdapterError
+from onebase_server.names import label
+from onebase_server.residency import Use
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-SHORT_DIGEST = 12
-_LEAST_PREFIX = 8
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHOWN = 20
 
-
-class CatalogError(ValueError):
-    """An adapter that cannot be served; the message names it and says why."""
-
-
-@dataclass(frozen=True)
-class AdapterVersion:
-    """One adapter's active version: its name, the SHA-256 of its content, and where its files are."""
-
-    name: str
-    digest: str
-    folder: Path
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}@{self.digest[:SHORT_DIGEST]}"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """What one request runs with: the engine's terms and the words for the answer."""
+    """What one request runs with: the engine's terms, the names they were called by, words for the answer."""
 
     refs: tuple[AdapterRef, ...] = ()
+    uses: tuple[Use, ...] = ()
     label: str | list[dict[str, str | float]] | None = None
 
 
-def version_digest(folder: Path) -> str:
-    """SHA-256 (hex) that names an adapter's content, whatever its folder or its name.
-
-    Over both files' names and their own SHA-256 sums, in a fixed order. Raises CatalogError when a
-    file is missing.
-    """
-    total = hashlib.sha256()
-    for name in ADAPTER_FILES:
-        path = folder / name
-        if not path.is_file():
-            raise CatalogError(
-                f"{folder} has no {name}: a PEFT adapter folder holds {' and '.join(ADAPTER_FILES)}"
-            )
-        with path.open("rb") as file:
-            total.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
-def find_adapters(named: Sequence[tuple[str, str]], parent: str) -> list[tuple[str, Path]]:
-    """`(name, folder)` of the adapters given by name and of those in subfolders of `parent`."""
-    found = [(name, Path(folder).expanduser()) for name, folder in named]
-    if parent:
-        root = Path(parent).expanduser()
-        if not root.is_dir():
-            raise CatalogError(f"--adapters-dir: {root} is not a folder")
-        found += [(path.parent.name, path.parent) for path in sorted(root.glob("*/adapter_config.json"))]
-    return found
-
-
 class Catalog:
-    """The adapters that this server knows. In memory; filled at start, read by every request.
+    """The adapters of one tenant as they were at the last look. Read from the event loop only."""
 
-    Raises CatalogError for a name that is not allowed, is taken, or has no complete folder.
-    """
-
-    def __init__(self, base_name: str, adapters: Iterable[tuple[str, Path]] = ()) -> None:
+    def __init__(
+        self, base_name: str, registry: Registry, threads: Threads, tenant: str = DEFAULT_TENANT
+    ) -> None:
         self.base_name = base_name
-        self._versions: dict[str, AdapterVersion] = {}
-        self._loaded: dict[str, AdapterLoaded] = {}
-        for name, folder in adapters:
-            self._add(name, folder)
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after each look that found something new."""
+        self._registry = registry
+        self._threads = threads
+        self._tenant = tenant
+        self._records: dict[str, AdapterRecord] = {}
+        self._by_digest: dict[str, list[VersionRecord]] = {}
+        self._counter = -1
+        self._turn = asyncio.Lock()
 
-    def _add(self, name: str, folder: Path) -> None:
-        if _NAME.fullmatch(name) is None:
-            raise CatalogError(
-                f"adapter name {name!r}: use up to 64 letters, digits, '.', '_', '-', no sign first"
-            )
-        if name == self.base_name:
-            raise CatalogError(f"adapter name {name!r} is the base's own name: choose another")
-        if name in self._versions:
-            raise CatalogError(f"adapter name {name!r} is given twice: each name stands for one adapter")
-        if not folder.is_dir():
-            raise CatalogError(f"adapter {name!r}: {folder} is not a folder")
-        self._versions[name] = AdapterVersion(name, version_digest(folder), folder.resolve())
+    # ---- keeping up --------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[AdapterVersion]:
-        return iter(self._versions.values())
+    async def refresh(self) -> None:
+        """Take in what has changed in the registry. Raises RegistryError."""
+        async with self._turn:
+            changes = await self._threads.run(self._registry.changes, self._counter)
+            if changes.counter == self._counter:
+                return
+            names = {name for tenant, name in changes.names if tenant == self._tenant}
+            kept = {name: record for name, record in self._records.items() if name in names}
+            new = {record.name: record for record in changes.changed if record.tenant == self._tenant}
+            self._records = dict(sorted((kept | new).items()))
+            self._by_digest = {}
+            for record in self._records.values():
+                for version in record.versions:
+                    self._by_digest.setdefault(version.digest, []).append(version)
+            self._counter = changes.counter
+        self.on_change()
+
+    async def watch(self, seconds: float) -> None:
+        """Look every `seconds` seconds, for ever. A registry that is away is looked for again."""
+        away = False
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                if await self._threads.run(self._registry.change_counter) != self._counter:
+                    await self.refresh()
+            except RegistryError as error:
+                if not away:
+                    _log.error("the registry cannot be read; names stay as they are: %s", error)
+                away = True
+            else:
+                away = False
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[AdapterRecord]:
+        return iter(self._records.values())
 
     def __len__(self) -> int:
-        return len(self._versions)
+        return len(self._records)
 
-    def loads(self) -> list[LoadAdapter]:
-        """One message for each distinct version, for a new engine."""
-        folders = {version.digest: str(version.folder) for version in self}
-        return [LoadAdapter(digest, folder) for digest, folder in folders.items()]
+    def get(self, name: str) -> AdapterRecord | None:
+        return self._records.get(name)
 
-    def mark_loaded(self, answer: AdapterLoaded) -> None:
-        self._loaded[answer.digest] = answer
+    def of_digest(self, digest: str) -> Sequence[VersionRecord]:
+        """The versions of this content, whatever their names."""
+        return self._by_digest.get(digest, ())
 
-    def mark_unloaded(self, digest: str | None = None) -> None:
-        """Forget what the engine said about one version, or (None) about all: it is gone."""
-        if digest is None:
-            self._loaded.clear()
-        else:
-            self._loaded.pop(digest, None)
-
-    def loaded(self, version: AdapterVersion) -> AdapterLoaded | None:
-        """What the engine said when it loaded this version; None while it has not."""
-        return self._loaded.get(version.digest)
-
-    def names_of(self, digest: str) -> list[str]:
-        return [version.name for version in self if version.digest == digest]
-
-    def find(self, reference: str, *, param: str = "adapter") -> AdapterVersion:
-        """The version for `name`, `name@digest` or `name@prefix` (8 hexadecimal digits or more).
-
-        Raises UnknownAdapterError, saying what is known.
-        """
-        name, separator, wanted = reference.partition("@")
-        version = self._versions.get(name)
-        if version is None:
-            known = ", ".join(sorted(self._versions)[:20]) or "none is loaded"
-            raise UnknownAdapterError(f"There is no adapter {name[:80]!r}. Known: {known}.", param=param)
-        if separator and (len(wanted) < _LEAST_PREFIX or not version.digest.startswith(wanted)):
+    def adapter(self, name: str, *, param: str | None = "adapter") -> AdapterRecord:
+        """The adapter of this name. Raises UnknownAdapterError, saying what is known."""
+        record = self._records.get(name)
+        if record is None:
+            known = ", ".join(list(self._records)[:_SHOWN]) or "none"
+            more = ", ..." if len(self._records) > _SHOWN else ""
             raise UnknownAdapterError(
-                f"Adapter {name!r} has no version {wanted[:80]!r}: its active version is {version.digest}. "
-                f"Give that, or a beginning of at least {_LEAST_PREFIX} digits.",
-                param=param,
+                f"There is no adapter {name[:80]!r}. Known: {known}{more}.", param=param
             )
-        return version
+        return record
 
-    def require_loaded(self, choice: AdapterChoice) -> None:
-        """Raises UnavailableError when a restarted engine could not take one of the versions back."""
-        for ref in choice.refs:
-            if ref.digest not in self._loaded:
-                names = ", ".join(self.names_of(ref.digest))
-                raise UnavailableError(
-                    f"Adapter {names} could not be loaded again after the engine restarted.",
-                    code="adapter_unavailable",
-                    retry_after=30.0,
+    def version(self, name: str, wanted: str, *, param: str | None = "adapter") -> VersionRecord:
+        """One version by its digest, or by a beginning of at least 8 digits. Raises UnknownAdapterError."""
+        record = self.adapter(name, param=param)
+        found = [version for version in record.versions if version.digest.startswith(wanted)]
+        if len(wanted) < LEAST_PREFIX or not found:
+            active = f"its active version is {record.active}" if record.active else "none is active"
+            raise UnknownAdapterError(
+                f"Adapter {name!r} has no version {wanted[:80]!r}: {active}. Give a version's digest, or a "
+                f"beginning of at least {LEAST_PREFIX} digits.",
+                param=param,
+                code="version_not_found",
+            )
+        if len(found) > 1:
+            raise UnknownAdapterError(
+                f"Several versions of {name!r} begin with {wanted!r}. Give more digits.",
+                param=param,
+                code="version_not_found",
+            )
+        return found[0]
+
+    def find(self, reference: str, *, param: str = "adapter") -> VersionRecord:
+        """The version that a request means by `name`, `name@digest` or `name@prefix`.
+
+        Raises UnknownAdapterError, ConflictError when it is not ready.
+        """
+        if self.names_version(reference):
+            name, _, wanted = reference.rpartition("@")
+            version = self.version(name, wanted, param=param)
+        else:
+            record = self.adapter(reference, param=param)
+            if record.active is None:
+                raise UnknownAdapterError(
+                    f"Adapter {reference!r} has no active version: activate one, or ask for one as "
+                    f"{reference}@digest.",
+                    param=param,
                 )
+            version = self.version(reference, record.active, param=param)
+        if version.state == "ready":
+            return version
+        record = self._records[version.name]
+        if record.active == version.digest and not version.finished:
+            raise UnavailableError(
+                f"The active version of {version.name!r} is being prepared again. Try again in a moment.",
+                code="adapter_unavailable",
+                retry_after=10.0,
+            )
+        raise not_ready(version, param)
+
+    def names_version(self, reference: str) -> bool:
+        """Whether it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@` too."""
+        name, separator, _ = reference.rpartition("@")
+        return bool(separator) and name in self._records and reference not in self._records
+
+    # ---- for requests ------------------------------------------------------------------------
 
     def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
         version = self.find(reference, param=param)
-        return AdapterChoice((AdapterRef(version.digest),), version.label)
+        use = Use(version.name, version.digest)
+        return AdapterChoice((AdapterRef(version.digest),), (use,), label(*use))
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
         """The weighted sum of several adapters' deltas; the engine adds up duplicates."""
-        versions = [
+        found = [
             (self.find(name, param=f"adapter[{index}].name"), weight)
             for index, (name, weight) in enumerate(terms)
         ]
-        refs = tuple(AdapterRef(version.digest, weight) for version, weight in versions)
         return AdapterChoice(
-            refs, [{"name": version.label, "weight": weight} for version, weight in versions]
+            tuple(AdapterRef(version.digest, weight) for version, weight in found),
+            tuple(Use(version.name, version.digest) for version, _ in found),
+            [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
         )
+
+
+def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
+    """Why a version cannot be used, and what to do about it."""
+    if version.error is not None:
+        reason = f"it failed ({version.error.code}: {version.error.message}). Choose another version."
+    else:
+        reason = "it is on its way. Wait until its state is ready."
+    return ConflictError(
+        f"Version {version.digest} of adapter {version.name!r} is {version.state}: {reason}",
+        code="version_not_ready",
+        param=param,
+    )

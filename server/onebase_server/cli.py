@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
@@ -16,8 +16,12 @@ from onebase_server.settings import (
     load_settings,
     option_name,
     parse_adapter,
+    parse_patterns,
     setting_fields,
 )
+
+if TYPE_CHECKING:
+    from onebase_server.startup import Commands
 
 _SERVE = """\
 Serve one base model, and LoRA adapters on it, over HTTP.
@@ -37,10 +41,10 @@ _GROUPS = {
 }
 
 
-def serve(argv: Sequence[str], engine_command: Sequence[str] | None = None) -> int:
+def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     """`onebase serve`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options.
 
-    `engine_command` replaces the engine process, for tests of its faults.
+    `commands` replaces the engine's process and the workshop's, for tests of their faults.
     """
     parser = serve_parser()
     options = vars(parser.parse_args(list(argv)))
@@ -49,13 +53,13 @@ def serve(argv: Sequence[str], engine_command: Sequence[str] | None = None) -> i
     except SettingsError as error:
         parser.error(str(error))
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    from onebase_server.engine_link import ENGINE_COMMAND
+    for quiet in ("httpx", "alembic"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
     from onebase_server.startup import StartupError, run
 
     console = Console(stderr=True)
     try:
-        run(settings, console, engine_command or ENGINE_COMMAND)
+        run(settings, console, commands)
     except StartupError as error:
         from onebase_server.console import print_failure
 
@@ -115,6 +119,8 @@ def _argument(item: Any, kind: Any) -> dict[str, Any]:
     argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
     if item.name == "adapter":
         return argument | {"action": "append", "type": _checked(parse_adapter), "metavar": "NAME=FOLDER"}
+    if item.name == "hub_allow":
+        return argument | {"action": "extend", "type": _checked(parse_patterns), "metavar": "PATTERN"}
     if kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:

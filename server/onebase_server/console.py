@@ -12,8 +12,10 @@ from rich.table import Table
 import onebase_server
 from onebase_server.catalog import Catalog
 from onebase_server.engine.protocol import BaseInfo, Loading
+from onebase_server.names import label
 from onebase_server.settings import Settings
 
+_MOST_ADAPTERS = 20
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -84,7 +86,8 @@ def print_summary(console: Console, settings: Settings, base: BaseInfo, catalog:
     table.add_row(
         "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens, at most {most:,} per request"
     )
-    for title, text in zip(["adapters", *[""] * len(catalog)], _adapter_lines(catalog), strict=False):
+    lines = _adapter_lines(catalog)
+    for title, text in zip(["adapters", *[""] * len(lines)], lines, strict=False):
         table.add_row(title, text)
     table.add_row("listening", f"{url}   (API reference: {url}/docs)")
     console.print()
@@ -99,11 +102,14 @@ def print_summary(console: Console, settings: Settings, base: BaseInfo, catalog:
 
 def _adapter_lines(catalog: Catalog) -> list[str]:
     lines = []
-    for version in catalog:
-        loaded = catalog.loaded(version)
-        detail = f"rank {loaded.rank}, {readable_bytes(loaded.bytes)}" if loaded else "not loaded"
-        lines.append(f"{version.label}  ({detail})")
-    return lines or ["none yet: start with --adapter NAME=FOLDER"]
+    active = [record.active_version for record in catalog if record.active_version is not None]
+    for version in active[:_MOST_ADAPTERS]:
+        report = version.report or {}
+        size = readable_bytes(report.get("bytes", 0))
+        lines.append(f"{label(version.name, version.digest)}  (rank {report.get('rank', 0)}, {size})")
+    if len(active) > _MOST_ADAPTERS:
+        lines.append(f"and {len(active) - _MOST_ADAPTERS} more")
+    return lines or ["none yet: start with --adapter NAME=FOLDER, or upload one to /v1/adapters"]
 
 
 def print_failure(console: Console, message: str) -> None:

@@ -3,8 +3,14 @@
 OneBaseError
 ├── InvalidRequestError        the request names a field that must change
 ├── PayloadTooLargeError       the body is over the limit
+├── ForbiddenError             this server's operator does not allow it
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
+├── ConflictError              it collides with the state of what it names
+│   └── StaleActivationError   another version is active than was expected
+├── AdapterDeletedError        its adapter was deleted by force while it ran
+├── VersionFailedError         a version that is not served, and why
+├── StoreFullError             no space for an upload
 ├── QueueFullError             come back later
 ├── UnavailableError           the engine is starting, restarting or stopping
 ├── EngineRestartedError       the engine died under a running request
@@ -32,6 +38,10 @@ class OneBaseError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
+        self.details: dict[str, Any] = {}
+        """More fields for the error's object."""
+        self.beside: dict[str, Any] = {}
+        """More fields for the body, beside the error's object."""
 
 
 class InvalidRequestError(OneBaseError):
@@ -42,21 +52,64 @@ class InvalidRequestError(OneBaseError):
 
 
 class PayloadTooLargeError(OneBaseError):
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, option: str = "--max-body") -> None:
         super().__init__(
-            f"The request body is over {limit} bytes. Send less, or raise --max-body.",
+            f"The request body is over {limit} bytes. Send less, or raise {option}.",
             code="payload_too_large",
         )
 
 
+class ForbiddenError(OneBaseError):
+    """The operator does not allow it; the message names the option that would."""
+
+
 class UnknownAdapterError(OneBaseError):
-    def __init__(self, message: str, *, param: str = "adapter") -> None:
-        super().__init__(message, code="adapter_not_found", param=param)
+    def __init__(
+        self, message: str, *, param: str | None = "adapter", code: str = "adapter_not_found"
+    ) -> None:
+        super().__init__(message, code=code, param=param)
 
 
 class UnknownModelError(OneBaseError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="model_not_found", param="model")
+
+
+class ConflictError(OneBaseError):
+    """What the request names is in a state that does not allow it."""
+
+
+class StaleActivationError(ConflictError):
+    """`current` is the digest that is active now, or None."""
+
+    def __init__(self, name: str, current: str | None) -> None:
+        active = f"version {current} is active" if current else "no version is active"
+        super().__init__(
+            f"expected: of adapter {name!r} {active}, not the expected one. Look at it again, then decide.",
+            code="stale_activation",
+            param="expected",
+        )
+        self.details = {"current": current}
+
+
+class AdapterDeletedError(OneBaseError):
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Adapter {name!r} was deleted by force while this request was using it.", code="adapter_deleted"
+        )
+
+
+class VersionFailedError(OneBaseError):
+    """A version is not served; `code` and the message are what its validation or its proof found."""
+
+
+class StoreFullError(OneBaseError):
+    def __init__(self) -> None:
+        super().__init__(
+            "The server has no space left for adapters: nothing of this request was kept, and serving goes "
+            "on. Delete versions, or give the store (--store) more space, and send it again.",
+            code="store_full",
+        )
 
 
 class QueueFullError(OneBaseError):
@@ -112,8 +165,14 @@ CALLER_CODES = frozenset(
 _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
     PayloadTooLargeError: (413, "invalid_request_error"),
+    ForbiddenError: (403, "permission_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),
+    ConflictError: (409, "invalid_request_error"),
+    StaleActivationError: (409, "invalid_request_error"),
+    AdapterDeletedError: (409, "invalid_request_error"),
+    VersionFailedError: (422, "invalid_request_error"),
+    StoreFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
     UnavailableError: (503, "service_unavailable"),
     EngineRestartedError: (503, "service_unavailable"),
@@ -132,7 +191,9 @@ def status_of(error: OneBaseError) -> tuple[int, str]:
 
 def error_body(error: OneBaseError) -> dict[str, Any]:
     """`{"error": {...}}`, as OpenAI's clients expect it."""
-    return error_dict(error.message, status_of(error)[1], error.code, error.param)
+    body = error_dict(error.message, status_of(error)[1], error.code, error.param)
+    body["error"] |= error.details
+    return body | error.beside
 
 
 def error_dict(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:

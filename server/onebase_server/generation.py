@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -11,8 +12,9 @@ from dataclasses import dataclass, field
 from onebase_server.catalog import AdapterChoice
 from onebase_server.choice import Choice, Piece, TokenInfo, prompt_token_infos
 from onebase_server.engine.protocol import RowOutput, Sampling, Submit, TokenLogprob
-from onebase_server.errors import ClientGoneError, OneBaseError, RowFailedError
+from onebase_server.errors import ClientGoneError, OneBaseError, RowFailedError, UnavailableError
 from onebase_server.inflight import Inflight
+from onebase_server.residency import Lease, Residency
 from onebase_server.supervisor import EngineSupervisor
 from onebase_server.tokenization import BaseTokenizer
 
@@ -39,6 +41,8 @@ class Job:
     scores_only: bool = False
     """max_tokens 0 with echo: the engine makes one token, which is not shown."""
     timeout_s: float | None = None
+    deadline: float | None = None
+    """When `timeout_s` is over, on the event loop's clock: it began before the job was made."""
 
     @property
     def choices(self) -> int:
@@ -102,18 +106,35 @@ class Generation:
         self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         self._deadline: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
-        """Submit to the engine. Raises UnavailableError, QueueFullError or InvalidRequestError."""
-        self._supervisor.submit(self.inflight)
-        if self.job.timeout_s is not None:
+    async def start(self, residency: Residency) -> None:
+        """Have the adapters loaded, then submit to the engine, which keeps them until the last row has ended.
+
+        Raises UnavailableError, EngineRestartedError, QueueFullError, InvalidRequestError,
+        AdapterDeletedError.
+        """
+        if self.job.adapter.uses:
+            await self._hold_adapters(residency.lease(self.job.adapter.uses))
+        try:
+            self._supervisor.submit(self.inflight)
+        except BaseException:
+            self.inflight.on_ended()
+            raise
+        if self.job.deadline is not None:
             loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(
-                self.job.timeout_s, self._supervisor.router.cancel, self.inflight
-            )
+            self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self.inflight)
+
+    async def _hold_adapters(self, lease: Lease) -> None:
+        lease.on_revoked = self._fail
+        async with in_time(self.job.deadline):
+            await lease.ready()
+        self.inflight.on_ended = lease.release
 
     def cancel(self) -> None:
         """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
-        self.inflight.fail(ClientGoneError())
+        self._fail(ClientGoneError())
+
+    def _fail(self, error: OneBaseError) -> None:
+        self.inflight.fail(error)
         self._supervisor.router.cancel(self.inflight)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
@@ -216,6 +237,21 @@ class Generation:
             self._first_token = now
             self.timing.ttft_s = now - self._started
         self.timing.decode_s = now - self._first_token
+
+
+@contextlib.asynccontextmanager
+async def in_time(deadline: float | None) -> AsyncIterator[None]:
+    """Bounds waiting for an adapter. Raises UnavailableError at `deadline` (on the event loop's clock)."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        raise UnavailableError(
+            "adapter: it was not ready in memory before the request's time was over (timeout_s). It goes on "
+            "being fetched: send the request again in a moment, or allow it more time.",
+            code="adapter_timeout",
+            retry_after=2.0,
+        ) from error
 
 
 def _row_error(output: RowOutput) -> OneBaseError:

@@ -21,6 +21,8 @@ class Inflight:
         self.open_rows = {submit.id: submit.n for submit in submits}
         self.on_cut: Callable[[], None] = lambda: None
         """Called when the request is cut off, to free a reader's connection at once."""
+        self.on_ended: Callable[[], None] = lambda: None
+        """Called once when the engine has ended the last row, or is gone with all of them."""
         self._limit = buffer_limit
         self._pending: list[RowOutput] = []
         self._failure: OneBaseError | None = None

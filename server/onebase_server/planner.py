@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from onebase_server.catalog import AdapterChoice, Catalog
 from onebase_server.engine.protocol import BaseInfo, Sampling
 from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
-from onebase_server.generation import Job, Prompt, new_id
+from onebase_server.generation import Job, Prompt, in_time, new_id
+from onebase_server.hub_adapters import HubAdapters
+from onebase_server.names import HUB_PREFIX
 from onebase_server.openai_schemas import ChatRequest, CompletionRequest
 from onebase_server.schemas import SEED_BITS, GenerateRequest, Message, SamplingFields
 from onebase_server.supervisor import EngineSupervisor
@@ -40,7 +42,6 @@ class _Wanted:
     kind: str
     prompts: tuple[Prompt, ...]
     prompt_param: str
-    adapter: AdapterChoice
     max_tokens: int | None
     default_tokens: int | None
     """Without max_tokens; None is as many as fit."""
@@ -49,35 +50,44 @@ class _Wanted:
 
 
 class Planner:
-    """Makes jobs. Every method raises InvalidRequestError, UnknownAdapterError or UnavailableError."""
+    """Makes jobs.
+
+    Every method raises InvalidRequestError, UnknownAdapterError, UnavailableError, and what pulling an
+    adapter from the Hub raises. Adapters are looked up last: what is returned is still so.
+    """
 
     def __init__(
-        self, supervisor: EngineSupervisor, tokenizer: BaseTokenizer, catalog: Catalog, limits: Limits
+        self,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        catalog: Catalog,
+        hub: HubAdapters,
+        limits: Limits,
     ) -> None:
         self._supervisor = supervisor
         self._tokenizer = tokenizer
         self._catalog = catalog
+        self._hub = hub
         self._limits = limits
 
     async def generate(self, body: GenerateRequest) -> Job:
         base = self._base()
-        adapter = self._adapter(body)
         prompt = await (self._chat(body.messages) if body.messages else self._text(body.prompt or ""))
         wanted = _Wanted(
             kind="gen",
             prompts=(prompt,),
             prompt_param="messages" if body.messages else "prompt",
-            adapter=adapter,
             max_tokens=body.max_tokens,
             default_tokens=GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
         )
-        return self._job(wanted, body, base)
+        job = self._job(wanted, body, base)
+        return replace(job, adapter=await self._adapter(body, job))
 
     async def completion(self, body: CompletionRequest) -> Job:
         base = self._base()
-        adapter = self._model(body.model, body)
+        self._check_model(body.model, body)
         prompts = [
             await self._text(prompt) if isinstance(prompt, str) else Prompt(prompt)
             for prompt in body.prompts()
@@ -86,28 +96,28 @@ class Planner:
             kind="cmpl",
             prompts=tuple(prompts),
             prompt_param="prompt",
-            adapter=adapter,
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
         )
-        return self._job(wanted, body, base)
+        job = self._job(wanted, body, base)
+        return replace(job, adapter=await self._model(body.model, body, job))
 
     async def chat(self, body: ChatRequest) -> Job:
         base = self._base()
-        adapter = self._model(body.model, body)
+        self._check_model(body.model, body)
         wanted = _Wanted(
             kind="chatcmpl",
             prompts=(await self._chat(body.messages),),
             prompt_param="messages",
-            adapter=adapter,
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
         )
-        return self._job(wanted, body, base)
+        job = self._job(wanted, body, base)
+        return replace(job, adapter=await self._model(body.model, body, job))
 
     # ---- parts -------------------------------------------------------------------------------
 
@@ -117,30 +127,38 @@ class Planner:
             raise reason or RuntimeError("ready without a base")
         return self._supervisor.base
 
-    def _adapter(self, body: SamplingFields) -> AdapterChoice:
+    async def _adapter(self, body: SamplingFields, job: Job) -> AdapterChoice:
         if body.adapter is None:
             return AdapterChoice()
         if isinstance(body.adapter, str):
-            return self._loaded(self._catalog.choose(body.adapter))
-        return self._loaded(self._catalog.choose_sum([(term.name, term.weight) for term in body.adapter]))
+            await self._pull({"adapter": body.adapter}, job)
+            return self._catalog.choose(body.adapter)
+        terms = [(term.name, term.weight) for term in body.adapter]
+        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
+        return self._catalog.choose_sum(terms)
 
-    def _model(self, model: str, body: SamplingFields) -> AdapterChoice:
-        if model == self._catalog.base_name:
-            return self._adapter(body)
-        try:
-            choice = self._catalog.choose(model)
-        except UnknownAdapterError as error:
-            raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
-        if body.adapter is not None:
+    def _check_model(self, model: str, body: SamplingFields) -> None:
+        if model != self._catalog.base_name and body.adapter is not None:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
             )
-        return self._loaded(choice)
 
-    def _loaded(self, choice: AdapterChoice) -> AdapterChoice:
-        self._catalog.require_loaded(choice)
-        return choice
+    async def _model(self, model: str, body: SamplingFields, job: Job) -> AdapterChoice:
+        if model == self._catalog.base_name:
+            return await self._adapter(body, job)
+        await self._pull({"model": model}, job)
+        try:
+            return self._catalog.choose(model, param="model")
+        except UnknownAdapterError as error:
+            raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
+
+    async def _pull(self, names: dict[str, str], job: Job) -> None:
+        """Fetch what is named by its Hub repository and not known yet. `names`: by the request's field."""
+        for param, name in names.items():
+            if name.startswith(HUB_PREFIX) and not self._catalog.names_version(name):
+                async with in_time(job.deadline):
+                    await self._hub.use(name, param=param)
 
     async def _text(self, text: str) -> Prompt:
         if len(text) <= _INLINE_CHARACTERS:
@@ -157,6 +175,7 @@ class Planner:
         n = body.n or 1
         self._check_limits(n * len(wanted.prompts), body.timeout_s)
         _check_prompts(wanted.prompts, base, wanted.prompt_param)
+        timeout_s = body.timeout_s or self._limits.max_timeout
         scores_only = wanted.max_tokens == 0
         if scores_only and not wanted.echo:
             raise InvalidRequestError(
@@ -166,12 +185,12 @@ class Planner:
             id=new_id(wanted.kind),
             prompts=wanted.prompts,
             sampling=_sampling(body, base, wanted),
-            adapter=wanted.adapter,
             n=n,
             stops=body.stops,
             echo=wanted.echo,
             scores_only=scores_only,
-            timeout_s=body.timeout_s or self._limits.max_timeout,
+            timeout_s=timeout_s,
+            deadline=asyncio.get_running_loop().time() + timeout_s,
         )
 
     def _check_limits(self, choices: int, timeout_s: float | None) -> None:

@@ -85,8 +85,11 @@ class RequestRouter:
 
     def forget_all(self) -> None:
         """The engine is gone, and its rows with it."""
+        ended = {id(request): request for request in self._requests.values()}
         self._requests.clear()
         self.open_rows = 0
+        for request in ended.values():
+            request.on_ended()
 
     def note_progress(self) -> None:
         """Start the clock of `stalled_for` anew."""
@@ -100,6 +103,8 @@ class RequestRouter:
         self.open_rows -= 1
         if request_id not in request.open_rows:
             del self._requests[request_id]
+        if not request.open_rows:
+            request.on_ended()
         if self._last_row_end:
             gap = min(_LONGEST_RETRY_AFTER, now - self._last_row_end)
             self._seconds_per_row += _SMOOTHING * (gap - self._seconds_per_row)

@@ -12,10 +12,17 @@ import msgspec
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
+from onebase_server.activation import Activation
+from onebase_server.adapter_views import AdapterViews
 from onebase_server.catalog import Catalog
 from onebase_server.errors import UnavailableError
+from onebase_server.folders import Folders
 from onebase_server.generation import Generation, Job
+from onebase_server.hub_adapters import HubAdapters
+from onebase_server.library import Library
 from onebase_server.planner import Planner
+from onebase_server.prover import Prover
+from onebase_server.residency import Residency
 from onebase_server.settings import Settings
 from onebase_server.supervisor import EngineSupervisor
 from onebase_server.tokenization import BaseTokenizer
@@ -38,6 +45,13 @@ class Services:
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
     planner: Planner
+    residency: Residency
+    library: Library
+    hub: HubAdapters
+    activation: Activation
+    folders: Folders
+    views: AdapterViews
+    prover: Prover
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 
@@ -45,12 +59,12 @@ class Services:
         if self.draining:
             raise server_stopping()
 
-    def begin(self, job: Job, *, streamed: bool) -> Generation:
-        """Submit a job. Raises UnavailableError, QueueFullError or InvalidRequestError."""
+    async def begin(self, job: Job, *, streamed: bool) -> Generation:
+        """Submit a job once its adapters are in memory. Raises what Generation.start raises."""
         self.refuse_if_draining()
         limit = self.settings.stream_buffer if streamed else None
         generation = Generation(self.supervisor, self.tokenizer, job, limit)
-        generation.start()
+        await generation.start(self.residency)
         return generation
 
 
@@ -83,5 +97,5 @@ class StrictRoute(APIRoute):
         return strict
 
 
-def json_response(data: Any) -> Response:
-    return Response(msgspec.json.encode(data), media_type="application/json")
+def json_response(data: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(data), status, media_type="application/json")

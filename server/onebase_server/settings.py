@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from onebase_server.engine.protocol import EngineConfig
@@ -62,6 +63,21 @@ def parse_adapter(text: str) -> tuple[str, str]:
 def parse_adapters(text: str) -> tuple[tuple[str, str], ...]:
     """Several `name=folder`, separated by commas (the environment's form)."""
     return tuple(parse_adapter(part.strip()) for part in text.split(",") if part.strip())
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """Patterns of `org/repo`, separated by commas."""
+    patterns = tuple(part.strip() for part in text.split(",") if part.strip())
+    for pattern in patterns:
+        if pattern.count("/") != 1 or pattern.startswith("/") or pattern.endswith("/"):
+            raise SettingsError(f"{pattern!r} is not ORG/REPO, as in --hub-allow 'acme/*'")
+    return patterns
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """onebase in $XDG_DATA_HOME, else in ~/.local/share; the XDG specification: ignore relative paths."""
+    chosen = Path(environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    return (chosen if chosen.is_absolute() else Path("~/.local/share").expanduser()) / "onebase"
 
 
 def about(
@@ -146,8 +162,85 @@ class Settings:
         default=8,
         metadata=about("adapters", "adapters in the accelerator's memory at once", low=1, high=1024),
     )
+    slot_memory: int = field(
+        default=0,
+        metadata=about(
+            "adapters",
+            "bytes of adapters in slots, as in 2GB; 0 sets no limit but --max-slots",
+            parse=parse_size,
+            metavar="SIZE",
+            low=0,
+        ),
+    )
     max_rank: int = field(
         default=64, metadata=about("adapters", "highest rank of an adapter", low=1, high=1024)
+    )
+    host_memory: int = field(
+        default=0,
+        metadata=about(
+            "adapters",
+            "adapters in host memory at once, as in 8GB; 0 takes a quarter of the machine's memory",
+            parse=parse_size,
+            metavar="SIZE",
+            low=0,
+        ),
+    )
+    hub_allow: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "adapters",
+            "Hub repositories that requests may name (hub:org/repo) to be pulled on first use, as in "
+            "'org/*'; may be repeated",
+            parse=parse_patterns,
+            metavar="PATTERN",
+        ),
+    )
+    max_upload: int = field(
+        default=2_000_000_000,
+        metadata=about(
+            "adapters", "largest adapter that is taken, as in 2GB", parse=parse_size, metavar="SIZE", low=1000
+        ),
+    )
+    proof_timeout: float = field(
+        default=600.0,
+        metadata=about(
+            "adapters", "seconds that proving one adapter may take", low=1, high=86400, metavar="SECONDS"
+        ),
+    )
+    data_dir: str = field(
+        default="",
+        metadata=about(
+            "adapters",
+            "where adapters are kept; by default onebase in $XDG_DATA_HOME or ~/.local/share",
+            metavar="DIR",
+        ),
+    )
+    store: str = field(
+        default="",
+        metadata=about(
+            "adapters",
+            "place of the adapters' files: a folder or an fsspec URL, as in s3://bucket/path; by default "
+            "store in the data folder",
+            metavar="URL",
+        ),
+    )
+    registry: str = field(
+        default="",
+        metadata=about(
+            "adapters",
+            "database of names and versions, as in postgresql+psycopg://host/name; by default a SQLite file "
+            "in the data folder",
+            metavar="URL",
+        ),
+    )
+    sync_seconds: float = field(
+        default=1.0,
+        metadata=about(
+            "adapters",
+            "seconds between two looks at what other servers changed in the registry",
+            low=0.05,
+            high=3600,
+        ),
     )
 
     max_rows: int = field(
@@ -277,6 +370,8 @@ def load_settings(options: Mapping[str, Any], environ: Mapping[str, str] | None 
         text = environ.get(environment_name(item.name))
         if text is not None:
             values[item.name] = _parse(item, kind, text)
+    if not values.get("data_dir"):
+        values["data_dir"] = str(default_data_dir(environ))
     return Settings(**values)
 
 

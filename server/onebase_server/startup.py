@@ -2,50 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
 from rich.console import Console
 
+from onebase_adapters.registry import RegistryError
 from onebase_server.app import create_app
-from onebase_server.catalog import Catalog, CatalogError, find_adapters
+from onebase_server.assembly import Base, assemble
 from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.engine_link import ENGINE_COMMAND
+from onebase_server.folders import FolderError, find_adapters
 from onebase_server.http_server import bind, run_server, url_of
-from onebase_server.planner import Limits, Planner
 from onebase_server.services import Services
 from onebase_server.settings import Settings
+from onebase_server.storage import Storage, StorageError, open_storage
 from onebase_server.supervisor import EngineFailedError, EngineSupervisor
-from onebase_server.tokenization import BaseTokenizer
+from onebase_server.workshop_link import WORKSHOP_COMMAND
 
 if TYPE_CHECKING:
     from onebase_adapters.default_base import ResolvedBase
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
+
+    engine: Sequence[str] = ENGINE_COMMAND
+    workshop: Sequence[str] = WORKSHOP_COMMAND
 
 
 class StartupError(RuntimeError):
     """The server cannot serve; the message says why and what to do."""
 
 
-def run(settings: Settings, console: Console, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
-    """Serve until a signal. `engine_command` starts an engine (`--fd N` is appended).
-
-    Raises StartupError when the server cannot start or not go on.
-    """
+def run(settings: Settings, console: Console, commands: Commands | None = None) -> None:
+    """Serve until a signal. Raises StartupError when the server cannot start or not go on."""
     try:
         listener = bind(settings)
     except OSError as error:
         raise StartupError(address_error(settings, error)) from error
     with listener, LoadingDisplay(console) as display:
         resolved = resolve(settings.base, display)
+        base = Base(resolved.name, resolved.folder)
         try:
-            adapters = find_adapters(settings.adapter, settings.adapters_dir)
-            catalog = Catalog(resolved.name, adapters)
-        except (CatalogError, OSError) as error:
+            given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
+            storage = open_storage(settings, base.name, base.folder)
+        except (FolderError, StorageError) as error:
             raise StartupError(str(error)) from error
+        server = _Server(settings, base, storage, given, commands or Commands())
         try:
-            uvloop.run(_serve(settings, resolved, catalog, listener, console, display, engine_command))
+            uvloop.run(server.serve(listener, console, display))
         except EngineFailedError as error:
             raise StartupError(f"the engine cannot serve {resolved.name}: {error}") from error
 
@@ -60,41 +72,51 @@ def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
 
 
-async def _serve(
-    settings: Settings,
-    resolved: ResolvedBase,
-    catalog: Catalog,
-    listener: socket.socket,
-    console: Console,
-    display: LoadingDisplay,
-    engine_command: Sequence[str],
-) -> None:
-    supervisor = EngineSupervisor(
-        settings.engine_config(str(resolved.folder)),
-        catalog,
-        queue_limit=settings.queue_limit,
-        stall_timeout=settings.stall_timeout,
-        command=engine_command,
-        on_loading=display.loading,
-    )
-    services = wire_services(settings, catalog, str(resolved.folder), supervisor)
+@dataclass(frozen=True)
+class _Server:
+    """One server, from what was found out before the event loop began."""
 
-    def ready() -> None:
-        display.close()
-        if supervisor.base is not None:
-            print_summary(console, settings, supervisor.base, catalog, url_of(listener))
+    settings: Settings
+    base: Base
+    storage: Storage
+    given: list[tuple[str, Path]]
+    commands: Commands
 
-    await run_server(services, create_app(services), listener, ready)
+    async def serve(self, listener: socket.socket, console: Console, display: LoadingDisplay) -> None:
+        settings = self.settings
+        supervisor = EngineSupervisor(
+            settings.engine_config(str(self.base.folder)),
+            queue_limit=settings.queue_limit,
+            stall_timeout=settings.stall_timeout,
+            command=self.commands.engine,
+            on_loading=display.loading,
+        )
+        services = self._services(supervisor)
 
+        def ready() -> None:
+            display.close()
+            if supervisor.base is not None:
+                print_summary(console, settings, supervisor.base, services.catalog, url_of(listener))
 
-def wire_services(
-    settings: Settings, catalog: Catalog, folder: str, supervisor: EngineSupervisor
-) -> Services:
-    """All parts but the engine, around one base folder. Raises StartupError when it has no tokenizer."""
-    try:
-        tokenizer = BaseTokenizer(folder)
-    except Exception as error:
-        raise StartupError(f"the base in {folder} has no usable tokenizer: {error}") from error
-    limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    planner = Planner(supervisor, tokenizer, catalog, limits)
-    return Services(settings, catalog, tokenizer, supervisor, planner)
+        try:
+            await services.catalog.refresh()
+        except RegistryError as error:
+            raise StartupError(f"{error} (--registry)") from error
+        upkeep = [
+            asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
+            asyncio.create_task(self.storage.keep_tidy(services.library.disk)),
+        ]
+        try:
+            await run_server(services, create_app(services), listener, ready)
+        finally:
+            for task in upkeep:
+                task.cancel()
+            self.storage.registry.close()
+
+    def _services(self, supervisor: EngineSupervisor) -> Services:
+        try:
+            return assemble(
+                self.settings, self.base, self.storage, self.given, supervisor, self.commands.workshop
+            )
+        except Exception as error:
+            raise StartupError(f"the base in {self.base.folder} has no usable tokenizer: {error}") from error

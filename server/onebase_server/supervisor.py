@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from onebase_server.catalog import Catalog
 from onebase_server.engine.protocol import (
     AdapterFailed,
     AdapterLoaded,
+    AdapterUnloaded,
     BaseInfo,
     EngineConfig,
     Loading,
     Ready,
     Shutdown,
+    SlotsChanged,
     Start,
     StepDone,
     ToApi,
@@ -28,6 +30,8 @@ from onebase_server.engine.protocol import (
 from onebase_server.engine_link import ENGINE_COMMAND, ChildProcess
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inflight import Inflight
+from onebase_server.prover import Prover
+from onebase_server.residency import Residency
 from onebase_server.router import RequestRouter
 
 _LEAST_RETRY_AFTER = 2.0
@@ -38,6 +42,20 @@ _log = logging.getLogger(__name__)
 
 class EngineFailedError(RuntimeError):
     """The engine cannot be started, or not be kept running; the message is for the operator."""
+
+
+class AdapterStartError(RuntimeError):
+    """An adapter that was given at start cannot be served; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What lives and dies with an engine: its adapters in memory, and the workshop on its base."""
+
+    residency: Residency
+    prover: Prover
+    prepare: Callable[[], Awaitable[None]]
+    """What must be in place before a new engine gets requests. May raise AdapterStartError."""
 
 
 class EngineState(enum.Enum):
@@ -76,7 +94,6 @@ class EngineSupervisor:
     def __init__(
         self,
         config: EngineConfig,
-        catalog: Catalog,
         *,
         queue_limit: int,
         stall_timeout: float,
@@ -86,19 +103,20 @@ class EngineSupervisor:
     ) -> None:
         self.state = EngineState.STARTING
         self.base: BaseInfo | None = None
-        self.router = RequestRouter(queue_limit, self._send)
+        self.router = RequestRouter(queue_limit, self.send)
         """The requests that are running."""
         self.restarts = 0
         self.ready = asyncio.Event()
         """Set while requests can be submitted."""
+        self.companions: Companions | None = None
+        """Set before `run`; without them the engine has no adapters."""
         self._config = config
-        self._catalog = catalog
         self._stall_timeout = stall_timeout
         self._command = tuple(command)
         self._policy = policy or RestartPolicy()
         self._on_loading = on_loading
         self._engine: ChildProcess | None = None
-        self._awaited_adapters: set[str] = set()
+        self._preparing: asyncio.Task[None] | None = None
         self._restart_delay = 0.0
         self._stopping = False
         self._ever_ready = False
@@ -162,6 +180,7 @@ class EngineSupervisor:
         if self._engine is not None:
             self._engine.send(Shutdown())
             await self._engine.end(self._policy.shutdown_grace)
+        await self._companions_gone()
 
     def kill_now(self) -> None:
         """End the engine without waiting for anything: the api is about to exit."""
@@ -171,6 +190,14 @@ class EngineSupervisor:
 
     async def _run_one(self) -> str:
         """One engine from start to death. Returns why it ended, in words."""
+        base_fd = os.memfd_create("onebase-base")
+        try:
+            return await self._run_on(base_fd)
+        finally:
+            os.close(base_fd)
+
+    async def _run_on(self, base_fd: int) -> str:
+        """`base_fd`: a memfd that the engine publishes its base into, for the workshop to attach."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
 
@@ -180,10 +207,10 @@ class EngineSupervisor:
 
         def receive(message: ToApi) -> None:
             if not ended.done():
-                self._receive(message, end)
+                self._receive(message, base_fd, end)
 
         self._engine = engine = await ChildProcess.spawn(
-            self._command, to_api_decoder(), receive, lambda: end("")
+            self._command, to_api_decoder(), receive, lambda: end(""), fds={"--base-fd": base_fd}
         )
         watch = loop.create_task(self._watch(end))
         try:
@@ -192,6 +219,7 @@ class EngineSupervisor:
         finally:
             watch.cancel()
             self._engine_gone()
+            await self._companions_gone()
             if not self._stopping:
                 status = await engine.end(0.0 if self.state is EngineState.STALLED else _LAST_WORDS_SECONDS)
                 self._engine = None
@@ -201,11 +229,19 @@ class EngineSupervisor:
 
     def _engine_gone(self) -> None:
         self.ready.clear()
-        self._catalog.mark_unloaded()
+        if self.companions is not None:
+            self.companions.residency.engine_gone()
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
         self.router.fail_all(EngineRestartedError())
         self.router.forget_all()
+
+    async def _companions_gone(self) -> None:
+        """The workshop ends before a new engine starts: it holds on to the old one's memory."""
+        if self._preparing is not None:
+            self._preparing.cancel()
+        if self.companions is not None:
+            await self.companions.prover.engine_gone()
 
     async def _watch(self, end: Callable[[str], None]) -> None:
         """Proves progress: rows in the engine and no step for the stall timeout is a stall."""
@@ -219,50 +255,48 @@ class EngineSupervisor:
 
     # ---- messages ----------------------------------------------------------------------------
 
-    def _receive(self, message: ToApi, end: Callable[[str], None]) -> None:
+    def _receive(self, message: ToApi, base_fd: int, end: Callable[[str], None]) -> None:
         if isinstance(message, StepDone):
             self.router.deliver(message)
         elif isinstance(message, Loading):
             self._on_loading(message)
         elif isinstance(message, Ready):
-            self._base_ready(message)
-        elif isinstance(message, AdapterLoaded):
-            self._catalog.mark_loaded(message)
-            self._adapter_answered(message.digest)
-        elif isinstance(message, AdapterFailed):
-            self._adapter_failed(message, end)
+            self._base_ready(message, base_fd, end)
+        elif isinstance(message, AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged):
+            if self.companions is not None:
+                self.companions.residency.receive(message)
         else:
             end(message.message)
 
-    def _base_ready(self, message: Ready) -> None:
+    def _base_ready(self, message: Ready, base_fd: int, end: Callable[[str], None]) -> None:
         self.base = message.base
-        loads = self._catalog.loads()
-        self._awaited_adapters = {load.digest for load in loads}
-        for load in loads:
-            self._send(load)
-        self._ready_if_complete()
-
-    def _adapter_answered(self, digest: str) -> None:
-        self._awaited_adapters.discard(digest)
-        self._ready_if_complete()
-
-    def _adapter_failed(self, message: AdapterFailed, end: Callable[[str], None]) -> None:
-        names = ", ".join(self._catalog.names_of(message.digest)) or message.digest
-        text = f"adapter {names} cannot be served ({message.code}): {message.message}"
-        if not self._ever_ready:
-            end(text)
+        if self.companions is None:
+            self._become_ready()
             return
-        _log.error("%s", text)
-        self._adapter_answered(message.digest)
+        self.companions.residency.engine_ready()
+        self.companions.prover.base_ready(self._config, message.manifest, base_fd)
+        self._preparing = asyncio.get_running_loop().create_task(self._prepare(self.companions, end))
 
-    def _ready_if_complete(self) -> None:
-        if self._awaited_adapters or self._stopping:
+    async def _prepare(self, companions: Companions, end: Callable[[str], None]) -> None:
+        try:
+            await companions.prepare()
+        except AdapterStartError as error:
+            end(str(error))
+        except Exception as error:
+            _log.exception("the adapters cannot be made ready")
+            end(f"the adapters cannot be made ready: {error}")
+        else:
+            self._become_ready()
+
+    def _become_ready(self) -> None:
+        if self._stopping:
             return
         self._ever_ready = True
         self.router.note_progress()
         self.state = EngineState.READY
         self.ready.set()
 
-    def _send(self, message: ToEngine) -> None:
+    def send(self, message: ToEngine) -> None:
+        """Pass a message to the engine without blocking; lost when there is none."""
         if self._engine is not None:
             self._engine.send(message)

@@ -1,7 +1,8 @@
 """An engine process that speaks the real protocol over the real socket, and fails on demand.
 
 It stands in for the engine only where a fault cannot be had from the real one at a given moment.
-Run as `python scripted_engine.py BEHAVIOUR --fd N`:
+Run as `python scripted_engine.py BEHAVIOUR --fd N [--base-fd N]`. It loads any file as an adapter, if its
+hash is right, and dies when a row asks for one that is not loaded:
 
     words        every row gets the token ids of its prompt, one per step, over and over
     flood        as `words`, with no pause between steps
@@ -14,14 +15,18 @@ Run as `python scripted_engine.py BEHAVIOUR --fd N`:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import selectors
 import socket
 import sys
 import time
+from pathlib import Path
 
 from onebase_server.engine.protocol import (
+    AdapterFailed,
     AdapterLoaded,
+    AdapterUnloaded,
     BaseInfo,
     Cancel,
     Fatal,
@@ -31,11 +36,13 @@ from onebase_server.engine.protocol import (
     Ready,
     RowOutput,
     Shutdown,
+    SlotsChanged,
     Start,
     Stats,
     StepDone,
     Submit,
     ToApi,
+    UnloadAdapter,
     encode,
     to_engine_decoder,
 )
@@ -53,6 +60,7 @@ class ScriptedEngine:
         self.decoder = to_engine_decoder()
         self.rows: dict[tuple[str, int], list[object]] = {}
         self.steps = 0
+        self.loaded: set[str] = set()
 
     def send(self, message: ToApi) -> None:
         self.connection.setblocking(True)
@@ -75,23 +83,29 @@ class ScriptedEngine:
         if isinstance(message, Start):
             self.start(message)
         elif isinstance(message, LoadAdapter):
-            self.send(
-                AdapterLoaded(
-                    digest=message.digest,
-                    rank=8,
-                    targets=["q_proj"],
-                    parameters=64,
-                    bytes=256,
-                    load_seconds=0.1,
-                )
-            )
+            self.load(message)
+        elif isinstance(message, UnloadAdapter):
+            self.loaded.discard(message.digest)
+            self.send(AdapterUnloaded(message.digest))
         elif isinstance(message, Submit):
+            missing = {ref.digest for ref in message.adapters} - self.loaded
+            if missing:
+                raise RuntimeError(f"a row asks for versions that are not loaded: {missing}")
+            self.send(SlotsChanged([ref.digest for ref in message.adapters]))
             for choice in range(message.n):
                 self.rows[message.id, choice] = [message, 0]
         elif isinstance(message, Cancel):
             self.cancel(message)
         elif isinstance(message, Shutdown):
             sys.exit(0)
+
+    def load(self, message: LoadAdapter) -> None:
+        content = Path(message.path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != message.sha256:
+            self.send(AdapterFailed(digest=message.digest, code="damaged", message="not what was proved"))
+            return
+        self.loaded.add(message.digest)
+        self.send(AdapterLoaded(digest=message.digest, bytes=len(content), load_seconds=0.0))
 
     def start(self, message: Start) -> None:
         self.send(Loading("loading the base", 0.5))

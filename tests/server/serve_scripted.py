@@ -1,10 +1,22 @@
-"""`onebase serve` with a scripted engine: `python serve_scripted.py BEHAVIOUR [options of onebase serve]`."""
+"""`onebase serve` with a scripted engine and a scripted workshop.
+
+`python serve_scripted.py ENGINE[,WORKSHOP] [options of onebase serve]`: how each of them behaves.
+"""
 
 import sys
 from pathlib import Path
 
 from onebase_server.cli import serve
+from onebase_server.startup import Commands
+
+
+def command(script: str, behaviour: str) -> tuple[str, str, str]:
+    return sys.executable, str(Path(__file__).with_name(script)), behaviour
+
 
 if __name__ == "__main__":
-    engine = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")), sys.argv[1])
-    sys.exit(serve(sys.argv[2:], engine_command=engine))
+    engine, _, workshop = sys.argv[1].partition(",")
+    commands = Commands(
+        command("scripted_engine.py", engine), command("scripted_workshop.py", workshop or "proves")
+    )
+    sys.exit(serve(sys.argv[2:], commands))

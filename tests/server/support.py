@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import httpx2
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 START_SECONDS = 180.0
+CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
 
 
 class Server:
@@ -67,13 +70,34 @@ class Server:
         return status
 
     def engine_pid(self) -> int:
-        """The process id of the engine: the server's only child."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        (child,) = path.read_text().split()
-        return int(child)
+        """The process id of the engine."""
+        return self._child("engine")
+
+    def workshop_pid(self) -> int:
+        """The process id of the workshop."""
+        return self._child("workshop")
+
+    def _child(self, kind: str) -> int:
+        (child,) = (pid for pid in children(self.process.pid) if kind in command_of(pid))
+        return child
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, from any of its threads."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+def command_of(pid: int) -> str:
+    """The last part of the program that a process runs, as in `onebase_server.engine`."""
+    try:
+        parts = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except FileNotFoundError:
+        return ""
+    return next((part.rpartition("/")[2] for part in parts if "engine" in part or "workshop" in part), "")
 
 
 def free_port() -> int:
@@ -87,9 +111,10 @@ def free_port() -> int:
 def serving(command: list[str], *options: str, ready: bool = True) -> Iterator[Server]:
     """A server started by `command` on a free port; killed at the end if it still runs."""
     port = free_port()
+    data_dir = tempfile.mkdtemp(prefix="onebase-test-data-")
     sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
     process = subprocess.Popen(
-        [*command, "--port", str(port), *options],
+        [*command, "--port", str(port), "--data-dir", data_dir, *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -104,15 +129,16 @@ def serving(command: list[str], *options: str, ready: bool = True) -> Iterator[S
     finally:
         process.kill()
         process.wait()
+        shutil.rmtree(data_dir, ignore_errors=True)
 
 
 Starter = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
 def make_folder(parent: Path, name: str) -> Path:
-    """A folder with an adapter's two files, for engines that do not read them."""
+    """A folder with an adapter's two files, for workshops and engines that do not read them."""
     folder = parent / name
     folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text(CONFIG)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     return folder

@@ -132,8 +132,10 @@ def test_adapters_come_back_with_the_new_engine(serve_scripted: Starter, tmp_pat
         server.wait_ready()
 
         assert before["active"] is True
-        assert http.get("/v1/adapters/acme").json() == before
+        assert before["tier"] == "host"
+        assert http.get("/v1/adapters/acme").json() == before | {"tier": "disk"}
         assert http.post("/generate", json={"prompt": "word", "adapter": "acme"}).status_code == 200
+        assert http.get("/v1/adapters/acme").json()["tier"] == "slot"
 
 
 def test_an_adapter_without_weights_ends_the_start_by_its_name(

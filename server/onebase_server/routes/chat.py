@@ -19,7 +19,7 @@ async def chat(body: ChatRequest, request: Request, services: Provided) -> Respo
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     job = await services.planner.chat(body)
-    generation = services.begin(job, streamed=bool(body.stream))
+    generation = await services.begin(job, streamed=bool(body.stream))
     wire, created = ChatWire(services.tokenizer), int(time.time())
     if body.stream:
         events = openai_events(generation, wire, body.model, created, body.include_usage)

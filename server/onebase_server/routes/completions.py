@@ -19,7 +19,7 @@ async def complete(body: CompletionRequest, request: Request, services: Provided
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     job = await services.planner.completion(body)
-    generation = services.begin(job, streamed=bool(body.stream))
+    generation = await services.begin(job, streamed=bool(body.stream))
     wire, created = CompletionWire(services.tokenizer), int(time.time())
     if body.stream:
         events = openai_events(generation, wire, body.model, created, body.include_usage)

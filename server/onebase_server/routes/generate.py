@@ -17,7 +17,7 @@ async def generate(body: GenerateRequest, request: Request, services: Provided) 
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
     job = await services.planner.generate(body)
-    generation = services.begin(job, streamed=bool(body.stream))
+    generation = await services.begin(job, streamed=bool(body.stream))
     if body.stream:
         return EventStream(generation, guarded(generate_events(generation, services.tokenizer)))
     with cancelled_when_gone(request, generation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -62,5 +63,7 @@ async def status(services: Provided) -> Response:
             "stats": supervisor.router.stats,
             "requests": supervisor.router.open_requests,
             "adapters": len(services.catalog),
+            "host_memory": asdict(services.residency.memory),
+            "workshop": {"pid": services.prover.pid},
         }
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from onebase_server.errors import UnknownAdapterError, UnknownModelError
+from onebase_server.errors import ConflictError, UnknownAdapterError, UnknownModelError
 from onebase_server.services import Provided, Services, json_response
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -27,7 +27,7 @@ async def list_models(services: Provided) -> Response:
     """Everything that `model` may be."""
     base = services.catalog.base_name
     models = [_model(services, base, None)]
-    models += [_model(services, version.name, base) for version in services.catalog]
+    models += [_model(services, record.name, base) for record in services.catalog if record.active]
     return json_response({"object": "list", "data": models})
 
 
@@ -38,7 +38,7 @@ async def get_model(name: str, services: Provided) -> Response:
     if name == base:
         return json_response(_model(services, base, None))
     try:
-        services.catalog.find(name)
-    except UnknownAdapterError as error:
+        services.catalog.find(name, param="model")
+    except (UnknownAdapterError, ConflictError) as error:
         raise UnknownModelError(f"{error.message} The base is {base!r}.") from error
     return json_response(_model(services, name, base))

@@ -1,0 +1,51 @@
+"""Calls that wait for a disk, a database or the Hub, kept off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Threads:
+    """At most `most` calls at once, each in a daemon thread of its own: none holds up the process's end.
+
+    Made and used in one event loop.
+    """
+
+    def __init__(self, name: str, most: int) -> None:
+        self._name = name
+        self._free = asyncio.Semaphore(most)
+
+    async def run(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The call's result, or what it raised. Cancelling stops the wait; the call itself goes on."""
+        await self._free.acquire()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def finish(result: Any, error: BaseException | None) -> None:
+            self._free.release()
+            if answer.done():
+                return
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                result = call(*args, **kwargs)
+            except BaseException as caught:
+                error = RuntimeError(str(caught)) if isinstance(caught, StopIteration) else caught
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
+                loop.call_soon_threadsafe(finish, result, error)
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        value: T = await answer
+        return value

@@ -1,0 +1,99 @@
+"""Opens what outlives the server: the data folder, the registry and the store; and keeps them tidy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase_adapters.base_identity import BaseIdentityError, base_id
+from onebase_adapters.registry import Registry, RegistryError
+from onebase_adapters.store import GRACE, Store, StoreError
+from onebase_server.background import Threads
+from onebase_server.settings import Settings
+
+SWEEP_SECONDS = 3600.0
+_IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtype")
+"""Settings that make another base of the same files."""
+
+_log = logging.getLogger(__name__)
+
+
+class StorageError(RuntimeError):
+    """Adapters cannot be kept where the settings say; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where adapters are kept. `base_id`: the identity of the base that they are bound to."""
+
+    registry: Registry
+    store: Store
+    base_id: str
+
+    def sweep(self) -> int:
+        """Delete blobs that nothing references, and left-over temporary files. Returns how many.
+
+        Blocks. Raises RegistryError, StoreError.
+        """
+        return self.store.sweep(self.registry.referenced_blobs(), GRACE)
+
+    async def keep_tidy(self, disk: Threads) -> None:
+        """Sweep now and once an hour, for ever."""
+        while True:
+            started = time.monotonic()
+            try:
+                removed = await disk.run(self.sweep)
+            except (RegistryError, StoreError) as error:
+                _log.warning("the store was not swept: %s", error)
+            else:
+                if removed:
+                    seconds = time.monotonic() - started
+                    _log.info("swept %d files from the store in %.1f s", removed, seconds)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+
+def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Storage:
+    """Create what is missing and bring the registry's tables up to date. Blocks. Raises StorageError."""
+    data = Path(settings.data_dir).expanduser().absolute()
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        identity = base_id(base_folder, {name: getattr(settings, name) for name in _IDENTITY})
+        store = Store(settings.store or str(data / "store"), data / "cache")
+        url = settings.registry or f"sqlite:///{data / 'registry.db'}"
+        registry = Registry(url, base_id=identity, base_name=base_name)
+        registry.migrate()
+    except OSError as error:
+        raise StorageError(
+            f"the data folder {data} cannot be used ({error}): choose another --data-dir"
+        ) from error
+    except BaseIdentityError as error:
+        raise StorageError(str(error)) from error
+    except RegistryError as error:
+        raise StorageError(f"{error} (--registry, --data-dir)") from error
+    except StoreError as error:
+        raise StorageError(f"{error} (--store, --data-dir)") from error
+    return Storage(registry, store, identity)
+
+
+def host_memory(settings: Settings) -> int:
+    """Bytes that versions may take in host memory."""
+    return settings.host_memory or machine_memory() // 4
+
+
+def machine_memory(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")
+) -> int:
+    """Bytes of this machine's memory, or of the container's if that is less. Raises StorageError."""
+    sizes = [
+        int(line.split()[1]) * 1024
+        for line in meminfo.read_text().splitlines()
+        if line.startswith("MemTotal:")
+    ]
+    if cgroup.is_file() and (limit := cgroup.read_text().strip()).isdigit():
+        sizes.append(int(limit))
+    if not sizes:
+        raise StorageError(f"{meminfo} does not say how much memory there is; set --host-memory")
+    return min(sizes)
