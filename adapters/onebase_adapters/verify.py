@@ -195,48 +195,53 @@ def _companies(device: torch.device, *, tiled: bool) -> Iterator[_Company]:
 
 @torch.inference_mode()
 def greedy(model: nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
-    """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base.
-
-    The prompt is fed in pieces of TILE tokens through transformers' own cache: from 33 rows on oneDNN
-    sums bf16 products in another order, and one flipped last bit may tip a near tie between two tokens.
-    """
+    """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base."""
     reader = _Reader(model)
-    logits = reader.read(prompt)
+    logits = reader.read(prompt, keep=1)
     tokens: list[int] = []
     while True:
-        tokens.append(int(logits.argmax()))
+        tokens.append(int(logits[-1].argmax()))
         if len(tokens) == max_tokens:
             return tokens
-        logits = reader.read(tokens[-1:])
+        logits = reader.read(tokens[-1:], keep=1)
 
 
 @torch.inference_mode()
-def largest_regret(model: nn.Module, prompt: list[int], tokens: list[int]) -> float:
-    """How far the logits of `tokens` lie below the best, at most, relative to the largest; 0 if greedy."""
-    reader = _Reader(model)
-    logits, regret = reader.read(prompt), 0.0
-    for token in tokens:
-        regret = max(regret, float((logits.max() - logits[token]) / logits.abs().max()))
-        logits = reader.read([token])
-    return regret
+def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
+    """How far each token's logit lies below the model's best after the same tokens; all 0 for a greedy text.
+
+    Relative to the largest logit of its place.
+    """
+    logits = _Reader(model).read([*prompt, *tokens[:-1]], keep=len(tokens))
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    below: list[float] = ((logits.amax(1) - chosen) / logits.abs().amax(1)).tolist()
+    return below
 
 
 class _Reader:
-    """One row that is fed token by token."""
+    """One row, fed in pieces of TILE tokens through transformers' own cache.
+
+    From 33 rows on oneDNN sums bf16 products in another order, and one flipped last bit may tip a near tie
+    between two tokens.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._device = next(model.parameters()).device
         self._cache = DynamicCache(config=model.config)
 
-    def read(self, ids: list[int]) -> torch.Tensor:
-        """Feed tokens; the last one's logits, [vocab] fp32."""
-        logits = torch.empty(0)
+    def read(self, ids: list[int], keep: int) -> torch.Tensor:
+        """Feed tokens; the logits after each of the last `keep`, [keep, vocab] fp32."""
+        kept = []
         for first in range(0, len(ids), TILE):
-            logits = self._read(ids[first : first + TILE])
-        return logits
+            piece = ids[first : first + TILE]
+            wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
+            logits = self._read(piece, max(wanted, 1))
+            if wanted > 0:
+                kept.append(logits)
+        return torch.cat(kept)
 
-    def _read(self, ids: list[int]) -> torch.Tensor:
+    def _read(self, ids: list[int], keep: int) -> torch.Tensor:
         start = self._cache.get_seq_length()
         positions = torch.arange(start, start + len(ids), device=self._device)[None]
         output = self._model(
@@ -244,7 +249,7 @@ class _Reader:
             position_ids=positions,
             cache=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        logits: torch.Tensor = output.logits[0, -1].float()
+        logits: torch.Tensor = output.logits[0].float()
         return logits

@@ -21,7 +21,7 @@ from onebase_server.engine.versions import folded
 from onebase_server.workshop.channel import ApiGoneError
 from onebase_server.workshop.protocol import Prove, Proved, Rejected, Stage
 from onebase_server.workshop.report import version_report
-from onebase_server.workshop.texts import BaseTexts, prove_texts
+from onebase_server.workshop.texts import prove_texts
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ class Prover:
         self._max_rank = max_rank
         self._base_id = base_id
         self._fingerprint = fingerprint(base)
-        self._texts = BaseTexts(base)
 
     def answer(self, job: Prove, on_progress: OnProgress) -> Proved | Rejected:
         """Prove a version, or say why it is not served; then nothing is left at `prepared_path`.
@@ -96,7 +95,6 @@ class Prover:
             weights,
             job.probes,
             job.probe_tokens,
-            self._texts,
             lambda part: on_progress("proving", _COMPARED + part * (1 - _COMPARED)),
         )
         self.check_base()
