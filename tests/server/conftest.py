@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,11 +47,14 @@ def tokenizer(base_folder: Path) -> BaseTokenizer:
 
 @pytest.fixture(scope="session")
 def serve_scripted(base_folder: Path) -> Starter:
-    """`with serve_scripted("words", *options) as server`: an engine that misbehaves as named."""
+    """`with serve_scripted("words", *options) as server`: an engine that misbehaves as named.
 
-    def start(behaviour: str, *options: str, ready: bool = True) -> contextlib.AbstractContextManager[Server]:
+    `"words,slow"`: and a workshop that does.
+    """
+
+    def start(behaviour: str, *options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
         command = [sys.executable, str(HERE / "serve_scripted.py"), behaviour]
-        return serving(command, *options, ready=ready)
+        return serving(command, *options, **how)
 
     return start
 
@@ -59,8 +63,8 @@ def serve_scripted(base_folder: Path) -> Starter:
 def serve_real(base_folder: Path) -> Starter:
     """`with serve_real(*options) as server`: `onebase serve` with the default base."""
 
-    def start(*options: str, ready: bool = True) -> contextlib.AbstractContextManager[Server]:
-        return serving([sys.executable, "-m", "onebase_server"], *options, ready=ready)
+    def start(*options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
+        return serving([sys.executable, "-m", "onebase_server"], *options, **how)
 
     return start
 
@@ -74,6 +78,12 @@ class Api:
     base: str
     adapters: dict[str, Path]
     digests: dict[str, str]
+    data_dir: Path
+
+    def copy_of_data(self, target: Path) -> Path:
+        """The data folder, with both adapters proved, for a server of one's own."""
+        shutil.copytree(self.data_dir, target)
+        return target
 
     def generate(self, **body: Any) -> dict[str, Any]:
         """The answer of POST /generate, greedy unless asked otherwise; raises unless the status is 200."""
@@ -104,7 +114,8 @@ def api(serve_real: Starter, base_folder: Path, tmp_path_factory: pytest.TempPat
         name: make_adapter(base_folder, parent / name, seed, rank)
         for name, seed, rank in (("red", 1, 4), ("blue", 2, 8))
     }
+    data_dir = tmp_path_factory.mktemp("data")
     options = ["--adapters-dir", str(parent), "--kv-memory", "400MB", "--max-rows", "16", "--threads", "1"]
-    with serve_real(*options) as server, server.client() as http:
+    with serve_real(*options, data_dir=data_dir) as server, server.client() as http:
         digests = {entry["id"]: entry["version"] for entry in http.get("/v1/adapters").json()["data"]}
-        yield Api(server, http, "smollm2-135m-instruct", adapters, digests)
+        yield Api(server, http, "smollm2-135m-instruct", adapters, digests, data_dir)

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx2
@@ -108,18 +108,27 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(command: list[str], *options: str, ready: bool = True) -> Iterator[Server]:
-    """A server started by `command` on a free port; killed at the end if it still runs."""
+def serving(
+    command: list[str],
+    *options: str,
+    ready: bool = True,
+    data_dir: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server started by `command` on a free port; killed at the end if it still runs.
+
+    Without `data_dir` it has one of its own that is deleted in the end.
+    """
     port = free_port()
-    data_dir = tempfile.mkdtemp(prefix="onebase-test-data-")
+    own_data = tempfile.mkdtemp(prefix="onebase-test-data-")
     sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--data-dir", data_dir, *options],
+        [*command, "--port", str(port), "--data-dir", str(data_dir or own_data), *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200"} | dict(environment or {}),
     )
     server = Server(process, port)
     try:
@@ -129,7 +138,7 @@ def serving(command: list[str], *options: str, ready: bool = True) -> Iterator[S
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree(data_dir, ignore_errors=True)
+        shutil.rmtree(own_data, ignore_errors=True)
 
 
 Starter = Callable[..., contextlib.AbstractContextManager[Server]]

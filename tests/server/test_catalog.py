@@ -1,127 +1,202 @@
-"""Adapters' names and versions: what may be asked for, and what is refused at start."""
+"""Adapters' names and versions: what may be asked for, and how the registry's changes arrive."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from onebase_server.catalog import Catalog, CatalogError, find_adapters, version_digest
+from onebase_adapters.registry import Blob, Registry, VersionFiles
+from onebase_server.background import Threads
+from onebase_server.catalog import Catalog
 from onebase_server.engine.protocol import AdapterRef
-from onebase_server.errors import UnknownAdapterError
+from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError
+from onebase_server.names import check_name, same_base
 
 
-def folder(parent: Path, name: str, content: bytes = b"weights") -> Path:
-    path = parent / name
-    path.mkdir()
-    (path / "adapter_config.json").write_text("{}")
-    (path / "adapter_model.safetensors").write_bytes(content)
-    return path
+def blob(text: str) -> Blob:
+    return Blob(hashlib.sha256(text.encode()).hexdigest(), len(text))
 
 
-def test_the_digest_is_the_documented_one_and_depends_on_content_alone(tmp_path: Path) -> None:
-    first, second = folder(tmp_path, "one"), folder(tmp_path, "two")
-    other = folder(tmp_path, "three", b"other weights")
-    parts = b"".join(
-        name.encode() + b"\0" + hashlib.sha256(content).digest()
-        for name, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"weights"))
-    )
-
-    assert version_digest(first) == hashlib.sha256(parts).hexdigest()
-    assert version_digest(first) == version_digest(second)
-    assert version_digest(first) != version_digest(other)
+def register(registry: Registry, name: str, content: str, *, active: bool = True, ready: bool = True) -> str:
+    """A version of this content, as if it had been proved. Returns its digest."""
+    files = VersionFiles(blob("{}"), blob(content))
+    registry.add_version(name, files.digest, files, {"kind": "upload"})
+    if ready:
+        registry.set_state("default", name, files.digest, "ready", report={}, prepared=blob(content + "!"))
+    if active:
+        registry.activate("default", name, files.digest)
+    return files.digest
 
 
-def test_a_name_a_version_and_a_beginning_of_it_all_find_the_adapter(tmp_path: Path) -> None:
-    catalog = Catalog("base", [("acme", folder(tmp_path, "acme"))])
-    (version,) = catalog
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="b" * 64, base_name="base")
+    registry.migrate()
+    yield registry
+    registry.close()
 
-    for reference in ("acme", f"acme@{version.digest}", f"acme@{version.digest[:8]}"):
+
+def look(registry: Registry) -> Catalog:
+    """A catalog that has looked once."""
+    catalog = Catalog("base", registry, Threads("test", 2))
+    asyncio.run(catalog.refresh())
+    return catalog
+
+
+def test_a_name_a_version_and_a_beginning_of_it_all_find_the_adapter(registry: Registry) -> None:
+    digest = register(registry, "acme", "one")
+    catalog = look(registry)
+
+    for reference in ("acme", f"acme@{digest}", f"acme@{digest[:8]}"):
         choice = catalog.choose(reference)
-        assert choice.refs == (AdapterRef(version.digest),)
-        assert choice.label == f"acme@{version.digest[:12]}"
+        assert choice.refs == (AdapterRef(digest),)
+        assert choice.uses == (("acme", digest),)
+        assert choice.label == f"acme@{digest[:12]}"
+
+
+def test_the_bare_name_is_the_active_version_and_others_can_be_named(registry: Registry) -> None:
+    first = register(registry, "acme", "one")
+    second = register(registry, "acme", "two", active=False)
+    catalog = look(registry)
+
+    assert catalog.choose("acme").refs == (AdapterRef(first),)
+    assert catalog.choose(f"acme@{second[:8]}").refs == (AdapterRef(second),)
 
 
 @pytest.mark.parametrize("reference", ["nobody", "acme@", "acme@0123", "acme@ffffffffffffffff", "ACME", ""])
 def test_an_unknown_name_or_version_is_not_found_and_the_known_ones_are_named(
-    tmp_path: Path, reference: str
+    registry: Registry, reference: str
 ) -> None:
-    catalog = Catalog("base", [("acme", folder(tmp_path, "acme"))])
+    register(registry, "acme", "one")
 
     with pytest.raises(UnknownAdapterError) as caught:
-        catalog.choose(reference)
+        look(registry).choose(reference)
 
-    assert caught.value.code == "adapter_not_found"
+    assert caught.value.code == (
+        "version_not_found" if reference.startswith("acme@") else "adapter_not_found"
+    )
     assert "acme" in caught.value.message
 
 
-def test_too_short_a_beginning_of_a_version_is_refused_even_when_it_fits(tmp_path: Path) -> None:
-    catalog = Catalog("base", [("acme", folder(tmp_path, "acme"))])
-    (version,) = catalog
+def test_too_short_a_beginning_of_a_version_is_refused_even_when_it_fits(registry: Registry) -> None:
+    digest = register(registry, "acme", "one")
 
     with pytest.raises(UnknownAdapterError, match="at least 8"):
-        catalog.choose(f"acme@{version.digest[:7]}")
+        look(registry).choose(f"acme@{digest[:7]}")
 
 
-def test_a_weighted_sum_keeps_order_and_weights(tmp_path: Path) -> None:
-    catalog = Catalog("base", [("a", folder(tmp_path, "a")), ("b", folder(tmp_path, "b", b"other"))])
+def test_a_name_without_an_active_version_says_how_to_get_one(registry: Registry) -> None:
+    digest = register(registry, "acme", "one", active=False)
+    catalog = look(registry)
 
-    choice = catalog.choose_sum([("b", 0.5), ("a", -1.0), ("b", 0.25)])
-
-    digests = {version.name: version.digest for version in catalog}
-    assert choice.refs == (
-        AdapterRef(digests["b"], 0.5),
-        AdapterRef(digests["a"], -1.0),
-        AdapterRef(digests["b"], 0.25),
-    )
+    with pytest.raises(UnknownAdapterError, match="no active version"):
+        catalog.choose("acme")
+    assert catalog.choose(f"acme@{digest}").refs == (AdapterRef(digest),)
 
 
-def test_the_unknown_term_of_a_sum_is_named_by_its_place(tmp_path: Path) -> None:
-    catalog = Catalog("base", [("a", folder(tmp_path, "a"))])
+def test_a_version_that_is_not_ready_is_refused_by_its_state_and_its_error(registry: Registry) -> None:
+    failed = register(registry, "acme", "one", active=False, ready=False)
+    registry.set_state("default", "acme", failed, "failed", error=("no_effect", "it changes nothing"))
+    waiting = register(registry, "acme", "two", active=False, ready=False)
+    catalog = look(registry)
+
+    with pytest.raises(ConflictError, match="no_effect: it changes nothing") as caught:
+        catalog.choose(f"acme@{failed}")
+    assert caught.value.code == "version_not_ready"
+    with pytest.raises(ConflictError, match="validating"):
+        catalog.choose(f"acme@{waiting}")
+
+
+def test_a_weighted_sum_keeps_order_and_weights(registry: Registry) -> None:
+    a, b = register(registry, "a", "one"), register(registry, "b", "two")
+
+    choice = look(registry).choose_sum([("b", 0.5), ("a", -1.0), ("b", 0.25)])
+
+    assert choice.refs == (AdapterRef(b, 0.5), AdapterRef(a, -1.0), AdapterRef(b, 0.25))
+
+
+def test_the_unknown_term_of_a_sum_is_named_by_its_place(registry: Registry) -> None:
+    register(registry, "a", "one")
 
     with pytest.raises(UnknownAdapterError) as caught:
-        catalog.choose_sum([("a", 1.0), ("nobody", 1.0)])
+        look(registry).choose_sum([("a", 1.0), ("nobody", 1.0)])
 
     assert caught.value.param == "adapter[1].name"
 
 
-@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a/b", "a@b", "ä", "a" * 65, "a\n"])
-def test_a_name_that_is_not_allowed_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CatalogError, match="adapter name"):
-        Catalog("base", [(name, folder(tmp_path, "x"))])
+def test_a_hub_name_is_found_whole_although_it_holds_an_at_sign(registry: Registry) -> None:
+    name = "hub:acme/support@main"
+    digest = register(registry, name, "one")
+    catalog = look(registry)
+
+    assert catalog.choose(name).refs == (AdapterRef(digest),)
+    assert catalog.choose(f"{name}@{digest[:9]}").refs == (AdapterRef(digest),)
+    assert not catalog.names_version(name)
+    assert catalog.names_version(f"{name}@{digest[:9]}")
 
 
-def test_the_base_name_and_a_name_twice_are_refused(tmp_path: Path) -> None:
-    path = folder(tmp_path, "x")
+def test_a_watching_catalog_sees_what_another_server_writes_and_deletes(
+    registry: Registry, tmp_path: Path
+) -> None:
+    other = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="b" * 64, base_name="base")
 
-    with pytest.raises(CatalogError, match="base's own name"):
-        Catalog("base", [("base", path)])
-    with pytest.raises(CatalogError, match="twice"):
-        Catalog("base", [("x", path), ("x", path)])
+    async def follow() -> list[Any]:
+        catalog = Catalog("base", registry, Threads("test", 2))
+        changes = asyncio.Event()
+        catalog.on_change = changes.set
+        watching = asyncio.create_task(catalog.watch(0.01))
+        seen: list[Any] = []
+        for write in (
+            lambda: register(other, "acme", "one"),
+            lambda: register(other, "zeta", "two"),
+            lambda: other.delete_adapter("default", "acme"),
+        ):
+            changes.clear()
+            write()
+            await asyncio.wait_for(changes.wait(), 30)
+            seen.append([record.name for record in catalog])
+        watching.cancel()
+        return seen
+
+    seen = asyncio.run(follow())
+
+    assert seen[-1] == ["zeta"]
+    assert ["acme", "zeta"] in seen or seen[1] == ["acme"]
+    other.close()
 
 
-def test_a_folder_without_weights_is_refused_by_the_file_it_lacks(tmp_path: Path) -> None:
-    path = folder(tmp_path, "x")
-    (path / "adapter_model.safetensors").unlink()
+def test_the_adapters_of_another_base_are_not_seen(registry: Registry, tmp_path: Path) -> None:
+    register(registry, "acme", "one")
+    other = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="c" * 64, base_name="base")
 
-    with pytest.raises(CatalogError, match=r"adapter_model\.safetensors"):
-        Catalog("base", [("x", path)])
-
-
-def test_subfolders_with_an_adapter_are_found_and_others_left_alone(tmp_path: Path) -> None:
-    folder(tmp_path, "b")
-    folder(tmp_path, "a")
-    (tmp_path / "notes").mkdir()
-
-    names = [name for name, _ in find_adapters([("c", str(tmp_path / "a"))], str(tmp_path))]
-
-    assert names == ["c", "a", "b"]
+    assert len(look(registry)) == 1
+    assert len(look(other)) == 0
+    other.close()
 
 
-def test_two_names_for_the_same_files_are_loaded_once(tmp_path: Path) -> None:
-    path = folder(tmp_path, "x")
-    catalog = Catalog("base", [("one", path), ("two", path)])
+@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a/b", "a@b", "ä", "a" * 65, "a\n", "base", "../a"])
+def test_a_name_that_is_not_allowed_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_name(name, "base")
+    assert caught.value.param == "name"
 
-    assert len(catalog.loads()) == 1
-    assert catalog.names_of(catalog.loads()[0].digest) == ["one", "two"]
+
+@pytest.mark.parametrize(
+    ("wanted", "same"),
+    [
+        (None, True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("/models/smollm2-135m-instruct/", True),
+        ("smollm2-135m-instruct", True),
+        ("meta-llama/Llama-3.1-8B", False),
+        ("smollm2-135m-instruct/other", False),
+        ("", True),
+    ],
+)
+def test_bases_are_the_same_when_the_last_parts_of_their_names_are(wanted: str | None, same: bool) -> None:
+    assert same_base(wanted, "smollm2-135m-instruct", None) is same

@@ -18,11 +18,12 @@ PROBE = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_frozen_engine_is_replaced_and_answers_as_before(
-    serve_real: Starter, api: Any, fault: signal.Signals
+    serve_real: Starter, api: Any, tmp_path: Path, fault: signal.Signals
 ) -> None:
     adapters = str(api.adapters["red"].parent)
     options = ["--adapters-dir", adapters, "--kv-memory", "100MB", "--threads", "1", "--stall-timeout", "8"]
-    with serve_real(*options) as server, server.client() as http:
+    data_dir = api.copy_of_data(tmp_path / "data")
+    with serve_real(*options, data_dir=data_dir) as server, server.client() as http:
         before = http.post("/generate", json=PROBE).json()["choices"]
         answers: list[Any] = []
         request = threading.Thread(
