@@ -31,6 +31,8 @@ class RemoteBlobs:
             self._fs: Any
             self._fs, root = fsspec.core.url_to_fs(url)
         root = root.rstrip("/")
+        if not root:
+            raise StoreError(f"{redacted(url)} names no bucket or folder to keep blobs in.")
         self._blobs = f"{root}/blobs"
         self._parts = f"{root}/tmp"
         self._atomic = url.partition("://")[0] in _ATOMIC_PUT
