@@ -15,6 +15,8 @@ from onebase_adapters.config_patterns import Targets, endings
 BaseTensor = Callable[[str], torch.Tensor | None]
 """The base's tensor by the full name of its parameter; None if there is none."""
 
+_ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
 _TYING_NAMES = ("embed_tokens", "lm_head")
 """The names by which PEFT looks for modules that `ensure_weight_tying` is meant for."""
 
@@ -70,9 +72,14 @@ def saved_modules(facts: ConfigFacts, base: BaseModules) -> set[str]:
 
 def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[str] | None:
     """Full names of the layers that `target_modules` means; None where only a regular expression tells."""
-    targets = Targets.of(
-        facts.target_modules, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern
-    )
+    names = facts.target_modules
+    if isinstance(names, str) and names.lower() == _ALL_LINEAR:
+        names = tuple(
+            name
+            for name, layer in base.layers.items()
+            if layer.kind == "linear" and "." in name and name != base.head
+        )
+    targets = Targets.of(names, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern)
     if targets is None:
         return None
     named = {name for name, layer in base.layers.items() if layer.kind != "norm" and targets.means(name)}

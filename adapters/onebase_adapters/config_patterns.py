@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 MAX_KEYS = 1 << 13
-MAX_FORMS = 256
-"""Limits of a pattern: eight thousand keys, of 256 unlike forms (length and places of the dots). A form costs
+MAX_FORMS = 128
+"""Limits of a pattern: eight thousand keys, of 128 unlike forms (length and places of the dots). A form costs
 one lookup per module; real configs have some ten."""
 
 _LITERAL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")

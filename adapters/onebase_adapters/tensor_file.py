@@ -20,8 +20,8 @@ import torch
 
 from onebase_adapters.config_fields import WEIGHTS_FILE, AdapterFormatError, parse_json, shown
 
-MAX_HEADER_BYTES = 4 << 20
-"""Ten times the header of a 405B model's adapter; parsed JSON takes up to fifty times its text in memory."""
+MAX_HEADER_BYTES = 2 << 20
+"""Three times the header of a 405B model's DoRA; parsed JSON takes up to fifty times its text in memory."""
 CHUNK_BYTES = 4 << 20
 _CHUNK_ELEMENTS = CHUNK_BYTES // 4
 _MAX_DIMENSIONS = 2

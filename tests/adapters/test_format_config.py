@@ -112,7 +112,7 @@ def code_of(raw: bytes) -> str | None:
         ({"trainable_token_indices": {"embed_tokens": 4}}, "bad_config", "embed_tokens"),
         ({"trainable_token_indices": {"": [4]}}, "bad_config", "name the embedding"),
         ({"rank_pattern": {f"k{i}": 2 for i in range(8193)}}, "bad_config", "more than 8192 keys"),
-        ({"alpha_pattern": {"k" * i: 2 for i in range(1, 300)}}, "bad_config", "256 forms"),
+        ({"alpha_pattern": {"k" * i: 2 for i in range(1, 300)}}, "bad_config", "128 forms"),
         ({"alpha_pattern": {"": 2}}, "bad_config", "literal"),
         ({"alpha_pattern": {"q_proj\\\\": 2}}, "bad_config", "literal"),
         ({"alpha_pattern": {"q\\d": 2}}, "bad_config", "literal"),
