@@ -27,6 +27,8 @@ from onebase_server.workshop.protocol import (
 WORKSHOP_COMMAND = (sys.executable, "-m", "onebase_server.workshop")
 ATTEMPTS = 2
 """A job whose process dies is tried once more: it may have died of something else."""
+ATTACH_SECONDS = 600.0
+"""A process that has not attached the base by then hangs."""
 _LAST_WORDS_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
@@ -187,7 +189,7 @@ class _Session:
             self.process = process = await _Process.spawn(self._command, self._base_fd)
             self._raise_if_closed()
             try:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(ATTACH_SECONDS):
                     answer = await process.ask(self._attach)
             except (_DiedError, TimeoutError):
                 how = await self._lost()
@@ -221,7 +223,7 @@ class Workshop:
     """Keeps one workshop process for the engine that runs now.
 
     All methods are called from one event loop. `command` starts a workshop and gets `--fd N` and
-    `--base-fd N` appended. `proof_timeout` is in seconds, for one job and for attaching.
+    `--base-fd N` appended. `proof_timeout` is in seconds, of one job once the base is attached.
     """
 
     def __init__(self, command: Sequence[str] = WORKSHOP_COMMAND, *, proof_timeout: float = 600.0) -> None:
