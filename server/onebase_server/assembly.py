@@ -78,7 +78,9 @@ def assemble(
     records, disk = Threads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
     catalog = Catalog(base.name, registry, records)
     files = PreparedFiles(catalog, store, disk)
-    residency = Residency(host_memory(settings), files.size_of, files.locate, supervisor.send)
+    residency = Residency(
+        host_memory(settings), files.size_of, files.locate, supervisor.send, settings.queue_limit
+    )
     workshop = Workshop(workshop_command, proof_timeout=settings.proof_timeout)
     prover = Prover(workshop, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
     activation = Activation(registry, store, catalog, residency, records, disk)

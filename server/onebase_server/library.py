@@ -149,6 +149,19 @@ class Library:
         for version in await self._records.run(self._registry.unfinished):
             if version.tenant == DEFAULT_TENANT:
                 self._begin(version, Wishes.of(version.source))
+        for record in self.catalog:
+            newest = record.versions[0]
+            if newest.state == "ready" and newest.digest != record.active:
+                await self._grant_late(newest)
+
+    async def _grant_late(self, version: VersionRecord) -> None:
+        """Activate a version that became ready just before the restart, unless somebody has decided since."""
+        if not Wishes.of(version.source).activate:
+            return
+        history = await self._records.run(self._registry.history, version.tenant, version.name)
+        if not history or history[0].at < (version.finished_at or 0.0):
+            job = _Job(Wishes.of(version.source), activate=True)
+            await self._activate_if_wished(version, job)
 
     def begin_again(self, digest: str) -> None:
         """A ready version's prepared file is lost or damaged: make another one from the files."""

@@ -34,7 +34,8 @@ def label(name: str, digest: str) -> str:
 def same_base(wanted: str | None, *own: str | None) -> bool:
     """Whether a config's `base_model_name_or_path` may mean the base that goes by the names in `own`.
 
-    Only the last part of each path counts, in any case: the same base lies in many places. None and "" mean any.
+    Only the last part of each path counts, in any case: the same base lies in many places. None and "" mean
+    any base.
     """
     return not wanted or _last_part(wanted) in {_last_part(name) for name in own if name}
 

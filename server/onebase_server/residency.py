@@ -10,10 +10,9 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 from onebase_adapters.store import BlobDamagedError, BlobMissingError
 from onebase_server.engine.protocol import (
@@ -30,19 +29,17 @@ from onebase_server.errors import (
     EngineRestartedError,
     InvalidRequestError,
     OneBaseError,
+    QueueFullError,
     UnavailableError,
 )
+from onebase_server.lease import Held, Lease, Use
+
+__all__ = ["Lease", "MemoryUse", "PreparedFile", "Residency", "Tier", "Use"]
 
 Tier = Literal["slot", "host", "disk"]
 
+_QUEUE_RETRY_AFTER = 2.0
 _log = logging.getLogger(__name__)
-
-
-class Use(NamedTuple):
-    """A version by the name that a request has called it."""
-
-    name: str
-    digest: str
 
 
 class PreparedFile(NamedTuple):
@@ -50,22 +47,6 @@ class PreparedFile(NamedTuple):
 
     path: Path
     sha256: str
-
-
-@dataclass(eq=False)
-class _Held:
-    """One version in the engine's memory, or on its way there. `bytes` are reserved from the beginning."""
-
-    digest: str
-    bytes: int
-    loaded: asyncio.Future[None]
-    leases: int = 0
-    last_used: int = 0
-    unloaded: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def is_loaded(self) -> bool:
-        return self.loaded.done() and not self.loaded.cancelled() and self.loaded.exception() is None
 
 
 @dataclass(frozen=True)
@@ -80,78 +61,6 @@ class MemoryUse:
     evictions: int
 
 
-class Lease:
-    """A request's hold on its versions: they stay in memory until `release`.
-
-    A context manager: entering waits until everything is loaded.
-    """
-
-    def __init__(self, residency: Residency, uses: Sequence[Use]) -> None:
-        self.uses = frozenset(uses)
-        self.on_revoked: Callable[[OneBaseError], None] | None = None
-        """Called when a version is deleted by force while the lease is held."""
-        self.held: list[_Held] = []
-        self._residency = residency
-        self._waiting: asyncio.Task[object] | None = None
-        self._revoked: OneBaseError | None = None
-        self._released = False
-
-    @property
-    def digests(self) -> list[str]:
-        return sorted({use.digest for use in self.uses})
-
-    async def ready(self) -> None:
-        """Wait until every version is loaded. On any error the lease is released.
-
-        Raises:
-            InvalidRequestError: they can never be in memory together.
-            UnavailableError, EngineRestartedError: one cannot be loaded now.
-            AdapterDeletedError: one was deleted meanwhile.
-        """
-        self._waiting = asyncio.current_task()
-        try:
-            await self._residency.obtain(self)
-        except asyncio.CancelledError:
-            self.release()
-            if self._revoked is not None:
-                task = asyncio.current_task()
-                if task is not None and task.uncancel() == 0:
-                    raise self._revoked from None
-            raise
-        except BaseException:
-            self.release()
-            raise
-        finally:
-            self._waiting = None
-
-    def release(self) -> None:
-        """May be called more than once."""
-        if not self._released:
-            self._released = True
-            self._residency.release(self)
-
-    def hold(self, held: _Held) -> None:
-        held.leases += 1
-        self.held.append(held)
-
-    def revoke(self, error: OneBaseError) -> None:
-        """End what uses the lease, or waits for it, with an error."""
-        self._revoked = error
-        if self._waiting is not None:
-            self._waiting.cancel()
-        elif self.on_revoked is not None:
-            self.on_revoked(error)
-
-    async def __aenter__(self) -> Self:
-        await self.ready()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
 class Residency:
     """The versions in the engine's host memory. Everything is called from one event loop.
 
@@ -160,6 +69,7 @@ class Residency:
         size_of: bytes that a version will take; raises UnknownAdapterError when it is gone.
         locate: a local file with the version's tensors; may take long (a remote store).
         send: passes a message to the engine without blocking.
+        queue_limit: requests that may wait until their versions are loaded.
     """
 
     def __init__(
@@ -168,15 +78,18 @@ class Residency:
         size_of: Callable[[str], int],
         locate: Callable[[str], Awaitable[PreparedFile]],
         send: Callable[[ToEngine], None],
+        queue_limit: int = 256,
     ) -> None:
         self.limit = limit
+        self._queue_limit = queue_limit
+        self._waiting = 0
         self.on_damaged: Callable[[str], None] = lambda digest: None
         """Called when a version's tensors are lost or not what was proved."""
         self._size_of = size_of
         self._locate = locate
         self._send = send
-        self._held: dict[str, _Held] = {}
-        self._leaving: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
+        self._leaving: dict[str, Held] = {}
         self._leases: set[Lease] = set()
         self._pinned: frozenset[str] = frozenset()
         self._slots: frozenset[str] = frozenset()
@@ -198,14 +111,20 @@ class Residency:
         return lease
 
     async def obtain(self, lease: Lease) -> None:
-        """Load what the lease lacks and hold all of it."""
+        """Load what the lease lacks and hold all of it. Raises what Lease.ready says."""
         digests = lease.digests
         if all(digest in self._held for digest in digests):
             for digest in digests:
                 lease.hold(self._held[digest])
         else:
-            async with self._turn:
-                await self._make_room(lease, digests)
+            if self._waiting > self._queue_limit:
+                raise QueueFullError(self._waiting, self._queue_limit, _QUEUE_RETRY_AFTER)
+            self._waiting += 1
+            try:
+                async with self._turn:
+                    await self._make_room(lease, digests)
+            finally:
+                self._waiting -= 1
         for held in lease.held:
             held.last_used = next(self._clock)
             await asyncio.shield(held.loaded)
@@ -273,7 +192,7 @@ class Residency:
         for digest in list(self._unwanted):
             self._unload_if_unwanted(self._held[digest])
 
-    def _unload_if_unwanted(self, held: _Held) -> None:
+    def _unload_if_unwanted(self, held: Held) -> None:
         if held.digest in self._unwanted and held.is_loaded and not held.leases:
             self._unload(held)
 
@@ -287,9 +206,8 @@ class Residency:
             if digest in self._held:
                 lease.hold(self._held[digest])
         while True:
-            if not self._running or any(self._held.get(one.digest) is not one for one in lease.held):
+            if not self._running:
                 raise EngineRestartedError
-            # One that failed to load, or was begun by somebody else, has changed what is missing.
             missing = {one: self._size_of(one) for one in digests if one not in self._held}
             self._check_possible(digests)
             self._evict(sum(missing.values()))
@@ -322,7 +240,7 @@ class Residency:
                 code="host_memory_exceeded",
             )
 
-    def _least_recently_used(self) -> _Held | None:
+    def _least_recently_used(self) -> Held | None:
         idle = [
             held
             for held in self._held.values()
@@ -332,8 +250,8 @@ class Residency:
 
     # ---- loading -----------------------------------------------------------------------------
 
-    def _begin_load(self, digest: str, size: int) -> _Held:
-        held = _Held(digest, size, asyncio.get_running_loop().create_future(), last_used=next(self._clock))
+    def _begin_load(self, digest: str, size: int) -> Held:
+        held = Held(digest, size, asyncio.get_running_loop().create_future(), last_used=next(self._clock))
         held.loaded.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._held[digest] = held
         self._unwanted.discard(digest)
@@ -342,7 +260,7 @@ class Residency:
         task.add_done_callback(self._tasks.discard)
         return held
 
-    async def _load(self, held: _Held) -> None:
+    async def _load(self, held: Held) -> None:
         """Ask the engine to load; its answer ends `held.loaded`."""
         try:
             prepared = await self._locate(held.digest)
@@ -362,14 +280,14 @@ class Residency:
             self._loads += 1
             self._send(LoadAdapter(held.digest, str(prepared.path), prepared.sha256))
 
-    def _load_failed(self, held: _Held, error: OneBaseError) -> None:
+    def _load_failed(self, held: Held, error: OneBaseError) -> None:
         if self._held.get(held.digest) is held:
             del self._held[held.digest]
         if not held.loaded.done():
             held.loaded.set_exception(error)
         self._changed.set()
 
-    def _unload(self, held: _Held) -> None:
+    def _unload(self, held: Held) -> None:
         del self._held[held.digest]
         self._unwanted.discard(held.digest)
         self._leaving[held.digest] = held

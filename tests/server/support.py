@@ -25,8 +25,9 @@ CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_
 class Server:
     """A server process: its URL, its log, and ways to end it."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+    def __init__(self, process: subprocess.Popen[str], port: int, data_dir: Path) -> None:
         self.process = process
+        self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
         self._lines: list[str] = []
@@ -130,7 +131,7 @@ def serving(
         text=True,
         env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200"} | dict(environment or {}),
     )
-    server = Server(process, port)
+    server = Server(process, port, data_dir or Path(own_data))
     try:
         if ready:
             server.wait_ready()
@@ -151,3 +152,26 @@ def make_folder(parent: Path, name: str) -> Path:
     (folder / "adapter_config.json").write_text(CONFIG)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     return folder
+
+
+def upload(
+    http: httpx2.Client,
+    name: str,
+    weights: bytes,
+    config: str = CONFIG,
+    *,
+    query: str = "wait=true",
+    **fields: str,
+) -> httpx2.Response:
+    """POST /v1/adapters with both files; waits for the end unless `query` says otherwise."""
+    files = [
+        ("files", ("adapter_config.json", config.encode(), "application/json")),
+        ("files", ("adapter_model.safetensors", weights, "application/octet-stream")),
+    ]
+    return http.post(f"/v1/adapters?{query}", data={"name": name, **fields}, files=files)
+
+
+def upload_folder(http: httpx2.Client, name: str, folder: Path, query: str = "wait=true") -> httpx2.Response:
+    """An adapter from a folder, as `upload`."""
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    return upload(http, name, weights, (folder / "adapter_config.json").read_text(), query=query)
