@@ -148,9 +148,14 @@ class LocalBlobs:
             return PartFile(path, self._files.create(path), self._files)
 
     def existing_part(self, path: Path) -> PartFile:
-        """A file in `scratch` that somebody else finished, hashed as it is now."""
-        with store_errors(f"reading {path}"):
-            return PartFile(path, self._files.open(path), self._files)
+        """A file in `scratch` that somebody else finished, hashed as it is now; deleted if that fails."""
+        try:
+            with store_errors(f"reading {path}"):
+                return PartFile(path, self._files.open(path), self._files)
+        except StoreError:
+            with suppress(OSError):
+                self._files.unlink(path)
+            raise
 
     def publish(self, part: PartFile, blob: Blob) -> None:
         """Give a finished file its name. An older file of that name is replaced: its content is the same, or

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, event
 from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import Registry
 from onebase_adapters.store import Store
+from onebase_adapters.store_errors import store_errors
 from onebase_adapters.store_local import FileSystem
 
 CONTENTS = {
@@ -72,7 +73,8 @@ class Life:
     def prove(self, number: int) -> None:
         """The second version's prepared file is as large as the first's, and another."""
         path = self.store.scratch() / f"prepared-{number}"
-        path.write_bytes(CONTENTS["prepared1"] + bytes([number]))
+        with store_errors("preparing"):
+            path.write_bytes(CONTENTS["prepared1"] + bytes([number]))
         prepared = self.store.add_file(path, move=True)
         digest = self.files[number].digest
         self.registry.set_state("default", "a", digest, "ready", report={"rank": 8}, prepared=prepared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _COUNTER_ID = 1
 _MIGRATION_LOCK = 0x6F6E_6562_6173_65  # "onebase", for pg_advisory_xact_lock
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _READ = "onebase_read"
+_LITTLE_SPACE = 1 << 20
 
 
 class Database:
@@ -143,7 +145,7 @@ class Database:
         except (exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
             cause = getattr(error, "orig", None) or error
             said = without_secrets(f"{type(cause).__name__}: {cause}".strip(), self.url)
-            raise _kind(error, cause)(f"{self.place} failed while {doing}: {said}") from None
+            raise _kind(error, cause, self._file)(f"{self.place} failed while {doing}: {said}") from None
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -161,15 +163,21 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
-def _kind(error: Exception, cause: BaseException) -> type[RegistryError]:
-    if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        return RegistryFullError
+def _kind(error: Exception, cause: BaseException, file: Path | None) -> type[RegistryError]:
+    if file is not None and (code := getattr(cause, "sqlite_errorcode", None)) is not None:
+        return _sqlite_kind(code & 0xFF, file)
     if getattr(cause, "sqlstate", None) == _DISK_FULL:
         return RegistryFullError
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return RegistryFullError
-    if isinstance(
-        error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError | sqlite3.OperationalError
-    ):
+    if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError):
         return RegistryBusyError
     return RegistryError
+
+
+def _sqlite_kind(code: int, file: Path) -> type[RegistryError]:
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return RegistryBusyError
+    # What it cannot write beside the database itself, it calls an I/O error.
+    full = code == sqlite3.SQLITE_IOERR and shutil.disk_usage(file.parent).free < _LITTLE_SPACE
+    return RegistryFullError if full or code == sqlite3.SQLITE_FULL else RegistryError

@@ -56,8 +56,12 @@ class Registry(RegistryReader):
     def migrate(self) -> None:
         """Create or update the tables; safe while other servers start too. Call it before anything else."""
         self._database.migrate()
-        with self._database.write() as (session, _):
-            session.merge(BaseRow(id=self.base_id, name=plain(self.base_name)))
+        name = plain(self.base_name)
+        with self._database.read() as session:
+            known = session.scalar(select(BaseRow.name).where(BaseRow.id == self.base_id))
+        if known != name:
+            with self._database.write() as (session, _):
+                session.merge(BaseRow(id=self.base_id, name=name))
 
     def add_version(
         self,
