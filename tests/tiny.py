@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.loader import LoadedAdapter, load_adapter
-from onebase_adapters.view import view
+from onebase_adapters.view import peft_view
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -66,8 +66,26 @@ ADAPTERS: list[dict[str, Any]] = [
         "alpha_pattern": {"down_proj": 5},
     },
     {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"]},
+    {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION + MLP, "use_dora": True},
+    {"r": 3, "lora_alpha": 5, "target_modules": ["v_proj", "lm_head", "embed_tokens"], "use_dora": True},
+    {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION + MLP, "lora_bias": True},
+    {
+        "r": 64,
+        "lora_alpha": 64,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["model.norm", "model.layers.0.input_layernorm"],
+    },
+    {"r": 4, "lora_alpha": 12, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    {"r": 4, "lora_alpha": 4, "target_modules": ["up_proj"], "modules_to_save": ["model.embed_tokens"]},
+    {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["o_proj"],
+        "trainable_token_indices": [*range(310, 250, -3), *range(3, 63, 2)],
+    },
 ]
-"""Attention only; all linear layers; lm_head; embed_tokens; unlike ranks and alphas; rsLoRA; patterns."""
+"""Attention only; all linear layers; lm_head; embed_tokens; unlike ranks and alphas; rsLoRA; patterns; DoRA;
+biases; saved norms, head and embedding; tokens of its own. The first eight are those that compose."""
 
 
 def save_base(architecture: str, folder: Path, seed: int = 0) -> Path:
@@ -83,19 +101,29 @@ def save_base(architecture: str, folder: Path, seed: int = 0) -> Path:
 def save_adapter(
     base: torch.nn.Module, settings: dict[str, Any], folder: Path, seed: int, std: float = 0.1
 ) -> Path:
-    """A LoRA of the base with random A and B, as PEFT itself saves it."""
+    """An adapter of the base with random weights of its own, as PEFT itself saves it."""
     torch.manual_seed(seed)
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     targets = [name if name in names else FUSED[name] for name in settings["target_modules"]]
     model = get_peft_model(
-        view(base), LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": sorted(set(targets))})
+        peft_view(base),
+        LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": sorted(set(targets))}),
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, std)
+    randomize(model, std)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, std: float) -> None:
+    """Move PEFT's freshly made adapter away from the base, from torch's current seed."""
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.mul_(1 + 3 * std * torch.randn_like(parameter))
+        elif "lora_" in name:
+            parameter.normal_(0, std)
+        elif "modules_to_save" in name or "trainable_tokens_delta" in name:
+            parameter.add_(std * torch.randn_like(parameter))
 
 
 def load_folder(base: torch.nn.Module, folder: Path, max_rank: int = 64) -> LoadedAdapter:

@@ -18,7 +18,7 @@ from torch import nn
 from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.extract import extract
 from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
-from onebase_adapters.slots import hidden_norms, input_embedding, output_head
+from onebase_adapters.slots import hidden_norms, input_embedding
 from onebase_adapters.view import peft_view
 from onebase_adapters.weights import (
     AdapterWeights,
@@ -88,7 +88,11 @@ def load_adapter(
     weights = extract(reference, _NAME)
     if fingerprint(base) != before:
         raise BaseChangedError("loading an adapter changed the base")
-    _check_names(base, spec, weights)
+    differing = {module.name for module in spec.modules} ^ weights.keys()
+    if differing:
+        raise AdapterFormatError(
+            "unknown_module", f"PEFT does not apply {sorted(differing)[0]} on this base as the files say"
+        )
     for name, module in weights.items():
         _check_finite(name, module, own)
     changed = sum(_changes(module, base.get_submodule(name)) for name, module in weights.items())
@@ -105,19 +109,6 @@ def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
 
     model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
     return model.eval()
-
-
-def _check_names(base: nn.Module, spec: AdapterSpec, weights: AdapterWeights) -> None:
-    """PEFT acts on the modules that were validated, and on a tied head beside its embedding."""
-    wanted = {module.name for module in spec.modules}
-    embedding, head = input_embedding(base), output_head(base)
-    tied = head is not None and head.weight is embedding.weight
-    may = {name for name, module in base.named_modules() if tied and module is head}
-    differing = (wanted - weights.keys()) | (weights.keys() - wanted - may)
-    if differing:
-        raise AdapterFormatError(
-            "unknown_module", f"PEFT does not apply {sorted(differing)[0]} on this base as the files say"
-        )
 
 
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import FUSED
+from tests.tiny import FUSED, randomize
 from torch import nn
 
 from onebase_adapters.extract import extract
@@ -45,14 +45,7 @@ def peft_adapter(base: nn.Module, kind: str, seed: int, std: float = 0.1) -> nn.
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": sorted(targets)})
     model: nn.Module = get_peft_model(peft_view(base), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-            elif "lora_" in name:
-                parameter.normal_(0, std)
-            elif "modules_to_save" in name or "trainable_tokens_delta" in name:
-                parameter.add_(std * torch.randn_like(parameter))
+    randomize(model, std)
     return model.eval()
 
 

@@ -29,7 +29,7 @@ class Request:
 
 @dataclass
 class Lab:
-    """A base with its eight adapters, PEFT's models of them, and the texts they give."""
+    """A base with one adapter of every kind, PEFT's models of them, and the texts they give."""
 
     base: nn.Module
     folders: list[Path]
@@ -84,10 +84,11 @@ def requests(
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
 
+    choices = len(ADAPTERS) + 1
     return [
         Request(
             prompt=tuple(torch.randint(3, 320, (pick(1, longest),), generator=generator).tolist()),
-            adapter=None if i % 9 == 8 else i % 9,
+            adapter=None if i % choices == len(ADAPTERS) else i % choices,
             max_tokens=pick(3, tokens + 1),
             at=pick(0, spread),
         )
