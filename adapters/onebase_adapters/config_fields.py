@@ -142,8 +142,11 @@ def check_config(raw: bytes) -> ConfigFacts:
         modules_to_save=_literal_names(config, "modules_to_save"),
         token_indices=_token_indices(config.get("trainable_token_indices")),
     )
-    if facts.dora and facts.lora_bias:
-        raise AdapterFormatError("bad_config", "lora_bias and use_dora cannot be combined")
+    if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
+        raise AdapterFormatError(
+            "bad_config",
+            "lora_bias and use_dora cannot be combined, nor lora_bias and init_lora_weights by name",
+        )
     for name in ("peft_version", "revision"):
         _text(config, name)
     _flag(config, "inference_mode")
