@@ -1,0 +1,127 @@
+"""Adapters of every kind in one engine: from prepared files, beside large ranks, and when they overflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.harness import Lab, Request, requests, run, submission
+from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
+from torch import nn
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.prepared import prepared_bytes, read_prepared, write_prepared
+from onebase_adapters.weights import composable
+from onebase_server.engine import protocol
+from onebase_server.engine.engine import Engine
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"quantization": "none", "dtype": torch.float32},
+    "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
+    "int8": {"quantization": "int8", "dtype": torch.bfloat16},
+}
+ASKED = requests(17, seed=5)
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp(request.param)
+    base = load_base(BaseSettings(save_base("qwen3", folder / "base"), **PRECISIONS[request.param]))
+    return Lab.create(base, folder)
+
+
+def scored(engine: Engine, asked: list[Request]) -> tuple[dict[str, list[Any]], dict[str, str | None]]:
+    """Serve the requests together: every row's tokens with their logprobs, and the codes of those that fail."""
+    for i, request in enumerate(asked):
+        message = submission(str(i), request)
+        sampling = protocol.Sampling(
+            temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True, logprobs=2
+        )
+        engine.submit(
+            protocol.Submit(id=str(i), prompt=message.prompt, sampling=sampling, adapters=message.adapters)
+        )
+    found: dict[str, list[Any]] = {str(i): [] for i in range(len(asked))}
+    errors: dict[str, str | None] = {}
+    while engine.busy:
+        engine.step()
+        for output in engine.take_outputs():
+            found[output.id] += output.logprobs or []
+            if output.error_code is not None:
+                errors[output.id] = output.error_code
+    return found, errors
+
+
+def test_prepared_files_serve_the_same_bits_as_the_weights_that_were_proved(lab: Lab, tmp_path: Path) -> None:
+    stored = []
+    for i, weights in enumerate(lab.weights):
+        write_prepared(tmp_path / str(i), weights, base_id="b")
+        stored.append(read_prepared(tmp_path / str(i), base_id="b"))
+        assert prepared_bytes(stored[-1]) == prepared_bytes(weights)
+    assert scored(replace(lab, weights=stored).engine(), ASKED) == scored(lab.engine(), ASKED)
+
+
+def test_the_first_eight_compose_and_the_others_are_refused_by_name(lab: Lab) -> None:
+    assert [composable(weights) for weights in lab.weights] == [True] * 8 + [False] * (len(ADAPTERS) - 8)
+    engine = lab.engine()
+    for i in range(len(ADAPTERS)):
+        refs = [protocol.AdapterRef(f"digest{i}", 0.5)]
+        sampling = protocol.Sampling(temperature=0.0, max_tokens=1)
+        engine.submit(protocol.Submit(id=str(i), prompt=[5], sampling=sampling, adapters=refs))
+    while engine.busy:
+        engine.step()
+    refused = {int(out.id): out.error_code for out in engine.take_outputs() if out.error_code}
+    assert refused == dict.fromkeys(range(8, len(ADAPTERS)), "adapter_not_composable")
+
+
+def test_a_large_rank_changes_no_bit_of_its_neighbours_and_equals_peft(lab: Lab, tmp_path: Path) -> None:
+    settings = {"r": 256, "lora_alpha": 256, "target_modules": ATTENTION}
+    folder = save_adapter(lab.base, settings, tmp_path / "large", seed=9, std=0.02)
+    loaded = load_folder(lab.base, folder, max_rank=256)
+    with_large = Lab(
+        lab.base, lab.folders, [*lab.references, loaded.reference], [*lab.weights, loaded.weights]
+    )
+    large = [Request(request.prompt, len(ADAPTERS), 6, request.at) for request in ASKED[:3]]
+    together, errors = scored(with_large.engine(), [*ASKED, *large])
+    alone, _ = scored(lab.engine(), ASKED)
+    assert not errors
+    assert {name: rows for name, rows in together.items() if int(name) < len(ASKED)} == alone
+    texts = run(with_large.engine(), [*ASKED, *large])
+    assert texts[len(ASKED) :] == [with_large.expected(request) for request in large]
+
+
+SURVIVES = ("embedding", "tokens")
+"""The first norm divides infinitely large embeddings away."""
+BROKEN: dict[str, dict[str, Any]] = {
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "bias": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+    "norm": {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["q_proj"], "modules_to_save": ["model.embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 7]},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_adapter_of_any_kind_that_overflows_fails_alone(lab: Lab, kind: str, tmp_path: Path) -> None:
+    quiet, _ = scored(lab.engine(), ASKED)
+    settings = {"r": 4, "lora_alpha": 4, **BROKEN[kind]}
+    folder = save_adapter(lab.base, settings, tmp_path / "broken", seed=1, std=1e36)
+    engine = lab.engine()
+    engine.put_adapter(f"digest{len(ADAPTERS)}", load_folder(lab.base, folder).weights)
+    broken = [Request((5, 6, 7) * 9, len(ADAPTERS), 20) for _ in range(2)]
+    found, errors = scored(engine, [*ASKED, *broken])
+    assert {name: rows for name, rows in found.items() if int(name) < len(ASKED)} == quiet
+    failing = () if kind in SURVIVES else (str(len(ASKED)), str(len(ASKED) + 1))
+    assert errors == dict.fromkeys(failing, "not_finite")
+    assert scored(engine, ASKED)[0] == quiet, "nothing of it is left in blocks or slots"
+
+
+def test_the_base_is_untouched_by_loading_and_serving_every_kind(lab: Lab) -> None:
+    engine = lab.engine(slots=2)
+    run(engine, ASKED)
+    engine.check_base()
+    assert not any(parameter.requires_grad for parameter in lab.base.parameters())
+    assert not any(isinstance(module, nn.ModuleDict) for module in lab.base.modules())
