@@ -117,9 +117,9 @@ class _Bench:
     def prove(self, name: str, expected: nn.Module) -> float:
         """The largest relative difference of any output. Raises ProofError."""
         bare, served = self._base.get_submodule(name), self._modules[name]
-        self._slots.load(_OTHER, {name: self._neighbour(bare)})
+        self._slots.load(_OTHER, {name: _neighbour(bare, self._weights.get(name))})
         largest = 0.0
-        for x in self._inputs(bare, self._weights.get(name)):
+        for x in self._inputs(bare, _trained_tokens(expected, self._weights.get(name))):
             wanted, unadapted = expected(x)[0], bare(x)[0]
             for company in self.companies:
                 self._step.tokens = self._step.logits = company.rows
@@ -146,30 +146,36 @@ class _Bench:
             )
         return difference
 
-    def _inputs(self, bare: Any, weights: ModuleWeights | None) -> Iterator[torch.Tensor]:
-        """Seeded rows [1, 32, in]; for an embedding ids [1, 32], those with a row of their own among them."""
+    def _inputs(self, bare: Any, tokens: list[int]) -> Iterator[torch.Tensor]:
+        """Seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them."""
         if not isinstance(bare, nn.Embedding):
             size = bare.in_features if isinstance(bare, nn.Linear) else bare.weight.shape[0]
             x = torch.randn(1, TILE, size, generator=self._random)
             yield x.to(self._device, self._dtype)
             return
-        own = weights.indices.cpu() if isinstance(weights, TokenRows) else torch.empty(0, dtype=torch.int64)
-        padding = TILE - len(own) % TILE
+        padding = TILE - len(tokens) % TILE
         others = torch.randint(bare.num_embeddings, (padding,), generator=self._random)
-        for ids in torch.split(torch.cat([own, others]), TILE):
+        for ids in torch.split(torch.cat([torch.tensor(tokens, dtype=torch.int64), others]), TILE):
             yield ids[None].to(self._device)
 
-    def _neighbour(self, bare: Any) -> ModuleWeights:
-        """Another adapter's weights, whose outputs overflow: what leaks of them is seen."""
-        if isinstance(bare, nn.Embedding):
-            size_in, size_out = bare.num_embeddings, bare.embedding_dim
-            a = torch.full((size_in, _OTHER_RANK), _OVERFLOWS)
-        elif isinstance(bare, nn.Linear):
-            size_out = bare.out_features
-            a = torch.full((_OTHER_RANK, bare.in_features), _OVERFLOWS)
-        else:
-            return SavedModule(torch.full_like(bare.weight, math.inf))
-        return LoraWeights(a, torch.ones(size_out, _OTHER_RANK), 1.0)
+
+def _trained_tokens(expected: nn.Module, weights: ModuleWeights | None) -> list[int]:
+    """Tokens that have rows of their own, in PEFT's module or in what is served."""
+    peft: Any = getattr(expected, "token_adapter", None)
+    found = set() if peft is None else {token for some in peft.token_indices.values() for token in some}
+    return sorted(found | set(weights.indices.tolist() if isinstance(weights, TokenRows) else ()))
+
+
+def _neighbour(bare: Any, weights: ModuleWeights | None) -> ModuleWeights:
+    """Another adapter's weights, of the version's rank. They overflow, so that what leaks of them is seen."""
+    rank = weights.rank if isinstance(weights, LoraWeights) else _OTHER_RANK
+    if isinstance(bare, nn.Embedding):
+        a, size_out = torch.full((bare.num_embeddings, rank), _OVERFLOWS), bare.embedding_dim
+    elif isinstance(bare, nn.Linear):
+        a, size_out = torch.full((rank, bare.in_features), _OVERFLOWS), bare.out_features
+    else:
+        return SavedModule(torch.full_like(bare.weight, math.inf))
+    return LoraWeights(a, torch.ones(size_out, rank), 1.0)
 
 
 def _companies(device: torch.device, *, tiled: bool) -> Iterator[_Company]:

@@ -1,0 +1,321 @@
+"""The proof holds for every kind of adapter, and fails for whatever is wrong with what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.adapters.kinds import KINDS, TOKENS, peft_adapter, weights_of
+from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_base
+from torch import nn
+from torch.nn import functional
+
+from onebase_adapters import slot_linear, slot_norm
+from onebase_adapters.bank import Bank
+from onebase_adapters.base import BaseSettings, fingerprint, load_base
+from onebase_adapters.rows import Term
+from onebase_adapters.slot_embedding import SlotEmbedding
+from onebase_adapters.slot_linear import SlotLinear
+from onebase_adapters.slot_module import SlotModule
+from onebase_adapters.slots import SlotBank
+from onebase_adapters.verify import ModuleProof, ProofError, greedy, prove_modules, regrets
+from onebase_adapters.weights import AdapterWeights, LoraWeights, TokenRows
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"quantization": "none", "dtype": torch.float32},
+    "nf4": {"quantization": "nf4"},
+    "nf4 in blocks of 128": {"quantization": "nf4", "blocksize": 128},
+    "int8": {"quantization": "int8"},
+}
+WRAPPED = 2 * 7 + 2 + 2 * 2 + 1
+"""Linear layers, embedding, head and norms of a tiny Llama."""
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], nn.Module]:
+    """`load(architecture, precision)`: a base that lives as long as the module's tests."""
+    root, loaded = tmp_path_factory.mktemp("bases"), {}
+
+    def _load(architecture: str, precision: str) -> nn.Module:
+        key = (architecture, precision)
+        if key not in loaded:
+            folder = root / architecture
+            if not folder.exists():
+                save_base(architecture, folder)
+            loaded[key] = load_base(BaseSettings(folder, **PRECISIONS[precision]))
+        return loaded[key]
+
+    return _load
+
+
+@pytest.fixture(scope="module")
+def base(load: Callable[[str, str], nn.Module]) -> nn.Module:
+    return load("llama", "nf4")
+
+
+def prove(base: nn.Module, kind: str, alter: Callable[[AdapterWeights], Any] | None = None) -> ModuleProof:
+    reference = peft_adapter(base, kind, seed=1)
+    weights = weights_of(reference)
+    return prove_modules(base, reference, alter(weights) if alter else weights)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kind_is_proven_bit_by_bit_and_the_base_stays_as_it_is(
+    load: Callable[[str, str], nn.Module], architecture: str, precision: str
+) -> None:
+    base = load(architecture, precision)
+    before = fingerprint(base)
+    for kind in KINDS:
+        proof = prove(base, kind)
+        assert (proof.exact, proof.largest_difference) == (True, 0.0), kind
+        assert proof.rows >= 3 * 32
+    assert fingerprint(base) == before
+
+
+def test_every_wrapped_module_is_compared_also_those_that_no_adapter_touches(base: nn.Module) -> None:
+    done: list[float] = []
+    reference = peft_adapter(base, "saved norms", seed=1)
+    assert prove_modules(base, reference, weights_of(reference), done.append).compared == WRAPPED
+    assert len(done) == WRAPPED
+    assert done[-1] == 1.0
+
+
+@pytest.mark.parametrize("settings", ADAPTERS, ids=lambda s: f"r{s['r']}-{len(s['target_modules'])}")
+def test_adapters_loaded_from_their_files_are_proven(
+    base: nn.Module, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    loaded = load_folder(base, save_adapter(base, settings, tmp_path / "adapter", seed=3))
+    weights = {name: module.folded() for name, module in loaded.weights.items()}
+    assert prove_modules(base, loaded.reference, weights).compared == WRAPPED
+
+
+# ---- planted faults --------------------------------------------------------------------------
+
+
+def _scale_off_by_a_hair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_linear, "_scaled", lambda delta, scale: delta * (scale * (1 + 2.0**-12)))
+
+
+def _tile_of_b_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = SlotModule.put
+
+    def transposing(self: SlotModule, slot: int, weights: Any) -> None:
+        if slot == 0 and isinstance(weights, LoraWeights):
+            b = weights.b.clone()
+            b[8:16, :8] = b[8:16, :8].T.clone()
+            weights = replace(weights, b=b)
+        put(self, slot, weights)
+
+    monkeypatch.setattr(SlotModule, "put", transposing)
+
+
+def _layer_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = SlotBank.load
+
+    def forgetful(self: SlotBank, slot: int, weights: AdapterWeights) -> None:
+        load(self, slot, {n: w for n, w in weights.items() if n != "model.layers.1.self_attn.o_proj"})
+
+    monkeypatch.setattr(SlotBank, "load", forgetful)
+
+
+def _matrices_of_the_slot_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = SlotLinear.plain
+    monkeypatch.setattr(SlotLinear, "plain", lambda self, slot: plain(self, (slot + 1) % 2))
+
+
+def _mask_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = SlotLinear._delta
+
+    def unmasked(self: SlotLinear, x: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor | None:
+        return delta(self, x, tuple(replace(term, mask=None) for term in terms))
+
+    monkeypatch.setattr(SlotLinear, "_delta", unmasked)
+
+
+def _masked_by_multiplication(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiplying(self: SlotLinear, x: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor:
+        total = x.new_zeros(len(x), self.base.out_features, dtype=torch.float32)
+        for term in terms:
+            weights = self.plain(term.slot)
+            if weights is not None:
+                hidden = functional.linear(x.float(), weights.a)
+                hidden = hidden if term.mask is None else hidden * term.mask
+                total = total + functional.linear(hidden, weights.b) * weights.scale
+        return total
+
+    monkeypatch.setattr(SlotLinear, "_delta", multiplying)
+
+
+def _stack_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = Bank.delta
+
+    def shifted(self: Bank, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        return delta(self, x, *others).roll(1, dims=1)
+
+    monkeypatch.setattr(Bank, "delta", shifted)
+    monkeypatch.setattr(SlotLinear, "_may_stack", lambda self: True)
+
+
+def _added_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = SlotLinear.__init__
+
+    def plain(self: SlotLinear, *arguments: Any, **named: Any) -> None:
+        init(self, *arguments, **named)
+        self._act_on_quantized = self.quantized
+        act = self._act_on
+
+        def in_fp32(*parts: Any) -> None:
+            self.quantized = False
+            act(*parts)
+            self.quantized = self._act_on_quantized
+
+        self._act_on = in_fp32
+
+    monkeypatch.setattr(SlotLinear, "__init__", plain)
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (_scale_off_by_a_hair, "model.layers.0.self_attn.q_proj"),
+        (_tile_of_b_transposed, "model.layers.0.self_attn.q_proj"),
+        (_layer_dropped, "model.layers.1.self_attn.o_proj"),
+        (_matrices_of_the_slot_beside, "model.layers.0.self_attn.q_proj"),
+        (_mask_forgotten, "model.layers.0.self_attn.q_proj"),
+        (_masked_by_multiplication, "model.layers.0.self_attn.q_proj"),
+        (_stack_in_another_order, "model.layers.0.self_attn.q_proj"),
+        (_added_before_rounding, "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_fault_in_the_kernels_is_found_in_the_first_module_that_has_it(
+    base: nn.Module,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prove(base, "lora")
+    plant(monkeypatch)
+    with pytest.raises(ProofError, match=r"differs from PEFT's") as found:
+        prove(base, "lora")
+    assert found.value.name == name
+    assert found.value.difference > 0
+
+
+def _without_gain(weights: AdapterWeights) -> AdapterWeights:
+    return {n: replace(w, gain=None) if isinstance(w, LoraWeights) else w for n, w in weights.items()}
+
+
+def _without_bias(weights: AdapterWeights) -> AdapterWeights:
+    return {n: replace(w, bias=None) if isinstance(w, LoraWeights) else w for n, w in weights.items()}
+
+
+def _without_one_token(weights: AdapterWeights) -> AdapterWeights:
+    return {
+        n: replace(w, indices=w.indices[:-1], rows=w.rows[:-1]) if isinstance(w, TokenRows) else w
+        for n, w in weights.items()
+    }
+
+
+def _without_norms(weights: AdapterWeights) -> AdapterWeights:
+    return {n: w for n, w in weights.items() if not n.endswith("norm")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "alter", "name"),
+    [
+        ("dora", _without_gain, "model.layers.0.self_attn.q_proj"),
+        ("embedding dora", _without_gain, "model.embed_tokens"),
+        ("bias", _without_bias, "model.layers.0.self_attn.q_proj"),
+        ("tokens", _without_one_token, "model.embed_tokens"),
+        ("saved norms", _without_norms, "model.layers.1.input_layernorm"),
+    ],
+)
+def test_a_part_that_is_left_out_is_found(
+    base: nn.Module, kind: str, alter: Callable[[AdapterWeights], AdapterWeights], name: str
+) -> None:
+    prove(base, kind)
+    with pytest.raises(ProofError) as found:
+        prove(base, kind, alter)
+    assert found.value.name == name
+
+
+def test_a_norm_that_acts_on_its_neighbours_is_found(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy_norm(self: Any, x: torch.Tensor, bare: torch.Tensor, y: torch.Tensor, terms: Any) -> None:
+        for term in terms:
+            if term.slot in self.replacements:
+                y.copy_(self.replacements[term.slot](x, bare))
+
+    prove(base, "saved norms")
+    monkeypatch.setattr(slot_norm.SlotNorm, "replace", greedy_norm)
+    with pytest.raises(ProofError, match=r"layernorm|norm"):
+        prove(base, "saved norms")
+
+
+def test_an_embedding_that_forgets_its_scale_is_found(
+    load: Callable[[str, str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load("gemma3", "fp32")
+    prove(base, "embedding")
+    monkeypatch.setattr(SlotEmbedding, "_scale", lambda self, dtype: None)
+    with pytest.raises(ProofError) as found:
+        prove(base, "embedding")
+    assert found.value.name == "model.embed_tokens"
+
+
+def test_every_trained_token_is_among_the_rows(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = list(range(0, 320, 4))
+    monkeypatch.setitem(KINDS, "many", {"target_modules": ["v_proj"], "trainable_token_indices": many})
+    prove(base, "many")
+    for token in (many[0], many[40], many[-1], TOKENS[0]):
+
+        def off(weights: AdapterWeights, token: int = token) -> AdapterWeights:
+            module = weights["model.embed_tokens"]
+            assert isinstance(module, TokenRows)
+            rows = module.rows + 0.5 * (module.indices == token)[:, None]
+            return {**weights, "model.embed_tokens": replace(module, rows=rows)}
+
+        with pytest.raises(ProofError) as found:
+            prove(base, "many", off)
+        assert found.value.name == "model.embed_tokens"
+
+
+def test_an_adapted_module_that_no_slot_serves_is_found(base: nn.Module) -> None:
+    def elsewhere(weights: AdapterWeights) -> AdapterWeights:
+        name = next(iter(weights))
+        return {**weights, "model.layers.9.self_attn.q_proj": weights[name]}
+
+    with pytest.raises(ProofError, match="no slot serves it") as found:
+        prove(base, "lora", elsewhere)
+    assert found.value.name == "model.layers.9.self_attn.q_proj"
+
+
+def test_what_the_caller_raises_ends_the_proof(base: nn.Module) -> None:
+    def stop(fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    reference = peft_adapter(base, "lora", seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        prove_modules(base, reference, weights_of(reference), stop)
+
+
+# ---- texts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 20, 32, 33, 70])
+def test_a_greedy_text_has_no_regrets_and_another_one_has(base: nn.Module, length: int) -> None:
+    prompt = torch.randint(3, 320, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    model = peft_adapter(base, "lora", seed=1)
+    text = greedy(model, prompt, 40)
+    assert regrets(model, prompt, text) == [0.0] * 40
+    other = [*text[:9], (text[9] + 1) % 320, *text[10:]]
+    found = regrets(model, prompt, other)
+    assert found[:9] == [0.0] * 9
+    assert found[9] > 0
+    assert greedy(base, prompt, 40) != text
