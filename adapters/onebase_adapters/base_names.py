@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 
 from onebase_adapters.adapter_spec import LayerShape
-from onebase_adapters.config_fields import AdapterFormatError, ConfigFacts, shown
+from onebase_adapters.config_fields import AdapterFormatError, ConfigFacts
 from onebase_adapters.config_patterns import Targets, endings
+from onebase_adapters.plain_json import shown
 
 BaseTensor = Callable[[str], torch.Tensor | None]
 """The base's tensor by the full name of its parameter; None if there is none."""

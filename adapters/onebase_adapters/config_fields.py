@@ -6,13 +6,12 @@ field has one rule: it is read and checked, or it never acts and is dropped, or 
 
 from __future__ import annotations
 
-import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from onebase_adapters.config_patterns import NamePattern, PatternError
+from onebase_adapters.plain_json import parse_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -154,20 +153,6 @@ def check_config(raw: bytes) -> ConfigFacts:
     return facts
 
 
-def parse_json(raw: bytes) -> Any:
-    """Plain JSON in UTF-8: no duplicate keys, no NaN.
-
-    Raises:
-        ValueError, RecursionError: it is not; or it is nested too deep.
-    """
-    return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-
-
-def shown(value: Any) -> str:
-    """A value from the file for a message: cut in length and in depth, where `repr` may recurse too far."""
-    return reprlib.repr(value)[:80]
-
-
 def _parsed(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_CONFIG_BYTES:
         raise AdapterFormatError("bad_config", f"{CONFIG_FILE} is over {MAX_CONFIG_BYTES} bytes")
@@ -305,14 +290,3 @@ def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:
         if numbers:
             result[key] = numbers
     return result
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

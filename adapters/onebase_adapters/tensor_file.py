@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.config_fields import WEIGHTS_FILE, AdapterFormatError, parse_json, shown
+from onebase_adapters.config_fields import WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.plain_json import parse_json, shown
 
 MAX_HEADER_BYTES = 2 << 20
 """Three times the header of a 405B model's DoRA; parsed JSON takes up to fifty times its text in memory."""

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tests.adapters.format_support import (
     A0,
     B0,
-    BASE,
     CONFIG,
     EMBEDDING,
     HEAD,
@@ -24,7 +23,6 @@ from tests.adapters.format_support import (
     Q0,
     Q1,
     ROWS,
-    TIED,
     WEIGHTS,
     entry,
     read,
@@ -290,77 +288,6 @@ def test_a_config_that_does_not_fit_the_tensors_or_the_base_is_refused(
     error = refusal(write(folder, **fields))
     assert error.code == code
     assert named in str(error)
-
-
-# ---- tensors of the base --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", [f"{HEAD}.weight", f"{HEAD}.base_layer.weight", f"{NORM}.bias"])
-def test_a_tensor_that_is_the_base_s_own_is_left_out(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    own = BASE[name.replace(".base_layer", "")].to(dtype)
-    spec = read(write(tmp_path, {**PAIR, f"{PREFIX}{name}": own}))
-    assert spec.dropped == (f"{PREFIX}{name}",)
-    assert spec.parameters == 28
-
-
-def test_a_tied_head_in_the_file_is_compared_with_the_embedding(tmp_path: Path) -> None:
-    for name in (EMBEDDING_WEIGHT, HEAD_WEIGHT):
-        write(tmp_path, {**PAIR, name: BASE[f"{EMBEDDING}.weight"]})
-        assert read(tmp_path, base=TIED).dropped == (name,)
-    write(tmp_path, {**PAIR, HEAD_WEIGHT: BASE[f"{HEAD}.weight"]})
-    assert refusal(tmp_path, base=TIED).code == "foreign_tensor"
-    read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensor: tensor + 1,
-        lambda tensor: tensor[:9].contiguous(),
-        lambda tensor: tensor.reshape(8, 10),
-        lambda tensor: torch.cat([tensor.flatten()[:-1], torch.tensor([5.0])]).bfloat16().reshape(10, 8),
-    ],
-)
-def test_a_tensor_that_only_resembles_the_base_s_is_refused(
-    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    write(tmp_path, {**PAIR, HEAD_WEIGHT: change(BASE[f"{HEAD}.weight"])})
-    assert refusal(tmp_path).code == "foreign_tensor"
-
-
-def test_minus_zero_is_not_the_base_s_zero(tmp_path: Path) -> None:
-    write(tmp_path, {**PAIR, NORM_BIAS: -torch.zeros(8)})
-    assert refusal(tmp_path).code == "foreign_tensor"
-
-
-def test_a_quantized_weight_is_never_the_base_s_own(tmp_path: Path) -> None:
-    write(tmp_path, {**PAIR, f"{PREFIX}{Q0}.base_layer.weight": torch.ones(24, 1)})
-    assert refusal(tmp_path).code == "foreign_tensor"
-
-
-def test_a_long_tensor_is_compared_to_its_last_element(tmp_path: Path) -> None:
-    base = {**BASE, f"{HEAD}.weight": torch.zeros(3, 1 << 20)}
-    own = torch.zeros(3, 1 << 20)
-    read(write(tmp_path, {**PAIR, HEAD_WEIGHT: own}), base=base)
-    own[-1, -1] = 1
-    assert refusal(write(tmp_path, {**PAIR, HEAD_WEIGHT: own}), base=base).code == "foreign_tensor"
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_ensured_weight_tying_with_two_unlike_sides_is_refused(tmp_path: Path, saved: bool) -> None:
-    base = {**TIED, f"{EMBEDDING}.weight": torch.ones(10, 8)}
-    fields: dict[str, Any] = {"ensure_weight_tying": True, "target_modules": ["embed_tokens"]}
-    tensors, changed = {**ON_EMBEDDING, **ON_HEAD}, f"{PREFIX}{HEAD}.lora_B.weight"
-    if saved:
-        fields = {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
-        tensors, changed = {EMBEDDING_WEIGHT: torch.ones(10, 8), HEAD_WEIGHT: torch.ones(10, 8)}, HEAD_WEIGHT
-    read(write(tmp_path, tensors, **fields), base=base)
-    one_side = {name: tensor for name, tensor in tensors.items() if HEAD not in name}
-    assert refusal(write(tmp_path, one_side, **fields), base=base).code == "incomplete"
-    unlike = {**tensors, changed: tensors[changed] * 2}
-    error = refusal(write(tmp_path, unlike, **fields), base=base)
-    assert (error.code, "ensure_weight_tying" in str(error)) == ("unsupported_kind", True)
 
 
 # ---- a rotten file --------------------------------------------------------------------------

@@ -1,0 +1,32 @@
+"""JSON as others should have written it, and its values as messages may show them."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Any
+
+
+def parse_json(raw: bytes) -> Any:
+    """Plain JSON in UTF-8: no duplicate keys, no NaN.
+
+    Raises:
+        ValueError, RecursionError: it is not; or it is nested too deep.
+    """
+    return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+
+
+def shown(value: Any) -> str:
+    """A value from the file for a message: cut in length and in depth, where `repr` may recurse too far."""
+    return reprlib.repr(value)[:80]
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
