@@ -1,0 +1,166 @@
+"""A thousand registered adapters: listed, activated and used, within the limit of host memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from onebase_adapters.registry import Blob, Registry, VersionFiles
+from onebase_adapters.store import Store
+from onebase_server.settings import Settings
+from onebase_server.storage import open_storage
+
+from .support import Server, Starter
+
+ADAPTERS = 1000
+SIZE = 20_000
+RESIDENT = 25
+MODULES = [
+    {
+        "name": f"model.layers.{n}.q_proj",
+        "kind": "lora",
+        "rank": 8,
+        "alpha": 16.0,
+        "parameters": 64,
+        "norm": 1.0,
+    }
+    for n in range(50)
+]
+REPORT = {
+    "kinds": ["lora"], "rank": 8, "alpha": 16.0, "rslora": False, "targets": ["q_proj"], "parameters": 64,
+    "bytes": SIZE, "base_name": None, "dropped": [], "modules": MODULES,
+    "proof": {"modules_changed": 50},
+}  # fmt: skip
+
+
+def add(store: Store, content: bytes) -> Blob:
+    with store.writer() as writer:
+        writer.write(content)
+        return writer.commit()
+
+
+def register(registry: Registry, number: int, config: Blob, prepared: Blob) -> None:
+    """A version that looks as if it had been proved; nobody reads its weights again."""
+    weights = Blob(hashlib.sha256(f"weights {number}".encode()).hexdigest(), 1000)
+    files, name = VersionFiles(config, weights), f"tenant-{number:04}"
+    registry.add_version(name, files.digest, files, {"kind": "upload"})
+    registry.set_state("default", name, files.digest, "ready", report=REPORT, prepared=prepared)
+
+
+@pytest.fixture(scope="module")
+def server(
+    serve_scripted: Starter, base_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    data_dir = tmp_path_factory.mktemp("data")
+    storage = open_storage(Settings(data_dir=str(data_dir)), "smollm2-135m-instruct", base_folder)
+    config = add(storage.store, b"{}")
+    prepared = [add(storage.store, f"{number}".encode().ljust(SIZE)) for number in range(10)]
+    for number in range(ADAPTERS):
+        register(storage.registry, number, config, prepared[number % 10])
+    storage.registry.close()
+    options = ["--host-memory", str(RESIDENT * SIZE), "--max-rows", "16"]
+    with serve_scripted("words", *options, data_dir=data_dir) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx2.Client]:
+    with server.client() as client:
+        yield client
+
+
+def memory(http: httpx2.Client) -> dict[str, int]:
+    found: dict[str, int] = http.get("/status").json()["host_memory"]
+    return found
+
+
+def use(http: httpx2.Client, name: str) -> str:
+    body = {"prompt": "word", "max_tokens": 1, "adapter": name}
+    return str(http.post("/generate", json=body).raise_for_status().json()["adapter"])
+
+
+def test_all_of_them_are_listed_without_their_long_reports(http: httpx2.Client) -> None:
+    answer = http.get("/v1/adapters")
+
+    assert len(answer.json()["data"]) == ADAPTERS
+    assert "model.layers" not in answer.text
+    whole = http.get("/v1/adapters/tenant-0007/versions").json()["data"][0]
+    assert whole["report"]["modules"] == MODULES
+
+
+def test_any_of_them_is_activated_and_used_and_memory_stays_within_its_limit(http: httpx2.Client) -> None:
+    chance = random.Random(7)
+    names = [f"tenant-{number:04}" for number in chance.sample(range(ADAPTERS), 80)]
+    before = memory(http)
+    for name in names:
+        version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
+        activated = http.post(f"/v1/adapters/{name}/activate", json={"version": version})
+        assert activated.json()["tier"] == "host"
+        assert use(http, name) == f"{name}@{version[:12]}"
+        now = memory(http)
+        assert now["used"] <= now["limit"] == RESIDENT * SIZE
+
+    after = memory(http)
+    assert after["versions"] == RESIDENT
+    assert after["loads"] - before["loads"] == len(names)
+    assert after["evictions"] - before["evictions"] == len(names) - RESIDENT
+    assert http.get(f"/v1/adapters/{names[-1]}").json()["tier"] in ("host", "slot")
+    assert http.get(f"/v1/adapters/{names[0]}").json()["tier"] == "disk"
+
+
+def test_one_that_is_pinned_or_running_is_never_evicted(http: httpx2.Client, server: Server) -> None:
+    for name in ("tenant-0001", "tenant-0002"):
+        version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
+        http.post(f"/v1/adapters/{name}/activate", json={"version": version}).raise_for_status()
+    http.post("/v1/adapters/tenant-0001/pin", json={"pinned": True}).raise_for_status()
+    events: list[str] = []
+    body = {"prompt": "word", "max_tokens": 90_000, "stream": True, "adapter": "tenant-0002"}
+
+    def stream() -> None:
+        with server.client() as mine, mine.stream("POST", "/generate", json=body) as answer:
+            for line in answer.iter_lines():
+                events.append(line)
+
+    running = threading.Thread(target=stream)
+    running.start()
+    server.wait_for(lambda: len(events) > 3, 30)
+    for number in range(100, 100 + 3 * RESIDENT):
+        name = f"tenant-{number:04}"
+        version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
+        use(http, f"{name}@{version}")
+
+    assert http.get("/v1/adapters/tenant-0001").json()["tier"] != "disk"
+    assert http.get("/v1/adapters/tenant-0002").json()["tier"] != "disk"
+    assert memory(http)["used"] <= RESIDENT * SIZE
+    http.delete("/v1/adapters/tenant-0002?force=true").raise_for_status()
+    running.join(30)
+    assert json.loads(events[-4].removeprefix("data: "))["error"]["code"] == "adapter_deleted"
+
+
+def test_more_than_fits_is_refused_with_the_limit(http: httpx2.Client) -> None:
+    for number in range(200, 200 + RESIDENT - 1):
+        name = f"tenant-{number:04}"
+        version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
+        http.post(f"/v1/adapters/{name}/activate", json={"version": version}).raise_for_status()
+        http.post(f"/v1/adapters/{name}/pin", json={"pinned": True}).raise_for_status()
+    version = http.get("/v1/adapters/tenant-0300/versions").json()["data"][0]["version"]
+
+    activated = http.post("/v1/adapters/tenant-0300/activate", json={"version": version})
+    used = http.post("/generate", json={"prompt": "x", "adapter": f"tenant-0300@{version}"})
+    http.post("/v1/adapters/tenant-0200/pin", json={"pinned": False}).raise_for_status()
+    http.post("/v1/adapters/tenant-0300/activate", json={"version": version}).raise_for_status()
+    http.post("/v1/adapters/tenant-0200/pin", json={"pinned": True}).raise_for_status()
+    pinned = http.post("/v1/adapters/tenant-0300/pin", json={"pinned": True})
+
+    for answer in (activated, used, pinned):
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["code"] == "host_memory_exceeded"
+        assert "--host-memory" in answer.json()["error"]["message"]
+    assert http.get("/v1/adapters/tenant-0300").json()["pinned"] is False
