@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, select, text, update
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, select, text, update
 from sqlalchemy.orm import Session
 
 from onebase_adapters.redaction import redacted, without_secrets
@@ -33,30 +33,34 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = url
         self.place = redacted(url)
+        self._file: Path | None = None
         with self.errors("opening the registry"):
-            parsed = make_url(url)
-            backend = parsed.get_backend_name()
-            if backend not in ("sqlite", "postgresql"):
-                raise RegistryError(f"{self.place}: the registry is a sqlite:/// or a postgresql:// URL.")
-            self._file = Path(parsed.database or "").expanduser().absolute() if backend == "sqlite" else None
-            if self._file is not None:
-                if not parsed.database or parsed.database == ":memory:":
-                    raise RegistryError("sqlite:///: the registry needs a file, which outlives the server.")
-                parsed = parsed.set(database=str(self._file))
+            parsed = self._parsed(url)
+            if parsed.get_backend_name() == "sqlite":
+                self._file = Path(str(parsed.database)).expanduser().absolute()
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-            elif parsed.drivername == "postgresql":
-                parsed = parsed.set(drivername="postgresql+psycopg")
-            self.engine = self._sqlite(parsed) if self._file else self._postgresql(parsed)
-            level = {} if self._file else {"isolation_level": "REPEATABLE READ"}
-            self._reading = self.engine.execution_options(**level, **{_READ: True})
+                self.engine = self._sqlite(parsed.set(database=str(self._file)))
+                self._reading = self.engine.execution_options(**{_READ: True})
+            else:
+                self.engine = self._postgresql(parsed)
+                self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ")
 
-    def _sqlite(self, url: Any) -> Engine:
+    def _parsed(self, url: str) -> URL:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+        if backend not in ("sqlite", "postgresql"):
+            raise RegistryError(f"{self.place}: the registry is a sqlite:/// or a postgresql:// URL.")
+        if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+            raise RegistryError(f"{self.place}: the registry needs a file, which outlives the server.")
+        return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+
+    def _sqlite(self, url: URL) -> Engine:
         engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS}, hide_parameters=True)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
 
-    def _postgresql(self, url: Any) -> Engine:
+    def _postgresql(self, url: URL) -> Engine:
         return create_engine(
             url,
             pool_pre_ping=True,

@@ -10,6 +10,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+# SQLite counts rows up by itself only for a key declared INTEGER.
 _ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
@@ -63,7 +64,7 @@ def _versions() -> None:
     op.create_table(
         "versions",
         sa.Column("id", _ID, nullable=False),
-        sa.Column("adapter_id", sa.BigInteger(), nullable=False),
+        sa.Column("adapter_id", _ID, nullable=False),
         sa.Column("digest", sa.String(), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("config_sha256", sa.String(), nullable=False),
@@ -94,8 +95,8 @@ def _previous_versions() -> None:
     op.create_table(
         "previous_versions",
         sa.Column("id", _ID, nullable=False),
-        sa.Column("adapter_id", sa.BigInteger(), nullable=False),
-        sa.Column("version_id", sa.BigInteger(), nullable=False),
+        sa.Column("adapter_id", _ID, nullable=False),
+        sa.Column("version_id", _ID, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_previous_versions"),
         sa.ForeignKeyConstraint(
             ["adapter_id"], ["adapters.id"], name="fk_previous_versions_adapter_id", ondelete="CASCADE"
@@ -112,7 +113,7 @@ def _history() -> None:
     op.create_table(
         "history",
         sa.Column("id", _ID, nullable=False),
-        sa.Column("adapter_id", sa.BigInteger(), nullable=False),
+        sa.Column("adapter_id", _ID, nullable=False),
         sa.Column("action", sa.String(), nullable=False),
         sa.Column("version", sa.String(), nullable=True),
         sa.Column("previous", sa.String(), nullable=True),

@@ -1,0 +1,250 @@
+"""The registry's database: migrations, several servers at once, and what its errors say."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+from tests.adapters.registry.conftest import Open, add, files
+
+from onebase_adapters.registry import (
+    Registry,
+    RegistryBusyError,
+    RegistryError,
+    StaleActivationError,
+)
+from onebase_adapters.registry.tables import Table
+
+HERE = ("default", "a")
+
+
+def test_the_migrations_make_exactly_the_tables_that_the_code_uses(registry: Registry) -> None:
+    with registry._database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        assert set(inspect(connection).get_table_names()) == {*Table.metadata.tables, "alembic_version"}
+
+
+def test_migrating_again_changes_nothing(registry: Registry, open_registry: Open) -> None:
+    digest = add(registry, "a", "1")
+    before = registry.change_counter()
+    registry.migrate()
+    assert open_registry().version(*HERE, digest).state == "ready"
+    assert registry.change_counter() == before
+
+
+def test_many_servers_that_start_at_once_migrate_once(url: str) -> None:
+    start = threading.Barrier(6)
+
+    def server(number: int) -> str:
+        registry = Registry(url, base_id="base-1", base_name="base")
+        try:
+            start.wait()
+            registry.migrate()
+            return add(registry, f"adapter-{number}", str(number))
+        finally:
+            registry.close()
+
+    with ThreadPoolExecutor(6) as pool:
+        digests = set(pool.map(server, range(6)))
+    registry = Registry(url, base_id="base-1", base_name="base")
+    assert {record.versions[0].digest for record in registry.snapshot()} == digests
+    registry.close()
+
+
+PROGRAM = """
+import sys
+from onebase_adapters.registry import *
+registry = Registry(sys.argv[1], base_id="base-1", base_name="base")
+registry.migrate()
+print(flush=True)
+sys.stdin.readline()
+wins = 0
+for digest in sys.argv[2:]:
+    try:
+        registry.activate("default", "a", digest, expected=None)
+        wins += 1
+    except StaleActivationError:
+        pass
+print(wins)
+"""
+
+
+def test_of_several_processes_that_expect_the_same_exactly_one_activates(
+    registry: Registry, url: str, tmp_path: Path
+) -> None:
+    digests = [add(registry, "a", text) for text in "12345678"]
+    root = Path(__file__).parents[3]
+    servers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, url, *digests[number::4]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root / "adapters",
+        )
+        for number in range(4)
+    ]
+    for server in servers:
+        assert server.stdout is not None
+        server.stdout.readline()
+    outputs = []
+    for server in servers:
+        assert server.stdin is not None
+        server.stdin.write("\n")
+        server.stdin.flush()
+    for server in servers:
+        outputs.append(server.communicate()[0])
+        assert server.returncode == 0
+    assert sum(int(output) for output in outputs) == 1
+    assert len(registry.history(*HERE)) == 1
+
+
+def test_of_several_threads_that_expect_the_same_exactly_one_activates(
+    registry: Registry, open_registry: Open
+) -> None:
+    servers = [registry, open_registry()]
+    digests = [add(registry, "a", text) for text in "0123456789"]
+    current: str | None = None
+    for pair in zip(digests[::2], digests[1::2], strict=True):
+        start = threading.Barrier(8)
+
+        def attempt(number: int) -> bool:
+            start.wait()  # noqa: B023
+            try:
+                servers[number % 2].activate(*HERE, pair[number // 4], expected=current)  # noqa: B023
+            except StaleActivationError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(attempt, range(8)))
+        assert won.count(True) == 1
+        current = pair[won.index(True) // 4]
+        assert registry.adapter(*HERE).active == current
+    assert len(registry.history(*HERE)) == 5
+
+
+def test_the_same_content_sent_at_once_is_one_version(registry: Registry, open_registry: Open) -> None:
+    servers = [registry, open_registry()]
+    both = files("same")
+    start = threading.Barrier(8)
+
+    def send(number: int) -> bool:
+        start.wait()
+        _, created = servers[number % 2].add_version("a", both.digest, both, {"kind": "upload"})
+        return created
+
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(send, range(8)))
+    assert created.count(True) == 1
+    assert len(registry.versions(*HERE)) == 1
+
+
+def test_readers_see_one_state_while_others_write(registry: Registry, open_registry: Open) -> None:
+    one, two = add(registry, "a", "1"), add(registry, "a", "2")
+    registry.activate(*HERE, one)
+    other = open_registry()
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            registry.activate(*HERE, two)
+            registry.delete_version(*HERE, two)
+            add(registry, "a", "2")
+            registry.activate(*HERE, one)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = set()
+        while len(seen) < 3:
+            record = other.adapter(*HERE)
+            assert record.active is None or record.active_version is not None
+            seen.add((record.active, len(record.versions)))
+    finally:
+        stop.set()
+        writer.join()
+
+
+# What is said when it goes wrong
+
+
+def test_a_registry_that_was_not_migrated_says_so(url: str) -> None:
+    registry = Registry(url, base_id="base-1", base_name="base")
+    with pytest.raises(RegistryError) as refused:
+        registry.snapshot()
+    assert not isinstance(refused.value, RegistryBusyError)
+    registry.close()
+
+
+def test_a_registry_of_a_later_version_is_left_alone(registry: Registry) -> None:
+    with registry._database.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(RegistryError, match="another version of OneBase"):
+        registry.migrate()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mysql://root@localhost/x", "sqlite://", "sqlite:///:memory:", "nonsense", ""],
+)
+def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    with pytest.raises(RegistryError):
+        Registry(url, base_id="b", base_name="b")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RegistryError, match="opening"):
+        Registry(f"sqlite:///{tmp_path / 'file' / 'registry.db'}", base_id="b", base_name="b")
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    path.write_bytes(b"not a database, but somebody's file" * 100)
+    registry = Registry(f"sqlite:///{path}", base_id="b", base_name="b")
+    with pytest.raises(RegistryError, match="not a database"):
+        registry.migrate()
+    assert path.read_bytes() == b"not a database, but somebody's file" * 100
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("postgresql://user:s3cr3t@127.0.0.1:1/x", "s3cr3t"),
+        ("postgresql://user:s3%23cr3t@127.0.0.1:1/x", "s3#cr3t"),
+        ("postgresql://127.0.0.1:1/x?password=s3cr3t&user=u", "s3cr3t"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_said_to_be_without_its_password(
+    url: str, secret: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    registry = Registry(url, base_id="b", base_name="b")
+    with pytest.raises(RegistryBusyError, match=r"127\.0\.0\.1") as refused:
+        registry.migrate()
+    shown = "".join(str(part) for part in (refused.value, refused.value.__cause__, caplog.text))
+    assert secret not in shown
+    assert url not in shown
+    registry.close()
+
+
+def test_sqlite_is_kept_so_that_an_acknowledged_write_outlives_a_power_cut(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path / 'r.db'}", base_id="b", base_name="b")
+    registry.migrate()
+    with registry._database.engine.connect() as connection:
+        pragmas = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+    registry.close()

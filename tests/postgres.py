@@ -1,0 +1,88 @@
+"""A PostgreSQL server of the tests' own, from Debian's package, reached by a socket in a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+
+class PostgresServer:
+    """`database()` makes a new, empty one and gives its SQLAlchemy URL."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names = (f"test{number}" for number in count())
+
+    def url(self, name: str) -> str:
+        return f"postgresql://postgres@/{name}?host={self._folder}"
+
+    def database(self) -> str:
+        import psycopg
+
+        name = next(self._names)
+        with psycopg.connect(host=str(self._folder), user="postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresServer]:
+    """Started once; skips the test where the package is not installed."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
+    binaries = programs[-1].parent
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    try:
+        user = _server_user(folder)
+        data = folder / "data"
+        initdb = ["initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        _run(user, binaries, initdb)
+        options = "-c fsync=off -c listen_addresses='' -c max_connections=50"
+        start = ["pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"-k {folder} {options}"]
+        _run(user, binaries, [*start, "start"])
+        try:
+            yield PostgresServer(folder)
+        finally:
+            _run(user, binaries, ["pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop"])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _server_user(folder: Path) -> str | None:
+    """Who runs the server: initdb refuses root."""
+    if os.getuid() != 0:
+        return None
+    try:
+        owner = pwd.getpwnam("postgres")
+    except KeyError:
+        pytest.skip("as root, PostgreSQL's server takes a user `postgres`, which there is not")
+    os.chown(folder, owner.pw_uid, owner.pw_gid)
+    return owner.pw_name
+
+
+def _run(user: str | None, binaries: Path, command: list[str]) -> None:
+    # The server must not hold the test run's pipes open: its output goes to a file.
+    with tempfile.TemporaryFile() as output:
+        done = subprocess.run(
+            [str(binaries / command[0]), *command[1:]],
+            user=user,
+            group=user,
+            extra_groups=[] if user else None,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        output.seek(0)
+        if done.returncode != 0:
+            raise RuntimeError(f"{command[0]}: {output.read().decode(errors='replace')}")
