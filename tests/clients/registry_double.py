@@ -104,6 +104,8 @@ class Registry:
         self.versions: dict[str, list[Json]] = {}
         self.history: dict[str, list[Json]] = {}
         self.pinned: set[str] = set()
+        self.busy: set[str] = set()
+        """Names that requests run on."""
         self.uploads: list[tuple[dict[str, str], dict[str, bytes]]] = []
         self.asked: list[tuple[str, str, Any]] = []
         """Method, path and JSON body of each request."""
@@ -227,8 +229,8 @@ class Registry:
 
     def _delete(self, name: str, wanted: str | None, force: bool) -> Json:
         doomed = self._known(name) if wanted is None else [self._find(name, wanted)]
-        if not force and any(one["active"] for one in doomed):
-            raise RefusalError(409, "adapter_in_use", f"{name!r} is in use: a version is active")
+        if not force and (name in self.busy or (wanted and doomed[0]["active"])):
+            raise RefusalError(409, "adapter_in_use", f"{name!r} is in use")
         self.versions[name] = [one for one in self._known(name) if one not in doomed]
         if not self.versions[name]:
             del self.versions[name]
@@ -293,3 +295,26 @@ class Registry:
         one |= {"state": "ready", "report": report()}
         if self._wishes[one["version"]] and self.activates:
             self.activate(one["name"], one)
+
+
+class Flaky:
+    """A registry whose first answers are others."""
+
+    def __init__(self, registry: Registry, *first: httpx2.Response | Exception) -> None:
+        self._first = list(first)
+        self._registry = registry.transport
+        self.requests: list[httpx2.Request] = []
+        self.transport = httpx2.MockTransport(self._handle)
+
+    def _handle(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        if not self._first:
+            return self._registry.handle_request(request)
+        answer = self._first.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def refusal(status: int, code: str, message: str = "no", **details: Any) -> httpx2.Response:
+    return httpx2.Response(status, json=RefusalError(status, code, message, **details).body)

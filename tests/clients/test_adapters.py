@@ -1,398 +1,34 @@
-"""`client.adapters` of both clients: what they send, what they make of the answer, when they repeat it."""
+"""`client.adapters` of both clients: looking, switching, deleting, and what is repeated after a failure."""
 
 from __future__ import annotations
 
-import hashlib
-import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from tests.clients.registry_double import COMMIT, NOW, RefusalError, Registry, digest, report, version
+from tests.clients.registry_double import (
+    COMMIT,
+    NOW,
+    Flaky,
+    Registry,
+    digest,
+    refusal,
+    version,
+)
 
 from onebase import (
     Activation,
     Adapter,
-    AdapterRejectedError,
-    AdapterSource,
     APIConnectionError,
     ConflictError,
     InvalidResponseError,
-    ModuleReport,
     NotFoundError,
-    Progress,
-    ProofReport,
     ServerUnavailableError,
-    StorageFullError,
-    VersionFailure,
 )
-from onebase._adapter_parse import version as parse_version
-from onebase._wait import LONGEST_POLL_S, Waiting
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"
-CONTENT = b'{"peft_type": "LORA"}' + b"weights\r\n--\x00" * 1000
-DIGEST = digest(CONTENT)
-
-
-class Flaky:
-    """A registry whose first answers are others."""
-
-    def __init__(self, registry: Registry, *first: httpx2.Response | Exception) -> None:
-        self._first = list(first)
-        self._registry = registry.transport
-        self.requests: list[httpx2.Request] = []
-        self.transport = httpx2.MockTransport(self._handle)
-
-    def _handle(self, request: httpx2.Request) -> httpx2.Response:
-        self.requests.append(request)
-        if not self._first:
-            return self._registry.handle_request(request)
-        answer = self._first.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def refusal(status: int, code: str, message: str = "no", **details: Any) -> httpx2.Response:
-    return httpx2.Response(status, json=RefusalError(status, code, message, **details).body)
-
-
-# ---- sending a folder --------------------------------------------------------------------------------
-
-
-def test_a_folder_is_sent_proven_and_activated_by_one_call(sdk: Any, folder: Path) -> None:
-    registry = Registry()
-    ready = sdk.call(lambda client: client.adapters.upload(folder, name=NAME), registry.transport)
-    assert registry.uploads == [
-        (
-            {"name": NAME, "activate": "true"},
-            {
-                "adapter_config.json": (folder / "adapter_config.json").read_bytes(),
-                "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
-            },
-        )
-    ]
-    assert (ready.name, ready.version, ready.state, ready.active) == (NAME, DIGEST, "ready", True)
-    assert ready.id == f"{NAME}@{DIGEST[:12]}"
-    assert ready.source == AdapterSource("upload")
-    assert ready.finished
-
-
-def test_a_report_is_typed_to_its_last_figure(sdk: Any, folder: Path) -> None:
-    ready = sdk.call(lambda client: client.adapters.upload(folder, name=NAME), Registry().transport)
-    sent = report()
-    assert ready.report.kinds == ("lora",)
-    assert (ready.report.rank, ready.report.alpha, ready.report.rslora) == (8, 16.0, False)
-    assert ready.report.targets == ("q_proj", "v_proj")
-    assert ready.report.proof == ProofReport(60, 60, 32, True, 0.0, 4, 64, 3, True, 3.25)
-    assert len(ready.report.modules) == 60
-    first = sent["modules"][0]
-    assert ready.report.modules[0] == ModuleReport(
-        "model.layers.0.self_attn.q_proj", "lora", 8, 16.0, 8000, first["norm"]
-    )
-
-
-def test_only_what_is_asked_for_is_sent_with_it(sdk: Any, folder: Path) -> None:
-    registry = Registry()
-
-    def upload(client: Any) -> Any:
-        return client.adapters.upload(
-            str(folder), name=NAME, activate=False, wait=False, allow_noop=True, any_base=True
-        )
-
-    sent = sdk.call(upload, registry.transport)
-    assert registry.uploads[0][0] == {"name": NAME, "allow_noop": "true", "any_base": "true"}
-    assert (sent.state, sent.active, sent.report, sent.finished) == ("validating", False, None, False)
-    assert len(registry.asked) == 1
-
-
-def test_progress_is_told_from_the_first_byte_to_the_end(sdk: Any, folder: Path) -> None:
-    told: list[Progress] = []
-    sdk.call(
-        lambda client: client.adapters.upload(folder, name=NAME, progress=told.append), Registry().transport
-    )
-    sent = [step for step in told if step.stage == "uploading"]
-    total = sent[0].bytes_total
-    assert total is not None
-    assert total > len(CONTENT)
-    assert [step.bytes_done for step in sent] == sorted({step.bytes_done for step in sent})
-    assert (sent[-1].bytes_done, sent[-1].fraction) == (total, 1.0)
-    assert told[len(sent) :] == [
-        Progress("validating"),
-        Progress("validating", 0.25),
-        Progress("proving", 0.5),
-        Progress("ready"),
-    ]
-
-
-def test_the_length_is_announced_and_nothing_is_chunked(sdk: Any, folder: Path) -> None:
-    flaky = Flaky(Registry())
-    sdk.call(lambda client: client.adapters.upload(folder, name=NAME, wait=False), flaky.transport)
-    (request,) = flaky.requests
-    assert int(request.headers["content-length"]) == len(request.content)
-    assert "transfer-encoding" not in request.headers
-
-
-def test_a_large_file_is_never_whole_in_memory(
-    sdk: Any, folder: Path, serve: Callable[..., Any], wire: Any
-) -> None:
-    size = 48_000_000
-    with (folder / "adapter_model.safetensors").open("wb") as file:
-        file.truncate(size)
-    received: list[int] = []
-
-    def script(request: Any) -> None:
-        received.append(sum(len(chunk) for chunk in request.chunks()))
-        request.reply(202, version(NAME, "x", "validating"))
-
-    url = serve(script).url
-    tracemalloc.start()
-    try:
-        sdk.call(lambda client: client.adapters.upload(folder, name=NAME, wait=False), url=url)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert received[0] > size
-    assert peak < size / 6
-
-
-@pytest.mark.parametrize("failure", [httpx2.ReadError("reset"), httpx2.ReadTimeout("slow"), 503, 502])
-def test_an_upload_that_broke_is_sent_again_in_full(sdk: Any, folder: Path, failure: Any) -> None:
-    registry = Registry()
-    flaky = Flaky(registry, refusal(failure, "busy") if isinstance(failure, int) else failure)
-    sdk.call(lambda client: client.adapters.upload(folder, name=NAME), flaky.transport)
-    assert len(registry.uploads) == 1
-    assert len(registry.versions[NAME]) == 1
-    assert hashlib.sha256(b"".join(registry.uploads[0][1].values())).hexdigest() == DIGEST
-
-
-def test_the_same_content_is_the_same_version(sdk: Any, folder: Path) -> None:
-    registry = Registry()
-    first, second = (
-        sdk.call(lambda client: client.adapters.upload(folder, name=NAME), registry.transport)
-        for _ in range(2)
-    )
-    assert first.version == second.version
-    assert len(registry.versions[NAME]) == 1
-
-
-@pytest.mark.parametrize(
-    ("missing", "says"),
-    [
-        (("adapter_config.json",), "lacks adapter_config.json.\nHere an adapter is wanted"),
-        (("adapter_model.safetensors",), "lacks adapter_model.safetensors.\nHere"),
-        (
-            ("adapter_config.json", "adapter_model.safetensors"),
-            "lacks adapter_config.json and adapter_model.safetensors",
-        ),
-    ],
-)
-def test_a_missing_file_is_named_before_anything_is_sent(
-    sdk: Any, folder: Path, missing: tuple[str, ...], says: str
-) -> None:
-    for name in missing:
-        (folder / name).unlink()
-    registry = Registry()
-    with pytest.raises(ValueError, match=says):
-        sdk.call(lambda client: client.adapters.upload(folder, name=NAME), registry.transport)
-    assert registry.asked == []
-
-
-def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(sdk: Any, folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"(?s)it only has adapter_model\.bin\..*weights_only=True"):
-        sdk.call(lambda client: client.adapters.upload(folder, name=NAME))
-
-
-def test_what_was_meant_is_guessed(sdk: Any, folder: Path, tmp_path: Path) -> None:
-    def upload(path: Path) -> Any:
-        return sdk.call(lambda client: client.adapters.upload(path, name=NAME))
-
-    with pytest.raises(ValueError, match=r"Did you mean a folder in it\? acme-support"):
-        upload(tmp_path)
-    with pytest.raises(ValueError, match="is a file: give the folder"):
-        upload(folder / "adapter_config.json")
-    with pytest.raises(ValueError, match="nowhere is not there"):
-        upload(tmp_path / "nowhere")
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    (whole / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(ValueError, match="It holds a whole model"):
-        upload(whole)
-
-
-def test_a_file_that_shrinks_while_it_is_sent_is_not_sent_short(sdk: Any, folder: Path) -> None:
-    def shrink(step: Progress) -> None:
-        (folder / "adapter_model.safetensors").write_bytes(b"")
-
-    (folder / "adapter_model.safetensors").write_bytes(bytes(1_000_000))
-    with pytest.raises(ValueError, match="became shorter while it was sent"):
-        sdk.call(
-            lambda client: client.adapters.upload(folder, name=NAME, progress=shrink), Registry().transport
-        )
-
-
-def test_a_version_that_fails_says_why(sdk: Any, folder: Path) -> None:
-    registry = Registry(failure=("no_effect", "no module changes anything"))
-    told: list[Progress] = []
-    with pytest.raises(AdapterRejectedError) as caught:
-        sdk.call(
-            lambda client: client.adapters.upload(folder, name=NAME, progress=told.append), registry.transport
-        )
-    error = caught.value
-    assert (error.code, error.message) == ("no_effect", f"{NAME}@{DIGEST[:12]}: no module changes anything")
-    assert str(error).endswith("no module changes anything (no_effect)")
-    assert error.version is not None
-    assert error.version.error == VersionFailure("no_effect", "no module changes anything")
-    assert told[-1] == Progress("failed")
-
-
-def test_files_that_do_not_even_become_a_version_are_rejected_the_same_way(sdk: Any, folder: Path) -> None:
-    flaky = Flaky(Registry(), refusal(422, "unsupported_kind", "peft_type: LOHA is not served"))
-    with pytest.raises(AdapterRejectedError, match="LOHA is not served") as caught:
-        sdk.call(lambda client: client.adapters.upload(folder, name=NAME), flaky.transport)
-    assert (caught.value.code, caught.value.version) == ("unsupported_kind", None)
-
-
-def test_a_full_disk_and_another_base_have_errors_of_their_own(sdk: Any, folder: Path) -> None:
-    for answer, kind in (
-        (refusal(507, "store_full"), StorageFullError),
-        (refusal(409, "base_mismatch"), ConflictError),
-    ):
-        flaky = Flaky(Registry(), answer)
-        with pytest.raises(kind):
-            sdk.call(lambda client: client.adapters.upload(folder, name=NAME), flaky.transport)
-        assert len(flaky.requests) == 1
-
-
-# ---- ready, but not active ---------------------------------------------------------------------------
-
-
-def test_a_version_that_the_server_did_not_activate_is_activated(sdk: Any, folder: Path) -> None:
-    registry = Registry(activates=False)
-    ready = sdk.call(lambda client: client.adapters.upload(folder, name=NAME), registry.transport)
-    assert ready.active
-    assert [entry["action"] for entry in registry.history[NAME]] == ["activate"]
-
-
-def test_why_a_version_cannot_be_activated_is_raised(sdk: Any, folder: Path) -> None:
-    registry = Registry(activates=False)
-
-    def handle(request: httpx2.Request) -> httpx2.Response:
-        if request.url.path.endswith("/activate"):
-            return refusal(400, "no_memory", "it does not fit into host memory")
-        return registry.transport.handle_request(request)
-
-    with pytest.raises(Exception, match="it does not fit into host memory"):
-        sdk.call(lambda client: client.adapters.upload(folder, name=NAME), httpx2.MockTransport(handle))
-
-
-def test_a_version_that_somebody_replaced_meanwhile_is_not_activated_again(sdk: Any, folder: Path) -> None:
-    registry = Registry()
-    registry.add(NAME, "other")
-
-    def handle(request: httpx2.Request) -> httpx2.Response:
-        answer = registry.transport.handle_request(request)
-        if answer.json().get("state") == "ready":
-            registry.activate(NAME, registry.versions[NAME][0])
-            answer = httpx2.Response(200, json=answer.json() | {"active": False})
-        return answer
-
-    ready = sdk.call(lambda client: client.adapters.upload(folder, name=NAME), httpx2.MockTransport(handle))
-    assert not ready.active
-    assert registry.adapter(NAME)["version"] == digest("other")
-
-
-# ---- pulling -----------------------------------------------------------------------------------------
-
-
-def test_a_pull_says_what_to_fetch_and_ends_as_the_version_it_became(sdk: Any) -> None:
-    registry = Registry(steps=[("pulling", 0.1), ("pulling", 0.9), ("proving", 0.5)])
-    told: list[Progress] = []
-
-    def pull(client: Any) -> Any:
-        return client.adapters.pull(
-            "acme/support-lora", revision="v2", subfolder="best", progress=told.append
-        )
-
-    ready = sdk.call(pull, registry.transport)
-    assert registry.asked[0] == (
-        "POST",
-        "/v1/adapters",
-        {
-            "name": "support-lora",
-            "hub": {"repo": "acme/support-lora", "revision": "v2", "subfolder": "best"},
-            "activate": True,
-        },
-    )
-    assert registry.asked[1][1] == "/v1/adapters/support-lora/versions/pull-1"
-    assert ready.version == digest("acme/support-lora")
-    assert ready.source == AdapterSource("hub", "acme/support-lora", "v2", COMMIT, "best")
-    assert ready.active
-    assert [step.stage for step in told] == ["pulling", "pulling", "pulling", "proving", "ready"]
-
-
-def test_what_was_not_asked_for_is_left_to_the_server(sdk: Any) -> None:
-    registry = Registry()
-    sdk.call(
-        lambda client: client.adapters.pull("acme/x", name=NAME, activate=False, wait=False),
-        registry.transport,
-    )
-    assert registry.asked[0][2] == {"name": NAME, "hub": {"repo": "acme/x"}}
-
-
-@pytest.mark.parametrize("repo", ["x", "/x", "acme/", "acme/x/y", "acme/x@v2", "hub:acme/x", ""])
-def test_what_is_no_repository_is_refused_before_anything_is_sent(sdk: Any, repo: str) -> None:
-    with pytest.raises(ValueError, match="repo must be org/repo"):
-        sdk.call(lambda client: client.adapters.pull(repo, name=NAME), httpx2.MockTransport(pytest.fail))
-
-
-# ---- waiting -----------------------------------------------------------------------------------------
-
-
-def test_the_server_is_asked_less_often_the_longer_it_takes(sdk: Any, slept: list[float]) -> None:
-    registry = Registry(steps=[("proving", step / 20) for step in range(20)])
-    registry.add(NAME, "x", "proving")
-    registry._left[digest("x")] = list(registry.steps)
-    registry._wishes[digest("x")] = False
-    sent = parse_version(registry.versions[NAME][0])
-    ready = sdk.call(lambda client: client.adapters.wait(sent), registry.transport)
-    assert ready.state == "ready"
-    assert len(slept) == 21
-    assert slept == sorted(slept)
-    assert (slept[0], slept[-1]) == (0.1, LONGEST_POLL_S)
-
-
-def test_each_new_stage_is_looked_at_soon() -> None:
-    waiting = Waiting(parse_version(version(NAME, "x", "validating")), None)
-    for _ in range(10):
-        waiting.next_delay()
-    waiting.take(parse_version(version(NAME, "x", "proving")))
-    assert waiting.next_delay() == 0.1
-
-
-def test_a_step_is_told_once() -> None:
-    told: list[Progress] = []
-    step = version(NAME, "x", "proving", progress={"stage": "proving", "fraction": 0.5})
-    waiting = Waiting(parse_version(step), told.append)
-    waiting.take(parse_version(step))
-    assert told == [Progress("proving", 0.5)]
-    assert not waiting.over
-
-
-def test_waiting_for_a_version_that_is_ready_asks_nobody(sdk: Any) -> None:
-    ready = parse_version(version(NAME, "x"))
-    nobody = httpx2.MockTransport(pytest.fail)
-    assert sdk.call(lambda client: client.adapters.wait(ready), nobody) == ready
-
-
-def test_a_failure_without_a_reason_is_a_failure_too(sdk: Any) -> None:
-    failed = parse_version(version(NAME, "x", "failed"))
-    with pytest.raises(AdapterRejectedError, match="the server does not say why"):
-        sdk.call(lambda client: client.adapters.wait(failed), httpx2.MockTransport(pytest.fail))
 
 
 # ---- looking -----------------------------------------------------------------------------------------
@@ -529,6 +165,7 @@ def test_one_version_or_all_are_deleted_and_force_is_sent_only_when_meant(
 ) -> None:
     transport = registry.transport
     assert sdk.call(lambda client: client.adapters.delete(NAME, digest("2")), transport) is None
+    registry.busy.add(NAME)
     with pytest.raises(ConflictError) as caught:
         sdk.call(lambda client: client.adapters.delete(NAME), transport)
     assert caught.value.code == "adapter_in_use"

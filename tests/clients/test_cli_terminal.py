@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,10 @@ pty = pytest.importorskip("pty", reason="there are no ptys on this platform")
 class Person:
     """Someone at a terminal: sees everything that the command shows, and types."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, terminal: str = "dumb") -> None:
         self._terminal, end = pty.openpty()
         command = [sys.executable, "-m", "onebase.cli", *arguments]
-        environment = os.environ | {"TERM": "dumb", "COLUMNS": "200"}
+        environment = os.environ | {"TERM": terminal, "COLUMNS": "200"}
         self.process = subprocess.Popen(
             command,
             stdin=end,
@@ -69,8 +70,8 @@ def _take_terminal() -> None:
 def person() -> Iterator[Callable[..., Person]]:
     people: list[Person] = []
 
-    def arrive(*arguments: str) -> Person:
-        people.append(Person(*arguments))
+    def arrive(*arguments: str, terminal: str = "dumb") -> Person:
+        people.append(Person(*arguments, terminal=terminal))
         return people[-1]
 
     yield arrive
@@ -167,3 +168,46 @@ def test_ctrl_c_ends_generate_with_its_own_status(
 def test_models_is_a_table_at_a_terminal(person: Callable[..., Person], url: str) -> None:
     one = person("models", "--url", url)
     assert "\t" not in one.sees(f"pirate +adapter +{digest('x')[:12]} +8")
+
+
+def test_push_shows_bars_and_then_what_it_brought(
+    person: Callable[..., Person], serve: Callable[..., Any], folder: Path
+) -> None:
+    server = serve(Registry().script)
+    one = person("adapters", "push", str(folder), "--activate", "--url", server.url, terminal="xterm")
+    one.sees("sending.*━━.*12.6 kB")
+    one.sees("proving.*━━")
+    one.sees(r"acme-support@[0-9a-f]{12}.*ready, active")
+    one.sees("onebase generate --adapter acme-support")
+    assert one.process.wait(timeout=30) == 0
+
+
+def test_ctrl_c_while_the_server_proves_says_that_it_goes_on(
+    person: Callable[..., Person], serve: Callable[..., Any], folder: Path
+) -> None:
+    endless = [("proving", step / 1000) for step in range(1000)]
+    one = person("adapters", "push", str(folder), "--url", serve(Registry(steps=endless).script).url)
+    one.sees("uploading")
+    one.sees("proving")
+    one.types("\x03")
+    one.sees("The server goes on with it: `onebase adapters list` shows how far it is.")
+    assert one.process.wait(timeout=30) == 130
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_a_line_for_each_stage(
+    person: Callable[..., Person], serve: Callable[..., Any], folder: Path
+) -> None:
+    one = person("adapters", "push", str(folder), "--url", serve(Registry().script).url)
+    one.sees("uploading 12.5 kB\r\nvalidating\r\nproving\r\n")
+    assert one.process.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize("action", [["list"], ["show", "acme"], ["diff", "acme", "acme"]])
+def test_what_is_looked_at_is_laid_out_for_the_terminal(
+    person: Callable[..., Person], serve: Callable[..., Any], action: list[str]
+) -> None:
+    registry = Registry()
+    registry.activate("acme", registry.add("acme", "1"))
+    one = person("adapters", *action, "--url", serve(registry.script).url)
+    assert "\t" not in one.sees(digest("1")[:12])
+    assert one.process.wait(timeout=30) == 0

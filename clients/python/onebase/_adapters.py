@@ -203,10 +203,10 @@ class Adapters:
 
         Args:
             version: Its digest, or at least the first 8 digits; None: all.
-            force: Even if it is active or in use. Requests that run on it end with an error.
+            force: Even if it is the active one, or requests run on it; they end with an error.
 
         Raises:
-            ConflictError: it is active or in use.
+            ConflictError: requests run on it, or it is the version that is active.
             NotFoundError: there is no such adapter or version.
         """
         self._send(_adapter_requests.delete(name, version, force=force))

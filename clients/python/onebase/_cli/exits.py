@@ -41,7 +41,7 @@ _HINTS: Final[Mapping[str, str]] = {
     "model_not_found": "`onebase models` lists what the server has.",
     "base_mismatch": "If you are sure that it fits this base: --any-base",
     "version_not_ready": "See how far it is, or why it failed: onebase adapters show NAME",
-    "adapter_in_use": "To end its requests and delete it all the same: --force",
+    "adapter_in_use": "To delete it all the same: --force",
     "no_effect": "If that is meant: --allow-noop",
 }
 """What to do next, by the code of an error."""
@@ -51,7 +51,7 @@ def _hint(error: OneBaseError) -> str | None:
     code = str(getattr(error, "code", ""))
     if isinstance(error, ConflictError) and code == "stale_activation":
         active = error.current[:12] if error.current else "none"
-        return f"The active version is {active}. Look at it, then say so: --expected {active}"
+        return f"The active version is {active}. If that is what you expect: --expected {active}"
     if code in _HINTS:
         return _HINTS[code]
     return next((hint for kind, hint in _HINTS_BY_KIND if isinstance(error, kind)), None)

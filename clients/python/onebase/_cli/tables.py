@@ -14,6 +14,7 @@ from .terminal import printable
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 T = TypeVar("T")
 
@@ -52,7 +53,6 @@ def print_table(columns: Sequence[Column[T]], items: Sequence[T]) -> None:
 def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table:
     """The columns that `width` has room for, as rich draws them."""
     from rich.table import Table
-    from rich.text import Text
 
     chosen = [column for column in columns if width >= column.at]
     made = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
@@ -66,8 +66,15 @@ def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table
             min_width=len(column.title) if column.shrink else max(widest, len(column.title)),
         )
     for item in items:
-        made.add_row(*(Text(printable(column.cell(item)), column.style(item)) for column in chosen))
+        made.add_row(*(line(column.cell(item), column.style(item)) for column in chosen))
     return made
+
+
+def line(text: str, style: str = "") -> Text:
+    """A line of text that may come from anywhere: it can neither steer the terminal nor style itself."""
+    from rich.text import Text
+
+    return Text(printable(text), style)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -23,7 +23,7 @@ Bring
 
 Look
   list                  all adapters
-  show NAME[@VERSION]   an adapter with its versions, or a version with its proof
+  show NAME[@VERSION]   one with its versions, or one version with its proof
   diff A B              two side by side: targets, ranks, norms layer by layer
 
 Let answer

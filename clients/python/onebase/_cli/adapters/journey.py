@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -29,7 +28,9 @@ class Journey:
     """A progress callback, for a `with` block. At a terminal each phase has a bar."""
 
     def __init__(self, out: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._bars = _Bars(out or console(stderr=True), clock) if out or sys.stderr.isatty() else None
+        chosen = out or console(stderr=True)
+        moves = chosen.is_terminal and not chosen.is_dumb_terminal
+        self._bars = _Bars(chosen, clock) if moves else None
         self._stage: str | None = None
 
     def __enter__(self) -> Journey:
@@ -65,13 +66,14 @@ class _Bars:
         self._drawn = Progress(
             SpinnerColumn(finished_text="[green]✓[/]" if not out.options.ascii_only else "*"),
             TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=28),
+            BarColumn(28, complete_style="cyan", finished_style="green", pulse_style="cyan"),
             TextColumn("{task.fields[told]}", style="dim"),
             console=out,
         )
         self._clock = clock
         self._tasks: dict[str, TaskID] = {}
         self._began = 0.0
+        self._amount = ""
 
     def start(self) -> None:
         self._drawn.start()
@@ -88,6 +90,7 @@ class _Bars:
             self._end(READY)
             self._began = self._clock()
             self._tasks[phase] = self._drawn.add_task(phase, total=None, told="")
+        self._amount = size(step.bytes_total) if step.bytes_total else ""
         told = self._sent(step) if step.bytes_total else self._share(step)
         total = None if step.fraction is None else 1.0
         self._drawn.update(self._tasks[phase], total=total, completed=step.fraction or 0.0, told=told)
@@ -98,17 +101,17 @@ class _Bars:
             return
         last = list(self._tasks.values())[-1]
         if state == READY:
-            took = f"{self._clock() - self._began:.1f} s"
-            told = str(self._drawn.tasks[-1].fields["told"]).partition("  ")[0]
-            self._drawn.update(last, total=1.0, completed=1.0, told=f"{told}  {took}".strip())
+            told = f"{self._amount}  {self._clock() - self._began:.1f} s".strip()
+            self._drawn.update(last, total=1.0, completed=1.0, told=told)
         else:
             self._drawn.update(last, told="[red]failed[/]")
 
     def _sent(self, step: Progress) -> str:
-        done, total = step.bytes_done or 0, step.bytes_total or 0
-        passed = self._clock() - self._began
-        rate = f"  {size(done / passed)}/s" if passed > 0 and done < total else ""
-        return f"{size(done)} of {size(total)}{rate}" if done < total else size(total)
+        done, passed = step.bytes_done or 0, self._clock() - self._began
+        if step.bytes_total == done:
+            return self._amount
+        rate = f"  {size(done / passed)}/s" if passed > 0 else ""
+        return f"{size(done)} of {self._amount}{rate}"
 
     def _share(self, step: Progress) -> str:
         return "" if step.fraction is None else f"{step.fraction:.0%}"

@@ -7,9 +7,9 @@ from ..exits import OK
 from .common import Reference, parser, perform, print_json, reference
 
 _DESCRIPTION = """\
-Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses while a
-version is active or requests run on it; --force deletes it all the same, and those requests end with an
-error.
+Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses while
+requests run on it, and for the version that is active; --force deletes it all the same, and those requests
+end with an error.
 """
 _EXAMPLES = """\
   onebase adapters rm acme-support@3f2a9c41
@@ -21,7 +21,7 @@ def run(action: str, argv: list[str]) -> int:
     """Run the action; gives its exit status."""
     made = parser(action, _DESCRIPTION, _EXAMPLES)
     made.add_argument("adapter", metavar="NAME[@VERSION]")
-    made.add_argument("--force", action="store_true", help="even if it is active or in use")
+    made.add_argument("--force", action="store_true", help="even if it is the active one, or in use")
     args = made.parse_args(argv)
     try:
         wanted = reference(args.adapter)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...adapter_types import AdapterVersion, ProofReport, VersionReport
-from ..tables import size
-from ..terminal import printable
+from ..tables import line, size
 from .common import number, origin, short, state_style, targets
 
 if TYPE_CHECKING:
@@ -15,23 +14,18 @@ if TYPE_CHECKING:
 
 def summary(version: AdapterVersion) -> list[Text]:
     """A few lines, the first with its name and state."""
-    from rich.text import Text
-
     lines = [headline(version)]
     if version.report is not None:
-        lines.append(Text(f"  {makeup(version.report)}"))
-        lines.append(Text(f"  {proof(version.report.proof)}"))
+        lines.append(line(f"  {makeup(version.report)}"))
+        lines.append(line(f"  {proof(version.report.proof)}"))
     return lines
 
 
 def headline(version: AdapterVersion) -> Text:
     """`acme-support@3f2a9c41b7d0  ready, active`."""
-    from rich.text import Text
-
     state = version.state + (", active" if version.active else "")
-    name = printable(f"{version.name}@{short(version.version)}")
     style = state_style("active" if version.active else version.state)
-    return Text.assemble((name, "bold"), "  ", (state, style))
+    return line(f"{version.name}@{short(version.version)}", "bold") + line("  ") + line(state, style)
 
 
 def makeup(report: VersionReport) -> str:

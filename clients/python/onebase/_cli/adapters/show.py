@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from ..._client import Client
 from ...adapter_types import Activation, Adapter, AdapterVersion, ModuleReport
 from ..exits import OK
-from ..tables import ROOMY, WIDE, Column, console, size, table, when
-from ..terminal import printable
+from ..tables import ROOMY, WIDE, Column, console, line, size, table, when
 from .common import Reference, number, parser, perform, print_json, reference, short, state_style, targets
 from .layers import by_target, place, ranges, span, sparklines
 from .report import came_from, headline, makeup, proof
@@ -68,19 +67,17 @@ def print_adapter(
     out: Console, adapter: Adapter, versions: Sequence[AdapterVersion], history: Sequence[Activation]
 ) -> None:
     """The adapter, then its versions, then what answered before."""
-    from rich.text import Text
-
     state = "active" if adapter.active else f"{adapter.state}, not active"
     style = state_style("active" if adapter.active else adapter.state)
-    shown = Text.assemble((printable(adapter.name), "bold"), "  ", (state, style))
-    out.print(shown, *([Text("pinned", "cyan")] if adapter.pinned else []))
-    out.print(Text(f"  on {printable(adapter.base)}" + _where(adapter), "dim"))
+    shown = line(adapter.name, "bold") + line("  ") + line(state, style)
+    out.print(shown + line("  pinned" if adapter.pinned else "", "cyan"))
+    out.print(line(f"  on {adapter.base}" + _where(adapter), "dim"))
     out.print()
     out.print(table(_VERSION_COLUMNS, versions, out.width))
     for version in versions:
         if version.error is not None:
             out.print()
-            out.print(Text(f"{short(version.version)}: {printable(version.error.message)}", "red"))
+            out.print(line(f"{short(version.version)}: {version.error.message}", "red"))
     if history:
         out.print()
         out.print(table(_HISTORY_COLUMNS, history, out.width))
@@ -128,26 +125,24 @@ _VERSION_COLUMNS: tuple[Column[AdapterVersion], ...] = (
 
 def print_version(out: Console, version: AdapterVersion) -> None:
     """What it is, its proof, and what it does to which modules."""
-    from rich.text import Text
-
     out.print(headline(version))
-    by = f" by {printable(version.created_by)}" if version.created_by else ""
-    out.print(Text(f"  from {printable(came_from(version))}, {when(version.created_at)}{by}", "dim"))
-    out.print(Text(f"  sha256 {version.version}", "dim"), soft_wrap=True)
+    by = f" by {version.created_by}" if version.created_by else ""
+    out.print(line(f"  from {came_from(version)}, {when(version.created_at)}{by}", "dim"))
+    out.print(line(f"  sha256 {version.version}", "dim"), soft_wrap=True)
     if version.error is not None:
         out.print()
-        out.print(Text(f"{printable(version.error.message)} ({version.error.code})", "red"))
+        out.print(line(f"{version.error.message} ({version.error.code})", "red"))
     if version.report is None:
         return
     report = version.report
-    named = f", trained on {printable(report.base_name)}" if report.base_name else ""
-    out.print(Text(f"  on {printable(version.base)}{named}", "dim"))
+    named = f", trained on {report.base_name}" if report.base_name else ""
+    out.print(line(f"  on {version.base}{named}", "dim"))
     out.print()
-    out.print(Text(makeup(report)))
-    out.print(Text(proof(report.proof)))
+    out.print(line(makeup(report)))
+    out.print(line(proof(report.proof)))
     if report.dropped:
-        dropped = printable(", ".join(report.dropped))
-        out.print(Text(f"left out, since they are the base's own: {dropped}", "dim"))
+        dropped = ", ".join(report.dropped)
+        out.print(line(f"left out, since they are the base's own: {dropped}", "dim"))
     out.print()
     _print_modules(out, report.modules)
 
