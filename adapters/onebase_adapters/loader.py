@@ -30,6 +30,8 @@ from onebase_adapters.weights import (
 )
 
 _NAME = "version"
+_UNTRAINED_GAIN = 2**-7
+"""How far DoRA's gain may be from 1 before training: PEFT makes the magnitudes in the base's dtype, bf16."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tens
 def _changes(module: ModuleWeights, base: Any) -> bool:
     """Whether the module's output differs from the base's for any input."""
     if isinstance(module, LoraWeights):
-        if module.gain is not None and bool((module.gain != 1).any()):
+        if module.gain is not None and bool(((module.gain - 1).abs() > _UNTRAINED_GAIN).any()):
             return True
         if module.bias is not None and bool((module.bias * module.scale != 0).any()):
             return True

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from onebase_adapters.weights import LoraWeights as LoraWeights
-
 TILE = 32
 """Rows of every product on the CPU. oneDNN's bf16 kernels agree for any count up to 32 (not from 33),
 MKL's fp32 kernels only for equal counts."""

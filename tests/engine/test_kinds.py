@@ -34,7 +34,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def scored(engine: Engine, asked: list[Request]) -> tuple[dict[str, list[Any]], dict[str, str | None]]:
-    """Serve the requests together: every row's tokens with their logprobs, and the codes of those that fail."""
+    """Serve the requests together: every row's tokens with their logprobs, and the codes of failures."""
     for i, request in enumerate(asked):
         message = submission(str(i), request)
         sampling = protocol.Sampling(
