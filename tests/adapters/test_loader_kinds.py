@@ -24,7 +24,6 @@ UNTRAINED = [
     "lora",
     "dora",
     "bias",
-    "head dora",
     "embedding dora",
     "saved norms",
     "saved embedding",
