@@ -88,8 +88,11 @@ class Server:
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started, from any of its threads."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that thread has just ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def command_of(pid: int) -> str:
