@@ -19,6 +19,8 @@ from onebase_adapters.store_local import is_sha256
 
 # Where an object is there whole or not at all. Elsewhere (sftp, smb...) it is put under another name first.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory"})
+# Bytes of a part, and parts in memory at once: by default s3fs takes ten of 50 MB.
+_S3_LIMITS = {"chunksize": 16 << 20, "max_concurrency": 4}
 _FULL_CODES = ("QuotaExceeded", "InsufficientStorage", "StorageFull", "EntityTooLarge")
 
 
@@ -35,7 +37,9 @@ class RemoteBlobs:
             raise StoreError(f"{redacted(url)} names no bucket or folder to keep blobs in.")
         self._blobs = f"{root}/blobs"
         self._parts = f"{root}/tmp"
-        self._atomic = url.partition("://")[0] in _ATOMIC_PUT
+        scheme = url.partition("://")[0]
+        self._atomic = scheme in _ATOMIC_PUT
+        self._limits = _S3_LIMITS if scheme in ("s3", "s3a") else {}
 
     def _path(self, sha256: str) -> str:
         return f"{self._blobs}/{sha256}"
@@ -44,7 +48,7 @@ class RemoteBlobs:
         """Send a finished file. One that is there is sent again: its age begins anew, damage is mended."""
         with self._errors(f"sending {blob.sha256}"):
             if self._atomic:
-                self._fs.put_file(str(source), self._path(blob.sha256))
+                self._fs.put_file(str(source), self._path(blob.sha256), **self._limits)
             else:
                 self._fs.makedirs(self._blobs, exist_ok=True)
                 self._fs.makedirs(self._parts, exist_ok=True)
