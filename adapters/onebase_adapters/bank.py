@@ -49,10 +49,12 @@ class Bank:
     def built(self) -> bool:
         return self._matrices is not None
 
-    def add(self, slot: int, weights: LoraWeights) -> None:
-        """Take a slot in that is not here yet."""
+    def add(self, slot: int, weights: LoraWeights, *, build: bool = False) -> None:
+        """Take a slot in that is not here yet; with `build` the matrices are made at once."""
         if None not in self.places:
             self._resize(2 * len(self.places))
+        if build and self._matrices is None:
+            self._allocate(weights)
         place = self.places.index(None)
         self._write(place, weights)
         self.places = (*self.places[:place], slot, *self.places[place + 1 :])
@@ -68,15 +70,27 @@ class Bank:
     @torch.inference_mode()
     def build(self, slots: Sequence[LoraWeights | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """The two matrices, from the weights of all slots of the layer; made when first wanted."""
+        if self._matrices is not None:
+            return self._matrices
+        matrices = self._allocate(next(w for slot in self.slots if (w := slots[slot]) is not None))
+        for place, slot in enumerate(self.places):
+            if slot is not None:
+                self._write(place, slots[slot])
+        return matrices
+
+    def own(self, slot: int, rank: int) -> LoraWeights:
+        """The slot's part of the built matrices, without a copy."""
         if self._matrices is None:
-            some = next(weights for slot in self.slots if (weights := slots[slot]) is not None)
-            self._matrices = (
-                some.a.new_zeros(self.width, some.a.shape[1]),
-                some.b.new_zeros(some.b.shape[0], self.width),
-            )
-            for place, slot in enumerate(self.places):
-                if slot is not None:
-                    self._write(place, slots[slot])
+            raise RuntimeError("the bank's matrices have not been made")
+        a, b = self._matrices
+        start = self.places.index(slot) * self.rank
+        return LoraWeights(a[start : start + rank], b[:, start : start + rank], 1.0)
+
+    @torch.inference_mode()
+    def _allocate(self, like: LoraWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        a = like.a.new_zeros(self.width, like.a.shape[1])
+        b = like.b.new_zeros(like.b.shape[0], self.width)
+        self._matrices = (a, b)
         return self._matrices
 
     def delta(self, x: torch.Tensor, stack: Stack, slots: Sequence[LoraWeights | None]) -> torch.Tensor:
@@ -116,11 +130,20 @@ class Bank:
 
 
 class Banks:
-    """The banks of one layer, by bucket. The matrices of a bank are made when first wanted."""
+    """The banks of one layer, by bucket.
 
-    def __init__(self, slots: int) -> None:
+    With `keep` (the CPU) each slot's own matrices are kept as they came, and those of a bank are made when
+    first wanted. Without (accelerators) the banks are the only copy, and a slot's own are parts of them.
+    """
+
+    def __init__(self, slots: int, *, keep: bool = True) -> None:
         self._slots: list[LoraWeights | None] = [None] * slots
+        self._keep = keep
         self.by_rank: dict[int, Bank] = {}
+
+    def own(self, slot: int) -> LoraWeights | None:
+        """The slot's own matrices."""
+        return self._slots[slot]
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
         """Take a slot's plain LoRA in, or forget it with None."""
@@ -133,7 +156,16 @@ class Banks:
                 del self.by_rank[bank.rank]
         if weights is not None:
             rank = bucket(weights.rank)
-            self.by_rank.setdefault(rank, Bank(rank)).add(slot, weights)
+            self.by_rank.setdefault(rank, Bank(rank)).add(slot, weights, build=not self._keep)
+        if not self._keep:
+            # A bank that grew or shrank lies elsewhere now.
+            for bank in self.by_rank.values():
+                for other in bank.slots:
+                    self._slots[other] = bank.own(other, self._rank(other))
+
+    def _rank(self, slot: int) -> int:
+        weights = self._slots[slot]
+        return 0 if weights is None else weights.rank
 
     @property
     def width(self) -> int:

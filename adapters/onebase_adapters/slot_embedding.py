@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from onebase_adapters.rows import Term
+from onebase_adapters.rows import Stack, StepRows, Term
 from onebase_adapters.slot_module import Replacement, SlotModule, saved_twin
 from onebase_adapters.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
@@ -15,12 +16,18 @@ from onebase_adapters.weights import LoraWeights, ModuleWeights, SavedModule, To
 class SlotEmbedding(SlotModule):
     """An embedding whose rows may have a LoRA (each token's row of `a`, times `b`) or rows of their own."""
 
+    def __init__(
+        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
+    ) -> None:
+        super().__init__(base, step, slots=slots, tiled=tiled, head=head)
+        self._plain: dict[int, LoraWeights] = {}
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(ids)
-        if not self.occupied:
+        if not self.filled:
             return y
         flat, out = ids.reshape(-1), y.view(-1, y.shape[-1])
-        for start, stop, terms in self.rows.parts(lambda stack: tuple(map(stack.term, self._filled()))):
+        for start, stop, terms in self.rows.parts(self._terms):
             some, part = flat[start:stop], out[start:stop]
             bare = part.clone() if self.replaces(terms) else part
             delta = self._delta(some, terms)
@@ -41,14 +48,19 @@ class SlotEmbedding(SlotModule):
             raise self.unfit(weights)
         return None if weights.gain is None else partial(self._dora, weights)
 
-    def _filled(self) -> list[int]:
-        return [slot for slot, weights in enumerate(self.slots) if weights is not None]
+    def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
+        self._plain.pop(slot, None)
+        if weights is not None:
+            self._plain[slot] = weights
+
+    def _terms(self, stack: Stack) -> tuple[Term, ...]:
+        return tuple(stack.term(slot) for slot in sorted(self.filled) if stack.uses(slot))
 
     def _delta(self, ids: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor | None:
         """Sum of the plain LoRAs' parts, [rows, dim] fp32; None if there is none."""
         total: torch.Tensor | None = None
         for term in terms:
-            weights = self.plain(term.slot)
+            weights = self._plain.get(term.slot)
             if weights is None:
                 continue
             hidden = weights.a[ids]

@@ -39,19 +39,18 @@ class SlotLinear(SlotModule):
         self._kind = type(base).__name__
         self.quantized = self._kind in ("Linear4bit", "Linear8bitLt")
         self._absmax: torch.Tensor | None = None
-        self.banks = Banks(slots)
+        self.banks = Banks(slots, keep=tiled)
         self._stacks: bool | None = None
         """Whether the banks may stand for each slot's own products; None until asked after a change."""
 
-    def put(self, slot: int, weights: ModuleWeights | None) -> None:
-        super().put(slot, weights)
-        self.banks.put(slot, self.plain(slot))
+    def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
+        self.banks.put(slot, weights)
         self._stacks = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y = self._base_rows(flat)
-        if self.occupied:
+        if self.filled:
             self._act(flat, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -92,7 +91,7 @@ class SlotLinear(SlotModule):
         total: torch.Tensor | None = None
         x = x.float()
         for term in terms:
-            weights = self.plain(term.slot)
+            weights = self.banks.own(term.slot)
             if weights is None:
                 continue
             hidden = functional.linear(x, weights.a)

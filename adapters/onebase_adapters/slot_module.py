@@ -31,8 +31,9 @@ class SlotModule(nn.Module):
         self.step = step
         self.tiled = tiled
         self.head = head
-        self.slots: list[ModuleWeights | None] = [None] * slots
-        self.occupied = 0
+        self.slots = slots
+        self.filled: set[int] = set()
+        """Slots that have weights for this module."""
         self.replacements: dict[int, Replacement] = {}
 
     @property
@@ -52,20 +53,20 @@ class SlotModule(nn.Module):
             TypeError: this kind of weights has no meaning for this kind of module.
         """
         replacement = None if weights is None else self.replacement(weights)
+        self.filled.discard(slot)
         self.replacements.pop(slot, None)
         if replacement is not None:
             self.replacements[slot] = replacement
-        self.occupied += (weights is not None) - (self.slots[slot] is not None)
-        self.slots[slot] = weights
+        self.put_plain(slot, weights if isinstance(weights, LoraWeights) and replacement is None else None)
+        if weights is not None:
+            self.filled.add(slot)
 
     def replacement(self, weights: ModuleWeights) -> Replacement | None:
         """How rows with these weights come about; None for a plain LoRA."""
         raise NotImplementedError
 
-    def plain(self, slot: int) -> LoraWeights | None:
-        """The slot's plain LoRA, if it has one."""
-        weights = self.slots[slot]
-        return weights if isinstance(weights, LoraWeights) and weights.plain else None
+    def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
+        """Place a plain LoRA in a slot, or empty it with None; modules that have none do nothing."""
 
     def replace(self, x: torch.Tensor, bare: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...]) -> None:
         """Write the replaced rows into `y`; `bare` [rows, out] is what the base gave for the rows `x`."""

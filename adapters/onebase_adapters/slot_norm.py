@@ -13,7 +13,7 @@ class SlotNorm(SlotModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
-        if not self.occupied:
+        if not self.filled:
             return y
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for start, stop, terms in self.rows.parts(self.stack_terms):

@@ -56,8 +56,9 @@ def test_a_scale_that_is_no_power_of_two_keeps_each_slots_own_products() -> None
     layer.put(1, lora(8, 1, 64, 64, scale=4.0).folded())
     assert not layer._may_stack()
     layer.put(0, lora(8, 0, 64, 64, scale=0.25).folded())
-    assert isinstance(layer.slots[0], LoraWeights)
-    assert layer.slots[0].scale == 1.0
+    own = layer.banks.own(0)
+    assert own is not None
+    assert own.scale == 1.0
 
 
 def test_folding_the_scale_changes_no_bit() -> None:
@@ -99,10 +100,12 @@ def test_a_bank_holds_only_the_slots_of_its_ranks_and_grows_with_them() -> None:
     assert banks.width == 16
 
 
-@pytest.mark.parametrize("built", [True, False], ids=["built before", "built last"])
-def test_slots_keep_their_products_while_others_come_and_go(built: bool) -> None:
+@pytest.mark.parametrize(
+    ("keep", "built"), [(True, True), (True, False), (False, True)], ids=["as it grows", "last", "only copy"]
+)
+def test_slots_keep_their_products_while_others_come_and_go(keep: bool, built: bool) -> None:
     draw = torch.Generator().manual_seed(4)
-    banks, present = Banks(SLOTS), {0: lora(5, 100, 64, 32)}
+    banks, present = Banks(SLOTS, keep=keep), {0: lora(5, 100, 64, 32)}
     banks.put(0, present[0])
     x = torch.randn(SLOTS, 64, generator=draw)
     for step in range(60):
@@ -119,6 +122,25 @@ def test_slots_keep_their_products_while_others_come_and_go(built: bool) -> None
         expected = [0.5 * (x[i] @ present[s].a.T @ present[s].b.T) for i, s in enumerate(of_rows)]
         assert got is not None
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-4)
+        for slot, weights in present.items():
+            own = banks.own(slot)
+            assert own is not None
+            assert torch.equal(own.a, weights.a)
+            assert torch.equal(own.b, weights.b)
+
+
+def test_on_an_accelerator_the_banks_are_the_only_copy() -> None:
+    banks = Banks(SLOTS, keep=False)
+    for slot, rank in enumerate((8, 8, 8, 100)):
+        banks.put(slot, lora(rank, slot, 64, 32, scale=3.0))
+    owned = [own for slot in range(4) if (own := banks.own(slot)) is not None]
+    assert [own.rank for own in owned] == [8, 8, 8, 100]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for o in owned for t in (o.a, o.b)
+    }
+    assert sum(storages.values()) == 4 * (64 + 32) * (4 * 8 + 128)
+    torch.testing.assert_close(owned[3].b, lora(100, 3, 64, 32).b * 3.0)
+    assert owned[3].scale == 1.0
 
 
 def test_rows_without_the_large_adapter_do_not_touch_its_bank() -> None:

@@ -224,17 +224,18 @@ def test_the_bank_grows_and_forgets_what_left(base: nn.Module) -> None:
     put(1, None)
     assert torch.equal(run(stacked, x, stack=stack(MIXES)), base.get_submodule(LAYER)(x))
     assert not stacked.banks.by_rank
-    assert stacked.occupied == tiled.occupied == 0
+    assert not stacked.filled
+    assert not tiled.filled
 
 
 def test_a_slot_overwritten_counts_once(base: nn.Module) -> None:
     module = layer(base)
     module.put(0, lora(4, 1))
     module.put(0, lora(4, 2))
-    assert module.occupied == 1
+    assert module.filled == {0}
     module.put(0, None)
     module.put(0, None)
-    assert module.occupied == 0
+    assert not module.filled
 
 
 # ---- weighted sums --------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_a_whole_model_is_bit_equal_to_peft_until_its_slot_is_cleared(
         assert not torch.equal(expected, bare)
         bench.bank.clear(0)
         assert torch.equal(bench.served(ids).logits, bare)
-    assert not any(module.occupied or module.replacements for module in bench.modules.values())
+    assert not any(module.filled or module.replacements for module in bench.modules.values())
 
 
 def test_only_adapters_that_merely_add_compose(bases: Any) -> None:
@@ -298,7 +298,7 @@ def test_weights_without_a_meaning_for_a_module_are_refused(base: nn.Module, wei
     module = kind(base, StepRows(), slots=1, tiled=True)
     with pytest.raises(TypeError, match="cannot act on"):
         module.put(0, weights)
-    assert module.occupied == 0
+    assert not module.filled
 
 
 def test_a_saved_module_or_token_rows_on_a_quantized_layer_are_refused(bases: Any) -> None:
