@@ -124,7 +124,8 @@ def _check_tied(file: TensorFile, planned: Plan, base: BaseModules) -> None:
         equal = file.same(rows["weight"], head["weight"])
     elif "lora_A" in rows and "lora_A" in head and weight is not None and weight.dtype == torch.float32:
         equal = all(
-            torch.equal(file.tensor(rows[one]).float().T, file.tensor(head[other]).float())
+            rows[one].dtype == head[other].dtype
+            and file.holds(head[other], file.tensor(rows[one]).T.contiguous())
             for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A"))
         )
     else:

@@ -95,7 +95,11 @@ class TensorFile:
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """The whole tensor in memory of its own."""
-        return torch.cat([chunk.clone() for chunk in self.chunks(entry)]).reshape(entry.shape)
+        result, start = torch.empty(entry.numel, dtype=entry.dtype), 0
+        for chunk in self.chunks(entry):
+            result[start : start + chunk.numel()] = chunk
+            start += chunk.numel()
+        return result.reshape(entry.shape)
 
     def holds(self, entry: TensorEntry, expected: torch.Tensor) -> bool:
         """Whether the tensor, in the dtype of `expected`, is `expected` bit for bit."""

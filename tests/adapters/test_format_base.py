@@ -12,6 +12,7 @@ from tests.adapters.format_support import (
     BASE,
     EMBEDDING,
     HEAD,
+    LAYERS,
     NORM,
     PAIR,
     PREFIX,
@@ -21,6 +22,8 @@ from tests.adapters.format_support import (
     refusal,
     write,
 )
+
+from onebase_adapters.format import LayerShape
 
 HEAD_WEIGHT, EMBEDDING_WEIGHT = f"{PREFIX}{HEAD}.weight", f"{PREFIX}{EMBEDDING}.weight"
 NORM_BIAS = f"{PREFIX}{NORM}.bias"
@@ -100,3 +103,16 @@ def test_ensured_weight_tying_with_two_unlike_sides_is_refused(tmp_path: Path, s
     unlike = {**tensors, changed: tensors[changed] * 2}
     error = refusal(write(tmp_path, unlike, **fields), base=base)
     assert (error.code, "ensure_weight_tying" in str(error)) == ("unsupported_kind", True)
+
+
+def test_long_tied_tensors_are_compared_to_their_last_element(tmp_path: Path) -> None:
+    layers = {**LAYERS, EMBEDDING: LayerShape(3000, 1024, "embedding"), HEAD: LayerShape(1024, 3000)}
+    base = {**TIED, f"{EMBEDDING}.weight": torch.ones(3000, 1024)}
+    fields: dict[str, Any] = {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
+    rows = torch.randn(3000, 1024, generator=torch.Generator().manual_seed(0))
+    write(tmp_path, {EMBEDDING_WEIGHT: rows, HEAD_WEIGHT: rows.clone()}, **fields)
+    assert {module.name for module in read(tmp_path, layers=layers, base=base).modules} == {EMBEDDING, HEAD}
+    head = rows.clone()
+    head[-1, -1] += 1
+    write(tmp_path, {EMBEDDING_WEIGHT: rows, HEAD_WEIGHT: head}, **fields)
+    assert refusal(tmp_path, layers=layers, base=base).code == "unsupported_kind"

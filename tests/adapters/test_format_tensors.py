@@ -167,6 +167,15 @@ def test_a_header_that_lies_is_refused(folder: Path, header: Any) -> None:
     assert refusal(folder).code == "bad_weights"
 
 
+@pytest.mark.parametrize("start", [0, 16, 48, 64, 80])
+def test_tensors_lie_one_behind_the_other(folder: Path, start: int) -> None:
+    write_raw(folder, {A0: entry(0, [2, 8]), B0: entry(start, [6, 2])}, b"\0" * (64 + 48))
+    if start == 64:
+        read(folder)
+    else:
+        assert refusal(folder).code == "bad_weights"
+
+
 # ---- each kind's own tensors ----------------------------------------------------------------
 
 MAGNITUDE, BIAS = f"{PREFIX}{Q0}.lora_magnitude_vector", f"{PREFIX}{Q0}.lora_B.bias"
