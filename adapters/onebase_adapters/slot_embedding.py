@@ -53,6 +53,10 @@ class SlotEmbedding(SlotModule):
         if weights is not None:
             self._plain[slot] = weights
 
+    def plain(self, slot: int) -> LoraWeights | None:
+        """The slot's plain LoRA, if it has one."""
+        return self._plain.get(slot)
+
     def _terms(self, stack: Stack) -> tuple[Term, ...]:
         return tuple(stack.term(slot) for slot in sorted(self.filled) if stack.uses(slot))
 
@@ -60,7 +64,7 @@ class SlotEmbedding(SlotModule):
         """Sum of the plain LoRAs' parts, [rows, dim] fp32; None if there is none."""
         total: torch.Tensor | None = None
         for term in terms:
-            weights = self._plain.get(term.slot)
+            weights = self.plain(term.slot)
             if weights is None:
                 continue
             hidden = weights.a[ids]

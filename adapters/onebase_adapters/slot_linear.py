@@ -47,6 +47,10 @@ class SlotLinear(SlotModule):
         self.banks.put(slot, weights)
         self._stacks = None
 
+    def plain(self, slot: int) -> LoraWeights | None:
+        """The slot's plain LoRA, if it has one."""
+        return self.banks.own(slot)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y = self._base_rows(flat)
@@ -91,7 +95,7 @@ class SlotLinear(SlotModule):
         total: torch.Tensor | None = None
         x = x.float()
         for term in terms:
-            weights = self.banks.own(term.slot)
+            weights = self.plain(term.slot)
             if weights is None:
                 continue
             hidden = functional.linear(x, weights.a)
