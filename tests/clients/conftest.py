@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import httpx2
 import pytest
+from tests.clients.real_server import Server, running_server
 
 from onebase import AsyncClient, Client, Generation, Piece
 
@@ -154,6 +155,13 @@ class Wire:
     def sse(*events: dict[str, Any], done: bool = True) -> bytes:
         data = [json.dumps(event, ensure_ascii=False) for event in events] + ["[DONE]"] * done
         return "".join(f"data: {one}\n\n" for one in data).encode()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One real server for all tests that want one; what they bring there has a name of its own."""
+    with running_server(tmp_path_factory.mktemp("server")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def test_push_sends_proves_and_says_what_to_do_next(
     assert out == (
         f"fresh@{made}  ready\n"
         "  lora, rank 8, alpha 16 on q v; 480,000 parameters, 1.9 MB\n"
-        "  proven in 3.2 s: 60 modules equal PEFT's bit for bit; 3 of 4 texts differ from the base's\n"
+        "  proven in 3.2 s: 60 modules equal PEFT's bit for bit, 60 of them changed; "
+        "3 of 4 texts differ from the base's\n"
     )
     assert err == (
         "uploading 12.5 kB\nvalidating\nproving\n"

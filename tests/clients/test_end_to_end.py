@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2
 import pytest
+from tests.clients.real_server import Server
 
 from onebase import (
-    APIConnectionError,
     AsyncClient,
     BadRequestError,
     Client,
@@ -27,48 +21,8 @@ from onebase import (
     __version__,
 )
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 PROMPT = "The capital of France is"
 EMOJI = "Repeat after me: 🙂 日本語 é"
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`onebase serve` as a user starts it, with the example adapters; it must end well on SIGTERM."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    made = Server(f"http://127.0.0.1:{port}")
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "onebase.cli", "serve", "--port", str(port), "--kv-memory", "400MB"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, "--adapters-dir", str(EXAMPLES)], stdout=out, stderr=subprocess.STDOUT
-        )
-    try:
-        _wait_until_ready(made.url, process, log)
-        yield made
-        process.terminate()
-        assert process.wait(60) == 0, log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    with Client(url, max_retries=0) as client:
-        for _ in range(1800):
-            assert process.poll() is None, log.read_text()
-            with contextlib.suppress(APIConnectionError):
-                if client.ready().ok:
-                    return
-            time.sleep(0.1)
-    raise TimeoutError(f"the server never got ready:\n{log.read_text()}")
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
 def _remedy(folder: Path, missing: list[str]) -> str:
     if WEIGHTS in missing and (folder / PICKLE).is_file():
         return f", it only has {PICKLE}.\n{_conversion(folder)}"
-    inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
+    found = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
+    inside = sorted(str(one.parent.relative_to(folder)) for one in found)
     if inside:
         return f". Did you mean a folder in it? {', '.join(inside[:5])}"
     if any(folder.glob("model*.safetensors")):

@@ -61,11 +61,12 @@ def was_active(version: AdapterVersion, history: Sequence[Activation]) -> bool:
 
 def rejected(version: AdapterVersion) -> AdapterRejectedError:
     """The error for a version that failed."""
+    what = version.name if version.is_pull else version.id
     failure = version.error
     if failure is None:
-        message = f"{version.id} failed, and the server does not say why"
+        message = f"{what} failed, and the server does not say why"
         return AdapterRejectedError(message, code=None, version=version)
-    return AdapterRejectedError(f"{version.id}: {failure.message}", code=failure.code, version=version)
+    return AdapterRejectedError(f"{what}: {failure.message}", code=failure.code, version=version)
 
 
 def refused(error: UnprocessableError) -> AdapterRejectedError:

@@ -171,6 +171,11 @@ class AdapterVersion:
     """None until it is ready."""
 
     @property
+    def is_pull(self) -> bool:
+        """Whether its content is not known yet, so that `version` is the id of a pull and no digest."""
+        return self.version.startswith("pull-")
+
+    @property
     def finished(self) -> bool:
         """Whether its state is final."""
         return self.state in (READY, FAILED)

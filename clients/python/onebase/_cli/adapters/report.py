@@ -40,9 +40,8 @@ def makeup(report: VersionReport) -> str:
 def proof(proof: ProofReport) -> str:
     """One sentence about the proof."""
     how = "bit for bit" if proof.exact else f"within {number(proof.largest_difference)}"
-    said = f"proven in {proof.seconds:.1f} s: {proof.modules_compared} modules equal PEFT's {how}"
-    if idle := proof.modules_compared - proof.modules_changed:
-        said += f" ({idle} of them change nothing)"
+    equal = f"{proof.modules_compared} modules equal PEFT's {how}, {proof.modules_changed} of them changed"
+    said = f"proven in {proof.seconds:.1f} s: {equal}"
     if proof.texts:
         said += f"; {proof.texts_changed} of {proof.texts} texts differ from the base's"
     return said

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..._client import Client
-from ...adapter_types import Activation, Adapter, AdapterVersion, ModuleReport
+from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
 from ..exits import OK
 from ..tables import ROOMY, WIDE, Column, console, line, size, table, when
 from .common import Reference, number, parser, perform, print_json, reference, short, state_style, targets
@@ -67,7 +67,7 @@ def print_adapter(
     out: Console, adapter: Adapter, versions: Sequence[AdapterVersion], history: Sequence[Activation]
 ) -> None:
     """The adapter, then its versions, then what answered before."""
-    state = "active" if adapter.active else f"{adapter.state}, not active"
+    state = "active" if adapter.active else adapter.state + ", not active" * (adapter.state == READY)
     style = state_style("active" if adapter.active else adapter.state)
     shown = line(adapter.name, "bold") + line("  ") + line(state, style)
     out.print(shown + line("  pinned" if adapter.pinned else "", "cyan"))

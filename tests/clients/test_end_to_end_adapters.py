@@ -1,0 +1,283 @@
+"""The life of an adapter through the SDK and the command, against the real server and a Hub beside it."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.clients.real_server import EXAMPLES, Server
+
+from onebase import (
+    AdapterRejectedError,
+    Client,
+    ConflictError,
+    NotFoundError,
+    PermissionDeniedError,
+    Progress,
+    StreamError,
+    _requests,
+)
+from onebase.cli import main
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "sdk.md"
+QUESTION = "Hi, this is Mia from Lisbon, please send 3 red lamps."
+
+
+def copied(source: str, target: Path, **config: Any) -> Path:
+    """An example adapter, with some fields of its configuration changed."""
+    shutil.copytree(EXAMPLES / source, target)
+    file = target / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return target
+
+
+def zeroed(folder: Path) -> Path:
+    """The adapter with every number set to 0."""
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    file.chmod(0o600)
+    file.write_bytes(content[:start] + bytes(len(content) - start))
+    return folder
+
+
+def files(folder: Path, prefix: str = "") -> dict[str, bytes]:
+    """What a Hub repository holds."""
+    return {f"{prefix}{file.name}": file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def name(server: Server, request: pytest.FixtureRequest) -> Any:
+    """A name for one test; what it brought there is deleted afterwards."""
+    made = re.sub(r"\W+", "-", request.node.name).strip("-")[-60:].strip("-")
+    yield made
+    with Client(server.url) as client:
+        if made in {adapter.name for adapter in client.adapters.list()}:
+            client.adapters.delete(made, force=True)
+
+
+def test_an_adapter_lives_from_upload_to_deletion(
+    sdk: Any, server: Server, name: str, tmp_path: Path
+) -> None:
+    def call(action: Any) -> Any:
+        return sdk.call(lambda client: action(client.adapters), url=server.url)
+
+    def ask() -> Any:
+        return sdk.call(
+            lambda client: client.chat(QUESTION, adapter=name, temperature=0, max_tokens=24), url=server.url
+        )
+
+    told: list[Progress] = []
+    one = call(lambda adapters: adapters.upload(EXAMPLES / "orders", name=name, progress=told.append))
+    assert (one.state, one.active, one.source.kind) == ("ready", True, "upload")
+    assert (told[0].stage, told[-1].stage) == ("uploading", "ready")
+    report = one.report
+    assert (report.rank, report.alpha, report.kinds) == (16, 32.0, ("lora",))
+    assert set(report.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert len(report.modules) == 120
+    assert all(module.norm > 0 for module in report.modules)
+    assert report.proof.exact
+    assert report.proof.base_unchanged
+    assert report.proof.modules_changed == 120
+    assert call(lambda adapters: adapters.version(name, one.version[:8])) == one
+
+    first = ask()
+    assert first.adapter == one.id
+    assert json.loads(first.text + ("" if first.text.endswith("}") else '"}'))
+
+    weaker = copied("orders", tmp_path / "weaker", lora_alpha=1)
+    two = call(lambda adapters: adapters.upload(weaker, name=name, activate=False))
+    assert (two.state, two.active) == ("ready", False)
+    assert ask().text == first.text
+    assert (
+        call(lambda adapters: adapters.activate(name, two.version, expected=one.version)).version
+        == two.version
+    )
+    second = ask()
+    assert (second.adapter, second.text == first.text) == (two.id, False)
+    with pytest.raises(ConflictError) as stale:
+        call(lambda adapters: adapters.activate(name, one.version, expected=one.version))
+    assert (stale.value.code, stale.value.current) == ("stale_activation", two.version)
+
+    assert call(lambda adapters: adapters.rollback(name)).version == one.version
+    assert ask().text == first.text
+    history = call(lambda adapters: adapters.history(name))
+    assert [(entry.action, entry.version, entry.previous) for entry in history] == [
+        ("rollback", one.version, two.version),
+        ("activate", two.version, one.version),
+        ("activate", one.version, None),
+    ]
+    assert [found.version for found in call(lambda adapters: adapters.versions(name))] == [
+        two.version,
+        one.version,
+    ]
+
+    assert call(lambda adapters: adapters.pin(name)).pinned
+    with pytest.raises(ConflictError) as in_use:
+        call(lambda adapters: adapters.delete(name, one.version))
+    assert in_use.value.code == "adapter_in_use"
+    call(lambda adapters: adapters.delete(name, two.version))
+    assert call(lambda adapters: adapters.retrieve(name)).versions == 1
+    off = call(lambda adapters: adapters.deactivate(name))
+    assert (off.version, off.active, off.rank) == (None, False, None)
+    call(lambda adapters: adapters.delete(name))
+    with pytest.raises(NotFoundError):
+        call(lambda adapters: adapters.retrieve(name))
+
+
+def test_the_same_content_is_proven_once(server: Server, name: str) -> None:
+    with Client(server.url) as client:
+        first = client.adapters.upload(EXAMPLES / "pirate", name=name)
+        again = client.adapters.upload(EXAMPLES / "pirate", name=name)
+        assert again == first
+        assert len(client.adapters.versions(name)) == 1
+
+
+def test_an_adapter_is_pulled_and_keeps_its_commit(
+    sdk: Any, server: Server, name: str, tmp_path: Path
+) -> None:
+    content = copied("orders", tmp_path / "hub", lora_alpha=24 + sdk.asynchronous)
+    commit = server.hub.add_repo("acme/loras", files(content, "support/"), ("v2",))
+    told: list[Progress] = []
+
+    def pull(client: Any) -> Any:
+        return client.adapters.pull(
+            "acme/loras", revision="v2", subfolder="support", name=name, progress=told.append
+        )
+
+    version = sdk.call(pull, url=server.url)
+    assert (version.state, version.active, len(version.version)) == ("ready", True, 64)
+    assert (version.source.kind, version.source.repo) == ("hub", "acme/loras")
+    assert (version.source.revision, version.source.subfolder) == ("v2", "support")
+    assert version.source.commit == commit
+    assert told[0].stage == "pulling"
+    assert version.report.alpha == 24 + sdk.asynchronous
+
+
+def test_what_the_server_may_not_pull_or_cannot_find_is_told_apart(sdk: Any, server: Server) -> None:
+    with pytest.raises(PermissionDeniedError) as forbidden:
+        sdk.call(lambda client: client.adapters.pull("other/x"), url=server.url)
+    assert forbidden.value.code == "hub_not_allowed"
+    with pytest.raises(AdapterRejectedError) as missing:
+        sdk.call(lambda client: client.adapters.pull("acme/nowhere"), url=server.url)
+    assert missing.value.code == "hub_not_found"
+
+
+def test_adapters_that_are_not_served_are_rejected_with_their_reason(
+    sdk: Any, server: Server, name: str, tmp_path: Path
+) -> None:
+    def rejection(folder: Path) -> Any:
+        with pytest.raises(AdapterRejectedError) as caught:
+            sdk.call(lambda client: client.adapters.upload(folder, name=name), url=server.url)
+        return caught.value
+
+    loha = rejection(copied("orders", tmp_path / "loha", peft_type="LOHA"))
+    assert (loha.code, loha.version) == ("unsupported_kind", None)
+    idle = zeroed(copied("orders", tmp_path / "idle"))
+    nothing = rejection(idle)
+    assert nothing.code == "no_effect"
+    assert (nothing.version.state, nothing.version.active) == ("failed", False)
+    accepted = sdk.call(
+        lambda client: client.adapters.upload(idle, name=name, allow_noop=True), url=server.url
+    )
+    assert (accepted.version, accepted.state) == (nothing.version.version, "ready")
+
+
+def test_another_base_is_a_conflict_unless_it_is_meant(server: Server, name: str, tmp_path: Path) -> None:
+    foreign = copied("orders", tmp_path / "foreign", base_model_name_or_path="acme/gemma")
+    with Client(server.url) as client:
+        with pytest.raises(ConflictError) as caught:
+            client.adapters.upload(foreign, name=name)
+        assert caught.value.code == "base_mismatch"
+        assert "acme/gemma" in caught.value.message
+        assert client.adapters.upload(foreign, name=name, any_base=True).active
+
+
+def test_deleting_what_runs_needs_force_and_ends_it(server: Server, name: str) -> None:
+    with Client(server.url) as client:
+        client.adapters.upload(EXAMPLES / "pirate", name=name)
+        with client.stream(messages=QUESTION, adapter=name, max_tokens=2000, ignore_eos=True) as stream:
+            next(iter(stream))
+            with pytest.raises(ConflictError) as caught:
+                client.adapters.delete(name)
+            assert caught.value.code == "adapter_in_use"
+            client.adapters.delete(name, force=True)
+            with pytest.raises(StreamError) as ended:
+                stream.read()
+        assert ended.value.code == "adapter_deleted"
+
+
+# ---- the documentation -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The folders, the names and the repository that docs/sdk.md speaks of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEBASE_URL", server.url)
+    for folder, source, alpha in (
+        ("acme-support", "orders", 30),
+        ("acme-support-2", "orders", 31),
+        ("legal", "pirate", 15),
+    ):
+        copied(source, tmp_path / "outputs" / folder, lora_alpha=alpha)
+    server.hub.add_repo(
+        "acme/repo", files(copied("orders", tmp_path / "hub", lora_alpha=29), "support/"), ("v2",)
+    )
+    with Client(server.url) as client:
+        made = {
+            name: client.adapters.upload(tmp_path / "outputs" / name, name=name)
+            for name in ("acme-support", "legal")
+        }
+        yield made["acme-support"].version[:8]
+        for name in made:
+            client.adapters.delete(name, force=True)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_every_snippet_of_the_documentation_runs(
+    server: Server, outputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _requests.sampling_body
+    monkeypatch.setattr(_requests, "sampling_body", lambda sampling: whole({"max_tokens": 8, **sampling}))
+    known: dict[str, Any] = {}
+    snippets = blocks("python")
+    assert len(snippets) > 6
+    with Client() as client:
+        known["answer"] = client.generate("Hello")
+        for snippet in snippets:
+            known["client"] = client
+            text = snippet.replace("3f2a9c41", outputs)
+            code = compile(text, str(DOCUMENT), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            value = eval(code, known)  # noqa: S307 (our own documentation)
+            if inspect.iscoroutine(value):
+                asyncio.run(value)
+
+
+def test_every_command_of_the_documentation_runs(
+    server: Server, outputs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        line for block in blocks("console") for line in block.splitlines() if line.startswith("$ onebase ")
+    ]
+    commands = [shlex.split(line[2:], comments=True)[1:] for line in lines]
+    assert {arguments[1] for arguments in commands if arguments[0] == "adapters"} == {
+        "push", "pull", "list", "show", "diff", "activate", "rollback", "deactivate", "pin", "rm",
+    }  # fmt: skip
+    for arguments in commands:
+        if arguments[0] == "chat":
+            continue
+        words = [word.replace("3f2a9c41", outputs).replace("org/", "acme/") for word in arguments]
+        assert main(words) == 0, (words, capsys.readouterr().err)
+        assert capsys.readouterr().out
