@@ -32,7 +32,7 @@ from tests.adapters.format_support import (
 )
 
 from onebase_adapters.config_fields import AdapterFormatError
-from onebase_adapters.tensor_file import TensorFile
+from onebase_adapters.tensor_file import TensorFile, TensorToWrite, write_tensors
 
 
 @pytest.fixture
@@ -311,3 +311,16 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
         path.write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(AdapterFormatError, match="shorter while it was read"):
             file.tensor(file.entries[0])
+
+
+def test_written_tensors_lie_at_multiples_of_their_element(tmp_path: Path) -> None:
+    path = tmp_path / WEIGHTS
+    tensors = {"a": torch.arange(3.0).half(), "b": torch.arange(2.0), "c": torch.arange(5.0).bfloat16()}
+    write_tensors(
+        path,
+        [TensorToWrite(name, t.dtype, tuple(t.shape), lambda t=t: [t]) for name, t in tensors.items()],
+    )
+    with path.open("rb") as opened:
+        entries = TensorFile.read_header(opened).entries
+    assert [(one.name, one.offset % one.dtype.itemsize) for one in entries] == [("b", 0), ("a", 0), ("c", 0)]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
