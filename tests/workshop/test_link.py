@@ -117,10 +117,10 @@ def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, a
 def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
     published: Published, adapter: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(published, Workshop((sys.executable, str(FAULTY)), proof_timeout=15.0), tmp_path)
+    bench = Bench(published, Workshop((sys.executable, str(FAULTY)), proof_timeout=8.0), tmp_path)
     bench.start()
     pid, job = bench.workshop.pid, bench.job(adapter, fault="hangs")
-    with pytest.raises(RejectedError, match="within 15 s") as rejected:
+    with pytest.raises(RejectedError, match="within 8 s") as rejected:
         bench.prove(job)
     assert rejected.value.code == "proof_timeout"
     assert gone(pid)
@@ -150,9 +150,6 @@ def test_stopping_ends_the_process_and_every_job_at_once_and_starting_begins_ane
     with pytest.raises(WorkshopGoneError, match="no workshop"):
         bench.prove(bench.job(adapter))
     bench.start()
-    second = bench.workshop.pid
-    bench.start()  # the next engine's base
-    assert gone(second)
     assert bench.prove(bench.job(adapter)).report.proof.exact
 
 

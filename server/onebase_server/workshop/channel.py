@@ -15,7 +15,7 @@ from onebase_server.workshop.protocol import ToWorkshop, to_workshop_decoder
 
 logger = logging.getLogger(__name__)
 
-LONGEST_GOODBYE = 10.0
+LONGEST_GOODBYE = 5.0
 """Seconds from the api's end until the process is gone, whatever it is doing then."""
 
 
