@@ -123,7 +123,7 @@ def read_prepared(path: Path, sha256: str | None = None, *, base_id: str | None 
                 raise PreparedError("bytes follow the last tensor")
     except OSError as error:
         raise PreparedError(f"cannot read {path.name}: {error.strerror or error}") from error
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError, struct.error) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, OverflowError, struct.error) as error:
         raise PreparedError(f"{path.name} is no prepared adapter: {error}") from error
     if sha256 is not None and digest.hexdigest() != sha256:
         raise PreparedError(f"{path.name} is damaged: its SHA-256 is not {sha256[:12]}…")
@@ -189,7 +189,7 @@ def _modules(
             used.update(entry["tensors"].values())
             parts = {part: tensors[key] for part, key in entry["tensors"].items()}
             weights[entry["name"]] = _module(entry, parts)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise PreparedError(f"{file} does not describe its modules: {error}") from error
     if not weights or used != tensors.keys():
         raise PreparedError(f"{file} holds other tensors than it describes")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.prepared import PreparedError, prepared_bytes, read_prepared, write_prepared
@@ -88,6 +91,46 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(PreparedError):
             read_prepared(file, expected)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=3))
+def test_any_bytes_are_read_or_refused_without_a_hash_too(
+    file: Path, edits: list[tuple[float, bytes]]
+) -> None:
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    damaged = bytearray(whole)
+    for place, some in edits:
+        start = int(place * (header - 4))
+        damaged[start : start + len(some)] = some
+    path = file.with_name("damaged")
+    path.write_bytes(damaged)
+    with contextlib.suppress(PreparedError):
+        read_prepared(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "1",
+        '{"a":{}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":["0","4"]}}',
+        '{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":"1","data_offsets":[0,4]}}',
+        '{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[1e400],"data_offsets":[0,4]}}',
+        '{"__metadata__":[],"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_header_of_another_kind_is_refused(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(PreparedError):
+        read_prepared(path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
