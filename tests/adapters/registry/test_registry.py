@@ -292,6 +292,9 @@ def test_a_version_that_is_being_proved_again_is_passed_over(registry: Registry)
         registry.activate(*HERE, digest)
     registry.reopen(*HERE, two)
     assert registry.rollback(*HERE).active == one
+    registry.set_state(*HERE, two, "ready")
+    with pytest.raises(NothingToRollBackError):
+        registry.rollback(*HERE)
 
 
 def test_the_history_says_who_did_what_and_when(registry: Registry) -> None:
