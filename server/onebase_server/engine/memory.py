@@ -51,8 +51,9 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, in the slots and in the stack."""
-    return sum(layer.size_in + layer.size_out for layer in layers) * rank * slots * 4 * 2
+    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, twice as the stack may be half empty."""
+    ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
+    return ends * rank * slots * 4 * 2
 
 
 def _meminfo_available() -> int:
