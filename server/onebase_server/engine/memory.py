@@ -51,7 +51,7 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, twice as the stack may be half empty."""
+    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, twice for an emptying stack."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
     return ends * rank * slots * 4 * 2
 
