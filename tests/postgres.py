@@ -19,18 +19,27 @@ class PostgresServer:
     """`database()` makes a new, empty one and gives its SQLAlchemy URL."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._names = (f"test{number}" for number in count())
 
     def url(self, name: str) -> str:
-        return f"postgresql://postgres@/{name}?host={self._folder}"
+        return f"postgresql://postgres@/{name}?host={self.folder}"
 
-    def database(self) -> str:
+    def database(self, on: Path | None = None) -> str:
+        """`on`: the folder of another disk, to keep the database in."""
         import psycopg
 
         name = next(self._names)
-        with psycopg.connect(host=str(self._folder), user="postgres", autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+        place = ""
+        with psycopg.connect(host=str(self.folder), user="postgres", autocommit=True) as connection:
+            if on is not None:
+                space = on / "space"
+                space.mkdir()
+                owner = self.folder.stat()
+                os.chown(space, owner.st_uid, owner.st_gid)
+                connection.execute(f"CREATE TABLESPACE space_{name} LOCATION '{space}'")
+                place = f"TABLESPACE space_{name}"
+            connection.execute(f"CREATE DATABASE {name} {place}")
         return self.url(name)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +16,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from tests.adapters.registry.conftest import Open, add, files
+from tests.disks import fill, small_disk
+from tests.postgres import postgres_server
 
 from onebase_adapters.registry import (
     Registry,
     RegistryBusyError,
     RegistryError,
+    RegistryFullError,
     StaleActivationError,
 )
 from onebase_adapters.registry.tables import Table
@@ -248,3 +253,33 @@ def test_sqlite_is_kept_so_that_an_acknowledged_write_outlives_a_power_cut(tmp_p
         }
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
     registry.close()
+
+
+def add_until_full(add_long: Callable[[], None]) -> None:
+    for _ in range(100):
+        add_long()
+
+
+def test_a_postgresql_without_space_says_so_keeps_what_it_has_and_works_again() -> None:
+    # A server of its own: one whose disk was taken away is of no use to other tests.
+    with postgres_server() as server, small_disk(server.folder / "small", 48 << 20) as disk:
+        registry = Registry(server.database(on=disk), base_id="b", base_name="b")
+        registry.migrate()
+        digest = add(registry, "a", "1")
+        filler = fill(disk)
+        long = {"kind": "upload", "note": "".join(random.Random(1).choices("abcdefghij", k=300_000))}
+        added: list[str] = []
+
+        def add_long() -> None:
+            both = files(f"large {len(added)}")
+            registry.add_version("a", both.digest, both, long)
+            added.append(both.digest)
+
+        with pytest.raises(RegistryFullError):
+            add_until_full(add_long)
+        assert [record.digest for record in registry.versions(*HERE)] == [*added[::-1], digest]
+        assert registry.version(*HERE, digest).state == "ready"
+        filler.unlink()
+        add_long()
+        assert registry.version(*HERE, added[-1]).source == long
+        registry.close()
