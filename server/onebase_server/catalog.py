@@ -86,6 +86,8 @@ class Catalog:
                 if not away:
                     _log.error("the registry cannot be read; names stay as they are: %s", error)
                 away = True
+            except Exception:
+                _log.exception("following the registry failed; names stay as they are")
             else:
                 away = False
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 
 from onebase_adapters.hub import HubError, HubReference, parse_hub_reference
 from onebase_adapters.registry import VersionError, VersionRecord
-from onebase_server.errors import InvalidRequestError, OneBaseError, VersionFailedError
+from onebase_server.errors import (
+    InvalidRequestError,
+    OneBaseError,
+    UnknownAdapterError,
+    VersionFailedError,
+)
 from onebase_server.library import Library, Wishes
 from onebase_server.pulls import Fetched, Pulls, Transfer, hub_failure
 from onebase_server.storage_errors import storage_errors
@@ -119,12 +124,21 @@ class HubAdapters:
         await asyncio.shield(self._first_uses[name])
 
     async def _first_use(self, name: str, reference: HubReference) -> None:
+        await self._refuse_if_deactivated(name)
         arrived = await self.pull(name, reference, Wishes(activate=True), actor="first use").arrived()
         version = await self._library.wait(name, arrived.digest)
         if version.error is not None:
             raise VersionFailedError(
                 f"{name} cannot be served: {version.error.message}", code=version.error.code
             )
+
+    async def _refuse_if_deactivated(self, name: str) -> None:
+        """What somebody has deactivated stays so until somebody activates it."""
+        if self._library.catalog.get(name) is None:
+            return
+        history = await self._library.activation.history(name)
+        if history and history[0].action == "deactivate":
+            raise UnknownAdapterError(f"Adapter {name!r} was deactivated: activate one of its versions.")
 
     def _first_use_ended(self, name: str, task: asyncio.Task[None]) -> None:
         del self._first_uses[name]

@@ -48,6 +48,8 @@ class Storage:
                 removed = await disk.run(self.sweep)
             except (RegistryError, StoreError) as error:
                 _log.warning("the store was not swept: %s", error)
+            except Exception:
+                _log.exception("the store was not swept")
             else:
                 if removed:
                     seconds = time.monotonic() - started
