@@ -84,7 +84,7 @@ def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[
     if targets is None:
         return None
     named = {name for name, layer in base.layers.items() if layer.kind != "norm" and targets.means(name)}
-    return (named if saved & base.pair else _with_tied(named, facts, base)) - saved
+    return _with_tied(named, facts, base) - saved
 
 
 def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ...]]:

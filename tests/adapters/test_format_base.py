@@ -116,3 +116,13 @@ def test_long_tied_tensors_are_compared_to_their_last_element(tmp_path: Path) ->
     head[-1, -1] += 1
     write(tmp_path, {EMBEDDING_WEIGHT: rows, HEAD_WEIGHT: head}, **fields)
     assert refusal(tmp_path, layers=layers, base=base).code == "unsupported_kind"
+
+
+def test_one_side_of_a_tied_pair_is_incomplete_even_where_the_targets_are_a_regular_expression(
+    tmp_path: Path,
+) -> None:
+    fields: dict[str, Any] = {"ensure_weight_tying": True, "target_modules": ".*embed.*"}
+    for one_side in (ON_EMBEDDING, ON_HEAD):
+        assert refusal(write(tmp_path, one_side, **fields), base=TIED).code == "incomplete"
+        read(write(tmp_path, one_side, **fields))
+    read(write(tmp_path, {**ON_EMBEDDING, **ON_HEAD}, **fields), base=TIED)
