@@ -175,7 +175,7 @@ class Banks:
     def used(self, stack: Stack) -> Iterator[Bank]:
         """The banks that any row of the stack needs."""
         for bank in self.by_rank.values():
-            if any(map(stack.uses, bank.places)):
+            if stack.used is None or not stack.used.isdisjoint(bank.places):
                 yield bank
 
     def delta(self, x: torch.Tensor, stack: Stack) -> torch.Tensor | None:

@@ -40,8 +40,8 @@ class Stack:
     )
     _terms: dict[int, Term] = field(default_factory=dict)
 
-    def uses(self, slot: int | None) -> bool:
-        return slot is not None and (self.used is None or slot in self.used)
+    def uses(self, slot: int) -> bool:
+        return self.used is None or slot in self.used
 
     def expanded(self, rank: int, places: tuple[int | None, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask and weight, [rows, places * rank], of the slots at `places`; made once a step."""

@@ -87,7 +87,7 @@ class SlotLinear(SlotModule):
         if delta is not None and self.quantized:
             y += delta.to(y.dtype)
         elif delta is not None:
-            y.copy_(y + delta)
+            y.copy_(y.float() + delta)
         self.replace(x, bare, y, terms)
 
     def _delta(self, x: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor | None:
@@ -125,7 +125,7 @@ class SlotLinear(SlotModule):
 
     def _sum(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """In the order of PEFT's class for this layer; [rows, out] of y's dtype or fp32."""
-        return y + delta.to(y.dtype) if self.quantized else (y + delta).to(y.dtype)
+        return y + delta.to(y.dtype) if self.quantized else (y.float() + delta).to(y.dtype)
 
     def _may_stack(self) -> bool:
         if self._stacks is None:
