@@ -164,7 +164,7 @@ def test_an_adapter_is_pulled_and_keeps_its_commit(
 
 def test_what_the_server_may_not_pull_or_cannot_find_is_told_apart(sdk: Any, server: Server) -> None:
     with pytest.raises(PermissionDeniedError) as forbidden:
-        sdk.call(lambda client: client.adapters.pull("other/x"), url=server.url)
+        sdk.call(lambda client: client.generate("Hi", adapter="hub:other/x"), url=server.url)
     assert forbidden.value.code == "hub_not_allowed"
     with pytest.raises(AdapterRejectedError) as missing:
         sdk.call(lambda client: client.adapters.pull("acme/nowhere"), url=server.url)

@@ -128,8 +128,7 @@ class Adapters:
 
         Raises:
             ValueError: `repo` is not `org/repo`; nothing was sent.
-            PermissionDeniedError: the server's `--hub-allow` does not permit this repository.
-            AdapterRejectedError: it could not be fetched, or was not accepted.
+            AdapterRejectedError: it could not be fetched (codes `hub_...`), or was not accepted.
         """
         call = _adapter_requests.pull(
             repo,

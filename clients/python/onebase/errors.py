@@ -128,7 +128,7 @@ class AuthenticationError(APIStatusError):
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the server does not allow this, such as a Hub repository outside its `--hub-allow`."""
+    """403: the server does not allow this, such as `adapter="hub:org/repo"` outside its `--hub-allow`."""
 
 
 class NotFoundError(APIStatusError):

@@ -23,8 +23,8 @@ Send a folder that PEFT saved (adapter_config.json and adapter_model.safetensors
 has proven it. The same content is the same version, so sending it again does no harm.
 """,
     "pull": """\
-Let the server fetch an adapter from the Hugging Face Hub, and wait until it has proven it. The server must
-permit it: onebase serve --hub-allow 'ORG/*'. The version keeps the commit that the revision was.
+Let the server fetch an adapter from the Hugging Face Hub, and wait until it has proven it. The version keeps
+the commit that the revision was. For gated repositories the server needs HF_TOKEN in its environment.
 """,
 }
 _EXAMPLES: Final = {
