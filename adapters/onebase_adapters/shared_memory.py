@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,19 +31,25 @@ class SharedMemoryError(Exception):
 def share(tensors: Sequence[torch.Tensor], fd: int | None) -> tuple[list[Segment], list[TensorPlace]]:
     """Storages and places by which `open_tensors` finds the same tensors in another process.
 
-    On the CPU each storage moves into the file `fd`, and the tensors (the same objects) lie there from then
+    Each storage on the CPU moves into the file `fd`, and its tensors (the same objects) lie there from then
     on. On CUDA they stay where they are.
 
     Raises:
         SharedMemoryError, ManifestError: they cannot be shared.
     """
     kinds = {tensor.device.type for tensor in tensors}
-    if kinds == {"cpu"} and fd is not None:
-        return _move_to_file(tensors, fd)
-    if kinds == {"cuda"}:
-        return _cuda_handles(tensors)
-    where = "on the CPU without a file for it" if kinds == {"cpu"} else f"on {', '.join(sorted(kinds))}"
-    raise SharedMemoryError(f"a base {where} cannot be shared")
+    if not kinds <= {"cpu", "cuda"}:
+        raise SharedMemoryError(f"tensors on {', '.join(sorted(kinds))} cannot be shared")
+    if "cpu" in kinds and fd is None:
+        raise SharedMemoryError("tensors on the CPU cannot be shared without a file for them")
+    groups = _storage_groups(tensors)
+    segments = list(_segments(tensors, groups))
+    places: dict[int, TensorPlace] = {}
+    for number, members in enumerate(groups):
+        places.update({i: _place(tensors[i], number) for i in members})
+    if fd is not None and "cpu" in kinds:
+        _move_to_file(tensors, groups, segments, places, fd)
+    return segments, [places[i] for i in range(len(tensors))]
 
 
 def _storage_groups(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -61,25 +67,36 @@ def _place(tensor: torch.Tensor, storage: int) -> TensorPlace:
     return TensorPlace(storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), dtype)
 
 
-def _move_to_file(tensors: Sequence[torch.Tensor], fd: int) -> tuple[list[Segment], list[TensorPlace]]:
-    groups = _storage_groups(tensors)
-    segments: list[Segment] = []
-    places: dict[int, TensorPlace] = {}
+def _segments(tensors: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]) -> Iterator[Segment]:
+    """Of each storage: where it will lie in the file, or how its memory on the GPU is opened."""
     end = 0
-    for number, members in enumerate(groups):
-        size = tensors[members[0]].untyped_storage().nbytes()
-        segments.append(FileSegment(end, size))
-        places.update({i: _place(tensors[i], number) for i in members})
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    mapping = _map_shared(fd, end)
+    for members in groups:
+        storage = tensors[members[0]].untyped_storage()
+        if storage.device.type == "cuda":
+            yield _cuda_segment(storage)
+            continue
+        yield FileSegment(end, storage.nbytes())
+        end += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+
+
+def _move_to_file(
+    tensors: Sequence[torch.Tensor],
+    groups: Sequence[Sequence[int]],
+    segments: Sequence[Segment],
+    places: Mapping[int, TensorPlace],
+    fd: int,
+) -> None:
+    ends = [segment.start + segment.size for segment in segments if isinstance(segment, FileSegment)]
+    mapping = _map_shared(fd, -(-max(ends) // ALIGNMENT) * ALIGNMENT)
     for segment, members in zip(segments, groups, strict=True):
+        if not isinstance(segment, FileSegment):
+            continue
         # The old memory of each storage is freed before the next one is copied.
         source = tensors[members[0]].untyped_storage()
         _bytes(mapping, segment.start, segment.size).copy_(_bytes(source, 0, segment.size))
         for i in members:
             tensors[i].data = _tensor(mapping, segment.start, places[i])
     _return_freed_memory()
-    return segments, [places[i] for i in range(len(tensors))]
 
 
 def _map_shared(fd: int, size: int) -> Any:
@@ -100,15 +117,6 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _cuda_handles(tensors: Sequence[torch.Tensor]) -> tuple[list[Segment], list[TensorPlace]]:
-    segments: list[Segment] = []
-    places: dict[int, TensorPlace] = {}
-    for number, members in enumerate(_storage_groups(tensors)):
-        segments.append(_cuda_segment(tensors[members[0]].untyped_storage()))
-        places.update({i: _place(tensors[i], number) for i in members})
-    return segments, [places[i] for i in range(len(tensors))]
 
 
 def _cuda_segment(storage: Any) -> CudaSegment:

@@ -58,6 +58,8 @@ def prove_modules(
     reference: nn.Module,
     weights: AdapterWeights,
     on_progress: Callable[[float], None] = lambda fraction: None,
+    *,
+    exact: bool | None = None,
 ) -> ModuleProof:
     """Compare every wrapped module of a view of `base`, with `weights` in a slot, with PEFT's.
 
@@ -69,11 +71,13 @@ def prove_modules(
         weights: as the engine puts them into a slot.
         on_progress: called with the part that is done, 0 to 1, after each module; what it raises ends the
             proof.
+        exact: compare the CPU's way of serving bit by bit, or the accelerators' within a tolerance; None
+            chooses by the base's device.
 
     Raises:
         ProofError: a module differs, or one that the version adapts is not served.
     """
-    bench = _Bench(base, weights)
+    bench = _Bench(base, weights, exact)
     model: Any = reference
     tree: nn.Module = model.get_base_model()
     largest = 0.0
@@ -96,10 +100,10 @@ class _Company:
 class _Bench:
     """A wrapped view of the base with the version in one slot, and another for a neighbour."""
 
-    def __init__(self, base: nn.Module, weights: AdapterWeights) -> None:
+    def __init__(self, base: nn.Module, weights: AdapterWeights, exact: bool | None) -> None:
         model: Any = base
         head: torch.Tensor = model.get_output_embeddings().weight
-        self.exact = head.device.type == "cpu"
+        self.exact = head.device.type == "cpu" if exact is None else exact
         self._base = base
         self._weights = weights
         self._dtype, self._device = head.dtype, head.device

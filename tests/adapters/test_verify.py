@@ -77,6 +77,23 @@ def test_every_kind_is_proven_bit_by_bit_and_the_base_stays_as_it_is(
     assert fingerprint(base) == before
 
 
+def test_the_accelerators_way_of_serving_is_compared_within_its_tolerance(
+    load: Callable[[str, str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load("gemma3", "nf4")
+    for kind in KINDS:
+        reference = peft_adapter(base, kind, seed=1)
+        proof = prove_modules(base, reference, weights_of(reference), exact=False)
+        assert not proof.exact
+        assert proof.largest_difference <= 1e-2, kind
+        assert proof.rows == 3 * 32
+    _stack_in_another_order(monkeypatch)
+    reference = peft_adapter(base, "lora", seed=1)
+    with pytest.raises(ProofError, match="beside another adapter's rows") as found:
+        prove_modules(base, reference, weights_of(reference), exact=False)
+    assert found.value.difference > 1e-2
+
+
 def test_every_wrapped_module_is_compared_also_those_that_no_adapter_touches(base: nn.Module) -> None:
     done: list[float] = []
     reference = peft_adapter(base, "saved norms", seed=1)
