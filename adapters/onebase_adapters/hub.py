@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ Progress = Callable[[int, int], None]
 
 _COMMAND = (sys.executable, "-m", "onebase_adapters.hub_child")
 _LOOK_SECONDS = 0.2
+_LAST_SECONDS = 2.0
 
 
 class PullCancelledError(Exception):
@@ -58,9 +59,10 @@ def resolve(
     if is_commit(revision):
         return str(revision)
     request = {"do": "resolve", "repo": repo, "revision": revision}
-    for message in _talk(request, timeout, cancel):
-        if "commit" in message:
-            return str(message["commit"])
+    with closing(_talk(request, timeout, cancel)) as messages:
+        for message in messages:
+            if "commit" in message:
+                return str(message["commit"])
     raise HubError("hub_unreachable", f"The process that asks the Hub for {repo} ended without an answer.")
 
 
@@ -105,12 +107,13 @@ def _fetch(
 ) -> tuple[list[str], list[str | None]]:
     """Paths in the Hub's cache, and the SHA-256 sums that the Hub gives for them, where it does."""
     total = 0
-    for message in _talk(request, stall_seconds, cancel):
-        total = message.get("total", total)
-        if "done" in message and progress is not None:
-            progress(message["done"], total)
-        if "paths" in message and len(message["paths"]) == len(ADAPTER_FILES):
-            return message["paths"], message["sha256"]
+    with closing(_talk(request, stall_seconds, cancel)) as messages:
+        for message in messages:
+            total = message.get("total", total)
+            if "done" in message and progress is not None:
+                progress(message["done"], total)
+            if "paths" in message and len(message["paths"]) == len(ADAPTER_FILES):
+                return message["paths"], message["sha256"]
     raise HubError("hub_unreachable", f"The process that fetches {request['repo']} ended without an answer.")
 
 
@@ -120,7 +123,7 @@ def _is_right(blob: Blob, expected: str | None) -> bool:
 
 def _talk(
     request: dict[str, Any], silence_seconds: float, cancel: threading.Event | None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """What the process says, one message after the other. Raises what it reports as an error."""
     with _child(request) as child:
         for line in _lines(child, silence_seconds, cancel):
@@ -147,8 +150,12 @@ def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
         except BrokenPipeError:
             raise HubError("hub_unreachable", "The process that asks the Hub did not start.") from None
         finally:
-            child.kill()
-            child.wait()
+            child.stdin.close()
+            try:
+                child.wait(_LAST_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 
 def _lines(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from onebase_adapters.redaction import redacted
 _CHUNK = 256 << 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TRIES = 3
+_LAST_SECONDS = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Say = Callable[[dict[str, Any]], None]
@@ -62,7 +64,10 @@ def main() -> None:
 
 
 def _end_with_parent(stdin: BinaryIO) -> None:
+    """When nobody waits any more, stop as by Ctrl-C, so that half a file does not stay in the cache."""
     stdin.read()
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    time.sleep(_LAST_SECONDS)
     os._exit(1)
 
 

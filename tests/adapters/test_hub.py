@@ -334,8 +334,10 @@ def test_a_pull_can_be_given_up_while_it_waits(hub: HubStandIn, store: Store, tm
     hub.faults.pause, hub.faults.piece = 0.05, 16_384
     cancel = threading.Event()
     with pytest.raises(PullCancelledError):
-        pull(REF, commit, store, MANY, lambda *_: cancel.set(), cancel=cancel)
+        pull(REF, commit, store, MANY, lambda done, _: done > 100_000 and cancel.set(), cancel=cancel)
     assert not list((tmp_path / "store" / "blobs").iterdir())
+    assert hub.requests("GET", "/cdn/")
+    assert not list((tmp_path / "hf").rglob("*.incomplete"))
 
 
 def test_files_that_are_too_large_are_refused_before_a_byte_of_them(hub: HubStandIn, store: Store) -> None:
