@@ -7,6 +7,7 @@ reference against which each served module is compared.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,10 @@ def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
     """PEFT's own model of a canonical folder, over a view of the base: the reference for every row."""
     from peft import PeftModel
 
-    model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
+    with warnings.catch_warnings():
+        # Advice to who trains, merges or saves: nobody does here.
+        warnings.simplefilter("ignore", UserWarning)
+        model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
     return model.eval()
 
 
