@@ -1,0 +1,280 @@
+"""Which versions are in the engine's memory: on demand, in order, within the limit, and without deadlocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onebase_server.engine.protocol import (
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterUnloaded,
+    LoadAdapter,
+    SlotsChanged,
+    UnloadAdapter,
+)
+from onebase_server.errors import (
+    AdapterDeletedError,
+    EngineRestartedError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
+from onebase_server.residency import PreparedFile, Residency, Use
+
+SIZES = {"a": 10, "b": 10, "c": 10, "d": 10, "large": 30, "huge": 31}
+
+
+class Engine:
+    """Takes messages; answers them when told to, or at once. `held` is what its memory holds."""
+
+    def __init__(self, limit: int = 30, *, slow: bool = False, queue_limit: int = 10) -> None:
+        self.log: list[str] = []
+        self.held: dict[str, int] = {}
+        self.most = 0
+        self.slow = slow
+        self.orders: list[Any] = []
+        self.fails: set[str] = set()
+        self.residency = Residency(limit, SIZES.__getitem__, self.locate, self.send, queue_limit)
+        self.residency.engine_ready()
+
+    async def locate(self, digest: str) -> PreparedFile:
+        await asyncio.sleep(0)
+        return PreparedFile(Path(digest), digest)
+
+    def send(self, message: Any) -> None:
+        self.orders.append(message)
+        if not self.slow:
+            asyncio.get_running_loop().call_soon(self.answer)
+
+    def answer(self) -> None:
+        """Do what was ordered first."""
+        message = self.orders.pop(0)
+        if isinstance(message, UnloadAdapter):
+            self.log.append(f"-{message.digest}")
+            del self.held[message.digest]
+            self.residency.receive(AdapterUnloaded(message.digest))
+        elif isinstance(message, LoadAdapter) and message.digest in self.fails:
+            self.residency.receive(AdapterFailed(digest=message.digest, code="damaged", message="no"))
+        else:
+            assert isinstance(message, LoadAdapter)
+            self.log.append(f"+{message.digest}")
+            self.held[message.digest] = SIZES[message.digest]
+            self.most = max(self.most, sum(self.held.values()))
+            loaded = AdapterLoaded(digest=message.digest, bytes=SIZES[message.digest], load_seconds=0)
+            self.residency.receive(loaded)
+
+    def lease(self, *digests: str) -> Any:
+        return self.residency.lease([Use("name", digest) for digest in digests])
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
+async def settle() -> None:
+    """Let everything that can go on do so."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_one_load_serves_however_many_wait() -> None:
+    async def test() -> None:
+        engine = Engine()
+        leases = [engine.lease("a") for _ in range(20)]
+        await asyncio.gather(*(lease.ready() for lease in leases))
+        assert engine.log == ["+a"]
+
+    run(test())
+
+
+def test_the_least_recently_used_goes_first_and_nothing_goes_before_it_must() -> None:
+    async def test() -> None:
+        engine = Engine()
+        for digest in ("a", "b", "c", "a", "d"):
+            async with engine.lease(digest):
+                pass
+        assert engine.log == ["+a", "+b", "+c", "-b", "+d"]
+        async with engine.lease("large"):
+            assert engine.held == {"large": 30}
+        assert engine.most <= 30
+        assert engine.residency.memory.evictions == 4
+
+    run(test())
+
+
+def test_what_is_leased_or_pinned_stays_and_who_needs_its_place_waits_for_it() -> None:
+    async def test() -> None:
+        engine = Engine()
+        engine.residency.pin(["a"])
+        await engine.residency.load_pinned()
+        held = engine.lease("b")
+        await held.ready()
+        waiting = asyncio.create_task(engine.lease("c", "d").ready())
+        await settle()
+        assert not waiting.done()
+        async with engine.lease("b"):
+            pass  # who needs no room waits for nobody
+        held.release()
+        await waiting
+        assert set(engine.held) == {"a", "c", "d"}
+        with pytest.raises(InvalidRequestError, match="30 bytes of host memory beside 10 bytes of pinned"):
+            await engine.lease("large").ready()
+
+    run(test())
+
+
+def test_two_that_need_several_never_wait_for_each_other() -> None:
+    async def test() -> None:
+        engine = Engine(limit=20, queue_limit=100)
+        pairs = [("a", "b"), ("c", "d"), ("b", "c"), ("d", "a")] * 5
+
+        async def use(pair: tuple[str, str]) -> None:
+            async with engine.lease(*pair):
+                assert set(pair) <= set(engine.held)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(use(pair) for pair in pairs))
+        assert engine.most <= 20
+
+    run(test())
+
+
+def test_what_can_never_fit_is_refused_with_the_limit() -> None:
+    async def test() -> None:
+        engine = Engine()
+        with pytest.raises(InvalidRequestError, match=r"31 bytes.*30.*--host-memory") as caught:
+            await engine.lease("huge").ready()
+        assert caught.value.code == "host_memory_exceeded"
+        with pytest.raises(InvalidRequestError, match="--host-memory"):
+            engine.residency.check_pins(["a", "b", "c", "d"])
+
+    run(test())
+
+
+def test_a_failed_load_fails_those_who_wait_and_takes_no_memory() -> None:
+    async def test() -> None:
+        engine = Engine()
+        engine.fails.add("a")
+        damaged: list[str] = []
+        engine.residency.on_damaged = damaged.append
+        results = await asyncio.gather(*(engine.lease("a").ready() for _ in range(3)), return_exceptions=True)
+        assert [type(result) for result in results] == [UnavailableError] * 3
+        assert damaged == ["a"]
+        assert engine.residency.memory.used == 0
+        engine.fails.clear()
+        await engine.lease("a").ready()
+        assert engine.log == ["+a"]
+
+    run(test())
+
+
+def test_when_the_engine_is_gone_those_who_wait_are_told_and_old_leases_harm_nothing() -> None:
+    async def test() -> None:
+        engine = Engine(slow=True)
+        old = asyncio.create_task(engine.lease("a").ready())
+        await settle()
+        engine.residency.engine_gone()
+        with pytest.raises(EngineRestartedError):
+            await old
+        with pytest.raises(EngineRestartedError):
+            await engine.lease("b").ready()
+        engine.slow, engine.orders = False, []
+        engine.residency.engine_ready()
+        async with engine.lease("a"):
+            pass
+        assert engine.held == {"a": 10}
+        assert engine.residency.tier("a") == "host"
+        engine.residency.receive(SlotsChanged(["a"]))
+        assert engine.residency.tier("a") == "slot"
+        engine.residency.engine_gone()
+        assert engine.residency.tier("a") == "disk"
+
+    run(test())
+
+
+def test_a_version_that_is_asked_for_while_it_leaves_is_loaded_again_afterwards() -> None:
+    async def test() -> None:
+        engine = Engine(limit=10)
+        async with engine.lease("a"):
+            pass
+        engine.slow = True
+        other = asyncio.create_task(engine.lease("b").ready())
+        again = asyncio.create_task(engine.lease("a").ready())
+        await settle()
+        engine.slow = False
+        engine.answer()
+        await settle()
+        assert engine.held == {"b": 10}
+        await other
+        assert not again.done()
+        again.cancel()
+
+    run(test())
+
+
+def test_deleting_by_force_ends_the_wait_and_tells_the_one_who_runs() -> None:
+    async def test() -> None:
+        engine = Engine(slow=True)
+        waiting = asyncio.create_task(engine.lease("a").ready())
+        running = engine.lease("b")
+        told: list[Any] = []
+        running.on_revoked = told.append
+        ready = asyncio.create_task(running.ready())
+        await settle()
+        while engine.orders and engine.orders[0].digest != "b":
+            engine.orders.append(engine.orders.pop(0))
+        engine.answer()
+        await ready
+        assert engine.residency.is_used(Use("name", "a"))
+        engine.residency.revoke(Use("other name", "a"))
+        await settle()
+        assert not waiting.done()
+
+        for digest in ("a", "b"):
+            engine.residency.revoke(Use("name", digest))
+
+        with pytest.raises(AdapterDeletedError):
+            await waiting
+        assert [type(error) for error in told] == [AdapterDeletedError]
+        assert not engine.residency.is_used(Use("name", "a"))
+
+    run(test())
+
+
+def test_what_nobody_can_ask_for_any_more_leaves_when_its_last_lease_ends() -> None:
+    async def test() -> None:
+        engine = Engine()
+        lease = engine.lease("a")
+        await lease.ready()
+        async with engine.lease("b"):
+            pass
+        engine.residency.keep_only(lambda digest: False)
+        await settle()
+        assert engine.held == {"a": 10}
+        lease.release()
+        await settle()
+        assert engine.held == {}
+
+    run(test())
+
+
+def test_more_who_wait_for_room_than_the_queue_holds_are_turned_away() -> None:
+    async def test() -> None:
+        engine = Engine(limit=10, queue_limit=2)
+        holder = engine.lease("a")
+        await holder.ready()
+        waiting = [asyncio.create_task(engine.lease(digest).ready()) for digest in "bcd"]
+        await settle()
+        with pytest.raises(QueueFullError):
+            await engine.lease("b").ready()
+        async with engine.lease("a"):
+            pass
+        for task in waiting:
+            task.cancel()
+
+    run(test())
