@@ -1,12 +1,14 @@
 """What requests read of the registry: names, versions and which of them is active, in memory.
 
-Own writes are seen at once, those of other servers within `--sync-seconds`.
+Own writes are seen at once, those of other servers within `--sync-seconds`, and when a request names what is
+not known yet.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,8 @@ from onebase_server.errors import ConflictError, UnavailableError, UnknownAdapte
 from onebase_server.names import label
 from onebase_server.residency import Use
 
+LOOK_SECONDS = 0.05
+"""Least time between two looks at the registry on behalf of requests."""
 _SHOWN = 20
 
 _log = logging.getLogger(__name__)
@@ -53,6 +57,7 @@ class Catalog:
         self._records: dict[str, AdapterRecord] = {}
         self._by_digest: dict[str, list[VersionRecord]] = {}
         self._counter = -1
+        self._looked_at = -LOOK_SECONDS
         self._turn = asyncio.Lock()
 
     # ---- keeping up --------------------------------------------------------------------------
@@ -90,6 +95,22 @@ class Catalog:
                 _log.exception("following the registry failed; names stay as they are")
             else:
                 away = False
+
+    async def look_again(self) -> bool:
+        """Whether the registry holds something new; for a name that is not known, or not ready, here.
+
+        Looks at most every LOOK_SECONDS, so that made-up names cost the registry nothing.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return False
+        self._looked_at, counter = now, self._counter
+        try:
+            if await self._threads.run(self._registry.change_counter) != counter:
+                await self.refresh()
+        except RegistryError as error:
+            _log.warning("the registry cannot be read: %s", error)
+        return self._counter != counter
 
     # ---- reading -----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,13 +19,23 @@ from onebase_adapters.store import Store, StoreError, StoreFullError
 from onebase_server.activation import Activation
 from onebase_server.background import Threads
 from onebase_server.catalog import Catalog
-from onebase_server.errors import ConflictError, OneBaseError, VersionFailedError
+from onebase_server.errors import (
+    ConflictError,
+    EngineRestartedError,
+    OneBaseError,
+    QueueFullError,
+    UnavailableError,
+    VersionFailedError,
+)
 from onebase_server.names import same_base
+from onebase_server.proofs import Proofs
 from onebase_server.prover import Proof, Prover
 from onebase_server.storage_errors import storage_errors
 from onebase_server.workshop.protocol import Progress
 from onebase_server.workshop_link import RejectedError, WorkshopGoneError
 
+ACTIVATION_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+"""Seconds between tries to activate what is ready, while the engine restarts or memory is full."""
 WISHES = "wishes"
 """Key of a version's source that holds what was asked for with it."""
 
@@ -83,13 +93,11 @@ class Library:
         self.activation = activation
         self.disk = disk
         self._registry = registry
-        self._prover = prover
+        self._proofs = Proofs(registry, store, catalog, prover, records, disk)
         self._base_names = base_names
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[tuple[str, str], _Job] = {}
-        self._proofs: dict[tuple[str, bool], asyncio.Task[Proof]] = {}
-        self._listeners: dict[str, set[Callable[[Progress], None]]] = {}
 
     # ---- coming in ---------------------------------------------------------------------------
 
@@ -171,13 +179,15 @@ class Library:
 
     async def _begin_again(self, digest: str) -> None:
         try:
-            for version in list(self.catalog.of_digest(digest)):
-                if version.state == "ready":
-                    again = await self._records.run(
-                        self._registry.reopen, version.tenant, version.name, version.digest
-                    )
-                    self._begin(again, replace(Wishes.of(version.source), activate=False))
+            # All of its names first: none of them may take another's damaged file for a proof.
+            reopened = [
+                await self._records.run(self._registry.reopen, version.tenant, version.name, version.digest)
+                for version in list(self.catalog.of_digest(digest))
+                if version.state == "ready"
+            ]
             await self.catalog.refresh()
+            for version in reopened:
+                self._begin(version, replace(Wishes.of(version.source), activate=False))
         except registry_errors.RegistryError as error:
             _log.error("version %s cannot be prepared again: %s", digest[:12], error)
 
@@ -245,11 +255,17 @@ class Library:
     async def _activate_if_wished(self, version: VersionRecord, job: _Job) -> None:
         if not job.activate:
             return
-        try:
-            await self.activation.activate(version.name, version.digest, actor=version.created_by)
-        except OneBaseError as error:
-            _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
-            job.failure = error
+        for pause in (*ACTIVATION_PAUSES, None):
+            try:
+                await self.activation.activate(version.name, version.digest, actor=version.created_by)
+                return
+            except OneBaseError as error:
+                passing = isinstance(error, EngineRestartedError | UnavailableError | QueueFullError)
+                if pause is None or not passing:
+                    _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
+                    job.failure = error
+                    return
+            await asyncio.sleep(pause)
 
     async def _failed(self, version: VersionRecord, code: str, message: str) -> None:
         try:
@@ -264,10 +280,6 @@ class Library:
         await self.catalog.refresh()
 
     async def _proof(self, version: VersionRecord, job: _Job, patient: bool) -> Proof:
-        """The proof of this content: found under another name, on its way for one, or a new one."""
-        known = await self._known_proof(version, job.wishes.allow_noop)
-        if known is not None:
-            return known
         marked: list[asyncio.Task[None]] = []
 
         def follow(progress: Progress) -> None:
@@ -275,42 +287,12 @@ class Library:
                 marked.append(asyncio.get_running_loop().create_task(self._mark_proving(version)))
             job.progress = progress
 
-        listeners = self._listeners.setdefault(version.digest, set())
-        listeners.add(follow)
         try:
-            return await asyncio.shield(self._shared_proof(version.files, job.wishes.allow_noop, patient))
-        finally:
-            listeners.discard(follow)
-            await asyncio.gather(*marked)
-
-    def _shared_proof(self, files: VersionFiles, allow_noop: bool, patient: bool) -> asyncio.Task[Proof]:
-        key = (files.digest, allow_noop)
-        if key not in self._proofs:
-
-            def tell(progress: Progress) -> None:
-                for listener in list(self._listeners.get(files.digest, ())):
-                    listener(progress)
-
-            task = asyncio.get_running_loop().create_task(
-                self._prover.prove(files, allow_noop=allow_noop, patient=patient, on_progress=tell)
+            return await self._proofs.of(
+                version, allow_noop=job.wishes.allow_noop, patient=patient, on_progress=follow
             )
-            self._proofs[key] = task
-            task.add_done_callback(lambda done: self._proofs.pop(key, None))
-        return self._proofs[key]
-
-    async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
-        for other in self.catalog.of_digest(version.digest):
-            if other.state != "ready" or other.prepared is None or other.report is None:
-                continue
-            if other.report["proof"]["modules_changed"] == 0 and not allow_noop:
-                continue
-            if await self.disk.run(self.store.exists, other.prepared.sha256):
-                whole = await self._records.run(
-                    self._registry.version, other.tenant, other.name, other.digest
-                )
-                if whole.report is not None and whole.prepared is not None:
-                    return Proof(dict(whole.report), whole.prepared)
-        return None
+        finally:
+            await asyncio.gather(*marked)
 
     async def _mark_proving(self, version: VersionRecord) -> None:
         try:

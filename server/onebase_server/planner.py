@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from onebase_server.catalog import AdapterChoice, Catalog
 from onebase_server.engine.protocol import BaseInfo, Sampling
-from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
+from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError, UnknownModelError
 from onebase_server.generation import Job, Prompt, in_time, new_id
 from onebase_server.hub_adapters import HubAdapters
 from onebase_server.names import HUB_PREFIX
@@ -132,10 +132,20 @@ class Planner:
             return AdapterChoice()
         if isinstance(body.adapter, str):
             await self._pull({"adapter": body.adapter}, job)
-            return self._catalog.choose(body.adapter)
+            reference = body.adapter
+            return await self._known(lambda: self._catalog.choose(reference))
         terms = [(term.name, term.weight) for term in body.adapter]
         await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
-        return self._catalog.choose_sum(terms)
+        return await self._known(lambda: self._catalog.choose_sum(terms))
+
+    async def _known(self, choose: Callable[[], AdapterChoice]) -> AdapterChoice:
+        """What `choose` finds; where it finds nothing, another server may have brought it a moment ago."""
+        try:
+            return choose()
+        except (UnknownAdapterError, ConflictError):
+            if not await self._catalog.look_again():
+                raise
+        return choose()
 
     def _check_model(self, model: str, body: SamplingFields) -> None:
         if model != self._catalog.base_name and body.adapter is not None:
@@ -149,7 +159,7 @@ class Planner:
             return await self._adapter(body, job)
         await self._pull({"model": model}, job)
         try:
-            return self._catalog.choose(model, param="model")
+            return await self._known(lambda: self._catalog.choose(model, param="model"))
         except UnknownAdapterError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 

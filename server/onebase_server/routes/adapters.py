@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from onebase_adapters.hub import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset
 from onebase_server.adapter_schemas import (
     ActivateRequest,
@@ -18,7 +18,6 @@ from onebase_server.adapter_schemas import (
     PullRequest,
 )
 from onebase_server.errors import InvalidRequestError, PayloadTooLargeError, VersionFailedError
-from onebase_server.hub_adapters import hub_reference
 from onebase_server.library import Wishes
 from onebase_server.names import check_name
 from onebase_server.services import Provided, Services, StrictRoute, json_response
@@ -29,6 +28,27 @@ router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapte
 
 SLASH = "%2F"
 """What the app leaves encoded in a path, so that a name with a slash is one segment."""
+
+
+_FLAG = {"type": "boolean", "default": False}
+_ADD_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", "files"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                    **dict.fromkeys(FLAGS, _FLAG),
+                },
+            }
+        },
+        "application/json": {"schema": PullRequest.model_json_schema()},
+    },
+}
+"""For the reference at /docs: the route reads its body by itself."""
 
 
 def _adapter_name(name: str) -> str:
@@ -45,7 +65,7 @@ async def list_adapters(services: Provided) -> Response:
     return json_response({"object": "list", "data": services.views.adapters()})
 
 
-@router.post("")
+@router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202)
 async def add_version(
     request: Request,
     services: Provided,
@@ -62,11 +82,10 @@ async def add_version(
     if boundary is not None:
         return await _upload(request, services, boundary, activate, wait)
     body = await _json(request, PullRequest)
-    reference = hub_reference(f"hub:{body.hub.repo}", "hub.repo")
     try:
-        reference = replace(reference, revision=body.hub.revision, subfolder=body.hub.subfolder)
-    except Exception as error:
-        raise InvalidRequestError(f"hub: {error}", param="hub") from error
+        reference = HubReference(body.hub.repo, body.hub.revision, body.hub.subfolder)
+    except HubError as error:
+        raise InvalidRequestError(f"hub: {error}", param="hub", code=error.code) from error
     name = str(reference)
     if body.name is not None and body.name != name:
         name = check_name(body.name, services.catalog.base_name)
