@@ -254,6 +254,14 @@ def test_chat_suggests_the_adapter_that_was_meant_and_keeps_the_old_one(
     assert asked(server) == []
 
 
+def test_chat_leaves_it_to_the_server_whether_a_hub_reference_can_be_pulled(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, "/adapter hub:acme/x@main\nHi\n")
+    assert main(["chat"]) == 0
+    assert asked(server)[0]["adapter"] == "hub:acme/x@main"
+
+
 def test_models_prints_every_name_with_tabs_through_a_pipe(
     server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ def test_an_adapter_lives_from_upload_to_deletion(
 
     def ask() -> Any:
         return sdk.call(
-            lambda client: client.chat(QUESTION, adapter=name, temperature=0, max_tokens=24), url=server.url
+            lambda client: client.chat(QUESTION, adapter=name, temperature=0, max_tokens=6), url=server.url
         )
 
     told: list[Progress] = []
@@ -91,7 +91,7 @@ def test_an_adapter_lives_from_upload_to_deletion(
 
     first = ask()
     assert first.adapter == one.id
-    assert json.loads(first.text + ("" if first.text.endswith("}") else '"}'))
+    assert first.text.startswith("{")
 
     weaker = copied("orders", tmp_path / "weaker", lora_alpha=1)
     two = call(lambda adapters: adapters.upload(weaker, name=name, activate=False))
@@ -141,10 +141,11 @@ def test_the_same_content_is_proven_once(server: Server, name: str) -> None:
         assert len(client.adapters.versions(name)) == 1
 
 
+@pytest.mark.parametrize("sdk", ["async"], indirect=True)
 def test_an_adapter_is_pulled_and_keeps_its_commit(
     sdk: Any, server: Server, name: str, tmp_path: Path
 ) -> None:
-    content = copied("orders", tmp_path / "hub", lora_alpha=24 + sdk.asynchronous)
+    content = copied("orders", tmp_path / "hub", lora_alpha=24)
     commit = server.hub.add_repo("acme/loras", files(content, "support/"), ("v2",))
     told: list[Progress] = []
 
@@ -159,7 +160,7 @@ def test_an_adapter_is_pulled_and_keeps_its_commit(
     assert (version.source.revision, version.source.subfolder) == ("v2", "support")
     assert version.source.commit == commit
     assert told[0].stage == "pulling"
-    assert version.report.alpha == 24 + sdk.asynchronous
+    assert version.report.alpha == 24
 
 
 def test_what_the_server_may_not_pull_or_cannot_find_is_told_apart(sdk: Any, server: Server) -> None:
@@ -171,6 +172,7 @@ def test_what_the_server_may_not_pull_or_cannot_find_is_told_apart(sdk: Any, ser
     assert missing.value.code == "hub_not_found"
 
 
+@pytest.mark.parametrize("sdk", ["sync"], indirect=True)
 def test_adapters_that_are_not_served_are_rejected_with_their_reason(
     sdk: Any, server: Server, name: str, tmp_path: Path
 ) -> None:
@@ -219,8 +221,8 @@ def test_deleting_what_runs_needs_force_and_ends_it(server: Server, name: str) -
 
 
 @pytest.fixture
-def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The folders, the names and the repository that docs/sdk.md speaks of."""
+def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What docs/sdk.md speaks of, and short answers; gives the first digits of a version of acme-support."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEBASE_URL", server.url)
     for folder, source, alpha in (
@@ -233,24 +235,18 @@ def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "acme/repo", files(copied("orders", tmp_path / "hub", lora_alpha=29), "support/"), ("v2",)
     )
     with Client(server.url) as client:
-        made = {
-            name: client.adapters.upload(tmp_path / "outputs" / name, name=name)
-            for name in ("acme-support", "legal")
-        }
-        yield made["acme-support"].version[:8]
-        for name in made:
-            client.adapters.delete(name, force=True)
+        client.adapters.upload(tmp_path / "outputs" / "legal", name="legal")
+        made = client.adapters.upload(tmp_path / "outputs" / "acme-support", name="acme-support")
+    whole = _requests.sampling_body
+    monkeypatch.setattr(_requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
+    return made.version[:8]
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_every_snippet_of_the_documentation_runs(
-    server: Server, outputs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = _requests.sampling_body
-    monkeypatch.setattr(_requests, "sampling_body", lambda sampling: whole({"max_tokens": 8, **sampling}))
+def test_every_snippet_of_the_documentation_runs(outputs: str) -> None:
     known: dict[str, Any] = {}
     snippets = blocks("python")
     assert len(snippets) > 6
@@ -265,9 +261,7 @@ def test_every_snippet_of_the_documentation_runs(
                 asyncio.run(value)
 
 
-def test_every_command_of_the_documentation_runs(
-    server: Server, outputs: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_of_the_documentation_runs(outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         line for block in blocks("console") for line in block.splitlines() if line.startswith("$ onebase ")
     ]

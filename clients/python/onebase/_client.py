@@ -109,7 +109,8 @@ class Client:
         Args:
             prompt: Text to continue, as it is, without a chat template.
             messages: A conversation instead; see `chat`.
-            adapter: None for the base, a name, `name@version`, or weights: `{"acme": 0.7, "legal": 0.3}`.
+            adapter: None for the base, a name, `name@version`, `hub:org/repo@revision`, or weights:
+                `{"acme": 0.7, "legal": 0.3}`.
             **sampling: See SamplingFields.
 
         Raises:

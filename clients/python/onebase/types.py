@@ -26,7 +26,8 @@ class AdapterWeight:
 
 
 AdapterSpec: TypeAlias = str | Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, object]] | None
-"""None is the base. `"acme"` or `"acme@3f2a..."` is one adapter. `{"acme": 0.7, "legal": 0.3}`, or a
+"""None is the base. `"acme"` or `"acme@3f2a..."` is one adapter; `"hub:org/repo@revision"` is pulled on first
+use where the server's `--hub-allow` permits it. `{"acme": 0.7, "legal": 0.3}`, or a
 sequence of AdapterWeight (or of the same as dicts), is the weighted sum of several."""
 
 Messages: TypeAlias = str | Sequence[Message | Mapping[str, str]]

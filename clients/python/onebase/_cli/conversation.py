@@ -117,6 +117,8 @@ class Conversation:
         known = [adapter.name for adapter in self._client.adapters.list()]
         wanted = [chosen] if isinstance(chosen, str) else [term.name for term in chosen]
         for name in wanted:
+            if name.startswith("hub:"):
+                continue  # the server may pull it on first use
             if name.partition("@")[0] not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "/adapters lists them"
