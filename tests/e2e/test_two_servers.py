@@ -1,0 +1,110 @@
+"""Two servers on one PostgreSQL and one object store: what is proved at one is served by both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx2
+import pytest
+from moto.server import ThreadedMotoServer
+from tests.postgres import postgres_server
+from tests.server.support import ROOT, Server, serving, upload_folder
+
+EXAMPLES = ROOT / "examples" / "adapters"
+PROMPT = "Three jars of honey for Anna in Lisbon, please."
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "id",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Options and environment of a server on the shared registry and store."""
+    with postgres_server() as postgres:
+        bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        bucket.start()
+        host, port = bucket.get_host_and_port()
+        environment = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        boto3.client(
+            "s3",
+            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id="id",
+            aws_secret_access_key="secret",
+            region_name="us-east-1",
+        ).create_bucket(Bucket="onebase")
+        options = ["--registry", postgres.database(), "--store", "s3://onebase/adapters"]
+        options += ["--sync-seconds", "1", "--kv-memory", "200MB", "--max-rows", "4", "--threads", "1"]
+        yield options, environment
+        bucket.stop()
+
+
+def text(http: httpx2.Client, adapter: str) -> tuple[str, str]:
+    """The text and the version that it came from."""
+    messages = [{"role": "user", "content": PROMPT}]
+    request: dict[str, Any] = {"messages": messages, "adapter": adapter, "temperature": 0, "max_tokens": 16}
+    answer = http.post("/generate", json=request).raise_for_status().json()
+    return answer["choices"][0]["text"], answer["adapter"]
+
+
+def active(http: httpx2.Client) -> str | None:
+    """The active version of `live`; None where it is not known, or not active."""
+    answer = http.get("/v1/adapters/live")
+    return answer.json()["version"] if answer.status_code == 200 else None
+
+
+def push(http: httpx2.Client, folder: Path, query: str) -> str:
+    """Upload a version of `live` and wait until it is proven; its digest."""
+    answer = upload_folder(http, "live", folder, query=f"wait=true&{query}")
+    assert answer.status_code == 200, answer.text
+    digest: str = answer.json()["version"]
+    return digest
+
+
+def test_servers_on_one_registry_and_store_serve_the_same_versions(
+    shared: tuple[list[str], dict[str, str]],
+) -> None:
+    options, environment = shared
+    command = [sys.executable, "-m", "onebase_server"]
+    with (
+        serving(command, *options, environment=environment) as here,
+        serving(command, *options, environment=environment) as there,
+        here.client() as one,
+        there.client() as other,
+    ):
+        first = push(one, EXAMPLES / "orders", "activate=true")
+        served = text(other, "live")  # not known there yet: it looks again
+        assert served == text(one, "live")
+        second = push(other, EXAMPLES / "pirate", "activate=false")
+        assert served[0] != text(one, f"live@{second}")[0]
+        assert active(one) == active(other) == first, "not active before somebody says so"
+
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda http: _activate(http, second, first), (one, other)))
+        assert sorted(answer.status_code for answer in answers) == [200, 409]
+        (lost,) = (answer for answer in answers if answer.status_code == 409)
+        assert lost.json()["error"]["current"] == second
+        here.wait_for(lambda: active(one) == active(other) == second)
+
+        _kill(here)
+        assert other.post("/v1/adapters/live/rollback", json={}).json()["version"] == first
+        assert text(other, "live") == served
+
+    with serving(command, *options, environment=environment) as again, again.client() as http:
+        assert active(http) == first
+        assert text(http, "live") == served
+
+
+def _activate(http: httpx2.Client, version: str, expected: str) -> httpx2.Response:
+    return http.post("/v1/adapters/live/activate", json={"version": version, "expected": expected})
+
+
+def _kill(server: Server) -> None:
+    server.process.kill()
+    server.process.wait()
