@@ -254,6 +254,7 @@ def test_the_last_failure_is_raised_when_the_retries_are_used_up(
 def test_a_generation_that_may_have_run_is_not_sent_again(sdk: Any, slept: list[float]) -> None:
     for failure, kind in (
         (httpx2.ReadError("reset"), APIConnectionError),
+        (httpx2.ReadError(""), APIConnectionError),
         (httpx2.RemoteProtocolError("gone"), APIConnectionError),
         (httpx2.ReadTimeout("slow"), APITimeoutError),
     ):
@@ -261,6 +262,7 @@ def test_a_generation_that_may_have_run_is_not_sent_again(sdk: Any, slept: list[
         with pytest.raises(kind) as caught:
             sdk.call(generate, script.transport)
         assert caught.value.__cause__ is failure
+        assert str(caught.value)[-1] not in ": "
     assert slept == []
 
 

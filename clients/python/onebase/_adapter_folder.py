@@ -21,11 +21,6 @@ class AdapterFolder:
     config: Path
     weights: Path
 
-    @property
-    def bytes(self) -> int:
-        """Of both files."""
-        return self.config.stat().st_size + self.weights.stat().st_size
-
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
     """The adapter in a folder.

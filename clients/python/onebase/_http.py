@@ -219,7 +219,8 @@ def _errors(request: httpx2.Request) -> Iterator[None]:
             f"cannot connect to {server} ({error}): is the server running?", sent=False
         ) from error
     except httpx2.RequestError as error:
-        raise APIConnectionError(f"the connection to {server} broke: {error}", sent=True) from error
+        reason = str(error) or type(error).__name__
+        raise APIConnectionError(f"the connection to {server} broke: {reason}", sent=True) from error
 
 
 def _url(url: str) -> httpx2.URL:
