@@ -114,18 +114,15 @@ def _report(version: AdapterVersion) -> VersionReport:
 
 
 def _facts(a: AdapterVersion, left: VersionReport, b: AdapterVersion, right: VersionReport) -> Iterable[Fact]:
-    def fact(title: str, mine: str, yours: str) -> Fact:
-        return Fact(title, mine, yours)
-
-    yield fact("kind", " + ".join(left.kinds), " + ".join(right.kinds))
-    yield fact("rank", str(left.rank), str(right.rank))
-    yield fact("alpha", _alpha(left), _alpha(right))
-    yield fact("targets", targets(left.targets), targets(right.targets))
-    yield fact("modules", str(len(left.modules)), str(len(right.modules)))
-    yield fact("parameters", f"{left.parameters:,}", f"{right.parameters:,}")
-    yield fact("size", size(left.bytes), size(right.bytes))
-    yield fact("norm", f"{total_norm(left.modules):.3g}", f"{total_norm(right.modules):.3g}")
-    yield fact("from", came_from(a), came_from(b))
+    yield Fact("kind", " + ".join(left.kinds), " + ".join(right.kinds))
+    yield Fact("rank", str(left.rank), str(right.rank))
+    yield Fact("alpha", _alpha(left), _alpha(right))
+    yield Fact("targets", targets(left.targets), targets(right.targets))
+    yield Fact("modules", str(len(left.modules)), str(len(right.modules)))
+    yield Fact("parameters", f"{left.parameters:,}", f"{right.parameters:,}")
+    yield Fact("size", size(left.bytes), size(right.bytes))
+    yield Fact("norm", f"{total_norm(left.modules):.3g}", f"{total_norm(right.modules):.3g}")
+    yield Fact("from", came_from(a), came_from(b))
 
 
 def _alpha(report: VersionReport) -> str:
