@@ -133,14 +133,14 @@ class Settings:
         default=0,
         metadata=about(
             "adapters",
-            "bytes of adapters in slots, as in 2GB; 0 sets no limit but --max-slots",
+            "bytes of adapters in slots, as in 2GB; 0: on a GPU a tenth of what is free, else no limit",
             parse=parse_size,
             metavar="SIZE",
             low=0,
         ),
     )
     max_rank: int = field(
-        default=64, metadata=about("adapters", "highest rank of an adapter", low=1, high=1024)
+        default=256, metadata=about("adapters", "highest rank of an adapter", low=1, high=1024)
     )
     host_memory: int = field(
         default=0,

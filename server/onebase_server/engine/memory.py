@@ -44,16 +44,16 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
     if count <= RESERVED_BLOCKS:
         raise MemoryBudgetError(
             f"no memory for the KV cache: {max(budget, 0) / 1e6:.0f} MB available, a block takes "
-            f"{block_bytes / 1e6:.2f} MB; lower --train-memory, --max-slots or --max-rank, "
+            f"{block_bytes / 1e6:.2f} MB; lower --train-memory or --slot-memory, "
             "choose a smaller base or set --kv-memory"
         )
     return int(count)
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank` on an accelerator: fp32, twice for an emptying stack."""
+    """Most bytes of `slots` adapters of `rank`, fp32."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
-    return ends * rank * slots * 4 * 2
+    return ends * rank * slots * 4
 
 
 def _meminfo_available() -> int:

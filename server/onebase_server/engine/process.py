@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import nn
 
-from onebase_adapters.attach import publish
+from onebase_adapters.attach import AttachError, publish
 from onebase_adapters.base import (
     BaseChangedError,
     BaseSettings,
@@ -224,7 +224,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     base = load_base(base_settings(config, device))
     # Before anything holds on to its tensors: they move into the memory that workshops attach.
-    manifest = publish(base, base_fd) if base_fd is not None or device.type == "cuda" else b""
+    manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
     model = ServedModel(base, config.max_slots)
     max_length = _max_length(config, base)
@@ -235,7 +235,10 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
     )
     block_bytes = model.kv_bytes_per_token * config.block_size
     most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS
-    free = free_memory(device) - _slot_reserve(config, base, device)
+    free = free_memory(device)
+    slot_memory = _slot_memory(config, base, free, device)
+    if device.type != "cpu":
+        free -= 2 * slot_memory
     blocks = kv_block_count(
         block_bytes, most, free, kv_memory=config.kv_memory, train_memory=config.train_memory
     )
@@ -246,6 +249,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
         kv_blocks=blocks,
         block_size=config.block_size,
         slots=config.max_slots,
+        slot_memory=slot_memory,
         eos_ids=_eos_ids(base),
         model=model,
     )
@@ -282,11 +286,29 @@ def base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
     )
 
 
-def _slot_reserve(config: EngineConfig, base: nn.Module, device: torch.device) -> int:
-    """Bytes to keep free for slots; none on the CPU, where slots point at what host memory holds anyway."""
-    if device.type == "cpu":
-        return 0
-    return slot_bytes(adaptable_layers(base).values(), config.max_slots, config.max_rank)
+def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> bytes:
+    """The manifest for workshops; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
+    if base_fd is None and device.type == "cpu":
+        return b""
+    try:
+        return publish(base, base_fd)
+    except AttachError as error:
+        if device.type == "cpu":
+            raise
+        logger.error("the base cannot be shared, so that no new version can be proven: %s", error)
+        return b""
+
+
+def _slot_memory(config: EngineConfig, base: nn.Module, free: int, device: torch.device) -> int:
+    """Bytes of versions in slots; 0 is no limit.
+
+    On the CPU slots point at what host memory holds anyway. An accelerator keeps twice as much from the KV
+    cache, since a stack may be half empty; by default a tenth of what is free, if that is not more than
+    `max_slots` of `max_rank` could ever fill.
+    """
+    if config.slot_memory or device.type == "cpu":
+        return config.slot_memory
+    return min(free // 10, slot_bytes(adaptable_layers(base).values(), config.max_slots, config.max_rank))
 
 
 def _device(name: str) -> torch.device:

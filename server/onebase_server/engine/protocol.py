@@ -27,10 +27,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    max_rank: int = 64
+    max_rank: int = 256
     max_slots: int = 8
     slot_memory: int = 0
-    """Bytes of the versions in slots; 0 sets no limit but `max_slots`."""
+    """Bytes of the versions in slots; 0: a tenth of what is free on an accelerator, no limit on the CPU."""
     max_rows: int = 64
     max_length: int = 0
     """Longest prompt plus completion, in tokens; 0 takes the base's own limit."""
