@@ -64,6 +64,7 @@ class Activation:
         Raises UnknownAdapterError, ConflictError (not ready), StaleActivationError, InvalidRequestError (no
         room for it in memory), UnavailableError.
         """
+        await self._look(name)
         found = self._catalog.version(name, version, param="version")
         if found.state != "ready":
             raise not_ready(found, "version")
@@ -109,6 +110,7 @@ class Activation:
 
         Raises UnknownAdapterError, InvalidRequestError (more than fits), UnavailableError.
         """
+        await self._look(name)
         record = self._catalog.adapter(name, param="name")
         if pinned:
             others = (one.active for one in self._catalog if one.pinned and one.active)
@@ -125,6 +127,11 @@ class Activation:
         """What was active when, newest first. Raises UnknownAdapterError."""
         with storage_errors(name):
             return await self._records.run(self._registry.history, DEFAULT_TENANT, name)
+
+    async def _look(self, name: str) -> None:
+        """See what other servers have done meanwhile. Raises UnavailableError."""
+        with storage_errors(name):
+            await self._catalog.refresh()
 
     async def _warm(self, record: AdapterRecord) -> None:
         """Load the active version; requests would do it too, only later."""
@@ -145,6 +152,7 @@ class Activation:
         that use it end with AdapterDeletedError.
         """
         async with self._turn:
+            await self._look(name)
             found = self._catalog.version(name, version, param="version")
             record = self._catalog.adapter(name, param="name")
             if not force:
@@ -161,6 +169,7 @@ class Activation:
     async def delete(self, name: str, *, force: bool) -> None:
         """Delete a name with all its versions, also the active one. Raises as `delete_version`."""
         async with self._turn:
+            await self._look(name)
             record = self._catalog.adapter(name, param="name")
             if not force:
                 self._check_unused(record.versions)

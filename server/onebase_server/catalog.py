@@ -58,6 +58,7 @@ class Catalog:
         self._by_digest: dict[str, list[VersionRecord]] = {}
         self._counter = -1
         self._looked_at = -LOOK_SECONDS
+        self._looking: asyncio.Task[bool] | None = None
         self._turn = asyncio.Lock()
 
     # ---- keeping up --------------------------------------------------------------------------
@@ -99,12 +100,18 @@ class Catalog:
     async def look_again(self) -> bool:
         """Whether the registry holds something new; for a name that is not known, or not ready, here.
 
-        Looks at most every LOOK_SECONDS, so that made-up names cost the registry nothing.
+        Looks at most every LOOK_SECONDS, so that made-up names cost the registry nothing. Who asks while a
+        look is under way shares it.
         """
-        now = time.monotonic()
-        if now - self._looked_at < LOOK_SECONDS:
-            return False
-        self._looked_at, counter = now, self._counter
+        if self._looking is None or self._looking.done():
+            if time.monotonic() - self._looked_at < LOOK_SECONDS:
+                return False
+            self._looked_at = time.monotonic()
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+        return await asyncio.shield(self._looking)
+
+    async def _look(self) -> bool:
+        counter = self._counter
         try:
             if await self._threads.run(self._registry.change_counter) != counter:
                 await self.refresh()

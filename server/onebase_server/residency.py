@@ -10,9 +10,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
 
 from onebase_adapters.store import BlobDamagedError, BlobMissingError
 from onebase_server.engine.protocol import (
@@ -33,32 +30,12 @@ from onebase_server.errors import (
     UnavailableError,
 )
 from onebase_server.lease import Held, Lease, Use
+from onebase_server.memory_use import MemoryUse, PreparedFile, Tier
 
 __all__ = ["Lease", "MemoryUse", "PreparedFile", "Residency", "Tier", "Use"]
 
-Tier = Literal["slot", "host", "disk"]
-
 _QUEUE_RETRY_AFTER = 2.0
 _log = logging.getLogger(__name__)
-
-
-class PreparedFile(NamedTuple):
-    """Where a proven version's tensors can be read, and the SHA-256 of that file."""
-
-    path: Path
-    sha256: str
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Host memory for versions, in bytes, and what has happened to it since the start."""
-
-    limit: int
-    used: int
-    versions: int
-    pinned: int
-    loads: int
-    evictions: int
 
 
 class Residency:
