@@ -18,12 +18,14 @@ from typing import Any, BinaryIO
 
 import torch
 
+from onebase_adapters.adapter_spec import LayerShape
 from onebase_adapters.weights import (
     AdapterWeights,
     LoraWeights,
     ModuleWeights,
     SavedModule,
     TokenRows,
+    fits,
     tensors_of,
     weights_bytes,
 )
@@ -103,12 +105,20 @@ def _kind(module: ModuleWeights) -> str:
     return next(kind for kind, cls in _KINDS.items() if isinstance(module, cls))
 
 
-def read_prepared(path: Path, sha256: str | None = None, *, base_id: str | None = None) -> AdapterWeights:
+def read_prepared(
+    path: Path,
+    sha256: str | None = None,
+    *,
+    base_id: str | None = None,
+    layers: Mapping[str, LayerShape] | None = None,
+) -> AdapterWeights:
     """The file's tensors in memory of their own, read once and hashed on the way.
 
     Args:
         sha256: what the file must hash to, in hex.
         base_id: the base that the version must have been proved on.
+        layers: those of the base, by name, which the modules must fit. Other releases of transformers may
+            give the same base other names.
 
     Raises:
         PreparedError: the file is missing, damaged, another one, or of another layout or base.
@@ -127,7 +137,12 @@ def read_prepared(path: Path, sha256: str | None = None, *, base_id: str | None 
         raise PreparedError(f"{path.name} is no prepared adapter: {error}") from error
     if sha256 is not None and digest.hexdigest() != sha256:
         raise PreparedError(f"{path.name} is damaged: its SHA-256 is not {sha256[:12]}…")
-    return _modules(path.name, metadata, tensors, base_id)
+    weights = _modules(path.name, metadata, tensors, base_id)
+    if layers is not None:
+        for name, module in weights.items():
+            if name not in layers or not fits(module, layers[name]):
+                raise PreparedError(f"{path.name} does not fit the base at {name:.200}; prove it again")
+    return weights
 
 
 def _read_header(file: BinaryIO, digest: Any, size: int) -> dict[str, Any]:

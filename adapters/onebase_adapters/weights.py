@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from onebase_adapters.adapter_spec import LayerShape
+
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -114,6 +116,19 @@ def composable(weights: AdapterWeights) -> bool:
     modules or of token rows.
     """
     return all(isinstance(module, LoraWeights) and module.plain for module in weights.values())
+
+
+def fits(module: ModuleWeights, layer: LayerShape) -> bool:
+    """Whether the module's shapes are those that this layer of the base needs."""
+    if isinstance(module, SavedModule):
+        return tuple(module.weight.shape) == layer.weight_shape
+    if isinstance(module, TokenRows):
+        words, dim = layer.weight_shape if layer.kind != "norm" else (0, 0)
+        inside = bool(((module.indices >= 0) & (module.indices < words)).all())
+        return inside and module.rows.shape[1] == dim
+    rank, embedding = module.rank, layer.kind == "embedding"
+    a = (layer.size_in, rank) if embedding else (rank, layer.size_in)
+    return layer.kind != "norm" and (tuple(module.a.shape), module.b.shape[0]) == (a, layer.size_out)
 
 
 def weights_bytes(weights: AdapterWeights) -> int:

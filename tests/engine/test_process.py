@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.prepared import write_prepared
+from onebase_adapters.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_server.engine import protocol
 from onebase_server.engine.protocol import FrameReader, RowOutput
 
@@ -327,6 +329,38 @@ def test_a_prepared_file_that_is_not_the_proven_one_fails_alone(
     assert (failed.digest, failed.code) == ("x", "damaged")
     shared.send(submit("base", [5], max_tokens=1))
     assert shared.outputs("base", 1)[-1].finish == "length"
+
+
+def linear(size_in: int, size_out: int) -> LoraWeights:
+    return LoraWeights(torch.ones(2, size_in), torch.ones(size_out, 2), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "weights"),
+    [
+        ("model.layers.0.mixer.q_proj", linear(128, 128)),
+        ("model.layers.0.self_attn.q_proj", linear(128, 129)),
+        ("model.layers.0.self_attn.q_proj", linear(129, 128)),
+        ("model.norm", linear(128, 128)),
+        ("model.norm", SavedModule(torch.ones(129))),
+        ("model.embed_tokens", linear(320, 128)),
+        ("model.embed_tokens", TokenRows(torch.tensor([320]), torch.ones(1, 128))),
+        ("model.embed_tokens", TokenRows(torch.tensor([5]), torch.ones(1, 129))),
+    ],
+)
+def test_a_proven_file_of_a_base_with_other_modules_fails_alone(
+    shared: EngineClient, tmp_path: Path, module: str, weights: ModuleWeights
+) -> None:
+    path = tmp_path / "prepared"
+    write_prepared(path, {module: weights}, base_id="b")
+    shared.send(load("odd", path))
+    while not isinstance(answer := shared.receive(), protocol.AdapterFailed | protocol.AdapterLoaded):
+        pass
+    shared.send(submit("odd", [5], adapters=("odd",), max_tokens=1), submit("base", [5], max_tokens=1))
+    assert shared.outputs("base", 1)[-1].finish == "length"
+    assert isinstance(answer, protocol.AdapterFailed)
+    assert answer.code == "damaged"
+    assert module in answer.message
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.base import BaseChangedError, fingerprint
+from onebase_adapters.loader import adaptable_layers
 from onebase_adapters.weights import AdapterWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.batch import Batch, Packer
@@ -63,6 +64,7 @@ class Engine:
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
         self._fingerprint = fingerprint(base)
+        self.layers = adaptable_layers(base)
         self.model = model if model is not None else ServedModel(base, slots)
         self.model.allocate_kv(kv_blocks, block_size)
         self.pool = BlockPool(kv_blocks, block_size)

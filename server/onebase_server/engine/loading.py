@@ -6,13 +6,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from onebase_adapters.adapter_spec import LayerShape
 from onebase_adapters.prepared import PreparedError, prepared_bytes, read_prepared
 from onebase_adapters.weights import AdapterWeights, ModuleWeights, tensors_of
 from onebase_server.engine.protocol import AdapterFailed, AdapterLoaded, LoadAdapter
@@ -32,10 +33,16 @@ class Arrived:
 class PreparedLoader:
     """Reads one file after the other and hands over each result by a call from its thread.
 
-    `load`, `forget` and `wanted` are the stepping thread's.
+    `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
     """
 
-    def __init__(self, device: torch.device, deliver: Callable[[Arrived | AdapterFailed], None]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        layers: Mapping[str, LayerShape],
+        deliver: Callable[[Arrived | AdapterFailed], None],
+    ) -> None:
+        self._layers = layers
         self._pin = device.type == "cuda"
         self._deliver = deliver
         self._orders: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
@@ -71,7 +78,7 @@ class PreparedLoader:
 
     def _read(self, order: LoadAdapter) -> Arrived:
         started = time.monotonic()
-        weights = folded(read_prepared(Path(order.path), order.sha256))
+        weights = folded(read_prepared(Path(order.path), order.sha256, layers=self._layers))
         if self._pin:
             weights = pinned(weights)
         return Arrived(

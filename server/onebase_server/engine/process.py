@@ -139,7 +139,7 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 
 def _serve(engine: Engine, channel: Channel) -> int:
-    loader = PreparedLoader(engine.model.device, channel.post)
+    loader = PreparedLoader(engine.model.device, engine.layers, channel.post)
     failures = 0
     while True:
         for message in channel.receive(0 if engine.busy else IDLE_SECONDS):
