@@ -49,6 +49,15 @@ class Bank:
     def built(self) -> bool:
         return self._matrices is not None
 
+    @property
+    def growth(self) -> int:
+        """Columns that the next slot adds."""
+        return 0 if None in self.places else self.width
+
+    def drop(self) -> None:
+        """Free the matrices, to be made again when wanted."""
+        self._matrices = None
+
     def add(self, slot: int, weights: LoraWeights, *, build: bool = False) -> None:
         """Take a slot in that is not here yet; with `build` the matrices are made at once."""
         if None not in self.places:
@@ -156,7 +165,12 @@ class Banks:
                 del self.by_rank[bank.rank]
         if weights is not None:
             rank = bucket(weights.rank)
-            self.by_rank.setdefault(rank, Bank(rank)).add(slot, weights, build=not self._keep)
+            bank = self.by_rank.setdefault(rank, Bank(rank))
+            if self._keep and self.width + bank.growth > MAX_TILED_BANK:
+                # Too wide to be used, and they would take several times the base's memory.
+                for other_bank in self.by_rank.values():
+                    other_bank.drop()
+            bank.add(slot, weights, build=not self._keep)
         if not self._keep:
             # A bank that grew or shrank lies elsewhere now.
             for bank in self.by_rank.values():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onebase_adapters.bank import Banks, bucket
+from onebase_adapters.bank import MAX_TILED_BANK, Banks, bucket
 from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
 from onebase_adapters.slots import SlotLinear
 from onebase_adapters.weights import LoraWeights
@@ -127,6 +127,17 @@ def test_slots_keep_their_products_while_others_come_and_go(keep: bool, built: b
             assert own is not None
             assert torch.equal(own.a, weights.a)
             assert torch.equal(own.b, weights.b)
+
+
+def test_matrices_too_wide_to_be_used_take_no_memory() -> None:
+    layer = SlotLinear(nn.Linear(64, 32, bias=False), StepRows(), slots=SLOTS, tiled=True)
+    tile = mixed_tile(SLOTS)
+    layer.step.tokens = RowMap((Tile(0, TILE, tile.terms[:4], tile.stack),))
+    for slot in range(SLOTS):
+        layer.put(slot, lora(256, slot, 64, 32))
+        layer(torch.ones(TILE, 64))
+        (bank,) = layer.banks.by_rank.values()
+        assert bank.built == (bank.width <= MAX_TILED_BANK)
 
 
 def test_on_an_accelerator_the_banks_are_the_only_copy() -> None:
