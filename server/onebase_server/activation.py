@@ -18,14 +18,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.store import Store, StoreError
 from onebase_server.background import Threads
 from onebase_server.catalog import Catalog, not_ready
-from onebase_server.errors import (
-    AdapterDeletedError,
-    ConflictError,
-    EngineRestartedError,
-    StaleActivationError,
-    UnavailableError,
-    UnknownAdapterError,
-)
+from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
 from onebase_server.residency import Residency, Use
 from onebase_server.storage_errors import storage_errors
 
@@ -87,7 +80,10 @@ class Activation:
     async def roll_back(
         self, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """Back to the version that was active before. Raises as `activate`, ConflictError: there is none."""
+        """Back to the version that was active before, also while it cannot be loaded.
+
+        Raises UnknownAdapterError, StaleActivationError, UnavailableError, ConflictError (there is none).
+        """
         async with self._turn:
             with storage_errors(name):
                 record = await self._records.run(
@@ -110,12 +106,12 @@ class Activation:
 
         Raises UnknownAdapterError, InvalidRequestError (more than fits), UnavailableError.
         """
-        await self._look(name)
-        record = self._catalog.adapter(name, param="name")
-        if pinned:
-            others = (one.active for one in self._catalog if one.pinned and one.active)
-            self._residency.check_pins([*others, *([record.active] if record.active else [])])
         async with self._turn:
+            await self._look(name)
+            record = self._catalog.adapter(name, param="name")
+            if pinned:
+                others = (one.active for one in self._catalog if one.pinned and one.active)
+                self._residency.check_pins([*others, *([record.active] if record.active else [])])
             with storage_errors(name):
                 await self._records.run(self._registry.pin, DEFAULT_TENANT, name, pinned)
                 await self._catalog.refresh()
@@ -134,13 +130,16 @@ class Activation:
             await self._catalog.refresh()
 
     async def _warm(self, record: AdapterRecord) -> None:
-        """Load the active version; requests would do it too, only later."""
+        """Load the active version; requests would do it too, only later.
+
+        Never fails: what it follows is done, and whoever read an error would do it once more.
+        """
         if record.active is None:
             return
         try:
             async with self._residency.lease([Use(record.name, record.active)]):
                 pass
-        except (UnavailableError, EngineRestartedError, AdapterDeletedError, UnknownAdapterError) as error:
+        except OneBaseError as error:
             _log.warning("%s is not in memory yet: %s", record.name, error)
 
     # ---- the end of versions -----------------------------------------------------------------

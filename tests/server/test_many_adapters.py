@@ -164,3 +164,29 @@ def test_more_than_fits_is_refused_with_the_limit(http: httpx2.Client) -> None:
         assert answer.json()["error"]["code"] == "host_memory_exceeded"
         assert "--host-memory" in answer.json()["error"]["message"]
     assert http.get("/v1/adapters/tenant-0300").json()["pinned"] is False
+
+
+def test_a_rollback_without_room_in_memory_is_done_and_says_so(http: httpx2.Client) -> None:
+    def put(name: str, action: str, **body: object) -> httpx2.Response:
+        return http.post(f"/v1/adapters/{name}/{action}", json=body)
+
+    def activate(name: str) -> None:
+        version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
+        put(name, "activate", version=version).raise_for_status()
+
+    for adapter in http.get("/v1/adapters").json()["data"]:
+        if adapter["pinned"]:
+            put(adapter["name"], "pin", pinned=False).raise_for_status()
+    activate("tenant-0400")
+    put("tenant-0400", "deactivate").raise_for_status()
+    for number in range(500, 500 + RESIDENT):
+        activate(f"tenant-{number:04}")
+        put(f"tenant-{number:04}", "pin", pinned=True).raise_for_status()
+
+    rolled_back = put("tenant-0400", "rollback")
+    used = http.post("/generate", json={"prompt": "x", "adapter": "tenant-0400"})
+
+    assert rolled_back.status_code == 200, "a client that reads an error would roll back once more"
+    assert rolled_back.json()["active"] is True
+    assert rolled_back.json()["tier"] == "disk"
+    assert used.json()["error"]["code"] == "host_memory_exceeded"
