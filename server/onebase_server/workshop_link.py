@@ -21,8 +21,8 @@ from onebase_server.workshop.protocol import (
     Proved,
     Rejected,
     from_workshop_decoder,
-    scratch_folder,
 )
+from onebase_server.workshop.scratch import scratch_folder
 
 WORKSHOP_COMMAND = (sys.executable, "-m", "onebase_server.workshop")
 ATTEMPTS = 2

@@ -26,8 +26,8 @@ from onebase_server.workshop.protocol import (
     Prove,
     Proved,
     from_workshop_decoder,
-    scratch_folder,
 )
+from onebase_server.workshop.scratch import scratch_folder
 from onebase_server.workshop_link import RejectedError, Workshop, WorkshopGoneError
 
 PATIENCE = 240
@@ -264,8 +264,10 @@ def test_the_workshop_ends_even_if_its_proof_hangs(
     api = new_api(str(FAULTY))
     api.send(session_bench.job(adapter, fault="hangs"))
     api.wait_until_proving()
+    assert scratch_folder(api.process.pid).is_dir()
     api.hang_up()
     assert api.end() == 0
+    assert not scratch_folder(api.process.pid).exists()
 
 
 def test_bytes_that_are_no_message_end_the_process(new_api: NewApi) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -15,7 +14,7 @@ import warnings
 import transformers
 
 from onebase_server.workshop.process import run, step_aside
-from onebase_server.workshop.protocol import scratch_folder
+from onebase_server.workshop.scratch import make_scratch
 
 
 def main() -> int:
@@ -31,13 +30,11 @@ def main() -> int:
     # Ctrl-C in a terminal reaches every process; the api decides when the workshop ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     step_aside()
-    scratch = scratch_folder(os.getpid())
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700)
+    scratch = make_scratch()
     # All temporary files of this process, so that the api finds them when it had to be killed.
     tempfile.tempdir = str(scratch)
     try:
-        return run(socket.socket(fileno=arguments.fd), arguments.base_fd)
+        return run(socket.socket(fileno=arguments.fd), arguments.base_fd, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

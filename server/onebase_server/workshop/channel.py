@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import shutil
 import socket
 import threading
+from pathlib import Path
 
 import msgspec
 
@@ -26,7 +28,8 @@ class ApiGoneError(Exception):
 class Channel:
     """Reads in a thread of its own, so that an api that ends is noticed while a proof computes."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, scratch: Path | None = None) -> None:
+        self._scratch = scratch
         self._socket = sock
         self._inbox: queue.SimpleQueue[ToWorkshop | None] = queue.SimpleQueue()
         self._gone = threading.Event()
@@ -62,6 +65,12 @@ class Channel:
             logger.error("reading from the api failed: %s", error)
         self._gone.set()
         self._inbox.put(None)
-        timer = threading.Timer(LONGEST_GOODBYE, os._exit, [0])
+        timer = threading.Timer(LONGEST_GOODBYE, self._leave)
         timer.daemon = True
         timer.start()
+
+    def _leave(self) -> None:
+        """End the process although it computes; nothing else would remove its files."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        os._exit(0)

@@ -26,9 +26,12 @@ PROGRESS_SECONDS = 0.1
 """Time between two progress messages of one stage."""
 
 
-def run(sock: socket.socket, base_fd: int | None = None) -> int:
-    """Serve one api until it closes the socket; returns the process's exit status."""
-    channel = Channel(sock)
+def run(sock: socket.socket, base_fd: int | None = None, scratch: Path | None = None) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status.
+
+    `scratch`: a folder that is removed if the process has to end in the middle of something.
+    """
+    channel = Channel(sock, scratch)
     try:
         message = channel.receive()
         if not isinstance(message, Attach):

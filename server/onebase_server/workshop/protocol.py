@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -14,11 +12,6 @@ import msgspec
 from onebase_server.engine.protocol import EngineConfig, Fatal, Shutdown
 
 Stage = Literal["validating", "proving"]
-
-
-def scratch_folder(pid: int) -> Path:
-    """Where the workshop of this process id keeps temporary files; the api removes it after a kill."""
-    return Path(tempfile.gettempdir()) / f"onebase-workshop-{pid}"
 
 
 # ---- what a version turned out to be ---------------------------------------------------------
