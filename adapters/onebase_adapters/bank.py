@@ -126,9 +126,8 @@ class Bank:
     def _resize(self, count: int) -> None:
         """Move the slots that are here to `count` places, the first ones."""
         kept = [place for place, slot in enumerate(self.places) if slot is not None]
-        old, self._matrices = self._matrices, None
-        if old is not None:
-            a, b = old
+        if self._matrices is not None:
+            a, b = self._matrices
             new = a.new_zeros(count * self.rank, a.shape[1]), b.new_zeros(b.shape[0], count * self.rank)
             for target, place in enumerate(kept):
                 to, source = (slice(p * self.rank, (p + 1) * self.rank) for p in (target, place))
@@ -156,8 +155,7 @@ class Banks:
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
         """Take a slot's plain LoRA in, or forget it with None."""
-        old = self._slots[slot]
-        self._slots[slot] = weights
+        old, self._slots[slot] = self._slots[slot], None
         if old is not None:
             bank = self.by_rank[bucket(old.rank)]
             bank.remove(slot)
@@ -171,6 +169,7 @@ class Banks:
                 for other_bank in self.by_rank.values():
                     other_bank.drop()
             bank.add(slot, weights, build=not self._keep)
+            self._slots[slot] = weights
         if not self._keep:
             # A bank that grew or shrank lies elsewhere now.
             for bank in self.by_rank.values():

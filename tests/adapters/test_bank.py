@@ -140,6 +140,22 @@ def test_matrices_too_wide_to_be_used_take_no_memory() -> None:
         assert bank.built == (bank.width <= MAX_TILED_BANK)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_slot_that_cannot_be_filled_stays_empty_and_harms_no_other(keep: bool) -> None:
+    banks = Banks(SLOTS, keep=keep)
+    banks.put(0, lora(8, 0, 64, 32))
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(4))
+    before = banks.delta(x, stack({0: 1.0}))
+    with pytest.raises(RuntimeError):
+        banks.put(1, lora(8, 1, 65, 32))
+    banks.put(1, None)
+    assert banks.own(1) is None
+    after = banks.delta(x, stack({0: 1.0}))
+    assert before is not None
+    assert after is not None
+    torch.testing.assert_close(after, before)
+
+
 def test_on_an_accelerator_the_banks_are_the_only_copy() -> None:
     banks = Banks(SLOTS, keep=False)
     for slot, rank in enumerate((8, 8, 8, 100)):

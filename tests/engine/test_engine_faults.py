@@ -92,6 +92,31 @@ def test_a_failing_step_ends_its_own_rows_and_later_ones_are_served(base: nn.Mod
     assert engine.counters.failed_steps == 1
 
 
+def test_a_version_that_no_slot_takes_fails_alone_and_leaves_nothing_in_its_slot(
+    base: nn.Module, tmp_path: Path
+) -> None:
+    """As when an accelerator's memory runs out."""
+    weights = load_folder(base, save_adapter(base, ADAPTERS[0], tmp_path, seed=1)).weights
+    engine, expected = create(base, slots=2), create(base, slots=2)
+    for one in (engine, expected):
+        one.put_adapter("good", weights)
+        one.put_adapter("halfway", {**weights, "model.norm": next(iter(weights.values()))})
+    for name in ("before", "after"):
+        expected.submit(submit(name, [3, 4], adapter="good"))
+    alone = {key: tokens(events) for key, events in finish(expected).items()}
+    engine.submit(submit("before", [3, 4], adapter="good"))
+    engine.step()
+    engine.submit(submit("halfway", [3, 4], n=2, adapter="halfway"))
+    found = finish(engine)
+    assert [found["halfway", choice][-1].error_code for choice in (0, 1)] == ["step_failed"] * 2
+    assert "halfway" not in engine.slots.slot_of
+    engine.submit(submit("after", [3, 4], adapter="good"))
+    found |= finish(engine)
+    assert {key: tokens(found[key]) for key in alone} == alone
+    for module in engine.model._bank._modules.values():
+        assert len(module.filled) <= 1
+
+
 def test_what_a_failed_step_should_have_written_is_never_reused(base: nn.Module) -> None:
     engine = create(base)
     Flaky(engine, {0})

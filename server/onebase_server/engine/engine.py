@@ -164,7 +164,8 @@ class Engine:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
         """
         plan = self.scheduler.plan()
-        self._apply_moves()
+        if self._apply_moves():
+            plan = plan.unfinished()
         if not plan:
             return
         self.counters.steps += 1
@@ -221,11 +222,18 @@ class Engine:
         changed, self._slots_changed = self._slots_changed, False
         return changed
 
-    def _apply_moves(self) -> None:
+    def _apply_moves(self) -> bool:
+        """Bring the slots up to date. Rows whose version cannot be loaded end; says whether any did."""
         moves, self.slots.moves = self.slots.moves, {}
-        if moves:
-            self.model.move_slots(moves, self.versions.weights)
-            self._slots_changed = True
+        self._slots_changed |= bool(moves)
+        failed = self.model.move_slots(moves, self.versions.weights) if moves else {}
+        for slot, error in failed.items():
+            logger.error("a version cannot be put into slot %d", slot, exc_info=error)
+            message = f"its adapter cannot be put into a slot: {error}"
+            for row in self.slots.users(slot):
+                self._end(row, "error", code="step_failed", message=message)
+            self.slots.vacate(slot)
+        return bool(failed)
 
     def _note_first_steps(self, plan: Plan) -> None:
         for segment in plan.segments:

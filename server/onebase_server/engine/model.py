@@ -67,12 +67,26 @@ class ServedModel:
         """Create the KV cache. Zeroed memory: on the CPU pages are taken only when written."""
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
 
-    def move_slots(self, moves: Mapping[int, str | None], store: Mapping[str, AdapterWeights]) -> None:
-        """Load or empty slots; `store` holds each version's matrices in host memory."""
-        for slot, digest in moves.items():
+    def move_slots(
+        self, moves: Mapping[int, str | None], store: Mapping[str, AdapterWeights]
+    ) -> dict[int, Exception]:
+        """Load or empty slots; `store` holds each version's matrices in host memory.
+
+        Returns the slots that could not be loaded, for lack of memory say, and are empty now.
+        """
+        failed: dict[int, Exception] = {}
+        for slot in moves:
             self._bank.clear(slot)
-            if digest is not None:
-                self._bank.load(slot, store[digest])
+        for slot, digest in moves.items():
+            try:
+                if digest is not None:
+                    self._bank.load(slot, store[digest])
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self._bank.clear(slot)
+                failed[slot] = error
+        return failed
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Raw logits of the batch's `logit_rows`, [L, vocab] in the model's dtype."""

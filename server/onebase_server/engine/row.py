@@ -109,5 +109,10 @@ class Plan:
     def segments(self) -> list[Segment]:
         return self.decodes + self.prefills
 
+    def unfinished(self) -> Plan:
+        """The same without rows that have ended meanwhile."""
+        going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]
+        return Plan(*going)
+
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)

@@ -100,6 +100,14 @@ class SlotTable:
         self._empty(number)
         return True
 
+    def users(self, number: int) -> list[Row]:
+        """The rows that use a slot, in order of arrival."""
+        return sorted(self._slots[number].users, key=lambda row: row.arrival)
+
+    def vacate(self, number: int) -> None:
+        """The slot holds nothing, whatever was to be loaded; its rows have ended."""
+        self._slots[number].digest = None
+
     def _empty(self, number: int) -> None:
         if self._slots[number].digest is not None:
             self._slots[number].digest = None
