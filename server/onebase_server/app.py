@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 from urllib.parse import unquote
@@ -24,7 +25,7 @@ from onebase_server.errors import (
 )
 from onebase_server.routes import adapters, chat, completions, generate, health, models, vllm
 from onebase_server.schemas import validation_error
-from onebase_server.services import Services
+from onebase_server.services import Services, server_stopping
 
 _ADAPTERS = "/v1/adapters"
 _log = logging.getLogger(__name__)
@@ -54,7 +55,31 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(Exception, _answer_unexpected)
     app.add_middleware(BodyLimit, limit=services.settings.max_body)
     app.add_middleware(QuotedNames)
+    app.add_middleware(StoppedRequests, services=services)
     return app
+
+
+class StoppedRequests:
+    """Says so to whom the server's end has cut off before the answer began; uvicorn would say 500."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = False
+
+        async def watched(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if answering or not self._services.draining:
+                raise
+            await _response(server_stopping())(scope, receive, send)
 
 
 class BodyLimit:

@@ -82,7 +82,7 @@ async def run_server(
     try:
         await asyncio.wait({engine, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
-            await _drain(services, engine)
+            await _drain(services, server, engine)
     finally:
         services.draining = True
         first_ready.cancel()
@@ -100,18 +100,23 @@ async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
     on_ready()
 
 
-async def _drain(services: Services, engine: asyncio.Task[None]) -> None:
-    """Wait until running requests have ended, for at most the drain timeout."""
+async def _drain(services: Services, server: _Server, engine: asyncio.Task[None]) -> None:
+    """Wait until running requests have ended, for at most the drain timeout.
+
+    Uploads and those that wait for a proof, a pull or a load are running too: not only what the engine has.
+    """
     router = services.supervisor.router
-    running = router.open_requests
-    if running:
-        _log.warning("stopping: %d running requests may end; press Ctrl-C again to end at once", running)
+    requests = server.server_state.tasks
+    if requests:
+        _log.warning(
+            "stopping: %d running requests may end; press Ctrl-C again to end at once", len(requests)
+        )
     try:
         async with asyncio.timeout(services.settings.drain_timeout):
-            while router.open_requests and not engine.done():
+            while (requests or router.open_requests) and not engine.done():
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        _log.warning("stopping: %d requests did not end in time", router.open_requests)
+        _log.warning("stopping: %d requests did not end in time", len(requests))
         router.fail_all(server_stopping())
 
 

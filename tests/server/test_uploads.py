@@ -176,3 +176,51 @@ def test_a_full_disk_is_507_and_what_was_stored_goes_on_being_served(
         assert upload(http, "more", b"m" * 1_000_000).status_code == 200
         server.signal(signal.SIGTERM)
         assert server.exit_status() == 0
+
+
+def begun(server: Server, more: int) -> socket.socket:
+    """An upload that the server is writing to its disk, and of which `more` bytes are still to come."""
+    first = NAME + CONFIG_PART + WEIGHTS_PART[:-2] + b"w" * 1_200_000
+    before = stored(server)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    head = (
+        "POST /v1/adapters?wait=true HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Content-Type: multipart/form-data; boundary=B\r\nContent-Length: {len(first) + more}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + first)
+    server.wait_for(lambda: len(stored(server)) > len(before), 30)
+    return connection
+
+
+def answer_on(connection: socket.socket) -> bytes:
+    with connection, connection.makefile("rb") as answer:
+        return answer.read()
+
+
+def test_an_upload_that_has_begun_is_a_running_request_when_the_server_stops(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words") as server:
+        rest = b"\r\n" + END
+        connection = begun(server, len(rest))
+        server.signal(signal.SIGTERM)
+        server.wait_for(lambda: server.status_of("/ready") == 503)
+
+        connection.sendall(rest)
+
+        assert answer_on(connection).startswith(b"HTTP/1.1 200 ")
+        assert server.exit_status() == 0
+        assert "1 running requests may end" in server.log
+
+
+def test_an_upload_that_outlasts_the_drain_is_told_that_the_server_stops(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--drain-timeout", "0.1") as server:
+        connection = begun(server, 500_000)
+        server.signal(signal.SIGTERM)
+
+        answer = answer_on(connection)
+
+        assert answer.startswith(b"HTTP/1.1 503 "), answer
+        assert b"server_stopping" in answer
+        assert server.exit_status() == 0
+        assert "Traceback" not in server.log
