@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from onebase_adapters.rows import TILE, Stack
-from onebase_adapters.weights import LoraWeights
+from onebase_adapters.weights import AdapterWeights, LoraWeights, weights_bytes
 
 MAX_TILED_BANK = 1024
 """Columns up to which the stack beats each slot's own products on the CPU."""
@@ -24,11 +24,20 @@ def bucket(rank: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (rank - 1).bit_length())
 
 
+def stacked_bytes(weights: AdapterWeights) -> int:
+    """Bytes of a version whose plain LoRAs lie in banks: with their ranks rounded up."""
+    lora = (module for module in weights.values() if isinstance(module, LoraWeights) and module.plain)
+    padding = sum(
+        (bucket(m.rank) - m.rank) * (m.a.numel() // m.rank + m.b.shape[0]) * m.a.itemsize for m in lora
+    )
+    return weights_bytes(weights) + padding
+
+
 class Bank:
     """The adapters of one bucket: `a` [places * rank, in] and `b` [out, places * rank], with the scale in b.
 
-    Places double when all are taken and halve when three quarters are free. `b` holds finite numbers only
-    (`load_adapter` refuses others): a row's idle places give 0 * b there.
+    Places double when all are taken and halve when fewer than half are, so that at most half are empty.
+    `b` holds finite numbers only (`load_adapter` refuses others): a row's idle places give 0 * b there.
     """
 
     def __init__(self, rank: int) -> None:
@@ -73,7 +82,7 @@ class Bank:
         place = self.places.index(slot)
         self._write(place, None)
         self.places = (*self.places[:place], None, *self.places[place + 1 :])
-        if 1 < len(self.places) >= 4 * len(self.slots):
+        if 2 * len(self.slots) < len(self.places):
             self._resize(len(self.places) // 2)
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onebase_adapters.bank import MAX_TILED_BANK, Banks, bucket
+from onebase_adapters.bank import MAX_TILED_BANK, Banks, bucket, stacked_bytes
 from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
 from onebase_adapters.slots import SlotLinear
 from onebase_adapters.weights import LoraWeights
@@ -92,12 +92,13 @@ def test_a_bank_holds_only_the_slots_of_its_ranks_and_grows_with_them() -> None:
     assert widths == [8, 16, 16 + 256, 32 + 256, 32 + 256, 64 + 256]
     banks.put(2, None)
     assert sorted(banks.by_rank) == [8], "a rank that nobody has any more costs nothing"
-    for slot in (0, 1, 3):
-        banks.put(slot, None)
-    assert banks.width == 32, "places halve once three quarters are free"
+    banks.put(0, None)
+    assert banks.width == 64, "a slot that comes back does not move the others"
+    banks.put(1, None)
+    assert banks.width == 32, "places halve once fewer than half are taken"
+    banks.put(3, None)
     banks.put(4, lora(16, 4, 64, 32))
-    banks.put(5, None)
-    assert banks.width == 16
+    assert banks.width == 16 + 16
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,20 @@ def test_a_slot_that_cannot_be_filled_stays_empty_and_harms_no_other(keep: bool)
     assert before is not None
     assert after is not None
     torch.testing.assert_close(after, before)
+
+
+def test_stacks_take_at_most_twice_the_memory_that_their_versions_are_counted_with() -> None:
+    draw = torch.Generator().manual_seed(7)
+    banks, present = Banks(SLOTS, keep=False), dict[int, int]()
+    for step in range(200):
+        slot = int(torch.randint(0, SLOTS, (1,), generator=draw))
+        if present.pop(slot, None) is not None:
+            banks.put(slot, None)
+        elif step % 50 < 25:
+            weights = lora((1, 5, 33, 9)[step % 4], step, 64, 32)
+            present[slot] = stacked_bytes({"layer": weights})
+            banks.put(slot, weights)
+        assert sum(present.values()) <= banks.width * (64 + 32) * 4 <= 2 * sum(present.values())
 
 
 def test_on_an_accelerator_the_banks_are_the_only_copy() -> None:

@@ -17,8 +17,11 @@ from onebase_adapters import slots
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.rows import StepRows
 from onebase_adapters.slots import SlotModule
+from onebase_adapters.weights import LoraWeights
 from onebase_server.engine import model
+from onebase_server.engine.engine import Engine
 from onebase_server.engine.model import ServedModel
+from onebase_server.engine.scheduler import Limits
 
 ASKED = requests(18, seed=7)
 
@@ -37,6 +40,15 @@ def untiled(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap_layers, initialize = slots.wrap_layers, ServedModel.__init__
     monkeypatch.setattr(model, "wrap_layers", wrap)
     monkeypatch.setattr(ServedModel, "__init__", create)
+
+
+@pytest.mark.usefixtures("untiled")
+def test_the_memory_of_slots_counts_ranks_as_stacks_round_them_up(tmp_path: Path) -> None:
+    base = load_base(BaseSettings(save_base("llama", tmp_path / "base"), quantization="none"))
+    engine = Engine(base, name="tiny", limits=Limits(2, 32, 64), kv_blocks=8, slots=2)
+    weights = LoraWeights(torch.ones(9, 128), torch.ones(128, 9), 1.0)
+    engine.put_adapter("nine", {"model.layers.0.self_attn.q_proj": weights})
+    assert engine.versions.size("nine") == 16 * (128 + 128) * 4
 
 
 @pytest.mark.usefixtures("untiled")

@@ -10,9 +10,10 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+from onebase_adapters.bank import stacked_bytes
 from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.loader import adaptable_layers
-from onebase_adapters.weights import AdapterWeights
+from onebase_adapters.weights import AdapterWeights, weights_bytes
 from onebase_server.engine import protocol
 from onebase_server.engine.batch import Batch, Packer
 from onebase_server.engine.kv_cache import BlockPool
@@ -68,7 +69,7 @@ class Engine:
         self.model = model if model is not None else ServedModel(base, slots)
         self.model.allocate_kv(kv_blocks, block_size)
         self.pool = BlockPool(kv_blocks, block_size)
-        self.versions = Versions()
+        self.versions = Versions(weights_bytes if self.model.tiled else stacked_bytes)
         self.slots = SlotTable(slots, slot_memory, self.versions.size)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self.counters = Counters()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from onebase_adapters.bank import bucket
 from onebase_adapters.format import LayerShape
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
 
@@ -51,9 +52,9 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank`, fp32."""
+    """Most bytes of `slots` adapters of `rank`, fp32, as banks hold them."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
-    return ends * rank * slots * 4
+    return ends * bucket(rank) * slots * 4
 
 
 def _meminfo_available() -> int:

@@ -302,9 +302,9 @@ def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> byte
 def _slot_memory(config: EngineConfig, base: nn.Module, free: int, device: torch.device) -> int:
     """Bytes of versions in slots; 0 is no limit.
 
-    On the CPU slots point at what host memory holds anyway. An accelerator keeps twice as much from the KV
-    cache, since a stack may be half empty; by default a tenth of what is free, if that is not more than
-    `max_slots` of `max_rank` could ever fill.
+    On the CPU slots point at what host memory holds anyway, beside at most MAX_TILED_BANK columns of stacks a
+    layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by default a
+    tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from onebase_adapters.weights import AdapterWeights, composable, weights_bytes
 from onebase_server.engine.row import AdapterMix
@@ -13,7 +13,9 @@ from onebase_server.engine.slot_table import SlotTable
 class Versions:
     """Finished tensors by digest. A version that is told to leave stays until its last row has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, size_in_slot: Callable[[AdapterWeights], int] = weights_bytes) -> None:
+        """`size_in_slot`: bytes that a version takes of the slots' memory."""
+        self._size_in_slot = size_in_slot
         self.weights: dict[str, AdapterWeights] = {}
         self._sizes: dict[str, int] = {}
         self._alone: set[str] = set()
@@ -31,7 +33,7 @@ class Versions:
     def put(self, digest: str, weights: AdapterWeights) -> None:
         """Take a version in; its scales go into B where that changes no bit."""
         self.weights[digest] = folded(weights)
-        self._sizes[digest] = weights_bytes(self.weights[digest])
+        self._sizes[digest] = self._size_in_slot(self.weights[digest])
         self._leaving.discard(digest)
         if not composable(weights):
             self._alone.add(digest)
@@ -56,7 +58,7 @@ class Versions:
         return dropped
 
     def size(self, digest: str) -> int:
-        """Bytes of a version's tensors."""
+        """Bytes of a version in a slot."""
         return self._sizes[digest]
 
     def check(self, mix: AdapterMix, slot_budget: int = 0) -> None:
