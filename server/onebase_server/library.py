@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, repeat
 from typing import Any
 
 from onebase_adapters import registry as registry_errors
@@ -35,7 +36,8 @@ from onebase_server.workshop.protocol import Progress
 from onebase_server.workshop_link import RejectedError, WorkshopGoneError
 
 ACTIVATION_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
-"""Seconds between tries to activate what is ready, while the engine restarts or memory is full."""
+"""Seconds between tries to record or to activate what is ready: the registry is away, the engine restarts,
+memory is full."""
 WISHES = "wishes"
 """Key of a version's source that holds what was asked for with it."""
 
@@ -233,7 +235,7 @@ class Library:
         """The whole way of one version; whatever happens is in the registry afterwards."""
         try:
             proof = await self._proof(version, job, patient)
-            await self._set_state(version, "ready", report=proof.report, prepared=proof.prepared)
+            await self._finish(version, "ready", report=proof.report, prepared=proof.prepared)
         except RejectedError as error:
             await self._failed(version, error.code, error.message)
         except StoreFullError:
@@ -269,9 +271,24 @@ class Library:
 
     async def _failed(self, version: VersionRecord, code: str, message: str) -> None:
         try:
-            await self._set_state(version, "failed", error=(code, message))
+            await self._finish(version, "failed", error=(code, message))
         except registry_errors.RegistryError as error:
             _log.error("version %s of %s: %s", version.digest[:12], version.name, error)
+
+    async def _finish(self, version: VersionRecord, state: Any, **facts: Any) -> None:
+        """As `_set_state`, until the registry takes it: nobody else would finish what this server proved.
+
+        Raises UnknownAdapterError, UnknownVersionError.
+        """
+        for pause in chain(ACTIVATION_PAUSES, repeat(ACTIVATION_PAUSES[-1])):
+            try:
+                await self._set_state(version, state, **facts)
+                return
+            except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
+                raise
+            except registry_errors.RegistryError as error:
+                _log.warning("version %s of %s waits: %s", version.digest[:12], version.name, error)
+            await asyncio.sleep(pause)
 
     async def _set_state(self, version: VersionRecord, state: Any, **facts: Any) -> None:
         await self._records.run(

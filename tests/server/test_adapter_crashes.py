@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -253,3 +254,18 @@ def test_a_folder_given_at_start_gives_way_to_what_was_activated_since(
     with serve_scripted("words", *options, data_dir=data_dir) as server, server.client() as http:
         assert http.get("/v1/adapters/acme").json()["version"] == newer
         assert len(http.get("/v1/adapters/acme/versions").json()["data"]) == 3
+
+
+def test_a_version_whose_proof_ends_while_the_registry_cannot_be_written_is_ready_afterwards(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words,slow", data_dir=tmp_path / "data") as server, server.client() as http:
+        upload(http, "acme", b"proved", query="activate=true").raise_for_status()
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        server.wait_for(lambda: "of acme waits: " in server.log, 60)
+        assert http.get("/v1/adapters/acme").json()["state"] in ("validating", "proving")
+
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, unlimited)
+
+        server.wait_for(lambda: http.get("/v1/adapters/acme").json()["active"], 60)
