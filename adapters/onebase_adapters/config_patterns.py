@@ -106,7 +106,8 @@ class Targets:
     names: frozenset[str]
     excluded: frozenset[str]
     layers: frozenset[int] | None
-    patterns: tuple[str, ...]
+    patterns: Mapping[str, int]
+    """Names before a layer's number, and which goes first."""
 
     @classmethod
     def of(
@@ -121,7 +122,8 @@ class Targets:
             return None
         if layers is not None and not all(p and _LITERAL.issuperset(p) and "." not in p for p in patterns):
             return None
-        return cls(frozenset(names), frozenset(excluded or ()), layers, patterns)
+        order = {pattern: place for place, pattern in reversed(list(enumerate(patterns)))}
+        return cls(frozenset(names), frozenset(excluded or ()), layers, order)
 
     def means(self, name: str) -> bool:
         """Whether the module `name` is a target."""
@@ -135,9 +137,10 @@ class Targets:
     def _layer(self, name: str) -> int | None:
         """The number behind `layers.`; behind any name but the first part, if there is no pattern."""
         parts = name.split(".")
-        for pattern in self.patterns or (None,):
-            for place in range(len(parts) - 2):
-                fits = place > 0 if pattern is None else parts[place] == pattern
-                if fits and parts[place + 1].isdigit():
-                    return int(parts[place + 1])
-        return None
+        numbered = [place for place in range(len(parts) - 2) if parts[place + 1].isdigit()]
+        if self.patterns:
+            known = [place for place in numbered if parts[place] in self.patterns]
+            found = min(known, key=lambda place: self.patterns[parts[place]], default=None)
+        else:
+            found = next((place for place in numbered if place > 0), None)
+        return None if found is None else int(parts[found + 1])

@@ -67,6 +67,9 @@ def evil_configs() -> Iterator[tuple[str, bytes]]:
         yield f"regexes {field}", made(**{field: [REGEX], "layers_to_transform": [0]})
         yield f"many {field}", made(**{field: [f"n{i}" for i in range(90_000)]})
         yield f"known {field}", made(**{field: ["q_proj", "model.norm", "lm_head"] * 20_000})
+    linear = sorted({name.rpartition(".")[2] for name in LAYERS if "proj" in name})
+    many = [f"n{i}" for i in range(90_000)]
+    yield "layers by many names", made(target_modules=linear, layers_to_transform=[0], layers_pattern=many)
     for field in ("rank_pattern", "alpha_pattern"):
         yield f"regex {field}", made(**{field: {REGEX: 1}})
         yield f"many {field}", made(**{field: {f"n{i}": 1 for i in range(8_000)}})

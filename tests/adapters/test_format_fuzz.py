@@ -36,6 +36,9 @@ from onebase_adapters.format import AdapterFormatError, AdapterSpec
 PROCESS_BOUND = 128 << 20
 """Bytes that reading may add to the process, whatever the files hold."""
 
+PROCESSOR_BOUND = 3.0
+"""Seconds of processor time for a file; the slowest take less than one."""
+
 
 def test_evil_files_end_soon_and_take_little_memory(tmp_path: Path) -> None:
     names = evil_files.write_all(tmp_path)
@@ -49,6 +52,8 @@ def test_evil_files_end_soon_and_take_little_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
     assert sum(one["grown"] for one in told.values()) < PROCESS_BOUND
+    slow = {name: one["seconds"] for name, one in told.items() if one["seconds"] > PROCESSOR_BOUND}
+    assert not slow
     large = tmp_path / f"{len(names) - 1:03}" / WEIGHTS
     assert large.stat().st_size > 2 * PROCESS_BOUND
     large.unlink()
