@@ -22,6 +22,9 @@ from onebase_server.errors import ConflictError, OneBaseError, StaleActivationEr
 from onebase_server.residency import Residency, Use
 from onebase_server.storage_errors import storage_errors
 
+WARM_SECONDS = 5.0
+"""How long the answer to a rollback or a pin waits until the version is in memory."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -132,13 +135,19 @@ class Activation:
     async def _warm(self, record: AdapterRecord) -> None:
         """Load the active version; requests would do it too, only later.
 
-        Never fails: what it follows is done, and whoever read an error would do it once more.
+        Never fails, and waits for room for a moment only: what it follows is done, and whoever read an error
+        would do it once more.
         """
         if record.active is None:
             return
         try:
-            async with self._residency.lease([Use(record.name, record.active)]):
+            async with (
+                asyncio.timeout(WARM_SECONDS),
+                self._residency.lease([Use(record.name, record.active)]),
+            ):
                 pass
+        except TimeoutError:
+            _log.warning("%s is not in memory yet: it waits for room", record.name)
         except OneBaseError as error:
             _log.warning("%s is not in memory yet: %s", record.name, error)
 

@@ -166,27 +166,52 @@ def test_more_than_fits_is_refused_with_the_limit(http: httpx2.Client) -> None:
     assert http.get("/v1/adapters/tenant-0300").json()["pinned"] is False
 
 
-def test_a_rollback_without_room_in_memory_is_done_and_says_so(http: httpx2.Client) -> None:
-    def put(name: str, action: str, **body: object) -> httpx2.Response:
-        return http.post(f"/v1/adapters/{name}/{action}", json=body)
+def put(http: httpx2.Client, name: str, action: str, **body: object) -> httpx2.Response:
+    return http.post(f"/v1/adapters/{name}/{action}", json=body)
 
-    def activate(name: str) -> None:
-        version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
-        put(name, "activate", version=version).raise_for_status()
 
+def activate(http: httpx2.Client, name: str) -> None:
+    version = http.get(f"/v1/adapters/{name}/versions").json()["data"][0]["version"]
+    put(http, name, "activate", version=version).raise_for_status()
+
+
+def pin_only(http: httpx2.Client, names: list[str]) -> None:
     for adapter in http.get("/v1/adapters").json()["data"]:
         if adapter["pinned"]:
-            put(adapter["name"], "pin", pinned=False).raise_for_status()
-    activate("tenant-0400")
-    put("tenant-0400", "deactivate").raise_for_status()
-    for number in range(500, 500 + RESIDENT):
-        activate(f"tenant-{number:04}")
-        put(f"tenant-{number:04}", "pin", pinned=True).raise_for_status()
+            put(http, adapter["name"], "pin", pinned=False).raise_for_status()
+    for name in names:
+        activate(http, name)
+        put(http, name, "pin", pinned=True).raise_for_status()
 
-    rolled_back = put("tenant-0400", "rollback")
+
+def test_a_rollback_without_room_in_memory_is_done_and_says_so(http: httpx2.Client) -> None:
+    pin_only(http, [])
+    activate(http, "tenant-0400")
+    put(http, "tenant-0400", "deactivate").raise_for_status()
+    pin_only(http, [f"tenant-{number:04}" for number in range(500, 500 + RESIDENT)])
+
+    rolled_back = put(http, "tenant-0400", "rollback")
     used = http.post("/generate", json={"prompt": "x", "adapter": "tenant-0400"})
 
     assert rolled_back.status_code == 200, "a client that reads an error would roll back once more"
     assert rolled_back.json()["active"] is True
     assert rolled_back.json()["tier"] == "disk"
     assert used.json()["error"]["code"] == "host_memory_exceeded"
+
+
+def test_a_rollback_does_not_wait_for_those_who_hold_the_memory(http: httpx2.Client) -> None:
+    pin_only(http, [f"tenant-{number:04}" for number in range(600, 600 + RESIDENT - 1)])
+    activate(http, "tenant-0401")
+    put(http, "tenant-0401", "deactivate").raise_for_status()
+    activate(http, "tenant-0402")
+    body = {"prompt": "word", "max_tokens": 90_000, "stream": True, "adapter": "tenant-0402"}
+    with http.stream("POST", "/generate", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+
+        rolled_back = put(http, "tenant-0401", "rollback")
+
+        assert rolled_back.json()["active"] is True
+        assert rolled_back.json()["tier"] == "disk"
+        assert next(line for line in lines if line).startswith('data: {"id"')
+    assert http.get("/v1/adapters/tenant-0402").json()["tier"] != "disk"
