@@ -139,6 +139,8 @@ class _Bench:
     def _compare(self, name: str, title: str, got: torch.Tensor, right: torch.Tensor) -> float:
         if got.dtype == right.dtype and torch.equal(got, right):
             return 0.0
+        if not torch.isfinite(right).all():
+            raise ProofError(name, math.inf, f"{name} overflows: PEFT's own output is not finite either")
         difference = float((got.float() - right.float()).abs().max() / right.float().abs().max())
         if math.isnan(difference):
             difference = math.inf
@@ -224,7 +226,8 @@ def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[floa
     """
     logits = _Reader(model).read([*prompt, *tokens[:-1]], keep=len(tokens))
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    below: list[float] = ((logits.amax(1) - chosen) / logits.abs().amax(1)).tolist()
+    largest = logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
+    below: list[float] = ((logits.amax(1) - chosen) / largest).tolist()
     return below
 
 

@@ -23,6 +23,7 @@ from onebase_adapters.slot_linear import SlotLinear
 from onebase_adapters.slot_module import SlotModule
 from onebase_adapters.slots import SlotBank
 from onebase_adapters.verify import ModuleProof, ProofError, greedy, prove_modules, regrets
+from onebase_adapters.view import view
 from onebase_adapters.weights import AdapterWeights, LoraWeights, TokenRows
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -322,6 +323,16 @@ def test_what_the_caller_raises_ends_the_proof(base: nn.Module) -> None:
         prove_modules(base, reference, weights_of(reference), stop)
 
 
+def test_an_adapter_that_overflows_in_peft_too_is_told_so(base: nn.Module) -> None:
+    reference = peft_adapter(base, "lora", seed=1)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "lora_A" in name:
+                parameter.fill_(3e38)
+    with pytest.raises(ProofError, match="overflows"):
+        prove_modules(base, reference, weights_of(reference))
+
+
 # ---- texts -----------------------------------------------------------------------------------
 
 
@@ -336,3 +347,12 @@ def test_a_greedy_text_has_no_regrets_and_another_one_has(base: nn.Module, lengt
     assert found[:9] == [0.0] * 9
     assert found[9] > 0
     assert greedy(base, prompt, 40) != text
+
+
+def test_equal_logits_are_ties_even_if_all_are_zero(base: nn.Module) -> None:
+    silent = view(base)
+    with torch.no_grad():
+        silent.get_output_embeddings().weight = nn.Parameter(  # type: ignore[operator]
+            torch.zeros_like(base.get_output_embeddings().weight)  # type: ignore[operator]
+        )
+    assert regrets(silent, [5, 6], [0, 7]) == [0.0, 0.0]
