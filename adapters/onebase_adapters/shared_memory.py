@@ -5,7 +5,9 @@ What is written here about CUDA follows `torch.multiprocessing.reductions` and w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +19,8 @@ from onebase_adapters.manifest import CudaSegment, FileSegment, Segment, TensorP
 
 ALIGNMENT = 64
 """Bytes; what torch's own allocator gives, and what vector instructions like."""
+F_SEAL_FUTURE_WRITE = 0x0010
+"""From Linux's fcntl.h (5.1 and later); Python's fcntl has no name for it yet."""
 _EXPANDABLE_SEGMENT = b"e"
 """Second byte of a handle of c10's CUDACachingAllocator for an expandable segment; `c` is cudaMalloc."""
 
@@ -96,6 +100,7 @@ def _move_to_file(
         _bytes(mapping, segment.start, segment.size).copy_(_bytes(source, 0, segment.size))
         for i in members:
             tensors[i].data = _tensor(mapping, segment.start, places[i])
+    _seal(fd)
     _return_freed_memory()
 
 
@@ -106,6 +111,12 @@ def _map_shared(fd: int, size: int) -> Any:
         return torch.UntypedStorage.from_file(f"/proc/self/fd/{fd}", True, size)
     except (OSError, RuntimeError) as error:
         raise SharedMemoryError(f"cannot map {size / 1e6:.0f} MB of shared memory: {error}") from error
+
+
+def _seal(fd: int) -> None:
+    """Where the memfd allows it: nobody can resize it any more, or write to it but through this mapping."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
 
 
 def _bytes(storage: torch.UntypedStorage, start: int, count: int) -> torch.Tensor:

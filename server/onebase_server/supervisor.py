@@ -190,7 +190,7 @@ class EngineSupervisor:
 
     async def _run_one(self) -> str:
         """One engine from start to death. Returns why it ended, in words."""
-        base_fd = os.memfd_create("onebase-base")
+        base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             return await self._run_on(base_fd)
         finally:

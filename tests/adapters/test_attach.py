@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -174,6 +175,24 @@ def test_a_file_that_held_another_base_is_taken_over(folders: dict[str, Path]) -
     assert os.fstat(fd).st_size == base_bytes(base) < 4_000_000
     with torch.inference_mode():
         assert torch.equal(base(TOKENS).logits, attached(TOKENS).logits)
+    os.close(fd)
+
+
+def test_a_published_base_is_sealed_against_whoever_holds_its_file(folders: dict[str, Path]) -> None:
+    settings = BaseSettings(folders["llama"])
+    base: Any = load_base(settings)
+    fd = os.memfd_create("base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    manifest = publish(base, fd)
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"other weights", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, 4096, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    attached: Any = attach(settings, manifest, fd)
+    attached.get_input_embeddings().weight.data.fill_(1.0)  # private to whoever attached it
+    with torch.inference_mode():
+        assert torch.equal(base(TOKENS).logits, attach(settings, manifest, fd)(TOKENS).logits)
     os.close(fd)
 
 
