@@ -105,11 +105,10 @@ class Bench:
         return Setup(self.base, adapters, self.options.rank, self.options.threads)
 
     async def _hot_switch(self, target: str, session: Session, names: list[str]) -> None:
-        rounds, each = self.options.rounds, self.options.slots
-        same, other = await life.hot_switch(session, names, self.prompts, rounds, each)
+        same, other = await life.hot_switch(session, names, self.prompts, self.options.rounds)
         self._note(target, "TTFT, same adapter", same)
         self._note(target, "TTFT, another adapter", other)
-        self.figures[target]["cost of a switch"] = (other.p50 - same.p50) * 1e3
+        self.figures[target]["cost of a switch"] = other.above(same) * 1e3
 
     async def _random(self, target: str, session: Session) -> None:
         options = self.options
@@ -179,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--streams", type=int, default=16, help="of them at the same time (default: 16)")
     add("--tokens", type=int, default=32, help="tokens of each (default: 32)")
     add("--prompt-tokens", type=int, default=85, help="length of each prompt (default: 85)")
-    add("--rounds", type=int, default=3, help="blocks of each kind of the hot switch (default: 3)")
+    add("--rounds", type=int, default=6, help="turns of the hot switch over all slots (default: 6)")
     add("--cold", type=int, default=16, help="adapters that are started cold (default: 16)")
     add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each target (default: all)")
     add("--seed", type=int, default=0, help="of adapters, prompts and choices (default: 0)")

@@ -105,7 +105,9 @@ def moved(module: _Module, device: torch.device, copies: dict[int, torch.Tensor]
     elsewhere: dict[str, Any] = {}
     for name, tensor in tensors_of(module):
         if tensor.device != device:
-            copies[id(tensor)] = elsewhere[name] = copies.get(id(tensor), tensor.to(device))
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to(device, non_blocking=tensor.is_pinned())
+            elsewhere[name] = copies[id(tensor)]
     return replace(module, **elsewhere) if elsewhere else module
 
 

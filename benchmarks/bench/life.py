@@ -32,6 +32,10 @@ class Times:
     def p99(self) -> float:
         return percentile(self.values, 0.99)
 
+    def above(self, others: Times) -> float:
+        """By how much these are longer, pair by pair; the median."""
+        return median(own - other for own, other in zip(self.values, others.values, strict=True))
+
 
 @dataclass(frozen=True)
 class Load:
@@ -82,24 +86,20 @@ async def activation(
 
 
 async def hot_switch(
-    session: Session, adapters: Sequence[str], prompts: Prompts, rounds: int, each: int
+    session: Session, adapters: Sequence[str], prompts: Prompts, rounds: int
 ) -> tuple[Times, Times]:
-    """TTFT of requests one after the other: always the same adapter, and another one each time.
-
-    In blocks of `each` requests that take turns, so that a change of the machine's speed meets both.
+    """TTFT of requests one after the other, two for each adapter in turn: the second of a pair meets the
+    same adapter as the one before it, the first another. So a change of the machine's speed meets both.
     """
     for index, name in enumerate(adapters):
         await session.run([Request(prompts.make("switch-warm-up", index), name, 4)])
-    same: list[float] = []
-    other: list[float] = []
+    times: dict[str, list[float]] = {"other": [], "same": []}
     for number in range(rounds):
-        for kind, times in (("same", same), ("other", other)):
-            await session.run([Request(prompts.make("lead", kind, number), adapters[0], 4)])
-            for index in range(each):
-                name = adapters[0] if kind == "same" else adapters[(index + 1) % len(adapters)]
-                (sample,) = await session.run([Request(prompts.make(kind, number, index), name, 4)])
-                times.append(sample.ttft)
-    return Times(tuple(same)), Times(tuple(other))
+        for name in adapters:
+            for kind, ttfts in times.items():
+                (sample,) = await session.run([Request(prompts.make(kind, number, name), name, 4)])
+                ttfts.append(sample.ttft)
+    return Times(tuple(times["same"])), Times(tuple(times["other"]))
 
 
 async def cold_and_warm(session: Session, adapters: Sequence[str], prompts: Prompts) -> tuple[Times, Times]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onebase_adapters.weights import AdapterWeights
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.scheduler import Limits
+from onebase_server.engine.staging import Copy
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Lab:
         loaded = [load_folder(base, path) for path in folders]
         return cls(base, folders, [one.reference for one in loaded], [one.weights for one in loaded])
 
-    def engine(self, **changes: int) -> Engine:
+    def engine(self, copy: Callable[[AdapterWeights], Copy] | None = None, **changes: int) -> Engine:
         settings = {
             "max_rows": 32,
             "step_tokens": 96,
             "kv_blocks": 400,
             "block_size": 16,
             "slots": 8,
+            "slot_memory": 0,
         } | changes
         limits = Limits(settings["max_rows"], settings["step_tokens"], 512)
         engine = Engine(
@@ -61,6 +63,8 @@ class Lab:
             kv_blocks=settings["kv_blocks"],
             block_size=settings["block_size"],
             slots=settings["slots"],
+            slot_memory=settings["slot_memory"],
+            copy=copy,
         )
         for i, weights in enumerate(self.weights):
             engine.put_adapter(f"digest{i}", weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -17,6 +18,7 @@ from onebase_adapters.weights import AdapterWeights, weights_bytes
 from onebase_server.engine import protocol
 from onebase_server.engine.batch import Batch, Packer
 from onebase_server.engine.kv_cache import BlockPool
+from onebase_server.engine.memory import staging_bytes
 from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import RowOutput
 from onebase_server.engine.request_checks import check_scores, check_tokens, check_weights
@@ -24,6 +26,7 @@ from onebase_server.engine.row import AdapterMix, Plan, Row
 from onebase_server.engine.sampling import Drawn, draw_apart, score_prompt
 from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_server.engine.slot_table import SlotTable
+from onebase_server.engine.staging import Copy, Staging, copier
 from onebase_server.engine.versions import Versions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,9 @@ class Engine:
         slot_memory: int = 0,
         eos_ids: frozenset[int] = frozenset(),
         model: ServedModel | None = None,
+        copy: Callable[[AdapterWeights], Copy] | None = None,
     ) -> None:
+        """`copy` starts a version's copy to the accelerator; by default as `copier` does for its kind."""
         self._base = base
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
@@ -70,7 +75,10 @@ class Engine:
         self.model.allocate_kv(kv_blocks, block_size)
         self.pool = BlockPool(kv_blocks, block_size)
         self.versions = Versions(weights_bytes if self.model.tiled else stacked_bytes)
-        self.slots = SlotTable(slots, slot_memory, self.versions.size)
+        self._staging = Staging(
+            copy or copier(self.model.device), staging_bytes(slot_memory), self.versions.weights
+        )
+        self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self.counters = Counters()
         self._packer = Packer(
@@ -167,7 +175,9 @@ class Engine:
         plan = self.scheduler.plan()
         if self._apply_moves():
             plan = plan.unfinished()
+        self._staging.drop_unwanted()
         if not plan:
+            self._staging.wait()
             return
         self.counters.steps += 1
         self._note_first_steps(plan)
@@ -227,7 +237,7 @@ class Engine:
         """Bring the slots up to date. Rows whose version cannot be loaded end; says whether any did."""
         moves, self.slots.moves = self.slots.moves, {}
         self._slots_changed |= bool(moves)
-        failed = self.model.move_slots(moves, self.versions.weights) if moves else {}
+        failed = self.model.move_slots(moves, self._staging.take) if moves else {}
         for slot, error in failed.items():
             logger.error("a version cannot be put into slot %d", slot, exc_info=error)
             message = f"its adapter cannot be put into a slot: {error}"

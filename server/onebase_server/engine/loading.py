@@ -1,4 +1,4 @@
-"""Prepared adapter files into memory, in a thread: no step waits for a disk or for a copy."""
+"""Prepared adapter files into memory, in a thread: no step waits for a disk."""
 
 from __future__ import annotations
 
@@ -97,7 +97,12 @@ class PreparedLoader:
 def pinned(weights: AdapterWeights) -> AdapterWeights:
     """The same in page-locked memory, from which copies to the accelerator overlap with its work."""
     result: dict[str, ModuleWeights] = {}
+    pages: dict[int, torch.Tensor] = {}
     for name, module in weights.items():
-        parts: dict[str, Any] = {part: tensor.pin_memory() for part, tensor in tensors_of(module)}
+        parts: dict[str, Any] = {}
+        for part, tensor in tensors_of(module):
+            if id(tensor) not in pages:
+                pages[id(tensor)] = tensor.pin_memory()
+            parts[part] = pages[id(tensor)]
         result[name] = replace(module, **parts)
     return result

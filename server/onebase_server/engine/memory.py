@@ -57,6 +57,11 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
     return ends * bucket(rank) * slots * 4
 
 
+def staging_bytes(slot_memory: int) -> int:
+    """Bytes for versions that are being copied to the accelerator, beside those in slots."""
+    return slot_memory // 4 if slot_memory else 1 << 62
+
+
 def _meminfo_available() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

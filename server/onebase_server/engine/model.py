@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ class ServedModel:
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
 
     def move_slots(
-        self, moves: Mapping[int, str | None], store: Mapping[str, AdapterWeights]
+        self, moves: Mapping[int, str | None], weights_of: Callable[[str], AdapterWeights]
     ) -> dict[int, Exception]:
-        """Load or empty slots; `store` holds each version's matrices in host memory.
+        """Load or empty slots; `weights_of` a digest are a version's tensors, on any device.
 
         Returns the slots that could not be loaded, for lack of memory say, and are empty now.
         """
@@ -80,7 +80,7 @@ class ServedModel:
         for slot, digest in moves.items():
             try:
                 if digest is not None:
-                    self._bank.load(slot, store[digest])
+                    self._bank.load(slot, weights_of(digest))
             except torch.AcceleratorError:
                 raise
             except Exception as error:

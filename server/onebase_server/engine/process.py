@@ -32,7 +32,13 @@ from onebase_server.engine import protocol
 from onebase_server.engine.engine import Counters, Engine
 from onebase_server.engine.kv_cache import RESERVED_BLOCKS
 from onebase_server.engine.loading import Arrived, PreparedLoader
-from onebase_server.engine.memory import MemoryBudgetError, free_memory, kv_block_count, slot_bytes
+from onebase_server.engine.memory import (
+    MemoryBudgetError,
+    free_memory,
+    kv_block_count,
+    slot_bytes,
+    staging_bytes,
+)
 from onebase_server.engine.model import ServedModel
 from onebase_server.engine.protocol import EngineConfig, FrameReader, RowOutput
 from onebase_server.engine.scheduler import Limits
@@ -238,7 +244,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
     free = free_memory(device)
     slot_memory = _slot_memory(config, base, free, device)
     if device.type != "cpu":
-        free -= 2 * slot_memory
+        free -= 2 * slot_memory + staging_bytes(slot_memory)
     blocks = kv_block_count(
         block_bytes, most, free, kv_memory=config.kv_memory, train_memory=config.train_memory
     )

@@ -26,12 +26,20 @@ class SlotTable:
     """Slots by number. `moves` collects what the model must load before the next step."""
 
     def __init__(
-        self, capacity: int, budget: int = 0, size_of: Callable[[str], int] = lambda digest: 0
+        self,
+        capacity: int,
+        budget: int = 0,
+        size_of: Callable[[str], int] = lambda digest: 0,
+        ready: Callable[[Sequence[str]], bool] = lambda digests: True,
     ) -> None:
-        """`budget` bytes hold the versions in slots, each of `size_of(digest)`; 0 is no limit."""
+        """`budget` bytes hold the versions in slots, each of `size_of(digest)`; 0 is no limit.
+
+        `ready(digests)`: whether versions that are in no slot can be put there without a wait.
+        """
         self._slots = [_Slot() for _ in range(capacity)]
         self.budget = budget
         self._size_of = size_of
+        self._ready = ready
         self._clock = 0
         self.moves: dict[int, str | None] = {}
         """Slot -> digest to load, or None to empty it; the engine applies and clears it."""
@@ -64,6 +72,8 @@ class SlotTable:
         free.sort(key=lambda number: (self._slots[number].digest is not None, self._slots[number].last_used))
         if len(free) < len(missing) or not self._fits(missing, without=free):
             self._claim(row, missing, keep=set(held.values()))
+            return False
+        if missing and not self._ready(missing):
             return False
         for digest, number in zip(missing, free, strict=False):
             self._slots[number].digest = digest

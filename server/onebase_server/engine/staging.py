@@ -1,0 +1,124 @@
+"""Versions on their way from host memory to a slot: copied to the accelerator beside the steps.
+
+A row whose version is still being copied waits, while the others go on. On the CPU, where a slot points at
+what host memory holds, there is nothing to copy and nobody waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from onebase_adapters.weights import AdapterWeights, moved, tensors_of, weights_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Copy(Protocol):
+    """One version's copy, from its start on."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+    def take(self) -> AdapterWeights:
+        """What was copied, once it is done, for use by the steps."""
+
+
+class CudaCopy:
+    """A copy on a stream of its own, out of page-locked memory."""
+
+    def __init__(self, weights: AdapterWeights, device: torch.device, stream: torch.cuda.Stream) -> None:
+        copies: dict[int, torch.Tensor] = {}
+        with torch.cuda.stream(stream):
+            self._weights = {name: moved(module, device, copies) for name, module in weights.items()}
+            self._event = torch.cuda.Event()
+            self._event.record(stream)
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def take(self) -> AdapterWeights:
+        steps = torch.cuda.current_stream()
+        for module in self._weights.values():
+            for _, tensor in tensors_of(module):
+                # Its own stream allocated it and must not use the memory again before the steps are done.
+                tensor.record_stream(steps)
+        return self._weights
+
+
+def copier(device: torch.device) -> Callable[[AdapterWeights], Copy] | None:
+    """What starts a version's copy to `device`; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    return lambda weights: CudaCopy(weights, device, stream)
+
+
+class Staging:
+    """The copies under way and those that are done but not yet in a slot, `budget` bytes at most.
+
+    Where a row's versions are larger than that, or memory is short, they are not copied ahead: the step that
+    takes them into slots copies them itself.
+    """
+
+    def __init__(
+        self,
+        copy: Callable[[AdapterWeights], Copy] | None,
+        budget: int,
+        store: Mapping[str, AdapterWeights],
+    ) -> None:
+        """`store`: each version's tensors in host memory, by digest."""
+        self._copy = copy
+        self._budget = budget
+        self._store = store
+        self._copies: dict[str, Copy] = {}
+        self._sizes: dict[str, int] = {}
+        self._wanted: set[str] = set()
+
+    def ready(self, digests: Sequence[str]) -> bool:
+        """Whether a row's missing versions can go into slots now; starts their copies if they cannot."""
+        if self._copy is None:
+            return True
+        sizes = {digest: weights_bytes(self._store[digest]) for digest in digests}
+        if sum(sizes.values()) > self._budget:
+            return True
+        self._wanted.update(digests)
+        fresh = [digest for digest in digests if digest not in self._copies]
+        if fresh and sum(self._sizes.values()) + sum(sizes[digest] for digest in fresh) > self._budget:
+            return False  # until those before it are in their slots
+        for digest in fresh:
+            try:
+                self._copies[digest] = self._copy(self._store[digest])
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory to copy %s ahead of its first step: %s", digest[:12], error)
+                return True
+            self._sizes[digest] = sizes[digest]
+        return all(self._copies[digest].done() for digest in digests)
+
+    def take(self, digest: str) -> AdapterWeights:
+        """The version's tensors for its slot: the copy, if there is one, else those in host memory."""
+        copy = self._copies.pop(digest, None)
+        self._sizes.pop(digest, None)
+        if copy is None:
+            return self._store[digest]
+        copy.wait()
+        return copy.take()
+
+    def drop_unwanted(self) -> None:
+        """Free the copies that no row has asked for since the last call: it was cancelled, say."""
+        for digest in self._copies.keys() - self._wanted:
+            del self._copies[digest], self._sizes[digest]
+        self._wanted.clear()
+
+    def wait(self) -> None:
+        """Until one copy is done, if any is under way: for when there is nothing else to do."""
+        for copy in self._copies.values():
+            copy.wait()
+            return

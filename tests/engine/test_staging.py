@@ -1,0 +1,153 @@
+"""Versions are copied to the accelerator beside the steps: their rows wait, nobody else does.
+
+The copies here are slow ones on the CPU; what a CUDA stream does is `CudaCopy`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.engine.harness import Lab, Request, requests, run, submission
+from tests.tiny import save_base
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.weights import AdapterWeights, weights_bytes
+from onebase_server.engine import protocol
+from onebase_server.engine.memory import staging_bytes
+
+PROMPT = tuple(range(5, 25))
+
+
+class SlowCopy:
+    """Done when it has been asked `polls` times."""
+
+    def __init__(self, copies: SlowCopies, weights: AdapterWeights) -> None:
+        self._copies = copies
+        self._weights = weights
+        self._left = copies.polls
+        self._bytes = weights_bytes(weights)
+        copies.started += 1
+        copies.alive += 1
+        copies.bytes += self._bytes
+        copies.most_bytes = max(copies.most_bytes, copies.bytes)
+
+    def __del__(self) -> None:
+        self._copies.alive -= 1
+        self._copies.bytes -= self._bytes
+
+    def done(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+    def wait(self) -> None:
+        self._left = 0
+        self._copies.waits += 1
+
+    def take(self) -> AdapterWeights:
+        assert self._left <= 0
+        self._copies.taken += 1
+        return self._weights
+
+
+class SlowCopies:
+    def __init__(self, polls: int) -> None:
+        self.polls = polls
+        self.started = self.taken = self.alive = self.waits = self.bytes = self.most_bytes = 0
+
+    def __call__(self, weights: AdapterWeights) -> SlowCopy:
+        return SlowCopy(self, weights)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder: Path = tmp_path_factory.mktemp("staging")
+    dtype = {"quantization": "none", "dtype": torch.float32}
+    return Lab.create(load_base(BaseSettings(save_base("llama", folder / "base"), **dtype)), folder)
+
+
+def test_others_decode_while_a_version_is_copied_and_its_row_joins_when_it_is_there(lab: Lab) -> None:
+    copies = SlowCopies(polls=4)
+    engine = lab.engine(copies)
+    asked = [Request(PROMPT, None, 12), Request(PROMPT, 2, 3, at=2)]
+    order: list[str] = []
+    for step in range(20):
+        for number, request in enumerate(asked):
+            if request.at == step:
+                engine.submit(submission(str(number), request))
+        engine.step()
+        order += [output.id for output in engine.take_outputs()]
+    assert order == ["0"] * 6 + ["0", "1"] * 3 + ["0"] * 3
+    assert (copies.started, copies.taken, copies.alive, copies.waits) == (1, 1, 0, 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"slots": 2, "step_tokens": 20}, {"kv_blocks": 11}])
+def test_rows_that_wait_for_copies_equal_peft_alone(lab: Lab, changes: dict[str, int]) -> None:
+    asked, copies = requests(18, seed=7), SlowCopies(polls=3)
+    assert run(lab.engine(copies, **changes), asked) == [lab.expected(request) for request in asked]
+    assert copies.taken >= len({request.adapter for request in asked} - {None})
+    assert copies.alive == 0
+
+
+def test_an_engine_with_nothing_else_to_do_waits_for_the_copy_instead_of_asking_again_and_again(
+    lab: Lab,
+) -> None:
+    copies = SlowCopies(polls=1_000_000)
+    engine = lab.engine(copies)
+    engine.submit(submission("0", Request(PROMPT, 1, 2)))
+    for _ in range(4):
+        engine.step()
+    assert [output.finish for output in engine.take_outputs()] == [None, "length"]
+
+
+def test_the_copy_for_a_row_that_is_cancelled_is_freed(lab: Lab) -> None:
+    copies = SlowCopies(polls=1_000_000)
+    engine = lab.engine(copies)
+    engine.submit(submission("busy", Request(PROMPT, None, 100)))
+    engine.submit(submission("gone", Request(PROMPT, 1, 2)))
+    engine.step()
+    assert copies.alive == 1
+    engine.cancel(protocol.Cancel("gone"))
+    engine.step()
+    assert (copies.alive, copies.taken) == (0, 0)
+
+
+def test_versions_larger_than_the_room_for_copies_are_copied_by_their_own_step(lab: Lab) -> None:
+    copies = SlowCopies(polls=3)
+    engine = lab.engine(copies, slot_memory=2 * max(map(weights_bytes, lab.weights)))
+    large = max(range(len(lab.weights)), key=lambda number: weights_bytes(lab.weights[number]))
+    request = Request(PROMPT, large, 5)
+    assert run(engine, [request]) == [lab.expected(request)]
+    assert copies.started == 0
+
+
+def test_a_version_for_whose_copy_there_is_no_memory_is_left_to_its_own_step(lab: Lab) -> None:
+    def fails(weights: AdapterWeights) -> SlowCopy:
+        raise torch.OutOfMemoryError("no room")
+
+    request = Request(PROMPT, 3, 5)
+    assert run(lab.engine(fails), [request]) == [lab.expected(request)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1000),
+    polls=st.integers(0, 6),
+    slots=st.integers(1, 4),
+    rows=st.integers(1, 8),
+    share=st.integers(1, 12),
+)
+def test_whatever_arrives_every_row_ends_as_peft_has_it_and_copies_keep_to_their_room(
+    lab: Lab, seed: int, polls: int, slots: int, rows: int, share: int
+) -> None:
+    largest = max(map(weights_bytes, lab.weights))
+    room = largest * share
+    copies = SlowCopies(polls)
+    engine = lab.engine(copies, slots=slots, max_rows=rows, slot_memory=room)
+    asked = requests(10, seed=seed, tokens=4, longest=24)
+    assert run(engine, asked) == [lab.expected(request) for request in asked]
+    assert copies.alive == 0
+    assert copies.most_bytes <= staging_bytes(room)
