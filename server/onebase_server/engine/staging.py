@@ -35,11 +35,11 @@ class CudaCopy:
         copies: dict[int, torch.Tensor] = {}
         with torch.cuda.stream(stream):
             self._weights = {name: moved(module, device, copies) for name, module in weights.items()}
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)
 
     def done(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -57,7 +57,7 @@ def copier(device: torch.device) -> Callable[[AdapterWeights], Copy] | None:
     """What starts a version's copy to `device`; None for the CPU."""
     if device.type != "cuda":
         return None
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return lambda weights: CudaCopy(weights, device, stream)
 
 
