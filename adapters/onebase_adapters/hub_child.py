@@ -44,6 +44,8 @@ class _TooLargeError(Exception):
 
 
 def main() -> None:
+    # What a shell starts in the background inherits Ctrl-C as ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
     # Whatever a library prints must not look like one of our lines.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,9 +330,23 @@ def test_a_hub_that_never_answers_is_given_up(hub: HubStandIn) -> None:
     assert hub.log
 
 
+@pytest.fixture
+def ctrl_c_ignored() -> Iterator[None]:
+    """As for what a shell starts in the background, and for all that it starts in turn."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_server_in_the_background_gives_a_pull_up_as_cleanly(
+    hub: HubStandIn, store: Store, tmp_path: Path, ctrl_c_ignored: None
+) -> None:
+    test_a_pull_can_be_given_up_while_it_waits(hub, store, tmp_path)
+
+
 def test_a_pull_can_be_given_up_while_it_waits(hub: HubStandIn, store: Store, tmp_path: Path) -> None:
     commit = hub.add_repo("acme/support", FILES)
-    hub.faults.pause, hub.faults.piece = 0.05, 16_384
+    hub.faults.pause, hub.faults.piece = 0.25, 16_384  # 8 s in all
     cancel = threading.Event()
     with pytest.raises(PullCancelledError):
         pull(REF, commit, store, MANY, lambda done, _: done > 100_000 and cancel.set(), cancel=cancel)
