@@ -134,7 +134,21 @@ def train(base: nn.Module, folder: Path, fields: dict[str, Any], seed: int = 1, 
 
 def logits(base: nn.Module, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What PEFT's own model of the folder answers."""
-    model = PeftModel.from_pretrained(view(base), str(folder)).eval()
+    model = in_one_layout(PeftModel.from_pretrained(view(base), str(folder)).eval())
     with torch.inference_mode():
         result: torch.Tensor = model(tokens).logits
     return result
+
+
+def in_one_layout(model: PeftModel) -> PeftModel:
+    """The model with each LoRA matrix stored row by row.
+
+    With `ensure_weight_tying` PEFT ties the head's A to the embedding's B, transposed. Some processors sum a
+    product with a transposed matrix in another order: the same numbers, other last bits.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if "lora_" in name and not parameter.is_contiguous():
+            owner, _, child = name.rpartition(".")
+            own = nn.Parameter(parameter.detach().contiguous(), requires_grad=False)
+            setattr(model.get_submodule(owner), child, own)
+    return model

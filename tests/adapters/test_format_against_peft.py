@@ -27,6 +27,7 @@ from tests.adapters.format_support import (
     NORM,
     PREFIX,
     WEIGHTS,
+    in_one_layout,
     layers_of,
     read,
     train,
@@ -143,6 +144,6 @@ def answer(tiny: nn.Module, folder: str) -> torch.Tensor:
     """What PEFT's model says, of a copy of the base, which a foreign tensor might overwrite."""
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(copy.deepcopy(tiny), folder).eval()
+        model = in_one_layout(PeftModel.from_pretrained(copy.deepcopy(tiny), folder).eval())
         logits: torch.Tensor = model(torch.arange(12)[None]).logits
         return logits.nan_to_num(7.0)
