@@ -5,6 +5,8 @@ The copies here are slow ones on the CPU; what a CUDA stream does is `CudaCopy`'
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.weights import AdapterWeights, weights_bytes
 from onebase_server.engine import protocol
 from onebase_server.engine.memory import staging_bytes
+from onebase_server.engine.staging import Staging
 
 PROMPT = tuple(range(5, 25))
 
@@ -151,3 +154,39 @@ def test_whatever_arrives_every_row_ends_as_peft_has_it_and_copies_keep_to_their
     assert run(engine, asked) == [lab.expected(request) for request in asked]
     assert copies.alive == 0
     assert copies.most_bytes <= staging_bytes(room)
+
+
+def first_gets_its_copies(
+    staging: Staging, waiting: list[list[str]], arrivals: Callable[[], list[str]] = list
+) -> None:
+    """Ask for the rows in order, step after step, as the scheduler does; `arrivals` come after each step."""
+    first = waiting[0]
+    for _ in range(20):
+        for row in list(waiting):
+            if staging.ready(row):
+                waiting.remove(row)
+                for digest in row:
+                    staging.take(digest)
+        staging.drop_unwanted()
+        if first not in waiting:
+            return
+        waiting += [[digest] for digest in arrivals()]
+    raise AssertionError(f"{first} waits for ever")
+
+
+def test_sums_whose_first_halves_fill_the_room_for_copies_do_not_wait_for_each_other(lab: Lab) -> None:
+    store = dict.fromkeys(("a", "b", "c", "d"), lab.weights[0])
+    staging = Staging(SlowCopies(polls=1), 2, store, lambda digest: 1)
+    assert not staging.ready(["a"])
+    assert not staging.ready(["b"])
+    staging.drop_unwanted()
+    # The rows that asked are cancelled; sums with the same versions come instead.
+    first_gets_its_copies(staging, [["a", "c"], ["b", "d"]])
+
+
+def test_a_row_that_needs_much_room_is_not_overtaken_for_ever_by_rows_that_need_little(lab: Lab) -> None:
+    names = (f"v{number}" for number in range(1000))
+    store = defaultdict[str, AdapterWeights](lambda: lab.weights[0])
+    staging = Staging(SlowCopies(polls=2), 2, store, lambda digest: 1)
+    assert not staging.ready(["early"])
+    first_gets_its_copies(staging, [["a", "b"], ["early"]], lambda: [next(names)])

@@ -76,7 +76,10 @@ class Engine:
         self.pool = BlockPool(kv_blocks, block_size)
         self.versions = Versions(weights_bytes if self.model.tiled else stacked_bytes)
         self._staging = Staging(
-            copy or copier(self.model.device), staging_bytes(slot_memory), self.versions.weights
+            copy or copier(self.model.device),
+            staging_bytes(slot_memory),
+            self.versions.weights,
+            self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)

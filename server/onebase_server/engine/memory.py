@@ -58,8 +58,8 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
 
 
 def staging_bytes(slot_memory: int) -> int:
-    """Bytes for versions that are being copied to the accelerator, beside those in slots."""
-    return slot_memory // 4 if slot_memory else 1 << 62
+    """Bytes for versions that are being copied to the accelerator, beside those in slots; 0 is no limit."""
+    return slot_memory // 4
 
 
 def _meminfo_available() -> int:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from onebase_adapters.weights import AdapterWeights, moved, tensors_of, weights_bytes
+from onebase_adapters.weights import AdapterWeights, moved, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,26 +73,35 @@ class Staging:
         copy: Callable[[AdapterWeights], Copy] | None,
         budget: int,
         store: Mapping[str, AdapterWeights],
+        size_of: Callable[[str], int],
     ) -> None:
-        """`store`: each version's tensors in host memory, by digest."""
+        """`budget` 0 is no limit. `store`: each version's tensors in host memory; `size_of` its bytes."""
         self._copy = copy
         self._budget = budget
         self._store = store
+        self._size_of = size_of
         self._copies: dict[str, Copy] = {}
         self._sizes: dict[str, int] = {}
         self._wanted: set[str] = set()
+        self._crowded = False
+        """A row waits for room in this step. Rows after it start no copies, and what they have of an unfinished
+        set is freed: so the row gets its room, and no two rows wait for each other's."""
 
     def ready(self, digests: Sequence[str]) -> bool:
         """Whether a row's missing versions can go into slots now; starts their copies if they cannot."""
         if self._copy is None:
             return True
-        sizes = {digest: weights_bytes(self._store[digest]) for digest in digests}
-        if sum(sizes.values()) > self._budget:
+        sizes = {digest: self._size_of(digest) for digest in digests}
+        if self._budget and sum(sizes.values()) > self._budget:
             return True
-        self._wanted.update(digests)
         fresh = [digest for digest in digests if digest not in self._copies]
-        if fresh and sum(self._sizes.values()) + sum(sizes[digest] for digest in fresh) > self._budget:
-            return False  # until those before it are in their slots
+        if fresh and self._crowded:
+            return False
+        self._wanted.update(digests)
+        taken = sum(self._sizes.values()) + sum(sizes[digest] for digest in fresh)
+        if fresh and self._budget and taken > self._budget:
+            self._crowded = True
+            return False
         for digest in fresh:
             try:
                 self._copies[digest] = self._copy(self._store[digest])
@@ -112,10 +121,11 @@ class Staging:
         return copy.take()
 
     def drop_unwanted(self) -> None:
-        """Free the copies that no row has asked for since the last call: it was cancelled, say."""
+        """Ends a step: frees the copies that no row waits for any more, since it was cancelled, say."""
         for digest in self._copies.keys() - self._wanted:
             del self._copies[digest], self._sizes[digest]
         self._wanted.clear()
+        self._crowded = False
 
     def wait(self) -> None:
         """Until one copy is done, if any is under way: for when there is nothing else to do."""
