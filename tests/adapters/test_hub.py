@@ -330,20 +330,16 @@ def test_a_hub_that_never_answers_is_given_up(hub: HubStandIn) -> None:
     assert hub.log
 
 
-@pytest.fixture
-def ctrl_c_ignored() -> Iterator[None]:
-    """As for what a shell starts in the background, and for all that it starts in turn."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.fixture(params=["terminal", "background"])
+def started_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, and so does all that it starts in turn."""
+    ignored = request.param == "background"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_server_in_the_background_gives_a_pull_up_as_cleanly(
-    hub: HubStandIn, store: Store, tmp_path: Path, ctrl_c_ignored: None
-) -> None:
-    test_a_pull_can_be_given_up_while_it_waits(hub, store, tmp_path)
-
-
+@pytest.mark.usefixtures("started_in")
 def test_a_pull_can_be_given_up_while_it_waits(hub: HubStandIn, store: Store, tmp_path: Path) -> None:
     commit = hub.add_repo("acme/support", FILES)
     hub.faults.pause, hub.faults.piece = 0.25, 16_384  # 8 s in all

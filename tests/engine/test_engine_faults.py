@@ -16,6 +16,7 @@ from torch import nn
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_server.engine import process, protocol, request_checks
 from onebase_server.engine.batch import Batch
+from onebase_server.engine.channel import Channel
 from onebase_server.engine.engine import Engine
 from onebase_server.engine.protocol import FrameReader, RowOutput
 from onebase_server.engine.scheduler import Limits
@@ -226,7 +227,7 @@ def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> 
     engine.submit(submit("c", [6]))
     engine.step()
     ours, theirs = socket.socketpair()
-    channel = process.Channel(theirs)
+    channel = Channel(theirs)
     process._report(engine.take_outputs(), engine.stats(), channel)
     channel.close()
     data = b"".join(iter(lambda: ours.recv(1 << 16), b""))
@@ -247,7 +248,7 @@ def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_wit
     engine = create(base)
     Flaky(engine, set(range(100)))
     ours, theirs = socket.socketpair()
-    channel = process.Channel(theirs)
+    channel = Channel(theirs)
     failed: list[str] = []
 
     def one_request_after_the_other() -> None:
