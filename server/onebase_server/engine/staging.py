@@ -84,8 +84,8 @@ class Staging:
         self._sizes: dict[str, int] = {}
         self._wanted: set[str] = set()
         self._crowded = False
-        """A row waits for room in this step. Rows after it start no copies, and what they have of an unfinished
-        set is freed: so the row gets its room, and no two rows wait for each other's."""
+        """A row waits for room in this step. Rows after it start no copies, and what they have of an
+        unfinished set is freed: so the row gets its room, and no two rows wait for each other's."""
 
     def ready(self, digests: Sequence[str]) -> bool:
         """Whether a row's missing versions can go into slots now; starts their copies if they cannot."""
