@@ -5,9 +5,15 @@ The copies here are slow ones on the CPU; what a CUDA stream does is `CudaCopy`'
 
 from __future__ import annotations
 
+import gc
+import itertools
+import logging
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +22,9 @@ from hypothesis import strategies as st
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import save_base
 
+from onebase_adapters.bank import Bank
 from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.weights import AdapterWeights, weights_bytes
+from onebase_adapters.weights import AdapterWeights, tensors_of, weights_bytes
 from onebase_server.engine import protocol
 from onebase_server.engine.memory import staging_bytes
 from onebase_server.engine.staging import Staging
@@ -95,15 +102,78 @@ def test_rows_that_wait_for_copies_equal_peft_alone(lab: Lab, changes: dict[str,
     assert copies.alive == 0
 
 
-def test_an_engine_with_nothing_else_to_do_waits_for_the_copy_instead_of_asking_again_and_again(
-    lab: Lab,
+@pytest.mark.parametrize("digests", [["digest1"], ["digest0", "digest1"]])
+def test_an_engine_with_nothing_else_to_do_waits_for_the_copies_instead_of_asking_again_and_again(
+    lab: Lab, digests: list[str]
 ) -> None:
-    copies = SlowCopies(polls=1_000_000)
-    engine = lab.engine(copies)
-    engine.submit(submission("0", Request(PROMPT, 1, 2)))
-    for _ in range(4):
+    engine = lab.engine(SlowCopies(polls=1_000_000))
+    adapters = [protocol.AdapterRef(digest) for digest in digests]
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.submit(protocol.Submit(id="0", prompt=list(PROMPT), sampling=sampling, adapters=adapters))
+    for _ in range(3 + len(digests)):
         engine.step()
     assert [output.finish for output in engine.take_outputs()] == [None, "length"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "changes"), [(20, {"max_rows": 2}), (150, {"max_rows": 4, "step_tokens": 32})]
+)
+def test_steps_that_are_full_before_a_row_is_asked_do_not_throw_its_copy_away(
+    lab: Lab, prompt_tokens: int, changes: dict[str, int]
+) -> None:
+    copies = SlowCopies(polls=3)
+    engine = lab.engine(copies, **changes)
+    first_token, others = None, 0
+    for step in range(60):
+        if step == 1:
+            engine.submit(submission("adapted", Request(PROMPT, 0, 2)))
+        while len(engine.scheduler.waiting) < 3:  # so that the server is never idle
+            others += 1
+            prompt = tuple(3 + (7 * others + i * i) % 300 for i in range(prompt_tokens))
+            engine.submit(submission(f"other {others}", Request(prompt, None, 3)))
+        engine.step()
+        if any(output.id == "adapted" for output in engine.take_outputs()):
+            first_token = step
+            break
+    assert first_token is not None
+    assert copies.started == 1
+
+
+def test_a_version_that_finds_no_memory_in_its_slot_leaves_none_behind(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def copy(weights: AdapterWeights) -> SlowCopy:
+        copied: AdapterWeights = {}
+        for name, module in weights.items():
+            parts: dict[str, Any] = {part: tensor.clone() for part, tensor in tensors_of(module)}
+            tensors.extend(map(weakref.ref, parts.values()))
+            copied = {**copied, name: replace(module, **parts)}
+        return SlowCopy(SlowCopies(polls=0), copied)
+
+    engine = lab.engine(copy)
+    add, added = Bank.add, itertools.count()
+
+    def adds_three(*arguments: Any) -> None:
+        if next(added) == 3:
+            raise torch.OutOfMemoryError("no room")
+        add(*arguments)
+
+    monkeypatch.setattr(Bank, "add", adds_three)
+    monkeypatch.setattr(
+        logging.getLogger("onebase_server.engine.engine"), "disabled", True
+    )  # pytest keeps all
+    gc.collect()
+    gc.disable()
+    try:
+        engine.submit(submission("0", Request(PROMPT, 0, 2)))
+        engine.step()
+        assert [output.finish for output in engine.take_outputs()] == ["error"]
+        assert tensors
+        assert not [tensor for tensor in tensors if tensor() is not None]
+    finally:
+        gc.enable()
 
 
 def test_the_copy_for_a_row_that_is_cancelled_is_freed(lab: Lab) -> None:
@@ -167,7 +237,7 @@ def first_gets_its_copies(
                 waiting.remove(row)
                 for digest in row:
                     staging.take(digest)
-        staging.drop_unwanted()
+        staging.drop_unwanted([digest for row in waiting for digest in row])
         if first not in waiting:
             return
         waiting += [[digest] for digest in arrivals()]
@@ -179,7 +249,7 @@ def test_sums_whose_first_halves_fill_the_room_for_copies_do_not_wait_for_each_o
     staging = Staging(SlowCopies(polls=1), 2, store, lambda digest: 1)
     assert not staging.ready(["a"])
     assert not staging.ready(["b"])
-    staging.drop_unwanted()
+    staging.drop_unwanted(["a", "b"])
     # The rows that asked are cancelled; sums with the same versions come instead.
     first_gets_its_copies(staging, [["a", "c"], ["b", "d"]])
 

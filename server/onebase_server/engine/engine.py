@@ -178,7 +178,7 @@ class Engine:
         plan = self.scheduler.plan()
         if self._apply_moves():
             plan = plan.unfinished()
-        self._staging.drop_unwanted()
+        self._staging.drop_unwanted(digest for row in self.scheduler.waiting for digest in row.mix.digests)
         if not plan:
             self._staging.wait()
             return
@@ -243,6 +243,7 @@ class Engine:
         failed = self.model.move_slots(moves, self._staging.take) if moves else {}
         for slot, error in failed.items():
             logger.error("a version cannot be put into slot %d", slot, exc_info=error)
+            error.__traceback__ = None  # its frames hold the version's tensors, and it itself
             message = f"its adapter cannot be put into a slot: {error}"
             for row in self.slots.users(slot):
                 self._end(row, "error", code="step_failed", message=message)

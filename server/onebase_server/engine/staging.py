@@ -7,7 +7,7 @@ what host memory holds, there is nothing to copy and nobody waits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -82,7 +82,8 @@ class Staging:
         self._size_of = size_of
         self._copies: dict[str, Copy] = {}
         self._sizes: dict[str, int] = {}
-        self._wanted: set[str] = set()
+        self._asked: set[str] = set()
+        """Versions of the rows that were asked for in this step, and are not to give way to others."""
         self._crowded = False
         """A row waits for room in this step. Rows after it start no copies, and what they have of an
         unfinished set is freed: so the row gets its room, and no two rows wait for each other's."""
@@ -97,7 +98,7 @@ class Staging:
         fresh = [digest for digest in digests if digest not in self._copies]
         if fresh and self._crowded:
             return False
-        self._wanted.update(digests)
+        self._asked.update(digests)
         taken = sum(self._sizes.values()) + sum(sizes[digest] for digest in fresh)
         if fresh and self._budget and taken > self._budget:
             self._crowded = True
@@ -120,15 +121,21 @@ class Staging:
         copy.wait()
         return copy.take()
 
-    def drop_unwanted(self) -> None:
-        """Ends a step: frees the copies that no row waits for any more, since it was cancelled, say."""
-        for digest in self._copies.keys() - self._wanted:
-            del self._copies[digest], self._sizes[digest]
-        self._wanted.clear()
+    def drop_unwanted(self, waiting: Iterable[str]) -> None:
+        """Ends a step: frees the copies that no row waits for any more, since it was cancelled, say.
+
+        `waiting`: the versions of all rows that wait, also of those that the step did not get to.
+        """
+        if self._copies:
+            kept = self._asked if self._crowded else set(waiting)
+            for digest in self._copies.keys() - kept:
+                del self._copies[digest], self._sizes[digest]
+        self._asked.clear()
         self._crowded = False
 
     def wait(self) -> None:
-        """Until one copy is done, if any is under way: for when there is nothing else to do."""
+        """Until one more copy is done, if any is under way: for when there is nothing else to do."""
         for copy in self._copies.values():
-            copy.wait()
-            return
+            if not copy.done():
+                copy.wait()
+                return
