@@ -19,11 +19,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.http_server import StandInServer
 
 _LARGE = 10_000
 """Files of so many bytes lie on the "CDN", as those in git-lfs do; smaller ones are answered at once."""
@@ -77,8 +79,7 @@ class HubStandIn:
         """Old names of repositories, which are redirected to the new ones."""
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = StandInServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import anyio
 import httpx2
 import pytest
 from tests.clients.real_server import Server, running_server
+from tests.http_server import StandInServer
 
 from onebase import AsyncClient, Client, Generation, Piece
 
@@ -241,7 +242,7 @@ class ScriptedServer:
 @pytest.fixture
 def serve() -> Iterator[Callable[[Callable[[Scripted], None]], ScriptedServer]]:
     """Start a ScriptedServer; it ends with the test."""
-    running: list[ThreadingHTTPServer] = []
+    running: list[StandInServer] = []
 
     def start(script: Callable[[Scripted], None]) -> ScriptedServer:
         server = ScriptedServer(script)
@@ -271,7 +272,7 @@ def serve() -> Iterator[Callable[[Callable[[Scripted], None]], ScriptedServer]]:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Http)
+        http = StandInServer(("127.0.0.1", 0), Http)
         server.url = f"http://127.0.0.1:{http.server_address[1]}"
         threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
         running.append(http)
