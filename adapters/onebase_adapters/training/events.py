@@ -1,0 +1,125 @@
+"""What a training run says while it runs. The same values go to a terminal, a file and over a socket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """The base of all events. `at`: Unix seconds."""
+
+    at: float
+
+
+class Phase(Event, tag="phase"):
+    """What is being done now: `validating_files`, `estimating`, `baseline`, `training`, `measuring`, `saving`."""
+
+    name: str
+    message: str = ""
+
+
+class DataChecked(Event, tag="data_checked"):
+    """The files are sound. `report`: data_report.DataReport.to_json() by "train" and "eval"."""
+
+    report: dict[str, Any]
+
+
+class Planned(Event, tag="planned"):
+    """The recipe, resolved, and what it will take. `estimate`: Estimate.to_json()."""
+
+    recipe: dict[str, Any]
+    estimate: dict[str, Any]
+    steps: int
+    first_step: int
+    """Steps that an earlier run has done; above 0 when it goes on from a checkpoint."""
+
+
+class StepDone(Event, tag="step"):
+    """After each optimizer step. loss: mean over the step's supervised tokens, in nats."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Of this step, supervised or not."""
+    total_tokens: int
+    tokens_per_second: float
+    seconds_left: float
+    memory_bytes: int
+    """Of the process, at most until now (resident set on the CPU, allocated on CUDA)."""
+    rewards: dict[str, float] = {}
+    """DPO: accuracy, margin."""
+
+
+class Evaluated(Event, tag="evaluated"):
+    """Held-out loss, in nats a supervised token (DPO: its own loss). step 0 is the base."""
+
+    step: int
+    loss: float
+    best: bool
+    rewards: dict[str, float] = {}
+
+
+class Sampled(Event, tag="sampled"):
+    """What the adapter answers to a fixed prompt after `step` steps; step 0 is the base."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+class Measured(Event, tag="measured"):
+    """Metrics on replies generated for held-out rows, each from 0 to 1. subject: "base" or "adapter"."""
+
+    subject: str
+    metrics: dict[str, float]
+    rows: int
+
+
+class Saved(Event, tag="saved"):
+    """A checkpoint that a run can go on from. path: its folder, relative to the run's."""
+
+    step: int
+    path: str
+    loss: float | None
+    """Held-out, if it was evaluated at this step."""
+
+
+class Progress(Event, tag="progress"):
+    """Of something long that is not training. `part`: from 0 to 1."""
+
+    name: str
+    part: float
+
+
+class Notice(Event, tag="notice"):
+    """Something that a person should know. level: "info" or "warn"."""
+
+    level: str
+    message: str
+
+
+class Finished(Event, tag="finished"):
+    """The adapter is written. report: Report.to_json()."""
+
+    report: dict[str, Any]
+
+
+AnyEvent = (
+    Phase
+    | DataChecked
+    | Planned
+    | StepDone
+    | Evaluated
+    | Sampled
+    | Measured
+    | Saved
+    | Progress
+    | Notice
+    | Finished
+)

@@ -1,0 +1,376 @@
+"""How an adapter is trained: every choice once, with its default, its help text and its limits.
+
+The command line, the jobs of a server and a sweep all read this one table. A field that may be "auto" is
+decided by `resolve`, once the data is known; a trainer only takes resolved recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Auto = Literal["auto"]
+Method = Literal["supervised", "dpo"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+Schedule = Literal["cosine", "linear", "constant"]
+TooLong = Literal["refuse", "truncate", "drop"]
+TrainOn = Literal["assistant", "all"]
+Init = Literal["true", "gaussian", "false", "eva"]
+
+_REFUSED_INITS = {
+    **dict.fromkeys(
+        ("pissa", "olora", "corda", "loftq", "lora_ga"),
+        "changes the base's weights, which all adapters share",
+    ),
+    **dict.fromkeys(("orthogonal", "mica"), "does not work on 4-bit weights"),
+}
+
+
+class RecipeError(ValueError):
+    """A setting that cannot be used. `field` is its name in the recipe, "" where several are at odds."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def about(
+    group: str, text: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> dict[str, Any]:
+    """A field's help text and limits: `low` and `high` are allowed, `above` is not."""
+    return {"group": group, "help": text, "low": low, "high": high, "above": above}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run's settings, checked. Lengths are tokens, batch sizes rows."""
+
+    method: Method = field(
+        default="supervised",
+        metadata=about("method", "supervised: learn the replies; dpo: prefer `chosen` to `rejected`"),
+    )
+    beta: float | Auto = field(
+        default="auto",
+        metadata=about("method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100),
+    )
+
+    r: int = field(default=16, metadata=about("lora", "rank of the update matrices", low=1, high=1024))
+    alpha: float | Auto = field(
+        default="auto",
+        metadata=about("lora", "scaling is alpha / r (auto: twice the rank)", above=0, high=1e6),
+    )
+    targets: tuple[str, ...] = field(
+        default=("all-linear",),
+        metadata=about(
+            "lora",
+            "attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
+            "all-linear leaves lm_head out, all-linear,lm_head takes it in",
+        ),
+    )
+    rank_pattern: Mapping[str, int] = field(
+        default_factory=dict, metadata=about("lora", "ranks of some layers, as in down_proj=32")
+    )
+    alpha_pattern: Mapping[str, float] = field(
+        default_factory=dict, metadata=about("lora", "alphas of some layers, as in down_proj=64")
+    )
+    dropout: float = field(
+        default=0.0, metadata=about("lora", "dropout of the adapter's inputs", low=0, high=0.95)
+    )
+    use_rslora: bool = field(default=False, metadata=about("lora", "scaling is alpha / sqrt(r)"))
+    use_dora: bool = field(default=False, metadata=about("lora", "train magnitudes as well (DoRA)"))
+    init: Init = field(
+        default="true",
+        metadata=about(
+            "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
+        ),
+    )
+
+    epochs: float | Auto = field(
+        default="auto", metadata=about("training", "passes over the data (auto: 3)", above=0, high=1000)
+    )
+    max_steps: int = field(
+        default=0, metadata=about("training", "stop after so many steps; 0: after the epochs", low=0)
+    )
+    batch_size: int | Auto = field(
+        default="auto", metadata=about("training", "rows in one step (auto: 16 or fewer)", low=1, high=4096)
+    )
+    learning_rate: float | Auto = field(
+        default="auto",
+        metadata=about("training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1),
+    )
+    learning_rate_multiplier: float | Auto = field(
+        default="auto", metadata=about("training", "times the learning rate (auto: 1)", above=0, high=1000)
+    )
+    lora_plus_ratio: float = field(
+        default=0.0,
+        metadata=about(
+            "training", "LoRA+: B learns so many times faster than A; 0: as fast", low=0, high=1000
+        ),
+    )
+    schedule: Schedule = field(
+        default="cosine", metadata=about("training", "how the learning rate falls after the warm-up")
+    )
+    warmup_ratio: float = field(
+        default=0.05, metadata=about("training", "part of the steps in which it rises", low=0, high=1)
+    )
+    optimizer: Optimizer = field(
+        default="adamw", metadata=about("training", "AdamW, its 8-bit form, either paged on a GPU")
+    )
+    weight_decay: float = field(
+        default=0.0, metadata=about("training", "AdamW's weight decay", low=0, high=10)
+    )
+    max_grad_norm: float = field(
+        default=1.0, metadata=about("training", "gradients are clipped to this norm; 0: never", low=0)
+    )
+    seed: int = field(
+        default=0, metadata=about("training", "seed of everything random", low=0, high=2**31 - 1)
+    )
+
+    train_on: TrainOn = field(
+        default="assistant", metadata=about("data", "which tokens are in the loss: the replies', or all")
+    )
+    max_length: int | Auto = field(
+        default="auto",
+        metadata=about("data", "most tokens of one row (auto: 2048, or the base's limit)", low=8, high=2**20),
+    )
+    too_long: TooLong = field(
+        default="refuse", metadata=about("data", "what to do with longer rows; truncating cuts the end off")
+    )
+    packing: bool = field(
+        default=True, metadata=about("data", "compute several rows in one sequence, without padding")
+    )
+    eval_split: float | Auto = field(
+        default="auto",
+        metadata=about(
+            "data",
+            "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
+            low=0,
+            high=0.9,
+        ),
+    )
+
+    micro_tokens: int | Auto = field(
+        default="auto",
+        metadata=about("memory", "tokens computed at once (auto: by memory)", low=1, high=2**20),
+    )
+    gradient_checkpointing: bool | Auto = field(
+        default="auto",
+        metadata=about(
+            "memory", "compute activations twice instead of keeping them (auto: if memory asks for it)"
+        ),
+    )
+
+    eval_every: int | Auto = field(
+        default="auto",
+        metadata=about("evaluation", "steps between evaluations (auto: a tenth of all)", low=1),
+    )
+    save_every: int | Auto = field(
+        default="auto", metadata=about("evaluation", "steps between checkpoints (auto: as eval_every)", low=1)
+    )
+    keep: int = field(
+        default=2, metadata=about("evaluation", "checkpoints kept beside the best one", low=1, high=100)
+    )
+    patience: int = field(
+        default=0,
+        metadata=about("evaluation", "stop after so many evaluations without a better one; 0: never", low=0),
+    )
+    metrics: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "evaluation",
+            "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
+            "contains:TEXT, starts_with:TEXT, one_of:A|B|C, max_characters:N",
+        ),
+    )
+    best_by: str = field(
+        default="loss", metadata=about("evaluation", "loss or one of the metrics: decides if_better")
+    )
+    metric_rows: int = field(
+        default=32,
+        metadata=about("evaluation", "held-out rows that replies are generated for", low=1, high=10_000),
+    )
+    metric_tokens: int = field(
+        default=128, metadata=about("evaluation", "longest generated reply", low=1, high=8192)
+    )
+    sample_prompts: tuple[str, ...] = field(
+        default=(), metadata=about("evaluation", "prompts that are answered at each evaluation")
+    )
+
+    def __post_init__(self) -> None:
+        for item, kind in recipe_fields():
+            _check(item, getattr(self, item.name), kind)
+        _check_together(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `parse` takes it."""
+        plain = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @property
+    def resolved(self) -> bool:
+        """Whether no field is "auto" any more."""
+        return all(getattr(self, item.name) != "auto" for item in fields(self))
+
+
+def recipe_fields() -> Iterator[tuple[Field[Any], Any]]:
+    """Each field of Recipe with its type, in the order of the help text."""
+    hints = get_type_hints(Recipe)
+    for item in fields(Recipe):
+        yield item, hints[item.name]
+
+
+def parse_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """A recipe from JSON-like values; what is missing has its default. Raises RecipeError by field."""
+    known = dict(recipe_fields_by_name())
+    for name in settings:
+        if name not in known:
+            raise RecipeError(name, f"{name} is no setting of a recipe; there are {', '.join(known)}")
+    values = {name: _plain(name, value, known[name]) for name, value in settings.items() if value is not None}
+    return Recipe(**values)
+
+
+def recipe_fields_by_name() -> Iterator[tuple[str, Any]]:
+    for item, kind in recipe_fields():
+        yield item.name, kind
+
+
+def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Recipe:
+    """Decide what is "auto", but for what depends on memory (`micro_tokens`, `gradient_checkpointing`).
+
+    Args:
+        rows: of training data, after holding out.
+        held_out: rows of evaluation data.
+        base_limit: the base's longest sequence, in tokens.
+    """
+    dpo = recipe.method == "dpo"
+    batch = _chosen(recipe.batch_size, max(1, min(16, rows // 4)))
+    epochs = _chosen(recipe.epochs, 3.0)
+    multiplier = _chosen(recipe.learning_rate_multiplier, 1.0)
+    made = replace(
+        recipe,
+        beta=_chosen(recipe.beta, 0.1),
+        alpha=_chosen(recipe.alpha, 2.0 * recipe.r),
+        epochs=float(epochs),
+        batch_size=batch,
+        learning_rate=_chosen(recipe.learning_rate, 5e-5 if dpo else 5e-4) * multiplier,
+        learning_rate_multiplier=1.0,
+        max_length=min(_chosen(recipe.max_length, 2048), base_limit),
+        eval_split=_chosen(recipe.eval_split, 0.0 if held_out else 0.1),
+    )
+    tenth = max(1, math.ceil(step_count(made, rows) / 10))
+    every = _chosen(made.eval_every, tenth)
+    return replace(made, eval_every=every, save_every=_chosen(made.save_every, every))
+
+
+def step_count(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a recipe whose epochs and batch size are decided."""
+    if recipe.epochs == "auto" or recipe.batch_size == "auto":
+        raise RecipeError("epochs", "epochs and batch_size must be decided first")
+    steps = max(1, round(recipe.epochs * math.ceil(rows / recipe.batch_size)))
+    return min(steps, recipe.max_steps) if recipe.max_steps else steps
+
+
+def _chosen(value: Any, auto: Any) -> Any:
+    return auto if value == "auto" else value
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is tuple:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, list | tuple):
+            return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if name == "init" and isinstance(value, bool):
+        return str(value).lower()
+    return value
+
+
+def _check(item: Field[Any], value: Any, kind: Any) -> None:
+    name, limits = item.name, item.metadata
+    if name == "init" and isinstance(value, str) and value in _REFUSED_INITS:
+        raise RecipeError(name, f"init {value!r} {_REFUSED_INITS[value]}; use true, gaussian, false or eva")
+    if not _fits(value, kind):
+        raise RecipeError(name, f"{name} is {_shown(value)}: {_expected(kind)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise RecipeError(name, f"{name} is {value}: write a finite number")
+    if limits["above"] is not None and not value > limits["above"]:
+        raise RecipeError(name, f"{name} is {value}: it must be above {limits['above']:g}")
+    if limits["low"] is not None and value < limits["low"]:
+        raise RecipeError(name, f"{name} is {value}: the lowest value is {limits['low']:g}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise RecipeError(name, f"{name} is {value}: the highest value is {limits['high']:g}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) and part for part in value)
+    if get_origin(kind) is Mapping:
+        number: Any = int if get_args(kind)[1] is int else int | float
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str)
+            and isinstance(part, number)
+            and not isinstance(part, bool)
+            and 0 < part < 1e6
+            for key, part in value.items()
+        )
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return any(_fits(value, part) for part in get_args(kind))
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"choose one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "write a list of texts"
+    if get_origin(kind) is Mapping:
+        return "write layer names with positive numbers"
+    plain = {
+        bool: "write true or false",
+        int: "write a whole number",
+        float: "write a number",
+        str: "write a text",
+    }
+    if kind in plain:
+        return plain[kind]
+    first = next(part for part in get_args(kind) if get_origin(part) is not Literal)
+    return f"{plain[first]} or auto"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_together(recipe: Recipe) -> None:
+    if not recipe.targets:
+        raise RecipeError("targets", "targets is empty: name at least one group or linear layer")
+    for name in (*recipe.targets, *recipe.rank_pattern, *recipe.alpha_pattern):
+        if not name.replace("-", "_").replace(".", "_").isidentifier():
+            raise RecipeError("targets", f"{_shown(name)} is no layer's name: patterns are not taken")
+    if recipe.use_dora and recipe.init == "eva":
+        raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
+    from onebase_adapters.training.metrics import check_metric
+
+    for metric in recipe.metrics:
+        check_metric(metric)
+    if recipe.best_by != "loss" and recipe.best_by not in recipe.metrics:
+        raise RecipeError(
+            "best_by", f"best_by is {_shown(recipe.best_by)}: write loss or one of the recipe's metrics"
+        )
