@@ -13,20 +13,20 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     at: float
 
 
-class Phase(Event, tag="phase"):
-    """What is being done now: `validating_files`, `estimating`, `baseline`, `training`, `measuring`, `saving`."""
+class Phase(Event, frozen=True, kw_only=True, tag="phase"):
+    """What is being done now: validating_files, estimating, baseline, training, measuring or saving."""
 
     name: str
     message: str = ""
 
 
-class DataChecked(Event, tag="data_checked"):
+class DataChecked(Event, frozen=True, kw_only=True, tag="data_checked"):
     """The files are sound. `report`: data_report.DataReport.to_json() by "train" and "eval"."""
 
     report: dict[str, Any]
 
 
-class Planned(Event, tag="planned"):
+class Planned(Event, frozen=True, kw_only=True, tag="planned"):
     """The recipe, resolved, and what it will take. `estimate`: Estimate.to_json()."""
 
     recipe: dict[str, Any]
@@ -36,7 +36,7 @@ class Planned(Event, tag="planned"):
     """Steps that an earlier run has done; above 0 when it goes on from a checkpoint."""
 
 
-class StepDone(Event, tag="step"):
+class StepDone(Event, frozen=True, kw_only=True, tag="step"):
     """After each optimizer step. loss: mean over the step's supervised tokens, in nats."""
 
     step: int
@@ -56,7 +56,7 @@ class StepDone(Event, tag="step"):
     """DPO: accuracy, margin."""
 
 
-class Evaluated(Event, tag="evaluated"):
+class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     """Held-out loss, in nats a supervised token (DPO: its own loss). step 0 is the base."""
 
     step: int
@@ -65,7 +65,7 @@ class Evaluated(Event, tag="evaluated"):
     rewards: dict[str, float] = {}
 
 
-class Sampled(Event, tag="sampled"):
+class Sampled(Event, frozen=True, kw_only=True, tag="sampled"):
     """What the adapter answers to a fixed prompt after `step` steps; step 0 is the base."""
 
     step: int
@@ -73,7 +73,7 @@ class Sampled(Event, tag="sampled"):
     text: str
 
 
-class Measured(Event, tag="measured"):
+class Measured(Event, frozen=True, kw_only=True, tag="measured"):
     """Metrics on replies generated for held-out rows, each from 0 to 1. subject: "base" or "adapter"."""
 
     subject: str
@@ -81,7 +81,7 @@ class Measured(Event, tag="measured"):
     rows: int
 
 
-class Saved(Event, tag="saved"):
+class Saved(Event, frozen=True, kw_only=True, tag="saved"):
     """A checkpoint that a run can go on from. path: its folder, relative to the run's."""
 
     step: int
@@ -90,21 +90,21 @@ class Saved(Event, tag="saved"):
     """Held-out, if it was evaluated at this step."""
 
 
-class Progress(Event, tag="progress"):
+class Progress(Event, frozen=True, kw_only=True, tag="progress"):
     """Of something long that is not training. `part`: from 0 to 1."""
 
     name: str
     part: float
 
 
-class Notice(Event, tag="notice"):
+class Notice(Event, frozen=True, kw_only=True, tag="notice"):
     """Something that a person should know. level: "info" or "warn"."""
 
     level: str
     message: str
 
 
-class Finished(Event, tag="finished"):
+class Finished(Event, frozen=True, kw_only=True, tag="finished"):
     """The adapter is written. report: Report.to_json()."""
 
     report: dict[str, Any]
