@@ -1,0 +1,115 @@
+"""Which rows make a step, and how a step's rows are packed into micro-batches. All of it follows from the seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from onebase_adapters.training.samples import Preference, Row, Sample
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that are computed at once, one after the other in one sequence.
+
+    A pair of a preference is always in one micro-batch, the chosen one first. rows: numbers of the rows in the
+    dataset, one a sample, or one for two samples of a pair.
+    """
+
+    samples: tuple[Sample, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample) for sample in self.samples]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def tensors(self, device: torch.device) -> Packed:
+        """The packed sequence on a device."""
+        ids = np.concatenate([sample.ids for sample in self.samples]).astype(np.int64)
+        positions = np.concatenate([np.arange(len(sample), dtype=np.int64) for sample in self.samples])
+        targets, owner = [], []
+        start = 0
+        for number, sample in enumerate(self.samples):
+            places = np.flatnonzero(sample.supervised)
+            targets.append(places + start)
+            owner.append(np.full(len(places), number, dtype=np.int64))
+            start += len(sample)
+        places = np.concatenate(targets)
+        return Packed(
+            ids=torch.from_numpy(ids)[None].to(device),
+            positions=torch.from_numpy(positions)[None].to(device),
+            keep=torch.from_numpy(places - 1).to(device),
+            targets=torch.from_numpy(ids[places]).to(device),
+            owner=torch.from_numpy(np.concatenate(owner)).to(device),
+            lengths=self.lengths,
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """ids, positions: [1, T] int64. keep: [n] places whose logits are wanted, each predicts `targets` [n].
+
+    owner: [n] number of the sample that a target belongs to. lengths: of the samples, T in all.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    keep: torch.Tensor
+    targets: torch.Tensor
+    owner: torch.Tensor
+    lengths: list[int]
+
+
+def samples_of(row: Row) -> tuple[Sample, ...]:
+    """The sequences of a row: one, or the two of a preference."""
+    return (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
+
+
+def weight_of(row: Row) -> int:
+    """What a row counts in the mean: its supervised tokens; a preference counts as one."""
+    return 1 if isinstance(row, Preference) else row.targets
+
+
+def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The rows of step `step` (from 0): each epoch is a permutation of its own, cut into batches.
+
+    The last batch of an epoch may be smaller. Depends on nothing but the arguments, so that a run that goes on
+    sees the rows that an unbroken one would have seen.
+    """
+    per_epoch = math.ceil(count / batch_size)
+    epoch, number = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return [int(row) for row in order[number * batch_size : (number + 1) * batch_size]]
+
+
+def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bool) -> list[MicroBatch]:
+    """Put rows into as few micro-batches of at most `limit` tokens as first-fit by falling length finds.
+
+    A row that is longer has a micro-batch to itself; without `packing` every row has.
+    """
+    order = sorted(numbers, key=lambda number: (-len(rows[number]), number))
+    bins: list[list[int]] = []
+    sizes: list[int] = []
+    for number in order:
+        size = len(rows[number])
+        place = next((at for at, held in enumerate(sizes) if packing and held + size <= limit), None)
+        if place is None:
+            bins.append([number])
+            sizes.append(size)
+        else:
+            bins[place].append(number)
+            sizes[place] += size
+    return [
+        MicroBatch(
+            samples=tuple(sample for number in one for sample in samples_of(rows[number])), rows=tuple(one)
+        )
+        for one in bins
+    ]

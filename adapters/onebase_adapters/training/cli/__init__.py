@@ -1,0 +1,1 @@
+"""The commands `onebase train`, `data`, `estimate` and `sweep`."""

@@ -1,0 +1,199 @@
+"""What the training commands share: options for the base and for the recipe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from rich.console import Console
+
+from onebase_adapters.base_errors import BaseError
+from onebase_adapters.default_base import DEFAULT_BASE, ResolvedBase, resolve_base
+from onebase_adapters.default_wheel import Progress
+from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
+
+if TYPE_CHECKING:
+    from onebase_adapters.base import BaseSettings
+
+_GROUPS = {
+    "method": "what is learned",
+    "lora": "adapter (LoRA)",
+    "training": "training",
+    "data": "data",
+    "memory": "memory",
+    "evaluation": "evaluation and checkpoints",
+}
+_SHORT = {"rank_pattern": "LAYER=R,...", "alpha_pattern": "LAYER=ALPHA,..."}
+_REPEATED = ("sample_prompts", "metrics")
+
+
+class UsageError(Exception):
+    """An option that cannot be used; the message names it."""
+
+
+def option_name(name: str) -> str:
+    """The command-line flag of a recipe's field."""
+    return "--" + {"sample_prompts": "sample_prompt", "metrics": "metric"}.get(name, name).replace("_", "-")
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """--base, --quantization, --dtype and --device."""
+    group = parser.add_argument_group("the base model")
+    group.add_argument(
+        "--base",
+        default=DEFAULT_BASE,
+        help=f"the default's name ({DEFAULT_BASE}), org/repo[@revision] on the Hub, or a folder",
+    )
+    group.add_argument(
+        "--quantization",
+        default="nf4",
+        choices=("nf4", "int8", "none"),
+        help="how it is stored (default: nf4)",
+    )
+    group.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="type of what is not quantized, and of activations (default: bfloat16)",
+    )
+    group.add_argument(
+        "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto takes a GPU if there is one"
+    )
+
+
+def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:
+    """The base's folder, downloaded if need be. Raises UsageError."""
+    try:
+        return resolve_base(options.base, progress)
+    except BaseError as error:
+        raise UsageError(f"the base {options.base!r} cannot be used: {error}") from error
+
+
+def base_settings(options: argparse.Namespace, folder: Path) -> BaseSettings:
+    """How to load the base, from the options of `add_base_options`. Raises UsageError."""
+    import torch
+
+    from onebase_adapters.base import BaseSettings
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this machine has no GPU that torch can use")
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return BaseSettings(
+        folder=folder,
+        quantization=options.quantization,
+        compute_dtype=dtype,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+
+
+def add_recipe_options(
+    parser: argparse.ArgumentParser, groups: Collection[str] = tuple(_GROUPS), leave_out: Collection[str] = ()
+) -> None:
+    """One option for each field of Recipe in `groups`."""
+    made = {name: parser.add_argument_group(_GROUPS[name]) for name in groups}
+    for item, kind in recipe_fields():
+        group = item.metadata["group"]
+        if group in made and item.name not in leave_out:
+            made[group].add_argument(option_name(item.name), **_argument(item, kind))
+
+
+def recipe_from(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of the options; those that were not given come from `given`. Raises UsageError."""
+    names = [item.name for item, _ in recipe_fields()]
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    try:
+        return parse_recipe({**(given or {}), **chosen})
+    except RecipeError as error:
+        flag = f"{option_name(error.field)}: " if error.field in names else ""
+        raise UsageError(f"{flag}{error}") from error
+
+
+def print_error(console: Console, message: str) -> None:
+    """As every command of `onebase` shows a failure."""
+    console.print(f"[bold red]onebase:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _argument(item: Any, kind: Any) -> dict[str, Any]:
+    text = item.metadata["help"].replace("%", "%%")
+    argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
+    if item.name in _REPEATED:
+        return argument | {"action": "append", "metavar": "METRIC" if item.name == "metrics" else "TEXT"}
+    if kind is bool:
+        return argument | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return argument | {"choices": get_args(kind)}
+    if get_origin(kind) is Mapping:
+        return argument | {"type": _pairs(get_args(kind)[1]), "metavar": _SHORT[item.name]}
+    return argument | {"type": _value(kind), "metavar": _metavar(kind)}
+
+
+def _default(item: Any) -> str:
+    if item.name == "targets":
+        return " (default: all-linear)"
+    if item.default is True:
+        return " (default: on)"
+    shown = item.default
+    return (
+        f" (default: {shown})"
+        if isinstance(shown, int | float | str) and shown not in ("auto", "", False)
+        else ""
+    )
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return "A,B,..."
+    plain = [kind] if isinstance(kind, type) else [part for part in get_args(kind) if isinstance(part, type)]
+    return {int: "N", float: "X", bool: "true|false"}.get(plain[0], "TEXT") if plain else "TEXT"
+
+
+def _value(kind: Any) -> Callable[[str], Any]:
+    kinds = [kind] if not get_args(kind) or get_origin(kind) is tuple else list(get_args(kind))
+
+    def convert(text: str) -> Any:
+        for one in kinds:
+            if get_origin(one) is Literal and text in get_args(one):
+                return text
+            if one is bool and text in ("true", "false"):
+                return text == "true"
+            if one in (int, float):
+                try:
+                    return one(text)
+                except ValueError:
+                    continue
+        if any(one in (int, float, bool) for one in kinds):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_words(kinds)}")
+        return text
+
+    return convert
+
+
+def _words(kinds: Iterable[Any]) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(words.get(kind) or " or ".join(get_args(kind)) for kind in kinds)
+
+
+def _pairs(number: type) -> Callable[[str], dict[str, Any]]:
+    def convert(text: str) -> dict[str, Any]:
+        pairs = {}
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            try:
+                pairs[name.strip()] = number(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{part!r}: write LAYER=NUMBER") from None
+        return pairs
+
+    return convert
