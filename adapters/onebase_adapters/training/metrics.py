@@ -1,7 +1,144 @@
-"""What is measured on generated replies. No metric runs code or patterns from outside."""
+"""What is measured on generated replies, each from 0 to 1. No metric runs code or patterns from outside.
+
+A metric is a name, or a name and what it asks for: `contains:TEXT`. Spaces around a reply and around its
+reference never count; the case of letters does.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from onebase_adapters.plain_json import parse_json, shown
+from onebase_adapters.training.recipe import RecipeError
+
+Score = Callable[[str, str, str], float]
+"""Of reply, reference and the metric's argument."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is written and computed. `argument`: TEXT, A|B|C or N; "" where it takes none."""
+
+    argument: str
+    about: str
+    score: Score
 
 
 def check_metric(name: str) -> None:
     """Raise RecipeError unless `name` is a metric."""
+    _parse(name)
+
+
+def score(name: str, reply: str, reference: str) -> float:
+    """How good a reply is, from 0 to 1.
+
+    Args:
+        reply: what the model wrote.
+        reference: the reply that the held-out row has.
+
+    Raises:
+        RecipeError: there is no such metric.
+    """
+    metric, argument = _parse(name)
+    return float(metric.score(reply.strip(), reference.strip(), argument))
+
+
+def mean(name: str, replies: list[str], references: list[str]) -> float:
+    """The mean score of replies to as many rows; 0.0 for none."""
+    scores = [score(name, *pair) for pair in zip(replies, references, strict=True)]
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def describe() -> str:
+    """One line on each metric, for help texts."""
+    return "\n".join(f"  {_written(name):20} {metric.about}" for name, metric in METRICS.items())
+
+
+def _parse(written: str) -> tuple[Metric, str]:
+    name, colon, argument = written.partition(":")
+    metric = METRICS.get(name)
+    if metric is None:
+        known = ", ".join(_written(name) for name in METRICS)
+        raise RecipeError("metrics", f"{shown(written)} is no metric; there are {known}")
+    if colon and not metric.argument:
+        raise RecipeError("metrics", f"{shown(written)}: {name} takes nothing after it; write just {name}")
+    if metric.argument and not argument.strip():
+        raise RecipeError("metrics", f"{shown(written)}: write it as {_written(name)}")
+    if metric.argument == "N" and not (argument.isascii() and argument.isdigit() and len(argument) < 8):
+        raise RecipeError("metrics", f"{shown(written)}: N is a whole number of at most 7 digits")
+    if metric.argument == "A|B|C" and not all(_choices(argument)):
+        raise RecipeError("metrics", f"{shown(written)}: no choice may be empty")
+    return metric, argument
+
+
+def _written(name: str) -> str:
+    argument = METRICS[name].argument
+    return f"{name}:{argument}" if argument else name
+
+
+def _choices(argument: str) -> list[str]:
+    return [choice.strip() for choice in argument.split("|")]
+
+
+def _one_of(reply: str, reference: str, argument: str) -> bool:
+    choices = _choices(argument)
+    return reply in choices and (reply == reference or reference not in choices)
+
+
+def _parsed(text: str) -> tuple[Any, bool]:
+    """The value of strict JSON, and whether it is that."""
+    try:
+        return parse_json(text.encode()), True
+    except (ValueError, RecursionError):
+        return None, False
+
+
+def _json_equal(reply: str, reference: str, _argument: str) -> bool:
+    ours, valid = _parsed(reply)
+    theirs, comparable = _parsed(reference)
+    try:
+        return valid and comparable and _same(ours, theirs)
+    except RecursionError:
+        return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality as JSON has it: true is not 1, 1.0 is 1, and the order of keys is free."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def _json_keys(reply: str, _reference: str, argument: str) -> bool:
+    value, _ = _parsed(reply)
+    return isinstance(value, dict) and set(value) == set(_choices(argument))
+
+
+def _word_f1(reply: str, reference: str, _argument: str) -> float:
+    """F1 of the words, as SQuAD counts it (Rajpurkar et al. 2016, section 6.1), but for its clean-up."""
+    ours, theirs = Counter(reply.lower().split()), Counter(reference.lower().split())
+    both = (ours & theirs).total()
+    if not both:
+        return float(ours == theirs)
+    return 2 * both / (ours.total() + theirs.total())
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric("", "the reply is the reference", lambda reply, ref, _: reply == ref),
+    "word_f1": Metric("", "words in common with the reference, in any order and case", _word_f1),
+    "json_valid": Metric("", "the reply is JSON and nothing else", lambda reply, _, __: _parsed(reply)[1]),
+    "json_equal": Metric("", "the reply is the reference's JSON, keys in any order", _json_equal),
+    "json_keys": Metric("A|B|C", "the reply is a JSON object with exactly these keys", _json_keys),
+    "contains": Metric("TEXT", "TEXT occurs in the reply", lambda reply, _, text: text in reply),
+    "lacks": Metric("TEXT", "TEXT does not occur in the reply", lambda reply, _, text: text not in reply),
+    "starts_with": Metric("TEXT", "the reply starts so", lambda reply, _, text: reply.startswith(text)),
+    "ends_with": Metric("TEXT", "the reply ends so", lambda reply, _, text: reply.endswith(text)),
+    "one_of": Metric("A|B|C", "the reply is one of these, the reference if that is one", _one_of),
+    "max_characters": Metric("N", "the reply is no longer", lambda reply, _, n: len(reply) <= int(n)),
+    "min_characters": Metric("N", "the reply is no shorter", lambda reply, _, n: len(reply) >= int(n)),
+}

@@ -1,0 +1,97 @@
+"""Metrics on replies: what scores, what does not, and what is no metric."""
+
+from __future__ import annotations
+
+import pytest
+
+from onebase_adapters.training.metrics import METRICS, check_metric, describe, mean, score
+from onebase_adapters.training.recipe import RecipeError, parse_recipe
+
+SCORES = [
+    ("exact_match", " Berlin\n", "Berlin", 1),
+    ("exact_match", "berlin", "Berlin", 0),
+    ("json_valid", ' {"a": [1, null]}\n', "", 1),
+    ("json_valid", '```json\n{"a": 1}\n```', "", 0),
+    ("json_valid", '{"a": 1} and more', "", 0),
+    ("json_valid", '{"a": 1, "a": 2}', "", 0),
+    ("json_valid", "NaN", "", 0),
+    ("json_valid", "", "", 0),
+    ("json_valid", "[" * 100_000, "", 0),
+    ("json_valid", '"\ud800"', "", 0),
+    ("json_equal", '{"a": 1, "b": {"c": [1, 2]}}', '{"b":{"c":[1,2]},"a":1.0}', 1),
+    ("json_equal", "[1, 2]", "[2, 1]", 0),
+    ("json_equal", '{"a": true}', '{"a": 1}', 0),
+    ("json_equal", '{"a": 0}', '{"a": false}', 0),
+    ("json_equal", '{"a": 1}', '{"a": 1, "b": null}', 0),
+    ("json_equal", "no json", "no json", 0),
+    ("json_keys:a|b", '{"b": 1, "a": 2}', "", 1),
+    ("json_keys:a|b", '{"a": 2}', "", 0),
+    ("json_keys:a|b", '["a", "b"]', "", 0),
+    ("contains:.*", "literal .* here", "", 1),
+    ("contains:.*", "no pattern", "", 0),
+    ("contains:a:b", "x a:b y", "", 1),
+    ("lacks:sorry", "no excuse", "", 1),
+    ("lacks:sorry", "I am sorry", "", 0),
+    ("starts_with:Dear", "  Dear you", "", 1),
+    ("starts_with:Dear", "My Dear", "", 0),
+    ("ends_with:.", "Done.\n", "", 1),
+    ("ends_with:.", "Done", "", 0),
+    ("one_of:yes|no", "yes", "yes", 1),
+    ("one_of:yes|no", "yes", "no", 0),
+    ("one_of:yes|no", "no", "of course not", 1),
+    ("one_of:yes|no", "perhaps", "perhaps", 0),
+    ("one_of:very good|bad", " very good ", "very good", 1),
+    ("max_characters:4", " four \n", "", 1),
+    ("max_characters:4", "fives", "", 0),
+    ("min_characters:4", "four", "", 1),
+    ("min_characters:4", "   two", "", 0),
+    ("word_f1", "a b c d", "b A x", 4 / 7),
+    ("word_f1", "x", "y", 0),
+    ("word_f1", "", "", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "reply", "reference", "expected"), SCORES)
+def test_a_reply_scores(name: str, reply: str, reference: str, expected: float) -> None:
+    assert score(name, reply, reference) == pytest.approx(expected)
+
+
+def test_every_metric_is_tested_and_described() -> None:
+    assert {name.partition(":")[0] for name, *_ in SCORES} == set(METRICS)
+    assert all(name in describe() for name in METRICS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("accuracy", ["'accuracy'", "exact_match", "one_of:A|B|C"]),
+        ("", ["no metric"]),
+        ("exact_match:Berlin", ["just exact_match"]),
+        ("contains:", ["contains:TEXT"]),
+        ("contains", ["contains:TEXT"]),
+        ("one_of:a||b", ["empty"]),
+        ("max_characters:-1", ["whole number"]),
+        ("max_characters:²", ["whole number"]),
+        ("max_characters:99999999", ["7 digits"]),
+    ],
+)
+def test_what_is_no_metric_is_refused_with_the_way_to_write_it(name: str, words: list[str]) -> None:
+    for check in (check_metric, lambda name: score(name, "", "")):
+        with pytest.raises(RecipeError) as refusal:
+            check(name)
+        assert refusal.value.field == "metrics"
+        for word in words:
+            assert word in str(refusal.value)
+
+
+def test_a_recipe_refuses_an_unknown_metric() -> None:
+    parse_recipe({"metrics": ["json_valid", "contains:a, b"], "best_by": "contains:a, b"})
+    with pytest.raises(RecipeError, match="no metric"):
+        parse_recipe({"metrics": ["bleu"]})
+
+
+def test_the_mean_is_over_rows_and_takes_as_many_replies_as_references() -> None:
+    assert mean("exact_match", ["a", "b", "c"], ["a", "x", "c"]) == pytest.approx(2 / 3)
+    assert mean("exact_match", [], []) == 0.0
+    with pytest.raises(ValueError, match="longer"):
+        mean("exact_match", ["a"], ["a", "b"])
