@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_adapters.training.gate import Gate
+
 NAME = "onebase_packed"
 
 
@@ -25,9 +27,9 @@ class PackedAttention:
     They must stay set until the backward pass is done: with gradient checkpointing it computes again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate) -> None:
         self.lengths: Sequence[int] = ()
-        self.called = 0
+        self._gate = gate
 
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
@@ -41,18 +43,24 @@ class PackedAttention:
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
         """q [1, heads, T, d], k and v [1, kv heads, T, d] -> [1, T, heads, d of v]."""
-        self.called += 1
+        self._gate.wait()
+        if q.requires_grad:
+            q.register_hook(self._wait_backwards)  # type: ignore[no-untyped-call]
         if not getattr(module, "is_causal", True) or options.get("s_aux") is not None:
             raise UnsupportedTrainingError("the base's attention looks ahead, or has sinks")
         groups = q.shape[1] // k.shape[1]
         window, softcap = options.get("sliding_window"), options.get("softcap")
-        rows = zip(*(part.split(list(self.lengths), dim=2) for part in (q, k, v)), strict=True)
+        lengths = list(self.lengths)
+        rows = zip(*(torch.split(part, lengths, dim=2) for part in (q, k, v)), strict=True)
         outputs = []
         for q_row, k_row, v_row in rows:
             plain = softcap is None and (window is None or window >= q_row.shape[2])
             attend = _flash if plain else _explicit
             outputs.append(attend(q_row, _repeated(k_row, groups), _repeated(v_row, groups), options))
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def _wait_backwards(self, gradient: torch.Tensor) -> None:
+        self._gate.wait()
 
 
 def packed_attention(

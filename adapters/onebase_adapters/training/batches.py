@@ -1,4 +1,4 @@
-"""Which rows make a step, and how a step's rows are packed into micro-batches. All of it follows from the seed."""
+"""Which rows make a step, and how they are packed into micro-batches. All of it follows from the seed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from onebase_adapters.training.samples import Preference, Row, Sample
 class MicroBatch:
     """Samples that are computed at once, one after the other in one sequence.
 
-    A pair of a preference is always in one micro-batch, the chosen one first. rows: numbers of the rows in the
-    dataset, one a sample, or one for two samples of a pair.
+    A pair of a preference is always in one micro-batch, the chosen one first. rows: numbers of the rows in
+    the dataset, one a sample, or one for two samples of a pair.
     """
 
     samples: tuple[Sample, ...]
@@ -81,8 +81,8 @@ def weight_of(row: Row) -> int:
 def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The rows of step `step` (from 0): each epoch is a permutation of its own, cut into batches.
 
-    The last batch of an epoch may be smaller. Depends on nothing but the arguments, so that a run that goes on
-    sees the rows that an unbroken one would have seen.
+    The last batch of an epoch may be smaller. Depends on nothing but the arguments, so that a run that goes
+    on sees the rows that an unbroken one would have seen.
     """
     per_epoch = math.ceil(count / batch_size)
     epoch, number = divmod(step, per_epoch)

@@ -14,8 +14,8 @@ CHUNK = 256
 class _CrossEntropy(torch.autograd.Function):
     """Negative log-likelihood of each target; keeps no fp32 copy of the logits.
 
-    The gradient takes the memory of the logits, which nobody reads afterwards. In fp32 the numbers are those of
-    torch's own cross_entropy up to rounding.
+    The gradient takes the memory of the logits, which nobody reads afterwards. In fp32 the numbers are those
+    of torch's own cross_entropy up to rounding.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, sums = ctx.saved_tensors
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
@@ -43,16 +43,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each row, [n] fp32, from logits [n, vocabulary] that are used up by the backward pass."""
+    """Cross-entropy of each row, [n] fp32. The backward pass uses the logits [n, vocabulary] up."""
     if not logits.requires_grad:
+        parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
         return torch.cat(
-            [
-                nn.functional.cross_entropy(logits[start : start + CHUNK].float(), part, reduction="none")
-                for start, part in zip(range(0, len(targets), CHUNK), targets.split(CHUNK), strict=True)
-            ]
-            or [logits.new_zeros(0, dtype=torch.float32)]
+            [nn.functional.cross_entropy(chunk.float(), part, reduction="none") for chunk, part in parts]
         )
-    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)
+    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -61,8 +58,8 @@ def dpo_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
 
-    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the base's log-likelihood of the chosen
-    one minus that of the rejected one, [pairs].
+    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the base's log-likelihood of the
+    chosen one minus that of the rejected one, [pairs].
     """
     margin = beta * ((chosen - rejected) - reference)
     return -nn.functional.logsigmoid(margin), margin

@@ -22,7 +22,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """
     assert isinstance(recipe.learning_rate, float)
     ratio = recipe.lora_plus_ratio or 1.0
-    slow, fast = [], []
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (fast if ".lora_B." in name or ".lora_embedding_B." in name else slow).append(parameter)

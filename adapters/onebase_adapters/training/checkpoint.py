@@ -1,0 +1,156 @@
+"""Where a run can go on from: the adapter, the optimizer's state and the place in the data.
+
+A run's folder has `checkpoints/step-00000120/` for the last few steps and `checkpoints/best-00000100/`. A
+checkpoint appears whole or not at all: it is written beside, synced, then renamed. What is random in a run
+follows from its seed and the step's number, so that the number is all that has to be kept of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+_ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+class CheckpointError(Exception):
+    """The run's folder cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class RunState:
+    """What a run knows besides tensors. Losses are nats a supervised token.
+
+    identity: SHA-256 of recipe, data and base: a checkpoint is gone on from only by the same run.
+    """
+
+    identity: str
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    base_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    without_better: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, state: RunState, adapter: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> Path:
+        """Write the state after `state.step` steps and drop the oldest. Raises OSError."""
+        target = self.folder / f"step-{state.step:08d}"
+        with _appearing(target) as work:
+            save_file(_plain(adapter), work / _ADAPTER)
+            torch.save(optimizer, work / _OPTIMIZER)
+            (work / _STATE).write_text(json.dumps(asdict(state)))
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
+        for path in self.folder.glob("best-*"):
+            if path != self._best(state.best_step):
+                shutil.rmtree(path, ignore_errors=True)
+        return target
+
+    def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
+        """Keep an adapter as the best one; the one before stays until the next `save`. Raises OSError."""
+        with _appearing(self._best(step)) as work:
+            save_file(_plain(adapter), work / _ADAPTER)
+
+    def best(self, step: int) -> dict[str, torch.Tensor]:
+        """The adapter that was kept after a step. Raises CheckpointError."""
+        try:
+            return load_file(self._best(step) / _ADAPTER)
+        except Exception as error:
+            raise CheckpointError(f"{self._best(step)} cannot be read: {error}") from error
+
+    def _best(self, step: int) -> Path:
+        return self.folder / f"best-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """After which steps there are checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self, identity: str) -> RunState | None:
+        """The state of the last checkpoint, if there is any.
+
+        Raises CheckpointError: it is another run's, or cannot be read.
+        """
+        if not (steps := self.steps()):
+            return None
+        path = self.folder / f"step-{steps[-1]:08d}"
+        try:
+            state = RunState(**json.loads((path / _STATE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+        if state.identity != identity:
+            raise CheckpointError(
+                f"{self.folder.parent} holds a run with another recipe, other data or another base: go on "
+                "with the same ones, choose another folder, or remove this one"
+            )
+        state.losses = [(step, loss) for step, loss in state.losses]
+        state.held_out = [(step, loss) for step, loss in state.held_out]
+        return state
+
+    def tensors(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Adapter and optimizer state after a step, in host memory. Raises CheckpointError."""
+        path = self.folder / f"step-{step:08d}"
+        try:
+            optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+            return load_file(path / _ADAPTER), optimizer
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+class _appearing:  # noqa: N801 - used like a function
+    """A folder to write into that takes the place of `target` when all of it is on the disk."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._work = target.with_name(f".{target.name}.part")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir(parents=True)
+        return self._work
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._work, ignore_errors=True)
+            return
+        for path in [*self._work.iterdir(), self._work]:
+            sync(path)
+        shutil.rmtree(self._target, ignore_errors=True)
+        self._work.rename(self._target)
+        sync(self._target.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

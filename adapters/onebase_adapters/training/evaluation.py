@@ -1,0 +1,59 @@
+"""The loss on held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from onebase_adapters.training.batches import pack, weight_of
+from onebase_adapters.training.objectives import Objective
+from onebase_adapters.training.ranks import Ranks
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.samples import Dataset
+from onebase_adapters.training.trainable import Trainable
+
+_NAMES = ("accuracy", "margin")
+
+
+@dataclass
+class Scores:
+    """Sums over micro-batches, then means. sums: [3] fp64: loss, DPO's accuracy and margin."""
+
+    sums: torch.Tensor
+    loss: float = 0.0
+    rewards: dict[str, float] = field(default_factory=dict)
+    _named: bool = False
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Scores:
+        return cls(torch.zeros(1 + len(_NAMES), dtype=torch.float64, device=device))
+
+    def add(self, loss: torch.Tensor, rewards: dict[str, torch.Tensor]) -> None:
+        self.sums[0] += loss
+        for place, name in enumerate(_NAMES, start=1):
+            if name in rewards:
+                self.sums[place] += rewards[name]
+                self._named = True
+
+    def over(self, weight: int) -> Scores:
+        """Means over what the rows weigh."""
+        loss, *rewards = (self.sums / weight).tolist()
+        self.loss = loss
+        self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
+        return self
+
+
+def held_out_scores(
+    trainable: Trainable, objective: Objective, recipe: Recipe, data: Dataset, ranks: Ranks
+) -> Scores:
+    """The mean loss of all rows, nats a supervised token (DPO: a pair)."""
+    if recipe.micro_tokens == "auto":
+        raise ValueError("the recipe is not resolved")
+    scores = Scores.empty(trainable.device)
+    batches = pack(data.rows, range(len(data)), recipe.micro_tokens, packing=recipe.packing)
+    with trainable.evaluating():
+        for batch in ranks.share(batches):
+            scores.add(*objective.loss(batch))
+    ranks.add([scores.sums])
+    return scores.over(sum(map(weight_of, data.rows)))
