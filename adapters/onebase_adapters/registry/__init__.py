@@ -2,6 +2,8 @@
 
 from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry.errors import (
+    FileInUseError,
+    JobStateError,
     NothingToRollBackError,
     NotReadyError,
     RegistryBusyError,
@@ -9,6 +11,8 @@ from onebase_adapters.registry.errors import (
     RegistryFullError,
     StaleActivationError,
     UnknownAdapterError,
+    UnknownFileError,
+    UnknownJobError,
     UnknownVersionError,
 )
 from onebase_adapters.registry.queries import LEAST_PREFIX
@@ -23,24 +27,60 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.registry import DEFAULT_TENANT, Registry
+from onebase_adapters.registry.training import TrainingRecords
+from onebase_adapters.registry.training_records import (
+    ENDED_STATES,
+    JOB_STATES,
+    OPEN_STATES,
+    Activate,
+    Checkpoint,
+    JobError,
+    JobState,
+    NewCheckpoint,
+    NewEvent,
+    NewJob,
+    Purpose,
+    TrainingEvent,
+    TrainingFile,
+    TrainingJob,
+)
 
 __all__ = [
     "DEFAULT_TENANT",
+    "ENDED_STATES",
+    "JOB_STATES",
     "LEAST_PREFIX",
+    "OPEN_STATES",
     "UNSET",
+    "Activate",
     "AdapterRecord",
     "Blob",
     "Changes",
+    "Checkpoint",
+    "FileInUseError",
     "HistoryEntry",
+    "JobError",
+    "JobState",
+    "JobStateError",
+    "NewCheckpoint",
+    "NewEvent",
+    "NewJob",
     "NotReadyError",
     "NothingToRollBackError",
+    "Purpose",
     "Registry",
     "RegistryBusyError",
     "RegistryError",
     "RegistryFullError",
     "StaleActivationError",
     "State",
+    "TrainingEvent",
+    "TrainingFile",
+    "TrainingJob",
+    "TrainingRecords",
     "UnknownAdapterError",
+    "UnknownFileError",
+    "UnknownJobError",
     "UnknownVersionError",
     "Unset",
     "VersionError",

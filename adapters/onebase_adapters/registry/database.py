@@ -83,6 +83,12 @@ class Database:
             yield session, counter
 
     @contextmanager
+    def beside(self) -> Iterator[Session]:
+        """A writing transaction that leaves the change counter alone: for what no catalog follows."""
+        with self.errors("writing"), Session(self.engine) as session, session.begin():
+            yield session
+
+    @contextmanager
     def read(self) -> Iterator[Session]:
         """A transaction that sees one state throughout."""
         with self.errors("reading"), Session(self._reading) as session:

@@ -7,7 +7,11 @@ RegistryError
 ├── UnknownVersionError       the adapter has no such version, or several begin like that
 ├── NotReadyError             the version has not been proved, or failed
 ├── StaleActivationError      another version is active than the caller expects
-└── NothingToRollBackError    no earlier version is left
+├── NothingToRollBackError    no earlier version is left
+├── UnknownFileError          no training file of that id
+├── FileInUseError            a training job needs the file
+├── UnknownJobError           no training job of that id
+└── JobStateError             the job's state does not allow it
 """
 
 from __future__ import annotations
@@ -51,3 +55,27 @@ class StaleActivationError(RegistryError):
 
 class NothingToRollBackError(RegistryError):
     """No version was active before this one, or those that were are deleted."""
+
+
+class UnknownFileError(RegistryError):
+    """There is no training file of this id."""
+
+
+class FileInUseError(RegistryError):
+    """A job that has not ended needs the file. `job`: its id."""
+
+    def __init__(self, message: str, job: str) -> None:
+        super().__init__(message)
+        self.job = job
+
+
+class UnknownJobError(RegistryError):
+    """There is no training job of this id for this base."""
+
+
+class JobStateError(RegistryError):
+    """The job's state does not allow it. `state`: the one it has."""
+
+    def __init__(self, message: str, state: str) -> None:
+        super().__init__(message)
+        self.state = state

@@ -22,6 +22,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.tables import AdapterRow, HistoryRow, VersionRow
+from onebase_adapters.registry.training import TrainingRecords
 
 
 class RegistryReader:
@@ -31,6 +32,8 @@ class RegistryReader:
         self._database = Database(url)
         self.base_id = base_id
         self.base_name = base_name
+        self.training = TrainingRecords(self._database, base_id)
+        """Training files and jobs, in the same database."""
 
     def close(self) -> None:
         """Let go of the connections; the registry cannot be used any more."""

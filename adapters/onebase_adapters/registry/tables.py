@@ -20,7 +20,7 @@ NAMING = {
 }
 
 # SQLite counts up rows by itself only for a key declared INTEGER.
-_Id = BigInteger().with_variant(Integer(), "sqlite")
+ID = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class Table(DeclarativeBase):
@@ -53,7 +53,7 @@ class AdapterRow(Table):
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("base_id", "tenant", "name"),)
 
-    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    id: Mapped[int] = mapped_column(ID, primary_key=True)
     base_id: Mapped[str] = mapped_column(String)
     tenant: Mapped[str] = mapped_column(String)
     name: Mapped[str] = mapped_column(String)
@@ -77,7 +77,7 @@ class VersionRow(Table):
     __tablename__ = "versions"
     __table_args__ = (UniqueConstraint("adapter_id", "digest"),)
 
-    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    id: Mapped[int] = mapped_column(ID, primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
     digest: Mapped[str] = mapped_column(String)
     state: Mapped[str] = mapped_column(String, index=True)
@@ -104,7 +104,7 @@ class PreviousRow(Table):
 
     __tablename__ = "previous_versions"
 
-    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    id: Mapped[int] = mapped_column(ID, primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), index=True)
     version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), index=True)
 
@@ -115,7 +115,7 @@ class HistoryRow(Table):
     __tablename__ = "history"
     __table_args__ = (Index(None, "adapter_id", "id"),)
 
-    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    id: Mapped[int] = mapped_column(ID, primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
     action: Mapped[str] = mapped_column(String)
     version: Mapped[str | None] = mapped_column(String)

@@ -1,0 +1,272 @@
+"""Training files and jobs in the registry: what was asked for, how far it has come, what was told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.errors import FileInUseError, JobStateError, UnknownFileError, UnknownJobError
+from onebase_adapters.registry.mapping import plain
+from onebase_adapters.registry.training_mapping import (
+    checkpoint_of,
+    event_of,
+    event_row,
+    file_of,
+    job_of,
+    job_row,
+    set_facts,
+)
+from onebase_adapters.registry.training_records import (
+    ENDED_STATES,
+    OPEN_STATES,
+    Checkpoint,
+    JobState,
+    NewCheckpoint,
+    NewEvent,
+    NewJob,
+    TrainingEvent,
+    TrainingFile,
+    TrainingJob,
+)
+from onebase_adapters.registry.training_tables import (
+    CheckpointRow,
+    TrainingEventRow,
+    TrainingFileRow,
+    TrainingJobRow,
+)
+
+
+class TrainingRecords:
+    """Jobs of one base, and files. All methods block, may be called from any thread, and are one transaction.
+
+    A job belongs to the server that made it: its files are there, and it alone runs it. Any server on the
+    registry may move a job's state (pause, cancel, resume); the owner follows what is written here.
+
+    Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database, base_id: str) -> None:
+        self._database = database
+        self._base_id = base_id
+
+    # ---- files -------------------------------------------------------------------------------
+
+    def add_file(self, file: TrainingFile) -> TrainingFile:
+        """Also says so when the file is known already (a job's curve, delivered twice)."""
+        with self._database.beside() as session:
+            known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
+            if known is None:
+                session.add(
+                    TrainingFileRow(
+                        id=file.id,
+                        tenant=file.tenant,
+                        server=file.server,
+                        purpose=file.purpose,
+                        filename=plain(file.filename),
+                        bytes=file.bytes,
+                        created_at=file.created_at,
+                    )
+                )
+        return file
+
+    def files(
+        self,
+        tenant: str,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int,
+        oldest_first: bool = False,
+    ) -> list[TrainingFile]:
+        """In order of arrival, newest first unless told otherwise. Raises UnknownFileError for `after`."""
+        number = TrainingFileRow.number
+        with self._database.read() as session:
+            query = select(TrainingFileRow).where(TrainingFileRow.tenant == tenant)
+            if purpose is not None:
+                query = query.where(TrainingFileRow.purpose == plain(purpose))
+            if after is not None:
+                place = _file(session, tenant, after).number
+                query = query.where(number > place if oldest_first else number < place)
+            query = query.order_by(number if oldest_first else number.desc()).limit(limit)
+            return [file_of(row) for row in session.scalars(query)]
+
+    def file(self, tenant: str, file_id: str) -> TrainingFile:
+        """Raises UnknownFileError."""
+        with self._database.read() as session:
+            return file_of(_file(session, tenant, file_id))
+
+    def delete_file(self, tenant: str, file_id: str) -> TrainingFile:
+        """Raises UnknownFileError; FileInUseError while a job that has not ended needs it."""
+        with self._database.beside() as session:
+            row = _file(session, tenant, file_id, lock=True)
+            user = session.scalar(
+                select(TrainingJobRow.id).where(
+                    or_(TrainingJobRow.training_file == row.id, TrainingJobRow.validation_file == row.id),
+                    TrainingJobRow.state.not_in(ENDED_STATES),
+                )
+            )
+            if user is not None:
+                raise FileInUseError(f"File {row.id} is in use: job {user} needs it.", user)
+            found = file_of(row)
+            session.delete(row)
+            return found
+
+    def file_ids(self, server: str) -> set[str]:
+        """All files of one server, of any tenant."""
+        with self._database.read() as session:
+            return set(session.scalars(select(TrainingFileRow.id).where(TrainingFileRow.server == server)))
+
+    # ---- jobs --------------------------------------------------------------------------------
+
+    def add_job(self, job: NewJob, event: NewEvent) -> TrainingJob:
+        """A new job in state `validating_files`, with its first event. Raises UnknownFileError."""
+        with self._database.beside() as session:
+            for file_id in filter(None, (job.training_file, job.validation_file)):
+                _file(session, job.tenant, file_id, lock=True)
+            row = job_row(job, self._base_id, time.time())
+            session.add(row)
+            session.flush()
+            session.add(event_row(row.number, event))
+            return job_of(row)
+
+    def job(self, tenant: str, job_id: str) -> TrainingJob:
+        """Raises UnknownJobError."""
+        with self._database.read() as session:
+            return job_of(self._job(session, job_id, tenant))
+
+    def jobs(
+        self, tenant: str, *, after: str | None = None, limit: int, labels: Mapping[str, str] | None = None
+    ) -> list[TrainingJob]:
+        """Newest first; `labels`: only those that have all of these. Raises UnknownJobError for `after`."""
+        with self._database.read() as session:
+            query = select(TrainingJobRow).where(*self._scope(tenant))
+            if after is not None:
+                query = query.where(TrainingJobRow.number < self._job(session, after, tenant).number)
+            for key, value in (labels or {}).items():
+                query = query.where(TrainingJobRow.labels[plain(key)].as_string() == plain(value))
+            rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
+            return [job_of(row) for row in rows]
+
+    def open_jobs(self, server: str) -> list[TrainingJob]:
+        """What a server has to do, oldest first."""
+        with self._database.read() as session:
+            rows = session.scalars(
+                select(TrainingJobRow)
+                .where(*self._scope(), TrainingJobRow.server == server, TrainingJobRow.state.in_(OPEN_STATES))
+                .order_by(TrainingJobRow.number)
+            )
+            return [job_of(row) for row in rows]
+
+    def job_ids(self, server: str) -> set[str]:
+        """All jobs of one server, on any base and of any tenant."""
+        with self._database.read() as session:
+            return set(session.scalars(select(TrainingJobRow.id).where(TrainingJobRow.server == server)))
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs of this base there are in each state."""
+        with self._database.read() as session:
+            rows = session.execute(
+                select(TrainingJobRow.state, func.count())
+                .where(*self._scope())
+                .group_by(TrainingJobRow.state)
+            )
+            return {row[0]: row[1] for row in rows}
+
+    def move(
+        self,
+        job_id: str,
+        state: JobState,
+        among: Collection[JobState],
+        event: NewEvent | None = None,
+        **facts: Any,
+    ) -> TrainingJob:
+        """Change a job's state, if it is one of `among`, and other fields of TrainingJob with it.
+
+        Raises UnknownJobError; JobStateError when it is in another state.
+        """
+        with self._database.beside() as session:
+            row = self._job(session, job_id, lock=True)
+            if row.state not in among:
+                raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
+            set_facts(row, state, facts, time.time())
+            if event is not None:
+                session.add(event_row(row.number, event))
+            session.flush()
+            return job_of(row)
+
+    def note(
+        self,
+        job_id: str,
+        events: Sequence[NewEvent] = (),
+        checkpoints: Iterable[NewCheckpoint] = (),
+        **facts: Any,
+    ) -> None:
+        """Add what a run told; `facts`: fields of TrainingJob. Raises UnknownJobError."""
+        with self._database.beside() as session:
+            row = self._job(session, job_id, lock=True)
+            session.add_all(event_row(row.number, event) for event in events)
+            for checkpoint in checkpoints:
+                session.execute(
+                    delete(CheckpointRow).where(
+                        CheckpointRow.job == row.number, CheckpointRow.step == checkpoint.step
+                    )
+                )
+                session.add(CheckpointRow(job=row.number, **vars(checkpoint)))
+                row.saved_step = max(row.saved_step, checkpoint.step)
+            set_facts(row, None, facts, time.time())
+
+    # ---- what jobs told ----------------------------------------------------------------------
+
+    def events(self, job: TrainingJob, *, before: int | None = None, limit: int) -> list[TrainingEvent]:
+        """Newest first, older than the event of number `before`."""
+        number = TrainingEventRow.number
+        with self._database.read() as session:
+            query = select(TrainingEventRow).where(TrainingEventRow.job == job.number)
+            if before is not None:
+                query = query.where(number < before)
+            return [event_of(row) for row in session.scalars(query.order_by(number.desc()).limit(limit))]
+
+    def events_since(self, job: TrainingJob, after: int, limit: int) -> list[TrainingEvent]:
+        """Oldest first, newer than the event of number `after`."""
+        number = TrainingEventRow.number
+        with self._database.read() as session:
+            query = select(TrainingEventRow).where(TrainingEventRow.job == job.number, number > after)
+            return [event_of(row) for row in session.scalars(query.order_by(number).limit(limit))]
+
+    def checkpoints(self, job: TrainingJob) -> list[Checkpoint]:
+        """All that were written, newest first."""
+        with self._database.read() as session:
+            rows = session.scalars(
+                select(CheckpointRow)
+                .where(CheckpointRow.job == job.number)
+                .order_by(CheckpointRow.step.desc())
+            )
+            return [checkpoint_of(row) for row in rows]
+
+    def _scope(self, tenant: str | None = None) -> list[ColumnElement[bool]]:
+        conditions = [TrainingJobRow.base_id == self._base_id]
+        return conditions if tenant is None else [*conditions, TrainingJobRow.tenant == tenant]
+
+    def _job(
+        self, session: Session, job_id: str, tenant: str | None = None, *, lock: bool = False
+    ) -> TrainingJobRow:
+        query = select(TrainingJobRow).where(*self._scope(tenant), TrainingJobRow.id == plain(job_id))
+        row = session.scalar(query.with_for_update() if lock else query)
+        if row is None:
+            raise UnknownJobError(f"There is no job {job_id[:80]!r} on this base.")
+        return row
+
+
+def _file(session: Session, tenant: str, file_id: str, *, lock: bool = False) -> TrainingFileRow:
+    query = select(TrainingFileRow).where(
+        TrainingFileRow.tenant == tenant, TrainingFileRow.id == plain(file_id)
+    )
+    row = session.scalar(query.with_for_update() if lock else query)
+    if row is None:
+        raise UnknownFileError(f"There is no file {file_id[:80]!r}.")
+    return row
