@@ -1,0 +1,162 @@
+"""Training data: a file or a data set on the Hub, read, checked and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from onebase_adapters.training.base_tokens import BaseTokens
+from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text, parse_row
+from onebase_adapters.training.data_facts import Facts, Key, row_key
+from onebase_adapters.training.data_files import Item, read_file
+from onebase_adapters.training.data_problems import DataError, Problem, RowError
+from onebase_adapters.training.data_split import dataset_of, split
+from onebase_adapters.training.prompts import Reference
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.row_tokens import RowTokens, Tokenized
+from onebase_adapters.training.samples import Dataset, Preference, Row
+
+__all__ = ["DEFAULT_LENGTH", "DataError", "Problem", "load_dataset", "split"]
+
+DEFAULT_LENGTH = 2048
+"""Tokens of the longest row, where the recipe leaves it open."""
+
+_AT_ONCE = 256
+_MOST_PROBLEMS = 100_000
+
+
+def load_dataset(
+    source: str | Path,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    part: str = "train",
+    name: str | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> Dataset:
+    """Read a file (or `org/name[:split][@revision]` on the Hub) and tokenize its rows for a base.
+
+    Args:
+        tokenizer: the base's own, with its chat template.
+        recipe: method, train_on, max_length ("auto": 2048) and too_long are used.
+        part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
+        name: what a file is called whose path does not say it, as an upload; its end tells the format.
+        on_progress: told the part that is done, from 0 to 1. What it raises ends the reading.
+
+    Raises:
+        DataError: with every bad line; or the file as a whole cannot be used.
+    """
+    shown = name or (source.name if isinstance(source, Path) else source)
+    builder = _Builder(shown, tokenizer, recipe)
+    with closing(_records(source, part, name, on_progress)) as items:
+        for chunk in _chunks(items, _AT_ONCE):
+            builder.add(chunk)
+    return builder.dataset()
+
+
+def _records(
+    source: str | Path, part: str, name: str | None, on_progress: Callable[[float], None] | None
+) -> Iterator[Item]:
+    shown = name or str(source)
+    path = Path(source)
+    try:
+        yield from read_file(path, on_progress, name=name)
+    except OSError as error:
+        raise DataError(shown, [Problem(0, "", f"cannot be read: {error.strerror or error}")]) from error
+
+
+def _chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == count:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+class _Builder:
+    """Takes records and collects rows, or problems."""
+
+    def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
+        self._source = source
+        self._method = recipe.method
+        self._tokens = RowTokens(
+            BaseTokens(tokenizer),
+            everything=recipe.train_on == "all" and recipe.method == "supervised",
+            limit=DEFAULT_LENGTH if recipe.max_length == "auto" else recipe.max_length,
+            too_long=recipe.too_long,
+        )
+        self._problems: list[Problem] = []
+        self._rows: list[Row] = []
+        self._references: list[Reference] = []
+        self._keys: list[Key] = []
+        self._truncated: list[int] = []
+        self._dropped: list[int] = []
+
+    def add(self, items: Sequence[Item]) -> None:
+        parsed: list[tuple[int, Parsed]] = []
+        for item in items:
+            if isinstance(item, Problem):
+                self._problems.append(item)
+                continue
+            try:
+                parsed.append((item.line, parse_row(item.value, self._method)))
+            except RowError as error:
+                self._problems.append(Problem(item.line, error.field, error.reason))
+        flat = [(line, side) for line, row in parsed for side in _sides(row)]
+        tokenized = iter(self._tokens.tokenize(flat))
+        for line, row in parsed:
+            self._take(line, row, [next(tokenized) for _ in _sides(row)])
+        if len(self._problems) > _MOST_PROBLEMS:
+            self._problems.append(Problem(0, "", "too many problems: the rest of the file was not read"))
+            raise DataError(self._source, self._problems)
+
+    def dataset(self) -> Dataset:
+        """What was collected. Raises DataError if anything was wrong."""
+        if self._problems:
+            raise DataError(self._source, self._problems)
+        if not self._rows:
+            reason = "every row was dropped as too long" if self._dropped else "the file has no rows"
+            raise DataError(self._source, [Problem(0, "", reason)])
+        facts = Facts(self._source, self._keys, self._truncated, self._dropped)
+        return dataset_of(self._rows, self._references, facts)
+
+    def _take(self, line: int, row: Parsed, sides: Sequence[Tokenized | RowError]) -> None:
+        for name, side in zip(("chosen", "rejected"), sides, strict=False):
+            if isinstance(side, RowError):
+                field = f"{name} {side.field}".strip() if isinstance(row, Choice) else side.field
+                self._problems.append(Problem(line, field, side.reason))
+                return
+        done = [side for side in sides if isinstance(side, Tokenized)]
+        if not all(side.samples for side in done):
+            self._dropped.append(line)
+            return
+        if any(side.truncated for side in done):
+            self._truncated.append(line)
+        self._keys.append(row_key(line, row))
+        first = done[0]
+        if first.prompt is not None:
+            self._references.append(Reference(first.samples[-1].ids[: first.prompt], _reply(row), line))
+        if isinstance(row, Choice):
+            # A template that rewrites earlier replies makes several samples; the last has the whole.
+            self._rows.append(Preference(done[0].samples[-1], done[1].samples[-1]))
+        else:
+            self._rows.extend(first.samples)
+
+
+def _sides(row: Parsed) -> tuple[Chat | Text, ...]:
+    return (row.chosen, row.rejected) if isinstance(row, Choice) else (row,)
+
+
+def _reply(row: Parsed) -> str:
+    """The text that the row ends in."""
+    if isinstance(row, Choice):
+        return _reply(row.chosen)
+    if isinstance(row, Text):
+        return row.reply
+    content: str = row.messages[-1]["content"]
+    return content

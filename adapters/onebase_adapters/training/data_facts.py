@@ -1,0 +1,78 @@
+"""What is known of a data set beside its tokens: what reading it did, and which rows say the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text
+
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Key:
+    """Tells whether two rows say the same, up to white space. prompt None: the row has none."""
+
+    line: int
+    content: bytes
+    prompt: bytes | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one file, or of a part of it.
+
+    keys: one for each row that is in the data set, in its order. truncated, dropped: lines.
+    """
+
+    source: str
+    keys: Sequence[Key]
+    truncated: Sequence[int] = ()
+    dropped: Sequence[int] = ()
+
+
+def row_key(line: int, row: Parsed) -> Key:
+    """The row's key: equal contents have equal digests."""
+    prompt = _prompt(row)
+    return Key(line, _digest(_plain(row)), None if prompt is None else _digest(prompt))
+
+
+def _plain(row: Parsed) -> Any:
+    if isinstance(row, Choice):
+        return [_plain(row.chosen), _plain(row.rejected)]
+    if isinstance(row, Text):
+        return [row.prompt or "", row.reply]
+    return [row.tools, row.messages]
+
+
+def _prompt(row: Parsed) -> Any:
+    """What comes before the last reply."""
+    if isinstance(row, Choice):
+        return _prompt(row.chosen)
+    if isinstance(row, Text):
+        return row.prompt
+    return [row.tools, row.messages[:-1]] if _ends_in_reply(row) else None
+
+
+def _ends_in_reply(row: Chat) -> bool:
+    return row.messages[-1]["role"] == "assistant"
+
+
+def _digest(value: Any) -> bytes:
+    text = json.dumps(_normal(value), ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()[:_DIGEST_BYTES]
+
+
+def _normal(value: Any) -> Any:
+    """With white space made one space: it tells no two rows apart."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, dict):
+        return {key: _normal(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(part) for part in value]
+    return value

@@ -1,0 +1,86 @@
+"""Files of training data: which format a file has, and its records with their line numbers.
+
+The file may come from anybody. Nothing in it is run: no pickle, no script, no code of a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from onebase_adapters.training.data_json import Item, Record, json_array, json_lines
+from onebase_adapters.training.data_problems import DataError, Problem
+
+__all__ = ["FORMATS", "Item", "Record", "read_file"]
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""By the end of a file's name."""
+
+MOST_FILE_BYTES = 8 << 30
+
+_MAGIC = {
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"\x1f\x8b": "compressed (gzip): unpack it first",
+    b"PK\x03\x04": "a ZIP file, as spreadsheets are: save it as CSV or JSON Lines",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): unpack it first",
+    b"BZh": "compressed (bzip2): unpack it first",
+    b"ARROW1": "an Arrow file: save it as Parquet",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+}
+
+
+def read_file(
+    path: Path, on_part: Callable[[float], None] | None = None, *, name: str | None = None
+) -> Iterator[Item]:
+    """The file's records in order, and a Problem in the place of each line that holds none.
+
+    Args:
+        on_part: told the part that was read, from 0 to 1, as reading goes on.
+        name: what the file is called, if `path` does not say it (an upload); its end decides the format.
+
+    Raises:
+        DataError: the file as a whole cannot be read; OSError: or not opened.
+    """
+    shown = name or path.name
+    suffix = Path(shown).suffix.lower()
+    if suffix not in FORMATS:
+        raise _whole(shown, f"the name must end in {', '.join(FORMATS)}, which tells the format")
+    if path.is_dir():
+        raise _whole(shown, "this is a folder: name one file")
+    size = path.stat().st_size
+    if size > MOST_FILE_BYTES:
+        raise _whole(shown, f"{size} bytes are too many: at most {MOST_FILE_BYTES} are read")
+    _check_beginning(path, shown, suffix)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_part is not None and size:
+            on_part(min(1.0, done / size))
+
+    with path.open("rb") as file:
+        if suffix in (".jsonl", ".ndjson"):
+            yield from json_lines(file, on_bytes)
+        elif suffix == ".json":
+            yield from json_array(file, on_bytes, shown)
+
+
+def _check_beginning(path: Path, shown: str, suffix: str) -> None:
+    """Whether the first bytes are those of the format. Raises DataError."""
+    with path.open("rb") as file:
+        first = file.read(4096)
+    if suffix == ".parquet":
+        if not first.startswith(b"PAR1"):
+            raise _whole(shown, "this is no Parquet file: it does not begin with PAR1")
+        return
+    for magic, said in _MAGIC.items():
+        if first.startswith(magic):
+            raise _whole(shown, f"this is {said}")
+    if b"\0" in first:
+        raise _whole(shown, "this is no text but a binary file")
+
+
+def _whole(source: str, reason: str) -> DataError:
+    return DataError(source, [Problem(0, "", reason)])

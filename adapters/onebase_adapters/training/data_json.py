@@ -1,0 +1,209 @@
+"""Records of JSON Lines and JSON files, parsed strictly, each with the line on which it begins."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+from onebase_adapters.training.data_problems import DataError, Problem, RowError
+
+MOST_LINE_BYTES = 16 << 20
+MOST_JSON_BYTES = 512 << 20
+
+_BOM = b"\xef\xbb\xbf"
+_SPACE = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as the file has it. line: 1-based."""
+
+    line: int
+    value: dict[str, Any]
+
+
+Item = Record | Problem
+
+
+def parse_strict(text: str) -> Any:
+    """Plain JSON. Raises RowError for what others would read differently, or not at all: NaN, numbers
+    beyond a double, a key twice, nesting too deep, text that is no Unicode."""
+    return _strict(lambda: _DECODER.decode(text), "\\u" in text)
+
+
+def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
+    """A record per line; blank lines are skipped. on_bytes: told how many were read."""
+    line = 0
+    while raw := file.readline(MOST_LINE_BYTES + 1):
+        line += 1
+        on_bytes(len(raw))
+        if len(raw) > MOST_LINE_BYTES:
+            yield Problem(line, "", f"the line is longer than {MOST_LINE_BYTES >> 20} MB")
+            _skip_line(file, on_bytes)
+            continue
+        if line == 1:
+            raw = raw.removeprefix(_BOM)
+        if not raw.strip():
+            continue
+        yield _record(line, raw)
+
+
+def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
+    """The records of a `.json` file: a list of objects, one object, or in truth JSON Lines."""
+    raw = file.read(MOST_JSON_BYTES + 1)
+    on_bytes(len(raw))
+    if len(raw) > MOST_JSON_BYTES:
+        reason = f"a .json file may have {MOST_JSON_BYTES >> 20} MB: write it as JSON Lines (.jsonl)"
+        raise DataError(source, [Problem(0, "", reason)])
+    try:
+        text = raw.removeprefix(_BOM).decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        yield Problem(line, "", f"not UTF-8 (byte {error.start} of the file): save the file as UTF-8")
+        return
+    if text.lstrip(_SPACE).startswith("["):
+        yield from _elements(text)
+    else:
+        yield from _objects(text)
+
+
+def _elements(text: str) -> Iterator[Item]:
+    """The values of one list, with the line on which each begins."""
+    lines, escapes = _LineCounter(text), "\\u" in text
+    at = text.index("[") + 1
+    expect_value = False
+    while True:
+        at = _past_space(text, at)
+        if text[at : at + 1] == "]" and not expect_value:
+            at = _past_space(text, at + 1)
+            if at < len(text):
+                yield Problem(lines.at(at), "", "there is more after the end of the list")
+            return
+        line = lines.at(at)
+        try:
+            value, at = _strict(partial(_DECODER.raw_decode, text, at), escapes)
+        except RowError as error:
+            yield Problem(line, "", f"{error.reason}; what follows was not read")
+            return
+        yield _as_record(line, value)
+        at = _past_space(text, at)
+        expect_value = text[at : at + 1] == ","
+        if expect_value:
+            at += 1
+        elif text[at : at + 1] != "]":
+            yield Problem(lines.at(at), "", "not JSON: ',' or ']' is wanted; what follows was not read")
+            return
+
+
+def _objects(text: str) -> Iterator[Item]:
+    """Objects one after the other, each on as many lines as it likes."""
+    lines, escapes = _LineCounter(text), "\\u" in text
+    at = _past_space(text, 0)
+    while at < len(text):
+        line = lines.at(at)
+        try:
+            value, at = _strict(partial(_DECODER.raw_decode, text, at), escapes)
+        except RowError as error:
+            yield Problem(line, "", f"{error.reason}; what follows was not read")
+            return
+        yield _as_record(line, value)
+        at = _past_space(text, at)
+
+
+def _record(line: int, raw: bytes) -> Item:
+    try:
+        return _as_record(line, parse_strict(raw.decode()))
+    except UnicodeDecodeError as error:
+        return Problem(line, "", f"not UTF-8 (byte {error.start} of the line): save the file as UTF-8")
+    except RowError as error:
+        return Problem(line, error.field, error.reason)
+
+
+def _as_record(line: int, value: Any) -> Item:
+    if isinstance(value, dict):
+        return Record(line, value)
+    return Problem(line, "", f'a row is an object, as in {{"messages": ...}}, not {_kind(value)}')
+
+
+def _skip_line(file: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+    while raw := file.readline(1 << 20):
+        on_bytes(len(raw))
+        if raw.endswith(b"\n"):
+            return
+
+
+def _strict(parse: Callable[[], Any], escapes: bool) -> Any:
+    try:
+        value = parse()
+        if escapes:
+            _check_unicode(value)
+    except RecursionError:
+        raise RowError("", "nested too deep") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise RowError("", f"not JSON: {error.msg.lower()} ({line}column {error.colno})") from None
+    except ValueError as error:
+        raise RowError("", f"not JSON: {error}") from None
+    return value
+
+
+def _check_unicode(value: Any) -> None:
+    """Half a surrogate pair is a text to Python, but none to a tokenizer."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair (\\ud800 to \\udfff alone) is no character") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:60]!r} occurs twice")
+    return result
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return value
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constants
+)
+
+
+def _past_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
+
+
+class _LineCounter:
+    """Line numbers of positions that only grow."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._line = 1
+        self._from = 0
+
+    def at(self, position: int) -> int:
+        self._line += self._text.count("\n", self._from, position)
+        self._from = position
+        return self._line
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")
