@@ -23,7 +23,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
-RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server]"
+RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train]"
 
 FROM build AS build-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -32,7 +32,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
-RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server]"
+RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
 RUN groupadd --gid 10001 onebase \

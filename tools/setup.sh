@@ -56,7 +56,7 @@ wanted_stamp() {
 install() {
   say "Installing OneBase and its tools into $venv"
   say "The first time this downloads PyTorch: some minutes, and up to 3 GB (6 GB on disk) with CUDA libraries"
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --editable '.[server,dev]' ||
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --editable '.[server,train,dev]' ||
     fail "pip could not install the packages; its message is above." \
       "Once that is solved (network, disk space), run the same command again."
   wanted_stamp >"$stamp"

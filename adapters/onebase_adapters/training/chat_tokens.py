@@ -15,7 +15,9 @@ from onebase_adapters.training.base_tokens import BaseTokens
 from onebase_adapters.training.conversation import Chat
 from onebase_adapters.training.data_problems import RowError
 
-_NO_TEMPLATE = "the base has no chat template: bring prompt and completion, or text, or train a base that is made to chat"
+_NO_TEMPLATE = (
+    "the base has no chat template: bring prompt and completion, or text, or take a base that is made to chat"
+)
 
 
 @dataclass(frozen=True)

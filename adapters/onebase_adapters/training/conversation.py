@@ -45,7 +45,7 @@ Parsed = Chat | Text | Choice
 
 _SUPERVISED_SHAPES = "messages, prompt and completion, instruction and output, or text"
 _DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and non_preferred_output"
-_KNOWN = (
+KNOWN = (
     "messages",
     "tools",
     "prompt",
@@ -60,6 +60,7 @@ _KNOWN = (
     "preferred_output",
     "non_preferred_output",
 )
+"""Every key that some shape has."""
 
 
 def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
@@ -101,8 +102,8 @@ def _preference(row: Mapping[str, Any]) -> Choice | None:
     else:
         prompt = _messages(row, "prompt")
     # Some data sets repeat the prompt in both conversations, some do not.
-    ways = [reply[len(prompt) :] if reply[: len(prompt)] == prompt else reply for reply in (chosen, rejected)]
-    return _choice(prompt, *ways, _tools(row, "tools"), ("chosen", "rejected"))
+    sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected)]
+    return _choice(prompt, sides, _tools(row, "tools"), ("chosen", "rejected"))
 
 
 def _openai_choice(row: Mapping[str, Any]) -> Choice:
@@ -112,23 +113,22 @@ def _openai_choice(row: Mapping[str, Any]) -> Choice:
     if not isinstance(given, dict):
         raise RowError("input", "an object with messages is wanted")
     names = ("preferred_output", "non_preferred_output")
-    ways = [_messages(row, name) for name in names]
-    return _choice(_messages(given, "messages", "input."), *ways, _tools(given, "tools", "input."), names)
+    sides = [_messages(row, name) for name in names]
+    return _choice(_messages(given, "messages", "input."), sides, _tools(given, "tools", "input."), names)
 
 
 def _choice(
     prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
+    sides: Sequence[list[Message]],
     tools: list[dict[str, Any]] | None,
     names: tuple[str, str],
 ) -> Choice:
     if not prompt:
         raise RowError("prompt", f"{names[0]} and {names[1]} begin differently, and there is no prompt")
-    if chosen == rejected:
+    if sides[0] == sides[1]:
         raise RowError(names[1], f"the same as {names[0]}: there is nothing to prefer")
     made = []
-    for name, reply in zip(names, (chosen, rejected), strict=True):
+    for name, reply in zip(names, sides, strict=True):
         if not reply or reply[-1]["role"] != "assistant":
             raise RowError(name, "the last message must be the assistant's reply to the prompt")
         made.append(_chat([*prompt, *reply], tools, name, first=len(prompt)))
@@ -208,12 +208,8 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
 
 def _shared_text(one: str, other: str) -> int:
     """Where the shared beginning ends, before the word (and its space) in which the two part."""
-    cut = 0
-    for cut, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            break
-    else:
-        cut = min(len(one), len(other))
+    pairs = zip(one, other, strict=False)
+    cut = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     while cut and not one[cut - 1].isspace():
         cut -= 1
     return cut - 1 if cut and one[cut - 1] == " " else cut
@@ -266,7 +262,7 @@ def _need(row: Mapping[str, Any], key: str, inside: str = "") -> None:
 
 def _no_misspelling(row: Mapping[str, Any], names: Sequence[str]) -> None:
     for key in row:
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.84) if key not in _KNOWN else []
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.84) if key not in KNOWN else []
         if near and near[0] not in row:
             raise RowError(key[:60], f"an unknown field: did you mean {near[0]}?")
 

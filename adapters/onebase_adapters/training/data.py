@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from onebase_adapters.training.data_facts import Facts, Key, row_key
 from onebase_adapters.training.data_files import Item, read_file
 from onebase_adapters.training.data_problems import DataError, Problem, RowError
 from onebase_adapters.training.data_split import dataset_of, split
+from onebase_adapters.training.hub_data import fetch, parse_dataset_id
 from onebase_adapters.training.prompts import Reference
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.row_tokens import RowTokens, Tokenized
@@ -50,21 +51,39 @@ def load_dataset(
     """
     shown = name or (source.name if isinstance(source, Path) else source)
     builder = _Builder(shown, tokenizer, recipe)
-    with closing(_records(source, part, name, on_progress)) as items:
-        for chunk in _chunks(items, _AT_ONCE):
-            builder.add(chunk)
+    for chunk in _chunks(_records(source, part, name, on_progress), _AT_ONCE):
+        builder.add(chunk)
     return builder.dataset()
 
 
 def _records(
     source: str | Path, part: str, name: str | None, on_progress: Callable[[float], None] | None
 ) -> Iterator[Item]:
+    dataset = parse_dataset_id(source) if isinstance(source, str) and not Path(source).exists() else None
     shown = name or str(source)
-    path = Path(source)
     try:
-        yield from read_file(path, on_progress, name=name)
+        if dataset is None:
+            yield from read_file(Path(source), on_progress, name=name)
+        else:
+            yield from _all_files(fetch(dataset, part), on_progress)
     except OSError as error:
         raise DataError(shown, [Problem(0, "", f"cannot be read: {error.strerror or error}")]) from error
+
+
+def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
+    """The records of several files one after the other, numbered through."""
+    before = 0
+    for index, path in enumerate(paths):
+
+        def tell(part: float, index: int = index) -> None:
+            if on_progress is not None:
+                on_progress((index + part) / len(paths))
+
+        line = 0
+        for item in read_file(path, tell):
+            line = item.line
+            yield replace(item, line=before + line) if line else item
+        before += line
 
 
 def _chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:

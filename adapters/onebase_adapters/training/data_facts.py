@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text
+from onebase_adapters.training.conversation import Choice, Parsed, Text
 
 _DIGEST_BYTES = 16
 
@@ -55,11 +55,7 @@ def _prompt(row: Parsed) -> Any:
         return _prompt(row.chosen)
     if isinstance(row, Text):
         return row.prompt
-    return [row.tools, row.messages[:-1]] if _ends_in_reply(row) else None
-
-
-def _ends_in_reply(row: Chat) -> bool:
-    return row.messages[-1]["role"] == "assistant"
+    return [row.tools, row.messages[:-1]] if row.messages[-1]["role"] == "assistant" else None
 
 
 def _digest(value: Any) -> bytes:

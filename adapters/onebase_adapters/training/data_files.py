@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from onebase_adapters.training.conversation import KNOWN
 from onebase_adapters.training.data_json import Item, Record, json_array, json_lines
 from onebase_adapters.training.data_problems import DataError, Problem
+from onebase_adapters.training.data_tables import csv_rows, parquet_rows
 
 __all__ = ["FORMATS", "Item", "Record", "read_file"]
 
@@ -65,6 +67,10 @@ def read_file(
             yield from json_lines(file, on_bytes)
         elif suffix == ".json":
             yield from json_array(file, on_bytes, shown)
+        elif suffix in (".csv", ".tsv"):
+            yield from csv_rows(path, "\t" if suffix == ".tsv" else ",", on_bytes, shown)
+        else:
+            yield from parquet_rows(path, KNOWN, on_part or _silent, shown)
 
 
 def _check_beginning(path: Path, shown: str, suffix: str) -> None:
@@ -80,6 +86,10 @@ def _check_beginning(path: Path, shown: str, suffix: str) -> None:
             raise _whole(shown, f"this is {said}")
     if b"\0" in first:
         raise _whole(shown, "this is no text but a binary file")
+
+
+def _silent(_part: float) -> None:
+    """Tell nobody."""
 
 
 def _whole(source: str, reason: str) -> DataError:

@@ -41,7 +41,7 @@ class RowTokens:
         """Of each row with its line: its samples, or why it has none."""
         texts: list[str | RowError] = [self._whole(row) for _, row in rows]
         ids = iter(self._base.encode([text for text in texts if isinstance(text, str)]))
-        prompts = iter(self._base.encode([row.prompt for _, row in rows if _has_prompt(row)]))
+        prompts = iter(self._base.encode([prompt for _, row in rows if (prompt := _prompt(row)) is not None]))
         made: list[Tokenized | RowError] = []
         for (line, row), text in zip(rows, texts, strict=True):
             if isinstance(text, RowError):
@@ -50,7 +50,7 @@ class RowTokens:
             whole = next(ids)
             try:
                 if isinstance(row, Text):
-                    pieces = [self._text(row, whole, next(prompts) if _has_prompt(row) else None)]
+                    pieces = [self._text(row, whole, None if row.prompt is None else next(prompts))]
                 elif self._is_kept(len(whole)):
                     pieces = self._chats.pieces(row, text, whole)
                 else:
@@ -112,8 +112,8 @@ class RowTokens:
         return Tokenized(samples, prompt, truncated)
 
 
-def _has_prompt(row: Chat | Text) -> bool:
-    return isinstance(row, Text) and row.prompt is not None
+def _prompt(row: Chat | Text) -> str | None:
+    return row.prompt if isinstance(row, Text) else None
 
 
 def _sample(piece: Piece, limit: int, line: int) -> Sample:

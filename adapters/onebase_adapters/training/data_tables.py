@@ -1,0 +1,114 @@
+"""Records of CSV and Parquet files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from onebase_adapters.training.data_json import MOST_LINE_BYTES, Item, Record, parse_strict
+from onebase_adapters.training.data_problems import DataError, Problem, RowError
+
+MOST_ROWS = 5_000_000
+MOST_PARQUET_BYTES = 16 << 30
+"""Of a Parquet file's rows, written out."""
+
+_PARQUET_MEMORY = 8 << 30
+_AT_ONCE = 1000
+
+
+def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
+    """A record per row, by the names in the first one; empty cells are left out. Lines are those of the
+    file, of which a quoted cell may span several."""
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE_BYTES))
+    with path.open("rb") as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        names: list[str] | None = None
+        before = 0
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield Problem(line, "", f"not CSV: {error}; what follows was not read")
+                return
+            if reader.line_num % _AT_ONCE == 0 or cells is None:
+                on_bytes(file.tell() - before)
+                before = file.tell()
+            if cells is None:
+                return
+            if not any(cells):
+                continue
+            if names is None:
+                names = _names(cells, source)
+            else:
+                yield _csv_record(line, names, cells)
+
+
+def parquet_rows(
+    path: Path, columns: Sequence[str], on_part: Callable[[float], None], source: str
+) -> Iterator[Item]:
+    """A record per row, with what it has of `columns`; its line is its number.
+
+    Read in a process of its own with bounded memory: a small file can unfold to any size.
+    """
+    command = [sys.executable, "-m", "onebase_adapters.training.parquet_child", str(path)]
+    limits = [str(_PARQUET_MEMORY), str(MOST_ROWS), *columns]
+    with subprocess.Popen(
+        [*command, *limits], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        try:
+            if child.stdout is not None:
+                yield from _child_rows(child.stdout, on_part, source)
+        finally:
+            child.kill()
+
+
+def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str) -> Iterator[Item]:
+    total, line, size = 0, 0, 0
+    while raw := lines.readline(MOST_LINE_BYTES + 1):
+        size += len(raw)
+        if raw.startswith(b"!"):
+            raise DataError(source, [Problem(0, "", json.loads(raw[1:]))])
+        if raw.startswith(b"#"):
+            total = int(raw[1:])
+            continue
+        if raw.startswith(b"."):
+            return
+        line += 1
+        if len(raw) > MOST_LINE_BYTES or size > MOST_PARQUET_BYTES:
+            reason = f"row {line} is longer than {MOST_LINE_BYTES >> 20} MB, or all are too long together"
+            raise DataError(source, [Problem(line, "", reason)])
+        on_part(line / max(1, total))
+        try:
+            yield Record(line, parse_strict(raw.decode()))
+        except RowError as error:
+            yield Problem(line, error.field, error.reason)
+    reason = (
+        f"reading stopped after row {line}: the file is damaged, or unfolds to more than the memory allowed"
+    )
+    raise DataError(source, [Problem(0, "", reason)])
+
+
+def _names(cells: Sequence[str], source: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(source, [Problem(1, "", f"two columns have the name {twice[:60]!r}")])
+    return names
+
+
+def _csv_record(line: int, names: Sequence[str], cells: Sequence[str]) -> Item:
+    if len(cells) != len(names):
+        return Problem(line, "", f"{len(cells)} cells, where the first line names {len(names)} columns")
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return Problem(line, "", "not UTF-8: save the file as UTF-8")
+    return Record(line, {name: cell for name, cell in zip(names, cells, strict=True) if cell})

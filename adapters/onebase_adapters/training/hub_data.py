@@ -1,0 +1,152 @@
+"""Data sets on the Hub: `org/name[:split][@revision]`. Only files of rows are fetched, never code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from onebase_adapters.hub_reference import HubError, HubReference
+from onebase_adapters.training.data_files import FORMATS, MOST_FILE_BYTES
+from onebase_adapters.training.data_problems import DataError, Problem
+
+_ID = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<split>[\w./-]{1,120}))?(?:@(?P<revision>.{1,250}))?", re.ASCII
+)
+_BEST_FIRST = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_SPLITS = {"train": ("train",), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
+_NO_ROWS = re.compile(r"(?i)^(dataset_infos?|dataset_dict|config|state|package|metadata|\..*)\.json$")
+_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class DatasetId:
+    """A data set on the Hub. split: `validation`, or a configuration's folder with it, as in `main/test`."""
+
+    repo: str
+    split: str | None
+    revision: str | None
+
+    def __str__(self) -> str:
+        split = f":{self.split}" if self.split else ""
+        return f"{self.repo}{split}" + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_dataset_id(text: str) -> DatasetId | None:
+    """The id that a text is, if it is one; what ends like a file is none."""
+    found = _ID.fullmatch(text)
+    if not found or Path(text).suffix.lower() in FORMATS:
+        return None
+    try:
+        HubReference(found["repo"], found["revision"])
+    except HubError:
+        return None
+    return DatasetId(found["repo"], found["split"], found["revision"])
+
+
+def fetch(dataset: DatasetId, part: str) -> list[Path]:
+    """The data set's files of one split, in the Hub's own cache. `part`: train or eval, if it names none.
+
+    Raises DataError.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        try:
+            info = huggingface_hub.HfApi().dataset_info(
+                dataset.repo, revision=dataset.revision, files_metadata=True, timeout=_TIMEOUT_S
+            )
+        except (OfflineModeIsEnabled, ConnectionError):
+            return _cached(dataset, part)
+        sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
+        names = choose(dataset, list(sizes), part)
+        if (total := sum(sizes[name] for name in names)) > MOST_FILE_BYTES:
+            raise _error(dataset, f"{total} bytes are too many: at most {MOST_FILE_BYTES} are read")
+        return [
+            Path(huggingface_hub.hf_hub_download(dataset.repo, name, repo_type="dataset", revision=info.sha))
+            for name in names
+        ]
+    except DataError:
+        raise
+    except Exception as error:  # the client's exceptions share no base class
+        raise _error(dataset, f"the Hub did not give it: {_said(error)}") from error
+
+
+def _cached(dataset: DatasetId, part: str) -> list[Path]:
+    """Without the Hub: what an earlier run has fetched."""
+    import huggingface_hub
+
+    folder = Path(
+        huggingface_hub.snapshot_download(
+            dataset.repo, repo_type="dataset", revision=dataset.revision, local_files_only=True
+        )
+    )
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [folder / name for name in choose(dataset, names, part)]
+
+
+def choose(dataset: DatasetId, names: Sequence[str], part: str) -> list[str]:
+    """The files of the wanted split, all of one format and one configuration. Raises DataError."""
+    files = sorted(name for name in names if _suffix(name) in FORMATS and not _NO_ROWS.match(_base(name)))
+    folder, wanted = _wanted(dataset.split, part)
+    if folder:
+        files = [name for name in files if name.startswith(f"{folder}/")]
+    found = next((chosen for split in wanted if (chosen := _of_split(files, split))), [])
+    if (
+        not found
+        and dataset.split is None
+        and not any(_of_split(files, s) for s in sum(_SPLITS.values(), ()))
+    ):
+        found = files
+    if not found:
+        there = ", ".join(files[:8]) or "none"
+        raise _error(dataset, f"no file of split {wanted[0]} is there; files of rows: {there}")
+    best = next(suffix for suffix in _BEST_FIRST if any(_suffix(name) == suffix for name in found))
+    found = [name for name in found if _suffix(name) == best]
+    folders = sorted({_configuration(name) for name in found})
+    if len(folders) > 1:
+        shown = ", ".join(folders[:8])
+        raise _error(
+            dataset, f"it has several configurations ({shown}): write {dataset.repo}:{folders[-1]}/train"
+        )
+    return found
+
+
+def _wanted(split: str | None, part: str) -> tuple[str, tuple[str, ...]]:
+    if split is None:
+        return "", _SPLITS.get(part, _SPLITS["train"])
+    folder, _, last = split.rpartition("/")
+    return folder, (last,)
+
+
+def _of_split(names: Sequence[str], split: str) -> list[str]:
+    """The files whose path has the split's name as a word."""
+    word = re.compile(rf"(?i)(?:^|[^a-z0-9]){re.escape(split)}(?:[^a-z0-9]|$)")
+    return [name for name in names if word.search(name)]
+
+
+def _configuration(name: str) -> str:
+    """The folder, but for those that only name the split."""
+    plain = {"data", *(word for words in _SPLITS.values() for word in words)}
+    return "/".join(part for part in PurePosixPath(name).parent.parts if part not in plain)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _base(name: str) -> str:
+    return PurePosixPath(name).name
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, without what may be secret: queries of addresses, and tokens."""
+    first = (str(error).strip() or "no details").splitlines()[0]
+    first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)
+    return f"{type(error).__name__}: {re.sub(r'hf_[A-Za-z0-9]+', '***', first)[:300]}"
+
+
+def _error(dataset: DatasetId, reason: str) -> DataError:
+    return DataError(str(dataset), [Problem(0, "", reason)])
