@@ -73,6 +73,11 @@ def samples_of(row: Row) -> tuple[Sample, ...]:
     return (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
 
 
+def targets_of(row: Row) -> int:
+    """Supervised tokens of a row."""
+    return sum(sample.targets for sample in samples_of(row))
+
+
 def weight_of(row: Row) -> int:
     """What a row counts in the mean: its supervised tokens; a preference counts as one."""
     return 1 if isinstance(row, Preference) else row.targets

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Checkpoints:
     def save(self, state: RunState, adapter: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> Path:
         """Write the state after `state.step` steps and drop the oldest. Raises OSError."""
         target = self.folder / f"step-{state.step:08d}"
-        with _appearing(target) as work:
+        with appearing(target) as work:
             save_file(_plain(adapter), work / _ADAPTER)
             torch.save(optimizer, work / _OPTIMIZER)
             (work / _STATE).write_text(json.dumps(asdict(state)))
@@ -69,7 +70,7 @@ class Checkpoints:
 
     def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
         """Keep an adapter as the best one; the one before stays until the next `save`. Raises OSError."""
-        with _appearing(self._best(step)) as work:
+        with appearing(self._best(step)) as work:
             save_file(_plain(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
@@ -124,27 +125,22 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
-class _appearing:  # noqa: N801 - used like a function
-    """A folder to write into that takes the place of `target` when all of it is on the disk."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._work = target.with_name(f".{target.name}.part")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._work, ignore_errors=True)
-        self._work.mkdir(parents=True)
-        return self._work
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self._work, ignore_errors=True)
-            return
-        for path in [*self._work.iterdir(), self._work]:
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` once all of it is on the disk."""
+    work = target.with_name(f".{target.name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        for path in [*work.iterdir(), work]:
             sync(path)
-        shutil.rmtree(self._target, ignore_errors=True)
-        self._work.rename(self._target)
-        sync(self._target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+    sync(target.parent)
 
 
 def sync(path: Path) -> None:

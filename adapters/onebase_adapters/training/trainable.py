@@ -134,7 +134,7 @@ def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.T
     return states.flatten(0, -2)
 
 
-def _with_adapter(tree: nn.Module, recipe: Recipe) -> nn.Module:
+def _with_adapter(tree: nn.Module, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if recipe.alpha == "auto":
@@ -151,8 +151,7 @@ def _with_adapter(tree: nn.Module, recipe: Recipe) -> nn.Module:
         use_dora=recipe.use_dora,
         init_lora_weights={"true": True, "false": False}.get(recipe.init, recipe.init),
     )
-    model: nn.Module = get_peft_model(tree, config, adapter_name=ADAPTER)
-    return model
+    return get_peft_model(tree, config, adapter_name=ADAPTER)
 
 
 @contextmanager

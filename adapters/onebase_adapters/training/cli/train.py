@@ -1,0 +1,244 @@
+"""`onebase train`: a new adapter from examples, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase
+from onebase_adapters.training.cli.common import (
+    UsageError,
+    add_base_options,
+    add_recipe_options,
+    base_settings,
+    find_base,
+    print_error,
+    recipe_from,
+)
+
+if TYPE_CHECKING:
+    from onebase_adapters.training.ranks import Ranks
+    from onebase_adapters.training.report import Report
+    from onebase_adapters.training.run import Job
+
+_DESCRIPTION = """\
+Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
+
+  onebase train --data train.jsonl --name acme
+
+A run that was stopped goes on where it was: give the same command again. Several GPUs:
+accelerate launch -m onebase_adapters.training.cli.train --data train.jsonl --name acme
+"""
+_STOPPED, _FAILED, _USAGE = 130, 1, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """`onebase train`. Exit status: 0 trained, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
+    options = train_parser().parse_args(list(argv))
+    console = Console(stderr=True)
+    try:
+        return _train(options, console)
+    except UsageError as error:
+        print_error(console, str(error))
+        return _USAGE
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from the last checkpoint.")
+        return _STOPPED
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The options of `onebase train`."""
+    parser = argparse.ArgumentParser(
+        prog="onebase train",
+        usage="onebase train --data FILE --name NAME [options]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="examples: JSONL, JSON, CSV, Parquet, or a Hub data set org/name[:split][@revision]",
+    )
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples; else a part of --data is held out")
+    parser.add_argument("--name", required=True, help="the adapter's name")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it")
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="most memory to take, as in 8GB (default: what is free)"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: every core)")
+    parser.add_argument(
+        "--report-to",
+        action="append",
+        default=[],
+        choices=("tensorboard", "trackio"),
+        help="also write the curves there; may be repeated",
+    )
+    parser.add_argument("--push", metavar="ORG/REPO", help="push the finished adapter to the Hub")
+    parser.add_argument("--push-public", action="store_true", help="make the pushed repository public")
+    add_base_options(parser)
+    add_recipe_options(parser)
+    return parser
+
+
+def _train(options: argparse.Namespace, console: Console) -> int:
+    recipe = recipe_from(options, _recipe_file(options.recipe))
+    folder = options.out or Path("runs") / options.name
+    _quiet_libraries()
+    from onebase_adapters.training.cli.progress import Display
+    from onebase_adapters.training.ranks import join_ranks
+
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    ranks = join_ranks()
+    with Display(console, quiet=not ranks.first) as display:
+        resolved = find_base(options, display.loading)
+        job = _job(options, recipe, folder, resolved, ranks)
+        report = _run(job, options.report_to, display, ranks)
+    if report is None:
+        return _FAILED
+    if ranks.first:
+        display.finished(report, job.folder)
+        if options.push:
+            return _push(options.push, job.folder, console, private=not options.push_public)
+    return 0
+
+
+def _job(
+    options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks
+) -> Job:
+    from onebase_adapters.training.machine import free_memory
+    from onebase_adapters.training.run import Job
+
+    settings = base_settings(options, resolved.folder)
+    if settings.device.type == "cuda" and ranks.count > 1:
+        settings = replace(settings, device=_own_gpu())
+    limit = _size(options.memory_limit) if options.memory_limit else free_memory(settings.device)
+    repo = DEFAULT_REPO if options.base == DEFAULT_BASE else None
+    if resolved.revision is not None:
+        repo = options.base.partition("@")[0]
+    return Job(
+        name=options.name,
+        recipe=recipe,
+        train=options.data,
+        held_out=options.eval_data,
+        folder=folder,
+        base=settings,
+        base_name=resolved.name,
+        base_repo=repo,
+        base_commit=resolved.revision,
+        memory_limit=limit // max(1, ranks.count) if settings.device.type == "cpu" else limit,
+    )
+
+
+def _own_gpu() -> Any:
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report | None:
+    """The run's report; None after a failure, which has been shown."""
+    from onebase_adapters.base import UnsupportedBaseError, load_base
+    from onebase_adapters.training.checkpoint import CheckpointError
+    from onebase_adapters.training.curves import CurveError, open_curves
+    from onebase_adapters.training.data_problems import DataError
+    from onebase_adapters.training.gate import OpenGate
+    from onebase_adapters.training.loop import TrainingDivergedError
+    from onebase_adapters.training.plan import DoesNotFitError
+    from onebase_adapters.training.recipe import RecipeError
+    from onebase_adapters.training.run import train
+
+    try:
+        with open_curves(writers if ranks.first else (), job) as write:
+            display.loading(f"loading {job.base_name}", 0.0)
+            base = load_base(job.base)
+
+            def listen(event: Any) -> None:
+                write(event)
+                display.show(event)
+
+            return train(base, job, listen, OpenGate(), ranks)
+    except (
+        UnsupportedBaseError,
+        DataError,
+        DoesNotFitError,
+        RecipeError,
+        CheckpointError,
+        CurveError,
+        TrainingDivergedError,
+        OSError,
+    ) as error:
+        display.failed(str(error))
+        return None
+
+
+def _recipe_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import json
+
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--recipe {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f'--recipe {path}: write an object of settings, as in {{"r": 8}}')
+    return settings
+
+
+def _size(text: str) -> int:
+    """Bytes from a text such as 8GB or 512MB. Raises UsageError."""
+    units = {"GB": 10**9, "MB": 10**6, "GIB": 2**30, "MIB": 2**20, "B": 1}
+    upper = text.strip().upper()
+    unit = next((unit for unit in units if upper.endswith(unit)), "")
+    try:
+        size = int(float(upper[: len(upper) - len(unit)]) * units.get(unit, 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"--memory-limit {text!r}: write a size such as 8GB or 512MB")
+    return size
+
+
+def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
+    from onebase_adapters.training.push import PushError, push
+
+    try:
+        with console.status(f"pushing to {repo}"):
+            url = push(folder / "adapter", repo, private=private)
+    except PushError as error:
+        print_error(console, f"{error}\nThe adapter itself is whole, in {folder / 'adapter'}.")
+        return _FAILED
+    console.print(f"Pushed to {url}")
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep advice of the libraries to programmers off the terminal of who trains."""
+    import logging
+    import warnings
+
+    # Two processes on the same cores, as a server beside a run, would else spin while they wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

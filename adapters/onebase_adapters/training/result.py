@@ -1,0 +1,43 @@
+"""The finished adapter as a PEFT folder: config, tensors and a model card."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from onebase_adapters.training.checkpoint import appearing
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter(model: Any, folder: Path, *, base: str, commit: str | None, card: str) -> int:
+    """Write what `PeftModel.from_pretrained` loads; returns the bytes of the tensors' file.
+
+    The folder appears whole. Base weights are never in it, also when `lm_head` is a target.
+
+    Args:
+        model: a PeftModel with one adapter in fp32.
+        base: what goes into the config as the base's name. commit: of the base, if it has one.
+        card: the text of README.md.
+    """
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = base
+    config.revision = commit
+    with appearing(folder) as work:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model.save_pretrained(work, save_embedding_layers=False)
+        _check(load_file(work / WEIGHTS))
+        (work / "README.md").write_text(card, encoding="utf-8")
+    return (folder / WEIGHTS).stat().st_size
+
+
+def _check(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of the trained adapter is not finite")

@@ -1,0 +1,229 @@
+"""One training run from its files to a finished adapter: the command line and a server's jobs both do it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from onebase_adapters.base import BaseChangedError, BaseSettings, fingerprint
+from onebase_adapters.training import events
+from onebase_adapters.training.batches import pack, targets_of
+from onebase_adapters.training.checkpoint import Checkpoints, RunState
+from onebase_adapters.training.data_report import report as data_report
+from onebase_adapters.training.gate import Gate
+from onebase_adapters.training.loop import Listen, Trainer
+from onebase_adapters.training.machine import measured_rate
+from onebase_adapters.training.measuring import Measuring
+from onebase_adapters.training.memory import peak_memory
+from onebase_adapters.training.model_card import DataLine, model_card
+from onebase_adapters.training.objectives import make_objective
+from onebase_adapters.training.plan import Data, Plan, make_plan, read_data
+from onebase_adapters.training.ranks import Ranks
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.report import Report, is_better
+from onebase_adapters.training.result import write_adapter
+from onebase_adapters.training.samples import Dataset
+from onebase_adapters.training.trainable import Trainable
+
+ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
+_EVA_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, on what, and where to.
+
+    train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: what
+    the two are called, where their paths do not say it. folder: the run's own; a run that is in it goes on.
+    base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may
+    take. base_resident: the base is another process's.
+    """
+
+    name: str
+    recipe: Recipe
+    train: str | Path
+    held_out: str | Path | None = None
+    names: tuple[str | None, str | None] = (None, None)
+    folder: Path
+    base: BaseSettings
+    base_name: str
+    base_repo: str | None = None
+    base_commit: str | None = None
+    memory_limit: int | None = None
+    base_resident: bool = False
+
+
+def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | None = None) -> Report:
+    """Train an adapter on `base`; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
+
+    Raises:
+        DataError: a file has bad lines. RecipeError: a setting cannot be used on this base.
+        DoesNotFitError: too little memory; nothing was begun.
+        TrainingDivergedError: a loss was not finite.
+        CheckpointError: the folder holds another run, or a damaged one.
+        Interrupted: as the gate says; after a pause the same call goes on.
+        BaseChangedError: something wrote to the base. OSError: the disk is full, for instance.
+    """
+    ranks = ranks or Ranks()
+    before = fingerprint(base)
+    with _recorded(job.folder, listen, ranks) as tell, torch.random.fork_rng(devices=[]):
+        plan = prepare(base, job, tell, gate)
+        report = run_plan(base, job, plan, tell, gate, ranks)
+        if fingerprint(base) != before:
+            raise BaseChangedError("training changed the base")
+        tell(events.Finished(at=time.time(), report=report.to_json()))
+    return report
+
+
+def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate) -> Plan:
+    """Check the files and decide everything. Raises as `train`."""
+    tell(events.Phase(at=time.time(), name="validating_files"))
+    tokenizer = load_tokenizer(job.base)
+
+    def on_progress(part: float) -> None:
+        gate.wait()
+        tell(events.Progress(at=time.time(), name="validating_files", part=part))
+
+    data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names, on_progress=on_progress)
+    checked = data_report(data.train, data.held_out, tokenizer)
+    tell(events.DataChecked(at=time.time(), report=checked.to_json()))
+    return make_plan(
+        job.folder,
+        job.recipe,
+        data,
+        job.base,
+        base.config,
+        memory_limit=job.memory_limit,
+        base_resident=job.base_resident,
+        rate=measured_rate(job.base.device, job.base.dtype),
+    )
+
+
+def run_plan(
+    base: nn.Module, job: Job, plan: Plan, tell: Listen, gate: Gate, ranks: Ranks | None = None
+) -> Report:
+    """Train as planned. Raises as `train`."""
+    ranks = ranks or Ranks()
+    recipe, data = plan.recipe, plan.data
+    trainable = Trainable(base, recipe, gate, eva=_eva_batches(recipe, data.train))
+    measuring = Measuring(trainable, load_tokenizer(job.base), recipe, data.held_out, job.folder, tell, gate)
+    trainer = Trainer(
+        trainable,
+        make_objective(trainable, recipe),
+        recipe,
+        data.train,
+        data.held_out,
+        checkpoints=Checkpoints(job.folder / "checkpoints", recipe.keep),
+        identity=plan.identity,
+        listen=tell,
+        ranks=ranks,
+        on_evaluation=measuring.sample if ranks.first else lambda step: None,
+    )
+    done = trainer.resume()
+    tell(
+        events.Planned(
+            at=time.time(),
+            recipe=recipe.to_json(),
+            estimate=plan.estimate.to_json(),
+            steps=plan.steps,
+            first_step=done,
+        )
+    )
+    metrics_before = measuring.base() if ranks.first else {}
+    tell(events.Phase(at=time.time(), name="training"))
+    state = trainer.run()
+    metrics_after = measuring.adapter() if ranks.first else {}
+    return _finish(job, plan, trainable, state, (metrics_before, metrics_after), tell, ranks)
+
+
+def load_tokenizer(base: BaseSettings) -> Any:
+    """The base's own."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+
+
+def _finish(
+    job: Job,
+    plan: Plan,
+    trainable: Trainable,
+    state: RunState,
+    metrics: tuple[dict[str, float], dict[str, float]],
+    tell: Listen,
+    ranks: Ranks,
+) -> Report:
+    """Write the adapter and the report."""
+    tell(events.Phase(at=time.time(), name="saving"))
+    parameters = sum(parameter.numel() for parameter in trainable.parameters())
+    report = Report(
+        name=job.name,
+        base=job.base_name,
+        steps=state.step,
+        best_step=state.best_step or state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        parameters=parameters,
+        adapter_bytes=4 * parameters,
+        loss_before=state.base_loss,
+        loss_after=state.best_loss,
+        metrics_before=metrics[0],
+        metrics_after=metrics[1],
+        better=is_better(plan.recipe, (state.base_loss, state.best_loss), *metrics),
+        losses=state.losses,
+        held_out=state.held_out,
+        recipe=plan.recipe.to_json(),
+        peak_memory_bytes=peak_memory(trainable.device),
+    )
+    if ranks.first:
+        card = model_card(report, repo=job.base_repo, commit=job.base_commit, data=_data_lines(plan.data))
+        name, commit = job.base_repo or job.base_name, job.base_commit if job.base_repo else None
+        write_adapter(trainable.model, job.folder / ADAPTER, base=name, commit=commit, card=card)
+        (job.folder / REPORT).write_text(json.dumps(report.to_json(), indent=1))
+    ranks.wait()
+    return report
+
+
+def _eva_batches(recipe: Recipe, data: Dataset) -> list[Any]:
+    if recipe.init != "eva":
+        return []
+    assert isinstance(recipe.micro_tokens, int)
+    return pack(data.rows, range(min(len(data), _EVA_ROWS)), recipe.micro_tokens, packing=recipe.packing)
+
+
+def _data_lines(data: Data) -> list[DataLine]:
+    parts = [("train", data.train, data.train_name)]
+    if data.held_out is not None:
+        parts.append(("held out", data.held_out, data.held_out_name))
+    lines = []
+    for part, rows, name in parts:
+        tokens = sum(map(len, rows.rows))
+        targets = sum(map(targets_of, rows.rows))
+        lines.append(DataLine(part, name, len(rows), tokens, targets, rows.digest))
+    return lines
+
+
+@contextmanager
+def _recorded(folder: Path, listen: Listen, ranks: Ranks) -> Iterator[Listen]:
+    """A listener that also keeps the events, but for those that only move a bar, in `events.jsonl`."""
+    if not ranks.first:
+        yield lambda event: None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / EVENTS).open("ab") as file:
+
+        def tell(event: events.Event) -> None:
+            if not isinstance(event, events.Progress):
+                file.write(msgspec.json.encode(event) + b"\n")
+                file.flush()
+            listen(event)
+
+        yield tell
