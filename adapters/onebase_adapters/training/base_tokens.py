@@ -81,11 +81,23 @@ class BaseTokens:
 
 def stop_tokens(tokenizer: Any) -> frozenset[int]:
     """The tokens that end a generation: the tokenizer's own, and those that the base's folder names."""
-    found: list[Any] = [tokenizer.eos_token_id]
-    path = Path(str(tokenizer.name_or_path)) / "generation_config.json"
-    try:
-        named = parse_json(path.read_bytes()).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        named = None
-    found += named if isinstance(named, list) else [named]
+    named = _in_folder(tokenizer, "generation_config.json").get("eos_token_id")
+    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return frozenset(token for token in found if isinstance(token, int))
+
+
+def longest_sequence(tokenizer: Any) -> int | None:
+    """The most tokens that the base can read, where its folder says it."""
+    config = _in_folder(tokenizer, "config.json")
+    text = config.get("text_config")
+    limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _in_folder(tokenizer: Any, name: str) -> dict[str, Any]:
+    """A file of the folder that the tokenizer comes from; empty if there is none."""
+    try:
+        found = parse_json((Path(str(tokenizer.name_or_path)) / name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.training.base_tokens import BaseTokens
+from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
 from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text, parse_row
 from onebase_adapters.training.data_facts import Facts, Key, row_key
 from onebase_adapters.training.data_files import Item, read_file
@@ -41,7 +41,8 @@ def load_dataset(
 
     Args:
         tokenizer: the base's own, with its chat template.
-        recipe: method, train_on, max_length ("auto": 2048) and too_long are used.
+        recipe: method, train_on, max_length ("auto": 2048) and too_long are used. No row is longer than
+            the base can read.
         part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
         name: what a file is called whose path does not say it, as an upload; its end tells the format.
         on_progress: told the part that is done, from 0 to 1. What it raises ends the reading.
@@ -106,7 +107,7 @@ class _Builder:
         self._tokens = RowTokens(
             BaseTokens(tokenizer),
             everything=recipe.train_on == "all" and recipe.method == "supervised",
-            limit=DEFAULT_LENGTH if recipe.max_length == "auto" else recipe.max_length,
+            limit=_limit(recipe, tokenizer),
             too_long=recipe.too_long,
         )
         self._problems: list[Problem] = []
@@ -165,6 +166,11 @@ class _Builder:
             self._rows.append(Preference(done[0].samples[-1], done[1].samples[-1]))
         else:
             self._rows.extend(first.samples)
+
+
+def _limit(recipe: Recipe, tokenizer: Any) -> int:
+    wanted = DEFAULT_LENGTH if recipe.max_length == "auto" else recipe.max_length
+    return min(wanted, longest_sequence(tokenizer) or wanted)
 
 
 def _sides(row: Parsed) -> tuple[Chat | Text, ...]:

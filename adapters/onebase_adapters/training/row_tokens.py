@@ -89,8 +89,8 @@ class RowTokens:
             return True
         if self._too_long == "drop":
             return False
-        reason = f"{length} tokens, and max_length is {self._limit}: shorten the row, raise max_length"
-        raise RowError("", f"{reason}, or set too_long to truncate or drop")
+        reason = f"{length:,} tokens, where {self._limit:,} is the most: shorten the row, raise max_length"
+        raise RowError("", f"{reason} (if the base reads more), or set too_long to truncate or drop")
 
     def _bounded(self, line: int, pieces: Sequence[Piece]) -> Tokenized:
         samples = []

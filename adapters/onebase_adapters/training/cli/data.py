@@ -1,0 +1,174 @@
+"""`onebase data check`: look at training data before anything is trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from onebase_adapters.base_errors import BaseError
+from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
+from onebase_adapters.training.cli.common import (
+    UsageError,
+    add_recipe_options,
+    print_error,
+    recipe_from,
+)
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.samples import Dataset
+
+_SOUND, _PROBLEMS, _USAGE = 0, 1, 2
+
+_EPILOG = """\
+Files end in .jsonl, .json, .csv, .tsv or .parquet; org/name[:split][@revision] is a data set on the Hub.
+A row is a chat (messages), prompt and completion, instruction and output, or text; with --method dpo
+chosen and rejected. The formats: docs/training-data.md.
+
+Exit status: 0 sound, 1 problems found, 2 wrong options.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`onebase data`. Exit status: 0 sound, 1 problems found, 2 wrong options."""
+    options = _parser().parse_args(list(argv))
+    console = Console(stderr=True)
+    try:
+        return _check(options, console)
+    except UsageError as error:
+        print_error(console, str(error))
+        return _USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="onebase data", description="Look at training data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser(
+        "check",
+        help="find every bad line, count tokens, show what would be learned",
+        description="Read training data as a training run would: name every bad line, count the tokens,\n"
+        "find duplicates and leakage, and show three rows with what is learned of them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("data", metavar="FILE", help="training data: a file, or a data set on the Hub")
+    check.add_argument("--eval-data", metavar="FILE", help="data for evaluation, to compare with")
+    check.add_argument(
+        "--base",
+        default=DEFAULT_BASE,
+        help=f"whose tokenizer and chat template to use: {DEFAULT_BASE} (default), org/repo or a folder",
+    )
+    check.add_argument("--json", action="store_true", help="print the report, or the problems, as JSON")
+    add_recipe_options(check, ("method", "data"), leave_out=("beta", "packing", "eval_split"))
+    return parser
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    recipe = recipe_from(options)
+    from onebase_adapters.training.data_report import render, report
+
+    sources = [("train", options.data), *([("eval", options.eval_data)] if options.eval_data else [])]
+    loaded: list[Dataset] = []
+    problems: list[dict[str, Any]] = []
+    with _bar(console) as bar:
+        tokenizer = _tokenizer(options.base, bar)
+        for part, source in sources:
+            _load(part, source, tokenizer, recipe, bar, loaded, problems)
+    if problems:
+        _print_problems(problems, options.json, console)
+        return _PROBLEMS
+    made = report(loaded[0], loaded[1] if len(loaded) > 1 else None, tokenizer)
+    if options.json:
+        print(json.dumps(made.to_json(), indent=2))
+    else:
+        render(made, Console())
+    return _SOUND
+
+
+def _load(
+    part: str,
+    source: str,
+    tokenizer: Any,
+    recipe: Recipe,
+    bar: Progress,
+    loaded: list[Dataset],
+    problems: list[dict[str, Any]],
+) -> None:
+    """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
+    from onebase_adapters.training.data import DataError, load_dataset
+
+    task = bar.add_task(f"reading {escape(Path(source).name)}", total=1.0)
+    try:
+        loaded.append(
+            load_dataset(
+                source,
+                tokenizer,
+                recipe,
+                part=part,
+                on_progress=lambda done: bar.update(task, completed=done),
+            )
+        )
+    except DataError as error:
+        problems += [
+            {"file": source, "line": problem.line, "field": problem.field, "reason": problem.reason}
+            for problem in error.problems
+        ]
+
+
+def _tokenizer(base: str, bar: Progress) -> Any:
+    """The base's tokenizer. Raises UsageError."""
+    task = bar.add_task("looking for the base", total=1.0)
+    try:
+        folder = resolve_base(
+            base, lambda what, part: bar.update(task, description=what, completed=part)
+        ).folder
+    except BaseError as error:
+        raise UsageError(f"--base: {error}") from error
+    bar.update(task, description="loading the tokenizer", completed=0.5)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--base: {folder} has no tokenizer that can be read: {error}") from error
+    bar.remove_task(task)
+    return tokenizer
+
+
+def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: Console) -> None:
+    """Every one of them, as `file:line: field: reason`, so that editors find the place."""
+    if as_json:
+        print(json.dumps({"problems": problems}, indent=2))
+        return
+    out = Console(soft_wrap=True, highlight=False)
+    for problem in problems:
+        place = f"{problem['file']}:{problem['line']}" if problem["line"] else problem["file"]
+        field = f" [bold]{escape(problem['field'])}[/]:" if problem["field"] else ""
+        out.print(f"[cyan]{escape(place)}[/]:{field} {escape(_printable(problem['reason']))}")
+    word = "problem" if len(problems) == 1 else "problems"
+    sys.stdout.flush()
+    console.print(f"[bold red]{len(problems):,} {word}[/]: nothing would be trained until they are gone")
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

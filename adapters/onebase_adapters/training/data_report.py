@@ -1,0 +1,191 @@
+"""What a data set holds, for people: counts, lengths, rows said twice, and three rows as they are learned."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onebase_adapters.training.data_facts import Facts
+from onebase_adapters.training.data_render import render
+from onebase_adapters.training.samples import Dataset, Row, Sample
+
+__all__ = ["DataReport", "Example", "render", "report"]
+
+_EXAMPLES = 3
+_BARS = 10
+_MOST_SEGMENTS = 40
+_LONGEST_SEGMENT = 800
+_MOST_LINES = 1000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the model sees it. side: "chosen" or "rejected" of a preference, else "".
+
+    segments: text with its control tokens, and whether it is learned.
+    """
+
+    line: int
+    side: str
+    segments: Sequence[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Of one data set, and of what it shares with the one for evaluation.
+
+    rows: of the file. samples: sequences made of them: more for preferences, or where a chat template
+    rewrites earlier replies. tokens, supervised: in all samples. shortest, median, longest: tokens of one.
+    histogram: (from, to, samples) with `to` included. truncated, dropped: lines.
+    duplicates: (line, earlier line that says the same). leakage: lines whose content is in `evaluation`.
+    same_prompt: lines whose prompt is there, with another reply.
+    """
+
+    source: str
+    rows: int
+    samples: int
+    tokens: int
+    supervised: int
+    shortest: int
+    median: int
+    longest: int
+    histogram: Sequence[tuple[int, int, int]]
+    truncated: Sequence[int]
+    dropped: Sequence[int]
+    duplicates: Sequence[tuple[int, int]]
+    leakage: Sequence[int]
+    same_prompt: Sequence[int]
+    examples: Sequence[Example]
+    evaluation: DataReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; lists of lines are cut after 1000, and counted in `counts`."""
+        lists = {
+            name: list(getattr(self, name))
+            for name in ("truncated", "dropped", "duplicates", "leakage", "same_prompt")
+        }
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "shortest": self.shortest,
+            "median": self.median,
+            "longest": self.longest,
+            "counts": {name: len(lines) for name, lines in lists.items()},
+            **{name: [_plain(line) for line in lines[:_MOST_LINES]] for name, lines in lists.items()},
+            "histogram": [{"from": low, "to": high, "samples": count} for low, high, count in self.histogram],
+            "examples": [
+                {
+                    "line": example.line,
+                    "side": example.side,
+                    "segments": [{"text": text, "supervised": learned} for text, learned in example.segments],
+                }
+                for example in self.examples
+            ],
+            "evaluation": self.evaluation.to_json() if self.evaluation else None,
+        }
+
+
+def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataReport:
+    """Describe training data, as `load_dataset` or `split` made it, beside the data for evaluation.
+
+    Args:
+        evaluation: None or empty: nothing to compare with.
+        tokenizer: the base's own, for the examples.
+    """
+    if evaluation is not None and not len(evaluation):
+        evaluation = None
+    facts: Facts = train.report
+    samples = [sample for row in train.rows for _, sample in _sides(row)]
+    lengths = np.array([len(sample) for sample in samples] or [0])
+    leakage, same_prompt = _shared(facts, evaluation.report) if evaluation else ([], [])
+    return DataReport(
+        source=facts.source,
+        rows=len(facts.keys),
+        samples=len(samples),
+        tokens=int(lengths.sum()),
+        supervised=sum(sample.targets for sample in samples),
+        shortest=int(lengths.min()),
+        median=int(np.median(lengths)),
+        longest=int(lengths.max()),
+        histogram=_histogram(lengths) if samples else [],
+        truncated=facts.truncated,
+        dropped=facts.dropped,
+        duplicates=_duplicates(facts),
+        leakage=leakage,
+        same_prompt=same_prompt,
+        examples=list(_examples(train.rows, tokenizer)),
+        evaluation=report(evaluation, None, tokenizer) if evaluation else None,
+    )
+
+
+def _sides(row: Row) -> Iterable[tuple[str, Sample]]:
+    if isinstance(row, Sample):
+        return (("", row),)
+    return (("chosen", row.chosen), ("rejected", row.rejected))
+
+
+def _duplicates(facts: Facts) -> list[tuple[int, int]]:
+    first: dict[bytes, int] = {}
+    return [
+        (key.line, first[key.content])
+        for key in facts.keys
+        if first.setdefault(key.content, key.line) != key.line
+    ]
+
+
+def _shared(train: Facts, evaluation: Facts) -> tuple[list[int], list[int]]:
+    """Lines of `train` that say what some row of `evaluation` says; and that only ask the same."""
+    contents = {key.content for key in evaluation.keys}
+    prompts = {key.prompt for key in evaluation.keys} - {None}
+    leakage = [key.line for key in train.keys if key.content in contents]
+    asked = [key.line for key in train.keys if key.content not in contents and key.prompt in prompts]
+    return leakage, asked
+
+
+def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
+    """At most ten or so bars, each 1, 2 or 5 times a power of ten wide."""
+    width = 1
+    while lengths.max() - lengths.min() > width * _BARS:
+        width = width * 5 // 2 if str(width).startswith("2") else width * 2
+    first, last = int(lengths.min()) // width, int(lengths.max()) // width
+    counts = np.bincount(lengths // width - first, minlength=last - first + 1)
+    return [(i * width, (i + 1) * width - 1, int(counts[i - first])) for i in range(first, last + 1)]
+
+
+def _examples(rows: Sequence[Row], tokenizer: Any) -> Iterable[Example]:
+    """The first row, the last and one between."""
+    count = len(rows)
+    for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():
+        for side, sample in _sides(rows[index]):
+            yield Example(sample.line, side, _segments(sample, tokenizer))
+
+
+def _segments(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The sample's text in stretches that are learned, or are not; what is very long loses its middle."""
+    borders = [0, *(np.flatnonzero(np.diff(sample.supervised)) + 1).tolist(), len(sample)]
+    made = []
+    for start, stop in itertools.pairwise(borders):
+        text = tokenizer.decode(sample.ids[start:stop].tolist(), clean_up_tokenization_spaces=False)
+        made.append((_shortened(text), bool(sample.supervised[start])))
+    if len(made) > _MOST_SEGMENTS:
+        half = _MOST_SEGMENTS // 2
+        made = [*made[:half], (f"[... {len(made) - 2 * half} parts ...]", False), *made[-half:]]
+    return made
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _LONGEST_SEGMENT:
+        return text
+    left, right = _LONGEST_SEGMENT * 2 // 3, _LONGEST_SEGMENT // 3
+    return f"{text[:left]}[... {len(text) - left - right:,} characters ...]{text[-right:]}"
+
+
+def _plain(line: int | tuple[int, int]) -> int | list[int]:
+    return list(line) if isinstance(line, tuple) else line
