@@ -36,7 +36,9 @@ def push(adapter: Path, repo: str, *, private: bool = True) -> str:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise PushError(f"the Hub refuses to write {repo} (HTTP {status}): use a token that may") from error
+            raise PushError(
+                f"the Hub refuses to write {repo} (HTTP {status}): use a token that may"
+            ) from error
         raise PushError(f"the Hub did not take {repo}: {error}") from error
     except (HFValidationError, OSError, ValueError) as error:
         raise PushError(f"{repo} cannot be pushed: {error}") from error

@@ -68,14 +68,20 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="examples: JSONL, JSON, CSV, Parquet, or a Hub data set org/name[:split][@revision]",
     )
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples; else a part of --data is held out")
+    parser.add_argument(
+        "--eval-data", metavar="FILE", help="held-out examples; else a part of --data is held out"
+    )
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
-    parser.add_argument("--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it")
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it"
+    )
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="most memory to take, as in 8GB (default: what is free)"
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: every core)")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: every core)"
+    )
     parser.add_argument(
         "--report-to",
         action="append",
@@ -115,9 +121,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _job(
-    options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks
-) -> Job:
+def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks) -> Job:
     from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.run import Job
 
