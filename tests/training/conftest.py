@@ -1,0 +1,37 @@
+"""One tiny base for the tests of training, and one thread, so that sums have one order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.runs import tiny_base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training-base")
+
+
+@pytest.fixture(scope="session")
+def base(base_folder: Path) -> torch.nn.Module:
+    """NF4, bfloat16. No test may write to it."""
+    return tiny_base(base_folder)
+
+
+@pytest.fixture(scope="session")
+def exact_base(base_folder: Path, base: torch.nn.Module) -> torch.nn.Module:
+    """NF4 in fp32: sums in another order differ in the last digits only."""
+    return tiny_base(base_folder, dtype=torch.float32, compute_dtype=torch.float32)

@@ -1,0 +1,108 @@
+"""Small runs for the tests: a tiny base, rows that can be learned, and a trainer over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tests.tiny import save_base
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.training.checkpoint import Checkpoints
+from onebase_adapters.training.events import Event
+from onebase_adapters.training.gate import Gate, OpenGate
+from onebase_adapters.training.loop import Trainer
+from onebase_adapters.training.objectives import make_objective
+from onebase_adapters.training.recipe import Recipe, parse_recipe, resolve
+from onebase_adapters.training.samples import Dataset, Preference, Row, Sample
+from onebase_adapters.training.trainable import Trainable
+
+VOCABULARY = 320
+
+
+def tiny_base(folder: Path, architecture: str = "llama", **settings: Any) -> torch.nn.Module:
+    """NF4 over a random model that is saved in `folder` the first time."""
+    if not (folder / "config.json").exists():
+        save_base(architecture, folder)
+    return load_base(BaseSettings(folder=folder, **settings))
+
+
+def sample(rng: np.random.Generator, line: int, longest: int = 40) -> Sample:
+    """A random prompt and a reply that follows from its first token."""
+    prompt = rng.integers(3, VOCABULARY, int(rng.integers(2, longest - 12)))
+    first = int(prompt[0])
+    reply = [(first + 7 * place) % (VOCABULARY - 3) + 3 for place in range(int(rng.integers(1, 12)))]
+    ids = np.array([*prompt, *reply], dtype=np.int32)
+    supervised = np.zeros(len(ids), dtype=np.bool_)
+    supervised[len(prompt) :] = True
+    return Sample(ids, supervised, line)
+
+
+def samples(count: int, seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    return dataset([sample(rng, line) for line in range(1, count + 1)])
+
+
+def preferences(count: int, seed: int = 0) -> Dataset:
+    """Pairs of replies to one prompt."""
+    rng = np.random.default_rng(seed)
+    rows: list[Row] = []
+    for line in range(1, count + 1):
+        chosen = sample(rng, line)
+        reply = chosen.supervised
+        ids = chosen.ids.copy()
+        ids[reply] = rng.integers(3, VOCABULARY, int(reply.sum()))
+        rows.append(Preference(chosen, Sample(ids, reply, line)))
+    return dataset(rows)
+
+
+def dataset(rows: list[Row] | list[Sample]) -> Dataset:
+    return Dataset(list(rows), (), "digest")
+
+
+def recipe_for(data: Dataset, **settings: Any) -> Recipe:
+    """Resolved, with small steps."""
+    asked = {"batch_size": 4, "micro_tokens": 64, "learning_rate": 5e-3, "max_steps": 6, **settings}
+    asked.setdefault("gradient_checkpointing", False)
+    made = resolve(parse_recipe(asked), rows=len(data), held_out=0, base_limit=512)
+    return replace(made)
+
+
+def trainer(
+    base: torch.nn.Module,
+    recipe: Recipe,
+    data: Dataset,
+    folder: Path,
+    *,
+    held_out: Dataset | None = None,
+    listen: Callable[[Event], None] = lambda event: None,
+    gate: Gate | None = None,
+    **more: Any,
+) -> Trainer:
+    made = Trainable(base, recipe, gate or OpenGate(), **more)
+    return Trainer(
+        made,
+        make_objective(made, recipe),
+        recipe,
+        data,
+        held_out,
+        checkpoints=Checkpoints(folder / "checkpoints", recipe.keep),
+        identity="test",
+        listen=listen,
+    )
+
+
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
+    """The adapter as it is now, copied."""
+    return {name: one.detach().clone() for name, one in run.trainable.named_parameters().items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name

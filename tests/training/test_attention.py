@@ -1,0 +1,36 @@
+"""Rows packed into one sequence are what they are alone, on every kind of decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import ARCHITECTURES
+from tests.training.runs import dataset, recipe_for, sample, tiny_base
+
+from onebase_adapters.training.batches import pack
+from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.trainable import Trainable
+from onebase_adapters.view import view
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_packed_logits_are_eager_attentions_of_each_row_alone(architecture: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows = dataset([sample(rng, line, longest=70) for line in (1, 2, 3)])
+    base = tiny_base(tmp_path, architecture, dtype=torch.float32, compute_dtype=torch.float32)
+    trainable = Trainable(base, recipe_for(rows), OpenGate())
+    batch = pack(rows.rows, range(3), 1000, packing=True)[0]
+    with trainable.evaluating():
+        packed = batch.tensors(torch.device("cpu"))
+        logits = trainable.logits(packed)
+        alone = view(base)
+        alone.set_attn_implementation("eager")  # type: ignore[operator]
+        for number, one in enumerate(batch.samples):
+            ids = torch.from_numpy(one.ids.astype(np.int64))[None]
+            places = torch.from_numpy(np.flatnonzero(one.supervised) - 1)
+            expected = alone(input_ids=ids, use_cache=False).logits[0, places]
+            torch.testing.assert_close(logits[packed.owner == number], expected, atol=2e-4, rtol=1e-4)
