@@ -23,11 +23,23 @@ from onebase_server.errors import (
     error_json,
     status_of,
 )
-from onebase_server.routes import adapters, chat, completions, generate, health, models, vllm
+from onebase_server.routes import (
+    adapters,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    generate,
+    health,
+    metrics,
+    models,
+    vllm,
+)
 from onebase_server.schemas import validation_error
 from onebase_server.services import Services, server_stopping
 
 _ADAPTERS = "/v1/adapters"
+_UPLOADS = (_ADAPTERS, "/v1/files")
 _log = logging.getLogger(__name__)
 _NO_TELEMETRY: Any = {
     "tracing": False,
@@ -47,7 +59,8 @@ def create_app(services: Services) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     app.state.services = services
-    for route in (generate, completions, chat, models, adapters, vllm, health):
+    routes = (generate, completions, chat, models, adapters, vllm, files, fine_tuning, health, metrics)
+    for route in routes:
         app.include_router(route.router)
     app.add_exception_handler(OneBaseError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
@@ -85,7 +98,7 @@ class StoppedRequests:
 class BodyLimit:
     """Refuses bodies over `limit` bytes: by their announced length at once, else while they come in.
 
-    Uploads of adapters, which go straight to disk, have a limit of their own (`uploads.Form`).
+    Uploads, which go straight to disk, have limits of their own (`multipart.FormReader`).
     Starlette's own middleware does the same but answers in plain text, which OpenAI's clients cannot read.
     """
 
@@ -139,7 +152,7 @@ def _is_upload(scope: Scope) -> bool:
     kinds = (value for name, value in scope["headers"] if name == b"content-type")
     return (
         scope["method"] == "POST"
-        and scope["path"] == _ADAPTERS
+        and scope["path"] in _UPLOADS
         and any(kind.lower().startswith(b"multipart/form-data") for kind in kinds)
     )
 

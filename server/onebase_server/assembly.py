@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_server.activation import Activation
@@ -19,31 +17,18 @@ from onebase_server.prepared_files import PreparedFiles
 from onebase_server.prover import PROBES, Prover
 from onebase_server.pulls import Pulls
 from onebase_server.residency import Residency
+from onebase_server.served_base import Base
 from onebase_server.services import Services
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
 from onebase_server.supervisor import Companions, EngineSupervisor
 from onebase_server.tokenization import BaseTokenizer
+from onebase_server.training.services import assemble_training
 from onebase_server.workshop_link import Workshop
 
 RECORD_THREADS = 4
 DISK_THREADS = 8
 PULL_THREADS = 4
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base that is served: its name, and its folder on this disk."""
-
-    name: str
-    folder: Path
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the config of an adapter for it may call it."""
-        config = json.loads((self.folder / "config.json").read_text())
-        own = config.get("_name_or_path")
-        return (self.name, self.folder.name, *([own] if isinstance(own, str) and own else []))
 
 
 class Preparation:
@@ -71,6 +56,7 @@ def assemble(
     given: Sequence[tuple[str, Path]],
     supervisor: EngineSupervisor,
     workshop_command: Sequence[str],
+    trainer_command: Sequence[str],
 ) -> Services:
     """All parts around one supervisor. `given`: the folders to serve before the server is ready."""
     registry, store = storage.registry, storage.store
@@ -92,7 +78,12 @@ def assemble(
     folders = Folders(library, activation, given, settings.max_upload)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     residency.on_damaged = library.begin_again
-    supervisor.companions = Companions(residency, prover, Preparation(library, folders, residency).run)
+    training = assemble_training(
+        settings, base, storage, library, supervisor,
+        command=trainer_command, records=records, disk=disk,
+    )  # fmt: skip
+    prepare = Preparation(library, folders, residency).run
+    supervisor.companions = Companions(residency, prover, training.manager, prepare)
     return Services(
         settings=settings,
         catalog=catalog,
@@ -106,4 +97,5 @@ def assemble(
         folders=folders,
         views=AdapterViews(library, hub, residency),
         prover=prover,
+        training=training,
     )

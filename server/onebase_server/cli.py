@@ -37,6 +37,7 @@ _GROUPS = {
     "adapters": "adapters",
     "server": "server",
     "engine": "engine (tokens, memory, threads)",
+    "training": "training jobs",
     "limits": "limits",
 }
 
@@ -44,7 +45,7 @@ _GROUPS = {
 def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     """`onebase serve`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options.
 
-    `commands` replaces the engine's process and the workshop's, for tests of their faults.
+    `commands` replaces the other processes, for tests of their faults.
     """
     parser = serve_parser()
     options = vars(parser.parse_args(list(argv)))

@@ -72,10 +72,12 @@ class ChildProcess:
         on_message: Callable[[Received], None],
         on_lost: Callable[[], None],
         fds: Mapping[str, int] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> ChildProcess:
         """Start the command with `--fd N`, one end of a socket pair, and an option for each of `fds`.
 
         `fds` maps an option's name (`--base-fd`) to a file descriptor that the child inherits.
+        `environment` is added to this process's own.
         `on_lost` is called once when the socket closes, which a dead process causes too. The child
         gets a session of its own: Ctrl-C in the terminal reaches the api alone, which drains first.
         """
@@ -90,6 +92,7 @@ class ChildProcess:
                     pass_fds=tuple(inherited.values()),
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,
+                    env={**os.environ, **environment} if environment else None,
                 )
             except BaseException:
                 ours.close()

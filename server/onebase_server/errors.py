@@ -6,6 +6,8 @@ OneBaseError
 ├── ForbiddenError             this server's operator does not allow it
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
+├── UnknownFileError           no such training file
+├── UnknownJobError            no such training job
 ├── ConflictError              it collides with the state of what it names
 │   └── StaleActivationError   another version is active than was expected
 ├── AdapterDeletedError        its adapter was deleted by force while it ran
@@ -75,6 +77,16 @@ class UnknownModelError(OneBaseError):
         super().__init__(message, code="model_not_found", param="model")
 
 
+class UnknownFileError(OneBaseError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="file_not_found", param="file_id")
+
+
+class UnknownJobError(OneBaseError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="job_not_found", param="fine_tuning_job_id")
+
+
 class ConflictError(OneBaseError):
     """What the request names is in a state that does not allow it."""
 
@@ -107,7 +119,8 @@ class StoreFullError(OneBaseError):
     def __init__(self) -> None:
         super().__init__(
             "The server has no space left for adapters: nothing of this request was kept, and serving goes "
-            "on. Delete versions, or give the store (--store) more space, and send it again.",
+            "on. Delete versions or files, or give the store (--store, --data-dir) more space, and send it "
+            "again.",
             code="store_full",
         )
 
@@ -168,6 +181,8 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     ForbiddenError: (403, "permission_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),
+    UnknownFileError: (404, "invalid_request_error"),
+    UnknownJobError: (404, "invalid_request_error"),
     ConflictError: (409, "invalid_request_error"),
     StaleActivationError: (409, "invalid_request_error"),
     AdapterDeletedError: (409, "invalid_request_error"),

@@ -89,6 +89,7 @@ async def run_server(
         stopped.cancel()
         server.should_exit = True
         await http
+        await services.training.manager.stop()
         await services.supervisor.stop()
         engine.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -124,6 +125,7 @@ def _install_signals(services: Services, stop: asyncio.Event) -> None:
     def handle(number: signal.Signals) -> None:
         if services.draining:
             services.supervisor.kill_now()
+            services.training.manager.kill_now()
             os._exit(128 + number)
         services.draining = True
         stop.set()

@@ -22,6 +22,8 @@ class RequestRouter:
         self.stats: Stats | None = None
         """The engine's newest counts; None before its first step."""
         self.open_rows = 0
+        self.on_busy: Callable[[bool], None] = lambda busy: None
+        """Called when the first row begins and when the last one has ended."""
         self._queue_limit = queue_limit
         self._send = send
         self._requests: dict[str, Inflight] = {}
@@ -51,6 +53,7 @@ class RequestRouter:
             raise QueueFullError(waiting, self._queue_limit, wait)
         if self.open_rows == 0:
             self.note_progress()
+            self.on_busy(True)
         self.open_rows += request.rows
         for message in request.submits:
             self._requests[message.id] = request
@@ -88,6 +91,7 @@ class RequestRouter:
         ended = {id(request): request for request in self._requests.values()}
         self._requests.clear()
         self.open_rows = 0
+        self.on_busy(False)
         for request in ended.values():
             request.on_ended()
 
@@ -101,6 +105,8 @@ class RequestRouter:
 
     def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
         self.open_rows -= 1
+        if not self.open_rows:
+            self.on_busy(False)
         if request_id not in request.open_rows:
             del self._requests[request_id]
         if not request.open_rows:

@@ -26,6 +26,7 @@ from onebase_server.residency import Residency
 from onebase_server.settings import Settings
 from onebase_server.supervisor import EngineSupervisor
 from onebase_server.tokenization import BaseTokenizer
+from onebase_server.training.services import Training
 
 
 def server_stopping() -> UnavailableError:
@@ -52,6 +53,7 @@ class Services:
     folders: Folders
     views: AdapterViews
     prover: Prover
+    training: Training
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 

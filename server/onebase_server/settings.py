@@ -233,7 +233,12 @@ class Settings:
     train_memory: int = field(
         default=0,
         metadata=about(
-            "engine", "memory left free for training jobs, as in 8GB", parse=parse_size, metavar="SIZE", low=0
+            "engine",
+            "memory that a training job may take and the KV cache leaves free, as in 8GB; 0: a job may take "
+            "half of what is free when it begins",
+            parse=parse_size,
+            metavar="SIZE",
+            low=0,
         ),
     )
     threads: int = field(
@@ -241,6 +246,32 @@ class Settings:
     )
     deterministic: bool = field(
         default=False, metadata=about("engine", "on CUDA, the same bits whatever else is in the batch")
+    )
+
+    train_jobs: int = field(
+        default=1,
+        metadata=about("training", "jobs that run at once; 0: this server trains nothing", low=0, high=64),
+    )
+    train_share: float = field(
+        default=0.2,
+        metadata=about(
+            "training",
+            "part of the time in which a job computes while rows are running, 0 to 1; 0: only when there are "
+            "none. When the server is idle, it takes all",
+            low=0,
+            high=1,
+            metavar="PART",
+        ),
+    )
+    max_train_file: int = field(
+        default=512_000_000,
+        metadata=about(
+            "training",
+            "largest training file that is taken, as in 512MB",
+            parse=parse_size,
+            metavar="SIZE",
+            low=1000,
+        ),
     )
 
     queue_limit: int = field(

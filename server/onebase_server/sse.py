@@ -27,6 +27,13 @@ def event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+def identified_event(data: Any, *, identity: str = "", event: str = "") -> bytes:
+    """An event that a client can go on after: its `id:` comes back as `Last-Event-ID`."""
+    head = f"id: {identity}\n" if identity else ""
+    kind = f"event: {event}\n" if event else ""
+    return (head + kind).encode() + b"data: " + _encode(data) + b"\n\n"
+
+
 class EventStream(Response):
     """Streams a generation's events.
 

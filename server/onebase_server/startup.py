@@ -14,15 +14,17 @@ from rich.console import Console
 
 from onebase_adapters.registry import RegistryError
 from onebase_server.app import create_app
-from onebase_server.assembly import Base, assemble
+from onebase_server.assembly import assemble
 from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.engine_link import ENGINE_COMMAND
 from onebase_server.folders import FolderError, find_adapters
 from onebase_server.http_server import bind, run_server, url_of
+from onebase_server.served_base import Base
 from onebase_server.services import Services
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, open_storage
 from onebase_server.supervisor import EngineFailedError, EngineSupervisor
+from onebase_server.training.links import TRAINER_COMMAND
 from onebase_server.workshop_link import WORKSHOP_COMMAND
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Commands:
 
     engine: Sequence[str] = ENGINE_COMMAND
     workshop: Sequence[str] = WORKSHOP_COMMAND
+    trainer: Sequence[str] = TRAINER_COMMAND
 
 
 class StartupError(RuntimeError):
@@ -49,7 +52,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         raise StartupError(address_error(settings, error)) from error
     with listener, LoadingDisplay(console) as display:
         resolved = resolve(settings.base, display)
-        base = Base(resolved.name, resolved.folder)
+        base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
             storage = open_storage(settings, base.name, base.folder)
@@ -70,6 +73,15 @@ def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
         return resolve_base(base, display.update)
     except Exception as error:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
+
+
+def _repository(asked: str, resolved: ResolvedBase) -> str | None:
+    """The base's name on the Hub, if it is from there."""
+    from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO
+
+    if asked == DEFAULT_BASE:
+        return DEFAULT_REPO
+    return asked.partition("@")[0] if resolved.revision is not None else None
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,7 @@ class _Server:
         upkeep = [
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
             asyncio.create_task(self.storage.keep_tidy(services.library.disk)),
+            asyncio.create_task(services.training.manager.follow()),
         ]
         try:
             await run_server(services, create_app(services), listener, ready)
@@ -116,7 +129,13 @@ class _Server:
     def _services(self, supervisor: EngineSupervisor) -> Services:
         try:
             return assemble(
-                self.settings, self.base, self.storage, self.given, supervisor, self.commands.workshop
+                self.settings,
+                self.base,
+                self.storage,
+                self.given,
+                supervisor,
+                self.commands.workshop,
+                self.commands.trainer,
             )
         except Exception as error:
             raise StartupError(f"the base in {self.base.folder} has no usable tokenizer: {error}") from error

@@ -12,6 +12,8 @@ from onebase_server.errors import (
     StoreFullError,
     UnavailableError,
     UnknownAdapterError,
+    UnknownFileError,
+    UnknownJobError,
 )
 
 
@@ -32,6 +34,14 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise StaleActivationError(name, error.current) from error
     except registry.NothingToRollBackError as error:
         raise ConflictError(str(error), code="nothing_to_roll_back") from error
+    except registry.UnknownFileError as error:
+        raise UnknownFileError(str(error)) from error
+    except registry.UnknownJobError as error:
+        raise UnknownJobError(str(error)) from error
+    except registry.FileInUseError as error:
+        raise ConflictError(
+            f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"
+        ) from error
     except registry.RegistryError as error:
         raise UnavailableError(
             f"The registry of adapters cannot be used now: {error}",

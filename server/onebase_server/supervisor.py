@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from onebase_server.engine.protocol import (
     AdapterFailed,
@@ -48,12 +49,23 @@ class AdapterStartError(RuntimeError):
     """An adapter that was given at start cannot be served; the message names it and says why."""
 
 
+class Trainers(Protocol):
+    """Those who train on an engine's base."""
+
+    def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
+        """There is a base to train on; `base_fd` is open until `engine_gone` has returned."""
+
+    async def engine_gone(self) -> None:
+        """There is none any more: nobody holds on to it when this returns."""
+
+
 @dataclass(frozen=True)
 class Companions:
-    """What lives and dies with an engine: its adapters in memory, and the workshop on its base."""
+    """What lives and dies with an engine: its adapters in memory, and the processes on its base."""
 
     residency: Residency
     prover: Prover
+    trainers: Trainers
     prepare: Callable[[], Awaitable[None]]
     """What must be in place before a new engine gets requests. May raise AdapterStartError."""
 
@@ -237,10 +249,11 @@ class EngineSupervisor:
         self.router.forget_all()
 
     async def _companions_gone(self) -> None:
-        """The workshop ends before a new engine starts: it holds on to the old one's memory."""
+        """Workshop and trainers end before a new engine starts: they hold on to the old one's memory."""
         if self._preparing is not None:
             self._preparing.cancel()
         if self.companions is not None:
+            await self.companions.trainers.engine_gone()
             await self.companions.prover.engine_gone()
 
     async def _watch(self, end: Callable[[str], None]) -> None:
@@ -275,6 +288,7 @@ class EngineSupervisor:
             return
         self.companions.residency.engine_ready()
         self.companions.prover.base_ready(self._config, message.manifest, base_fd)
+        self.companions.trainers.base_ready(self._config, message.manifest, base_fd)
         self._preparing = asyncio.get_running_loop().create_task(self._prepare(self.companions, end))
 
     async def _prepare(self, companions: Companions, end: Callable[[str], None]) -> None:

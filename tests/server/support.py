@@ -19,6 +19,7 @@ import httpx2
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 START_SECONDS = 180.0
+KINDS = ("engine", "workshop", "trainer")
 CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
 
 
@@ -78,6 +79,10 @@ class Server:
         """The process id of the workshop."""
         return self._child("workshop")
 
+    def trainer_pids(self) -> list[int]:
+        """The process ids of the trainers that run."""
+        return [pid for pid in children(self.process.pid) if "trainer" in command_of(pid)]
+
     def _child(self, kind: str) -> int:
         (child,) = (pid for pid in children(self.process.pid) if kind in command_of(pid))
         return child
@@ -101,7 +106,7 @@ def command_of(pid: int) -> str:
         parts = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except FileNotFoundError:
         return ""
-    return next((part.rpartition("/")[2] for part in parts if "engine" in part or "workshop" in part), "")
+    return next((part.rpartition("/")[2] for part in parts if any(kind in part for kind in KINDS)), "")
 
 
 def free_port() -> int:

@@ -17,12 +17,13 @@ from onebase_server.adapter_schemas import (
     PinRequest,
     PullRequest,
 )
-from onebase_server.errors import InvalidRequestError, PayloadTooLargeError, VersionFailedError
+from onebase_server.errors import InvalidRequestError, VersionFailedError
 from onebase_server.library import Wishes
+from onebase_server.multipart import boundary_of, check_length, read_form
 from onebase_server.names import check_name
 from onebase_server.services import Provided, Services, StrictRoute, json_response
 from onebase_server.storage_errors import storage_errors
-from onebase_server.uploads import FLAGS, Form, boundary_of, read_form
+from onebase_server.uploads import FLAGS, HOW, Form
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
 
@@ -78,7 +79,7 @@ async def add_version(
     perhaps `activate`, `allow_noop`, `any_base`. The same content is the same version.
     """
     services.refuse_if_draining()
-    boundary = boundary_of(request)
+    boundary = boundary_of(request, HOW)
     if boundary is not None:
         return await _upload(request, services, boundary, activate, wait)
     body = await _json(request, PullRequest)
@@ -101,9 +102,7 @@ async def _upload(
     request: Request, services: Services, boundary: bytes, activate: bool, wait: bool
 ) -> Response:
     limit = services.settings.max_upload
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise PayloadTooLargeError(limit, "--max-upload")
+    check_length(request, limit, "--max-upload")
     library = services.library
     with storage_errors():
         form = Form(library.store, boundary, limit)

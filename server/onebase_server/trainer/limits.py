@@ -1,0 +1,55 @@
+"""Keeps a trainer out of serving's way: last for the processors, first to go when memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from onebase_server.engine.memory import free_memory
+
+NICENESS = 19
+WAIT_POLICY = {"OMP_WAIT_POLICY": "passive"}
+"""Environment of a trainer: threads that wait for each other must not spin on cores that serving uses."""
+
+
+def step_aside() -> None:
+    """Compute only where nothing else wants to, and be the first to be killed when memory is short.
+
+    SCHED_IDLE leaves a core within microseconds when serving wakes up there, which niceness alone does not.
+    """
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def memory_limit(asked: int, device: torch.device) -> int:
+    """Bytes that a job may take beside the base: what was asked for, else a part of what is free."""
+    return asked or free_memory(device)
+
+
+def bound_memory(limit: int, device: torch.device) -> None:
+    """From now on this process may take `limit` bytes more; beyond that allocations fail, here alone.
+
+    On the CPU by RLIMIT_DATA, which counts private writable memory, mapped or not from a file: the base is
+    counted already when this is called.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        return
+    most = private_bytes() + limit
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def private_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Private writable memory of this process, as RLIMIT_DATA counts it."""
+    for line in status.read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0

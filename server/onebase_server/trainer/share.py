@@ -1,0 +1,89 @@
+"""How training shares the machine with serving: a byte that says whether rows run, a gate that heeds it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable
+
+from onebase_adapters.training.gate import Interrupted, Reason
+
+NAP_SECONDS = 0.005
+"""How soon a run that waits for rows notices that they have ended, or that it is to stop."""
+
+
+class BusyFlag:
+    """One byte in shared memory: 1 while rows run. The api writes it, trainers read it.
+
+    Costs neither a message nor a system call, so that it can be asked between any two layers.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._memory = mmap.mmap(fd, mmap.PAGESIZE)
+
+    @classmethod
+    def make(cls) -> BusyFlag:
+        """A new one. `fd` is for child processes to inherit."""
+        fd = os.memfd_create("onebase-rows", os.MFD_CLOEXEC)
+        os.ftruncate(fd, mmap.PAGESIZE)
+        return cls(fd)
+
+    def set(self, busy: bool) -> None:
+        self._memory[0] = busy
+
+    def __bool__(self) -> bool:
+        return bool(self._memory[0])
+
+
+class SharedGate:
+    """Lets a run compute `share` of the time while rows run, all of it otherwise. For one thread.
+
+    Each interval of computing is paid for with a pause before the next one: (1 - share) / share times as
+    long. With a share of 0 the run waits until no rows run.
+
+    Args:
+        busy: whether rows run now.
+        stopping: why the run is to stop, or None.
+        finish: waits until what was begun is computed (an accelerator works behind the program's back).
+    """
+
+    def __init__(
+        self,
+        busy: Callable[[], bool],
+        share: float,
+        stopping: Callable[[], Reason | None],
+        *,
+        finish: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._busy = busy
+        self._share = share
+        self._stopping = stopping
+        self._finish = finish
+        self._clock = clock
+        self._sleep = sleep
+        self._resumed = clock()
+
+    def wait(self) -> None:
+        """Return when the run may compute. Raises Interrupted."""
+        self._raise_if_stopping()
+        if self._share < 1.0 and self._busy():
+            self._finish()
+            self._pause()
+        self._resumed = self._clock()
+
+    def _pause(self) -> None:
+        now = self._clock()
+        computed = now - self._resumed
+        end = now + computed * (1.0 - self._share) / self._share if self._share > 0.0 else float("inf")
+        while (left := end - self._clock()) > 0 and self._busy():
+            self._sleep(min(NAP_SECONDS, left))
+            self._raise_if_stopping()
+
+    def _raise_if_stopping(self) -> None:
+        reason = self._stopping()
+        if reason is not None:
+            raise Interrupted(reason)

@@ -1,0 +1,1 @@
+"""Training jobs: files in, trainer processes beside the engine, adapters out. The api's side."""

@@ -1,0 +1,91 @@
+"""Where training keeps its files on this server's disk, and whose they are."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingHome:
+    """The folder `training` of a data folder: `files/<file-id>.<ending>` and `jobs/<job-id>/`.
+
+    `server`: an id that lies there too; jobs and files in the registry that bear it are this folder's.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.root = data_dir / "training"
+        self.files = self.root / "files"
+        self.jobs = self.root / "jobs"
+        for folder in (self.root, self.files, self.jobs):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.server = _server_id(self.root / "server-id")
+        self._lock: int | None = None
+
+    def own(self) -> bool:
+        """Whether this process is the one that runs the folder's jobs; of several with one folder, one is."""
+        if self._lock is not None:
+            return True
+        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            return False
+        self._lock = lock
+        return True
+
+    def job(self, job_id: str) -> Path:
+        """The folder of a job's run."""
+        return self.jobs / job_id
+
+    def file(self, file_id: str, filename: str) -> Path:
+        """Where a file's content lies."""
+        return self.files / f"{file_id}{ending(filename)}"
+
+    def forget(self, job_id: str) -> None:
+        """Delete what a run has written."""
+        shutil.rmtree(self.job(job_id), ignore_errors=True)
+
+    def sweep(self, file_ids: Collection[str], job_ids: Collection[str]) -> int:
+        """Delete what no row of the registry speaks of. Returns how many. Raises OSError."""
+        removed = 0
+        for path in self.files.iterdir():
+            if path.name.partition(".")[0] not in file_ids:
+                path.unlink(missing_ok=True)
+                removed += 1
+        for path in self.jobs.iterdir():
+            if path.name not in job_ids:
+                shutil.rmtree(path, ignore_errors=True)
+                removed += 1
+        return removed
+
+
+def ending(filename: str) -> str:
+    """The ending of a file's name, in lower case, with its dot; "" if it has none."""
+    return Path(filename).suffix.lower()
+
+
+def _server_id(path: Path) -> str:
+    try:
+        known = path.read_text().strip()
+        if known:
+            return known
+    except FileNotFoundError:
+        pass
+    made = f"server-{secrets.token_hex(8)}"
+    work = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    work.write_text(made)
+    try:
+        os.link(work, path)  # of two that start at once, the first one's stays
+    except FileExistsError:
+        return path.read_text().strip()
+    finally:
+        work.unlink()
+    return made

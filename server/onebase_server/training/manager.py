@@ -1,0 +1,176 @@
+"""Follows the jobs in the registry: starts what waits, ends what was stopped, takes up what was interrupted.
+
+The registry says what is to be; this makes it so. A pause, a cancellation or a new job, whichever server it
+came through, is first written there, and is seen here at once or at the next look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from onebase_adapters.registry import (
+    JobState,
+    JobStateError,
+    NewEvent,
+    RegistryError,
+    TrainingJob,
+    UnknownJobError,
+)
+from onebase_server.engine.protocol import EngineConfig
+from onebase_server.training.run import BaseAtHand, Run, RunKind, Runner
+
+_log = logging.getLogger(__name__)
+
+STOP_SECONDS = 60.0
+"""A trainer that has not written its checkpoint by then is killed; the one before is whole."""
+SHUTDOWN_SECONDS = 15.0
+"""The same when the server ends."""
+
+
+class Manager:
+    """Runs this server's jobs, `most` at a time, oldest first. Called from one event loop.
+
+    Files are checked by processes of their own, one at a time, also while jobs run.
+    """
+
+    def __init__(self, runner: Runner, *, most: int, look_seconds: float) -> None:
+        self._runner = runner
+        self._records = runner.records
+        self._threads = runner.threads
+        self._most = most
+        self._look_seconds = look_seconds
+        self._runs: dict[str, Run] = {}
+        self._base: BaseAtHand | None = None
+        self._changed = asyncio.Event()
+        self._ending = False
+
+    # ---- the base ----------------------------------------------------------------------------
+
+    def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
+        """There is a base to train on; `base_fd` stays the caller's, and open until `engine_gone`."""
+        self._base = BaseAtHand(config, manifest, base_fd)
+        self.look()
+
+    async def engine_gone(self) -> None:
+        """End the trainers, whose base is the engine's memory; their jobs wait for the next one."""
+        self._base = None
+        runs = [run for run in self._runs.values() if run.holds_base]
+        for run in runs:
+            run.interrupt("the engine ended", 0.0)
+        await asyncio.gather(*(run.ended() for run in runs))
+
+    # ---- following the registry ----------------------------------------------------------------
+
+    def look(self) -> None:
+        """Something has changed in the registry."""
+        self._changed.set()
+
+    async def follow(self) -> None:
+        """Do what the registry says, for ever. Cancelled by the server's end."""
+        while not self._runner.home.own():
+            _log.warning("another process runs the training jobs of %s; waiting", self._runner.home.root)
+            await asyncio.sleep(self._look_seconds)
+        await self._sweep()
+        while not self._ending:
+            self._changed.clear()
+            try:
+                jobs = await self._threads.run(self._records.open_jobs, self._runner.home.server)
+                await self._reconcile(jobs)
+            except RegistryError as error:
+                _log.warning("training jobs cannot be followed: %s", error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._look_seconds)
+
+    async def stop(self) -> None:
+        """Let trainers write a checkpoint and end; their jobs are queued for the next start."""
+        self._ending = True
+        runs = list(self._runs.values())
+        for run in runs:
+            run.interrupt("the server stops", SHUTDOWN_SECONDS)
+        await asyncio.gather(*(run.ended() for run in runs))
+
+    def kill_now(self) -> None:
+        """End every trainer at once: the api is about to exit."""
+        for run in self._runs.values():
+            run.kill()
+
+    @property
+    def deaths(self) -> int:
+        """Trainers that died by themselves."""
+        return len(self._runner.deaths)
+
+    @property
+    def running(self) -> Sequence[Run]:
+        """The runs that there are now."""
+        return list(self._runs.values())
+
+    async def _reconcile(self, jobs: Sequence[TrainingJob]) -> None:
+        """`jobs`: those in the registry that are open, oldest first."""
+        states = {job.id: job for job in jobs}
+        for job_id, run in list(self._runs.items()):
+            job = states.get(job_id)
+            if job is None:
+                await self._stop_run(job_id, run)
+            elif job.state == "queued" and run.kind == "train" and not run.stopping:
+                await self._move_on(job, "running")  # paused and resumed before anybody saw it
+        for job in jobs:
+            if self._ending or job.id in self._runs:
+                continue
+            if job.state == "running":
+                await self._take_up(job)
+            elif job.state == "validating_files" and not self._count("check"):
+                self._begin(job, "check")
+            elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
+                self._begin(job, "train")
+
+    def _begin(self, job: TrainingJob, kind: RunKind) -> None:
+        run = self._runs[job.id] = Run(self._runner, job, kind, self._base)
+        run.begin()
+
+        def forget(_task: asyncio.Task[None]) -> None:
+            self._runs.pop(job.id, None)
+            self.look()
+
+        run.task.add_done_callback(forget)
+
+    def _count(self, kind: RunKind) -> int:
+        return sum(run.kind == kind for run in self._runs.values())
+
+    async def _stop_run(self, job_id: str, run: Run) -> None:
+        if run.stopping:
+            return
+        with suppress(UnknownJobError):
+            job = await self._threads.run(self._records.job, run.job.tenant, job_id)
+            if job.state in ("paused", "queued"):
+                run.stop("pause", STOP_SECONDS)
+            elif job.state == "cancelled":
+                run.stop("cancel", 0.0)
+
+    async def _take_up(self, job: TrainingJob) -> None:
+        """A job that ran when this server was ended, or its machine."""
+        place = f"after step {job.saved_step}" if job.saved_step else "from its beginning"
+        event = NewEvent(time.time(), f"The server was started again; the job goes on {place}.")
+        await self._move_on(job, "queued", event)
+        self.look()
+
+    async def _move_on(self, job: TrainingJob, state: JobState, event: NewEvent | None = None) -> None:
+        with suppress(JobStateError, UnknownJobError):
+            await self._threads.run(self._records.move, job.id, state, (job.state,), event)
+            self._runner.watchers.notify(job.id)
+
+    async def _sweep(self) -> None:
+        """Delete files that nothing speaks of: of uploads and jobs that a power cut ended."""
+        home = self._runner.home
+        try:
+            files = await self._threads.run(self._records.file_ids, home.server)
+            jobs = await self._threads.run(self._records.job_ids, home.server)
+            removed = await self._threads.run(home.sweep, files, jobs)
+        except (RegistryError, OSError) as error:
+            _log.warning("the training folder was not swept: %s", error)
+        else:
+            if removed:
+                _log.info("swept %d left-over files and folders of training", removed)

@@ -1,0 +1,111 @@
+"""Puts what a run says into the registry: often enough to be followed, seldom enough to cost nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from onebase_adapters.registry import NewCheckpoint, NewEvent, RegistryError, TrainingRecords, UnknownJobError
+from onebase_adapters.training import events
+from onebase_server.background import Threads
+from onebase_server.training.telling import told
+from onebase_server.training.watchers import Watchers
+
+FLUSH_SECONDS = 0.5
+MOST_KEPT = 10_000
+"""Events that wait while the registry cannot be written; older ones are lost."""
+
+_log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """What one run said and is not written yet. `listen` from the event loop; `close` in any case."""
+
+    def __init__(
+        self,
+        job_id: str,
+        records: TrainingRecords,
+        threads: Threads,
+        watchers: Watchers,
+        progress: Mapping[str, Any],
+    ) -> None:
+        self.job_id = job_id
+        self.progress = dict(progress)
+        self._records = records
+        self._threads = threads
+        self._watchers = watchers
+        self._events: list[NewEvent] = []
+        self._checkpoints: list[NewCheckpoint] = []
+        self._changed, self._closing = asyncio.Event(), asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._keep_writing())
+
+    def listen(self, event: events.Event) -> None:
+        """Take an event of the run."""
+        self._note_progress(event)
+        made = told(event)
+        if made is not None:
+            self._events.append(made)
+        if isinstance(event, events.Saved):
+            checkpoint = NewCheckpoint(
+                event.step, event.path, event.at, self.progress.get("loss"), event.loss
+            )
+            self._checkpoints.append(checkpoint)
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Write what is left, if the registry can be written."""
+        self._closing.set()
+        self._changed.set()
+        await self._task
+
+    async def _keep_writing(self) -> None:
+        while not self._closing.is_set():
+            await self._changed.wait()
+            self._changed.clear()
+            await self._write()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
+        await self._write()
+
+    async def _write(self) -> None:
+        waiting, saved = len(self._events), len(self._checkpoints)
+        if not self._events and not self._checkpoints and not self.progress:
+            return
+        try:
+            await self._threads.run(
+                self._records.note,
+                self.job_id,
+                self._events[:waiting],
+                self._checkpoints[:saved],
+                progress=dict(self.progress),
+            )
+        except UnknownJobError:
+            pass
+        except RegistryError as error:
+            _log.warning("job %s: %s", self.job_id, error)
+            del self._events[:-MOST_KEPT]
+            self._changed.set()
+            return
+        del self._events[:waiting], self._checkpoints[:saved]
+        self._watchers.notify(self.job_id)
+
+    def _note_progress(self, event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            self.progress |= {
+                "step": event.step,
+                "steps": event.steps,
+                "loss": event.loss,
+                "tokens": event.total_tokens,
+                "tokens_per_second": event.tokens_per_second,
+                "seconds_left": event.seconds_left,
+                "memory_bytes": event.memory_bytes,
+            }
+        elif isinstance(event, events.Evaluated):
+            self.progress |= {"eval_loss": event.loss}
+        elif isinstance(event, events.Planned):
+            self.progress |= {"step": event.first_step, "steps": event.steps}
+        elif isinstance(event, events.Phase):
+            self.progress |= {"phase": event.name}

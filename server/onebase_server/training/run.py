@@ -1,0 +1,333 @@
+"""One job on its way: a trainer process, what it says, how it ends, and what follows from that."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from onebase_adapters.registry import (
+    OPEN_STATES,
+    JobError,
+    JobState,
+    JobStateError,
+    NewEvent,
+    RegistryError,
+    TrainingJob,
+    TrainingRecords,
+    UnknownJobError,
+)
+from onebase_adapters.training.gate import Reason
+from onebase_server.background import Threads
+from onebase_server.engine.protocol import EngineConfig
+from onebase_server.served_base import Base
+from onebase_server.trainer.protocol import Check, Checked, Failed, Train, Trained, TrainJob
+from onebase_server.training.delivery import Delivery, DeliveryError
+from onebase_server.training.home import TrainingHome
+from onebase_server.training.links import Died, Outcome, Trainer
+from onebase_server.training.recorder import Recorder
+from onebase_server.training.telling import problems_told
+from onebase_server.training.watchers import Watchers
+
+RunKind = Literal["check", "train"]
+T = TypeVar("T")
+
+MOST_DEATHS = 3
+"""So often a job is taken up again whose trainer dies without a checkpoint in between."""
+PAUSES = (0.5, 2.0, 8.0)
+"""Seconds before it is taken up, by the number of deaths."""
+REGISTRY_PAUSE = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseAtHand:
+    """What a trainer attaches. `fd`: of the memory that holds the base."""
+
+    config: EngineConfig
+    manifest: bytes
+    fd: int
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What all runs of a server share.
+
+    command: starts a trainer. share: part of the time for jobs while rows run. busy_fd: of the byte that
+    says so. memory: bytes for one job, 0 for a part of what is free.
+    """
+
+    records: TrainingRecords
+    threads: Threads
+    watchers: Watchers
+    home: TrainingHome
+    delivery: Delivery
+    config: EngineConfig
+    base: Base
+    command: Sequence[str]
+    share: float
+    memory: int
+    busy_fd: int
+    deaths: list[float] = field(default_factory=list)
+    """When trainers died by themselves, Unix seconds."""
+
+
+class Run:
+    """One process for one job: the check of its files, or its training and the delivery of what came out."""
+
+    def __init__(self, runner: Runner, job: TrainingJob, kind: RunKind, base: BaseAtHand | None) -> None:
+        self.job = job
+        self.kind = kind
+        self.recorder: Recorder | None = None
+        self._runner = runner
+        self._base = base
+        self._trainer: Trainer | None = None
+        self._stop: tuple[Reason, float] | None = None
+        self._interrupted = ""
+        self._delivering = False
+
+    def begin(self) -> None:
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    # ---- from outside ------------------------------------------------------------------------
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether its process has attached the engine's base, or is about to."""
+        return self.kind == "train" and not self._delivering
+
+    @property
+    def stopping(self) -> bool:
+        """Somebody wants it to end: what its process says of that is no failure."""
+        return self._stop is not None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._trainer is None else self._trainer.pid
+
+    @property
+    def progress(self) -> Mapping[str, Any]:
+        """The newest figures."""
+        return self.recorder.progress if self.recorder is not None else {}
+
+    async def ended(self) -> None:
+        """Wait until it is over, however it ends."""
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    def stop(self, reason: Reason, seconds: float) -> None:
+        """End the process: asked first, killed after `seconds`. The job's new state is written already."""
+        self._stop = (reason, seconds)
+        if self._delivering:
+            self.task.cancel()
+        elif self._trainer is not None:
+            self._trainer.stop(reason)
+            asyncio.get_running_loop().call_later(seconds, self._trainer.kill)
+
+    def interrupt(self, why: str, seconds: float) -> None:
+        """As `stop`, although the job is to go on: it waits for its turn again."""
+        self._interrupted = why
+        self.stop("pause", seconds)
+
+    def kill(self) -> None:
+        """End the process now."""
+        if self._trainer is not None:
+            self._trainer.kill()
+
+    # ---- the way -----------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await (self._check() if self.kind == "check" else self._train_and_deliver())
+        except (JobStateError, UnknownJobError):
+            _log.info("job %s was stopped on its way", self.job.id)
+        except RegistryError as error:
+            _log.error("job %s: %s", self.job.id, error)
+        except Exception:
+            _log.exception("job %s failed", self.job.id)
+            internal = JobError("internal_error", "The server failed on this job; its log says why.")
+            with suppress(RegistryError):
+                await self._move("failed", OPEN_STATES, error=internal)
+
+    async def _check(self) -> None:
+        runner = self._runner
+        outcome = await self._process(Check(config=runner.config, job=await self._train_job()), {})
+        if isinstance(outcome, Checked):
+            event = NewEvent(time.time(), "The files are sound; the job waits for its turn.")
+            await self._move("queued", ("validating_files",), event, plan=outcome.plan)
+        else:
+            await self._ended_early(outcome)
+
+    async def _train_and_deliver(self) -> None:
+        self.job = job = await self._move("running", ("queued",))
+        if job.report is None and self._base is not None:
+            base, runner = self._base, self._runner
+            message = Train(
+                config=base.config, manifest=base.manifest, job=await self._train_job(), share=runner.share
+            )
+            outcome = await self._process(message, {"--base-fd": base.fd, "--busy-fd": runner.busy_fd})
+            if not isinstance(outcome, Trained):
+                await self._ended_early(outcome)
+                return
+            await self._note((), report=outcome.report)
+            if self._stop is not None and not self._interrupted:
+                return
+        self._delivering = True
+        await self._deliver(await self._current())
+
+    async def _deliver(self, job: TrainingJob) -> None:
+        await self._note([NewEvent(time.time(), "The adapter is trained; now it is proved.")])
+        try:
+            done = await self._runner.delivery.deliver(job)
+        except DeliveryError as error:
+            await self._fail(JobError(error.code, error.message))
+            return
+        await self._move(
+            "succeeded",
+            ("running",),
+            NewEvent(time.time(), done.message, level="info" if done.as_wished else "warn"),
+            version=done.version,
+            activated=done.activated,
+            result_file=done.result_file,
+        )
+
+    async def _process(self, message: Check | Train, fds: dict[str, int]) -> Outcome:
+        """Run a trainer to its end, and write down what it says."""
+        runner = self._runner
+        self.recorder = recorder = Recorder(
+            self.job.id, runner.records, runner.threads, runner.watchers, self.job.progress or {}
+        )
+        try:
+            self._trainer = await Trainer.start(runner.command, message, fds, recorder.listen)
+            if self._stop is not None:
+                self.stop(*self._stop)
+            return await self._trainer.outcome()
+        except OSError as error:
+            return Failed(code="trainer_failed", message=f"The trainer cannot be started: {error}")
+        finally:
+            self._trainer = None
+            await recorder.close()
+
+    async def _train_job(self) -> TrainJob:
+        """What the trainer is told. Raises UnknownFileError, UnavailableError."""
+        home, job, files = self._runner.home, self.job, self._runner.delivery.files
+        train = await files.get(job.training_file)
+        held_out = await files.get(job.validation_file) if job.validation_file else None
+        held_out_name = held_out.filename if held_out else None
+        return TrainJob(
+            id=job.id,
+            name=job.name,
+            recipe=dict(job.settings),
+            train=str(files.content_path(train)),
+            train_name=train.filename,
+            held_out=str(files.content_path(held_out)) if held_out else None,
+            # Errors name the file: two of one name would be one.
+            held_out_name=f"validation-{held_out_name}" if held_out_name == train.filename else held_out_name,
+            folder=str(home.job(job.id)),
+            base_name=self._runner.base.name,
+            base_repo=self._runner.base.repo,
+            base_commit=self._runner.base.commit,
+            memory_limit=self._runner.memory,
+        )
+
+    # ---- other ends --------------------------------------------------------------------------
+
+    async def _ended_early(self, outcome: Outcome) -> None:
+        """The process has ended without having done what it was for."""
+        if isinstance(outcome, Failed) and not self.stopping:
+            await self._failed(outcome)
+        elif isinstance(outcome, Failed):
+            await self._note([NewEvent(time.time(), outcome.message, level="warn")])
+        elif self._interrupted:
+            await self._interrupted_for_now()
+        elif self.stopping:
+            await self._stopped()
+        else:
+            await self._died(outcome.how if isinstance(outcome, Died) else type(outcome).__name__)
+
+    async def _failed(self, failed: Failed) -> None:
+        for event in problems_told(failed):
+            await self._note([event])
+        await self._fail(JobError(failed.code, failed.message, failed.param))
+
+    async def _fail(self, error: JobError) -> None:
+        event = NewEvent(time.time(), error.message, level="error", data={"code": error.code})
+        await self._move("failed", ("validating_files", "running"), event, error=error)
+
+    async def _interrupted_for_now(self) -> None:
+        job = await self._current()
+        event = NewEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {_place(job)}.")
+        if job.state == "running":
+            await self._move("queued", ("running",), event)
+
+    async def _stopped(self) -> None:
+        job = await self._current()
+        if job.state == "cancelled":
+            await self._runner.threads.run(self._runner.home.forget, job.id)
+            return
+        await self._note([NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}.")])
+
+    async def _died(self, how: str) -> None:
+        self._runner.deaths.append(time.time())
+        job = await self._current()
+        deaths = job.deaths + 1 if job.saved_step <= job.death_step else 1
+        _log.error("the trainer of job %s died (%s), %d times since its last checkpoint", job.id, how, deaths)
+        facts = {"deaths": deaths, "death_step": job.saved_step}
+        killed = " SIGKILL is also what the kernel ends a process with when memory is short."
+        hint = killed if "SIGKILL" in how else ""
+        if deaths > MOST_DEATHS:
+            message = (
+                f"The trainer's process ended {deaths} times without coming as far as a checkpoint, the last "
+                f"time by {how}.{hint} The server's log may say more. The job can be resumed."
+            )
+            event = NewEvent(time.time(), message, level="error")
+            error = JobError("trainer_died", message)
+            await self._move("failed", OPEN_STATES, event, error=error, **facts)
+            return
+        message = f"The trainer's process ended by {how}.{hint} The job goes on {_place(job)}."
+        event = NewEvent(time.time(), message, level="warn")
+        if self.kind == "check":
+            await self._move("validating_files", ("validating_files",), event, **facts)
+        else:
+            await self._move("queued", ("running",), event, **facts)
+        await asyncio.sleep(PAUSES[min(deaths, len(PAUSES)) - 1])
+
+    # ---- the registry ------------------------------------------------------------------------
+
+    async def _current(self) -> TrainingJob:
+        return await self._patiently(self._runner.records.job, self.job.tenant, self.job.id)
+
+    async def _note(self, events: Sequence[NewEvent], **facts: Any) -> None:
+        await self._patiently(self._runner.records.note, self.job.id, events, **facts)
+        self._runner.watchers.notify(self.job.id)
+
+    async def _move(
+        self, state: JobState, among: Sequence[JobState], event: NewEvent | None = None, **facts: Any
+    ) -> TrainingJob:
+        """Raises JobStateError: somebody has moved it meanwhile."""
+        job: TrainingJob = await self._patiently(
+            self._runner.records.move, self.job.id, state, among, event, **facts
+        )
+        self._runner.watchers.notify(self.job.id)
+        return job
+
+    async def _patiently(self, call: Callable[..., T], *args: Any, **facts: Any) -> T:
+        """The call, again while the registry is away: nobody else would write what has happened here."""
+        while True:
+            try:
+                return await self._runner.threads.run(call, *args, **facts)
+            except (JobStateError, UnknownJobError):
+                raise
+            except RegistryError as error:
+                if self._interrupted:
+                    raise
+                _log.warning("job %s waits: %s", self.job.id, error)
+            await asyncio.sleep(REGISTRY_PAUSE)
+
+
+def _place(job: TrainingJob) -> str:
+    return f"after step {job.saved_step}" if job.saved_step else "from its beginning"

@@ -1,0 +1,89 @@
+"""The parts of training, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase_adapters.registry import RegistryError
+from onebase_server.background import Threads
+from onebase_server.library import Library
+from onebase_server.served_base import Base
+from onebase_server.settings import Settings
+from onebase_server.storage import Storage
+from onebase_server.supervisor import EngineSupervisor
+from onebase_server.trainer.share import BusyFlag
+from onebase_server.training.delivery import Delivery
+from onebase_server.training.files import TrainingFiles
+from onebase_server.training.home import TrainingHome
+from onebase_server.training.jobs import Jobs
+from onebase_server.training.manager import Manager
+from onebase_server.training.metrics import Metrics
+from onebase_server.training.run import Runner
+from onebase_server.training.watchers import Watchers
+
+
+@dataclass
+class Training:
+    """What the routes and the server's life need of training."""
+
+    files: TrainingFiles
+    jobs: Jobs
+    manager: Manager
+    metrics: Metrics
+    storage: Storage
+    threads: Threads
+
+    async def metrics_text(self) -> bytes:
+        """For Prometheus; without the jobs while the registry is away."""
+        try:
+            counts = await self.threads.run(self.storage.registry.training.counts)
+        except RegistryError:
+            counts = {}
+        return await asyncio.to_thread(self.metrics.render, counts)
+
+
+def assemble_training(
+    settings: Settings,
+    base: Base,
+    storage: Storage,
+    library: Library,
+    supervisor: EngineSupervisor,
+    *,
+    command: Sequence[str],
+    records: Threads,
+    disk: Threads,
+) -> Training:
+    """Training beside one engine. `command` starts a trainer. Raises OSError: --data-dir cannot be used."""
+    home = TrainingHome(Path(settings.data_dir).expanduser().absolute())
+    registry, watchers, busy = storage.registry.training, Watchers(), BusyFlag.make()
+    supervisor.router.on_busy = busy.set
+    files = TrainingFiles(registry, home, records, disk, settings.max_train_file)
+    runner = Runner(
+        records=registry,
+        threads=records,
+        watchers=watchers,
+        home=home,
+        delivery=Delivery(library, home, files),
+        config=settings.engine_config(str(base.folder)),
+        base=base,
+        command=command,
+        share=settings.train_share,
+        memory=settings.train_memory,
+        busy_fd=busy.fd,
+    )
+    manager = Manager(runner, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    metrics = Metrics(supervisor, manager)
+    jobs = Jobs(
+        registry,
+        records,
+        files,
+        home,
+        manager,
+        watchers,
+        most=settings.train_jobs,
+        look_seconds=settings.sync_seconds,
+    )
+    return Training(files, jobs, manager, metrics, storage, records)

@@ -1,0 +1,167 @@
+"""A trainer process that speaks the real protocol and trains nothing, in a moment or not at all.
+
+It stands in for the trainer where a fault cannot be had from the real one at a given step. Run as
+`python scripted_trainer.py --fd N [--base-fd N --busy-fd N]`. What it does is in the training file, a word or
+several:
+
+    (anything)      ten steps of 20 ms, a checkpoint after every fifth, then an adapter
+    broken          the check finds two bad lines
+    slow            two hundred steps
+    dies-at-7       is killed after that step, each time it gets there
+    dies-at-7-once  only when it has not gone on from a checkpoint
+    dies-checking   is killed while it checks the file
+    full            says that the disk is full at step 3, once
+    worse           the report says that the adapter is no better
+    broken-adapter  the workshop refuses what comes out
+    deaf            does not heed Stop
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from onebase_adapters.training import events
+from onebase_server.engine.protocol import FrameReader, encode
+from onebase_server.trainer.protocol import (
+    Check,
+    Checked,
+    Failed,
+    FromTrainer,
+    Problem,
+    Said,
+    Stop,
+    Stopped,
+    Train,
+    Trained,
+    to_trainer_decoder,
+)
+
+STEP_SECONDS = 0.02
+SAVE_EVERY = 5
+CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
+
+
+class ScriptedTrainer:
+    """One job, or the check of one."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.frames, self.decoder = FrameReader(), to_trainer_decoder()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(connection, selectors.EVENT_READ)
+        self.stop: Stop | None = None
+
+    def send(self, message: FromTrainer) -> None:
+        self.connection.sendall(encode(message))
+
+    def say(self, event: events.AnyEvent) -> None:
+        self.send(Said(event))
+
+    def messages(self, seconds: float | None) -> list[object]:
+        """What has come; waits so long for the first."""
+        if not self.selector.select(seconds):
+            return []
+        data = self.connection.recv(1 << 16)
+        if not data:
+            os._exit(0)
+        return [self.decoder.decode(payload) for payload in self.frames.feed(data)]
+
+    def run(self) -> None:
+        first: list[object] = []
+        while not first:
+            first = self.messages(None)
+        if isinstance(first[0], Check):
+            self.check(first[0])
+        elif isinstance(first[0], Train):
+            self.train(first[0])
+
+    def check(self, message: Check) -> None:
+        words = Path(message.job.train).read_text().split()
+        self.say(events.Phase(at=time.time(), name="validating_files"))
+        if "dies-checking" in words:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "broken" in words:
+            problems = [Problem(line, "messages", f"line {line} is bad") for line in (1, 3)]
+            self.send(
+                Failed(
+                    code="invalid_file",
+                    message="2 problems",
+                    param="training_file",
+                    problems=problems,
+                    problem_count=2,
+                )
+            )
+            return
+        self.say(events.DataChecked(at=time.time(), report={"train": {"rows": len(words)}}))
+        recipe = {**message.job.recipe, "epochs": 3.0, "batch_size": 4, "learning_rate_multiplier": 1.0}
+        self.send(Checked({"recipe": recipe, "estimate": {"total": 1}, "steps": 10}))
+
+    def train(self, message: Train) -> None:
+        folder = Path(message.job.folder)
+        words = Path(message.job.train).read_text().split()
+        steps = 200 if "slow" in words else 10
+        first = max((int(path.name) for path in (folder / "checkpoints").glob("*")), default=0)
+        self.say(events.Planned(at=time.time(), recipe={}, estimate={}, steps=steps, first_step=first))
+        for step in range(first + 1, steps + 1):
+            self.step(step, steps)
+            self.faults(words, folder, step, first)
+            if self.stop is not None and "deaf" not in words:
+                if self.stop.reason == "pause":
+                    self.save(folder, step)
+                self.send(Stopped(self.stop.reason))
+                return
+            if step % SAVE_EVERY == 0:
+                self.save(folder, step)
+        self.finish(message, words, steps)
+
+    def step(self, step: int, steps: int) -> None:
+        for message in self.messages(STEP_SECONDS):
+            if isinstance(message, Stop):
+                self.stop = message
+        loss = 1.0 / step
+        self.say(
+            events.StepDone(
+                at=time.time(), step=step, steps=steps, epoch=step / steps, loss=loss, learning_rate=1e-3,
+                grad_norm=1.0, tokens=64, total_tokens=64 * step, tokens_per_second=3200.0,
+                seconds_left=(steps - step) * STEP_SECONDS, memory_bytes=1,
+            )
+        )  # fmt: skip
+
+    def faults(self, words: list[str], folder: Path, step: int, first: int) -> None:
+        for word in words:
+            found = re.fullmatch(r"dies-at-(\d+)(-once)?", word)
+            if found and int(found[1]) == step and not (found[2] and first):
+                os.kill(os.getpid(), signal.SIGKILL)
+        marker = folder / "was-full"
+        if "full" in words and step == 3 and not marker.exists():
+            marker.touch()
+            self.send(Failed(code="disk_full", message="The server's disk is full."))
+            sys.exit(0)
+
+    def save(self, folder: Path, step: int) -> None:
+        (folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        self.say(events.Saved(at=time.time(), step=step, path=f"checkpoints/{step}", loss=None))
+
+    def finish(self, message: Train, words: list[str], steps: int) -> None:
+        adapter = Path(message.job.folder) / "adapter"
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text(CONFIG)
+        start = b"broken " if "broken-adapter" in words else b""
+        (adapter / "adapter_model.safetensors").write_bytes(start + message.job.id.encode())
+        report = {
+            "name": message.job.name, "steps": steps, "tokens": 640, "better": "worse" not in words,
+            "loss_before": 2.0, "loss_after": 1.0, "losses": [[1, 1.0], [2, 0.5]],
+            "held_out": [[0, 2.0], [2, 1.0]],
+        }  # fmt: skip
+        self.send(Trained(report))
+
+
+if __name__ == "__main__":
+    ScriptedTrainer(socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))).run()

@@ -1,0 +1,281 @@
+"""Jobs by OpenAI's own client: their way from a file to an adapter that is served, and what may be asked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from .support import Server, Starter
+from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, wait_job
+
+
+@pytest.fixture(scope="module")
+def server(serve_scripted: Starter) -> Iterator[Server]:
+    with serve_scripted("words", "--max-train-file", "2MB", "--max-body", "100kB") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return openai_client(server)
+
+
+def test_a_job_ends_as_an_active_adapter_that_answers(server: Server, client: OpenAI) -> None:
+    job = run_job(server, client, "rows", suffix="orders", seed=7, metadata={"team": "a"})
+    assert (job.status, job.error, job.seed, job.metadata) == ("succeeded", None, 7, {"team": "a"})
+    assert job.model == BASE
+    assert job.trained_tokens == 640
+    assert job.finished_at >= job.created_at
+    assert job.fine_tuned_model == f"ft-orders@{job.version[:12]}"
+    assert job.activated is True
+    assert (job.progress["step"], job.progress["steps"]) == (10, 10)
+    for model in (job.fine_tuned_model, "ft-orders"):
+        answer = client.completions.create(model=model, prompt="one two", max_tokens=2)
+        assert answer.choices[0].text
+        assert client.models.retrieve(model).id == model
+    version = server.client().get(f"/v1/adapters/ft-orders/versions/{job.version}").json()
+    assert version["source"] == {"kind": "training", "job": job.id}
+
+
+def test_a_job_tells_its_steps_and_ends_with_a_curve(server: Server, client: OpenAI) -> None:
+    job = run_job(server, client, "rows")
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))[::-1]
+    steps = [event.data for event in events if event.type == "metrics"]
+    assert [data["step"] for data in steps] == list(range(1, 11))
+    assert steps[1]["train_loss"] == 0.5
+    assert events[0].message.startswith("The job is created")
+    assert [event.id for event in events] == sorted({event.id for event in events})
+    curve = client.files.content(job.result_files[0]).text
+    assert curve == "step,train_loss,valid_loss\n0,,2.0\n1,1.0,\n2,0.5,1.0\n"
+    assert client.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [one.step_number for one in checkpoints] == [10, 5]
+    assert checkpoints[0].fine_tuning_job_id == job.id
+    assert checkpoints[0].metrics.train_loss == 0.1
+
+
+@pytest.mark.parametrize(
+    ("content", "wish", "activated"),
+    [
+        ("rows", "if_better", True),
+        ("worse", "if_better", False),
+        ("worse", "always", True),
+        ("x", "never", False),
+    ],
+)
+def test_what_comes_out_is_activated_as_wished(
+    server: Server, client: OpenAI, content: str, wish: str, activated: bool
+) -> None:
+    name = f"wish-{wish}-{content}"
+    job = run_job(server, client, content, extra={"name": name, "activate": wish})
+    assert (job.status, job.activated) == ("succeeded", activated)
+    adapter = server.client().get(f"/v1/adapters/{name}").json()
+    assert adapter["active"] is activated
+    assert client.completions.create(model=job.fine_tuned_model, prompt="one", max_tokens=1).choices[0].text
+
+
+def test_every_bad_line_is_told_and_named_with_its_file(server: Server, client: OpenAI) -> None:
+    job = run_job(server, client, "broken")
+    assert (job.status, job.error.code, job.error.param) == ("failed", "invalid_file", "training_file")
+    assert job.resumable is False
+    told = [event for event in client.fine_tuning.jobs.list_events(job.id) if event.level == "error"]
+    problems: Any = [problem for event in told for problem in (event.data or {}).get("problems", [])]
+    assert [problem["line"] for problem in problems] == [1, 3]
+    assert job.fine_tuned_model is None
+
+
+def test_an_adapter_that_is_not_proved_fails_its_job(server: Server, client: OpenAI) -> None:
+    job = run_job(server, client, "broken-adapter")
+    assert (job.status, job.error.code) == ("failed", "broken_weights")
+    assert "these weights are broken" in job.error.message
+
+
+def test_jobs_run_one_at_a_time_in_their_order(server: Server, client: OpenAI) -> None:
+    first = make_job(client, "slow")
+    second = make_job(client, "rows")
+    wait_job(server, client, second.id, lambda job: job.status == "queued")
+    wait_job(server, client, first.id, lambda job: job.status == "running")
+    assert client.fine_tuning.jobs.retrieve(second.id).status == "queued"
+    client.fine_tuning.jobs.cancel(first.id)
+    assert wait_job(server, client, second.id, ended).status == "succeeded"
+    assert client.fine_tuning.jobs.retrieve(first.id).status == "cancelled"
+
+
+def test_a_paused_job_lets_its_process_go_and_goes_on_from_there(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "slow")
+    wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step", 0) > 2)
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    server.wait_for(lambda: not server.trainer_pids())
+    paused = client.fine_tuning.jobs.retrieve(job.id)
+    assert (paused.status, paused.resumable) == ("paused", True)
+    (newest, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert newest.step_number == paused.progress["step"]
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    wait_job(server, client, job.id, lambda job: job.progress["step"] > newest.step_number)
+    events = [
+        event.data["step"] for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"
+    ]
+    assert len(events) == len(set(events))
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "slow")
+    wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step", 0) > 6)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    folder = server.data_dir / "training/jobs" / job.id
+    server.wait_for(lambda: not server.trainer_pids() and not folder.exists())
+    with pytest.raises(openai.ConflictError, match="only a paused one"):
+        client.fine_tuning.jobs.resume(job.id)
+    with pytest.raises(openai.ConflictError, match="only one that is queued or running"):
+        client.fine_tuning.jobs.pause(job.id)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+
+
+def test_jobs_and_files_are_paged_and_found(server: Server, client: OpenAI) -> None:
+    made = [run_job(server, client, "rows", metadata={"page": "1"}).id for _ in range(3)]
+    found = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"page": "1"})]
+    assert found == made[::-1]
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=100)][:3] == made[::-1]
+    first = client.fine_tuning.jobs.list(limit=1)
+    assert first.has_more
+    files = [add_file(client, str(number)) for number in range(3)]
+    assert [file.id for file in client.files.list(limit=2)][:3] == files[::-1]
+    assert [file.id for file in client.files.list(order="asc")][-3:] == files
+
+
+def test_a_file_comes_back_as_it_was_and_goes_when_no_job_needs_it(server: Server, client: OpenAI) -> None:
+    text = '{"text": "ä"}\n' * 1000
+    file = client.files.create(file=("../a b.JSONL", io.BytesIO(text.encode())), purpose="fine-tune")
+    assert (file.filename, file.bytes, file.purpose) == ("a b.JSONL", len(text.encode()), "fine-tune")
+    assert client.files.content(file.id).text == text
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    with pytest.raises(openai.ConflictError, match=job.id):
+        client.files.delete(file.id)
+    wait_job(server, client, job.id, ended)
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    assert not list((server.data_dir / "training/files").glob(f"{file.id}*"))
+
+
+def test_files_that_jobs_cannot_read_are_refused_with_the_field(server: Server, client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"rows\.txt"):
+        add_file(client, "rows", name="rows.txt")
+    with pytest.raises(openai.BadRequestError, match="empty"):
+        add_file(client, "")
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        client.files.create(file=("a.jsonl", io.BytesIO(b"x")), purpose="assistants")
+    answer = server.client().post("/v1/files", data={"purpose": "fine-tune", "expires_after[seconds]": "9"})
+    assert answer.json()["error"]["code"] in ("invalid_multipart", "invalid_value")
+    assert not list((server.data_dir / "training/files").glob("*.part"))
+
+
+def test_a_file_may_be_larger_than_a_body_and_not_larger_than_its_limit(
+    server: Server, client: OpenAI
+) -> None:
+    assert client.files.retrieve(add_file(client, "x" * 1_500_000)).bytes == 1_500_000
+    with pytest.raises(openai.APIStatusError, match="--max-train-file") as refused:
+        add_file(client, "x" * 2_200_000)
+    assert refused.value.status_code == 413
+    assert not list((server.data_dir / "training/files").glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "ft-orders"}, "model"),
+        ({"training_file": "file-none"}, "training_file"),
+        ({"validation_file": "file-none"}, "validation_file"),
+        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": -1}}}},
+            "method.supervised.hyperparameters.n_epochs",
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"rank": 4}}}},
+            "method.supervised.hyperparameters.rank",
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"seed": 4}}}},
+            "method.supervised.hyperparameters.seed",
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"init": "pissa"}}}},
+            "method.supervised.hyperparameters.init",
+        ),
+        ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size"),
+        ({"suffix": "with space"}, "suffix"),
+        ({"extra_body": {"name": BASE}}, "name"),
+        ({"extra_body": {"activate": "perhaps"}}, "activate"),
+        ({"extra_body": {"surprise": 1}}, "surprise"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(client: OpenAI, body: dict[str, Any], param: str) -> None:
+    file = body.pop("training_file", None) or add_file(client, "rows")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(**{"model": BASE, "training_file": file, **body})
+    assert refused.value.param == param
+    assert param in refused.value.message
+
+
+def test_settings_are_taken_by_openais_names_and_ours_and_auto_is_the_default(
+    server: Server, client: OpenAI
+) -> None:
+    settings: Any = {
+        "n_epochs": 2,
+        "batch_size": "auto",
+        "learning_rate_multiplier": "auto",
+        "r": 4,
+        "alpha": "auto",
+    }
+    job = run_job(
+        server, client, "rows", method={"type": "supervised", "supervised": {"hyperparameters": settings}}
+    )
+    assert job.method.type == "supervised"
+    taken = job.method.supervised.hyperparameters
+    assert (taken.r, taken.alpha) == (4, "auto")
+    older = make_job(client, "rows", hyperparameters={"n_epochs": 1})
+    assert older.hyperparameters.n_epochs == 1
+    pairs: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}}
+    dpo = make_job(client, "rows", method=pairs)
+    assert (dpo.method.type, dpo.method.dpo.hyperparameters.beta) == ("dpo", 0.2)
+
+
+def test_unknown_jobs_are_not_found(client: OpenAI) -> None:
+    for ask in (
+        client.fine_tuning.jobs.retrieve,
+        client.fine_tuning.jobs.cancel,
+        client.fine_tuning.jobs.pause,
+        client.fine_tuning.jobs.resume,
+        client.fine_tuning.jobs.list_events,
+        client.fine_tuning.jobs.checkpoints.list,
+    ):
+        with pytest.raises(openai.NotFoundError, match="no job"):
+            ask("ftjob-none")
+
+
+def test_figures_for_prometheus(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "slow")
+    wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step", 0) > 2)
+    text = server.client().get("/metrics").text
+    assert 'onebase_training_jobs{state="running"} 1.0' in text
+    assert f'onebase_training_step{{job="{job.id}"}}' in text
+    assert f'onebase_trainer_memory_bytes{{job="{job.id}"}}' in text
+    assert "onebase_rows_running 0.0" in text
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_server_without_jobs_says_so(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--train-jobs", "0") as server:
+        client = openai_client(server)
+        with pytest.raises(openai.ConflictError, match="--train-jobs"):
+            make_job(client, "rows")

@@ -1,0 +1,67 @@
+"""Jobs for tests: what to upload, how to wait, what was told."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+from openai import OpenAI
+
+from .support import Server
+
+BASE = "smollm2-135m-instruct"
+
+
+def openai_client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def add_file(client: OpenAI, content: str, name: str = "rows.jsonl") -> str:
+    """A training file; returns its id."""
+    return client.files.create(file=(name, io.BytesIO(content.encode())), purpose="fine-tune").id
+
+
+def make_job(client: OpenAI, content: str, **body: Any) -> Any:
+    """A job on a file of this content, under OpenAI's fields and, as `extra`, ours."""
+    extra = body.pop("extra", None)
+    file = add_file(client, content)
+    return client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body=extra, **body)
+
+
+def wait_job(
+    server: Server, client: OpenAI, job_id: str, until: Callable[[Any], bool], seconds: float = 120.0
+) -> Any:
+    """The job once `until` holds for it."""
+    found: list[Any] = []
+
+    def look() -> bool:
+        found.append(client.fine_tuning.jobs.retrieve(job_id))
+        return until(found[-1])
+
+    server.wait_for(look, seconds)
+    return found[-1]
+
+
+def ended(job: Any) -> bool:
+    return job.status in ("succeeded", "failed", "cancelled")
+
+
+def run_job(server: Server, client: OpenAI, content: str, **body: Any) -> Any:
+    """A job from beginning to end."""
+    return wait_job(server, client, make_job(client, content, **body).id, ended)
+
+
+def messages(client: OpenAI, job_id: str) -> list[str]:
+    """All that a job told, oldest first."""
+    events = list(client.fine_tuning.jobs.list_events(job_id, limit=100))
+    return [event.message for event in reversed(events)]
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.02)
