@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """`onebase estimate`. Exit status: 0 it fits, 1 it does not or the base is unknown, 2 wrong options."""
     parser = _parser()
     options = parser.parse_args(list(argv))
+    # As `onebase train` sets it, so that the speed is measured as it will be.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return _estimate(options)
     except UsageError as error:

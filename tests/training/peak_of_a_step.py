@@ -1,0 +1,47 @@
+"""Load the default base, train two steps on packed rows, print the peak of the process beside its estimate.
+
+python peak_of_a_step.py '{"gradient_checkpointing": true}' 1024
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import torch
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
+from onebase_adapters.training.batches import MicroBatch
+from onebase_adapters.training.estimate import estimate
+from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.memory import peak_memory
+from onebase_adapters.training.optimizers import make_optimizer
+from onebase_adapters.training.recipe import parse_recipe, resolve
+from onebase_adapters.training.samples import Sample
+from onebase_adapters.training.trainable import Trainable
+
+ROW = 256
+
+
+def main(settings: str, tokens: int) -> None:
+    recipe = resolve(parse_recipe(json.loads(settings)), rows=100, held_out=0, base_limit=8192)
+    base = load_base(BaseSettings(folder=resolve_base(DEFAULT_BASE).folder))
+    trainable = Trainable(base, recipe, OpenGate())
+    optimizer = make_optimizer(trainable.model, recipe)
+    supervised = np.arange(ROW) >= ROW // 2
+    ids = np.random.default_rng(0).integers(5, 40_000, (tokens // ROW, ROW)).astype(np.int32)
+    batch = MicroBatch(tuple(Sample(row, supervised, 1) for row in ids), tuple(range(len(ids))))
+    for _ in range(2):
+        losses, _ = trainable.losses(batch)
+        losses.mean().backward()
+        del losses
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    made = estimate(base.config, recipe, longest_row=ROW, supervised_part=0.5)
+    print(json.dumps({"estimated": made.total, "measured": peak_memory(torch.device("cpu"))}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
