@@ -27,7 +27,7 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/serve.py benchmarks/soak.py
+	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/serve.py benchmarks/soak.py benchmarks/train.py benchmarks/train_trl.py
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
 	@echo "==> shellcheck and hadolint"

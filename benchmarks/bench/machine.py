@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("onebase", "torch", "transformers", "peft", "bitsandbytes")
-_VLLM_VERSION = "from importlib.metadata import version; print(version('vllm'))"
+_VERSION = "from importlib.metadata import version; print(version('{}'))"
 
 
-def describe(vllm_python: Path | None) -> dict[str, Any]:
+def describe(vllm_python: Path | None, trl_python: Path | None = None) -> dict[str, Any]:
     """CPU, memory, versions and load: all that a reader needs to judge a figure."""
     versions = {name: _version(name) for name in PACKAGES}
-    if vllm_python is not None:
-        versions["vllm"] = _output([str(vllm_python), "-c", _VLLM_VERSION])
+    for name, python in (("vllm", vllm_python), ("trl", trl_python)):
+        if python is not None:
+            versions[name] = _output([str(python), "-c", _VERSION.format(name)])
     here = Path(__file__).parent
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
