@@ -32,10 +32,9 @@ def tiny_base(folder: Path, architecture: str = "llama", **settings: Any) -> tor
 
 
 def sample(rng: np.random.Generator, line: int, longest: int = 40) -> Sample:
-    """A random prompt and a reply that follows from its first token."""
+    """A random prompt and the reply that all rows have, cut somewhere."""
     prompt = rng.integers(3, VOCABULARY, int(rng.integers(2, longest - 12)))
-    first = int(prompt[0])
-    reply = [(first + 7 * place) % (VOCABULARY - 3) + 3 for place in range(int(rng.integers(1, 12)))]
+    reply = [50 + 7 * place for place in range(int(rng.integers(1, 12)))]
     ids = np.array([*prompt, *reply], dtype=np.int32)
     supervised = np.zeros(len(ids), dtype=np.bool_)
     supervised[len(prompt) :] = True
@@ -45,6 +44,11 @@ def sample(rng: np.random.Generator, line: int, longest: int = 40) -> Sample:
 def samples(count: int, seed: int = 0) -> Dataset:
     rng = np.random.default_rng(seed)
     return dataset([sample(rng, line) for line in range(1, count + 1)])
+
+
+def noise(count: int, seed: int = 0) -> Dataset:
+    """Rows whose replies have nothing to do with those of `samples`."""
+    return dataset([row.rejected for row in preferences(count, seed).rows if isinstance(row, Preference)])
 
 
 def preferences(count: int, seed: int = 0) -> Dataset:

@@ -1,0 +1,156 @@
+"""A run that was stopped, however roughly, ends with the weights of an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.runs import assert_equal, preferences, recipe_for, samples, trainer, weights
+
+from onebase_adapters.training.checkpoint import CheckpointError
+from onebase_adapters.training.gate import Interrupted, Reason
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"dropout": 0.3},
+    "8-bit optimizer": {"optimizer": "adamw_8bit", "r": 32},
+    "LoRA+ and linear": {"lora_plus_ratio": 8.0, "schedule": "linear"},
+    "dpo": {"method": "dpo"},
+}
+
+
+class _Interrupting:
+    """A gate that stops the run when it was passed so many times."""
+
+    def __init__(self, passes: int, reason: Reason = "pause") -> None:
+        self.left = passes
+        self._reason: Reason = reason
+
+    def wait(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted(self._reason)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_paused_within_steps_and_resumed_it_is_the_same_run(
+    name: str, base: torch.nn.Module, tmp_path: Path
+) -> None:
+    data = preferences(12) if name == "dpo" else samples(12)
+    held_out = preferences(4, 1) if name == "dpo" else samples(4, 1)
+    recipe = recipe_for(data, eval_every=2, save_every=3, max_steps=7, **SETTINGS[name])
+    whole = trainer(base, recipe, data, tmp_path / "whole", held_out=held_out)
+    expected = whole.run()
+    pauses = 0
+    for passes in (23, 41, 7, 30, 55, 10_000):
+        run = trainer(base, recipe, data, tmp_path / "broken", held_out=held_out, gate=_Interrupting(passes))
+        run.resume()
+        try:
+            state = run.run()
+        except Interrupted:
+            pauses += 1
+            continue
+        break
+    assert pauses >= 3
+    assert_equal(weights(run), weights(whole))
+    assert state.losses == expected.losses
+    assert state.held_out == expected.held_out
+    assert (state.best_step, state.best_loss) == (expected.best_step, expected.best_loss)
+
+
+def test_a_cancelled_run_writes_no_checkpoint(base: torch.nn.Module, tmp_path: Path) -> None:
+    data = samples(8)
+    run = trainer(base, recipe_for(data, save_every=50), data, tmp_path, gate=_Interrupting(9, "cancel"))
+    with pytest.raises(Interrupted):
+        run.run()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+_SCRIPT = """
+import sys, time
+from pathlib import Path
+import torch
+from tests.training.runs import *
+torch.set_num_threads(1)
+data = samples(12)
+recipe = recipe_for(data, eval_every=3, save_every=2, epochs=4, max_steps=12, dropout=0.1)
+run = trainer(tiny_base(Path(sys.argv[1])), recipe, data, Path(sys.argv[2]), held_out=samples(4, 1),
+              listen=lambda event: print(type(event).__name__, flush=True))
+run.resume()
+run.run()
+torch.save(weights(run), sys.argv[3])
+"""
+
+
+def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
+    base: torch.nn.Module, base_folder: Path, tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    paths = [str(root / part) for part in ("", "adapters", "server")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "passive"}
+
+    def start(folder: str) -> subprocess.Popen[str]:
+        arguments = [str(base_folder), str(tmp_path / folder), str(tmp_path / f"{folder}.pt")]
+        command = [sys.executable, "-c", _SCRIPT, *arguments]
+        return subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+
+    unbroken = start("whole")
+    unbroken.communicate()
+    assert unbroken.returncode == 0
+    # Killed in a step, while it evaluates, and while it writes a checkpoint.
+    for lines, delay in ((4, 0.0), (9, 0.004), (3, 0.001)):
+        process = start("broken")
+        assert process.stdout is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    last = start("broken")
+    last.communicate()
+    assert last.returncode == 0
+    load = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "broken")]
+    assert_equal(load[0], load[1])
+
+
+def test_another_run_is_not_gone_on_with(base: torch.nn.Module, tmp_path: Path) -> None:
+    data = samples(8)
+    recipe = recipe_for(data, save_every=1, max_steps=1)
+    trainer(base, recipe, data, tmp_path).run()
+    other = trainer(base, recipe, data, tmp_path)
+    other.state.identity = "another"
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        other.resume()
+
+
+def test_a_checkpoint_that_was_cut_off_is_never_read(base: torch.nn.Module, tmp_path: Path) -> None:
+    data = samples(8)
+    recipe = recipe_for(data, save_every=1, epochs=2)
+    trainer(base, recipe, data, tmp_path).run()
+    folder = tmp_path / "checkpoints"
+    (folder / ".step-00000005.part").mkdir()
+    (folder / ".step-00000005.part" / "adapter.safetensors").write_bytes(b"half")
+    run = trainer(base, recipe, data, tmp_path)
+    assert run.resume() == 4
+
+
+def test_a_damaged_checkpoint_says_what_to_do(base: torch.nn.Module, tmp_path: Path) -> None:
+    data = samples(8)
+    recipe = recipe_for(data, save_every=1, max_steps=1)
+    trainer(base, recipe, data, tmp_path).run()
+    path = tmp_path / "checkpoints" / "step-00000001"
+    (path / "adapter.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"cannot be read .*remove it"):
+        trainer(base, recipe, data, tmp_path).resume()
+    (path / "state.json").write_text(json.dumps({"what": 1}))
+    with pytest.raises(CheckpointError, match=r"cannot be read .*remove it"):
+        trainer(base, recipe, data, tmp_path).resume()
