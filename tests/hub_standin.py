@@ -153,8 +153,8 @@ class _RefusedError(Exception):
         self.code = code
 
 
-_RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-_INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
+_RESOLVE = re.compile(r"/(?:datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_INFO = re.compile(r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
 _CDN = re.compile(r"/cdn/(?P<sha256>[0-9a-f]{64})")
 
 
@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name: str, revision: str) -> None:
         held = self._repo(name)
         commit = self._commit(held, revision)
-        siblings = [{"rfilename": file} for file in held.commits[commit]]
+        siblings = [{"rfilename": file, "size": len(data)} for file, data in held.commits[commit].items()]
         body = {"_id": name, "id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self._send(json.dumps(body).encode(), {"Content-Type": "application/json"})
 
