@@ -234,7 +234,7 @@ class Settings:
         default=0,
         metadata=about(
             "engine",
-            "memory that a training job may take and the KV cache leaves free, as in 8GB; 0: a job may take "
+            "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: a job may take "
             "half of what is free when it begins",
             parse=parse_size,
             metavar="SIZE",

@@ -141,6 +141,7 @@ class ScriptedTrainer:
                 os.kill(os.getpid(), signal.SIGKILL)
         marker = folder / "was-full"
         if "full" in words and step == 3 and not marker.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             marker.touch()
             self.send(Failed(code="disk_full", message="The server's disk is full."))
             sys.exit(0)

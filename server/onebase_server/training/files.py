@@ -111,16 +111,16 @@ class TrainingFiles:
         """A file that a job of this server may be given. Raises InvalidRequestError."""
         try:
             file = await self.get(file_id)
+            self.content_path(file)
         except UnknownFileError as error:
             raise InvalidRequestError(
-                f"{param}: {error.message} Upload it with POST /v1/files.", param=param, code="file_not_found"
+                f"{param}: {error.message} POST /v1/files uploads one.", param=param, code="file_not_found"
             ) from error
         if file.purpose != "fine-tune":
             raise InvalidRequestError(
                 f"{param}: {file.id} has the purpose {file.purpose}: upload one with purpose fine-tune.",
                 param=param,
             )
-        self.content_path(file)
         return file
 
     def content_path(self, file: TrainingFile) -> Path:

@@ -115,14 +115,18 @@ class Manager:
             job = states.get(job_id)
             if job is None:
                 await self._stop_run(job_id, run)
-            elif job.state == "queued" and run.kind == "train" and not run.stopping:
+            elif job.state == "queued" and run.computes:
                 await self._move_on(job, "running")  # paused and resumed before anybody saw it
-        for job in jobs:
-            if self._ending or job.id in self._runs:
-                continue
+        waiting = [job for job in jobs if job.id not in self._runs]
+        for job in waiting:
             if job.state == "running":
                 await self._take_up(job)
-            elif job.state == "validating_files" and not self._count("check"):
+        if any(job.state == "running" for job in waiting):
+            return  # they go first, as they did before
+        for job in waiting:
+            if self._ending:
+                return
+            if job.state == "validating_files" and not self._count("check"):
                 self._begin(job, "check")
             elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
                 self._begin(job, "train")

@@ -33,6 +33,8 @@ class Recorder:
         progress: Mapping[str, Any],
     ) -> None:
         self.job_id = job_id
+        self.silent: tuple[type[events.Event], ...] = ()
+        """Kinds of events that are not told again."""
         self.progress = dict(progress)
         self._records = records
         self._threads = threads
@@ -45,7 +47,7 @@ class Recorder:
     def listen(self, event: events.Event) -> None:
         """Take an event of the run."""
         self._note_progress(event)
-        made = told(event)
+        made = None if isinstance(event, self.silent) else told(event)
         if made is not None:
             self._events.append(made)
         if isinstance(event, events.Saved):
@@ -108,4 +110,6 @@ class Recorder:
         elif isinstance(event, events.Planned):
             self.progress |= {"step": event.first_step, "steps": event.steps}
         elif isinstance(event, events.Phase):
-            self.progress |= {"phase": event.name}
+            self.progress |= {"phase": event.name, "part": None}
+        elif isinstance(event, events.Progress):
+            self.progress |= {"phase": event.name, "part": event.part}

@@ -21,6 +21,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
+from onebase_adapters.training.events import DataChecked
 from onebase_adapters.training.gate import Reason
 from onebase_server.background import Threads
 from onebase_server.engine.protocol import EngineConfig
@@ -107,6 +108,11 @@ class Run:
         return self._stop is not None
 
     @property
+    def computes(self) -> bool:
+        """Whether its process trains, and is not about to end."""
+        return self.kind == "train" and self._trainer is not None and self._stop is None
+
+    @property
     def pid(self) -> int | None:
         return None if self._trainer is None else self._trainer.pid
 
@@ -157,7 +163,7 @@ class Run:
         runner = self._runner
         outcome = await self._process(Check(config=runner.config, job=await self._train_job()), {})
         if isinstance(outcome, Checked):
-            event = NewEvent(time.time(), "The files are sound; the job waits for its turn.")
+            event = NewEvent(time.time(), "The job waits for its turn.")
             await self._move("queued", ("validating_files",), event, plan=outcome.plan)
         else:
             await self._ended_early(outcome)
@@ -180,7 +186,7 @@ class Run:
         await self._deliver(await self._current())
 
     async def _deliver(self, job: TrainingJob) -> None:
-        await self._note([NewEvent(time.time(), "The adapter is trained; now it is proved.")])
+        await self._note([NewEvent(time.time(), "The adapter is being proved.")])
         try:
             done = await self._runner.delivery.deliver(job)
         except DeliveryError as error:
@@ -201,6 +207,8 @@ class Run:
         self.recorder = recorder = Recorder(
             self.job.id, runner.records, runner.threads, runner.watchers, self.job.progress or {}
         )
+        # A run reads the files once more, but what there is to say of them was said by their check.
+        recorder.silent = (DataChecked,) if self.kind == "train" else ()
         try:
             self._trainer = await Trainer.start(runner.command, message, fds, recorder.listen)
             if self._stop is not None:

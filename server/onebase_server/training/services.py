@@ -71,7 +71,7 @@ def assemble_training(
         base=base,
         command=command,
         share=settings.train_share,
-        memory=settings.train_memory,
+        memory=settings.train_memory // max(1, settings.train_jobs),
         busy_fd=busy.fd,
     )
     manager = Manager(runner, most=settings.train_jobs, look_seconds=settings.sync_seconds)

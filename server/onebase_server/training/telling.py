@@ -67,7 +67,7 @@ def _message(event: events.Event) -> str:
     if isinstance(event, events.Phase):
         return event.message or f"{event.name.replace('_', ' ').capitalize()}."
     if isinstance(event, events.DataChecked):
-        return "The files are sound."
+        return f"The files are sound: {_sizes(event)}."
     if isinstance(event, events.Planned):
         if event.first_step:
             return f"Going on after step {event.first_step} of {event.steps}."
@@ -78,7 +78,13 @@ def _message(event: events.Event) -> str:
         return f"Step {event.step}: checkpoint saved."
     if isinstance(event, events.Notice):
         return event.message
-    return "The adapter is trained."
+    return "The adapter is written."
+
+
+def _sizes(event: events.DataChecked) -> str:
+    train, held_out = (event.report.get(part) or {} for part in ("train", "eval"))
+    text = f"{train.get('rows', '?')} rows to train on"
+    return f"{text}, {held_out['rows']} held out" if held_out.get("rows") else text
 
 
 def _data(event: events.Event) -> dict[str, Any] | None:

@@ -1,0 +1,102 @@
+"""A trainer's place: what it may take, and what its failures are called."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onebase_adapters.training.data_problems import DataError, Problem
+from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.recipe import RecipeError
+from onebase_server.trainer.failures import failure_of
+from onebase_server.trainer.protocol import TrainJob
+
+GREEDY = """
+import sys, torch
+from onebase_server.trainer.failures import failure_of
+from onebase_server.trainer.limits import bound_memory, private_bytes
+from onebase_server.trainer.protocol import TrainJob
+job = TrainJob(id="j", name="n", recipe={}, train="", train_name="a", held_out=None, held_out_name=None,
+               folder="/tmp", base_name="b", memory_limit=0)
+torch.ones(100, 100) @ torch.ones(100, 100)
+bound_memory(200_000_000, torch.device("cpu"))
+kept = [torch.ones(10_000_000) for _ in range(4)]
+try:
+    while True:
+        kept.append(torch.ones(10_000_000) if sys.argv[1] == "torch" else bytearray(40_000_000))
+except (RuntimeError, MemoryError) as error:
+    taken = sum(item.numel() * 4 if hasattr(item, "numel") else len(item) for item in kept)
+    print(failure_of(error, job, limit=200_000_000).code, taken <= 200_000_000)
+"""
+PLACE = """
+import os
+from pathlib import Path
+from onebase_server.trainer.limits import step_aside
+step_aside()
+print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0), Path("/proc/self/oom_score_adj").read_text())
+"""
+
+
+def run(program: str, *arguments: str) -> list[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def job(**changes: str) -> TrainJob:
+    facts = {"folder": "/tmp", "train_name": "a.jsonl", "held_out_name": "b.jsonl", **changes}
+    return TrainJob(
+        id="ftjob-1", name="n", recipe={}, train="/files/1", held_out="/files/2", base_name="b",
+        memory_limit=0, **facts,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["torch", "python"])
+def test_a_process_that_takes_more_than_it_may_fails_alone_and_says_so(kind: str) -> None:
+    assert run(GREEDY, kind) == ["out_of_memory", "True"]
+
+
+def test_a_trainer_computes_only_where_nothing_else_wants_to_and_dies_first() -> None:
+    assert run(PLACE) == ["True", "19", "1000"]
+
+
+def test_bad_lines_are_told_with_the_file_that_they_are_in() -> None:
+    problems = [Problem(line, "messages", "is bad") for line in range(1, 31)]
+    for name, param in (("a.jsonl", "training_file"), ("b.jsonl", "validation_file")):
+        failed = failure_of(DataError(name, problems), job(), limit=0)
+        assert (failed.code, failed.param, failed.problem_count) == ("invalid_file", param, 30)
+        assert [problem.line for problem in failed.problems] == list(range(1, 31))
+        assert "line 1: messages" in failed.message
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RecipeError("r", "r is 0"), "invalid_value"),
+        (TrainingDivergedError(3, "the loss", [4, 5]), "training_diverged"),
+        (MemoryError(), "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "disk_full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 40 bytes"), "out_of_memory"),
+        (KeyError("surprise"), "trainer_failed"),
+    ],
+)
+def test_each_failure_has_its_code_and_says_what_happened(
+    error: Exception, code: str, tmp_path: Path
+) -> None:
+    failed = failure_of(error, job(folder=str(tmp_path)), limit=1_000_000_000)
+    assert failed.code == code
+    assert failed.message
+    if code == "out_of_memory":
+        assert "1000 MB" in failed.message
+        assert "--train-memory" in failed.message
+    if code == "training_diverged":
+        assert "lines 4, 5" in failed.message

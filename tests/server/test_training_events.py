@@ -1,0 +1,129 @@
+"""What a job tells, live: server-sent events that a client can go on after, by the id of the last one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from openai import OpenAI
+
+from .support import Server, Starter
+from .training_support import make_job, openai_client, run_job, wait_job
+
+
+@pytest.fixture(scope="module")
+def server(serve_scripted: Starter) -> Iterator[Server]:
+    with serve_scripted("words") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return openai_client(server)
+
+
+def stream(http: httpx2.Client, job_id: str, most: int = 10_000, **headers: str) -> list[dict[str, Any]]:
+    """Events of a stream as `{"id", "event", "data"}`; to its end, or so many."""
+    found: list[dict[str, Any]] = []
+    with http.stream(
+        "GET", f"/v1/fine_tuning/jobs/{job_id}/events", headers={"Accept": "text/event-stream", **headers}
+    ) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        fields: dict[str, Any] = {}
+        for line in answer.iter_lines():
+            if line and not line.startswith(":"):
+                name, _, value = line.partition(": ")
+                fields[name] = json.loads(value) if name == "data" else value
+            elif fields:
+                found.append(fields)
+                fields = {}
+            if len(found) == most:
+                break
+    return found
+
+
+def test_a_stream_has_every_event_in_order_and_ends_with_the_job(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "rows")
+    with server.client() as http:
+        *told, last = stream(http, job.id)
+    assert last["event"] == "done"
+    assert (last["data"]["id"], last["data"]["status"]) == (job.id, "succeeded")
+    listed = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert [event["id"] for event in told] == listed[::-1]
+    steps = [event["data"]["data"]["step"] for event in told if event["data"]["type"] == "metrics"]
+    assert steps == list(range(1, 11))
+
+
+def test_a_client_that_comes_back_misses_nothing_and_gets_nothing_twice(
+    server: Server, client: OpenAI
+) -> None:
+    job = make_job(client, "rows")
+    with server.client() as http:
+        seen = stream(http, job.id, most=4)
+        while "event" not in seen[-1]:
+            seen += stream(http, job.id, most=4, **{"Last-Event-ID": seen[-1]["id"]})
+    listed = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert [event["id"] for event in seen[:-1]] == listed[::-1]
+
+
+def test_events_come_while_the_job_runs(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "slow")
+    with server.client() as http:
+        seen = stream(http, job.id, most=12)
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    assert any(event["data"]["type"] == "metrics" for event in seen)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_several_follow_one_job(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "rows")
+    streams: list[list[str]] = []
+
+    def follow() -> None:
+        with server.client() as http:
+            streams.append([event.get("id", "") for event in stream(http, job.id)])
+
+    threads = [threading.Thread(target=follow) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(streams) == 4
+    assert all(one == streams[0] for one in streams)
+
+
+def test_a_stream_of_an_ended_job_is_its_history_and_its_end(server: Server, client: OpenAI) -> None:
+    job = run_job(server, client, "broken")
+    with server.client() as http:
+        *told, last = stream(http, job.id)
+        assert last["data"]["error"]["code"] == "invalid_file"
+        (only,) = stream(http, job.id, **{"Last-Event-ID": told[-1]["id"]})
+        assert only["event"] == "done"
+        where = f"/v1/fine_tuning/jobs/{job.id}/events?stream=true"
+        wrong = http.get(where, headers={"Last-Event-ID": "7"})
+    assert wrong.status_code == 400
+
+
+def test_a_server_that_stops_ends_its_streams(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--drain-timeout", "60") as server:
+        client = openai_client(server)
+        job = make_job(client, "slow")
+        wait_job(server, client, job.id, lambda job: job.status == "running")
+        ended = threading.Event()
+
+        def follow() -> None:
+            with server.client() as http:
+                stream(http, job.id)
+            ended.set()
+
+        thread = threading.Thread(target=follow)
+        thread.start()
+        server.process.terminate()
+        assert server.exit_status() == 0
+        thread.join(30)
+        assert ended.is_set()

@@ -1,0 +1,215 @@
+"""What becomes of jobs when a trainer, the engine, the server or a disk gives up: nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+from tests.disks import fill, small_disk
+
+from .support import HERE, Starter, serving
+from .training_support import add_file, ended, make_job, messages, openai_client, run_job, wait_job
+
+
+def step_of(job: object) -> int:
+    return int((getattr(job, "progress", None) or {}).get("step") or 0)
+
+
+def test_a_trainer_that_is_killed_is_followed_by_one_that_goes_on(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, "dies-at-7-once")
+        assert job.status == "succeeded"
+        told = "\n".join(messages(client, job.id))
+        assert "ended by signal SIGKILL" in told
+        assert "goes on after step 5" in told
+        assert "Going on after step 5 of 10." in told
+        assert "onebase_trainer_deaths_total 1.0" in server.client().get("/metrics").text
+
+
+def test_a_trainer_that_dies_each_time_ends_in_a_failed_job_that_can_be_resumed(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, "dies-at-7")
+        assert (job.status, job.error.code, job.resumable) == ("failed", "trainer_died", True)
+        assert "signal SIGKILL" in job.error.message
+        told = [
+            message for message in messages(client, job.id) if "The trainer's process ended by" in message
+        ]
+        assert len(told) == 3
+        assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+        again = wait_job(server, client, job.id, ended)
+        assert again.error.code == "trainer_died"
+        assert client.completions.create(model=job.model, prompt="one two", max_tokens=2).choices[0].text
+
+
+def test_a_check_that_dies_is_tried_again_and_then_given_up(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, "dies-checking")
+        assert (job.status, job.error.code) == ("failed", "trainer_died")
+        assert job.progress is None or step_of(job) == 0
+
+
+def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, "full")
+        assert (job.status, job.error.code, job.resumable) == ("failed", "disk_full", True)
+        client.fine_tuning.jobs.resume(job.id)
+        assert wait_job(server, client, job.id, ended).status == "succeeded"
+
+
+def test_jobs_outlive_a_server_that_is_killed(serve_scripted: Starter, tmp_path: Path) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        first = make_job(client, "slow")
+        second = make_job(client, "rows")
+        paused = make_job(client, "slow")
+        wait_job(server, client, paused.id, lambda job: job.status == "queued")
+        client.fine_tuning.jobs.pause(paused.id)
+        running = wait_job(server, client, first.id, lambda job: step_of(job) > 12)
+        trainers = server.trainer_pids()
+        server.process.kill()
+        server.exit_status()
+    assert trainers
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        again = wait_job(server, client, first.id, lambda job: step_of(job) > step_of(running))
+        assert again.status == "running"
+        assert not any(Path(f"/proc/{pid}").exists() for pid in trainers)
+        told = "\n".join(messages(client, first.id))
+        assert "The server was started again; the job goes on after step" in told
+        assert client.fine_tuning.jobs.retrieve(paused.id).status == "paused"
+        assert client.fine_tuning.jobs.retrieve(second.id).status == "queued"
+        client.fine_tuning.jobs.cancel(first.id)
+        assert wait_job(server, client, second.id, ended).status == "succeeded"
+
+
+def test_a_server_that_stops_lets_jobs_save_and_says_that_they_go_on(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "slow")
+        wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+        server.process.terminate()
+        assert server.exit_status() == 0
+    saved = max(int(path.name) for path in (tmp_path / "training/jobs" / job.id / "checkpoints").iterdir())
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        wait_job(server, client, job.id, lambda job: step_of(job) > saved)
+        told = "\n".join(messages(client, job.id))
+        assert f"Interrupted: the server stops. The job goes on after step {saved}." in told
+        assert f"Going on after step {saved} of 200." in told
+
+
+def test_a_job_whose_adapter_is_being_proved_is_delivered_after_a_restart(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words,slow", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "rows")
+        server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
+        with pytest.raises(openai.ConflictError, match="being proved"):
+            client.fine_tuning.jobs.cancel(job.id)
+        server.process.kill()
+        server.exit_status()
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        done = wait_job(server, client, job.id, ended)
+        assert (done.status, done.activated) == ("succeeded", True)
+        told = messages(client, job.id)
+        assert sum(message.startswith("Step 1/10") for message in told) == 1
+        assert len(client.files.list(purpose="fine-tune-results").data) == 1
+
+
+def test_an_engine_that_dies_ends_the_trainer_and_the_job_goes_on_beside_the_next(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "slow")
+        running = wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+        (trainer,) = server.trainer_pids()
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        server.wait_for(lambda: not Path(f"/proc/{trainer}").exists())
+        wait_job(server, client, job.id, lambda job: step_of(job) > step_of(running))
+        assert "Interrupted: the engine ended." in "\n".join(messages(client, job.id))
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_trainer_that_does_not_stop_is_killed_when_its_job_is_cancelled(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "slow deaf")
+        wait_job(server, client, job.id, lambda job: job.status == "running")
+        client.fine_tuning.jobs.cancel(job.id)
+        server.wait_for(lambda: not server.trainer_pids())
+
+
+def test_an_upload_onto_a_full_disk_is_refused_and_leaves_nothing(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 8_000_000) as disk, serve_scripted("words", data_dir=disk) as server:
+        client = openai_client(server)
+        filler = fill(disk)
+        with pytest.raises(openai.APIStatusError, match="no space left") as refused:
+            add_file(client, "x" * 3_000_000)
+        assert refused.value.status_code == 507
+        filler.unlink()
+        assert not any((disk / "training/files").iterdir())
+        assert run_job(server, client, "rows").status == "succeeded"
+
+
+def test_uploads_that_were_cut_off_are_swept_at_the_next_start(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    files, jobs = tmp_path / "training/files", tmp_path / "training/jobs"
+    files.mkdir(parents=True)
+    (files / ".0011.part").write_text("half")
+    (jobs / "ftjob-gone").mkdir(parents=True)
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        server.wait_for(lambda: not [*files.iterdir(), *jobs.iterdir()])
+
+
+def test_of_two_servers_on_one_registry_each_runs_its_own_jobs_and_either_may_stop_them(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    registry = ("--registry", f"sqlite:///{tmp_path / 'shared.db'}", "--sync-seconds", "0.1")
+    with serve_scripted("words", *registry) as one, serve_scripted("words", *registry) as other:
+        here, there = openai_client(one), openai_client(other)
+        job = make_job(here, "slow")
+        wait_job(one, here, job.id, lambda job: job.status == "running")
+        assert len(one.trainer_pids()) == 1
+        assert not other.trainer_pids()
+        with pytest.raises(openai.BadRequestError, match="another server"):
+            there.fine_tuning.jobs.create(model=job.model, training_file=job.training_file)
+        assert there.fine_tuning.jobs.pause(job.id).status == "paused"
+        one.wait_for(lambda: not one.trainer_pids())
+        there.fine_tuning.jobs.resume(job.id)
+        one.wait_for(lambda: len(one.trainer_pids()) == 1)
+        there.fine_tuning.jobs.cancel(job.id)
+        one.wait_for(lambda: not one.trainer_pids())
+
+
+def test_of_two_processes_on_one_data_folder_one_runs_the_jobs(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", "--sync-seconds", "0.1", data_dir=tmp_path) as first:
+        command = [sys.executable, str(HERE / "serve_scripted.py"), "words"]
+        with serving(command, "--sync-seconds", "0.1", data_dir=tmp_path) as second:
+            client = openai_client(second)
+            job = make_job(client, "slow")
+            wait_job(second, client, job.id, lambda job: job.status == "running")
+            assert (len(first.trainer_pids()), len(second.trainer_pids())) == (1, 0)
+            first.process.kill()
+            first.exit_status()
+            second.wait_for(lambda: len(second.trainer_pids()) == 1)
+            client.fine_tuning.jobs.cancel(job.id)
