@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from bench.training import WARM_UP, TrainRun, summarize_training
 from bench.training_report import rows_of
 
