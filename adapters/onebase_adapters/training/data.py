@@ -10,7 +10,7 @@ from typing import Any
 from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
 from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text, parse_row
 from onebase_adapters.training.data_facts import Facts, Key, row_key
-from onebase_adapters.training.data_files import Item, read_file
+from onebase_adapters.training.data_files import Item, Record, read_file
 from onebase_adapters.training.data_problems import DataError, Problem, RowError
 from onebase_adapters.training.data_split import dataset_of, split
 from onebase_adapters.training.hub_data import fetch, parse_dataset_id
@@ -25,6 +25,7 @@ DEFAULT_LENGTH = 2048
 """Tokens of the longest row, where the recipe leaves it open."""
 
 _AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 20
 _MOST_PROBLEMS = 100_000
 
 
@@ -89,11 +90,13 @@ def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | Non
 
 def _chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
     chunk: list[Item] = []
+    size = 0
     for item in items:
         chunk.append(item)
-        if len(chunk) == count:
+        size += item.size if isinstance(item, Record) else 0
+        if len(chunk) == count or size >= _BYTES_AT_ONCE:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk
 

@@ -18,7 +18,10 @@ __all__ = ["FORMATS", "Item", "Record", "read_file"]
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """By the end of a file's name."""
 
-MOST_FILE_BYTES = 8 << 30
+MOST_FILE_BYTES = 4 << 30
+
+_TELLS = 500
+"""How often progress is told."""
 
 _MAGIC = {
     b"PAR1": "a Parquet file: name it .parquet",
@@ -54,12 +57,13 @@ def read_file(
     if size > MOST_FILE_BYTES:
         raise _whole(shown, f"{size} bytes are too many: at most {MOST_FILE_BYTES} are read")
     _check_beginning(path, shown, suffix)
-    done = 0
+    done, told = 0, 0
 
     def on_bytes(count: int) -> None:
-        nonlocal done
+        nonlocal done, told
         done += count
-        if on_part is not None and size:
+        if on_part is not None and (done - told) * _TELLS >= size:
+            told = done
             on_part(min(1.0, done / size))
 
     with path.open("rb") as file:

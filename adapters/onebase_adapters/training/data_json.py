@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from onebase_adapters.training.data_problems import DataError, Problem, RowError
 
-MOST_LINE_BYTES = 16 << 20
+MOST_LINE_BYTES = 4 << 20
 MOST_JSON_BYTES = 512 << 20
 
 _BOM = b"\xef\xbb\xbf"
@@ -20,10 +20,11 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True)
 class Record:
-    """One row as the file has it. line: 1-based."""
+    """One row as the file has it. line: 1-based. size: about so many bytes."""
 
     line: int
     value: dict[str, Any]
+    size: int
 
 
 Item = Record | Problem
@@ -83,13 +84,13 @@ def _elements(text: str) -> Iterator[Item]:
             if at < len(text):
                 yield Problem(lines.at(at), "", "there is more after the end of the list")
             return
-        line = lines.at(at)
+        line, start = lines.at(at), at
         try:
             value, at = _strict(partial(_DECODER.raw_decode, text, at), escapes)
         except RowError as error:
             yield Problem(line, "", f"{error.reason}; what follows was not read")
             return
-        yield _as_record(line, value)
+        yield _as_record(line, value, at - start)
         at = _past_space(text, at)
         expect_value = text[at : at + 1] == ","
         if expect_value:
@@ -104,28 +105,30 @@ def _objects(text: str) -> Iterator[Item]:
     lines, escapes = _LineCounter(text), "\\u" in text
     at = _past_space(text, 0)
     while at < len(text):
-        line = lines.at(at)
+        line, start = lines.at(at), at
         try:
             value, at = _strict(partial(_DECODER.raw_decode, text, at), escapes)
         except RowError as error:
             yield Problem(line, "", f"{error.reason}; what follows was not read")
             return
-        yield _as_record(line, value)
+        yield _as_record(line, value, at - start)
         at = _past_space(text, at)
 
 
 def _record(line: int, raw: bytes) -> Item:
     try:
-        return _as_record(line, parse_strict(raw.decode()))
+        return _as_record(line, parse_strict(raw.decode()), len(raw))
     except UnicodeDecodeError as error:
         return Problem(line, "", f"not UTF-8 (byte {error.start} of the line): save the file as UTF-8")
     except RowError as error:
         return Problem(line, error.field, error.reason)
 
 
-def _as_record(line: int, value: Any) -> Item:
+def _as_record(line: int, value: Any, size: int) -> Item:
+    if size > MOST_LINE_BYTES:
+        return Problem(line, "", f"the row is longer than {MOST_LINE_BYTES >> 20} MB")
     if isinstance(value, dict):
-        return Record(line, value)
+        return Record(line, value, size)
     return Problem(line, "", f'a row is an object, as in {{"messages": ...}}, not {_kind(value)}')
 
 

@@ -15,7 +15,7 @@ from onebase_adapters.training.data_json import MOST_LINE_BYTES, Item, Record, p
 from onebase_adapters.training.data_problems import DataError, Problem, RowError
 
 MOST_ROWS = 5_000_000
-MOST_PARQUET_BYTES = 16 << 30
+MOST_PARQUET_BYTES = 4 << 30
 """Of a Parquet file's rows, written out."""
 
 _PARQUET_MEMORY = 8 << 30
@@ -85,9 +85,10 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
         if len(raw) > MOST_LINE_BYTES or size > MOST_PARQUET_BYTES:
             reason = f"row {line} is longer than {MOST_LINE_BYTES >> 20} MB, or all are too long together"
             raise DataError(source, [Problem(line, "", reason)])
-        on_part(line / max(1, total))
+        if line % 64 == 0 or line == total:
+            on_part(line / max(1, total))
         try:
-            yield Record(line, parse_strict(raw.decode()))
+            yield Record(line, parse_strict(raw.decode()), len(raw))
         except RowError as error:
             yield Problem(line, error.field, error.reason)
     reason = (
@@ -108,7 +109,9 @@ def _csv_record(line: int, names: Sequence[str], cells: Sequence[str]) -> Item:
     if len(cells) != len(names):
         return Problem(line, "", f"{len(cells)} cells, where the first line names {len(names)} columns")
     try:
-        "".join(cells).encode()
+        size = len("".join(cells).encode())
     except UnicodeEncodeError:
         return Problem(line, "", "not UTF-8: save the file as UTF-8")
-    return Record(line, {name: cell for name, cell in zip(names, cells, strict=True) if cell})
+    if size > MOST_LINE_BYTES:
+        return Problem(line, "", f"the row is longer than {MOST_LINE_BYTES >> 20} MB")
+    return Record(line, {name: cell for name, cell in zip(names, cells, strict=True) if cell}, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from onebase_adapters.hub_reference import HubError, HubReference
@@ -17,6 +18,7 @@ _ID = re.compile(
 _BEST_FIRST = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _SPLITS = {"train": ("train",), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 _NO_ROWS = re.compile(r"(?i)^(dataset_infos?|dataset_dict|config|state|package|metadata|\..*)\.json$")
+_NUMBERED = re.compile(r"-of-(\d{1,9})")
 _TIMEOUT_S = 20.0
 
 
@@ -51,40 +53,44 @@ def fetch(dataset: DatasetId, part: str) -> list[Path]:
     Raises DataError.
     """
     import huggingface_hub
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
+    hub = huggingface_hub.HfApi()
     try:
+        commit = hub.resolve_revision(dataset.repo, repo_type="dataset", revision=dataset.revision).resolved
         try:
-            info = huggingface_hub.HfApi().dataset_info(
-                dataset.repo, revision=dataset.revision, files_metadata=True, timeout=_TIMEOUT_S
-            )
-        except (OfflineModeIsEnabled, ConnectionError):
-            return _cached(dataset, part)
+            info = hub.dataset_info(dataset.repo, revision=commit, files_metadata=True, timeout=_TIMEOUT_S)
+        except Exception:  # without the Hub, or offline: what an earlier run has fetched
+            if (cached := _cached(dataset, commit, part)) is not None:
+                return cached
+            raise
         sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
         names = choose(dataset, list(sizes), part)
         if (total := sum(sizes[name] for name in names)) > MOST_FILE_BYTES:
             raise _error(dataset, f"{total} bytes are too many: at most {MOST_FILE_BYTES} are read")
-        return [
-            Path(huggingface_hub.hf_hub_download(dataset.repo, name, repo_type="dataset", revision=info.sha))
-            for name in names
-        ]
+        download = partial(hub.hf_hub_download, dataset.repo, repo_type="dataset", revision=commit)
+        return [Path(download(filename=name)) for name in names]
     except DataError:
         raise
     except Exception as error:  # the client's exceptions share no base class
         raise _error(dataset, f"the Hub did not give it: {_said(error)}") from error
 
 
-def _cached(dataset: DatasetId, part: str) -> list[Path]:
-    """Without the Hub: what an earlier run has fetched."""
+def _cached(dataset: DatasetId, commit: str, part: str) -> list[Path] | None:
+    """The files in the Hub's cache; None if there are none, or not all that belong together."""
     import huggingface_hub
 
-    folder = Path(
-        huggingface_hub.snapshot_download(
-            dataset.repo, repo_type="dataset", revision=dataset.revision, local_files_only=True
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                dataset.repo, repo_type="dataset", revision=commit, local_files_only=True
+            )
         )
-    )
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return [folder / name for name in choose(dataset, names, part)]
+        there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        names = choose(dataset, there, part)
+    except Exception:  # whatever it is, the Hub's own error says more
+        return None
+    numbered = [found for name in names if (found := _NUMBERED.search(name))]
+    return [folder / name for name in names] if all(int(n[1]) == len(names) for n in numbered) else None
 
 
 def choose(dataset: DatasetId, names: Sequence[str], part: str) -> list[str]:

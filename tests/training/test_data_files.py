@@ -1,0 +1,274 @@
+"""Files of training data: every format, every bad line with its number, and files that are none."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.training.data_support import base_tokenizer, chat, learned, recipe
+
+from onebase_adapters.training import data_json, data_tables
+from onebase_adapters.training.data import DataError, load_dataset
+from onebase_adapters.training.data_files import read_file
+from onebase_adapters.training.data_problems import Problem
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+GOOD = b'{"prompt": "q", "completion": " a"}'
+
+
+def problems(path: Path) -> list[tuple[int, str, str]]:
+    with pytest.raises(DataError) as caught:
+        load_dataset(path, base_tokenizer(), recipe())
+    return [(each.line, each.field, each.reason) for each in caught.value.problems]
+
+
+def written(tmp_path: Path, content: bytes, name: str = "rows.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": NaN}', "NaN is no JSON number"),
+        (b'{"text": -Infinity}', "-Infinity is no JSON number"),
+        (b'{"text": 1e999}', "1e999 is too large a number"),
+        (b'{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
+        (b"[" * 200_000, "nested too deep"),
+        (b'{"a":' * 200_000, "nested too deep"),
+        (b"[1]", "not a list"),
+        (b'"text"', "not a text"),
+        (b"null", "not null"),
+        (b'{"text": "a"} {"text": "b"}', "extra data"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b'{"text": "a\nb"}', "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'{"text": "' + b"x" * (5 << 20) + b'"}', "the line is longer than 4 MB"),
+        (b"#!/usr/bin/env python", "not JSON"),
+    ],
+    ids=range(16),
+)
+def test_a_bad_line_is_told_with_its_number_and_the_others_are_read(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
+    path = written(tmp_path, b"\n".join([GOOD, b"", line, GOOD, b'{"nothing": 1}']))
+    found = problems(path)
+    last = 4 + line.count(b"\n") + 1
+    assert found[0][0] == 3
+    assert reason in found[0][2]
+    assert found[-1][0] == last
+    assert "wanted is messages" in found[-1][2]
+
+
+def test_every_bad_line_is_in_the_error_and_the_first_20_in_its_text(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\n".join([GOOD, *[b"{}"] * 30]))
+    with pytest.raises(DataError) as caught:
+        load_dataset(path, base_tokenizer(), recipe())
+    assert [each.line for each in caught.value.problems] == list(range(2, 32))
+    assert "30 problems" in str(caught.value)
+    assert "line 21:" in str(caught.value)
+    assert "line 22:" not in str(caught.value)
+    assert "and 10 more" in str(caught.value)
+
+
+def test_bom_crlf_and_empty_lines_are_no_matter(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + GOOD)
+    assert [row.line for row in load_dataset(path, base_tokenizer(), recipe()).rows] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("rows.txt", GOOD, "must end in .jsonl"),
+        ("rows", GOOD, "must end in .jsonl"),
+        ("rows.pkl", b"\x80\x04K\x01.", "must end in .jsonl"),
+        ("rows.py", b"print()", "must end in .jsonl"),
+        ("rows.jsonl", gzip.compress(GOOD), "compressed (gzip): unpack it first"),
+        ("rows.csv", b"PK\x03\x04" + bytes(30), "ZIP file"),
+        ("rows.jsonl", b"PAR1" + bytes(30), "Parquet file: name it .parquet"),
+        ("rows.jsonl", GOOD.decode().encode("utf-16"), "UTF-16: save it as UTF-8"),
+        ("rows.jsonl", b"\x7fELF\0\0", "binary file"),
+        ("rows.jsonl", b"", "the file has no rows"),
+        ("rows.jsonl", b"\n\n", "the file has no rows"),
+        ("rows.json", b"[]", "the file has no rows"),
+        ("rows.csv", b"prompt,completion\n", "the file has no rows"),
+        ("rows.csv", b"prompt,prompt\na,b\n", "two columns have the name 'prompt'"),
+        ("rows.parquet", GOOD, "no Parquet file"),
+        ("rows.parquet", b"PAR1" + bytes(100) + b"PAR1", "no sound Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_as_a_whole(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (found,) = problems(written(tmp_path, content, name))
+    assert found[0] in (0, 1)
+    assert reason in found[2]
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    assert "No such file" in problems(tmp_path / "no.jsonl")[0][2]
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "this is a folder" in problems(tmp_path / "folder.jsonl")[0][2]
+
+
+def test_an_upload_is_read_by_the_name_it_came_with(tmp_path: Path) -> None:
+    path = written(tmp_path, b"prompt,completion\nq,a\n", "file-1234")
+    assert len(load_dataset(path, base_tokenizer(), recipe(), name="rows.csv")) == 1
+    with pytest.raises(DataError, match="must end in"):
+        load_dataset(path, base_tokenizer(), recipe(), name="rows.exe")
+
+
+def test_a_json_list_gives_each_row_the_line_on_which_it_begins(tmp_path: Path) -> None:
+    text = '[\n  {"prompt": "q",\n   "completion": " a"},\n\n  {}, {"text":\n 1}\n]\n'
+    found = problems(written(tmp_path, text.encode(), "rows.json"))
+    assert [(line, field) for line, field, _ in found] == [(5, ""), (5, "text")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('[{"text": "a"}\n{"text": "b"}]', 2),
+        ('[{"text": "a"},\n]', 2),
+        ('[{"text": "a"}]\nx', 2),
+        ('[{"text": "a"},\n{"text": NaN}]', 2),
+        ('[{"text": "a"}', 1),
+    ],
+)
+def test_a_broken_json_list_is_told_with_the_line(tmp_path: Path, text: str, line: int) -> None:
+    assert [found[0] for found in problems(written(tmp_path, text.encode(), "rows.json"))] == [line]
+
+
+def test_a_json_file_may_be_json_lines_or_one_object(tmp_path: Path) -> None:
+    lines = written(tmp_path, GOOD + b"\n" + GOOD, "rows.json")
+    assert [row.line for row in load_dataset(lines, base_tokenizer(), recipe()).rows] == [1, 2]
+    one = written(tmp_path, json.dumps(chat("q", "a"), indent=2).encode(), "one.json")
+    assert len(load_dataset(one, base_tokenizer(), recipe())) == 1
+
+
+def test_csv_cells_may_span_lines_and_hold_messages_as_json(tmp_path: Path) -> None:
+    messages = json.dumps(chat("q", "from json")["messages"]).replace('"', '""')
+    text = f'messages,prompt,completion\r\n,"a\n\nb",c\r\n\r\n"{messages}",,\r\n'
+    dataset = load_dataset(written(tmp_path, text.encode(), "rows.csv"), base_tokenizer(), recipe())
+    assert [row.line for row in dataset.rows] == [2, 6]
+    assert [learned(row, base_tokenizer()) for row in dataset.rows] == ["c<|im_end|>", "from json<|im_end|>"]
+
+
+def test_bad_csv_rows_are_told_with_their_lines(tmp_path: Path) -> None:
+    text = b'prompt,completion\na,b\nonly one\na,b,c\n\xff,b\n"open,b\n'
+    found = problems(written(tmp_path, text, "rows.csv"))
+    assert [line for line, _, _ in found] == [3, 4, 5, 6]
+    assert "1 cells, where the first line names 2 columns" in found[0][2]
+    assert "not UTF-8" in found[2][2]
+
+
+def test_tabs_separate_the_cells_of_a_tsv_file(tmp_path: Path) -> None:
+    path = written(tmp_path, b"prompt\tcompletion\na, b\tc\n", "rows.tsv")
+    assert learned(load_dataset(path, base_tokenizer(), recipe()).rows[0], base_tokenizer()) == "c<|im_end|>"
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_rows_have_nested_messages_without_the_nulls_that_fill_them_up(tmp_path: Path) -> None:
+    messages = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}],
+        [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b", "name": "n"}],
+        None,
+    ]
+    path = write_parquet(
+        tmp_path / "rows.parquet", {"messages": messages, "text": [None, None, "x y"], "image": [b"\0"] * 3}
+    )
+    dataset = load_dataset(path, base_tokenizer(), recipe())
+    assert [row.line for row in dataset.rows] == [1, 2, 3]
+    assert learned(dataset.rows[1], base_tokenizer()) == "b<|im_end|>"
+
+
+def test_bad_parquet_rows_are_told_by_number(tmp_path: Path) -> None:
+    found = problems(
+        write_parquet(tmp_path / "r.parquet", {"prompt": ["a", None], "completion": [None, "b"]})
+    )
+    assert [(line, field) for line, field, _ in found] == [(1, "completion"), (2, "prompt")]
+    found = problems(write_parquet(tmp_path / "b.parquet", {"text": [b"\x80\x04pickle"]}))
+    assert found == [(1, "text", "a text is wanted, not dict")]
+    found = problems(write_parquet(tmp_path / "c.parquet", {"body": ["a"], "label": [1]}))
+    assert "its columns are body, label" in found[0][2]
+
+
+def bomb(path: Path, each: int, rows: int) -> Path:
+    """Many rows that all point at one long text."""
+    long = pyarrow.array(["x" * each])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), long)
+    return write_parquet(path, {"text": column})
+
+
+def test_a_parquet_file_that_unfolds_without_end_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bomb(tmp_path / "long.parquet", 20 << 20, 10_000)
+    assert path.stat().st_size < 4 << 20
+    assert "row 1 is longer than 4 MB" in problems(path)[0][2]
+    monkeypatch.setattr(data_tables, "MOST_PARQUET_BYTES", 10 << 20)
+    many = bomb(tmp_path / "many.parquet", 1 << 20, 100)
+    with pytest.raises(DataError, match="all are too long together"):
+        list(read_file(many))
+    monkeypatch.setattr(data_tables, "MOST_ROWS", 50)
+    with pytest.raises(DataError, match="100 rows are too many: at most 50 are read"):
+        list(read_file(many))
+
+
+def test_the_reading_of_parquet_has_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_tables, "_PARQUET_MEMORY", 2 << 30)
+    lists = [["x" * (30 << 20)]]
+    path = tmp_path / "deep.parquet"
+    column = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(lists[0])
+    )
+    row = pyarrow.ListArray.from_arrays(pyarrow.array([0, 500], pyarrow.int32()), column)
+    parquet.write_table(pyarrow.table({"messages": row}), path)
+    with pytest.raises(DataError, match=r"unfolds to more|no sound Parquet|damaged"):
+        list(read_file(path))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
+)
+def test_any_bytes_give_records_or_problems_and_nothing_else(
+    tmp_path: Path, content: bytes, suffix: str
+) -> None:
+    path = written(tmp_path, content, f"any{suffix}")
+    lines = content.count(b"\n") + content.count(b"\r") + 1
+    with contextlib.suppress(DataError):
+        for item in read_file(path):
+            assert 1 <= item.line <= lines
+            assert isinstance(item, Problem | data_json.Record)
+
+
+def test_progress_grows_to_1_and_may_end_the_reading(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\n".join([GOOD] * 500))
+    told: list[float] = []
+    load_dataset(path, base_tokenizer(), recipe(), on_progress=told.append)
+    assert told == sorted(told)
+    assert told[0] < 0.1 < 0.9 < told[-1] <= 1.0
+
+    class StopError(Exception):
+        pass
+
+    def stop(_part: float) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        load_dataset(path, base_tokenizer(), recipe(), on_progress=stop)
