@@ -1,7 +1,8 @@
 """Attention of several rows in one packed sequence: each row sees itself only.
 
 Plugged into transformers' `AttentionInterface`, so that every decoder keeps its own modelling code. A packed
-sequence of rows costs what the rows cost: no padding is computed, and no mask over all pairs of tokens.
+sequence of rows costs about what the rows cost: only rows of about the same length are padded to one shape,
+for attention alone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import torch
 from torch import nn
 
 from onebase_adapters.training.gate import Gate
+from onebase_adapters.training.groups import Group, grouped
+from onebase_adapters.training.short_attention import ShortAttention
 
 NAME = "onebase_packed"
+SHORT = 256
+"""Tokens of a row up to which plain products are faster on the CPU than torch's flash attention: its backward
+pass costs three times as much at 100 tokens, and half as much at 600."""
 
 
 class UnsupportedTrainingError(Exception):
@@ -22,14 +28,18 @@ class UnsupportedTrainingError(Exception):
 
 
 class PackedAttention:
-    """Shared by all attention modules of a view; `lengths` of the packed rows are set before each pass.
+    """Shared by all attention modules of a view; the rows' lengths are set before each pass.
 
     They must stay set until the backward pass is done: with gradient checkpointing it computes again.
     """
 
     def __init__(self, gate: Gate) -> None:
-        self.lengths: Sequence[int] = ()
+        self._groups: tuple[Group, ...] = ()
         self._gate = gate
+
+    def set_lengths(self, lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> None:
+        """Of the rows of the packed sequence, in order. alone: compute each by itself, to the bit."""
+        self._groups = grouped(lengths, device, alone=alone)
 
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
@@ -48,16 +58,11 @@ class PackedAttention:
             q.register_hook(self._wait_backwards)  # type: ignore[no-untyped-call]
         if not getattr(module, "is_causal", True) or options.get("s_aux") is not None:
             raise UnsupportedTrainingError("the base's attention looks ahead, or has sinks")
-        groups = q.shape[1] // k.shape[1]
-        window, softcap = options.get("sliding_window"), options.get("softcap")
-        lengths = list(self.lengths)
-        rows = zip(*(torch.split(part, lengths, dim=2) for part in (q, k, v)), strict=True)
-        outputs = []
-        for q_row, k_row, v_row in rows:
-            plain = softcap is None and (window is None or window >= q_row.shape[2])
-            attend = _flash if plain else _explicit
-            outputs.append(attend(q_row, _repeated(k_row, groups), _repeated(v_row, groups), options))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        rows = []
+        for group in self._groups:
+            padded = (group.padded(q[0]), group.padded(k[0]), group.padded(v[0]))
+            rows.append(group.packed(_attend(padded, group.length, options)))
+        return (torch.cat(rows) if len(rows) > 1 else rows[0]).unsqueeze(0)
 
     def _wait_backwards(self, gradient: torch.Tensor) -> None:
         self._gate.wait()
@@ -79,20 +84,34 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
-def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """[1, kv heads, t, d] -> [1, heads, t, d], as grouped queries want it."""
-    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
-
-
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+def _attend(
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], length: int, options: dict[str, Any]
+) -> torch.Tensor:
+    """The fastest way there is for q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
+    q, k, v = states
+    window, dropout = options.get("sliding_window"), options.get("dropout") or 0.0
+    if options.get("softcap") is not None or (window is not None and window < length):
+        return _explicit(q, k, v, options)
+    if q.device.type == "cpu" and length <= SHORT and not dropout:
+        short: Any = ShortAttention.apply
+        output: torch.Tensor = short(q, k, v, options["scaling"])
+        return output
+    groups = q.shape[1] // k.shape[1]
+    k, v = _repeated(k, groups), _repeated(v, groups)
     return nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, dropout_p=options.get("dropout") or 0.0, scale=options["scaling"]
+        q, k, v, is_causal=True, dropout_p=dropout, scale=options["scaling"]
     )
+
+
+def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """[n, kv heads, L, d] -> [n, heads, L, d], as grouped queries want it."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """As transformers' eager attention: softcap and sliding windows."""
-    scores = q @ k.transpose(2, 3) * options["scaling"]
+    groups = q.shape[1] // k.shape[1]
+    scores = q @ _repeated(k, groups).transpose(2, 3) * options["scaling"]
     if (softcap := options.get("softcap")) is not None:
         scores = torch.tanh(scores / softcap) * softcap
     place = torch.arange(q.shape[2], device=q.device)
@@ -103,4 +122,4 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[s
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     if dropout := options.get("dropout"):
         weights = nn.functional.dropout(weights, dropout)
-    return weights @ v
+    return weights @ _repeated(v, groups)

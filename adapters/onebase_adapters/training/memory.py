@@ -14,3 +14,20 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to use freed memory again instead of giving it back: a run asks for the same sizes again.
+
+
+    Fresh pages of a large tensor cost as much as computing it does. Elsewhere than on glibc nothing happens.
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -39,14 +38,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **options)
     import bitsandbytes as bnb
 
-    kinds = {
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw": bnb.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        optimizer: torch.optim.Optimizer = kinds[recipe.optimizer](groups, **options)
+    paged, plain = (
+        (bnb.optim.PagedAdamW32bit, bnb.optim.PagedAdamW8bit),
+        (torch.optim.AdamW, bnb.optim.AdamW8bit),
+    )
+    # Without a GPU there is nothing to page to: the states are in host memory anyway.
+    on_gpu = slow[0].device.type == "cuda" if slow else False
+    kinds = paged if recipe.optimizer.startswith("paged") and on_gpu else plain
+    optimizer: torch.optim.Optimizer = kinds[recipe.optimizer.endswith("8bit")](groups, **options)
     return optimizer
 
 

@@ -183,13 +183,14 @@ def _next_tokens(model: nn.Module, attention: _CachedAttention) -> list[int]:
     ]
     ids = [token for tokens, _ in parts for token in tokens]
     positions = [position for _, places in parts for position in places]
-    attention.lengths = [len(tokens) for tokens, _ in parts]
-    ends = torch.tensor(attention.lengths).cumsum(0) - 1
+    lengths = [len(tokens) for tokens, _ in parts]
+    ends = torch.tensor(lengths).cumsum(0) - 1
     if spare := -len(ids) % _ROWS_ALIGNED:
         ids += ids[:1] * spare
         positions += range(spare)
-        attention.lengths = [*attention.lengths, spare]
+        lengths.append(spare)
     device = next(model.parameters()).device
+    attention.set_lengths(lengths, device, alone=True)
     output = model(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),

@@ -12,6 +12,7 @@ from torch import nn
 
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
+from onebase_adapters.training.fused_lora import fuse
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loss import token_losses
 from onebase_adapters.training.recipe import Recipe
@@ -48,6 +49,7 @@ class Trainable:
                 self._initialize_by_data(eva)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+        fuse(self.model, ADAPTER)
         if recipe.gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
@@ -67,7 +69,7 @@ class Trainable:
 
     def logits(self, packed: Packed) -> torch.Tensor:
         """[n, vocabulary] in the base's dtype, at the places that predict the supervised tokens."""
-        self._packed.lengths = packed.lengths
+        self._packed.set_lengths(packed.lengths, self.device)
         output = self.model(
             input_ids=packed.ids,
             position_ids=packed.positions,
@@ -99,7 +101,7 @@ class Trainable:
         from peft import initialize_lora_eva_weights
 
         def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-            self._packed.lengths = inputs["lengths"].tolist()
+            self._packed.set_lengths(inputs["lengths"].tolist(), self.device)
             model(
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],

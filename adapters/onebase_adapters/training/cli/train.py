@@ -101,12 +101,14 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     folder = options.out or Path("runs") / options.name
     _quiet_libraries()
     from onebase_adapters.training.cli.progress import Display
+    from onebase_adapters.training.memory import keep_freed_memory
     from onebase_adapters.training.ranks import join_ranks
 
     if options.threads:
         import torch
 
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     ranks = join_ranks()
     with Display(console, quiet=not ranks.first) as display:
         resolved = find_base(options, display.loading)
