@@ -18,7 +18,7 @@ from onebase import __version__
 from onebase._adapter_parse import adapter
 from onebase._cli import models, options, plugins
 from onebase._cli.terminal import printable
-from onebase.cli import COMMANDS, SERVER_COMMANDS, main
+from onebase.cli import COMMANDS, EXTRA_COMMANDS, main
 from onebase.types import AdapterWeight, Model
 
 Serve = Callable[..., Any]
@@ -290,14 +290,14 @@ def test_version_shows_both_ends(server: Any, capsys: pytest.CaptureFixture[str]
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in (*COMMANDS, *SERVER_COMMANDS))
+    assert all(f"\n  {name} " in out for name in (*COMMANDS, *EXTRA_COMMANDS))
     assert main([]) == 2
     assert capsys.readouterr().err == out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"onebase {__version__}\n"
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"adapters"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"adapters", "jobs"}))
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -354,13 +354,41 @@ def test_a_missing_package_leads_to_the_extra_that_brings_it(capsys: pytest.Capt
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "extra"), [("serve", "server"), ("train", "train"), ("data", "train"), ("sweep", "train")]
+)
+def test_a_command_that_is_not_installed_names_its_extra(
+    command: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plugins, "find", lambda command: None)
+    assert main([command, "--anything"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"onebase: `onebase {command}` is not installed here.\n")
+    assert err.endswith(f"pip install 'onebase[{extra}]'\n")
+
+
+def test_a_package_that_training_needs_leads_to_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(argv: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    train = EntryPoint("train", "x:y", plugins.GROUP)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: missing)
+    assert plugins.run(train, []) == 1
+    assert capsys.readouterr().err == (
+        "onebase: `onebase train` needs the package 'torch'.\n"
+        "Training is an extra of this package. Install it with: pip install 'onebase[train]'\n"
+    )
+
+
 @pytest.mark.usefixtures("plugin")
 def test_a_broken_own_module_is_not_mistaken_for_a_missing_extra() -> None:
     with pytest.raises(ModuleNotFoundError, match="onebase_server"):
         main(["is_broken"])
 
 
-@pytest.mark.parametrize("command", SERVER_COMMANDS)
+@pytest.mark.parametrize("command", ["serve", "base"])
 def test_the_servers_commands_are_registered_by_this_distribution(command: str) -> None:
     found = plugins.find(command)
     assert isinstance(found, EntryPoint)

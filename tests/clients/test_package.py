@@ -33,7 +33,7 @@ def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, Exception)
     }
-    assert len(classes) == 18
+    assert len(classes) == 20
     assert classes <= set(onebase.__all__)
     assert errors.__doc__ is not None
     assert classes == {word for word in errors.__doc__.split() if word.endswith("Error")} - {
@@ -50,6 +50,7 @@ def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
         errors.status_error(429, errors.ErrorDetail("full", "t", "p", "c"), retry_after=3.0),
         errors.status_error(409, errors.ErrorDetail("stale", code="stale_activation", current="3f2a")),
         errors.AdapterRejectedError("no", code="no_effect", version=None),
+        errors.TrainingFailedError("no", code="invalid_file", param="training_file", job=None),  # type: ignore[arg-type]
         errors.StreamError(errors.ErrorDetail("late", code="timeout")),
         errors.InvalidResponseError("no JSON"),
     ],
@@ -114,6 +115,10 @@ def test_the_environment_is_read_in_one_file() -> None:
         (onebase.Stream, onebase.AsyncStream),
         (type(onebase.Client().adapters), type(onebase.AsyncClient().adapters)),
         (type(onebase.Client().models), type(onebase.AsyncClient().models)),
+        (type(onebase.Client().files), type(onebase.AsyncClient().files)),
+        (type(onebase.Client().training), type(onebase.AsyncClient().training)),
+        (onebase.TrainingJob, onebase.AsyncTrainingJob),
+        (onebase.EventStream, onebase.AsyncEventStream),
     ],
 )
 def test_both_clients_have_the_same_methods_and_arguments(sync: type, asynchronous: type) -> None:

@@ -7,8 +7,11 @@ Paris.
 """
 
 from ._async_client import AsyncClient
+from ._async_jobs import AsyncTrainingJob
 from ._client import Client
 from ._config import Timeout
+from ._event_stream import AsyncEventStream, EventStream
+from ._jobs import TrainingJob
 from ._streaming import AsyncStream, Stream
 from ._version import sdk_version
 from .adapter_types import (
@@ -41,7 +44,23 @@ from .errors import (
     ServerUnavailableError,
     StorageFullError,
     StreamError,
+    TrainingFailedError,
+    TrainingStoppedError,
     UnprocessableError,
+)
+from .training_types import (
+    Activate,
+    CurvePoint,
+    TrainingCallback,
+    TrainingCheckpoint,
+    TrainingEvent,
+    TrainingFailure,
+    TrainingFile,
+    TrainingJobInfo,
+    TrainingMethod,
+    TrainingProgress,
+    TrainingReport,
+    TrainingSettings,
 )
 from .types import (
     AdapterSpec,
@@ -66,6 +85,7 @@ __all__ = [
     "APIConnectionError",
     "APIStatusError",
     "APITimeoutError",
+    "Activate",
     "Activation",
     "Adapter",
     "AdapterRejectedError",
@@ -74,12 +94,16 @@ __all__ = [
     "AdapterVersion",
     "AdapterWeight",
     "AsyncClient",
+    "AsyncEventStream",
     "AsyncStream",
+    "AsyncTrainingJob",
     "AuthenticationError",
     "BadRequestError",
     "Choice",
     "Client",
     "ConflictError",
+    "CurvePoint",
+    "EventStream",
     "Generation",
     "Health",
     "InternalServerError",
@@ -106,6 +130,19 @@ __all__ = [
     "StreamError",
     "Timeout",
     "Timing",
+    "TrainingCallback",
+    "TrainingCheckpoint",
+    "TrainingEvent",
+    "TrainingFailedError",
+    "TrainingFailure",
+    "TrainingFile",
+    "TrainingJob",
+    "TrainingJobInfo",
+    "TrainingMethod",
+    "TrainingProgress",
+    "TrainingReport",
+    "TrainingSettings",
+    "TrainingStoppedError",
     "UnprocessableError",
     "Usage",
     "VersionFailure",

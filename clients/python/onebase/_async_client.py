@@ -12,7 +12,9 @@ import anyio
 
 from . import _parse, _requests
 from ._async_adapters import AsyncAdapters
+from ._async_training import AsyncTraining
 from ._config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from ._files import AsyncFiles
 from ._http import AsyncHttp, AsyncTransport, Reply
 from ._requests import Call
 from ._retry import retry_delay
@@ -76,6 +78,16 @@ class AsyncClient:
     def adapters(self) -> AsyncAdapters:
         """The server's adapters, and how new ones get there."""
         return AsyncAdapters(self._send)
+
+    @property
+    def files(self) -> AsyncFiles:
+        """Files of examples that jobs learn from, and the curves that they leave."""
+        return AsyncFiles(self._send)
+
+    @property
+    def training(self) -> AsyncTraining:
+        """Jobs that train adapters on the server's base."""
+        return AsyncTraining(self._send, lambda call: self._retried(call, self._http.open))
 
     @property
     def models(self) -> AsyncModels:

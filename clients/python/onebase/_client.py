@@ -12,10 +12,12 @@ from typing import TypeVar, Unpack
 from . import _parse, _requests
 from ._adapters import Adapters
 from ._config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from ._files import Files
 from ._http import Http, Reply, Transport
 from ._requests import Call
 from ._retry import retry_delay
 from ._streaming import Stream
+from ._training import Training
 from .errors import OneBaseError
 from .types import (
     AdapterSpec,
@@ -90,6 +92,16 @@ class Client:
     def adapters(self) -> Adapters:
         """The server's adapters, and how new ones get there."""
         return Adapters(self._send)
+
+    @property
+    def files(self) -> Files:
+        """Files of examples that jobs learn from, and the curves that they leave."""
+        return Files(self._send)
+
+    @property
+    def training(self) -> Training:
+        """Jobs that train adapters on the server's base."""
+        return Training(self._send, lambda call: self._retried(call, self._http.open))
 
     @property
     def models(self) -> Models:

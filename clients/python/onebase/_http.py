@@ -167,7 +167,7 @@ def _request(
     content: bytes | OpenForm | None,
     options: ClientOptions,
 ) -> httpx2.Request:
-    headers = {"User-Agent": f"onebase-python/{sdk_version()}"}
+    headers = {"User-Agent": f"onebase-python/{sdk_version()}", **dict(call.headers)}
     if isinstance(call.body, Multipart):
         headers["Content-Type"] = call.body.content_type
     elif call.body is not None:

@@ -113,9 +113,14 @@ def _field(boundary: str, name: str, value: str) -> bytes:
 
 
 def _file_header(form: Multipart, file: BinaryIO) -> bytes:
-    disposition = f'form-data; name="{form.files_field}"; filename="{Path(file.name).name}"'
+    disposition = f'form-data; name="{form.files_field}"; filename="{_quoted(Path(file.name).name)}"'
     kind = "Content-Type: application/octet-stream"
     return f"--{form.boundary}\r\nContent-Disposition: {disposition}\r\n{kind}\r\n\r\n".encode()
+
+
+def _quoted(filename: str) -> str:
+    """As forms write a name that could end its quotes, or the header."""
+    return filename.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _size(file: BinaryIO) -> int:

@@ -29,6 +29,8 @@ class Call:
     """Whether it does no more when it is done twice; a GET never does."""
     answer_statuses: frozenset[int] = frozenset()
     """Error statuses that are an answer, not a failure."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """More than those that every request has."""
 
     @property
     def repeatable(self) -> bool:

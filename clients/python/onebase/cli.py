@@ -23,10 +23,17 @@ A server (needs: pip install 'onebase[server]')
   serve      load a base and serve it, with its adapters, over HTTP
   base       download a base ahead of time: onebase base fetch
 
+Training (needs: pip install 'onebase[train]')
+  train      make an adapter from examples, in a process of its own
+  data       check examples: every bad line, lengths, what is learned
+  estimate   say what a training run takes, before anything is loaded
+  sweep      try settings on one base, and compare what comes out
+
 Talking to a server
   generate   answer one prompt
   chat       have a conversation; change the adapter while it goes on
   adapters   bring adapters to the server, look at them, let them answer, roll back
+  jobs       let the server train adapters; watch, pause, resume, cancel
   models     list the base and the adapters that the server has
   version    show the version of this command and of the server
 
@@ -45,10 +52,11 @@ COMMANDS: Final[Mapping[str, str]] = {
     "generate": "onebase._cli.generate",
     "chat": "onebase._cli.chat",
     "adapters": "onebase._cli.adapters",
+    "jobs": "onebase._cli.jobs",
     "models": "onebase._cli.models",
     "version": "onebase._cli.version",
 }
-SERVER_COMMANDS: Final = ("serve", "base")
+EXTRA_COMMANDS: Final = tuple(plugins.EXTRAS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,11 +102,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _unknown(command: str) -> int:
-    print(f"onebase: there is no command {command!r}.", file=sys.stderr)
-    if command in SERVER_COMMANDS:
-        print(plugins.INSTALL_HINT, file=sys.stderr)
+    if command in EXTRA_COMMANDS:
+        print(f"onebase: `onebase {command}` is not installed here.", file=sys.stderr)
+        print(plugins.install_hint(command), file=sys.stderr)
         return FAILED
-    near = difflib.get_close_matches(command, (*COMMANDS, *SERVER_COMMANDS), n=1)
+    print(f"onebase: there is no command {command!r}.", file=sys.stderr)
+    near = difflib.get_close_matches(command, (*COMMANDS, *EXTRA_COMMANDS), n=1)
     hint = f"Did you mean `onebase {near[0]}`?" if near else "`onebase --help` lists them."
     print(hint, file=sys.stderr)
     return USAGE

@@ -16,6 +16,8 @@
     + StorageFullError          507: the server's disk is full; nothing was kept of the request
     + InternalServerError       any other 5xx: a fault of the server
   x AdapterRejectedError        an adapter was not accepted: `code` and `version` say why and which
+  x TrainingStoppedError        a job that was waited for was paused or cancelled
+    + TrainingFailedError       it failed: `code` and `param` say why, `job` which
   x StreamError                 a stream failed after it had begun
   x InvalidResponseError        the answer is not what a OneBase server sends
 
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter_types import AdapterVersion
+    from .training_types import TrainingJobInfo
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,32 @@ class AdapterRejectedError(OneBaseError):
 
     def __str__(self) -> str:
         return self.message if self.code is None else f"{self.message} ({self.code})"
+
+
+class TrainingStoppedError(OneBaseError):
+    """A job that was waited for brought no adapter: somebody paused or cancelled it, or it failed.
+
+    Attributes:
+        code: `paused`, `cancelled`, or why it failed, such as `invalid_file` or `out_of_memory`.
+        job: The job as it is then. `job.resumable` says whether `resume` would go on with it.
+    """
+
+    def __init__(self, message: str, *, code: str, job: TrainingJobInfo) -> None:
+        super().__init__(message)
+        self.code = code
+        self.job = job
+
+
+class TrainingFailedError(TrainingStoppedError):
+    """A job failed. What its adapter's name answered with before, it still does.
+
+    Attributes:
+        param: The file or setting that is at fault, or None.
+    """
+
+    def __init__(self, message: str, *, code: str, param: str | None, job: TrainingJobInfo) -> None:
+        super().__init__(message, code=code, job=job)
+        self.param = param
 
 
 class StreamError(OneBaseError):

@@ -38,6 +38,8 @@ def explain(error: OneBaseError, url: str) -> tuple[str, int]:
 _HINTS: Final[Mapping[str, str]] = {
     "adapter_not_found": "`onebase adapters list` lists the adapters that the server has.",
     "version_not_found": "`onebase adapters show NAME` lists the versions.",
+    "job_not_found": "`onebase jobs list` lists the jobs that the server has.",
+    "file_not_found": "Give the path of a file instead, and it is sent.",
     "model_not_found": "`onebase models` lists what the server has.",
     "base_mismatch": "If you are sure that it fits this base: --any-base",
     "version_not_ready": "See how far it is, or why it failed: onebase adapters show NAME",

@@ -102,3 +102,12 @@ def when(moment: float, now: float | None = None) -> str:
         if passed < limit:
             return f"{passed / unit:.0f} {name} ago"
     return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `12 s`, `2 min 03 s`, `1 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import sys
 from collections.abc import Mapping
 from typing import Final
 
-from ..exits import OK, USAGE
+from ..actions import dispatch
 
 HELP: Final = """\
 usage: onebase adapters ACTION [options]
@@ -56,23 +53,4 @@ ACTIONS: Final[Mapping[str, str]] = {
 
 def run(argv: list[str]) -> int:
     """Run the command; gives its exit status."""
-    if not argv:
-        sys.stderr.write(HELP)
-        return USAGE
-    action, *rest = argv
-    if action in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        return OK
-    if action not in ACTIONS:
-        return _unknown(action)
-    module = importlib.import_module(f".{ACTIONS[action]}", __name__)
-    status: int = module.run(action, rest)
-    return status
-
-
-def _unknown(action: str) -> int:
-    print(f"onebase adapters: there is no action {action!r}.", file=sys.stderr)
-    near = difflib.get_close_matches(action, ACTIONS, n=1)
-    hint = f"Did you mean `onebase adapters {near[0]}`?" if near else "`onebase adapters --help` lists them."
-    print(hint, file=sys.stderr)
-    return USAGE
+    return dispatch("adapters", HELP, ACTIONS, argv)

@@ -10,10 +10,11 @@ from typing import Final
 from ..._client import Client
 from ...adapter_types import AdapterVersion, ProgressCallback
 from ...errors import AdapterRejectedError
+from ..actions import perform, print_json
 from ..exits import OK, USAGE, report
 from ..tables import console
 from ..terminal import note
-from .common import SHORT, parser, perform, print_json, short
+from .common import SHORT, parser, short
 from .journey import Journey
 from .report import summary
 

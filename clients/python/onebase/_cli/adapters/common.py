@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from ..._client import Client
 from ...adapter_types import READY, AdapterSource, AdapterVersion
-from ...errors import OneBaseError
-from .. import options
-from ..exits import USAGE, report
+from .. import actions
 from .layers import in_order
 
 SHORT: Final = 12
@@ -47,36 +43,7 @@ def reference(text: str) -> Reference:
 
 def parser(action: str, description: str, examples: str = "") -> argparse.ArgumentParser:
     """A parser for one action."""
-    made = options.parser(f"adapters {action}", description, examples)
-    made.add_argument("--json", action="store_true", help="print the result as JSON")
-    return made
-
-
-def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Callable[[Client], int]) -> int:
-    """Run `work` with a client for the server that the options name; gives the exit status."""
-    try:
-        client = options.client(args)
-    except ValueError as error:
-        made.error(str(error))
-    with client:
-        try:
-            return work(client)
-        except OneBaseError as error:
-            return report(error, client.url)
-        except ValueError as error:
-            print(f"onebase: {error}", file=sys.stderr)
-            return USAGE
-
-
-def print_json(value: object) -> None:
-    """One result, or a sequence of them."""
-    print(json.dumps(_plain(value), ensure_ascii=False))
-
-
-def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return actions.parser(f"adapters {action}", description, examples)
 
 
 def resolve(client: Client, wanted: Reference) -> AdapterVersion:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..._client import Client
+from ..actions import perform, print_json
 from ..exits import OK
 from ..tables import console
 from ..terminal import printable
-from .common import Reference, parser, perform, print_json, reference, resolve
+from .common import Reference, parser, reference, resolve
 from .compare import Comparison, LayerPair, RankPair, compare, grouped
 from .layers import bar
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ..._client import Client
 from ...adapter_types import Adapter
+from ..actions import perform, print_json
 from ..exits import OK
 from ..tables import ROOMY, WIDE, Column, print_table, size, when
 from ..terminal import note
-from .common import number, parser, perform, print_json, short, state_style, targets
+from .common import number, parser, short, state_style, targets
 
 _DESCRIPTION = """\
 List the adapters of a server. An adapter answers while one of its versions is active; "in" says where

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..._client import Client
+from ..actions import perform, print_json
 from ..exits import OK
-from .common import Reference, parser, perform, print_json, reference
+from .common import Reference, parser, reference
 
 _DESCRIPTION = """\
 Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses while

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from ..._client import Client
 from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
+from ..actions import perform, print_json
 from ..exits import OK
 from ..tables import ROOMY, WIDE, Column, console, line, size, table, when
-from .common import Reference, number, parser, perform, print_json, reference, short, state_style, targets
+from .common import Reference, number, parser, reference, short, state_style, targets
 from .layers import by_target, place, ranges, span, sparklines
 from .report import came_from, headline, makeup, proof
 

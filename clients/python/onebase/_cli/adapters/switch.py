@@ -9,9 +9,10 @@ from typing import Final
 from ..._client import Client
 from ..._config import UNSET, Unset
 from ...adapter_types import Adapter
+from ..actions import perform, print_json
 from ..exits import OK
 from ..terminal import note
-from .common import parser, perform, print_json, reference, short
+from .common import parser, reference, short
 
 _DESCRIPTIONS: Final = {
     "activate": "Let a version answer to the name from now on. Requests that have begun end on the old one.",

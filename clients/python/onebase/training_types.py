@@ -1,0 +1,249 @@
+"""What the server tells about training: files, jobs, events and checkpoints, as plain frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias, TypedDict
+
+SUCCEEDED: Final = "succeeded"
+ENDED: Final = frozenset({SUCCEEDED, "failed", "cancelled"})
+"""Statuses that a job never leaves, but for a failed one that is `resumable`."""
+
+Activate: TypeAlias = Literal["always", "if_better", "never"]
+TrainingMethod: TypeAlias = Literal["supervised", "dpo"]
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """A file that a job can learn from, or the curve that one left."""
+
+    id: str
+    filename: str
+    bytes: int
+    purpose: str
+    """`fine-tune`, or `fine-tune-results` for the curve of a job."""
+    created_at: float
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """How far a job is. Losses are nats a supervised token; None is not known yet."""
+
+    phase: str | None = None
+    """What it does now, such as `training` or `measuring`."""
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    """Of the newest step."""
+    eval_loss: float | None = None
+    """On held-out rows, when it was last measured; of the base before the first step."""
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    memory_bytes: int | None = None
+    """The most that the trainer has taken."""
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the steps that are done, 0 to 1."""
+        return self.step / self.steps if self.steps else None
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What came of a job: the base before and the adapter after, on the same held-out rows."""
+
+    steps: int
+    best_step: int
+    """The step whose weights the adapter has."""
+    tokens: int
+    seconds: float
+    parameters: int
+    adapter_bytes: int
+    loss_before: float | None
+    """Of the base, nats a supervised token; None where nothing was held out."""
+    loss_after: float | None
+    metrics_before: Mapping[str, float] = field(hash=False)
+    """Of the base's replies, each from 0 to 1."""
+    metrics_after: Mapping[str, float] = field(hash=False)
+    better: bool | None
+    """Whether the adapter is better by the job's `best_by`; None if that was not measured."""
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingFailure:
+    """Why a job failed."""
+
+    code: str
+    """The exact kind, stable enough to compare with."""
+    message: str
+    param: str | None = None
+    """The field or file that it is about."""
+
+
+@dataclass(frozen=True)
+class TrainingEvent:
+    """One thing that a job told."""
+
+    id: str
+    created_at: float
+    """Unix time in seconds."""
+    level: str
+    """`info`, `warn` or `error`."""
+    message: str
+    type: str
+    """`metrics` if `data` has figures such as `step` and `train_loss` or `valid_loss`; else `message`."""
+    data: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A place from which a job can go on."""
+
+    id: str
+    created_at: float
+    """Unix time in seconds."""
+    step: int
+    metrics: Mapping[str, float] = field(hash=False)
+    """`train_loss` and `valid_loss`, where they were measured at this step."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One step of a job; a loss is None where it was not measured."""
+
+    step: int
+    train_loss: float | None
+    valid_loss: float | None
+
+
+@dataclass(frozen=True)
+class TrainingJobInfo:
+    """A job as the server told it last."""
+
+    id: str
+    name: str
+    """The adapter's: what comes out is a version of it."""
+    status: str
+    """`validating_files`, `queued`, `running`, `paused`, and in the end `succeeded`, `failed` or
+    `cancelled`."""
+    model: str
+    """The base that it trains on."""
+    method: str
+    """`supervised` or `dpo`."""
+    settings: Mapping[str, Any] = field(hash=False)
+    """All hyperparameters; what was "auto" is decided once the files are checked."""
+    seed: int
+    training_file: str
+    validation_file: str | None
+    activate: str
+    """`always`, `if_better` or `never`."""
+    metadata: Mapping[str, str] = field(hash=False)
+    created_at: float
+    """Unix time in seconds."""
+    finished_at: float | None
+    fine_tuned_model: str | None
+    """`name@version`: what to ask for. None until it has succeeded."""
+    version: str | None
+    """The digest of what came out."""
+    activated: bool | None
+    """Whether requests that give just the name get it; None until it has succeeded."""
+    resumable: bool
+    """Whether `resume` would go on from its last checkpoint."""
+    progress: TrainingProgress | None
+    report: TrainingReport | None
+    error: TrainingFailure | None
+    result_files: tuple[str, ...]
+    """Ids of files: the curve of the losses as CSV."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen by itself, as for `paused`."""
+        return self.status in ENDED
+
+
+TrainingCallback: TypeAlias = Callable[[TrainingJobInfo], object]
+"""Called with each change of a job that is waited for, in the thread (or event loop) that waits."""
+
+
+class TrainingSettings(TypedDict, total=False):
+    """How an adapter is trained. What is left out, or "auto", takes the server's default, given here."""
+
+    beta: float | str
+    """DPO: how close to stay to the base (0.1)."""
+    r: int
+    """Rank of the update matrices (16)."""
+    alpha: float | str
+    """The update is scaled by alpha / r (twice the rank)."""
+    targets: str | Sequence[str]
+    """`attention`, `mlp`, `all-linear` or names of linear layers (`all-linear`: all but `lm_head`)."""
+    rank_pattern: Mapping[str, int]
+    """Ranks of some layers: `{"down_proj": 32}`."""
+    alpha_pattern: Mapping[str, float]
+    """Alphas of some layers."""
+    dropout: float
+    """Of the adapter's inputs (0)."""
+    use_rslora: bool
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool
+    """Train magnitudes as well (DoRA)."""
+    init: str | bool
+    """How A and B begin: `true`, `gaussian`, `false` or `eva` (`true`: B is 0)."""
+    epochs: float | str
+    """Passes over the data (3)."""
+    max_steps: int
+    """Stop after so many steps; 0: after the epochs (0)."""
+    batch_size: int | str
+    """Rows in one step (16 or fewer)."""
+    learning_rate: float | str
+    """The highest one (5e-4, for DPO 5e-5)."""
+    learning_rate_multiplier: float | str
+    """Times the learning rate (1)."""
+    lora_plus_ratio: float
+    """LoRA+: B learns so many times faster than A; 0: as fast (0)."""
+    schedule: str
+    """How the learning rate falls: `cosine`, `linear` or `constant` (`cosine`)."""
+    warmup_ratio: float
+    """Part of the steps in which it rises (0.05)."""
+    optimizer: str
+    """`adamw`, `adamw_8bit`, `paged_adamw` or `paged_adamw_8bit` (`adamw`)."""
+    weight_decay: float
+    """AdamW's (0)."""
+    max_grad_norm: float
+    """Gradients are clipped to this norm; 0: never (1)."""
+    train_on: str
+    """Which tokens are in the loss: `assistant`, the replies, or `all` (`assistant`)."""
+    max_length: int | str
+    """Most tokens of one row (2048, or the base's limit)."""
+    too_long: str
+    """What to do with longer rows: `refuse`, `truncate` or `drop` (`refuse`)."""
+    packing: bool
+    """Compute several rows in one sequence, without padding (true)."""
+    eval_split: float | str
+    """Part of the rows to hold out where there is no validation file (0.1, at most 200 rows)."""
+    micro_tokens: int | str
+    """Tokens computed at once (by memory)."""
+    gradient_checkpointing: bool | str
+    """Compute activations twice instead of keeping them (if memory asks for it)."""
+    eval_every: int | str
+    """Steps between evaluations (a tenth of all)."""
+    save_every: int | str
+    """Steps between checkpoints (as `eval_every`)."""
+    keep: int
+    """Checkpoints kept beside the best one (2)."""
+    patience: int
+    """Stop after so many evaluations without a better one; 0: never (0)."""
+    metrics: str | Sequence[str]
+    """Measured on the base's replies and the adapter's: `exact_match`, `json_valid`, `json_equal`,
+    `contains:TEXT`, `starts_with:TEXT`, `one_of:A|B|C`, `max_characters:N` (none)."""
+    best_by: str
+    """`loss` or one of the metrics: decides what is better (`loss`)."""
+    metric_rows: int
+    """Held-out rows that replies are generated for (32)."""
+    metric_tokens: int
+    """The longest generated reply (128)."""
+    sample_prompts: Sequence[str]
+    """Prompts that are answered at each evaluation (none)."""
