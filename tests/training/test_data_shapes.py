@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tests.training.data_support import base_tokenizer, chat, learned, only, rec
 
 from onebase_adapters.training.conversation import Chat, Choice, Text, parse_row
 from onebase_adapters.training.data import DataError, load_dataset
+from onebase_adapters.training.data_json import Record, json_array
 from onebase_adapters.training.data_problems import RowError
 from onebase_adapters.training.samples import Preference
 
@@ -195,3 +198,15 @@ def test_a_completion_that_is_json_stays_the_text_it_is(tmp_path: Path) -> None:
     row = {"prompt": "Give JSON: ", "completion": '[{"a": 1}]'}
     sample = only(load_dataset(write_rows(tmp_path / "r.jsonl", [row]), base_tokenizer(), recipe()))
     assert whole(sample, base_tokenizer()) == 'Give JSON: [{"a": 1}]<|im_end|>'
+
+
+def test_the_examples_of_the_documentation_are_read_as_it_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    parsed = [
+        parse_row(item.value, "dpo" if "chosen" in block else "supervised")
+        for block in blocks
+        for item in json_array(io.BytesIO(block.encode()), lambda _count: None, "docs")
+        if isinstance(item, Record)
+    ]
+    assert [type(row).__name__ for row in parsed] == ["Chat", "Text", "Chat", "Text", *["Choice"] * 4]
