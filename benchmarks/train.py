@@ -6,7 +6,7 @@ rates, adapters in fp32. Then one plain evaluation gives the held-out loss of wh
 
   python benchmarks/train.py --trl-python /tmp/trl/bin/python      # against TRL
   python benchmarks/train.py --targets onebase --repeats 1         # a quick look
-
+  python benchmarks/train.py --beside 0,0.2,1                      # what serving notices of a job
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from typing import Any
 from rich.console import Console
 
 from bench import machine
+from bench.beside import Load, measure_beside, write_beside
 from bench.processes import StartError, end_on_signals
+from bench.targets import Setup
 from bench.training import (
     ONEBASE,
     WARM_UP,
@@ -35,6 +37,7 @@ from bench.training import (
     summarize_training,
 )
 from bench.training_report import rich_table, rows_of, training_markdown
+from bench.workload import Prompts
 from train_trl import VARIANTS
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
@@ -185,6 +188,16 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers from 0 to 1, as in 0,0.2,1")
+    return shares
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,6 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
     add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each target (default: all)")
     add("--seed", type=int, default=0, help="of the adapter and the order of rows (default: 0)")
+    add(
+        "--beside", type=_shares, metavar="SHARES", help="measure serving beside a job, at these train shares"
+    )
+    add("--streams", type=int, default=4, help="streams at the same time beside a job (default: 4)")
+    add("--requests", type=int, default=4, help="requests of each, one after the other (default: 4)")
+    add("--tokens", type=int, default=64, help="tokens of each of these (default: 64)")
     add("--run-timeout", type=float, default=1800, help="seconds for one run of one target (default: 1800)")
     add("--output", type=Path, default=Path("benchmarks/results"), help="folder for train.json and train.md")
     return parser
@@ -214,13 +233,15 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.targets is None:
+    if options.targets is None and options.beside:
+        options.targets = []
+    elif options.targets is None:
         options.targets = [ONEBASE, *(["trl", "trl-checkpointing"] if options.trl_python else [])]
-    if set(options.targets) != {ONEBASE} and options.trl_python is None:
+    if set(options.targets) - {ONEBASE} and options.trl_python is None:
         parser.error("TRL's targets need --trl-python")
     if options.steps <= WARM_UP:
         parser.error(f"--steps must be more than the {WARM_UP} of the warm-up")
-    for name in ("batch", "rank", "repeats", "threads"):
+    for name in ("batch", "rank", "repeats", "threads", "streams", "requests", "tokens"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if options.lora_targets != "all-linear":
@@ -248,14 +269,22 @@ def main(argv: Sequence[str]) -> int:
         options.base = fetch_default_base()
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         bench = Bench(options, _device(options.device), console, Path(folder))
-        bench.prepare()
-        try:
-            bench.measure()
-        finally:
-            if bench.runs:
-                bench.evaluate()
-                bench.publish(described)
-    return 1 if bench.failed or not bench.runs else 0
+        if options.targets:
+            bench.prepare()
+            try:
+                bench.measure()
+            finally:
+                if bench.runs:
+                    bench.evaluate()
+                    bench.publish(described)
+        if options.beside:
+            setup = Setup(options.base, {}, options.rank, options.threads)
+            load = Load(options.streams, options.requests, options.tokens)
+            prompts = Prompts(options.base, 85, options.seed)
+            found = measure_beside(setup, load, prompts, options.data, options.beside, bench.folder, console)
+            bench.failed += [f"share {share:g}" for share in options.beside if share not in found]
+            write_beside(found, load, described, options.output, console)
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":
