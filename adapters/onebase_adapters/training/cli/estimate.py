@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--longest-row", type=_positive, metavar="N", help="longest row, in tokens (default: max_length)"
     )
     data.add_argument("--gpu", metavar="NAME", help="for a GPU that is not here, as in l4, a100-80 or h100")
-    data.add_argument("--memory", type=_size, metavar="SIZE", help="memory that a run may take, as in 20GB")
+    data.add_argument("--memory", type=size, metavar="SIZE", help="memory that a run may take, as in 20GB")
     data.add_argument(
         "--resident", action="store_true", help="as a job on a server, whose base is in memory already"
     )
@@ -186,8 +186,8 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
     table.add_row("file", f"{made.adapter_bytes / 1e6:,.2f} MB", "fp32")
     table.add_section()
     for label, name in _PARTS:
-        size = getattr(made, name)
-        table.add_row(label, f"{size / 1e9:.2f} GB", _bar(size, max(made.total, 1)))
+        part = getattr(made, name)
+        table.add_row(label, f"{part / 1e9:.2f} GB", _bar(part, max(made.total, 1)))
     style = "bold green" if made.fits else "bold red"
     table.add_row("[bold]peak", Text(f"{made.total / 1e9:.2f} GB", style), _verdict(made, machine))
     table.add_section()
@@ -203,9 +203,9 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
     )
 
 
-def _bar(size: int, total: int) -> Text:
-    filled = round(_BAR * size / total)
-    return Text("█" * filled, "cyan").append("·" * (_BAR - filled), "dim").append(f" {size / total:4.0%}")
+def _bar(part: int, total: int) -> Text:
+    filled = round(_BAR * part / total)
+    return Text("█" * filled, "cyan").append("·" * (_BAR - filled), "dim").append(f" {part / total:4.0%}")
 
 
 def _verdict(made: Estimate, machine: Machine) -> Text:
@@ -243,7 +243,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
     """Bytes of a size such as 20GB, 512MiB or a plain number."""
     units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1}
     lowered = text.lower().strip()

@@ -1,0 +1,270 @@
+"""`onebase sweep`: which rank, targets and learning rate a task wants, by many short runs on one base."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from onebase_adapters.training import events
+from onebase_adapters.training.cli.common import (
+    UsageError,
+    add_base_options,
+    add_recipe_options,
+    base_settings,
+    find_base,
+    print_error,
+    recipe_from,
+)
+from onebase_adapters.training.cli.estimate import size
+from onebase_adapters.training.cli.train import _quiet_libraries, _recipe_file
+
+if TYPE_CHECKING:
+    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.sweep import SweepResult
+    from onebase_adapters.training.sweep_trials import Grid, Trial
+
+_ABOUT = """\
+Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
+
+  onebase sweep --data train.jsonl
+  onebase sweep --data train.jsonl --r 8..64 --targets attention --targets all-linear --learning-rate 5e-4
+
+Ends in a table, results.csv, results.json and a plot, sweep.svg. A sweep that was stopped goes on where it
+was: give the same command again. With longer lists it adds runs.
+"""
+_STOPPED, _FAILED, _USAGE = 130, 1, 2
+_SWEPT = ("r", "alpha", "targets", "learning_rate")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`onebase sweep`. Exit status: 0 done, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
+    options = _parser().parse_args(list(argv))
+    console = Console(stderr=True)
+    try:
+        return _sweep(options, console)
+    except UsageError as error:
+        print_error(console, str(error))
+        return _USAGE
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on where it was.")
+        return _STOPPED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onebase sweep",
+        usage="onebase sweep --data FILE [options]",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", required=True, metavar="FILE", help="examples, as for `onebase train`")
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples; else a part of --data is")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder (default: runs/sweep)"
+    )
+    tried = parser.add_argument_group("what is tried, in every combination")
+    tried.add_argument(
+        "--r", dest="tried_r", type=_ranks, metavar="R,...", help="ranks; 8..64 doubles (default: 8..64)"
+    )
+    tried.add_argument(
+        "--alpha",
+        dest="tried_alpha",
+        type=_alphas,
+        metavar="A,...",
+        help="alphas; auto is twice the rank (default: auto)",
+    )
+    tried.add_argument(
+        "--targets",
+        dest="tried_targets",
+        action="append",
+        metavar="A,B,...",
+        help="one choice of targets; repeat for others (default: all-linear)",
+    )
+    tried.add_argument(
+        "--learning-rate",
+        dest="tried_rates",
+        type=_rates,
+        metavar="X,...",
+        help="learning rates (default: 2e-4,5e-4,1e-3)",
+    )
+    tried.add_argument(
+        "--survivors",
+        type=_part,
+        default=0.5,
+        metavar="X",
+        help="part of the runs that goes on after a quarter and a half of the steps (default: 0.5; 1: all)",
+    )
+    parser.add_argument("--recipe", metavar="FILE", type=Path, help="JSON file of common settings")
+    parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most memory, as in 8GB")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    add_base_options(parser)
+    add_recipe_options(parser, leave_out=_SWEPT)
+    return parser
+
+
+def _sweep(options: argparse.Namespace, console: Console) -> int:
+    recipe = recipe_from(options, _recipe_file(options.recipe))
+    _quiet_libraries()
+    from onebase_adapters.training.machine import free_memory
+    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    with _Show(console) as show:
+        resolved = find_base(options, show.loading)
+        settings = base_settings(options, resolved.folder)
+        job = Job(
+            name="sweep",
+            recipe=recipe,
+            train=options.data,
+            held_out=options.eval_data,
+            folder=options.out,
+            base=settings,
+            base_name=resolved.name,
+            base_commit=resolved.revision,
+            memory_limit=options.memory_limit or free_memory(settings.device),
+        )
+        result = _run(job, _grid(options), options.survivors, show)
+    if result is None:
+        return _FAILED
+    write(result)
+    render(result, console)
+    console.print(f"Plot: {escape(str(options.out / PLOT))}  Table: {escape(str(options.out / TABLE))}")
+    return 0 if result.best else _FAILED
+
+
+def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
+    """The result; None after a failure, which has been shown."""
+    from onebase_adapters.base import UnsupportedBaseError, load_base
+    from onebase_adapters.training.checkpoint import CheckpointError
+    from onebase_adapters.training.data import DataError
+    from onebase_adapters.training.gate import OpenGate
+    from onebase_adapters.training.recipe import RecipeError
+    from onebase_adapters.training.sweep import sweep
+
+    try:
+        show.loading(f"loading {job.base_name}", 0.0)
+        base = load_base(job.base)
+        show.loading("reading the data", 0.0)
+        return sweep(base, job, grid, show.event, OpenGate(), survivors=survivors, tell=show.say)
+    except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:
+        show.failed(str(error))
+        return None
+
+
+def _grid(options: argparse.Namespace) -> Grid:
+    from onebase_adapters.training.sweep_trials import Grid
+
+    targets = tuple(
+        tuple(part.strip() for part in one.split(",") if part.strip()) for one in options.tried_targets or ()
+    )
+    given = {
+        "r": options.tried_r,
+        "alpha": options.tried_alpha,
+        "targets": targets or None,
+        "learning_rate": options.tried_rates,
+    }
+    return Grid(**{name: value for name, value in given.items() if value is not None})
+
+
+class _Show:
+    """One live bar for the run that goes on, and a line for each that reached its rung."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=None, facts="")
+
+    def __enter__(self) -> _Show:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def loading(self, message: str, part: float) -> None:
+        self._progress.update(self._task, description=message, total=None)
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(f"[bold]{escape(message)}[/]", highlight=False)
+
+    def failed(self, message: str) -> None:
+        self._progress.stop()
+        print_error(self._console, message)
+
+    def event(self, trial: Trial, event: events.Event) -> None:
+        """Show one event of a run."""
+        if isinstance(event, events.StepDone):
+            self._progress.update(
+                self._task,
+                description=escape(trial.name),
+                completed=event.step,
+                total=event.steps,
+                facts=f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s",
+            )
+        elif isinstance(event, events.Evaluated) and event.step:
+            self._progress.console.print(
+                f"{escape(trial.name)}: step {event.step}, held-out loss {event.loss:.4f}", highlight=False
+            )
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    """8,16 or 8..64, which doubles."""
+    low, dots, high = text.partition("..")
+    if not dots:
+        return _listed(text, int, "whole numbers above 0, as in 8,16 or 8..64")
+    first, last = (_listed(part, int, "ranks as in 8..64")[0] for part in (low, high))
+    ranks = []
+    while first <= last:
+        ranks.append(first)
+        first *= 2
+    if not ranks:
+        raise argparse.ArgumentTypeError(f"{text!r}: the first rank is above the last")
+    return tuple(ranks)
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return _listed(text, float, "numbers above 0, as in 2e-4,5e-4")
+
+
+def _alphas(text: str) -> tuple[Any, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple("auto" if p == "auto" else _listed(p, float, "numbers above 0, or auto")[0] for p in parts)
+
+
+def _part(text: str) -> float:
+    value: float = _listed(text, float, "a number above 0, at most 1")[0]
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number above 0, at most 1")
+    return value
+
+
+def _listed(text: str, kind: Callable[[str], Any], words: str) -> tuple[Any, ...]:
+    try:
+        values = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: write {words}")
+    return values
