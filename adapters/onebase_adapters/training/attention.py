@@ -87,7 +87,7 @@ def register() -> None:
 def _attend(
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], length: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The fastest way there is for q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
+    """The fastest way: q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
     q, k, v = states
     window, dropout = options.get("sliding_window"), options.get("dropout") or 0.0
     if options.get("softcap") is not None or (window is not None and window < length):

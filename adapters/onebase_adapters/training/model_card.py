@@ -99,7 +99,7 @@ def _settings(report: Report) -> str:
         for item, _ in recipe_fields()
         if item.name in report.recipe and report.recipe[item.name] not in ([], {}, "")
     ]
-    adapter = f"{report.parameters:,} parameters, {report.adapter_bytes / 1e6:.2f} MB in fp32."
+    adapter = f"{report.parameters:,} parameters, {report.adapter_bytes / 1e6:.2f} MB."
     return f"## Settings\n\n{adapter}\n\n" + _table(["setting", "value"], rows)
 
 

@@ -12,7 +12,7 @@ from onebase_adapters.training.recipe import Recipe
 class Report:
     """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair).
 
-    better: whether the adapter is better than the base by the recipe's `best_by`; None if it was not measured.
+    better: whether the adapter is better than the base by the recipe's `best_by`; None if not measured.
     metrics_before, metrics_after: base and adapter on the same prompts, each from 0 to 1.
     losses, held_out: (step, loss).
     """

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from onebase_adapters.training.checkpoint import appearing
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def write_adapter(model: Any, folder: Path, *, base: str, commit: str | None, card: str) -> int:
+def write_adapter(
+    model: Any,
+    folder: Path,
+    *,
+    base: str,
+    commit: str | None,
+    card: Callable[[int], str],
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """Write what `PeftModel.from_pretrained` loads; returns the bytes of the tensors' file.
 
     The folder appears whole. Base weights are never in it, also when `lm_head` is a target.
@@ -23,7 +31,8 @@ def write_adapter(model: Any, folder: Path, *, base: str, commit: str | None, ca
     Args:
         model: a PeftModel with one adapter in fp32.
         base: what goes into the config as the base's name. commit: of the base, if it has one.
-        card: the text of README.md.
+        card: gives the text of README.md, told the bytes of the tensors' file.
+        dtype: of the tensors in the file; whatever it is, they are loaded as fp32 again.
     """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
@@ -32,8 +41,12 @@ def write_adapter(model: Any, folder: Path, *, base: str, commit: str | None, ca
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model.save_pretrained(work, save_embedding_layers=False)
-        _check(load_file(work / WEIGHTS))
-        (work / "README.md").write_text(card, encoding="utf-8")
+        tensors = load_file(work / WEIGHTS)
+        _check(tensors)
+        if dtype != torch.float32:
+            halved = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            save_file(halved, work / WEIGHTS, metadata={"format": "pt"})
+        (work / "README.md").write_text(card((work / WEIGHTS).stat().st_size), encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size
 
 

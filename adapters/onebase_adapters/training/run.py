@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Job:
     train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: what
     the two are called, where their paths do not say it. folder: the run's own; a run that is in it goes on.
     base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may
-    take. base_resident: the base is another process's.
+    take. base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Job:
     base_commit: str | None = None
     memory_limit: int | None = None
     base_resident: bool = False
+    save_dtype: torch.dtype = torch.float32
 
 
 def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | None = None) -> Report:
@@ -163,7 +164,6 @@ def _finish(
 ) -> Report:
     """Write the adapter and the report."""
     tell(events.Phase(at=time.time(), name="saving"))
-    parameters = sum(parameter.numel() for parameter in trainable.parameters())
     report = Report(
         name=job.name,
         base=job.base_name,
@@ -171,8 +171,8 @@ def _finish(
         best_step=state.best_step or state.step,
         tokens=state.tokens,
         seconds=state.seconds,
-        parameters=parameters,
-        adapter_bytes=4 * parameters,
+        parameters=sum(parameter.numel() for parameter in trainable.parameters()),
+        adapter_bytes=0,
         loss_before=state.base_loss,
         loss_after=state.best_loss,
         metrics_before=metrics[0],
@@ -184,11 +184,26 @@ def _finish(
         peak_memory_bytes=peak_memory(trainable.device),
     )
     if ranks.first:
-        card = model_card(report, repo=job.base_repo, commit=job.base_commit, data=_data_lines(plan.data))
-        name, commit = job.base_repo or job.base_name, job.base_commit if job.base_repo else None
-        write_adapter(trainable.model, job.folder / ADAPTER, base=name, commit=commit, card=card)
-        (job.folder / REPORT).write_text(json.dumps(report.to_json(), indent=1))
+        report = _write(job, plan, trainable, report)
     ranks.wait()
+    return report
+
+
+def _write(job: Job, plan: Plan, trainable: Trainable, report: Report) -> Report:
+    def card(size: int) -> str:
+        known = replace(report, adapter_bytes=size)
+        return model_card(known, repo=job.base_repo, commit=job.base_commit, data=_data_lines(plan.data))
+
+    size = write_adapter(
+        trainable.model,
+        job.folder / ADAPTER,
+        base=job.base_repo or job.base_name,
+        commit=job.base_commit if job.base_repo else None,
+        card=card,
+        dtype=job.save_dtype,
+    )
+    report = replace(report, adapter_bytes=size)
+    (job.folder / REPORT).write_text(json.dumps(report.to_json(), indent=1))
     return report
 
 

@@ -89,6 +89,12 @@ def train_parser() -> argparse.ArgumentParser:
         choices=("tensorboard", "trackio"),
         help="also write the curves there; may be repeated",
     )
+    parser.add_argument(
+        "--save-dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="type of the tensors in the adapter's file (default: float32); bfloat16 halves it, rounded",
+    )
     parser.add_argument("--push", metavar="ORG/REPO", help="push the finished adapter to the Hub")
     parser.add_argument("--push-public", action="store_true", help="make the pushed repository public")
     add_base_options(parser)
@@ -124,6 +130,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 
 def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks) -> Job:
+    import torch
+
     from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.run import Job
 
@@ -144,6 +152,7 @@ def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: Resol
         base_name=resolved.name,
         base_repo=repo,
         base_commit=resolved.revision,
+        save_dtype=getattr(torch, options.save_dtype),
         memory_limit=limit // max(1, ranks.count) if settings.device.type == "cpu" else limit,
     )
 
