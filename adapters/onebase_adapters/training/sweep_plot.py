@@ -79,7 +79,8 @@ def _loss_range(trials: Sequence[Trial]) -> tuple[float, float]:
     ends = [trial.loss_at(trial.step) for trial in trials if math.isfinite(trial.loss_at(trial.step))]
     low = min(trial.loss or math.inf for trial in trials)
     high = max([*ends, low * 1.02, low + 1e-4])
-    return low - _ROOM * (high - low), high + 2 * _ROOM * (high - low)
+    # Nothing is below the best run but its label.
+    return low - 2 * _ROOM * (high - low), high + _ROOM * (high - low)
 
 
 def _size_range(trials: Sequence[Trial]) -> tuple[float, float]:
@@ -114,7 +115,7 @@ def _frame(panel: _Panel, ticks: Sequence[float], label: Callable[[float], str],
     """Grid, labels and titles of a panel."""
     left, right, bottom = panel.left, panel.left + panel.width, HEIGHT - _BOTTOM
     parts = []
-    losses = _ticks(*panel.y_range, 6)
+    losses = [loss for loss in _ticks(*panel.y_range, 6) if loss >= 0]
     places = max(0, -math.floor(math.log10(losses[1] - losses[0]))) if len(losses) > 1 else 3
     for loss in losses:
         y = panel.y(loss)
@@ -142,8 +143,8 @@ def _by_size(
     for trial in trials:
         x, y = panel.x(max(trial.parameters, 1)), panel.y(trial.loss or 0.0)
         parts.append(_dot(x, y, colours[_series(trial)], trial))
-        if trial is best:
-            parts += _best(x, y, trial, panel)
+    if best is not None:
+        parts += _best(panel.x(max(best.parameters, 1)), panel.y(best.loss or 0.0), best, panel)
     return parts
 
 
@@ -173,9 +174,12 @@ def _by_time(
 def _best(x: float, y: float, trial: Trial, panel: _Panel) -> list[str]:
     label = f"best: r {trial.r}, {trial.loss:.4f}"
     late = x > panel.left + 0.6 * panel.width
+    place = (x + 9, "end") if late else (x - 9, "start")
     return [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="10" fill="none" stroke="{_INK}" stroke-width="1.5"/>',
-        _text(x - 15 if late else x + 15, y + 5, label, _INK, anchor="end" if late else "start", weight=600),
+        '<g paint-order="stroke" stroke="white" stroke-width="4">',
+        _text(place[0], y + 26, label, _INK, anchor=place[1], weight=600),
+        "</g>",
     ]
 
 
