@@ -46,7 +46,7 @@ class AsyncTraining:
         **settings: Unpack[TrainingSettings],
     ) -> AsyncTrainingJob:
         """As Training.create."""
-        _training_requests.check_settings(settings)
+        plain = _training_requests.check_settings(settings)
         train = _training_requests.source(training_file, "training_file")
         validation = (
             None if validation_file is None else _training_requests.source(validation_file, "validation_file")
@@ -62,7 +62,7 @@ class AsyncTraining:
                 method=method,
                 seed=seed,
                 metadata=metadata,
-                settings=settings,
+                settings=plain,
             )
             return self._job(parse((await self._send(call)).body, _training_parse.job))
 

@@ -67,7 +67,7 @@ class Training:
                 deleted again.
             ConflictError: the server trains nothing.
         """
-        _training_requests.check_settings(settings)
+        plain = _training_requests.check_settings(settings)
         train = _training_requests.source(training_file, "training_file")
         validation = (
             None if validation_file is None else _training_requests.source(validation_file, "validation_file")
@@ -83,7 +83,7 @@ class Training:
                 method=method,
                 seed=seed,
                 metadata=metadata,
-                settings=settings,
+                settings=plain,
             )
             return self._job(parse(self._send(call).body, _training_parse.job))
 

@@ -86,12 +86,20 @@ def base_of(models: Sequence[Model]) -> str:
     return models[0].id
 
 
-def check_settings(settings: TrainingSettings) -> None:
-    """Raise TypeError for a name that is no setting, before anything is sent."""
+def check_settings(settings: TrainingSettings) -> Body:
+    """The settings as JSON, looked at before anything is sent.
+
+    Raises:
+        TypeError: a name is no setting; a value cannot be sent.
+        ValueError: a number is not finite.
+    """
     known = TrainingSettings.__annotations__
     for name in settings:
         if name not in known:
             raise TypeError(f"unknown setting {name!r}; there are: {', '.join(known)}")
+    plain = {name: _plain(value) for name, value in settings.items()}
+    encode(plain)
+    return plain
 
 
 def create(
@@ -104,23 +112,16 @@ def create(
     method: TrainingMethod,
     seed: int | None,
     metadata: Mapping[str, str] | None,
-    settings: TrainingSettings,
+    settings: Body,
 ) -> Call:
-    """The call that makes a job. It is not idempotent: done twice it makes two.
-
-    Raises:
-        TypeError, ValueError: a setting cannot be sent; the message names it.
-    """
-    check_settings(settings)
-    plain = {key: _plain(value) for key, value in settings.items()}
-    encode(plain)  # names the setting that cannot be sent
+    """The call that makes a job. It is not idempotent: done twice it makes two."""
     body: Body = {
         "model": model,
         "training_file": training_file,
         "validation_file": validation_file,
         "name": name,
         "activate": activate,
-        "method": {"type": method, method: {"hyperparameters": plain}},
+        "method": {"type": method, method: {"hyperparameters": settings}},
         "seed": seed,
         "metadata": None if metadata is None else dict(metadata),
     }
