@@ -17,6 +17,7 @@ import torch
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events
 from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.memory import keep_freed_memory
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.run import ADAPTER, Job, train
 
@@ -45,6 +46,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(task["threads"])
+    keep_freed_memory()  # as `onebase train` does
     settings = BaseSettings(folder=Path(task["base"]), device=torch.device(task["device"]))
     ends: list[float] = []
     losses: list[float] = []

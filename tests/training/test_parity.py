@@ -19,6 +19,7 @@ from torch import nn
 from onebase_adapters.attach import attach, publish
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.default_base import fetch_default_base
+from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.batches import pack, step_rows
 from onebase_adapters.training.checkpoint import Checkpoints
 from onebase_adapters.training.gate import OpenGate
@@ -189,6 +190,17 @@ def test_no_setting_changes_the_curve_in_another_way_than_it_does_for_peft(
     data = rows(24, 320, 40)
     made = recipe(data, **changes)
     expected = plain_losses(load_base(settings), made, data, **lora)
+    assert losses_of(load_base(settings), made, data, tmp_path) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_curve_is_that_of_a_plain_loop_also_where_rows_are_long(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = BaseSettings(folders["llama"], **FP32)
+    data = rows(12, 320, 2 * SHORT - 32)
+    assert min(map(len, data)) < SHORT < max(map(len, data))
+    made = recipe(data)
+    expected = plain_losses(load_base(settings), made, data)
     assert losses_of(load_base(settings), made, data, tmp_path) == pytest.approx(expected, abs=1e-4)
 
 
