@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.runs import tiny_base
+from tests.training.runs import talking_base, tiny_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,3 +35,9 @@ def base(base_folder: Path) -> torch.nn.Module:
 def exact_base(base_folder: Path, base: torch.nn.Module) -> torch.nn.Module:
     """NF4 in fp32: sums in another order differ in the last digits only."""
     return tiny_base(base_folder, dtype=torch.float32, compute_dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def talking_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base with a real tokenizer."""
+    return talking_base(tmp_path_factory.mktemp("talking"))

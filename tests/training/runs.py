@@ -110,3 +110,50 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def talking_base(folder: Path) -> Path:
+    """A small random Llama with the default base's tokenizer and chat template, as a folder."""
+    import shutil
+
+    import transformers as tf
+
+    from onebase_adapters.default_base import fetch_default_base
+
+    default = fetch_default_base()
+    torch.manual_seed(0)
+    config = tf.AutoConfig.from_pretrained(default, local_files_only=True)
+    small = tf.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    tf.AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (default / name).exists():
+            shutil.copyfile(default / name, folder / name)
+    return folder
+
+
+def write_chats(path: Path, count: int, first: int = 0) -> Path:
+    """A JSONL file of conversations that end in one of two replies."""
+    import json
+
+    lines = []
+    for number in range(first, first + count):
+        color = ("red", "blue")[number % 2]
+        messages = [
+            {"role": "user", "content": f"Item {number} is {color}. Which colour?"},
+            {"role": "assistant", "content": f'{{"colour": "{color}"}}'},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+    return path

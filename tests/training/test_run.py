@@ -1,0 +1,176 @@
+"""A whole run: from files to an adapter that PEFT loads, a report, a model card and a record of events."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.training.runs import write_chats
+
+from onebase_adapters.base import BaseSettings, load_base
+from onebase_adapters.training import events
+from onebase_adapters.training.checkpoint import CheckpointError
+from onebase_adapters.training.data_problems import DataError
+from onebase_adapters.training.gate import Interrupted, OpenGate
+from onebase_adapters.training.plan import DoesNotFitError
+from onebase_adapters.training.recipe import RecipeError, parse_recipe
+from onebase_adapters.training.report import Report
+from onebase_adapters.training.run import Job, train
+from onebase_adapters.view import view
+
+SETTINGS: dict[str, Any] = {
+    "r": 4,
+    "batch_size": 4,
+    "max_steps": 8,
+    "learning_rate": 2e-2,
+    "eval_every": 4,
+    "metrics": ["json_valid", "exact_match"],
+    "metric_rows": 3,
+    "metric_tokens": 8,
+    "sample_prompts": ["Which colour?"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(talking_folder: Path) -> torch.nn.Module:
+    return load_base(BaseSettings(folder=talking_folder))
+
+
+@pytest.fixture
+def job(talking_folder: Path, tmp_path: Path) -> Job:
+    return Job(
+        name="colours",
+        recipe=parse_recipe(SETTINGS),
+        train=write_chats(tmp_path / "train.jsonl", 24),
+        held_out=write_chats(tmp_path / "held-out.jsonl", 6, first=100),
+        folder=tmp_path / "run",
+        base=BaseSettings(folder=talking_folder),
+        base_name="small",
+    )
+
+
+def run(base: torch.nn.Module, job: Job, seen: list[events.Event] | None = None) -> Report:
+    return train(base, job, (seen if seen is not None else []).append, OpenGate())
+
+
+def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
+    base: torch.nn.Module, job: Job
+) -> None:
+    seen: list[events.Event] = []
+    report = run(base, job, seen)
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.loss_after < report.loss_before
+    assert report.better is True
+    assert set(report.metrics_before) == set(report.metrics_after) == {"json_valid", "exact_match"}
+    assert json.loads((job.folder / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
+    adapter = job.folder / "adapter"
+    names = sorted(path.name for path in adapter.iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert report.adapter_bytes == (adapter / "adapter_model.safetensors").stat().st_size
+    PeftModel.from_pretrained(view(base), adapter)
+    card = (adapter / "README.md").read_text()
+    for part in (
+        "train.jsonl",
+        "held-out.jsonl",
+        f"{report.loss_before:.4f}",
+        "`json_valid`",
+        "| `r` | `4` |",
+    ):
+        assert part in card
+    kinds = [type(event) for event in seen]
+    order = [
+        events.DataChecked,
+        events.Planned,
+        events.Measured,
+        events.StepDone,
+        events.Saved,
+        events.Finished,
+    ]
+    assert [kinds.index(kind) for kind in order] == sorted(kinds.index(kind) for kind in order)
+    subjects = [event.subject for event in seen if isinstance(event, events.Measured)]
+    assert subjects == ["base", "adapter"]
+    assert [event.step for event in seen if isinstance(event, events.Sampled)] == [0, 4, 8]
+    recorded = [json.loads(line)["type"] for line in (job.folder / "events.jsonl").read_text().splitlines()]
+    assert recorded.count("step") == 8
+    assert recorded[-1] == "finished"
+
+
+def test_paused_and_started_again_it_is_the_same_adapter(base: torch.nn.Module, job: Job) -> None:
+    class Pausing:
+        left = 60
+
+        def wait(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Interrupted("pause")
+
+    run(base, job)
+    broken = replace(job, folder=job.folder.with_name("broken"))
+    gate = Pausing()
+    pauses = 0
+    while pauses < 20:
+        try:
+            train(base, broken, lambda event: None, gate)
+            break
+        except Interrupted:
+            pauses, gate.left = pauses + 1, 150
+    assert pauses > 0
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (job.folder, broken.folder)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job) -> None:
+    first = run(base, job)
+    seen: list[events.Event] = []
+    assert run(base, job, seen).losses == first.losses
+    assert not [event for event in seen if isinstance(event, events.StepDone)]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(base: torch.nn.Module, job: Job) -> None:
+    run(base, job)
+    other = replace(job, recipe=replace(job.recipe, r=8))
+    with pytest.raises(CheckpointError, match="another recipe"):
+        run(base, other)
+
+
+def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, job: Job) -> None:
+    report = run(base, replace(job, held_out=None, recipe=replace(job.recipe, eval_split=0.0)))
+    assert (report.better, report.loss_before, report.loss_after) == (None, None, None)
+    assert "Nothing was held out" in (job.folder / "adapter" / "README.md").read_text()
+
+
+def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, job: Job) -> None:
+    report = run(base, replace(job, held_out=None, recipe=replace(job.recipe, eval_split=0.25)))
+    assert report.loss_before is not None
+
+
+def test_in_bfloat16_the_file_is_half_as_large(base: torch.nn.Module, job: Job) -> None:
+    whole = run(base, job)
+    half = run(base, replace(job, folder=job.folder.with_name("half"), save_dtype=torch.bfloat16))
+    assert half.adapter_bytes < 0.6 * whole.adapter_bytes
+    tensors = load_file(job.folder.with_name("half") / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_what_cannot_fit_is_refused_before_it_begins(base: torch.nn.Module, job: Job) -> None:
+    with pytest.raises(DoesNotFitError, match=r"\S"):
+        run(base, replace(job, memory_limit=100_000_000))
+    assert not (job.folder / "checkpoints").exists()
+    assert not (job.folder / "plan.json").exists()
+
+
+def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, job: Job) -> None:
+    bad = job.folder.with_name("bad.jsonl")
+    bad.write_text('{"messages": []}\nnot json\n')
+    with pytest.raises(DataError) as caught:
+        run(base, replace(job, train=bad))
+    assert [problem.line for problem in caught.value.problems] == [1, 2]
+    with pytest.raises(RecipeError, match="wq"):
+        run(base, replace(job, recipe=replace(job.recipe, targets=("wq",))))
