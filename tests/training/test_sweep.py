@@ -133,6 +133,23 @@ def test_all_runs_see_one_reading_of_the_data(
     assert readings == [1]
 
 
+def test_metrics_of_the_base_are_measured_once_and_of_each_finished_adapter(
+    base: torch.nn.Module, job: Job
+) -> None:
+    measured = []
+
+    def listen(trial: Trial, event: events.Event) -> None:
+        if isinstance(event, events.Measured):
+            measured.append((event.subject, trial.name))
+
+    recipe = parse_recipe({"batch_size": 4, "max_steps": 4, "metrics": ["exact_match"], "metric_tokens": 8})
+    grid = Grid(r=(2, 4), learning_rate=(BRIGHT,), targets=(("attention",),))
+    result = run_sweep(base, Job(**{**vars(job), "recipe": recipe}), grid, listen=listen, survivors=1.0)
+    assert [subject for subject, _ in measured].count("base") == 1
+    assert {name for subject, name in measured if subject == "adapter"} == {t.name for t in result.trials}
+    assert all("exact_match" in trial.metrics for trial in result.trials)
+
+
 def test_without_stopping_every_run_ends_and_equals_a_run_of_its_own(base: torch.nn.Module, job: Job) -> None:
     result = run_sweep(base, job, survivors=1.0)
     assert {trial.status for trial in result.trials} == {"finished"}

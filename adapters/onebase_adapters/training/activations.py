@@ -1,7 +1,7 @@
 """What a training step keeps in memory beside weights, from the shapes of the base's layers.
 
 Counted are the tensors that autograd saves for the backward pass over frozen quantized weights; a frozen
-product keeps nothing. docs/training.md has how well this fits what was measured.
+product keeps nothing. docs/training-plans.md has how well this fits what was measured.
 """
 
 from __future__ import annotations
