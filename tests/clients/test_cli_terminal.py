@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.clients.registry_double import Registry, digest
+from tests.clients.training_double import CURVE, Trainer, event, step, succeeded
 
 pty = pytest.importorskip("pty", reason="there are no ptys on this platform")
 
@@ -214,3 +215,33 @@ def test_what_is_looked_at_is_laid_out_for_the_terminal(
     one = person("adapters", *action, "--url", serve(registry.script).url)
     assert "\t" not in one.sees(digest("1")[:12])
     assert one.process.wait(timeout=30) == 0
+
+
+def test_watch_draws_a_bar_and_then_what_came_of_it(
+    person: Callable[..., Person], serve: Callable[..., Any]
+) -> None:
+    trainer = Trainer()
+    job = trainer.add(1, "running", event(1), progress={"phase": "training"})
+    trainer.live = [(step(2, 1, seconds_left=9.0), {}), (event(3, "a notice"), {}), (None, succeeded())]
+    trainer.add_file("file-curve", CURVE.encode())
+    one = person("jobs", "watch", job, "--url", serve(trainer.script).url, terminal="xterm")
+    one.sees("acme  training .*?━")
+    one.sees("a notice")
+    one.sees(r"held-out loss +2\.5000")
+    one.sees("onebase generate --adapter acme")
+    assert one.process.wait(timeout=30) == 0
+
+
+def test_ctrl_c_while_watching_says_that_the_job_goes_on(
+    person: Callable[..., Person], serve: Callable[..., Any]
+) -> None:
+    trainer = Trainer()
+    job = trainer.add(1, "running", event(1), progress={"phase": "training"})
+    trainer.live = [(step(2, 1), {})]
+    one = person("jobs", "watch", job, "--url", serve(trainer.script).url)
+    one.sees("step 1/4")
+    one.types("\x03")
+    one.sees("The job goes on. To see it again: onebase jobs watch ftjob-00000000")
+    one.sees("To end it: onebase jobs cancel")
+    assert one.process.wait(timeout=30) == 130
+    assert trainer.jobs[job]["status"] == "running"

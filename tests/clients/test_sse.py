@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase._sse import SSEParser
+from onebase._sse import ServerEvent, SSEParser
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12)
@@ -60,6 +60,22 @@ def test_only_one_space_after_the_colon_belongs_to_the_format() -> None:
 
 def test_comments_and_other_fields_alone_make_no_event() -> None:
     assert feed([b": keep-alive\n\nevent: x\n\nid: 1\n\nretry: 10\n\n"]) == []
+
+
+def test_an_event_has_its_name_and_the_newest_id_that_came() -> None:
+    content = (
+        b"id: 7\nevent: done\ndata: a\n\ndata: b\n\nid: 8\n\nid: 9\0\ndata: c\n\nid\nevent: x\n\ndata: d\n\n"
+    )
+    expected = [
+        ServerEvent("a", "done", "7"),
+        ServerEvent("b", "message", "7"),
+        ServerEvent("c", "message", "8"),
+        ServerEvent("d", "message", ""),
+    ]
+    parser = SSEParser()
+    assert parser.feed_events(content) == expected
+    parser = SSEParser()
+    assert [event for byte in content for event in parser.feed_events(bytes([byte]))] == expected
 
 
 @pytest.mark.parametrize("chunk", [b"data: " + b"x" * 9, b"data: x\n" * 9])

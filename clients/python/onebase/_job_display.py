@@ -45,8 +45,6 @@ class JobDisplay(Watcher):
         self._step = 0
 
     def __enter__(self) -> JobDisplay:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
@@ -98,9 +96,6 @@ class _Bar:
         )
         self._task = self._drawn.add_task("", total=None, figures="")
 
-    def start(self) -> None:
-        self._drawn.start()
-
     def stop(self) -> None:
         self._drawn.stop()
 
@@ -114,6 +109,7 @@ class _Bar:
             completed=progress.step if progress and total else 0,
             figures=f"{progress.step}/{total}  {figures(job)}" if progress and total else "",
         )
+        self._drawn.start()  # only now: an empty bar says nothing
 
 
 def doing(job: TrainingJobInfo) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_GAP: Final = 2
+"""Blanks between columns."""
 WIDE: Final = 100
 ROOMY: Final = 120
 """Widths of a terminal, in characters, from which there is room for what is nice to know."""
@@ -55,19 +57,32 @@ def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table
     from rich.table import Table
 
     chosen = [column for column in columns if width >= column.at]
-    made = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    for column in chosen:
-        widest = max((len(column.cell(item)) for item in items), default=0)
+    made = Table(box=None, header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False)
+    for column, room in zip(chosen, _widths(chosen, items, width), strict=True):
         made.add_column(
             column.title,
             justify="right" if column.right else "left",
             no_wrap=True,
             overflow="ellipsis",
-            min_width=len(column.title) if column.shrink else max(widest, len(column.title)),
+            min_width=room,
+            max_width=room,
         )
     for item in items:
         made.add_row(*(line(column.cell(item), column.style(item)) for column in chosen))
     return made
+
+
+def _widths(columns: Sequence[Column[T]], items: Sequence[T], width: int) -> list[int]:
+    """As wide as the longest cell; those that shrink share what the others leave, the short ones first."""
+    widths = [max(len(one.title), *(len(one.cell(item)) for item in items), 0) for one in columns]
+    left = width - sum(widest for one, widest in zip(columns, widths, strict=True) if not one.shrink)
+    left -= _GAP * (len(columns) - 1)
+    shrinking = sorted((place for place, one in enumerate(columns) if one.shrink), key=widths.__getitem__)
+    for number, place in enumerate(shrinking):
+        share = max(len(columns[place].title), left // (len(shrinking) - number))
+        widths[place] = min(widths[place], share)
+        left -= widths[place]
+    return widths
 
 
 def line(text: str, style: str = "") -> Text:

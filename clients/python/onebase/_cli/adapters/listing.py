@@ -54,6 +54,6 @@ COLUMNS: tuple[Column[Adapter], ...] = (
     Column("size", lambda item: size(item.bytes) if item.bytes else "", right=True),
     Column("in", lambda item: " ".join(filter(None, (item.tier, "pinned" * item.pinned)))),
     Column("versions", lambda item: str(item.versions), right=True, at=WIDE),
-    Column("changed", lambda item: when(item.updated_at), at=ROOMY),
+    Column("changed", lambda item: when(item.updated_at), at=130),
     Column("changes", lambda item: targets(item.targets), at=ROOMY, shrink=True),
 )

@@ -42,9 +42,7 @@ def find(client: Client, wanted: str) -> TrainingJob:
         raise ValueError(f"write at least {_LEAST} digits of a job's id, not {wanted!r}")
     found = [job for job in client.training.list() if job.id.removeprefix(PREFIX).startswith(digits)]
     if len(found) > 1:
-        raise ValueError(
-            f"{wanted} is the beginning of {len(found)} jobs: {', '.join(one.id for one in found)}"
-        )
+        raise ValueError(f"several jobs begin like this: {', '.join(job.id for job in found)}")
     return found[0] if found else client.training.get(f"{PREFIX}{digits}")
 
 

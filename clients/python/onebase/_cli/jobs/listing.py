@@ -56,7 +56,7 @@ COLUMNS: tuple[Column[TrainingJobInfo], ...] = (
     Column("name", lambda job: job.name, shrink=True),
     Column("status", lambda job: job.status, style=lambda job: status_style(job.status)),
     Column("step", _step, right=True),
-    Column("left", _left, right=True),
+    Column("left", _left, right=True, at=72),
     Column("base", lambda job: loss(job.report.loss_before) if job.report else "", right=True, at=WIDE),
     Column("adapter", lambda job: loss(_after(job)), right=True),
     Column("active", _active),
