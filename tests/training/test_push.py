@@ -144,7 +144,7 @@ def push(hub: Uploads, folder: Path, repo: str = "acme/colours", token: str = "h
 def test_the_adapter_arrives_whole_with_its_card_and_nothing_else(hub: Uploads, tmp_path: Path) -> None:
     assert push(hub, tmp_path / "adapter").startswith("http")
     assert hub.files == FILES
-    assert hub.created["private"] is True
+    assert hub.created["visibility"] == "private"
     assert hub.token == "Bearer hf_test"
 
 
