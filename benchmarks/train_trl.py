@@ -92,6 +92,7 @@ def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
     """An SFTTrainer that takes its learning rates from the task and notes when each step ends."""
     trl: Any = importlib.import_module("trl")
     datasets: Any = importlib.import_module("datasets")
+    import torch
     from peft import LoraConfig
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import AutoTokenizer, TrainerCallback
@@ -102,9 +103,13 @@ def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ends: list[float] = []
+            self.cpu: list[float] = []
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
+            self.cpu.append(time.process_time())
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -149,7 +154,13 @@ def main() -> None:
     else:
         peak = torch.cuda.max_memory_allocated()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    answer = {"ends": trainer.clock.ends, "peak": peak, "losses": losses, "adapter": str(folder / "adapter")}
+    answer = {
+        "ends": trainer.clock.ends,
+        "cpu": trainer.clock.cpu,
+        "peak": peak,
+        "losses": losses,
+        "adapter": str(folder / "adapter"),
+    }
     print(json.dumps(answer), file=answers)
 
 

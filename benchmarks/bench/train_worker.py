@@ -49,11 +49,15 @@ def main() -> None:
     keep_freed_memory()  # as `onebase train` does
     settings = BaseSettings(folder=Path(task["base"]), device=torch.device(task["device"]))
     ends: list[float] = []
+    cpu: list[float] = []
     losses: list[float] = []
 
     def listen(event: events.Event) -> None:
         if isinstance(event, events.StepDone):
+            if settings.device.type == "cuda":
+                torch.cuda.synchronize()
             ends.append(time.perf_counter())
+            cpu.append(time.process_time())
             losses.append(event.loss)
 
     folder = Path(task["out"]) / "run"
@@ -68,6 +72,7 @@ def main() -> None:
     report = train(load_base(settings), job, listen, OpenGate())
     answer = {
         "ends": ends,
+        "cpu": cpu,
         "peak": report.peak_memory_bytes,
         "losses": losses,
         "adapter": str(folder / ADAPTER),

@@ -50,11 +50,13 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class TrainRun:
-    """One run of one target. ends: when each step ended, seconds. peak: bytes. adapter: folder."""
+    """One run of one target. ends: when each step ended, seconds; cpu: what the process had computed until
+    then, seconds of all its threads. peak: bytes. adapter: folder."""
 
     target: str
     repeat: int
     ends: list[float]
+    cpu: list[float]
     peak: int
     losses: list[float]
     adapter: str
@@ -62,6 +64,10 @@ class TrainRun:
     def tokens_per_second(self, tokens: Sequence[int]) -> float:
         """Of the steps after the warm-up. tokens: real ones of each step, padding not counted."""
         return sum(tokens[WARM_UP:]) / (self.ends[-1] - self.ends[WARM_UP - 1])
+
+    def tokens_per_cpu_second(self, tokens: Sequence[int]) -> float:
+        """As `tokens_per_second`, by the time of processors: others on the machine change it less."""
+        return sum(tokens[WARM_UP:]) / (self.cpu[-1] - self.cpu[WARM_UP - 1])
 
 
 def run_target(
@@ -107,6 +113,7 @@ class TrainFigures:
     """One target over its repeats. held_out: of the last repeat's adapter; all see the same rows."""
 
     tokens_per_second: float
+    tokens_per_cpu_second: float
     repeats: list[float]
     peak: float
     held_out: float
@@ -123,6 +130,7 @@ def summarize_training(
         speeds = [run.tokens_per_second(tokens) for run in mine]
         figures[target] = TrainFigures(
             tokens_per_second=median(speeds),
+            tokens_per_cpu_second=median(run.tokens_per_cpu_second(tokens) for run in mine),
             repeats=speeds,
             peak=median(run.peak for run in mine),
             held_out=median(held_out[run.adapter] for run in mine),

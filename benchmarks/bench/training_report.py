@@ -9,7 +9,15 @@ from rich.table import Table
 
 from bench.training import TrainFigures
 
-COLUMNS = ("target", "tokens/s", "ratio", "peak memory, GB", "held-out loss", "last step's loss")
+COLUMNS = (
+    "target",
+    "tokens/s",
+    "ratio",
+    "tokens/CPU second",
+    "peak memory, GB",
+    "held-out loss",
+    "last step's loss",
+)
 
 
 def rows_of(figures: Mapping[str, TrainFigures], first: str) -> list[list[str]]:
@@ -22,6 +30,7 @@ def rows_of(figures: Mapping[str, TrainFigures], first: str) -> list[list[str]]:
                 target,
                 f"{one.tokens_per_second:.0f}",
                 ratio,
+                f"{one.tokens_per_cpu_second:.0f}",
                 f"{one.peak / 1e9:.2f}",
                 f"{one.held_out:.4f}",
                 f"{one.last_loss:.4f}",

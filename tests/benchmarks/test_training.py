@@ -13,7 +13,8 @@ TOKENS = [900, 900, 100, 300]
 def run(target: str, repeat: int, seconds: float, peak: int = 10**9) -> TrainRun:
     """A run whose steps after the warm-up take `seconds` in all."""
     ends = [100.0, 107.0, 107.0 + seconds / 2, 107.0 + seconds]
-    return TrainRun(target, repeat, ends, peak, [3.0, 2.0, 1.5, 1.0], f"/{target}/{repeat}")
+    cpu = [2 * end for end in ends]
+    return TrainRun(target, repeat, ends, cpu, peak, [3.0, 2.0, 1.5, 1.0], f"/{target}/{repeat}")
 
 
 def test_speed_counts_the_real_tokens_and_the_time_after_the_warm_up() -> None:
@@ -29,7 +30,10 @@ def test_figures_are_medians_over_the_repeats_and_ratios_are_the_first_target_s(
     assert figures["onebase"].tokens_per_second == pytest.approx(100.0)
     assert figures["onebase"].held_out == 2.0
     rows = rows_of(figures, "onebase")
-    assert [row[:4] for row in rows] == [["onebase", "100", "", "1.00"], ["trl", "50", "2.00x", "3.00"]]
+    assert [row[:5] for row in rows] == [
+        ["onebase", "100", "", "50", "1.00"],
+        ["trl", "50", "2.00x", "25", "3.00"],
+    ]
 
 
 def test_there_is_no_ratio_to_a_target_that_failed() -> None:
