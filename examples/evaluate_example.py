@@ -11,16 +11,22 @@ import contextlib
 import functools
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from train_example import EXAMPLES, encode, load_base, pad, read_rows, summed_loss
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
+from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.default_base import fetch_default_base
+from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.view import peft_view
 
+EXAMPLES = Path(__file__).parent
 MAX_REPLY_TOKENS = 72
 BATCH = 16
 ORDER_FIELDS = ("customer", "quantity", "item", "city", "urgent")
@@ -75,12 +81,17 @@ MEASURES: dict[str, dict[str, Callable[[str, str], bool]]] = {
 @torch.inference_mode()
 def held_out_loss(model, tokenizer, conversations: list) -> float:
     """Nats per supervised token, over all conversations."""
-    rows = [encode(tokenizer, messages) for messages in conversations]
-    pairs = [
-        summed_loss(model, pad(rows[at : at + BATCH], tokenizer.pad_token_id))
-        for at in range(0, len(rows), BATCH)
-    ]
-    return sum(loss.item() for loss, _ in pairs) / sum(tokens for _, tokens in pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("\n".join(json.dumps({"messages": messages}) for messages in conversations))
+        rows = load_dataset(path, tokenizer, Recipe()).rows
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor(row.ids, dtype=torch.int64, device=model.device)
+        targets = torch.tensor(row.supervised).nonzero()[:, 0]
+        logits = model(input_ids=ids[None], logits_to_keep=targets - 1).logits[0].float()
+        total += cross_entropy(logits, ids[targets], reduction="sum").item()
+    return total / sum(row.targets for row in rows)
 
 
 @torch.inference_mode()
@@ -113,8 +124,11 @@ def main() -> None:
     folder = args.base or fetch_default_base(lambda message, _: print(message))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     adapter = args.adapter or EXAMPLES / "adapters" / args.name
-    model = PeftModel.from_pretrained(load_base(folder), adapter).eval()
-    conversations = read_rows(EXAMPLES / "data" / f"{args.name}.heldout.jsonl")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(BaseSettings(folder, device=device))
+    model = PeftModel.from_pretrained(peft_view(base), adapter).eval()
+    lines = (EXAMPLES / "data" / f"{args.name}.heldout.jsonl").read_text().splitlines()
+    conversations = [json.loads(line)["messages"] for line in lines]
     instructed = [
         [{"role": "system", "content": IN_WORDS[args.name]}, *messages] for messages in conversations
     ]

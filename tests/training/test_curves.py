@@ -1,0 +1,201 @@
+"""Curves for TensorBoard and trackio, read back with those tools; the CSV file; the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.training.runs import write_chats
+
+from onebase_adapters.base import BaseSettings
+from onebase_adapters.training import events
+from onebase_adapters.training.cli.progress import Display
+from onebase_adapters.training.curves import curve_file, open_curves
+from onebase_adapters.training.model_card import sparkline
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.report import Report
+from onebase_adapters.training.run import Job
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(number: int, loss: float) -> events.StepDone:
+    return events.StepDone(
+        at=0,
+        step=number,
+        steps=4,
+        epoch=number / 4,
+        loss=loss,
+        learning_rate=1e-3,
+        grad_norm=1,
+        tokens=100,
+        total_tokens=100 * number,
+        tokens_per_second=50,
+        seconds_left=65,
+        memory_bytes=10**9,
+    )
+
+
+RUN = [
+    events.Evaluated(at=0, step=0, loss=3.0, best=False),
+    *(step(n, 3 - n / 2) for n in (1, 2, 3, 4)),
+    events.Evaluated(at=0, step=4, loss=1.5, best=True),
+]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    base = BaseSettings(folder=tmp_path)
+    return Job(name="curves", recipe=Recipe(), train="t", folder=tmp_path / "run", base=base, base_name="b")
+
+
+def test_tensorboard_reads_the_curves(job: Job) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_curves(["tensorboard"], job) as write:
+        for event in RUN:
+            write(event)
+    held = EventAccumulator(str(job.folder / "tensorboard"))
+    held.Reload()
+    assert [(one.step, one.value) for one in held.Scalars("train/loss")] == [
+        (1, 2.5),
+        (2, 2.0),
+        (3, 1.5),
+        (4, 1.0),
+    ]
+    assert [(one.step, one.value) for one in held.Scalars("eval/loss")] == [(0, 3.0), (4, 1.5)]
+
+
+def test_trackio_keeps_the_curves_on_this_machine(job: Job, tmp_path: Path) -> None:
+    script = (
+        "from tests.training.test_curves import *\n"
+        "base = BaseSettings(folder=Path(sys.argv[1]))\n"
+        "job = Job(name='c', recipe=Recipe(), train='t', folder=base.folder, base=base, base_name='b')\n"
+        "with open_curves(['trackio'], job) as write:\n"
+        "    for event in RUN: write(event)\n"
+    )
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "adapters"))
+    environment = {**os.environ, "PYTHONPATH": paths, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
+    (path,) = tmp_path.glob("*.db")
+    with sqlite3.connect(path) as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert sum("train/loss" in str(metrics) for _, metrics in rows) == 4
+    assert sum("eval/loss" in str(metrics) for _, metrics in rows) == 2
+
+
+def test_the_csv_file_has_openais_columns(tmp_path: Path) -> None:
+    path = curve_file(tmp_path, [(1, 2.5), (2, 2.0)], [(0, 3.0), (2, 1.5)])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "0", "train_loss": "", "valid_loss": "3.000000"},
+        {"step": "1", "train_loss": "2.500000", "valid_loss": ""},
+        {"step": "2", "train_loss": "2.000000", "valid_loss": "1.500000"},
+    ]
+
+
+def test_a_sparkline_falls_as_the_losses_do() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1.0] * 200) == "▁" * 60
+    assert len(sparkline(list(range(1000)))) == 60
+
+
+def test_the_terminal_tells_the_run_in_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with Display(console) as display:
+        for event in RUN:
+            display.show(event)
+        display.show(events.Sampled(at=0, step=4, prompt="a [b]", text="c [/d]"))
+        report = Report(
+            name="n[x]",
+            base="b",
+            steps=4,
+            best_step=4,
+            tokens=400,
+            seconds=8.0,
+            parameters=10,
+            adapter_bytes=2_000_000,
+            loss_before=3.0,
+            loss_after=1.5,
+            metrics_before={"json_valid": 0.0},
+            metrics_after={"json_valid": 0.5},
+            better=True,
+            losses=[],
+            held_out=[],
+            recipe={},
+            peak_memory_bytes=10**9,
+        )
+        display.finished(report, tmp_path)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in (
+        "step 2/4  loss 2.0000  50 tok/s  1 min 05 s left",
+        "base: held-out loss 3.0000",
+        "step 4: held-out loss 1.5000  best",
+        "a [b] -> c [/d]",
+        "json_valid",
+        "50.0%",
+        "onebase adapters push",
+    ):
+        assert part in shown
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    program = [sys.executable, "-m", "onebase_adapters.training.cli.train"]
+    return subprocess.run(
+        [*program, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_command_trains_resumes_and_says_what_to_do_next(talking_folder: Path, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "train.jsonl", 20)
+    out = tmp_path / "out"
+    arguments = ["--base", str(talking_folder), "--data", str(data), "--name", "colours", "--out", str(out)]
+    arguments += ["--r", "4", "--batch-size", "4", "--max-steps", "3", "--report-to", "tensorboard"]
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"onebase serve --adapter colours={out / 'adapter'}" in done.stderr
+    assert (out / "tensorboard").is_dir()
+    again = command(*arguments)
+    assert again.returncode == 0
+    assert "going on after step 3" in again.stderr
+    other = command(*arguments, "--r", "8")
+    assert other.returncode == 1
+    assert "another recipe" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--r", "0"], "--r: r is 0: the lowest value is 1"),
+        (["--init", "pissa"], "choose from"),
+        (["--metric", "regex:.*"], "is no metric"),
+        (["--memory-limit", "lots"], "write a size such as 8GB"),
+        (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
+        (["--recipe", "missing.json"], "cannot be read"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], says: str, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "train.jsonl", 4)
+    done = command("--data", str(data), "--name", "x", "--out", str(tmp_path / "out"), *arguments)
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
