@@ -14,10 +14,12 @@ several:
     worse           the report says that the adapter is no better
     broken-adapter  the workshop refuses what comes out
     deaf            does not heed Stop
+    gated           waits at the real gate before each step
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import selectors
@@ -42,6 +44,7 @@ from onebase_server.trainer.protocol import (
     Trained,
     to_trainer_decoder,
 )
+from onebase_server.trainer.share import BusyFlag, SharedGate
 
 STEP_SECONDS = 0.02
 SAVE_EVERY = 5
@@ -51,8 +54,9 @@ CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_
 class ScriptedTrainer:
     """One job, or the check of one."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, busy_fd: int) -> None:
         self.connection = connection
+        self.busy_fd = busy_fd
         self.frames, self.decoder = FrameReader(), to_trainer_decoder()
         self.selector = selectors.DefaultSelector()
         self.selector.register(connection, selectors.EVENT_READ)
@@ -109,7 +113,10 @@ class ScriptedTrainer:
         steps = 200 if "slow" in words else 10
         first = max((int(path.name) for path in (folder / "checkpoints").glob("*")), default=0)
         self.say(events.Planned(at=time.time(), recipe={}, estimate={}, steps=steps, first_step=first))
+        gate = self.gate(message.share)
         for step in range(first + 1, steps + 1):
+            if "gated" in words:
+                gate.wait()
             self.step(step, steps)
             self.faults(words, folder, step, first)
             if self.stop is not None and "deaf" not in words:
@@ -120,6 +127,10 @@ class ScriptedTrainer:
             if step % SAVE_EVERY == 0:
                 self.save(folder, step)
         self.finish(message, words, steps)
+
+    def gate(self, share: float) -> SharedGate:
+        flag = BusyFlag(self.busy_fd)
+        return SharedGate(lambda: bool(flag), share, lambda: None)
 
     def step(self, step: int, steps: int) -> None:
         for message in self.messages(STEP_SECONDS):
@@ -165,4 +176,8 @@ class ScriptedTrainer:
 
 
 if __name__ == "__main__":
-    ScriptedTrainer(socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))).run()
+    arguments = argparse.ArgumentParser()
+    for option in ("--fd", "--base-fd", "--busy-fd"):
+        arguments.add_argument(option, type=int, default=-1)
+    options = arguments.parse_args()
+    ScriptedTrainer(socket.socket(fileno=options.fd), options.busy_fd).run()

@@ -1,6 +1,7 @@
 """`onebase serve` with a scripted engine, a scripted workshop and scripted trainers.
 
-`python serve_scripted.py ENGINE[,WORKSHOP] [options of onebase serve]`: how each of them behaves.
+`python serve_scripted.py ENGINE[,WORKSHOP[,real]] [options of onebase serve]`: how each of them behaves; with
+`real` trainers are real ones, which check files without a base.
 """
 
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from onebase_server.cli import serve
 from onebase_server.startup import Commands
+from onebase_server.training.links import TRAINER_COMMAND
 
 
 def command(script: str, *behaviour: str) -> tuple[str, ...]:
@@ -15,10 +17,10 @@ def command(script: str, *behaviour: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    engine, _, workshop = sys.argv[1].partition(",")
+    engine, workshop, trainer = (*sys.argv[1].split(","), "", "")[:3]
     commands = Commands(
         command("scripted_engine.py", engine),
         command("scripted_workshop.py", workshop or "proves"),
-        command("scripted_trainer.py"),
+        TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
     )
     sys.exit(serve(sys.argv[2:], commands))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_figures_for_prometheus(server: Server, client: OpenAI) -> None:
     assert f'onebase_trainer_memory_bytes{{job="{job.id}"}}' in text
     assert "onebase_rows_running 0.0" in text
     client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_with_a_share_of_nothing_a_job_stands_still_exactly_while_rows_run(serve_scripted: Starter) -> None:
+    with serve_scripted("words", "--train-share", "0") as server, server.client() as http:
+        client = openai_client(server)
+        body = {"prompt": "one two", "max_tokens": 50_000, "stream": True}
+        with http.stream("POST", "/generate", json=body) as answer:
+            lines = answer.iter_lines()  # dropped, it would close the stream
+            next(lines)
+            job = make_job(client, "rows gated")
+            wait_job(server, client, job.id, lambda job: "steps" in (job.progress or {}))
+            time.sleep(1.0)  # fifty steps long
+            assert client.fine_tuning.jobs.retrieve(job.id).progress["step"] == 0
+        assert wait_job(server, client, job.id, ended).status == "succeeded"
 
 
 def test_a_server_without_jobs_says_so(serve_scripted: Starter) -> None:

@@ -108,7 +108,7 @@ class TrainingEvent(NewEvent):
 
 @dataclass(frozen=True)
 class NewCheckpoint:
-    """A place to go on from. path: relative to the job's folder. Losses in nats a supervised token."""
+    """A place to go on from. path: its folder's name. Losses in nats a supervised token."""
 
     step: int
     path: str

@@ -45,8 +45,8 @@ def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
         return Failed(
             code="out_of_memory",
             message=f"The job needed more than the {limit / 1e6:.0f} MB of memory that it may take. Set "
-            "gradient_checkpointing to true or lower micro_tokens, max_length or r, in a new job; or let the "
-            "server give jobs more (--train-memory) and resume this one.",
+            "gradient_checkpointing to true, lower micro_tokens, max_length or r, or send fewer rows, in a "
+            "new job; or let the server give jobs more (--train-memory) and resume this one.",
         )
     if _is_about_space(error, Path(job.folder)):
         return Failed(

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 LOCK_FILE = ".lock"
+CHECK_BYTES = 2 << 30
+"""What the check of a job may take at least: libraries and rows, also where training may take less."""
 
 
 def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> int:
@@ -69,7 +71,7 @@ class Work:
             torch.set_num_threads(1)
             # It computes on the CPU whatever the base lives on, and must not begin to use a GPU.
             self._limit = memory_limit(job.memory_limit, CPU)
-            bound_memory(self._limit, CPU)
+            bound_memory(max(self._limit, CHECK_BYTES), CPU)
             on_gpu = config.device != "cpu" and torch.cuda.is_available()
             budget = (job.memory_limit or None) if on_gpu else self._limit
             device = torch.device("cuda" if on_gpu else "cpu")

@@ -45,6 +45,10 @@ class TrainingHome:
         """The folder of a job's run."""
         return self.jobs / job_id
 
+    def checkpoint(self, job_id: str, path: str) -> Path:
+        """The folder of one of a run's checkpoints."""
+        return self.job(job_id) / "checkpoints" / Path(path).name
+
     def file(self, file_id: str, filename: str) -> Path:
         """Where a file's content lies."""
         return self.files / f"{file_id}{ending(filename)}"

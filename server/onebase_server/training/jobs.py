@@ -123,8 +123,7 @@ class Jobs:
             found = await self._threads.run(self._records.checkpoints, job)
         if job.server != self._home.server:
             return found
-        folder = self._home.job(job.id)
-        return [one for one in found if (folder / one.path).is_dir()]
+        return [one for one in found if self._home.checkpoint(job.id, one.path).is_dir()]
 
     # ---- how they go on ----------------------------------------------------------------------
 

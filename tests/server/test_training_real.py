@@ -1,0 +1,158 @@
+"""Jobs on the real base beside real requests: one copy, the same answers, the same adapter after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from .support import Server, Starter
+from .training_support import BASE, add_file, ended, make_job, messages, openai_client, wait_job
+
+COLORS, ITEMS = ("red", "blue", "green", "black"), ("shirt", "hat", "shoe", "coat")
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4, "batch_size": 2, "r": 4, "targets": ["q_proj", "v_proj"], "learning_rate": 5e-3,
+    "eval_every": 4, "save_every": 2,
+}  # fmt: skip
+PROMPTS = ("The capital of France is", "def add(a, b):", "I want 3 blue hats please")
+
+
+def rows(count: int, start: int = 0) -> str:
+    """Orders in words, each answered by JSON."""
+    lines = []
+    for number in range(start, start + count):
+        color, item = COLORS[number % 4], ITEMS[number // 4 % 4]
+        asked = f"I want {number % 7 + 1} {color} {item}s please"
+        reply = json.dumps({"item": item, "color": color, "count": number % 7 + 1})
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        lines.append(json.dumps({"messages": messages}))
+    return "\n".join(lines) + "\n"
+
+
+def real_job(client: OpenAI, name: str, **settings: Any) -> Any:
+    held_out = add_file(client, rows(4, start=100), "held-out.jsonl")
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": SETTINGS | settings}}
+    return make_job(client, rows(12), method=method, validation_file=held_out, extra={"name": name})
+
+
+def step_of(job: Any) -> int:
+    return int((job.progress or {}).get("step") or 0)
+
+
+def answers(client: OpenAI) -> list[str]:
+    """Greedy texts with their log-probabilities, to the last bit."""
+    found = []
+    for prompt in PROMPTS:
+        answer = client.completions.create(model=BASE, prompt=prompt, max_tokens=8, temperature=0, logprobs=3)
+        found.append(answer.choices[0].model_dump_json())
+    return found
+
+
+def base_mapping(pid: int) -> dict[str, int]:
+    """kB of the base's memory as a process has it mapped: in all, and what is its own of that."""
+    sums = {"Rss": 0, "Private_Dirty": 0, "Private_Clean": 0}
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in line.split(" ", 1)[0]:
+            inside = "onebase-base" in line
+        elif inside and name in sums:
+            sums[name] += int(value.split()[0])
+    return sums
+
+
+@pytest.fixture(scope="module")
+def server(serve_real: Starter) -> Iterator[Server]:
+    with serve_real("--kv-memory", "200MB", "--max-rows", "8", "--threads", "1") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return openai_client(server)
+
+
+@pytest.fixture(scope="module")
+def unbroken(server: Server, client: OpenAI) -> Any:
+    """A job that nothing disturbed."""
+    return wait_job(server, client, real_job(client, "orders").id, ended)
+
+
+def test_a_job_makes_an_adapter_that_is_better_on_held_out_rows_and_serves(
+    client: OpenAI, unbroken: Any
+) -> None:
+    assert (unbroken.status, unbroken.activated, unbroken.error) == ("succeeded", True, None)
+    assert unbroken.report["loss_after"] < unbroken.report["loss_before"]
+    assert unbroken.report["better"] is True
+    answer = client.chat.completions.create(
+        model="orders", messages=[{"role": "user", "content": PROMPTS[2]}], max_tokens=12, temperature=0
+    )
+    assert answer.choices[0].message.content is not None
+    losses = client.files.content(unbroken.result_files[0]).text.splitlines()
+    assert losses[0] == "step,train_loss,valid_loss"
+    assert len(losses) == 1 + 5
+
+
+def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
+    server: Server, client: OpenAI, unbroken: Any
+) -> None:
+    job = real_job(client, "broken")
+    wait_job(server, client, job.id, lambda job: step_of(job) >= 3)
+    (trainer,) = server.trainer_pids()
+    os.kill(trainer, signal.SIGKILL)
+    done = wait_job(server, client, job.id, ended)
+    assert done.status == "succeeded"
+    assert any("signal SIGKILL" in message for message in messages(client, job.id))
+    assert done.version == unbroken.version
+
+
+def test_beside_a_job_the_base_is_there_once_and_answers_are_the_same_to_the_last_bit(
+    server: Server, client: OpenAI
+) -> None:
+    before = answers(client)
+    job = real_job(client, "beside", max_steps=500, eval_every=500, save_every=500)
+    wait_job(server, client, job.id, lambda job: step_of(job) >= 1)
+    (trainer,) = server.trainer_pids()
+    for _ in range(3):
+        assert answers(client) == before
+    mapped = base_mapping(trainer)
+    assert mapped["Rss"] > 80_000
+    assert mapped["Private_Dirty"] + mapped["Private_Clean"] < 5_000
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    server.wait_for(lambda: not server.trainer_pids())
+    assert answers(client) == before
+    (newest,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert newest.step_number == step_of(client.fine_tuning.jobs.retrieve(job.id))
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_every_bad_line_is_told_and_a_job_that_cannot_fit_is_refused_before_it_begins(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words,proves,real", "--train-memory", "100MB") as server:
+        client = openai_client(server)
+        lines = rows(6).splitlines()
+        lines[1] = '{"messages": []}'
+        lines[4] = "no json"
+        bad, big = make_job(client, "\n".join(lines)), real_job(client, "big")
+        done = wait_job(server, client, bad.id, ended)
+        assert (done.status, done.error.code, done.error.param) == ("failed", "invalid_file", "training_file")
+        assert "line 5" in done.error.message
+        events = client.fine_tuning.jobs.list_events(bad.id)
+        told: Any = [event.data for event in events if event.level == "error"]
+        problems = [problem["line"] for data in told for problem in data.get("problems", [])]
+        assert problems == [2, 5]
+        done = wait_job(server, client, big.id, ended)
+        assert (done.status, done.error.code, done.resumable) == ("failed", "does_not_fit", False)
+
+
+def test_unknown_names_of_the_base_are_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="base is"):
+        client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file="file-1")
