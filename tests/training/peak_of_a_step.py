@@ -16,7 +16,7 @@ from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
 from onebase_adapters.training.batches import MicroBatch
 from onebase_adapters.training.estimate import estimate
 from onebase_adapters.training.gate import OpenGate
-from onebase_adapters.training.memory import peak_memory
+from onebase_adapters.training.memory import keep_freed_memory, peak_memory
 from onebase_adapters.training.optimizers import make_optimizer
 from onebase_adapters.training.recipe import parse_recipe, resolve
 from onebase_adapters.training.samples import Sample
@@ -26,6 +26,7 @@ ROW = 256
 
 
 def main(settings: str, tokens: int) -> None:
+    keep_freed_memory()  # as `onebase train` does
     recipe = resolve(parse_recipe(json.loads(settings)), rows=100, held_out=0, base_limit=8192)
     base = load_base(BaseSettings(folder=resolve_base(DEFAULT_BASE).folder))
     trainable = Trainable(base, recipe, OpenGate())

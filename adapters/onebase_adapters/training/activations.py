@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.loss import CHUNK
 from onebase_adapters.training.recipe import Recipe
 
@@ -29,7 +30,8 @@ class Activations:
 
     layers: bytes a token of each decoder layer that takes part in the backward pass, in fp32 and bf16.
     boundary: bytes a token between two layers, which is all that gradient checkpointing keeps of a layer.
-    pairs: bytes a token and a token of its row, in all layers, where attention keeps its matrix.
+    pairs: bytes a token and a token of its row, in all layers, where attention keeps its matrix. short: as
+    pairs, but only for rows of at most SHORT tokens.
     after: bytes a token from the last layer to the head.
     work: bytes a token while one layer is computed. fixed: bytes whatever T is.
     logits: bytes a supervised token. chunk: bytes of the loss's fp32 copies of at most CHUNK of them.
@@ -38,6 +40,7 @@ class Activations:
     layers: tuple[int, ...]
     boundary: int
     pairs: int
+    short: int
     after: int
     work: int
     fixed: int
@@ -48,11 +51,12 @@ class Activations:
         """Bytes of a micro-batch, but for the logits."""
         row = min(longest_row, tokens)
         one = max(self.layers, default=0)
+        pairs = self.pairs + (self.short if row <= SHORT else 0)
         if checkpointing and self.layers:
             per_token = self.boundary * len(self.layers) + one
-            pairs = self.pairs // len(self.layers)
+            pairs = pairs // len(self.layers)
         else:
-            per_token, pairs = sum(self.layers), self.pairs
+            per_token = sum(self.layers)
         per_token += one  # one layer's gradients are there beside what it has kept
         return tokens * (per_token + self.after + self.work + pairs * row) + self.fixed
 
@@ -61,10 +65,26 @@ class Activations:
         return supervised * self.logits + min(supervised, CHUNK) * self.chunk
 
 
+_PROJECTS_OUT = ("o_proj", "out", "dense", "c_proj", "wo")
+"""How the names of attention's last layer begin."""
+
+
 def activations_of(
-    model: Any, targets: Mapping[str, nn.Linear], ranks: Mapping[str, int], recipe: Recipe, dtype: torch.dtype
+    model: Any,
+    targets: Mapping[str, nn.Linear],
+    ranks: Mapping[str, int],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    on_cpu: bool = True,
 ) -> Activations:
-    """Of a model on meta with an adapter on `targets`, of these ranks (by the same names)."""
+    """Of a model on meta with an adapter on `targets`, of these ranks (by the same names).
+
+    fused: the layers are 4-bit ones, of which fused_lora takes those without dropout and DoRA.
+    on_cpu: where short rows are computed by plain products.
+    """
+    fused = fused and not recipe.dropout and not recipe.use_dora
     config = model.config.get_text_config()
     hidden, size = config.hidden_size, dtype.itemsize
     blocks = _blocks(model)
@@ -81,10 +101,11 @@ def activations_of(
         logits += 2 * _FP32 * config.vocab_size
     return Activations(
         layers=tuple(
-            _layer_bytes(model, block, targets, ranks, recipe, config, size) for block in taking_part
+            _layer_bytes(model, block, targets, ranks, recipe, config, size, fused) for block in taking_part
         ),
         boundary=size * hidden,
         pairs=_pair_bytes(config, recipe, size) * len(taking_part),
+        short=size * config.num_attention_heads * len(taking_part) if on_cpu else 0,
         after=_FP32 * hidden,
         work=_WORK_COPIES * _FP32 * max(widths, default=0),
         fixed=_fixed_bytes(model, targets, recipe, size),
@@ -116,24 +137,40 @@ def _layer_bytes(
     recipe: Recipe,
     config: Any,
     size: int,
+    fused: bool,
 ) -> int:
     """Bytes a token that one decoder layer keeps."""
     heads = config.num_attention_heads
     queries = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     kept: int = 4 * size * queries  # queries, keys and values repeated for the query heads, the output
-    for name, module in model.get_submodule(block).named_modules():
+    for module in model.get_submodule(block).modules():
         if "norm" in type(module).__name__.lower():
             weight = getattr(module, "weight", None)
             width = weight.numel() if weight is not None else config.hidden_size
             kept += _FP32 * (queries if width < config.hidden_size else width)
-        layer = targets.get(f"{block}.{name}")
-        if layer is not None:
-            kept += _adapted_bytes(layer, ranks[f"{block}.{name}"], recipe, size)
+    inside = {name: layer for name, layer in targets.items() if _inside(block, name)}
+    if fused:
+        kept += _FP32 * sum(ranks[name] for name in inside) + size * _shared_inputs(inside, config)
+    else:
+        kept += sum(_adapted_bytes(layer, ranks[name], recipe, size) for name, layer in inside.items())
     return kept + _between_bytes(model.get_submodule(block), config, size)
 
 
+def _shared_inputs(layers: Mapping[str, nn.Linear], config: Any) -> int:
+    """Width of the inputs that are kept as they are, once for all layers of a module that get the same one.
+
+    The output projection of attention gets what attention keeps.
+    """
+    found = set()
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        if not ("attn" in parent or "attention" in parent) or not last.startswith(_PROJECTS_OUT):
+            found.add((parent, layer.in_features))
+    return sum(width for _, width in found)
+
+
 def _adapted_bytes(layer: nn.Linear, rank: int, recipe: Recipe, size: int) -> int:
-    """An fp32 copy of the input and of A's product; dropout's mask; DoRA's two products to be scaled."""
+    """PEFT's own: fp32 copies of the input and of A's product; dropout's mask; DoRA's two products."""
     kept = _FP32 * (layer.in_features + rank)
     if recipe.dropout:
         kept += _FP32 * layer.in_features

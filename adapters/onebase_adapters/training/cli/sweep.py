@@ -114,9 +114,11 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options, _recipe_file(options.recipe))
     _quiet_libraries()
     from onebase_adapters.training.machine import free_memory
+    from onebase_adapters.training.memory import keep_freed_memory
     from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
 
+    keep_freed_memory()
     if options.threads:
         import torch
 
