@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import asyncio
-import inspect
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,8 @@ from onebase import (
     PermissionDeniedError,
     Progress,
     StreamError,
-    _requests,
 )
-from onebase.cli import main
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "sdk.md"
 QUESTION = "Hi, this is Mia from Lisbon, please send 3 red lamps."
 
 
@@ -215,63 +208,3 @@ def test_deleting_what_runs_needs_force_and_ends_it(server: Server, name: str) -
             with pytest.raises(StreamError) as ended:
                 stream.read()
         assert ended.value.code == "adapter_deleted"
-
-
-# ---- the documentation -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What docs/sdk.md speaks of, and short answers; gives the first digits of a version of acme-support."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ONEBASE_URL", server.url)
-    for folder, source, alpha in (
-        ("acme-support", "orders", 30),
-        ("acme-support-2", "orders", 31),
-        ("legal", "pirate", 15),
-    ):
-        copied(source, tmp_path / "outputs" / folder, lora_alpha=alpha)
-    server.hub.add_repo(
-        "acme/repo", files(copied("orders", tmp_path / "hub", lora_alpha=29), "support/"), ("v2",)
-    )
-    with Client(server.url) as client:
-        client.adapters.upload(tmp_path / "outputs" / "legal", name="legal")
-        made = client.adapters.upload(tmp_path / "outputs" / "acme-support", name="acme-support")
-    whole = _requests.sampling_body
-    monkeypatch.setattr(_requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
-    return made.version[:8]
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def test_every_snippet_of_the_documentation_runs(outputs: str) -> None:
-    known: dict[str, Any] = {}
-    snippets = blocks("python")
-    assert len(snippets) > 6
-    with Client() as client:
-        known["answer"] = client.generate("Hello")
-        for snippet in snippets:
-            known["client"] = client
-            text = snippet.replace("3f2a9c41", outputs)
-            code = compile(text, str(DOCUMENT), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            value = eval(code, known)  # noqa: S307 (our own documentation)
-            if inspect.iscoroutine(value):
-                asyncio.run(value)
-
-
-def test_every_command_of_the_documentation_runs(outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [
-        line for block in blocks("console") for line in block.splitlines() if line.startswith("$ onebase ")
-    ]
-    commands = [shlex.split(line[2:], comments=True)[1:] for line in lines]
-    assert {arguments[1] for arguments in commands if arguments[0] == "adapters"} == {
-        "push", "pull", "list", "show", "diff", "activate", "rollback", "deactivate", "pin", "rm",
-    }  # fmt: skip
-    for arguments in commands:
-        if arguments[0] == "chat":
-            continue
-        words = [word.replace("3f2a9c41", outputs).replace("org/", "acme/") for word in arguments]
-        assert main(words) == 0, (words, capsys.readouterr().err)
-        assert capsys.readouterr().out

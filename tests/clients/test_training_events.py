@@ -18,6 +18,7 @@ from onebase import (
     InvalidResponseError,
     NotFoundError,
     ServerUnavailableError,
+    Timeout,
     TrainingFailedError,
     TrainingJob,
     TrainingJobInfo,
@@ -187,6 +188,21 @@ def test_an_answer_that_is_no_stream_does_not_keep_one_busy_for_ever(
     with pytest.raises(APIConnectionError, match="always ends at once"):
         follow()
     assert len(trainer.followed) == RECONNECTS + 1
+
+
+def test_a_job_that_tells_nothing_for_long_is_followed_all_the_same(
+    follow: Callable[..., Any], trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase._event_stream.RECONNECTS", 1)
+    trainer.add(1, "cancelled", *TOLD)
+
+    def silent(request: Any, events: Any) -> None:
+        request.wait_for_hang_up()
+        request.hang_up()
+
+    trainer.cuts = [silent] * 3
+    assert len(follow(timeout=Timeout(read=0.4), max_retries=0)[0]) == len(TOLD)
+    assert len(trainer.followed) == 4
 
 
 def test_a_job_that_is_gone_is_not_asked_for_again(follow: Callable[..., Any], trainer: Trainer) -> None:

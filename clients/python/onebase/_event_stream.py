@@ -100,6 +100,10 @@ class _Position:
         self._patience.reset()
         yield told
 
+    def silent(self) -> None:
+        """Nothing came for longer than the client bears: the job has nothing to tell, the server is there."""
+        self._patience.reset()
+
     def delay(self, error: OneBaseError | None) -> float:
         """Seconds until the next attempt, after `error` or a stream that ended too early.
 
@@ -188,6 +192,9 @@ class EventStream(_BaseEventStream):
                 yield from self._position.feed(chunk)
                 if self._position.done:
                     return
+        except APITimeoutError:
+            self._position.silent()
+            raise
         finally:
             response.close()
 
@@ -243,5 +250,8 @@ class AsyncEventStream(_BaseEventStream):
                         yield event
                     if self._position.done:
                         return
+        except APITimeoutError:
+            self._position.silent()
+            raise
         finally:
             await response.close()
