@@ -22,6 +22,12 @@ _PHASES = {
     "measuring": "measuring",
     "saving": "saving",
 }
+_WORTH_KNOWING = {
+    "truncated": "rows cut at max_length",
+    "dropped": "rows dropped as too long",
+    "duplicates": "rows that say what another one says",
+    "leakage": "rows that are also held out: the held-out loss will look too good",
+}
 
 
 class Display:
@@ -98,9 +104,15 @@ class Display:
         self._update(_PHASES.get(event.name, event.name), round(100 * event.part), 100)
 
     def _data_checked(self, event: events.DataChecked) -> None:
-        for part, found in event.report.items():
-            if isinstance(found, dict) and "rows" in found and "tokens" in found:
+        for part, found in (("to train on", event.report), ("held out", event.report.get("evaluation"))):
+            if found:
                 self._say(f"{part}: {found['rows']:,} rows, {found['tokens']:,} tokens")
+                self._warn_of(found["counts"])
+
+    def _warn_of(self, counts: dict[str, int]) -> None:
+        told = [f"{counts[name]:,} {words}" for name, words in _WORTH_KNOWING.items() if counts.get(name)]
+        if told:
+            self._say(f"[yellow]{'; '.join(told)}[/] (`onebase data check` shows which)")
 
     def _planned(self, event: events.Planned) -> None:
         estimate, recipe = event.estimate, event.recipe
