@@ -188,7 +188,7 @@ def test_the_command_trains_resumes_and_says_what_to_do_next(talking_folder: Pat
         (["--r", "0"], "--r: r is 0: the lowest value is 1"),
         (["--init", "pissa"], "choose from"),
         (["--metric", "regex:.*"], "is no metric"),
-        (["--memory-limit", "lots"], "write a size such as 8GB"),
+        (["--memory-limit", "lots"], "is no size: write it as in 20GB"),
         (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
         (["--recipe", "missing.json"], "cannot be read"),
     ],

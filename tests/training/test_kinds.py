@@ -58,7 +58,9 @@ def test_it_learns_and_the_server_loads_what_was_trained(
     run = trainer(base, recipe, data, tmp_path, eva=batch)
     state = run.run()
     assert state.losses[-1][1] < 0.6 * state.losses[0][1]
-    size = write_adapter(run.trainable.model, tmp_path / "adapter", base="b", commit=None, card=lambda size: f"# {size}\n")
+    size = write_adapter(
+        run.trainable.model, tmp_path / "adapter", base="b", commit=None, card=lambda size: f"# {size}\n"
+    )
     parameters = run.trainable.parameters()
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert size < 4 * sum(parameter.numel() for parameter in parameters) + 100_000

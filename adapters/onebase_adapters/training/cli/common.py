@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -112,6 +116,45 @@ def recipe_from(options: argparse.Namespace, given: Mapping[str, Any] | None = N
     except RecipeError as error:
         flag = f"{option_name(error.field)}: " if error.field in names else ""
         raise UsageError(f"{flag}{error}") from error
+
+
+def recipe_file(path: Path | None) -> dict[str, Any]:
+    """The settings in a JSON file; none without a file. Raises UsageError."""
+    if path is None:
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--recipe {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f'--recipe {path}: write an object of settings, as in {{"r": 8}}')
+    return settings
+
+
+def quiet_libraries() -> None:
+    """Keep advice of the libraries to programmers off the terminal of who trains."""
+    # Two processes on the same cores, as a server beside a run, would else spin while they wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 20GB, 512MiB or a plain number."""
+    units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1}
+    lowered = text.lower().strip()
+    unit = next(unit for unit in units if lowered.endswith(unit))
+    try:
+        value = float(lowered.removesuffix(unit))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as in 20GB or 512MiB")
+    return int(value * units[unit])
 
 
 def print_error(console: Console, message: str) -> None:

@@ -22,6 +22,7 @@ from onebase_adapters.training.cli.common import (
     base_settings,
     print_error,
     recipe_from,
+    size,
 )
 from onebase_adapters.training.recipe import Recipe, RecipeError, resolve
 
@@ -241,17 +242,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return value
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 20GB, 512MiB or a plain number."""
-    units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1}
-    lowered = text.lower().strip()
-    unit = next(unit for unit in units if lowered.endswith(unit))
-    try:
-        value = float(lowered.removesuffix(unit))
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as in 20GB or 512MiB")
-    return int(value * units[unit])

@@ -20,10 +20,11 @@ from onebase_adapters.training.cli.common import (
     base_settings,
     find_base,
     print_error,
+    quiet_libraries,
+    recipe_file,
     recipe_from,
+    size,
 )
-from onebase_adapters.training.cli.estimate import size
-from onebase_adapters.training.cli.train import _quiet_libraries, _recipe_file
 
 if TYPE_CHECKING:
     from onebase_adapters.training.run import Job
@@ -111,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
-    recipe = recipe_from(options, _recipe_file(options.recipe))
-    _quiet_libraries()
+    recipe = recipe_from(options, recipe_file(options.recipe))
+    quiet_libraries()
     from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.memory import keep_freed_memory
     from onebase_adapters.training.run import Job

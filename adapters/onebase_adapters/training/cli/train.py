@@ -20,7 +20,10 @@ from onebase_adapters.training.cli.common import (
     base_settings,
     find_base,
     print_error,
+    quiet_libraries,
+    recipe_file,
     recipe_from,
+    size,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +80,10 @@ def train_parser() -> argparse.ArgumentParser:
         "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it"
     )
     parser.add_argument(
-        "--memory-limit", metavar="SIZE", help="most memory to take, as in 8GB (default: what is free)"
+        "--memory-limit",
+        type=size,
+        metavar="SIZE",
+        help="most memory to take, as in 8GB (default: what is free)",
     )
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: every core)"
@@ -103,9 +109,9 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
-    recipe = recipe_from(options, _recipe_file(options.recipe))
+    recipe = recipe_from(options, recipe_file(options.recipe))
     folder = options.out or Path("runs") / options.name
-    _quiet_libraries()
+    quiet_libraries()
     from onebase_adapters.training.cli.progress import Display
     from onebase_adapters.training.memory import keep_freed_memory
     from onebase_adapters.training.ranks import join_ranks
@@ -138,7 +144,7 @@ def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: Resol
     settings = base_settings(options, resolved.folder)
     if settings.device.type == "cuda" and ranks.count > 1:
         settings = replace(settings, device=_own_gpu())
-    limit = _size(options.memory_limit) if options.memory_limit else free_memory(settings.device)
+    limit = options.memory_limit or free_memory(settings.device)
     repo = DEFAULT_REPO if options.base == DEFAULT_BASE else None
     if resolved.revision is not None:
         repo = options.base.partition("@")[0]
@@ -199,34 +205,6 @@ def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report
         return None
 
 
-def _recipe_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import json
-
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--recipe {path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f'--recipe {path}: write an object of settings, as in {{"r": 8}}')
-    return settings
-
-
-def _size(text: str) -> int:
-    """Bytes from a text such as 8GB or 512MB. Raises UsageError."""
-    units = {"GB": 10**9, "MB": 10**6, "GIB": 2**30, "MIB": 2**20, "B": 1}
-    upper = text.strip().upper()
-    unit = next((unit for unit in units if upper.endswith(unit)), "")
-    try:
-        size = int(float(upper[: len(upper) - len(unit)]) * units.get(unit, 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise UsageError(f"--memory-limit {text!r}: write a size such as 8GB or 512MB")
-    return size
-
-
 def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
     from onebase_adapters.training.push import PushError, push
 
@@ -238,21 +216,6 @@ def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
         return _FAILED
     console.print(f"Pushed to {url}")
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Keep advice of the libraries to programmers off the terminal of who trains."""
-    import logging
-    import warnings
-
-    # Two processes on the same cores, as a server beside a run, would else spin while they wait.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 if __name__ == "__main__":
