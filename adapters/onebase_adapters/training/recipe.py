@@ -182,8 +182,8 @@ class Recipe:
         metadata=about(
             "evaluation",
             "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
-            "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, "
-            "min_characters:N, max_characters:N",
+            "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
+            "one_of:A|B|C, min_characters:N, max_characters:N",
         ),
     )
     best_by: str = field(
