@@ -81,11 +81,33 @@ def arguments(task: dict[str, Any], variant: str, folder: Path) -> Any:
     )
 
 
-def fp32(model: Any) -> None:
-    """Undo the trainer's cast to bf16. It happens before an optimizer has seen the parameters."""
-    for parameter in model.parameters():
+def with_adapter(task: dict[str, Any]) -> Any:
+    """The base with a new adapter, which begins as OneBase's does."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=task["rank"],
+        lora_alpha=task["alpha"],
+        lora_dropout=0.0,
+        target_modules=task["targets"],
+    )
+    base = load_base(task)
+    torch.manual_seed(task["seed"])
+    return get_peft_model(base, config)
+
+
+def trainable(model: Any) -> dict[str, Any]:
+    """The adapter's tensors by name."""
+    return {name: one.data for name, one in model.named_parameters() if one.requires_grad}
+
+
+def fp32(model: Any, tensors: dict[str, Any]) -> None:
+    """Undo the cast to bf16: `tensors` are from before it. No optimizer has seen the parameters yet."""
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = tensors[name]
 
 
 def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
@@ -93,7 +115,6 @@ def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
     trl: Any = importlib.import_module("trl")
     datasets: Any = importlib.import_module("datasets")
     import torch
-    from peft import LoraConfig
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import AutoTokenizer, TrainerCallback
 
@@ -117,23 +138,17 @@ def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
             return self.lr_scheduler
 
     rows = json.loads(Path(task["rows"]).read_text())
-    clock = Clock()
+    clock, model = Clock(), with_adapter(task)
+    began = trainable(model)
     trainer = Trainer(
-        model=load_base(task),
+        model=model,
         args=arguments(task, variant, folder),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(task["base"]),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=task["rank"],
-            lora_alpha=task["alpha"],
-            lora_dropout=0.0,
-            target_modules=task["targets"],
-        ),
         callbacks=[clock],
     )
     if variant not in ("trl-bf16", "trl-defaults"):
-        fp32(trainer.model)
+        fp32(trainer.model, began)
     trainer.clock = clock
     return trainer
 
