@@ -14,6 +14,7 @@ several:
     worse           the report says that the adapter is no better
     broken-adapter  the workshop refuses what comes out
     deaf            does not heed Stop
+    finishes        when it is to stop, it finishes
     gated           waits at the real gate before each step
 """
 
@@ -119,6 +120,8 @@ class ScriptedTrainer:
                 gate.wait()
             self.step(step, steps)
             self.faults(words, folder, step, first)
+            if self.stop is not None and "finishes" in words:
+                break
             if self.stop is not None and "deaf" not in words:
                 if self.stop.reason == "pause":
                     self.save(folder, step)

@@ -130,6 +130,23 @@ def test_a_job_whose_adapter_is_being_proved_is_delivered_after_a_restart(
         assert len(client.files.list(purpose="fine-tune-results").data) == 1
 
 
+def test_a_job_that_is_trained_while_the_server_stops_is_only_delivered_after_its_restart(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "slow finishes")
+        last = step_of(wait_job(server, client, job.id, lambda job: step_of(job) > 2))
+        server.process.terminate()
+        assert server.exit_status() == 0
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        done = wait_job(server, client, job.id, ended)
+        assert (done.status, done.activated) == ("succeeded", True)
+        assert last <= step_of(done) < 200
+        assert "Going on after" not in "\n".join(messages(client, job.id))
+
+
 def test_an_engine_that_dies_ends_the_trainer_and_the_job_goes_on_beside_the_next(
     serve_scripted: Starter,
 ) -> None:

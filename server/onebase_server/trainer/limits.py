@@ -12,18 +12,14 @@ import torch
 from onebase_server.engine.memory import free_memory
 
 NICENESS = 19
-WAIT_POLICY = {"OMP_WAIT_POLICY": "passive"}
-"""Environment of a trainer: threads that wait for each other must not spin on cores that serving uses."""
 
 
 def step_aside() -> None:
-    """Compute only where nothing else wants to, and be the first to be killed when memory is short.
+    """Leave the processor to whoever else wants it, and be the first to be killed when memory is short.
 
-    SCHED_IDLE leaves a core within microseconds when serving wakes up there, which niceness alone does not.
+    SCHED_IDLE spared serving no more than this in measurements, and could leave a job without any time.
     """
     os.nice(NICENESS)
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -61,7 +61,7 @@ class Manager:
         runs = [run for run in self._runs.values() if run.holds_base]
         for run in runs:
             run.interrupt("the engine ended", 0.0)
-        await asyncio.gather(*(run.ended() for run in runs))
+        await asyncio.gather(*(run.released() for run in runs))
 
     # ---- following the registry ----------------------------------------------------------------
 

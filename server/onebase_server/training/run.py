@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from onebase_adapters.registry import (
     OPEN_STATES,
     JobError,
-    JobState,
     JobStateError,
     NewEvent,
     RegistryError,
@@ -26,22 +25,23 @@ from onebase_adapters.training.gate import Reason
 from onebase_server.background import Threads
 from onebase_server.engine.protocol import EngineConfig
 from onebase_server.served_base import Base
-from onebase_server.trainer.protocol import Check, Checked, Failed, Train, Trained, TrainJob
+from onebase_server.trainer.protocol import Check, Checked, Failed, Stopped, Train, Trained, TrainJob
 from onebase_server.training.delivery import Delivery, DeliveryError
 from onebase_server.training.home import TrainingHome
 from onebase_server.training.links import Died, Outcome, Trainer
+from onebase_server.training.record import JobRecord
 from onebase_server.training.recorder import Recorder
 from onebase_server.training.telling import problems_told
 from onebase_server.training.watchers import Watchers
 
 RunKind = Literal["check", "train"]
-T = TypeVar("T")
 
 MOST_DEATHS = 3
 """So often a job is taken up again whose trainer dies without a checkpoint in between."""
 PAUSES = (0.5, 2.0, 8.0)
 """Seconds before it is taken up, by the number of deaths."""
-REGISTRY_PAUSE = 1.0
+PASSING = ("device_error", "base_unavailable", "base_changed")
+"""Failures that an engine which is about to die causes: the next one may be well."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ class Run:
         self._stop: tuple[Reason, float] | None = None
         self._interrupted = ""
         self._delivering = False
+        self._released = asyncio.Event()
+        self._record = JobRecord(job, runner.records, runner.threads, runner.watchers)
 
     def begin(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -125,6 +127,10 @@ class Run:
         """Wait until it is over, however it ends."""
         await asyncio.gather(self.task, return_exceptions=True)
 
+    async def released(self) -> None:
+        """Wait until it has no process any more; what it delivers then is another matter."""
+        await self._released.wait()
+
     def stop(self, reason: Reason, seconds: float) -> None:
         """End the process: asked first, killed after `seconds`. The job's new state is written already."""
         self._stop = (reason, seconds)
@@ -137,6 +143,7 @@ class Run:
     def interrupt(self, why: str, seconds: float) -> None:
         """As `stop`, although the job is to go on: it waits for its turn again."""
         self._interrupted = why
+        self._record.patient = False
         self.stop("pause", seconds)
 
     def kill(self) -> None:
@@ -148,6 +155,12 @@ class Run:
 
     async def _run(self) -> None:
         try:
+            await self._do()
+        finally:
+            self._released.set()
+
+    async def _do(self) -> None:
+        try:
             await (self._check() if self.kind == "check" else self._train_and_deliver())
         except (JobStateError, UnknownJobError):
             _log.info("job %s was stopped on its way", self.job.id)
@@ -157,19 +170,19 @@ class Run:
             _log.exception("job %s failed", self.job.id)
             internal = JobError("internal_error", "The server failed on this job; its log says why.")
             with suppress(RegistryError):
-                await self._move("failed", OPEN_STATES, error=internal)
+                await self._record.move("failed", OPEN_STATES, error=internal)
 
     async def _check(self) -> None:
         runner = self._runner
         outcome = await self._process(Check(config=runner.config, job=await self._train_job()), {})
         if isinstance(outcome, Checked):
             event = NewEvent(time.time(), "The job waits for its turn.")
-            await self._move("queued", ("validating_files",), event, plan=outcome.plan)
+            await self._record.move("queued", ("validating_files",), event, plan=outcome.plan)
         else:
             await self._ended_early(outcome)
 
     async def _train_and_deliver(self) -> None:
-        self.job = job = await self._move("running", ("queued",))
+        self.job = job = await self._record.move("running", ("queued",))
         if job.report is None and self._base is not None:
             base, runner = self._base, self._runner
             message = Train(
@@ -179,20 +192,22 @@ class Run:
             if not isinstance(outcome, Trained):
                 await self._ended_early(outcome)
                 return
-            await self._note((), report=outcome.report)
-            if self._stop is not None and not self._interrupted:
+            await self._record.tell(report=outcome.report)
+            if self._stop is not None:
+                await self._ended_early(Stopped("pause"))
                 return
         self._delivering = True
-        await self._deliver(await self._current())
+        self._released.set()
+        await self._deliver(await self._record.current())
 
     async def _deliver(self, job: TrainingJob) -> None:
-        await self._note([NewEvent(time.time(), "The adapter is being proved.")])
+        await self._record.tell(NewEvent(time.time(), "The adapter is being proved."))
         try:
             done = await self._runner.delivery.deliver(job)
         except DeliveryError as error:
             await self._fail(JobError(error.code, error.message))
             return
-        await self._move(
+        await self._record.move(
             "succeeded",
             ("running",),
             NewEvent(time.time(), done.message, level="info" if done.as_wished else "warn"),
@@ -210,6 +225,8 @@ class Run:
         # A run reads the files once more, but what there is to say of them was said by their check.
         recorder.silent = (DataChecked,) if self.kind == "train" else ()
         try:
+            if self._stop is not None:
+                return Stopped(self._stop[0])
             self._trainer = await Trainer.start(runner.command, message, fds, recorder.listen)
             if self._stop is not None:
                 self.stop(*self._stop)
@@ -221,10 +238,10 @@ class Run:
             await recorder.close()
 
     async def _train_job(self) -> TrainJob:
-        """What the trainer is told. Raises UnknownFileError, UnavailableError."""
+        """What the trainer is told. Raises RegistryError."""
         home, job, files = self._runner.home, self.job, self._runner.delivery.files
-        train = await files.get(job.training_file)
-        held_out = await files.get(job.validation_file) if job.validation_file else None
+        train = await self._record.file(job.training_file)
+        held_out = await self._record.file(job.validation_file) if job.validation_file else None
         held_out_name = held_out.filename if held_out else None
         return TrainJob(
             id=job.id,
@@ -246,42 +263,44 @@ class Run:
 
     async def _ended_early(self, outcome: Outcome) -> None:
         """The process has ended without having done what it was for."""
-        if isinstance(outcome, Failed) and not self.stopping:
-            await self._failed(outcome)
-        elif isinstance(outcome, Failed):
-            await self._note([NewEvent(time.time(), outcome.message, level="warn")])
-        elif self._interrupted:
+        if self._interrupted:
             await self._interrupted_for_now()
+        elif isinstance(outcome, Failed) and self.stopping:
+            await self._record.tell(NewEvent(time.time(), outcome.message, level="warn"))
+        elif isinstance(outcome, Failed) and outcome.code not in PASSING:
+            await self._failed(outcome)
         elif self.stopping:
             await self._stopped()
+        elif isinstance(outcome, Failed):
+            await self._died(f"{outcome.code} ({outcome.message})")
         else:
             await self._died(outcome.how if isinstance(outcome, Died) else type(outcome).__name__)
 
     async def _failed(self, failed: Failed) -> None:
         for event in problems_told(failed):
-            await self._note([event])
+            await self._record.tell(event)
         await self._fail(JobError(failed.code, failed.message, failed.param))
 
     async def _fail(self, error: JobError) -> None:
         event = NewEvent(time.time(), error.message, level="error", data={"code": error.code})
-        await self._move("failed", ("validating_files", "running"), event, error=error)
+        await self._record.move("failed", ("validating_files", "running"), event, error=error)
 
     async def _interrupted_for_now(self) -> None:
-        job = await self._current()
+        job = await self._record.current()
         event = NewEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {_place(job)}.")
         if job.state == "running":
-            await self._move("queued", ("running",), event)
+            await self._record.move("queued", ("running",), event)
 
     async def _stopped(self) -> None:
-        job = await self._current()
+        job = await self._record.current()
         if job.state == "cancelled":
             await self._runner.threads.run(self._runner.home.forget, job.id)
             return
-        await self._note([NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}.")])
+        await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}."))
 
     async def _died(self, how: str) -> None:
         self._runner.deaths.append(time.time())
-        job = await self._current()
+        job = await self._record.current()
         deaths = job.deaths + 1 if job.saved_step <= job.death_step else 1
         _log.error("the trainer of job %s died (%s), %d times since its last checkpoint", job.id, how, deaths)
         facts = {"deaths": deaths, "death_step": job.saved_step}
@@ -294,47 +313,15 @@ class Run:
             )
             event = NewEvent(time.time(), message, level="error")
             error = JobError("trainer_died", message)
-            await self._move("failed", OPEN_STATES, event, error=error, **facts)
+            await self._record.move("failed", OPEN_STATES, event, error=error, **facts)
             return
         message = f"The trainer's process ended by {how}.{hint} The job goes on {_place(job)}."
         event = NewEvent(time.time(), message, level="warn")
         if self.kind == "check":
-            await self._move("validating_files", ("validating_files",), event, **facts)
+            await self._record.move("validating_files", ("validating_files",), event, **facts)
         else:
-            await self._move("queued", ("running",), event, **facts)
+            await self._record.move("queued", ("running",), event, **facts)
         await asyncio.sleep(PAUSES[min(deaths, len(PAUSES)) - 1])
-
-    # ---- the registry ------------------------------------------------------------------------
-
-    async def _current(self) -> TrainingJob:
-        return await self._patiently(self._runner.records.job, self.job.tenant, self.job.id)
-
-    async def _note(self, events: Sequence[NewEvent], **facts: Any) -> None:
-        await self._patiently(self._runner.records.note, self.job.id, events, **facts)
-        self._runner.watchers.notify(self.job.id)
-
-    async def _move(
-        self, state: JobState, among: Sequence[JobState], event: NewEvent | None = None, **facts: Any
-    ) -> TrainingJob:
-        """Raises JobStateError: somebody has moved it meanwhile."""
-        job: TrainingJob = await self._patiently(
-            self._runner.records.move, self.job.id, state, among, event, **facts
-        )
-        self._runner.watchers.notify(self.job.id)
-        return job
-
-    async def _patiently(self, call: Callable[..., T], *args: Any, **facts: Any) -> T:
-        """The call, again while the registry is away: nobody else would write what has happened here."""
-        while True:
-            try:
-                return await self._runner.threads.run(call, *args, **facts)
-            except (JobStateError, UnknownJobError):
-                raise
-            except RegistryError as error:
-                if self._interrupted:
-                    raise
-                _log.warning("job %s waits: %s", self.job.id, error)
-            await asyncio.sleep(REGISTRY_PAUSE)
 
 
 def _place(job: TrainingJob) -> str:
