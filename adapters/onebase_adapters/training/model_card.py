@@ -114,8 +114,12 @@ def _use(report: Report, repo: str | None) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({json.dumps(repo or report.base)})
+base = AutoModelForCausalLM.from_pretrained({json.dumps(repo or report.base)})  # trained on it in 4-bit (NF4)
 model = PeftModel.from_pretrained(base, "<this folder or repository>")
+```
+
+```
+onebase serve --base {repo or report.base} --adapter {_plain(report.name)}=<this folder>
 ```"""
 
 

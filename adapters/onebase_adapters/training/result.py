@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from onebase_adapters.training.checkpoint import appearing
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_adapter(
@@ -46,6 +46,8 @@ def write_adapter(
         if dtype != torch.float32:
             halved = {name: tensor.to(dtype) for name, tensor in tensors.items()}
             save_file(halved, work / WEIGHTS, metadata={"format": "pt"})
+        # safetensors writes files that only their owner may read.
+        (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
         (work / "README.md").write_text(card((work / WEIGHTS).stat().st_size), encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size
 
