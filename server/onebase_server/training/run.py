@@ -38,7 +38,7 @@ RunKind = Literal["check", "train"]
 
 MOST_DEATHS = 3
 """So often a job is taken up again whose trainer dies without a checkpoint in between."""
-PAUSES = (0.5, 2.0, 8.0)
+PAUSES = (0.5, 1.0, 2.0)
 """Seconds before it is taken up, by the number of deaths."""
 PASSING = ("device_error", "base_unavailable", "base_changed")
 """Failures that an engine which is about to die causes: the next one may be well."""
