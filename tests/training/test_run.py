@@ -75,6 +75,9 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
     assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert report.adapter_bytes == (adapter / "adapter_model.safetensors").stat().st_size
     PeftModel.from_pretrained(view(base), adapter)
+    # In one order in every process, or the same adapter would have another digest.
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
     card = (adapter / "README.md").read_text()
     for part in (
         "train.jsonl",

@@ -82,7 +82,7 @@ class Measured(Event, frozen=True, kw_only=True, tag="measured"):
 
 
 class Saved(Event, frozen=True, kw_only=True, tag="saved"):
-    """A checkpoint that a run can go on from. path: its folder, relative to the run's."""
+    """A checkpoint that a run can go on from. path: its folder's name, in the run's `checkpoints`."""
 
     step: int
     path: str

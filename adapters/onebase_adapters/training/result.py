@@ -37,6 +37,9 @@ def write_adapter(
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = commit
+    if isinstance(config.target_modules, set):
+        # A set is written in an order of its own in each process: the same adapter would have another digest.
+        config.target_modules = sorted(config.target_modules)
     with appearing(folder) as work:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

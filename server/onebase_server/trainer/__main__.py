@@ -11,6 +11,7 @@ import warnings
 
 import transformers
 
+from onebase_adapters.training.memory import keep_freed_memory
 from onebase_server.trainer.limits import step_aside
 from onebase_server.trainer.process import run
 
@@ -29,6 +30,7 @@ def main() -> int:
     # Ctrl-C in a terminal reaches every process; the api decides when a trainer ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     step_aside()
+    keep_freed_memory()
     return run(socket.socket(fileno=arguments.fd), arguments.base_fd, arguments.busy_fd)
 
 

@@ -119,4 +119,6 @@ def _message(job: TrainingJob, digest: str, *, active: bool, wished: bool, probl
         return f"{model} is proved, but could not be activated: {problem or 'another version was chosen'}."
     if job.activate == "never":
         return f"{model} is proved. It is not active, as it was wished."
-    return f"{model} is proved. It is not active, since it is no better on held-out data."
+    better = (job.report or {}).get("better")
+    reason = "nothing was held out to compare it on" if better is None else "it is no better on held-out data"
+    return f"{model} is proved. It is not active, since {reason}."

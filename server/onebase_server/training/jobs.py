@@ -134,7 +134,7 @@ class Jobs:
             "cancelled",
             ("validating_files", "queued", "running", "paused"),
             "The job is cancelled.",
-            "has come to its end already: there is nothing left to cancel",
+            "there is nothing left to cancel",
         )
         if job.server == self._home.server and all(run.job.id != job.id for run in self._manager.running):
             await self._threads.run(self._home.forget, job.id)

@@ -21,7 +21,8 @@ def told(event: events.Event) -> NewEvent | None:
         return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
             "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
             "learning_rate": event.learning_rate, "grad_norm": event.grad_norm,
-            "tokens_per_second": event.tokens_per_second, **_rewards(event.rewards),
+            "tokens_per_second": event.tokens_per_second, "seconds_left": event.seconds_left,
+            "memory_bytes": event.memory_bytes, **_rewards(event.rewards),
         })  # fmt: skip
     if isinstance(event, events.Evaluated):
         whose = "" if event.step else " (the base)"
@@ -82,7 +83,7 @@ def _message(event: events.Event) -> str:
 
 
 def _sizes(event: events.DataChecked) -> str:
-    train, held_out = (event.report.get(part) or {} for part in ("train", "eval"))
+    train, held_out = event.report, event.report.get("evaluation") or {}
     text = f"{train.get('rows', '?')} rows to train on"
     return f"{text}, {held_out['rows']} held out" if held_out.get("rows") else text
 
