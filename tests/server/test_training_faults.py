@@ -66,6 +66,26 @@ def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(serv
         assert wait_job(server, client, job.id, ended).status == "succeeded"
 
 
+@pytest.mark.parametrize("content", ["full", "dies-checking"])
+def test_a_resumed_job_whose_file_is_gone_fails_and_says_which(serve_scripted: Starter, content: str) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, content)
+        assert job.resumable
+        with pytest.raises(openai.ConflictError, match=job.id):
+            client.files.delete(job.training_file)
+        for file in (server.data_dir / "training/files").iterdir():
+            file.unlink()
+        client.fine_tuning.jobs.resume(job.id)
+        again = wait_job(server, client, job.id, ended)
+        assert (again.error.code, again.error.param, again.resumable) == (
+            "file_not_found",
+            "training_file",
+            False,
+        )
+        assert job.training_file in again.error.message
+
+
 def test_jobs_outlive_a_server_that_is_killed(serve_scripted: Starter, tmp_path: Path) -> None:
     with serve_scripted("words", data_dir=tmp_path) as server:
         client = openai_client(server)

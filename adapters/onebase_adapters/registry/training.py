@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import Database
@@ -100,14 +100,23 @@ class TrainingRecords:
         with self._database.read() as session:
             return file_of(_file(session, tenant, file_id))
 
-    def delete_file(self, tenant: str, file_id: str) -> TrainingFile:
-        """Raises UnknownFileError; FileInUseError while a job that has not ended needs it."""
+    def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> TrainingFile:
+        """Delete a file that no job needs.
+
+        Args:
+            passing: errors after which a failed job may go on, and needs its files.
+
+        Raises UnknownFileError, FileInUseError.
+        """
         with self._database.beside() as session:
             row = _file(session, tenant, file_id, lock=True)
             user = session.scalar(
                 select(TrainingJobRow.id).where(
                     or_(TrainingJobRow.training_file == row.id, TrainingJobRow.validation_file == row.id),
-                    TrainingJobRow.state.not_in(ENDED_STATES),
+                    or_(
+                        TrainingJobRow.state.not_in(ENDED_STATES),
+                        and_(TrainingJobRow.state == "failed", TrainingJobRow.error_code.in_(passing)),
+                    ),
                 )
             )
             if user is not None:
@@ -126,7 +135,7 @@ class TrainingRecords:
     def add_job(self, job: NewJob, event: NewEvent) -> TrainingJob:
         """A new job in state `validating_files`, with its first event. Raises UnknownFileError."""
         with self._database.beside() as session:
-            for file_id in filter(None, (job.training_file, job.validation_file)):
+            for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
                 _file(session, job.tenant, file_id, lock=True)
             row = job_row(job, self._base_id, time.time())
             session.add(row)

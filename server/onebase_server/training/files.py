@@ -17,6 +17,7 @@ from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError, StoreFullError, UnknownFileError
 from onebase_server.storage_errors import storage_errors
 from onebase_server.training.home import TrainingHome, ending
+from onebase_server.training.outcomes import RESUMABLE
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that jobs can read."""
@@ -136,7 +137,7 @@ class TrainingFiles:
         """Raises UnknownFileError, ConflictError while a job needs it, UnavailableError."""
         self.content_path(await self.get(file_id))
         with storage_errors():
-            file = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id)
+            file = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id, RESUMABLE)
         await self.disk.run(self._home.file(file.id, file.filename).unlink, True)
 
     async def keep_curve(self, job_id: str, report: Mapping[str, Any]) -> str:

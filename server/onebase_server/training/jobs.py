@@ -28,15 +28,9 @@ from onebase_server.storage_errors import storage_errors
 from onebase_server.training.files import TrainingFiles
 from onebase_server.training.home import TrainingHome
 from onebase_server.training.manager import Manager
+from onebase_server.training.outcomes import resumable
 from onebase_server.training.watchers import Watchers
 
-RESUMABLE = frozenset(
-    {
-        "adapter_lost", "base_changed", "base_unavailable", "delivery_failed", "device_error", "disk_full",
-        "internal_error", "out_of_memory", "trainer_died", "trainer_failed",
-    }
-)  # fmt: skip
-"""Errors that may not come again: the job stands at its last checkpoint."""
 MOST_EVENTS = 500
 """Read at once by one who follows a job."""
 
@@ -230,13 +224,6 @@ class Jobs:
 async def _wait(news: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         await asyncio.wait_for(news.wait(), seconds)
-
-
-def resumable(job: TrainingJob) -> bool:
-    """Whether `resume` would do something."""
-    if job.state == "paused":
-        return True
-    return job.state == "failed" and job.error is not None and job.error.code in RESUMABLE
 
 
 def _conflict(job: TrainingJob, why: str, state: str | None = None) -> ConflictError:

@@ -21,7 +21,8 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_server.engine.protocol import EngineConfig
-from onebase_server.training.run import BaseAtHand, Run, RunKind, Runner
+from onebase_server.training.run import Run, RunKind
+from onebase_server.training.runner import BaseAtHand, Runner
 
 _log = logging.getLogger(__name__)
 

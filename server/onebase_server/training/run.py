@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from onebase_adapters.registry import (
@@ -17,22 +16,17 @@ from onebase_adapters.registry import (
     NewEvent,
     RegistryError,
     TrainingJob,
-    TrainingRecords,
     UnknownJobError,
 )
 from onebase_adapters.training.events import DataChecked
 from onebase_adapters.training.gate import Reason
-from onebase_server.background import Threads
-from onebase_server.engine.protocol import EngineConfig
-from onebase_server.served_base import Base
-from onebase_server.trainer.protocol import Check, Checked, Failed, Stopped, Train, Trained, TrainJob
-from onebase_server.training.delivery import Delivery, DeliveryError
-from onebase_server.training.home import TrainingHome
+from onebase_server.trainer.protocol import Check, Checked, Failed, Stopped, Train, Trained
+from onebase_server.training.delivery import DeliveryError
 from onebase_server.training.links import Died, Outcome, Trainer
 from onebase_server.training.record import JobRecord
 from onebase_server.training.recorder import Recorder
+from onebase_server.training.runner import BaseAtHand, FileGoneError, Runner
 from onebase_server.training.telling import problems_told
-from onebase_server.training.watchers import Watchers
 
 RunKind = Literal["check", "train"]
 
@@ -44,38 +38,6 @@ PASSING = ("device_error", "base_unavailable", "base_changed")
 """Failures that an engine which is about to die causes: the next one may be well."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BaseAtHand:
-    """What a trainer attaches. `fd`: of the memory that holds the base."""
-
-    config: EngineConfig
-    manifest: bytes
-    fd: int
-
-
-@dataclass(frozen=True)
-class Runner:
-    """What all runs of a server share.
-
-    command: starts a trainer. share: part of the time for jobs while rows run. busy_fd: of the byte that
-    says so. memory: bytes for one job, 0 for a part of what is free.
-    """
-
-    records: TrainingRecords
-    threads: Threads
-    watchers: Watchers
-    home: TrainingHome
-    delivery: Delivery
-    config: EngineConfig
-    base: Base
-    command: Sequence[str]
-    share: float
-    memory: int
-    busy_fd: int
-    deaths: list[float] = field(default_factory=list)
-    """When trainers died by themselves, Unix seconds."""
 
 
 class Run:
@@ -166,15 +128,22 @@ class Run:
             _log.info("job %s was stopped on its way", self.job.id)
         except RegistryError as error:
             _log.error("job %s: %s", self.job.id, error)
+            if not self.stopping:
+                await asyncio.sleep(PAUSES[-1])  # it is taken up again at once
+        except FileGoneError as error:
+            with suppress(RegistryError):
+                await self._fail(JobError("file_not_found", error.message, error.param))
         except Exception:
             _log.exception("job %s failed", self.job.id)
             internal = JobError("internal_error", "The server failed on this job; its log says why.")
             with suppress(RegistryError):
-                await self._record.move("failed", OPEN_STATES, error=internal)
+                await self._fail(internal)
 
     async def _check(self) -> None:
         runner = self._runner
-        outcome = await self._process(Check(config=runner.config, job=await self._train_job()), {})
+        outcome = await self._process(
+            Check(config=runner.config, job=await runner.train_job(self.job, self._record)), {}
+        )
         if isinstance(outcome, Checked):
             event = NewEvent(time.time(), "The job waits for its turn.")
             await self._record.move("queued", ("validating_files",), event, plan=outcome.plan)
@@ -186,7 +155,10 @@ class Run:
         if job.report is None and self._base is not None:
             base, runner = self._base, self._runner
             message = Train(
-                config=base.config, manifest=base.manifest, job=await self._train_job(), share=runner.share
+                config=base.config,
+                manifest=base.manifest,
+                job=await runner.train_job(self.job, self._record),
+                share=runner.share,
             )
             outcome = await self._process(message, {"--base-fd": base.fd, "--busy-fd": runner.busy_fd})
             if not isinstance(outcome, Trained):
@@ -237,28 +209,6 @@ class Run:
             self._trainer = None
             await recorder.close()
 
-    async def _train_job(self) -> TrainJob:
-        """What the trainer is told. Raises RegistryError."""
-        home, job, files = self._runner.home, self.job, self._runner.delivery.files
-        train = await self._record.file(job.training_file)
-        held_out = await self._record.file(job.validation_file) if job.validation_file else None
-        held_out_name = held_out.filename if held_out else None
-        return TrainJob(
-            id=job.id,
-            name=job.name,
-            recipe=dict(job.settings),
-            train=str(files.content_path(train)),
-            train_name=train.filename,
-            held_out=str(files.content_path(held_out)) if held_out else None,
-            # Errors name the file: two of one name would be one.
-            held_out_name=f"validation-{held_out_name}" if held_out_name == train.filename else held_out_name,
-            folder=str(home.job(job.id)),
-            base_name=self._runner.base.name,
-            base_repo=self._runner.base.repo,
-            base_commit=self._runner.base.commit,
-            memory_limit=self._runner.memory,
-        )
-
     # ---- other ends --------------------------------------------------------------------------
 
     async def _ended_early(self, outcome: Outcome) -> None:
@@ -283,7 +233,7 @@ class Run:
 
     async def _fail(self, error: JobError) -> None:
         event = NewEvent(time.time(), error.message, level="error", data={"code": error.code})
-        await self._record.move("failed", ("validating_files", "running"), event, error=error)
+        await self._record.move("failed", OPEN_STATES, event, error=error)
 
     async def _interrupted_for_now(self) -> None:
         job = await self._record.current()

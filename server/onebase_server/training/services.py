@@ -21,7 +21,7 @@ from onebase_server.training.home import TrainingHome
 from onebase_server.training.jobs import Jobs
 from onebase_server.training.manager import Manager
 from onebase_server.training.metrics import Metrics
-from onebase_server.training.run import Runner
+from onebase_server.training.runner import Runner
 from onebase_server.training.watchers import Watchers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from onebase_adapters.registry import Checkpoint, TrainingEvent, TrainingFile, TrainingJob
 from onebase_server.names import label
-from onebase_server.training.jobs import resumable
+from onebase_server.training.outcomes import resumable
 
 Json = dict[str, Any]
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"

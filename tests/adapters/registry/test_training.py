@@ -156,6 +156,15 @@ def test_a_file_stays_while_a_job_needs_it(registry: Registry, jobs: list[Traini
     assert records.file_ids("s1") == set()
 
 
+def test_a_file_stays_while_a_failed_job_may_go_on(registry: Registry, jobs: list[TrainingJob]) -> None:
+    records = registry.training
+    for job in jobs:
+        records.move(job.id, "failed", ("validating_files",), error=JobError("disk_full", "it is full"))
+    with pytest.raises(FileInUseError):
+        records.delete_file(TENANT, "file-a", ("disk_full", "trainer_died"))
+    assert records.delete_file(TENANT, "file-a", ("trainer_died",)).id == "file-a"
+
+
 def test_numbers_and_texts_that_no_database_takes_are_made_plain(
     registry: Registry, jobs: list[TrainingJob]
 ) -> None:

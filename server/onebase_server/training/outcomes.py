@@ -1,0 +1,23 @@
+"""What the end of a job means: whether it can go on, and what of its folder is still needed."""
+
+from __future__ import annotations
+
+from onebase_adapters.registry import JobState, TrainingJob
+
+RESUMABLE = frozenset(
+    {
+        "adapter_lost", "base_changed", "base_unavailable", "delivery_failed", "device_error", "disk_full",
+        "internal_error", "out_of_memory", "trainer_died", "trainer_failed",
+    }
+)  # fmt: skip
+"""Errors that may not come again: the job stands at its last checkpoint."""
+
+
+def resumable(job: TrainingJob) -> bool:
+    """Whether `resume` would do something."""
+    return job.state == "paused" or may_go_on(job.state, job.error.code if job.error else None)
+
+
+def may_go_on(state: JobState, code: str | None) -> bool:
+    """Whether a job that has ended like this can be resumed."""
+    return state == "failed" and code in RESUMABLE
