@@ -20,6 +20,8 @@ from onebase_server.training.home import TrainingHome
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
 """Seconds before another try, while the store or the registry is away."""
+_CODES = {"store_full": "disk_full"}
+"""What a version's error is called as a job's."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +88,8 @@ class Delivery:
         )
         version, problem = await self._finished(job, added)
         if version.error is not None:
-            raise DeliveryError(version.error.code, f"The adapter is not served: {version.error.message}")
+            code = _CODES.get(version.error.code, version.error.code)
+            raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
         record = self._library.catalog.get(job.name)

@@ -7,10 +7,11 @@ from onebase_adapters.registry import JobState, TrainingJob
 RESUMABLE = frozenset(
     {
         "adapter_lost", "base_changed", "base_unavailable", "delivery_failed", "device_error", "disk_full",
-        "internal_error", "out_of_memory", "trainer_died", "trainer_failed",
+        "internal_error", "no_memory", "out_of_memory", "prepared_damaged", "proof_crashed", "proof_timeout",
+        "store_unavailable", "trainer_died", "trainer_failed",
     }
 )  # fmt: skip
-"""Errors that may not come again: the job stands at its last checkpoint."""
+"""Errors that may not come again: the job stands at its last checkpoint, or is delivered once more."""
 
 
 def resumable(job: TrainingJob) -> bool:
