@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(serv
         assert (job.status, job.error.code, job.resumable) == ("failed", "disk_full", True)
         client.fine_tuning.jobs.resume(job.id)
         assert wait_job(server, client, job.id, ended).status == "succeeded"
+
+
+def test_an_adapter_whose_proof_crashed_is_proved_when_its_job_is_resumed(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words,dies", data_dir=tmp_path) as server:
+        job = run_job(server, openai_client(server), "rows")
+        assert (job.status, job.error.code, job.resumable) == ("failed", "proof_crashed", True)
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        client.fine_tuning.jobs.resume(job.id)
+        assert wait_job(server, client, job.id, ended).status == "succeeded"
+        assert sum(message.startswith("Step 1/10") for message in messages(client, job.id)) == 1
 
 
 @pytest.mark.parametrize("content", ["full", "dies-checking"])
@@ -205,15 +219,59 @@ def test_an_upload_onto_a_full_disk_is_refused_and_leaves_nothing(
         assert run_job(server, client, "rows").status == "succeeded"
 
 
-def test_uploads_that_were_cut_off_are_swept_at_the_next_start(
+def test_what_nothing_speaks_of_is_swept_at_the_next_start_unless_it_is_new(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
     files, jobs = tmp_path / "training/files", tmp_path / "training/jobs"
     files.mkdir(parents=True)
     (files / ".0011.part").write_text("half")
+    (files / ".0012.part").write_text("still coming")
     (jobs / "ftjob-gone").mkdir(parents=True)
+    for path in (files / ".0011.part", jobs / "ftjob-gone"):
+        os.utime(path, (1e9, 1e9))
     with serve_scripted("words", data_dir=tmp_path) as server:
-        server.wait_for(lambda: not [*files.iterdir(), *jobs.iterdir()])
+        server.wait_for(lambda: [*files.iterdir(), *jobs.iterdir()] == [files / ".0012.part"])
+
+
+def test_a_job_that_ended_while_its_server_was_away_leaves_nothing_after_the_start(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "slow")
+        wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+        server.process.kill()
+        server.exit_status()
+    assert (tmp_path / "training/jobs" / job.id / "checkpoints").is_dir()
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("UPDATE training_jobs SET state = 'cancelled'")
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        server.wait_for(lambda: not any((tmp_path / "training/jobs").iterdir()))
+
+
+def test_a_failed_job_that_could_go_on_can_be_given_up_and_leaves_nothing(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, "full")
+        folder = server.data_dir / "training/jobs" / job.id
+        assert folder.is_dir()
+        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+        server.wait_for(lambda: not folder.exists())
+        assert client.files.delete(job.training_file).deleted
+        bad = run_job(server, client, "broken")
+        with pytest.raises(openai.ConflictError, match="nothing left to cancel"):
+            client.fine_tuning.jobs.cancel(bad.id)
+
+
+def test_a_job_that_is_cancelled_while_its_next_trainer_is_awaited_leaves_nothing(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "dies-at-7")
+        server.wait_for(lambda: any("ended by" in told for told in messages(client, job.id)))
+        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+        server.wait_for(lambda: not (server.data_dir / "training/jobs" / job.id).exists())
 
 
 def test_of_two_servers_on_one_registry_each_runs_its_own_jobs_and_either_may_stop_them(

@@ -54,10 +54,9 @@ def test_a_job_tells_its_steps_and_ends_with_a_curve(server: Server, client: Ope
     curve = client.files.content(job.result_files[0]).text
     assert curve == "step,train_loss,valid_loss\n0,,2.0\n1,1.0,\n2,0.5,1.0\n"
     assert client.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
-    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
-    assert [one.step_number for one in checkpoints] == [10, 5]
-    assert checkpoints[0].fine_tuning_job_id == job.id
-    assert checkpoints[0].metrics.train_loss == 0.1
+    assert client.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    folder = server.data_dir / "training/jobs" / job.id
+    server.wait_for(lambda: {path.name for path in folder.iterdir()} == {"adapter"})
 
 
 @pytest.mark.parametrize(
@@ -94,6 +93,7 @@ def test_an_adapter_that_is_not_proved_fails_its_job(server: Server, client: Ope
     job = run_job(server, client, "broken-adapter")
     assert (job.status, job.error.code) == ("failed", "broken_weights")
     assert "these weights are broken" in job.error.message
+    server.wait_for(lambda: not (server.data_dir / "training/jobs" / job.id).exists())
 
 
 def test_jobs_run_one_at_a_time_in_their_order(server: Server, client: OpenAI) -> None:
@@ -114,8 +114,13 @@ def test_a_paused_job_lets_its_process_go_and_goes_on_from_there(server: Server,
     server.wait_for(lambda: not server.trainer_pids())
     paused = client.fine_tuning.jobs.retrieve(job.id)
     assert (paused.status, paused.resumable) == ("paused", True)
-    (newest, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    newest = checkpoints[0]
+    steps = [one.step_number for one in checkpoints]
+    assert steps == sorted({*range(5, steps[0], 5), steps[0]}, reverse=True)
     assert newest.step_number == paused.progress["step"]
+    assert newest.fine_tuning_job_id == job.id
+    assert newest.metrics.train_loss == paused.progress["loss"]
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     wait_job(server, client, job.id, lambda job: job.progress["step"] > newest.step_number)

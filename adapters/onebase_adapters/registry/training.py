@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
@@ -171,10 +171,15 @@ class TrainingRecords:
             )
             return [job_of(row) for row in rows]
 
-    def job_ids(self, server: str) -> set[str]:
-        """All jobs of one server, on any base and of any tenant."""
+    def job_ends(self, server: str) -> dict[str, tuple[JobState, str | None]]:
+        """State and error code of all jobs of one server by their ids, on any base and of any tenant."""
         with self._database.read() as session:
-            return set(session.scalars(select(TrainingJobRow.id).where(TrainingJobRow.server == server)))
+            rows = session.execute(
+                select(TrainingJobRow.id, TrainingJobRow.state, TrainingJobRow.error_code).where(
+                    TrainingJobRow.server == server
+                )
+            )
+            return {row[0]: (cast(JobState, row[1]), row[2]) for row in rows}
 
     def counts(self) -> dict[str, int]:
         """How many jobs of this base there are in each state."""

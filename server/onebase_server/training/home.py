@@ -7,8 +7,12 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Collection
+import time
+from collections.abc import Container, Iterable
 from pathlib import Path
+
+SETTLED_SECONDS = 600.0
+"""What is younger may be about to get its row in the registry."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,15 +61,32 @@ class TrainingHome:
         """Delete what a run has written."""
         shutil.rmtree(self.job(job_id), ignore_errors=True)
 
-    def sweep(self, file_ids: Collection[str], job_ids: Collection[str]) -> int:
-        """Delete what no row of the registry speaks of. Returns how many. Raises OSError."""
+    def forget_checkpoints(self, job_id: str) -> None:
+        """Delete the places that a run could go on from."""
+        shutil.rmtree(self.job(job_id) / "checkpoints", ignore_errors=True)
+
+    def listing(self) -> list[Path]:
+        """Files and folders of jobs that are no longer being made. Raises OSError."""
+        made_before = time.time() - SETTLED_SECONDS
+        return [
+            path
+            for folder in (self.files, self.jobs)
+            for path in folder.iterdir()
+            if path.lstat().st_mtime < made_before
+        ]
+
+    def sweep(self, left: Iterable[Path], file_ids: Container[str], job_ids: Container[str]) -> int:
+        """Delete what no row of the registry speaks of. Returns how many. Raises OSError.
+
+        Args:
+            left: a `listing` that is older than the ids.
+        """
         removed = 0
-        for path in self.files.iterdir():
-            if path.name.partition(".")[0] not in file_ids:
+        for path in left:
+            if path.parent == self.files and path.name.partition(".")[0] not in file_ids:
                 path.unlink(missing_ok=True)
                 removed += 1
-        for path in self.jobs.iterdir():
-            if path.name not in job_ids:
+            elif path.parent == self.jobs and path.name not in job_ids:
                 shutil.rmtree(path, ignore_errors=True)
                 removed += 1
         return removed

@@ -11,6 +11,7 @@ from typing import Any
 
 from onebase_adapters.registry import (
     DEFAULT_TENANT,
+    OPEN_STATES,
     Activate,
     Checkpoint,
     JobState,
@@ -115,6 +116,8 @@ class Jobs:
         job = await self.get(job_id)
         with storage_errors():
             found = await self._threads.run(self._records.checkpoints, job)
+        if not (job.state in OPEN_STATES or resumable(job)):
+            return []  # it does not go on, and nothing is kept for that
         if job.server != self._home.server:
             return found
         return [one for one in found if self._home.checkpoint(job.id, one.path).is_dir()]
@@ -122,11 +125,15 @@ class Jobs:
     # ---- how they go on ----------------------------------------------------------------------
 
     async def cancel(self, job_id: str) -> TrainingJob:
-        """End it for good. Raises UnknownJobError, ConflictError when it has ended or is being delivered."""
+        """End it for good, also one that has failed and could go on.
+
+        Raises UnknownJobError, ConflictError when it has ended or is being delivered.
+        """
+        failed: tuple[JobState, ...] = ("failed",) if resumable(await self.get(job_id)) else ()
         job = await self._move(
             job_id,
             "cancelled",
-            ("validating_files", "queued", "running", "paused"),
+            ("validating_files", "queued", "running", "paused", *failed),
             "The job is cancelled.",
             "there is nothing left to cancel",
         )

@@ -23,6 +23,7 @@ from onebase_adapters.registry import (
 from onebase_server.engine.protocol import EngineConfig
 from onebase_server.training.run import Run, RunKind
 from onebase_server.training.runner import BaseAtHand, Runner
+from onebase_server.training.tidying import Tidying
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class Manager:
         self._most = most
         self._look_seconds = look_seconds
         self._runs: dict[str, Run] = {}
+        self._tidying = Tidying(self._records, self._threads, runner.home)
+        self._known: dict[str, TrainingJob] = {}
+        """Jobs that were open, or had a process, at the last look."""
         self._base: BaseAtHand | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -75,12 +79,13 @@ class Manager:
         while not self._runner.home.own():
             _log.warning("another process runs the training jobs of %s; waiting", self._runner.home.root)
             await asyncio.sleep(self._look_seconds)
-        await self._sweep()
+        await self._tidying.sweep()
         while not self._ending:
             self._changed.clear()
             try:
                 jobs = await self._threads.run(self._records.open_jobs, self._runner.home.server)
                 await self._reconcile(jobs)
+                await self._tidy(jobs)
             except RegistryError as error:
                 _log.warning("training jobs cannot be followed: %s", error)
             with suppress(TimeoutError):
@@ -132,6 +137,14 @@ class Manager:
             elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
                 self._begin(job, "train")
 
+    async def _tidy(self, jobs: Sequence[TrainingJob]) -> None:
+        """What jobs that have come to an end leave, however and through whichever server they did."""
+        open_jobs = {job.id: job for job in jobs} | {run.job.id: run.job for run in self._runs.values()}
+        self._known |= open_jobs
+        for job_id in self._known.keys() - open_jobs.keys():
+            await self._tidying.job_over(self._known[job_id])
+            del self._known[job_id]
+
     def _begin(self, job: TrainingJob, kind: RunKind) -> None:
         run = self._runs[job.id] = Run(self._runner, job, kind, self._base)
         run.begin()
@@ -166,16 +179,3 @@ class Manager:
         with suppress(JobStateError, UnknownJobError):
             await self._threads.run(self._records.move, job.id, state, (job.state,), event)
             self._runner.watchers.notify(job.id)
-
-    async def _sweep(self) -> None:
-        """Delete files that nothing speaks of: of uploads and jobs that a power cut ended."""
-        home = self._runner.home
-        try:
-            files = await self._threads.run(self._records.file_ids, home.server)
-            jobs = await self._threads.run(self._records.job_ids, home.server)
-            removed = await self._threads.run(home.sweep, files, jobs)
-        except (RegistryError, OSError) as error:
-            _log.warning("the training folder was not swept: %s", error)
-        else:
-            if removed:
-                _log.info("swept %d left-over files and folders of training", removed)

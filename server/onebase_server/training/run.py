@@ -243,10 +243,8 @@ class Run:
 
     async def _stopped(self) -> None:
         job = await self._record.current()
-        if job.state == "cancelled":
-            await self._runner.threads.run(self._runner.home.forget, job.id)
-            return
-        await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}."))
+        if job.state != "cancelled":
+            await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}."))
 
     async def _died(self, how: str) -> None:
         self._runner.deaths.append(time.time())

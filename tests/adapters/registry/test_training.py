@@ -128,7 +128,9 @@ def test_a_server_has_to_do_what_is_its_own_and_not_at_an_end(
     add_job(registry, "elsewhere", server="s2")
     assert [job.name for job in records.open_jobs("s1")] == ["two", "three"]
     assert [job.name for job in records.open_jobs("s2")] == ["elsewhere"]
-    assert records.job_ids("s2") == {"ftjob-elsewhere"}
+    records.move("ftjob-elsewhere", "failed", ("validating_files",), error=JobError("bad", "a bad file"))
+    assert records.job_ends("s2") == {"ftjob-elsewhere": ("failed", "bad")}
+    assert records.job_ends("s1")["ftjob-one"] == ("cancelled", None)
 
 
 def test_a_checkpoint_written_again_takes_the_place_of_the_first(

@@ -1,0 +1,50 @@
+"""Gives the disk back: of jobs that are over, and of what no row of the registry speaks of."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+from onebase_adapters.registry import JobState, RegistryError, TrainingJob, TrainingRecords, UnknownJobError
+from onebase_server.background import Threads
+from onebase_server.training.home import TrainingHome
+from onebase_server.training.outcomes import may_go_on
+
+_log = logging.getLogger(__name__)
+
+
+class Tidying:
+    """Deletes what a job does not need any more. No process may be writing into the job's folder."""
+
+    def __init__(self, records: TrainingRecords, threads: Threads, home: TrainingHome) -> None:
+        self._records = records
+        self._threads = threads
+        self._home = home
+
+    async def job_over(self, job: TrainingJob) -> None:
+        """Look how it has ended, if it has. Raises RegistryError."""
+        with suppress(UnknownJobError):
+            now = await self._threads.run(self._records.job, job.tenant, job.id)
+            await self._threads.run(self._forget, job.id, now.state, now.error.code if now.error else None)
+
+    async def sweep(self) -> None:
+        """Once at the start: uploads and jobs that a power cut ended, and jobs that ended elsewhere."""
+        home = self._home
+        try:
+            left = await self._threads.run(home.listing)
+            files = await self._threads.run(self._records.file_ids, home.server)
+            jobs = await self._threads.run(self._records.job_ends, home.server)
+            removed = await self._threads.run(home.sweep, left, files, jobs)
+            for job_id, (state, code) in jobs.items():
+                await self._threads.run(self._forget, job_id, state, code)
+        except (RegistryError, OSError) as error:
+            _log.warning("the training folder was not swept: %s", error)
+        else:
+            if removed:
+                _log.info("swept %d left-over files and folders of training", removed)
+
+    def _forget(self, job_id: str, state: JobState, code: str | None) -> None:
+        if state == "succeeded":
+            self._home.forget_checkpoints(job_id)
+        elif state == "cancelled" or (state == "failed" and not may_go_on(state, code)):
+            self._home.forget(job_id)
