@@ -6,6 +6,7 @@ several:
 
     (anything)      ten steps of 20 ms, a checkpoint after every fifth, then an adapter
     broken          the check finds two bad lines
+    long            a hundred steps
     slow            three thousand steps, so that it never ends by itself in a test
     dies-at-7       is killed after that step, each time it gets there
     dies-at-7-once  only when it has not gone on from a checkpoint
@@ -111,7 +112,7 @@ class ScriptedTrainer:
     def train(self, message: Train) -> None:
         folder = Path(message.job.folder)
         words = Path(message.job.train).read_text().split()
-        steps = 3000 if "slow" in words else 10
+        steps = 3000 if "slow" in words else 100 if "long" in words else 10
         first = max((int(path.name) for path in (folder / "checkpoints").glob("*")), default=0)
         self.say(events.Planned(at=time.time(), recipe={}, estimate={}, steps=steps, first_step=first))
         gate = self.gate(message.share)

@@ -294,6 +294,23 @@ def test_of_two_servers_on_one_registry_each_runs_its_own_jobs_and_either_may_st
         one.wait_for(lambda: not one.trainer_pids())
 
 
+def test_a_job_that_is_trained_while_a_pause_is_on_its_way_is_not_delivered_before_it_is_resumed(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    registry = ("--registry", f"sqlite:///{tmp_path / 'shared.db'}", "--sync-seconds", "3600")
+    with serve_scripted("words", *registry) as one, serve_scripted("words", *registry) as other:
+        here, there = openai_client(one), openai_client(other)
+        job = make_job(here, "long")
+        wait_job(one, here, job.id, lambda job: step_of(job) > 0)
+        assert there.fine_tuning.jobs.pause(job.id).status == "paused"
+        one.wait_for(lambda: any(told.startswith("Paused.") for told in messages(here, job.id)))
+        paused = here.fine_tuning.jobs.retrieve(job.id)
+        assert (paused.status, step_of(paused), paused.version) == ("paused", 100, None)
+        here.fine_tuning.jobs.resume(job.id)
+        assert wait_job(one, here, job.id, ended).status == "succeeded"
+        assert "Going on after" not in "\n".join(messages(here, job.id))
+
+
 def test_of_two_processes_on_one_data_folder_one_runs_the_jobs(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:

@@ -197,15 +197,21 @@ class TrainingRecords:
         state: JobState,
         among: Collection[JobState],
         event: NewEvent | None = None,
+        *,
+        while_delivered: bool = True,
         **facts: Any,
     ) -> TrainingJob:
         """Change a job's state, if it is one of `among`, and other fields of TrainingJob with it.
+
+        Args:
+            while_delivered: also when it is running and has its report already.
 
         Raises UnknownJobError; JobStateError when it is in another state.
         """
         with self._database.beside() as session:
             row = self._job(session, job_id, lock=True)
-            if row.state not in among:
+            delivered = row.state == "running" and row.report is not None
+            if row.state not in among or (delivered and not while_delivered):
                 raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
             set_facts(row, state, facts, time.time())
             if event is not None:

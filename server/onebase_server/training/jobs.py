@@ -176,13 +176,15 @@ class Jobs:
         job = await self.get(job_id)
         if job.state == state:
             return job  # asked for twice
-        if job.state == "running" and job.report is not None:
-            raise _conflict(job, "its adapter is trained and being proved, which takes a moment")
         event = NewEvent(time.time(), said)
         with storage_errors():
             try:
-                moved = await self._threads.run(self._records.move, job_id, state, among, event, **facts)
+                moved = await self._threads.run(
+                    self._records.move, job_id, state, among, event, while_delivered=False, **facts
+                )
             except JobStateError as error:
+                if error.state == "running" and "running" in among:
+                    otherwise = "its adapter is trained and being proved, which takes a moment"
                 raise _conflict(job, otherwise, error.state) from error
         self._manager.look()
         self._watchers.notify(job_id)

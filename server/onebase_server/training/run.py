@@ -7,11 +7,12 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from onebase_adapters.registry import (
     OPEN_STATES,
     JobError,
+    JobState,
     JobStateError,
     NewEvent,
     RegistryError,
@@ -153,24 +154,36 @@ class Run:
     async def _train_and_deliver(self) -> None:
         self.job = job = await self._record.move("running", ("queued",))
         if job.report is None and self._base is not None:
-            base, runner = self._base, self._runner
-            message = Train(
-                config=base.config,
-                manifest=base.manifest,
-                job=await runner.train_job(self.job, self._record),
-                share=runner.share,
-            )
-            outcome = await self._process(message, {"--base-fd": base.fd, "--busy-fd": runner.busy_fd})
+            outcome = await self._train(self._base)
             if not isinstance(outcome, Trained):
                 await self._ended_early(outcome)
                 return
-            await self._record.tell(report=outcome.report)
-            if self._stop is not None:
-                await self._ended_early(Stopped("pause"))
-                return
-        self._delivering = True
-        self._released.set()
-        await self._deliver(await self._record.current())
+            job = await self._keep_report(outcome.report)
+        if job.state != "running":
+            await self._stopped()
+        elif self._stop is not None:
+            await self._ended_early(Stopped(self._stop[0]))
+        else:
+            self._delivering = True
+            self._released.set()
+            await self._deliver(job)
+
+    async def _train(self, base: BaseAtHand) -> Outcome:
+        runner = self._runner
+        job = await runner.train_job(self.job, self._record)
+        message = Train(config=base.config, manifest=base.manifest, job=job, share=runner.share)
+        return await self._process(message, {"--base-fd": base.fd, "--busy-fd": runner.busy_fd})
+
+    async def _keep_report(self, report: Mapping[str, Any]) -> TrainingJob:
+        """The job with what training found. If it runs still, nobody stops its delivery."""
+        state: JobState = "running"
+        while True:
+            try:
+                return await self._record.move(state, (state,), report=report)
+            except JobStateError as error:
+                if error.state not in ("running", "queued", "paused"):
+                    raise
+                state = cast(JobState, error.state)
 
     async def _deliver(self, job: TrainingJob) -> None:
         await self._record.tell(NewEvent(time.time(), "The adapter is being proved."))
@@ -243,7 +256,7 @@ class Run:
 
     async def _stopped(self) -> None:
         job = await self._record.current()
-        if job.state != "cancelled":
+        if job.state == "paused":
             await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}."))
 
     async def _died(self, how: str) -> None:
@@ -273,4 +286,6 @@ class Run:
 
 
 def _place(job: TrainingJob) -> str:
+    if job.report is not None:
+        return "with the proof of its adapter"
     return f"after step {job.saved_step}" if job.saved_step else "from its beginning"

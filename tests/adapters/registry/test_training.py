@@ -120,6 +120,18 @@ def test_a_state_is_left_only_by_those_who_expect_it(registry: Registry, jobs: l
     assert "never told" not in [told.message for told in records.events(job, limit=9)]
 
 
+def test_a_job_whose_adapter_is_being_delivered_is_moved_only_by_those_who_deliver_it(
+    registry: Registry, jobs: list[TrainingJob]
+) -> None:
+    records, job = registry.training, jobs[0]
+    records.move(job.id, "running", ("validating_files",))
+    records.move(job.id, "running", ("running",), report={"steps": 3})
+    with pytest.raises(JobStateError):
+        records.move(job.id, "cancelled", ("running",), while_delivered=False)
+    assert records.move(job.id, "queued", ("running",)).report == {"steps": 3}
+    assert records.move(job.id, "paused", ("queued",), while_delivered=False).state == "paused"
+
+
 def test_a_server_has_to_do_what_is_its_own_and_not_at_an_end(
     registry: Registry, jobs: list[TrainingJob]
 ) -> None:
