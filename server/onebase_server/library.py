@@ -254,6 +254,12 @@ class Library:
         else:
             await self._activate_if_wished(version, job)
 
+    async def activate_patiently(self, version: VersionRecord) -> OneBaseError | None:
+        """Activate a version that is ready. Returns why it could not be, after several tries."""
+        job = _Job(Wishes(activate=True), activate=True)
+        await self._activate_if_wished(version, job)
+        return job.failure
+
     async def _activate_if_wished(self, version: VersionRecord, job: _Job) -> None:
         if not job.activate:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import sys
@@ -179,6 +180,25 @@ def test_a_job_that_is_trained_while_the_server_stops_is_only_delivered_after_it
         assert (done.status, done.activated) == ("succeeded", True)
         assert last <= step_of(done) < 3000
         assert "Going on after" not in "\n".join(messages(client, job.id))
+
+
+def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words,slow", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "rows")
+        server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
+        server.process.kill()
+        server.exit_status()
+    shutil.rmtree(tmp_path / "training/jobs" / job.id / "adapter")
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        lost = wait_job(server, client, job.id, ended)
+        assert (lost.error.code, lost.resumable, lost.report) == ("adapter_lost", True, None)
+        client.fine_tuning.jobs.resume(job.id)
+        assert wait_job(server, client, job.id, ended).status == "succeeded"
+        assert "Going on after step 10 of 10." in messages(client, job.id)
 
 
 def test_an_engine_that_dies_ends_the_trainer_and_the_job_goes_on_beside_the_next(

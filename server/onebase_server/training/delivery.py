@@ -20,6 +20,8 @@ from onebase_server.training.home import TrainingHome
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
 """Seconds before another try, while the store or the registry is away."""
+LOST = "adapter_lost"
+"""Nothing is left to deliver: the job has to be trained again."""
 _CODES = {"store_full": "disk_full"}
 """What a version's error is called as a job's."""
 
@@ -77,16 +79,17 @@ class Delivery:
         report = job.report or {}
         wished = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
         folder = self._home.job(job.id) / "adapter"
-        if not folder.is_dir():
-            raise DeliveryError("adapter_lost", "The trained adapter's folder is gone from --data-dir.")
+        if not all((folder / file).is_file() for file in ADAPTER_FILES):
+            raise DeliveryError(
+                LOST,
+                "The trained adapter is gone from --data-dir. Resume the job: it trains on from its last "
+                "checkpoint, or from its beginning if that is gone as well.",
+            )
         result_file = await self.files.keep_curve(job.id, report)
         with storage_errors(job.name):
             files = await self._library.disk.run(self._take, folder)
         wishes = Wishes(activate=wished, any_base=True)
-        added = await self._library.add(
-            job.name, files, {"kind": "training", "job": job.id}, wishes, actor=ACTOR
-        )
-        version, problem = await self._finished(job, added)
+        version, problem = await self._added(job, files, wishes)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
@@ -102,8 +105,19 @@ class Delivery:
             as_wished=active or not wished,
         )
 
-    async def _finished(self, job: TrainingJob, added: VersionRecord) -> tuple[VersionRecord, str]:
+    async def _added(
+        self, job: TrainingJob, files: VersionFiles, wishes: Wishes
+    ) -> tuple[VersionRecord, str]:
         """The version once it is proved, and why it was not activated although it was wished."""
+        source = {"kind": "training", "job": job.id}
+        try:
+            added = await self._library.add(job.name, files, source, wishes, actor=ACTOR)
+        except OneBaseError:
+            version = await self._library.version(job.name, files.digest)
+            if version.state != "ready":
+                raise
+            failure = await self._library.activate_patiently(version)
+            return version, failure.message if failure else ""
         try:
             return await self._library.wait(added.name, added.digest), ""
         except OneBaseError as error:

@@ -22,7 +22,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.training.events import DataChecked
 from onebase_adapters.training.gate import Reason
 from onebase_server.trainer.protocol import Check, Checked, Failed, Stopped, Train, Trained
-from onebase_server.training.delivery import DeliveryError
+from onebase_server.training.delivery import LOST, DeliveryError
 from onebase_server.training.links import Died, Outcome, Trainer
 from onebase_server.training.record import JobRecord
 from onebase_server.training.recorder import Recorder
@@ -190,7 +190,8 @@ class Run:
         try:
             done = await self._runner.delivery.deliver(job)
         except DeliveryError as error:
-            await self._fail(JobError(error.code, error.message))
+            lost = {"report": None} if error.code == LOST else {}
+            await self._fail(JobError(error.code, error.message), **lost)
             return
         await self._record.move(
             "succeeded",
@@ -244,9 +245,9 @@ class Run:
             await self._record.tell(event)
         await self._fail(JobError(failed.code, failed.message, failed.param))
 
-    async def _fail(self, error: JobError) -> None:
+    async def _fail(self, error: JobError, **facts: Any) -> None:
         event = NewEvent(time.time(), error.message, level="error", data={"code": error.code})
-        await self._record.move("failed", OPEN_STATES, event, error=error)
+        await self._record.move("failed", OPEN_STATES, event, error=error, **facts)
 
     async def _interrupted_for_now(self) -> None:
         job = await self._record.current()
