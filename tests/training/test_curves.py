@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -180,6 +181,33 @@ def test_the_command_trains_resumes_and_says_what_to_do_next(talking_folder: Pat
     other = command(*arguments, "--r", "8")
     assert other.returncode == 1
     assert "another recipe" in other.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
+    talking_folder: Path, tmp_path: Path
+) -> None:
+    data = write_chats(tmp_path / "train.jsonl", 20)
+    out = tmp_path / "out"
+    arguments = ["--base", str(talking_folder), "--data", str(data), "--name", "colours", "--out", str(out)]
+    arguments += ["--r", "4", "--batch-size", "4", "--epochs", "1000", "--save-every", "1000000"]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    program = [sys.executable, "-m", "onebase_adapters.training.cli.train", *arguments]
+    # A shell's background starts its commands with Ctrl-C ignored; here it is not.
+    process = subprocess.Popen(
+        program,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    while "step 1/" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, rest
+    assert "goes on from the last checkpoint" in " ".join(rest.split())
+    assert list((out / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize(

@@ -177,3 +177,51 @@ def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, 
     assert [problem.line for problem in caught.value.problems] == [1, 2]
     with pytest.raises(RecipeError, match="wq"):
         run(base, replace(job, recipe=replace(job.recipe, targets=("wq",))))
+
+
+def test_the_report_says_what_part_was_held_out_and_an_explicit_part_has_no_limit(
+    base: torch.nn.Module, job: Job
+) -> None:
+    many = write_chats(job.folder.with_name("many.jsonl"), 500)
+    recipe = replace(job.recipe, eval_split=0.5, metrics=(), sample_prompts=(), max_steps=1)
+    seen: list[events.Event] = []
+    report = run(base, replace(job, train=many, held_out=None, recipe=recipe), seen)
+    assert report.recipe["eval_split"] == 0.5
+    (checked,) = [event.report for event in seen if isinstance(event, events.DataChecked)]
+    assert (checked["rows"], checked["evaluation"]["rows"]) == (250, 250)
+
+
+def test_a_pattern_that_means_no_layer_is_refused(base: torch.nn.Module, job: Job) -> None:
+    with pytest.raises(RecipeError, match="dwon_proj") as caught:
+        run(base, replace(job, recipe=replace(job.recipe, rank_pattern={"dwon_proj": 3})))
+    assert caught.value.field == "rank_pattern"
+
+
+def test_metrics_of_the_base_that_were_cut_off_are_measured_again(base: torch.nn.Module, job: Job) -> None:
+    first = run(base, job)
+    (job.folder / "base_metrics.json").write_text("")
+    assert run(base, job).metrics_before == first.metrics_before
+
+
+def test_a_run_that_needed_too_much_memory_goes_on_with_less(base: torch.nn.Module, job: Job) -> None:
+    def stop(event: events.Event) -> None:
+        if isinstance(event, events.Saved):
+            raise Interrupted("pause")
+
+    with pytest.raises(Interrupted):
+        train(base, job, stop, OpenGate())
+    seen: list[events.Event] = []
+    run(base, replace(job, recipe=replace(job.recipe, micro_tokens=64, gradient_checkpointing=True)), seen)
+    (planned,) = [event for event in seen if isinstance(event, events.Planned)]
+    assert planned.first_step > 0
+    assert (planned.recipe["micro_tokens"], planned.recipe["gradient_checkpointing"]) == (64, True)
+
+
+def test_a_line_that_a_killed_process_left_half_written_spoils_no_other(
+    base: torch.nn.Module, job: Job
+) -> None:
+    job.folder.mkdir()
+    (job.folder / "events.jsonl").write_text('{"type": "st')
+    run(base, job)
+    lines = (job.folder / "events.jsonl").read_text().splitlines()
+    assert json.loads(lines[1])["type"] == "phase"

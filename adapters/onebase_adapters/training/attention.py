@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_adapters.base import UnsupportedBaseError
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.groups import Group, grouped
 from onebase_adapters.training.short_attention import ShortAttention
@@ -23,7 +24,7 @@ SHORT = 256
 pass costs three times as much at 100 tokens, and half as much at 600."""
 
 
-class UnsupportedTrainingError(Exception):
+class UnsupportedTrainingError(UnsupportedBaseError):
     """The base's attention asks for something that training does not do."""
 
 
@@ -57,7 +58,10 @@ class PackedAttention:
         if q.requires_grad:
             q.register_hook(self._wait_backwards)  # type: ignore[no-untyped-call]
         if not getattr(module, "is_causal", True) or options.get("s_aux") is not None:
-            raise UnsupportedTrainingError("the base's attention looks ahead, or has sinks")
+            raise UnsupportedTrainingError(
+                "the base's attention looks ahead or has sinks, which training does not do yet: choose "
+                "another base"
+            )
         rows = []
         for group in self._groups:
             padded = (group.padded(q[0]), group.padded(k[0]), group.padded(v[0]))

@@ -101,11 +101,13 @@ def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bo
     A row that is longer has a micro-batch to itself; without `packing` every row has.
     """
     order = sorted(numbers, key=lambda number: (-len(rows[number]), number))
+    if not packing:
+        return [MicroBatch(samples_of(rows[number]), (number,)) for number in order]
     bins: list[list[int]] = []
     sizes: list[int] = []
     for number in order:
         size = len(rows[number])
-        place = next((at for at, held in enumerate(sizes) if packing and held + size <= limit), None)
+        place = next((at for at, held in enumerate(sizes) if held + size <= limit), None)
         if place is None:
             bins.append([number])
             sizes.append(size)

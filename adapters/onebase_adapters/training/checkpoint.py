@@ -7,6 +7,7 @@ follows from its seed and the step's number, so that the number is all that has 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
@@ -59,12 +61,16 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}"
         with appearing(target) as work:
             save_file(_plain(adapter), work / _ADAPTER)
-            torch.save(optimizer, work / _OPTIMIZER)
+            with (work / _OPTIMIZER).open("wb") as file:
+                torch.save(optimizer, file)
             (work / _STATE).write_text(json.dumps(asdict(state)))
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
+        for work in self.folder.glob(".*.part"):
+            shutil.rmtree(work, ignore_errors=True)
+        wanted = {self._best(json.loads(self._state(step))["best_step"]) for step in self.steps()}
         for path in self.folder.glob("best-*"):
-            if path != self._best(state.best_step):
+            if path not in wanted:
                 shutil.rmtree(path, ignore_errors=True)
         return target
 
@@ -79,6 +85,9 @@ class Checkpoints:
             return load_file(self._best(step) / _ADAPTER)
         except Exception as error:
             raise CheckpointError(f"{self._best(step)} cannot be read: {error}") from error
+
+    def _state(self, step: int) -> str:
+        return (self.folder / f"step-{step:08d}" / _STATE).read_text()
 
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
@@ -135,12 +144,20 @@ def appearing(target: Path) -> Iterator[Path]:
         yield work
         for path in [*work.iterdir(), work]:
             sync(path)
+    except SafetensorError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, f"{target} cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     work.rename(target)
     sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -150,3 +167,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all, also after a power cut. Raises OSError."""
+    work = path.with_name(f".{path.name}.part")
+    work.write_text(text, encoding="utf-8")
+    sync(work)
+    work.rename(path)
+    sync(path.parent)

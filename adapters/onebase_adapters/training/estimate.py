@@ -14,7 +14,7 @@ from torch import nn
 
 from onebase_adapters.base import Quantization, estimate_memory
 from onebase_adapters.training.activations import Activations, activations_of
-from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.recipe import Recipe, RecipeError
 from onebase_adapters.training.targets import target_layers
 
 MICRO_TOKENS = (8192, 4096, 2048, 1024)
@@ -129,7 +129,15 @@ def adapter_parameters(targets: Mapping[str, nn.Linear], ranks: Mapping[str, int
 
 
 def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]:
-    """Each target's rank: that of the first name in `rank_pattern` that its own name ends with, else r."""
+    """Each target's rank: that of the first name in `rank_pattern` that its own name ends with, else r.
+
+    Raises RecipeError: a pattern's name is that of no target.
+    """
+    for field in ("rank_pattern", "alpha_pattern"):
+        for end in getattr(recipe, field):
+            if not any(f".{name}".endswith(f".{end}") for name in targets):
+                known = sorted({name.rpartition(".")[2] for name in targets})
+                raise RecipeError(field, f"{field}: {end!r} is no target; there are {', '.join(known)}")
     return {
         name: next(
             (rank for end, rank in recipe.rank_pattern.items() if f".{name}".endswith(f".{end}")), recipe.r

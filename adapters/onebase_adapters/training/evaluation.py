@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from onebase_adapters.training.batches import pack, weight_of
+from onebase_adapters.training.errors import TrainingDivergedError
 from onebase_adapters.training.objectives import Objective
 from onebase_adapters.training.ranks import Ranks
 from onebase_adapters.training.recipe import Recipe
@@ -36,6 +37,16 @@ class Scores:
                 self.sums[place] += rewards[name]
                 self._named = True
 
+    def sum_over(self, ranks: Ranks, step: int, what: str, bad: list[int]) -> None:
+        """Add up what all processes have. `bad`: lines of rows whose loss was not finite in this one.
+
+        Raises TrainingDivergedError in all processes if there are any in one.
+        """
+        count = self.sums.new_full((1,), len(bad))
+        ranks.add([self.sums, count])
+        if count:
+            raise TrainingDivergedError(step, what, sorted(ranks.all_of(bad)))
+
     def over(self, weight: int) -> Scores:
         """Means over what the rows weigh."""
         loss, *rewards = (self.sums / weight).tolist()
@@ -45,15 +56,20 @@ class Scores:
 
 
 def held_out_scores(
-    trainable: Trainable, objective: Objective, recipe: Recipe, data: Dataset, ranks: Ranks
+    trainable: Trainable, objective: Objective, recipe: Recipe, data: Dataset, ranks: Ranks, step: int
 ) -> Scores:
-    """The mean loss of all rows, nats a supervised token (DPO: a pair)."""
+    """The mean loss of all rows, nats a supervised token (DPO: a pair). Raises TrainingDivergedError."""
     if recipe.micro_tokens == "auto":
         raise ValueError("the recipe is not resolved")
     scores = Scores.empty(trainable.device)
     batches = pack(data.rows, range(len(data)), recipe.micro_tokens, packing=recipe.packing)
+    bad: list[int] = []
     with trainable.evaluating():
         for batch in ranks.share(batches):
-            scores.add(*objective.loss(batch))
-    ranks.add([scores.sums])
+            loss, rewards = objective.loss(batch)
+            if torch.isfinite(loss):
+                scores.add(loss, rewards)
+            else:
+                bad += [data.rows[row].line for row in batch.rows]
+    scores.sum_over(ranks, step, "the held-out loss", bad)
     return scores.over(sum(map(weight_of, data.rows)))

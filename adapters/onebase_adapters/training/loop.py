@@ -13,6 +13,7 @@ import torch
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, step_rows, weight_of
 from onebase_adapters.training.checkpoint import Checkpoints, RunState
+from onebase_adapters.training.errors import TrainingDivergedError as TrainingDivergedError
 from onebase_adapters.training.evaluation import Scores, held_out_scores
 from onebase_adapters.training.gate import Interrupted
 from onebase_adapters.training.memory import peak_memory
@@ -20,23 +21,10 @@ from onebase_adapters.training.objectives import Objective
 from onebase_adapters.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from onebase_adapters.training.ranks import Ranks
 from onebase_adapters.training.recipe import Recipe, step_count
-from onebase_adapters.training.samples import Dataset
+from onebase_adapters.training.samples import Dataset, Row
 from onebase_adapters.training.trainable import Trainable
 
 Listen = Callable[[events.Event], None]
-
-
-class TrainingDivergedError(Exception):
-    """A loss or gradient is not finite. `lines`: of the rows in the batch it came from."""
-
-    def __init__(self, step: int, what: str, lines: Sequence[int]) -> None:
-        shown = ", ".join(map(str, lines[:20])) + (" and more" if len(lines) > 20 else "")
-        super().__init__(
-            f"step {step}: {what} is not finite, on the rows of lines {shown}. Look at these rows, or lower "
-            "learning_rate"
-        )
-        self.step = step
-        self.lines = list(lines)
 
 
 @dataclass(frozen=True)
@@ -108,6 +96,7 @@ class Trainer:
             OSError: a checkpoint cannot be written; the one before is whole.
         """
         try:
+            self._objective.prepare(self._rows_to_come(), recipe=self.recipe)
             self._evaluate_what_is_due()
             while self.state.step < self.steps and not self._stops_early():
                 started = time.monotonic()
@@ -129,7 +118,7 @@ class Trainer:
         """One optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
         recipe = self.recipe
         # All that is random in a step follows from its number: dropout is the same after a resumption.
-        torch.manual_seed(hash((recipe.seed, number)))
+        torch.manual_seed(hash((recipe.seed, number, self._ranks.rank)))
         numbers = step_rows(len(self._data), recipe.batch_size, number, recipe.seed)
         batches = pack(self._data.rows, numbers, recipe.micro_tokens, packing=recipe.packing)
         weight = sum(weight_of(self._data.rows[row]) for row in numbers)
@@ -149,13 +138,15 @@ class Trainer:
     def _scores(self, number: int, batches: Sequence[MicroBatch], weight: int) -> Scores:
         """Forward and backward passes of this process's micro-batches; sums over all processes."""
         scores = Scores.empty(self.trainable.device)
+        bad: list[int] = []
         for batch in batches:
             loss, rewards = self._objective.loss(batch)
             if not torch.isfinite(loss):
-                raise TrainingDivergedError(number + 1, "the loss", self._lines([batch]))
+                bad += self._lines([batch])
+                continue
             (loss / weight).backward()  # type: ignore[no-untyped-call]
             scores.add(loss.detach(), rewards)
-        self._ranks.add([scores.sums])
+        scores.sum_over(self._ranks, number + 1, "the loss", bad)
         return scores.over(weight)
 
     def _share_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -204,12 +195,29 @@ class Trainer:
     def _evaluate_what_is_due(self) -> float | None:
         """Also what a run that was interrupted in an evaluation has left out. The held-out loss, if any."""
         step = self.state.step
+        due = step > 0 and (step % self.recipe.eval_every == 0 or step == self.steps)
         if self._held_out is None:
+            if due or not step:
+                self._on_evaluation(step)
             return None
         if self.state.base_loss is None:
             self._evaluate_base()
-        due = step > 0 and (step % self.recipe.eval_every == 0 or step == self.steps)
         return self._evaluate(step) if due and self.state.held_out[-1][0] != step else None
+
+    def _rows_to_come(self) -> list[Row]:
+        """All rows that the run computes, those of the data in its order, each once."""
+        numbers = range(len(self._data))
+        per_epoch = math.ceil(len(numbers) / self.recipe.batch_size)
+        rows = self._data.rows
+        if self.steps < per_epoch:
+            steps = range(self.steps)
+            chosen = {
+                row
+                for step in steps
+                for row in step_rows(len(rows), self.recipe.batch_size, step, self.recipe.seed)
+            }
+            rows = [rows[number] for number in sorted(chosen)]
+        return [*rows, *(self._held_out.rows if self._held_out is not None else ())]
 
     def _ends(self) -> bool:
         return self.state.step == self.steps or self._stops_early()
@@ -243,13 +251,15 @@ class Trainer:
 
     def _held_out_scores(self) -> Scores:
         assert self._held_out is not None
-        return held_out_scores(self.trainable, self._objective, self.recipe, self._held_out, self._ranks)
+        return held_out_scores(
+            self.trainable, self._objective, self.recipe, self._held_out, self._ranks, self.state.step
+        )
 
     def _stops_early(self) -> bool:
         return bool(self.recipe.patience) and self.state.without_better >= self.recipe.patience
 
     def _save(self, loss: float | None) -> None:
-        if self._ranks.first:
+        if self._ranks.first and self.state.step not in self._checkpoints.steps():
             adapter = self.trainable.named_parameters()
             path = self._checkpoints.save(self.state, adapter, self._optimizer.state_dict())
             self._listen(events.Saved(at=time.time(), step=self.state.step, path=path.name, loss=loss))

@@ -44,6 +44,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each row, [n] fp32. The backward pass uses the logits [n, vocabulary] up."""
+    if len(logits) != len(targets):
+        raise ValueError(
+            f"{len(logits)} rows of logits for {len(targets)} targets: the base ignores logits_to_keep"
+        )
     if not logits.requires_grad:
         parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
         return torch.cat(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.training import events
+from onebase_adapters.training.checkpoint import write_whole
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen
 from onebase_adapters.training.metrics import mean
@@ -43,13 +45,15 @@ class Measuring:
 
     def base(self) -> dict[str, float]:
         """The base's metrics; measured once in a run, however often it is resumed."""
-        if not self._file.exists():
-            with self._trainable.without_adapter():
-                found = self._measure("base")
-            self._file.write_text(json.dumps(found))
-            return found
-        held: dict[str, float] = json.loads(self._file.read_text())
-        return held
+        if not self._recipe.metrics or not self._prompts:
+            return {}
+        with contextlib.suppress(OSError, ValueError):
+            held: dict[str, float] = json.loads(self._file.read_text())
+            return held
+        with self._trainable.without_adapter():
+            found = self._measure("base")
+        write_whole(self._file, json.dumps(found))
+        return found
 
     def adapter(self) -> dict[str, float]:
         """The adapter's metrics, as it is now."""

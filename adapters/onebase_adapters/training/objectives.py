@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from onebase_adapters.training.batches import MicroBatch
+from onebase_adapters.training.batches import MicroBatch, pack
 from onebase_adapters.training.loss import dpo_losses
 from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.samples import Row
 from onebase_adapters.training.trainable import Trainable
 
 
 class Objective(Protocol):
     """Gives a micro-batch's summed loss, and sums of what else is of interest by name."""
+
+    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+        """Compute what is needed of the rows before the first step, in their order."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
@@ -33,6 +38,9 @@ class Supervised:
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable
 
+    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+        """Nothing is needed."""
+
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, _ = self._trainable.losses(batch)
         return losses.sum(), {}
@@ -41,13 +49,14 @@ class Supervised:
 class Preferences:
     """DPO (Rafailov et al. 2023): the reference is the same base with the adapter off, so it costs no memory.
 
-    A pair's reference never changes and is computed once.
+    All pairs' references are computed before the first step, packed in the order of the rows: how a pair is
+    packed may move its last bits, and a run that goes on must find the same ones.
     """
 
     def __init__(self, trainable: Trainable, beta: float) -> None:
         self._trainable = trainable
         self._beta = beta
-        self._references: dict[int, torch.Tensor] = {}
+        self._references: dict[int, float] = {}
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         reference = self._reference(batch)
@@ -61,10 +70,14 @@ class Preferences:
         losses, owner = self._trainable.losses(batch)
         return losses.new_zeros(len(batch.samples)).index_add(0, owner, -losses)
 
-    def _reference(self, batch: MicroBatch) -> torch.Tensor:
-        keys = [id(sample) for sample in batch.samples[0::2]]
-        if any(key not in self._references for key in keys):
-            with self._trainable.evaluating(), self._trainable.without_adapter():
+    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+        assert isinstance(recipe.micro_tokens, int)
+        with self._trainable.evaluating(), self._trainable.without_adapter():
+            for batch in pack(rows, range(len(rows)), recipe.micro_tokens, packing=recipe.packing):
                 found = self._likelihoods(batch)
-            self._references.update(zip(keys, found[0::2] - found[1::2], strict=True))
-        return torch.stack([self._references[key] for key in keys])
+                differences = (found[0::2] - found[1::2]).tolist()
+                self._references.update(zip(map(id, batch.samples[0::2]), differences, strict=True))
+
+    def _reference(self, batch: MicroBatch) -> torch.Tensor:
+        held = [self._references[id(sample)] for sample in batch.samples[0::2]]
+        return torch.tensor(held, device=self._trainable.device)

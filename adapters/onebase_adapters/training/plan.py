@@ -11,15 +11,16 @@ from typing import Any
 
 from onebase_adapters.base import BaseSettings
 from onebase_adapters.base_identity import base_id
-from onebase_adapters.training.batches import step_rows, targets_of
-from onebase_adapters.training.checkpoint import CheckpointError, sync
+from onebase_adapters.training.batches import targets_of
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, write_whole
 from onebase_adapters.training.data import load_dataset
 from onebase_adapters.training.data_split import split
 from onebase_adapters.training.estimate import Estimate, estimate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve, step_count
-from onebase_adapters.training.samples import Dataset
+from onebase_adapters.training.samples import Dataset, Row
 
 _FILE = "plan.json"
+_MEMORY = ("micro_tokens", "gradient_checkpointing")
 
 
 class DoesNotFitError(Exception):
@@ -32,12 +33,16 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized rows. `held_out` is None if nothing is held out. Names are for people."""
+    """Tokenized rows. `held_out` is None if nothing is held out. Names are for people.
+
+    given: rows of a file of held-out data; 0 if there was none.
+    """
 
     train: Dataset
     held_out: Dataset | None
     train_name: str
     held_out_name: str
+    given: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,13 @@ def read_data(
             name=names[1],
             on_progress=lambda part: report(half + part * half),
         )
-        return Data(rows, other, train_name, held_out_name or Path(held_out).name)
-    part = 0.1 if recipe.eval_split == "auto" else recipe.eval_split
-    if part == 0:
+        return Data(rows, other, train_name, held_out_name or Path(held_out).name, given=len(other))
+    if recipe.eval_split == 0:
         return Data(rows, None, train_name, "")
-    rows, other = split(rows, part, recipe.seed)
+    if recipe.eval_split == "auto":
+        rows, other = split(rows, 0.1, recipe.seed)
+    else:
+        rows, other = split(rows, recipe.eval_split, recipe.seed, limit=len(rows))
     return Data(rows, other if len(other) else None, train_name, f"held out of {train_name}")
 
 
@@ -101,7 +108,7 @@ def make_plan(
     base_resident: bool,
     rate: float | None,
 ) -> Plan:
-    """Decide what is "auto", or read what was decided when the run in `folder` began.
+    """Decide what is "auto", or read what was decided when the run in `folder` began to compute.
 
     Args:
         config: the base's, from transformers. memory_limit: bytes that the process may take.
@@ -113,43 +120,53 @@ def make_plan(
     """
     if not len(data.train):
         raise RecipeError("training_file", "no row is left to train on: add rows, or hold out fewer")
-    asked = _identity(recipe, data, base)
-    before = _read(folder, asked)
+    identity = _identity(recipe, data, base)
+
+    def decide(before: Recipe | None) -> Plan:
+        decided = before or _resolved(recipe, data, config)
+        found = estimate(
+            config,
+            decided,
+            quantization=base.quantization,
+            dtype=base.dtype,
+            device=base.device,
+            longest_row=max(map(len, _all_rows(data))),
+            total_tokens=_total_tokens(decided, data.train),
+            supervised_part=_supervised_part(data.train),
+            memory_limit=memory_limit,
+            base_resident=base_resident,
+            rate=rate,
+        )
+        decided = replace(
+            decided, micro_tokens=found.micro_tokens, gradient_checkpointing=found.gradient_checkpointing
+        )
+        return Plan(decided, data, found, identity)
+
+    before = _read(folder, identity, recipe)
+    plan = decide(before)
+    if not plan.estimate.fits and not Checkpoints(folder / "checkpoints", recipe.keep).steps():
+        # Nothing was computed yet, perhaps by a plan for another machine.
+        plan = decide(None)
+        if not plan.estimate.fits:
+            raise DoesNotFitError(plan.estimate)
+    if plan.recipe != before:
+        _write(folder, identity, plan.recipe)
+    return plan
+
+
+def _resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
-    held_out = len(data.held_out) if data.held_out is not None else 0
-    decided = before or resolve(recipe, rows=len(data.train), held_out=held_out, base_limit=limit)
-    rows = [*data.train.rows, *(data.held_out.rows if data.held_out is not None else ())]
-    found = estimate(
-        config,
-        decided,
-        quantization=base.quantization,
-        dtype=base.dtype,
-        device=base.device,
-        longest_row=max(map(len, rows)),
-        total_tokens=_total_tokens(decided, data.train),
-        supervised_part=_supervised_part(data.train),
-        memory_limit=memory_limit,
-        base_resident=base_resident,
-        rate=rate,
-    )
-    if not found.fits and before is None:
-        raise DoesNotFitError(found)
-    decided = replace(
-        decided, micro_tokens=found.micro_tokens, gradient_checkpointing=found.gradient_checkpointing
-    )
-    if before is None:
-        _write(folder, asked, decided)
-    return Plan(decided, data, found, asked)
+    return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
+
+
+def _all_rows(data: Data) -> list[Row]:
+    return [*data.train.rows, *(data.held_out.rows if data.held_out is not None else ())]
 
 
 def _total_tokens(recipe: Recipe, data: Dataset) -> int:
-    """Of all steps together."""
-    sizes = [len(row) for row in data.rows]
-    if not recipe.max_steps:
-        return round(float(recipe.epochs) * sum(sizes))
-    batch = int(recipe.batch_size)
-    steps = range(step_count(recipe, len(sizes)))
-    return sum(sizes[row] for step in steps for row in step_rows(len(sizes), batch, step, recipe.seed))
+    """Of all steps together, if all rows were of the mean length."""
+    rows = min(float(recipe.epochs) * len(data), step_count(recipe, len(data)) * float(recipe.batch_size))
+    return round(rows * sum(map(len, data.rows)) / len(data))
 
 
 def _supervised_part(data: Dataset) -> float:
@@ -157,20 +174,30 @@ def _supervised_part(data: Dataset) -> float:
 
 
 def _identity(recipe: Recipe, data: Data, base: BaseSettings) -> str:
+    defaults = Recipe().to_json()
     settings = {"quantization": base.quantization, "dtype": str(base.dtype)}
     held_out = data.held_out.digest if data.held_out is not None else ""
-    parts = [recipe.to_json(), data.train.digest, held_out, base_id(base.folder, settings)]
+    # Only what was asked for: a setting that a later release adds makes no other run of it.
+    # How much is computed at once may be asked for otherwise when a run goes on that needed too much memory.
+    asked = {
+        name: value
+        for name, value in recipe.to_json().items()
+        if value != defaults.get(name) and name not in _MEMORY
+    }
+    parts = [asked, data.train.digest, held_out, base_id(base.folder, settings)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read(folder: Path, identity: str) -> Recipe | None:
+def _read(folder: Path, identity: str, asked: Recipe) -> Recipe | None:
+    """What was decided when the run in the folder began, with what is asked for now as to memory."""
     path = folder / _FILE
     if not path.exists():
         return None
     try:
         held = json.loads(path.read_text())
         if held["identity"] == identity:
-            return parse_recipe(held["recipe"])
+            wishes = {name: getattr(asked, name) for name in _MEMORY if getattr(asked, name) != "auto"}
+            return parse_recipe({**held["recipe"], **wishes})
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove {folder} to begin anew") from error
     raise CheckpointError(
@@ -181,8 +208,4 @@ def _read(folder: Path, identity: str) -> Recipe | None:
 
 def _write(folder: Path, identity: str, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f".{_FILE}.part"
-    work.write_text(json.dumps({"identity": identity, "recipe": recipe.to_json()}, indent=1))
-    sync(work)
-    work.rename(folder / _FILE)
-    sync(folder)
+    write_whole(folder / _FILE, json.dumps({"identity": identity, "recipe": recipe.to_json()}, indent=1))

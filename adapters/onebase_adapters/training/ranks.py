@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+
+
+class OtherProcessError(Exception):
+    """Another process of the run has failed, and says why."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,35 @@ class Ranks:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
 
+    def all_of(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes."""
+        if self.count == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
+
+    def from_first(self, value: Item) -> Item:
+        """What the first process gives, in all of them."""
+        if self.count == 1:
+            return value
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
-def join_ranks() -> Ranks:
-    """Meet the other processes that a launcher started; alone if there are none."""
+def join_ranks(*, on_cpu: bool = False) -> Ranks:
+    """Meet the other processes that a launcher started; alone if there are none. on_cpu: use no GPU."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
         return Ranks()
     from accelerate import PartialState
 
-    state = PartialState()
+    # The first process generates replies and writes while the others wait: longer than the usual ten minutes.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
     return Ranks(state.process_index, state.num_processes)

@@ -243,7 +243,7 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
 
     Args:
         rows: of training data, after holding out.
-        held_out: rows of evaluation data.
+        held_out: rows of a file of evaluation data; 0 if there is none.
         base_limit: the base's longest sequence, in tokens.
     """
     dpo = recipe.method == "dpo"
@@ -284,7 +284,8 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
             return tuple(part.strip() for part in value.split(",") if part.strip())
         if isinstance(value, list | tuple):
             return tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    takes_float = kind is float or float in get_args(kind)
+    if takes_float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if name == "init" and isinstance(value, bool):
         return str(value).lower()
@@ -362,9 +363,10 @@ def _shown(value: Any) -> str:
 def _check_together(recipe: Recipe) -> None:
     if not recipe.targets:
         raise RecipeError("targets", "targets is empty: name at least one group or linear layer")
-    for name in (*recipe.targets, *recipe.rank_pattern, *recipe.alpha_pattern):
-        if not name.replace("-", "_").replace(".", "_").isidentifier():
-            raise RecipeError("targets", f"{_shown(name)} is no layer's name: patterns are not taken")
+    for field_name in ("targets", "rank_pattern", "alpha_pattern"):
+        for name in getattr(recipe, field_name):
+            if not name.replace("-", "_").replace(".", "_").isidentifier():
+                raise RecipeError(field_name, f"{_shown(name)} is no layer's name: patterns are not taken")
     if recipe.use_dora and recipe.init == "eva":
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
     from onebase_adapters.training.metrics import check_metric

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from onebase_adapters.base import BaseChangedError, BaseSettings, fingerprint
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import pack, targets_of
-from onebase_adapters.training.checkpoint import Checkpoints, RunState
+from onebase_adapters.training.checkpoint import Checkpoints, RunState, write_whole
 from onebase_adapters.training.data_report import report as data_report
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen, Trainer
@@ -27,7 +28,7 @@ from onebase_adapters.training.memory import peak_memory
 from onebase_adapters.training.model_card import DataLine, model_card
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.plan import Data, Plan, make_plan, read_data
-from onebase_adapters.training.ranks import Ranks
+from onebase_adapters.training.ranks import OtherProcessError, Ranks
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.report import Report, is_better
 from onebase_adapters.training.result import write_adapter
@@ -77,15 +78,17 @@ def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | 
     ranks = ranks or Ranks()
     before = fingerprint(base)
     with _recorded(job.folder, listen, ranks) as tell, torch.random.fork_rng(devices=[]):
-        plan = prepare(base, job, tell, gate)
-        report = run_plan(base, job, plan, tell, gate, ranks)
-        if fingerprint(base) != before:
-            raise BaseChangedError("training changed the base")
+        try:
+            plan = prepare(base, job, tell, gate, ranks)
+            report = run_plan(base, job, plan, tell, gate, ranks)
+        finally:
+            if fingerprint(base) != before:
+                raise BaseChangedError("training changed the base")
         tell(events.Finished(at=time.time(), report=report.to_json()))
     return report
 
 
-def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate) -> Plan:
+def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -> Plan:
     """Check the files and decide everything. Raises as `train`."""
     tell(events.Phase(at=time.time(), name="validating_files"))
     tokenizer = load_tokenizer(job.base)
@@ -97,6 +100,27 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate) -> Plan:
     data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names, on_progress=on_progress)
     checked = data_report(data.train, data.held_out, tokenizer)
     tell(events.DataChecked(at=time.time(), report=checked.to_json()))
+    if not ranks.first:
+        # All processes must cut steps alike: the first one decides, by the memory that it has.
+        decided = ranks.from_first(None)
+        if decided is None:
+            raise OtherProcessError("the first process could not plan the run")
+        return Plan(decided[0], data, *decided[1:])
+    decided = None
+    try:
+        plan = _plan(base, job, data)
+        decided = (plan.recipe, plan.estimate, plan.identity)
+    finally:
+        ranks.from_first(decided)
+    if data.held_out is None and (job.recipe.metrics or job.recipe.patience):
+        message = (
+            "Nothing is held out: metrics and patience have no effect. Give eval data, or set eval_split."
+        )
+        tell(events.Notice(at=time.time(), level="warn", message=message))
+    return plan
+
+
+def _plan(base: nn.Module, job: Job, data: Data) -> Plan:
     return make_plan(
         job.folder,
         job.recipe,
@@ -203,7 +227,7 @@ def _write(job: Job, plan: Plan, trainable: Trainable, report: Report) -> Report
         dtype=job.save_dtype,
     )
     report = replace(report, adapter_bytes=size)
-    (job.folder / REPORT).write_text(json.dumps(report.to_json(), indent=1))
+    write_whole(job.folder / REPORT, json.dumps(report.to_json(), indent=1))
     return report
 
 
@@ -233,7 +257,9 @@ def _recorded(folder: Path, listen: Listen, ranks: Ranks) -> Iterator[Listen]:
         yield lambda event: None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / EVENTS).open("ab") as file:
+    with (folder / EVENTS).open("ab+") as file:
+        if file.tell() and not _ends_a_line(file):
+            file.write(b"\n")  # a process that was killed may have left half a line
 
         def tell(event: events.Event) -> None:
             if not isinstance(event, events.Progress):
@@ -242,3 +268,8 @@ def _recorded(folder: Path, listen: Listen, ranks: Ranks) -> Iterator[Listen]:
             listen(event)
 
         yield tell
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

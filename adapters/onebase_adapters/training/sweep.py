@@ -101,8 +101,7 @@ def sweep(
 def _lengths(base: Any, recipe: Recipe, data: Data) -> tuple[int, int]:
     """Steps of every run, and between evaluations."""
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    held_out = len(data.held_out) if data.held_out is not None else 0
-    resolved = resolve(recipe, rows=len(data.train), held_out=held_out, base_limit=limit)
+    resolved = resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
     steps = step_count(resolved, len(data.train))
     every = math.ceil(steps / _EVALUATIONS) if recipe.eval_every == "auto" else recipe.eval_every
     return steps, every

@@ -35,6 +35,7 @@ class Display:
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = Console(quiet=True) if quiet else console
+        self._failures = console
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -78,7 +79,7 @@ class Display:
 
     def failed(self, message: str) -> None:
         self._progress.stop()
-        print_error(self._console, message)
+        print_error(self._failures, message)
 
     def finished(self, report: Report, folder: Path) -> None:
         """The table of what came of it, and what to do next."""

@@ -121,7 +121,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
         torch.set_num_threads(options.threads)
     keep_freed_memory()
-    ranks = join_ranks()
+    ranks = join_ranks(on_cpu=options.device == "cpu")
     with Display(console, quiet=not ranks.first) as display:
         resolved = find_base(options, display.loading)
         job = _job(options, recipe, folder, resolved, ranks)
@@ -170,19 +170,23 @@ def _own_gpu() -> Any:
 
 
 def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report | None:
-    """The run's report; None after a failure, which has been shown."""
+    """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
+    from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
     from onebase_adapters.training.data_problems import DataError
-    from onebase_adapters.training.gate import OpenGate
-    from onebase_adapters.training.loop import TrainingDivergedError
+    from onebase_adapters.training.errors import TrainingDivergedError
+    from onebase_adapters.training.gate import Interrupted
+    from onebase_adapters.training.memory import is_out_of_memory
     from onebase_adapters.training.plan import DoesNotFitError
+    from onebase_adapters.training.ranks import OtherProcessError
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.run import train
 
+    told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:
-        with open_curves(writers if ranks.first else (), job) as write:
+        with open_curves(writers if ranks.first else (), job) as write, CtrlC(alone=ranks.count == 1) as gate:
             display.loading(f"loading {job.base_name}", 0.0)
             base = load_base(job.base)
 
@@ -190,19 +194,21 @@ def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report
                 write(event)
                 display.show(event)
 
-            return train(base, job, listen, OpenGate(), ranks)
-    except (
-        UnsupportedBaseError,
-        DataError,
-        DoesNotFitError,
-        RecipeError,
-        CheckpointError,
-        CurveError,
-        TrainingDivergedError,
-        OSError,
-    ) as error:
+            return train(base, job, listen, gate, ranks)
+    except (*told, TrainingDivergedError, OSError) as error:
         display.failed(str(error))
-        return None
+    except OtherProcessError:
+        pass
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        display.failed(
+            "there is not enough memory. Give --gradient-checkpointing true or a lower --micro-tokens to go "
+            "on from the last checkpoint, or begin anew with a lower --max-length or --r"
+        )
+    return None
 
 
 def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
