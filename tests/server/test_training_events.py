@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,12 @@ from typing import Any
 import httpx2
 import pytest
 from openai import OpenAI
+
+from onebase_adapters.registry import NewEvent, RegistryBusyError
+from onebase_adapters.training.events import Notice
+from onebase_server.background import Threads
+from onebase_server.training.recorder import Recorder
+from onebase_server.training.watchers import Watchers
 
 from .support import Server, Starter
 from .training_support import make_job, openai_client, run_job, wait_job
@@ -127,3 +134,30 @@ def test_a_server_that_stops_ends_its_streams(serve_scripted: Starter) -> None:
         assert server.exit_status() == 0
         thread.join(30)
         assert ended.is_set()
+
+
+class _Away:
+    """A registry's jobs that cannot be written the first times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.told: list[str] = []
+
+    def note(self, job_id: str, events: list[NewEvent], checkpoints: object, **facts: object) -> None:
+        self.times -= 1
+        if self.times >= 0:
+            raise RegistryBusyError("away")
+        self.told += [event.message for event in events]
+
+
+@pytest.mark.parametrize(("patient", "told"), [(True, ["the last words"]), (False, [])])
+def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(patient: bool, told: list[str]) -> None:
+    records: Any = _Away(2)
+
+    async def run() -> None:
+        recorder = Recorder("ftjob-1", records, Threads("records", 1), Watchers(), {})
+        recorder.listen(Notice(at=1.0, message="the last words", level="info"))
+        await recorder.close(lambda: patient)
+
+    asyncio.run(run())
+    assert records.told == told

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -180,6 +181,21 @@ def test_a_job_that_is_trained_while_the_server_stops_is_only_delivered_after_it
         assert (done.status, done.activated) == ("succeeded", True)
         assert last <= step_of(done) < 3000
         assert "Going on after" not in "\n".join(messages(client, job.id))
+
+
+def test_a_ready_version_that_cannot_be_activated_is_told_and_its_job_succeeds_each_time(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    job: Any = None
+    for delivery in range(2):
+        with serve_scripted("words", "--host-memory", "10B", data_dir=tmp_path) as server:
+            client = openai_client(server)
+            job = wait_job(server, client, job.id, ended) if job else run_job(server, client, "rows")
+            assert (job.status, job.activated) == ("succeeded", False)
+            told = [message for message in messages(client, job.id) if "could not be activated" in message]
+            assert len(told) == 1 + delivery
+        with sqlite3.connect(tmp_path / "registry.db") as database:
+            database.execute("UPDATE training_jobs SET state = 'running'")
 
 
 def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(

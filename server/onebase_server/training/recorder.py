@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from onebase_adapters.registry import NewCheckpoint, NewEvent, RegistryError, TrainingRecords, UnknownJobError
 from onebase_adapters.training import events
 from onebase_server.background import Threads
+from onebase_server.training.record import PAUSE_SECONDS
 from onebase_server.training.telling import told
 from onebase_server.training.watchers import Watchers
 
@@ -57,11 +58,13 @@ class Recorder:
             self._checkpoints.append(checkpoint)
         self._changed.set()
 
-    async def close(self) -> None:
-        """Write what is left, if the registry can be written."""
+    async def close(self, patient: Callable[[], bool]) -> None:
+        """Write what is left; while the registry cannot be written, again and again as long as `patient`."""
         self._closing.set()
         self._changed.set()
         await self._task
+        while not await self._write() and patient():
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def _keep_writing(self) -> None:
         while not self._closing.is_set():
@@ -70,12 +73,12 @@ class Recorder:
             await self._write()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
-        await self._write()
 
-    async def _write(self) -> None:
+    async def _write(self) -> bool:
+        """Whether nothing is left to write."""
         waiting, saved = len(self._events), len(self._checkpoints)
         if not self._events and not self._checkpoints and not self.progress:
-            return
+            return True
         try:
             await self._threads.run(
                 self._records.note,
@@ -90,9 +93,10 @@ class Recorder:
             _log.warning("job %s: %s", self.job_id, error)
             del self._events[:-MOST_KEPT]
             self._changed.set()
-            return
+            return False
         del self._events[:waiting], self._checkpoints[:saved]
         self._watchers.notify(self.job_id)
+        return True
 
     def _note_progress(self, event: events.Event) -> None:
         if isinstance(event, events.StepDone):

@@ -54,6 +54,7 @@ class Run:
         self._stop: tuple[Reason, float] | None = None
         self._interrupted = ""
         self._delivering = False
+        self._in_process = False
         self._released = asyncio.Event()
         self._record = JobRecord(job, runner.records, runner.threads, runner.watchers)
 
@@ -102,6 +103,8 @@ class Run:
         elif self._trainer is not None:
             self._trainer.stop(reason)
             asyncio.get_running_loop().call_later(seconds, self._trainer.kill)
+        if not self._in_process:
+            self._released.set()  # and none will be started
 
     def interrupt(self, why: str, seconds: float) -> None:
         """As `stop`, although the job is to go on: it waits for its turn again."""
@@ -213,6 +216,7 @@ class Run:
         try:
             if self._stop is not None:
                 return Stopped(self._stop[0])
+            self._in_process = True
             self._trainer = await Trainer.start(runner.command, message, fds, recorder.listen)
             if self._stop is not None:
                 self.stop(*self._stop)
@@ -220,8 +224,9 @@ class Run:
         except OSError as error:
             return Failed(code="trainer_failed", message=f"The trainer cannot be started: {error}")
         finally:
-            self._trainer = None
-            await recorder.close()
+            self._trainer, self._in_process = None, False
+            self._released.set()  # what is left to write must not keep an engine waiting
+            await recorder.close(lambda: self._record.patient)
 
     # ---- other ends --------------------------------------------------------------------------
 
