@@ -24,6 +24,7 @@ from onebase_server.services import Services
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, open_storage
 from onebase_server.supervisor import EngineFailedError, EngineSupervisor
+from onebase_server.training.home import DataDirError
 from onebase_server.training.links import TRAINER_COMMAND
 from onebase_server.workshop_link import WORKSHOP_COMMAND
 
@@ -137,5 +138,7 @@ class _Server:
                 self.commands.workshop,
                 self.commands.trainer,
             )
+        except DataDirError as error:
+            raise StartupError(str(error)) from error
         except Exception as error:
             raise StartupError(f"the base in {self.base.folder} has no usable tokenizer: {error}") from error

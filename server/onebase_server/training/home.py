@@ -17,8 +17,14 @@ SETTLED_SECONDS = 600.0
 _log = logging.getLogger(__name__)
 
 
+class DataDirError(Exception):
+    """Training cannot keep its files; the message says where and why."""
+
+
 class TrainingHome:
     """The folder `training` of a data folder: `files/<file-id>.<ending>` and `jobs/<job-id>/`.
+
+    Raises DataDirError.
 
     `server`: an id that lies there too; jobs and files in the registry that bear it are this folder's.
     """
@@ -27,9 +33,12 @@ class TrainingHome:
         self.root = data_dir / "training"
         self.files = self.root / "files"
         self.jobs = self.root / "jobs"
-        for folder in (self.root, self.files, self.jobs):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.server = _server_id(self.root / "server-id")
+        try:
+            for folder in (self.root, self.files, self.jobs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.server = _server_id(self.root / "server-id")
+        except OSError as error:
+            raise DataDirError(f"training cannot keep files in {self.root}: {error} (--data-dir)") from error
         self._lock: int | None = None
 
     def own(self) -> bool:
@@ -106,7 +115,10 @@ def _server_id(path: Path) -> str:
         pass
     made = f"server-{secrets.token_hex(8)}"
     work = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    work.write_text(made)
+    with work.open("w") as file:
+        file.write(made)
+        file.flush()
+        os.fsync(file.fileno())  # empty after a power cut, it would be another server's
     try:
         os.link(work, path)  # of two that start at once, the first one's stays
     except FileExistsError:
