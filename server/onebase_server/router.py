@@ -20,7 +20,7 @@ class RequestRouter:
 
     def __init__(self, queue_limit: int, send: Callable[[ToEngine], None]) -> None:
         self.stats: Stats | None = None
-        """The engine's newest counts; None before its first step."""
+        """The engine's newest counts; None before its first step, and when it is gone."""
         self.open_rows = 0
         self.on_busy: Callable[[bool], None] = lambda busy: None
         """Called when the first row begins and when the last one has ended."""
@@ -90,6 +90,7 @@ class RequestRouter:
         """The engine is gone, and its rows with it."""
         ended = {id(request): request for request in self._requests.values()}
         self._requests.clear()
+        self.stats = None
         self.open_rows = 0
         self.on_busy(False)
         for request in ended.values():

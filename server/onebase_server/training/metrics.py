@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -42,8 +42,8 @@ class Metrics:
         self._supervisor = supervisor
         self._manager = manager
 
-    def render(self, job_counts: dict[str, int]) -> bytes:
-        """Prometheus' text. job_counts: how many jobs there are in each state."""
+    def render(self, job_counts: Mapping[str, int] | None) -> bytes:
+        """Prometheus' text. job_counts: how many jobs there are in each state, if that is known."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Collected([*self._serving(), *self._training(job_counts)]))
         return generate_latest(registry)
@@ -59,11 +59,12 @@ class Metrics:
         for field, name, text in _SERVED:
             yield _counter(name, text, getattr(stats, field))
 
-    def _training(self, job_counts: dict[str, int]) -> Iterator[Metric]:
-        jobs = GaugeMetricFamily("onebase_training_jobs", "Training jobs by state.", labels=["state"])
-        for state in JOB_STATES:
-            jobs.add_metric([state], job_counts.get(state, 0))
-        yield jobs
+    def _training(self, job_counts: Mapping[str, int] | None) -> Iterator[Metric]:
+        if job_counts is not None:
+            jobs = GaugeMetricFamily("onebase_training_jobs", "Training jobs by state.", labels=["state"])
+            for state in JOB_STATES:
+                jobs.add_metric([state], job_counts.get(state, 0))
+            yield jobs
         yield _counter("onebase_trainer_deaths", "Trainers that died by themselves.", self._manager.deaths)
         runs = [run for run in self._manager.running if run.kind == "train"]
         for field, name, text in _PROGRESS:

@@ -24,6 +24,9 @@ from onebase_server.training.metrics import Metrics
 from onebase_server.training.runner import Runner
 from onebase_server.training.watchers import Watchers
 
+COUNT_SECONDS = 5.0
+"""After which figures are given without the registry's."""
+
 
 @dataclass
 class Training:
@@ -39,9 +42,11 @@ class Training:
     async def metrics_text(self) -> bytes:
         """For Prometheus; without the jobs while the registry is away."""
         try:
-            counts = await self.threads.run(self.storage.registry.training.counts)
-        except RegistryError:
-            counts = {}
+            counts = await asyncio.wait_for(
+                self.threads.run(self.storage.registry.training.counts), COUNT_SECONDS
+            )
+        except (RegistryError, TimeoutError):
+            counts = None
         return await asyncio.to_thread(self.metrics.render, counts)
 
 
@@ -56,7 +61,7 @@ def assemble_training(
     records: Threads,
     disk: Threads,
 ) -> Training:
-    """Training beside one engine. `command` starts a trainer. Raises OSError: --data-dir cannot be used."""
+    """Training beside one engine. `command` starts a trainer. Raises DataDirError."""
     home = TrainingHome(Path(settings.data_dir).expanduser().absolute())
     registry, watchers, busy = storage.registry.training, Watchers(), BusyFlag.make()
     supervisor.router.on_busy = busy.set
