@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from onebase_adapters.registry import TrainingJob
-from onebase_server.errors import InvalidRequestError
+from onebase_server.errors import InvalidRequestError, OneBaseError
 from onebase_server.names import check_name
 from onebase_server.services import Provided, Services, StrictRoute, json_response
 from onebase_server.sse import identified_event
@@ -28,6 +29,7 @@ from onebase_server.training_schemas import CreateJobRequest
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
 
 MOST = 100
+_log = logging.getLogger(__name__)
 _LABEL, _LABEL_END = "metadata[", "]"
 After = Annotated[str | None, Query(max_length=100, description="the last id of the page before")]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
@@ -134,15 +136,18 @@ async def list_checkpoints(
 
 async def _followed(services: Services, job: TrainingJob, after: int) -> AsyncGenerator[bytes]:
     """A job's events as they come; ends with the job, or with the server."""
-    async for news in services.training.jobs.follow(job, after):
-        if isinstance(news, TrainingJob):
-            yield identified_event(job_view(news, services.catalog.base_name), event="done")
-        elif news is None:
-            yield b": nothing new\n\n"
-        else:
-            yield identified_event(event_view(news), identity=event_id(news.number))
-        if services.draining:
-            return
+    try:
+        async for news in services.training.jobs.follow(job, after):
+            if isinstance(news, TrainingJob):
+                yield identified_event(job_view(news, services.catalog.base_name), event="done")
+            elif news is None:
+                yield b": nothing new\n\n"
+            else:
+                yield identified_event(event_view(news), identity=event_id(news.number))
+            if services.draining:
+                return
+    except OneBaseError as error:
+        _log.warning("the stream of job %s ends: %s", job.id, error.message)
 
 
 def _shown(job: TrainingJob, services: Services) -> Response:

@@ -32,6 +32,8 @@ from onebase_server.training.manager import Manager
 from onebase_server.training.outcomes import resumable
 from onebase_server.training.watchers import Watchers
 
+LIFE_SECONDS = 15.0
+"""One who follows a job hears at least so often that it is still there."""
 MOST_EVENTS = 500
 """Read at once by one who follows a job."""
 
@@ -227,7 +229,7 @@ class Jobs:
                     return
                 if not found:
                     yield None
-                await _wait(news, self._look_seconds)
+                await _wait(news, min(self._look_seconds, LIFE_SECONDS))
 
 
 async def _wait(news: asyncio.Event, seconds: float) -> None:
