@@ -49,6 +49,7 @@ class Manager:
         self._tidying = Tidying(self._records, self._threads, runner.home)
         self._known: dict[str, TrainingJob] = {}
         """Jobs that were open, or had a process, at the last look."""
+        self._told_off: set[str] = set()
         self._base: BaseAtHand | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -129,6 +130,9 @@ class Manager:
                 await self._take_up(job)
         if any(job.state == "running" for job in waiting):
             return  # they go first, as they did before
+        if self._most == 0:
+            await self._tell_off(waiting)
+            return
         for job in waiting:
             if self._ending:
                 return
@@ -136,6 +140,15 @@ class Manager:
                 self._begin(job, "check")
             elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
                 self._begin(job, "train")
+
+    async def _tell_off(self, waiting: Sequence[TrainingJob]) -> None:
+        """Say once of each job why nothing happens."""
+        text = "The server was started with --train-jobs 0: the job waits until it is started with more."
+        for job in waiting:
+            if job.id not in self._told_off:
+                await self._threads.run(self._records.note, job.id, [NewEvent(time.time(), text, "warn")])
+                self._told_off.add(job.id)
+                self._runner.watchers.notify(job.id)
 
     async def _tidy(self, jobs: Sequence[TrainingJob]) -> None:
         """What jobs that have come to an end leave, however and through whichever server they did."""
