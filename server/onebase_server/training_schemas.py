@@ -10,9 +10,10 @@ from onebase_adapters.registry import Activate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_server.errors import InvalidRequestError
 from onebase_server.schemas import FieldError, Name, Wire
+from onebase_server.training.views import wire_name
 
 MAX_LABELS = 16
-MAX_SUFFIX = 40
+MAX_SUFFIX = 64
 _OWN_FIELDS = ("method", "seed")
 """Fields of a recipe that a request sets elsewhere."""
 
@@ -91,9 +92,5 @@ class CreateJobRequest(Wire):
         try:
             return parse_recipe({**given, "method": kind})
         except RecipeError as error:
-            param = f"{place}.{_wire_name(error.field)}" if error.field else place
+            param = f"{place}.{wire_name(error.field)}" if error.field else place
             raise InvalidRequestError(f"{param}: {error}.", param=param) from error
-
-
-def _wire_name(field: str) -> str:
-    return "n_epochs" if field == "epochs" else field

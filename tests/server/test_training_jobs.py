@@ -254,6 +254,10 @@ def test_settings_are_taken_by_openais_names_and_ours_and_auto_is_the_default(
     assert job.method.type == "supervised"
     taken = job.method.supervised.hyperparameters
     assert (taken.r, taken.alpha) == (4, "auto")
+    halved: Any = {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate_multiplier": 0.5}}}
+    checked = run_job(server, client, "rows", method=halved, suffix="s" * 64)
+    assert checked.hyperparameters.learning_rate_multiplier == 0.5
+    assert checked.name == "ft-" + "s" * 61
     older = make_job(client, "rows", hyperparameters={"n_epochs": 1})
     assert older.hyperparameters.n_epochs == 1
     pairs: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}}

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.registry import TrainingJob
 from onebase_server.errors import InvalidRequestError, OneBaseError
-from onebase_server.names import check_name
+from onebase_server.names import MAX_NAME, check_name
 from onebase_server.services import Provided, Services, StrictRoute, json_response
 from onebase_server.sse import identified_event
 from onebase_server.training.views import (
@@ -160,7 +160,7 @@ def _adapter_name(body: CreateJobRequest, base: str) -> str | None:
     if body.suffix is None:
         return None
     try:
-        return check_name(f"ft-{body.suffix}", base)
+        return check_name(f"ft-{body.suffix}"[:MAX_NAME], base)
     except InvalidRequestError as error:
         raise InvalidRequestError(error.message.replace("name:", "suffix:", 1), param="suffix") from error
 

@@ -13,7 +13,9 @@ from onebase_adapters.training.plan import make_plan, read_data
 from onebase_adapters.training.run import Job, load_tokenizer
 
 
-def check(job: Job, budget: int | None, listen: Listen, gate: Gate) -> dict[str, Any]:
+def check(
+    job: Job, budget: int | None, listen: Listen, gate: Gate, rate: float | None = None
+) -> dict[str, Any]:
     """Decide everything that is "auto", and keep it in the job's folder: the run reads it there.
 
     Needs the base's folder, but nothing of it in memory, and no accelerator.
@@ -21,6 +23,7 @@ def check(job: Job, budget: int | None, listen: Listen, gate: Gate) -> dict[str,
     Args:
         job: its `base.device` is where the run will compute.
         budget: bytes that it may take there, None if nobody said.
+        rate: FLOP/s of that device, if known.
 
     Returns: `recipe`, `estimate` and `steps`.
 
@@ -47,6 +50,6 @@ def check(job: Job, budget: int | None, listen: Listen, gate: Gate) -> dict[str,
         config,
         memory_limit=budget,
         base_resident=True,
-        rate=None,
+        rate=rate,
     )
     return {"recipe": plan.recipe.to_json(), "estimate": plan.estimate.to_json(), "steps": plan.steps}

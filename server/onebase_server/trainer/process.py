@@ -17,6 +17,7 @@ import torch
 from onebase_adapters.attach import attach
 from onebase_adapters.training.events import AnyEvent, Event
 from onebase_adapters.training.gate import Interrupted
+from onebase_adapters.training.machine import measured_rate
 from onebase_adapters.training.recipe import parse_recipe
 from onebase_adapters.training.run import Job, train
 from onebase_server.engine.process import base_settings
@@ -68,20 +69,23 @@ class Work:
     def _check(self, message: Check) -> Checked:
         job, config = message.job, message.config
         with alone(Path(job.folder)):
+            on_gpu = config.device != "cpu" and torch.cuda.is_available()
+            device = torch.device("cuda" if on_gpu else "cpu")
+            torch.set_num_threads(_threads(config))
+            rate = None if on_gpu else measured_rate(device, base_settings(config, device).dtype)
             torch.set_num_threads(1)
             # It computes on the CPU whatever the base lives on, and must not begin to use a GPU.
             self._limit = memory_limit(job.memory_limit, CPU)
             bound_memory(max(self._limit, CHECK_BYTES), CPU)
-            on_gpu = config.device != "cpu" and torch.cuda.is_available()
             budget = (job.memory_limit or None) if on_gpu else self._limit
-            device = torch.device("cuda" if on_gpu else "cpu")
-            plan = check(_run_job(job, config, device, budget), budget, self._listen, self._gate(1.0, CPU))
+            run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
+            plan = check(run_job, budget, self._listen, gate, rate)
             return Checked(plan)
 
     def _train(self, message: Train) -> Trained:
         job, config = message.job, message.config
         with alone(Path(job.folder)):
-            torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(_threads(config))
             base = attach(base_settings(config, CPU), message.manifest, self._base_fd)
             device = next(base.parameters()).device
             importlib.import_module("peft")  # before the limit, which is for what the job takes
@@ -115,6 +119,10 @@ def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: i
         memory_limit=limit,
         base_resident=True,
     )
+
+
+def _threads(config: EngineConfig) -> int:
+    return config.threads or len(os.sched_getaffinity(0))
 
 
 def _done() -> None:

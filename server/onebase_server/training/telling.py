@@ -13,6 +13,8 @@ from onebase_server.trainer.protocol import Failed
 
 PROBLEMS_IN_ONE = 500
 """Bad lines told in one event."""
+_LONG = ("losses", "held_out", "recipe")
+"""Parts of a report that the result file and the job have."""
 
 
 def told(event: events.Event) -> NewEvent | None:
@@ -93,4 +95,6 @@ def _data(event: events.Event) -> dict[str, Any] | None:
         return None
     facts: dict[str, Any] = msgspec.to_builtins(event)
     kept = {key: value for key, value in facts.items() if key not in ("at", "type", "message")}
+    if isinstance(event, events.Finished):
+        kept["report"] = {key: value for key, value in event.report.items() if key not in _LONG}
     return {"kind": facts["type"], **kept}

@@ -13,7 +13,8 @@ from onebase_server.training.outcomes import resumable
 Json = dict[str, Any]
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
 _DIGITS = 16
-_OPENAI = ("batch_size", "learning_rate_multiplier")
+_MULTIPLIER = "learning_rate_multiplier"
+_OPENAI = ("batch_size", _MULTIPLIER)
 _SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adapter_bytes", "loss_before",
           "loss_after", "metrics_before", "metrics_after", "better", "peak_memory_bytes")  # fmt: skip
 
@@ -37,6 +38,8 @@ def job_view(job: TrainingJob, base_name: str) -> Json:
     recipe = (job.plan or {}).get("recipe") or job.settings
     settings = {key: value for key, value in recipe.items() if key not in ("method", "seed")}
     shown = {"n_epochs": _whole(recipe["epochs"]), **{k: recipe[k] for k in _OPENAI}}
+    if job.settings[_MULTIPLIER] != "auto":  # of a plan it is 1: the rate there has it in it
+        shown[_MULTIPLIER] = job.settings[_MULTIPLIER]
     kind = recipe["method"]
     report = job.report
     return {
@@ -127,6 +130,11 @@ def number_of(given: str, prefix: str) -> int | None:
     return int(digits)
 
 
+def wire_name(field: str | None) -> str | None:
+    """A recipe's field as OpenAI's clients call it."""
+    return "n_epochs" if field == "epochs" else field
+
+
 def _whole(value: Any) -> Any:
     """OpenAI's client takes epochs as a whole number, if they are one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -140,4 +148,4 @@ def _estimated_finish(job: TrainingJob) -> int | None:
 def _error(job: TrainingJob) -> Json | None:
     if job.error is None:
         return None
-    return {"code": job.error.code, "message": job.error.message, "param": job.error.param}
+    return {"code": job.error.code, "message": job.error.message, "param": wire_name(job.error.param)}
