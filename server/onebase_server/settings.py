@@ -235,7 +235,7 @@ class Settings:
         metadata=about(
             "engine",
             "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: a job may take "
-            "half of what is free when it begins",
+            "half of what is free when it begins, which the KV cache leaves little of on a GPU",
             parse=parse_size,
             metavar="SIZE",
             low=0,

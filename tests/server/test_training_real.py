@@ -96,6 +96,14 @@ def test_a_job_makes_an_adapter_that_is_better_on_held_out_rows_and_serves(
     assert (unbroken.status, unbroken.activated, unbroken.error) == ("succeeded", True, None)
     assert unbroken.report["loss_after"] < unbroken.report["loss_before"]
     assert unbroken.report["better"] is True
+    assert unbroken.estimate["seconds"] > 0
+    (finished,) = (
+        event.data
+        for event in client.fine_tuning.jobs.list_events(unbroken.id, limit=100)
+        if (event.data or {}).get("kind") == "finished"
+    )
+    assert finished["report"]["better"] is True
+    assert not {"losses", "held_out", "recipe"} & set(finished["report"])
     answer = client.chat.completions.create(
         model="orders", messages=[{"role": "user", "content": PROMPTS[2]}], max_tokens=12, temperature=0
     )

@@ -12,6 +12,8 @@ import torch
 from onebase_server.engine.memory import free_memory
 
 NICENESS = 19
+_PARALLEL = 1 << 20
+"""Elements of an operation that takes all threads."""
 
 
 def step_aside() -> None:
@@ -25,8 +27,11 @@ def step_aside() -> None:
 
 
 def memory_limit(asked: int, device: torch.device) -> int:
-    """Bytes that a job may take beside the base: what was asked for, else a part of what is free."""
-    return asked or free_memory(device)
+    """Bytes that a job may take beside the base: what was asked for, else half of what is free."""
+    if asked or device.type != "cuda":
+        return asked or free_memory(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 2
 
 
 def bound_memory(limit: int, device: torch.device) -> None:
@@ -39,6 +44,7 @@ def bound_memory(limit: int, device: torch.device) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         return
+    torch.ones(_PARALLEL).add_(1.0)  # the threads' stacks are not what a job takes
     most = private_bytes() + limit
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 

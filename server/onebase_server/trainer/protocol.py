@@ -37,7 +37,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     """Its name on the Hub."""
     base_commit: str | None = None
     memory_limit: int
-    """Bytes; 0: of what is free, half on the CPU and nine tenths on a GPU."""
+    """Bytes; 0: half of what is free."""
 
 
 # ---- api -> trainer --------------------------------------------------------------------------
