@@ -237,8 +237,9 @@ class TrainingSettings(TypedDict, total=False):
     patience: int
     """Stop after so many evaluations without a better one; 0: never (0)."""
     metrics: str | Sequence[str]
-    """Measured on the base's replies and the adapter's: `exact_match`, `json_valid`, `json_equal`,
-    `contains:TEXT`, `starts_with:TEXT`, `one_of:A|B|C`, `max_characters:N` (none)."""
+    """Measured on the base's replies and the adapter's: `exact_match`, `word_f1`, `json_valid`, `json_equal`,
+    `json_keys:A|B|C`, `contains:TEXT`, `lacks:TEXT`, `starts_with:TEXT`, `ends_with:TEXT`, `one_of:A|B|C`,
+    `min_characters:N`, `max_characters:N` (none)."""
     best_by: str
     """`loss` or one of the metrics: decides what is better (`loss`)."""
     metric_rows: int
