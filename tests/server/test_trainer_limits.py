@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from onebase_adapters.training.data_problems import DataError, Problem
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError
 from onebase_server.trainer.failures import failure_of
+from onebase_server.trainer.limits import memory_limit
 from onebase_server.trainer.protocol import TrainJob
 
 GREEDY = """
@@ -32,6 +34,13 @@ try:
 except (RuntimeError, MemoryError) as error:
     taken = sum(item.numel() * 4 if hasattr(item, "numel") else len(item) for item in kept)
     print(failure_of(error, job, limit=200_000_000).code, taken <= 200_000_000)
+"""
+THREADS = """
+import torch
+from onebase_server.trainer.limits import bound_memory
+torch.set_num_threads(8)
+bound_memory(20_000_000, torch.device("cpu"))
+print(torch.ones(1 << 20).add_(1.0).sum().item())
 """
 PLACE = """
 import os
@@ -62,6 +71,18 @@ def job(**changes: str) -> TrainJob:
 @pytest.mark.parametrize("kind", ["torch", "python"])
 def test_a_process_that_takes_more_than_it_may_fails_alone_and_says_so(kind: str) -> None:
     assert run(GREEDY, kind) == ["out_of_memory", "True"]
+
+
+def test_threads_of_the_processor_are_not_counted_as_what_a_job_takes() -> None:
+    assert run(THREADS) == ["2097152.0"]
+
+
+def test_on_a_gpu_a_job_takes_half_of_what_is_free_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
+    assert memory_limit(0, torch.device("cuda")) == 400
+    assert memory_limit(7, torch.device("cuda")) == 7
 
 
 def test_a_trainer_leaves_the_processor_to_others_and_dies_first() -> None:
