@@ -269,7 +269,7 @@ def test_the_finished_adapter_gives_the_logits_in_serving_that_it_gave_in_traini
     run = trainer(base, recipe(data, learning_rate=1e-2, max_steps=4), data, tmp_path / "run")
     run.run()
     trained = log_likelihoods(run.trainable, data)
-    write_adapter(run.trainable.model, tmp_path / "adapter", base="tiny", commit=None, card="")
+    write_adapter(run.trainable.model, tmp_path / "adapter", base="tiny", commit=None, card=str)
     served = served_log_likelihoods(base, tmp_path / "adapter", data)
     for mine, theirs in zip(trained, served, strict=True):
         assert mine == pytest.approx(theirs, abs=apart)
