@@ -113,8 +113,9 @@ class Delivery:
         try:
             added = await self._library.add(job.name, files, source, wishes, actor=ACTOR)
         except OneBaseError:
-            version = await self._library.version(job.name, files.digest)
-            if version.state != "ready":
+            known = self._library.catalog.of_digest(files.digest)
+            version = next((one for one in known if one.name == job.name and one.state == "ready"), None)
+            if version is None:
                 raise
             failure = await self._library.activate_patiently(version)
             return version, failure.message if failure else ""

@@ -9,6 +9,8 @@ import secrets
 import shutil
 import time
 from collections.abc import Container, Iterable
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 SETTLED_SECONDS = 600.0
@@ -76,13 +78,12 @@ class TrainingHome:
 
     def listing(self) -> list[Path]:
         """Files and folders of jobs that are no longer being made. Raises OSError."""
-        made_before = time.time() - SETTLED_SECONDS
-        return [
-            path
-            for folder in (self.files, self.jobs)
-            for path in folder.iterdir()
-            if path.lstat().st_mtime < made_before
-        ]
+        made_before, found = time.time() - SETTLED_SECONDS, []
+        for path in chain(self.files.iterdir(), self.jobs.iterdir()):
+            with suppress(FileNotFoundError):  # an upload has just ended
+                if path.lstat().st_mtime < made_before:
+                    found.append(path)
+        return found
 
     def sweep(self, left: Iterable[Path], file_ids: Container[str], job_ids: Container[str]) -> int:
         """Delete what no row of the registry speaks of. Returns how many. Raises OSError.

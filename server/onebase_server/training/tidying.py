@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 
 from onebase_adapters.registry import JobState, RegistryError, TrainingJob, TrainingRecords, UnknownJobError
@@ -35,13 +36,16 @@ class Tidying:
             files = await self._threads.run(self._records.file_ids, home.server)
             jobs = await self._threads.run(self._records.job_ends, home.server)
             removed = await self._threads.run(home.sweep, left, files, jobs)
-            for job_id, (state, code) in jobs.items():
-                await self._threads.run(self._forget, job_id, state, code)
+            await self._threads.run(self._forget_all, jobs)
         except (RegistryError, OSError) as error:
             _log.warning("the training folder was not swept: %s", error)
         else:
             if removed:
                 _log.info("swept %d left-over files and folders of training", removed)
+
+    def _forget_all(self, ends: Mapping[str, tuple[JobState, str | None]]) -> None:
+        for job_id, (state, code) in ends.items():
+            self._forget(job_id, state, code)
 
     def _forget(self, job_id: str, state: JobState, code: str | None) -> None:
         if state == "succeeded":
