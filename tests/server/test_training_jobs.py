@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import sqlite3
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +15,7 @@ from openai import OpenAI
 from onebase_server.training.metrics import Metrics
 
 from .support import Server, Starter
-from .training_support import BASE, add_file, ended, make_job, messages, openai_client, run_job, wait_job
+from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, wait_job
 
 
 @pytest.fixture(scope="module")
@@ -310,29 +308,3 @@ def test_with_a_share_of_nothing_a_job_stands_still_exactly_while_rows_run(serve
             time.sleep(1.0)  # fifty steps long
             assert client.fine_tuning.jobs.retrieve(job.id).progress["step"] == 0
         assert wait_job(server, client, job.id, ended).status == "succeeded"
-
-
-def test_a_server_without_jobs_says_so(serve_scripted: Starter, tmp_path: Path) -> None:
-    with serve_scripted("words", data_dir=tmp_path) as server:
-        client = openai_client(server)
-        running, waiting = make_job(client, "slow"), make_job(client, "rows")
-        wait_job(server, client, running.id, lambda job: job.status == "running")
-        wait_job(server, client, waiting.id, lambda job: job.status == "queued")
-    with sqlite3.connect(tmp_path / "registry.db") as database:
-        database.execute("UPDATE training_jobs SET state = 'validating_files' WHERE id = ?", (waiting.id,))
-    with serve_scripted("words", "--train-jobs", "0", data_dir=tmp_path) as server:
-        client = openai_client(server)
-        with pytest.raises(openai.ConflictError, match="--train-jobs"):
-            make_job(client, "rows")
-        for job, state in ((running, "queued"), (waiting, "validating_files")):
-            server.wait_for(lambda job=job: "--train-jobs 0" in messages(client, job.id)[-1])
-            assert client.fine_tuning.jobs.retrieve(job.id).status == state
-        assert client.fine_tuning.jobs.cancel(waiting.id).status == "cancelled"
-
-
-def test_a_data_folder_that_training_cannot_use_is_named(serve_scripted: Starter, tmp_path: Path) -> None:
-    (tmp_path / "training").write_text("no folder")
-    with serve_scripted("words", ready=False, data_dir=tmp_path) as server:
-        assert server.exit_status() != 0
-        assert "--data-dir" in server.log
-        assert "tokenizer" not in server.log

@@ -53,6 +53,11 @@ def run_job(server: Server, client: OpenAI, content: str, **body: Any) -> Any:
     return wait_job(server, client, make_job(client, content, **body).id, ended)
 
 
+def step_of(job: Any) -> int:
+    """The step that a job has come to."""
+    return int((getattr(job, "progress", None) or {}).get("step") or 0)
+
+
 def messages(client: OpenAI, job_id: str) -> list[str]:
     """All that a job told, oldest first."""
     events = list(client.fine_tuning.jobs.list_events(job_id, limit=100))

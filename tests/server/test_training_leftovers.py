@@ -1,0 +1,94 @@
+"""What jobs leave on the disk, and what a server does with that and with them when it starts."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+import openai
+import pytest
+
+from .support import Starter
+from .training_support import make_job, messages, openai_client, run_job, step_of, wait_job
+
+
+def test_what_nothing_speaks_of_is_swept_at_the_next_start_unless_it_is_new(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    files, jobs = tmp_path / "training/files", tmp_path / "training/jobs"
+    files.mkdir(parents=True)
+    (files / ".0011.part").write_text("half")
+    (files / ".0012.part").write_text("still coming")
+    (jobs / "ftjob-gone").mkdir(parents=True)
+    for path in (files / ".0011.part", jobs / "ftjob-gone"):
+        os.utime(path, (1e9, 1e9))
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        server.wait_for(lambda: [*files.iterdir(), *jobs.iterdir()] == [files / ".0012.part"])
+
+
+def test_a_job_that_ended_while_its_server_was_away_leaves_nothing_after_the_start(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "slow")
+        wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+        server.process.kill()
+        server.exit_status()
+    assert (tmp_path / "training/jobs" / job.id / "checkpoints").is_dir()
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("UPDATE training_jobs SET state = 'cancelled'")
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        server.wait_for(lambda: not any((tmp_path / "training/jobs").iterdir()))
+
+
+def test_a_failed_job_that_could_go_on_can_be_given_up_and_leaves_nothing(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = run_job(server, client, "full")
+        folder = server.data_dir / "training/jobs" / job.id
+        assert folder.is_dir()
+        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+        server.wait_for(lambda: not folder.exists())
+        assert client.files.delete(job.training_file).deleted
+        bad = run_job(server, client, "broken")
+        with pytest.raises(openai.ConflictError, match="nothing left to cancel"):
+            client.fine_tuning.jobs.cancel(bad.id)
+
+
+def test_a_job_that_is_cancelled_while_its_next_trainer_is_awaited_leaves_nothing(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "dies-at-7")
+        server.wait_for(lambda: any("ended by" in told for told in messages(client, job.id)))
+        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+        server.wait_for(lambda: not (server.data_dir / "training/jobs" / job.id).exists())
+
+
+def test_a_server_without_jobs_says_so(serve_scripted: Starter, tmp_path: Path) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        running, waiting = make_job(client, "slow"), make_job(client, "rows")
+        wait_job(server, client, running.id, lambda job: job.status == "running")
+        wait_job(server, client, waiting.id, lambda job: job.status == "queued")
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("UPDATE training_jobs SET state = 'validating_files' WHERE id = ?", (waiting.id,))
+    with serve_scripted("words", "--train-jobs", "0", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        with pytest.raises(openai.ConflictError, match="--train-jobs"):
+            make_job(client, "rows")
+        for job, state in ((running, "queued"), (waiting, "validating_files")):
+            server.wait_for(lambda job=job: "--train-jobs 0" in messages(client, job.id)[-1])
+            assert client.fine_tuning.jobs.retrieve(job.id).status == state
+        assert client.fine_tuning.jobs.cancel(waiting.id).status == "cancelled"
+
+
+def test_a_data_folder_that_training_cannot_use_is_named(serve_scripted: Starter, tmp_path: Path) -> None:
+    (tmp_path / "training").write_text("no folder")
+    with serve_scripted("words", ready=False, data_dir=tmp_path) as server:
+        assert server.exit_status() != 0
+        assert "--data-dir" in server.log
+        assert "tokenizer" not in server.log
