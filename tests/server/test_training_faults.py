@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_a_ready_version_that_cannot_be_activated_is_told_and_its_job_succeeds_e
             assert (job.status, job.activated) == ("succeeded", False)
             told = [message for message in messages(client, job.id) if "could not be activated" in message]
             assert len(told) == 1 + delivery
-        with sqlite3.connect(tmp_path / "registry.db") as database:
+        with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
             database.execute("UPDATE training_jobs SET state = 'running'")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import openai
@@ -37,7 +38,7 @@ def test_a_job_that_ended_while_its_server_was_away_leaves_nothing_after_the_sta
         server.process.kill()
         server.exit_status()
     assert (tmp_path / "training/jobs" / job.id / "checkpoints").is_dir()
-    with sqlite3.connect(tmp_path / "registry.db") as database:
+    with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
         database.execute("UPDATE training_jobs SET state = 'cancelled'")
     with serve_scripted("words", data_dir=tmp_path) as server:
         server.wait_for(lambda: not any((tmp_path / "training/jobs").iterdir()))
@@ -74,7 +75,7 @@ def test_a_server_without_jobs_says_so(serve_scripted: Starter, tmp_path: Path) 
         running, waiting = make_job(client, "slow"), make_job(client, "rows")
         wait_job(server, client, running.id, lambda job: job.status == "running")
         wait_job(server, client, waiting.id, lambda job: job.status == "queued")
-    with sqlite3.connect(tmp_path / "registry.db") as database:
+    with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
         database.execute("UPDATE training_jobs SET state = 'validating_files' WHERE id = ?", (waiting.id,))
     with serve_scripted("words", "--train-jobs", "0", data_dir=tmp_path) as server:
         client = openai_client(server)
