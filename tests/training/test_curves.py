@@ -1,8 +1,7 @@
-"""Curves for TensorBoard and trackio, read back with those tools; the CSV file; the terminal."""
+"""Curves for TensorBoard and trackio, read back with those tools; the terminal."""
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import signal
@@ -18,7 +17,7 @@ from tests.training.runs import write_chats
 from onebase_adapters.base import BaseSettings
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.progress import Display
-from onebase_adapters.training.curves import curve_file, open_curves
+from onebase_adapters.training.curves import open_curves
 from onebase_adapters.training.model_card import sparkline
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.report import Report
@@ -99,17 +98,6 @@ def test_trackio_keeps_the_curves_on_this_machine(job: Job, tmp_path: Path) -> N
         rows = database.execute("select step, metrics from metrics order by step").fetchall()
     assert sum("train/loss" in str(metrics) for _, metrics in rows) == 4
     assert sum("eval/loss" in str(metrics) for _, metrics in rows) == 2
-
-
-def test_the_csv_file_has_openais_columns(tmp_path: Path) -> None:
-    path = curve_file(tmp_path, [(1, 2.5), (2, 2.0)], [(0, 3.0), (2, 1.5)])
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [
-        {"step": "0", "train_loss": "", "valid_loss": "3.000000"},
-        {"step": "1", "train_loss": "2.500000", "valid_loss": ""},
-        {"step": "2", "train_loss": "2.000000", "valid_loss": "1.500000"},
-    ]
 
 
 def test_a_sparkline_falls_as_the_losses_do() -> None:

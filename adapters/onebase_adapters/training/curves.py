@@ -6,7 +6,6 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onebase_adapters.training import events
@@ -108,19 +107,3 @@ class _Trackio:
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self._trackio.finish()
-
-
-def curve_file(
-    folder: Path, losses: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]
-) -> Path:
-    """Write `curve.csv` with OpenAI's column names: step, train_loss, valid_loss. Returns its path."""
-    path = folder / "curve.csv"
-    other = dict(held_out)
-    trained = dict(losses)
-    steps = sorted({*trained, *other})
-    lines = ["step,train_loss,valid_loss"]
-    for step in steps:
-        cells = (trained.get(step), other.get(step))
-        lines.append(",".join([str(step), *("" if value is None else f"{value:.6f}" for value in cells)]))
-    path.write_text("\n".join(lines) + "\n")
-    return path

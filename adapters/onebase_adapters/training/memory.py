@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ def peak_memory(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python says that memory is short."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
 

@@ -210,11 +210,6 @@ class Recipe:
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
-    @property
-    def resolved(self) -> bool:
-        """Whether no field is "auto" any more."""
-        return all(getattr(self, item.name) != "auto" for item in fields(self))
-
 
 def recipe_fields() -> Iterator[tuple[Field[Any], Any]]:
     """Each field of Recipe with its type, in the order of the help text."""

@@ -13,12 +13,12 @@ from onebase_adapters.base import BaseChangedError
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.memory import is_out_of_memory
 from onebase_adapters.training.plan import DoesNotFitError
 from onebase_adapters.training.recipe import RecipeError
 from onebase_server.trainer.protocol import MAX_PROBLEMS, Failed, Problem, TrainJob
 
 _LITTLE_SPACE = 1 << 20
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
 _EXPLAINED: dict[type[Exception], str] = {
     DoesNotFitError: "does_not_fit",
@@ -41,7 +41,7 @@ def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
         return Failed(code="invalid_value", message=str(error), param=error.field or None)
     if isinstance(error, DataError):
         return _bad_data(error, job)
-    if _is_about_memory(error):
+    if is_out_of_memory(error):
         return Failed(
             code="out_of_memory",
             message=f"The job needed more than the {limit / 1e6:.0f} MB of memory that it may take. Set "
@@ -68,14 +68,6 @@ def _bad_data(error: DataError, job: TrainJob) -> Failed:
         problems=[Problem(one.line, one.field, one.reason) for one in error.problems[:MAX_PROBLEMS]],
         problem_count=len(error.problems),
     )
-
-
-def _is_about_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
 
 
 def _is_about_space(error: BaseException, folder: Path) -> bool:
