@@ -227,6 +227,18 @@ def test_a_run_that_fails_does_not_end_the_others(base: torch.nn.Module, job: Jo
     assert any("512" in line and "failed" in line for line in advice(result))
 
 
+def test_a_run_that_takes_more_memory_than_there_is_does_not_end_the_others(
+    base: torch.nn.Module, job: Job
+) -> None:
+    def exhaust(trial: Trial, event: events.Event) -> None:
+        if trial.r == 4 and isinstance(event, events.StepDone):
+            torch.empty(2**60)
+
+    result = run_sweep(base, job, Grid(r=(2, 4), learning_rate=(BRIGHT,)), listen=exhaust)
+    assert [(trial.r, trial.status) for trial in result.trials] == [(2, "finished"), (4, "failed")]
+    assert "memory" in result.trials[-1].reason
+
+
 def test_a_target_that_the_base_lacks_is_refused_before_any_run(base: torch.nn.Module, job: Job) -> None:
     steps = _Steps()
     with pytest.raises(RecipeError, match="no linear layer"):

@@ -22,8 +22,7 @@ class BaseTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        template = tokenizer.chat_template
-        self.template: str = template if isinstance(template, str) else "\n".join((template or {}).values())
+        self.template = template_of(tokenizer)
         self._ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -77,6 +76,12 @@ class BaseTokens:
             if whole[count : count + len(bare)] == bare:
                 return whole[:count]
         return []
+
+
+def template_of(tokenizer: Any) -> str:
+    """Its chat template; all of them, if it has several, and "" if it has none."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else "\n".join((template or {}).values())
 
 
 def stop_tokens(tokenizer: Any) -> frozenset[int]:

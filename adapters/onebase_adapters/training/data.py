@@ -18,6 +18,7 @@ from onebase_adapters.training.prompts import Reference
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.row_tokens import RowTokens, Tokenized
 from onebase_adapters.training.samples import Dataset, Preference, Row
+from onebase_adapters.training.template_date import dated_tokenizer
 
 __all__ = ["DEFAULT_LENGTH", "DataError", "Problem", "load_dataset", "split"]
 
@@ -42,8 +43,8 @@ def load_dataset(
 
     Args:
         tokenizer: the base's own, with its chat template.
-        recipe: method, train_on, max_length ("auto": 2048) and too_long are used. No row is longer than
-            the base can read.
+        recipe: method, train_on, max_length ("auto": 2048), too_long and template_date ("auto": today) are
+            used. No row is longer than the base can read.
         part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
         name: what a file is called whose path does not say it, as an upload; its end tells the format.
         on_progress: told the part that is done, from 0 to 1. What it raises ends the reading.
@@ -108,7 +109,7 @@ class _Builder:
         self._source = source
         self._method = recipe.method
         self._tokens = RowTokens(
-            BaseTokens(tokenizer),
+            BaseTokens(dated_tokenizer(tokenizer, recipe)),
             everything=recipe.train_on == "all" and recipe.method == "supervised",
             limit=_limit(recipe, tokenizer),
             too_long=recipe.too_long,

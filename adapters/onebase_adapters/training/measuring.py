@@ -16,6 +16,7 @@ from onebase_adapters.training.metrics import mean
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.replies import generate_replies
 from onebase_adapters.training.samples import Dataset, Prompt
+from onebase_adapters.training.template_date import dated_tokenizer
 from onebase_adapters.training.trainable import Trainable
 
 _FILE = "base_metrics.json"
@@ -35,10 +36,10 @@ class Measuring:
         gate: Gate,
     ) -> None:
         self._trainable = trainable
-        self._tokenizer = tokenizer
+        self._tokenizer = dated_tokenizer(tokenizer, recipe)
         self._recipe = recipe
         self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
-        self._samples = [Prompt(_chat(tokenizer, text), "", 0) for text in recipe.sample_prompts]
+        self._samples = [Prompt(_chat(self._tokenizer, text), "", 0) for text in recipe.sample_prompts]
         self._file = folder / _FILE
         self._listen = listen
         self._gate = gate

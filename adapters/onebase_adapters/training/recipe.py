@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from datetime import date
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Auto = Literal["auto"]
@@ -138,6 +139,12 @@ class Recipe:
     )
     too_long: TooLong = field(
         default="refuse", metadata=about("data", "what to do with longer rows; truncating cuts the end off")
+    )
+    template_date: str = field(
+        default="auto",
+        metadata=about(
+            "data", "the day that the chat template prints, as in 2026-01-31 (auto: when the run begins)"
+        ),
     )
     packing: bool = field(
         default=True, metadata=about("data", "compute several rows in one sequence, without padding")
@@ -355,6 +362,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _check_together(recipe: Recipe) -> None:
     if not recipe.targets:
         raise RecipeError("targets", "targets is empty: name at least one group or linear layer")
@@ -364,6 +378,9 @@ def _check_together(recipe: Recipe) -> None:
                 raise RecipeError(field_name, f"{_shown(name)} is no layer's name: patterns are not taken")
     if recipe.use_dora and recipe.init == "eva":
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
+    if recipe.template_date != "auto" and not _is_date(recipe.template_date):
+        reason = "write a day as in 2026-01-31, or auto"
+        raise RecipeError("template_date", f"template_date is {_shown(recipe.template_date)}: {reason}")
     from onebase_adapters.training.metrics import check_metric
 
     for metric in recipe.metrics:

@@ -33,6 +33,7 @@ from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.report import Report, is_better
 from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.samples import Dataset
+from onebase_adapters.training.template_date import pin_template_date
 from onebase_adapters.training.trainable import Trainable
 
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
@@ -97,6 +98,7 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -
         gate.wait()
         tell(events.Progress(at=time.time(), name="validating_files", part=part))
 
+    job = replace(job, recipe=_with_date(job, tokenizer, ranks))
     data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names, on_progress=on_progress)
     checked = data_report(data.train, data.held_out, tokenizer)
     tell(events.DataChecked(at=time.time(), report=checked.to_json()))
@@ -118,6 +120,19 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -
         )
         tell(events.Notice(at=time.time(), level="warn", message=message))
     return plan
+
+
+def _with_date(job: Job, tokenizer: Any, ranks: Ranks) -> Recipe:
+    """The same day in all processes, also at midnight."""
+    dated = None
+    try:
+        if ranks.first:
+            dated = pin_template_date(job.recipe, tokenizer, job.folder)
+    finally:
+        dated = ranks.from_first(dated)
+    if dated is None:
+        raise OtherProcessError("the first process could not begin the run")
+    return dated
 
 
 def _plan(base: nn.Module, job: Job, data: Data) -> Plan:

@@ -21,11 +21,13 @@ from torch import nn
 from onebase_adapters.training import events
 from onebase_adapters.training.gate import Gate, Interrupted
 from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.memory import is_out_of_memory
 from onebase_adapters.training.plan import Data, DoesNotFitError, make_plan, read_data
 from onebase_adapters.training.recipe import Recipe, RecipeError, resolve, step_count
 from onebase_adapters.training.run import Job, load_tokenizer, run_plan
 from onebase_adapters.training.sweep_trials import Grid, Trial, Trials, name_of
 from onebase_adapters.training.targets import resolve_targets
+from onebase_adapters.training.template_date import pin_template_date
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""
@@ -77,10 +79,12 @@ def sweep(
         RecipeError: a setting cannot be used on this base, or nothing is held out.
         Interrupted: as the gate says; the same call goes on.
     """
+    tokenizer = load_tokenizer(job.base)
+    job = replace(job, recipe=pin_template_date(job.recipe, tokenizer, job.folder))
     recipes = {name_of(recipe): recipe for recipe in grid.recipes(job.recipe)}
     for recipe in recipes.values():
         resolve_targets(base, recipe.targets)
-    data = read_data(job.train, job.held_out, load_tokenizer(job.base), job.recipe, names=job.names)
+    data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names)
     if data.held_out is None:
         raise RecipeError("eval_split", "a sweep compares held-out losses: set eval_split above 0")
     steps, every = _lengths(base, job.recipe, data)
@@ -178,6 +182,10 @@ class _Sweep:
             trial.status = "paused"
         except (DoesNotFitError, TrainingDivergedError) as error:
             trial.status, trial.reason = "failed", str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            trial.status, trial.reason = "failed", "there was not enough memory"
         self._state.write()
         gc.collect()  # the run's tensors, which an exception's traceback may have kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from onebase_adapters.training import events
@@ -11,6 +12,7 @@ from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen
 from onebase_adapters.training.plan import make_plan, read_data
 from onebase_adapters.training.run import Job, load_tokenizer
+from onebase_adapters.training.template_date import pin_template_date
 
 
 def check(
@@ -38,6 +40,7 @@ def check(
         listen(events.Progress(at=time.time(), name="validating_files", part=part))
 
     listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
+    job = replace(job, recipe=pin_template_date(job.recipe, tokenizer, job.folder))
     data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names, on_progress=on_progress)
     checked = data_report(data.train, data.held_out, tokenizer)
     listen(events.DataChecked(at=time.time(), report=checked.to_json()))

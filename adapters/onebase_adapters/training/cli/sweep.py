@@ -148,11 +148,12 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
-    """The result; None after a failure, which has been shown."""
+    """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
+    from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.data import DataError
-    from onebase_adapters.training.gate import OpenGate
+    from onebase_adapters.training.gate import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
 
@@ -160,10 +161,13 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
         show.loading(f"loading {job.base_name}", 0.0)
         base = load_base(job.base)
         show.loading("reading the data", 0.0)
-        return sweep(base, job, grid, show.event, OpenGate(), survivors=survivors, tell=show.say)
+        with CtrlC(alone=True) as gate:
+            return sweep(base, job, grid, show.event, gate, survivors=survivors, tell=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:
         show.failed(str(error))
         return None
+    except Interrupted:
+        raise KeyboardInterrupt from None
 
 
 def _grid(options: argparse.Namespace) -> Grid:
