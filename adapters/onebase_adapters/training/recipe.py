@@ -6,12 +6,18 @@ decided by `resolve`, once the data is known; a trainer only takes resolved reci
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from datetime import date
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from onebase_adapters.training.recipe_values import HIGHEST_RANK, about, check_value, is_date, shown
+from onebase_adapters.training.recipe_values import RecipeError as RecipeError
+
+AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
+MOST_TEXTS = 32
+"""Metrics, and prompts that are answered during a run."""
 
 Auto = Literal["auto"]
 Method = Literal["supervised", "dpo"]
@@ -20,29 +26,6 @@ Schedule = Literal["cosine", "linear", "constant"]
 TooLong = Literal["refuse", "truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
 Init = Literal["true", "gaussian", "false", "eva"]
-
-_REFUSED_INITS = {
-    **dict.fromkeys(
-        ("pissa", "olora", "corda", "loftq", "lora_ga"),
-        "changes the base's weights, which all adapters share",
-    ),
-    **dict.fromkeys(("orthogonal", "mica"), "does not work on 4-bit weights"),
-}
-
-
-class RecipeError(ValueError):
-    """A setting that cannot be used. `field` is its name in the recipe, "" where several are at odds."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-def about(
-    group: str, text: str, *, low: float | None = None, high: float | None = None, above: float | None = None
-) -> dict[str, Any]:
-    """A field's help text and limits: `low` and `high` are allowed, `above` is not."""
-    return {"group": group, "help": text, "low": low, "high": high, "above": above}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +41,9 @@ class Recipe:
         metadata=about("method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100),
     )
 
-    r: int = field(default=16, metadata=about("lora", "rank of the update matrices", low=1, high=1024))
+    r: int = field(
+        default=16, metadata=about("lora", "rank of the update matrices", low=1, high=HIGHEST_RANK)
+    )
     alpha: float | Auto = field(
         default="auto",
         metadata=about("lora", "scaling is alpha / r (auto: twice the rank)", above=0, high=1e6),
@@ -209,7 +194,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for item, kind in recipe_fields():
-            _check(item, getattr(self, item.name), kind)
+            check_value(item, getattr(self, item.name), kind)
         _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -261,7 +246,7 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
         learning_rate=_chosen(recipe.learning_rate, 5e-5 if dpo else 5e-4) * multiplier,
         learning_rate_multiplier=1.0,
         max_length=min(_chosen(recipe.max_length, 2048), base_limit),
-        eval_split=_chosen(recipe.eval_split, 0.0 if held_out else 0.1),
+        eval_split=_chosen(recipe.eval_split, 0.0 if held_out else AUTO_EVAL_SPLIT),
     )
     tenth = max(1, math.ceil(step_count(made, rows) / 10))
     every = _chosen(made.eval_every, tenth)
@@ -276,6 +261,21 @@ def step_count(recipe: Recipe, rows: int) -> int:
     return min(steps, recipe.max_steps) if recipe.max_steps else steps
 
 
+def token_count(recipe: Recipe, rows: int, tokens: int) -> int:
+    """Tokens of all steps together, if all rows had the mean length. `tokens`: of all `rows`."""
+    if recipe.epochs == "auto" or recipe.batch_size == "auto":
+        raise RecipeError("epochs", "epochs and batch_size must be decided first")
+    computed = min(recipe.epochs * rows, float(step_count(recipe, rows) * recipe.batch_size))
+    return round(computed * tokens / rows)
+
+
+def held_out_count(recipe: Recipe, rows: int) -> int:
+    """How many of `rows` are held out where no evaluation data are given."""
+    if recipe.eval_split == "auto":
+        return min(MOST_HELD_OUT, round(AUTO_EVAL_SPLIT * rows))
+    return round(recipe.eval_split * rows)
+
+
 def _chosen(value: Any, auto: Any) -> Any:
     return auto if value == "auto" else value
 
@@ -283,109 +283,46 @@ def _chosen(value: Any, auto: Any) -> Any:
 def _plain(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
+            # Layers' names have no commas; a prompt or a metric's text may have some.
+            parts = value.split(",") if name == "targets" else [value]
+            return tuple(part.strip() for part in parts if part.strip())
         if isinstance(value, list | tuple):
             return tuple(value)
     takes_float = kind is float or float in get_args(kind)
     if takes_float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):  # the limits are checked next
+            return float(value)
     if name == "init" and isinstance(value, bool):
         return str(value).lower()
     return value
 
 
-def _check(item: Field[Any], value: Any, kind: Any) -> None:
-    name, limits = item.name, item.metadata
-    if name == "init" and isinstance(value, str) and value in _REFUSED_INITS:
-        raise RecipeError(name, f"init {value!r} {_REFUSED_INITS[value]}; use true, gaussian, false or eva")
-    if not _fits(value, kind):
-        raise RecipeError(name, f"{name} is {_shown(value)}: {_expected(kind)}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if not math.isfinite(value):
-        raise RecipeError(name, f"{name} is {value}: write a finite number")
-    if limits["above"] is not None and not value > limits["above"]:
-        raise RecipeError(name, f"{name} is {value}: it must be above {limits['above']:g}")
-    if limits["low"] is not None and value < limits["low"]:
-        raise RecipeError(name, f"{name} is {value}: the lowest value is {limits['low']:g}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise RecipeError(name, f"{name} is {value}: the highest value is {limits['high']:g}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(part, str) and part for part in value)
-    if get_origin(kind) is Mapping:
-        number: Any = int if get_args(kind)[1] is int else int | float
-        return isinstance(value, Mapping) and all(
-            isinstance(key, str)
-            and isinstance(part, number)
-            and not isinstance(part, bool)
-            and 0 < part < 1e6
-            for key, part in value.items()
-        )
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return any(_fits(value, part) for part in get_args(kind))
-
-
-def _expected(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"choose one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return "write a list of texts"
-    if get_origin(kind) is Mapping:
-        return "write layer names with positive numbers"
-    plain = {
-        bool: "write true or false",
-        int: "write a whole number",
-        float: "write a number",
-        str: "write a text",
-    }
-    if kind in plain:
-        return plain[kind]
-    first = next(part for part in get_args(kind) if get_origin(part) is not Literal)
-    return f"{plain[first]} or auto"
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
 def _check_together(recipe: Recipe) -> None:
+    for field_name, longest in (("metrics", 500), ("sample_prompts", 8000)):
+        texts = getattr(recipe, field_name)
+        if len(texts) > MOST_TEXTS or any(len(text) > longest for text in texts):
+            most = f"{MOST_TEXTS} texts of {longest} characters at most"
+            raise RecipeError(field_name, f"{field_name} is too long: write {most}")
     if not recipe.targets:
         raise RecipeError("targets", "targets is empty: name at least one group or linear layer")
     for field_name in ("targets", "rank_pattern", "alpha_pattern"):
         for name in getattr(recipe, field_name):
             if not name.replace("-", "_").replace(".", "_").isidentifier():
-                raise RecipeError(field_name, f"{_shown(name)} is no layer's name: patterns are not taken")
+                raise RecipeError(field_name, f"{shown(name)} is no layer's name: patterns are not taken")
     if recipe.use_dora and recipe.init == "eva":
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
-    if recipe.template_date != "auto" and not _is_date(recipe.template_date):
+    if recipe.rank_pattern and recipe.init == "eva":
+        raise RecipeError("rank_pattern", "EVA chooses each layer's rank itself: leave the pattern out")
+    if recipe.method == "dpo" and recipe.train_on == "all":
+        raise RecipeError("train_on", "DPO compares the replies: leave train_on at assistant")
+    if recipe.template_date != "auto" and not is_date(recipe.template_date):
         reason = "write a day as in 2026-01-31, or auto"
-        raise RecipeError("template_date", f"template_date is {_shown(recipe.template_date)}: {reason}")
+        raise RecipeError("template_date", f"template_date is {shown(recipe.template_date)}: {reason}")
     from onebase_adapters.training.metrics import check_metric
 
     for metric in recipe.metrics:
         check_metric(metric)
     if recipe.best_by != "loss" and recipe.best_by not in recipe.metrics:
         raise RecipeError(
-            "best_by", f"best_by is {_shown(recipe.best_by)}: write loss or one of the recipe's metrics"
+            "best_by", f"best_by is {shown(recipe.best_by)}: write loss or one of the recipe's metrics"
         )
