@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,6 +24,7 @@ from onebase_adapters.base import BaseSettings, fingerprint
 from onebase_adapters.training import events, run, sweep
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.cli.sweep import main
+from onebase_adapters.training.errors import TrainingDivergedError
 from onebase_adapters.training.gate import Interrupted, OpenGate
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.run import Job
@@ -239,6 +242,42 @@ def test_a_run_that_takes_more_memory_than_there_is_does_not_end_the_others(
     assert "memory" in result.trials[-1].reason
 
 
+def test_what_had_too_little_memory_is_tried_again(base: torch.nn.Module, job: Job) -> None:
+    grid = Grid(r=(2, 512), learning_rate=(BRIGHT,), targets=(("all-linear",),))
+    short = run_sweep(base, Job(**{**vars(job), "memory_limit": 606_000_000}), grid)
+    assert short.trials[-1].status == "failed"
+    other = replace(job.recipe, micro_tokens=32)
+    again = run_sweep(base, Job(**{**vars(job), "recipe": other}), grid)
+    assert {trial.status for trial in again.trials} == {"finished"}
+
+
+def test_what_diverged_is_not_tried_again(base: torch.nn.Module, job: Job) -> None:
+    def diverge(trial: Trial, event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            raise TrainingDivergedError(event.step, "the loss", [1])
+
+    grid = Grid(r=(2,), learning_rate=(BRIGHT,))
+    assert run_sweep(base, job, grid, listen=diverge).trials[0].status == "failed"
+    steps = _Steps()
+    assert run_sweep(base, job, grid, listen=steps).trials[0].status == "failed"
+    assert steps.total == 0
+
+
+def test_a_pattern_that_means_no_layer_of_one_choice_is_refused_before_any_run(
+    base: torch.nn.Module, job: Job
+) -> None:
+    steps = _Steps()
+    recipe = replace(job.recipe, rank_pattern={"down_proj": 8})
+    with pytest.raises(RecipeError, match="down_proj"):
+        run_sweep(
+            base,
+            Job(**{**vars(job), "recipe": recipe}),
+            Grid(targets=(("all-linear",), ("attention",))),
+            listen=steps,
+        )
+    assert steps.total == 0
+
+
 def test_a_target_that_the_base_lacks_is_refused_before_any_run(base: torch.nn.Module, job: Job) -> None:
     steps = _Steps()
     with pytest.raises(RecipeError, match="no linear layer"):
@@ -265,6 +304,12 @@ def made_up(status: str = "finished", **fields: Any) -> Trial:
     settings = {"name": "r8", "r": 8, "alpha": 16.0, "targets": ["attention"], "learning_rate": 1e-3}
     curve = [(0, 0.0, 2.0), (10, 5.0, 0.9), (20, 10.0, 0.5)]
     return Trial(**{**settings, "parameters": 1000, "curve": curve, "status": status, **fields})
+
+
+def test_results_without_any_evaluation_are_json(tmp_path: Path) -> None:
+    failed = made_up("failed", curve=[], reason="there was not enough memory")
+    write(sweep.SweepResult([failed], math.nan, 10, tmp_path))
+    assert json.loads((tmp_path / RESULTS).read_text(), parse_constant=pytest.fail)["base_loss"] is None
 
 
 def test_the_results_are_written_for_people_and_programs(base: torch.nn.Module, job: Job) -> None:
@@ -319,6 +364,21 @@ def test_advice_prefers_a_smaller_run_that_is_as_good(tmp_path: Path) -> None:
     useless = advice(sweep.SweepResult([made_up()], 0.4, 20, tmp_path))
     assert any("no better than the base" in line for line in useless)
     assert advice(sweep.SweepResult([], 0.4, 20, tmp_path)) == ["No run has finished."]
+
+
+def test_a_recipe_s_file_says_what_is_tried_unless_an_option_does(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    settings = {"r": 3, "alpha": 7.0, "targets": ["attention"], "learning_rate": 1e-2, "max_steps": 2}
+    recipe.write_text(json.dumps(settings))
+    arguments = ["--base", str(folder), "--data", str(folder / "train.jsonl"), "--device", "cpu"]
+    arguments += ["--recipe", str(recipe), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--r", "2,4"]) == 0
+    names = {row["name"] for row in csv.DictReader((tmp_path / "out" / TABLE).open())}
+    assert names == {"r2-alpha7-attention-lr0.01", "r4-alpha7-attention-lr0.01"}
+    assert (tmp_path / "out" / "r3-alpha7-attention-lr0.01" / "adapter").is_dir()
 
 
 def test_the_command_runs_a_sweep(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,16 @@ from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, w
 from onebase_adapters.training.data import load_dataset
 from onebase_adapters.training.data_split import split
 from onebase_adapters.training.estimate import Estimate, estimate
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve, step_count
+from onebase_adapters.training.recipe import (
+    AUTO_EVAL_SPLIT,
+    MOST_HELD_OUT,
+    Recipe,
+    RecipeError,
+    parse_recipe,
+    resolve,
+    step_count,
+    token_count,
+)
 from onebase_adapters.training.samples import Dataset, Row
 
 _FILE = "plan.json"
@@ -91,7 +100,7 @@ def read_data(
     if recipe.eval_split == 0:
         return Data(rows, None, train_name, "")
     if recipe.eval_split == "auto":
-        rows, other = split(rows, 0.1, recipe.seed)
+        rows, other = split(rows, AUTO_EVAL_SPLIT, recipe.seed, limit=MOST_HELD_OUT)
     else:
         rows, other = split(rows, recipe.eval_split, recipe.seed, limit=len(rows))
     return Data(rows, other if len(other) else None, train_name, f"held out of {train_name}")
@@ -120,7 +129,7 @@ def make_plan(
     """
     if not len(data.train):
         raise RecipeError("training_file", "no row is left to train on: add rows, or hold out fewer")
-    identity = _identity(recipe, data, base)
+    identity = identity_of(recipe, data, base)
 
     def decide(before: Recipe | None) -> Plan:
         decided = before or _resolved(recipe, data, config)
@@ -131,7 +140,7 @@ def make_plan(
             dtype=base.dtype,
             device=base.device,
             longest_row=max(map(len, _all_rows(data))),
-            total_tokens=_total_tokens(decided, data.train),
+            total_tokens=token_count(decided, len(data.train), sum(map(len, data.train.rows))),
             supervised_part=_supervised_part(data.train),
             memory_limit=memory_limit,
             base_resident=base_resident,
@@ -163,22 +172,17 @@ def _all_rows(data: Data) -> list[Row]:
     return [*data.train.rows, *(data.held_out.rows if data.held_out is not None else ())]
 
 
-def _total_tokens(recipe: Recipe, data: Dataset) -> int:
-    """Of all steps together, if all rows were of the mean length."""
-    rows = min(float(recipe.epochs) * len(data), step_count(recipe, len(data)) * float(recipe.batch_size))
-    return round(rows * sum(map(len, data.rows)) / len(data))
-
-
 def _supervised_part(data: Dataset) -> float:
     return sum(map(targets_of, data.rows)) / max(1, sum(map(len, data.rows)))
 
 
-def _identity(recipe: Recipe, data: Data, base: BaseSettings) -> str:
-    defaults = Recipe().to_json()
+def identity_of(recipe: Recipe, data: Data, base: BaseSettings) -> str:
+    """SHA-256 of recipe, data and base, by which a folder knows its run."""
     settings = {"quantization": base.quantization, "dtype": str(base.dtype)}
     held_out = data.held_out.digest if data.held_out is not None else ""
     # Only what was asked for: a setting that a later release adds makes no other run of it.
     # How much is computed at once may be asked for otherwise when a run goes on that needed too much memory.
+    defaults = Recipe().to_json()
     asked = {
         name: value
         for name, value in recipe.to_json().items()

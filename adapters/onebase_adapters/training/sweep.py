@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from onebase_adapters.training import events
+from onebase_adapters.training.estimate import ranks_of
 from onebase_adapters.training.gate import Gate, Interrupted
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.memory import is_out_of_memory
@@ -26,7 +27,7 @@ from onebase_adapters.training.plan import Data, DoesNotFitError, make_plan, rea
 from onebase_adapters.training.recipe import Recipe, RecipeError, resolve, step_count
 from onebase_adapters.training.run import Job, load_tokenizer, run_plan
 from onebase_adapters.training.sweep_trials import Grid, Trial, Trials, name_of
-from onebase_adapters.training.targets import resolve_targets
+from onebase_adapters.training.targets import target_layers
 from onebase_adapters.training.template_date import pin_template_date
 
 RUNGS = (0.25, 0.5)
@@ -83,8 +84,15 @@ def sweep(
     job = replace(job, recipe=pin_template_date(job.recipe, tokenizer, job.folder))
     recipes = {name_of(recipe): recipe for recipe in grid.recipes(job.recipe)}
     for recipe in recipes.values():
-        resolve_targets(base, recipe.targets)
-    data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names)
+        ranks_of(target_layers(base, recipe.targets), recipe)
+    data = read_data(
+        job.train,
+        job.held_out,
+        tokenizer,
+        job.recipe,
+        names=job.names,
+        on_progress=lambda part: gate.wait(),
+    )
     if data.held_out is None:
         raise RecipeError("eval_split", "a sweep compares held-out losses: set eval_split above 0")
     steps, every = _lengths(base, job.recipe, data)
@@ -180,7 +188,9 @@ class _Sweep:
             if not gate.reached:
                 raise
             trial.status = "paused"
-        except (DoesNotFitError, TrainingDivergedError) as error:
+        except TrainingDivergedError as error:
+            trial.status, trial.reason, trial.diverged = "failed", str(error), True
+        except DoesNotFitError as error:
             trial.status, trial.reason = "failed", str(error)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

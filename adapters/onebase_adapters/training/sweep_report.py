@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from onebase_adapters.training.checkpoint import write_whole
 from onebase_adapters.training.sweep import SweepResult
 from onebase_adapters.training.sweep_plot import plot
 from onebase_adapters.training.sweep_trials import Trial
@@ -25,19 +27,25 @@ _STYLES = {"finished": "", "failed": "red", "stopped": "dim", "paused": "yellow"
 
 def write(result: SweepResult) -> None:
     """Write the table, the results and the plot into the sweep's folder."""
-    with (result.folder / TABLE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(_row(result.trials[0])) if result.trials else ["name"])
-        writer.writeheader()
-        writer.writerows(map(_row, result.trials))
+    write_whole(result.folder / TABLE, _csv(result))
     best = result.best
     found = {
         "best": best.name if best else None,
-        "base_loss": result.base_loss,
+        "base_loss": None if math.isnan(result.base_loss) else result.base_loss,
         "steps": result.steps,
         "runs": [{**asdict(trial), "loss": trial.loss} for trial in result.trials],
     }
-    (result.folder / RESULTS).write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (result.folder / PLOT).write_text(plot(result), encoding="utf-8")
+    write_whole(result.folder / RESULTS, json.dumps(found, indent=1, allow_nan=False))
+    write_whole(result.folder / PLOT, plot(result))
+
+
+def _csv(result: SweepResult) -> str:
+    file = io.StringIO()
+    rows = [_row(trial) for trial in result.trials]
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)) or ["name"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -133,8 +141,3 @@ def seconds(value: float) -> str:
     if value < 100:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
-
-
-def exists(folder: Path) -> bool:
-    """Whether a sweep has left results there."""
-    return (folder / RESULTS).is_file()

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from onebase_adapters.base_identity import base_id
-from onebase_adapters.training.checkpoint import CheckpointError, sync
-from onebase_adapters.training.plan import Data
+from onebase_adapters.training.checkpoint import CheckpointError, write_whole
+from onebase_adapters.training.plan import Data, identity_of
 from onebase_adapters.training.recipe import Auto, Recipe
 from onebase_adapters.training.run import Job
 
@@ -51,7 +50,7 @@ class Trial:
     """One run of a sweep.
 
     curve: (step, seconds of training, held-out loss), step 0 is the base. loss: the best of its adapter.
-    reason: why it failed.
+    reason: why it failed. diverged: it would again; one that failed for want of memory is tried again.
     """
 
     name: str
@@ -64,6 +63,7 @@ class Trial:
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    diverged: bool = False
 
     @property
     def loss(self) -> float | None:
@@ -108,6 +108,9 @@ class Trials:
         """What is there, with the runs that are new. Raises CheckpointError."""
         path, identity = job.folder / _FILE, _identity(job, data)
         trials = _read(path, identity) if path.exists() else {}
+        for trial in trials.values():
+            if trial.status == "failed" and not trial.diverged:
+                trial.status, trial.reason = "waiting", ""
         for name, recipe in recipes.items():
             if name not in trials:
                 assert isinstance(recipe.alpha, float | int)
@@ -121,11 +124,8 @@ class Trials:
 
     def write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        work = self._path.with_name(f".{self._path.name}.part")
         trials = [asdict(trial) for trial in self.trials.values()]
-        work.write_text(json.dumps({"identity": self._identity, "trials": trials}, indent=1))
-        sync(work)
-        work.rename(self._path)
+        write_whole(self._path, json.dumps({"identity": self._identity, "trials": trials}, indent=1))
 
     def stop(self, names: Sequence[str]) -> None:
         """Mark the losers; one that finished under another grid stays finished."""
@@ -161,8 +161,5 @@ def _read(path: Path, identity: str) -> dict[str, Trial]:
 
 
 def _identity(job: Job, data: Data) -> str:
-    settings = {"quantization": job.base.quantization, "dtype": str(job.base.dtype)}
-    held_out = data.held_out.digest if data.held_out is not None else ""
     common = replace(job.recipe, r=1, alpha="auto", targets=("all-linear",), learning_rate="auto")
-    parts = [common.to_json(), data.train.digest, held_out, base_id(job.base.folder, settings)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return identity_of(common, data, job.base)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from onebase_adapters.training import events
@@ -17,16 +16,20 @@ from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
     add_recipe_options,
+    base_repo,
     base_settings,
     find_base,
+    positive,
     print_error,
     quiet_libraries,
     recipe_file,
     recipe_from,
     size,
 )
+from onebase_adapters.training.cli.printable import shown
 
 if TYPE_CHECKING:
+    from onebase_adapters.training.recipe import Recipe
     from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep import SweepResult
     from onebase_adapters.training.sweep_trials import Grid, Trial
@@ -103,16 +106,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="part of the runs that goes on after a quarter and a half of the steps (default: 0.5; 1: all)",
     )
-    parser.add_argument("--recipe", metavar="FILE", type=Path, help="JSON file of common settings")
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it"
+    )
     parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most memory, as in 8GB")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     add_base_options(parser)
     add_recipe_options(parser, leave_out=_SWEPT)
     return parser
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
-    recipe = recipe_from(options, recipe_file(options.recipe))
+    given = recipe_file(options.recipe)
+    recipe = recipe_from(options, given)
     quiet_libraries()
     from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.memory import keep_freed_memory
@@ -135,15 +141,16 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
             folder=options.out,
             base=settings,
             base_name=resolved.name,
+            base_repo=base_repo(options, resolved),
             base_commit=resolved.revision,
             memory_limit=options.memory_limit or free_memory(settings.device),
         )
-        result = _run(job, _grid(options), options.survivors, show)
+        result = _run(job, _grid(options, given, recipe), options.survivors, show)
     if result is None:
         return _FAILED
     write(result)
     render(result, console)
-    console.print(f"Plot: {escape(str(options.out / PLOT))}  Table: {escape(str(options.out / TABLE))}")
+    console.print(f"Plot: {shown(str(options.out / PLOT))}  Table: {shown(str(options.out / TABLE))}")
     return 0 if result.best else _FAILED
 
 
@@ -170,19 +177,24 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
         raise KeyboardInterrupt from None
 
 
-def _grid(options: argparse.Namespace) -> Grid:
+def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe) -> Grid:
+    """What the options say; failing that, what the recipe's file does; failing that, the usual."""
     from onebase_adapters.training.sweep_trials import Grid
 
     targets = tuple(
         tuple(part.strip() for part in one.split(",") if part.strip()) for one in options.tried_targets or ()
     )
-    given = {
+    tried = {
         "r": options.tried_r,
         "alpha": options.tried_alpha,
         "targets": targets or None,
         "learning_rate": options.tried_rates,
     }
-    return Grid(**{name: value for name, value in given.items() if value is not None})
+    for name in _SWEPT:
+        one = getattr(recipe, name)
+        if tried[name] is None and name in given and (one != "auto" or name == "alpha"):
+            tried[name] = (one,)
+    return Grid(**{name: value for name, value in tried.items() if value is not None})
 
 
 class _Show:
@@ -211,10 +223,10 @@ class _Show:
         self._progress.stop()
 
     def loading(self, message: str, part: float) -> None:
-        self._progress.update(self._task, description=message, total=None)
+        self._progress.update(self._task, description=shown(message), total=None)
 
     def say(self, message: str) -> None:
-        self._progress.console.print(f"[bold]{escape(message)}[/]", highlight=False)
+        self._progress.console.print(f"[bold]{shown(message)}[/]", highlight=False)
 
     def failed(self, message: str) -> None:
         self._progress.stop()
@@ -225,14 +237,14 @@ class _Show:
         if isinstance(event, events.StepDone):
             self._progress.update(
                 self._task,
-                description=escape(trial.name),
+                description=shown(trial.name),
                 completed=event.step,
                 total=event.steps,
                 facts=f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s",
             )
         elif isinstance(event, events.Evaluated) and event.step:
             self._progress.console.print(
-                f"{escape(trial.name)}: step {event.step}, held-out loss {event.loss:.4f}", highlight=False
+                f"{shown(trial.name)}: step {event.step}, held-out loss {event.loss:.4f}", highlight=False
             )
 
 
