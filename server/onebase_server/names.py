@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
-
+from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
 from onebase_server.errors import InvalidRequestError
 
 SHORT_DIGEST = 12
 HUB_PREFIX = "hub:"
 """Names of adapters that a request named by their Hub repository."""
-MAX_NAME = 64
-_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
 
 
 def check_name(name: str, base_name: str) -> str:
     """The name, if an adapter may have it. Raises InvalidRequestError."""
-    if _NAME.fullmatch(name) is None:
+    if not is_adapter_name(name):
         raise InvalidRequestError(
-            f"name: {name[:80]!r} cannot be an adapter's name. Use up to {MAX_NAME} letters, digits, '.', "
-            "'_' and '-', beginning with a letter or a digit.",
-            param="name",
+            f"name: {name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}.", param="name"
         )
     if name == base_name:
         raise InvalidRequestError(f"name: {name!r} is the base's own name. Choose another.", param="name")

@@ -111,10 +111,11 @@ def test_the_terminal_tells_the_run_in_lines_where_there_is_no_terminal(tmp_path
     with Display(console) as display:
         for event in RUN:
             display.show(event)
-        display.show(events.Sampled(at=0, step=4, prompt="a [b]", text="c [/d]"))
+        display.show(events.Sampled(at=0, step=4, prompt="a [b]", text="c [/d]\x1b]0;owned\x07"))
         report = Report(
             name="n[x]",
             base="b",
+            quantization="nf4",
             steps=4,
             best_step=4,
             tokens=400,
@@ -137,7 +138,7 @@ def test_the_terminal_tells_the_run_in_lines_where_there_is_no_terminal(tmp_path
         "step 2/4  loss 2.0000  50 tok/s  1 min 05 s left",
         "base: held-out loss 3.0000",
         "step 4: held-out loss 1.5000  best",
-        "a [b] -> c [/d]",
+        "a [b] -> c [/d]\ufffd]0;owned\ufffd",
         "json_valid",
         "50.0%",
         "onebase adapters push",
@@ -207,6 +208,10 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
         (["--memory-limit", "lots"], "is no size: write it as in 20GB"),
         (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
         (["--recipe", "missing.json"], "cannot be read"),
+        (["--threads", "-1"], "is not a whole number above 0"),
+        (["--name", "a[/b]"], "cannot be an adapter's name"),
+        (["--name", "../x"], "cannot be an adapter's name"),
+        (["--push", "nobody"], "no repository's name"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str, tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
+from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from onebase_adapters.base import BaseSettings, base_tensors, load_base
 from onebase_adapters.base import estimate_memory as base_memory
 from onebase_adapters.base_errors import BaseSpecError
+from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, fetch_default_base
 from onebase_adapters.training import machine
 from onebase_adapters.training.base_config import find_config
 from onebase_adapters.training.batches import MicroBatch
@@ -319,7 +321,8 @@ def test_the_command_prints_the_known_size(llama_8b: str, capsys: pytest.Capture
     arguments = ["--base", llama_8b, "--r", "32", "--targets", "q_proj,k_proj,v_proj,o_proj"]
     assert main([*arguments, "--gpu", "h100", "--rows", "1000"]) == 0
     printed = capsys.readouterr().out
-    for text in ("27,262,976", "109.05 MB", "8,030,261,248", "peak", "fits in", "768,000 tokens"):
+    # Of 1,000 rows 100 are held out; the rest is 256 tokens each, three times.
+    for text in ("27,262,976", "109.05 MB", "8,030,261,248", "peak", "fits in", "691,200 tokens"):
         assert text in printed
 
 
@@ -358,6 +361,41 @@ def test_real_data_is_read_for_its_lengths(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["--data", str(tmp_path / "rows.jsonl"), "--epochs", "2", "--json"]) == 0
     assert 60 < json.loads(capsys.readouterr().out)["total_tokens"] < 300
+
+
+def test_the_time_is_that_of_the_steps_that_are_made(
+    llama_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--base", llama_8b, "--gpu", "h100", "--rows", "3000", "--row-tokens", "100", "--json"]
+    arguments += ["--batch-size", "8", "--epochs", "2"]
+
+    def tokens(*more: str) -> int:
+        assert main([*arguments, *more]) == 0
+        found: int = json.loads(capsys.readouterr().out)["total_tokens"]
+        return found
+
+    assert tokens() == 2 * 2800 * 100
+    assert tokens("--eval-split", "0") == 2 * 3000 * 100
+    assert tokens("--max-steps", "5") == 5 * 8 * 100
+
+
+def test_the_default_base_is_asked_for_its_tokenizer_on_the_hub_if_it_is_not_here(tmp_path: Path) -> None:
+    folder = fetch_default_base()
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
+    code = "import sys; from onebase_adapters.training.base_config import find_tokenizer as find; "
+    code += "print(len(find(sys.argv[1])))"
+    with HubStandIn() as hub:
+        hub.add_repo(DEFAULT_REPO, files)
+        environment = {**os.environ, **hub.environment(tmp_path / "hf")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, DEFAULT_BASE],
+            env={**environment, "ONEBASE_CACHE": str(tmp_path / "none")},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 40_000
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

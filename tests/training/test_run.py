@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.training.runs import write_chats
 
 from onebase_adapters.base import BaseSettings, load_base
@@ -136,11 +136,15 @@ def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job) ->
     assert not [event for event in seen if isinstance(event, events.StepDone)]
 
 
-def test_another_recipe_in_the_same_folder_is_refused(base: torch.nn.Module, job: Job) -> None:
+def test_another_recipe_in_the_same_folder_is_refused_and_leaves_the_run_as_it_was(
+    base: torch.nn.Module, job: Job
+) -> None:
     run(base, job)
+    before = {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()}
     other = replace(job, recipe=replace(job.recipe, r=8))
     with pytest.raises(CheckpointError, match="another recipe"):
         run(base, other)
+    assert {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()} == before
 
 
 def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, job: Job) -> None:
@@ -215,6 +219,29 @@ def test_a_run_that_needed_too_much_memory_goes_on_with_less(base: torch.nn.Modu
     (planned,) = [event for event in seen if isinstance(event, events.Planned)]
     assert planned.first_step > 0
     assert (planned.recipe["micro_tokens"], planned.recipe["gradient_checkpointing"]) == (64, True)
+
+
+def test_eva_finds_the_same_ranks_when_a_run_goes_on_with_less_memory(
+    base: torch.nn.Module, job: Job
+) -> None:
+    def stop(event: events.Event) -> None:
+        if isinstance(event, events.Saved):
+            raise Interrupted("pause")
+
+    recipe = replace(job.recipe, init="eva", micro_tokens=512, metrics=(), sample_prompts=())
+    with pytest.raises(Interrupted):
+        train(base, replace(job, recipe=recipe), stop, OpenGate())
+    for micro_tokens in (256, 64):
+        report = run(base, replace(job, recipe=replace(recipe, micro_tokens=micro_tokens)))
+    assert report.steps == 8
+
+
+def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job) -> None:
+    run(base, job)
+    path = max((job.folder / "checkpoints").glob("step-*")) / "adapter.safetensors"
+    save_file({name: torch.zeros(7, 7) for name in load_file(path)}, path)
+    with pytest.raises(CheckpointError, match="of other ranks"):
+        run(base, job)
 
 
 def test_a_line_that_a_killed_process_left_half_written_spoils_no_other(

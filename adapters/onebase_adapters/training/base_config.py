@@ -46,9 +46,10 @@ def find_tokenizer(spec: str, cache: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     path = _config_file(spec, cache).parent
-    given = Path(spec).expanduser()
-    local = given.exists() or spec == DEFAULT_BASE
-    source, revision = (str(path), None) if local else parse_repo(spec)
+    # Of the default base, unless it is kept here, only the config has come from the Hub.
+    local = path == _kept(cache) if spec == DEFAULT_BASE else Path(spec).expanduser().exists()
+    repo = DEFAULT_REPO if spec == DEFAULT_BASE else spec
+    source, revision = (str(path), None) if local else parse_repo(repo)
     try:
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False, local_files_only=local
@@ -68,13 +69,17 @@ def _config_file(spec: str, cache: Path | None) -> Path:
         return given / CONFIG
     if spec != DEFAULT_BASE:
         return _download(*parse_repo(spec))
-    kept = (cache or default_cache()) / "bases" / DEFAULT_BASE / CONFIG
+    kept = _kept(cache) / CONFIG
     if kept.is_file():
         return kept
     try:
         return _download(DEFAULT_REPO, None)
     except BaseFetchError:
         return fetch_default_base(cache=cache) / CONFIG
+
+
+def _kept(cache: Path | None) -> Path:
+    return (cache or default_cache()) / "bases" / DEFAULT_BASE
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -158,8 +158,6 @@ class _Plan:
     device: str
     linear_weights: int
     head_weights: int
-    attention: int
-    """FLOPs a token of a forward pass, and a token of its row."""
 
     @classmethod
     def of(
@@ -183,8 +181,6 @@ class _Plan:
         linear = sum(
             layer.in_features * layer.out_features for layer in target_layers(model, ["all-linear"]).values()
         )
-        text = config.get_text_config()
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             parameters=adapter_parameters(targets, ranks, dora=recipe.use_dora),
             base_parameters=memory.parameters,
@@ -202,7 +198,6 @@ class _Plan:
             device=device,
             linear_weights=linear,
             head_weights=head.weight.numel(),
-            attention=2 * text.num_hidden_layers * text.num_attention_heads * size,
         )
 
     def with_micro_batch(

@@ -14,14 +14,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Phase(Event, frozen=True, kw_only=True, tag="phase"):
-    """What is being done now: validating_files, estimating, baseline, training, measuring or saving."""
+    """What is being done now: validating_files, training, measuring or saving."""
 
     name: str
     message: str = ""
 
 
 class DataChecked(Event, frozen=True, kw_only=True, tag="data_checked"):
-    """The files are sound. `report`: data_report.DataReport.to_json() by "train" and "eval"."""
+    """The files are sound. `report`: data_report.DataReport.to_json()."""
 
     report: dict[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, step_rows, weight_of
-from onebase_adapters.training.checkpoint import Checkpoints, RunState
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.errors import TrainingDivergedError as TrainingDivergedError
 from onebase_adapters.training.evaluation import Scores, held_out_scores
 from onebase_adapters.training.gate import Interrupted
@@ -267,6 +267,15 @@ class Trainer:
 
     def _load(self, adapter: dict[str, torch.Tensor]) -> None:
         parameters = self.trainable.named_parameters()
+        if _shapes(parameters) != _shapes(adapter):
+            raise CheckpointError(
+                f"{self._checkpoints.folder} holds an adapter of other ranks than EVA finds now: remove the "
+                "folder to begin anew"
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(adapter[name])
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

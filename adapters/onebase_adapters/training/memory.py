@@ -38,7 +38,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def keep_freed_memory() -> None:
     """Tell glibc to use freed memory again instead of giving it back: a run asks for the same sizes again.
 
-
     Fresh pages of a large tensor cost as much as computing it does. Elsewhere than on glibc nothing happens.
     """
     import ctypes

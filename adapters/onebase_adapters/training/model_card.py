@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from onebase_adapters.training.recipe import recipe_fields
 from onebase_adapters.training.report import Report
 
+_TRAINED_IN = {"nf4": "  # trained on it in 4-bit (NF4)", "int8": "  # trained on it in int8", "none": ""}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -22,7 +24,8 @@ def model_card(report: Report, *, repo: str | None, commit: str | None, data: Se
     """
     parts = [
         _metadata(report, repo),
-        f"# {_plain(report.name)}\n\nA LoRA adapter for {_base(report, repo, commit)}, trained with OneBase.",
+        f"# {_heading(report.name)}",
+        f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase.",
         _results(report),
         _curve(report),
         _data(data),
@@ -36,12 +39,14 @@ class DataLine:
     """One file: name, rows, tokens, supervised tokens, SHA-256 of what was trained on."""
 
     def __init__(self, part: str, name: str, rows: int, tokens: int, targets: int, digest: str) -> None:
-        self.cells = [part, _plain(name), f"{rows:,}", f"{tokens:,}", f"{targets:,}", f"`{digest[:12]}`"]
+        amounts = [f"{amount:,}" for amount in (rows, tokens, targets)]
+        self.cells = [part, f"`{_plain(name)}`", *amounts, f"`{digest[:12]}`"]
 
 
 def _metadata(report: Report, repo: str | None) -> str:
     base = [f"base_model: {json.dumps(repo)}"] if repo else []
-    lines = ["library_name: peft", *base, "pipeline_tag: text-generation", "tags: [lora, qlora, onebase]"]
+    tags = "lora, qlora, onebase" if report.quantization == "nf4" else "lora, onebase"
+    lines = ["library_name: peft", *base, "pipeline_tag: text-generation", f"tags: [{tags}]"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -108,24 +113,30 @@ def _value(value: Any) -> str:
 
 
 def _use(report: Report, repo: str | None) -> str:
+    base = json.dumps(repo or report.base)
     return f"""## Use
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({json.dumps(repo or report.base)})  # trained on it in 4-bit (NF4)
+base = AutoModelForCausalLM.from_pretrained({base}){_TRAINED_IN[report.quantization]}
 model = PeftModel.from_pretrained(base, "<this folder or repository>")
 ```
 
 ```
-onebase serve --base {repo or report.base} --adapter {_plain(report.name)}=<this folder>
+onebase serve --base {repo or _plain(report.base)} --adapter {_plain(report.name)}=<this folder>
 ```"""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _heading(name: str) -> str:
+    """As it is, if nothing in it is Markdown or HTML."""
+    return name if re.fullmatch(r"[\w .-]+", name) else f"`{_plain(name)}`"
 
 
 def _plain(text: str) -> str:

@@ -33,7 +33,7 @@ def make_objective(trainable: Trainable, recipe: Recipe) -> Objective:
 
 
 class Supervised:
-    """Cross-entropy of the supervised tokens, and how many of them the model would have chosen."""
+    """Cross-entropy of the supervised tokens."""
 
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable

@@ -9,6 +9,11 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
+def is_repo_name(name: str) -> bool:
+    """Whether the Hub may have a repository of this name."""
+    return _REPO.fullmatch(name) is not None and ".." not in name
+
+
 class PushError(Exception):
     """The adapter was not pushed; the message says why and what to do."""
 
@@ -20,7 +25,7 @@ def push(adapter: Path, repo: str, *, private: bool = True) -> str:
 
     Raises PushError.
     """
-    if _REPO.fullmatch(repo) is None or ".." in repo:
+    if not is_repo_name(repo):
         raise PushError(f"{repo!r} is no repository's name: write ORG/REPO")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from onebase_adapters.base import Quantization
 from onebase_adapters.training.recipe import Recipe
 
 
@@ -19,6 +20,7 @@ class Report:
 
     name: str
     base: str
+    quantization: Quantization
     steps: int
     best_step: int
     tokens: int

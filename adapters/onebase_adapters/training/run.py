@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
 from onebase_adapters.base import BaseChangedError, BaseSettings, fingerprint
 from onebase_adapters.training import events
-from onebase_adapters.training.batches import pack, targets_of
+from onebase_adapters.training.batches import MicroBatch, pack, targets_of
 from onebase_adapters.training.checkpoint import Checkpoints, RunState, write_whole
 from onebase_adapters.training.data_report import report as data_report
+from onebase_adapters.training.event_file import recorded
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen, Trainer
 from onebase_adapters.training.machine import measured_rate
@@ -36,7 +33,7 @@ from onebase_adapters.training.samples import Dataset
 from onebase_adapters.training.template_date import pin_template_date
 from onebase_adapters.training.trainable import Trainable
 
-ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
+ADAPTER, REPORT = "adapter", "report.json"
 _EVA_ROWS = 256
 
 
@@ -78,7 +75,7 @@ def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | 
     """
     ranks = ranks or Ranks()
     before = fingerprint(base)
-    with _recorded(job.folder, listen, ranks) as tell, torch.random.fork_rng(devices=[]):
+    with recorded(job.folder, listen, ranks) as tell, torch.random.fork_rng(devices=[]):
         try:
             plan = prepare(base, job, tell, gate, ranks)
             report = run_plan(base, job, plan, tell, gate, ranks)
@@ -206,6 +203,7 @@ def _finish(
     report = Report(
         name=job.name,
         base=job.base_name,
+        quantization=job.base.quantization,
         steps=state.step,
         best_step=state.best_step or state.step,
         tokens=state.tokens,
@@ -246,11 +244,13 @@ def _write(job: Job, plan: Plan, trainable: Trainable, report: Report) -> Report
     return report
 
 
-def _eva_batches(recipe: Recipe, data: Dataset) -> list[Any]:
+def _eva_batches(recipe: Recipe, data: Dataset) -> list[MicroBatch]:
+    """What EVA looks at. It is looked at again when a run goes on, perhaps with other `micro_tokens`."""
     if recipe.init != "eva":
         return []
-    assert isinstance(recipe.micro_tokens, int)
-    return pack(data.rows, range(min(len(data), _EVA_ROWS)), recipe.micro_tokens, packing=recipe.packing)
+    numbers = range(min(len(data), _EVA_ROWS))
+    longest = max(len(data.rows[number]) for number in numbers)
+    return pack(data.rows, numbers, longest, packing=recipe.packing)
 
 
 def _data_lines(data: Data) -> list[DataLine]:
@@ -263,28 +263,3 @@ def _data_lines(data: Data) -> list[DataLine]:
         targets = sum(map(targets_of, rows.rows))
         lines.append(DataLine(part, name, len(rows), tokens, targets, rows.digest))
     return lines
-
-
-@contextmanager
-def _recorded(folder: Path, listen: Listen, ranks: Ranks) -> Iterator[Listen]:
-    """A listener that also keeps the events, but for those that only move a bar, in `events.jsonl`."""
-    if not ranks.first:
-        yield lambda event: None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / EVENTS).open("ab+") as file:
-        if file.tell() and not _ends_a_line(file):
-            file.write(b"\n")  # a process that was killed may have left half a line
-
-        def tell(event: events.Event) -> None:
-            if not isinstance(event, events.Progress):
-                file.write(msgspec.json.encode(event) + b"\n")
-                file.flush()
-            listen(event)
-
-        yield tell
-
-
-def _ends_a_line(file: BinaryIO) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"

@@ -9,9 +9,10 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
+from onebase_adapters.adapter_names import MAX_NAME
 from onebase_adapters.registry import TrainingJob
 from onebase_server.errors import InvalidRequestError, OneBaseError
-from onebase_server.names import MAX_NAME, check_name
+from onebase_server.names import check_name
 from onebase_server.services import Provided, Services, StrictRoute, json_response
 from onebase_server.sse import identified_event
 from onebase_server.training.views import (

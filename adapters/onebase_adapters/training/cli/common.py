@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from rich.console import Console
 
 from onebase_adapters.base_errors import BaseError
-from onebase_adapters.default_base import DEFAULT_BASE, ResolvedBase, resolve_base
+from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
 from onebase_adapters.default_wheel import Progress
+from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
 
 if TYPE_CHECKING:
@@ -73,6 +74,14 @@ def find_base(options: argparse.Namespace, progress: Progress | None = None) -> 
         return resolve_base(options.base, progress)
     except BaseError as error:
         raise UsageError(f"the base {options.base!r} cannot be used: {error}") from error
+
+
+def base_repo(options: argparse.Namespace, resolved: ResolvedBase) -> str | None:
+    """The base's name on the Hub; None if it is a folder."""
+    if resolved.revision is not None:
+        repo: str = options.base.partition("@")[0]
+        return repo
+    return DEFAULT_REPO if options.base == DEFAULT_BASE else None
 
 
 def base_settings(options: argparse.Namespace, folder: Path) -> BaseSettings:
@@ -157,15 +166,20 @@ def size(text: str) -> int:
     return int(value * units[unit])
 
 
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
 def print_error(console: Console, message: str) -> None:
     """As every command of `onebase` shows a failure."""
-    console.print(f"[bold red]onebase:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    console.print(f"[bold red]onebase:[/] {shown(message)}", highlight=False, soft_wrap=True)
 
 
 def _argument(item: Any, kind: Any) -> dict[str, Any]:

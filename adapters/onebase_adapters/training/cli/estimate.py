@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,11 +20,19 @@ from onebase_adapters.training.cli.common import (
     add_base_options,
     add_recipe_options,
     base_settings,
+    positive,
     print_error,
     recipe_from,
     size,
 )
-from onebase_adapters.training.recipe import Recipe, RecipeError, resolve
+from onebase_adapters.training.cli.printable import shown
+from onebase_adapters.training.recipe import (
+    Recipe,
+    RecipeError,
+    held_out_count,
+    resolve,
+    token_count,
+)
 
 if TYPE_CHECKING:
     from onebase_adapters.training.estimate import Estimate
@@ -78,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
     data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it: is read")
-    data.add_argument("--rows", type=_positive, metavar="N", help="or: rows of training data, for the time")
-    data.add_argument("--row-tokens", type=_positive, metavar="N", help="mean length of a row (default: 256)")
+    data.add_argument("--rows", type=positive, metavar="N", help="or: rows of training data, for the time")
+    data.add_argument("--row-tokens", type=positive, metavar="N", help="mean length of a row (default: 256)")
     data.add_argument(
-        "--longest-row", type=_positive, metavar="N", help="longest row, in tokens (default: max_length)"
+        "--longest-row", type=positive, metavar="N", help="longest row, in tokens (default: max_length)"
     )
     data.add_argument("--gpu", metavar="NAME", help="for a GPU that is not here, as in l4, a100-80 or h100")
     data.add_argument("--memory", type=size, metavar="SIZE", help="memory that a run may take, as in 20GB")
@@ -100,7 +108,7 @@ def _estimate(options: argparse.Namespace) -> int:
     recipe = recipe_from(options)
     config: Any = find_config(options.base)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-    amount = _read(options, recipe) if options.data else _amount(options)
+    amount = (_read(options, recipe) if options.data else _amount(options)).without_held_out(recipe)
     recipe = resolve(recipe, rows=amount.rows or 1000, held_out=0, base_limit=limit)
     assert isinstance(recipe.max_length, int)
     machine = _machine(options)
@@ -111,7 +119,7 @@ def _estimate(options: argparse.Namespace) -> int:
         dtype=_dtype(options),
         device=machine.kind,
         longest_row=amount.longest or recipe.max_length,
-        total_tokens=round(amount.tokens * float(recipe.epochs)) if amount.rows else None,
+        total_tokens=token_count(recipe, amount.rows, amount.tokens) if amount.rows else None,
         supervised_part=amount.supervised_part,
         memory_limit=machine.memory,
         base_resident=options.resident,
@@ -126,12 +134,19 @@ def _estimate(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Amount:
-    """Of data. rows: 0 is unknown. tokens: of one epoch. longest: row in tokens, None is max_length."""
+    """Of data. rows: 0 is unknown. tokens: of all rows. longest: row in tokens, None is max_length."""
 
     rows: int
     tokens: int
     longest: int | None
     supervised_part: float = 1.0
+
+    def without_held_out(self, recipe: Recipe) -> _Amount:
+        """What is trained on: the rest is held out, of rows of the mean length."""
+        if not self.rows:
+            return self
+        left = max(1, self.rows - held_out_count(recipe, self.rows))
+        return replace(self, rows=left, tokens=round(self.tokens * left / self.rows))
 
 
 def _amount(options: argparse.Namespace) -> _Amount:
@@ -181,7 +196,7 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
     table.add_column(style="dim")
     table.add_column(justify="right")
     table.add_column()
-    table.add_row("base", f"{made.base_parameters:,}", f"parameters ({base})")
+    table.add_row("base", f"{made.base_parameters:,}", f"parameters ({shown(base)})")
     targets = ", ".join(recipe.targets)
     table.add_row("adapter", f"[bold]{made.parameters:,}", f"parameters (r={recipe.r} on {targets})")
     table.add_row("file", f"{made.adapter_bytes / 1e6:,.2f} MB", "fp32")
@@ -232,13 +247,3 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{round(hours / 24)} days"
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from rich.markup import escape
+
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline: they steer the terminal
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of writing
@@ -19,3 +21,8 @@ def printable(text: str) -> str:
     where a line must stay a line, newlines are the caller's.
     """
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def shown(text: str) -> str:
+    """As `printable`, for a console that reads rich's markup: what looks like some is printed as it is."""
+    return escape(printable(text))

@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.common import print_error
+from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.model_card import sparkline
 from onebase_adapters.training.report import Report
 
@@ -87,12 +87,12 @@ class Display:
         self._console.print(_results(report))
         if self._losses:
             self._console.print(f"loss {sparkline(self._losses, 48)} {self._losses[-1]:.4f}", highlight=False)
-        adapter = folder / "adapter"
+        path, name = shown(str(folder / "adapter")), shown(report.name)
         self._console.print(
-            f"\nThe adapter is in [bold]{escape(str(adapter))}[/]. Serve it:\n"
-            f"  onebase serve --adapter {escape(report.name)}={escape(str(adapter))}\n"
+            f"\nThe adapter is in [bold]{path}[/]. Serve it:\n"
+            f"  onebase serve --adapter {name}={path}\n"
             "or bring it to a server that runs:\n"
-            f"  onebase adapters push {escape(str(adapter))} --name {escape(report.name)} --activate\n",
+            f"  onebase adapters push {path} --name {name} --activate\n",
             highlight=False,
             soft_wrap=True,
         )
@@ -145,24 +145,27 @@ class Display:
 
     def _sampled(self, event: events.Sampled) -> None:
         who = f"step {event.step}" if event.step else "base"
-        self._say(f"{who}: {escape(event.prompt)} [dim]->[/] [italic]{escape(event.text)}[/]")
+        self._say(f"{who}: {shown(event.prompt)} [dim]->[/] [italic]{shown(event.text)}[/]")
 
     def _measured(self, event: events.Measured) -> None:
-        shown = "  ".join(f"{escape(name)} {value:.1%}" for name, value in event.metrics.items())
-        self._say(f"{event.subject}, {event.rows} held-out rows: {shown}")
+        found = "  ".join(f"{shown(name)} {value:.1%}" for name, value in event.metrics.items())
+        self._say(f"{event.subject}, {event.rows} held-out rows: {found}")
 
     def _notice(self, event: events.Notice) -> None:
-        self._say(f"[yellow]{escape(event.message)}[/]" if event.level == "warn" else escape(event.message))
+        text = shown(event.message)
+        self._say(f"[yellow]{text}[/]" if event.level == "warn" else text)
 
     def _say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)
 
     def _update(self, text: str, done: int | None, total: int | None, facts: str = "") -> None:
-        self._progress.update(self._task, description=text, completed=done or 0, total=total, facts=facts)
+        self._progress.update(
+            self._task, description=shown(text), completed=done or 0, total=total, facts=facts
+        )
 
 
 def _results(report: Report) -> Table:
-    table = Table(title=f"{report.name}: base against adapter, on held-out rows", title_justify="left")
+    table = Table(title=f"{shown(report.name)}: base against adapter, on held-out rows", title_justify="left")
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column("adapter", justify="right")
@@ -170,7 +173,7 @@ def _results(report: Report) -> Table:
         table.add_row("loss", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}")
     for name, value in report.metrics_after.items():
         before = report.metrics_before.get(name)
-        table.add_row(escape(name), "" if before is None else f"{before:.1%}", f"{value:.1%}")
+        table.add_row(shown(name), "" if before is None else f"{before:.1%}", f"{value:.1%}")
     if not table.row_count:
         table.add_row("nothing was held out", "", "")
     speed = report.tokens / report.seconds if report.seconds else 0.0

@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase
+from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
+from onebase_adapters.default_base import ResolvedBase
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
     add_recipe_options,
+    base_repo,
     base_settings,
     find_base,
+    positive,
     print_error,
     quiet_libraries,
     recipe_file,
     recipe_from,
     size,
 )
+from onebase_adapters.training.push import is_repo_name
 
 if TYPE_CHECKING:
     from onebase_adapters.training.ranks import Ranks
@@ -85,9 +89,7 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most memory to take, as in 8GB (default: what is free)",
     )
-    parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: every core)"
-    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
     parser.add_argument(
         "--report-to",
         action="append",
@@ -109,6 +111,7 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
+    _check_names(options)
     recipe = recipe_from(options, recipe_file(options.recipe))
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
@@ -135,6 +138,14 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _check_names(options: argparse.Namespace) -> None:
+    """Before hours of training. Raises UsageError."""
+    if not is_adapter_name(options.name):
+        raise UsageError(f"--name: {options.name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
+    if options.push and not is_repo_name(options.push):
+        raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
+
+
 def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks) -> Job:
     import torch
 
@@ -145,9 +156,6 @@ def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: Resol
     if settings.device.type == "cuda" and ranks.count > 1:
         settings = replace(settings, device=_own_gpu())
     limit = options.memory_limit or free_memory(settings.device)
-    repo = DEFAULT_REPO if options.base == DEFAULT_BASE else None
-    if resolved.revision is not None:
-        repo = options.base.partition("@")[0]
     return Job(
         name=options.name,
         recipe=recipe,
@@ -156,7 +164,7 @@ def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: Resol
         folder=folder,
         base=settings,
         base_name=resolved.name,
-        base_repo=repo,
+        base_repo=base_repo(options, resolved),
         base_commit=resolved.revision,
         save_dtype=getattr(torch, options.save_dtype),
         memory_limit=limit // max(1, ranks.count) if settings.device.type == "cpu" else limit,
