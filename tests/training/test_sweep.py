@@ -6,6 +6,10 @@ import csv
 import gc
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +36,7 @@ from onebase_adapters.training.sweep_plot import plot
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, render, write
 from onebase_adapters.training.sweep_trials import Grid, Trial
 
+ROOT = Path(__file__).parents[2]
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
 DULL, BRIGHT = 1e-9, 2e-2
 """Learning rates that learn nothing and something."""
@@ -388,6 +393,39 @@ def test_the_command_runs_a_sweep(folder: Path, tmp_path: Path, capfd: pytest.Ca
     printed = capfd.readouterr().err
     assert "Best: r" in printed
     assert (tmp_path / "out" / PLOT).is_file()
+
+
+def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--base", str(folder), "--data", str(folder / "train.jsonl"), "--out", str(out)]
+    arguments += ["--r", "2", "--learning-rate", "1e-2", "--device", "cpu", "--batch-size", "4"]
+    arguments += [
+        "--max-steps",
+        "100000",
+        "--epochs",
+        "100000",
+        "--eval-every",
+        "5",
+        "--save-every",
+        "100000",
+    ]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    # A shell's background starts its commands with Ctrl-C ignored; here it is not.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onebase_adapters.training.cli.sweep", *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    while "step 5, held-out loss" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, rest
+    assert "goes on where it was" in rest
+    assert list(out.glob("*/checkpoints/step-*"))
 
 
 @pytest.mark.parametrize(
