@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
+from onebase_adapters.training.data import DataError, load_dataset
 from onebase_adapters.training.recipe import Recipe, parse_recipe
 from onebase_adapters.training.samples import Dataset, Sample
 
@@ -90,6 +92,19 @@ def metaspace_tokenizer() -> Any:
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def written(folder: Path, content: bytes, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def problems(path: Path, **settings: Any) -> list[tuple[int, str, str]]:
+    """Line, field and reason of everything that is wrong with a file."""
+    with pytest.raises(DataError) as caught:
+        load_dataset(path, base_tokenizer(), recipe(**settings))
+    return [(each.line, each.field, each.reason) for each in caught.value.problems]
 
 
 def recipe(**settings: Any) -> Recipe:

@@ -5,35 +5,20 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.training.data_support import base_tokenizer, chat, learned, recipe
+from tests.training.data_support import base_tokenizer, chat, problems, recipe, written
 
-from onebase_adapters.training import data_json, data_tables
+from onebase_adapters.training import data_json
 from onebase_adapters.training.data import DataError, load_dataset
 from onebase_adapters.training.data_files import read_file
 from onebase_adapters.training.data_problems import Problem
 
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-
 GOOD = b'{"prompt": "q", "completion": " a"}'
-
-
-def problems(path: Path) -> list[tuple[int, str, str]]:
-    with pytest.raises(DataError) as caught:
-        load_dataset(path, base_tokenizer(), recipe())
-    return [(each.line, each.field, each.reason) for each in caught.value.problems]
-
-
-def written(tmp_path: Path, content: bytes, name: str = "rows.jsonl") -> Path:
-    path = tmp_path / name
-    path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -45,6 +30,7 @@ def written(tmp_path: Path, content: bytes, name: str = "rows.jsonl") -> Path:
         (b'{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
         (b"[" * 200_000, "nested too deep"),
         (b'{"a":' * 200_000, "nested too deep"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "nested too deep: at most 64 levels"),
         (b"[1]", "not a list"),
         (b'"text"', "not a text"),
         (b"null", "not null"),
@@ -56,7 +42,7 @@ def written(tmp_path: Path, content: bytes, name: str = "rows.jsonl") -> Path:
         (b'{"text": "' + b"x" * (5 << 20) + b'"}', "the line is longer than 4 MB"),
         (b"#!/usr/bin/env python", "not JSON"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_a_bad_line_is_told_with_its_number_and_the_others_are_read(
     tmp_path: Path, line: bytes, reason: str
@@ -103,6 +89,7 @@ def test_bom_crlf_and_empty_lines_are_no_matter(tmp_path: Path) -> None:
         ("rows.json", b"[]", "the file has no rows"),
         ("rows.csv", b"prompt,completion\n", "the file has no rows"),
         ("rows.csv", b"prompt,prompt\na,b\n", "two columns have the name 'prompt'"),
+        ("rows.csv", "question;r\xe9ponse\nA;B\n".encode("latin-1"), "not UTF-8: save the file as UTF-8"),
         ("rows.parquet", GOOD, "no Parquet file"),
         ("rows.parquet", b"PAR1" + bytes(100) + b"PAR1", "no sound Parquet file"),
     ],
@@ -155,92 +142,6 @@ def test_a_json_file_may_be_json_lines_or_one_object(tmp_path: Path) -> None:
     assert len(load_dataset(one, base_tokenizer(), recipe())) == 1
 
 
-def test_csv_cells_may_span_lines_and_hold_messages_as_json(tmp_path: Path) -> None:
-    messages = json.dumps(chat("q", "from json")["messages"]).replace('"', '""')
-    text = f'messages,prompt,completion\r\n,"a\n\nb",c\r\n\r\n"{messages}",,\r\n'
-    dataset = load_dataset(written(tmp_path, text.encode(), "rows.csv"), base_tokenizer(), recipe())
-    assert [row.line for row in dataset.rows] == [2, 6]
-    assert [learned(row, base_tokenizer()) for row in dataset.rows] == ["c<|im_end|>", "from json<|im_end|>"]
-
-
-def test_bad_csv_rows_are_told_with_their_lines(tmp_path: Path) -> None:
-    text = b'prompt,completion\na,b\nonly one\na,b,c\n\xff,b\n"open,b\n'
-    found = problems(written(tmp_path, text, "rows.csv"))
-    assert [line for line, _, _ in found] == [3, 4, 5, 6]
-    assert "1 cells, where the first line names 2 columns" in found[0][2]
-    assert "not UTF-8" in found[2][2]
-
-
-def test_tabs_separate_the_cells_of_a_tsv_file(tmp_path: Path) -> None:
-    path = written(tmp_path, b"prompt\tcompletion\na, b\tc\n", "rows.tsv")
-    assert learned(load_dataset(path, base_tokenizer(), recipe()).rows[0], base_tokenizer()) == "c<|im_end|>"
-
-
-def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
-    parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
-def test_parquet_rows_have_nested_messages_without_the_nulls_that_fill_them_up(tmp_path: Path) -> None:
-    messages = [
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}],
-        [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b", "name": "n"}],
-        None,
-    ]
-    path = write_parquet(
-        tmp_path / "rows.parquet", {"messages": messages, "text": [None, None, "x y"], "image": [b"\0"] * 3}
-    )
-    dataset = load_dataset(path, base_tokenizer(), recipe())
-    assert [row.line for row in dataset.rows] == [1, 2, 3]
-    assert learned(dataset.rows[1], base_tokenizer()) == "b<|im_end|>"
-
-
-def test_bad_parquet_rows_are_told_by_number(tmp_path: Path) -> None:
-    found = problems(
-        write_parquet(tmp_path / "r.parquet", {"prompt": ["a", None], "completion": [None, "b"]})
-    )
-    assert [(line, field) for line, field, _ in found] == [(1, "completion"), (2, "prompt")]
-    found = problems(write_parquet(tmp_path / "b.parquet", {"text": [b"\x80\x04pickle"]}))
-    assert found == [(1, "text", "a text is wanted, not dict")]
-    found = problems(write_parquet(tmp_path / "c.parquet", {"body": ["a"], "label": [1]}))
-    assert "its columns are body, label" in found[0][2]
-
-
-def bomb(path: Path, each: int, rows: int) -> Path:
-    """Many rows that all point at one long text."""
-    long = pyarrow.array(["x" * each])
-    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), long)
-    return write_parquet(path, {"text": column})
-
-
-def test_a_parquet_file_that_unfolds_without_end_is_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = bomb(tmp_path / "long.parquet", 20 << 20, 10_000)
-    assert path.stat().st_size < 4 << 20
-    assert "row 1 is longer than 4 MB" in problems(path)[0][2]
-    monkeypatch.setattr(data_tables, "MOST_PARQUET_BYTES", 10 << 20)
-    many = bomb(tmp_path / "many.parquet", 1 << 20, 100)
-    with pytest.raises(DataError, match="all are too long together"):
-        list(read_file(many))
-    monkeypatch.setattr(data_tables, "MOST_ROWS", 50)
-    with pytest.raises(DataError, match="100 rows are too many: at most 50 are read"):
-        list(read_file(many))
-
-
-def test_the_reading_of_parquet_has_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tables, "_PARQUET_MEMORY", 2 << 30)
-    lists = [["x" * (30 << 20)]]
-    path = tmp_path / "deep.parquet"
-    column = pyarrow.DictionaryArray.from_arrays(
-        pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(lists[0])
-    )
-    row = pyarrow.ListArray.from_arrays(pyarrow.array([0, 500], pyarrow.int32()), column)
-    parquet.write_table(pyarrow.table({"messages": row}), path)
-    with pytest.raises(DataError, match=r"unfolds to more|no sound Parquet|damaged"):
-        list(read_file(path))
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode),
@@ -272,3 +173,35 @@ def test_progress_grows_to_1_and_may_end_the_reading(tmp_path: Path) -> None:
 
     with pytest.raises(StopError):
         load_dataset(path, base_tokenizer(), recipe(), on_progress=stop)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "rows.csv", "rows.tsv"])
+def test_an_empty_file_of_any_format_has_no_rows_and_is_read_to_its_end(tmp_path: Path, name: str) -> None:
+    told: list[float] = []
+    with pytest.raises(DataError, match="the file has no rows"):
+        load_dataset(written(tmp_path, b"", name), base_tokenizer(), recipe(), on_progress=told.append)
+    assert set(told) <= {1.0}
+
+
+def test_a_deep_row_of_a_json_list_is_told_and_the_rows_after_it_are_read(tmp_path: Path) -> None:
+    deep = b'{"text": ' + b"[" * 64 + b"]" * 64 + b"}"
+    path = written(tmp_path, b"[" + GOOD + b",\n" + deep + b",\n{}]", "rows.json")
+    found = problems(path)
+    assert [line for line, _, _ in found] == [2, 3]
+    assert "at most 64 levels" in found[0][2]
+
+
+def test_the_key_that_occurs_twice_is_found_among_very_many(tmp_path: Path) -> None:
+    keys = ",".join(f'"{number}":1' for number in range(200_000))
+    (found,) = problems(written(tmp_path, f'{{{keys},"199999":1}}'.encode()))
+    assert "the key '199999' occurs twice" in found[2]
+
+
+def test_a_name_and_a_field_that_are_no_unicode_are_told_so_that_they_can_be_encoded(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es.jsonl"))
+    path.write_bytes(GOOD)
+    dataset = load_dataset(path, base_tokenizer(), recipe())
+    assert dataset.report.source == "donn\\udce9es.jsonl"
+    error = DataError(path.name, [Problem(1, "r\udce9ponse", "\udce9 is no text")])
+    assert (error.source, error.problems[0].field) == ("donn\\udce9es.jsonl", "r\\udce9ponse")
+    assert str(error).encode()

@@ -11,7 +11,7 @@ from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
 from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text, parse_row
 from onebase_adapters.training.data_facts import Facts, Key, row_key
 from onebase_adapters.training.data_files import Item, Record, read_file
-from onebase_adapters.training.data_problems import DataError, Problem, RowError
+from onebase_adapters.training.data_problems import DataError, Problem, RowError, valid_unicode
 from onebase_adapters.training.data_split import dataset_of, split
 from onebase_adapters.training.hub_data import fetch, parse_dataset_id
 from onebase_adapters.training.prompts import Reference
@@ -53,7 +53,7 @@ def load_dataset(
         DataError: with every bad line; or the file as a whole cannot be used.
     """
     shown = name or (source.name if isinstance(source, Path) else source)
-    builder = _Builder(shown, tokenizer, recipe)
+    builder = _Builder(valid_unicode(shown), tokenizer, recipe)
     for chunk in _chunks(_records(source, part, name, on_progress), _AT_ONCE):
         builder.add(chunk)
     return builder.dataset()
@@ -70,7 +70,7 @@ def _records(
         else:
             yield from _all_files(fetch(dataset, part), on_progress)
     except OSError as error:
-        raise DataError(shown, [Problem(0, "", f"cannot be read: {error.strerror or error}")]) from error
+        raise DataError.of_file(shown, f"cannot be read: {error.strerror or error}") from error
 
 
 def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
@@ -145,7 +145,7 @@ class _Builder:
             raise DataError(self._source, self._problems)
         if not self._rows:
             reason = "every row was dropped as too long" if self._dropped else "the file has no rows"
-            raise DataError(self._source, [Problem(0, "", reason)])
+            raise DataError.of_file(self._source, reason)
         facts = Facts(self._source, self._keys, self._truncated, self._dropped)
         return dataset_of(self._rows, self._references, facts)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onebase_adapters.training.conversation import KNOWN
 from onebase_adapters.training.data_json import Item, Record, json_array, json_lines
-from onebase_adapters.training.data_problems import DataError, Problem
+from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.data_tables import csv_rows, parquet_rows
 
 __all__ = ["FORMATS", "Item", "Record", "read_file"]
@@ -50,12 +50,12 @@ def read_file(
     shown = name or path.name
     suffix = Path(shown).suffix.lower()
     if suffix not in FORMATS:
-        raise _whole(shown, f"the name must end in {', '.join(FORMATS)}, which tells the format")
+        raise DataError.of_file(shown, f"the name must end in {', '.join(FORMATS)}, which tells the format")
     if path.is_dir():
-        raise _whole(shown, "this is a folder: name one file")
+        raise DataError.of_file(shown, "this is a folder: name one file")
     size = path.stat().st_size
     if size > MOST_FILE_BYTES:
-        raise _whole(shown, f"{size} bytes are too many: at most {MOST_FILE_BYTES} are read")
+        raise DataError.of_file(shown, f"{size} bytes are too many: at most {MOST_FILE_BYTES} are read")
     _check_beginning(path, shown, suffix)
     done, told = 0, 0
 
@@ -64,7 +64,7 @@ def read_file(
         done += count
         if on_part is not None and (done - told) * _TELLS >= size:
             told = done
-            on_part(min(1.0, done / size))
+            on_part(min(1.0, done / size) if size else 1.0)
 
     with path.open("rb") as file:
         if suffix in (".jsonl", ".ndjson"):
@@ -83,18 +83,14 @@ def _check_beginning(path: Path, shown: str, suffix: str) -> None:
         first = file.read(4096)
     if suffix == ".parquet":
         if not first.startswith(b"PAR1"):
-            raise _whole(shown, "this is no Parquet file: it does not begin with PAR1")
+            raise DataError.of_file(shown, "this is no Parquet file: it does not begin with PAR1")
         return
     for magic, said in _MAGIC.items():
         if first.startswith(magic):
-            raise _whole(shown, f"this is {said}")
+            raise DataError.of_file(shown, f"this is {said}")
     if b"\0" in first:
-        raise _whole(shown, "this is no text but a binary file")
+        raise DataError.of_file(shown, "this is no text but a binary file")
 
 
 def _silent(_part: float) -> None:
     """Tell nobody."""
-
-
-def _whole(source: str, reason: str) -> DataError:
-    return DataError(source, [Problem(0, "", reason)])

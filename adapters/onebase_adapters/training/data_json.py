@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -13,6 +13,8 @@ from onebase_adapters.training.data_problems import DataError, Problem, RowError
 
 MOST_LINE_BYTES = 4 << 20
 MOST_JSON_BYTES = 512 << 20
+MOST_DEPTH = 64
+"""Levels of lists and objects in a row."""
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
@@ -32,8 +34,20 @@ Item = Record | Problem
 
 def parse_strict(text: str) -> Any:
     """Plain JSON. Raises RowError for what others would read differently, or not at all: NaN, numbers
-    beyond a double, a key twice, nesting too deep, text that is no Unicode."""
-    return _strict(lambda: _DECODER.decode(text), "\\u" in text)
+    beyond a double, a key twice, nesting deeper than MOST_DEPTH, text that is no Unicode."""
+    value = _parse(text)
+    _check_depth(value)
+    return value
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that was there before; None if each is there once."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
@@ -59,7 +73,7 @@ def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> 
     on_bytes(len(raw))
     if len(raw) > MOST_JSON_BYTES:
         reason = f"a .json file may have {MOST_JSON_BYTES >> 20} MB: write it as JSON Lines (.jsonl)"
-        raise DataError(source, [Problem(0, "", reason)])
+        raise DataError.of_file(source, reason)
     try:
         text = raw.removeprefix(_BOM).decode()
     except UnicodeDecodeError as error:
@@ -117,7 +131,7 @@ def _objects(text: str) -> Iterator[Item]:
 
 def _record(line: int, raw: bytes) -> Item:
     try:
-        return _as_record(line, parse_strict(raw.decode()), len(raw))
+        return _as_record(line, _parse(raw.decode()), len(raw))
     except UnicodeDecodeError as error:
         return Problem(line, "", f"not UTF-8 (byte {error.start} of the line): save the file as UTF-8")
     except RowError as error:
@@ -127,6 +141,10 @@ def _record(line: int, raw: bytes) -> Item:
 def _as_record(line: int, value: Any, size: int) -> Item:
     if size > MOST_LINE_BYTES:
         return Problem(line, "", f"the row is longer than {MOST_LINE_BYTES >> 20} MB")
+    try:
+        _check_depth(value)
+    except RowError as error:
+        return Problem(line, error.field, error.reason)
     if isinstance(value, dict):
         return Record(line, value, size)
     return Problem(line, "", f'a row is an object, as in {{"messages": ...}}, not {_kind(value)}')
@@ -139,19 +157,38 @@ def _skip_line(file: BinaryIO, on_bytes: Callable[[int], None]) -> None:
             return
 
 
+def _parse(text: str) -> Any:
+    return _strict(partial(_DECODER.decode, text), "\\u" in text)
+
+
 def _strict(parse: Callable[[], Any], escapes: bool) -> Any:
     try:
         value = parse()
         if escapes:
             _check_unicode(value)
     except RecursionError:
-        raise RowError("", "nested too deep") from None
+        raise _too_deep() from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise RowError("", f"not JSON: {error.msg.lower()} ({line}column {error.colno})") from None
     except ValueError as error:
         raise RowError("", f"not JSON: {error}") from None
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what is too deep to be walked through by recursion later. Raises RowError."""
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+    raise _too_deep()
+
+
+def _too_deep() -> RowError:
+    return RowError("", f"nested too deep: at most {MOST_DEPTH} levels of lists and objects are read")
 
 
 def _check_unicode(value: Any) -> None:
@@ -165,8 +202,7 @@ def _check_unicode(value: Any) -> None:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = first_twice(name for name, _ in pairs) or ""
         raise ValueError(f"the key {twice[:60]!r} occurs twice")
     return result
 

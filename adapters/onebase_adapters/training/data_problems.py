@@ -1,4 +1,7 @@
-"""What is wrong with training data: each bad line with its number, the field and the reason."""
+"""What is wrong with training data: each bad line with its number, the field and the reason.
+
+Fields, reasons and names of files are valid Unicode, whatever the data held: they go through JSON.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,21 @@ class DataError(ValueError):
     """A file that cannot be trained on. `problems` has every bad line; the text shows the first 20."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.source = source
-        self.problems = list(problems)
+        source = self.source = valid_unicode(source)
+        self.problems = [
+            Problem(each.line, valid_unicode(each.field), valid_unicode(each.reason)) for each in problems
+        ]
         shown = [f"  {problem}" for problem in self.problems[:_SHOWN]]
         more = len(self.problems) - len(shown)
         if more:
             shown.append(f"  and {more} more")
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{source}: {count}", *shown]))
+
+    @classmethod
+    def of_file(cls, source: str, reason: str) -> DataError:
+        """The file as a whole cannot be used."""
+        return cls(source, [Problem(0, "", reason)])
 
 
 class RowError(ValueError):
@@ -47,3 +57,8 @@ class RowError(ValueError):
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with what no encoding takes written out, as bytes of a file's name that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
-from onebase_adapters.training.data_json import MOST_LINE_BYTES, Item, Record, parse_strict
+from onebase_adapters.training.data_json import MOST_LINE_BYTES, Item, Record, first_twice, parse_strict
 from onebase_adapters.training.data_problems import DataError, Problem, RowError
 
 MOST_ROWS = 5_000_000
@@ -20,6 +20,7 @@ MOST_PARQUET_BYTES = 4 << 30
 
 _PARQUET_MEMORY = 8 << 30
 _AT_ONCE = 1000
+_NOT_UTF8 = "not UTF-8: save the file as UTF-8"
 
 
 def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
@@ -28,15 +29,20 @@ def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source
     csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE_BYTES))
     with path.open("rb") as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        lines = _RowLines(text)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         names: list[str] | None = None
         before = 0
         while True:
             line = reader.line_num + 1
+            lines.begin_row()
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 yield Problem(line, "", f"not CSV: {error}; what follows was not read")
+                return
+            except RowError as error:
+                yield Problem(line, error.field, error.reason)
                 return
             if reader.line_num % _AT_ONCE == 0 or cells is None:
                 on_bytes(file.tell() - before)
@@ -46,9 +52,38 @@ def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source
             if not any(cells):
                 continue
             if names is None:
-                names = _names(cells, source)
+                names = _names(line, cells, source)
             else:
-                yield _csv_record(line, names, cells)
+                yield _csv_record(line, names, cells, lines.bytes)
+
+
+class _RowLines:
+    """Lines of a text file for csv.reader, as long as they make no row too long.
+
+    bytes: of the row so far.
+    """
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+        self.bytes = 0
+
+    def begin_row(self) -> None:
+        """What comes next is of another row."""
+        self.bytes = 0
+
+    def __iter__(self) -> _RowLines:
+        return self
+
+    def __next__(self) -> str:
+        """The next line. Raises RowError."""
+        line = self._text.readline(MOST_LINE_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.bytes += len(line.encode("utf-8", "surrogateescape"))
+        if self.bytes > MOST_LINE_BYTES:
+            reason = f"the row is longer than {MOST_LINE_BYTES >> 20} MB, or a quote in it is never closed"
+            raise RowError("", f"{reason}; what follows was not read")
+        return line
 
 
 def parquet_rows(
@@ -76,7 +111,7 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
     while raw := lines.readline(MOST_LINE_BYTES + 1):
         size += len(raw)
         if raw.startswith(b"!"):
-            raise DataError(source, [Problem(0, "", json.loads(raw[1:]))])
+            raise DataError.of_file(source, json.loads(raw[1:]))
         if raw.startswith(b"#"):
             total = int(raw[1:])
             continue
@@ -95,24 +130,32 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
     reason = (
         f"reading stopped after row {line}: the file is damaged, or unfolds to more than the memory allowed"
     )
-    raise DataError(source, [Problem(0, "", reason)])
+    raise DataError.of_file(source, reason)
 
 
-def _names(cells: Sequence[str], source: str) -> list[str]:
+def _names(line: int, cells: Sequence[str], source: str) -> list[str]:
     names = [cell.strip() for cell in cells]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    if not _is_utf8(names):
+        raise DataError(source, [Problem(line, "", _NOT_UTF8)])
+    twice = first_twice(names)
     if twice is not None:
-        raise DataError(source, [Problem(1, "", f"two columns have the name {twice[:60]!r}")])
+        raise DataError(
+            source, [Problem(line, "", f"two columns have the name {twice[:60]!r}: rename one of them")]
+        )
     return names
 
 
-def _csv_record(line: int, names: Sequence[str], cells: Sequence[str]) -> Item:
+def _csv_record(line: int, names: Sequence[str], cells: Sequence[str], size: int) -> Item:
     if len(cells) != len(names):
         return Problem(line, "", f"{len(cells)} cells, where the first line names {len(names)} columns")
-    try:
-        size = len("".join(cells).encode())
-    except UnicodeEncodeError:
-        return Problem(line, "", "not UTF-8: save the file as UTF-8")
-    if size > MOST_LINE_BYTES:
-        return Problem(line, "", f"the row is longer than {MOST_LINE_BYTES >> 20} MB")
+    if not _is_utf8(cells):
+        return Problem(line, "", _NOT_UTF8)
     return Record(line, {name: cell for name, cell in zip(names, cells, strict=True) if cell}, size)
+
+
+def _is_utf8(cells: Sequence[str]) -> bool:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
