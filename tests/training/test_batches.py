@@ -39,6 +39,25 @@ def test_a_step_is_packed_whole_and_within_the_limit(
         assert packing or len(batch.rows) == 1
 
 
+@given(count=st.integers(1, 60), limit=st.integers(20, 200), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_each_row_goes_to_the_first_micro_batch_that_has_room(count: int, limit: int, seed: int) -> None:
+    rows = samples(count, seed).rows
+    bins: list[list[int]] = []
+    for number in sorted(range(count), key=lambda number: (-len(rows[number]), number)):
+        free = (one for one in bins if sum(len(rows[held]) for held in one) + len(rows[number]) <= limit)
+        if (place := next(free, None)) is None:
+            bins.append(place := [])
+        place.append(number)
+    assert [list(batch.rows) for batch in pack(rows, range(count), limit, packing=True)] == bins
+
+
+def test_very_many_rows_are_packed() -> None:
+    # A look at every micro-batch for every row would be ten thousand million looks.
+    (row,) = samples(1).rows
+    assert len(pack([row] * 150_000, range(150_000), len(row), packing=True)) == 150_000
+
+
 def test_a_pair_stays_together() -> None:
     rows = preferences(12).rows
     for batch in pack(rows, range(12), 100, packing=True):

@@ -104,19 +104,46 @@ def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bo
     if not packing:
         return [MicroBatch(samples_of(rows[number]), (number,)) for number in order]
     bins: list[list[int]] = []
-    sizes: list[int] = []
+    room = _Room(len(order), limit)
     for number in order:
-        size = len(rows[number])
-        place = next((at for at, held in enumerate(sizes) if held + size <= limit), None)
-        if place is None:
-            bins.append([number])
-            sizes.append(size)
-        else:
-            bins[place].append(number)
-            sizes[place] += size
+        place = room.first(len(rows[number]))
+        if place is None or place >= len(bins):
+            place = len(bins)
+            bins.append([])
+        bins[place].append(number)
+        room.take(place, len(rows[number]))
     return [
         MicroBatch(
             samples=tuple(sample for number in one for sample in samples_of(rows[number])), rows=tuple(one)
         )
         for one in bins
     ]
+
+
+class _Room:
+    """Tokens left in each of `count` micro-batches, empty at first.
+
+    A tree in a list: the two below place n are at 2n and 2n + 1, and it has the larger of their numbers,
+    so that both methods take O(log count) steps.
+    """
+
+    def __init__(self, count: int, limit: int) -> None:
+        self._leaves = 1 << max(0, count - 1).bit_length()
+        self._most = [limit] * (2 * self._leaves)
+
+    def first(self, size: int) -> int | None:
+        """The first micro-batch with room for `size` tokens; None if there is none."""
+        if self._most[1] < size:
+            return None
+        at = 1
+        while at < self._leaves:
+            at = 2 * at if self._most[2 * at] >= size else 2 * at + 1
+        return at - self._leaves
+
+    def take(self, place: int, size: int) -> None:
+        """Put `size` tokens into a micro-batch."""
+        at = place + self._leaves
+        self._most[at] -= size
+        while at > 1:
+            at //= 2
+            self._most[at] = max(self._most[2 * at], self._most[2 * at + 1])
