@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,25 @@ def problems(path: Path, **settings: Any) -> list[tuple[int, str, str]]:
     with pytest.raises(DataError) as caught:
         load_dataset(path, base_tokenizer(), recipe(**settings))
     return [(each.line, each.field, each.reason) for each in caught.value.problems]
+
+
+Load = Callable[..., Dataset]
+"""`load(*rows, tokenizer=, name=, **fields of the recipe)`"""
+
+
+def rows_loader(folder: Path) -> Load:
+    def load(*rows: Any, tokenizer: Any = None, name: str = "rows", **fields: Any) -> Dataset:
+        path = write_rows(folder / f"{name}.jsonl", rows)
+        return load_dataset(path, tokenizer or base_tokenizer(), recipe(**fields))
+
+    return load
+
+
+def reason(load: Load, *rows: Any, **more: Any) -> str:
+    """What is said when the rows cannot be loaded."""
+    with pytest.raises(DataError) as caught:
+        load(*rows, **more)
+    return str(caught.value)
 
 
 def recipe(**settings: Any) -> Recipe:

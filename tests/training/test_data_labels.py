@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,37 +15,25 @@ from tests.training.data_support import (
     LLAMA_3,
     PLAIN_MARKS,
     THINKING,
+    Load,
     base_tokenizer,
     chat,
     learned,
     metaspace_tokenizer,
     only,
+    reason,
     recipe,
+    rows_loader,
     whole,
     write_rows,
 )
 
-from onebase_adapters.training.data import DataError, load_dataset
-from onebase_adapters.training.samples import Dataset
-
-Load = Callable[..., Dataset]
+from onebase_adapters.training.data import load_dataset
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """`load(*rows, tokenizer=, **recipe fields)`"""
-
-    def _load(*rows: Any, tokenizer: Any = None, **fields: Any) -> Dataset:
-        path = write_rows(tmp_path / "rows.jsonl", rows)
-        return load_dataset(path, tokenizer or base_tokenizer(), recipe(**fields))
-
-    return _load
-
-
-def reason(load: Load, *rows: Any, **more: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        load(*rows, **more)
-    return str(caught.value)
+    return rows_loader(tmp_path)
 
 
 TEMPLATES = {
@@ -88,7 +73,7 @@ def test_what_is_learned_is_the_replies_and_their_ends_and_nothing_else(
         assert sample.ids[: len(prompt)].tolist() == prompt
         assert int(np.flatnonzero(sample.supervised)[0]) == len(prompt)
         assert list(dataset.prompts[0].ids) == prompt
-    assert dataset.prompts[0].reference == talk[-1][1]
+    assert dataset.prompts[0].reference == said[-1]
 
 
 @pytest.mark.parametrize("template", ["own", LLAMA_3, GEMMA], ids=["own", "llama-3", "gemma"])
@@ -169,12 +154,18 @@ def test_tools_and_calls_reach_the_template_as_json(load: Load) -> None:
             {"role": "assistant", "content": "It is 1."},
         ],
     }
-    sample = only(load(row, tokenizer=tokenizer))
+    dataset = load(row, {**row, "messages": row["messages"][:2]}, tokenizer=tokenizer)
+    sample = dataset.rows[0]
     assert (
         learned(sample, tokenizer)
         == '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>It is 1.<|im_end|>'
     )
     assert '"parameters": {}' in whole(sample, tokenizer)
+    # What a generated reply is compared with is what the model has to generate.
+    assert [prompt.reference for prompt in dataset.prompts] == [
+        "It is 1.",
+        '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+    ]
 
 
 def test_tools_that_the_template_would_lose_are_refused(load: Load) -> None:
@@ -238,45 +229,25 @@ def test_a_text_is_learned_but_for_its_first_token_and_begins_with_one_bos(load:
     assert len(dataset.prompts) == 0
 
 
+def test_the_reference_is_what_would_be_generated_before_the_first_end(load: Load) -> None:
+    tokenizer = base_tokenizer()
+    rows = [
+        {"prompt": "q", "completion": " one<|im_end|>\n<|im_start|>user\ntwo"},
+        {"prompt": "q", "completion": " a<|im_start|>b<|im_end|>"},
+        {"prompt": "q", "completion": "tal"},
+    ]
+    for train_on in ("assistant", "all"):
+        dataset = load(*rows, chat("q", "a\nb"), train_on=train_on)
+        assert [prompt.reference for prompt in dataset.prompts] == [" one", " ab", "tal", "a\nb"]
+    generated = tokenizer.encode(" a<|im_start|>b")
+    assert tokenizer.decode(generated, skip_special_tokens=True) == " ab"
+
+
 def test_train_on_all_learns_everything_but_the_first_token(load: Load) -> None:
     dataset = load(chat("q", "a"), {"prompt": "q", "completion": " a"}, train_on="all")
     for sample in dataset.rows:
         assert sample.supervised.tolist() == [False] + [True] * (len(sample.ids) - 1)
     assert base_tokenizer().decode(dataset.prompts[0].ids).endswith("<|im_start|>assistant\n")
-
-
-def test_a_long_row_is_refused_with_its_length_and_the_ways_out(load: Load) -> None:
-    found = reason(load, chat("q", "a"), chat("q", "word " * 100), max_length=64)
-    assert "1 problem" in found
-    assert "line 2: " in found
-    assert "tokens, where 64 is the most: shorten the row, raise max_length" in found
-
-
-def test_long_rows_are_truncated_or_dropped_and_counted(load: Load) -> None:
-    rows = [chat("q", "a"), chat("q", "word " * 100)]
-    cut = load(*rows, max_length=64, too_long="truncate")
-    assert [len(row) for row in cut.rows] == [34, 64]
-    assert cut.report.truncated == [2]
-    kept = load(*rows, max_length=64, too_long="drop")
-    assert ([row.line for row in kept.rows], kept.report.dropped) == ([1], [2])
-    assert "every row was dropped" in reason(load, rows[1], max_length=64, too_long="drop")
-
-
-def test_a_row_whose_reply_is_cut_away_is_an_error(load: Load) -> None:
-    found = reason(load, chat("word " * 100, "a"), max_length=64, too_long="truncate")
-    assert "nothing to learn within the first 64 tokens (max_length)" in found
-
-
-def test_no_row_is_longer_than_the_base_can_read(load: Load, tmp_path: Path) -> None:
-    tokenizer = base_tokenizer()
-    limited = tmp_path / "base"
-    tokenizer.save_pretrained(limited)
-    (limited / "config.json").write_text(json.dumps({"max_position_embeddings": 40, "model_type": "llama"}))
-    (limited / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
-    from transformers import AutoTokenizer
-
-    small = AutoTokenizer.from_pretrained(limited)
-    assert "where 40 is the most" in reason(load, chat("q", "word " * 20), tokenizer=small)
 
 
 def test_the_digest_names_ids_and_supervision(load: Load) -> None:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.training.data_support import base_tokenizer, chat, recipe, write_rows
+from tests.training.data_support import (
+    THINKING,
+    Load,
+    base_tokenizer,
+    chat,
+    problems,
+    recipe,
+    rows_loader,
+    written,
+)
 
 from onebase_adapters.training.data import load_dataset, split
 from onebase_adapters.training.data_report import DataReport, render, report
 from onebase_adapters.training.samples import Dataset
 
-Load = Callable[..., Dataset]
-
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def _load(*rows: Any, name: str = "rows", **fields: Any) -> Dataset:
-        return load_dataset(write_rows(tmp_path / f"{name}.jsonl", rows), base_tokenizer(), recipe(**fields))
-
-    return _load
+    return rows_loader(tmp_path)
 
 
 def lines(dataset: Dataset) -> list[int]:
@@ -62,6 +66,70 @@ def test_rows_that_say_the_same_stay_on_one_side(load: Load) -> None:
     train, held = split(load(*rows), 0.3, 0)
     assert {line % 10 for line in lines(train)}.isdisjoint({line % 10 for line in lines(held)})
     assert len(held) == 12
+
+
+def test_a_group_that_is_too_large_is_not_held_out_where_a_smaller_one_is_there(load: Load) -> None:
+    dataset = load(*[chat("same", "same")] * 30, *(chat(f"q{i % 2}", "a") for i in range(10)), chat("q", "a"))
+    for seed in range(8):
+        train, held = split(dataset, 0.1, seed)
+        assert 1 <= len(held) <= 4
+        assert len(train) + len(held) == len(dataset)
+    two = load(*[chat("same", "same")] * 30, *[chat("q", "a")] * 10)
+    assert {len(split(two, 0.1, seed)[1]) for seed in range(8)} == {10}
+
+
+def test_rows_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    rows = [chat(f"q{i}", f"a{i}") for i in range(40)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([*rows, rows[2]]))
+    dataset = load_dataset(path, base_tokenizer(), recipe())
+    train, held = split(dataset, 0.1, 0)
+    assert (len(train), len(held), len(held.prompts)) == (37, 4, 4)
+    made = report(dataset, held, base_tokenizer())
+    assert (made.rows, made.duplicates, made.named_by) == (41, [(41, 3)], "row")
+    assert len(made.leakage) == 4
+    shown = printed(made)
+    assert "rows.json: duplicates: row 41 repeats 3" in shown
+    assert "row 21 ─" in shown
+    assert made.to_json()["named_by"] == "row"
+
+
+def test_samples_of_one_row_stay_together_wherever_the_row_stands(tmp_path: Path) -> None:
+    # A reply that the template rewrites once more follows makes a sample of its own.
+    rows = [chat("q", f"<think>{i}</think>a", "r", f"<think>{i}</think>{i}") for i in range(20)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    tokenizer = base_tokenizer(THINKING)
+    dataset = load_dataset(path, tokenizer, recipe())
+    _, held = split(dataset, 0.2, 0)
+    assert (len(dataset), len(held), len(held.prompts)) == (40, 8, 4)
+    said = [re.findall("<think>(\\d+)", tokenizer.decode(row.ids)) for row in held.rows]  # type: ignore[union-attr]
+    assert said[0::2] == said[1::2]
+
+
+def test_a_bad_row_that_shares_its_line_is_told_by_number(tmp_path: Path) -> None:
+    rows = json.dumps([chat("q", "a"), {"text": ""}, {}])
+    found = problems(written(tmp_path, rows.encode(), "rows.json"))
+    assert found[0] == (1, "text", "the text is empty (row 2)")
+    assert found[1][2].endswith("(row 3)")
+    alone = problems(written(tmp_path, b"\n\n" + json.dumps({"text": ""}).encode(), "rows.jsonl"))
+    assert alone == [(3, "text", "the text is empty")]
+
+
+def test_dropped_rows_are_told_with_the_rows_to_train_on(load: Load) -> None:
+    rows = [*(chat(f"q{i}", "a") for i in range(10)), chat("q", "word " * 100)]
+    dataset = load(*rows, max_length=60, too_long="drop")
+    train, held = split(dataset, 0.2, 0)
+    made = report(train, held, base_tokenizer())
+    assert made.dropped == [11]
+    assert made.evaluation is not None
+    assert made.evaluation.dropped == []
+    assert "rows.jsonl: dropped as too long: line 11" in printed(made)
+
+
+def test_a_file_name_is_shown_as_it_is(load: Load) -> None:
+    made = report(load(chat("q", "a"), name="[red]x\x1b[2J"), None, base_tokenizer())
+    assert "[red]x\N{REPLACEMENT CHARACTER}[2J.jsonl" in printed(made)
 
 
 def test_duplicates_are_told_with_the_line_that_they_repeat(load: Load) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
 from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text, parse_row
-from onebase_adapters.training.data_facts import Facts, Key, row_key
+from onebase_adapters.training.data_facts import Facts, Key, Place, row_key
 from onebase_adapters.training.data_files import Item, Record, read_file
 from onebase_adapters.training.data_problems import DataError, Problem, RowError, valid_unicode
 from onebase_adapters.training.data_split import dataset_of, split
 from onebase_adapters.training.hub_data import fetch, parse_dataset_id
-from onebase_adapters.training.prompts import Reference
+from onebase_adapters.training.prompts import Prompts, Reference
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.row_tokens import RowTokens, Tokenized
 from onebase_adapters.training.samples import Dataset, Preference, Row
@@ -108,63 +109,81 @@ class _Builder:
     def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
         self._source = source
         self._method = recipe.method
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._tokens = RowTokens(
             BaseTokens(dated_tokenizer(tokenizer, recipe)),
             everything=recipe.train_on == "all" and recipe.method == "supervised",
             limit=_limit(recipe, tokenizer),
             too_long=recipe.too_long,
         )
-        self._problems: list[Problem] = []
+        self._place = Place(0, 0)
+        self._shared_lines: set[int] = set()
+        self._problems: list[tuple[Place, str, str]] = []
         self._rows: list[Row] = []
         self._references: list[Reference] = []
         self._keys: list[Key] = []
-        self._truncated: list[int] = []
-        self._dropped: list[int] = []
+        self._truncated: list[Place] = []
+        self._dropped: list[Place] = []
 
     def add(self, items: Sequence[Item]) -> None:
-        parsed: list[tuple[int, Parsed]] = []
+        parsed: list[tuple[Place, Parsed]] = []
         for item in items:
+            place = self._next_place(item.line)
             if isinstance(item, Problem):
-                self._problems.append(item)
+                self._problems.append((place, item.field, item.reason))
                 continue
             try:
-                parsed.append((item.line, parse_row(item.value, self._method)))
+                parsed.append((place, parse_row(item.value, self._method)))
             except RowError as error:
-                self._problems.append(Problem(item.line, error.field, error.reason))
-        flat = [(line, side) for line, row in parsed for side in _sides(row)]
+                self._problems.append((place, error.field, error.reason))
+        flat = [(place.line, side) for place, row in parsed for side in _sides(row)]
         tokenized = iter(self._tokens.tokenize(flat))
-        for line, row in parsed:
-            self._take(line, row, [next(tokenized) for _ in _sides(row)])
+        for place, row in parsed:
+            self._take(place, row, [next(tokenized) for _ in _sides(row)])
         if len(self._problems) > _MOST_PROBLEMS:
-            self._problems.append(Problem(0, "", "too many problems: the rest of the file was not read"))
-            raise DataError(self._source, self._problems)
+            raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
     def dataset(self) -> Dataset:
         """What was collected. Raises DataError if anything was wrong."""
         if self._problems:
-            raise DataError(self._source, self._problems)
+            raise self._error()
         if not self._rows:
             reason = "every row was dropped as too long" if self._dropped else "the file has no rows"
             raise DataError.of_file(self._source, reason)
-        facts = Facts(self._source, self._keys, self._truncated, self._dropped)
-        return dataset_of(self._rows, self._references, facts)
+        facts = Facts(self._source, self._keys, self._truncated, self._dropped, bool(self._shared_lines))
+        return dataset_of(self._rows, Prompts(self._references, self._decode), facts)
 
-    def _take(self, line: int, row: Parsed, sides: Sequence[Tokenized | RowError]) -> None:
+    def _next_place(self, line: int) -> Place:
+        if line == self._place.line:
+            self._shared_lines.add(line)
+        self._place = Place(self._place.row + 1, line)
+        return self._place
+
+    def _error(self, *more: Problem) -> DataError:
+        """With the number of each bad row that is not alone on its line."""
+        problems = []
+        for place, field, reason in self._problems:
+            number = f" (row {place.row})" if place.line in self._shared_lines else ""
+            problems.append(Problem(place.line, field, reason + number))
+        return DataError(self._source, [*problems, *more])
+
+    def _take(self, place: Place, row: Parsed, sides: Sequence[Tokenized | RowError]) -> None:
         for name, side in zip(("chosen", "rejected"), sides, strict=False):
             if isinstance(side, RowError):
                 field = f"{name} {side.field}".strip() if isinstance(row, Choice) else side.field
-                self._problems.append(Problem(line, field, side.reason))
+                self._problems.append((place, field, side.reason))
                 return
         done = [side for side in sides if isinstance(side, Tokenized)]
         if not all(side.samples for side in done):
-            self._dropped.append(line)
+            self._dropped.append(place)
             return
         if any(side.truncated for side in done):
-            self._truncated.append(line)
-        self._keys.append(row_key(line, row))
+            self._truncated.append(place)
         first = done[0]
-        if first.prompt is not None:
-            self._references.append(Reference(first.samples[-1].ids[: first.prompt], _reply(row), line))
+        if first.reply is not None:
+            ids = first.samples[-1].ids
+            self._references.append(Reference(ids[: first.reply.start], ids[first.reply], place))
+        self._keys.append(row_key(place, row, 1 if isinstance(row, Choice) else len(first.samples)))
         if isinstance(row, Choice):
             # A template that rewrites earlier replies makes several samples; the last has the whole.
             self._rows.append(Preference(done[0].samples[-1], done[1].samples[-1]))
@@ -179,13 +198,3 @@ def _limit(recipe: Recipe, tokenizer: Any) -> int:
 
 def _sides(row: Parsed) -> tuple[Chat | Text, ...]:
     return (row.chosen, row.rejected) if isinstance(row, Choice) else (row,)
-
-
-def _reply(row: Parsed) -> str:
-    """The text that the row ends in."""
-    if isinstance(row, Choice):
-        return _reply(row.chosen)
-    if isinstance(row, Text):
-        return row.reply
-    content: str = row.messages[-1]["content"]
-    return content

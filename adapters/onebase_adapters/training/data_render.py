@@ -12,15 +12,16 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from onebase_adapters.training.cli.printable import printable
+
 if TYPE_CHECKING:
     from onebase_adapters.training.data_report import DataReport, Example
 
 _BAR = 40
-_SHOWN_LINES = 8
+_SHOWN_ROWS = 8
 _CONTROL_TOKEN = re.compile(
     r"<\|[^|<>]{1,40}\|>|</?s>|<(?:bos|eos|pad|(?:start|end)_of_turn)>|\[/?[A-Z_]{3,20}\]"
 )
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def render(report: DataReport, console: Console) -> None:
@@ -34,14 +35,14 @@ def render(report: DataReport, console: Console) -> None:
     for each in both:
         for line in _warnings(each):
             console.print(Text(f"! {line}", "yellow"))
-    _print_examples(report.examples, console)
+    _print_examples(report, console)
 
 
 def _table(reports: Sequence[DataReport]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column("")
     for each, title in zip(reports, ("train", "evaluation"), strict=False):
-        table.add_column(f"{title}\n{_clean(each.source)}", justify="right", overflow="fold")
+        table.add_column(Text(f"{title}\n{printable(each.source)}"), justify="right", overflow="fold")
     rows = {
         "rows": [f"{each.rows:,}" for each in reports],
         "samples": [f"{each.samples:,}" for each in reports],
@@ -85,38 +86,39 @@ def _histogram(report: DataReport, unicode: bool) -> Table:
 
 
 def _warnings(report: DataReport) -> Iterable[str]:
-    source = _clean(report.source)
+    source, word = printable(report.source), report.named_by
+
+    def named(rows: Sequence[int]) -> str:
+        shown = ", ".join(f"{row}" for row in rows[:_SHOWN_ROWS])
+        return f"{word if len(rows) == 1 else f'{word}s'} {shown}{_more(rows)}"
+
     if report.leakage:
-        yield f"{source}: also in the evaluation data, which proves nothing then: {_lines(report.leakage)}"
+        yield f"{source}: also in the evaluation data, which proves nothing then: {named(report.leakage)}"
     if report.same_prompt:
-        yield f"{source}: the same prompt is in the evaluation data: {_lines(report.same_prompt)}"
+        yield f"{source}: the same prompt is in the evaluation data: {named(report.same_prompt)}"
     if report.duplicates:
-        pairs = [f"{line} repeats {first}" for line, first in report.duplicates[:_SHOWN_LINES]]
-        yield f"{source}: duplicates: line {', line '.join(pairs)}{_more(report.duplicates)}"
+        pairs = [f"{word} {row} repeats {first}" for row, first in report.duplicates[:_SHOWN_ROWS]]
+        yield f"{source}: duplicates: {', '.join(pairs)}{_more(report.duplicates)}"
     if report.truncated:
-        yield f"{source}: truncated: {_lines(report.truncated)}"
+        yield f"{source}: truncated: {named(report.truncated)}"
     if report.dropped:
-        yield f"{source}: dropped as too long: {_lines(report.dropped)}"
+        yield f"{source}: dropped as too long: {named(report.dropped)}"
 
 
-def _lines(lines: Sequence[int]) -> str:
-    word = "line" if len(lines) == 1 else "lines"
-    return f"{word} {', '.join(f'{line}' for line in lines[:_SHOWN_LINES])}{_more(lines)}"
-
-
-def _more(lines: Sequence[object]) -> str:
-    more = len(lines) - _SHOWN_LINES
+def _more(rows: Sequence[object]) -> str:
+    more = len(rows) - _SHOWN_ROWS
     return f" and {more:,} more" if more > 0 else ""
 
 
-def _print_examples(examples: Sequence[Example], console: Console) -> None:
+def _print_examples(report: DataReport, console: Console) -> None:
     unicode = _unicode(console)
     marks = ("«", "»") if unicode else (">>", "<<")
     key = Text("\nAs the model sees it: ").append(f"{marks[0]}learned{marks[1]}", "bold green")
     console.print(key.append(", ").append("only read", "dim"))
-    for example in examples:
+    for example in report.examples:
         side = f", {example.side}" if example.side else ""
-        title = Text(f"line {example.line}{side}", "bold")
+        number = example.row if report.named_by == "row" else example.line
+        title = Text(f"{report.named_by} {number}{side}", "bold")
         console.print(Rule(title, align="left", style="dim", characters="─" if unicode else "-"))
         console.print(Padding(_example(example, marks, unicode), (0, 0, 0, 2)), soft_wrap=False)
 
@@ -125,17 +127,12 @@ def _example(example: Example, marks: tuple[str, str], unicode: bool) -> Text:
     made = Text()
     for text, learned in example.segments:
         begin = len(made)
-        shown = _clean(text).replace("\n", "↵\n" if unicode else "\n")
+        shown = printable(text).replace("\n", "↵\n" if unicode else "\n")
         made.append(f"{marks[0]}{shown}{marks[1]}" if learned else shown, "bold green" if learned else "dim")
         for token in _CONTROL_TOKEN.finditer(made.plain, begin):
             made.stylize("underline" if learned else "not dim cyan", *token.span())
     made.rstrip()
     return made
-
-
-def _clean(text: str) -> str:
-    """Without characters that move the cursor or turn the writing: the text may come from anybody."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _unicode(console: Console) -> bool:

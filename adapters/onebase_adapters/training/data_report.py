@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from onebase_adapters.training.data_facts import Facts
+from onebase_adapters.training.data_facts import Facts, Place
 from onebase_adapters.training.data_render import render
 from onebase_adapters.training.samples import Dataset, Row, Sample
 
@@ -19,16 +19,18 @@ _EXAMPLES = 3
 _BARS = 10
 _MOST_SEGMENTS = 40
 _LONGEST_SEGMENT = 800
-_MOST_LINES = 1000
+_MOST_NAMED = 1000
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it. side: "chosen" or "rejected" of a preference, else "".
+    """One row as the model sees it. row: its number in the file. side: of a preference, "chosen" or
+    "rejected", else "".
 
     segments: text with its control tokens, and whether it is learned.
     """
 
+    row: int
     line: int
     side: str
     segments: Sequence[tuple[str, bool]]
@@ -40,9 +42,11 @@ class DataReport:
 
     rows: of the file. samples: sequences made of them: more for preferences, or where a chat template
     rewrites earlier replies. tokens, supervised: in all samples. shortest, median, longest: tokens of one.
-    histogram: (from, to, samples) with `to` included. truncated, dropped: lines.
-    duplicates: (line, earlier line that says the same). leakage: lines whose content is in `evaluation`.
-    same_prompt: lines whose prompt is there, with another reply.
+    histogram: (from, to, samples) with `to` included.
+    named_by: "line": a row is named by the line on which it begins; "row": by its number, where several
+    begin on one line.
+    truncated, dropped: rows. duplicates: (row, earlier row that says the same).
+    leakage: rows whose content is in `evaluation`. same_prompt: rows that only ask the same as one there.
     """
 
     source: str
@@ -61,9 +65,10 @@ class DataReport:
     same_prompt: Sequence[int]
     examples: Sequence[Example]
     evaluation: DataReport | None = None
+    named_by: Literal["line", "row"] = "line"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; lists of lines are cut after 1000, and counted in `counts`."""
+        """Plain values; lists of rows are cut after 1000, and counted in `counts`."""
         lists = {
             name: list(getattr(self, name))
             for name in ("truncated", "dropped", "duplicates", "leakage", "same_prompt")
@@ -77,11 +82,13 @@ class DataReport:
             "shortest": self.shortest,
             "median": self.median,
             "longest": self.longest,
-            "counts": {name: len(lines) for name, lines in lists.items()},
-            **{name: [_plain(line) for line in lines[:_MOST_LINES]] for name, lines in lists.items()},
+            "counts": {name: len(found) for name, found in lists.items()},
+            "named_by": self.named_by,
+            **{name: [_plain(each) for each in found[:_MOST_NAMED]] for name, found in lists.items()},
             "histogram": [{"from": low, "to": high, "samples": count} for low, high, count in self.histogram],
             "examples": [
                 {
+                    "row": example.row,
                     "line": example.line,
                     "side": example.side,
                     "segments": [{"text": text, "supervised": learned} for text, learned in example.segments],
@@ -105,6 +112,10 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
     samples = [sample for row in train.rows for _, sample in _sides(row)]
     lengths = np.array([len(sample) for sample in samples] or [0])
     leakage, same_prompt = _shared(facts, evaluation.report) if evaluation else ([], [])
+
+    def named(places: Iterable[Place]) -> list[int]:
+        return [place.row if facts.lines_shared else place.line for place in places]
+
     return DataReport(
         source=facts.source,
         rows=len(facts.keys),
@@ -115,13 +126,14 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
         median=int(np.median(lengths)),
         longest=int(lengths.max()),
         histogram=_histogram(lengths) if samples else [],
-        truncated=facts.truncated,
-        dropped=facts.dropped,
-        duplicates=_duplicates(facts),
-        leakage=leakage,
-        same_prompt=same_prompt,
-        examples=list(_examples(train.rows, tokenizer)),
+        truncated=named(facts.truncated),
+        dropped=named(facts.dropped),
+        duplicates=[(again, first) for again, first in map(named, _duplicates(facts))],
+        leakage=named(leakage),
+        same_prompt=named(same_prompt),
+        examples=list(_examples(train.rows, facts.places(), tokenizer)),
         evaluation=report(evaluation, None, tokenizer) if evaluation else None,
+        named_by="row" if facts.lines_shared else "line",
     )
 
 
@@ -131,21 +143,21 @@ def _sides(row: Row) -> Iterable[tuple[str, Sample]]:
     return (("chosen", row.chosen), ("rejected", row.rejected))
 
 
-def _duplicates(facts: Facts) -> list[tuple[int, int]]:
-    first: dict[bytes, int] = {}
+def _duplicates(facts: Facts) -> list[tuple[Place, Place]]:
+    first: dict[bytes, Place] = {}
     return [
-        (key.line, first[key.content])
+        (key.place, first[key.content])
         for key in facts.keys
-        if first.setdefault(key.content, key.line) != key.line
+        if first.setdefault(key.content, key.place) != key.place
     ]
 
 
-def _shared(train: Facts, evaluation: Facts) -> tuple[list[int], list[int]]:
-    """Lines of `train` that say what some row of `evaluation` says; and that only ask the same."""
+def _shared(train: Facts, evaluation: Facts) -> tuple[list[Place], list[Place]]:
+    """Rows of `train` that say what some row of `evaluation` says; and that only ask the same."""
     contents = {key.content for key in evaluation.keys}
     prompts = {key.prompt for key in evaluation.keys} - {None}
-    leakage = [key.line for key in train.keys if key.content in contents]
-    asked = [key.line for key in train.keys if key.content not in contents and key.prompt in prompts]
+    leakage = [key.place for key in train.keys if key.content in contents]
+    asked = [key.place for key in train.keys if key.content not in contents and key.prompt in prompts]
     return leakage, asked
 
 
@@ -159,12 +171,12 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     return [(i * width, (i + 1) * width - 1, int(counts[i - first])) for i in range(first, last + 1)]
 
 
-def _examples(rows: Sequence[Row], tokenizer: Any) -> Iterable[Example]:
+def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> Iterable[Example]:
     """The first row, the last and one between."""
     count = len(rows)
     for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():
         for side, sample in _sides(rows[index]):
-            yield Example(sample.line, side, _segments(sample, tokenizer))
+            yield Example(*places[index], side, _segments(sample, tokenizer))
 
 
 def _segments(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -187,5 +199,5 @@ def _shortened(text: str) -> str:
     return f"{text[:left]}[... {len(text) - left - right:,} characters ...]{text[-right:]}"
 
 
-def _plain(line: int | tuple[int, int]) -> int | list[int]:
-    return list(line) if isinstance(line, tuple) else line
+def _plain(row: int | tuple[int, int]) -> int | list[int]:
+    return list(row) if isinstance(row, tuple) else row

@@ -3,56 +3,67 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from onebase_adapters.training.data_facts import Facts
-from onebase_adapters.training.prompts import Prompts, Reference
-from onebase_adapters.training.samples import Dataset, Row, Sample
+from onebase_adapters.training.data_facts import Facts, Place
+from onebase_adapters.training.prompts import Prompts
+from onebase_adapters.training.samples import Dataset, Prompt, Row, Sample
 
 
-def dataset_of(rows: Sequence[Row], references: Sequence[Reference], facts: Facts) -> Dataset:
+def dataset_of(rows: Sequence[Row], prompts: Sequence[Prompt], facts: Facts) -> Dataset:
     """A data set with its digest."""
-    return Dataset(rows=rows, prompts=Prompts(references), digest=_digest(rows), report=facts)
+    return Dataset(rows=rows, prompts=prompts, digest=_digest(rows), report=facts)
 
 
 def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[Dataset, Dataset]:
     """Training rows and held-out rows, both in their order.
 
-    A row's side depends on the seed and on what it says, not on its neighbours: rows that say the same are
-    on one side, so that nothing held out is trained on word by word.
+    Rows that say the same are on one side, so that nothing held out is trained on word by word. The seed and
+    what the rows say decide which of them are held out, not their order. What was dropped stays on record
+    with the training rows.
 
     Args:
         part: of the rows to hold out, 0 to 0.9; above 0 at least one, if there are two different ones.
-        limit: most rows held out.
+        limit: most rows held out. Where more rows say the same, whatever they say, the fewest of these are.
     """
     facts: Facts = dataset.report
     groups: dict[bytes, list[int]] = {}
     for key in facts.keys:
-        groups.setdefault(key.content, []).append(key.line)
+        groups.setdefault(key.content, []).append(key.place.row)
     wanted = min(limit, round(part * len(facts.keys)))
     if part > 0 and len(groups) > 1:
         wanted = max(1, wanted)
-    held: set[int] = set()
+    held = _held_out(groups, wanted, seed)
+    return (
+        _part(dataset, lambda place: place.row not in held, facts.dropped),
+        _part(dataset, lambda place: place.row in held, ()),
+    )
+
+
+def _held_out(groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int) -> set[int]:
+    """Numbers of at most `wanted` rows, in whole groups; of the smallest group if none is that small."""
     order = sorted(groups, key=lambda content: hashlib.sha256(f"{seed} {content.hex()}".encode()).digest())
+    held: set[int] = set()
     for content in order[:-1]:
-        if len(held) + len(groups[content]) <= wanted or (wanted and not held):
+        if len(held) + len(groups[content]) <= wanted:
             held.update(groups[content])
-    return _part(dataset, lambda line: line not in held), _part(dataset, lambda line: line in held)
+    if wanted and not held and len(order) > 1:
+        held.update(min((groups[content] for content in order), key=len))
+    return held
 
 
-def _part(dataset: Dataset, keep: Callable[[int], bool]) -> Dataset:
+def _part(dataset: Dataset, keep: Callable[[Place], bool], dropped: Sequence[Place]) -> Dataset:
     facts: Facts = dataset.report
     prompts = dataset.prompts
-    references = prompts.references if isinstance(prompts, Prompts) else ()
     return dataset_of(
-        [row for row in dataset.rows if keep(row.line)],
-        [reference for reference in references if keep(reference.line)],
+        [row for row, place in zip(dataset.rows, facts.places(), strict=True) if keep(place)],
+        prompts.only(keep) if isinstance(prompts, Prompts) else prompts,
         replace(
             facts,
-            keys=[key for key in facts.keys if keep(key.line)],
-            truncated=[line for line in facts.truncated if keep(line)],
-            dropped=[],
+            keys=[key for key in facts.keys if keep(key.place)],
+            truncated=[place for place in facts.truncated if keep(place)],
+            dropped=dropped,
         ),
     )
 

@@ -19,11 +19,12 @@ from onebase_adapters.training.samples import Sample
 class Tokenized:
     """A row's samples, one unless its chat template rewrites earlier replies; none if it was dropped.
 
-    prompt: tokens of the last sample before the reply that the row ends in, else None.
+    reply: where in the last sample the reply stands that the row ends in, up to the token that ends its
+    generation; None if the row ends in none, or if it was cut.
     """
 
     samples: Sequence[Sample]
-    prompt: int | None
+    reply: slice | None
     truncated: bool
 
 
@@ -107,9 +108,15 @@ class RowTokens:
         if not samples and not dropped:
             cut = f" within the first {self._limit} tokens (max_length)" if truncated else ""
             raise RowError("", f"nothing to learn{cut}: no token of a reply is left")
-        last = pieces[-1] if pieces and samples else None
-        prompt = last.prompt if last is not None and len(last.ids) <= self._limit else None
-        return Tokenized(samples, prompt, truncated)
+        whole = bool(samples) and len(pieces[-1].ids) <= self._limit
+        return Tokenized(samples, self._last_reply(pieces[-1]) if whole else None, truncated)
+
+    def _last_reply(self, piece: Piece) -> slice | None:
+        if piece.prompt is None:
+            return None
+        end = piece.spans[-1][1]
+        places = range(piece.prompt, end)
+        return slice(piece.prompt, next((at for at in places if piece.ids[at] in self._base.stops), end))
 
 
 def _prompt(row: Chat | Text) -> str | None:
