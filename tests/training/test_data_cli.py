@@ -38,6 +38,19 @@ def test_every_problem_of_both_files_is_printed_as_editors_read_it(
     assert "41 problems" in captured.err
 
 
+def test_fields_and_file_names_cannot_steer_the_terminal_or_begin_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\nrows.jsonl:1: [red]"
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", f"contentt{evil}": "a"}]}
+    bad = write_rows(tmp_path / f"{evil}.jsonl", [row])
+    assert main(["check", str(bad)]) == 1
+    captured = capsys.readouterr()
+    (printed,) = captured.out.splitlines()
+    assert not {"\x1b", "\x07"} & set(captured.out + captured.err)
+    assert "[red]" in printed
+
+
 def test_json_holds_the_report_or_the_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = write_rows(tmp_path / "train.jsonl", [chat("q", "a")])
     assert main(["check", str(train), "--json"]) == 0

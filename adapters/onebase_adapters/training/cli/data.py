@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from onebase_adapters.base_errors import BaseError
 from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
@@ -21,6 +22,7 @@ from onebase_adapters.training.cli.common import (
     print_error,
     recipe_from,
 )
+from onebase_adapters.training.cli.printable import printable
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.samples import Dataset
 
@@ -103,7 +105,7 @@ def _load(
     """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
     from onebase_adapters.training.data import DataError, load_dataset
 
-    task = bar.add_task(f"reading {escape(Path(source).name)}", total=1.0)
+    task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
     try:
         loaded.append(
             load_dataset(
@@ -126,7 +128,7 @@ def _tokenizer(base: str, bar: Progress) -> Any:
     task = bar.add_task("looking for the base", total=1.0)
     try:
         folder = resolve_base(
-            base, lambda what, part: bar.update(task, description=what, completed=part)
+            base, lambda what, part: bar.update(task, description=escape(printable(what)), completed=part)
         ).folder
     except BaseError as error:
         raise UsageError(f"--base: {error}") from error
@@ -142,24 +144,24 @@ def _tokenizer(base: str, bar: Progress) -> Any:
 
 
 def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: Console) -> None:
-    """Every one of them, as `file:line: field: reason`, so that editors find the place."""
+    """Each on a line of its own, as `file:line: field: reason`, so that editors find the place."""
     if as_json:
         print(json.dumps({"problems": problems}, indent=2))
         return
     out = Console(soft_wrap=True, highlight=False)
     for problem in problems:
-        place = f"{problem['file']}:{problem['line']}" if problem["line"] else problem["file"]
-        field = f" [bold]{escape(problem['field'])}[/]:" if problem["field"] else ""
-        out.print(f"[cyan]{escape(place)}[/]:{field} {escape(_printable(problem['reason']))}")
+        line = f":{problem['line']}" if problem["line"] else ""
+        said = Text().append(f"{_on_one_line(problem['file'])}{line}", "cyan").append(": ")
+        if problem["field"]:
+            said.append(_on_one_line(problem["field"]), "bold").append(": ")
+        out.print(said.append(_on_one_line(problem["reason"])))
     word = "problem" if len(problems) == 1 else "problems"
     sys.stdout.flush()
     console.print(f"[bold red]{len(problems):,} {word}[/]: nothing would be trained until they are gone")
 
 
-def _printable(text: str) -> str:
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
-    )
+def _on_one_line(text: str) -> str:
+    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
 def _bar(console: Console) -> Progress:
