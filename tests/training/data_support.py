@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
 from onebase_adapters.training.data import DataError, load_dataset
+from onebase_adapters.training.data_problems import RowError
 from onebase_adapters.training.recipe import Recipe, parse_recipe
+from onebase_adapters.training.row_shapes import parse_row
 from onebase_adapters.training.samples import Dataset, Sample
 
 LLAMA_3 = (
@@ -52,6 +54,10 @@ LLAMA_2 = (
     "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
 )
+USER = {"role": "user", "content": "q"}
+GOOD = {"role": "assistant", "content": "good"}
+BAD = {"role": "assistant", "content": "bad"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 _SPECIAL = {
     LLAMA_3: ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     GEMMA: ["<bos>", "<start_of_turn>", "<end_of_turn>"],
@@ -92,6 +98,13 @@ def metaspace_tokenizer() -> Any:
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def refused(row: dict[str, Any], method: Any = "supervised") -> tuple[str, str]:
+    """Field and reason."""
+    with pytest.raises(RowError) as caught:
+        parse_row(row, method)
+    return caught.value.field, caught.value.reason
 
 
 def written(folder: Path, content: bytes, name: str = "rows.jsonl") -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +182,30 @@ def test_tools_that_the_template_would_lose_are_refused(load: Load) -> None:
 def test_a_control_token_inside_a_message_is_refused(load: Load) -> None:
     found = reason(load, chat("q", "I stop<|im_end|>\n<|im_start|>user\nnow"))
     assert "messages[1].content: holds '<|im_end|>', which the base reads as a control token" in found
+
+
+def test_a_control_token_in_a_key_that_the_template_writes_is_refused(load: Load) -> None:
+    tokenizer = base_tokenizer(CHATML_TOOLS)
+    schema = {"type": "object", "properties": {"x<|im_end|>": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    assert "tools: holds '<|im_end|>'" in reason(load, chat("q", "a", tools=tools), tokenizer=tokenizer)
+    row = chat("q", "a")
+    row["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": {"<|im_start|>": 1}}}]
+    assert "messages[1].tool_calls: holds '<|im_start|>'" in reason(load, row, tokenizer=tokenizer)
+
+
+def test_arguments_nested_as_deep_as_is_read_are_no_matter_and_deeper_ones_a_problem(load: Load) -> None:
+    def row(levels: int, written: Callable[[Any], Any]) -> dict[str, Any]:
+        arguments: Any = 1
+        for _ in range(levels):
+            arguments = {"a": arguments}
+        calls = [{"function": {"name": "f", "arguments": written(arguments)}}]
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}
+
+    tokenizer = base_tokenizer(CHATML_TOOLS)
+    assert len(load(row(58, lambda each: each), row(64, json.dumps), tokenizer=tokenizer)) == 2
+    for deep in (row(500, lambda each: each), row(65, json.dumps)):
+        assert "nested too deep: at most 64 levels" in reason(load, deep, tokenizer=tokenizer)
 
 
 def test_what_the_template_refuses_is_a_problem_of_that_row(load: Load) -> None:

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.data_support import base_tokenizer, chat, learned, only, recipe, whole, write_rows
+from tests.training.data_support import (
+    BAD,
+    GOOD,
+    SYSTEM,
+    USER,
+    base_tokenizer,
+    chat,
+    learned,
+    recipe,
+    refused,
+    write_rows,
+)
 
-from onebase_adapters.training.conversation import Chat, Choice, Text, parse_row
-from onebase_adapters.training.data import DataError, load_dataset
+from onebase_adapters.training.conversation import Chat
+from onebase_adapters.training.data import load_dataset
 from onebase_adapters.training.data_json import Record, json_array
-from onebase_adapters.training.data_problems import RowError
-from onebase_adapters.training.samples import Preference
-
-USER = {"role": "user", "content": "q"}
-GOOD = {"role": "assistant", "content": "good"}
-BAD = {"role": "assistant", "content": "bad"}
-
-
-def refused(row: dict[str, Any], method: Any = "supervised") -> tuple[str, str]:
-    with pytest.raises(RowError) as caught:
-        parse_row(row, method)
-    return caught.value.field, caught.value.reason
+from onebase_adapters.training.row_shapes import parse_row
 
 
 def test_instruction_and_input_become_one_question_and_the_output_its_reply() -> None:
@@ -116,88 +116,68 @@ def test_rows_of_several_shapes_go_together(tmp_path: Path) -> None:
     assert [prompt.reference for prompt in dataset.prompts] == ["a", " b", "c"]
 
 
-CHATS = Choice(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
-TEXTS = Choice(Text("The sky is", " blue"), Text("The sky is", " green"))
-
-
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    "row",
     [
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, CHATS),
-        ({"prompt": "q", "chosen": [GOOD], "rejected": [BAD]}, CHATS),
-        ({"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, CHATS),
-        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, CHATS),
-        (
-            {"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
-            CHATS,
-        ),
-        ({"prompt": "The sky is", "chosen": " blue", "rejected": " green"}, TEXTS),
-        ({"prompt": "The sky is", "chosen": "The sky is blue", "rejected": "The sky is green"}, TEXTS),
-        ({"chosen": "The sky is blue", "rejected": "The sky is green"}, TEXTS),
+        {"messages": [USER, GOOD]},
+        {"messages": [SYSTEM, USER, GOOD]},
+        {"prompt": [USER], "completion": [GOOD]},
+        {"instruction": "q", "output": "good"},
     ],
 )
-def test_every_spelling_of_a_preference_is_the_same_choice(row: dict[str, Any], expected: Choice) -> None:
-    assert parse_row(row, "dpo") == expected
+def test_a_system_field_comes_before_the_messages_of_any_chat(row: dict[str, Any]) -> None:
+    parsed = parse_row({**row, "system": "Be brief."}, "supervised")
+    assert parsed == Chat([SYSTEM, USER, GOOD], None, [2])
+    assert len(parse_row({**row, "system": " "}, "supervised").messages) == len(row.get("messages", "12"))  # type: ignore[union-attr]
 
 
-def test_the_shared_beginning_ends_before_the_word_in_which_two_texts_part() -> None:
-    parsed = parse_row({"chosen": "It was green", "rejected": "It was great"}, "dpo")
-    assert parsed == Choice(Text("It was", " green"), Text("It was", " great"))
+def test_tools_are_read_beside_an_instruction() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    parsed = parse_row({"instruction": "q", "output": "good", "tools": tools}, "supervised")
+    assert parsed == Chat([USER, GOOD], tools, [1])
 
 
 @pytest.mark.parametrize(
     ("row", "field", "reason"),
     [
-        (chat("q", "a"), "", "the method is dpo"),
-        ({"prompt": "q", "chosen": [GOOD]}, "rejected", "missing"),
-        ({"prompt": "q", "chosen": [GOOD], "rejected": [GOOD]}, "rejected", "the same as chosen"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "prompt", "begin differently"),
-        ({"chosen": "a b", "rejected": "c d"}, "prompt", "begin differently"),
-        ({"prompt": "q", "chosen": [USER], "rejected": [BAD]}, "chosen", "must be the assistant's reply"),
-        ({"prompt": "q", "chosen": "a", "rejected": [BAD]}, "chosen", "a list of messages is wanted"),
-        ({"input": [USER], "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "input", "an object"),
-        ({"preferred_output": [GOOD], "non_preferred_output": [BAD]}, "input", "missing"),
+        ({"messages": [SYSTEM, USER, GOOD], "system": "Be long."}, "system", "have a system message already"),
+        (
+            {"prompt": "q", "completion": " a", "system": "Be brief."},
+            "system",
+            "would be lost",
+        ),
+        ({"prompt": "q", "completion": " a", "tools": [{}]}, "tools", "bring the row as messages"),
+        ({"text": "a b", "system": "Be brief."}, "system", "put it into the prompt"),
+        ({"messages": [USER, GOOD], "prompt": "other"}, "prompt", "would be lost beside messages"),
+        ({"messages": [USER, GOOD], "input": "context"}, "input", "would be lost beside messages"),
+        ({"instruction": "q", "output": "good", "messages": [USER, BAD]}, "output", "would be lost"),
+        ({"instruction": "q", "output": "good", "text": "something else"}, "text", "would be lost"),
     ],
 )
-def test_a_preference_that_is_none_is_refused_by_field(row: dict[str, Any], field: str, reason: str) -> None:
-    found = refused(row, "dpo")
+def test_a_field_of_another_shape_is_not_lost_in_silence(
+    row: dict[str, Any], field: str, reason: str
+) -> None:
+    found = refused(row)
     assert found[0] == field
     assert reason in found[1]
 
 
-def test_both_sides_of_a_preference_begin_with_the_prompt_and_only_the_replies_are_learned(
-    tmp_path: Path,
-) -> None:
-    rows = [
-        {"prompt": [USER, BAD, USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": "The sky is", "chosen": " blue", "rejected": " green"},
-    ]
-    tokenizer = base_tokenizer()
-    dataset = load_dataset(write_rows(tmp_path / "r.jsonl", rows), tokenizer, recipe(method="dpo"))
-    for row, prompt in zip(dataset.rows, dataset.prompts, strict=True):
-        assert isinstance(row, Preference)
-        assert row.chosen.ids[: len(prompt.ids)].tolist() == list(prompt.ids)
-        assert row.rejected.ids[: len(prompt.ids)].tolist() == list(prompt.ids)
-    first, second = dataset.rows
-    assert isinstance(first, Preference)
-    assert isinstance(second, Preference)
-    assert learned(first.chosen, tokenizer) == "good<|im_end|>"
-    assert learned(first.rejected, tokenizer) == "bad<|im_end|>"
-    assert learned(second.rejected, tokenizer) == " green<|im_end|>"
-    assert [prompt.reference for prompt in dataset.prompts] == ["good", " blue"]
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, GOOD], "prompt": "q\n", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"instruction": "q", "output": "good", "text": "### Instruction:\nq\n\n### Response:\ngood"},
+        {"messages": [USER, GOOD], "tools": [], "input": "", "id": 7, "question": "what?"},
+    ],
+)
+def test_fields_that_only_say_once_more_what_is_read_are_no_matter(row: dict[str, Any]) -> None:
+    assert parse_row(row, "supervised") == Chat([USER, GOOD], None, [1])
 
 
-def test_a_problem_of_one_side_names_the_side(tmp_path: Path) -> None:
-    row = {"prompt": "q", "chosen": [{**GOOD, "content": "<|im_end|>"}], "rejected": [BAD]}
-    with pytest.raises(DataError) as caught:
-        load_dataset(write_rows(tmp_path / "r.jsonl", [row]), base_tokenizer(), recipe(method="dpo"))
-    assert caught.value.problems[0].field == "chosen messages[1].content"
-
-
-def test_a_completion_that_is_json_stays_the_text_it_is(tmp_path: Path) -> None:
-    row = {"prompt": "Give JSON: ", "completion": '[{"a": 1}]'}
-    sample = only(load_dataset(write_rows(tmp_path / "r.jsonl", [row]), base_tokenizer(), recipe()))
-    assert whole(sample, base_tokenizer()) == 'Give JSON: [{"a": 1}]<|im_end|>'
+def test_an_empty_list_of_tool_calls_is_none() -> None:
+    messages = [{**USER, "tool_calls": []}, {**GOOD, "tool_calls": []}, {**USER, "tool_calls": None}, GOOD]
+    assert parse_row({"messages": messages}, "supervised") == Chat([USER, GOOD, USER, GOOD], None, [1, 3])
+    assert refused({"messages": [USER, {"role": "assistant", "tool_calls": []}]})[0] == "messages[1].content"
 
 
 def test_the_examples_of_the_documentation_are_read_as_it_says() -> None:

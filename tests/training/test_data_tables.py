@@ -67,6 +67,13 @@ def test_bad_parquet_rows_are_told_by_number(tmp_path: Path) -> None:
     assert found == [(1, "text", "a text is wanted, not dict")]
     found = problems(write_parquet(tmp_path / "c.parquet", {"body": ["a"], "label": [1]}))
     assert "its columns are body, label" in found[0][2]
+    found = problems(write_parquet(tmp_path / "d.parquet", {"question": ["a"], "answer": ["b"]}))
+    assert "its columns are question, answer" in found[0][2]
+    found = problems(
+        write_parquet(tmp_path / "e.parquet", {"promt": ["q"], "chosen": ["a b"], "rejected": ["a c"]}),
+        method="dpo",
+    )
+    assert found == [(1, "promt", "an unknown field: did you mean prompt?")]
 
 
 def bomb(path: Path, each: int, rows: int) -> Path:

@@ -94,12 +94,14 @@ class ChatTokens:
                 self._check_plain(value, f"{field}.{key}")
 
     def _check_plain(self, value: Any, field: str) -> None:
+        """Refuse control tokens in texts, and in keys, which templates write as well."""
         if isinstance(value, str):
             if found := self._base.special.search(value):
                 reason = f"holds {found[0]!r}, which the base reads as a control token: take it out"
                 raise RowError(field, f"{reason}, or bring the row as text")
         elif isinstance(value, dict):
-            for part in value.values():
+            for key, part in value.items():
+                self._check_plain(key, field)
                 self._check_plain(part, field)
         elif isinstance(value, list):
             for part in value:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from onebase_adapters.training.conversation import KNOWN
 from onebase_adapters.training.data_json import Item, Record, json_array, json_lines
 from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.data_tables import csv_rows, parquet_rows
+from onebase_adapters.training.row_fields import KNOWN_FIELDS
 
 __all__ = ["FORMATS", "Item", "Record", "read_file"]
 
@@ -74,7 +74,7 @@ def read_file(
         elif suffix in (".csv", ".tsv"):
             yield from csv_rows(path, "\t" if suffix == ".tsv" else ",", on_bytes, shown)
         else:
-            yield from parquet_rows(path, KNOWN, on_part or _silent, shown)
+            yield from parquet_rows(path, KNOWN_FIELDS, on_part or _silent, shown)
 
 
 def _check_beginning(path: Path, shown: str, suffix: str) -> None:

@@ -28,7 +28,7 @@ _KEYS = (
 
 
 def check_messages(value: Any, field: str) -> list[Message]:
-    """Messages with texts as content. Unknown keys are left out, misspelled ones refused."""
+    """Messages with texts as content. Unknown keys are left out, misspelled ones refused. Raises RowError."""
     if not isinstance(value, list):
         raise RowError(field, "a list of messages is wanted, each with role and content")
     if not value:
@@ -39,7 +39,10 @@ def check_messages(value: Any, field: str) -> list[Message]:
 
 
 def check_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
-    """Tools as OpenAI writes them: each {"type": "function", "function": {"name": ...}}."""
+    """Tools as OpenAI writes them: each {"type": "function", "function": {"name": ...}}; None for none.
+
+    Raises RowError.
+    """
     if not isinstance(value, list):
         raise RowError(field, "a list of tools is wanted")
     for index, tool in enumerate(value):
@@ -54,6 +57,9 @@ def _message(message: Any, field: str) -> Message:
     if not isinstance(message, dict):
         raise RowError(field, "a message is an object with role and content")
     given = {key: value for key, value in message.items() if value is not None}
+    if given.get("tool_calls") == []:
+        # So write tables, and clients that fill up what a message lacks.
+        del given["tool_calls"]
     _check_keys(given, field)
     role = given.get("role")
     if role is None:
@@ -116,7 +122,7 @@ def _take_weight(given: Message, made: Message, field: str) -> None:
 def _tool_calls(value: Any, field: str, role: str) -> list[dict[str, Any]]:
     if role != "assistant":
         raise RowError(field, "only the assistant's messages have tool_calls")
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise RowError(field, "a list of calls is wanted")
     return [_tool_call(call, f"{field}[{index}]") for index, call in enumerate(value)]
 

@@ -11,7 +11,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from onebase_adapters.training.row_fields import misspelled
+
 _AT_ONCE = 64
+_NEVER_ALONE = {"tools", "input", "system", "question"}
+"""Columns that make no row without another."""
 
 
 def main() -> None:
@@ -40,11 +44,13 @@ def _lines(path: str, most_rows: int, columns: list[str]) -> Iterator[str]:
             raise ValueError(f"{rows} rows are too many: at most {most_rows} are read")
         names = file.schema_arrow.names
         known = [name for name in columns if name in names]
-        if not known:
+        if not set(known) - _NEVER_ALONE:
             shown = ", ".join(name[:40] for name in names[:8])
             raise ValueError(f"its columns are {shown}: wanted are messages, or prompt and completion")
+        # A name that was meant as one of the columns must come to light in the rows.
+        odd = [name for name in names if name not in known and misspelled(name, columns)]
         yield f"#{rows}\n"
-        for batch in file.iter_batches(_AT_ONCE, columns=known, use_threads=False):
+        for batch in file.iter_batches(_AT_ONCE, columns=[*known, *odd], use_threads=False):
             for row in batch.to_pylist():
                 yield json.dumps(row, default=_other, ensure_ascii=False) + "\n"
 

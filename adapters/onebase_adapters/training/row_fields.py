@@ -1,0 +1,135 @@
+"""The fields of a row: read by name and type, and none that a row is made of lost in silence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onebase_adapters.training.conversation import Chat, Choice, Parsed
+from onebase_adapters.training.data_problems import RowError
+from onebase_adapters.training.messages import Message, check_messages, check_tools
+
+SUPERVISED_FIELDS = (
+    "messages",
+    "tools",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "text",
+)
+KNOWN_FIELDS = (
+    *SUPERVISED_FIELDS,
+    "question",
+    "chosen",
+    "rejected",
+    "preferred_output",
+    "non_preferred_output",
+)
+"""Every field that some shape has."""
+
+_REMEDIES = {
+    "system": "put it into the prompt, or bring the row as messages",
+    "tools": "bring the row as messages",
+    "input": "put it into the prompt",
+    "question": "name it prompt",
+}
+_LIKE = 0.84
+
+
+class RowFields:
+    """Fields of one row that are not null. Which ones were read is remembered.
+
+    Every method raises RowError with the field. inside: what stands before a field's name there.
+    """
+
+    def __init__(self, row: Mapping[str, Any], inside: str = "") -> None:
+        self.given = {key: value for key, value in row.items() if value is not None}
+        self._inside = inside
+        self._read: list[str] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.given
+
+    def is_text(self, key: str) -> bool:
+        """Whether a field is there and is a text."""
+        return isinstance(self.given.get(key), str)
+
+    def read(self, key: str) -> Any:
+        """A field as it is; it must be there."""
+        if key not in self.given:
+            raise RowError(f"{self._inside}{key}", "missing")
+        self._read.append(key)
+        return self.given[key]
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """A text; a blank one only if it may be `empty`."""
+        value = self.read(key)
+        if not isinstance(value, str):
+            raise RowError(f"{self._inside}{key}", f"a text is wanted, not {type(value).__name__}")
+        if not empty and not value.strip():
+            raise RowError(f"{self._inside}{key}", "the text is empty")
+        return value
+
+    def messages(self, key: str) -> list[Message]:
+        """A list of messages, each of them checked."""
+        return check_messages(self.read(key), f"{self._inside}{key}")
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools, if there are any."""
+        return check_tools(self.read("tools"), f"{self._inside}tools") if "tools" in self else None
+
+    def after_system(self, messages: list[Message]) -> list[Message]:
+        """Messages after the one of `system`, if the row has that field beside them."""
+        system = self.text("system", empty=True) if "system" in self else ""
+        if not system.strip():
+            return messages
+        if messages and messages[0] == {"role": "system", "content": system}:
+            return messages
+        if any(message["role"] in ("system", "developer") for message in messages):
+            raise RowError("system", "the messages have a system message already: leave one of the two out")
+        return [{"role": "system", "content": system}, *messages]
+
+    def check_spelling(self, names: Sequence[str]) -> None:
+        """Refuse a field that is none of any shape, but looks like one of `names`."""
+        for key in self.given:
+            near = misspelled(key, names) if key not in KNOWN_FIELDS else None
+            if near is not None and near not in self:
+                raise RowError(key[:60], f"an unknown field: did you mean {near}?")
+
+    def check_nothing_lost(self, parsed: Parsed, fields: Sequence[str]) -> None:
+        """Refuse one of `fields` that was not read, unless it only repeats what was."""
+        said = {text.strip() for text in _texts(parsed)}
+        for key in fields:
+            if key in self and key not in self._read and not _is_said(key, self.given[key], said):
+                beside = " and ".join(dict.fromkeys(self._read))
+                remedy = _REMEDIES.get(key, "take it out, or give it a name of its own")
+                raise RowError(key, f"would be lost beside {beside}: {remedy}")
+
+
+def misspelled(key: str, names: Sequence[str]) -> str | None:
+    """Which of `names` a key was meant to be, if it looks like one."""
+    near = difflib.get_close_matches(key, names, n=1, cutoff=_LIKE)
+    return near[0] if near else None
+
+
+def _texts(parsed: Parsed) -> list[str]:
+    if isinstance(parsed, Choice):
+        return [*_texts(parsed.chosen), *_texts(parsed.rejected)]
+    if isinstance(parsed, Chat):
+        return [message["content"] for message in parsed.messages]
+    return [parsed.prompt or "", parsed.reply]
+
+
+def _is_said(key: str, value: Any, said: set[str]) -> bool:
+    """Whether a field says what was read already: data sets bring a prompt, or all of a row, once more."""
+    if isinstance(value, list):
+        return all(isinstance(part, dict) and _is_said(key, part.get("content"), said) for part in value)
+    if not isinstance(value, str):
+        return False
+    # `text` beside other fields is the row as some template wrote it.
+    written_out = key == "text" and any(text in value for text in said if text)
+    return not value.strip() or value.strip() in said or written_out
