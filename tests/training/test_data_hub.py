@@ -17,6 +17,8 @@ from onebase_adapters.default_base import default_cache
 from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.hub_data import DatasetId, choose, parse_dataset_id
 
+SFT = "train_sft-00000-of-00001-b42a775f407cee45.parquet"
+GEN = "train_gen-00000-of-00001-0a1b775f407cee45.parquet"
 _FETCH = """
 import json, sys
 from onebase_adapters.training.data_files import read_file
@@ -141,6 +143,13 @@ def test_an_id_is_told_from_a_path(text: str, expected: DatasetId | None) -> Non
             ["main/train-0.parquet"],
         ),
         (["train/a.csv", "test/b.csv"], "o/n:test", "train", ["test/b.csv"]),
+        (["train/a.csv", "train/b.csv"], "o/n", "train", ["train/a.csv", "train/b.csv"]),
+        (["train.jsonl", "train_sft.jsonl"], "o/n", "train", ["train.jsonl"]),
+        (["o-train_1.csv", "o-train_2.csv"], "o/n", "train", ["o-train_1.csv", "o-train_2.csv"]),
+        (["train_part1.csv", "train_part2.csv"], "o/n", "train", ["train_part1.csv", "train_part2.csv"]),
+        ([f"data/{SFT}", f"data/{GEN}"], "o/n:train_sft", "train", [f"data/{SFT}"]),
+        ([f"{SFT}", "test_sft.csv", "test_gen.csv"], "o/n", "train", [SFT]),
+        (["training/train-x/a.csv", "test.csv"], "o/n", "train", ["training/train-x/a.csv"]),
     ],
 )
 def test_the_files_of_one_split_and_one_format_are_chosen(
@@ -149,6 +158,25 @@ def test_the_files_of_one_split_and_one_format_are_chosen(
     dataset = parse_dataset_id(source)
     assert dataset is not None
     assert choose(dataset, names, part) == expected
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("source", ["o/n", "o/n@main"])
+def test_splits_that_share_a_word_are_not_mixed(source: str, part: str) -> None:
+    dataset = parse_dataset_id(source)
+    assert dataset is not None
+    word = "train" if part == "train" else "test"
+    names = [f"data/{SFT}", f"data/{GEN}", "data/test_sft-0.parquet", "data/test_gen-0.parquet"]
+    with pytest.raises(DataError) as caught:
+        choose(dataset, names, part)
+    reason = caught.value.problems[0].reason
+    assert reason == f"it has several splits of that name ({word}_gen, {word}_sft): write o/n:{word}_gen"
+
+
+def test_a_split_of_a_configuration_is_named_with_its_folder() -> None:
+    names = ["main/train_a.csv", "main/train_b.csv", "other/train.csv"]
+    with pytest.raises(DataError, match=r"\(train_a, train_b\): write o/n:main/train_a"):
+        choose(DatasetId("o/n", "main/train", None), names, "train")
 
 
 def test_configurations_are_not_mixed() -> None:

@@ -19,6 +19,8 @@ _BEST_FIRST = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _SPLITS = {"train": ("train",), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 _NO_ROWS = re.compile(r"(?i)^(dataset_infos?|dataset_dict|config|state|package|metadata|\..*)\.json$")
 _NUMBERED = re.compile(r"-of-(\d{1,9})")
+_NUMBER = re.compile(r"(?i)[-_.](?:part|shard|chunk)?[-_.]?\d{1,9}(?:-of-\d{1,9})?(?:-[0-9a-f]{16})?$")
+"""At the end of a file's name: which part of its split it is, as in `train-00000-of-00002`."""
 _TIMEOUT_S = 20.0
 
 
@@ -94,17 +96,18 @@ def _cached(dataset: DatasetId, commit: str, part: str) -> list[Path] | None:
 
 
 def choose(dataset: DatasetId, names: Sequence[str], part: str) -> list[str]:
-    """The files of the wanted split, all of one format and one configuration. Raises DataError."""
+    """The files of the wanted split, all of one format and one configuration.
+
+    A split is known by its whole name, as `train_sft` is, or by the word `train` if one split alone has it.
+    Raises DataError.
+    """
     files = sorted(name for name in names if _suffix(name) in FORMATS and not _NO_ROWS.match(_base(name)))
     folder, wanted = _wanted(dataset.split, part)
     if folder:
         files = [name for name in files if name.startswith(f"{folder}/")]
-    found = next((chosen for split in wanted if (chosen := _of_split(files, split))), [])
-    if (
-        not found
-        and dataset.split is None
-        and not any(_of_split(files, s) for s in sum(_SPLITS.values(), ()))
-    ):
+    split = next((split for split in wanted if _of_split(files, split)), "")
+    found = _one_split(dataset, _of_split(files, split), split) if split else []
+    if not found and dataset.split is None and not any(_of_split(files, s) for s in _words()):
         found = files
     if not found:
         there = ", ".join(files[:8]) or "none"
@@ -127,15 +130,49 @@ def _wanted(split: str | None, part: str) -> tuple[str, tuple[str, ...]]:
     return folder, (last,)
 
 
+def _words() -> list[str]:
+    return [word for words in _SPLITS.values() for word in words]
+
+
 def _of_split(names: Sequence[str], split: str) -> list[str]:
     """The files whose path has the split's name as a word."""
-    word = re.compile(rf"(?i)(?:^|[^a-z0-9]){re.escape(split)}(?:[^a-z0-9]|$)")
-    return [name for name in names if word.search(name)]
+    return [name for name in names if _has_word(name, split)]
+
+
+def _has_word(text: str, word: str) -> bool:
+    return bool(re.search(rf"(?i)(?:^|[^a-z0-9]){re.escape(word)}(?:[^a-z0-9]|$)", text))
+
+
+def _one_split(dataset: DatasetId, names: Sequence[str], split: str) -> list[str]:
+    """Of files whose path has the split's name as a word: those of the split that is called so.
+
+    Raises DataError if several splits have the word, and none is called just that.
+    """
+    by_split: dict[str, list[str]] = {}
+    for name in names:
+        by_split.setdefault(_split_name(name, split), []).append(name)
+    if len(by_split) == 1:
+        return list(names)
+    for called, found in by_split.items():
+        if called.lower() == split.lower():
+            return found
+    shown, folder = ", ".join(sorted(by_split)[:8]), f"{dataset.split}".rpartition("/")[0]
+    example = f"{folder}/{min(by_split)}" if folder else min(by_split)
+    raise _error(dataset, f"it has several splits of that name ({shown}): write {dataset.repo}:{example}")
+
+
+def _split_name(name: str, split: str) -> str:
+    """The whole name of a file's split: a folder called just that, or the file's name without its number."""
+    path = PurePosixPath(name)
+    if any(part.lower() == split.lower() for part in path.parent.parts):
+        return split
+    stem = _NUMBER.sub("", path.stem)
+    return stem if _has_word(stem, split) else next(p for p in path.parent.parts if _has_word(p, split))
 
 
 def _configuration(name: str) -> str:
     """The folder, but for those that only name the split."""
-    plain = {"data", *(word for words in _SPLITS.values() for word in words)}
+    plain = {"data", *_words()}
     return "/".join(part for part in PurePosixPath(name).parent.parts if part not in plain)
 
 
