@@ -189,4 +189,4 @@ def test_the_examples_of_the_documentation_are_read_as_it_says() -> None:
         for item in json_array(io.BytesIO(block.encode()), lambda _count: None, "docs")
         if isinstance(item, Record)
     ]
-    assert [type(row).__name__ for row in parsed] == ["Chat", "Text", "Chat", "Text", *["Choice"] * 4]
+    assert [type(row).__name__ for row in parsed] == ["Chat", "Text", "Chat", "Text", *["Choice"] * 5]
