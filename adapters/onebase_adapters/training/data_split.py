@@ -25,7 +25,7 @@ def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[D
 
     Args:
         part: of the rows to hold out, 0 to 0.9; above 0 at least one, if there are two different ones.
-        limit: most rows held out. Where more rows say the same, whatever they say, the fewest of these are.
+        limit: most rows held out, unless even the smallest group of rows that say the same is larger.
     """
     facts: Facts = dataset.report
     groups: dict[bytes, list[int]] = {}
@@ -49,7 +49,7 @@ def _held_out(groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int) -> 
         if len(held) + len(groups[content]) <= wanted:
             held.update(groups[content])
     if wanted and not held and len(order) > 1:
-        held.update(min((groups[content] for content in order), key=len))
+        held.update(groups[min(order, key=lambda content: len(groups[content]))])
     return held
 
 

@@ -102,12 +102,16 @@ class RowFields:
 
     def check_nothing_lost(self, parsed: Parsed, fields: Sequence[str]) -> None:
         """Refuse one of `fields` that was not read, unless it only repeats what was."""
-        said = {text.strip() for text in _texts(parsed)}
+        texts = [text.strip() for text in _texts(parsed)]
+        said = set(texts)
         for key in fields:
-            if key in self and key not in self._read and not _is_said(key, self.given[key], said):
-                beside = " and ".join(dict.fromkeys(self._read))
-                remedy = _REMEDIES.get(key, "take it out, or give it a name of its own")
-                raise RowError(key, f"would be lost beside {beside}: {remedy}")
+            if key not in self or key in self._read or _is_said(self.given[key], said):
+                continue
+            if key == "text" and self.is_text(key) and texts[-1] and texts[-1] in self.given[key]:
+                continue  # the row as some template wrote it
+            beside = " and ".join(dict.fromkeys(self._read))
+            remedy = _REMEDIES.get(key, "take it out, or give it a name of its own")
+            raise RowError(key, f"would be lost beside {beside}: {remedy}")
 
 
 def misspelled(key: str, names: Sequence[str]) -> str | None:
@@ -124,12 +128,8 @@ def _texts(parsed: Parsed) -> list[str]:
     return [parsed.prompt or "", parsed.reply]
 
 
-def _is_said(key: str, value: Any, said: set[str]) -> bool:
-    """Whether a field says what was read already: data sets bring a prompt, or all of a row, once more."""
+def _is_said(value: Any, said: set[str]) -> bool:
+    """Whether a field says what was read already: data sets bring a prompt, or all messages, once more."""
     if isinstance(value, list):
-        return all(isinstance(part, dict) and _is_said(key, part.get("content"), said) for part in value)
-    if not isinstance(value, str):
-        return False
-    # `text` beside other fields is the row as some template wrote it.
-    written_out = key == "text" and any(text in value for text in said if text)
-    return not value.strip() or value.strip() in said or written_out
+        return all(isinstance(part, dict) and _is_said(part.get("content"), said) for part in value)
+    return isinstance(value, str) and (not value.strip() or value.strip() in said)
