@@ -88,45 +88,74 @@ def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> 
 
 def _elements(text: str) -> Iterator[Item]:
     """The values of one list, with the line on which each begins."""
-    lines, escapes = _LineCounter(text), "\\u" in text
-    at = text.index("[") + 1
+    rest = _Rest(text)
+    rest.take("[")
     expect_value = False
-    while True:
-        at = _past_space(text, at)
-        if text[at : at + 1] == "]" and not expect_value:
-            at = _past_space(text, at + 1)
-            if at < len(text):
-                yield Problem(lines.at(at), "", "there is more after the end of the list")
-            return
-        line, start = lines.at(at), at
+    while expect_value or not rest.take("]"):
         try:
-            value, at = _strict(partial(_DECODER.raw_decode, text, at), escapes)
+            yield rest.row()
         except RowError as error:
-            yield Problem(line, "", f"{error.reason}; what follows was not read")
+            yield rest.problem(f"{error.reason}; what follows was not read")
             return
-        yield _as_record(line, value, at - start)
-        at = _past_space(text, at)
-        expect_value = text[at : at + 1] == ","
-        if expect_value:
-            at += 1
-        elif text[at : at + 1] != "]":
-            yield Problem(lines.at(at), "", "not JSON: ',' or ']' is wanted; what follows was not read")
+        expect_value = rest.take(",")
+        if not expect_value and not rest.begins_with("]"):
+            yield rest.problem("not JSON: ',' or ']' is wanted; what follows was not read")
             return
+    if not rest.is_empty:
+        yield rest.problem("there is more after the end of the list")
 
 
 def _objects(text: str) -> Iterator[Item]:
     """Objects one after the other, each on as many lines as it likes."""
-    lines, escapes = _LineCounter(text), "\\u" in text
-    at = _past_space(text, 0)
-    while at < len(text):
-        line, start = lines.at(at), at
+    rest = _Rest(text)
+    while not rest.is_empty:
         try:
-            value, at = _strict(partial(_DECODER.raw_decode, text, at), escapes)
+            yield rest.row()
         except RowError as error:
-            yield Problem(line, "", f"{error.reason}; what follows was not read")
+            yield rest.problem(f"{error.reason}; what follows was not read")
             return
-        yield _as_record(line, value, at - start)
-        at = _past_space(text, at)
+
+
+class _Rest:
+    """What of a JSON text is still to be read: it never begins with white space."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._escapes = "\\u" in text
+        self._line = 1
+        self._at = 0
+        self._go_to(0)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._at == len(self._text)
+
+    def begins_with(self, character: str) -> bool:
+        return self._text.startswith(character, self._at)
+
+    def take(self, character: str) -> bool:
+        """Go past a character; False if another one is there."""
+        found = self.begins_with(character)
+        if found:
+            self._go_to(self._at + 1)
+        return found
+
+    def row(self) -> Item:
+        """Go past a value. Raises RowError if there is none: where it would end is not known."""
+        line, start = self._line, self._at
+        value, end = _strict(partial(_DECODER.raw_decode, self._text, start), self._escapes)
+        self._go_to(end)
+        return _as_record(line, value, end - start)
+
+    def problem(self, reason: str) -> Problem:
+        """A problem with what comes next."""
+        return Problem(self._line, "", reason)
+
+    def _go_to(self, position: int) -> None:
+        while position < len(self._text) and self._text[position] in _SPACE:
+            position += 1
+        self._line += self._text.count("\n", self._at, position)
+        self._at = position
 
 
 def _record(line: int, raw: bytes) -> Item:
@@ -221,26 +250,6 @@ def _no_constants(name: str) -> Any:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constants
 )
-
-
-def _past_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in _SPACE:
-        at += 1
-    return at
-
-
-class _LineCounter:
-    """Line numbers of positions that only grow."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._line = 1
-        self._from = 0
-
-    def at(self, position: int) -> int:
-        self._line += self._text.count("\n", self._from, position)
-        self._from = position
-        return self._line
 
 
 def _kind(value: Any) -> str:
