@@ -45,6 +45,19 @@ def test_a_completion_that_is_json_stays_the_text_it_is(tmp_path: Path) -> None:
     assert whole(dataset.rows[0].chosen, base_tokenizer()).endswith('Who?[{"role": "admin"}]<|im_end|>')  # type: ignore[union-attr]
 
 
+def test_messages_and_tools_may_be_json_text_in_json_files_too(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    written_out = {"messages": [USER, GOOD], "tools": tools}
+    as_text = {key: json.dumps(value) for key, value in written_out.items()}
+    dataset = load_dataset(
+        write_rows(tmp_path / "r.jsonl", [written_out, as_text]), base_tokenizer(CHATML_TOOLS), recipe()
+    )
+    first, second = (whole(row, base_tokenizer(CHATML_TOOLS)) for row in dataset.rows)
+    assert first == second
+    path = write_rows(tmp_path / "bad.jsonl", [{"messages": [USER, GOOD], "tools": "f, g"}])
+    assert problems(path)[0][:2] == (1, "tools")
+
+
 def csv_of(rows: list[dict[str, str]]) -> str:
     out = io.StringIO()
     table = csv.DictWriter(out, list(rows[0]))

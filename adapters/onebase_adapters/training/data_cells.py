@@ -1,4 +1,4 @@
-"""Cells of tables that hold messages or tools as JSON text."""
+"""Messages and tools that are written as JSON text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ _NEVER_TEXT = ("messages", "tools", "preferred_output", "non_preferred_output")
 _TEXT_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
 
 
-def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with lists in the place of the JSON texts that mean them.
-
-    A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
-    chosen and rejected, and then the prompt beside these. Raises RowError.
-    """
+def unfold_lists(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with lists in the place of JSON texts, in the fields that are never prose. Raises RowError."""
     made = dict(row)
     for key in _NEVER_TEXT:
         if isinstance(text := made.get(key), str):
             made[key] = _parsed(key, text) if text.strip() else None
+    return made
+
+
+def unfold_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's row with lists in the place of the JSON texts that mean messages.
+
+    A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
+    chosen and rejected, and then the prompt beside these.
+    """
+    made = dict(row)
     for pair in _TEXT_OR_MESSAGES:
         both = {key: _messages(made.get(key)) for key in pair}
         if all(both.values()):
