@@ -23,7 +23,7 @@ SaveAdapter = Callable[..., Path]
 LoadBase = Callable[..., nn.Module]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def test_a_write_to_any_tensor_shows_in_the_fingerprint(load: Any) -> None:
 def test_an_8_bit_base_logs_nothing_in_a_forward(
     bases: dict[str, nn.Module], tokens: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING), torch.inference_mode():
+    with caplog.at_level(logging.WARNING, logger="bitsandbytes"), torch.inference_mode():
         bases["int8"](tokens)
         logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]

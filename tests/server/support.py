@@ -36,8 +36,11 @@ class Server:
         self._reader.start()
 
     def _read_log(self) -> None:
-        for line in self.process.stderr or ():
-            self._lines.append(line)
+        if self.process.stderr is None:
+            return
+        with self.process.stderr as log:
+            for line in log:
+                self._lines.append(line)
 
     @property
     def log(self) -> str:

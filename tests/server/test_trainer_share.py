@@ -118,6 +118,5 @@ def test_the_flag_is_seen_by_another_process_without_a_message() -> None:
         child.stdin.write("look\n")
         child.stdin.flush()
         seen.append(child.stdout.readline().strip())
-    child.stdin.close()
-    child.wait()
+    child.communicate()
     assert seen == ["False", "True", "False"]

@@ -11,12 +11,15 @@ import torch
 from tests.training.runs import talking_base, tiny_base
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
     torch.set_num_threads(1)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)
     yield
+    logger.setLevel(level)
     torch.set_num_threads(threads)
 
 

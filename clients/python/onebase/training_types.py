@@ -222,6 +222,8 @@ class TrainingSettings(TypedDict, total=False):
     """What to do with longer rows: `refuse`, `truncate` or `drop` (`refuse`)."""
     packing: bool
     """Compute several rows in one sequence, without padding (true)."""
+    template_date: str
+    """The day that the chat template prints, as in `2026-01-31` (when the run begins)."""
     eval_split: float | str
     """Part of the rows to hold out where there is no validation file (0.1, at most 200 rows)."""
     micro_tokens: int | str
@@ -237,9 +239,9 @@ class TrainingSettings(TypedDict, total=False):
     patience: int
     """Stop after so many evaluations without a better one; 0: never (0)."""
     metrics: str | Sequence[str]
-    """Measured on the base's replies and the adapter's: `exact_match`, `word_f1`, `json_valid`, `json_equal`,
-    `json_keys:A|B|C`, `contains:TEXT`, `lacks:TEXT`, `starts_with:TEXT`, `ends_with:TEXT`, `one_of:A|B|C`,
-    `min_characters:N`, `max_characters:N` (none)."""
+    """One or several, measured on the base's replies and the adapter's: `exact_match`, `word_f1`,
+    `json_valid`, `json_equal`, `json_keys:A|B|C`, `contains:TEXT`, `lacks:TEXT`, `starts_with:TEXT`,
+    `ends_with:TEXT`, `one_of:A|B|C`, `min_characters:N`, `max_characters:N` (none)."""
     best_by: str
     """`loss` or one of the metrics: decides what is better (`loss`)."""
     metric_rows: int
