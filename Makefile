@@ -16,10 +16,13 @@ help: ## Show this list
 demo: base ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
 
-# Several processes share the cores in the tests: threads that spin while they wait would starve each other.
-test: base ## Run every test, on the real default base (PYTEST_ARGS="-k name" picks some)
+# Files of tests run side by side, as many as there are cores, four at most: each may take 3 GB.
+# Several processes share the cores then: threads that spin while they wait would starve each other.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores > 4 ? 4 : cores)))
+
+test: base ## Run every test, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
 	@echo "==> Running the tests"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## Check style, types, import rules, shell scripts and the Dockerfile
 	@echo "==> ruff"
