@@ -6,6 +6,7 @@ the weights file as it came. Run as `python scripted_workshop.py BEHAVIOUR --fd 
     proves    everything is proved, unless its weights begin with the word `broken`
     slow      as `proves`, after a second
     dies      exits at every job
+    unattached  cannot attach the base
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class ScriptedWorkshop:
 
     def receive(self, message: object) -> None:
         if isinstance(message, Attach):
+            if self.behaviour == "unattached":
+                os._exit(11)
             self.send(Attached(0.0))
         elif isinstance(message, Prove):
             self.prove(message)

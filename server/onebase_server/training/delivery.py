@@ -16,10 +16,13 @@ from onebase_server.names import label
 from onebase_server.storage_errors import storage_errors
 from onebase_server.training.files import TrainingFiles
 from onebase_server.training.home import TrainingHome
+from onebase_server.training.record import JobRecord
 
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
 """Seconds before another try, while the store or the registry is away."""
+PROOF_SECONDS = 1800.0
+"""A version that is not proved by then waits for a workshop that cannot be had."""
 LOST = "adapter_lost"
 """Nothing is left to deliver: the job has to be trained again."""
 _CODES = {"store_full": "disk_full"}
@@ -49,21 +52,35 @@ class Delivered:
 
 
 class Delivery:
-    """Brings what jobs trained into the library, as an upload would be."""
+    """Brings what jobs trained into the library, as an upload would be.
 
-    def __init__(self, library: Library, home: TrainingHome, files: TrainingFiles) -> None:
+    The library is not told of a job's wish to activate: it would grant it after a restart, whatever the job
+    is by then. `proof_seconds`: from the version's files being there to its proof.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        home: TrainingHome,
+        files: TrainingFiles,
+        proof_seconds: float = PROOF_SECONDS,
+    ) -> None:
         self.files = files
         self._library = library
         self._home = home
+        self._proof_seconds = proof_seconds
 
-    async def deliver(self, job: TrainingJob) -> Delivered:
+    async def deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
         """May be asked for again after a crash: the same content is the same version.
+
+        Args:
+            record: tells whether the job still runs; only then is its version activated.
 
         Raises DeliveryError.
         """
         for pause in (*PAUSES, None):
             try:
-                return await self._deliver(job)
+                return await self._deliver(job, record)
             except StoreFullError as error:
                 raise DeliveryError("disk_full", error.message) from error
             except (UnavailableError, RegistryError, StoreError, OSError) as error:
@@ -75,7 +92,7 @@ class Delivery:
             await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    async def _deliver(self, job: TrainingJob) -> Delivered:
+    async def _deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
         report = job.report or {}
         wished = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
         folder = self._home.job(job.id) / "adapter"
@@ -88,15 +105,15 @@ class Delivery:
         result_file = await self.files.keep_curve(job.id, report)
         with storage_errors(job.name):
             files = await self._library.disk.run(self._take, folder)
-        wishes = Wishes(activate=wished, any_base=True)
-        version, problem = await self._added(job, files, wishes)
+        version = await self._proved(job, files)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
-        record = self._library.catalog.get(job.name)
-        active = record is not None and record.active == version.digest
+        problem = await self._activate(version, record) if wished else ""
+        adapter = self._library.catalog.get(job.name)
+        active = adapter is not None and adapter.active == version.digest
         return Delivered(
             version=version.digest,
             activated=active,
@@ -105,24 +122,29 @@ class Delivery:
             as_wished=active or not wished,
         )
 
-    async def _added(
-        self, job: TrainingJob, files: VersionFiles, wishes: Wishes
-    ) -> tuple[VersionRecord, str]:
-        """The version once it is proved, and why it was not activated although it was wished."""
-        source = {"kind": "training", "job": job.id}
+    async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
+        """The version once its proof has ended, or after so long that it must be tried later."""
+        source, wishes = {"kind": "training", "job": job.id}, Wishes(any_base=True)
+        added = await self._library.add(job.name, files, source, wishes, actor=ACTOR)
         try:
-            added = await self._library.add(job.name, files, source, wishes, actor=ACTOR)
-        except OneBaseError:
-            known = self._library.catalog.of_digest(files.digest)
-            version = next((one for one in known if one.name == job.name and one.state == "ready"), None)
-            if version is None:
-                raise
-            failure = await self._library.activate_patiently(version)
-            return version, failure.message if failure else ""
-        try:
-            return await self._library.wait(added.name, added.digest), ""
+            async with asyncio.timeout(self._proof_seconds):
+                await self._library.wait(added.name, added.digest)
+        except TimeoutError as error:
+            raise DeliveryError(
+                "delivery_failed",
+                f"The adapter was not proved within {self._proof_seconds:g} s, since no workshop could be "
+                "had; the server's log may say why. Resume the job later.",
+            ) from error
         except OneBaseError as error:
-            return await self._library.version(added.name, added.digest), error.message
+            _log.info("version %s of %s: %s", added.digest[:12], added.name, error)  # the wish of an upload
+        return await self._library.version(added.name, added.digest)
+
+    async def _activate(self, version: VersionRecord, record: JobRecord) -> str:
+        """Let requests for the name get it, unless the job was stopped. Returns why it failed, or ""."""
+        if (await record.current()).state != "running":
+            return ""
+        failure = await self._library.activate_patiently(version)
+        return failure.message if failure else ""
 
     def _take(self, folder: Path) -> VersionFiles:
         config, weights = (self._library.store.add_file(folder / file) for file in ADAPTER_FILES)

@@ -169,7 +169,7 @@ class Manager:
         run.task.add_done_callback(forget)
 
     def _count(self, kind: RunKind) -> int:
-        return sum(run.kind == kind for run in self._runs.values())
+        return sum(run.kind == kind and not run.delivering for run in self._runs.values())
 
     async def _stop_run(self, job_id: str, run: Run) -> None:
         if run.stopping:

@@ -69,6 +69,11 @@ class Run:
         return self.kind == "train" and not self._delivering
 
     @property
+    def delivering(self) -> bool:
+        """It has trained: others may train while its adapter is proved."""
+        return self._delivering
+
+    @property
     def stopping(self) -> bool:
         """Somebody wants it to end: what its process says of that is no failure."""
         return self._stop is not None
@@ -191,7 +196,7 @@ class Run:
     async def _deliver(self, job: TrainingJob) -> None:
         await self._record.tell(NewEvent(time.time(), "The adapter is being proved."))
         try:
-            done = await self._runner.delivery.deliver(job)
+            done = await self._runner.delivery.deliver(job, self._record)
         except DeliveryError as error:
             lost = {"report": None} if error.code == LOST else {}
             await self._fail(JobError(error.code, error.message), **lost)
