@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from .support import Starter
-from .training_support import make_job, messages, openai_client, run_job, step_of, wait_job
+from .training_support import add_file, ended, make_job, messages, openai_client, run_job, step_of, wait_job
 
 
 def test_what_nothing_speaks_of_is_swept_at_the_next_start_unless_it_is_new(
@@ -93,3 +93,38 @@ def test_a_data_folder_that_training_cannot_use_is_named(serve_scripted: Starter
         assert server.exit_status() != 0
         assert "--data-dir" in server.log
         assert "tokenizer" not in server.log
+
+
+def test_a_start_with_another_registry_deletes_nothing_that_the_first_one_knows(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    other = ("--registry", f"sqlite:///{tmp_path / 'other.db'}")
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "long")
+        wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+        client.fine_tuning.jobs.pause(job.id)
+        server.wait_for(lambda: not server.trainer_pids())
+    kept = _age(tmp_path)
+    with serve_scripted("words", *other, data_dir=tmp_path) as server:
+        client = openai_client(server)
+        run_job(server, client, "rows")  # begun once the folder is swept
+        assert all(path.exists() for path in kept)
+        theirs = add_file(client, "rows")
+        assert "several registries" in server.log
+    _age(tmp_path)
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        client.fine_tuning.jobs.resume(job.id)
+        assert wait_job(server, client, job.id, ended).status == "succeeded"
+        assert (tmp_path / f"training/files/{theirs}.jsonl").exists()
+        (curve,) = client.files.list(purpose="fine-tune-results").data
+        assert curve.filename == f"{job.id}-metrics.csv"
+
+
+def _age(data_dir: Path) -> list[Path]:
+    """Make all files and folders of training old; returns them."""
+    found = [*(data_dir / "training/files").iterdir(), *(data_dir / "training/jobs").iterdir()]
+    for path in found:
+        os.utime(path, (1e9, 1e9))
+    return found

@@ -16,7 +16,7 @@ from onebase_adapters.registry import DEFAULT_TENANT, Purpose, TrainingFile, Tra
 from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError, StoreFullError, UnknownFileError
 from onebase_server.storage_errors import storage_errors
-from onebase_server.training.home import TrainingHome, ending
+from onebase_server.training.home import UPLOADING, TrainingHome, ending
 from onebase_server.training.outcomes import RESUMABLE
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -30,7 +30,7 @@ class FileWriter:
 
     def __init__(self, folder: Path) -> None:
         self.size = 0
-        self._path = folder / f".{secrets.token_hex(8)}.part"
+        self._path = folder / f".{secrets.token_hex(8)}{UPLOADING}"
         self._file = self._path.open("xb", buffering=0)
 
     def write(self, data: memoryview | bytes) -> None:

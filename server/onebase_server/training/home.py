@@ -13,6 +13,8 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+UPLOADING = ".part"
+"""Ending of a file that is coming in."""
 SETTLED_SECONDS = 600.0
 """What is younger may be about to get its row in the registry."""
 
@@ -29,12 +31,14 @@ class TrainingHome:
     Raises DataDirError.
 
     `server`: an id that lies there too; jobs and files in the registry that bear it are this folder's.
+    `registries`: where the folder keeps which registries it was used with.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.root = data_dir / "training"
         self.files = self.root / "files"
         self.jobs = self.root / "jobs"
+        self.registries = self.root / "registries"
         try:
             for folder in (self.root, self.files, self.jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,6 +79,10 @@ class TrainingHome:
     def forget_checkpoints(self, job_id: str) -> None:
         """Delete the places that a run could go on from."""
         shutil.rmtree(self.job(job_id) / "checkpoints", ignore_errors=True)
+
+    def uploads(self, left: Iterable[Path]) -> list[Path]:
+        """Those of a `listing` that are half of an upload: they have no row in any registry."""
+        return [path for path in left if path.parent == self.files and path.name.endswith(UPLOADING)]
 
     def listing(self) -> list[Path]:
         """Files and folders of jobs that are no longer being made. Raises OSError."""

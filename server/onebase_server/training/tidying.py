@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from onebase_adapters.registry import JobState, RegistryError, TrainingJob, TrainingRecords, UnknownJobError
 from onebase_server.background import Threads
 from onebase_server.training.home import TrainingHome
 from onebase_server.training.outcomes import may_go_on
+from onebase_server.training.registries import KnownRegistries
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +23,8 @@ class Tidying:
         self._records = records
         self._threads = threads
         self._home = home
+        self._registries = KnownRegistries(home.registries, records, home.server)
+        self._warned = False
 
     async def job_over(self, job: TrainingJob) -> None:
         """Look how it has ended, if it has. Raises RegistryError."""
@@ -35,6 +39,7 @@ class Tidying:
             left = await self._threads.run(home.listing)
             files = await self._threads.run(self._records.file_ids, home.server)
             jobs = await self._threads.run(self._records.job_ends, home.server)
+            left = await self._threads.run(self._orphans_among, left, files)
             removed = await self._threads.run(home.sweep, left, files, jobs)
             await self._threads.run(self._forget_all, jobs)
         except (RegistryError, OSError) as error:
@@ -42,6 +47,20 @@ class Tidying:
         else:
             if removed:
                 _log.info("swept %d left-over files and folders of training", removed)
+
+    def _orphans_among(self, left: Collection[Path], file_ids: Collection[str]) -> Collection[Path]:
+        """What may be deleted if no row speaks of it."""
+        if self._registries.at_hand_alone(file_ids):
+            return left
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s was used with several registries: what this one does not know stays there, since it may "
+                "be another one's (--registry). Delete %s once only this one is in use.",
+                self._home.root,
+                self._registries.path,
+            )
+        return self._home.uploads(left)
 
     def _forget_all(self, ends: Mapping[str, tuple[JobState, str | None]]) -> None:
         for job_id, (state, code) in ends.items():
