@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,14 @@ class TrainingFiles:
         file = self._made(f"file-{secrets.token_hex(12)}", filename, purpose, writer.size)
         path = self._home.file(file.id, filename)
         with storage_errors():
-            # The row comes last: a file without one is swept, a row without a file would be a lie.
-            await self.disk.run(writer.commit, path)
-            return await self._threads.run(self._records.add_file, file)
+            try:
+                # The row comes last: a file without one is swept, a row without a file would be a lie.
+                await self.disk.run(writer.commit, path)
+                return await self._threads.run(self._records.add_file, file)
+            except Exception:
+                with suppress(OSError):
+                    await self.disk.run(path.unlink, True)
+                raise
 
     async def find(
         self, *, purpose: str | None, after: str | None, limit: int, oldest_first: bool
