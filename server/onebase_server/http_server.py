@@ -66,7 +66,7 @@ def url_of(listener: socket.socket) -> str:
 async def run_server(
     services: Services, app: FastAPI, listener: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    """Serve until a signal, or until the engine cannot be kept running.
+    """Serve until a signal, or until the engine or the following of jobs cannot be kept running.
 
     `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError.
     """
@@ -76,11 +76,12 @@ async def run_server(
     _install_signals(services, stop)
     loop = asyncio.get_running_loop()
     engine = loop.create_task(services.supervisor.run())
+    jobs = loop.create_task(services.training.manager.follow())
     http = loop.create_task(server.serve(sockets=[listener]))
     first_ready = loop.create_task(_when_ready(services, on_ready))
     stopped = loop.create_task(stop.wait())
     try:
-        await asyncio.wait({engine, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({engine, jobs, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
             await _drain(services, server, engine)
     finally:
@@ -91,9 +92,10 @@ async def run_server(
         await http
         await services.training.manager.stop()
         await services.supervisor.stop()
-        engine.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await engine
+        for task in (engine, jobs):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:

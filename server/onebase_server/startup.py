@@ -118,7 +118,6 @@ class _Server:
         upkeep = [
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
             asyncio.create_task(self.storage.keep_tidy(services.library.disk)),
-            asyncio.create_task(services.training.manager.follow()),
         ]
         try:
             await run_server(services, create_app(services), listener, ready)

@@ -128,3 +128,17 @@ def _age(data_dir: Path) -> list[Path]:
     for path in found:
         os.utime(path, (1e9, 1e9))
     return found
+
+
+def test_a_lock_that_cannot_be_opened_is_named_and_jobs_begin_once_it_can(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    lock = tmp_path / "training/lock"
+    lock.mkdir(parents=True)
+    with serve_scripted("words", "--sync-seconds", "0.1", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        job = make_job(client, "rows")
+        server.wait_for(lambda: "(--data-dir); waiting" in server.log)
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+        lock.rmdir()
+        assert wait_job(server, client, job.id, ended).status == "succeeded"

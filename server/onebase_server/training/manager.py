@@ -31,6 +31,8 @@ STOP_SECONDS = 60.0
 """A trainer that has not written its checkpoint by then is killed; the one before is whole."""
 SHUTDOWN_SECONDS = 15.0
 """The same when the server ends."""
+SWEEP_SECONDS = 3600.0
+"""From one look at what is left over in the training folder to the next."""
 
 
 class Manager:
@@ -39,12 +41,16 @@ class Manager:
     Files are checked by processes of their own, one at a time, also while jobs run.
     """
 
-    def __init__(self, runner: Runner, *, most: int, look_seconds: float) -> None:
+    def __init__(
+        self, runner: Runner, *, most: int, look_seconds: float, sweep_seconds: float = SWEEP_SECONDS
+    ) -> None:
         self._runner = runner
         self._records = runner.records
         self._threads = runner.threads
         self._most = most
         self._look_seconds = look_seconds
+        self._sweep_seconds = sweep_seconds
+        self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
         self._tidying = Tidying(self._records, self._threads, runner.home)
         self._known: dict[str, TrainingJob] = {}
@@ -76,21 +82,38 @@ class Manager:
         self._changed.set()
 
     async def follow(self) -> None:
-        """Do what the registry says, for ever. Cancelled by the server's end."""
-        while not self._runner.home.own():
-            _log.warning("another process runs the training jobs of %s; waiting", self._runner.home.root)
+        """Do what the registry says, for ever, whatever fails. Cancelled by the server's end."""
+        while not self._own():
             await asyncio.sleep(self._look_seconds)
-        await self._tidying.sweep()
         while not self._ending:
             self._changed.clear()
             try:
+                await self._sweep_if_due()
                 jobs = await self._threads.run(self._records.open_jobs, self._runner.home.server)
                 await self._reconcile(jobs)
                 await self._tidy(jobs)
             except RegistryError as error:
                 _log.warning("training jobs cannot be followed: %s", error)
+            except Exception:
+                _log.exception("training jobs cannot be followed")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._look_seconds)
+
+    def _own(self) -> bool:
+        """Whether the jobs of the folder are this process's to run; the log says why not."""
+        root = self._runner.home.root
+        try:
+            if self._runner.home.own():
+                return True
+            _log.warning("another process runs the training jobs of %s; waiting", root)
+        except OSError as error:
+            _log.error("no training job of %s can be run: %s (--data-dir); waiting", root, error)
+        return False
+
+    async def _sweep_if_due(self) -> None:
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + self._sweep_seconds
+            await self._tidying.sweep(self._runs)
 
     async def stop(self) -> None:
         """Let trainers write a checkpoint and end; their jobs are queued for the next start."""

@@ -32,8 +32,12 @@ class Tidying:
             now = await self._threads.run(self._records.job, job.tenant, job.id)
             await self._threads.run(self._forget, job.id, now.state, now.error.code if now.error else None)
 
-    async def sweep(self) -> None:
-        """Once at the start: uploads and jobs that a power cut ended, and jobs that ended elsewhere."""
+    async def sweep(self, running: Collection[str]) -> None:
+        """Uploads and jobs that a power cut ended, and jobs that ended unseen, or through another server.
+
+        Args:
+            running: jobs that have a process, which may write.
+        """
         home = self._home
         try:
             left = await self._threads.run(home.listing)
@@ -41,7 +45,8 @@ class Tidying:
             jobs = await self._threads.run(self._records.job_ends, home.server)
             left = await self._threads.run(self._orphans_among, left, files)
             removed = await self._threads.run(home.sweep, left, files, jobs)
-            await self._threads.run(self._forget_all, jobs)
+            over = {job_id: end for job_id, end in jobs.items() if job_id not in running}
+            await self._threads.run(self._forget_all, over)
         except (RegistryError, OSError) as error:
             _log.warning("the training folder was not swept: %s", error)
         else:

@@ -1,0 +1,141 @@
+"""The manager by itself, on a registry of its own: it goes on whatever fails, and keeps the disk tidy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from onebase_adapters.registry import JobError, NewEvent, NewJob, Registry, TrainingFile
+from onebase_server.background import Threads
+from onebase_server.training.home import TrainingHome
+from onebase_server.training.manager import Manager
+from onebase_server.training.watchers import Watchers
+
+JOB = "ftjob-1"
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="base", base_name="base")
+    made.migrate()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> TrainingHome:
+    return TrainingHome(tmp_path)
+
+
+def add_job(registry: Registry, home: TrainingHome, state: Any, **facts: Any) -> Path:
+    """A job in this state, and the folder that it has written into."""
+    records = registry.training
+    records.add_file(TrainingFile("file-1", "default", home.server, "fine-tune", "a.jsonl", 1, 1.0))
+    records.add_job(
+        NewJob(
+            id=JOB, tenant="default", server=home.server, name="orders", training_file="file-1",
+            validation_file=None, activate="never", settings={}, labels={},
+        ),
+        NewEvent(1.0, "made"),
+    )  # fmt: skip
+    records.move(JOB, state, ("validating_files",), **facts)
+    (home.job(JOB) / "checkpoints" / "5").mkdir(parents=True)
+    return home.job(JOB)
+
+
+async def followed(
+    registry: Registry, home: TrainingHome, until: Callable[[], object], *, records: Any = None
+) -> None:
+    """Let a manager that looks and sweeps all the time run until something is so."""
+    threads, watchers = Threads("records", 2), Watchers()
+    runner: Any = SimpleNamespace(
+        records=records or registry.training, threads=threads, watchers=watchers, home=home
+    )
+    manager = Manager(runner, most=0, look_seconds=0.01, sweep_seconds=0.0)
+    task = asyncio.get_running_loop().create_task(manager.follow())
+    try:
+        async with asyncio.timeout(60):
+            while not until() and not task.done():
+                await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def test_an_upload_that_grows_old_beside_a_running_server_is_swept(
+    registry: Registry, home: TrainingHome
+) -> None:
+    path = home.files / ".0012.part"
+    path.write_text("still coming")
+    looks = 0
+
+    def swept_once_it_is_old() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            os.utime(path, (1e9, 1e9))
+        return not path.exists()
+
+    asyncio.run(followed(registry, home, swept_once_it_is_old))
+    assert looks >= 20
+
+
+@pytest.mark.parametrize(
+    ("state", "facts"),
+    [("paused", {}), ("failed", {"error": JobError("disk_full", "no space")})],
+)
+def test_a_job_that_another_server_cancels_leaves_nothing(
+    registry: Registry, home: TrainingHome, state: str, facts: dict[str, Any]
+) -> None:
+    folder = add_job(registry, home, state, **facts)
+    looks = 0
+
+    def gone_once_it_is_cancelled() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            assert folder.exists()
+            registry.training.move(JOB, "cancelled", (state,))  # type: ignore[arg-type]
+        return not folder.exists()
+
+    asyncio.run(followed(registry, home, gone_once_it_is_cancelled))
+
+
+class _Failing:
+    """A registry's jobs, of which the first looks fail as nobody expects."""
+
+    def __init__(self, records: Any, times: int) -> None:
+        self.times = times
+        self._records = records
+
+    def open_jobs(self, server: str) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise ValueError("a row that cannot be read")
+        return self._records.open_jobs(server)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._records, name)
+
+
+def test_a_failure_that_nobody_expects_does_not_end_the_jobs(
+    registry: Registry, home: TrainingHome, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_job(registry, home, "queued")
+    records = _Failing(registry.training, times=2)
+
+    def told() -> bool:
+        job = registry.training.job("default", JOB)
+        return any("--train-jobs 0" in event.message for event in registry.training.events(job, limit=5))
+
+    asyncio.run(followed(registry, home, told, records=records))
+    assert told()
+    assert "a row that cannot be read" in caplog.text
