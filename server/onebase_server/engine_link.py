@@ -98,9 +98,15 @@ class ChildProcess:
                 ours.close()
                 raise
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_unix_connection(
-            lambda: _Frames(decoder, on_message, on_lost), sock=ours
-        )
+        try:
+            transport, _ = await loop.create_unix_connection(
+                lambda: _Frames(decoder, on_message, on_lost), sock=ours
+            )
+        except BaseException:
+            ours.close()
+            process.kill()
+            await process.wait()
+            raise
         return cls(process, transport)
 
     @property
@@ -109,8 +115,12 @@ class ChildProcess:
 
     def send(self, message: msgspec.Struct) -> None:
         """Queue a message; never blocks. Lost if the child is gone."""
+        self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """As `send`, of a message that is encoded already."""
         if not self._transport.is_closing():
-            self._transport.write(encode(message))
+            self._transport.write(frame)
 
     async def end(self, grace: float = 0.0) -> str:
         """Wait `grace` seconds for the process to exit, then kill it. Says how it ended, for the log."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from onebase_adapters.training.events import Event
 from onebase_adapters.training.gate import Reason
+from onebase_server.engine.protocol import encode
 from onebase_server.engine_link import ChildProcess
 from onebase_server.trainer.protocol import (
     Check,
@@ -57,12 +58,16 @@ class Trainer:
         fds: Mapping[str, int],
         on_event: Callable[[Event], None],
     ) -> Trainer:
-        """`command` gets `--fd N` and an option for each of `fds` appended. Raises OSError."""
+        """`command` gets `--fd N` and an option for each of `fds` appended.
+
+        Raises OSError; ValueError, OverflowError: the message cannot be sent.
+        """
+        frame = encode(message)
         trainer = cls(on_event)
         trainer._child = await ChildProcess.spawn(
             command, from_trainer_decoder(), trainer._receive, trainer._closed, fds, ENVIRONMENT
         )
-        trainer._child.send(message)
+        trainer._child.send_frame(frame)
         return trainer
 
     @property
