@@ -19,7 +19,7 @@ from onebase_server.training.recorder import Recorder
 from onebase_server.training.watchers import Watchers
 
 from .support import Server, Starter
-from .training_support import make_job, openai_client, run_job, wait_job
+from .training_support import make_job, openai_client, run_job, step_of, wait_job
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,26 @@ def test_events_come_while_the_job_runs(server: Server, client: OpenAI) -> None:
         assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
     assert any(event["data"]["type"] == "metrics" for event in seen)
     client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_stream_of_a_cancelled_job_has_all_that_its_run_told(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "slow")
+    told: list[str] = []
+
+    def follow() -> None:
+        with server.client() as http:
+            told.extend(event["id"] for event in stream(http, job.id) if "id" in event)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    wait_job(server, client, job.id, lambda job: step_of(job) > 5)
+    client.fine_tuning.jobs.cancel(job.id)
+    server.wait_for(lambda: not server.trainer_pids())
+    thread.join()
+    folder = server.data_dir / "training/jobs" / job.id
+    server.wait_for(lambda: not folder.exists())  # its run has ended
+    listed = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert told == listed[::-1]
 
 
 def test_several_follow_one_job(server: Server, client: OpenAI) -> None:

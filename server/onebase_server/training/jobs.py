@@ -139,7 +139,7 @@ class Jobs:
             "The job is cancelled.",
             "there is nothing left to cancel",
         )
-        if job.server == self._home.server and all(run.job.id != job.id for run in self._manager.running):
+        if job.server == self._home.server and not self._manager.has_run(job.id):
             await self._threads.run(self._home.forget, job.id)
         return job
 
@@ -215,7 +215,9 @@ class Jobs:
         with self._watchers.watch(job.id) as news:
             while True:
                 news.clear()
-                # The state first: what is told before an end is read after it.
+                # The state first: what is told before an end is read after it. A run that is being ended
+                # may still tell something, though its job is cancelled.
+                telling = self._manager.has_run(job.id)
                 current = await self.get(job.id)
                 with storage_errors():
                     found = await self._threads.run(self._records.events_since, job, after, MOST_EVENTS)
@@ -224,7 +226,7 @@ class Jobs:
                     yield event
                 if len(found) == MOST_EVENTS:
                     continue
-                if current.ended:
+                if current.ended and not telling:
                     yield current
                     return
                 if not found:

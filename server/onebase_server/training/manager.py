@@ -138,6 +138,10 @@ class Manager:
         """The runs that there are now."""
         return list(self._runs.values())
 
+    def has_run(self, job_id: str) -> bool:
+        """Whether the job has a run here, perhaps one that is about to end."""
+        return job_id in self._runs
+
     async def _reconcile(self, jobs: Sequence[TrainingJob]) -> None:
         """`jobs`: those in the registry that are open, oldest first."""
         states = {job.id: job for job in jobs}
@@ -187,6 +191,7 @@ class Manager:
 
         def forget(_task: asyncio.Task[None]) -> None:
             self._runs.pop(job.id, None)
+            self._runner.watchers.notify(job.id)
             self.look()
 
         run.task.add_done_callback(forget)
