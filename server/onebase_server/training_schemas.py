@@ -10,10 +10,13 @@ from onebase_adapters.registry import Activate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_server.errors import InvalidRequestError
 from onebase_server.schemas import FieldError, Name, Wire
+from onebase_server.training.recipe_limits import check_limits
 from onebase_server.training.views import wire_name
 
 MAX_LABELS = 16
 MAX_SUFFIX = 64
+_NO_KEY = frozenset('"\\')
+"""What databases do not find in a key of metadata."""
 _OWN_FIELDS = ("method", "seed")
 """Fields of a recipe that a request sets elsewhere."""
 
@@ -73,12 +76,27 @@ class CreateJobRequest(Wire):
             raise FieldError("suffix", "name says it all already; give one of the two")
         return self
 
-    def recipe(self) -> Recipe:
-        """What is asked for. Raises InvalidRequestError naming the field."""
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        for key in self.metadata or ():
+            if problem := label_problem(key):
+                raise FieldError("metadata", problem)
+        return self
+
+    def recipe(self, max_rank: int) -> Recipe:
+        """What is asked for, of which this server serves ranks up to `max_rank`.
+
+        Raises InvalidRequestError naming the field.
+        """
         kind = self.method.type if self.method else "supervised"
         place = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
         settings = dict(self.method.settings if self.method else self.hyperparameters or {})
         if "n_epochs" in settings:
+            if "epochs" in settings:
+                raise InvalidRequestError(
+                    f"{place}.n_epochs: epochs is another name for it; give one of the two.",
+                    param=f"{place}.n_epochs",
+                )
             settings["epochs"] = settings.pop("n_epochs")
         for name in _OWN_FIELDS:
             if name in settings:
@@ -90,7 +108,16 @@ class CreateJobRequest(Wire):
         if self.seed is not None:
             given["seed"] = self.seed
         try:
-            return parse_recipe({**given, "method": kind})
+            recipe = parse_recipe({**given, "method": kind})
+            check_limits(recipe, max_rank)
         except RecipeError as error:
             param = f"{place}.{wire_name(error.field)}" if error.field else place
             raise InvalidRequestError(f"{param}: {error}.", param=param) from error
+        return recipe
+
+
+def label_problem(key: str) -> str:
+    """Why jobs could not be found by this key of their metadata; "" if they can."""
+    if key.isprintable() and _NO_KEY.isdisjoint(key):
+        return ""
+    return f'a key is {key[:80]!r}: write it without ", \\ and characters that cannot be printed'

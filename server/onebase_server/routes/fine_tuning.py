@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -25,7 +25,7 @@ from onebase_server.training.views import (
     number_of,
     page,
 )
-from onebase_server.training_schemas import CreateJobRequest
+from onebase_server.training_schemas import MAX_LABELS, CreateJobRequest, label_problem
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
 
@@ -46,7 +46,7 @@ async def create_job(body: CreateJobRequest, services: Provided) -> Response:
             f"model: {body.model!r} cannot be trained on; this server's base is {base!r}.", param="model"
         )
     job = await services.training.jobs.create(
-        body.recipe(),
+        body.recipe(services.settings.max_rank),
         training_file=body.training_file,
         validation_file=body.validation_file,
         name=_adapter_name(body, base),
@@ -59,11 +59,7 @@ async def create_job(body: CreateJobRequest, services: Provided) -> Response:
 @router.get("")
 async def list_jobs(request: Request, services: Provided, after: After = None, limit: Limit = 20) -> Response:
     """Newest first; `metadata[key]=value` picks those with that metadata."""
-    labels = {
-        key[len(_LABEL) : -len(_LABEL_END)]: value
-        for key, value in request.query_params.items()
-        if key.startswith(_LABEL) and key.endswith(_LABEL_END)
-    }
+    labels = _labels(request.query_params)
     found = await services.training.jobs.find(after=after, limit=limit + 1, labels=labels)
     base = services.catalog.base_name
     return json_response(page([job_view(job, base) for job in found[:limit]], more=len(found) > limit))
@@ -164,6 +160,24 @@ def _adapter_name(body: CreateJobRequest, base: str) -> str | None:
         return check_name(f"ft-{body.suffix}"[:MAX_NAME], base)
     except InvalidRequestError as error:
         raise InvalidRequestError(error.message.replace("name:", "suffix:", 1), param="suffix") from error
+
+
+def _labels(query: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that is asked for. Raises InvalidRequestError for what no job can have."""
+    labels = {
+        key[len(_LABEL) : -len(_LABEL_END)]: value
+        for key, value in query.items()
+        if key.startswith(_LABEL) and key.endswith(_LABEL_END)
+    }
+    if len(labels) > MAX_LABELS:
+        raise InvalidRequestError(
+            f"metadata: there are {len(labels)} keys and a job has {MAX_LABELS} at most. Ask for fewer.",
+            param="metadata",
+        )
+    for key in labels:
+        if problem := label_problem(key):
+            raise InvalidRequestError(f"metadata: {problem}.", param="metadata")
+    return labels
 
 
 def _number(given: str, prefix: str, param: str) -> int:
