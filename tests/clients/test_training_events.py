@@ -383,6 +383,49 @@ def test_waiting_bears_a_server_that_goes_away_while_it_tells_so(
     assert trainer.followed == [event(1)["id"], event(2)["id"]]
 
 
+@pytest.mark.parametrize("answered", [0, 1, 2])
+def test_waiting_bears_a_server_that_is_away_when_it_begins(
+    wait: Callable[..., Any], trainer: Trainer, answered: int
+) -> None:
+    trainer.add(1, "running", event(1, "created"))
+    trainer.live = [(event(2, "proven"), succeeded())]
+    refusal = RefusalError(503, "starting", "starting")
+
+    def go_away(request: Any) -> None:
+        trainer.first = [right] * answered
+        trainer.first += [lambda request: request.reply(503, refusal.body), lambda request: request.hang_up()]
+        trainer.first += trainer.first[-2:] * 3
+        request.reply(200, trainer.jobs[ID])
+
+    def right(request: Any) -> None:
+        wait_for = trainer.first[:]
+        trainer.first = []
+        trainer.script(request)
+        trainer.asked.pop()
+        trainer.first = wait_for
+
+    trainer.first = [go_away]
+    assert wait(max_retries=0).status == "succeeded"
+    assert trainer.first == []
+    assert trainer.followed == [event(1)["id"]]
+
+
+def test_waiting_gives_up_a_server_that_stays_away_after_about_a_minute(
+    wait: Callable[..., Any], trainer: Trainer, slept: list[float]
+) -> None:
+    trainer.add(1, "running", event(1, "created"))
+
+    def go_away(request: Any) -> None:
+        trainer.first = [lambda request: request.hang_up()] * 100
+        request.reply(200, trainer.jobs[ID])
+
+    trainer.first = [go_away]
+    with pytest.raises(APIConnectionError):
+        wait(max_retries=0)
+    assert len(trainer.asked) == 1 + 1 + RECONNECTS
+    assert 20 < sum(slept) < 80
+
+
 def test_waiting_without_a_word_draws_nothing(
     wait: Callable[..., Any], trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:

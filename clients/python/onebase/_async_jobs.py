@@ -43,11 +43,12 @@ class AsyncTrainingJob(JobView):
 
     async def wait(self, *, progress: bool | TrainingCallback = True) -> AsyncTrainingJob:
         """As TrainingJob.wait."""
-        newest = await self.events(limit=1)
+        newest = await self._newest_event()
         with watcher(progress) as watch:
-            watch.show((await self.refresh()).info)
+            await self._refresh_patiently()
+            watch.show(self.info)
             if not settled(self.info):
-                async with self.stream_events(after=newest[0].id if newest else None) as events:
+                async with AsyncEventStream(self._open, self.id, newest, known=True) as events:
                     await self._follow(events, watch)
             check(self.info)
         return self
@@ -105,13 +106,22 @@ class AsyncTrainingJob(JobView):
         self._info = events.job or self.info
         watch.show(self.info)
 
+    async def _newest_event(self) -> str | None:
+        """The id of what it told last; also while the server is started again."""
+        reply = await self._send_patiently(_training_requests.events(self.id, None, 1))
+        items = parse(reply.body, page_of(_training_parse.event)).items
+        return items[0].id if items else None
+
     async def _refresh_patiently(self) -> None:
         """As `refresh`, also while the server is started again."""
-        call, patience = _training_requests.job(self.id), Patience()
+        reply = await self._send_patiently(_training_requests.job(self.id))
+        self._info = parse(reply.body, _training_parse.job)
+
+    async def _send_patiently(self, call: Call) -> Reply:
+        patience = Patience()
         while True:
             try:
-                await self._after(call)
-                return
+                return await self._send(call)
             except (APIConnectionError, APITimeoutError, APIStatusError) as error:
                 delay = patience.delay(error, call)
             await anyio.sleep(delay)

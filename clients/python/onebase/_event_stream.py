@@ -52,11 +52,11 @@ class Patience:
 class _Position:
     """Which event of a stream came last, how often it broke since. Pure: the caller reads and sleeps."""
 
-    def __init__(self, job_id: str, after: str | None) -> None:
+    def __init__(self, job_id: str, after: str | None, known: bool) -> None:
         self.last_id = after
         self.job: TrainingJobInfo | None = None
         self._job_id = job_id
-        self._opened = False
+        self._known = known
         self._patience = Patience()
         self._parser = SSEParser()
 
@@ -69,7 +69,7 @@ class _Position:
 
     def begin(self) -> None:
         """A connection is there: what an earlier one left half-sent will come again."""
-        self._opened = True
+        self._known = True
         self._parser = SSEParser()
 
     def feed(self, chunk: bytes) -> Iterator[TrainingEvent]:
@@ -110,7 +110,7 @@ class _Position:
         Raises:
             OneBaseError: it is not worth another one.
         """
-        if error is not None and not self._opened:
+        if error is not None and not self._known:
             raise error
         return self._patience.delay(error, self.call())
 
@@ -123,10 +123,13 @@ def _passes(error: OneBaseError, call: Call) -> bool:
 
 
 class _BaseEventStream:
-    """What EventStream and AsyncEventStream share: how far they are."""
+    """What EventStream and AsyncEventStream share: how far they are.
 
-    def __init__(self, job_id: str, after: str | None) -> None:
-        self._position = _Position(job_id, after)
+    `known`: the server has told of this job, so that it is worth waiting for also before the first answer.
+    """
+
+    def __init__(self, job_id: str, after: str | None, known: bool) -> None:
+        self._position = _Position(job_id, after, known)
 
     @property
     def last_id(self) -> str | None:
@@ -149,8 +152,10 @@ class EventStream(_BaseEventStream):
     Raises, while iterating: OneBaseError, see `onebase.errors`.
     """
 
-    def __init__(self, open: Callable[[Call], Response], job_id: str, after: str | None) -> None:
-        super().__init__(job_id, after)
+    def __init__(
+        self, open: Callable[[Call], Response], job_id: str, after: str | None, *, known: bool = False
+    ) -> None:
+        super().__init__(job_id, after, known)
         self._open = open
         self._events = self._read()
 
@@ -203,9 +208,14 @@ class AsyncEventStream(_BaseEventStream):
     """As EventStream: `async with job.stream_events() as events: async for event in events: ...`"""
 
     def __init__(
-        self, open: Callable[[Call], Awaitable[AsyncResponse]], job_id: str, after: str | None
+        self,
+        open: Callable[[Call], Awaitable[AsyncResponse]],
+        job_id: str,
+        after: str | None,
+        *,
+        known: bool = False,
     ) -> None:
-        super().__init__(job_id, after)
+        super().__init__(job_id, after, known)
         self._open = open
         self._events = self._read()
 

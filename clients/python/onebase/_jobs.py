@@ -58,11 +58,12 @@ class TrainingJob(JobView):
             TrainingStoppedError: it was cancelled, or paused, meanwhile or before.
             APIConnectionError, APITimeoutError: the server was away for more than about a minute.
         """
-        newest = self.events(limit=1)
+        newest = self._newest_event()
         with watcher(progress) as watch:
-            watch.show(self.refresh().info)
+            self._refresh_patiently()
+            watch.show(self.info)
             if not settled(self.info):
-                with self.stream_events(after=newest[0].id if newest else None) as events:
+                with EventStream(self._open, self.id, newest, known=True) as events:
                     self._follow(events, watch)
             check(self.info)
         return self
@@ -141,13 +142,22 @@ class TrainingJob(JobView):
         self._info = events.job or self.info
         watch.show(self.info)
 
+    def _newest_event(self) -> str | None:
+        """The id of what it told last; also while the server is started again."""
+        reply = self._send_patiently(_training_requests.events(self.id, None, 1))
+        items = parse(reply.body, page_of(_training_parse.event)).items
+        return items[0].id if items else None
+
     def _refresh_patiently(self) -> None:
         """As `refresh`, also while the server is started again."""
-        call, patience = _training_requests.job(self.id), Patience()
+        reply = self._send_patiently(_training_requests.job(self.id))
+        self._info = parse(reply.body, _training_parse.job)
+
+    def _send_patiently(self, call: Call) -> Reply:
+        patience = Patience()
         while True:
             try:
-                self._after(call)
-                return
+                return self._send(call)
             except (APIConnectionError, APITimeoutError, APIStatusError) as error:
                 delay = patience.delay(error, call)
             time.sleep(delay)
