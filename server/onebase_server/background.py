@@ -23,7 +23,10 @@ class Threads:
         self._free = asyncio.Semaphore(most)
 
     async def run(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The call's result, or what it raised. Cancelling stops the wait; the call itself goes on."""
+        """The call's result, or what it raised. Cancelling stops the wait; the call itself goes on.
+
+        Raises RuntimeError also when the machine gives no thread.
+        """
         await self._free.acquire()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
@@ -46,6 +49,10 @@ class Threads:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
                 loop.call_soon_threadsafe(finish, result, error)
 
-        threading.Thread(target=work, name=self._name, daemon=True).start()
+        try:
+            threading.Thread(target=work, name=self._name, daemon=True).start()
+        except BaseException:
+            self._free.release()
+            raise
         value: T = await answer
         return value
