@@ -23,6 +23,7 @@ from onebase_server.errors import (
     error_json,
     status_of,
 )
+from onebase_server.multipart import is_form
 from onebase_server.routes import (
     adapters,
     chat,
@@ -149,12 +150,9 @@ class QuotedNames:
 
 
 def _is_upload(scope: Scope) -> bool:
+    """Whether a route reads the body as a form; as the routes do, by the first Content-Type."""
     kinds = (value for name, value in scope["headers"] if name == b"content-type")
-    return (
-        scope["method"] == "POST"
-        and scope["path"] in _UPLOADS
-        and any(kind.lower().startswith(b"multipart/form-data") for kind in kinds)
-    )
+    return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
 
 
 def _announced_length(scope: Scope) -> int:

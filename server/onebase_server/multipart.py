@@ -18,6 +18,7 @@ MAX_FIELD_BYTES = 1000
 MAX_PARTS = 8
 MAX_HEADERS = 8
 MAX_HEADER_BYTES = 4096
+_FORM = b"multipart/form-data"
 _BATCH_BYTES = 1 << 20
 """Read before a thread parses and writes it."""
 
@@ -147,10 +148,15 @@ class FormReader(ABC, Generic[Result]):
         self._complete = True
 
 
+def is_form(content_type: bytes) -> bool:
+    """Whether a body of this Content-Type is read as multipart/form-data."""
+    return parse_options_header(content_type)[0] == _FORM
+
+
 def boundary_of(request: Request, how: str = "") -> bytes | None:
     """The boundary of a multipart body; None when the body is something else. Raises InvalidRequestError."""
     kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data":
+    if kind != _FORM:
         return None
     boundary = options.get(b"boundary", b"")
     if not boundary:

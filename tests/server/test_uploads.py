@@ -132,6 +132,22 @@ def test_an_upload_may_be_larger_than_other_bodies(http: httpx2.Client) -> None:
     assert http.post("/generate", json={"prompt": "w" * 1_500_000}).status_code == 413
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("application/json", "multipart/form-data; boundary=B"),
+        ("multipart/form-data-not; boundary=B",),
+    ],
+)
+def test_a_body_that_no_form_is_read_from_is_held_to_the_limit_of_bodies(
+    http: httpx2.Client, kinds: tuple[str, ...]
+) -> None:
+    body = b'{"name": "x", "hub": {"repo": "' + b"a" * 1_500_000 + b'"}}'
+    answer = http.post("/v1/adapters", content=body, headers=[("Content-Type", kind) for kind in kinds])
+    assert answer.status_code == 413
+    assert "--max-body" in answer.json()["error"]["message"]
+
+
 def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: Server) -> None:
     before = stored(server)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
