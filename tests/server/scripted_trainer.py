@@ -11,6 +11,7 @@ several:
     dies-at-7       is killed after that step, each time it gets there
     dies-at-7-once  only when it has not gone on from a checkpoint
     dies-checking   is killed while it checks the file
+    dies-checking-twice  only the first two times
     full            says that the disk is full at step 3, once
     worse           the report says that the adapter is no better
     broken-adapter  the workshop refuses what comes out
@@ -91,7 +92,7 @@ class ScriptedTrainer:
     def check(self, message: Check) -> None:
         words = Path(message.job.train).read_text().split()
         self.say(events.Phase(at=time.time(), name="validating_files"))
-        if "dies-checking" in words:
+        if "dies-checking" in words or ("dies-checking-twice" in words and self.checks(message) <= 2):
             os.kill(os.getpid(), signal.SIGKILL)
         if "broken" in words:
             problems = [Problem(line, "messages", f"line {line} is bad") for line in (1, 3)]
@@ -108,6 +109,14 @@ class ScriptedTrainer:
         self.say(events.DataChecked(at=time.time(), report={"train": {"rows": len(words)}}))
         recipe = {**message.job.recipe, "epochs": 3.0, "batch_size": 4, "learning_rate_multiplier": 1.0}
         self.send(Checked({"recipe": recipe, "estimate": {"total": 1}, "steps": 10}))
+
+    def checks(self, message: Check) -> int:
+        """How often the file has been checked, with this time."""
+        counter = Path(message.job.folder) / "checks"
+        counter.parent.mkdir(parents=True, exist_ok=True)
+        with counter.open("a") as file:
+            file.write("x")
+        return counter.stat().st_size
 
     def train(self, message: Train) -> None:
         folder = Path(message.job.folder)

@@ -155,7 +155,8 @@ class Run:
         )
         if isinstance(outcome, Checked):
             event = NewEvent(time.time(), "The job waits for its turn.")
-            await self._record.move("queued", ("validating_files",), event, plan=outcome.plan)
+            told: dict[str, Any] = {"plan": outcome.plan, "deaths": 0, "death_step": 0}
+            await self._record.move("queued", ("validating_files",), event, **told)
         else:
             await self._ended_early(outcome)
 
