@@ -15,7 +15,7 @@ import openai
 import pytest
 from tests.disks import fill, small_disk
 
-from .support import HERE, Starter, serving
+from .support import CONFIG, HERE, Starter, serving
 from .training_support import add_file, ended, make_job, messages, openai_client, run_job, step_of, wait_job
 
 
@@ -155,6 +155,10 @@ def test_a_ready_version_that_cannot_be_activated_is_told_and_its_job_succeeds_e
             assert len(told) == 1 + delivery
         with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
             database.execute("UPDATE training_jobs SET state = 'running'")
+        folder = tmp_path / "training/jobs" / job.id / "adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(CONFIG)
+        (folder / "adapter_model.safetensors").write_bytes(job.id.encode())
 
 
 def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import RegistryBusyError, RegistryError, RegistryFullError
+from onebase_adapters.registry import (
+    NewEvent,
+    NewJob,
+    Registry,
+    RegistryBusyError,
+    RegistryError,
+    RegistryFullError,
+    TrainingFile,
+)
 from onebase_server.background import Threads
-from onebase_server.errors import OneBaseError
+from onebase_server.errors import ConflictError, OneBaseError
 from onebase_server.training.files import TrainingFiles
 from onebase_server.training.home import TrainingHome
 
@@ -34,3 +42,31 @@ def test_an_upload_that_the_registry_does_not_take_leaves_nothing_on_the_disk(
         return list(home.files.iterdir())
 
     assert asyncio.run(upload()) == []
+
+
+def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_that_job_is(
+    tmp_path: Path,
+) -> None:
+    def registry(base: str) -> Registry:
+        made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id=base, base_name=base)
+        made.migrate()
+        return made
+
+    async def delete(home: TrainingHome) -> None:
+        threads = Threads("test", 2)
+        await TrainingFiles(here.training, home, threads, threads, 1 << 20).delete("file-1")
+
+    home, here, there = TrainingHome(tmp_path), registry("base"), registry("another")
+    there.training.add_file(TrainingFile("file-1", "default", home.server, "fine-tune", "a.jsonl", 1, 1.0))
+    there.training.add_job(
+        NewJob(
+            id="ftjob-1", tenant="default", server=home.server, name="orders", training_file="file-1",
+            validation_file=None, activate="never", settings={}, labels={},
+        ),
+        NewEvent(1.0, "made"),
+    )  # fmt: skip
+    with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
+        asyncio.run(delete(home))
+    assert refused.value.code == "file_in_use"
+    here.close()
+    there.close()

@@ -13,9 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.registry import DEFAULT_TENANT, Purpose, TrainingFile, TrainingRecords
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    FileInUseError,
+    Purpose,
+    TrainingFile,
+    TrainingRecords,
+    UnknownJobError,
+)
 from onebase_server.background import Threads
-from onebase_server.errors import InvalidRequestError, StoreFullError, UnknownFileError
+from onebase_server.errors import ConflictError, InvalidRequestError, StoreFullError, UnknownFileError
 from onebase_server.storage_errors import storage_errors
 from onebase_server.training.home import UPLOADING, TrainingHome, ending
 from onebase_server.training.outcomes import RESUMABLE
@@ -143,8 +150,24 @@ class TrainingFiles:
         """Raises UnknownFileError, ConflictError while a job needs it, UnavailableError."""
         self.content_path(await self.get(file_id))
         with storage_errors():
-            file = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id, RESUMABLE)
+            try:
+                file = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id, RESUMABLE)
+            except FileInUseError as error:
+                await self._raise_if_elsewhere(error)
+                raise
         await self.disk.run(self._home.file(file.id, file.filename).unlink, True)
+
+    async def _raise_if_elsewhere(self, used: FileInUseError) -> None:
+        """Raises ConflictError when the job that needs a file is not to be found on this server."""
+        try:
+            await self._threads.run(self._records.job, DEFAULT_TENANT, used.job)
+        except UnknownJobError as error:
+            raise ConflictError(
+                f"{used} It is a job on another base: wait for its end, or cancel it through a server of "
+                "that base on the same registry.",
+                code="file_in_use",
+                param="file_id",
+            ) from error
 
     async def keep_curve(self, job_id: str, report: Mapping[str, Any]) -> str:
         """The losses of a run as a CSV file; the same one when it is asked for again. Returns its id."""

@@ -76,10 +76,6 @@ class TrainingHome:
         """Delete what a run has written."""
         shutil.rmtree(self.job(job_id), ignore_errors=True)
 
-    def forget_checkpoints(self, job_id: str) -> None:
-        """Delete the places that a run could go on from."""
-        shutil.rmtree(self.job(job_id) / "checkpoints", ignore_errors=True)
-
     def uploads(self, left: Iterable[Path]) -> list[Path]:
         """Those of a `listing` that are half of an upload: they have no row in any registry."""
         return [path for path in left if path.parent == self.files and path.name.endswith(UPLOADING)]

@@ -7,7 +7,14 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from onebase_adapters.registry import JobState, RegistryError, TrainingJob, TrainingRecords, UnknownJobError
+from onebase_adapters.registry import (
+    ENDED_STATES,
+    JobState,
+    RegistryError,
+    TrainingJob,
+    TrainingRecords,
+    UnknownJobError,
+)
 from onebase_server.background import Threads
 from onebase_server.training.home import TrainingHome
 from onebase_server.training.outcomes import may_go_on
@@ -72,7 +79,5 @@ class Tidying:
             self._forget(job_id, state, code)
 
     def _forget(self, job_id: str, state: JobState, code: str | None) -> None:
-        if state == "succeeded":
-            self._home.forget_checkpoints(job_id)
-        elif state == "cancelled" or (state == "failed" and not may_go_on(state, code)):
+        if state in ENDED_STATES and not may_go_on(state, code):
             self._home.forget(job_id)
