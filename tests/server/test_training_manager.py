@@ -51,14 +51,21 @@ def add_job(registry: Registry, home: TrainingHome, state: Any, **facts: Any) ->
 
 
 async def followed(
-    registry: Registry, home: TrainingHome, until: Callable[[], object], *, records: Any = None
+    registry: Registry,
+    home: TrainingHome,
+    until: Callable[[], object],
+    *,
+    records: Any = None,
+    most: int = 0,
 ) -> None:
     """Let a manager that looks and sweeps all the time run until something is so."""
     threads, watchers = Threads("records", 2), Watchers()
     runner: Any = SimpleNamespace(
         records=records or registry.training, threads=threads, watchers=watchers, home=home
     )
-    manager = Manager(runner, most=0, look_seconds=0.01, sweep_seconds=0.0)
+    manager = Manager(runner, most=most, look_seconds=0.01, sweep_seconds=0.0)
+    base: Any = None
+    manager.base_ready(base, b"", -1)
     task = asyncio.get_running_loop().create_task(manager.follow())
     try:
         async with asyncio.timeout(60):
@@ -139,3 +146,36 @@ def test_a_failure_that_nobody_expects_does_not_end_the_jobs(
     asyncio.run(followed(registry, home, told, records=records))
     assert told()
     assert "a row that cannot be read" in caplog.text
+
+
+class _Broken:
+    """A run that ends without a word, as when the registry is away: its job is still called running."""
+
+    kind, delivering, stopping, computes = "train", False, False, False
+
+    def __init__(self, runner: Any, job: Any, kind: str, base: Any) -> None:
+        self.job = job
+        self._records = runner.records
+
+    def begin(self) -> None:
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        self._records.move(self.job.id, "running", ("queued",))
+
+
+def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
+    registry: Registry, home: TrainingHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_server.training.manager.Run", _Broken)
+    add_job(registry, home, "running")
+
+    def told() -> list[str]:
+        job = registry.training.job("default", JOB)
+        return [event.message for event in registry.training.events(job, limit=100)][::-1]
+
+    asyncio.run(followed(registry, home, lambda: len(told()) >= 3, most=1))
+    assert told()[1:3] == [
+        "The server was started again; the job goes on from its beginning.",
+        "The registry was away; the job goes on from its beginning.",
+    ]

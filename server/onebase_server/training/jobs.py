@@ -236,7 +236,8 @@ class Jobs:
 
 async def _wait(news: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
-        await asyncio.wait_for(news.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await news.wait()
 
 
 def _conflict(job: TrainingJob, why: str, state: str | None = None) -> ConflictError:

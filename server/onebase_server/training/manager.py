@@ -21,6 +21,7 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_server.engine.protocol import EngineConfig
+from onebase_server.training.outcomes import place_of
 from onebase_server.training.run import Run, RunKind
 from onebase_server.training.runner import BaseAtHand, Runner
 from onebase_server.training.tidying import Tidying
@@ -55,6 +56,8 @@ class Manager:
         self._tidying = Tidying(self._records, self._threads, runner.home)
         self._known: dict[str, TrainingJob] = {}
         """Jobs that were open, or had a process, at the last look."""
+        self._begun: set[str] = set()
+        """Jobs that had a run since the server was started."""
         self._told_off: set[str] = set()
         self._base: BaseAtHand | None = None
         self._changed = asyncio.Event()
@@ -97,7 +100,8 @@ class Manager:
             except Exception:
                 _log.exception("training jobs cannot be followed")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._look_seconds)
+                async with asyncio.timeout(self._look_seconds):  # wait_for could miss being cancelled
+                    await self._changed.wait()
 
     def _own(self) -> bool:
         """Whether the jobs of the folder are this process's to run; the log says why not."""
@@ -131,7 +135,7 @@ class Manager:
     @property
     def deaths(self) -> int:
         """Trainers that died by themselves."""
-        return len(self._runner.deaths)
+        return self._runner.deaths
 
     @property
     def running(self) -> Sequence[Run]:
@@ -186,6 +190,7 @@ class Manager:
             del self._known[job_id]
 
     def _begin(self, job: TrainingJob, kind: RunKind) -> None:
+        self._begun.add(job.id)
         run = self._runs[job.id] = Run(self._runner, job, kind, self._base)
         run.begin()
 
@@ -210,9 +215,10 @@ class Manager:
                 run.stop("cancel", 0.0)
 
     async def _take_up(self, job: TrainingJob) -> None:
-        """A job that ran when this server was ended, or its machine."""
-        place = f"after step {job.saved_step}" if job.saved_step else "from its beginning"
-        event = NewEvent(time.time(), f"The server was started again; the job goes on {place}.")
+        """A job whose run has ended without having written what becomes of it."""
+        began_here = job.id in self._begun
+        why = "The registry was away" if began_here else "The server was started again"
+        event = NewEvent(time.time(), f"{why}; the job goes on {place_of(job)}.")
         await self._move_on(job, "queued", event)
         self.look()
 

@@ -6,7 +6,7 @@ from onebase_adapters.registry import JobState, TrainingJob
 
 RESUMABLE = frozenset(
     {
-        "adapter_lost", "base_changed", "base_unavailable", "delivery_failed", "device_error", "disk_full",
+        "adapter_lost", "base_changed", "delivery_failed", "device_error", "disk_full",
         "internal_error", "no_memory", "out_of_memory", "prepared_damaged", "proof_crashed", "proof_timeout",
         "store_unavailable", "trainer_died", "trainer_failed",
     }
@@ -22,3 +22,10 @@ def resumable(job: TrainingJob) -> bool:
 def may_go_on(state: JobState, code: str | None) -> bool:
     """Whether a job that has ended like this can be resumed."""
     return state == "failed" and code in RESUMABLE
+
+
+def place_of(job: TrainingJob) -> str:
+    """Where a job goes on, as the end of a sentence."""
+    if job.report is not None:
+        return "with the proof of its adapter"
+    return f"after step {job.saved_step}" if job.saved_step else "from its beginning"

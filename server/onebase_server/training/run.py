@@ -22,8 +22,10 @@ from onebase_adapters.registry import (
 from onebase_adapters.training.events import DataChecked
 from onebase_adapters.training.gate import Reason
 from onebase_server.trainer.protocol import Check, Checked, Failed, Stopped, Train, Trained
+from onebase_server.training.deaths import Death
 from onebase_server.training.delivery import LOST, DeliveryError
 from onebase_server.training.links import Died, Outcome, Trainer
+from onebase_server.training.outcomes import place_of
 from onebase_server.training.record import JobRecord
 from onebase_server.training.recorder import Recorder
 from onebase_server.training.runner import BaseAtHand, FileGoneError, Runner
@@ -31,10 +33,8 @@ from onebase_server.training.telling import problems_told
 
 RunKind = Literal["check", "train"]
 
-MOST_DEATHS = 3
-"""So often a job is taken up again whose trainer dies without a checkpoint in between."""
-PAUSES = (0.5, 1.0, 2.0)
-"""Seconds before it is taken up, by the number of deaths."""
+BROKEN_SECONDS = 2.0
+"""Before a job is taken up whose run ended since the registry was away."""
 PASSING = ("device_error", "base_unavailable", "base_changed")
 """Failures that an engine which is about to die causes: the next one may be well."""
 
@@ -138,7 +138,7 @@ class Run:
         except RegistryError as error:
             _log.error("job %s: %s", self.job.id, error)
             if not self.stopping:
-                await asyncio.sleep(PAUSES[-1])  # it is taken up again at once
+                await asyncio.sleep(BROKEN_SECONDS)  # it is taken up again at once
         except FileGoneError as error:
             with suppress(RegistryError):
                 await self._fail(JobError("file_not_found", error.message, error.param))
@@ -262,42 +262,30 @@ class Run:
 
     async def _interrupted_for_now(self) -> None:
         job = await self._record.current()
-        event = NewEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {_place(job)}.")
+        event = NewEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {place_of(job)}.")
         if job.state == "running":
             await self._record.move("queued", ("running",), event)
 
     async def _stopped(self) -> None:
         job = await self._record.current()
         if job.state == "paused":
-            await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {_place(job)}."))
+            await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {place_of(job)}."))
 
     async def _died(self, how: str) -> None:
-        self._runner.deaths.append(time.time())
-        job = await self._record.current()
-        deaths = job.deaths + 1 if job.saved_step <= job.death_step else 1
-        _log.error("the trainer of job %s died (%s), %d times since its last checkpoint", job.id, how, deaths)
-        facts = {"deaths": deaths, "death_step": job.saved_step}
-        killed = " SIGKILL is also what the kernel ends a process with when memory is short."
-        hint = killed if "SIGKILL" in how else ""
-        if deaths > MOST_DEATHS:
-            message = (
-                f"The trainer's process ended {deaths} times without coming as far as a checkpoint, the last "
-                f"time by {how}.{hint} The server's log may say more. The job can be resumed."
-            )
-            event = NewEvent(time.time(), message, level="error")
-            error = JobError("trainer_died", message)
-            await self._record.move("failed", OPEN_STATES, event, error=error, **facts)
+        self._runner.deaths += 1
+        death = Death.of(await self._record.current(), how)
+        _log.error(
+            "the trainer of job %s died (%s), %d times since its last checkpoint",
+            self.job.id,
+            how,
+            death.count,
+        )
+        if death.last:
+            await self._fail(JobError("trainer_died", death.message), **death.facts)
             return
-        message = f"The trainer's process ended by {how}.{hint} The job goes on {_place(job)}."
-        event = NewEvent(time.time(), message, level="warn")
+        event = NewEvent(time.time(), death.message, level="warn")
         if self.kind == "check":
-            await self._record.move("validating_files", ("validating_files",), event, **facts)
+            await self._record.move("validating_files", ("validating_files",), event, **death.facts)
         else:
-            await self._record.move("queued", ("running",), event, **facts)
-        await asyncio.sleep(PAUSES[min(deaths, len(PAUSES)) - 1])
-
-
-def _place(job: TrainingJob) -> str:
-    if job.report is not None:
-        return "with the proof of its adapter"
-    return f"after step {job.saved_step}" if job.saved_step else "from its beginning"
+            await self._record.move("queued", ("running",), event, **death.facts)
+        await asyncio.sleep(death.pause)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from onebase_adapters import registry
 from onebase_adapters.registry import TrainingFile, TrainingJob, TrainingRecords
@@ -37,7 +37,7 @@ class BaseAtHand:
     fd: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runner:
     """What all runs of a server share.
 
@@ -56,8 +56,8 @@ class Runner:
     share: float
     memory: int
     busy_fd: int
-    deaths: list[float] = field(default_factory=list)
-    """When trainers died by themselves, Unix seconds."""
+    deaths: int = 0
+    """Trainers that died by themselves."""
 
     async def train_job(self, job: TrainingJob, record: JobRecord) -> TrainJob:
         """What the trainer is told. Raises FileGoneError, and RegistryError."""

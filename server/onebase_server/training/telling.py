@@ -43,7 +43,7 @@ def told(event: events.Event) -> NewEvent | None:
 
 
 def problems_told(failed: Failed) -> list[NewEvent]:
-    """Every bad line, in as many events as that takes."""
+    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), in as many events as that takes."""
     now = time.time()
     made = []
     for start in range(0, len(failed.problems), PROBLEMS_IN_ONE):
