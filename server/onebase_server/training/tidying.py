@@ -60,7 +60,7 @@ class Tidying:
             if removed:
                 _log.info("swept %d left-over files and folders of training", removed)
 
-    def _orphans_among(self, left: Collection[Path], file_ids: Collection[str]) -> Collection[Path]:
+    def _orphans_among(self, left: list[Path], file_ids: Collection[str]) -> list[Path]:
         """What may be deleted if no row speaks of it."""
         if self._registries.at_hand_alone(file_ids):
             return left
