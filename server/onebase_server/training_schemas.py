@@ -10,7 +10,7 @@ from onebase_adapters.registry import Activate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_server.errors import InvalidRequestError
 from onebase_server.schemas import FieldError, Name, Wire
-from onebase_server.training.recipe_limits import check_limits
+from onebase_server.training.rank_limit import check_rank
 from onebase_server.training.views import wire_name
 
 MAX_LABELS = 16
@@ -109,7 +109,7 @@ class CreateJobRequest(Wire):
             given["seed"] = self.seed
         try:
             recipe = parse_recipe({**given, "method": kind})
-            check_limits(recipe, max_rank)
+            check_rank(recipe, max_rank)
         except RecipeError as error:
             param = f"{place}.{wire_name(error.field)}" if error.field else place
             raise InvalidRequestError(f"{param}: {error}.", param=param) from error

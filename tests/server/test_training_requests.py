@@ -26,7 +26,6 @@ def recipe(max_rank: int = 64, **settings: Any) -> Any:
         ({"r": 65}, "r", "up to rank 64"),
         ({"r": 33, "init": "eva"}, "r", "Write 32 or less"),
         ({"rank_pattern": {"q_proj": 8, "down_proj": 65}}, "rank_pattern", "down_proj is 65"),
-        ({"rank_pattern": {"q_proj": 33}, "init": "eva"}, "rank_pattern", "Write 32 or less"),
     ],
 )
 def test_a_rank_that_the_server_does_not_serve_is_refused_before_it_is_trained(

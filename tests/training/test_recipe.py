@@ -47,8 +47,12 @@ def test_whatever_is_written_it_is_a_recipe_or_an_error_of_one_field(settings: d
         ({"init": "eva", "use_dora": True}, "init", "choose one"),
         ({"method": "dpo", "train_on": "all"}, "train_on", "leave train_on at assistant"),
         ({"rank_pattern": {"down_proj": 2000}}, "rank_pattern", "1024 at most"),
-        ({"sample_prompts": ["x"] * 33}, "sample_prompts", "32 texts of 8000 characters at most"),
-        ({"metrics": ["contains:" + "x" * 500]}, "metrics", "32 texts of 500 characters at most"),
+        ({"sample_prompts": ["x"] * 33}, "sample_prompts", "has 33 texts: write 32 at most"),
+        (
+            {"metrics": ["contains:" + "x" * 500]},
+            "metrics",
+            "has 509 characters: write 500 at most",
+        ),
         ({"ranks": 8}, "ranks", "is no setting of a recipe"),
     ],
 )

@@ -29,6 +29,7 @@ from onebase_adapters.registry.training_records import (
     NewCheckpoint,
     NewEvent,
     NewJob,
+    OpenJob,
     TrainingEvent,
     TrainingFile,
     TrainingJob,
@@ -161,15 +162,16 @@ class TrainingRecords:
             rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
             return [job_of(row) for row in rows]
 
-    def open_jobs(self, server: str) -> list[TrainingJob]:
+    def open_jobs(self, server: str) -> list[OpenJob]:
         """What a server has to do, oldest first."""
+        row = TrainingJobRow
         with self._database.read() as session:
-            rows = session.scalars(
-                select(TrainingJobRow)
-                .where(*self._scope(), TrainingJobRow.server == server, TrainingJobRow.state.in_(OPEN_STATES))
-                .order_by(TrainingJobRow.number)
+            rows = session.execute(
+                select(row.id, row.tenant, row.state, row.saved_step, row.report.is_not(None))
+                .where(*self._scope(), row.server == server, row.state.in_(OPEN_STATES))
+                .order_by(row.number)
             )
-            return [job_of(row) for row in rows]
+            return [OpenJob(one[0], one[1], cast(JobState, one[2]), one[3], one[4]) for one in rows]
 
     def job_ends(self, server: str) -> dict[str, tuple[JobState, str | None]]:
         """State and error code of all jobs of one server by their ids, on any base and of any tenant."""

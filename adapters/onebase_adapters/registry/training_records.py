@@ -87,6 +87,22 @@ class TrainingJob(NewJob):
     def ended(self) -> bool:
         return self.state in ENDED_STATES
 
+    @property
+    def trained(self) -> bool:
+        """Whether what is left is to deliver it."""
+        return self.report is not None
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """What a server looks at again and again of a job that is not over; fields as TrainingJob's."""
+
+    id: str
+    tenant: str
+    state: JobState
+    saved_step: int
+    trained: bool
+
 
 @dataclass(frozen=True)
 class NewEvent:

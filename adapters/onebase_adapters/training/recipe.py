@@ -12,13 +12,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from onebase_adapters.training.recipe_values import HIGHEST_RANK, about, check_value, is_date, shown
+from onebase_adapters.training.recipe_values import (
+    HIGHEST_RANK,
+    about,
+    check_texts,
+    check_value,
+    is_date,
+    shown,
+)
 from onebase_adapters.training.recipe_values import RecipeError as RecipeError
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
-MOST_TEXTS = 32
-"""Metrics, and prompts that are answered during a run."""
-
 Auto = Literal["auto"]
 Method = Literal["supervised", "dpo"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
@@ -298,11 +302,8 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check_together(recipe: Recipe) -> None:
-    for field_name, longest in (("metrics", 500), ("sample_prompts", 8000)):
-        texts = getattr(recipe, field_name)
-        if len(texts) > MOST_TEXTS or any(len(text) > longest for text in texts):
-            most = f"{MOST_TEXTS} texts of {longest} characters at most"
-            raise RecipeError(field_name, f"{field_name} is too long: write {most}")
+    check_texts("metrics", recipe.metrics, 500)
+    check_texts("sample_prompts", recipe.sample_prompts, 8000)
     if not recipe.targets:
         raise RecipeError("targets", "targets is empty: name at least one group or linear layer")
     for field_name in ("targets", "rank_pattern", "alpha_pattern"):

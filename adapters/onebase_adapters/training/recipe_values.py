@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from datetime import date
 from typing import Any, Literal, get_args, get_origin
 
 HIGHEST_RANK = 1024
+MOST_TEXTS = 32
+"""Metrics, and prompts that are answered during a run."""
 
 _REFUSED_INITS = {
     **dict.fromkeys(
@@ -52,6 +54,15 @@ def check_value(item: Field[Any], value: Any, kind: Any) -> None:
         raise RecipeError(name, f"{name} is {shown(value)}: the lowest value is {limits['low']:g}")
     if limits["high"] is not None and value > limits["high"]:
         raise RecipeError(name, f"{name} is {shown(value)}: the highest value is {limits['high']:g}")
+
+
+def check_texts(field: str, texts: Sequence[str], longest: int) -> None:
+    """Raise RecipeError for too many texts, or one of more than `longest` characters."""
+    if len(texts) > MOST_TEXTS:
+        raise RecipeError(field, f"{field} has {len(texts)} texts: write {MOST_TEXTS} at most")
+    for number, text in enumerate(texts):
+        if len(text) > longest:
+            raise RecipeError(field, f"{field}[{number}] has {len(text)} characters: write {longest} at most")
 
 
 def _fits(value: Any, kind: Any) -> bool:

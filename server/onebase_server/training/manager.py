@@ -16,8 +16,8 @@ from onebase_adapters.registry import (
     JobState,
     JobStateError,
     NewEvent,
+    OpenJob,
     RegistryError,
-    TrainingJob,
     UnknownJobError,
 )
 from onebase_server.engine.protocol import EngineConfig
@@ -54,7 +54,8 @@ class Manager:
         self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
         self._tidying = Tidying(self._records, self._threads, runner.home)
-        self._known: dict[str, TrainingJob] = {}
+        self._known: dict[str, str] = {}
+        """Tenants of the jobs that were open, by their ids."""
         """Jobs that were open, or had a process, at the last look."""
         self._begun: set[str] = set()
         """Jobs that had a run since the server was started."""
@@ -146,7 +147,7 @@ class Manager:
         """Whether the job has a run here, perhaps one that is about to end."""
         return job_id in self._runs
 
-    async def _reconcile(self, jobs: Sequence[TrainingJob]) -> None:
+    async def _reconcile(self, jobs: Sequence[OpenJob]) -> None:
         """`jobs`: those in the registry that are open, oldest first."""
         states = {job.id: job for job in jobs}
         for job_id, run in list(self._runs.items()):
@@ -168,11 +169,11 @@ class Manager:
             if self._ending:
                 return
             if job.state == "validating_files" and not self._count("check"):
-                self._begin(job, "check")
+                await self._begin(job, "check")
             elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
-                self._begin(job, "train")
+                await self._begin(job, "train")
 
-    async def _tell_off(self, waiting: Sequence[TrainingJob]) -> None:
+    async def _tell_off(self, waiting: Sequence[OpenJob]) -> None:
         """Say once of each job why nothing happens."""
         text = "The server was started with --train-jobs 0: the job waits until it is started with more."
         for job in waiting:
@@ -181,15 +182,19 @@ class Manager:
                 self._told_off.add(job.id)
                 self._runner.watchers.notify(job.id)
 
-    async def _tidy(self, jobs: Sequence[TrainingJob]) -> None:
+    async def _tidy(self, jobs: Sequence[OpenJob]) -> None:
         """What jobs that have come to an end leave, however and through whichever server they did."""
-        open_jobs = {job.id: job for job in jobs} | {run.job.id: run.job for run in self._runs.values()}
+        open_jobs = {run.job.id: run.job.tenant for run in self._runs.values()}
+        open_jobs |= {job.id: job.tenant for job in jobs}
         self._known |= open_jobs
         for job_id in self._known.keys() - open_jobs.keys():
-            await self._tidying.job_over(self._known[job_id])
+            await self._tidying.job_over(self._known[job_id], job_id)
             del self._known[job_id]
 
-    def _begin(self, job: TrainingJob, kind: RunKind) -> None:
+    async def _begin(self, seen: OpenJob, kind: RunKind) -> None:
+        job = await self._threads.run(self._records.job, seen.tenant, seen.id)
+        if job.state != seen.state or self._ending:
+            return
         self._begun.add(job.id)
         run = self._runs[job.id] = Run(self._runner, job, kind, self._base)
         run.begin()
@@ -214,7 +219,7 @@ class Manager:
             elif job.state == "cancelled":
                 run.stop("cancel", 0.0)
 
-    async def _take_up(self, job: TrainingJob) -> None:
+    async def _take_up(self, job: OpenJob) -> None:
         """A job whose run has ended without having written what becomes of it."""
         began_here = job.id in self._begun
         why = "The registry was away" if began_here else "The server was started again"
@@ -222,7 +227,7 @@ class Manager:
         await self._move_on(job, "queued", event)
         self.look()
 
-    async def _move_on(self, job: TrainingJob, state: JobState, event: NewEvent | None = None) -> None:
+    async def _move_on(self, job: OpenJob, state: JobState, event: NewEvent | None = None) -> None:
         with suppress(JobStateError, UnknownJobError):
             await self._threads.run(self._records.move, job.id, state, (job.state,), event)
             self._runner.watchers.notify(job.id)

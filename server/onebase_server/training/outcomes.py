@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onebase_adapters.registry import JobState, TrainingJob
+from onebase_adapters.registry import JobState, OpenJob, TrainingJob
 
 RESUMABLE = frozenset(
     {
@@ -24,8 +24,8 @@ def may_go_on(state: JobState, code: str | None) -> bool:
     return state == "failed" and code in RESUMABLE
 
 
-def place_of(job: TrainingJob) -> str:
+def place_of(job: TrainingJob | OpenJob) -> str:
     """Where a job goes on, as the end of a sentence."""
-    if job.report is not None:
+    if job.trained:
         return "with the proof of its adapter"
     return f"after step {job.saved_step}" if job.saved_step else "from its beginning"

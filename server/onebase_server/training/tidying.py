@@ -11,7 +11,6 @@ from onebase_adapters.registry import (
     ENDED_STATES,
     JobState,
     RegistryError,
-    TrainingJob,
     TrainingRecords,
     UnknownJobError,
 )
@@ -33,11 +32,11 @@ class Tidying:
         self._registries = KnownRegistries(home.registries, records, home.server)
         self._warned = False
 
-    async def job_over(self, job: TrainingJob) -> None:
+    async def job_over(self, tenant: str, job_id: str) -> None:
         """Look how it has ended, if it has. Raises RegistryError."""
         with suppress(UnknownJobError):
-            now = await self._threads.run(self._records.job, job.tenant, job.id)
-            await self._threads.run(self._forget, job.id, now.state, now.error.code if now.error else None)
+            job = await self._threads.run(self._records.job, tenant, job_id)
+            await self._threads.run(self._forget, job_id, job.state, job.error.code if job.error else None)
 
     async def sweep(self, running: Collection[str]) -> None:
         """Uploads and jobs that a power cut ended, and jobs that ended unseen, or through another server.

@@ -15,6 +15,7 @@ from onebase_adapters.registry import (
     NewCheckpoint,
     NewEvent,
     NewJob,
+    OpenJob,
     Registry,
     TrainingFile,
     TrainingJob,
@@ -138,8 +139,11 @@ def test_a_server_has_to_do_what_is_its_own_and_not_at_an_end(
     records = registry.training
     records.move(jobs[0].id, "cancelled", ("validating_files",))
     add_job(registry, "elsewhere", server="s2")
-    assert [job.name for job in records.open_jobs("s1")] == ["two", "three"]
-    assert [job.name for job in records.open_jobs("s2")] == ["elsewhere"]
+    waits = [OpenJob(f"ftjob-{name}", "default", "validating_files", 0, False) for name in ("two", "three")]
+    assert records.open_jobs("s1") == waits
+    assert [job.id for job in records.open_jobs("s2")] == ["ftjob-elsewhere"]
+    records.move("ftjob-two", "running", ("validating_files",), report={"steps": 3})
+    assert records.open_jobs("s1")[0] == OpenJob("ftjob-two", "default", "running", 0, True)
     records.move("ftjob-elsewhere", "failed", ("validating_files",), error=JobError("bad", "a bad file"))
     assert records.job_ends("s2") == {"ftjob-elsewhere": ("failed", "bad")}
     assert records.job_ends("s1")["ftjob-one"] == ("cancelled", None)
