@@ -92,8 +92,9 @@ async def run_server(
         await http
         await services.training.manager.stop()
         await services.supervisor.stop()
+        engine.cancel()
+        jobs.cancel()
         for task in (engine, jobs):
-            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 

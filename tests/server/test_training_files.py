@@ -17,6 +17,7 @@ from onebase_adapters.registry import (
     RegistryError,
     RegistryFullError,
     TrainingFile,
+    UnknownFileError,
 )
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, OneBaseError
@@ -28,12 +29,26 @@ from onebase_server.training.home import TrainingHome
 def test_an_upload_that_the_registry_does_not_take_leaves_nothing_on_the_disk(
     tmp_path: Path, refusal: type[RegistryError]
 ) -> None:
+    def unknown(tenant: str, file_id: str) -> None:
+        raise UnknownFileError(file_id)
+
+    assert refused_upload(tmp_path, refusal, file=unknown) == []
+
+
+def test_an_upload_whose_row_is_there_although_that_was_not_told_keeps_its_content(tmp_path: Path) -> None:
+    (left,) = refused_upload(tmp_path, RegistryBusyError, file=lambda tenant, file_id: file_id)
+    assert left.read_bytes() == b"rows"
+
+
+def refused_upload(folder: Path, refusal: type[RegistryError], **known: Any) -> list[Path]:
+    """What an upload leaves on the disk whose row cannot be written."""
+
     def add_file(file: object) -> None:
         raise refusal("no")
 
     async def upload() -> list[Path]:
-        home, threads = TrainingHome(tmp_path), Threads("test", 2)
-        records: Any = SimpleNamespace(add_file=add_file)
+        home, threads = TrainingHome(folder), Threads("test", 2)
+        records: Any = SimpleNamespace(add_file=add_file, **known)
         files = TrainingFiles(records, home, threads, threads, 1 << 20)
         writer = files.writer()
         writer.write(b"rows")
@@ -41,7 +56,7 @@ def test_an_upload_that_the_registry_does_not_take_leaves_nothing_on_the_disk(
             await files.keep(writer, "a.jsonl", "fine-tune")
         return list(home.files.iterdir())
 
-    assert asyncio.run(upload()) == []
+    return asyncio.run(upload())
 
 
 def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_that_job_is(

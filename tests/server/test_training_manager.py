@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -114,6 +115,51 @@ def test_a_job_that_another_server_cancels_leaves_nothing(
         return not folder.exists()
 
     asyncio.run(followed(registry, home, gone_once_it_is_cancelled))
+
+
+class _Held:
+    """A registry's jobs, whose rows are read only once `goes_on` is set."""
+
+    def __init__(self, records: Any) -> None:
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+        self._records = records
+
+    def job(self, tenant: str, job_id: str) -> Any:
+        self.asked.set()
+        assert self.goes_on.wait(60)
+        return self._records.job(tenant, job_id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._records, name)
+
+
+def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
+    registry: Registry, home: TrainingHome
+) -> None:
+    add_job(registry, home, "queued")
+    records = _Held(registry.training)
+
+    async def look() -> None:
+        base: Any = None
+        runner: Any = SimpleNamespace(
+            records=records, threads=Threads("records", 2), watchers=Watchers(), home=home
+        )
+        manager = Manager(runner, most=1, look_seconds=60.0)
+        manager.base_ready(base, b"", -1)
+        task = asyncio.get_running_loop().create_task(manager.follow())
+        await asyncio.to_thread(records.asked.wait, 60)
+        await manager.engine_gone()
+        records.goes_on.set()
+        manager.look()
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            assert not manager.running
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(look())
+    assert registry.training.job("default", JOB).state == "queued"
 
 
 class _Failing:

@@ -21,8 +21,8 @@ from onebase_server.training.record import JobRecord
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
 """Seconds before another try, while the store or the registry is away."""
-PROOF_SECONDS = 1800.0
-"""A version that is not proved by then waits for a workshop that cannot be had."""
+PROOFS_WAITED = 6
+"""For so many proofs as long as may be a version is waited for: others may be before it."""
 LOST = "adapter_lost"
 """Nothing is left to deliver: the job has to be trained again."""
 _CODES = {"store_full": "disk_full"}
@@ -63,7 +63,7 @@ class Delivery:
         library: Library,
         home: TrainingHome,
         files: TrainingFiles,
-        proof_seconds: float = PROOF_SECONDS,
+        proof_seconds: float,
     ) -> None:
         self.files = files
         self._library = library
@@ -132,8 +132,8 @@ class Delivery:
         except TimeoutError as error:
             raise DeliveryError(
                 "delivery_failed",
-                f"The adapter was not proved within {self._proof_seconds:g} s, since no workshop could be "
-                "had; the server's log may say why. Resume the job later.",
+                f"The adapter was not proved within {self._proof_seconds:g} s: others are before it, or no "
+                "workshop can be had; the server's log may say why. Resume the job to wait on.",
             ) from error
         except OneBaseError as error:
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)  # the wish of an upload

@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters import registry
 from onebase_adapters.registry import (
     DEFAULT_TENANT,
     FileInUseError,
     Purpose,
+    RegistryError,
     TrainingFile,
     TrainingRecords,
     UnknownJobError,
@@ -98,9 +100,20 @@ class TrainingFiles:
                 await self.disk.run(writer.commit, path)
                 return await self._threads.run(self._records.add_file, file)
             except Exception:
-                with suppress(OSError):
-                    await self.disk.run(path.unlink, True)
+                if not await self._may_be_known(file):
+                    with suppress(OSError):
+                        await self.disk.run(path.unlink, True)
                 raise
+
+    async def _may_be_known(self, file: TrainingFile) -> bool:
+        """Whether there is a row of it, though adding that failed: its answer may have been lost."""
+        try:
+            await self._threads.run(self._records.file, file.tenant, file.id)
+        except registry.UnknownFileError:
+            return False
+        except RegistryError:
+            pass
+        return True
 
     async def find(
         self, *, purpose: str | None, after: str | None, limit: int, oldest_first: bool

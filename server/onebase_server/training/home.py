@@ -17,6 +17,8 @@ UPLOADING = ".part"
 """Ending of a file that is coming in."""
 SETTLED_SECONDS = 600.0
 """What is younger may be about to get its row in the registry."""
+ABANDONED_SECONDS = 86_400.0
+"""An upload of which nothing came for so long is not waited for: a slow one writes now and then."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,10 +84,11 @@ class TrainingHome:
 
     def listing(self) -> list[Path]:
         """Files and folders of jobs that are no longer being made. Raises OSError."""
-        made_before, found = time.time() - SETTLED_SECONDS, []
+        now, found = time.time(), []
         for path in chain(self.files.iterdir(), self.jobs.iterdir()):
+            settled = ABANDONED_SECONDS if path.name.endswith(UPLOADING) else SETTLED_SECONDS
             with suppress(FileNotFoundError):  # an upload has just ended
-                if path.lstat().st_mtime < made_before:
+                if path.lstat().st_mtime < now - settled:
                     found.append(path)
         return found
 

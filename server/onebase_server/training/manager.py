@@ -55,8 +55,7 @@ class Manager:
         self._runs: dict[str, Run] = {}
         self._tidying = Tidying(self._records, self._threads, runner.home)
         self._known: dict[str, str] = {}
-        """Tenants of the jobs that were open, by their ids."""
-        """Jobs that were open, or had a process, at the last look."""
+        """Tenants of the jobs that were open, or had a process, at the last look, by their ids."""
         self._begun: set[str] = set()
         """Jobs that had a run since the server was started."""
         self._told_off: set[str] = set()
@@ -193,7 +192,7 @@ class Manager:
 
     async def _begin(self, seen: OpenJob, kind: RunKind) -> None:
         job = await self._threads.run(self._records.job, seen.tenant, seen.id)
-        if job.state != seen.state or self._ending:
+        if job.state != seen.state or self._ending or (kind == "train" and self._base is None):
             return
         self._begun.add(job.id)
         run = self._runs[job.id] = Run(self._runner, job, kind, self._base)

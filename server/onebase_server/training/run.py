@@ -162,7 +162,10 @@ class Run:
 
     async def _train_and_deliver(self) -> None:
         self.job = job = await self._record.move("running", ("queued",))
-        if job.report is None and self._base is not None:
+        if not job.trained:
+            if self._base is None:
+                await self._record.move("queued", ("running",))
+                return
             outcome = await self._train(self._base)
             if not isinstance(outcome, Trained):
                 await self._ended_early(outcome)

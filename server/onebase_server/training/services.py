@@ -15,7 +15,7 @@ from onebase_server.settings import Settings
 from onebase_server.storage import Storage
 from onebase_server.supervisor import EngineSupervisor
 from onebase_server.trainer.share import BusyFlag
-from onebase_server.training.delivery import Delivery
+from onebase_server.training.delivery import PROOFS_WAITED, Delivery
 from onebase_server.training.files import TrainingFiles
 from onebase_server.training.home import TrainingHome
 from onebase_server.training.jobs import Jobs
@@ -71,7 +71,7 @@ def assemble_training(
         threads=records,
         watchers=watchers,
         home=home,
-        delivery=Delivery(library, home, files),
+        delivery=Delivery(library, home, files, PROOFS_WAITED * settings.proof_timeout),
         config=settings.engine_config(str(base.folder)),
         base=base,
         command=command,
