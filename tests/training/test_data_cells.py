@@ -58,6 +58,26 @@ def test_messages_and_tools_may_be_json_text_in_json_files_too(tmp_path: Path) -
     assert problems(path)[0][:2] == (1, "tools")
 
 
+def test_the_input_of_a_preference_may_be_json_text_and_that_of_an_instruction_stays_one(
+    tmp_path: Path,
+) -> None:
+    asked = json.dumps({"messages": [USER], "tools": "[]"})
+    pair = {"input": asked, "preferred_output": [GOOD], "non_preferred_output": json.dumps([BAD])}
+    path = write_rows(tmp_path / "p.jsonl", [pair, {**pair, "input": {"messages": [USER], "tools": "[]"}}])
+    dataset = load_dataset(path, base_tokenizer(), recipe(method="dpo"))
+    assert [learned(row.rejected, base_tokenizer()) for row in dataset.rows] == ["bad<|im_end|>"] * 2  # type: ignore[union-attr]
+    rows = [{"instruction": "Summarize.", "input": asked, "output": "x"}]
+    for table in (csv_of(rows).encode(), json.dumps(rows[0]).encode()):
+        path = written(tmp_path, table, "i.csv" if table.startswith(b"instr") else "i.jsonl")
+        assert asked in whole(only(load_dataset(path, base_tokenizer(), recipe())), base_tokenizer())
+
+
+def test_json_text_of_messages_with_a_role_that_is_none_is_not_learned_as_text(tmp_path: Path) -> None:
+    told = [json.dumps([{"role": "human", "content": text}]) for text in ("q", "a")]
+    path = write_rows(tmp_path / "r.jsonl", [{"prompt": told[0], "completion": told[1]}])
+    assert "role" in problems(path)[0][1]
+
+
 def csv_of(rows: list[dict[str, str]]) -> str:
     out = io.StringIO()
     table = csv.DictWriter(out, list(rows[0]))

@@ -149,6 +149,14 @@ def test_an_id_is_told_from_a_path(text: str, expected: DatasetId | None) -> Non
         (["train_part1.csv", "train_part2.csv"], "o/n", "train", ["train_part1.csv", "train_part2.csv"]),
         ([f"data/{SFT}", f"data/{GEN}"], "o/n:train_sft", "train", [f"data/{SFT}"]),
         ([f"{SFT}", "test_sft.csv", "test_gen.csv"], "o/n", "train", [SFT]),
+        (["train_1.jsonl", "train_2.jsonl"], "o/n:train_1", "train", ["train_1.jsonl"]),
+        (["fold-1.csv", "fold-2.csv"], "o/n:fold-2", "train", ["fold-2.csv"]),
+        (
+            ["shard_0_train.csv", "shard_1_train.csv"],
+            "o/n",
+            "train",
+            ["shard_0_train.csv", "shard_1_train.csv"],
+        ),
         (["training/train-x/a.csv", "test.csv"], "o/n", "train", ["training/train-x/a.csv"]),
     ],
 )

@@ -91,19 +91,9 @@ def test_a_text_prompt_is_taken_off_both_replies_where_a_word_ends(
         ({"input": [USER], "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "input", "an object"),
         ({"preferred_output": [GOOD], "non_preferred_output": [BAD]}, "input", "missing"),
         ({"promt": "q", "chosen": "a b", "rejected": "a c"}, "promt", "did you mean prompt?"),
-        (
-            {"system": "S", "prompt": "q", "chosen": "a", "rejected": "b"},
-            "system",
-            "would be lost",
-        ),
         ({"system": "S", "chosen": [USER, GOOD], "rejected": [BAD]}, "prompt", "begin differently"),
-        ({"input": "q", "chosen": "a b", "rejected": "a c"}, "input", "put it into the prompt"),
+        ({"input": "q", "chosen": "a b", "rejected": "a c"}, "input", "name it prompt"),
         ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt", "leave prompt out"),
-        (
-            {"messages": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            "messages",
-            "would be lost beside chosen and rejected",
-        ),
     ],
 )
 def test_a_preference_that_is_none_is_refused_by_field(row: dict[str, Any], field: str, reason: str) -> None:
@@ -139,3 +129,28 @@ def test_a_problem_of_one_side_names_the_side(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_dataset(write_rows(tmp_path / "r.jsonl", [row]), base_tokenizer(), recipe(method="dpo"))
     assert caught.value.problems[0].field == "chosen messages[1].content"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question_id": 1, "prompt": "q", "chosen": [GOOD], "rejected": [BAD]},
+        {"question_en": "q", "prompts": 3, "prompt": "q", "chosen": [GOOD], "rejected": [BAD]},
+        {
+            "messages": [USER, {"role": "assistant", "content": None}],
+            "prompt": "q",
+            "chosen": [GOOD],
+            "rejected": [BAD],
+        },
+        {"question": "raw", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"question": {"id": 1}, "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+)
+def test_columns_beside_a_preference_are_left_alone(row: dict[str, Any]) -> None:
+    assert parse_row(row, "dpo") == Choice(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
+
+
+def test_a_system_message_beside_texts_makes_them_a_chat() -> None:
+    row = {"system": SYSTEM["content"], "prompt": "q", "chosen": GOOD["content"], "rejected": BAD["content"]}
+    sides = [Chat([SYSTEM, USER, reply], None, [2]) for reply in (GOOD, BAD)]
+    assert parse_row(row, "dpo") == Choice(*sides)

@@ -21,7 +21,7 @@ from tests.training.data_support import (
     write_rows,
 )
 
-from onebase_adapters.training.conversation import Chat
+from onebase_adapters.training.conversation import Chat, Text
 from onebase_adapters.training.data import load_dataset
 from onebase_adapters.training.data_json import Record, json_array
 from onebase_adapters.training.row_shapes import parse_row
@@ -148,13 +148,9 @@ def test_tools_are_read_beside_an_instruction() -> None:
         ),
         ({"prompt": "q", "completion": " a", "tools": [{}]}, "tools", "bring the row as messages"),
         ({"text": "a b", "system": "Be brief."}, "system", "put it into the prompt"),
-        ({"messages": [USER, GOOD], "prompt": "other"}, "prompt", "would be lost beside messages"),
-        ({"messages": [USER, GOOD], "input": "context"}, "input", "would be lost beside messages"),
-        ({"instruction": "q", "output": "good", "messages": [USER, BAD]}, "output", "would be lost"),
-        ({"instruction": "q", "output": "good", "text": "something else"}, "text", "would be lost"),
     ],
 )
-def test_a_field_of_another_shape_is_not_lost_in_silence(
+def test_a_system_message_and_tools_are_not_lost_in_silence(
     row: dict[str, Any], field: str, reason: str
 ) -> None:
     found = refused(row)
@@ -168,10 +164,33 @@ def test_a_field_of_another_shape_is_not_lost_in_silence(
         {"messages": [USER, GOOD], "prompt": "q\n", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"instruction": "q", "output": "good", "text": "### Instruction:\nq\n\n### Response:\ngood"},
         {"messages": [USER, GOOD], "tools": [], "input": "", "id": 7, "question": "what?"},
+        {"messages": [USER, GOOD], "instruction": "Tr", "input": "Hello", "output": "good", "text": "else"},
+        {"messages": [USER, GOOD], "prompt": "other", "completion": "else", "prompt_id": 3},
+        {"instruction": "q", "output": "good", "text": "something else"},
     ],
 )
-def test_fields_that_only_say_once_more_what_is_read_are_no_matter(row: dict[str, Any]) -> None:
+def test_of_several_shapes_in_a_row_the_first_counts(row: dict[str, Any]) -> None:
     assert parse_row(row, "supervised") == Chat([USER, GOOD], None, [1])
+
+
+@pytest.mark.parametrize(
+    ("row", "reply"),
+    [
+        ({"input": "2+2?", "output": "4", "text": "Q: 2+2?\nA: 4"}, "Q: 2+2?\nA: 4"),
+        ({"system": "Be brief.", "text": "<sys>Be brief.</sys> hi"}, "<sys>Be brief.</sys> hi"),
+        ({"tools": "hammer, saw", "text": "a shed"}, "a shed"),
+    ],
+)
+def test_columns_that_a_text_was_made_from_are_left_alone(row: dict[str, Any], reply: str) -> None:
+    assert parse_row(row, "supervised") == Text(None, reply)
+
+
+@pytest.mark.parametrize("own", ["Be brief.\n", "Be brief."])
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_that_is_there_already_is_not_written_twice(own: str, role: str) -> None:
+    told = {"role": role, "content": own}
+    parsed = parse_row({"messages": [told, USER, GOOD], "system": "Be brief."}, "supervised")
+    assert parsed == Chat([told, USER, GOOD], None, [2])
 
 
 def test_an_empty_list_of_tool_calls_is_none() -> None:

@@ -70,6 +70,7 @@ def test_a_text_with_commas_is_one_prompt_and_one_metric_and_several_targets() -
     )
     assert made.sample_prompts == ("Hello, who are you?",)
     assert made.metrics == ("contains:a, b",)
+    assert parse_recipe({"metrics": "exact_match, word_f1"}).metrics == ("exact_match", "word_f1")
     assert made.targets == ("q_proj", "v_proj")
 
 

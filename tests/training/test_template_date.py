@@ -18,6 +18,7 @@ from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events, template_date
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.gate import Interrupted, OpenGate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_adapters.training.run import Job, train
@@ -80,7 +81,9 @@ def test_the_day_of_the_recipe_is_what_the_template_prints(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y", "%j of %y", "none", "100%"])
+@pytest.mark.parametrize(
+    "form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y", "%j of %y", "none", "100%", "100%% on %d"]
+)
 def test_a_pinned_day_is_written_as_the_template_writes_today(form: str, several: bool) -> None:
     template = "{%- set form = '" + form + "' %}\n  Today: {{ strftime_now(form) }}{{ messages[0].content }}"
     tokenizer = copy.copy(base_tokenizer())
@@ -146,6 +149,17 @@ def test_a_template_without_a_date_pins_none(job: Job, talking_folder: Path) -> 
     report = train(load_base(plain.base), plain, lambda event: None, OpenGate())
     assert report.recipe["template_date"] == "auto"
     assert not (job.folder / "template_date").exists()
+
+
+def test_a_refused_run_has_not_begun(job: Job, tomorrow: Callable[[], None]) -> None:
+    base = load_base(job.base)
+    bad = job.folder.with_name("bad.jsonl")
+    bad.write_text("no row")
+    with pytest.raises(DataError):
+        train(base, replace(job, train=bad), lambda event: None, OpenGate())
+    tomorrow()
+    report = train(base, job, lambda event: None, OpenGate())
+    assert report.recipe["template_date"] == (date.today() + timedelta(days=1)).isoformat()
 
 
 def test_a_damaged_day_is_told(job: Job) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
 from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text
-from onebase_adapters.training.data_cells import unfold_lists
+from onebase_adapters.training.data_cells import unfold
 from onebase_adapters.training.data_facts import Facts, Key, Place, row_key
 from onebase_adapters.training.data_files import Item, Record, read_file
 from onebase_adapters.training.data_problems import DataError, Problem, RowError, valid_unicode
@@ -135,7 +135,7 @@ class _Builder:
                 self._problems.append((place, item.field, item.reason))
                 continue
             try:
-                parsed.append((place, parse_row(unfold_lists(item.value), self._method)))
+                parsed.append((place, parse_row(unfold(item.value), self._method)))
             except RowError as error:
                 self._problems.append((place, error.field, error.reason))
         flat = [(place.line, side) for place, row in parsed for side in _sides(row)]

@@ -1,4 +1,4 @@
-"""Messages and tools that are written as JSON text."""
+"""Messages and tools that are written as JSON text, as in cells of tables."""
 
 from __future__ import annotations
 
@@ -7,48 +7,38 @@ from typing import Any
 
 from onebase_adapters.training.data_json import parse_strict
 from onebase_adapters.training.data_problems import RowError
-from onebase_adapters.training.messages import ROLES
 
-_NEVER_TEXT = ("messages", "tools", "preferred_output", "non_preferred_output")
-_TEXT_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
-
-
-def unfold_lists(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with lists in the place of JSON texts, in the fields that are never prose. Raises RowError."""
-    made = dict(row)
-    for key in _NEVER_TEXT:
-        if isinstance(text := made.get(key), str):
-            made[key] = _parsed(key, text) if text.strip() else None
-    return made
+_NEVER_PROSE = ("messages", "tools", "preferred_output", "non_preferred_output")
+_PROSE_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
 
 
-def unfold_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's row with lists in the place of the JSON texts that mean messages.
+def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with lists in the place of the JSON texts that mean them.
 
     A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
-    chosen and rejected, and then the prompt beside these.
+    chosen and rejected, and then the prompt beside these. A text that is no JSON stays.
     """
     made = dict(row)
-    for pair in _TEXT_OR_MESSAGES:
+    for key in _NEVER_PROSE:
+        if not isinstance(text := made.get(key), str):
+            continue
+        if not text.strip():
+            made[key] = None
+        elif (found := _json(text)) is not None:
+            made[key] = found
+    for pair in _PROSE_OR_MESSAGES:
         both = {key: _messages(made.get(key)) for key in pair}
         if all(both.values()):
             made |= both
     if isinstance(made.get("chosen"), list) and (prompt := _messages(made.get("prompt"))):
         made["prompt"] = prompt
-    if (given := _json(made.get("input"))) and isinstance(given, dict) and "messages" in given:
-        made["input"] = given
+    if "preferred_output" in made and isinstance(given := _json(made.get("input")), dict):
+        made["input"] = unfold(given)
     return made
 
 
-def _parsed(key: str, text: str) -> Any:
-    try:
-        return parse_strict(text)
-    except RowError as error:
-        raise RowError(key, error.reason) from None
-
-
 def _messages(value: Any) -> list[Any] | None:
-    """The messages that a cell holds; None if it holds anything else."""
+    """The messages that a field holds; None if it holds anything else."""
     found = _json(value)
     if not isinstance(found, list):
         return None
@@ -56,7 +46,8 @@ def _messages(value: Any) -> list[Any] | None:
 
 
 def _is_message(value: Any) -> bool:
-    known = isinstance(value, dict) and value.get("role") in ROLES
+    """Whether it is meant as one: its role is looked at when it is read."""
+    known = isinstance(value, dict) and isinstance(value.get("role"), str)
     return known and ("content" in value or "tool_calls" in value)
 
 

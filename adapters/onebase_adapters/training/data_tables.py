@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TextIO
 
-from onebase_adapters.training.data_cells import unfold_cells
 from onebase_adapters.training.data_json import MOST_LINE_BYTES, Item, Record, first_twice, parse_strict
 from onebase_adapters.training.data_problems import DataError, Problem, RowError
 
@@ -125,7 +124,7 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
         if line % 64 == 0 or line == total:
             on_part(line / max(1, total))
         try:
-            yield Record(line, unfold_cells(parse_strict(raw.decode())), len(raw))
+            yield Record(line, parse_strict(raw.decode()), len(raw))
         except RowError as error:
             yield Problem(line, error.field, error.reason)
     reason = (
@@ -153,7 +152,7 @@ def _csv_record(line: int, names: Sequence[str], cells: Sequence[str], size: int
         return Problem(line, "", _NOT_UTF8)
     given = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
     try:
-        return Record(line, unfold_cells(given), size)
+        return Record(line, given, size)
     except RowError as error:
         return Problem(line, error.field, error.reason)
 

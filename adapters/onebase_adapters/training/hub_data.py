@@ -20,7 +20,8 @@ _SPLITS = {"train": ("train",), "eval": ("validation", "valid", "val", "eval", "
 _NO_ROWS = re.compile(r"(?i)^(dataset_infos?|dataset_dict|config|state|package|metadata|\..*)\.json$")
 _NUMBERED = re.compile(r"-of-(\d{1,9})")
 _NUMBER = re.compile(r"(?i)[-_.](?:part|shard|chunk)?[-_.]?\d{1,9}(?:-of-\d{1,9})?(?:-[0-9a-f]{16})?$")
-"""At the end of a file's name: which part of its split it is, as in `train-00000-of-00002`."""
+_FIRST_NUMBER = re.compile(r"(?i)^(?:part|shard|chunk)?[-_.]?\d{1,9}(?:-of-\d{1,9})?[-_.]")
+"""At the end of a file's name, or its beginning: which part of its split it is, as in `train-00000-of-2`."""
 _TIMEOUT_S = 20.0
 
 
@@ -166,8 +167,9 @@ def _split_name(name: str, split: str) -> str:
     path = PurePosixPath(name)
     if any(part.lower() == split.lower() for part in path.parent.parts):
         return split
-    stem = _NUMBER.sub("", path.stem)
-    return stem if _has_word(stem, split) else next(p for p in path.parent.parts if _has_word(p, split))
+    stem = _FIRST_NUMBER.sub("", _NUMBER.sub("", path.stem))
+    parts = (stem, path.stem, *path.parent.parts)
+    return next((part for part in parts if _has_word(part, split)), split)
 
 
 def _configuration(name: str) -> str:

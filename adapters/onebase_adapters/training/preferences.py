@@ -25,12 +25,14 @@ def parse_preference(row: RowFields) -> Choice | None:
         return _openai_choice(row)
     if "chosen" not in row and "rejected" not in row:
         return None
-    row.check_spelling(("prompt", "question", "system", "chosen", "rejected", "tools"))
+    asked = () if "prompt" in row else ("question",)
+    row.check_spelling(("prompt", *asked, "system", "chosen", "rejected", "tools"))
     row.read("chosen")
     row.read("rejected")
     if not (row.is_text("chosen") and row.is_text("rejected")):
         return _chat_choice(row, row.messages("chosen"), row.messages("rejected"))
-    if "question" in row and "prompt" not in row:
+    asked_apart = "question" in row and "prompt" not in row
+    if asked_apart or ("prompt" in row and row.says("system")):
         sides = [[{"role": "assistant", "content": row.text(name)}] for name in ("chosen", "rejected")]
         return _chat_choice(row, *sides)
     return _text_choice(row)
@@ -51,7 +53,7 @@ def _openai_choice(row: RowFields) -> Choice:
 
 def _chat_choice(row: RowFields, chosen: list[Message], rejected: list[Message]) -> Choice:
     shared = _shared_prefix(chosen, rejected)
-    given = _given_prompt(row)
+    given = _given_prompt(row, shared)
     prompt = shared if given is None or _ends_in(shared, given) else given
     sides = [_reply("chosen", chosen, prompt), _reply("rejected", rejected, prompt)]
     return _choice(row.after_system(prompt) if prompt else [], sides, row.tools(), ("chosen", "rejected"))
@@ -66,13 +68,15 @@ def _reply(name: str, messages: list[Message], prompt: list[Message]) -> list[Me
     return reply
 
 
-def _given_prompt(row: RowFields) -> list[Message] | None:
-    name = next((name for name in ("prompt", "question") if name in row), None)
-    if name is None:
-        return None
-    if row.is_text(name) or name == "question":
-        return [{"role": "user", "content": row.text(name)}]
-    return row.messages(name)
+def _given_prompt(row: RowFields, shared: Sequence[Message]) -> list[Message] | None:
+    """The prompt beside the replies; a question only where the replies begin with none."""
+    if row.is_text("prompt"):
+        return [{"role": "user", "content": row.text("prompt")}]
+    if "prompt" in row:
+        return row.messages("prompt")
+    if "question" in row and not shared:
+        return [{"role": "user", "content": row.text("question")}]
+    return None
 
 
 def _choice(
@@ -102,6 +106,9 @@ def _text_choice(row: RowFields) -> Choice:
         if _begins_with(chosen, prompt) and _begins_with(rejected, prompt):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
+        for name in ("input", "instruction"):
+            if row.says(name):
+                raise RowError(name, "would be lost: name it prompt, or question if it is a chat's")
         cut = _shared_text(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         if not prompt:

@@ -280,6 +280,21 @@ def held_out_count(recipe: Recipe, rows: int) -> int:
     return round(recipe.eval_split * rows)
 
 
+def _listed(name: str, text: str) -> tuple[str, ...]:
+    """Names of layers or metrics between commas. A prompt has commas of its own, as a metric's text may."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if name == "targets":
+        return parts
+    if name == "metrics":
+        from onebase_adapters.training.metrics import check_metric
+
+        with contextlib.suppress(RecipeError):
+            for part in parts:
+                check_metric(part)
+            return parts
+    return (text.strip(),) if text.strip() else ()
+
+
 def _chosen(value: Any, auto: Any) -> Any:
     return auto if value == "auto" else value
 
@@ -287,9 +302,7 @@ def _chosen(value: Any, auto: Any) -> Any:
 def _plain(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         if isinstance(value, str):
-            # Layers' names have no commas; a prompt or a metric's text may have some.
-            parts = value.split(",") if name == "targets" else [value]
-            return tuple(part.strip() for part in parts if part.strip())
+            return _listed(name, value)
         if isinstance(value, list | tuple):
             return tuple(value)
     takes_float = kind is float or float in get_args(kind)

@@ -10,7 +10,7 @@ from onebase_adapters.training.conversation import Chat, Choice, Parsed
 from onebase_adapters.training.data_problems import RowError
 from onebase_adapters.training.messages import Message, check_messages, check_tools
 
-SUPERVISED_FIELDS = (
+KNOWN_FIELDS = (
     "messages",
     "tools",
     "prompt",
@@ -20,9 +20,6 @@ SUPERVISED_FIELDS = (
     "output",
     "system",
     "text",
-)
-KNOWN_FIELDS = (
-    *SUPERVISED_FIELDS,
     "question",
     "chosen",
     "rejected",
@@ -34,8 +31,6 @@ KNOWN_FIELDS = (
 _REMEDIES = {
     "system": "put it into the prompt, or bring the row as messages",
     "tools": "bring the row as messages",
-    "input": "put it into the prompt",
-    "question": "name it prompt",
 }
 _LIKE = 0.84
 
@@ -57,6 +52,10 @@ class RowFields:
     def is_text(self, key: str) -> bool:
         """Whether a field is there and is a text."""
         return isinstance(self.given.get(key), str)
+
+    def says(self, key: str) -> bool:
+        """Whether a field is there and is more than a blank text."""
+        return key in self.given and not (self.is_text(key) and not self.given[key].strip())
 
     def read(self, key: str) -> Any:
         """A field as it is; it must be there."""
@@ -84,10 +83,10 @@ class RowFields:
 
     def after_system(self, messages: list[Message]) -> list[Message]:
         """Messages after the one of `system`, if the row has that field beside them."""
-        system = self.text("system", empty=True) if "system" in self else ""
-        if not system.strip():
+        if not self.says("system"):
             return messages
-        if messages and messages[0] == {"role": "system", "content": system}:
+        system = self.text("system")
+        if messages and _says_the_same(messages[0], system):
             return messages
         if any(message["role"] in ("system", "developer") for message in messages):
             raise RowError("system", "the messages have a system message already: leave one of the two out")
@@ -100,24 +99,27 @@ class RowFields:
             if near is not None and near not in self:
                 raise RowError(key[:60], f"an unknown field: did you mean {near}?")
 
-    def check_nothing_lost(self, parsed: Parsed, fields: Sequence[str]) -> None:
-        """Refuse one of `fields` that was not read, unless it only repeats what was."""
-        texts = [text.strip() for text in _texts(parsed)]
-        said = set(texts)
-        for key in fields:
-            if key not in self or key in self._read or _is_said(self.given[key], said):
+    def check_nothing_lost(self, parsed: Parsed) -> None:
+        """Refuse a system message or tools that were not read, unless they stand in what was."""
+        texts = _texts(parsed)
+        for key, remedy in _REMEDIES.items():
+            if key not in self or key in self._read or _is_said(self.given[key], texts):
                 continue
-            if key == "text" and self.is_text(key) and texts[-1] and texts[-1] in self.given[key]:
-                continue  # the row as some template wrote it
+            if key == "tools" and self.is_text(key):
+                continue  # a column of that name: tools are a list
             beside = " and ".join(dict.fromkeys(self._read))
-            remedy = _REMEDIES.get(key, "take it out, or give it a name of its own")
             raise RowError(key, f"would be lost beside {beside}: {remedy}")
 
 
+def _says_the_same(message: Message, system: str) -> bool:
+    told: str = message["content"]
+    return message["role"] in ("system", "developer") and told.strip() == system.strip()
+
+
 def misspelled(key: str, names: Sequence[str]) -> str | None:
-    """Which of `names` a key was meant to be, if it looks like one."""
+    """Which of `names` a key was meant to be, if it looks like one; `prompt_id` is no prompt."""
     near = difflib.get_close_matches(key, names, n=1, cutoff=_LIKE)
-    return near[0] if near else None
+    return near[0] if near and not key.startswith(f"{near[0]}_") else None
 
 
 def _texts(parsed: Parsed) -> list[str]:
@@ -128,8 +130,8 @@ def _texts(parsed: Parsed) -> list[str]:
     return [parsed.prompt or "", parsed.reply]
 
 
-def _is_said(value: Any, said: set[str]) -> bool:
-    """Whether a field says what was read already: data sets bring a prompt, or all messages, once more."""
-    if isinstance(value, list):
-        return all(isinstance(part, dict) and _is_said(part.get("content"), said) for part in value)
-    return isinstance(value, str) and (not value.strip() or value.strip() in said)
+def _is_said(value: Any, texts: Sequence[str]) -> bool:
+    """Whether a field is empty, or a text that is part of what was read: a template may have put it there."""
+    if isinstance(value, str):
+        return any(value.strip() in text for text in texts)
+    return not value

@@ -13,7 +13,7 @@ from onebase_adapters.training.data_problems import RowError
 from onebase_adapters.training.messages import Message
 from onebase_adapters.training.preferences import parse_preference
 from onebase_adapters.training.recipe import Method
-from onebase_adapters.training.row_fields import KNOWN_FIELDS, SUPERVISED_FIELDS, RowFields
+from onebase_adapters.training.row_fields import RowFields
 
 _SUPERVISED_SHAPES = "messages, prompt and completion, instruction and output, or text"
 _DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and non_preferred_output"
@@ -22,14 +22,14 @@ _DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and
 def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
     """What a row means by its own keys.
 
-    Keys that no shape has are left alone; misspelled ones are refused, and so are those of another shape, if
-    they say anything that is not learned or read.
+    Of several shapes in one row the first counts: messages, prompt and completion, instruction, text. Other
+    keys are left alone; misspelled ones are refused, and so is a system message that would be lost, or tools.
     """
     fields = RowFields(row)
     parsed = parse_preference(fields) if method == "dpo" else _supervised(fields)
     if parsed is None:
         raise RowError("", _unknown_shape(fields.given, method))
-    fields.check_nothing_lost(parsed, KNOWN_FIELDS if method == "dpo" else SUPERVISED_FIELDS)
+    fields.check_nothing_lost(parsed)
     return parsed
 
 

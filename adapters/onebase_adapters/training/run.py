@@ -30,7 +30,7 @@ from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.report import Report, is_better
 from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.samples import Dataset
-from onebase_adapters.training.template_date import pin_template_date
+from onebase_adapters.training.template_date import keep_template_date, pin_template_date
 from onebase_adapters.training.trainable import Trainable
 
 ADAPTER, REPORT = "adapter", "report.json"
@@ -108,6 +108,7 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -
     decided = None
     try:
         plan = _plan(base, job, data)
+        keep_template_date(job.recipe, job.folder)
         decided = (plan.recipe, plan.estimate, plan.identity)
     finally:
         ranks.from_first(decided)

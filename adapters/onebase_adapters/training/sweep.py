@@ -28,7 +28,7 @@ from onebase_adapters.training.recipe import Recipe, RecipeError, resolve, step_
 from onebase_adapters.training.run import Job, load_tokenizer, run_plan
 from onebase_adapters.training.sweep_trials import Grid, Trial, Trials, name_of
 from onebase_adapters.training.targets import target_layers
-from onebase_adapters.training.template_date import pin_template_date
+from onebase_adapters.training.template_date import keep_template_date, pin_template_date
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""
@@ -97,6 +97,7 @@ def sweep(
         raise RecipeError("eval_split", "a sweep compares held-out losses: set eval_split above 0")
     steps, every = _lengths(base, job.recipe, data)
     state = Trials.open(job, data, recipes)
+    keep_template_date(job.recipe, job.folder)
     run = _Sweep(base, job, data, state, listen, gate, every)
     active = list(recipes)
     for rung in _rungs(steps, every, len(active), survivors):

@@ -25,7 +25,7 @@ _FORMATS = [f"%{letter}" for letter in (*"aAbBcdDeFgGHIjmMnpPrRsSTuUVwWxXyYzZ", 
 def pin_template_date(recipe: Recipe, tokenizer: Any, folder: Path) -> Recipe:
     """The recipe with the day on which the run in `folder` began; as it is, if the template prints none.
 
-    Raises CheckpointError, OSError.
+    That day is today, until `keep_template_date`. Raises CheckpointError, OSError.
     """
     if recipe.template_date != "auto" or _ASKS_FOR_IT not in template_of(tokenizer):
         return recipe
@@ -34,11 +34,17 @@ def pin_template_date(recipe: Recipe, tokenizer: Any, folder: Path) -> Recipe:
         day = date.fromisoformat(path.read_text()).isoformat()
     except FileNotFoundError:
         day = date.today().isoformat()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, day)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove {folder} to begin anew") from error
     return replace(recipe, template_date=day)
+
+
+def keep_template_date(recipe: Recipe, folder: Path) -> None:
+    """The run in `folder` begins: on another day it goes on with the recipe's one. Raises OSError."""
+    path = folder / _FILE
+    if recipe.template_date != "auto" and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, recipe.template_date)
 
 
 def dated_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
@@ -62,4 +68,5 @@ def _clock(day: date) -> str:
     filters = "".join(
         f" | replace({json.dumps(form)}, {json.dumps(midnight.strftime(form))})" for form in _FORMATS
     )
+    filters += ' | replace("%%", "%")'
     return f"{{% macro {_ASKS_FOR_IT}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"

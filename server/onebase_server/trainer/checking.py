@@ -12,7 +12,7 @@ from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen
 from onebase_adapters.training.plan import make_plan, read_data
 from onebase_adapters.training.run import Job, load_tokenizer
-from onebase_adapters.training.template_date import pin_template_date
+from onebase_adapters.training.template_date import keep_template_date, pin_template_date
 
 
 def check(
@@ -55,4 +55,5 @@ def check(
         base_resident=True,
         rate=rate,
     )
+    keep_template_date(job.recipe, job.folder)
     return {"recipe": plan.recipe.to_json(), "estimate": plan.estimate.to_json(), "steps": plan.steps}
