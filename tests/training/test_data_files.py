@@ -79,7 +79,7 @@ def test_bom_crlf_and_empty_lines_are_no_matter(tmp_path: Path) -> None:
         ("rows", GOOD, "must end in .jsonl"),
         ("rows.pkl", b"\x80\x04K\x01.", "must end in .jsonl"),
         ("rows.py", b"print()", "must end in .jsonl"),
-        ("rows.jsonl", gzip.compress(GOOD), "compressed (gzip): unpack it first"),
+        ("rows.jsonl", gzip.compress(GOOD, mtime=0), "compressed (gzip): unpack it first"),
         ("rows.csv", b"PK\x03\x04" + bytes(30), "ZIP file"),
         ("rows.jsonl", b"PAR1" + bytes(30), "Parquet file: name it .parquet"),
         ("rows.jsonl", GOOD.decode().encode("utf-16"), "UTF-16: save it as UTF-8"),
