@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -38,9 +39,19 @@ class Person:
         os.close(end)
         self.seen = ""
 
-    def sees(self, pattern: str) -> str:
-        """Read on until `pattern` appears; gives everything new up to its end."""
+    def sees(self, pattern: str, *, pressing: str = "") -> str:
+        """Read on until `pattern` appears; gives everything new up to its end.
+
+        pressing: typed again while nothing comes. A Ctrl-C between the prompt and the wait for a key is only
+        noticed with the next one, by Python's readline.
+        """
+        patience = 60
         while (found := re.search(pattern, self.seen)) is None:
+            if not select.select([self._terminal], [], [], 2.0)[0]:
+                patience -= 1
+                assert patience, f"{pattern!r} did not come after: {self.seen!r}"
+                self.types(pressing)
+                continue
             try:
                 new = os.read(self._terminal, 65536)
             except OSError:  # how Linux reports the end of a pty
@@ -141,7 +152,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_does(
     one = person("chat", "--url", url)
     one.sees("base> ")
     one.types("\x03")
-    one.sees(r"Ctrl-D or /quit leaves")
+    one.sees(r"Ctrl-D or /quit leaves", pressing="\x03")
     one.sees("base> ")
     one.types("\x04")
     assert one.process.wait(timeout=30) == 0
