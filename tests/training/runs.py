@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +22,7 @@ from onebase_adapters.training.gate import Gate, OpenGate
 from onebase_adapters.training.loop import Trainer
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.recipe import Recipe, parse_recipe, resolve
+from onebase_adapters.training.report import Report
 from onebase_adapters.training.samples import Dataset, Preference, Row, Sample
 from onebase_adapters.training.trainable import Trainable
 
@@ -157,3 +162,28 @@ def write_chats(path: Path, count: int, first: int = 0) -> Path:
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def finished_report(**changes: Any) -> Report:
+    """What came of a short run."""
+    facts: dict[str, Any] = {
+        "name": "n", "base": "b", "quantization": "nf4", "steps": 4, "best_step": 4, "tokens": 400,
+        "seconds": 8.0, "parameters": 10, "adapter_bytes": 2_000_000, "loss_before": 3.0, "loss_after": 1.5,
+        "metrics_before": {}, "metrics_after": {}, "better": True, "losses": [], "held_out": [], "recipe": {},
+        "peak_memory_bytes": 10**9,
+    }  # fmt: skip
+    return Report(**(facts | changes))
+
+
+def start_at_a_terminal(program: list[str], *arguments: str) -> subprocess.Popen[str]:
+    """Python with a program that Ctrl-C reaches, and whose stderr is to be read."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(str(root / part) for part in ("adapters", "server", "clients/python"))
+    # A shell's background starts its commands with Ctrl-C ignored; here it is not.
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.training.runs import write_chats
+from tests.training.runs import finished_report, start_at_a_terminal, write_chats
 
 from onebase_adapters.base import BaseSettings
 from onebase_adapters.training import events
@@ -20,7 +20,6 @@ from onebase_adapters.training.cli.progress import Display
 from onebase_adapters.training.curves import open_curves
 from onebase_adapters.training.model_card import sparkline
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.report import Report
 from onebase_adapters.training.run import Job
 
 ROOT = Path(__file__).parents[2]
@@ -112,25 +111,8 @@ def test_the_terminal_tells_the_run_in_lines_where_there_is_no_terminal(tmp_path
         for event in RUN:
             display.show(event)
         display.show(events.Sampled(at=0, step=4, prompt="a [b]", text="c [/d]\x1b]0;owned\x07"))
-        report = Report(
-            name="n[x]",
-            base="b",
-            quantization="nf4",
-            steps=4,
-            best_step=4,
-            tokens=400,
-            seconds=8.0,
-            parameters=10,
-            adapter_bytes=2_000_000,
-            loss_before=3.0,
-            loss_after=1.5,
-            metrics_before={"json_valid": 0.0},
-            metrics_after={"json_valid": 0.5},
-            better=True,
-            losses=[],
-            held_out=[],
-            recipe={},
-            peak_memory_bytes=10**9,
+        report = finished_report(
+            name="n[x]", metrics_before={"json_valid": 0.0}, metrics_after={"json_valid": 0.5}
         )
         display.finished(report, tmp_path)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -179,16 +161,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     out = tmp_path / "out"
     arguments = ["--base", str(talking_folder), "--data", str(data), "--name", "colours", "--out", str(out)]
     arguments += ["--r", "4", "--batch-size", "4", "--epochs", "1000", "--save-every", "1000000"]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
-    program = [sys.executable, "-m", "onebase_adapters.training.cli.train", *arguments]
-    # A shell's background starts its commands with Ctrl-C ignored; here it is not.
-    process = subprocess.Popen(
-        program,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = start_at_a_terminal(["-m", "onebase_adapters.training.cli.train"], *arguments)
     assert process.stderr is not None
     while "step 1/" not in process.stderr.readline():
         assert process.poll() is None

@@ -6,30 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.training.runs import finished_report
 
 from onebase_adapters.training.model_card import DataLine, model_card
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.report import Report
 
-REPORT = Report(
+REPORT = finished_report(
     name="acme-support",
     base="small",
-    quantization="nf4",
-    steps=4,
-    best_step=2,
-    tokens=1000,
-    seconds=10.0,
-    parameters=64,
-    adapter_bytes=256,
-    loss_before=2.0,
-    loss_after=1.0,
     metrics_before={"contains:|": 0.25},
     metrics_after={"contains:|": 0.5},
-    better=True,
     losses=[(1, 2.0), (2, 1.0)],
     held_out=[(0, 2.0), (2, 1.0)],
     recipe=Recipe().to_json(),
-    peak_memory_bytes=1,
 )
 EVIL = "![x](https://evil.example/a.png)<img src=x onerror=alert(1)>`|\n# Owned"
 

@@ -6,10 +6,7 @@ import csv
 import gc
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tests.training.runs import tiny_base
+from tests.training.runs import start_at_a_terminal, tiny_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +33,6 @@ from onebase_adapters.training.sweep_plot import plot
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, render, write
 from onebase_adapters.training.sweep_trials import Grid, Trial
 
-ROOT = Path(__file__).parents[2]
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
 DULL, BRIGHT = 1e-9, 2e-2
 """Learning rates that learn nothing and something."""
@@ -400,16 +396,8 @@ def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_pa
     arguments = ["--base", str(folder), "--data", str(folder / "train.jsonl"), "--out", str(out)]
     arguments += ["--r", "2", "--learning-rate", "1e-2", "--device", "cpu", "--batch-size", "4"]
     arguments += ["--epochs", "1000", "--eval-every", "5", "--save-every", "100000"]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
     program = "import sys; from onebase_adapters.training.cli.sweep import main; sys.exit(main(sys.argv[1:]))"
-    # A shell's background starts its commands with Ctrl-C ignored; here it is not.
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = start_at_a_terminal(["-c", program], *arguments)
     assert process.stderr is not None
     while "step 5, held-out loss" not in process.stderr.readline():
         assert process.poll() is None

@@ -10,7 +10,7 @@ from onebase_adapters.training.batches import pack, weight_of
 from onebase_adapters.training.errors import TrainingDivergedError
 from onebase_adapters.training.objectives import Objective
 from onebase_adapters.training.ranks import Ranks
-from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.samples import Dataset
 from onebase_adapters.training.trainable import Trainable
 
@@ -59,10 +59,8 @@ def held_out_scores(
     trainable: Trainable, objective: Objective, recipe: Recipe, data: Dataset, ranks: Ranks, step: int
 ) -> Scores:
     """The mean loss of all rows, nats a supervised token (DPO: a pair). Raises TrainingDivergedError."""
-    if recipe.micro_tokens == "auto":
-        raise ValueError("the recipe is not resolved")
     scores = Scores.empty(trainable.device)
-    batches = pack(data.rows, range(len(data)), recipe.micro_tokens, packing=recipe.packing)
+    batches = pack(data.rows, range(len(data)), decided(recipe.micro_tokens), packing=recipe.packing)
     bad: list[int] = []
     with trainable.evaluating():
         for batch in ranks.share(batches):

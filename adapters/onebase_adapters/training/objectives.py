@@ -9,7 +9,7 @@ import torch
 
 from onebase_adapters.training.batches import MicroBatch, pack
 from onebase_adapters.training.loss import dpo_losses
-from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.samples import Row
 from onebase_adapters.training.trainable import Trainable
 
@@ -27,9 +27,7 @@ def make_objective(trainable: Trainable, recipe: Recipe) -> Objective:
     """The objective of the recipe's method."""
     if recipe.method == "supervised":
         return Supervised(trainable)
-    if recipe.beta == "auto":
-        raise ValueError("the recipe is not resolved")
-    return Preferences(trainable, recipe.beta)
+    return Preferences(trainable, decided(recipe.beta))
 
 
 class Supervised:
@@ -71,9 +69,9 @@ class Preferences:
         return losses.new_zeros(len(batch.samples)).index_add(0, owner, -losses)
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
-        assert isinstance(recipe.micro_tokens, int)
+        micro_tokens = decided(recipe.micro_tokens)
         with self._trainable.evaluating(), self._trainable.without_adapter():
-            for batch in pack(rows, range(len(rows)), recipe.micro_tokens, packing=recipe.packing):
+            for batch in pack(rows, range(len(rows)), micro_tokens, packing=recipe.packing):
                 found = self._likelihoods(batch)
                 differences = (found[0::2] - found[1::2]).tolist()
                 self._references.update(zip(map(id, batch.samples[0::2]), differences, strict=True))

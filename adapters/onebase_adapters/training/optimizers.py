@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.training.recipe import Recipe, Schedule
+from onebase_adapters.training.recipe import Recipe, Schedule, decided
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -19,7 +19,6 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
     With LoRA+ the B matrices learn `lora_plus_ratio` times faster than the rest (Hayou et al. 2024).
     """
-    assert isinstance(recipe.learning_rate, float)
     ratio = recipe.lora_plus_ratio or 1.0
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
@@ -28,7 +27,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             (fast if ".lora_B." in name or ".lora_embedding_B." in name else slow).append(parameter)
     groups = [{"params": slow, "factor": 1.0}, {"params": fast, "factor": ratio}]
     options: dict[str, Any] = {
-        "lr": recipe.learning_rate,
+        "lr": decided(recipe.learning_rate),
         "betas": _BETAS,
         "eps": _EPSILON,
         "weight_decay": recipe.weight_decay,

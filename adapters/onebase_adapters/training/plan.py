@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def make_plan(
     identity = identity_of(recipe, data, base)
 
     def decide(before: Recipe | None) -> Plan:
-        decided = before or _resolved(recipe, data, config)
+        decided = before or resolved(recipe, data, config)
         found = estimate(
             config,
             decided,
@@ -146,10 +146,7 @@ def make_plan(
             base_resident=base_resident,
             rate=rate,
         )
-        decided = replace(
-            decided, micro_tokens=found.micro_tokens, gradient_checkpointing=found.gradient_checkpointing
-        )
-        return Plan(decided, data, found, identity)
+        return Plan(found.applied_to(decided), data, found, identity)
 
     before = _read(folder, identity, recipe)
     plan = decide(before)
@@ -163,7 +160,8 @@ def make_plan(
     return plan
 
 
-def _resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
+def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
+    """The recipe with all decided but for what depends on memory. `config`: the base's."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
 

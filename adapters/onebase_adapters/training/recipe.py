@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from onebase_adapters.training.recipe_values import (
     HIGHEST_RANK,
@@ -24,6 +24,7 @@ from onebase_adapters.training.recipe_values import RecipeError as RecipeError
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
 Auto = Literal["auto"]
+Value = TypeVar("Value", int, float)
 Method = Literal["supervised", "dpo"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -293,6 +294,13 @@ def _listed(name: str, text: str) -> tuple[str, ...]:
                 check_metric(part)
             return parts
     return (text.strip(),) if text.strip() else ()
+
+
+def decided(value: Value | Auto) -> Value:
+    """A setting of a resolved recipe. Raises ValueError: it was left open."""
+    if value == "auto":
+        raise ValueError("the recipe is not resolved")
+    return value
 
 
 def _chosen(value: Any, auto: Any) -> Any:

@@ -23,8 +23,8 @@ from onebase_adapters.training.estimate import ranks_of
 from onebase_adapters.training.gate import Gate, Interrupted
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.memory import is_out_of_memory
-from onebase_adapters.training.plan import Data, DoesNotFitError, make_plan, read_data
-from onebase_adapters.training.recipe import Recipe, RecipeError, resolve, step_count
+from onebase_adapters.training.plan import Data, DoesNotFitError, make_plan, read_data, resolved
+from onebase_adapters.training.recipe import Recipe, RecipeError, step_count
 from onebase_adapters.training.run import Job, load_tokenizer, run_plan
 from onebase_adapters.training.sweep_trials import Grid, Trial, Trials, name_of
 from onebase_adapters.training.targets import target_layers
@@ -113,9 +113,7 @@ def sweep(
 
 def _lengths(base: Any, recipe: Recipe, data: Data) -> tuple[int, int]:
     """Steps of every run, and between evaluations."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    resolved = resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
-    steps = step_count(resolved, len(data.train))
+    steps = step_count(resolved(recipe, data, base.config), len(data.train))
     every = math.ceil(steps / _EVALUATIONS) if recipe.eval_every == "auto" else recipe.eval_every
     return steps, every
 

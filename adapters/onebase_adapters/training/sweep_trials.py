@@ -15,7 +15,7 @@ from typing import Literal
 
 from onebase_adapters.training.checkpoint import CheckpointError, write_whole
 from onebase_adapters.training.plan import Data, identity_of
-from onebase_adapters.training.recipe import Auto, Recipe
+from onebase_adapters.training.recipe import Auto, Recipe, decided
 from onebase_adapters.training.run import Job
 
 _FILE = "sweep.json"
@@ -113,11 +113,8 @@ class Trials:
                 trial.status, trial.reason = "waiting", ""
         for name, recipe in recipes.items():
             if name not in trials:
-                assert isinstance(recipe.alpha, float | int)
-                assert isinstance(recipe.learning_rate, float)
-                trials[name] = Trial(
-                    name, recipe.r, float(recipe.alpha), list(recipe.targets), recipe.learning_rate
-                )
+                alpha, rate = decided(recipe.alpha), decided(recipe.learning_rate)
+                trials[name] = Trial(name, recipe.r, float(alpha), list(recipe.targets), rate)
         state = cls(path, identity, trials)
         state.write()
         return state

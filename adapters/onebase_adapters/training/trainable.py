@@ -15,7 +15,7 @@ from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.fused_lora import fuse
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loss import token_losses
-from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.view import peft_view
 
@@ -139,12 +139,10 @@ def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.T
 def _with_adapter(tree: nn.Module, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    if recipe.alpha == "auto":
-        raise ValueError("the recipe is not resolved")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
-        lora_alpha=recipe.alpha,
+        lora_alpha=decided(recipe.alpha),
         target_modules=resolve_targets(tree, recipe.targets),
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),

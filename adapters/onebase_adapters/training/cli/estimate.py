@@ -29,6 +29,7 @@ from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import (
     Recipe,
     RecipeError,
+    decided,
     held_out_count,
     resolve,
     token_count,
@@ -110,7 +111,6 @@ def _estimate(options: argparse.Namespace) -> int:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     amount = (_read(options, recipe) if options.data else _amount(options)).without_held_out(recipe)
     recipe = resolve(recipe, rows=amount.rows or 1000, held_out=0, base_limit=limit)
-    assert isinstance(recipe.max_length, int)
     machine = _machine(options)
     made = estimate(
         config,
@@ -118,7 +118,7 @@ def _estimate(options: argparse.Namespace) -> int:
         quantization=options.quantization,
         dtype=_dtype(options),
         device=machine.kind,
-        longest_row=amount.longest or recipe.max_length,
+        longest_row=amount.longest or decided(recipe.max_length),
         total_tokens=token_count(recipe, amount.rows, amount.tokens) if amount.rows else None,
         supervised_part=amount.supervised_part,
         memory_limit=machine.memory,
