@@ -16,6 +16,7 @@ OneBaseError
 ├── QueueFullError             come back later
 ├── UnavailableError           the engine is starting, restarting or stopping
 ├── EngineRestartedError       the engine died under a running request
+├── CrashesEngineError         the engine died under it again and again: it is not run
 ├── RowFailedError             the engine ended this request with an error
 ├── ClientGoneError            the caller left; nobody reads the answer
 └── SlowReaderError            the caller did not read its stream
@@ -150,6 +151,18 @@ class EngineRestartedError(OneBaseError):
         )
 
 
+class CrashesEngineError(OneBaseError):
+    """`deaths` of engines under the same request; `seconds` until it may be tried again."""
+
+    def __init__(self, deaths: int, seconds: float) -> None:
+        super().__init__(
+            f"The engine died {deaths} times while this request was running, so it is refused for the next "
+            f"{max(1, math.ceil(seconds / 60))} minutes. Change the prompt, the adapter or the sampling "
+            "settings, and report it with the server's log.",
+            code="crashes_engine",
+        )
+
+
 class RowFailedError(OneBaseError):
     """The engine's own words about a row that it ended."""
 
@@ -191,6 +204,7 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     QueueFullError: (429, "rate_limit_error"),
     UnavailableError: (503, "service_unavailable"),
     EngineRestartedError: (503, "service_unavailable"),
+    CrashesEngineError: (422, "invalid_request_error"),
     RowFailedError: (500, "server_error"),
     ClientGoneError: (499, "invalid_request_error"),
     SlowReaderError: (499, "invalid_request_error"),

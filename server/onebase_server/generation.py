@@ -110,7 +110,7 @@ class Generation:
         """Have the adapters loaded, then submit to the engine, which keeps them until the last row has ended.
 
         Raises UnavailableError, EngineRestartedError, QueueFullError, InvalidRequestError,
-        AdapterDeletedError.
+        AdapterDeletedError, CrashesEngineError.
         """
         if self.job.adapter.uses:
             await self._hold_adapters(residency.lease(self.job.adapter.uses))
@@ -141,7 +141,8 @@ class Generation:
         """Pieces of all choices, one list per engine step.
 
         Raises RowFailedError when the engine ends a row with an error, EngineRestartedError when it dies,
-        SlowReaderError and ClientGoneError. Whatever the end, rows still running are cancelled.
+        CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
+        Whatever the end, rows still running are cancelled.
         """
         try:
             while self._open:

@@ -19,6 +19,8 @@ class Inflight:
     def __init__(self, submits: Sequence[Submit], buffer_limit: int) -> None:
         self.submits = tuple(submits)
         self.open_rows = {submit.id: submit.n for submit in submits}
+        self.given_up = False
+        """Nobody waits for it any more: its rows end before their time."""
         self.on_cut: Callable[[], None] = lambda: None
         """Called when the request is cut off, to free a reader's connection at once."""
         self.on_ended: Callable[[], None] = lambda: None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from onebase_server.engine.protocol import Cancel, Stats, StepDone, ToEngine
 from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
 from onebase_server.inflight import Inflight
+from onebase_server.suspects import Suspects
 
 _log = logging.getLogger(__name__)
 _LONGEST_RETRY_AFTER = 30.0
@@ -27,6 +28,7 @@ class RequestRouter:
         self._queue_limit = queue_limit
         self._send = send
         self._requests: dict[str, Inflight] = {}
+        self._suspects = Suspects()
         self._last_progress = time.monotonic()
         self._last_row_end = 0.0
         self._seconds_per_row = 0.5
@@ -38,7 +40,8 @@ class RequestRouter:
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request; `max_rows` run at once and `queue_limit` more may wait.
 
-        Raises QueueFullError, or InvalidRequestError when even an empty queue is too short.
+        Raises QueueFullError, InvalidRequestError when even an empty queue is too short, CrashesEngineError,
+        or UnavailableError while another request that was running at engines' deaths has its turn.
         """
         capacity = max_rows + self._queue_limit
         if request.rows > capacity:
@@ -51,6 +54,7 @@ class RequestRouter:
             waiting = max(0, self.open_rows - max_rows)
             wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_row * (waiting + 1))
             raise QueueFullError(waiting, self._queue_limit, wait)
+        self._suspects.admit(request)
         if self.open_rows == 0:
             self.note_progress()
             self.on_busy(True)
@@ -61,6 +65,8 @@ class RequestRouter:
 
     def cancel(self, request: Inflight, request_id: str | None = None, choice: int | None = None) -> None:
         """End all of a request's rows, or one choice of one of its submits."""
+        if choice is None:
+            request.given_up = True
         for open_id in [request_id] if request_id else list(request.open_rows):
             if open_id in self._requests:
                 self._send(Cancel(open_id, choice))
@@ -85,6 +91,10 @@ class RequestRouter:
         """End every request's wait with an error; outputs that have arrived are still delivered."""
         for request in self._requests.values():
             request.fail(error)
+
+    def engine_died(self) -> None:
+        """Note which requests were running; one that is taken for the cause ends with an error of its own."""
+        self._suspects.engine_died({id(request): request for request in self._requests.values()}.values())
 
     def forget_all(self) -> None:
         """The engine is gone, and its rows with it."""
@@ -111,6 +121,7 @@ class RequestRouter:
         if request_id not in request.open_rows:
             del self._requests[request_id]
         if not request.open_rows:
+            self._suspects.ended(request)
             request.on_ended()
         if self._last_row_end:
             gap = min(_LONGEST_RETRY_AFTER, now - self._last_row_end)

@@ -136,7 +136,10 @@ class EngineSupervisor:
     # ---- for requests ------------------------------------------------------------------------
 
     def submit(self, request: Inflight) -> None:
-        """Hand a request over. Raises UnavailableError, QueueFullError, InvalidRequestError (never fits)."""
+        """Hand a request over.
+
+        Raises UnavailableError, QueueFullError, InvalidRequestError (never fits), CrashesEngineError.
+        """
         reason = self.unavailable()
         if reason is not None:
             raise reason
@@ -245,6 +248,8 @@ class EngineSupervisor:
             self.companions.residency.engine_gone()
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
+        if not self._stopping:
+            self.router.engine_died()
         self.router.fail_all(EngineRestartedError())
         self.router.forget_all()
 

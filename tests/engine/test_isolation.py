@@ -94,7 +94,7 @@ def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
 
 
 def test_logprobs_are_bit_equal_after_preemption(lab: Lab) -> None:
-    tight = lab.engine(kv_blocks=11)
+    tight = lab.engine(kv_blocks=52, block_size=2)
     assert scored(tight, ASKED) == scored(lab.engine(), ASKED)
     assert tight.scheduler.preemptions > 0
 

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from .scripted_engine import POISON
 from .support import Server, Starter, make_folder
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
@@ -49,6 +50,25 @@ def test_running_requests_end_with_an_error_when_the_engine_dies_and_new_ones_ar
         answer = http.post("/generate", json={"prompt": "word", "max_tokens": 2}).json()
         assert answer["choices"][0]["text"] == "wordword"
         assert http.get("/status").json()["engine"]["restarts"] == 1
+
+
+def test_a_request_that_kills_two_engines_gets_422_from_then_on(serve_scripted: Starter) -> None:
+    with serve_scripted("poison") as server, server.client() as http:
+        body = {"prompt": "word", "max_tokens": POISON}
+        first = http.post("/generate", json=body)
+        server.wait_ready()
+        second = http.post("/generate", json=body)
+        server.wait_ready()
+        refused = http.post("/generate", json=body)
+
+        assert first.status_code == 503
+        assert first.json()["error"]["code"] == "engine_restarted"
+        assert second.status_code == 422
+        assert refused.status_code == 422
+        assert refused.json()["error"]["code"] == "crashes_engine"
+        assert "retry-after" not in refused.headers
+        assert http.post("/generate", json={"prompt": "word", "max_tokens": 2}).status_code == 200
+        assert http.get("/status").json()["engine"]["restarts"] == 2
 
 
 def test_while_the_engine_restarts_requests_get_503_with_retry_after(serve_scripted: Starter) -> None:

@@ -14,15 +14,16 @@ from torch import nn
 from onebase_adapters.bank import stacked_bytes
 from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.loader import adaptable_layers
+from onebase_adapters.training.memory import is_out_of_memory
 from onebase_adapters.weights import AdapterWeights, weights_bytes
 from onebase_server.engine import protocol
-from onebase_server.engine.batch import Batch, Packer
+from onebase_server.engine.batch import Packer
 from onebase_server.engine.kv_cache import BlockPool
 from onebase_server.engine.memory import staging_bytes
 from onebase_server.engine.model import ServedModel
-from onebase_server.engine.protocol import RowOutput
+from onebase_server.engine.protocol import RowOutput, TokenLogprob
 from onebase_server.engine.request_checks import check_scores, check_tokens, check_weights
-from onebase_server.engine.row import AdapterMix, Plan, Row
+from onebase_server.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_server.engine.sampling import Drawn, draw_apart, score_prompt
 from onebase_server.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_server.engine.slot_table import SlotTable
@@ -38,9 +39,27 @@ class Counters:
 
     steps: int = 0
     failed_steps: int = 0
+    """Steps in which every row failed."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a step has computed. Nothing of it is state of a row or of the scheduler yet."""
+
+    plan: Plan
+    drawn: list[tuple[Row, Drawn]]
+    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a step failed, without the exception: its frames hold tensors whose memory the retry needs."""
+
+    message: str
+    out_of_memory: bool
 
 
 class _Admission(TypedDict, total=False):
@@ -170,7 +189,7 @@ class Engine:
     # ---- steps ------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Compute one step. An exception ends the rows of this step, not the engine.
+        """Compute one step. Where it fails, it is computed in parts, and only the rows that fail alone end.
 
         Raises:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
@@ -184,26 +203,12 @@ class Engine:
             return
         self.counters.steps += 1
         self._note_first_steps(plan)
-        try:
-            batch = self._packer.pack(plan, self.slots.slot_of)
-            logits = self.model.forward(batch)
-            self._score(batch, logits)
-            drawn = draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids)
-        except (BaseChangedError, torch.AcceleratorError):
-            raise
-        except Exception as error:
-            self.counters.failed_steps += 1
-            logger.exception("step failed; ending its %d rows", len(plan.segments))
-            for segment in plan.segments:
-                if segment.row.finish is None:
-                    self._end(segment.row, "error", code="step_failed", message=f"the step failed: {error}")
+        computed = self._try(plan)
+        if isinstance(computed, _Failure):
+            self._compute_apart(plan)
             return
-        for segment in plan.segments:
-            if segment.row.finish is None:
-                self.scheduler.computed(segment)
-        for row, result in zip(batch.sampled, drawn, strict=True):
-            if row.finish is None:
-                self._append(row, result)
+        for row, error in self._commit(computed).items():
+            self._fail(row, error)
 
     def take_outputs(self) -> list[RowOutput]:
         """What happened since the last call."""
@@ -258,20 +263,78 @@ class Engine:
                 self.counters.prompt_tokens += row.prompt_length
                 self.counters.cached_tokens += row.cached_tokens or 0
 
-    def _score(self, batch: Batch, logits: torch.Tensor) -> None:
-        for segment, part in batch.scored:
+    def _try(self, plan: Plan) -> _Computed | _Failure:
+        try:
+            return self._compute(plan)
+        except (BaseChangedError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            logger.exception("computing %d rows failed", len(plan.segments))
+            return _Failure(str(error), is_out_of_memory(error))
+
+    def _compute(self, plan: Plan) -> _Computed:
+        """A forward pass and what is sampled from it. It changes nothing but KV that `computed` has not seen.
+
+        Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
+        """
+        batch = self._packer.pack(plan, self.slots.slot_of)
+        logits = self.model.forward(batch)
+        scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
+        drawn = draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids)
+        return _Computed(plan, list(zip(batch.sampled, drawn, strict=True)), scores)
+
+    def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
+        """Of the prompt tokens after each of the segment's, or the row's own exception."""
+        row = segment.row
+        targets = row.tokens[segment.start + 1 : segment.start + 1 + len(logits)]
+        try:
+            return score_prompt(logits, targets, row.sampling.prompt_logprobs or 0)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            return error
+
+    def _commit(self, computed: _Computed) -> dict[Row, Exception]:
+        """Make a step's results state, but for the rows that failed alone in it: their exceptions."""
+        failed = {row: drawn.error for row, drawn in computed.drawn if drawn.error is not None}
+        for segment, scores in computed.scores:
             row = segment.row
-            if segment.start == 0:
-                row.prompt_scores = []
-            targets = row.tokens[segment.start + 1 : segment.start + 1 + (part.stop - part.start)]
-            try:
-                row.prompt_scores += score_prompt(logits[part], targets, row.sampling.prompt_logprobs or 0)
-            except torch.AcceleratorError:
-                raise
-            except Exception as error:
-                self._fail(row, error)
+            if isinstance(scores, Exception):
+                failed[row] = scores
                 continue
+            row.prompt_scores = scores if segment.start == 0 else row.prompt_scores + scores
             row.prompt_scored = segment.stop >= row.prompt_length
+        for segment in computed.plan.segments:
+            if segment.row not in failed:
+                self.scheduler.computed(segment)
+        for row, drawn in computed.drawn:
+            if row not in failed:
+                self._append(row, drawn)
+        return failed
+
+    def _compute_apart(self, plan: Plan) -> None:
+        """Compute a step that failed in parts: decodes together, then by halves, and each prefill apart.
+
+        A row that fails alone ends. Where every row does, none is to blame: the step has failed.
+        """
+        parts = [Plan(plan.decodes, [])] if plan.decodes else []
+        parts += [Plan([], [segment]) for segment in plan.prefills]
+        failed: dict[Row, str] = {}
+        while parts:
+            part = parts.pop(0)
+            computed = self._try(part)
+            if isinstance(computed, _Computed):
+                failed |= {row: str(error) for row, error in self._commit(computed).items()}
+            elif smaller := _smaller(part, computed):
+                parts = smaller + parts
+            else:
+                failed[part.segments[0].row] = computed.message
+        nobody = len(failed) == len(plan.segments)
+        self.counters.failed_steps += nobody
+        code, what = ("step_failed", "the step") if nobody else ("row_failed", "this row")
+        for row, message in failed.items():
+            logger.error("a row of request %s failed: %s", row.id, message)
+            self._end(row, "error", code=code, message=f"{what} failed: {message}")
 
     def _fail(self, row: Row, error: Exception) -> None:
         """End a row for an exception of its own."""
@@ -279,9 +342,6 @@ class Engine:
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
 
     def _append(self, row: Row, drawn: Drawn) -> None:
-        if drawn.error is not None:
-            self._fail(row, drawn.error)
-            return
         if drawn.token is None:
             message = "the logits are not finite: an adapter of this request overflows"
             self._end(row, "error", code="not_finite", message=message)
@@ -345,3 +405,15 @@ class Engine:
             del self._rows[row.id]
         if self.versions.any_leaving:
             self._drop_unused()
+
+
+def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
+    """What to compute of a part that failed; nothing of one row, unless it is shorter and memory ran out."""
+    if len(part.decodes) > 1:
+        half = len(part.decodes) // 2
+        return [Plan(part.decodes[:half], []), Plan(part.decodes[half:], [])]
+    (segment,) = part.segments
+    if failure.out_of_memory and segment.length > 1:
+        # The next step goes on from there.
+        return [Plan([], [Segment(segment.row, segment.start, segment.start + segment.length // 2)])]
+    return []

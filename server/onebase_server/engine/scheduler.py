@@ -3,6 +3,10 @@
 Rows are admitted in order of arrival; a row whose adapter finds no slot waits without holding up the
 others. Decodes come first in every step, prefill chunks share what is left of the token budget. When
 blocks run out, the youngest row gives its blocks back and is recomputed later: it never fails for it.
+
+A row is admitted only if a few blocks stay free: the next block of each row that may still need one.
+Else the youngest row would be admitted and preempted again as soon as an older one grows. So no row is
+preempted within `block_size` steps after any admission.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from onebase_server.engine.slot_table import SlotTable
 
 MAX_SCORED_TOKENS = 128
 """Prompt tokens scored in one step: each costs a row of logits over the whole vocabulary."""
+WATERMARK = 0.01
+"""Part of the KV blocks that an admission leaves free at least, unless the row would run alone."""
 
 
 class NeverFitsError(ValueError):
@@ -146,11 +152,15 @@ class Scheduler:
         ]
 
     def _take_blocks(self, row: Row) -> bool:
-        """Blocks for all of the row's tokens, a cached prefix first. At least one token stays to compute."""
+        """Blocks for all of the row's tokens, a cached prefix first. At least one token stays to compute.
+
+        False, and nothing taken, if there are not enough, or if fewer than the watermark would stay free.
+        """
         self._extend_keys(row, len(row.tokens) - 1)
         reusable = 0 if row.scores_prompt else (len(row.tokens) - 1) // self._pool.block_size
         shared = self._pool.share(row.block_keys[:reusable])
-        fresh = self._pool.allocate(self._pool.blocks_for(len(row.tokens)) - len(shared))
+        missing = self._pool.blocks_for(len(row.tokens)) - len(shared)
+        fresh = self._pool.allocate(missing) if missing + self._watermark(row) <= self._pool.free else None
         if fresh is None:
             self._pool.release(shared)
             return False
@@ -159,6 +169,18 @@ class Scheduler:
         if row.cached_tokens is None:
             row.cached_tokens = row.computed
         return True
+
+    def _watermark(self, admitted: Row) -> int:
+        """Blocks that stay free when `admitted` joins the running rows; a row alone may take all."""
+        if not self.running:
+            return 0
+        growing = sum(self._may_outgrow(row, len(row.blocks)) for row in self.running)
+        growing += self._may_outgrow(admitted, self._pool.blocks_for(len(admitted.tokens)))
+        return max(growing, int(self._pool.capacity * WATERMARK))
+
+    def _may_outgrow(self, row: Row, blocks: int) -> bool:
+        """Whether the row may need more than `blocks`; nothing is computed from its last token."""
+        return self._pool.blocks_for(row.prompt_length + row.sampling.max_tokens - 1) > blocks
 
     def _grow(self, row: Row, tokens: int) -> bool:
         """Blocks for `tokens`; preempts the youngest rows until there are. False if that was this row."""
