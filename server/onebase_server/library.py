@@ -29,8 +29,8 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.names import same_base
 from onebase_server.memory_use import PreparedFile
+from onebase_server.names import same_base
 from onebase_server.proofs import Proofs
 from onebase_server.prover import Proof, Prover
 from onebase_server.storage_errors import storage_errors

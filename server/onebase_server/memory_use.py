@@ -13,7 +13,7 @@ Tier = Literal["slot", "host", "disk"]
 
 @dataclass(frozen=True)
 class PreparedFile:
-    """The file with a proven version's tensors. `versions`: those that it was proved for, as they were then."""
+    """The file with a proven version's tensors. `versions`: those that have it, as they were seen then."""
 
     blob: Blob
     versions: tuple[VersionRecord, ...]
