@@ -23,7 +23,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .support import HERE, START_SECONDS, Server, Starter, free_port, make_folder
+from .support import HERE, START_SECONDS, Server, Starter, alive, free_port, make_folder
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
 
@@ -306,11 +306,3 @@ def test_the_engine_ends_when_the_api_is_killed(serve_scripted: Starter) -> None
         while alive(engine) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(engine)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

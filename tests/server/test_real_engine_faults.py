@@ -14,7 +14,7 @@ import pytest
 
 from onebase_server.workshop.scratch import scratch_folder
 
-from .support import Server, Starter, children, command_of, make_folder
+from .support import Server, Starter, alive, children, command_of, make_folder
 from .training_support import make_job, openai_client
 
 ENDLESS = {"prompt": "word", "max_tokens": 4000, "ignore_eos": True}
@@ -100,7 +100,7 @@ def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(ser
 
             assert server.exit_status() == 128 + signal.SIGTERM
             request.join(30)
-            assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
+            assert [pid for pid in started if alive(pid)] == []
             assert not any(scratch_folder(pid).exists() for pid in started)
         finally:
             for pid in started:
