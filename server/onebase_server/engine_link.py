@@ -9,7 +9,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
@@ -17,6 +19,8 @@ import msgspec
 from onebase_server.engine.protocol import FrameReader, encode
 
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.engine")
+DEATH_SECONDS = 2.0
+"""A process that was killed is gone by then, unless the system holds it."""
 
 Received = TypeVar("Received")
 
@@ -143,3 +147,30 @@ class ChildProcess:
         if status < 0:
             return f"signal {signal.Signals(-status).name}"
         return f"exit status {status}"
+
+
+def kill_children() -> list[int]:
+    """Kill all processes that this one has started, whoever did, with what those have started.
+
+    For a process that is about to exit. Returns their ids once they are gone, or after DEATH_SECONDS.
+    """
+    lists = Path("/proc/self/task").glob("*/children")
+    pids = [int(pid) for path in lists for pid in path.read_text().split()]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + DEATH_SECONDS
+    while any(map(_runs, pids)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return pids
+
+
+def _runs(pid: int) -> bool:
+    """Whether a child of this process has not ended yet."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False

@@ -167,8 +167,8 @@ class RowFailedError(OneBaseError):
     """The engine's own words about a row that it ended."""
 
     @property
-    def is_callers_fault(self) -> bool:
-        return self.code in CALLER_CODES
+    def status(self) -> int:
+        return CALLER_CODES.get(self.code, 500)
 
 
 class ClientGoneError(OneBaseError):
@@ -183,10 +183,14 @@ class SlowReaderError(OneBaseError):
         )
 
 
-CALLER_CODES = frozenset(
-    {"context_length_exceeded", "empty_prompt", "kv_memory_exceeded", "too_many_adapters"}
-)
-"""Engine error codes that the caller can cure by asking for something else."""
+CALLER_CODES = {
+    "context_length_exceeded": 400,
+    "empty_prompt": 400,
+    "kv_memory_exceeded": 400,
+    "too_many_adapters": 400,
+    "adapter_not_composable": 409,
+}
+"""Engine error codes that the caller can cure by asking for something else, with their HTTP status."""
 
 _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
@@ -213,8 +217,8 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
 
 def status_of(error: OneBaseError) -> tuple[int, str]:
     """HTTP status and OpenAI error type."""
-    if isinstance(error, RowFailedError) and error.is_callers_fault:
-        return 400, "invalid_request_error"
+    if isinstance(error, RowFailedError) and error.status < 500:
+        return error.status, "invalid_request_error"
     return _TABLE.get(type(error), (500, "server_error"))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -15,9 +16,11 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from onebase_server.engine_link import kill_children
 from onebase_server.services import Services, server_stopping
 from onebase_server.settings import Settings
 from onebase_server.sse import ABORT_EXTENSION
+from onebase_server.workshop.scratch import scratch_folder
 
 _log = logging.getLogger(__name__)
 _LAST_BYTES_SECONDS = 5
@@ -126,16 +129,23 @@ async def _drain(services: Services, server: _Server, engine: asyncio.Task[None]
 
 def _install_signals(services: Services, stop: asyncio.Event) -> None:
     def handle(number: signal.Signals) -> None:
-        if services.draining:
-            services.supervisor.kill_now()
-            services.training.manager.kill_now()
-            os._exit(128 + number)
+        if services.draining and number != signal.SIGHUP:  # of a terminal it may come twice, and by itself
+            _end_at_once(128 + number)
         services.draining = True
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # started by nohup
         loop.add_signal_handler(number, handle, number)
+
+
+def _end_at_once(status: int) -> None:
+    """Exit, and leave no process and none of their temporary files behind."""
+    for pid in kill_children():
+        shutil.rmtree(scratch_folder(pid), ignore_errors=True)
+    os._exit(status)
 
 
 def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:

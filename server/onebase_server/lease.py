@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from onebase_server.errors import OneBaseError
+from onebase_server.memory_use import PreparedFile
 
 
 class Use(NamedTuple):
@@ -20,9 +21,13 @@ class Use(NamedTuple):
 
 @dataclass(eq=False)
 class Held:
-    """One version in the engine's memory, or on its way there. `bytes` are reserved from the beginning."""
+    """One version in the engine's memory, or on its way there. `bytes` are reserved from the beginning.
+
+    `prepared`: the file that it is loaded from, whatever becomes of the version meanwhile.
+    """
 
     digest: str
+    prepared: PreparedFile
     bytes: int
     loaded: asyncio.Future[None]
     leases: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, repeat
 from typing import Any
@@ -28,6 +29,7 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.memory_use import PreparedFile
 from onebase_server.names import same_base
 from onebase_server.proofs import Proofs
 from onebase_server.prover import Proof, Prover
@@ -173,25 +175,28 @@ class Library:
             job = _Job(Wishes.of(version.source), activate=True)
             await self._activate_if_wished(version, job)
 
-    def begin_again(self, digest: str) -> None:
-        """A ready version's prepared file is lost or damaged: make another one from the files."""
-        task = asyncio.get_running_loop().create_task(self._begin_again(digest))
+    def begin_again(self, prepared: PreparedFile) -> None:
+        """A prepared file is lost or damaged: make another one for the versions that still have it."""
+        task = asyncio.get_running_loop().create_task(self._begin_again(prepared))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _begin_again(self, digest: str) -> None:
+    async def _begin_again(self, prepared: PreparedFile) -> None:
+        reopened: list[VersionRecord] = []
         try:
             # All of its names first: none of them may take another's damaged file for a proof.
-            reopened = [
-                await self._records.run(self._registry.reopen, version.tenant, version.name, version.digest)
-                for version in list(self.catalog.of_digest(digest))
-                if version.state == "ready"
-            ]
+            for seen in prepared.versions:
+                with suppress(registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
+                    version = await self._records.run(
+                        self._registry.reopen, seen.tenant, seen.name, seen.digest, seen=seen
+                    )
+                    if not version.finished:
+                        reopened.append(version)
             await self.catalog.refresh()
-            for version in reopened:
-                self._begin(version, replace(Wishes.of(version.source), activate=False))
         except registry_errors.RegistryError as error:
-            _log.error("version %s cannot be prepared again: %s", digest[:12], error)
+            _log.error("file %s cannot be prepared again: %s", prepared.blob.sha256[:12], error)
+        for version in reopened:
+            self._begin(version, replace(Wishes.of(version.source), activate=False))
 
     async def wait(self, name: str, digest: str) -> VersionRecord:
         """The version once it is finished, and activated if that was wished.

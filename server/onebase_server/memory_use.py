@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from onebase_adapters.content import Blob
+from onebase_adapters.registry import VersionRecord
 
 Tier = Literal["slot", "host", "disk"]
 
 
-class PreparedFile(NamedTuple):
-    """Where a proven version's tensors can be read, and the SHA-256 of that file."""
+@dataclass(frozen=True)
+class PreparedFile:
+    """The file with a proven version's tensors. `versions`: those that have it, as they were seen then."""
 
-    path: Path
-    sha256: str
+    blob: Blob
+    versions: tuple[VersionRecord, ...]
 
 
 @dataclass(frozen=True)

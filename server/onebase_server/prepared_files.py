@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from onebase_adapters.content import Blob
+from pathlib import Path
+
 from onebase_adapters.store import Store
 from onebase_server.background import Threads
 from onebase_server.catalog import Catalog
@@ -18,19 +19,16 @@ class PreparedFiles:
         self._store = store
         self._disk = disk
 
-    def size_of(self, digest: str) -> int:
-        """Bytes, rounded up: the file is the tensors and a header. Raises UnknownAdapterError."""
-        return self._blob(digest).size
-
-    async def locate(self, digest: str) -> PreparedFile:
-        """A local file; one from a remote store is fetched first. Raises UnknownAdapterError, StoreError."""
-        blob = self._blob(digest)
-        return PreparedFile(await self._disk.run(self._store.local, blob.sha256), blob.sha256)
-
-    def _blob(self, digest: str) -> Blob:
-        for version in self._catalog.of_digest(digest):
-            if version.state == "ready" and version.prepared is not None:
-                return version.prepared
+    def find(self, digest: str) -> PreparedFile:
+        """The version's file. Its size is the tensors' and a header's. Raises UnknownAdapterError."""
+        ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
+        for version in ready:
+            if (blob := version.prepared) is not None:
+                return PreparedFile(blob, tuple(one for one in ready if one.prepared == blob))
         raise UnknownAdapterError(
             f"Version {digest[:12]} of the adapter is gone: it was deleted.", code="version_not_found"
         )
+
+    async def fetch(self, prepared: PreparedFile) -> Path:
+        """A local file; one from a remote store is fetched first. Raises StoreError."""
+        return await self._disk.run(self._store.local, prepared.blob.sha256)

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
 
 from onebase_adapters.store import BlobDamagedError, BlobMissingError
 from onebase_server.engine.protocol import (
@@ -43,8 +44,8 @@ class Residency:
 
     Args:
         limit: bytes for all versions together.
-        size_of: bytes that a version will take; raises UnknownAdapterError when it is gone.
-        locate: a local file with the version's tensors; may take long (a remote store).
+        find: the file with a version's tensors; raises UnknownAdapterError when the version is gone.
+        fetch: a local path of it; may take long (a remote store).
         send: passes a message to the engine without blocking.
         queue_limit: requests that may wait until their versions are loaded.
     """
@@ -52,18 +53,18 @@ class Residency:
     def __init__(
         self,
         limit: int,
-        size_of: Callable[[str], int],
-        locate: Callable[[str], Awaitable[PreparedFile]],
+        find: Callable[[str], PreparedFile],
+        fetch: Callable[[PreparedFile], Awaitable[Path]],
         send: Callable[[ToEngine], None],
         queue_limit: int = 256,
     ) -> None:
         self.limit = limit
         self._queue_limit = queue_limit
         self._waiting = 0
-        self.on_damaged: Callable[[str], None] = lambda digest: None
-        """Called when a version's tensors are lost or not what was proved."""
-        self._size_of = size_of
-        self._locate = locate
+        self.on_damaged: Callable[[PreparedFile], None] = lambda prepared: None
+        """Called when a file is lost or not what was proved; the version may have another one by then."""
+        self._find = find
+        self._fetch = fetch
         self._send = send
         self._held: dict[str, Held] = {}
         self._leaving: dict[str, Held] = {}
@@ -145,7 +146,7 @@ class Residency:
 
     def check_pins(self, digests: Iterable[str]) -> None:
         """Raises InvalidRequestError when these versions cannot be in memory together."""
-        total = sum(self._size_of(digest) for digest in set(digests))
+        total = sum(self._find(digest).blob.size for digest in set(digests))
         if total > self.limit:
             raise InvalidRequestError(
                 f"pinned: the pinned adapters would take {total} bytes of host memory and the limit is "
@@ -185,15 +186,16 @@ class Residency:
         while True:
             if not self._running:
                 raise EngineRestartedError
-            missing = {one: self._size_of(one) for one in digests if one not in self._held}
+            missing = {one: self._find(one) for one in digests if one not in self._held}
+            needed = sum(prepared.blob.size for prepared in missing.values())
             self._check_possible(digests)
-            self._evict(sum(missing.values()))
-            if self._used + sum(missing.values()) <= self.limit:
+            self._evict(needed)
+            if self._used + needed <= self.limit:
                 break
             self._changed.clear()
             await self._changed.wait()
-        for digest, size in missing.items():
-            lease.hold(self._begin_load(digest, size))
+        for digest, prepared in missing.items():
+            lease.hold(self._begin_load(digest, prepared))
 
     def _evict(self, needed: int) -> None:
         """Tell idle versions to leave until `needed` bytes will be free, if that can be had."""
@@ -206,7 +208,7 @@ class Residency:
 
     def _check_possible(self, digests: Sequence[str]) -> None:
         others = self._pinned - set(digests)
-        needed = sum(self._size_of(digest) for digest in digests)
+        needed = sum(self._find(digest).blob.size for digest in digests)
         pinned = sum(self._held[digest].bytes for digest in others if digest in self._held)
         if needed + pinned > self.limit:
             beside = f" beside {pinned} bytes of pinned adapters" if pinned else ""
@@ -227,8 +229,9 @@ class Residency:
 
     # ---- loading -----------------------------------------------------------------------------
 
-    def _begin_load(self, digest: str, size: int) -> Held:
-        held = Held(digest, size, asyncio.get_running_loop().create_future(), last_used=next(self._clock))
+    def _begin_load(self, digest: str, prepared: PreparedFile) -> Held:
+        loaded = asyncio.get_running_loop().create_future()
+        held = Held(digest, prepared, prepared.blob.size, loaded, last_used=next(self._clock))
         held.loaded.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._held[digest] = held
         self._unwanted.discard(digest)
@@ -240,7 +243,7 @@ class Residency:
     async def _load(self, held: Held) -> None:
         """Ask the engine to load; its answer ends `held.loaded`."""
         try:
-            prepared = await self._locate(held.digest)
+            path = await self._fetch(held.prepared)
             leaving = self._leaving.get(held.digest)
             if leaving is not None:
                 await leaving.unloaded.wait()
@@ -251,11 +254,11 @@ class Residency:
             _log.error("version %s cannot be read: %s", held.digest[:12], error)
             self._load_failed(held, _unavailable(held.digest, str(error)))
             if isinstance(error, BlobMissingError | BlobDamagedError):
-                self.on_damaged(held.digest)
+                self.on_damaged(held.prepared)
             return
         if self._held.get(held.digest) is held:
             self._loads += 1
-            self._send(LoadAdapter(held.digest, str(prepared.path), prepared.sha256))
+            self._send(LoadAdapter(held.digest, str(path), held.prepared.blob.sha256))
 
     def _load_failed(self, held: Held, error: OneBaseError) -> None:
         if self._held.get(held.digest) is held:
@@ -292,7 +295,7 @@ class Residency:
             _log.error("version %s cannot be loaded: %s", message.digest[:12], message.message)
             self._load_failed(held, _unavailable(message.digest, message.message))
             if message.code == "damaged":
-                self.on_damaged(message.digest)
+                self.on_damaged(held.prepared)
             return
         held.bytes = message.bytes
         held.loaded.set_result(None)

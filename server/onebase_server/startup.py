@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ from onebase_server.services import Services
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, open_storage
 from onebase_server.supervisor import EngineFailedError, EngineSupervisor
+from onebase_server.tokenization import TokenizerError, leave_torch_out
 from onebase_server.training.home import DataDirError
 from onebase_server.training.links import TRAINER_COMMAND
 from onebase_server.workshop_link import WORKSHOP_COMMAND
 
 if TYPE_CHECKING:
     from onebase_adapters.default_base import ResolvedBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         raise StartupError(address_error(settings, error)) from error
     with listener, LoadingDisplay(console) as display:
         resolved = resolve(settings.base, display)
+        leave_torch_out()
         base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
@@ -137,7 +142,12 @@ class _Server:
                 self.commands.workshop,
                 self.commands.trainer,
             )
-        except DataDirError as error:
+        except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error
-        except Exception as error:
+        except TokenizerError as error:
             raise StartupError(f"the base in {self.base.folder} has no usable tokenizer: {error}") from error
+        except OSError as error:
+            raise StartupError(f"the server cannot be set up: {error}") from error
+        except Exception as error:
+            _log.exception("the server cannot be set up")
+            raise StartupError(f"the server cannot be set up: {type(error).__name__}: {error}") from error

@@ -6,7 +6,6 @@ import asyncio
 import enum
 import logging
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -196,12 +195,6 @@ class EngineSupervisor:
             self._engine.send(Shutdown())
             await self._engine.end(self._policy.shutdown_grace)
         await self._companions_gone()
-
-    def kill_now(self) -> None:
-        """End the engine without waiting for anything: the api is about to exit."""
-        self._stopping = True
-        if self._engine is not None:
-            self._engine.signal_group(signal.SIGKILL)
 
     async def _run_one(self) -> str:
         """One engine from start to death. Returns why it ended, in words."""

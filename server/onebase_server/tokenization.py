@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,18 +14,15 @@ from onebase_server.text import BytePieces, PieceDecoder, WindowPieces
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class BaseTokenizer:
-    """One base's tokenizer and chat template. Nothing here comes from an adapter.
+class TokenizerError(Exception):
+    """The base's folder holds no tokenizer that can be used; the message says why."""
 
-    Raises OSError or ValueError when the folder holds no tokenizer.
-    """
+
+class BaseTokenizer:
+    """One base's tokenizer and chat template. Nothing here comes from an adapter. Raises TokenizerError."""
 
     def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        self._tokenizer = _load(folder)
         self._special = frozenset(
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
@@ -111,6 +110,32 @@ class BaseTokenizer:
                 return name.encode()
         byte = _BYTE_TOKEN.fullmatch(name)
         return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()
+
+
+def leave_torch_out() -> None:
+    """Keep torch out of this process for good: tokenizers do not need it, and it takes 250 MB.
+
+    `AutoTokenizer` then does what it does where torch is not installed: it finds the same classes, which give
+    the same ids. Without effect where torch is loaded already; child processes are not concerned.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
+    logging.disable(logging.WARNING)  # transformers says once that it found no torch
+    try:
+        import transformers  # noqa: F401  (it looks for torch when it is imported)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _load(folder: str) -> Any:
+    """Raises TokenizerError, whatever the libraries raise."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise TokenizerError(str(error)) from error
 
 
 def _never_cut_or_pad(tokenizer: Any) -> None:

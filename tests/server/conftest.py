@@ -23,13 +23,16 @@ from onebase_server.tokenization import BaseTokenizer
 from .support import HERE, Server, Starter, serving
 
 
-def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int) -> Path:
-    """A PEFT adapter of the default base, saved by PEFT; random but far from the base."""
+def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int, **settings: Any) -> Path:
+    """A PEFT adapter of the default base, saved by PEFT; random but far from the base.
+
+    `settings`: more of LoraConfig.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM", **settings,
     )  # fmt: skip
     get_peft_model(model, config).save_pretrained(folder)
     return folder

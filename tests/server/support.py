@@ -112,6 +112,14 @@ def command_of(pid: int) -> str:
     return next((part.rpartition("/")[2] for part in parts if any(kind in part for kind in KINDS)), "")
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def free_port() -> int:
     """A port of this process's own part: tests beside it may look for one before it is used."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

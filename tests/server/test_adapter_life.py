@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from ..hub_standin import HubStandIn
+from .conftest import make_adapter
 from .support import ROOT, Server, Starter, upload, upload_folder
 
 ORDERS, PIRATE = (ROOT / "examples" / "adapters" / name for name in ("orders", "pirate"))
@@ -196,6 +197,21 @@ def test_a_version_that_changes_nothing_and_one_that_is_no_adapter_are_refused(h
     assert refused.status_code == 422
     assert refused.json()["version"]["state"] == "failed"
     assert refused.json()["error"]["message"]
+
+
+def test_a_sum_over_an_adapter_that_does_not_compose_is_the_callers_to_change(
+    http: httpx2.Client, base_folder: Path, place: Path
+) -> None:
+    folder = make_adapter(base_folder, place / "dora", 1, 4, use_dora=True, layers_to_transform=[0])
+    upload_folder(http, "dora", folder, "wait=true&activate=true").raise_for_status()
+    half = {**body(PROMPTS[0], None), "adapter": [{"name": "dora", "weight": 0.5}]}
+
+    refused = http.post("/generate", json=half)
+
+    assert refused.status_code == 409
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "adapter_not_composable")
+    assert answer_of(http, PROMPTS[0], "dora")
 
 
 def test_adapters_come_back_when_the_engine_is_killed(

@@ -81,6 +81,49 @@ def test_a_base_that_does_not_exist_is_reported_in_a_sentence(capsys: pytest.Cap
     assert "Traceback" not in text
 
 
+def test_a_base_without_a_usable_tokenizer_is_reported_as_such(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (base / name).symlink_to(base_folder / name)
+    (base / "tokenizer.json").write_text("{}")
+
+    assert serve(["--base", str(base), "--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    assert f"the base in {base} has no usable tokenizer" in told(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(24, "Too many open files"), "the server cannot be set up: [Errno 24] Too many open files"),
+        (KeyError("name"), "the server cannot be set up: KeyError: 'name'"),
+    ],
+)
+def test_what_else_fails_while_the_server_is_set_up_is_not_called_a_tokenizer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    sentence: str,
+) -> None:
+    def fail(*_parts: object) -> None:
+        raise error
+
+    monkeypatch.setattr("onebase_server.startup.assemble", fail)
+
+    assert serve(["--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    text = told(capsys)
+    assert sentence in text
+    assert "no usable tokenizer" not in text
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was written to stderr, in one line."""
+    return " ".join(capsys.readouterr().err.split())
+
+
 def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> None:
     sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
     program = "import sys; from onebase_server.cli import base; sys.exit(base(['fetch']))"

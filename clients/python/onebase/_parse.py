@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from .errors import ErrorDetail, InvalidResponseError
@@ -123,7 +124,10 @@ def health(status: int, body: bytes) -> Health:
 def error_detail(status: int, body: bytes) -> ErrorDetail:
     """The error in a body, in OpenAI's shape; a body of another shape is quoted."""
     try:
-        return stream_error(_object(body)["error"])
+        answer = _object(body)
+        version = answer.get("version")
+        digest = version.get("version") if isinstance(version, dict) else None
+        return replace(stream_error(answer["error"]), version=_optional_text(digest))
     except (InvalidResponseError, KeyError):
         text = body.decode("utf-8", errors="replace").strip()[:200]
         return ErrorDetail(f"the server answered {status}" + (f": {text}" if text else " with no body"))

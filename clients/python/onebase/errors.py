@@ -49,6 +49,8 @@ class ErrorDetail:
     """The exact kind, stable enough to compare with, such as `adapter_not_found`."""
     current: str | None = None
     """The digest that is active, in an error that says that another one was expected."""
+    version: str | None = None
+    """The digest of the version that the error is about, where the answer says it."""
 
 
 class OneBaseError(Exception):
@@ -107,6 +109,8 @@ class APIStatusError(OneBaseError):
         param: The field of the request that is at fault, or None.
         code: The exact kind of error, or None.
         retry_after: Seconds after which the server asks to be tried again, or None.
+        version: The digest of the version that the error is about, or None. One that could not be activated
+            is kept: activate it later, without sending it again.
     """
 
     def __init__(self, status: int, detail: ErrorDetail, *, retry_after: float | None = None) -> None:
@@ -116,6 +120,7 @@ class APIStatusError(OneBaseError):
         self.param = detail.param
         self.code = detail.code
         self.retry_after = retry_after
+        self.version = detail.version
 
     def __str__(self) -> str:
         named = self.param is None or self.param in self.message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -17,7 +19,14 @@ from onebase_server.adapter_schemas import (
     PinRequest,
     PullRequest,
 )
-from onebase_server.errors import InvalidRequestError, VersionFailedError
+from onebase_server.errors import (
+    EngineRestartedError,
+    InvalidRequestError,
+    OneBaseError,
+    QueueFullError,
+    UnavailableError,
+    VersionFailedError,
+)
 from onebase_server.library import Wishes
 from onebase_server.multipart import boundary_of, check_length, read_form
 from onebase_server.names import check_name
@@ -115,7 +124,8 @@ async def _upload(
             files = await library.disk.run(upload.commit)
         finally:
             await library.disk.run(form.close)
-    version = await library.add(name, files, {"kind": "upload"}, wishes)
+    async with _kept(services, name, files.digest):
+        version = await library.add(name, files, {"kind": "upload"}, wishes)
     if wait:
         return await _finished(services, name, version.digest)
     if version.finished:
@@ -125,13 +135,28 @@ async def _upload(
 
 async def _finished(services: Services, name: str, digest: str) -> Response:
     """The answer for one who waited: 200, or 422 with the version beside the error."""
-    version = await services.library.wait(name, digest)
+    async with _kept(services, name, digest):
+        version = await services.library.wait(name, digest)
     shown = services.views.version(version)
     if version.error is not None:
         error = VersionFailedError(version.error.message, code=version.error.code)
         error.beside = {"version": shown}
         raise error
     return json_response(shown, 200 if version.finished else 202)
+
+
+@asynccontextmanager
+async def _kept(services: Services, name: str, digest: str) -> AsyncIterator[None]:
+    """Adds the version to the error of its activation, if it is ready: its files need not be sent again."""
+    try:
+        yield
+    except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
+        with suppress(OneBaseError):
+            shown = services.views.version(await services.library.version(name, digest))
+            if shown["state"] == "ready" and not shown["active"] and not error.beside:
+                error.beside = {"version": shown}
+                error.message = f"{shown['id']} is ready and kept, but not active: {error.message}"
+        raise
 
 
 @router.get("/{name}/versions")
@@ -184,7 +209,8 @@ async def get_history(name: AdapterName, services: Provided) -> Response:
 async def activate(name: AdapterName, body: ActivateRequest, services: Provided) -> Response:
     """Let the name point at a version. With `expected`: only if that one is active now, else 409."""
     services.refuse_if_draining()
-    record = await services.activation.activate(name, body.version, expected=_expected(body))
+    async with _kept(services, name, body.version):
+        record = await services.activation.activate(name, body.version, expected=_expected(body))
     return json_response(services.views.adapter(record))
 
 

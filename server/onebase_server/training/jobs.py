@@ -34,6 +34,8 @@ from onebase_server.training.watchers import Watchers
 
 LIFE_SECONDS = 15.0
 """One who follows a job hears at least so often that it is still there."""
+LET_GO_SECONDS = 30.0
+"""For so long the answer to a pause waits until the job's process has ended."""
 MOST_EVENTS = 500
 """Read at once by one who follows a job."""
 
@@ -144,14 +146,31 @@ class Jobs:
         return job
 
     async def pause(self, job_id: str) -> TrainingJob:
-        """Let go of the machine within a step; the job keeps its place. Raises as `cancel`."""
-        return await self._move(
+        """Let go of the machine within a step; the job keeps its place. Raises as `cancel`.
+
+        Returns when the process has ended and its last step and checkpoint are in the registry, if the job
+        runs here and the process ends within LET_GO_SECONDS; the pause itself holds from the beginning.
+        """
+        job = await self._move(
             job_id,
             "paused",
             ("queued", "running"),
             "The job is to pause.",
             "only one that is queued or running can be paused",
         )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LET_GO_SECONDS):
+                job = await self._let_go(job)
+        return job
+
+    async def _let_go(self, job: TrainingJob) -> TrainingJob:
+        """The job once it has no run here any more, or somebody has resumed it."""
+        with self._watchers.watch(job.id) as news:
+            while job.state == "paused" and self._manager.has_run(job.id):
+                await news.wait()
+                news.clear()
+                job = await self.get(job.id)
+            return await self.get(job.id)
 
     async def resume(self, job_id: str) -> TrainingJob:
         """Go on from the last checkpoint. Raises UnknownJobError, ConflictError."""

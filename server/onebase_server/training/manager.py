@@ -127,11 +127,6 @@ class Manager:
             run.interrupt("the server stops", SHUTDOWN_SECONDS)
         await asyncio.gather(*(run.ended() for run in runs))
 
-    def kill_now(self) -> None:
-        """End every trainer at once: the api is about to exit."""
-        for run in self._runs.values():
-            run.kill()
-
     @property
     def deaths(self) -> int:
         """Trainers that died by themselves."""

@@ -117,11 +117,6 @@ class Run:
         self._record.patient = False
         self.stop("pause", seconds)
 
-    def kill(self) -> None:
-        """End the process now."""
-        if self._trainer is not None:
-            self._trainer.kill()
-
     # ---- the way -----------------------------------------------------------------------------
 
     async def _run(self) -> None:

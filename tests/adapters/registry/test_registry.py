@@ -107,6 +107,15 @@ def test_a_ready_version_can_be_opened_for_another_proof_while_it_is_active(regi
     assert registry.version(*HERE, digest).prepared == blob("again")
 
 
+def test_a_version_that_was_proved_again_is_not_opened_by_what_was_seen_before(registry: Registry) -> None:
+    digest = add(registry, "a", "1")
+    seen = registry.version(*HERE, digest)
+    assert registry.reopen(*HERE, digest, seen=seen).state == "validating"
+    healed = registry.set_state(*HERE, digest, "ready", prepared=seen.prepared)
+    assert registry.reopen(*HERE, digest, seen=seen) == healed
+    assert registry.reopen(*HERE, digest, seen=healed).state == "validating"
+
+
 def test_unfinished_versions_are_found_after_a_restart(registry: Registry, open_registry: Open) -> None:
     waiting = [add(registry, name, name, ready=False) for name in ("b", "a", "c", "d")]
     registry.set_state("default", "a", waiting[1], "proving")
