@@ -172,8 +172,8 @@ def test_the_same_content_is_the_same_version(sdk: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "says"),
     [
-        (("adapter_config.json",), "lacks adapter_config.json.\nHere an adapter is wanted"),
-        (("adapter_model.safetensors",), "lacks adapter_model.safetensors.\nHere"),
+        (("adapter_config.json",), "lacks adapter_config.json.\nTo send an adapter, give a folder"),
+        (("adapter_model.safetensors",), "lacks adapter_model.safetensors.\nTo send"),
         (
             ("adapter_config.json", "adapter_model.safetensors"),
             "lacks adapter_config.json and adapter_model.safetensors",

@@ -20,8 +20,7 @@ from onebase import (
     AdapterSource,
     Progress,
 )
-from onebase._adapter_parse import version as parse_version
-from onebase._wait import LONGEST_POLL_S, Waiting
+from onebase._core.adapters import LONGEST_POLL_S, Waiting, parse_version
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from onebase import __version__
-from onebase._adapter_parse import adapter
-from onebase._cli import models, options, plugins
-from onebase._cli.terminal import printable
-from onebase.cli import COMMANDS, EXTRA_COMMANDS, main
+from onebase._core.adapters import parse_adapter
+from onebase.cli import COMMANDS, EXTRA_COMMANDS, PLUGINS, find_plugin, main, run_plugin
+from onebase.cli.command import adapter_of
+from onebase.cli.server import table_rows
+from onebase.cli.ui import printable
 from onebase.types import AdapterWeight, Model
 
 Serve = Callable[..., Any]
@@ -155,7 +156,7 @@ def test_without_a_server_every_command_says_how_to_start_one(
         (["generate", "--temperature", "warm", "x"], "--temperature: invalid float value"),
         (["generate", "--temperature", "nan", "x"], "temperature cannot be sent"),
         (["generate", "--adapter", "a=heavy", "x"], "write NAME=WEIGHT"),
-        (["generate", "--raw", "--system", "s", "x"], "--system has no place"),
+        (["generate", "--raw", "--system", "s", "x"], "--system does not go with --raw"),
         (["generate", "--url", "nowhere", "x"], "url must look like"),
         (["models", "--timeout", "0"], "timeout"),
         (["chat", "--adapter", "a=heavy"], "write NAME=WEIGHT"),
@@ -275,8 +276,8 @@ def test_models_prints_every_name_with_tabs_through_a_pipe(
 
 def test_models_shows_an_adapter_that_is_not_active() -> None:
     nothing: dict[str, Any] = dict.fromkeys(("version", "rank", "alpha", "parameters", "bytes", "tier"))
-    waiting = adapter(ADAPTER | nothing | {"active": False, "kinds": [], "targets": []})
-    assert models.table_rows([Model("tiny"), Model("pirate")], [waiting]) == [
+    waiting = parse_adapter(ADAPTER | nothing | {"active": False, "kinds": [], "targets": []})
+    assert table_rows([Model("tiny"), Model("pirate")], [waiting]) == [
         ("tiny", "base", "", "", "", "", ""),
         ("pirate", "adapter, not active", "", "", "", "", ""),
     ]
@@ -333,7 +334,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Name: plugin-of-a-test\nVersion: 1\n")
     names = ("echo", "needs_torch", "is_broken")
     lines = "".join(f"{name} = plugin_of_a_test:{name}\n" for name in names)
-    (info / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{lines}")
+    (info / "entry_points.txt").write_text(f"[{PLUGINS}]\n{lines}")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -360,7 +361,7 @@ def test_a_missing_package_leads_to_the_extra_that_brings_it(capsys: pytest.Capt
 def test_a_command_that_is_not_installed_names_its_extra(
     command: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plugins, "find", lambda command: None)
+    monkeypatch.setattr("onebase.cli.find_plugin", lambda command: None)
     assert main([command, "--anything"]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"onebase: `onebase {command}` is not installed here.\n")
@@ -373,9 +374,9 @@ def test_a_package_that_training_needs_leads_to_its_extra(
     def missing(argv: list[str]) -> int:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    train = EntryPoint("train", "x:y", plugins.GROUP)
+    train = EntryPoint("train", "x:y", PLUGINS)
     monkeypatch.setattr(EntryPoint, "load", lambda self: missing)
-    assert plugins.run(train, []) == 1
+    assert run_plugin(train, []) == 1
     assert capsys.readouterr().err == (
         "onebase: `onebase train` needs the package 'torch'.\n"
         "Training is an extra of this package. Install it with: pip install 'onebase[train]'\n"
@@ -390,7 +391,7 @@ def test_a_broken_own_module_is_not_mistaken_for_a_missing_extra() -> None:
 
 @pytest.mark.parametrize("command", ["serve", "base"])
 def test_the_servers_commands_are_registered_by_this_distribution(command: str) -> None:
-    found = plugins.find(command)
+    found = find_plugin(command)
     assert isinstance(found, EntryPoint)
     assert found.value == f"onebase_server.cli:{command}"
 
@@ -400,9 +401,9 @@ def test_text_of_a_model_cannot_steer_the_terminal() -> None:
 
 
 def test_adapter_options_are_one_name_or_weights() -> None:
-    assert options.adapter([]) is None
-    assert options.adapter(["a@3f2a"]) == "a@3f2a"
-    assert options.adapter(["a", "b=0.5"]) == (AdapterWeight("a", 1.0), AdapterWeight("b", 0.5))
+    assert adapter_of([]) is None
+    assert adapter_of(["a@3f2a"]) == "a@3f2a"
+    assert adapter_of(["a", "b=0.5"]) == (AdapterWeight("a", 1.0), AdapterWeight("b", 0.5))
 
 
 @pytest.mark.parametrize("arguments", [["generate", "x"], ["models"], ["--help"]])

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tests.clients.registry_double import COMMIT, Registry, digest, module, refusal, report
 
-from onebase._cli import adapters as command
-from onebase._cli.adapters.common import Reference, reference
+from onebase.cli import adapters as command
 from onebase.cli import main
+from onebase.cli.adapters.versions import Reference, reference
 
 NAME = "acme-support"
 ONE, TWO = digest("1"), digest("2")
@@ -60,7 +60,7 @@ def test_push_sends_proves_and_says_what_to_do_next(
     assert err == (
         "uploading 12.5 kB\nvalidating\nproving\n"
         f'Try it: onebase generate --adapter fresh@{made} "..."\n'
-        f"Let it answer to its name: onebase adapters activate fresh {made}\n"
+        f"Activate it: onebase adapters activate fresh {made}\n"
     )
     assert registry.uploads[0][0] == {"name": "fresh"}
 
@@ -86,7 +86,7 @@ def test_push_without_waiting_says_how_to_see_how_it_goes(
     out, err = said(capsys, "push", str(folder), "--name", "fresh", "--no-wait")
     made = registry.versions["fresh"][0]["version"][:12]
     assert out == f"fresh@{made}  validating\n"
-    assert err.endswith(f"See how it goes: onebase adapters show fresh@{made}\n")
+    assert err.endswith(f"See its state: onebase adapters show fresh@{made}\n")
 
 
 def test_push_prints_json_for_scripts(
@@ -127,7 +127,7 @@ def test_a_rejected_adapter_says_why_and_what_to_do(
     made = registry.versions[NAME][2]["version"][:12]
     assert out == ""
     assert err.endswith(
-        f"onebase: {NAME}@{made}: no module changes anything (no_effect)\nIf that is meant: --allow-noop\n"
+        f"onebase: {NAME}@{made}: no module changes anything (no_effect)\nIf that is intended: --allow-noop\n"
     )
     version = printed(capsys, "push", str(folder), status=1)
     assert version["error"] == {"code": "no_effect", "message": "no module changes anything"}
@@ -244,12 +244,12 @@ def test_activate_roll_back_and_deactivate_say_what_answers_now(
     registry: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said(capsys, "activate", NAME, TWO[:8]) == (
-        f"{NAME} answers with version {TWO[:12]} now.\n",
+        f"The active version of {NAME} is {TWO[:12]} now.\n",
         f"To go back: onebase adapters rollback {NAME}\n",
     )
-    assert said(capsys, "rollback", NAME) == (f"{NAME} answers with version {ONE[:12]} now.\n", "")
-    assert said(capsys, "activate", f"{NAME}@{TWO}")[0] == f"{NAME} answers with version {TWO[:12]} now.\n"
-    assert said(capsys, "deactivate", NAME) == (f"{NAME} answers no more. Its versions are kept.\n", "")
+    assert said(capsys, "rollback", NAME)[0] == f"The active version of {NAME} is {ONE[:12]} now.\n"
+    assert said(capsys, "activate", f"{NAME}@{TWO}")[0].endswith(f"{NAME} is {TWO[:12]} now.\n")
+    assert "has no active version now. Its versions are kept." in said(capsys, "deactivate", NAME)[0]
     assert said(capsys, "pin", NAME) == (f"{NAME} stays in memory.\n", "")
     assert said(capsys, "unpin", NAME) == (f"{NAME} no longer stays in memory.\n", "")
     assert printed(capsys, "activate", NAME, ONE)["version"] == ONE
@@ -282,7 +282,7 @@ def test_rm_deletes_one_version_or_all(registry: Registry, capsys: pytest.Captur
     assert said(capsys, "rm", f"{NAME}@{TWO[:8]}")[0] == f"Deleted {NAME}@{TWO[:8]}.\n"
     assert [one["version"] for one in registry.versions[NAME]] == [ONE]
     _, err = said(capsys, "rm", f"{NAME}@{ONE[:8]}", status=1)
-    assert err.endswith("To delete it all the same: --force\n")
+    assert err.endswith("To delete it anyway: --force\n")
     assert said(capsys, "rm", NAME, "--force")[0] == f"Deleted {NAME}, with all its versions.\n"
     assert registry.asked[-1][1].endswith("?force=true")
     assert printed(capsys, "rm", "broken") == {"name": "broken", "version": None, "deleted": True}
@@ -296,7 +296,7 @@ def test_rm_deletes_one_version_or_all(registry: Registry, capsys: pytest.Captur
     [
         (["show", "nobody"], "`onebase adapters list` lists the adapters that the server has."),
         (["activate", NAME, "ffffffff"], "`onebase adapters show NAME` lists the versions."),
-        (["activate", "broken", digest("3")], "See how far it is, or why it failed: onebase adapters show"),
+        (["activate", "broken", digest("3")], "See its state, or why it failed: onebase adapters show"),
     ],
 )
 def test_each_failure_says_what_to_do(

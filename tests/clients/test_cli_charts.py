@@ -13,18 +13,21 @@ from rich.console import Console
 from tests.clients.registry_double import ALL_TARGETS, COMMIT, NOW, Registry, module, report, version
 
 from onebase import Activation, ModuleReport, Progress
-from onebase._adapter_parse import adapter as parse_adapter
-from onebase._adapter_parse import version as parse_version
-from onebase._cli.adapters import layers
-from onebase._cli.adapters.common import targets
-from onebase._cli.adapters.compare import Comparison, Fact, LayerPair, RankPair, compare, grouped
-from onebase._cli.adapters.diff import print_comparison
-from onebase._cli.adapters.journey import Journey
-from onebase._cli.adapters.layers import Place, bar, layer_norms, place, ranges, sparklines
-from onebase._cli.adapters.listing import COLUMNS
-from onebase._cli.adapters.report import proof
-from onebase._cli.adapters.show import print_adapter, print_version
-from onebase._cli.tables import size, table, when
+from onebase._core.adapters import parse_adapter, parse_version
+from onebase.cli.adapters.diff import Diff, Fact, LayerPair, RankPair, diff, print_diff
+from onebase.cli.adapters.show import COLUMNS, print_adapter, print_version
+from onebase.cli.adapters.versions import (
+    Place,
+    grouped,
+    layer_norms,
+    norm_charts,
+    place,
+    proof,
+    ranges,
+    targets,
+    total_norm,
+)
+from onebase.cli.ui import ProgressDisplay, bar, size, table, when
 
 
 def screen(width: int, **options: Any) -> Console:
@@ -63,7 +66,7 @@ def test_a_layers_norm_is_that_of_all_its_modules_together() -> None:
         lora("model.layers.9.q_proj", 1.0),
     ]
     assert list(layer_norms(modules).items()) == [("9", 1.0), ("10", 5.0), ("lm_head", 2.0)]
-    assert layers.total_norm(modules) == pytest.approx(math.sqrt(30))
+    assert total_norm(modules) == pytest.approx(math.sqrt(30))
 
 
 @given(st.sets(st.integers(0, 60)))
@@ -104,13 +107,13 @@ def test_small_charts_share_a_scale_and_leave_untouched_layers_blank() -> None:
         "lm_head": [lora("lm_head", 100.0)],
     }
     groups["q_proj"] = [lora("m.layers.0.x.q_proj", 8.0), lora("m.layers.2.x.q_proj", 4.0)]
-    assert sparklines(groups, 32) == {"q_proj": "█ ▅", "v_proj": " ▂", "lm_head": ""}
-    assert sparklines(groups, 32, ascii_only=True)["q_proj"] == "@ *"
+    assert norm_charts(groups, 32) == {"q_proj": "█ ▅", "v_proj": " ▂", "lm_head": ""}
+    assert norm_charts(groups, 32, ascii_only=True)["q_proj"] == "@ *"
 
 
 def test_many_layers_share_characters() -> None:
     groups = {"q_proj": [lora(f"m.layers.{layer}.q_proj", layer + 1.0) for layer in range(80)]}
-    assert len(sparklines(groups, 32)["q_proj"]) == 32
+    assert len(norm_charts(groups, 32)["q_proj"]) == 32
 
 
 def test_targets_stand_in_the_order_of_a_block() -> None:
@@ -121,15 +124,15 @@ def test_targets_stand_in_the_order_of_a_block() -> None:
 
 
 @pytest.fixture
-def found() -> Comparison:
+def found() -> Diff:
     """All layers at rank 8 against the upper ones at rank 16, with the head."""
     a = version("acme-support", "1", report=report(ALL_TARGETS))
     b = report(("q_proj", "v_proj"), range(8, 30), 16, 0.5, [module("lm_head", 16, 2.0)])
     source = {"kind": "hub", "repo": "acme/legal", "commit": COMMIT}
-    return compare(parse_version(a), parse_version(version("legal", "2", report=b, source=source)))
+    return diff(parse_version(a), parse_version(version("legal", "2", report=b, source=source)))
 
 
-def test_a_comparison_finds_what_differs(found: Comparison) -> None:
+def test_a_comparison_finds_what_differs(found: Diff) -> None:
     facts = {fact.title: fact for fact in found.facts}
     assert facts["rank"] == Fact("rank", "8", "16")
     assert facts["rank"].differs
@@ -147,7 +150,7 @@ def test_a_comparison_finds_what_differs(found: Comparison) -> None:
 
 def test_a_version_does_not_differ_from_itself() -> None:
     same = parse_version(version("acme", "1"))
-    found = compare(same, same)
+    found = diff(same, same)
     assert not any(fact.differs for fact in found.facts)
     assert (found.ranks, found.only_a, found.only_b) == ((), (), ())
     assert all(pair.a == pair.b for pair in found.layers)
@@ -163,9 +166,9 @@ def test_modules_are_told_by_target_and_layers() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_comparison_fits_the_terminal_and_draws_each_layer(found: Comparison, width: int) -> None:
+def test_a_comparison_fits_the_terminal_and_draws_each_layer(found: Diff, width: int) -> None:
     out = screen(width)
-    print_comparison(out, found)
+    print_diff(out, found)
     lines = seen(out)
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
@@ -182,7 +185,7 @@ def test_a_comparison_fits_the_terminal_and_draws_each_layer(found: Comparison, 
 def test_long_names_are_cut_and_break_no_line() -> None:
     one = parse_version(version("hub:an-organization/a-rather-long-name-of-a-repository@main", "1"))
     out = screen(80)
-    print_comparison(out, compare(one, one))
+    print_diff(out, diff(one, one))
     assert max(map(len, seen(out))) <= 80
 
 
@@ -297,13 +300,13 @@ def test_sizes_have_a_unit_that_fits() -> None:
 def test_each_phase_has_a_bar_that_says_how_far_and_how_long() -> None:
     out = screen(80, force_terminal=True)
     times = iter([0.0, 1.0, 2.0, 2.0, 2.0, 5.5])
-    with Journey(out, lambda: next(times)) as journey:
-        journey(Progress("uploading", 0.5, 2_000_000, 4_000_000))
-        journey(Progress("uploading", 1.0, 4_000_000, 4_000_000))
-        journey(Progress("validating"))
-        journey(Progress("proving", 0.5))
-        journey(Progress("ready"))
-        assert journey.is_at_server
+    with ProgressDisplay(out, lambda: next(times)) as display:
+        display(Progress("uploading", 0.5, 2_000_000, 4_000_000))
+        display(Progress("uploading", 1.0, 4_000_000, 4_000_000))
+        display(Progress("validating"))
+        display(Progress("proving", 0.5))
+        display(Progress("ready"))
+        assert display.is_at_server
     sent, proven = [line for line in seen(out) if line][-2:]
     assert sent.endswith("✓ sending  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 4.0 MB  2.0 s")
     assert proven == "✓ proving  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 3.5 s"
@@ -311,16 +314,16 @@ def test_each_phase_has_a_bar_that_says_how_far_and_how_long() -> None:
 
 def test_a_failure_stops_the_bar() -> None:
     out = screen(80, force_terminal=True)
-    with Journey(out, lambda: 0.0) as journey:
-        journey(Progress("proving", 0.5))
-        journey(Progress("failed"))
+    with ProgressDisplay(out, lambda: 0.0) as display:
+        display(Progress("proving", 0.5))
+        display(Progress("failed"))
     last = next(line for line in reversed(seen(out)) if line)
     assert last.endswith("failed")
     assert "✓" not in last
 
 
-def test_a_terminal_of_few_characters_gets_ascii(found: Comparison) -> None:
+def test_a_terminal_of_few_characters_gets_ascii(found: Diff) -> None:
     out = Console(width=80, file=io.TextIOWrapper(io.BytesIO(), "ascii"), record=True, highlight=False)
-    print_comparison(out, found)
+    print_diff(out, found)
     print_version(out, parse_version(version("acme", "1")))
     assert out.export_text().isascii()

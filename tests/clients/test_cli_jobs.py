@@ -20,10 +20,10 @@ from tests.clients.training_double import (
     succeeded,
 )
 
-from onebase._cli import jobs as command
-from onebase._cli.jobs.settings import parse_labels, parse_settings
-from onebase._cli.tables import when
+from onebase.cli import jobs as command
 from onebase.cli import main
+from onebase.cli.jobs.create import parse_labels, parse_settings
+from onebase.cli.ui import when
 
 pytestmark = pytest.mark.usefixtures("slept")
 ID = job_id(1)
@@ -73,7 +73,7 @@ def test_create_sends_the_file_and_says_how_to_go_on(
     settings = ["--set", "r=8", "--set", "targets=q_proj,v_proj", "--set", "use-rslora=true"]
     out, err = said(capsys, "create", str(train), "--name", "acme", *settings, "--seed", "3")
     assert out == f"{ID}  acme: train.jsonl is being checked.\n"
-    assert err == f"uploading {len(trainer.forms[0])} B\nSee how it goes: onebase jobs watch {SHORT}\n"
+    assert err == f"uploading {len(trainer.forms[0])} B\nWatch it: onebase jobs watch {SHORT}\n"
     body = trainer.asked[-1][2]
     assert body["seed"] == 3
     assert body["method"]["supervised"]["hyperparameters"] == {
@@ -105,7 +105,7 @@ def test_what_cannot_be_sent_is_a_wrong_argument(
     assert "no.jsonl is not there" in said(capsys, "create", "no.jsonl", status=2)[1]
     assert "--set: write NAME=VALUE" in wrong(capsys, "create", "file-1", "--set", "r")
     assert "did you mean use_dora?" in wrong(capsys, "create", "file-1", "--set", "dora=true")
-    assert "an option of its own, --seed" in wrong(capsys, "create", "file-1", "--set", "seed=1")
+    assert "use the option --seed" in wrong(capsys, "create", "file-1", "--set", "seed=1")
     assert "--metadata: write KEY=VALUE" in wrong(capsys, "create", "file-1", "--metadata", "x")
     assert trainer.asked == []
 
@@ -216,9 +216,9 @@ def test_the_beginning_of_an_id_is_enough_if_it_says_which(
     wanted = job_id(0x3F2A << 80)
     assert printed(capsys, "show", "3f2a")["id"] == wanted
     assert printed(capsys, "show", "ftjob-3f2a0000")["id"] == wanted
-    assert "write at least 4 digits" in said(capsys, "show", "3f2", status=2)[1]
+    assert "give at least 4 digits" in said(capsys, "show", "3f2", status=2)[1]
     trainer.add((0x3F2A << 80) + 1)
-    assert "several jobs begin like this: ftjob-3f2a" in said(capsys, "show", "3f2a", status=2)[1]
+    assert "the ids of several jobs begin like this: ftjob-3f2a" in said(capsys, "show", "3f2a", status=2)[1]
     _, err = said(capsys, "show", "ffff", status=1)
     assert err.endswith("`onebase jobs list` lists the jobs that the server has.\n")
 
@@ -273,7 +273,7 @@ def test_watch_ends_with_the_job(trainer: Trainer, capsys: pytest.CaptureFixture
     assert err.splitlines()[:2] == ["training", "step 1/4  loss 2.0000  1,234 tokens/s"]
     assert err.endswith(
         'Try it: onebase generate --adapter acme@3f2a9c413f2a "..."\n'
-        "Let it answer to its name: onebase adapters activate acme 3f2a9c413f2a\n"
+        "Activate it: onebase adapters activate acme 3f2a9c413f2a\n"
     )
     assert printed(capsys, "watch", ID)["status"] == "succeeded"
 
@@ -286,7 +286,7 @@ def test_watch_says_why_a_job_failed_and_how_to_go_on(
     assert out == ""
     assert err.endswith(
         f"onebase: job {ID} (acme) failed (out_of_memory): The job needed more memory.\n"
-        f"To go on from its last checkpoint: onebase jobs resume {SHORT}\n"
+        f"To continue from its last checkpoint: onebase jobs resume {SHORT}\n"
     )
     assert printed(capsys, "watch", ID, status=1)["error"]["code"] == "out_of_memory"
 
@@ -295,9 +295,9 @@ def test_a_job_is_paused_resumed_and_cancelled(trainer: Trainer, capsys: pytest.
     trainer.add(1)
     assert said(capsys, "pause", ID) == (
         f"{SHORT}  acme pauses.\n",
-        f"To go on with it: onebase jobs resume {SHORT}\n",
+        f"To continue it: onebase jobs resume {SHORT}\n",
     )
-    assert said(capsys, "resume", ID)[0] == f"{SHORT}  acme goes on.\n"
+    assert said(capsys, "resume", ID)[0] == f"{SHORT}  acme continues.\n"
     assert said(capsys, "cancel", ID)[0] == f"{SHORT}  acme is cancelled.\n"
     assert "is cancelled." in said(capsys, "pause", ID, status=1)[1]
     trainer.add(2)

@@ -12,12 +12,10 @@ from rich.console import Console
 from tests.clients.training_double import REPORT, event, job, job_id, succeeded
 
 from onebase import CurvePoint
-from onebase._cli.jobs.listing import COLUMNS
-from onebase._cli.jobs.results import print_job, sparkline
-from onebase._cli.tables import duration, table
-from onebase._job_display import JobDisplay
-from onebase._training_parse import event as parse_event
-from onebase._training_parse import job as parse_job
+from onebase._core.training import parse_event, parse_job
+from onebase.cli.jobs.display import JobDisplay
+from onebase.cli.jobs.show import COLUMNS, print_job
+from onebase.cli.ui import duration, sparkline, table
 
 SHORT = job_id(1)[:14]
 
@@ -36,13 +34,13 @@ def test_lines_tell_a_run_where_no_bar_moves() -> None:
             display.show(parse_job(job(1, progress=at | {"step": number, "loss": 1.0, "seconds_left": 9.0})))
             display.show(parse_job(job(1, progress=at | {"step": number, "loss": 1.0, "seconds_left": 9.0})))
         figures = {"step": 0, "valid_loss": 2.5, "best": False}
-        display.tell(parse_event(event(1, type="metrics", data=figures)))
-        display.tell(parse_event(event(2, type="metrics", data=figures | {"step": 3, "best": True})))
+        display.note(parse_event(event(1, type="metrics", data=figures)))
+        display.note(parse_event(event(2, type="metrics", data=figures | {"step": 3, "best": True})))
         measured = {"subject": "adapter", "rows": 2, "metrics": {"exact_match": 0.5}}
-        display.tell(parse_event(event(3, type="metrics", data=measured)))
-        display.tell(parse_event(event(4, "Step 3: checkpoint saved.", data={"kind": "saved"})))
+        display.note(parse_event(event(3, type="metrics", data=measured)))
+        display.note(parse_event(event(4, "Step 3: checkpoint saved.", data={"kind": "saved"})))
         many = [{"line": line, "reason": "bad"} for line in range(1, 31)]
-        display.tell(parse_event(event(5, "bad lines", level="error", data={"problems": many})))
+        display.note(parse_event(event(5, "bad lines", level="error", data={"problems": many})))
         display.show(parse_job(job(1, **succeeded())))
     lines = out.export_text().splitlines()
     steps = [line for line in lines if line.startswith("step ") and "loss 1.0000" in line]
@@ -66,7 +64,7 @@ def test_a_bar_moves_at_a_terminal_and_what_it_was_told_stays() -> None:
         display.show(parse_job(job(1, "queued", name="ac[b]me")))
         figures = {"step": 3, "steps": 4, "loss": 1.5, "tokens_per_second": 1234.0, "seconds_left": 3723.0}
         display.show(parse_job(job(1, name="ac[b]me", progress={"phase": "training"} | figures)))
-        display.tell(parse_event(event(1, "[red]a notice", level="warn")))
+        display.note(parse_event(event(1, "[red]a notice", level="warn")))
     text = out.export_text()
     assert "ac[b]me  training" in text
     assert "3/4  loss 1.5000  1,234 tokens/s  1 h 02 min left" in text

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase._sse import ServerEvent, SSEParser
+from onebase._core.streams import ServerEvent, SSEParser
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12)
@@ -24,7 +24,7 @@ def streams(draw: st.DrawFn) -> tuple[bytes, list[str]]:
 
 def feed(chunks: list[bytes]) -> list[str]:
     parser = SSEParser()
-    return [event for chunk in chunks for event in parser.feed(chunk)]
+    return [event.data for chunk in chunks for event in parser.feed(chunk)]
 
 
 @given(streams(), st.data())
@@ -46,8 +46,8 @@ def test_events_survive_arriving_byte_by_byte(stream: tuple[bytes, list[str]]) -
 def test_an_event_is_given_as_soon_as_its_blank_line_is_there() -> None:
     parser = SSEParser()
     assert parser.feed(b"data: a\r\n") == []
-    assert parser.feed(b"\r") == ["a"]
-    assert parser.feed(b"\ndata: b\n\n") == ["b"]
+    assert parser.feed(b"\r") == [ServerEvent("a")]
+    assert parser.feed(b"\ndata: b\n\n") == [ServerEvent("b")]
 
 
 def test_an_event_that_the_end_of_the_stream_cuts_off_is_dropped() -> None:
@@ -73,9 +73,9 @@ def test_an_event_has_its_name_and_the_newest_id_that_came() -> None:
         ServerEvent("d", "message", ""),
     ]
     parser = SSEParser()
-    assert parser.feed_events(content) == expected
+    assert parser.feed(content) == expected
     parser = SSEParser()
-    assert [event for byte in content for event in parser.feed_events(bytes([byte]))] == expected
+    assert [event for byte in content for event in parser.feed(bytes([byte]))] == expected
 
 
 @pytest.mark.parametrize("chunk", [b"data: " + b"x" * 9, b"data: x\n" * 9])

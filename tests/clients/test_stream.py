@@ -28,7 +28,7 @@ from onebase import (
     Timing,
     Usage,
 )
-from onebase._streaming import Assembler
+from onebase._core.streams import Assembler
 
 Serve = Callable[..., Any]
 

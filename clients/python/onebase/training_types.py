@@ -235,7 +235,7 @@ class TrainingSettings(TypedDict, total=False):
     save_every: int | str
     """Steps between checkpoints (as `eval_every`)."""
     keep: int
-    """Checkpoints kept beside the best one (2)."""
+    """Checkpoints kept in addition to the best one (2)."""
     patience: int
     """Stop after so many evaluations without a better one; 0: never (0)."""
     metrics: str | Sequence[str]

@@ -54,7 +54,7 @@ class SamplingFields(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     """Added to the logits of these token ids."""
     seed: int | None
-    """None, drawn anew. The same request and seed give the same text."""
+    """None, a new one each time. The same request and seed give the same text."""
     stop: str | Sequence[str]
     """Strings that end the answer; they are not part of it."""
     stop_token_ids: Sequence[int]
