@@ -225,6 +225,19 @@ def test_a_file_that_shrinks_while_it_is_sent_is_not_sent_short(sdk: Any, folder
         )
 
 
+def test_a_file_that_grows_while_it_is_sent_is_sent_as_it_was(sdk: Any, folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(bytes(1_000_000))
+
+    def grow(step: Progress) -> None:
+        with weights.open("ab") as file:
+            file.write(b"more")
+
+    registry = Registry()
+    sdk.call(lambda client: client.adapters.upload(folder, name=NAME, progress=grow), registry.transport)
+    assert registry.uploads[0][1]["adapter_model.safetensors"] == bytes(1_000_000)
+
+
 def test_a_version_that_fails_says_why(sdk: Any, folder: Path) -> None:
     registry = Registry(failure=("no_effect", "no module changes anything"))
     told: list[Progress] = []

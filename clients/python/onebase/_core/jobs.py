@@ -19,7 +19,7 @@ from ..training_types import (
 from .training import progressed
 
 CURVE_EVENTS: Final = 5000
-"""A curve is made of so many of the newest events while there is no result file."""
+"""The number of newest events that a curve is made of while there is no result file."""
 
 _GOES_ON: Final = frozenset({"validating_files", "queued", "running"})
 
