@@ -24,14 +24,6 @@ PHRASES = {
     "one OneBase server from asyncio or trio. Close it,": (
         "one OneBase server. Safe to share between threads. Close it,"
     ),
-    # The library calls only its asynchronous chunks a generator, which can be closed.
-    """
-            async with aclosing(self._response.aiter_bytes()) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-""": """
-            yield from self._response.iter_bytes()
-""",
 }
 PATTERNS = [
     (r"\ban `async with`", "a `with`"),
@@ -42,7 +34,7 @@ PATTERNS = [
     (r"\b(_?)Async(?=[A-Z])", r"\1"),
     (r"\b__a(?=(enter|exit|iter|next)__)", "__"),
     (r"\ba(?=(next|closing)\b)", ""),
-    (r"\.a(?=(close|read|iter_bytes)\()", "."),
+    (r"\.a(?=(close|read)\()", "."),
     (r"\banyio\b", "time"),
 ]
 LEFT = re.compile(r"\b(async|await|anyio|asyncio|trio)\b|Async", re.IGNORECASE)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Final, TypeAlias, cast
 
 import anyio.to_thread
 import httpx2
@@ -24,6 +24,10 @@ from .errors import APIConnectionError, APIStatusError, APITimeoutError, Invalid
 Transport: TypeAlias = httpx2.BaseTransport
 AsyncTransport: TypeAlias = httpx2.AsyncBaseTransport
 LibraryResponse: TypeAlias = httpx2.Response
+ServerEvent: TypeAlias = httpx2.ServerSentEvent
+
+MAX_EVENT_BYTES: Final = 64 * 1024 * 1024
+"""A server that sends more than this without the end of an event sends no events."""
 
 # A server may close an idle connection after 5 s (uvicorn's default). We drop it sooner, so that a
 # request is never sent on a connection that the server is closing.
@@ -165,6 +169,11 @@ def refusal(response: httpx2.Response) -> APIStatusError:
     return status_error(response.status_code, detail, retry_after=retry_after)
 
 
+def server_events(response: httpx2.Response) -> httpx2.EventSource:
+    """The server-sent events in the body of a response, to iterate over."""
+    return httpx2.EventSource(response, max_event_size=MAX_EVENT_BYTES)
+
+
 @contextmanager
 def translated(request: httpx2.Request) -> Iterator[None]:
     """Raises the library's failures as OneBase's errors."""
@@ -177,6 +186,8 @@ def translated(request: httpx2.Request) -> Iterator[None]:
         raise APITimeoutError(
             f"{server} sent nothing for too long; raise `timeout`, or stream the answer", sent=True
         ) from error
+    except httpx2.SSEError as error:
+        raise InvalidResponseError(f"{server} sent no stream of events: {error}") from error
     except httpx2.DecodingError as error:
         raise InvalidResponseError(f"the answer of {server} cannot be decoded: {error}") from error
     except httpx2.ConnectError as error:

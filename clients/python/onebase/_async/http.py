@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from typing import TypeVar
 
 import anyio
@@ -13,7 +12,17 @@ from .._core.config import ClientOptions
 from .._core.parse import Json, page_of, parse
 from .._core.requests import Call, page_size
 from .._core.retry import retry_delay
-from .._http import AsyncPool, LibraryResponse, Reply, is_answer, prepared, refusal, translated
+from .._http import (
+    AsyncPool,
+    LibraryResponse,
+    Reply,
+    ServerEvent,
+    is_answer,
+    prepared,
+    refusal,
+    server_events,
+    translated,
+)
 from ..errors import OneBaseError
 
 T = TypeVar("T")
@@ -31,12 +40,12 @@ class AsyncResponse:
         with translated(self._response.request):
             return await self._response.aread()
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives. Close the generator if you leave it early."""
+    async def events(self) -> AsyncGenerator[ServerEvent, None]:
+        """The server-sent events of the body as they arrive. Close the generator if you leave it early."""
         with translated(self._response.request):
-            async with aclosing(self._response.aiter_bytes()) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async for event in server_events(self._response):
+                if event.data:  # the library also makes an event of an id or a name alone
+                    yield event
 
     async def close(self) -> None:
         """Close it. The connection is used again if the body was read to its end."""

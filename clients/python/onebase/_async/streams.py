@@ -66,9 +66,10 @@ class AsyncStream(AnswerView):
     async def _read(self, response: AsyncResponse) -> AsyncGenerator[Piece, None]:
         # Read past [DONE] to the end of the body: only then can the connection be used again.
         try:
-            async with aclosing(response.chunks()) as chunks:
-                async for chunk in chunks:
-                    for piece in self._assembler.feed(chunk):
+            async with aclosing(response.events()) as events:
+                async for event in events:
+                    piece = self._assembler.take(event.data)
+                    if piece is not None:
                         yield piece
         except (APIConnectionError, APITimeoutError, InvalidResponseError) as error:
             if not self._assembler.done:
@@ -136,10 +137,11 @@ class AsyncEventStream(EventsView):
         response = await self._open(self._position.call())
         try:
             self._position.begin()
-            async with aclosing(response.chunks()) as chunks:
-                async for chunk in chunks:
-                    for event in self._position.feed(chunk):
-                        yield event
+            async with aclosing(response.events()) as events:
+                async for event in events:
+                    found = self._position.take(event.event, event.data)
+                    if found is not None:
+                        yield found
                     if self._position.done:
                         return
         except APITimeoutError:

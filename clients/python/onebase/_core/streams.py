@@ -1,18 +1,7 @@
-"""Streams: bytes become server-sent events, and events become an answer or the events of a job.
-
-httpx2 has a reader of server-sent events too. SSEParser does what that one does not: an asynchronous stream
-that is left early closes all its generators at once (`EventSource` leaves `aiter_text` to the garbage
-collector, which trio reports as a ResourceWarning); a byte order mark is skipped; fields without data make
-no event.
-
-The format: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
-"""
+"""Streams: events of a server become an answer, or the events of a job."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from ..errors import APITimeoutError, ErrorDetail, InvalidResponseError, OneBaseError, StreamError
@@ -23,94 +12,8 @@ from .parse import StreamEnd, parse, stream_event
 from .requests import Call
 from .retry import Backoff
 
-MAX_EVENT_BYTES: Final = 64 * 1024 * 1024
-"""A server that sends more than this without the end of an event sends no events."""
-
-_LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 _END_OF_ANSWER: Final = "[DONE]"
 _END_OF_JOB: Final = "done"
-
-
-@dataclass(frozen=True)
-class ServerEvent:
-    """One event. `id` is the newest id of the stream so far, "" if it had none."""
-
-    data: str
-    name: str = "message"
-    id: str = ""
-
-
-class SSEParser:
-    """Cuts a stream of bytes into events, and keeps the incomplete rest.
-
-    Comments, and fields other than `data`, `event` and `id`, are skipped.
-    """
-
-    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self._max_event_bytes = max_event_bytes
-        self._rest: list[bytes] = []
-        self._data: list[bytes] = []
-        self._name = self._id = ""
-        self._size = 0
-        self._first_line = True
-        self._skip_newline = False
-
-    def feed(self, chunk: bytes) -> list[ServerEvent]:
-        """The events that `chunk` completes.
-
-        Raises:
-            ValueError: an event is over the size limit.
-        """
-        if not chunk:
-            return []
-        if self._skip_newline:
-            chunk = chunk.removeprefix(b"\n")
-        *ended, rest = _LINE_END.split(chunk)
-        self._skip_newline = chunk.endswith(b"\r")
-        events: list[ServerEvent] = []
-        for line in ended:
-            event = self._line(b"".join((*self._rest, line)))
-            self._rest.clear()
-            if event is not None:
-                events.append(event)
-        if rest:
-            self._rest.append(rest)
-            self._size += len(rest)
-        if self._size > self._max_event_bytes:
-            raise ValueError(f"an event of the stream is over {self._max_event_bytes} bytes")
-        return events
-
-    def _line(self, line: bytes) -> ServerEvent | None:
-        """Take one whole line. Gives the event if this is the blank line that ends it."""
-        if self._first_line:
-            self._first_line = False
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line:
-            return self._end_event()
-        field, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if field == b"data":
-            self._data.append(value)
-        elif field == b"event":
-            self._name = _text(value)
-        elif field == b"id" and b"\0" not in value:
-            self._id = _text(value)
-        self._size = sum(map(len, self._data))
-        return None
-
-    def _end_event(self) -> ServerEvent | None:
-        self._size = 0
-        name, self._name = self._name or "message", ""
-        if not self._data:
-            return None
-        data = _text(b"\n".join(self._data))
-        self._data.clear()
-        return ServerEvent(data, name, self._id)
-
-
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", errors="replace")
-
 
 # ---- an answer ---------------------------------------------------------------------------------------
 
@@ -149,40 +52,35 @@ def _joined(parts: list[Logprobs]) -> Logprobs | None:
 
 
 class Assembler:
-    """Makes pieces of the bytes of a stream, and at the end the whole answer."""
+    """Makes pieces of the events of a stream, and at the end the whole answer."""
 
     def __init__(self) -> None:
-        self._parser = SSEParser()
         self._choices: dict[int, _ChoiceSoFar] = {}
         self._end: StreamEnd | None = None
         self.done = False
 
-    def feed(self, chunk: bytes) -> Iterator[Piece]:
-        """The pieces that `chunk` completes.
+    def take(self, data: str) -> Piece | None:
+        """The piece in an event, if it has one.
 
         Raises:
             StreamError: the server reports a failure, or sends something else than a stream of an answer.
         """
-        try:
-            for event in self._parser.feed(chunk):
-                yield from self._take(event.data)
-        except (InvalidResponseError, ValueError) as error:
-            raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
-
-    def _take(self, data: str) -> Iterator[Piece]:
         if self.done:
-            return
+            return None
         if data == _END_OF_ANSWER:
             self.done = True
-            return
-        event = stream_event(data)
+            return None
+        try:
+            event = stream_event(data)
+        except InvalidResponseError as error:
+            raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
         if isinstance(event, ErrorDetail):
             raise StreamError(event)
-        if isinstance(event, Piece):
-            self._choices.setdefault(event.index, _ChoiceSoFar()).add(event)
-            yield event
-        else:
+        if isinstance(event, StreamEnd):
             self._end = event
+            return None
+        self._choices.setdefault(event.index, _ChoiceSoFar()).add(event)
+        return event
 
     def text(self, index: int) -> str:
         """The text of one choice so far."""
@@ -208,8 +106,10 @@ class Assembler:
 
 
 def broken(error: OneBaseError) -> StreamError:
-    """The error of a stream whose connection failed with `error`."""
+    """The error of a stream that failed with `error` after it had begun."""
     code = "timeout" if isinstance(error, APITimeoutError) else "connection_lost"
+    if isinstance(error, InvalidResponseError):
+        code = "invalid_stream"
     return StreamError(ErrorDetail(error.message, code=code))
 
 
@@ -254,7 +154,6 @@ class EventPosition:
         self._job_id = job_id
         self._known = known
         self._backoff = Backoff()
-        self._parser = SSEParser()
 
     @property
     def done(self) -> bool:
@@ -264,37 +163,26 @@ class EventPosition:
         return training.stream_events(self._job_id, self.last_id)
 
     def begin(self) -> None:
-        """There is a connection. An event that the connection before left unfinished comes again."""
+        """There is a connection."""
         self._known = True
-        self._parser = SSEParser()
 
-    def feed(self, chunk: bytes) -> Iterator[TrainingEvent]:
-        """The events that `chunk` completes.
+    def take(self, name: str, data: str) -> TrainingEvent | None:
+        """The event of the job in an event of this name, if it has one that is new.
 
         Raises:
-            InvalidResponseError: these are not the events of a job.
+            InvalidResponseError: this is not an event of a job.
         """
-        try:
-            events = self._parser.feed(chunk)
-        except ValueError as error:
-            raise InvalidResponseError(str(error)) from error
-        for event in events:
-            yield from self._take(event)
-
-    def _take(self, event: ServerEvent) -> Iterator[TrainingEvent]:
-        if self.done:
-            return
-        content = event.data.encode()
-        if event.name == _END_OF_JOB:
+        content = data.encode()
+        if name == _END_OF_JOB:
             self.job = parse(content, training.parse_job)
-            return
+            return None
         found = parse(content, training.parse_event)
         if found.id == self.last_id:
-            return
+            return None
         # Set before the event is handed out: a reader who stops there has had it.
         self.last_id = found.id
         self._backoff.reset()
-        yield found
+        return found
 
     def silent(self) -> None:
         """The read timeout passed without an event: the job is quiet, but the server is there."""

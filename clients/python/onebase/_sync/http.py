@@ -12,7 +12,17 @@ from .._core.config import ClientOptions
 from .._core.parse import Json, page_of, parse
 from .._core.requests import Call, page_size
 from .._core.retry import retry_delay
-from .._http import LibraryResponse, Pool, Reply, is_answer, prepared, refusal, translated
+from .._http import (
+    LibraryResponse,
+    Pool,
+    Reply,
+    ServerEvent,
+    is_answer,
+    prepared,
+    refusal,
+    server_events,
+    translated,
+)
 from ..errors import OneBaseError
 
 T = TypeVar("T")
@@ -30,10 +40,12 @@ class Response:
         with translated(self._response.request):
             return self._response.read()
 
-    def chunks(self) -> Generator[bytes, None, None]:
-        """The body as it arrives. Close the generator if you leave it early."""
+    def events(self) -> Generator[ServerEvent, None, None]:
+        """The server-sent events of the body as they arrive. Close the generator if you leave it early."""
         with translated(self._response.request):
-            yield from self._response.iter_bytes()
+            for event in server_events(self._response):
+                if event.data:  # the library also makes an event of an id or a name alone
+                    yield event
 
     def close(self) -> None:
         """Close it. The connection is used again if the body was read to its end."""

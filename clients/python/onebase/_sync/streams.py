@@ -66,9 +66,10 @@ class Stream(AnswerView):
     def _read(self, response: Response) -> Generator[Piece, None, None]:
         # Read past [DONE] to the end of the body: only then can the connection be used again.
         try:
-            with closing(response.chunks()) as chunks:
-                for chunk in chunks:
-                    for piece in self._assembler.feed(chunk):
+            with closing(response.events()) as events:
+                for event in events:
+                    piece = self._assembler.take(event.data)
+                    if piece is not None:
                         yield piece
         except (APIConnectionError, APITimeoutError, InvalidResponseError) as error:
             if not self._assembler.done:
@@ -136,10 +137,11 @@ class EventStream(EventsView):
         response = self._open(self._position.call())
         try:
             self._position.begin()
-            with closing(response.chunks()) as chunks:
-                for chunk in chunks:
-                    for event in self._position.feed(chunk):
-                        yield event
+            with closing(response.events()) as events:
+                for event in events:
+                    found = self._position.take(event.event, event.data)
+                    if found is not None:
+                        yield found
                     if self._position.done:
                         return
         except APITimeoutError:
