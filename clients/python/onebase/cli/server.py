@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from .._core.config import sdk_version
 from .._sync.client import Client
 from ..adapter_types import Adapter
-from ..errors import OneBaseError
 from ..types import Model
-from .command import OK, client_of, parser, report
+from .command import OK, parser, perform
 from .ui import Column, print_table, size
 
 _DESCRIPTIONS: Final = {
@@ -24,28 +23,20 @@ _NUMBERS: Final = ("rank", "parameters", "size")
 def run(command: str, argv: list[str]) -> int:
     """Run the command. Gives its exit status."""
     made = parser(command, _DESCRIPTIONS[command])
-    args = made.parse_args(argv)
-    try:
-        client = client_of(args)
-    except ValueError as error:
-        made.error(str(error))
-    show: Callable[[Client], None] = _models if command == "models" else _version
-    with client:
-        try:
-            show(client.with_options(max_retries=0))
-        except OneBaseError as error:
-            return report(error, client.url)
+    work = _models if command == "models" else _version
+    return perform(made, made.parse_args(argv), lambda client: work(client.with_options(max_retries=0)))
+
+
+def _version(client: Client) -> int:
+    print(f"client {sdk_version()}", flush=True)
+    print(f"server {client.version().version} at {client.url}")
     return OK
 
 
-def _version(client: Client) -> None:
-    print(f"client {sdk_version()}", flush=True)
-    print(f"server {client.version().version} at {client.url}")
-
-
-def _models(client: Client) -> None:
+def _models(client: Client) -> int:
     rows = table_rows(client.models.list(), client.adapters.list())
     print_table([_column(place, title) for place, title in enumerate(_TITLES)], rows)
+    return OK
 
 
 def _column(place: int, title: str) -> Column[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""`onebase jobs watch | pause | resume | cancel`: follow a job, and change how it goes on."""
+"""`onebase jobs watch | pause | resume | cancel`: follow a job, stop it, continue it."""
 
 from __future__ import annotations
 
