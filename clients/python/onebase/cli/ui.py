@@ -17,6 +17,7 @@ from ..types import AdapterWeight, Generation
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
     from rich.progress import TaskID
     from rich.table import Table
     from rich.text import Text
@@ -246,13 +247,36 @@ _PHASES: Final[Mapping[str, str]] = {
 """Which bar a stage moves. The server counts validating and proving as one piece of work."""
 
 
+def can_move(out: Console) -> bool:
+    """Whether a bar can move there: on a terminal that can go back in a line."""
+    return out.is_terminal and not out.is_dumb_terminal
+
+
+def bars(out: Console, *, transient: bool = False) -> Bars:
+    """Bars: each has a description, plain text, and a field `figures`, which may have rich's markup.
+
+    Args:
+        transient: Whether they vanish in the end.
+    """
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        SpinnerColumn(finished_text="[green]✓[/]" if not out.options.ascii_only else "*"),
+        TextColumn("{task.description:<8}", markup=False),
+        BarColumn(28, complete_style="cyan", finished_style="green", pulse_style="cyan"),
+        TextColumn("{task.fields[figures]}", style="dim"),
+        console=out,
+        transient=transient,
+    )
+
+
 class ProgressDisplay:
     """A progress callback, for a `with` block: a bar for each phase, or lines where there is no terminal."""
 
     def __init__(self, out: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         chosen = out or console(stderr=True)
-        moves = chosen.is_terminal and not chosen.is_dumb_terminal
-        self._bars = _Bars(chosen, clock) if moves else None
+        self._bars = _PhaseBars(chosen, clock) if can_move(chosen) else None
         self._stage: str | None = None
 
     def __enter__(self) -> ProgressDisplay:
@@ -279,19 +303,11 @@ class ProgressDisplay:
             note(f"{step.stage} {size(step.bytes_total)}" if step.bytes_total else step.stage)
 
 
-class _Bars:
+class _PhaseBars:
     """One bar for each phase, in the order in which they come."""
 
     def __init__(self, out: Console, clock: Callable[[], float]) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-        self._drawn = Progress(
-            SpinnerColumn(finished_text="[green]✓[/]" if not out.options.ascii_only else "*"),
-            TextColumn("{task.description:<8}"),
-            BarColumn(28, complete_style="cyan", finished_style="green", pulse_style="cyan"),
-            TextColumn("{task.fields[figures]}", style="dim"),
-            console=out,
-        )
+        self._drawn = bars(out)
         self._clock = clock
         self._tasks: dict[str, TaskID] = {}
         self._began = 0.0

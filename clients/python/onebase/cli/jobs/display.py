@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..._core.jobs import JobObserver
 from ...training_types import TrainingEvent, TrainingJobInfo
-from ..ui import console, duration, line, printable
+from ..ui import bars, can_move, console, duration, line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,8 +38,7 @@ class JobDisplay(JobObserver):
 
     def __init__(self, out: Console | None = None) -> None:
         self._out = out or console(stderr=True)
-        moves = self._out.is_terminal and not self._out.is_dumb_terminal
-        self._bar = _Bar(self._out) if moves else None
+        self._bar = _Bar(self._out) if can_move(self._out) else None
         self._doing: str | None = None
         self._step = 0
 
@@ -83,16 +82,7 @@ class _Bar:
     """One bar. It vanishes in the end; the lines above it stay."""
 
     def __init__(self, out: Console) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-        self._drawn = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(28, complete_style="cyan", finished_style="green", pulse_style="cyan"),
-            TextColumn("{task.fields[figures]}", style="dim", markup=False),
-            console=out,
-            transient=True,
-        )
+        self._drawn = bars(out, transient=True)
         self._task = self._drawn.add_task("", total=None, figures="")
 
     def stop(self) -> None:
