@@ -48,7 +48,7 @@ class ErrorDetail:
     code: str | None = None
     """The exact kind, stable enough to compare with, such as `adapter_not_found`."""
     current: str | None = None
-    """The active digest, in an error about another one that was expected."""
+    """The digest that is active, in an error that says that another one was expected."""
 
 
 class OneBaseError(Exception):
