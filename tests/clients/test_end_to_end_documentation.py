@@ -15,9 +15,10 @@ import pytest
 from tests.clients.real_server import Server
 from tests.clients.test_end_to_end_adapters import copied, files
 
-from onebase import Client, _requests, _training_requests
-from onebase._cli.jobs import ACTIONS
+from onebase import Client
+from onebase._core import requests, training
 from onebase.cli import main
+from onebase.cli.jobs import ACTIONS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "sdk.md"
 TINY: dict[str, Any] = {"max_steps": 1, "max_length": 32, "batch_size": 2}
@@ -43,9 +44,9 @@ def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for file in ("train.jsonl", "eval.jsonl"):
         rows = [{"prompt": f"{file} {number}", "completion": "yes"} for number in range(4)]
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    whole, settings = _requests.sampling_body, _training_requests.check_settings
-    monkeypatch.setattr(_requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
-    monkeypatch.setattr(_training_requests, "check_settings", lambda given: settings(given) | TINY)
+    whole, settings = requests.sampling_body, training.check_settings
+    monkeypatch.setattr(requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
+    monkeypatch.setattr(training, "check_settings", lambda given: settings(given) | TINY)
     return made.version[:8]
 
 

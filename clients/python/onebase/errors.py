@@ -79,8 +79,8 @@ class APIConnectionError(OneBaseError):
     """The server could not be reached, or the connection broke before the answer was complete.
 
     Attributes:
-        sent: False when the request certainly never left (connection refused, unknown host), so that
-            sending it again cannot do anything twice.
+        sent: False if the request certainly never left (connection refused, unknown host), so that it can
+            be sent again without harm.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -92,7 +92,7 @@ class APITimeoutError(OneBaseError):
     """A timeout passed before the answer was complete.
 
     Attributes:
-        sent: False when it passed while still connecting.
+        sent: False if it passed while connecting.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -183,11 +183,11 @@ class InternalServerError(APIStatusError):
 class AdapterRejectedError(OneBaseError):
     """An adapter was not accepted: it could not be fetched, its files are wrong, or its proof failed.
 
-    Nothing of it is served; the version that was active before still is.
+    Nothing of it is served. The active version is unchanged.
 
     Attributes:
         code: The exact kind of reason, such as `no_effect`, or None.
-        version: The version that failed, or None where the server refused it before it became one.
+        version: The version that failed, or None if the server refused the files before they became one.
     """
 
     def __init__(self, message: str, *, code: str | None, version: AdapterVersion | None) -> None:
@@ -200,11 +200,11 @@ class AdapterRejectedError(OneBaseError):
 
 
 class TrainingStoppedError(OneBaseError):
-    """A job that was waited for brought no adapter: somebody paused or cancelled it, or it failed.
+    """A job that was waited for did not succeed: somebody paused or cancelled it, or it failed.
 
     Attributes:
         code: `paused`, `cancelled`, or why it failed, such as `invalid_file` or `out_of_memory`.
-        job: The job as it is then. `job.resumable` says whether `resume` would go on with it.
+        job: The job as it is then. `job.resumable` says whether `resume` would continue it.
     """
 
     def __init__(self, message: str, *, code: str, job: TrainingJobInfo) -> None:
@@ -214,7 +214,7 @@ class TrainingStoppedError(OneBaseError):
 
 
 class TrainingFailedError(TrainingStoppedError):
-    """A job failed. What its adapter's name answered with before, it still does.
+    """A job failed. The active version of its adapter is unchanged.
 
     Attributes:
         param: The file or setting that is at fault, or None.
@@ -228,7 +228,7 @@ class TrainingFailedError(TrainingStoppedError):
 class StreamError(OneBaseError):
     """A stream failed after it had begun. It is never retried: pieces were already handed out.
 
-    What came before is still in the stream's `text`.
+    The text before the failure is in the stream's `text`.
 
     Attributes:
         type, param, code: As in APIStatusError. `code` is `connection_lost` or `timeout` when the
