@@ -6,8 +6,9 @@ The base is loaded plain (`load_base`). Serving, proof and training each work on
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,10 @@ Quantization = Literal["nf4", "int8", "none"]
 
 PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Values of a config's `layer_types` whose state is a KV cache that blocks can hold."""
+
+MOST_PLAIN = 0.05
+"""Largest part of a base's weights that may lie outside its linear layers, embeddings and head: room for
+routers, and for the convolutions of a part that sees or hears."""
 
 NESTED_BLOCKSIZE = 256
 """bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
@@ -63,7 +68,7 @@ class MemoryEstimate:
 
 
 def check_servable(config: Any) -> None:
-    """Raise UnsupportedBaseError for architectures whose rows cannot be paged, with the reason."""
+    """Raise UnsupportedBaseError for architectures that cannot be paged or quantized, with the reason."""
     from transformers import AutoModelForCausalLM
 
     name = type(config).__name__
@@ -96,6 +101,59 @@ def check_servable(config: Any) -> None:
         raise UnsupportedBaseError(
             f"{name} shares KV states between layers, which the paged cache does not do yet."
         )
+    _check_linear(config)
+
+
+def _check_linear(config: Any) -> None:
+    """Raise UnsupportedBaseError if much of the base lies outside its linear layers.
+
+    transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
+    How many rows an expert multiplies at once depends on a row's neighbours, and so do the row's last bits.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with init_empty_weights():
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
+    if part > MOST_PLAIN:
+        raise UnsupportedBaseError(
+            f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
+            f"{largest}. OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so "
+            "that no row depends on its neighbours. Choose a base without a mixture of experts."
+        )
+
+
+def _check_quantized(model: nn.Module, settings: BaseSettings) -> None:
+    """Raise UnsupportedBaseError if a loaded base is not what its settings say."""
+    part, largest = _left_plain(model, lambda module: any(quantized_statistics(module)))
+    if part > MOST_PLAIN:
+        raise UnsupportedBaseError(
+            f"{settings.quantization} with blocksize {settings.blocksize} leaves {part:.0%} of the weights "
+            f"of {type(model).__name__} in {settings.dtype}, for instance {largest}. Choose blocksize 64, "
+            "quantization none, or another base."
+        )
+
+
+def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[float, str]:
+    """The part of all weights that stays plain though it multiplies rows; the largest such, with its shape.
+
+    Vectors do not count, nor do embeddings, which are looked up, nor the output head.
+    """
+    head = model.get_output_embeddings()
+    plain = {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if module is not head and not isinstance(module, nn.Embedding) and not quantized(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    }
+    if not plain:
+        return 0.0, ""
+    largest = max(plain, key=lambda name: plain[name].numel())
+    shape = " x ".join(map(str, plain[largest].shape))
+    return sum(p.numel() for p in plain.values()) / parameter_count(model), f"{largest} ({shape})"
 
 
 def load_base(settings: BaseSettings) -> nn.Module:
@@ -136,6 +194,8 @@ def load_base(settings: BaseSettings) -> nn.Module:
         model.to(settings.device)
         # What transformers sets: by it PEFT chooses its layers for 4-bit weights, which add in another order.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    if settings.quantization != "none":
+        _check_quantized(model, settings)
     return freeze(model)
 
 

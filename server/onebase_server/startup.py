@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from onebase_server.http_server import bind, run_server, url_of
 from onebase_server.served_base import Base
 from onebase_server.services import Services
 from onebase_server.settings import Settings
-from onebase_server.storage import Storage, StorageError, open_storage
+from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
 from onebase_server.supervisor import EngineFailedError, EngineSupervisor
 from onebase_server.tokenization import TokenizerError, leave_torch_out
 from onebase_server.training.home import DataDirError
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from onebase_adapters.default_base import ResolvedBase
 
 _log = logging.getLogger(__name__)
+
+LEAST_FILES = 64
+"""Open files that the server works with: about thirty of its own, and one for each connection."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class StartupError(RuntimeError):
 
 def run(settings: Settings, console: Console, commands: Commands | None = None) -> None:
     """Serve until a signal. Raises StartupError when the server cannot start or not go on."""
+    _check_open_files()
     try:
         listener = bind(settings)
     except OSError as error:
@@ -61,6 +66,8 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
+            # The engine is told: what it loads and what adapters are bound to is one base.
+            settings = replace(settings, device=chosen_device(settings.device))
             storage = open_storage(settings, base.name, base.folder)
         except (FolderError, StorageError) as error:
             raise StartupError(str(error)) from error
@@ -69,6 +76,17 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
             uvloop.run(server.serve(listener, console, display))
         except EngineFailedError as error:
             raise StartupError(f"the engine cannot serve {resolved.name}: {error}") from error
+
+
+def _check_open_files() -> None:
+    """Raises StartupError here, and not in the middle of whatever opens one file too many."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= allowed < LEAST_FILES:
+        raise StartupError(
+            f"only {allowed} files may be open at once (ulimit -n), and the server needs at least "
+            f"{LEAST_FILES}, and one more for each further connection: run `ulimit -n 1024` first, or raise "
+            "the limit of the service (LimitNOFILE=1024) or of the container (--ulimit nofile=1024)"
+        )
 
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:

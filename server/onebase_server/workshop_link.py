@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from onebase_server.engine.protocol import EngineConfig, Fatal, Shutdown
 from onebase_server.engine_link import ChildProcess
 from onebase_server.workshop.protocol import (
+    Alive,
     Attach,
     Attached,
     FromWorkshop,
@@ -27,8 +29,10 @@ from onebase_server.workshop.scratch import scratch_folder
 WORKSHOP_COMMAND = (sys.executable, "-m", "onebase_server.workshop")
 ATTEMPTS = 2
 """A job whose process dies is tried once more: it may have died of something else."""
-ATTACH_SECONDS = 600.0
+ATTACH_SECONDS = 180.0
 """A process that has not attached the base by then hangs."""
+SILENT_SECONDS = 60.0
+"""A process that proves and gives no sign of life for so long is stopped or stuck: it is killed."""
 _LAST_WORDS_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ class WorkshopGoneError(Exception):
 
 
 class _DiedError(Exception):
-    """The process closed its socket before it answered."""
+    """The process closed its socket, or gave no sign of life, before it answered."""
 
 
 class _Process:
@@ -62,6 +66,7 @@ class _Process:
         """It has answered all that it was asked: the next question can be put."""
         self._child: ChildProcess | None = None
         self._lost = False
+        self._heard_at = 0.0
         self._answer: asyncio.Future[FromWorkshop] | None = None
         self._on_progress: Callable[[Progress], None] | None = None
 
@@ -79,15 +84,30 @@ class _Process:
         return None if self._child is None or self._lost else self._child.pid
 
     async def ask(
-        self, message: Attach | Prove, on_progress: Callable[[Progress], None] | None = None
+        self,
+        message: Attach | Prove,
+        on_progress: Callable[[Progress], None] | None = None,
+        silence: float = math.inf,
     ) -> FromWorkshop:
-        """Send a message and wait for what answers it. Raises _DiedError."""
+        """Send a message and wait for what answers it.
+
+        Raises _DiedError, also when nothing is heard for `silence` seconds: the process is killed then.
+        """
         if self._child is None or self._lost:
             raise _DiedError
-        self._answer, self._on_progress = asyncio.get_running_loop().create_future(), on_progress
+        loop = asyncio.get_running_loop()
+        self._answer, self._on_progress = loop.create_future(), on_progress
         self.idle = False
+        self._heard_at = loop.time()
         self._child.send(message)
-        answer = await self._answer
+        while not self._answer.done():
+            left = self._heard_at + silence - loop.time()
+            if left <= 0:
+                _log.error("the workshop has given no sign of life for %g s and is killed", silence)
+                self.kill()
+                raise _DiedError
+            await asyncio.wait((self._answer,), timeout=None if left == math.inf else left)
+        answer = self._answer.result()
         self.idle = True
         return answer
 
@@ -107,6 +127,9 @@ class _Process:
         return how
 
     def _receive(self, message: FromWorkshop) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        if isinstance(message, Alive):
+            return
         if isinstance(message, Progress):
             if self._on_progress is not None:
                 self._on_progress(message)
@@ -122,13 +145,16 @@ class _Process:
 class _Session:
     """The workshop of one engine: its processes, one after the other, all attach the same base."""
 
-    def __init__(self, command: Sequence[str], attach: Attach, base_fd: int | None, timeout: float) -> None:
+    def __init__(
+        self, command: Sequence[str], attach: Attach, base_fd: int | None, timeout: float, silence: float
+    ) -> None:
         self.process: _Process | None = None
         self.deaths = 0
         self._command = command
         self._attach = attach
         self._base_fd = base_fd
         self._timeout = timeout
+        self._silence = silence
         self._turn = asyncio.Lock()
         self._closed = False
 
@@ -157,7 +183,7 @@ class _Session:
             process = await self._attached()
             try:
                 async with asyncio.timeout(self._timeout):
-                    answer = await process.ask(job, on_progress)
+                    answer = await process.ask(job, on_progress, self._silence)
             except TimeoutError:
                 await self._end_process()
                 raise RejectedError(
@@ -223,12 +249,20 @@ class Workshop:
     """Keeps one workshop process for the engine that runs now.
 
     All methods are called from one event loop. `command` starts a workshop and gets `--fd N` and
-    `--base-fd N` appended. `proof_timeout` is in seconds, of one job once the base is attached.
+    `--base-fd N` appended. `proof_timeout` is in seconds, of one job once the base is attached; `silence`:
+    seconds without a sign of life in a job after which its process is killed.
     """
 
-    def __init__(self, command: Sequence[str] = WORKSHOP_COMMAND, *, proof_timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        command: Sequence[str] = WORKSHOP_COMMAND,
+        *,
+        proof_timeout: float = 600.0,
+        silence: float = SILENT_SECONDS,
+    ) -> None:
         self._command = tuple(command)
         self._proof_timeout = proof_timeout
+        self._silence = silence
         self._session: _Session | None = None
 
     @property
@@ -257,13 +291,13 @@ class Workshop:
         """
         await self.stop()
         attach = Attach(config=config, manifest=manifest, base_id=base_id)
-        self._session = session = _Session(self._command, attach, base_fd, self._proof_timeout)
+        self._session = session = _Session(self._command, attach, base_fd, self._proof_timeout, self._silence)
         await session.open()
 
     async def prove(self, job: Prove, on_progress: Callable[[Progress], None]) -> Proved:
         """Prove one version, after those that were asked for earlier.
 
-        A process that died is replaced. Cancelling a job that runs ends its process.
+        A process that died or was stopped is replaced. Cancelling a job that runs ends its process.
 
         Raises:
             RejectedError: the version is not served: it is not sound, differs from PEFT's, killed the process

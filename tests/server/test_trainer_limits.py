@@ -107,6 +107,13 @@ def test_bad_lines_are_told_with_the_file_that_they_are_in() -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk_full"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 40 bytes"), "out_of_memory"),
+        (RuntimeError("could not create a primitive"), "out_of_memory"),
+        (RuntimeError("could not create a memory object"), "out_of_memory"),
+        (RuntimeError("could not execute a primitive"), "out_of_memory"),
+        (
+            RuntimeError("could not create a primitive descriptor for the matmul primitive."),
+            "trainer_failed",
+        ),
         (KeyError("surprise"), "trainer_failed"),
     ],
 )

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from onebase_adapters.base import BaseSettings, base_tensors, load_base
 from onebase_adapters.base import estimate_memory as base_memory
@@ -334,6 +334,16 @@ def test_the_command_prints_json_and_fails_when_it_does_not_fit(
     assert (made["memory_limit"], made["fits"], made["machine"]) == (4 * GB, False, "t4")
     assert main(["--base", llama_8b, "--memory", "4GB", "--gpu", "t4"]) == 1
     assert "It does not fit" in capsys.readouterr().out
+
+
+def test_a_base_of_experts_gets_a_sentence_instead_of_an_estimate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Qwen3MoeConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    assert main(["--base", str(tmp_path), "--gpu", "h100"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Choose a base without a mixture of experts." in " ".join(said.err.split())
 
 
 @pytest.mark.parametrize(

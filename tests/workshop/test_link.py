@@ -20,6 +20,7 @@ from tests.workshop.conftest import FAULTY, Bench, Published
 from onebase_adapters import manifest as wire
 from onebase_server.engine.protocol import FrameReader, Shutdown, encode
 from onebase_server.workshop.protocol import (
+    Alive,
     Attach,
     Attached,
     Progress,
@@ -127,6 +128,40 @@ def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
     assert not Path(job.prepared_path).exists()
     assert bench.prove(bench.job(adapter)).report.proof.exact
     bench.close()
+
+
+def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
+    published: Published, adapter: Path, tmp_path: Path
+) -> None:
+    bench = Bench(published, Workshop(silence=10.0), tmp_path)
+    bench.start()
+    stopped = bench.workshop.pid
+    assert stopped is not None
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "proving" and bench.workshop.pid == stopped:
+            os.kill(stopped, signal.SIGSTOP)
+
+    async def both() -> list[Proved]:
+        jobs = [bench.job(adapter), bench.job(adapter)]
+        return await asyncio.gather(*(bench.workshop.prove(job, stop) for job in jobs))
+
+    assert [proved.report.proof.exact for proved in bench.run(both())] == [True, True]
+    assert gone(stopped)
+    assert not scratch_folder(stopped).exists()
+    assert bench.workshop.deaths == 1
+    bench.close()
+
+
+def test_a_job_gives_signs_of_life_while_it_computes(
+    new_api: NewApi, session_bench: Bench, adapter: Path
+) -> None:
+    api = new_api(str(FAULTY))
+    api.send(session_bench.job(adapter, fault="hangs"))
+    api.wait_until_proving()
+    for _ in range(3):
+        while not isinstance(api.receive(), Alive):
+            pass
 
 
 def test_stopping_ends_the_process_and_every_job_at_once_and_starting_begins_anew(

@@ -8,6 +8,7 @@ follows from its seed and the step's number, so that the number is all that has 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -61,8 +62,7 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}"
         with appearing(target) as work:
             save_file(_plain(adapter), work / _ADAPTER)
-            with (work / _OPTIMIZER).open("wb") as file:
-                torch.save(optimizer, file)
+            _save_optimizer(optimizer, work / _OPTIMIZER)
             (work / _STATE).write_text(json.dumps(asdict(state)))
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
@@ -128,6 +128,27 @@ class Checkpoints:
             return load_file(path / _ADAPTER), optimizer
         except Exception as error:
             raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+
+
+def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
+    """Raises the OSError of a write that failed, where torch.save says only "unexpected pos"."""
+    failed: list[OSError] = []
+
+    class Noting(io.FileIO):
+        def write(self, data: Any) -> int:
+            try:
+                return super().write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+    try:
+        with Noting(path, "w") as raw, io.BufferedWriter(raw) as file:
+            torch.save(optimizer, file)
+    except RuntimeError as error:
+        if failed:
+            raise failed[0] from error
+        raise
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

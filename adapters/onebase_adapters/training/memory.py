@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+_ONEDNN = re.compile(r"could not (create a (primitive|memory|memory object)|execute a primitive)")
+"""All that oneDNN says when it finds no memory. What it does not support is a "primitive descriptor"."""
 
 
 def peak_memory(device: torch.device) -> int:
@@ -32,7 +35,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error)
+    return any(part in said for part in _NO_MEMORY) or _ONEDNN.fullmatch(said) is not None
 
 
 def keep_freed_memory() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
-from pathlib import Path
 
 import torch
 
@@ -18,7 +16,6 @@ from onebase_adapters.training.plan import DoesNotFitError
 from onebase_adapters.training.recipe import RecipeError
 from onebase_server.trainer.protocol import MAX_PROBLEMS, Failed, Problem, TrainJob
 
-_LITTLE_SPACE = 1 << 20
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
 _EXPLAINED: dict[type[Exception], str] = {
     DoesNotFitError: "does_not_fit",
@@ -48,7 +45,7 @@ def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
             "gradient_checkpointing to true, lower micro_tokens, max_length or r, or send fewer rows, in a "
             "new job; or let the server give jobs more (--train-memory) and resume this one.",
         )
-    if _is_about_space(error, Path(job.folder)):
+    if _is_about_space(error):
         return Failed(
             code="disk_full",
             message="The server's disk is full: the job stands at its last checkpoint. Free some space in "
@@ -70,11 +67,7 @@ def _bad_data(error: DataError, job: TrainJob) -> Failed:
     )
 
 
-def _is_about_space(error: BaseException, folder: Path) -> bool:
+def _is_about_space(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    if any(part in str(error) for part in _NO_SPACE):
-        return True
-    # PyTorch says only that writing failed.
-    writing = isinstance(error, RuntimeError | OSError) and "writ" in str(error)
-    return writing and folder.exists() and shutil.disk_usage(folder).free < _LITTLE_SPACE
+    return any(part in str(error) for part in _NO_SPACE)

@@ -33,6 +33,7 @@ class Channel:
         self._socket = sock
         self._inbox: queue.SimpleQueue[ToWorkshop | None] = queue.SimpleQueue()
         self._gone = threading.Event()
+        self._sending = threading.Lock()
         threading.Thread(target=self._read, name="workshop-reader", daemon=True).start()
 
     def receive(self) -> ToWorkshop:
@@ -43,10 +44,11 @@ class Channel:
         return message
 
     def send(self, message: msgspec.Struct) -> None:
-        """Raises ApiGoneError."""
+        """From any thread. Raises ApiGoneError."""
         self.check()
         try:
-            self._socket.sendall(encode(message))
+            with self._sending:
+                self._socket.sendall(encode(message))
         except OSError as error:
             raise ApiGoneError from error
 

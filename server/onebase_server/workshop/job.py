@@ -16,6 +16,7 @@ from onebase_adapters.base import BaseChangedError, fingerprint
 from onebase_adapters.format import AdapterFormatError
 from onebase_adapters.loader import load_adapter
 from onebase_adapters.prepared import read_prepared, write_prepared
+from onebase_adapters.training.memory import is_out_of_memory
 from onebase_adapters.verify import ProofError, prove_modules
 from onebase_server.engine.versions import folded
 from onebase_server.workshop.channel import ApiGoneError
@@ -114,8 +115,7 @@ def _code(error: Exception) -> str:
         return "proof_failed"
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return "store_full"
-    # PyTorch has no exception of its own for the CPU's memory.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "no_memory"
     return "proof_error"
 

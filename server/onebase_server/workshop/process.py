@@ -7,7 +7,9 @@ import importlib
 import logging
 import os
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,11 +19,13 @@ from onebase_adapters.base import BaseChangedError, BaseSettings
 from onebase_server.engine.protocol import EngineConfig, Fatal, Shutdown
 from onebase_server.workshop.channel import ApiGoneError, Channel
 from onebase_server.workshop.job import Prover
-from onebase_server.workshop.protocol import Attach, Attached, Progress, Prove, Rejected, Stage
+from onebase_server.workshop.protocol import Alive, Attach, Attached, Progress, Prove, Rejected, Stage
 
 logger = logging.getLogger(__name__)
 
 NICENESS = 10
+ALIVE_SECONDS = 1.0
+"""Time between two signs of life of a job."""
 PROGRESS_SECONDS = 0.1
 """Time between two progress messages of one stage."""
 
@@ -81,7 +85,9 @@ def _serve(prover: Prover, channel: Channel) -> int:
             logger.error("unexpected message %s", type(message).__name__)
             continue
         try:
-            channel.send(prover.answer(message, _Reporter(message.digest, channel).report))
+            with _signs_of_life(channel):
+                answer = prover.answer(message, _Reporter(message.digest, channel).report)
+            channel.send(answer)
         except BaseChangedError as error:
             logger.critical("%s; the process ends", error)
             channel.send(Rejected(digest=message.digest, code="base_changed", message=str(error)))
@@ -91,6 +97,25 @@ def _serve(prover: Prover, channel: Channel) -> int:
             channel.send(Rejected(digest=message.digest, code="device_error", message=str(error)))
             return 3
     return 0
+
+
+@contextlib.contextmanager
+def _signs_of_life(channel: Channel) -> Iterator[None]:
+    """Says from a thread of its own that the process lives, however long one product takes."""
+    over = threading.Event()
+
+    def say() -> None:
+        with contextlib.suppress(ApiGoneError):
+            while not over.wait(ALIVE_SECONDS):
+                channel.send(Alive())
+
+    thread = threading.Thread(target=say, name="workshop-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Reporter:

@@ -1,6 +1,7 @@
 """What the api and the workshop say to each other, in the frames of `engine.protocol`.
 
-`Attach` → `Attached` or `Fatal`; then `Prove` → `Progress`… → `Proved` or `Rejected`, one job at a time.
+`Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, one job
+at a time.
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     """Of the whole job, 0 to 1."""
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Sent every second while a version is being proved: the process has neither died nor been stopped."""
+
+
 class Proved(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     digest: str
     report: VersionReport
@@ -134,7 +139,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     message: str
 
 
-FromWorkshop = Attached | Progress | Proved | Rejected | Fatal
+FromWorkshop = Attached | Alive | Progress | Proved | Rejected | Fatal
 
 
 def to_workshop_decoder() -> msgspec.msgpack.Decoder[ToWorkshop]:
