@@ -68,10 +68,13 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
     """The base's local folder, downloaded if need be. Raises StartupError."""
+    from onebase_adapters.base_errors import BaseError
     from onebase_adapters.default_base import resolve_base
 
     try:
         return resolve_base(base, display.update)
+    except BaseError as error:
+        raise StartupError(str(error)) from error
     except Exception as error:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
 

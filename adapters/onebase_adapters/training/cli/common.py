@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from onebase_adapters.base_errors import BaseError
+from onebase_adapters.base_errors import BaseSpecError
 from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
 from onebase_adapters.default_wheel import Progress
 from onebase_adapters.training.cli.printable import shown
@@ -69,11 +69,11 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
 
 
 def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:
-    """The base's folder, downloaded if need be. Raises UsageError."""
+    """The base's folder, downloaded if need be. Raises UsageError, BaseFetchError."""
     try:
         return resolve_base(options.base, progress)
-    except BaseError as error:
-        raise UsageError(f"the base {options.base!r} cannot be used: {error}") from error
+    except BaseSpecError as error:
+        raise UsageError(f"--base: {error}") from error
 
 
 def base_repo(options: argparse.Namespace, resolved: ResolvedBase) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
+from onebase_adapters.base_errors import BaseFetchError
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.common import (
     UsageError,
@@ -56,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print_error(console, str(error))
         return _USAGE
+    except BaseFetchError as error:
+        print_error(console, str(error))
+        return _FAILED
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on where it was.")
         return _STOPPED

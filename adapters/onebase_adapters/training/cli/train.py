@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
+from onebase_adapters.base_errors import BaseFetchError
 from onebase_adapters.default_base import ResolvedBase
 from onebase_adapters.training.cli.common import (
     UsageError,
@@ -55,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print_error(console, str(error))
         return _USAGE
+    except BaseFetchError as error:
+        print_error(console, str(error))
+        return _FAILED
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from the last checkpoint.")
         return _STOPPED
