@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +55,8 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         listener = bind(settings)
     except OSError as error:
         raise StartupError(address_error(settings, error)) from error
+    if settings.stop_with_stdin:
+        threading.Thread(target=_stop_with_stdin, daemon=True).start()
     with listener, LoadingDisplay(console) as display:
         resolved = resolve(settings.base, display)
         base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
@@ -64,6 +70,14 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
             uvloop.run(server.serve(listener, console, display))
         except EngineFailedError as error:
             raise StartupError(f"the engine cannot serve {resolved.name}: {error}") from error
+
+
+def _stop_with_stdin() -> None:
+    """As by SIGTERM, once whoever holds the other end of standard input has closed it, or is dead."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1 << 16):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
