@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
+from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
 from onebase_adapters.base_errors import BaseSpecError
 from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
 from onebase_adapters.default_wheel import Progress
@@ -66,6 +67,12 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto takes a GPU if there is one"
     )
+
+
+def check_adapter_name(name: str) -> None:
+    """Before hours of training. Raises UsageError."""
+    if not is_adapter_name(name):
+        raise UsageError(f"--name: {name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
 
 
 def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:

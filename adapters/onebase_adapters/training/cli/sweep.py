@@ -19,6 +19,7 @@ from onebase_adapters.training.cli.common import (
     add_recipe_options,
     base_repo,
     base_settings,
+    check_adapter_name,
     find_base,
     positive,
     print_error,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _ABOUT = """\
 Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
 
-  onebase sweep --data train.jsonl
+  onebase sweep --data train.jsonl --name acme
   onebase sweep --data train.jsonl --r 8..64 --targets attention --targets all-linear --learning-rate 5e-4
 
 Ends in a table, results.csv, results.json and a plot, sweep.svg. A sweep that was stopped goes on where it
@@ -75,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, as for `onebase train`")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out examples; else a part of --data is")
+    parser.add_argument("--name", help="the adapter's name; the folder is then runs/NAME-sweep")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder (default: runs/sweep)"
+        "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/NAME-sweep, or runs/sweep)"
     )
     tried = parser.add_argument_group("what is tried, in every combination")
     tried.add_argument(
@@ -121,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
+    if options.name is not None:
+        check_adapter_name(options.name)
+    folder = options.out or Path("runs") / (f"{options.name}-sweep" if options.name else "sweep")
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
@@ -138,11 +143,11 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         resolved = find_base(options, show.loading)
         settings = base_settings(options, resolved.folder)
         job = Job(
-            name="sweep",
+            name=options.name or "sweep",
             recipe=recipe,
             train=options.data,
             held_out=options.eval_data,
-            folder=options.out,
+            folder=folder,
             base=settings,
             base_name=resolved.name,
             base_repo=base_repo(options, resolved),
@@ -154,7 +159,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _FAILED
     write(result)
     render(result, console)
-    console.print(f"Plot: {shown(str(options.out / PLOT))}  Table: {shown(str(options.out / TABLE))}")
+    console.print(f"Plot: {shown(str(folder / PLOT))}  Table: {shown(str(folder / TABLE))}")
     return 0 if result.best else _FAILED
 
 

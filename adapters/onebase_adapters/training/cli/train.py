@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
 from onebase_adapters.base_errors import BaseFetchError
 from onebase_adapters.default_base import ResolvedBase
 from onebase_adapters.training.cli.common import (
@@ -21,6 +20,7 @@ from onebase_adapters.training.cli.common import (
     add_recipe_options,
     base_repo,
     base_settings,
+    check_adapter_name,
     find_base,
     positive,
     print_error,
@@ -144,8 +144,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 def _check_names(options: argparse.Namespace) -> None:
     """Before hours of training. Raises UsageError."""
-    if not is_adapter_name(options.name):
-        raise UsageError(f"--name: {options.name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
+    check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
         raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
 
