@@ -32,6 +32,7 @@ _GROUPS = {
     "evaluation": "evaluation and checkpoints",
 }
 _SHORT = {"rank_pattern": "LAYER=R,...", "alpha_pattern": "LAYER=ALPHA,..."}
+_PIPE_WIDTH = 200
 _REPEATED = ("sample_prompts", "metrics")
 
 
@@ -182,6 +183,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return value
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal; through a pipe so wide that no line is broken."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def print_error(console: Console, message: str) -> None:

@@ -21,6 +21,7 @@ from onebase_adapters.training.cli.common import (
     base_settings,
     check_adapter_name,
     find_base,
+    open_console,
     positive,
     print_error,
     quiet_libraries,
@@ -52,7 +53,7 @@ _SWEPT = ("r", "alpha", "targets", "learning_rate")
 def main(argv: Sequence[str]) -> int:
     """`onebase sweep`. Exit status: 0 done, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = _parser().parse_args(list(argv))
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         return _sweep(options, console)
     except UsageError as error:
@@ -219,6 +220,7 @@ class _Show:
             TextColumn("{task.fields[facts]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("starting", total=None, facts="")
 

@@ -22,6 +22,7 @@ from onebase_adapters.training.cli.common import (
     base_settings,
     check_adapter_name,
     find_base,
+    open_console,
     positive,
     print_error,
     quiet_libraries,
@@ -50,7 +51,7 @@ _STOPPED, _FAILED, _USAGE = 130, 1, 2
 def main(argv: Sequence[str]) -> int:
     """`onebase train`. Exit status: 0 trained, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = train_parser().parse_args(list(argv))
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         return _train(options, console)
     except UsageError as error:

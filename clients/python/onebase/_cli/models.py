@@ -8,6 +8,7 @@ from ..adapter_types import Adapter
 from ..errors import OneBaseError
 from ..types import Model
 from . import options
+from .actions import print_json
 from .exits import OK, report
 from .tables import Column, print_table, size
 
@@ -19,6 +20,7 @@ _NUMBERS = ("rank", "parameters", "size")
 def run(argv: list[str]) -> int:
     """Run the command; gives its exit status."""
     parser = options.parser("models", _DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="print the models as JSON")
     args = parser.parse_args(argv)
     try:
         client = options.client(args)
@@ -27,6 +29,9 @@ def run(argv: list[str]) -> int:
     with client:
         try:
             once = client.with_options(max_retries=0)
+            if args.json:
+                print_json(tuple(once.models.list()))
+                return OK
             rows = table_rows(once.models.list(), once.adapters.list())
         except OneBaseError as error:
             return report(error, client.url)
