@@ -5,6 +5,7 @@ The Hub's client tries for half a minute, and writes each attempt on the termina
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -29,9 +30,9 @@ def hub_silence(repo: str, kind: str = "models") -> str | None:
         kind: `models` or `datasets`.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     disable_progress_bars()
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"

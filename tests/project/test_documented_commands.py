@@ -285,4 +285,5 @@ def test_through_a_pipe_no_line_is_empty_and_none_is_broken(folder: Path) -> Non
     (line,) = shell("onebase base fetch", folder, environment).splitlines()
     assert Path(line).is_dir()
     last = shell("unset COLUMNS; onebase estimate --gpu l4", folder, environment).splitlines()[-1]
-    assert last.startswith("Measured peaks were") and last.endswith("tell better.")
+    assert last.startswith("Measured peaks were")
+    assert last.endswith("tell better.")
