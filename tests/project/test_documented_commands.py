@@ -277,7 +277,9 @@ def test_an_option_that_does_not_exist_is_found(folder: Path) -> None:
 )  # fmt: skip
 def test_json_is_one_document(command: str, server: Server, folder: Path) -> None:
     environment = {"ONEBASE_URL": server.url}
-    assert json.loads(shell(f"onebase {command} --json 2> log", folder, environment))
+    assert isinstance(
+        json.loads(shell(f"onebase {command} --json 2> log", folder, environment)), (dict, list)
+    )
 
 
 def test_through_a_pipe_no_line_is_empty_and_none_is_broken(folder: Path) -> None:
