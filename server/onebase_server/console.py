@@ -57,7 +57,8 @@ class LoadingDisplay:
 
     def close(self) -> None:
         """Take the bars away; may be called more than once."""
-        self._progress.stop()
+        if self._live:
+            self._progress.stop()
 
     def update(self, stage: str, fraction: float) -> None:
         """Show that `stage` is being done, and the share (0 to 1) of the whole that is done."""

@@ -107,6 +107,12 @@ class Settings:
             "server", "seconds that running requests get to finish after SIGTERM", low=0, high=86400
         ),
     )
+    stop_with_stdin: bool = field(
+        default=False,
+        metadata=about(
+            "server", "stop when standard input ends: for a program that starts the server through a pipe"
+        ),
+    )
 
     adapter: tuple[tuple[str, str], ...] = field(
         default=(),

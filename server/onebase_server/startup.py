@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import resource
+import signal
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +64,8 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         listener = bind(settings)
     except OSError as error:
         raise StartupError(address_error(settings, error)) from error
+    if settings.stop_with_stdin:
+        threading.Thread(target=_stop_with_stdin, daemon=True).start()
     with listener, LoadingDisplay(console) as display:
         resolved = resolve(settings.base, display)
         leave_torch_out()
@@ -89,12 +95,23 @@ def _check_open_files() -> None:
         )
 
 
+def _stop_with_stdin() -> None:
+    """As by SIGTERM, once whoever holds the other end of standard input has closed it, or is dead."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1 << 16):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
     """The base's local folder, downloaded if need be. Raises StartupError."""
+    from onebase_adapters.base_errors import BaseError
     from onebase_adapters.default_base import resolve_base
 
     try:
         return resolve_base(base, display.update)
+    except BaseError as error:
+        raise StartupError(str(error)) from error
     except Exception as error:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
 

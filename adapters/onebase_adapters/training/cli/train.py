@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
+from onebase_adapters.base_errors import BaseFetchError
 from onebase_adapters.default_base import ResolvedBase
 from onebase_adapters.training.cli.common import (
     UsageError,
@@ -20,7 +20,9 @@ from onebase_adapters.training.cli.common import (
     add_recipe_options,
     base_repo,
     base_settings,
+    check_adapter_name,
     find_base,
+    open_console,
     positive,
     print_error,
     quiet_libraries,
@@ -49,12 +51,15 @@ _STOPPED, _FAILED, _USAGE = 130, 1, 2
 def main(argv: Sequence[str]) -> int:
     """`onebase train`. Exit status: 0 trained, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = train_parser().parse_args(list(argv))
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         return _train(options, console)
     except UsageError as error:
         print_error(console, str(error))
         return _USAGE
+    except BaseFetchError as error:
+        print_error(console, str(error))
+        return _FAILED
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from the last checkpoint.")
         return _STOPPED
@@ -140,8 +145,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 def _check_names(options: argparse.Namespace) -> None:
     """Before hours of training. Raises UsageError."""
-    if not is_adapter_name(options.name):
-        raise UsageError(f"--name: {options.name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
+    check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
         raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
 

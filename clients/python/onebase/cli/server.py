@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Final
 
@@ -9,7 +10,7 @@ from .._core.config import sdk_version
 from .._sync.client import Client
 from ..adapter_types import Adapter
 from ..types import Model
-from .command import OK, parser, perform
+from .command import OK, parser, perform, print_json
 from .ui import Column, print_table, size
 
 _DESCRIPTIONS: Final = {
@@ -23,18 +24,28 @@ _NUMBERS: Final = ("rank", "parameters", "size")
 def run(command: str, argv: list[str]) -> int:
     """Run the command. Gives its exit status."""
     made = parser(command, _DESCRIPTIONS[command])
+    made.add_argument("--json", action="store_true", help="print JSON")
+    args = made.parse_args(argv)
     work = _models if command == "models" else _version
-    return perform(made, made.parse_args(argv), lambda client: work(client.with_options(max_retries=0)))
+    return perform(made, args, lambda client: work(client.with_options(max_retries=0), args.json))
 
 
-def _version(client: Client) -> int:
+def _version(client: Client, as_json: bool) -> int:
+    if as_json:
+        server = client.version().version
+        print(json.dumps({"client": sdk_version(), "server": server, "url": client.url}))
+        return OK
     print(f"client {sdk_version()}", flush=True)
     print(f"server {client.version().version} at {client.url}")
     return OK
 
 
-def _models(client: Client) -> int:
-    rows = table_rows(client.models.list(), client.adapters.list())
+def _models(client: Client, as_json: bool) -> int:
+    models = client.models.list()
+    if as_json:
+        print_json(tuple(models))
+        return OK
+    rows = table_rows(models, client.adapters.list())
     print_table([_column(place, title) for place, title in enumerate(_TITLES)], rows)
     return OK
 
