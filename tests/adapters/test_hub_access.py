@@ -14,8 +14,8 @@ from tests.hub_standin import HubStandIn
 
 _FETCH = """
 import json, sys
-from onebase_adapters.base_errors import BaseFetchError
-from onebase_adapters.default_base import resolve_base
+from onebase_engine.base.errors import BaseFetchError
+from onebase_engine.base.default_base import resolve_base
 from onebase_adapters.training.base_config import find_config, find_tokenizer
 from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.hub_data import fetch, parse_dataset_id

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from onebase.cli import adapters, jobs
 from tests.clients.real_server import Server, running_server
 from tests.clients.test_end_to_end_adapters import copied
 
 from onebase import Client
+from onebase.cli import adapters, jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "adapters"

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.content import VersionFiles
 from onebase_adapters.registry import Registry
-from onebase_adapters.store import Store
+from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.store import Store
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.packed_files import PreparedFiles
+from onebase_server.adapters.prover import Proof
+from onebase_server.adapters.service import Library
 from onebase_server.background import Threads
-from onebase_server.catalog import Catalog
-from onebase_server.library import Library
-from onebase_server.prepared_files import PreparedFiles
-from onebase_server.prover import Proof
 
 REPORT = {"proof": {"modules_changed": 1}}
 

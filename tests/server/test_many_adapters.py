@@ -15,7 +15,7 @@ import pytest
 from onebase import BadRequestError, Client
 from onebase.cli import main
 from onebase_adapters.registry import Blob, Registry, VersionFiles
-from onebase_adapters.store import Store
+from onebase_adapters.store.store import Store
 from onebase_server.settings import Settings
 from onebase_server.storage import open_storage
 

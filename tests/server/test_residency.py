@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.content import Blob
-from onebase_server.engine.protocol import (
+from onebase_adapters.store.content import Blob
+from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterUnloaded,
@@ -18,6 +18,7 @@ from onebase_server.engine.protocol import (
     SlotsChanged,
     UnloadAdapter,
 )
+from onebase_server.adapters.residency import PreparedFile, Residency, Use
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -25,7 +26,6 @@ from onebase_server.errors import (
     QueueFullError,
     UnavailableError,
 )
-from onebase_server.residency import PreparedFile, Residency, Use
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10, "large": 30, "huge": 31}
 

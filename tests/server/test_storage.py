@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters.base_identity import base_id
+from onebase_engine.base.identity import base_id
 from onebase_server.settings import Settings
 from onebase_server.storage import chosen_device, open_storage
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from onebase_server.engine.protocol import AdapterRef, EngineConfig, Sampling, Submit
+from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, Submit
 from onebase_server.errors import CrashesEngineError, EngineRestartedError, UnavailableError
-from onebase_server.inflight import Inflight
-from onebase_server.supervisor import EngineSupervisor, RestartPolicy
-from onebase_server.suspects import FORGIVEN_AFTER, MAX_SUSPECTS, Suspects, fingerprint
+from onebase_server.generation.inflight import Inflight
+from onebase_server.processes.supervisor import EngineSupervisor, RestartPolicy
+from onebase_server.processes.suspects import FORGIVEN_AFTER, MAX_SUSPECTS, Suspects, fingerprint
 
 from .scripted_engine import POISON
 from .support import HERE

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from onebase_adapters.hub_access import hub_silence
-from onebase_adapters.hub_reference import HubError, HubReference
+from onebase_adapters.hub.reference import HubError, HubReference
 from onebase_adapters.training.data_files import FORMATS, MOST_FILE_BYTES
 from onebase_adapters.training.data_problems import DataError, Problem
+from onebase_engine.base.hub_access import hub_silence
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -16,13 +16,13 @@ from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, R
 from onebase_adapters.training.errors import TrainingDivergedError as TrainingDivergedError
 from onebase_adapters.training.evaluation import Scores, held_out_scores
 from onebase_adapters.training.gate import Interrupted
-from onebase_adapters.training.memory import peak_memory
 from onebase_adapters.training.objectives import Objective
 from onebase_adapters.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from onebase_adapters.training.ranks import Ranks
 from onebase_adapters.training.recipe import Recipe, step_count
 from onebase_adapters.training.samples import Dataset, Row
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.machine import peak_memory
 
 Listen = Callable[[events.Event], None]
 

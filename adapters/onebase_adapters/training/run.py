@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import BaseChangedError, BaseSettings, fingerprint
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, targets_of
 from onebase_adapters.training.checkpoint import Checkpoints, RunState, write_whole
@@ -21,7 +20,6 @@ from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen, Trainer
 from onebase_adapters.training.machine import measured_rate
 from onebase_adapters.training.measuring import Measuring
-from onebase_adapters.training.memory import peak_memory
 from onebase_adapters.training.model_card import DataLine, model_card
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.plan import Data, Plan, make_plan, read_data
@@ -32,6 +30,8 @@ from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.samples import Dataset
 from onebase_adapters.training.template_date import keep_template_date, pin_template_date
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint
+from onebase_engine.machine import peak_memory
 
 ADAPTER, REPORT = "adapter", "report.json"
 _EVA_ROWS = 256

@@ -22,13 +22,13 @@ from onebase_adapters.training import events
 from onebase_adapters.training.estimate import ranks_of
 from onebase_adapters.training.gate import Gate, Interrupted
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.memory import is_out_of_memory
 from onebase_adapters.training.plan import Data, DoesNotFitError, make_plan, read_data, resolved
 from onebase_adapters.training.recipe import Recipe, RecipeError, step_count
 from onebase_adapters.training.run import Job, load_tokenizer, run_plan
 from onebase_adapters.training.sweep_trials import Grid, Trial, Trials, name_of
 from onebase_adapters.training.targets import target_layers
 from onebase_adapters.training.template_date import keep_template_date, pin_template_date
+from onebase_engine.machine import is_out_of_memory
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from onebase_adapters.base_errors import BaseFetchError
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.common import (
     UsageError,
@@ -30,6 +29,7 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.cli.printable import shown
+from onebase_engine.base.errors import BaseFetchError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.recipe import Recipe
@@ -131,9 +131,9 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options, given)
     quiet_libraries()
     from onebase_adapters.training.machine import free_memory
-    from onebase_adapters.training.memory import keep_freed_memory
     from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+    from onebase_engine.machine import keep_freed_memory
 
     keep_freed_memory()
     if options.threads:
@@ -166,13 +166,13 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.data import DataError
     from onebase_adapters.training.gate import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
+    from onebase_engine.base.load import UnsupportedBaseError, load_base
 
     try:
         show.loading(f"loading {job.base_name}", 0.0)

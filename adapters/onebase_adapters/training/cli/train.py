@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.base_errors import BaseFetchError
-from onebase_adapters.default_base import ResolvedBase
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
@@ -31,6 +29,8 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.push import is_repo_name
+from onebase_engine.base.default_base import ResolvedBase
+from onebase_engine.base.errors import BaseFetchError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.ranks import Ranks
@@ -121,8 +121,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
     from onebase_adapters.training.cli.progress import Display
-    from onebase_adapters.training.memory import keep_freed_memory
     from onebase_adapters.training.ranks import join_ranks
+    from onebase_engine.machine import keep_freed_memory
 
     if options.threads:
         import torch
@@ -183,18 +183,18 @@ def _own_gpu() -> Any:
 
 def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report | None:
     """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
     from onebase_adapters.training.data_problems import DataError
     from onebase_adapters.training.errors import TrainingDivergedError
     from onebase_adapters.training.gate import Interrupted
-    from onebase_adapters.training.memory import is_out_of_memory
     from onebase_adapters.training.plan import DoesNotFitError
     from onebase_adapters.training.ranks import OtherProcessError
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.run import train
+    from onebase_engine.base.load import UnsupportedBaseError, load_base
+    from onebase_engine.machine import is_out_of_memory
 
     told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:
