@@ -2,8 +2,8 @@
 
 Every decoder keeps its own modelling code and calls `paged_attention` with q, k and v of the packed
 step. The numbers are those of transformers' eager attention: scores in the model's dtype, softmax in
-fp32, weights rounded back. On the CPU they do not depend on how a row was cut into chunks: bf16 products
-agree for every shape, fp32 ones are computed in blocks of one fixed shape.
+fp32, weights rounded back. On the CPU a row's bits depend on nothing but the row, which takes care: the
+libraries sum in an order that they choose by a product's shape. `product_shapes.py` says which shapes agree.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import torch
 from torch import nn
 
 from onebase_engine.engine.kv_cache import KVCache
+from onebase_engine.engine.product_shapes import (
+    FIXED_KEYS,
+    FIXED_ROWS,
+    QUERY_CHUNK,
+    QUERY_MULTIPLE,
+    Heads,
+    ProductShapes,
+    find_shapes,
+)
 
 NAME = "onebase_paged"
-LENGTH_MULTIPLE = 64
-"""Contexts are padded to this many tokens, so that vectorized reductions have no ragged tail."""
-QUERY_CHUNK = 128
-"""Tokens whose scores are held at once; bounds the memory of a long prefill."""
-QUERY_MULTIPLE = 32
-"""Rows of the half-precision products on the CPU are padded to this many: oneDNN keeps close to a megabyte
-of compiled kernel for every shape that it meets."""
-FP32_ROWS = 32
-FP32_KEYS = 256
-"""The one shape of fp32 products on the CPU; contexts are padded to a multiple of FP32_KEYS there."""
 
 
 class UnsupportedAttentionError(Exception):
@@ -77,6 +76,9 @@ class PagedAttention:
         self.step: AttentionStep | None = None
         self.shapes: dict[int, tuple[int, int, int]] = {}
         """Filled by the probe pass: layer -> (kv heads, key dim, value dim)."""
+        self.heads: set[Heads] = set()
+        """Filled by the probe pass."""
+        self.products = ProductShapes()
 
     def attach(self, model: nn.Module) -> None:
         """Make the view's attention modules call this object."""
@@ -85,6 +87,12 @@ class PagedAttention:
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.paged = self  # type: ignore[assignment]
+
+    def find_products(self, dtype: torch.dtype, device: torch.device, longest: int) -> ProductShapes:
+        """Settle the shapes of products for contexts of up to `longest` tokens; the packer keeps to them."""
+        if device.type == "cpu":
+            self.products = find_shapes(frozenset(self.heads), dtype, longest)
+        return self.products
 
     def forward(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
@@ -99,9 +107,9 @@ class PagedAttention:
         scores = _Scores(options["scaling"], options.get("softcap"), options.get("sliding_window"))
         out = v.new_zeros(q.shape[2], q.shape[1], v.shape[3])
         for context in step.decodes:
-            _decode(q[0], keys, values, context, scores, out)
+            _decode(q[0], keys, values, context, scores, self.products, out)
         for context in step.prefills:
-            _prefill(q[0], keys, values, context, scores, out)
+            _prefill(q[0], keys, values, context, scores, self.products, out)
         return out.unsqueeze(0)
 
     def _probe(
@@ -121,15 +129,19 @@ class PagedAttention:
         if foreign:
             raise UnsupportedAttentionError(f"its attention uses {', '.join(foreign)}")
         self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
+        self.heads.add(Heads(k.shape[1], q.shape[1] // k.shape[1], k.shape[3], v.shape[3]))
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
 
 def register() -> None:
-    """Tell transformers about paged attention, and that it needs no mask tensor. Safe to repeat."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Tell transformers about paged attention. Safe to repeat.
+
+    No mask function is registered: transformers makes no mask for attention that has none. With one it would
+    look for packed sequences in every step, which makes the host wait for the device.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def paged_attention(
@@ -168,6 +180,7 @@ def _decode(
     values: torch.Tensor,
     context: Context,
     scores: _Scores,
+    products: ProductShapes,
     out: torch.Tensor,
 ) -> None:
     rows, length = context.slots.shape
@@ -178,7 +191,7 @@ def _decode(
     count = context.stop - context.start
     part = nn.functional.pad(q[:, context.start : context.stop], (0, 0, 0, rows - count))
     grouped = part.reshape(kv_heads, -1, rows, part.shape[-1]).transpose(1, 2)
-    mixed = _attend(grouped, k, v, context.hidden(scores.window)[:, None], scores)
+    mixed = _attend(grouped, k, v, context.hidden(scores.window)[:, None], scores, products)
     out[context.start : context.stop] = mixed.permute(1, 0, 2, 3).reshape(rows, q.shape[0], -1)[:count]
 
 
@@ -188,6 +201,7 @@ def _prefill(
     values: torch.Tensor,
     context: Context,
     scores: _Scores,
+    products: ProductShapes,
     out: torch.Tensor,
 ) -> None:
     kv_heads = keys.shape[0]
@@ -199,29 +213,30 @@ def _prefill(
         count = stop - start
         grouped = q[:, start:stop].reshape(kv_heads, groups * count, q.shape[-1])
         masked = hidden[start - context.start : stop - context.start].repeat(groups, 1)
-        mixed = _attend(grouped, k, v, masked, scores)
+        mixed = _attend(grouped, k, v, masked, scores, products)
         out[start:stop] = mixed.reshape(q.shape[0], count, -1).transpose(0, 1)
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: _Scores
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scores: _Scores,
+    products: ProductShapes,
 ) -> torch.Tensor:
     """q [..., m, d], k, v [..., length, d], hidden broadcastable to [..., m, length] -> [..., m, d of v]."""
-    if q.device.type == "cpu" and q.dtype == torch.float32:
+    if products.fixed:
         return _attend_fixed(q, k, v, hidden, scores)
-    if q.device.type == "cpu" and hidden.shape[-2] > 1:
-        return _attend_padded(q, k, v, hidden, scores)
-    weights = scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden)
-    return torch.matmul(weights, v)
-
-
-def _attend_padded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: _Scores
-) -> torch.Tensor:
-    """The same with queries padded to a multiple of QUERY_MULTIPLE; padding sees every key."""
+    if q.device.type != "cpu":
+        return torch.matmul(scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden), v)
     count = q.shape[-2]
-    padding = (0, 0, 0, -count % QUERY_MULTIPLE)
-    q, hidden = nn.functional.pad(q, padding), nn.functional.pad(hidden, padding)
+    if hidden.shape[-2] == 1:  # a decode: all its rows see the same keys
+        padding = (0, 0, 0, max(0, products.queries - count))
+    else:
+        padding = (0, 0, 0, -count % QUERY_MULTIPLE)
+        hidden = nn.functional.pad(hidden, padding)
+    q = nn.functional.pad(q, padding)
     weights = scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden)
     return torch.matmul(weights, v)[..., :count, :]
 
@@ -229,19 +244,19 @@ def _attend_padded(
 def _attend_fixed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: _Scores
 ) -> torch.Tensor:
-    """The same in fp32 on the CPU: every product has FP32_ROWS queries and FP32_KEYS keys."""
-    count = q.shape[-2]
-    q = nn.functional.pad(q, (0, 0, 0, -count % FP32_ROWS))
-    keys = torch.split(k, FP32_KEYS, dim=-2)
-    values = torch.split(v, FP32_KEYS, dim=-2)
+    """The same with every product in fp32, of FIXED_ROWS queries and FIXED_KEYS keys."""
+    count, dtype = q.shape[-2], q.dtype
+    q = nn.functional.pad(q, (0, 0, 0, -count % FIXED_ROWS))
+    keys = [part.float() for part in torch.split(k, FIXED_KEYS, dim=-2)]
+    values = [part.float() for part in torch.split(v, FIXED_KEYS, dim=-2)]
     parts: list[torch.Tensor] = []
-    for start in range(0, q.shape[-2], FP32_ROWS):
-        tile = q[..., start : start + FP32_ROWS, :].contiguous()
-        raw = torch.cat([torch.matmul(tile, part.transpose(-1, -2)) for part in keys], dim=-1)
-        real = min(FP32_ROWS, count - start)
+    for start in range(0, q.shape[-2], FIXED_ROWS):
+        tile = q[..., start : start + FIXED_ROWS, :].float().contiguous()
+        raw = torch.cat([torch.matmul(tile, part.transpose(-1, -2)) for part in keys], dim=-1).to(dtype)
+        real = min(FIXED_ROWS, count - start)
         mask = hidden if hidden.shape[-2] == 1 else hidden[..., start : start + real, :]
-        weights = nn.functional.pad(scores.weights(raw[..., :real, :], mask), (0, 0, 0, FP32_ROWS - real))
-        pieces = torch.split(weights, FP32_KEYS, dim=-1)
+        weights = nn.functional.pad(scores.weights(raw[..., :real, :], mask), (0, 0, 0, FIXED_ROWS - real))
+        pieces = torch.split(weights.float(), FIXED_KEYS, dim=-1)
         products = (torch.matmul(piece, part) for piece, part in zip(pieces, values, strict=True))
-        parts.append(sum(products, start=torch.zeros((), dtype=q.dtype)))
+        parts.append(sum(products, start=torch.zeros(())).to(dtype))
     return torch.cat(parts, dim=-2)[..., :count, :]

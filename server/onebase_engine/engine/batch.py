@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from onebase_engine.engine.attention import FP32_KEYS, LENGTH_MULTIPLE, AttentionStep, Context
+from onebase_engine.engine.attention import AttentionStep, Context
 from onebase_engine.engine.kv_cache import DUMP_BLOCK, ZERO_BLOCK
+from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_engine.lora.rows import TILE, RowMap, Stack, Term, Tile
 
@@ -42,17 +43,23 @@ class Batch:
 
 
 class Packer:
-    """Packs plans for one device. `tiled` pads to TILE and maps rows tile by tile (the CPU)."""
+    """Packs plans for one device. `tiled` pads to TILE and maps rows tile by tile (the CPU).
 
-    def __init__(self, block_size: int, slots: int, device: torch.device, *, tiled: bool, fp32: bool) -> None:
+    `products` says how long contexts may be that are computed together.
+    """
+
+    def __init__(
+        self, block_size: int, slots: int, device: torch.device, *, tiled: bool, products: ProductShapes
+    ) -> None:
         self._block_size = block_size
         self._slots = slots
         self._device = device
         self._tiled = tiled
-        self._length_multiple = FP32_KEYS if tiled and fp32 else LENGTH_MULTIPLE
+        self._products = products
 
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
         """`slot_of`: the slot of every adapter digest in the plan."""
+        plan = Plan(sorted(plan.decodes, key=lambda s: self._products.side(s.stop)), plan.prefills)
         starts, total = self._layout(plan)
         ids = np.zeros(total, dtype=np.int64)
         positions = np.zeros(total, dtype=np.int64)
@@ -68,8 +75,9 @@ class Packer:
             write_slots=self._tensor(write),
             decodes=self._decode_contexts(plan.decodes, tables),
             prefills=[
-                self._prefill_context(start, segment, tables[id(segment.row)])
+                context
                 for start, segment in zip(starts[len(plan.decodes) :], plan.prefills, strict=True)
+                for context in self._prefill_contexts(start, segment, tables[id(segment.row)])
             ],
         )
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts)
@@ -107,8 +115,7 @@ class Packer:
 
     def _padded_slots(self, tables: Sequence[np.ndarray], rows: int) -> np.ndarray:
         """KV slots [rows, length]; what no table fills points at zeros."""
-        longest = max(len(table) for table in tables)
-        length = -(-longest // self._length_multiple) * self._length_multiple
+        length = self._products.padded(max(len(table) for table in tables))
         slots = np.full((rows, length), ZERO_BLOCK, dtype=np.int64)
         for row, table in enumerate(tables):
             slots[row, : len(table)] = table
@@ -116,7 +123,7 @@ class Packer:
 
     def _decode_contexts(self, decodes: list[Segment], tables: Mapping[int, np.ndarray]) -> list[Context]:
         contexts: list[Context] = []
-        for first, last in _decode_groups([segment.stop for segment in decodes]):
+        for first, last in _decode_groups([segment.stop for segment in decodes], self._products):
             some = decodes[first:last]
             rows = _decode_rows(len(some)) if self._tiled else len(some)
             slots = self._padded_slots([tables[id(segment.row)] for segment in some], rows)
@@ -125,10 +132,16 @@ class Packer:
             contexts.append(Context(first, last, self._tensor(slots), self._tensor(positions)))
         return contexts
 
-    def _prefill_context(self, start: int, segment: Segment, table: np.ndarray) -> Context:
-        positions = np.arange(segment.start, segment.stop, dtype=np.int64)
-        slots = self._padded_slots([table], 1)[0]
-        return Context(start, start + segment.length, self._tensor(slots), self._tensor(positions))
+    def _prefill_contexts(self, start: int, segment: Segment, table: np.ndarray) -> list[Context]:
+        """The segment's context, cut where the order of sums changes: which part a token is in, and so
+        its bits, depend on its position alone."""
+        contexts = []
+        for first, stop in self._products.parts(segment.start, segment.stop):
+            positions = self._tensor(np.arange(first, stop, dtype=np.int64))
+            slots = self._tensor(self._padded_slots([table[:stop]], 1)[0])
+            offset = start - segment.start
+            contexts.append(Context(offset + first, offset + stop, slots, positions))
+        return contexts
 
     def _logit_rows(
         self, plan: Plan, starts: list[int]
@@ -219,12 +232,14 @@ def _decode_rows(count: int) -> int:
     return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
 
 
-def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows `first:last` that attend together: MAX_DECODE_CONTEXT tokens, or one row that is longer."""
+def _decode_groups(lengths: Sequence[int], products: ProductShapes) -> list[tuple[int, int]]:
+    """Rows `first:last` that attend together: of one side, MAX_DECODE_CONTEXT tokens or one longer row."""
     groups: list[tuple[int, int]] = []
     first, longest = 0, 0
     for row, length in enumerate(lengths):
-        if row > first and max(longest, length) * (row + 1 - first) > MAX_DECODE_CONTEXT:
+        too_long = max(longest, length) * (row + 1 - first) > MAX_DECODE_CONTEXT
+        apart = products.side(length) != products.side(lengths[first])
+        if row > first and (too_long or apart):
             groups.append((first, row))
             first, longest = row, 0
         longest = max(longest, length)

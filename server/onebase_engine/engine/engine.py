@@ -108,7 +108,7 @@ class Engine:
             slots,
             self.model.device,
             tiled=self.model.tiled,
-            fp32=self.model.dtype == torch.float32,
+            products=self.model.find_products(limits.max_length),
         )
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0

@@ -13,6 +13,7 @@ from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.kv_cache import KVCache, bytes_per_token
+from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.lora.rows import TILE, RowMap, StepRows
 from onebase_engine.lora.slots import SlotBank, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights
@@ -62,6 +63,10 @@ class ServedModel:
     @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.dtype)
+
+    def find_products(self, longest: int) -> ProductShapes:
+        """How attention's products are shaped for contexts of up to `longest` tokens."""
+        return self._attention.find_products(self.dtype, self.device, longest)
 
     def allocate_kv(self, blocks: int, block_size: int) -> None:
         """Create the KV cache. Zeroed memory: on the CPU pages are taken only when written."""
