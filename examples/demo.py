@@ -27,7 +27,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
-from onebase_adapters.default_base import default_cache
+from onebase_engine.base.default_base import default_cache
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPT = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon. What should I do?"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from onebase_adapters.verify import greedy
+from onebase_adapters.proof.verify import greedy
 
 __all__ = ["greedy"]

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events
 from onebase_adapters.training.gate import OpenGate
 from onebase_adapters.training.memory import keep_freed_memory
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.run import ADAPTER, Job, train
+from onebase_engine.base.load import BaseSettings, load_base
 
 
 def recipe_of(task: dict[str, Any]) -> Recipe:

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import onebase_server
-from onebase_server.catalog import Catalog
-from onebase_server.engine.protocol import BaseInfo, Loading
-from onebase_server.names import label
+from onebase_engine.engine.messages import BaseInfo, Loading
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.names import label
 from onebase_server.settings import Settings
 
 _MOST_ADAPTERS = 20

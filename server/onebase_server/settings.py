@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from onebase_server.engine.protocol import EngineConfig
+from onebase_engine.engine.messages import EngineConfig
 from onebase_server.option_values import (
     SettingsError,
     parse_adapter,

@@ -13,23 +13,23 @@ import uvloop
 from rich.console import Console
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.app import create_app
-from onebase_server.assembly import assemble
+from onebase_server.adapters.folders import FolderError, find_adapters
 from onebase_server.console import LoadingDisplay, address_error, print_summary
-from onebase_server.engine_link import ENGINE_COMMAND
-from onebase_server.folders import FolderError, find_adapters
-from onebase_server.http_server import bind, run_server, url_of
+from onebase_server.http.app import create_app
+from onebase_server.http.deps import Services
+from onebase_server.http.server import bind, run_server, url_of
+from onebase_server.jobs.storage import DataDirError
+from onebase_server.processes.engine_link import ENGINE_COMMAND
+from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
+from onebase_server.processes.trainer_link import TRAINER_COMMAND
+from onebase_server.processes.verifier_link import WORKSHOP_COMMAND
 from onebase_server.served_base import Base
-from onebase_server.services import Services
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, open_storage
-from onebase_server.supervisor import EngineFailedError, EngineSupervisor
-from onebase_server.training.home import DataDirError
-from onebase_server.training.links import TRAINER_COMMAND
-from onebase_server.workshop_link import WORKSHOP_COMMAND
+from onebase_server.wiring import assemble
 
 if TYPE_CHECKING:
-    from onebase_adapters.default_base import ResolvedBase
+    from onebase_engine.base.default_base import ResolvedBase
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
     """The base's local folder, downloaded if need be. Raises StartupError."""
-    from onebase_adapters.default_base import resolve_base
+    from onebase_engine.base.default_base import resolve_base
 
     try:
         return resolve_base(base, display.update)
@@ -78,7 +78,7 @@ def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
 
 def _repository(asked: str, resolved: ResolvedBase) -> str | None:
     """The base's name on the Hub, if it is from there."""
-    from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO
+    from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO
 
     if asked == DEFAULT_BASE:
         return DEFAULT_REPO

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase_adapters.base_identity import BaseIdentityError, base_id
 from onebase_adapters.registry import Registry, RegistryError
-from onebase_adapters.store import GRACE, Store, StoreError
+from onebase_adapters.store.store import GRACE, Store, StoreError
+from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_server.background import Threads
 from onebase_server.settings import Settings
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from onebase_adapters.bank import MAX_TILED_BANK, Banks, bucket, stacked_bytes
-from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
-from onebase_adapters.slots import SlotLinear
-from onebase_adapters.weights import LoraWeights
+from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.lora.slots import SlotLinear
+from onebase_engine.lora.stacked_weights import MAX_TILED_BANK, Banks, bucket, stacked_bytes
+from onebase_engine.lora.weights import LoraWeights
 
 SLOTS = 8
 

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from onebase_adapters.base import (
+from onebase_engine.base.load import (
     BaseSettings,
     UnsupportedBaseError,
     base_bytes,

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from onebase_adapters.prepared import PreparedError, prepared_bytes, read_prepared, write_prepared
-from onebase_adapters.weights import (
+from onebase_engine.lora.packed_adapter import PreparedError, prepared_bytes, read_prepared, write_prepared
+from onebase_engine.lora.weights import (
     AdapterWeights,
     LoraWeights,
     SavedModule,

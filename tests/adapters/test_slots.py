@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.tiny import load_folder
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
-from onebase_adapters.slots import SlotBank, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
-from onebase_adapters.view import view
-from onebase_adapters.weights import AdapterWeights, LoraWeights
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.lora.slots import SlotBank, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
 SLOTS = 4
 HIDDEN, OUT = 128, 192

@@ -15,13 +15,13 @@ from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
-from onebase_adapters import token_head
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
-from onebase_adapters.slots import SlotBank, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
-from onebase_adapters.token_head import TokenHead
-from onebase_adapters.view import view
-from onebase_adapters.weights import LoraWeights, SavedModule, TokenRows, composable
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora import head as token_head
+from onebase_engine.lora.head import TokenHead
+from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.lora.slots import SlotBank, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
+from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, composable
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},

@@ -14,17 +14,18 @@ from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_
 from torch import nn
 from torch.nn import functional
 
-from onebase_adapters import slot_linear, slot_norm
-from onebase_adapters.bank import Bank
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.rows import Term
-from onebase_adapters.slot_embedding import SlotEmbedding
-from onebase_adapters.slot_linear import SlotLinear
-from onebase_adapters.slot_module import SlotModule
-from onebase_adapters.slots import SlotBank
-from onebase_adapters.verify import ModuleProof, ProofError, greedy, prove_modules, regrets
-from onebase_adapters.view import view
-from onebase_adapters.weights import AdapterWeights, LoraWeights, TokenRows
+from onebase_adapters.proof.verify import ModuleProof, ProofError, greedy, prove_modules, regrets
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora import linear as slot_linear
+from onebase_engine.lora import norm as slot_norm
+from onebase_engine.lora.embedding import SlotEmbedding
+from onebase_engine.lora.linear import SlotLinear
+from onebase_engine.lora.module import SlotModule
+from onebase_engine.lora.rows import Term
+from onebase_engine.lora.slots import SlotBank
+from onebase_engine.lora.stacked_weights import Bank
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights, TokenRows
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

@@ -11,11 +11,11 @@ from tests.oracle import greedy
 from tests.tiny import ADAPTERS, load_folder, save_adapter
 from torch import nn
 
-from onebase_adapters.weights import AdapterWeights
-from onebase_server.engine import protocol
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.scheduler import Limits
-from onebase_server.engine.staging import Copy
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.staging import Copy
+from onebase_engine.lora.weights import AdapterWeights
 
 
 @dataclass(frozen=True)

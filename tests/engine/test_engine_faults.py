@@ -13,13 +13,15 @@ import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_server.engine import process, protocol, request_checks
-from onebase_server.engine.batch import Batch
-from onebase_server.engine.channel import Channel
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.protocol import FrameReader, RowOutput
-from onebase_server.engine.scheduler import Limits
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine import request_checks
+from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.messages import FrameReader, RowOutput
+from onebase_engine.engine.scheduler import Limits
+from onebase_server.processes import engine_process as process
+from onebase_server.processes.engine_channel import Channel
 
 
 @pytest.fixture(scope="module")

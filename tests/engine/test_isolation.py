@@ -11,10 +11,11 @@ from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.oracle import greedy
 from tests.tiny import load_folder, save_adapter, save_base
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.view import view
-from onebase_server.engine import batch, protocol
-from onebase_server.engine.engine import Engine
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
+from onebase_engine.engine import batch
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

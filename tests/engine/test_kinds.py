@@ -12,11 +12,11 @@ from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.prepared import prepared_bytes, read_prepared, write_prepared
-from onebase_adapters.weights import composable
-from onebase_server.engine import protocol
-from onebase_server.engine.engine import Engine
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.lora.packed_adapter import prepared_bytes, read_prepared, write_prepared
+from onebase_engine.lora.weights import composable
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

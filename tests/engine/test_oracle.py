@@ -7,7 +7,7 @@ import torch
 from tests.engine.harness import Lab, Request, requests, run
 from tests.tiny import ADAPTERS, ARCHITECTURES, save_base
 
-from onebase_adapters.base import BaseSettings, load_base
+from onebase_engine.base.load import BaseSettings, load_base
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

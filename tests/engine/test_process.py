@@ -16,11 +16,11 @@ import pytest
 import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.prepared import write_prepared
-from onebase_adapters.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
-from onebase_server.engine import protocol
-from onebase_server.engine.protocol import FrameReader, RowOutput
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.messages import FrameReader, RowOutput
+from onebase_engine.lora.packed_adapter import write_prepared
+from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 Message = TypeVar("Message", bound=protocol.ToApi)
 PATIENCE = 120.0
@@ -35,7 +35,7 @@ class EngineClient:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(PATIENCE)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "onebase_server.engine", "--fd", str(theirs.fileno())],
+            [sys.executable, "-m", "onebase_server.processes.engine", "--fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -18,7 +18,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["onebase_adapters"]):
-    from onebase_adapters import format as adapter_format
+    from onebase_adapters.format import canonical as adapter_format
 
 from tests.adapters.format_support import BASE, CONFIG, LAYERS, WEIGHTS, write
 from tests.adapters.test_format_fuzz import VALID, check_canonical

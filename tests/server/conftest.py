@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from onebase_adapters.default_base import fetch_default_base
-from onebase_server.tokenization import BaseTokenizer
+from onebase_engine.base.default_base import fetch_default_base
+from onebase_server.generation.tokenization import BaseTokenizer
 
 from .support import HERE, Server, Starter, serving
 

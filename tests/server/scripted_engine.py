@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from onebase_server.engine.protocol import (
+from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterUnloaded,

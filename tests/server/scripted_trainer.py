@@ -33,8 +33,9 @@ import time
 from pathlib import Path
 
 from onebase_adapters.training import events
-from onebase_server.engine.protocol import FrameReader, encode
-from onebase_server.trainer.protocol import (
+from onebase_engine.engine.messages import FrameReader, encode
+from onebase_server.processes.share import BusyFlag, SharedGate
+from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
     Failed,
@@ -47,7 +48,6 @@ from onebase_server.trainer.protocol import (
     Trained,
     to_trainer_decoder,
 )
-from onebase_server.trainer.share import BusyFlag, SharedGate
 
 STEP_SECONDS = 0.02
 SAVE_EVERY = 5

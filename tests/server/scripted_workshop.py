@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from onebase_server.engine.protocol import FrameReader, Shutdown, encode
-from onebase_server.workshop.protocol import (
+from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
     FromWorkshop,

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from onebase_server.cli import serve
+from onebase_server.processes.trainer_link import TRAINER_COMMAND
 from onebase_server.startup import Commands
-from onebase_server.training.links import TRAINER_COMMAND
 
 
 def command(script: str, *behaviour: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from onebase_adapters.registry import Blob, Registry, VersionFiles
-from onebase_adapters.store import Store
+from onebase_adapters.store.store import Store
 from onebase_server.settings import Settings
 from onebase_server.storage import open_storage
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from onebase_server.engine.protocol import (
+from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterUnloaded,
@@ -17,6 +17,7 @@ from onebase_server.engine.protocol import (
     SlotsChanged,
     UnloadAdapter,
 )
+from onebase_server.adapters.residency import PreparedFile, Residency, Use
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -24,7 +25,6 @@ from onebase_server.errors import (
     QueueFullError,
     UnavailableError,
 )
-from onebase_server.residency import PreparedFile, Residency, Use
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10, "large": 30, "huge": 31}
 

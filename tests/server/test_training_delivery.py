@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.content import ADAPTER_FILES
+from onebase_adapters.store.content import ADAPTER_FILES
 from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError
-from onebase_server.training import delivery
-from onebase_server.training.delivery import Delivered, Delivery, DeliveryError
+from onebase_server.jobs import delivery
+from onebase_server.jobs.delivery import Delivered, Delivery, DeliveryError
 
 from .support import Starter
 from .training_support import ended, make_job, messages, openai_client, run_job, wait_job

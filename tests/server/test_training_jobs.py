@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from onebase_server.training.metrics import Metrics
+from onebase_server.metrics import Metrics
 
 from .support import Server, Starter
 from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, wait_job

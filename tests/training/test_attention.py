@@ -12,7 +12,7 @@ from tests.training.runs import dataset, recipe_for, sample, tiny_base
 from onebase_adapters.training.batches import pack
 from onebase_adapters.training.gate import OpenGate
 from onebase_adapters.training.trainable import Trainable
-from onebase_adapters.view import view
+from onebase_engine.base.view import view
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

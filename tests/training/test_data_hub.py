@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from tests.hub_standin import HubStandIn
 
-from onebase_adapters.default_base import default_cache
 from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.hub_data import DatasetId, choose, parse_dataset_id
+from onebase_engine.base.default_base import default_cache
 
 SFT = "train_sft-00000-of-00001-b42a775f407cee45.parquet"
 GEN = "train_gen-00000-of-00001-0a1b775f407cee45.parquet"
 _FETCH = """
 import json, sys
 from onebase_adapters.training.data_files import read_file
-from onebase_adapters.default_base import default_cache
+from onebase_engine.base.default_base import default_cache
 from onebase_adapters.training.data_problems import DataError
 from onebase_adapters.training.hub_data import fetch, parse_dataset_id
 try:

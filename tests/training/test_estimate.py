@@ -19,10 +19,6 @@ from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from onebase_adapters.base import BaseSettings, base_tensors, load_base
-from onebase_adapters.base import estimate_memory as base_memory
-from onebase_adapters.base_errors import BaseSpecError
-from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, fetch_default_base
 from onebase_adapters.training import machine
 from onebase_adapters.training.base_config import find_config
 from onebase_adapters.training.batches import MicroBatch
@@ -33,6 +29,10 @@ from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, 
 from onebase_adapters.training.samples import Sample
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, fetch_default_base
+from onebase_engine.base.errors import BaseSpecError
+from onebase_engine.base.load import BaseSettings, base_tensors, load_base
+from onebase_engine.base.load import estimate_memory as base_memory
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],

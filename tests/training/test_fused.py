@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from onebase_adapters.training.fused_lora import fuse
 from onebase_adapters.training.groups import STEP, grouped
 from onebase_adapters.training.short_attention import ShortAttention
-from onebase_adapters.view import peft_view
+from onebase_engine.base.view import peft_view
 
 CPU = torch.device("cpu")
 

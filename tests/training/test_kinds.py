@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from tests.training.runs import recipe_for, samples, tiny_base, trainer
 
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.loader import load_adapter
-from onebase_adapters.rows import RowMap, StepRows, Term, Tile
-from onebase_adapters.slots import SlotBank, wrap_layers
+from onebase_adapters.proof.loader import load_adapter
 from onebase_adapters.training.batches import pack
 from onebase_adapters.training.recipe import RecipeError
 from onebase_adapters.training.result import write_adapter
-from onebase_adapters.view import view
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora.rows import RowMap, StepRows, Term, Tile
+from onebase_engine.lora.slots import SlotBank, wrap_layers
 
 KINDS: dict[str, dict[str, Any]] = {
     "all linear layers": {},

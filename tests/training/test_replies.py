@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
 from onebase_adapters.training.replies import generate_replies, stop_ids
 from onebase_adapters.training.samples import Prompt
-from onebase_adapters.view import peft_view
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import peft_view
 
 LENGTHS = [1, 30, 7, 3, 18, 30, 12, 5, 41]
 LoadBase = Callable[..., nn.Module]
@@ -183,7 +183,7 @@ def test_the_context_of_the_base_is_not_exceeded(load: LoadBase, tokenizer: PreT
 def test_the_replies_of_the_real_base_make_sense() -> None:
     from transformers import AutoTokenizer
 
-    from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
+    from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 
     folder: Path = resolve_base(DEFAULT_BASE).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)

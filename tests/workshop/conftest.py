@@ -15,12 +15,12 @@ import torch
 from tests.tiny import ADAPTERS, save_adapter, save_base
 from torch import nn
 
-from onebase_adapters.attach import publish
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from onebase_server.engine.protocol import EngineConfig
-from onebase_server.workshop.protocol import Progress, Prove, Proved
-from onebase_server.workshop_link import Workshop
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_engine.base.attach import publish
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine.messages import EngineConfig
+from onebase_server.processes.verifier_link import Workshop
+from onebase_server.processes.verifier_protocol import Progress, Prove, Proved
 
 Result = TypeVar("Result")
 FAULTY = Path(__file__).with_name("faulty_workshop.py")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from onebase_adapters.slots import SlotBank
-from onebase_server.engine.batch import Packer
-from onebase_server.workshop import job
-from onebase_server.workshop.__main__ import main
+from onebase_engine.engine.batch import Packer
+from onebase_engine.lora.slots import SlotBank
+from onebase_server.processes import verifier_job as job
+from onebase_server.processes.verifier import main
 
 
 def dropped_layer(patch: pytest.MonkeyPatch) -> None:
@@ -83,5 +83,5 @@ class FaultyProver(job.Prover):
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as whole_process:
-        whole_process.setattr("onebase_server.workshop.process.Prover", FaultyProver)
+        whole_process.setattr("onebase_server.processes.verifier_process.Prover", FaultyProver)
         sys.exit(main())

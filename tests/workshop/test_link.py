@@ -17,9 +17,11 @@ import msgspec
 import pytest
 from tests.workshop.conftest import FAULTY, Bench, Published
 
-from onebase_adapters import manifest as wire
-from onebase_server.engine.protocol import FrameReader, Shutdown, encode
-from onebase_server.workshop.protocol import (
+from onebase_engine.base import manifest as wire
+from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_server.processes.scratch import scratch_folder
+from onebase_server.processes.verifier_link import RejectedError, Workshop, WorkshopGoneError
+from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
     Progress,
@@ -27,8 +29,6 @@ from onebase_server.workshop.protocol import (
     Proved,
     from_workshop_decoder,
 )
-from onebase_server.workshop.scratch import scratch_folder
-from onebase_server.workshop_link import RejectedError, Workshop, WorkshopGoneError
 
 PATIENCE = 240
 """Seconds before a test gives up; passing tests never wait for it."""
@@ -184,7 +184,7 @@ class Api:
         self._socket.settimeout(PATIENCE)
         options = ["--fd", str(theirs.fileno()), "--base-fd", str(published.fd)]
         self.process = subprocess.Popen(
-            [sys.executable, *(command or ("-m", "onebase_server.workshop")), *options],
+            [sys.executable, *(command or ("-m", "onebase_server.processes.verifier")), *options],
             pass_fds=[theirs.fileno(), published.fd],
             stderr=subprocess.DEVNULL,
         )

@@ -16,11 +16,11 @@ from tests.disks import small_disk
 from tests.tiny import load_folder
 from tests.workshop.conftest import BASE_ID, Bench
 
-from onebase_adapters.base import base_tensors
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from onebase_adapters.prepared import PreparedError, read_prepared
-from onebase_adapters.weights import LoraWeights
-from onebase_server.workshop_link import RejectedError
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_engine.base.load import base_tensors
+from onebase_engine.lora.packed_adapter import PreparedError, read_prepared
+from onebase_engine.lora.weights import LoraWeights
+from onebase_server.processes.verifier_link import RejectedError
 
 
 def test_a_version_is_proven_and_its_report_says_what_it_is(bench: Bench, adapter: Path) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from onebase_adapters.prepared import read_prepared
-from onebase_server.engine.protocol import (
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
+from onebase_engine.engine.messages import (
     EngineConfig,
     Fatal,
     Ready,
@@ -21,9 +20,10 @@ from onebase_server.engine.protocol import (
     ToApi,
     to_api_decoder,
 )
-from onebase_server.engine_link import ENGINE_COMMAND, ChildProcess
-from onebase_server.workshop.protocol import Prove, Proved
-from onebase_server.workshop_link import Workshop
+from onebase_engine.lora.packed_adapter import read_prepared
+from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
+from onebase_server.processes.verifier_link import Workshop
+from onebase_server.processes.verifier_protocol import Prove, Proved
 
 ORDERS = Path(__file__).parents[2] / "examples" / "adapters" / "orders"
 QUESTIONS = ("Please send three red lamps to Ada Byron in Oslo.", "What is the capital of France?")

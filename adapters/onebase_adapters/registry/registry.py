@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import activation
 from onebase_adapters.registry.errors import RegistryError
 from onebase_adapters.registry.mapping import adapter_record, plain, set_report, version_record
@@ -32,6 +31,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.tables import AdapterRow, BaseRow, VersionRow
+from onebase_adapters.store.content import Blob, VersionFiles
 
 DEFAULT_TENANT = "default"
 _NAME_LIMIT = 512

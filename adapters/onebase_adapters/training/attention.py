@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import UnsupportedBaseError
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.groups import Group, grouped
 from onebase_adapters.training.short_attention import ShortAttention
+from onebase_engine.base.load import UnsupportedBaseError
 
 NAME = "onebase_packed"
 SHORT = 256

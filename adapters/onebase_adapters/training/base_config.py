@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.base import UnsupportedBaseError, check_servable
-from onebase_adapters.base_errors import BaseFetchError, BaseSpecError
-from onebase_adapters.default_base import (
+from onebase_engine.base.default_base import (
     DEFAULT_BASE,
     DEFAULT_REPO,
     HUB_TIMEOUT_S,
@@ -15,6 +13,8 @@ from onebase_adapters.default_base import (
     fetch_default_base,
     parse_repo,
 )
+from onebase_engine.base.errors import BaseFetchError, BaseSpecError
+from onebase_engine.base.load import UnsupportedBaseError, check_servable
 
 CONFIG = "config.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.plain_json import parse_json
+from onebase_adapters.format.strict_json import parse_json
 
 _MOST_TAILS = 4096
 _LONGEST_TAIL = 200

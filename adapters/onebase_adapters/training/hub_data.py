@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from onebase_adapters.hub_reference import HubError, HubReference
+from onebase_adapters.hub.reference import HubError, HubReference
 from onebase_adapters.training.data_files import FORMATS, MOST_FILE_BYTES
 from onebase_adapters.training.data_problems import DataError, Problem
 

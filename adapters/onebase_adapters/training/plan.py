@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.base import BaseSettings
-from onebase_adapters.base_identity import base_id
 from onebase_adapters.training.batches import targets_of
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, write_whole
 from onebase_adapters.training.data import load_dataset
@@ -27,6 +25,8 @@ from onebase_adapters.training.recipe import (
     token_count,
 )
 from onebase_adapters.training.samples import Dataset, Row
+from onebase_engine.base.identity import base_id
+from onebase_engine.base.load import BaseSettings
 
 _FILE = "plan.json"
 _MEMORY = ("micro_tokens", "gradient_checkpointing")

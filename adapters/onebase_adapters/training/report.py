@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from onebase_adapters.base import Quantization
 from onebase_adapters.training.recipe import Recipe
+from onebase_engine.base.load import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)

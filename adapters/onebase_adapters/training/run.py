@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import BaseChangedError, BaseSettings, fingerprint
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, targets_of
 from onebase_adapters.training.checkpoint import Checkpoints, RunState, write_whole
@@ -32,6 +31,7 @@ from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.samples import Dataset
 from onebase_adapters.training.template_date import keep_template_date, pin_template_date
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint
 
 ADAPTER, REPORT = "adapter", "report.json"
 _EVA_ROWS = 256

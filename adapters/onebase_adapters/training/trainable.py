@@ -17,7 +17,7 @@ from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loss import token_losses
 from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.targets import resolve_targets
-from onebase_adapters.view import peft_view
+from onebase_engine.base.view import peft_view
 
 ADAPTER = "default"
 

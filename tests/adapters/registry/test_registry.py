@@ -7,7 +7,6 @@ import time
 import pytest
 from tests.adapters.registry.conftest import Open, add, blob, files
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import (
     NothingToRollBackError,
     NotReadyError,
@@ -18,6 +17,7 @@ from onebase_adapters.registry import (
     UnknownVersionError,
     VersionError,
 )
+from onebase_adapters.store.content import Blob, VersionFiles
 
 HERE = ("default", "a")
 REPORT = {

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from onebase_adapters.base_errors import BaseError
-from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
-from onebase_adapters.default_wheel import Progress
 from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
+from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
+from onebase_engine.base.default_wheel import Progress
+from onebase_engine.base.errors import BaseError
 
 if TYPE_CHECKING:
-    from onebase_adapters.base import BaseSettings
+    from onebase_engine.base.load import BaseSettings
 
 _GROUPS = {
     "method": "what is learned",
@@ -88,7 +88,7 @@ def base_settings(options: argparse.Namespace, folder: Path) -> BaseSettings:
     """How to load the base, from the options of `add_base_options`. Raises UsageError."""
     import torch
 
-    from onebase_adapters.base import BaseSettings
+    from onebase_engine.base.load import BaseSettings
 
     device = options.device
     if device == "auto":

@@ -14,8 +14,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from onebase_adapters.base_errors import BaseError
-from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_recipe_options,
@@ -25,6 +23,8 @@ from onebase_adapters.training.cli.common import (
 from onebase_adapters.training.cli.printable import printable
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.samples import Dataset
+from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
+from onebase_engine.base.errors import BaseError
 
 _SOUND, _PROBLEMS, _USAGE = 0, 1, 2
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.base_errors import BaseError
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
@@ -34,6 +33,7 @@ from onebase_adapters.training.recipe import (
     resolve,
     token_count,
 )
+from onebase_engine.base.errors import BaseError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.estimate import Estimate

@@ -156,13 +156,13 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.data import DataError
     from onebase_adapters.training.gate import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
+    from onebase_engine.base.load import UnsupportedBaseError, load_base
 
     try:
         show.loading(f"loading {job.base_name}", 0.0)

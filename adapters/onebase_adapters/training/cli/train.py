@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
-from onebase_adapters.default_base import ResolvedBase
+from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
@@ -29,6 +28,7 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.push import is_repo_name
+from onebase_engine.base.default_base import ResolvedBase
 
 if TYPE_CHECKING:
     from onebase_adapters.training.ranks import Ranks
@@ -179,7 +179,6 @@ def _own_gpu() -> Any:
 
 def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report | None:
     """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
@@ -191,6 +190,7 @@ def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report
     from onebase_adapters.training.ranks import OtherProcessError
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.run import train
+    from onebase_engine.base.load import UnsupportedBaseError, load_base
 
     told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:

@@ -1,0 +1,110 @@
+"""The workshop process: attaches the base that an engine published, and proves versions on it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from onebase_engine.base.attach import AttachError, attach
+from onebase_engine.base.load import BaseChangedError, BaseSettings
+from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
+from onebase_server.processes.verifier_channel import ApiGoneError, Channel
+from onebase_server.processes.verifier_job import Prover
+from onebase_server.processes.verifier_protocol import Attach, Attached, Progress, Prove, Rejected, Stage
+
+logger = logging.getLogger(__name__)
+
+NICENESS = 10
+PROGRESS_SECONDS = 0.1
+"""Time between two progress messages of one stage."""
+
+
+def run(sock: socket.socket, base_fd: int | None = None, scratch: Path | None = None) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status.
+
+    `scratch`: a folder that is removed if the process has to end in the middle of something.
+    """
+    channel = Channel(sock, scratch)
+    try:
+        message = channel.receive()
+        if not isinstance(message, Attach):
+            logger.error("expected Attach, got %s", type(message).__name__)
+            return 0
+        try:
+            prover = _attach(message, base_fd, channel)
+        except ApiGoneError:
+            raise
+        except Exception as error:
+            logger.exception("the base cannot be attached")
+            explained = isinstance(error, AttachError)
+            channel.send(Fatal(message=str(error) if explained else f"{type(error).__name__}: {error}"))
+            return 2
+        return _serve(prover, channel)
+    except ApiGoneError:
+        return 0
+
+
+def step_aside() -> None:
+    """Leave the processor to the engine, and be the first to go when memory runs out."""
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _attach(message: Attach, base_fd: int | None, channel: Channel) -> Prover:
+    started = time.monotonic()
+    config = message.config
+    torch.set_num_threads(_threads(config))
+    settings = BaseSettings(folder=Path(config.base_folder), dtype=getattr(torch, config.dtype))
+    base = attach(settings, message.manifest, base_fd)
+    importlib.import_module("peft")  # so that the first version does not wait for it
+    prover = Prover(base, max_rank=config.max_rank, base_id=message.base_id)
+    channel.send(Attached(seconds=time.monotonic() - started))
+    return prover
+
+
+def _threads(config: EngineConfig) -> int:
+    """As many as the engine was given, or half the cores."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _serve(prover: Prover, channel: Channel) -> int:
+    while not isinstance(message := channel.receive(), Shutdown):
+        if not isinstance(message, Prove):
+            logger.error("unexpected message %s", type(message).__name__)
+            continue
+        try:
+            channel.send(prover.answer(message, _Reporter(message.digest, channel).report))
+        except BaseChangedError as error:
+            logger.critical("%s; the process ends", error)
+            channel.send(Rejected(digest=message.digest, code="base_changed", message=str(error)))
+            return 3
+        except torch.AcceleratorError as error:
+            logger.critical("%s; the process ends", error)
+            channel.send(Rejected(digest=message.digest, code="device_error", message=str(error)))
+            return 3
+    return 0
+
+
+class _Reporter:
+    """Sends a job's progress, not too often, and ends the job when the api has gone."""
+
+    def __init__(self, digest: str, channel: Channel) -> None:
+        self._digest = digest
+        self._channel = channel
+        self._stage: Stage | None = None
+        self._sent_at = 0.0
+
+    def report(self, stage: Stage, fraction: float) -> None:
+        self._channel.check()
+        now = time.monotonic()
+        if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
+            self._stage, self._sent_at = stage, now
+            self._channel.send(Progress(digest=self._digest, stage=stage, fraction=fraction))
