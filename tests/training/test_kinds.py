@@ -19,6 +19,7 @@ from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.lora.rows import RowMap, StepRows, Term, Tile
 from onebase_engine.lora.slots import SlotBank, wrap_layers
+from onebase_engine.lora.weights import AdapterWeights, tensors_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "all linear layers": {},
@@ -71,6 +72,7 @@ def test_it_learns_and_the_server_loads_what_was_trained(
         max_rank=64,
     )
     assert fingerprint(base) == before
+    _assert_same(run.trainable.weights(), loaded.weights)
     with run.trainable.evaluating():
         packed = batch[0].tensors(torch.device("cpu"))
         trained = run.trainable.logits(packed)[packed.owner == 0]
@@ -83,6 +85,16 @@ def test_it_learns_and_the_server_loads_what_was_trained(
     with torch.no_grad():
         peft = plain(input_ids=ids, logits_to_keep=places, use_cache=False).logits[0]
     torch.testing.assert_close(trained, peft, atol=1e-3, rtol=1e-3)
+
+
+def _assert_same(trained: AdapterWeights, loaded: AdapterWeights) -> None:
+    """What replies of a run are generated with is what the files give, bit for bit."""
+    assert trained.keys() == loaded.keys()
+    for name, module in trained.items():
+        parts, others = dict(tensors_of(module)), dict(tensors_of(loaded[name]))
+        assert parts.keys() == others.keys()
+        assert all(torch.equal(tensor, others[part]) for part, tensor in parts.items()), name
+        assert getattr(module, "scale", 1) == getattr(loaded[name], "scale", 1)
 
 
 def _served_logits(

@@ -18,10 +18,11 @@ from onebase_engine.base.load import (
     BaseSettings,
     UnsupportedBaseError,
     base_bytes,
+    eos_ids,
     load_base,
+    longest_row,
     parameter_count,
 )
-from onebase_engine.base.rotary import exact_length
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
@@ -191,7 +192,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
         block_size=config.block_size,
         slots=config.max_slots,
         slot_memory=slot_memory,
-        eos_ids=_eos_ids(base),
+        eos_ids=eos_ids(base),
         model=model,
     )
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
@@ -261,28 +262,17 @@ def _device(name: str) -> torch.device:
 
 
 def _max_length(config: EngineConfig, base: Any) -> int:
-    text = base.config.get_text_config()
-    own = int(getattr(text, "max_position_embeddings", 0) or 0)
-    exact = exact_length(text)
-    if exact is not None and not 0 < own <= exact:
-        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", exact)
-        own = exact
+    own = longest_row(base.config) or 0
+    # Shorter than what the config promises: longrope is the only reason.
+    cut = own != (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0)
+    if cut:
+        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", own)
     if config.max_length and own and config.max_length > own:
         raise UnsupportedBaseError(
             f"--max-length {config.max_length} is over the base's own limit of {own} tokens"
-            + (", at which its longrope switches frequencies for all rows of a step" if own == exact else "")
+            + (", at which its longrope switches frequencies for all rows of a step" if cut else "")
         )
     return config.max_length or own or 4096
-
-
-def _eos_ids(base: Any) -> frozenset[int]:
-    """Tokens that end a text: the generation config's, else the model's."""
-    found: set[int] = set()
-    for source in (getattr(base, "generation_config", None), base.config.get_text_config()):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            found.update(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset(found)
 
 
 def _base_info(
