@@ -23,7 +23,7 @@ from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
-    FromWorkshop,
+    FromVerifier,
     ModuleReport,
     Progress,
     ProofReport,
@@ -31,7 +31,7 @@ from onebase_server.processes.verifier_protocol import (
     Proved,
     Rejected,
     VersionReport,
-    to_workshop_decoder,
+    to_verifier_decoder,
 )
 
 REPORT = VersionReport(
@@ -52,11 +52,11 @@ class ScriptedWorkshop:
         self.behaviour = behaviour
         self.connection = connection
 
-    def send(self, message: FromWorkshop) -> None:
+    def send(self, message: FromVerifier) -> None:
         self.connection.sendall(encode(message))
 
     def run(self) -> None:
-        frames, decoder = FrameReader(), to_workshop_decoder()
+        frames, decoder = FrameReader(), to_verifier_decoder()
         while data := self.connection.recv(1 << 16):
             for payload in frames.feed(data):
                 self.receive(decoder.decode(payload))
@@ -82,7 +82,7 @@ class ScriptedWorkshop:
         if content.startswith(b"broken"):
             self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))
             return
-        shutil.copyfile(job.weights_path, job.prepared_path)
+        shutil.copyfile(job.weights_path, job.packed_path)
         sha256 = hashlib.sha256(content).hexdigest()
         self.send(Proved(digest=job.digest, report=REPORT, sha256=sha256, bytes=len(content)))
 

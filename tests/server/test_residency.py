@@ -17,7 +17,7 @@ from onebase_engine.engine.messages import (
     SlotsChanged,
     UnloadAdapter,
 )
-from onebase_server.adapters.residency import PreparedFile, Residency, Use
+from onebase_server.adapters.residency import PackedAdapterFile, Residency, Use
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -42,9 +42,9 @@ class Engine:
         self.residency = Residency(limit, SIZES.__getitem__, self.locate, self.send, queue_limit)
         self.residency.engine_ready()
 
-    async def locate(self, digest: str) -> PreparedFile:
+    async def locate(self, digest: str) -> PackedAdapterFile:
         await asyncio.sleep(0)
-        return PreparedFile(Path(digest), digest)
+        return PackedAdapterFile(Path(digest), digest)
 
     def send(self, message: Any) -> None:
         self.orders.append(message)

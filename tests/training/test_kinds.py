@@ -18,7 +18,7 @@ from onebase_adapters.training.result import write_adapter
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.lora.rows import RowMap, StepRows, Term, Tile
-from onebase_engine.lora.slots import SlotBank, wrap_layers
+from onebase_engine.lora.slots import AdapterSlots, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, tensors_of
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -103,8 +103,8 @@ def _served_logits(
     """Of the server's own layers, with the version in slot 1."""
     tree: Any = view(base)
     rows = StepRows()
-    bank = SlotBank(wrap_layers(tree, rows, slots=2, tiled=True), 2, torch.device("cpu"))
-    bank.load(1, weights)
+    adapter_slots = AdapterSlots(wrap_layers(tree, rows, slots=2, tiled=True), 2, torch.device("cpu"))
+    adapter_slots.load(1, weights)
     rows.tokens = RowMap((Tile(0, ids.shape[1], (Term(1),)),))
     rows.logits = RowMap((Tile(0, len(places), (Term(1),)),))
     with torch.inference_mode():

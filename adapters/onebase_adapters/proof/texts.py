@@ -77,7 +77,7 @@ def _served(
     length = max(map(len, probes)) + tokens
     blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
     limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
-    engine = Engine(base, name="workshop", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2)
+    engine = Engine(base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2)
     engine.put_adapter(_VERSION, weights)
     sampling = protocol.Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     texts: dict[str, list[int]] = {}

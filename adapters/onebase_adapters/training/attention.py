@@ -73,9 +73,14 @@ class PackedAttention:
 
 
 def packed_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls; the mask is None, as registered."""
+    """What transformers calls, some decoders by keyword; the mask is None, as registered."""
     packed: PackedAttention = module.packed  # type: ignore[assignment]
     return packed.forward(module, query, key, value, options), None
 

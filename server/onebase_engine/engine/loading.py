@@ -1,4 +1,4 @@
-"""Prepared adapter files into memory, in a thread: no step waits for a disk."""
+"""Packed adapters into memory, in a thread: no step waits for a disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import torch
 
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.messages import AdapterFailed, AdapterLoaded, LoadAdapter
-from onebase_engine.engine.versions import folded
-from onebase_engine.lora.packed_adapter import PreparedError, prepared_bytes, read_prepared
-from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, tensors_of
+from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
+from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, folded, tensors_of, weights_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class Arrived:
     answer: AdapterLoaded
 
 
-class PreparedLoader:
+class PackedAdapterLoader:
     """Reads one file after the other and hands over each result by a call from its thread.
 
     `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
@@ -69,7 +68,7 @@ class PreparedLoader:
             order = self._orders.get()
             try:
                 self._deliver(self._read(order))
-            except PreparedError as error:
+            except PackedAdapterError as error:
                 self._fail(order, "damaged", str(error))
             except Exception as error:
                 # No memory, say: this version's trouble, not everyone's.
@@ -78,14 +77,14 @@ class PreparedLoader:
 
     def _read(self, order: LoadAdapter) -> Arrived:
         started = time.monotonic()
-        weights = folded(read_prepared(Path(order.path), order.sha256, layers=self._layers))
+        weights = folded(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
         if self._pin:
             weights = pinned(weights)
         return Arrived(
             weights,
             AdapterLoaded(
                 digest=order.digest,
-                bytes=prepared_bytes(weights),
+                bytes=weights_bytes(weights),
                 load_seconds=time.monotonic() - started,
             ),
         )

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 Tier = Literal["slot", "host", "disk"]
 
 
-class PreparedFile(NamedTuple):
+class PackedAdapterFile(NamedTuple):
     """Where a proven version's tensors can be read, and the SHA-256 of that file."""
 
     path: Path

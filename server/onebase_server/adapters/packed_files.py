@@ -5,12 +5,12 @@ from __future__ import annotations
 from onebase_adapters.store.content import Blob
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.residency import PreparedFile
+from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownAdapterError
 
 
-class PreparedFiles:
+class PackedAdapterFiles:
     """Answers for digests that the catalog knows as ready."""
 
     def __init__(self, catalog: Catalog, store: Store, disk: Threads) -> None:
@@ -22,10 +22,10 @@ class PreparedFiles:
         """Bytes, rounded up: the file is the tensors and a header. Raises UnknownAdapterError."""
         return self._blob(digest).size
 
-    async def locate(self, digest: str) -> PreparedFile:
+    async def locate(self, digest: str) -> PackedAdapterFile:
         """A local file; one from a remote store is fetched first. Raises UnknownAdapterError, StoreError."""
         blob = self._blob(digest)
-        return PreparedFile(await self._disk.run(self._store.local, blob.sha256), blob.sha256)
+        return PackedAdapterFile(await self._disk.run(self._store.local, blob.sha256), blob.sha256)
 
     def _blob(self, digest: str) -> Blob:
         for version in self._catalog.of_digest(digest):

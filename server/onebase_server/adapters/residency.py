@@ -22,7 +22,7 @@ from onebase_engine.engine.messages import (
     UnloadAdapter,
 )
 from onebase_server.adapters.lease import Held, Lease, Use
-from onebase_server.adapters.memory_use import MemoryUse, PreparedFile, Tier
+from onebase_server.adapters.memory_use import MemoryUse, PackedAdapterFile, Tier
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -32,7 +32,7 @@ from onebase_server.errors import (
     UnavailableError,
 )
 
-__all__ = ["Lease", "MemoryUse", "PreparedFile", "Residency", "Tier", "Use"]
+__all__ = ["Lease", "MemoryUse", "PackedAdapterFile", "Residency", "Tier", "Use"]
 
 _QUEUE_RETRY_AFTER = 2.0
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Residency:
         self,
         limit: int,
         size_of: Callable[[str], int],
-        locate: Callable[[str], Awaitable[PreparedFile]],
+        locate: Callable[[str], Awaitable[PackedAdapterFile]],
         send: Callable[[ToEngine], None],
         queue_limit: int = 256,
     ) -> None:

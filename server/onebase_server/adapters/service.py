@@ -1,4 +1,4 @@
-"""How versions come to be: files in, registered, proved, prepared, ready, and activated if that was wished.
+"""How versions come to be: files in, registered, proved, packed, ready, and activated if that was wished.
 
 Everything here goes on after a restart: what is on its way is in the registry, with what was wished.
 """
@@ -31,7 +31,7 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.processes.verifier_link import RejectedError, WorkshopGoneError
+from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage_errors import storage_errors
 
@@ -174,7 +174,7 @@ class Library:
             await self._activate_if_wished(version, job)
 
     def begin_again(self, digest: str) -> None:
-        """A ready version's prepared file is lost or damaged: make another one from the files."""
+        """A ready version's packed adapter is lost or damaged: make another one from the files."""
         task = asyncio.get_running_loop().create_task(self._begin_again(digest))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -191,7 +191,7 @@ class Library:
             for version in reopened:
                 self._begin(version, replace(Wishes.of(version.source), activate=False))
         except registry_errors.RegistryError as error:
-            _log.error("version %s cannot be prepared again: %s", digest[:12], error)
+            _log.error("version %s cannot be proved again: %s", digest[:12], error)
 
     async def wait(self, name: str, digest: str) -> VersionRecord:
         """The version once it is finished, and activated if that was wished.
@@ -239,10 +239,10 @@ class Library:
         except RejectedError as error:
             await self._failed(version, error.code, error.message)
         except StoreFullError:
-            await self._failed(version, "store_full", "the store had no space for the prepared file")
+            await self._failed(version, "store_full", "the store had no space for the packed adapter")
         except StoreError as error:
             await self._failed(version, "store_unavailable", str(error))
-        except WorkshopGoneError as error:
+        except VerifierGoneError as error:
             _log.error("version %s of %s was not proved: %s", version.digest[:12], version.name, error)
         except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
             _log.info("version %s of %s was deleted on its way", version.digest[:12], version.name)

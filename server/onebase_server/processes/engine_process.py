@@ -26,7 +26,7 @@ from onebase_engine.base.load import (
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.loading import Arrived, PreparedLoader
+from onebase_engine.engine.loading import Arrived, PackedAdapterLoader
 from onebase_engine.engine.memory import (
     MemoryBudgetError,
     free_memory,
@@ -54,7 +54,7 @@ DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 def run(sock: socket.socket, base_fd: int | None = None) -> int:
     """Serve one api until it closes the socket; returns the process's exit status.
 
-    `base_fd` is a memfd into which the base is published, for workshops to attach.
+    `base_fd` is a memfd into which the base is published, for verifiers to attach.
     """
     channel = Channel(sock)
     try:
@@ -81,7 +81,7 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 
 def _serve(engine: Engine, channel: Channel) -> int:
-    loader = PreparedLoader(engine.model.device, engine.layers, channel.post)
+    loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post)
     failures = 0
     while True:
         for message in channel.receive(0 if engine.busy else IDLE_SECONDS):
@@ -124,7 +124,7 @@ def _report_versions(engine: Engine, channel: Channel) -> None:
         channel.send(protocol.SlotsChanged(sorted(engine.slots.slot_of)))
 
 
-def _handle(engine: Engine, channel: Channel, loader: PreparedLoader, message: Received) -> None:
+def _handle(engine: Engine, channel: Channel, loader: PackedAdapterLoader, message: Received) -> None:
     if isinstance(message, protocol.Submit):
         engine.submit(message)
     elif isinstance(message, protocol.Cancel):
@@ -143,7 +143,7 @@ def _handle(engine: Engine, channel: Channel, loader: PreparedLoader, message: R
         logger.error("unexpected message %s", type(message).__name__)
 
 
-def _take_in(engine: Engine, channel: Channel, loader: PreparedLoader, arrived: Arrived) -> None:
+def _take_in(engine: Engine, channel: Channel, loader: PackedAdapterLoader, arrived: Arrived) -> None:
     digest = arrived.answer.digest
     if loader.wanted(digest):
         engine.put_adapter(digest, arrived.weights)
@@ -165,7 +165,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     base = load_base(base_settings(config, device))
-    # Before anything holds on to its tensors: they move into the memory that workshops attach.
+    # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
     model = ServedModel(base, config.max_slots)
@@ -229,7 +229,7 @@ def base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
 
 
 def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> bytes:
-    """The manifest for workshops; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
+    """The manifest for verifiers; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
     if base_fd is None and device.type == "cpu":
         return b""
     try:
@@ -244,9 +244,9 @@ def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> byte
 def _slot_memory(config: EngineConfig, base: nn.Module, free: int, device: torch.device) -> int:
     """Bytes of versions in slots; 0 is no limit.
 
-    On the CPU slots point at what host memory holds anyway, beside at most MAX_TILED_BANK columns of stacks a
-    layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by default a
-    tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
+    On the CPU slots point at what host memory holds anyway, next to at most MAX_TILED_COLUMNS columns of
+    stacks a layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by
+    default a tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory
