@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.kinds import KINDS, TOKENS, peft_adapter, weights_of
+from tests.oracle import greedy
 from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_base
 from torch import nn
 from torch.nn import functional
 
-from onebase_adapters.proof.verify import ModuleProof, ProofError, greedy, prove_modules, regrets
+from onebase_adapters.proof.texts import regrets
+from onebase_adapters.proof.verify import ModuleProof, ProofError, prove_modules
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.lora import linear as slot_linear

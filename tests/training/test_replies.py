@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tests.engine.harness import Request, run
-from tests.tiny import load_folder, randomize, save_base
+from tests.tiny import ARCHITECTURES, load_folder, randomize, save_base
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -21,7 +22,7 @@ from onebase_adapters.proof.extract import extract
 from onebase_adapters.training.replies import generate_replies, stop_ids
 from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.samples import Prompt
-from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import Limits
@@ -222,6 +223,19 @@ def test_the_context_of_the_base_is_not_exceeded(load: LoadBase, tokenizer: PreT
     adapter = weights(adapted(base))
     replies = generate_replies(base, adapter, tokenizer, prompts([512, 509, 0, 600]), 9)
     assert [len(ids_of(reply)) for reply in replies] == [0, 3, 0, 0]
+
+
+def test_a_base_that_trains_but_cannot_be_served_gives_no_replies_and_says_what_to_leave_out(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(ARCHITECTURES, "diffllama", lambda: tf.DiffLlamaConfig(**sizes, **heads))
+    base = load_base(BaseSettings(folder=save_base("diffllama", tmp_path)))
+    with pytest.raises(
+        UnsupportedBaseError, match="sample_prompts.*attention more than once.*leave them out"
+    ):
+        generate_replies(base, None, tokenizer, prompts([4]), 5)
 
 
 def test_an_adapter_that_overflows_ends_its_replies_and_not_the_run(

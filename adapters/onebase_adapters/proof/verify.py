@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from onebase_engine.base.view import view
 from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
@@ -200,69 +199,3 @@ def _batch_mixes(device: torch.device, *, tiled: bool) -> Iterator[_BatchMix]:
     lonely = Stack(0, TILE, torch.cat([~even, torch.zeros_like(even)], dim=1).float(), plain=True)
     rows = RowMap((Tile(0, TILE, (Term(_VERSION, mask=~even),)),)) if tiled else RowMap(stack=lonely)
     yield _BatchMix("beside rows without an adapter", rows, ~even, others_bare=True)
-
-
-# ---- texts -----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def greedy(model: nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
-    """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base."""
-    reader = _Reader(model)
-    logits = reader.read(prompt, keep=1)
-    tokens: list[int] = []
-    while True:
-        tokens.append(int(logits[-1].argmax()))
-        if len(tokens) == max_tokens:
-            return tokens
-        logits = reader.read(tokens[-1:], keep=1)
-
-
-@torch.inference_mode()
-def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
-    """How far each token's logit lies below the model's best after the same tokens; all 0 for a greedy text.
-
-    Relative to the largest logit of its place.
-    """
-    logits = _Reader(model).read([*prompt, *tokens[:-1]], keep=len(tokens))
-    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    largest = logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
-    below: list[float] = ((logits.amax(1) - chosen) / largest).tolist()
-    return below
-
-
-class _Reader:
-    """One row, fed in pieces of TILE tokens through transformers' own cache.
-
-    From 33 rows on oneDNN sums bf16 products in another order, and one flipped last bit may tip a near tie
-    between two tokens.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._cache = DynamicCache(config=model.config)
-
-    def read(self, ids: list[int], keep: int) -> torch.Tensor:
-        """Feed tokens; the logits after each of the last `keep`, [keep, vocab] fp32."""
-        kept = []
-        for first in range(0, len(ids), TILE):
-            piece = ids[first : first + TILE]
-            wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
-            logits = self._read(piece, max(wanted, 1))
-            if wanted > 0:
-                kept.append(logits)
-        return torch.cat(kept)
-
-    def _read(self, ids: list[int], keep: int) -> torch.Tensor:
-        start = self._cache.get_seq_length()
-        positions = torch.arange(start, start + len(ids), device=self._device)[None]
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=positions,
-            cache=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: torch.Tensor = output.logits[0].float()
-        return logits

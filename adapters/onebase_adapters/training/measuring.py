@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import write_whole
 from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.loop import Listen
 from onebase_adapters.training.metrics import mean
@@ -52,7 +52,7 @@ class Measuring:
             held: dict[str, float] = json.loads(self._file.read_text())
             return held
         found = self._measure("base")
-        write_whole(self._file, json.dumps(found))
+        write_atomically(self._file, json.dumps(found))
         return found
 
     def adapter(self) -> dict[str, float]:

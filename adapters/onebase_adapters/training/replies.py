@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.training.samples import Prompt
-from onebase_engine.base.load import eos_ids, longest_row
+from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
@@ -76,7 +76,7 @@ def generate_replies(
             block_size=_BLOCK,
             slots=1,
             eos_ids=stop_ids(base, tokenizer),
-            model=_GatedModel(base, wait),
+            model=_gated_model(base, wait),
         )
         if adapter is not None:
             engine.put_adapter(_VERSION, adapter)
@@ -141,6 +141,15 @@ def _take(row: _Row, output: RowOutput) -> None:
     if output.finish == "error" and output.error_code != "not_finite":
         raise RuntimeError(f"no reply can be generated: {output.error_message}")
     row.reply += output.tokens if output.stop_token is None else output.tokens[:-1]
+
+
+def _gated_model(base: nn.Module, wait: Callable[[], None]) -> _GatedModel:
+    try:
+        return _GatedModel(base, wait)
+    except UnsupportedBaseError as error:
+        raise UnsupportedBaseError(
+            f"metrics and sample_prompts need replies, and {error}; leave them out, or choose another base"
+        ) from error
 
 
 class _PassError(BaseException):

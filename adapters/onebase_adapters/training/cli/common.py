@@ -15,9 +15,14 @@ from rich.console import Console
 
 from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
-from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
-from onebase_engine.base.default_wheel import Progress
-from onebase_engine.base.errors import BaseError
+from onebase_engine.base.default_base import (
+    DEFAULT_BASE,
+    DEFAULT_REPO,
+    BaseError,
+    Progress,
+    ResolvedBase,
+    resolve_base,
+)
 
 if TYPE_CHECKING:
     from onebase_engine.base.load import BaseSettings
