@@ -232,9 +232,7 @@ def test_a_base_that_trains_but_cannot_be_served_gives_no_replies_and_says_what_
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setitem(ARCHITECTURES, "diffllama", lambda: tf.DiffLlamaConfig(**sizes, **heads))
     base = load_base(BaseSettings(folder=save_base("diffllama", tmp_path)))
-    with pytest.raises(
-        UnsupportedBaseError, match="sample_prompts.*attention more than once.*leave them out"
-    ):
+    with pytest.raises(UnsupportedBaseError, match=r"sample_prompts.*more than once.*leave them out"):
         generate_replies(base, None, tokenizer, prompts([4]), 5)
 
 
