@@ -26,7 +26,6 @@ from onebase_engine.base.load import (
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.loading import Arrived, PackedAdapterLoader
 from onebase_engine.engine.memory import (
     MemoryBudgetError,
     free_memory,
@@ -37,6 +36,7 @@ from onebase_engine.engine.memory import (
 from onebase_engine.engine.messages import EngineConfig, RowOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.lora.rows import TILE
 from onebase_server.processes.engine_channel import Channel, Received
 
