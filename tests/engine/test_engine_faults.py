@@ -262,7 +262,7 @@ def test_a_version_that_no_slot_takes_fails_alone_and_leaves_nothing_in_its_slot
     engine.submit(submit("after", [3, 4], adapter="good"))
     found |= finish(engine)
     assert {key: tokens(found[key]) for key in alone} == alone
-    for module in engine.model._bank._modules.values():
+    for module in engine.model._slots._modules.values():
         assert len(module.filled) <= 1
 
 

@@ -1,4 +1,4 @@
-"""Every sampling setting against plain numpy, and a row's token in any company."""
+"""Every sampling setting against plain numpy, and a row's token in any mix."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def tokenizer(base_folder: Path) -> BaseTokenizer:
 def serve_scripted(base_folder: Path) -> Starter:
     """`with serve_scripted("words", *options) as server`: an engine that misbehaves as named.
 
-    `"words,slow"`: and a workshop that does.
+    `"words,slow"`: and a verifier that does.
     """
 
     def start(behaviour: str, *options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:

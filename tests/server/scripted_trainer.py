@@ -14,7 +14,7 @@ several:
     dies-checking-twice  only the first two times
     full            says that the disk is full at step 3, once
     worse           the report says that the adapter is no better
-    broken-adapter  the workshop refuses what comes out
+    broken-adapter  the verifier refuses what comes out
     deaf            does not heed Stop
     finishes        when it is to stop, it finishes
     gated           waits at the real gate before each step

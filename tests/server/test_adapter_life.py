@@ -1,4 +1,4 @@
-"""The life of an adapter, with the real base, engine and workshop and the real example adapters."""
+"""The life of an adapter, with the real base, engine and verifier and the real example adapters."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_an_adapter_on_the_hub_is_proved_and_served_on_first_use(
     assert (text, label) == (answer_of(http, PROMPTS[1], "shop")[0], f"hub:acme/orders@{versions[0][:12]}")
 
 
-def test_a_workshop_killed_under_streams_disturbs_none_and_its_version_is_proved_all_the_same(
+def test_a_verifier_killed_under_streams_disturbs_none_and_its_version_is_proved_all_the_same(
     server: Server, http: httpx2.Client, versions: tuple[str, str]
 ) -> None:
     before = answers_of(server, PROMPTS[:4], "shop", 40)
@@ -178,13 +178,13 @@ def test_a_workshop_killed_under_streams_disturbs_none_and_its_version_is_proved
     server.wait_for(lambda: http.get(path).json()["state"] == "proving", 120)
     streams = started(server, PROMPTS[:4], "shop", 40)
 
-    workshop = server.workshop_pid()
-    os.kill(workshop, signal.SIGKILL)
+    verifier = server.verifier_pid()
+    os.kill(verifier, signal.SIGKILL)
 
     assert [stream.ended() for stream in streams] == before
     server.wait_for(lambda: http.get(path).json()["state"] not in ("validating", "proving"), 240)
     assert http.get(path).json()["state"] == "ready"
-    assert server.workshop_pid() != workshop
+    assert server.verifier_pid() != verifier
     server.wait_for(lambda: http.get("/v1/adapters/third").json()["active"], 60)
     assert answer_of(http, PROMPTS[0], "third")[0] != answer_of(http, PROMPTS[0], "shop")[0]
 

@@ -13,7 +13,7 @@ from onebase_adapters.registry import Registry
 from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.packed_files import PreparedFiles
+from onebase_server.adapters.packed_files import PackedAdapterFiles
 from onebase_server.adapters.prover import Proof
 from onebase_server.adapters.service import Library
 from onebase_server.background import Threads
@@ -44,7 +44,7 @@ class Prover:
 
 
 class House:
-    """A library around them, without engine or workshop; made in an event loop."""
+    """A library around them, without engine or verifier; made in an event loop."""
 
     def __init__(self, registry: Registry, folder: Path) -> None:
         store = Store(str(folder / "store"), folder / "cache")
@@ -52,7 +52,7 @@ class House:
         nobody: Any = None
         self.prover: Any = Prover(store)
         self.catalog = Catalog("base", registry, Threads("records", 2))
-        self.files = PreparedFiles(self.catalog, store, disk)
+        self.files = PackedAdapterFiles(self.catalog, store, disk)
         self.library = Library(
             registry, store, self.catalog, nobody, self.prover,
             base_names=("base",), records=Threads("records", 2), disk=disk,

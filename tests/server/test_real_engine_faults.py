@@ -89,10 +89,10 @@ def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(ser
         server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
         make_job(openai_client(server), '{"text": "some words"}\n' * 50)
         server.wait_for(lambda: bool(server.trainer_pids()))
-        for pid in (server.workshop_pid(), *server.trainer_pids()):
+        for pid in (server.verifier_pid(), *server.trainer_pids()):
             os.kill(pid, signal.SIGSTOP)
         started = children(server.process.pid)
-        assert {command_of(pid).split(".")[-1] for pid in started} == {"engine", "workshop", "trainer"}
+        assert {command_of(pid).split(".")[-1] for pid in started} == {"engine", "verifier", "trainer"}
         try:
             server.signal(signal.SIGTERM)
             server.wait_for(lambda: server.status_of("/ready") == 503)

@@ -18,7 +18,7 @@ from onebase_engine.engine.messages import (
     SlotsChanged,
     UnloadAdapter,
 )
-from onebase_server.adapters.residency import PreparedFile, Residency, Use
+from onebase_server.adapters.residency import PackedAdapterFile, Residency, Use
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -44,10 +44,10 @@ class Engine:
         self.residency = Residency(limit, self.find, self.fetch, self.send, queue_limit)
         self.residency.engine_ready()
 
-    def find(self, digest: str) -> PreparedFile:
-        return PreparedFile(Blob(f"file of {digest}", self.files[digest]), ())
+    def find(self, digest: str) -> PackedAdapterFile:
+        return PackedAdapterFile(Blob(f"file of {digest}", self.files[digest]), ())
 
-    async def fetch(self, prepared: PreparedFile) -> Path:
+    async def fetch(self, prepared: PackedAdapterFile) -> Path:
         await asyncio.sleep(0)
         return Path(prepared.blob.sha256)
 
@@ -165,7 +165,7 @@ def test_a_failed_load_fails_those_who_wait_and_takes_no_memory() -> None:
     async def test() -> None:
         engine = Engine()
         engine.fails.add("a")
-        damaged: list[PreparedFile] = []
+        damaged: list[PackedAdapterFile] = []
         engine.residency.on_damaged = damaged.append
         results = await asyncio.gather(*(engine.lease("a").ready() for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [UnavailableError] * 3
@@ -182,7 +182,7 @@ def test_damage_is_reported_of_the_file_that_was_loaded_not_of_the_one_that_came
     async def test() -> None:
         engine = Engine(slow=True)
         engine.fails.add("a")
-        damaged: list[PreparedFile] = []
+        damaged: list[PackedAdapterFile] = []
         engine.residency.on_damaged = damaged.append
         old = engine.find("a")
         waiting = asyncio.create_task(engine.lease("a").ready())

@@ -29,8 +29,7 @@ from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, 
 from onebase_adapters.training.samples import Sample
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.training.trainable import Trainable
-from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, fetch_default_base
-from onebase_engine.base.errors import BaseSpecError
+from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
 from onebase_engine.base.load import BaseSettings, base_tensors, load_base
 from onebase_engine.base.load import estimate_memory as base_memory
 

@@ -1,19 +1,22 @@
-"""Greedy texts of a real, small engine beside PEFT's own."""
+"""Greedy texts of a real, small engine, and PEFT's own forward pass as their judge."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
-from onebase_adapters.proof.verify import ProofError, regrets
+from onebase_adapters.proof.verify import ProofError
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.scheduler import Limits
+from onebase_engine.lora.rows import TILE
 from onebase_engine.lora.weights import AdapterWeights
 
 TIE_ROUNDINGS = 4
@@ -77,7 +80,7 @@ def _served(
     length = max(map(len, probes)) + tokens
     blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
     limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
-    engine = Engine(base, name="workshop", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2)
+    engine = Engine(base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2)
     engine.put_adapter(_VERSION, weights)
     sampling = protocol.Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     texts: dict[str, list[int]] = {}
@@ -106,3 +109,40 @@ def _check(model: nn.Module, probe: list[int], tokens: list[int], tolerance: flo
         if regret > tolerance or math.isnan(regret):
             message = f"{title} differs from PEFT's at token {place + 1}: {tokens[place]} is served there"
             raise ProofError(title, regret, message)
+
+
+@torch.inference_mode()
+def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
+    """How far each token's logit lies below the model's best after the same tokens; all 0 for a greedy text.
+
+    Relative to the largest logit of its place.
+    """
+    logits = _logits(model, [*prompt, *tokens[:-1]], keep=len(tokens))
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    largest = logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
+    below: list[float] = ((logits.amax(1) - chosen) / largest).tolist()
+    return below
+
+
+def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
+    """The logits after each of the last `keep` tokens of a row, [keep, vocab] fp32, by the model's own pass.
+
+    The row is fed in pieces of TILE tokens through transformers' own cache: from 33 rows on oneDNN sums bf16
+    products in another order, and one flipped last bit may tip a near tie between two tokens.
+    """
+    device = next(model.parameters()).device
+    cache = DynamicCache(config=model.config)
+    kept = []
+    for first in range(0, len(ids), TILE):
+        piece = ids[first : first + TILE]
+        wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
+        output = model(
+            input_ids=torch.tensor([piece], device=device),
+            position_ids=torch.arange(first, first + len(piece), device=device)[None],
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=max(wanted, 1),
+        )
+        if wanted > 0:
+            kept.append(output.logits[0].float())
+    return torch.cat(kept)

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from onebase_engine.base.view import view
 from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
-from onebase_engine.lora.slots import SlotBank, wrap_layers
+from onebase_engine.lora.slots import AdapterSlots, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 CUDA_TOLERANCE = 1e-2
@@ -42,7 +41,7 @@ class ProofError(Exception):
 
 @dataclass(frozen=True)
 class ModuleProof:
-    """What was compared. `rows`: input rows of each module, alone and in company taken together."""
+    """What was compared. `rows`: input rows of each module, alone and in each mix, taken together."""
 
     compared: int
     rows: int
@@ -84,11 +83,11 @@ def prove_modules(
     for done, name in enumerate(bench.names, start=1):
         largest = max(largest, bench.prove(name, tree.get_submodule(name)))
         on_progress(done / len(bench.names))
-    return ModuleProof(len(bench.names), TILE * len(bench.companies), bench.exact, largest)
+    return ModuleProof(len(bench.names), TILE * len(bench.mixes), bench.exact, largest)
 
 
 @dataclass(frozen=True)
-class _Company:
+class _BatchMix:
     """Who has which of the rows. `mine` [rows, 1] bool: the version's; the others may be nobody's."""
 
     title: str
@@ -113,10 +112,10 @@ class _Bench:
         unserved = sorted(weights.keys() - self._modules.keys())
         if unserved:
             raise ProofError(unserved[0], math.inf, f"{unserved[0]} is adapted, and no slot serves it")
-        self._slots = SlotBank(self._modules, 2, self._device)
+        self._slots = AdapterSlots(self._modules, 2, self._device)
         self._slots.load(_VERSION, weights)
         self._random = torch.Generator().manual_seed(0)
-        self.companies = list(_companies(self._device, tiled=self.exact))
+        self.mixes = list(_batch_mixes(self._device, tiled=self.exact))
 
     def prove(self, name: str, expected: nn.Module) -> float:
         """The largest relative difference of any output. Raises ProofError."""
@@ -125,14 +124,14 @@ class _Bench:
         largest = 0.0
         for x in self._inputs(bare, _trained_tokens(expected, self._weights.get(name))):
             wanted, unadapted = expected(x)[0], bare(x)[0]
-            for company in self.companies:
-                self._step.tokens = self._step.logits = company.rows
-                got, mine = served(x)[0], company.mine
-                if company.others_bare:
+            for mix in self.mixes:
+                self._step.tokens = self._step.logits = mix.rows
+                got, mine = served(x)[0], mix.mine
+                if mix.others_bare:
                     right = torch.where(mine, wanted, unadapted)
                 else:
                     got, right = got[mine[:, 0]], wanted[mine[:, 0]]
-                largest = max(largest, self._compare(name, company.title, got, right))
+                largest = max(largest, self._compare(name, mix.title, got, right))
         self._slots.clear(_OTHER)
         return largest
 
@@ -184,85 +183,19 @@ def _neighbour(bare: Any, weights: ModuleWeights | None) -> ModuleWeights:
     return LoraWeights(a, torch.ones(size_out, rank), 1.0)
 
 
-def _companies(device: torch.device, *, tiled: bool) -> Iterator[_Company]:
+def _batch_mixes(device: torch.device, *, tiled: bool) -> Iterator[_BatchMix]:
     """The ways in which the engine's batches mix rows: a prefill, and decodes through the stack or not."""
     everyone = torch.ones(TILE, 1, dtype=torch.bool, device=device)
     even = torch.arange(TILE, device=device)[:, None] % 2 == 0
-    yield _Company("for a row alone", RowMap((Tile(0, TILE, (Term(_VERSION),)),)), everyone)
+    yield _BatchMix("for a row alone", RowMap((Tile(0, TILE, (Term(_VERSION),)),)), everyone)
     weight = torch.cat([even, ~even], dim=1).float()
     stack = Stack(0, TILE, weight, plain=True)
     terms = (Term(_OTHER, mask=~even), Term(_VERSION, mask=even))
     rows = RowMap((Tile(0, TILE, terms, stack),)) if tiled else RowMap(stack=stack)
-    yield _Company("beside another adapter's rows", rows, even)
+    yield _BatchMix("beside another adapter's rows", rows, even)
     if tiled:
         # Without the stack, which the engine uses only where it is exact.
-        yield _Company("beside another adapter's rows", RowMap((Tile(0, TILE, terms),)), even)
+        yield _BatchMix("beside another adapter's rows", RowMap((Tile(0, TILE, terms),)), even)
     lonely = Stack(0, TILE, torch.cat([~even, torch.zeros_like(even)], dim=1).float(), plain=True)
     rows = RowMap((Tile(0, TILE, (Term(_VERSION, mask=~even),)),)) if tiled else RowMap(stack=lonely)
-    yield _Company("beside rows without an adapter", rows, ~even, others_bare=True)
-
-
-# ---- texts -----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def greedy(model: nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
-    """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base."""
-    reader = _Reader(model)
-    logits = reader.read(prompt, keep=1)
-    tokens: list[int] = []
-    while True:
-        tokens.append(int(logits[-1].argmax()))
-        if len(tokens) == max_tokens:
-            return tokens
-        logits = reader.read(tokens[-1:], keep=1)
-
-
-@torch.inference_mode()
-def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
-    """How far each token's logit lies below the model's best after the same tokens; all 0 for a greedy text.
-
-    Relative to the largest logit of its place.
-    """
-    logits = _Reader(model).read([*prompt, *tokens[:-1]], keep=len(tokens))
-    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    largest = logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
-    below: list[float] = ((logits.amax(1) - chosen) / largest).tolist()
-    return below
-
-
-class _Reader:
-    """One row, fed in pieces of TILE tokens through transformers' own cache.
-
-    From 33 rows on oneDNN sums bf16 products in another order, and one flipped last bit may tip a near tie
-    between two tokens.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._cache = DynamicCache(config=model.config)
-
-    def read(self, ids: list[int], keep: int) -> torch.Tensor:
-        """Feed tokens; the logits after each of the last `keep`, [keep, vocab] fp32."""
-        kept = []
-        for first in range(0, len(ids), TILE):
-            piece = ids[first : first + TILE]
-            wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
-            logits = self._read(piece, max(wanted, 1))
-            if wanted > 0:
-                kept.append(logits)
-        return torch.cat(kept)
-
-    def _read(self, ids: list[int], keep: int) -> torch.Tensor:
-        start = self._cache.get_seq_length()
-        positions = torch.arange(start, start + len(ids), device=self._device)[None]
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=positions,
-            cache=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: torch.Tensor = output.logits[0].float()
-        return logits
+    yield _BatchMix("beside rows without an adapter", rows, ~even, others_bare=True)

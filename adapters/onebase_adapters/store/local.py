@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from onebase_adapters.store.atomic_files import sync
 from onebase_adapters.store.content import Blob
 from onebase_adapters.store.errors import BlobDamagedError, StoreError, store_errors
 
@@ -57,11 +58,7 @@ class FileSystem:
         source.replace(target)
 
     def sync_folder(self, folder: Path) -> None:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
 
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)

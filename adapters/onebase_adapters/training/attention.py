@@ -17,6 +17,7 @@ from onebase_adapters.training.gate import Gate
 from onebase_adapters.training.groups import Group, grouped
 from onebase_adapters.training.short_attention import ShortAttention
 from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.engine.attention import attention_weights
 
 NAME = "onebase_packed"
 SHORT = 256
@@ -38,9 +39,9 @@ class PackedAttention:
         self._groups: tuple[Group, ...] = ()
         self._gate = gate
 
-    def set_lengths(self, lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> None:
-        """Of the rows of the packed sequence, in order. alone: compute each by itself, to the bit."""
-        self._groups = grouped(lengths, device, alone=alone)
+    def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Of the rows of the packed sequence, in order."""
+        self._groups = grouped(lengths, device)
 
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
@@ -73,9 +74,14 @@ class PackedAttention:
 
 
 def packed_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls; the mask is None, as registered."""
+    """What transformers calls, some decoders by keyword; the mask is None, as registered."""
     packed: PackedAttention = module.packed  # type: ignore[assignment]
     return packed.forward(module, query, key, value, options), None
 
@@ -115,15 +121,12 @@ def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """As transformers' eager attention: softcap and sliding windows."""
     groups = q.shape[1] // k.shape[1]
-    scores = q @ _repeated(k, groups).transpose(2, 3) * options["scaling"]
-    if (softcap := options.get("softcap")) is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     place = torch.arange(q.shape[2], device=q.device)
     hidden = place > place[:, None]
     if (window := options.get("sliding_window")) is not None:
         hidden |= place <= place[:, None] - window
-    scores = scores.masked_fill(hidden, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    raw = q @ _repeated(k, groups).transpose(2, 3)
+    weights = attention_weights(raw, hidden, options["scaling"], options.get("softcap"))
     if dropout := options.get("dropout"):
         weights = nn.functional.dropout(weights, dropout)
     return weights @ _repeated(v, groups)

@@ -9,11 +9,12 @@ from onebase_engine.base.default_base import (
     DEFAULT_BASE,
     DEFAULT_REPO,
     HUB_TIMEOUT_S,
+    BaseFetchError,
+    BaseSpecError,
     default_cache,
     fetch_default_base,
     parse_repo,
 )
-from onebase_engine.base.errors import BaseFetchError, BaseSpecError
 from onebase_engine.base.hub_access import first_line, hub_silence
 from onebase_engine.base.load import UnsupportedBaseError, check_servable
 

@@ -7,21 +7,19 @@ follows from its seed and the step's number, so that the number is all that has 
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from onebase_adapters.store.atomic_files import atomic_directory
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 _STEP = re.compile(r"step-(\d{8})")
@@ -60,7 +58,7 @@ class Checkpoints:
     def save(self, state: RunState, adapter: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> Path:
         """Write the state after `state.step` steps and drop the oldest. Raises OSError."""
         target = self.folder / f"step-{state.step:08d}"
-        with appearing(target) as work:
+        with atomic_directory(target) as work:
             save_file(_plain(adapter), work / _ADAPTER)
             _save_optimizer(optimizer, work / _OPTIMIZER)
             (work / _STATE).write_text(json.dumps(asdict(state)))
@@ -76,7 +74,7 @@ class Checkpoints:
 
     def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
         """Keep an adapter as the best one; the one before stays until the next `save`. Raises OSError."""
-        with appearing(self._best(step)) as work:
+        with atomic_directory(self._best(step)) as work:
             save_file(_plain(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
@@ -153,47 +151,3 @@ def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` once all of it is on the disk."""
-    work = target.with_name(f".{target.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        for path in [*work.iterdir(), work]:
-            sync(path)
-    except SafetensorError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(code, f"{target} cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    work.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all, also after a power cut. Raises OSError."""
-    work = path.with_name(f".{path.name}.part")
-    work.write_text(text, encoding="utf-8")
-    sync(work)
-    work.rename(path)
-    sync(path.parent)

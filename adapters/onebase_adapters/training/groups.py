@@ -51,15 +51,12 @@ class Group:
         return kept
 
 
-def grouped(lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> tuple[Group, ...]:
-    """Neighbours of about one length as one group; few and full where the rows are in order of length.
-
-    alone: each row is a group of its own.
-    """
+def grouped(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]:
+    """Neighbours of about one length as one group; few and full where the rows are in order of length."""
     groups: list[Group] = []
     start, rows = 0, list[int]()
     for length in lengths:
-        if rows and (alone or math.ceil(length / STEP) != math.ceil(rows[0] / STEP)):
+        if rows and math.ceil(length / STEP) != math.ceil(rows[0] / STEP):
             groups.append(Group(start, rows, device))
             start, rows = start + sum(rows), []
         rows.append(length)

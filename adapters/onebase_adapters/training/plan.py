@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training.batches import targets_of
-from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, write_whole
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints
 from onebase_adapters.training.data import load_dataset
 from onebase_adapters.training.data_split import split
 from onebase_adapters.training.estimate import Estimate, estimate
@@ -210,4 +211,4 @@ def _read(folder: Path, identity: str, asked: Recipe) -> Recipe | None:
 
 def _write(folder: Path, identity: str, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / _FILE, json.dumps({"identity": identity, "recipe": recipe.to_json()}, indent=1))
+    write_atomically(folder / _FILE, json.dumps({"identity": identity, "recipe": recipe.to_json()}, indent=1))

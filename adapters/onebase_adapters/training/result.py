@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from onebase_adapters.training.checkpoint import appearing
+from onebase_adapters.store.atomic_files import atomic_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -40,7 +40,7 @@ def write_adapter(
     if isinstance(config.target_modules, set):
         # A set is written in an order of its own in each process: the same adapter would have another digest.
         config.target_modules = sorted(config.target_modules)
-    with appearing(folder) as work:
+    with atomic_directory(folder) as work:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model.save_pretrained(work, save_embedding_layers=False)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, targets_of
-from onebase_adapters.training.checkpoint import Checkpoints, RunState, write_whole
+from onebase_adapters.training.checkpoint import Checkpoints, RunState
 from onebase_adapters.training.data_report import report as data_report
 from onebase_adapters.training.event_file import recorded
 from onebase_adapters.training.gate import Gate
@@ -241,7 +242,7 @@ def _write(job: Job, plan: Plan, trainable: Trainable, report: Report) -> Report
         dtype=job.save_dtype,
     )
     report = replace(report, adapter_bytes=size)
-    write_whole(job.folder / REPORT, json.dumps(report.to_json(), indent=1))
+    write_atomically(job.folder / REPORT, json.dumps(report.to_json(), indent=1))
     return report
 
 

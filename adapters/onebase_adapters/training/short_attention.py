@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from onebase_engine.engine.attention import attention_weights
+
 
 class ShortAttention(torch.autograd.Function):
     """Scores in the model's dtype, softmax in fp32, weights rounded back; grouped heads share their keys."""
@@ -18,10 +20,9 @@ class ShortAttention(torch.autograd.Function):
         groups = heads // shared
         q = q.reshape(n * shared, groups * length, size)
         k, v = k.reshape(n * shared, length, size), v.reshape(n * shared, length, -1)
-        scores = (torch.bmm(q, k.transpose(1, 2)) * scale).view(-1, groups, length, length)
+        raw = torch.bmm(q, k.transpose(1, 2)).view(-1, groups, length, length)
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-        weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1, dtype=torch.float32)
-        weights = weights.to(q.dtype).view(n * shared, groups * length, length)
+        weights = attention_weights(raw, hidden, scale).view(n * shared, groups * length, length)
         ctx.save_for_backward(q, k, v, weights)
         ctx.shape, ctx.scale = (n, heads, length), scale
         return torch.bmm(weights, v).view(n, heads, length, -1)

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from onebase_adapters.training.checkpoint import CheckpointError, write_whole
+from onebase_adapters.store.atomic_files import write_atomically
+from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.plan import Data, identity_of
 from onebase_adapters.training.recipe import Auto, Recipe, decided
 from onebase_adapters.training.run import Job
@@ -122,7 +123,7 @@ class Trials:
     def write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         trials = [asdict(trial) for trial in self.trials.values()]
-        write_whole(self._path, json.dumps({"identity": self._identity, "trials": trials}, indent=1))
+        write_atomically(self._path, json.dumps({"identity": self._identity, "trials": trials}, indent=1))
 
     def stop(self, names: Sequence[str]) -> None:
         """Mark the losers; one that finished under another grid stays finished."""

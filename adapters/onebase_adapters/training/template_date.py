@@ -13,8 +13,9 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training.base_tokens import template_of
-from onebase_adapters.training.checkpoint import CheckpointError, write_whole
+from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.recipe import Recipe
 
 _FILE = "template_date"
@@ -44,7 +45,7 @@ def keep_template_date(recipe: Recipe, folder: Path) -> None:
     path = folder / _FILE
     if recipe.template_date != "auto" and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, recipe.template_date)
+        write_atomically(path, recipe.template_date)
 
 
 def dated_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:

@@ -16,8 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from onebase_engine.base import rotary
-
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -31,6 +29,8 @@ routers, and for the convolutions of a part that sees or hears."""
 
 NESTED_BLOCKSIZE = 256
 """bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
+
+_ROTARY_BY_LENGTH = "longrope"
 
 
 class UnsupportedBaseError(Exception):
@@ -212,7 +212,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     model.eval()
     model.requires_grad_(False)
-    rotary.pin(model)
+    _pin_rotary(model)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -222,6 +222,57 @@ def freeze(model: nn.Module) -> nn.Module:
             # Else the first forward would move the statistics out of the parameter that every view shares.
             layer.init_8bit_state()
     return model
+
+
+def _pin_rotary(model: nn.Module) -> None:
+    """Keep a freshly loaded model on the rotary frequencies it has, which are those up to `exact_length`.
+
+    "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies. transformers chooses one for all
+    positions of a pass by the highest among them, and writes it into the module's buffer: a long row would
+    change its neighbours, a chunk the next one, and every pass the tensors of the shared base.
+    """
+    module: Any
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind == _ROTARY_BY_LENGTH:
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = {
+                layers: "default" if own == _ROTARY_BY_LENGTH else own for layers, own in kind.items()
+            }
+
+
+def exact_length(config: Any) -> int | None:
+    """Longest row, in tokens, for which the rotary frequencies are fixed; None if they always are.
+
+    Args:
+        config: of the text part.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    limits = [
+        int(part["original_max_position_embeddings"])
+        for part in sets
+        if part.get("rope_type") == _ROTARY_BY_LENGTH
+    ]
+    return min(limits, default=None)
+
+
+def longest_row(config: Any) -> int | None:
+    """Most tokens of a row on this base, prompt and reply; None if its config names no limit."""
+    text = config.get_text_config()
+    limits = (getattr(text, "max_position_embeddings", None), exact_length(text))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def eos_ids(base: Any) -> frozenset[int]:
+    """Tokens that end a text: those of the base's generation config and of its config."""
+    found: set[int] = set()
+    for source in (getattr(base, "generation_config", None), base.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset(found)
 
 
 def _quantization_config(settings: BaseSettings) -> Any:

@@ -166,12 +166,21 @@ class _Scores:
     window: int | None
 
     def weights(self, raw: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Softmax weights of raw q.k products, in eager attention's order of rounding."""
-        scores = raw * self.scaling
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        scores = scores.masked_fill_(hidden, -torch.inf)
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(raw.dtype)
+        return attention_weights(raw, hidden, self.scaling, self.softcap)
+
+
+def attention_weights(
+    raw: torch.Tensor, hidden: torch.Tensor, scaling: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Softmax weights of raw q.k products [..., m, length], in eager attention's order of rounding.
+
+    `hidden`: True where a query must not look.
+    """
+    scores = raw * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(raw.dtype)
 
 
 def _decode(

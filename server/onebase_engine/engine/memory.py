@@ -52,7 +52,7 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank`, fp32, as banks hold them."""
+    """Most bytes of `slots` adapters of `rank`, fp32, as they are stacked."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
     return ends * bucket(rank) * slots * 4
 

@@ -121,7 +121,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
 
     digest: str
     path: str
-    """The prepared file: the finished tensors that the workshop proved."""
+    """The packed adapter: the finished tensors that the verifier proved."""
     sha256: str
     """Hex digest of that file; another content is refused."""
 
@@ -172,7 +172,7 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     base: BaseInfo
     manifest: bytes = b""
-    """How a workshop attaches the base (`onebase_engine.base.attach`); empty when it was not published."""
+    """How a verifier attaches the base (`onebase_engine.base.attach`); empty when it was not published."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

@@ -15,7 +15,7 @@ from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.kv_cache import KVCache, bytes_per_token
 from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.lora.rows import TILE, RowMap, StepRows
-from onebase_engine.lora.slots import SlotBank, wrap_layers
+from onebase_engine.lora.slots import AdapterSlots, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights
 
 
@@ -34,7 +34,7 @@ class ServedModel:
         self._rows = StepRows()
         self._attention = PagedAttention()
         modules = wrap_layers(self._view, self._rows, slots=slots, tiled=self.tiled)
-        self._bank = SlotBank(modules, slots, self.device)
+        self._slots = AdapterSlots(modules, slots, self.device)
         try:
             self._attention.attach(self._view)
             self._probe()
@@ -81,15 +81,15 @@ class ServedModel:
         """
         failed: dict[int, Exception] = {}
         for slot in moves:
-            self._bank.clear(slot)
+            self._slots.clear(slot)
         for slot, digest in moves.items():
             try:
                 if digest is not None:
-                    self._bank.load(slot, weights_of(digest))
+                    self._slots.load(slot, weights_of(digest))
             except torch.AcceleratorError:
                 raise
             except Exception as error:
-                self._bank.clear(slot)
+                self._slots.clear(slot)
                 failed[slot] = error
         return failed
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Set
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.scheduler import NeverFitsError
 from onebase_engine.engine.slot_table import SlotTable
-from onebase_engine.lora.weights import AdapterWeights, composable, weights_bytes
+from onebase_engine.lora.weights import AdapterWeights, composable, folded, weights_bytes
 
 
 class Versions:
@@ -88,8 +88,3 @@ class Versions:
                     f"adapter version {digest[:12]} has DoRA, lora_bias, saved modules or token rows, which "
                     "can neither be weighted nor added to others; name it alone, with weight 1",
                 )
-
-
-def folded(weights: AdapterWeights) -> AdapterWeights:
-    """Each module with its scale in B, where that changes no bit."""
-    return {name: module.folded() for name, module in weights.items()}

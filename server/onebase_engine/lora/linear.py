@@ -9,8 +9,8 @@ Arithmetic is PEFT's own, in its order (fp32 products, then one addition), so th
 
 On the CPU each product has a fixed number of rows (`TILE`), because the libraries choose their blocking,
 and with it the last bits, by the shape: a row must not depend on how many others there are. Decode rows go
-through one stack of all slots (`Banks`): on accelerators always, on the CPU where a trial shows that it
-gives the very bits of each slot's own products.
+through one stack of all slots (`StackedWeights`): on accelerators always, on the CPU where a trial shows that
+it gives the very bits of each slot's own products.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional
 from onebase_engine.lora.head import TokenHead
 from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
 from onebase_engine.lora.rows import TILE, Stack, StepRows, Term
-from onebase_engine.lora.stacked_weights import Banks
+from onebase_engine.lora.stacked_weights import StackedWeights
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 
@@ -39,17 +39,17 @@ class SlotLinear(SlotModule):
         self._kind = type(base).__name__
         self.quantized = self._kind in ("Linear4bit", "Linear8bitLt")
         self._absmax: torch.Tensor | None = None
-        self.banks = Banks(slots, keep=tiled)
+        self.stacked = StackedWeights(slots, keep=tiled)
         self._stacks: bool | None = None
-        """Whether the banks may stand for each slot's own products; None until asked after a change."""
+        """Whether they may stand for each slot's own products; None until asked after a change."""
 
     def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
-        self.banks.put(slot, weights)
+        self.stacked.put(slot, weights)
         self._stacks = None
 
     def plain(self, slot: int) -> LoraWeights | None:
         """The slot's plain LoRA, if it has one."""
-        return self.banks.own(slot)
+        return self.stacked.own(slot)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -60,7 +60,7 @@ class SlotLinear(SlotModule):
 
     def replacement(self, weights: ModuleWeights) -> Replacement | None:
         if isinstance(weights, TokenRows) and not self.quantized:
-            return TokenHead(self.base, weights, self.step.exact_banks if self.tiled else None)
+            return TokenHead(self.base, weights, self.step.exact_stacks if self.tiled else None)
         if isinstance(weights, SavedModule) and not self.quantized:
             twin = saved_twin(self.base, weights)
             return lambda x, bare: twin(x)
@@ -83,7 +83,7 @@ class SlotLinear(SlotModule):
 
     def _act_on(self, x: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...], stack: Stack | None) -> None:
         bare = y.clone() if self.replaces(terms) else y
-        delta = self._delta(x, terms) if stack is None else self.banks.delta(x.float(), stack)
+        delta = self._delta(x, terms) if stack is None else self.stacked.delta(x.float(), stack)
         if delta is not None and self.quantized:
             y += delta.to(y.dtype)
         elif delta is not None:
@@ -129,7 +129,7 @@ class SlotLinear(SlotModule):
 
     def _may_stack(self) -> bool:
         if self._stacks is None:
-            self._stacks = self.banks.exact(self.step.exact_banks)
+            self._stacks = self.stacked.exact(self.step.exact_stacks)
         return self._stacks
 
     def _base_rows(self, x: torch.Tensor) -> torch.Tensor:

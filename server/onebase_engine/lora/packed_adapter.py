@@ -27,7 +27,6 @@ from onebase_engine.lora.weights import (
     TokenRows,
     fits,
     tensors_of,
-    weights_bytes,
 )
 
 LAYOUT = "onebase-prepared-1"
@@ -43,16 +42,11 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class PreparedError(ValueError):
-    """The file is not the prepared version that was asked for; it has to be made again."""
+class PackedAdapterError(ValueError):
+    """The file is not the packed version that was asked for; it has to be made again."""
 
 
-def prepared_bytes(weights: AdapterWeights) -> int:
-    """Bytes of the version in host memory."""
-    return weights_bytes(weights)
-
-
-def write_prepared(path: Path, weights: AdapterWeights, *, base_id: str) -> None:
+def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -> None:
     """Write the tensors to `path` and bring them to the disk.
 
     Raises:
@@ -105,7 +99,7 @@ def _kind(module: ModuleWeights) -> str:
     return next(kind for kind, cls in _KINDS.items() if isinstance(module, cls))
 
 
-def read_prepared(
+def read_packed_adapter(
     path: Path,
     sha256: str | None = None,
     *,
@@ -121,7 +115,7 @@ def read_prepared(
             give the same base other names.
 
     Raises:
-        PreparedError: the file is missing, damaged, another one, or of another layout or base.
+        PackedAdapterError: the file is missing, damaged, another one, or of another layout or base.
     """
     digest = hashlib.sha256()
     try:
@@ -130,18 +124,18 @@ def read_prepared(
             metadata = header.pop("__metadata__", {})
             tensors = _read_tensors(file, digest, header)
             if file.read(1):
-                raise PreparedError("bytes follow the last tensor")
+                raise PackedAdapterError("bytes follow the last tensor")
     except OSError as error:
-        raise PreparedError(f"cannot read {path.name}: {error.strerror or error}") from error
+        raise PackedAdapterError(f"cannot read {path.name}: {error.strerror or error}") from error
     except (LookupError, TypeError, ValueError, RecursionError, OverflowError, struct.error) as error:
-        raise PreparedError(f"{path.name} is no prepared adapter: {error}") from error
+        raise PackedAdapterError(f"{path.name} is no packed adapter: {error}") from error
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise PreparedError(f"{path.name} is damaged: its SHA-256 is not {sha256[:12]}…")
+        raise PackedAdapterError(f"{path.name} is damaged: its SHA-256 is not {sha256[:12]}…")
     weights = _modules(path.name, metadata, tensors, base_id)
     if layers is not None:
         for name, module in weights.items():
             if name not in layers or not fits(module, layers[name]):
-                raise PreparedError(f"{path.name} does not fit the base at {name:.200}; prove it again")
+                raise PackedAdapterError(f"{path.name} does not fit the base at {name:.200}; prove it again")
     return weights
 
 
@@ -194,9 +188,9 @@ def _modules(
     file: str, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], base_id: str | None
 ) -> AdapterWeights:
     if not isinstance(metadata, dict) or metadata.get("layout") != LAYOUT:
-        raise PreparedError(f"{file} has another layout than {LAYOUT}; prove the version again")
+        raise PackedAdapterError(f"{file} has another layout than {LAYOUT}; prove the version again")
     if base_id is not None and metadata.get("base_id") != base_id:
-        raise PreparedError(f"{file} was proved on another base; prove the version again")
+        raise PackedAdapterError(f"{file} was proved on another base; prove the version again")
     used: set[str] = set()
     weights: dict[str, ModuleWeights] = {}
     try:
@@ -205,9 +199,9 @@ def _modules(
             parts = {part: tensors[key] for part, key in entry["tensors"].items()}
             weights[entry["name"]] = _module(entry, parts)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        raise PreparedError(f"{file} does not describe its modules: {error}") from error
+        raise PackedAdapterError(f"{file} does not describe its modules: {error}") from error
     if not weights or used != tensors.keys():
-        raise PreparedError(f"{file} holds other tensors than it describes")
+        raise PackedAdapterError(f"{file} holds other tensors than it describes")
     return weights
 
 

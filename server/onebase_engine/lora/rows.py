@@ -100,5 +100,5 @@ class StepRows:
 
     tokens: RowMap = RowMap()
     logits: RowMap = RowMap()
-    exact_banks: dict[tuple[int, ...], bool] = field(default_factory=dict)
+    exact_stacks: dict[tuple[int, ...], bool] = field(default_factory=dict)
     """Shapes of products tried on this machine, and whether they are bit-equal to those they stand for."""

@@ -21,7 +21,7 @@ from onebase_engine.lora.rows import StepRows
 from onebase_engine.lora.weights import AdapterWeights, moved
 
 __all__ = [
-    "SlotBank",
+    "AdapterSlots",
     "SlotEmbedding",
     "SlotLinear",
     "SlotModule",
@@ -53,7 +53,7 @@ def wrap_layers(model: nn.Module, step: StepRows, *, slots: int, tiled: bool) ->
     return wrapped
 
 
-class SlotBank:
+class AdapterSlots:
     """Which adapter version sits in which slot, over all wrapped modules of a view."""
 
     def __init__(self, modules: Mapping[str, SlotModule], slots: int, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """All plain LoRAs of one layer as a few pairs of matrices, so that a mixed batch costs few products.
 
-Adapters lie together by rank: those whose ranks round up to the same power of two share a `Bank`, so that
-one of rank 256 costs the others nothing, and rows without it nothing either.
+Adapters lie together by rank: those whose ranks round up to the same power of two share a `RankGroup`, so
+that one of rank 256 costs the others nothing, and rows without it nothing either.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 from onebase_engine.lora.rows import TILE, Stack
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, weights_bytes
 
-MAX_TILED_BANK = 1024
+MAX_TILED_COLUMNS = 1024
 """Columns up to which the stack beats each slot's own products on the CPU."""
 SMALLEST_BUCKET = 8
 
@@ -25,7 +25,7 @@ def bucket(rank: int) -> int:
 
 
 def stacked_bytes(weights: AdapterWeights) -> int:
-    """Bytes of a version whose plain LoRAs lie in banks: with their ranks rounded up."""
+    """Bytes of a version whose plain LoRAs lie in groups: with their ranks rounded up."""
     lora = (module for module in weights.values() if isinstance(module, LoraWeights) and module.plain)
     padding = sum(
         (bucket(m.rank) - m.rank) * (m.a.numel() // m.rank + m.b.shape[0]) * m.a.itemsize for m in lora
@@ -33,7 +33,7 @@ def stacked_bytes(weights: AdapterWeights) -> int:
     return weights_bytes(weights) + padding
 
 
-class Bank:
+class RankGroup:
     """The adapters of one bucket: `a` [places * rank, in] and `b` [out, places * rank], with the scale in b.
 
     Places double when all are taken and halve when fewer than half are, so that at most half are empty.
@@ -99,7 +99,7 @@ class Bank:
     def own(self, slot: int, rank: int) -> LoraWeights:
         """The slot's part of the built matrices, without a copy."""
         if self._matrices is None:
-            raise RuntimeError("the bank's matrices have not been made")
+            raise RuntimeError("the group's matrices have not been made")
         a, b = self._matrices
         start = self.places.index(slot) * self.rank
         return LoraWeights(a[start : start + rank], b[:, start : start + rank], 1.0)
@@ -146,17 +146,17 @@ class Bank:
         self.places = (*slots, *[None] * (count - len(slots)))
 
 
-class Banks:
-    """The banks of one layer, by bucket.
+class StackedWeights:
+    """The groups of one layer, by bucket.
 
-    With `keep` (the CPU) each slot's own matrices are kept as they came, and those of a bank are made when
-    first wanted. Without (accelerators) the banks are the only copy, and a slot's own are parts of them.
+    With `keep` (the CPU) each slot's own matrices are kept as they came, and those of a group are made when
+    first wanted. Without (accelerators) the groups are the only copy, and a slot's own are parts of them.
     """
 
     def __init__(self, slots: int, *, keep: bool = True) -> None:
         self._slots: list[LoraWeights | None] = [None] * slots
         self._keep = keep
-        self.by_rank: dict[int, Bank] = {}
+        self.by_rank: dict[int, RankGroup] = {}
 
     def own(self, slot: int) -> LoraWeights | None:
         """The slot's own matrices."""
@@ -166,24 +166,24 @@ class Banks:
         """Take a slot's plain LoRA in, or forget it with None."""
         old, self._slots[slot] = self._slots[slot], None
         if old is not None:
-            bank = self.by_rank[bucket(old.rank)]
-            bank.remove(slot)
-            if not bank.slots:
-                del self.by_rank[bank.rank]
+            group = self.by_rank[bucket(old.rank)]
+            group.remove(slot)
+            if not group.slots:
+                del self.by_rank[group.rank]
         if weights is not None:
             rank = bucket(weights.rank)
-            bank = self.by_rank.setdefault(rank, Bank(rank))
-            if self._keep and self.width + bank.growth > MAX_TILED_BANK:
+            group = self.by_rank.setdefault(rank, RankGroup(rank))
+            if self._keep and self.width + group.growth > MAX_TILED_COLUMNS:
                 # Too wide to be used, and they would take several times the base's memory.
-                for other_bank in self.by_rank.values():
-                    other_bank.drop()
-            bank.add(slot, weights, build=not self._keep)
+                for other_group in self.by_rank.values():
+                    other_group.drop()
+            group.add(slot, weights, build=not self._keep)
             self._slots[slot] = weights
         if not self._keep:
-            # A bank that grew or shrank lies elsewhere now.
-            for bank in self.by_rank.values():
-                for other in bank.slots:
-                    self._slots[other] = bank.own(other, self._rank(other))
+            # A group that grew or shrank lies elsewhere now.
+            for group in self.by_rank.values():
+                for other in group.slots:
+                    self._slots[other] = group.own(other, self._rank(other))
 
     def _rank(self, slot: int) -> int:
         weights = self._slots[slot]
@@ -191,31 +191,31 @@ class Banks:
 
     @property
     def width(self) -> int:
-        """Columns of all banks."""
-        return sum(bank.width for bank in self.by_rank.values())
+        """Columns of all groups."""
+        return sum(group.width for group in self.by_rank.values())
 
-    def used(self, stack: Stack) -> Iterator[Bank]:
-        """The banks that any row of the stack needs."""
-        for bank in self.by_rank.values():
-            if stack.used is None or not stack.used.isdisjoint(bank.places):
-                yield bank
+    def used(self, stack: Stack) -> Iterator[RankGroup]:
+        """The groups that any row of the stack needs."""
+        for group in self.by_rank.values():
+            if stack.used is None or not stack.used.isdisjoint(group.places):
+                yield group
 
     def delta(self, x: torch.Tensor, stack: Stack) -> torch.Tensor | None:
         """The sum of each row's terms, [rows, out] fp32, for rows `x` [rows, in] fp32; None without any."""
         total: torch.Tensor | None = None
-        for bank in self.used(stack):
-            delta = bank.delta(x, stack, self._slots)
+        for group in self.used(stack):
+            delta = group.delta(x, stack, self._slots)
             total = delta if total is None else total + delta
         return total
 
     def exact(self, known: MutableMapping[tuple[int, ...], bool]) -> bool:
-        """Whether, for TILE rows, the banks give the very bits of each slot's own products.
+        """Whether, for TILE rows, the groups give the very bits of each slot's own products.
 
         Not where a scale needs a multiplication of its own, nor where the library sums in another order: it
         chooses its order by shape, so that is tried once per shape and remembered in `known`.
         """
         present = [weights for weights in self._slots if weights is not None]
-        if self.width > MAX_TILED_BANK or any(weights.scale != 1.0 for weights in present):
+        if self.width > MAX_TILED_COLUMNS or any(weights.scale != 1.0 for weights in present):
             return False
         return all(self._is_exact(weights, known) for weights in present)
 
@@ -228,19 +228,19 @@ class Banks:
 
 
 def _try_places(places: int, size_in: int, size_out: int, rank: int) -> bool:
-    """Whether a bank of `places` adapters of `rank`, with random numbers, gives each one's own bits."""
+    """Whether a group of `places` adapters of `rank`, with random numbers, gives each one's own bits."""
     draw = torch.Generator().manual_seed(rank)
     x = torch.randn(TILE, size_in, generator=draw)
     own: list[LoraWeights | None] = []
-    bank = Bank(bucket(rank))
+    group = RankGroup(bucket(rank))
     for slot in range(places):
         a, b = torch.randn(rank, size_in, generator=draw), torch.randn(size_out, rank, generator=draw)
         own.append(LoraWeights(a, b, 1.0))
-        bank.add(slot, LoraWeights(a, b, 1.0))
+        group.add(slot, LoraWeights(a, b, 1.0))
     for slot, weights in enumerate(own):
         weight = torch.zeros(TILE, places)
         weight[:, slot] = 1.0
         expected = functional.linear(functional.linear(x, weights.a), weights.b)  # type: ignore[union-attr]
-        if not torch.equal(bank.delta(x, Stack(0, TILE, weight, plain=True), own), expected):
+        if not torch.equal(group.delta(x, Stack(0, TILE, weight, plain=True), own), expected):
             return False
     return True

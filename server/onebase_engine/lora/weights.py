@@ -1,4 +1,4 @@
-"""The finished tensors of an adapter, module by module: what a slot holds and a prepared file stores.
+"""The finished tensors of an adapter, module by module: what a slot holds and a packed adapter stores.
 
 All floating tensors of LoRA and of token rows are fp32, as PEFT computes with them; a saved module keeps
 the dtype of the module it replaces.
@@ -118,6 +118,11 @@ def composable(weights: AdapterWeights) -> bool:
     modules or of token rows.
     """
     return all(isinstance(module, LoraWeights) and module.plain for module in weights.values())
+
+
+def folded(weights: AdapterWeights) -> AdapterWeights:
+    """Each module with its scale in B, where that changes no bit."""
+    return {name: module.folded() for name, module in weights.items()}
 
 
 def fits(module: ModuleWeights, layer: LayerShape) -> bool:

@@ -123,7 +123,7 @@ class Folders:
             raise _cannot_serve(version.name, version.error.code, version.error.message)
         if version.state != "ready":
             raise _cannot_serve(
-                version.name, "not_proved", "there is no workshop to prove it; the log says why"
+                version.name, "not_proved", "there is no verifier to prove it; the log says why"
             )
         record = self._library.catalog.adapter(version.name)
         if record.active == version.digest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from onebase_server.adapters.memory_use import PreparedFile
+from onebase_server.adapters.memory_use import PackedAdapterFile
 from onebase_server.errors import OneBaseError
 
 
@@ -27,7 +27,7 @@ class Held:
     """
 
     digest: str
-    prepared: PreparedFile
+    prepared: PackedAdapterFile
     bytes: int
     loaded: asyncio.Future[None]
     leases: int = 0

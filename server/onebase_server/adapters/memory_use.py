@@ -12,7 +12,7 @@ Tier = Literal["slot", "host", "disk"]
 
 
 @dataclass(frozen=True)
-class PreparedFile:
+class PackedAdapterFile:
     """The file with a proven version's tensors. `versions`: those that have it, as they were seen then."""
 
     blob: Blob

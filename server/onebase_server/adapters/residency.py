@@ -23,7 +23,7 @@ from onebase_engine.engine.messages import (
     UnloadAdapter,
 )
 from onebase_server.adapters.lease import Held, Lease, Use
-from onebase_server.adapters.memory_use import MemoryUse, PreparedFile, Tier
+from onebase_server.adapters.memory_use import MemoryUse, PackedAdapterFile, Tier
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -33,7 +33,7 @@ from onebase_server.errors import (
     UnavailableError,
 )
 
-__all__ = ["Lease", "MemoryUse", "PreparedFile", "Residency", "Tier", "Use"]
+__all__ = ["Lease", "MemoryUse", "PackedAdapterFile", "Residency", "Tier", "Use"]
 
 _QUEUE_RETRY_AFTER = 2.0
 _log = logging.getLogger(__name__)
@@ -53,15 +53,15 @@ class Residency:
     def __init__(
         self,
         limit: int,
-        find: Callable[[str], PreparedFile],
-        fetch: Callable[[PreparedFile], Awaitable[Path]],
+        find: Callable[[str], PackedAdapterFile],
+        fetch: Callable[[PackedAdapterFile], Awaitable[Path]],
         send: Callable[[ToEngine], None],
         queue_limit: int = 256,
     ) -> None:
         self.limit = limit
         self._queue_limit = queue_limit
         self._waiting = 0
-        self.on_damaged: Callable[[PreparedFile], None] = lambda prepared: None
+        self.on_damaged: Callable[[PackedAdapterFile], None] = lambda prepared: None
         """Called when a file is lost or not what was proved; the version may have another one by then."""
         self._find = find
         self._fetch = fetch
@@ -229,7 +229,7 @@ class Residency:
 
     # ---- loading -----------------------------------------------------------------------------
 
-    def _begin_load(self, digest: str, prepared: PreparedFile) -> Held:
+    def _begin_load(self, digest: str, prepared: PackedAdapterFile) -> Held:
         loaded = asyncio.get_running_loop().create_future()
         held = Held(digest, prepared, prepared.blob.size, loaded, last_used=next(self._clock))
         held.loaded.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -1,4 +1,4 @@
-"""How versions come to be: files in, registered, proved, prepared, ready, and activated if that was wished.
+"""How versions come to be: files in, registered, proved, packed, ready, and activated if that was wished.
 
 Everything here goes on after a restart: what is on its way is in the registry, with what was wished.
 """
@@ -20,7 +20,7 @@ from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.memory_use import PreparedFile
+from onebase_server.adapters.memory_use import PackedAdapterFile
 from onebase_server.adapters.names import same_base
 from onebase_server.adapters.proofs import Proofs
 from onebase_server.adapters.prover import Proof, Prover
@@ -33,7 +33,7 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.processes.verifier_link import RejectedError, WorkshopGoneError
+from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage_errors import storage_errors
 
@@ -175,13 +175,13 @@ class Library:
             job = _Job(Wishes.of(version.source), activate=True)
             await self._activate_if_wished(version, job)
 
-    def begin_again(self, prepared: PreparedFile) -> None:
+    def begin_again(self, prepared: PackedAdapterFile) -> None:
         """A prepared file is lost or damaged: make another one for the versions that still have it."""
         task = asyncio.get_running_loop().create_task(self._begin_again(prepared))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _begin_again(self, prepared: PreparedFile) -> None:
+    async def _begin_again(self, prepared: PackedAdapterFile) -> None:
         reopened: list[VersionRecord] = []
         try:
             # All of its names first: none of them may take another's damaged file for a proof.
@@ -244,10 +244,10 @@ class Library:
         except RejectedError as error:
             await self._failed(version, error.code, error.message)
         except StoreFullError:
-            await self._failed(version, "store_full", "the store had no space for the prepared file")
+            await self._failed(version, "store_full", "the store had no space for the packed adapter")
         except StoreError as error:
             await self._failed(version, "store_unavailable", str(error))
-        except WorkshopGoneError as error:
+        except VerifierGoneError as error:
             _log.error("version %s of %s was not proved: %s", version.digest[:12], version.name, error)
         except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
             _log.info("version %s of %s was deleted on its way", version.digest[:12], version.name)

@@ -133,7 +133,7 @@ class Delivery:
             raise DeliveryError(
                 "delivery_failed",
                 f"The adapter was not proved within {self._proof_seconds:g} s: others are before it, or no "
-                "workshop can be had; the server's log may say why. Resume the job to wait on.",
+                "verifier can be had; the server's log may say why. Resume the job to wait on.",
             ) from error
         except OneBaseError as error:
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)  # the wish of an upload

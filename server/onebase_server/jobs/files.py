@@ -23,6 +23,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
+from onebase_adapters.store.atomic_files import replace_synced
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, StoreFullError, UnknownFileError
 from onebase_server.jobs.outcomes import RESUMABLE
@@ -57,12 +58,7 @@ class FileWriter:
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._path, target)
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            replace_synced(self._path, target)
         except OSError as error:
             raise _disk_error(error) from error
 

@@ -24,7 +24,7 @@ from onebase_engine.engine.messages import EngineConfig
 from onebase_server.jobs.gc import Tidying
 from onebase_server.jobs.outcomes import place_of
 from onebase_server.jobs.run import Run, RunKind
-from onebase_server.jobs.trainer_pool import BaseAtHand, Runner
+from onebase_server.jobs.trainer_pool import AttachedBase, Runner
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Manager:
         self._begun: set[str] = set()
         """Jobs that had a run since the server was started."""
         self._told_off: set[str] = set()
-        self._base: BaseAtHand | None = None
+        self._base: AttachedBase | None = None
         self._changed = asyncio.Event()
         self._ending = False
 
@@ -67,7 +67,7 @@ class Manager:
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
         """There is a base to train on; `base_fd` stays the caller's, and open until `engine_gone`."""
-        self._base = BaseAtHand(config, manifest, base_fd)
+        self._base = AttachedBase(config, manifest, base_fd)
         self.look()
 
     async def engine_gone(self) -> None:
@@ -157,7 +157,7 @@ class Manager:
         if any(job.state == "running" for job in waiting):
             return  # they go first, as they did before
         if self._most == 0:
-            await self._tell_off(waiting)
+            await self._note_disabled(waiting)
             return
         for job in waiting:
             if self._ending:
@@ -167,7 +167,7 @@ class Manager:
             elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
                 await self._begin(job, "train")
 
-    async def _tell_off(self, waiting: Sequence[OpenJob]) -> None:
+    async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
         """Say once of each job why nothing happens."""
         text = "The server was started with --train-jobs 0: the job waits until it is started with more."
         for job in waiting:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Container, Iterable
 from pathlib import Path
 
 from onebase_adapters.registry import TrainingFile, TrainingRecords
+from onebase_adapters.store.atomic_files import write_atomically
 
 TENANT = "registry"
 """Whose files the marks are: no caller sees them."""
@@ -42,12 +42,8 @@ class KnownRegistries:
         return len(marks) == 1
 
     def _keep(self, marks: Iterable[str]) -> None:
-        work = self.path.with_name(f"{self.path.name}.new")
-        with work.open("w") as file:
-            file.writelines(f"{mark}\n" for mark in marks)
-            file.flush()
-            os.fsync(file.fileno())  # empty after a power cut, it would know of no other registry
-        os.replace(work, self.path)
+        # Empty after a power cut, it would know of no other registry.
+        write_atomically(self.path, "".join(f"{mark}\n" for mark in marks))
 
     def _leave_mark(self) -> str:
         mark = f"registry-{secrets.token_hex(8)}"

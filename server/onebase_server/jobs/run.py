@@ -27,7 +27,7 @@ from onebase_server.jobs.event_view import problems_told
 from onebase_server.jobs.outcomes import place_of
 from onebase_server.jobs.recorder import Recorder
 from onebase_server.jobs.store import JobRecord
-from onebase_server.jobs.trainer_pool import BaseAtHand, FileGoneError, Runner
+from onebase_server.jobs.trainer_pool import AttachedBase, FileGoneError, Runner
 from onebase_server.processes.trainer_link import Died, Outcome, Trainer
 from onebase_server.processes.trainer_protocol import Check, Checked, Failed, Stopped, Train, Trained
 
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 class Run:
     """One process for one job: the check of its files, or its training and the delivery of what came out."""
 
-    def __init__(self, runner: Runner, job: TrainingJob, kind: RunKind, base: BaseAtHand | None) -> None:
+    def __init__(self, runner: Runner, job: TrainingJob, kind: RunKind, base: AttachedBase | None) -> None:
         self.job = job
         self.kind = kind
         self.recorder: Recorder | None = None
@@ -175,7 +175,7 @@ class Run:
             self._released.set()
             await self._deliver(job)
 
-    async def _train(self, base: BaseAtHand) -> Outcome:
+    async def _train(self, base: AttachedBase) -> Outcome:
         runner = self._runner
         job = await runner.train_job(self.job, self._record)
         message = Train(config=base.config, manifest=base.manifest, job=job, share=runner.share)

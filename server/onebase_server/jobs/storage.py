@@ -13,6 +13,8 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+from onebase_adapters.store.atomic_files import sync
+
 UPLOADING = ".part"
 """Ending of a file that is coming in."""
 SETTLED_SECONDS = 600.0
@@ -123,10 +125,8 @@ def _server_id(path: Path) -> str:
         pass
     made = f"server-{secrets.token_hex(8)}"
     work = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with work.open("w") as file:
-        file.write(made)
-        file.flush()
-        os.fsync(file.fileno())  # empty after a power cut, it would be another server's
+    work.write_text(made)
+    sync(work)  # empty after a power cut, it would be another server's
     try:
         os.link(work, path)  # of two that start at once, the first one's stays
     except FileExistsError:

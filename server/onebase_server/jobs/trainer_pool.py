@@ -29,7 +29,7 @@ class FileGoneError(Exception):
 
 
 @dataclass(frozen=True)
-class BaseAtHand:
+class AttachedBase:
     """What a trainer attaches. `fd`: of the memory that holds the base."""
 
     config: EngineConfig

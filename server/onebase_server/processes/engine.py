@@ -17,7 +17,7 @@ from onebase_server.processes.engine_process import run
 def main() -> int:
     parser = argparse.ArgumentParser(description="OneBase engine process; the api starts it.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
-    parser.add_argument("--base-fd", type=int, help="memfd to publish the base in, for workshops")
+    parser.add_argument("--base-fd", type=int, help="memfd to publish the base in, for verifiers")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(message)s", stream=sys.stderr)
     # Advice for people who call the libraries themselves; here nobody could follow it.

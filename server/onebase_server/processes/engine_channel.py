@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.loading import Arrived
+from onebase_engine.engine.staging import Arrived
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A child process (the engine, or a workshop) and the socket to it."""
+"""A child process (the engine, or a verifier) and the socket to it."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from onebase_engine.base.load import (
     BaseSettings,
     UnsupportedBaseError,
     base_bytes,
+    eos_ids,
     load_base,
+    longest_row,
     parameter_count,
 )
-from onebase_engine.base.rotary import exact_length
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.loading import Arrived, PreparedLoader
 from onebase_engine.engine.memory import (
     MemoryBudgetError,
     free_memory,
@@ -36,6 +36,7 @@ from onebase_engine.engine.memory import (
 from onebase_engine.engine.messages import EngineConfig, RowOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.lora.rows import TILE
 from onebase_server.processes.engine_channel import Channel, Received
 
@@ -53,7 +54,7 @@ DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 def run(sock: socket.socket, base_fd: int | None = None) -> int:
     """Serve one api until it closes the socket; returns the process's exit status.
 
-    `base_fd` is a memfd into which the base is published, for workshops to attach.
+    `base_fd` is a memfd into which the base is published, for verifiers to attach.
     """
     channel = Channel(sock)
     try:
@@ -80,7 +81,7 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 
 def _serve(engine: Engine, channel: Channel) -> int:
-    loader = PreparedLoader(engine.model.device, engine.layers, channel.post)
+    loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post)
     failures = 0
     while True:
         for message in channel.receive(0 if engine.busy else IDLE_SECONDS):
@@ -123,7 +124,7 @@ def _report_versions(engine: Engine, channel: Channel) -> None:
         channel.send(protocol.SlotsChanged(sorted(engine.slots.slot_of)))
 
 
-def _handle(engine: Engine, channel: Channel, loader: PreparedLoader, message: Received) -> None:
+def _handle(engine: Engine, channel: Channel, loader: PackedAdapterLoader, message: Received) -> None:
     if isinstance(message, protocol.Submit):
         engine.submit(message)
     elif isinstance(message, protocol.Cancel):
@@ -142,7 +143,7 @@ def _handle(engine: Engine, channel: Channel, loader: PreparedLoader, message: R
         logger.error("unexpected message %s", type(message).__name__)
 
 
-def _take_in(engine: Engine, channel: Channel, loader: PreparedLoader, arrived: Arrived) -> None:
+def _take_in(engine: Engine, channel: Channel, loader: PackedAdapterLoader, arrived: Arrived) -> None:
     digest = arrived.answer.digest
     if loader.wanted(digest):
         engine.put_adapter(digest, arrived.weights)
@@ -164,7 +165,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     base = load_base(base_settings(config, device))
-    # Before anything holds on to its tensors: they move into the memory that workshops attach.
+    # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
     model = ServedModel(base, config.max_slots)
@@ -191,7 +192,7 @@ def _start(config: EngineConfig, channel: Channel, base_fd: int | None) -> Engin
         block_size=config.block_size,
         slots=config.max_slots,
         slot_memory=slot_memory,
-        eos_ids=_eos_ids(base),
+        eos_ids=eos_ids(base),
         model=model,
     )
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
@@ -228,7 +229,7 @@ def base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
 
 
 def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> bytes:
-    """The manifest for workshops; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
+    """The manifest for verifiers; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
     if base_fd is None and device.type == "cpu":
         return b""
     try:
@@ -243,9 +244,9 @@ def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> byte
 def _slot_memory(config: EngineConfig, base: nn.Module, free: int, device: torch.device) -> int:
     """Bytes of versions in slots; 0 is no limit.
 
-    On the CPU slots point at what host memory holds anyway, beside at most MAX_TILED_BANK columns of stacks a
-    layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by default a
-    tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
+    On the CPU slots point at what host memory holds anyway, next to at most MAX_TILED_COLUMNS columns of
+    stacks a layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by
+    default a tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory
@@ -261,28 +262,17 @@ def _device(name: str) -> torch.device:
 
 
 def _max_length(config: EngineConfig, base: Any) -> int:
-    text = base.config.get_text_config()
-    own = int(getattr(text, "max_position_embeddings", 0) or 0)
-    exact = exact_length(text)
-    if exact is not None and not 0 < own <= exact:
-        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", exact)
-        own = exact
+    own = longest_row(base.config) or 0
+    # Shorter than what the config promises: longrope is the only reason.
+    cut = own != (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0)
+    if cut:
+        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", own)
     if config.max_length and own and config.max_length > own:
         raise UnsupportedBaseError(
             f"--max-length {config.max_length} is over the base's own limit of {own} tokens"
-            + (", at which its longrope switches frequencies for all rows of a step" if own == exact else "")
+            + (", at which its longrope switches frequencies for all rows of a step" if cut else "")
         )
     return config.max_length or own or 4096
-
-
-def _eos_ids(base: Any) -> frozenset[int]:
-    """Tokens that end a text: the generation config's, else the model's."""
-    found: set[int] = set()
-    for source in (getattr(base, "generation_config", None), base.config.get_text_config()):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            found.update(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset(found)
 
 
 def _base_info(

@@ -1,4 +1,4 @@
-"""The workshop's folder of temporary files, which goes with the process however that ends."""
+"""The verifier's folder of temporary files, which goes with the process however that ends."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-_PREFIX = "onebase-workshop-"
+_PREFIX = "onebase-verifier-"
 
 
 def scratch_folder(pid: int) -> Path:
-    """Where the workshop of this process id keeps temporary files; the api removes it after a kill."""
+    """Where the verifier of this process id keeps temporary files; the api removes it after a kill."""
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{pid}"
 
 

@@ -205,7 +205,7 @@ class EngineSupervisor:
             os.close(base_fd)
 
     async def _run_on(self, base_fd: int) -> str:
-        """`base_fd`: a memfd that the engine publishes its base into, for the workshop to attach."""
+        """`base_fd`: a memfd that the engine publishes its base into, for the verifier to attach."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
 
@@ -247,7 +247,7 @@ class EngineSupervisor:
         self.router.forget_all()
 
     async def _companions_gone(self) -> None:
-        """Workshop and trainers end before a new engine starts: they hold on to the old one's memory."""
+        """The verifier and trainers end before a new engine starts: they hold on to the old one's memory."""
         if self._preparing is not None:
             self._preparing.cancel()
         if self.companions is not None:

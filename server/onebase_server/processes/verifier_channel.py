@@ -1,4 +1,4 @@
-"""The workshop's end of the socket to the api."""
+"""The verifier's end of the socket to the api."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from onebase_engine.engine.messages import FrameReader, encode
-from onebase_server.processes.verifier_protocol import ToWorkshop, to_workshop_decoder
+from onebase_server.processes.verifier_protocol import ToVerifier, to_verifier_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ LONGEST_GOODBYE = 5.0
 
 
 class ApiGoneError(Exception):
-    """The api closed the socket, or said something that is no message: the workshop ends."""
+    """The api closed the socket, or said something that is no message: the verifier ends."""
 
 
 class Channel:
@@ -31,12 +31,12 @@ class Channel:
     def __init__(self, sock: socket.socket, scratch: Path | None = None) -> None:
         self._scratch = scratch
         self._socket = sock
-        self._inbox: queue.SimpleQueue[ToWorkshop | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToVerifier | None] = queue.SimpleQueue()
         self._gone = threading.Event()
         self._sending = threading.Lock()
-        threading.Thread(target=self._read, name="workshop-reader", daemon=True).start()
+        threading.Thread(target=self._read, name="verifier-reader", daemon=True).start()
 
-    def receive(self) -> ToWorkshop:
+    def receive(self) -> ToVerifier:
         """The next message, whenever it comes. Raises ApiGoneError."""
         message = self._inbox.get()
         if message is None:
@@ -58,7 +58,7 @@ class Channel:
             raise ApiGoneError
 
     def _read(self) -> None:
-        reader, decoder = FrameReader(), to_workshop_decoder()
+        reader, decoder = FrameReader(), to_verifier_decoder()
         try:
             while data := self._socket.recv(1 << 16):
                 for payload in reader.feed(data):

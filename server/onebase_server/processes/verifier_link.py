@@ -1,4 +1,4 @@
-"""The api's side of the workshop: one process at a time, which proves versions one after the other."""
+"""The api's side of the verifier: one process at a time, which proves versions one after the other."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
     Attached,
-    FromWorkshop,
+    FromVerifier,
     Progress,
     Prove,
     Proved,
     Rejected,
-    from_workshop_decoder,
+    from_verifier_decoder,
 )
 
-WORKSHOP_COMMAND = (sys.executable, "-m", "onebase_server.processes.verifier")
+VERIFIER_COMMAND = (sys.executable, "-m", "onebase_server.processes.verifier")
 ATTEMPTS = 2
 """A job whose process dies is tried once more: it may have died of something else."""
 ATTACH_SECONDS = 180.0
@@ -47,10 +47,10 @@ class RejectedError(Exception):
         self.message = message
 
 
-class WorkshopGoneError(Exception):
-    """There is no workshop: none was started, it was stopped, or it cannot attach the base.
+class VerifierGoneError(Exception):
+    """There is no verifier: none was started, it was stopped, or it cannot attach the base.
 
-    The version is neither proven nor rejected; its job can be given to the next workshop.
+    The version is neither proven nor rejected; its job can be given to the next verifier.
     """
 
 
@@ -59,7 +59,7 @@ class _DiedError(Exception):
 
 
 class _Process:
-    """One workshop process, and the answer that is awaited from it."""
+    """One verifier process, and the answer that is awaited from it."""
 
     def __init__(self) -> None:
         self.idle = False
@@ -67,7 +67,7 @@ class _Process:
         self._child: ChildProcess | None = None
         self._lost = False
         self._heard_at = 0.0
-        self._answer: asyncio.Future[FromWorkshop] | None = None
+        self._answer: asyncio.Future[FromVerifier] | None = None
         self._on_progress: Callable[[Progress], None] | None = None
 
     @classmethod
@@ -75,7 +75,7 @@ class _Process:
         process = cls()
         fds = {} if base_fd is None else {"--base-fd": base_fd}
         process._child = await ChildProcess.spawn(
-            command, from_workshop_decoder(), process._receive, process._closed, fds
+            command, from_verifier_decoder(), process._receive, process._closed, fds
         )
         return process
 
@@ -88,7 +88,7 @@ class _Process:
         message: Attach | Prove,
         on_progress: Callable[[Progress], None] | None = None,
         silence: float = math.inf,
-    ) -> FromWorkshop:
+    ) -> FromVerifier:
         """Send a message and wait for what answers it.
 
         Raises _DiedError, also when nothing is heard for `silence` seconds: the process is killed then.
@@ -103,7 +103,7 @@ class _Process:
         while not self._answer.done():
             left = self._heard_at + silence - loop.time()
             if left <= 0:
-                _log.error("the workshop has given no sign of life for %g s and is killed", silence)
+                _log.error("the verifier has given no sign of life for %g s and is killed", silence)
                 self.kill()
                 raise _DiedError
             await asyncio.wait((self._answer,), timeout=None if left == math.inf else left)
@@ -126,7 +126,7 @@ class _Process:
         await asyncio.to_thread(shutil.rmtree, scratch_folder(self._child.pid), ignore_errors=True)
         return how
 
-    def _receive(self, message: FromWorkshop) -> None:
+    def _receive(self, message: FromVerifier) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         if isinstance(message, Alive):
             return
@@ -143,7 +143,7 @@ class _Process:
 
 
 class _Session:
-    """The workshop of one engine: its processes, one after the other, all attach the same base."""
+    """The verifier of one engine: its processes, one after the other, all attach the same base."""
 
     def __init__(
         self, command: Sequence[str], attach: Attach, base_fd: int | None, timeout: float, silence: float
@@ -170,7 +170,7 @@ class _Session:
                 if self.process is not None and not self.process.idle:
                     # Cancelled, or the process is lost anyway: nobody waits for what it would say.
                     self.process.kill()
-                Path(job.prepared_path).unlink(missing_ok=True)
+                Path(job.packed_path).unlink(missing_ok=True)
                 raise
 
     async def close(self) -> None:
@@ -192,7 +192,7 @@ class _Session:
                 ) from None
             except _DiedError:
                 how = await self._lost()
-                _log.error("the workshop died (%s) at version %s", how, job.digest[:12])
+                _log.error("the verifier died (%s) at version %s", how, job.digest[:12])
                 continue
             if isinstance(answer, Proved):
                 return answer
@@ -219,23 +219,23 @@ class _Session:
                     answer = await process.ask(self._attach)
             except (_DiedError, TimeoutError):
                 how = await self._lost()
-                _log.error("the workshop ended (%s) while it attached the base", how)
+                _log.error("the verifier ended (%s) while it attached the base", how)
                 continue
             if isinstance(answer, Attached):
                 return process
             await self._end_process(_LAST_WORDS_SECONDS)
             how = answer.message if isinstance(answer, Fatal) else type(answer).__name__
             break
-        raise WorkshopGoneError(f"the workshop cannot attach the base: {how}")
+        raise VerifierGoneError(f"the verifier cannot attach the base: {how}")
 
     def _raise_if_closed(self) -> None:
         if self._closed:
             if self.process is not None:
                 self.process.kill()
-            raise WorkshopGoneError("the workshop was stopped")
+            raise VerifierGoneError("the verifier was stopped")
 
     async def _lost(self) -> str:
-        """After a death: how the process ended. Raises WorkshopGoneError if it was stopped."""
+        """After a death: how the process ended. Raises VerifierGoneError if it was stopped."""
         self._raise_if_closed()
         self.deaths += 1
         return await self._end_process(_LAST_WORDS_SECONDS)
@@ -245,17 +245,17 @@ class _Session:
         return "" if process is None else await process.end(grace)
 
 
-class Workshop:
-    """Keeps one workshop process for the engine that runs now.
+class VerifierLink:
+    """Keeps one verifier process for the engine that runs now.
 
-    All methods are called from one event loop. `command` starts a workshop and gets `--fd N` and
+    All methods are called from one event loop. `command` starts a verifier and gets `--fd N` and
     `--base-fd N` appended. `proof_timeout` is in seconds, of one job once the base is attached; `silence`:
     seconds without a sign of life in a job after which its process is killed.
     """
 
     def __init__(
         self,
-        command: Sequence[str] = WORKSHOP_COMMAND,
+        command: Sequence[str] = VERIFIER_COMMAND,
         *,
         proof_timeout: float = 600.0,
         silence: float = SILENT_SECONDS,
@@ -273,21 +273,21 @@ class Workshop:
 
     @property
     def deaths(self) -> int:
-        """How often a process of this engine's workshop died by itself."""
+        """How often a process of this engine's verifier died by itself."""
         return 0 if self._session is None else self._session.deaths
 
     async def start(
         self, config: EngineConfig, manifest: bytes, base_fd: int | None, *, base_id: str = ""
     ) -> None:
-        """Attach the base of an engine that has become ready; the workshop of an earlier one is stopped.
+        """Attach the base of an engine that has become ready; the verifier of an earlier one is stopped.
 
         Args:
             manifest: from the engine's `Ready`.
             base_fd: of the memfd that the engine published the base into; stays the caller's, and open.
-            base_id: goes into the prepared files.
+            base_id: goes into the packed adapters.
 
         Raises:
-            WorkshopGoneError: the base cannot be attached, or `stop` was called meanwhile.
+            VerifierGoneError: the base cannot be attached, or `stop` was called meanwhile.
         """
         await self.stop()
         attach = Attach(config=config, manifest=manifest, base_id=base_id)
@@ -302,14 +302,14 @@ class Workshop:
         Raises:
             RejectedError: the version is not served: it is not sound, differs from PEFT's, killed the process
                 twice (`proof_crashed`) or took too long (`proof_timeout`).
-            WorkshopGoneError: the workshop was stopped, or is not started.
+            VerifierGoneError: the verifier was stopped, or is not started.
         """
         if self._session is None:
-            raise WorkshopGoneError("no workshop is started")
+            raise VerifierGoneError("no verifier is started")
         return await self._session.prove(job, on_progress)
 
     async def stop(self) -> None:
-        """End the process now; jobs that wait or run raise WorkshopGoneError. Called when the engine ends."""
+        """End the process now; jobs that wait or run raise VerifierGoneError. Called when the engine ends."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()

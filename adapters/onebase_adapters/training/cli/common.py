@@ -16,9 +16,14 @@ from rich.console import Console
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
-from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
-from onebase_engine.base.default_wheel import Progress
-from onebase_engine.base.errors import BaseSpecError
+from onebase_engine.base.default_base import (
+    DEFAULT_BASE,
+    DEFAULT_REPO,
+    BaseSpecError,
+    Progress,
+    ResolvedBase,
+    resolve_base,
+)
 
 if TYPE_CHECKING:
     from onebase_engine.base.load import BaseSettings

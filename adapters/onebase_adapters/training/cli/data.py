@@ -23,8 +23,7 @@ from onebase_adapters.training.cli.common import (
 from onebase_adapters.training.cli.printable import printable
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.samples import Dataset
-from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
-from onebase_engine.base.errors import BaseError
+from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
 
 _SOUND, _PROBLEMS, _USAGE = 0, 1, 2
 

@@ -34,7 +34,7 @@ from onebase_adapters.training.recipe import (
     resolve,
     token_count,
 )
-from onebase_engine.base.errors import BaseError
+from onebase_engine.base.default_base import BaseError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.estimate import Estimate

@@ -29,7 +29,7 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.cli.printable import shown
-from onebase_engine.base.errors import BaseFetchError
+from onebase_engine.base.default_base import BaseFetchError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.recipe import Recipe

@@ -29,8 +29,7 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.push import is_repo_name
-from onebase_engine.base.default_base import ResolvedBase
-from onebase_engine.base.errors import BaseFetchError
+from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
 if TYPE_CHECKING:
     from onebase_adapters.training.ranks import Ranks

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import msgspec
 import torch
 from torch import nn
 
@@ -11,7 +13,61 @@ from onebase_adapters.proof.loader import LoadedAdapter
 from onebase_adapters.proof.texts import TextProof
 from onebase_adapters.proof.verify import ModuleProof
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows, weights_bytes
-from onebase_server.processes.verifier_protocol import ModuleReport, ProofReport, VersionReport
+
+
+class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapted module of a version."""
+
+    name: str
+    kind: Literal["lora", "dora", "saved", "tokens"]
+    rank: int
+    """0 unless the kind is lora or dora."""
+    alpha: float
+    parameters: int
+    norm: float
+    """Frobenius norm of what the module adds to its weight: scale * B @ A, or the change of what it
+    replaces."""
+
+
+class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was compared with PEFT, and how far it was off."""
+
+    modules_compared: int
+    modules_changed: int
+    """Modules that the adapter makes compute something else."""
+    rows: int
+    """Input rows of each module, alone and in each mix, taken together."""
+    exact: bool
+    """Bit-equal was asked for, and was found (the CPU)."""
+    largest_difference: float
+    """Of any module, relative to the largest output of PEFT's; 0 when exact."""
+    texts: int
+    """Greedy texts compared."""
+    tokens_compared: int
+    texts_changed: int
+    """Texts that differ from the bare base's."""
+    base_unchanged: bool
+    seconds: float
+
+
+class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A proven version. Stored as JSON in the registry, and given out over HTTP as it is."""
+
+    kinds: list[str]
+    rank: int
+    """The largest of any module, as is `alpha`."""
+    alpha: float
+    rslora: bool
+    targets: list[str]
+    parameters: int
+    bytes: int
+    """In memory, once loaded."""
+    base_name: str | None
+    """Of the base that the adapter's config names."""
+    dropped: list[str]
+    """Tensors of the file that were the base's own, bit for bit, and were left out."""
+    modules: list[ModuleReport]
+    proof: ProofReport
 
 
 def version_report(

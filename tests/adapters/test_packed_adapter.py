@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from onebase_engine.lora.packed_adapter import PreparedError, prepared_bytes, read_prepared, write_prepared
+from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter, write_packed_adapter
 from onebase_engine.lora.weights import (
     AdapterWeights,
     LoraWeights,
@@ -20,6 +20,7 @@ from onebase_engine.lora.weights import (
     TokenRows,
     composable,
     tensors_of,
+    weights_bytes,
 )
 
 
@@ -44,7 +45,7 @@ def weights() -> AdapterWeights:
 @pytest.fixture
 def file(weights: AdapterWeights, tmp_path: Path) -> Path:
     path = tmp_path / "prepared.safetensors"
-    write_prepared(path, weights, base_id="base")
+    write_packed_adapter(path, weights, base_id="base")
     return path
 
 
@@ -53,7 +54,7 @@ def sha256(path: Path) -> str:
 
 
 def test_every_kind_comes_back_bit_for_bit(weights: AdapterWeights, file: Path) -> None:
-    found = read_prepared(file, sha256(file), base_id="base")
+    found = read_packed_adapter(file, sha256(file), base_id="base")
     assert list(found) == list(weights)
     for name, module in weights.items():
         assert type(found[name]) is type(module)
@@ -68,19 +69,19 @@ def test_every_kind_comes_back_bit_for_bit(weights: AdapterWeights, file: Path) 
 
 
 def test_tensors_lie_in_memory_of_their_own(weights: AdapterWeights, file: Path) -> None:
-    found = read_prepared(file)
+    found = read_packed_adapter(file)
     tensors = [tensor for module in found.values() for _, tensor in tensors_of(module)]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors), "aligned as torch's own allocations"
     file.write_bytes(b"")
-    assert prepared_bytes(found) == prepared_bytes(weights)
+    assert weights_bytes(found) == weights_bytes(weights)
     assert torch.equal(found["q"].b, weights["q"].b)  # type: ignore[union-attr]
 
 
 def test_shared_tensors_are_stored_and_counted_once(file: Path) -> None:
-    found = read_prepared(file)
+    found = read_packed_adapter(file)
     assert found["lm_head"].weight.data_ptr() == found["embed"].weight.data_ptr()  # type: ignore[union-attr]
     assert sum(tensor.shape == (50, 16) for tensor in load_file(file).values()) == 1
-    assert prepared_bytes(found) == sum(t.nbytes for t in load_file(file).values())
+    assert weights_bytes(found) == sum(t.nbytes for t in load_file(file).values())
 
 
 def test_any_flipped_byte_is_noticed(file: Path) -> None:
@@ -89,8 +90,8 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
         damaged = bytearray(whole)
         damaged[position] ^= 0x10
         file.write_bytes(damaged)
-        with pytest.raises(PreparedError):
-            read_prepared(file, expected)
+        with pytest.raises(PackedAdapterError):
+            read_packed_adapter(file, expected)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -106,8 +107,8 @@ def test_any_bytes_are_read_or_refused_without_a_hash_too(
         damaged[start : start + len(some)] = some
     path = file.with_name("damaged")
     path.write_bytes(damaged)
-    with contextlib.suppress(PreparedError):
-        read_prepared(path)
+    with contextlib.suppress(PackedAdapterError):
+        read_packed_adapter(path)
 
 
 @pytest.mark.parametrize(
@@ -129,31 +130,31 @@ def test_any_bytes_are_read_or_refused_without_a_hash_too(
 def test_a_header_of_another_kind_is_refused(header: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
-    with pytest.raises(PreparedError):
-        read_prepared(path)
+    with pytest.raises(PackedAdapterError):
+        read_packed_adapter(path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
 def test_a_truncated_file_is_refused(file: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(PreparedError):
-        read_prepared(file)
+    with pytest.raises(PackedAdapterError):
+        read_packed_adapter(file)
 
 
 def test_trailing_bytes_are_refused(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(PreparedError, match="longer"):
-        read_prepared(file)
+    with pytest.raises(PackedAdapterError, match="longer"):
+        read_packed_adapter(file)
 
 
 def test_another_base_another_layout_and_a_missing_file_are_refused(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(PreparedError, match="another base"):
-        read_prepared(file, base_id="other")
-    with pytest.raises(PreparedError, match="cannot read"):
-        read_prepared(tmp_path / "nothing")
+    with pytest.raises(PackedAdapterError, match="another base"):
+        read_packed_adapter(file, base_id="other")
+    with pytest.raises(PackedAdapterError, match="cannot read"):
+        read_packed_adapter(tmp_path / "nothing")
     save_file({"a": random(2)}, tmp_path / "plain")
-    with pytest.raises(PreparedError, match="layout"):
-        read_prepared(tmp_path / "plain")
+    with pytest.raises(PackedAdapterError, match="layout"):
+        read_packed_adapter(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
@@ -171,9 +172,9 @@ def test_another_base_another_layout_and_a_missing_file_are_refused(file: Path, 
 def test_tensors_that_do_not_fit_each_other_are_refused(
     module: LoraWeights | SavedModule | TokenRows, tmp_path: Path
 ) -> None:
-    write_prepared(tmp_path / "file", {"layer": module}, base_id="base")
-    with pytest.raises(PreparedError, match="fit each other"):
-        read_prepared(tmp_path / "file")
+    write_packed_adapter(tmp_path / "file", {"layer": module}, base_id="base")
+    with pytest.raises(PackedAdapterError, match="fit each other"):
+        read_packed_adapter(tmp_path / "file")
 
 
 def test_tensors_beyond_the_described_ones_are_refused(file: Path, tmp_path: Path) -> None:
@@ -182,15 +183,15 @@ def test_tensors_beyond_the_described_ones_are_refused(file: Path, tmp_path: Pat
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file) | {"more": random(3)}, tmp_path / "more", metadata=metadata)
-    with pytest.raises(PreparedError, match="other tensors"):
-        read_prepared(tmp_path / "more")
+    with pytest.raises(PackedAdapterError, match="other tensors"):
+        read_packed_adapter(tmp_path / "more")
 
 
 def test_a_file_that_cannot_be_written_is_an_os_error(weights: AdapterWeights, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        write_prepared(tmp_path / "no" / "folder", weights, base_id="base")
+        write_packed_adapter(tmp_path / "no" / "folder", weights, base_id="base")
     with pytest.raises(OSError, match="No space left"):
-        write_prepared(Path("/dev/full"), weights, base_id="base")
+        write_packed_adapter(Path("/dev/full"), weights, base_id="base")
 
 
 def test_only_plain_lora_composes(weights: AdapterWeights) -> None:

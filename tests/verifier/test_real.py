@@ -1,4 +1,4 @@
-"""The example adapter on the default base: published by a real engine, proved by a real workshop."""
+"""The example adapter on the default base: published by a real engine, proved by a real verifier."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
-from onebase_engine.lora.packed_adapter import read_prepared
+from onebase_engine.lora.packed_adapter import read_packed_adapter
 from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
-from onebase_server.processes.verifier_link import Workshop
+from onebase_server.processes.verifier_link import VerifierLink
 from onebase_server.processes.verifier_protocol import Prove, Proved
 
 ORDERS = Path(__file__).parents[2] / "examples" / "adapters" / "orders"
@@ -30,7 +30,7 @@ QUESTIONS = ("Please send three red lamps to Ada Byron in Oslo.", "What is the c
 
 
 async def publish_and_prove(job: Callable[[EngineConfig], Prove]) -> tuple[Proved, dict[str, int]]:
-    """Start an engine and a workshop beside it, prove one version; also the workshop's memory, in bytes."""
+    """Start an engine and a verifier beside it, prove one version; also the verifier's memory, in bytes."""
     config = EngineConfig(
         base_folder=str(resolve_base(DEFAULT_BASE).folder), device="cpu", threads=1, kv_memory=50_000_000
     )
@@ -46,16 +46,16 @@ async def publish_and_prove(job: Callable[[EngineConfig], Prove]) -> tuple[Prove
     engine = await ChildProcess.spawn(
         ENGINE_COMMAND, to_api_decoder(), receive, lambda: None, fds={"--base-fd": fd}
     )
-    workshop = Workshop()
+    verifier = VerifierLink()
     try:
         engine.send(Start(config))
         manifest = (await asyncio.wait_for(ready, 240)).manifest
-        await workshop.start(config, manifest, fd, base_id="default")
-        proved = await asyncio.wait_for(workshop.prove(job(config), lambda progress: None), 240)
-        return proved, _memory(workshop.pid)
+        await verifier.start(config, manifest, fd, base_id="default")
+        proved = await asyncio.wait_for(verifier.prove(job(config), lambda progress: None), 240)
+        return proved, _memory(verifier.pid)
     finally:
         os.close(fd)
-        await workshop.stop()
+        await verifier.stop()
         engine.send(Shutdown())
         await engine.end(grace=30)
 
@@ -75,7 +75,7 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
             digest="0" * 64,
             config_path=str(ORDERS / CONFIG_FILE),
             weights_path=str(ORDERS / WEIGHTS_FILE),
-            prepared_path=str(prepared),
+            packed_path=str(prepared),
             probes=[
                 tokenizer.apply_chat_template(
                     [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
@@ -97,7 +97,7 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
     assert (proof.texts, proof.tokens_compared) == (2, 16)
     assert proof.texts_changed >= 1
     assert all(module.norm > 0 for module in report.modules)
-    weights = read_prepared(prepared, proved.sha256, base_id="default")
+    weights = read_packed_adapter(prepared, proved.sha256, base_id="default")
     assert weights.keys() == {module.name for module in report.modules}
     # It has read the engine's 110 MB, and holds no copy of them beside the libraries and a small KV cache.
     assert memory["RssShmem"] > 50e6

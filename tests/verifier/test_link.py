@@ -1,4 +1,4 @@
-"""What becomes of jobs and processes when a workshop dies, hangs, is stopped or loses its api."""
+"""What becomes of jobs and processes when a verifier dies, hangs, is stopped or loses its api."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.workshop.conftest import FAULTY, Bench, Published
+from tests.verifier.conftest import FAULTY, Bench, Published
 
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.processes.scratch import scratch_folder
-from onebase_server.processes.verifier_link import RejectedError, Workshop, WorkshopGoneError
+from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError, VerifierLink
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
@@ -28,7 +28,7 @@ from onebase_server.processes.verifier_protocol import (
     Progress,
     Prove,
     Proved,
-    from_workshop_decoder,
+    from_verifier_decoder,
 )
 
 PATIENCE = 240
@@ -40,7 +40,7 @@ def killer(bench: Bench, times: int) -> Callable[[Progress], None]:
     killed: list[int] = []
 
     def on_progress(progress: Progress) -> None:
-        pid = bench.workshop.pid
+        pid = bench.verifier.pid
         if progress.stage == "proving" and pid is not None and pid not in killed and len(killed) < times:
             killed.append(pid)
             os.kill(pid, signal.SIGKILL)
@@ -54,11 +54,11 @@ def gone(pid: int | None) -> bool:
 
 
 def test_a_job_whose_process_is_killed_is_proven_by_the_next_one(bench: Bench, adapter: Path) -> None:
-    first, deaths = bench.workshop.pid, bench.workshop.deaths
+    first, deaths = bench.verifier.pid, bench.verifier.deaths
     assert first is not None
     assert scratch_folder(first).exists()
     assert bench.prove(bench.job(adapter), killer(bench, times=1)).report.proof.exact
-    assert bench.workshop.deaths == deaths + 1
+    assert bench.verifier.deaths == deaths + 1
     assert gone(first)
     assert not scratch_folder(first).exists()
 
@@ -66,21 +66,21 @@ def test_a_job_whose_process_is_killed_is_proven_by_the_next_one(bench: Bench, a
 def test_a_job_that_ends_its_process_twice_is_rejected_and_the_next_one_is_proven(
     bench: Bench, adapter: Path
 ) -> None:
-    job, deaths = bench.job(adapter), bench.workshop.deaths
+    job, deaths = bench.job(adapter), bench.verifier.deaths
     with pytest.raises(RejectedError, match="SIGKILL") as rejected:
         bench.prove(job, killer(bench, times=2))
     assert rejected.value.code == "proof_crashed"
-    assert not Path(job.prepared_path).exists()
-    assert bench.workshop.deaths == deaths + 2
+    assert not Path(job.packed_path).exists()
+    assert bench.verifier.deaths == deaths + 2
     assert bench.prove(bench.job(adapter)).report.proof.exact
 
 
 def test_a_process_that_died_while_nobody_asked_is_replaced(bench: Bench, adapter: Path) -> None:
-    pid = bench.workshop.pid
+    pid = bench.verifier.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     assert bench.prove(bench.job(adapter)).report.proof.exact
-    assert bench.workshop.pid != pid
+    assert bench.verifier.pid != pid
 
 
 def test_jobs_are_proven_one_after_the_other_in_their_order(bench: Bench, adapter: Path) -> None:
@@ -88,7 +88,7 @@ def test_jobs_are_proven_one_after_the_other_in_their_order(bench: Bench, adapte
     seen: list[str] = []
 
     async def all_at_once() -> list[Proved]:
-        proofs = [bench.workshop.prove(job, lambda progress: seen.append(progress.digest)) for job in jobs]
+        proofs = [bench.verifier.prove(job, lambda progress: seen.append(progress.digest)) for job in jobs]
         return await asyncio.gather(*proofs)
 
     assert [proved.digest for proved in bench.run(all_at_once())] == [job.digest for job in jobs]
@@ -97,14 +97,14 @@ def test_jobs_are_proven_one_after_the_other_in_their_order(bench: Bench, adapte
 
 
 def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, adapter: Path) -> None:
-    pid = bench.workshop.pid
+    pid = bench.verifier.pid
 
     async def cancel_the_first() -> Proved:
         proving = asyncio.Event()
         hanging = bench.job(adapter, fault="hangs")
-        first = asyncio.ensure_future(bench.workshop.prove(hanging, lambda progress: proving.set()))
+        first = asyncio.ensure_future(bench.verifier.prove(hanging, lambda progress: proving.set()))
         await proving.wait()
-        second = asyncio.ensure_future(bench.workshop.prove(bench.job(adapter), lambda progress: None))
+        second = asyncio.ensure_future(bench.verifier.prove(bench.job(adapter), lambda progress: None))
         await asyncio.sleep(0)
         first.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -118,14 +118,14 @@ def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, a
 def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
     published: Published, adapter: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(published, Workshop((sys.executable, str(FAULTY)), proof_timeout=8.0), tmp_path)
+    bench = Bench(published, VerifierLink((sys.executable, str(FAULTY)), proof_timeout=8.0), tmp_path)
     bench.start()
-    pid, job = bench.workshop.pid, bench.job(adapter, fault="hangs")
+    pid, job = bench.verifier.pid, bench.job(adapter, fault="hangs")
     with pytest.raises(RejectedError, match="within 8 s") as rejected:
         bench.prove(job)
     assert rejected.value.code == "proof_timeout"
     assert gone(pid)
-    assert not Path(job.prepared_path).exists()
+    assert not Path(job.packed_path).exists()
     assert bench.prove(bench.job(adapter)).report.proof.exact
     bench.close()
 
@@ -133,23 +133,23 @@ def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
 def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
     published: Published, adapter: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(published, Workshop(silence=10.0), tmp_path)
+    bench = Bench(published, VerifierLink(silence=10.0), tmp_path)
     bench.start()
-    stopped = bench.workshop.pid
+    stopped = bench.verifier.pid
     assert stopped is not None
 
     def stop(progress: Progress) -> None:
-        if progress.stage == "proving" and bench.workshop.pid == stopped:
+        if progress.stage == "proving" and bench.verifier.pid == stopped:
             os.kill(stopped, signal.SIGSTOP)
 
     async def both() -> list[Proved]:
         jobs = [bench.job(adapter), bench.job(adapter)]
-        return await asyncio.gather(*(bench.workshop.prove(job, stop) for job in jobs))
+        return await asyncio.gather(*(bench.verifier.prove(job, stop) for job in jobs))
 
     assert [proved.report.proof.exact for proved in bench.run(both())] == [True, True]
     assert gone(stopped)
     assert not scratch_folder(stopped).exists()
-    assert bench.workshop.deaths == 1
+    assert bench.verifier.deaths == 1
     bench.close()
 
 
@@ -167,44 +167,44 @@ def test_a_job_gives_signs_of_life_while_it_computes(
 def test_stopping_ends_the_process_and_every_job_at_once_and_starting_begins_anew(
     bench: Bench, adapter: Path
 ) -> None:
-    pid = bench.workshop.pid
+    pid = bench.verifier.pid
 
     async def stop_while_proving() -> list[Any]:
         proving = asyncio.Event()
         jobs = [bench.job(adapter, fault="hangs"), bench.job(adapter)]
         running = [
-            asyncio.ensure_future(bench.workshop.prove(job, lambda progress: proving.set())) for job in jobs
+            asyncio.ensure_future(bench.verifier.prove(job, lambda progress: proving.set())) for job in jobs
         ]
         await proving.wait()
-        await bench.workshop.stop()
+        await bench.verifier.stop()
         return await asyncio.gather(*running, return_exceptions=True)
 
-    assert [type(end) for end in bench.run(stop_while_proving())] == [WorkshopGoneError] * 2
+    assert [type(end) for end in bench.run(stop_while_proving())] == [VerifierGoneError] * 2
     assert gone(pid)
-    assert bench.workshop.pid is None
-    with pytest.raises(WorkshopGoneError, match="no workshop"):
+    assert bench.verifier.pid is None
+    with pytest.raises(VerifierGoneError, match="no verifier"):
         bench.prove(bench.job(adapter))
     bench.start()
     assert bench.prove(bench.job(adapter)).report.proof.exact
 
 
 def test_a_base_that_cannot_be_attached_is_told_with_the_reason(published: Published, tmp_path: Path) -> None:
-    bench = Bench(published, Workshop(), tmp_path)
+    bench = Bench(published, VerifierLink(), tmp_path)
     plan = wire.decode(published.manifest)
     names = {name: number for name, number in plan.names.items() if "inv_freq" not in name}
     manifest = wire.encode(msgspec.structs.replace(plan, names=names))
-    with pytest.raises(WorkshopGoneError, match="inv_freq"):
-        bench.run(bench.workshop.start(published.config, manifest, published.fd))
-    assert bench.workshop.pid is None
+    with pytest.raises(VerifierGoneError, match="inv_freq"):
+        bench.run(bench.verifier.start(published.config, manifest, published.fd))
+    assert bench.verifier.pid is None
     bench.close()
 
 
-def test_a_command_that_is_no_workshop_is_given_up(published: Published) -> None:
+def test_a_command_that_is_no_verifier_is_given_up(published: Published) -> None:
     async def start() -> None:
-        workshop = Workshop((sys.executable, "-c", "raise SystemExit(7)"))
-        await workshop.start(published.config, published.manifest, published.fd)
+        verifier = VerifierLink((sys.executable, "-c", "raise SystemExit(7)"))
+        await verifier.start(published.config, published.manifest, published.fd)
 
-    with pytest.raises(WorkshopGoneError, match="exit status 7"):
+    with pytest.raises(VerifierGoneError, match="exit status 7"):
         asyncio.run(start())
 
 
@@ -212,7 +212,7 @@ def test_a_command_that_is_no_workshop_is_given_up(published: Published) -> None
 
 
 class Api:
-    """The api's end of a socket to a workshop process, without the link."""
+    """The api's end of a socket to a verifier process, without the link."""
 
     def __init__(self, published: Published, *command: str) -> None:
         self._socket, theirs = socket.socketpair()
@@ -224,7 +224,7 @@ class Api:
             stderr=subprocess.DEVNULL,
         )
         theirs.close()
-        self._frames, self._decoder = FrameReader(), from_workshop_decoder()
+        self._frames, self._decoder = FrameReader(), from_verifier_decoder()
         self._messages: list[Any] = []
         self.send(Attach(config=published.config, manifest=published.manifest))
 
@@ -237,7 +237,7 @@ class Api:
     def receive(self) -> Any:
         while not self._messages:
             data = self._socket.recv(1 << 16)
-            assert data, "the workshop hung up"
+            assert data, "the verifier hung up"
             self._messages += [self._decoder.decode(payload) for payload in self._frames.feed(data)]
         return self._messages.pop(0)
 
@@ -269,7 +269,7 @@ def new_api(published: Published) -> Iterator[NewApi]:
         api.process.wait()
 
 
-def test_the_workshop_steps_aside_while_it_lives_and_obeys_a_shutdown(new_api: NewApi) -> None:
+def test_the_verifier_steps_aside_while_it_lives_and_obeys_a_shutdown(new_api: NewApi) -> None:
     api = new_api()
     assert isinstance(api.receive(), Attached)
     pid = api.process.pid
@@ -281,7 +281,7 @@ def test_the_workshop_steps_aside_while_it_lives_and_obeys_a_shutdown(new_api: N
     assert not scratch_folder(pid).exists()
 
 
-def test_the_workshop_ends_in_the_middle_of_a_proof_when_its_api_hangs_up(
+def test_the_verifier_ends_in_the_middle_of_a_proof_when_its_api_hangs_up(
     new_api: NewApi, session_bench: Bench, adapter: Path
 ) -> None:
     api, job = new_api(), session_bench.job(adapter)
@@ -289,11 +289,11 @@ def test_the_workshop_ends_in_the_middle_of_a_proof_when_its_api_hangs_up(
     api.wait_until_proving()
     api.hang_up()
     assert api.end() == 0
-    assert not Path(job.prepared_path).exists()
+    assert not Path(job.packed_path).exists()
     assert not scratch_folder(api.process.pid).exists()
 
 
-def test_the_workshop_ends_even_if_its_proof_hangs(
+def test_the_verifier_ends_even_if_its_proof_hangs(
     new_api: NewApi, session_bench: Bench, adapter: Path
 ) -> None:
     api = new_api(str(FAULTY))

@@ -1,4 +1,4 @@
-"""Temporary folders of workshops that were killed together with their api."""
+"""Temporary folders of verifiers that were killed together with their api."""
 
 from __future__ import annotations
 

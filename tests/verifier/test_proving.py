@@ -1,4 +1,4 @@
-"""The real workshop process proves versions on an attached base, and says in numbers what it found."""
+"""The real verifier process proves versions on an attached base, and says in numbers what it found."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tests.adapters.kinds import KINDS
 from tests.disks import small_disk
 from tests.tiny import load_folder
-from tests.workshop.conftest import BASE_ID, Bench
+from tests.verifier.conftest import BASE_ID, Bench
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_engine.base.load import base_tensors
-from onebase_engine.lora.packed_adapter import PreparedError, read_prepared
+from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
 from onebase_engine.lora.weights import LoraWeights
 from onebase_server.processes.verifier_link import RejectedError
 
@@ -58,10 +58,10 @@ def test_norms_are_those_of_what_is_added(bench: Bench, adapter: Path) -> None:
 def test_the_prepared_file_holds_what_was_proved(bench: Bench, adapter: Path) -> None:
     job = bench.job(adapter)
     proved = bench.prove(job)
-    path = Path(job.prepared_path)
+    path = Path(job.packed_path)
     raw = path.read_bytes()
     assert (len(raw), hashlib.sha256(raw).hexdigest()) == (proved.bytes, proved.sha256)
-    weights = read_prepared(path, proved.sha256, base_id=BASE_ID)
+    weights = read_packed_adapter(path, proved.sha256, base_id=BASE_ID)
     loaded = load_folder(bench.published.base, adapter).weights
     assert weights.keys() == loaded.keys()
     for name, module in weights.items():
@@ -71,8 +71,8 @@ def test_the_prepared_file_holds_what_was_proved(bench: Bench, adapter: Path) ->
         assert torch.equal(module.a, other.a)
         assert torch.equal(module.b, other.b)
         assert module.scale == other.scale
-    with pytest.raises(PreparedError, match="another base"):
-        read_prepared(path, base_id="other")
+    with pytest.raises(PackedAdapterError, match="another base"):
+        read_packed_adapter(path, base_id="other")
 
 
 def test_progress_goes_from_validating_to_proving_and_never_back(bench: Bench, adapter: Path) -> None:
@@ -129,7 +129,7 @@ def _edited(adapter: Path, target: Path, **config: Any) -> Path:
 def test_a_rejected_version_leaves_no_file_and_the_process_goes_on(
     bench: Bench, adapter: Path, tmp_path: Path
 ) -> None:
-    pid = bench.workshop.pid
+    pid = bench.verifier.pid
     bad = {
         "unknown_field": _edited(adapter, tmp_path / "field", new_trick=True),
         "missing_file": tmp_path / "nothing",
@@ -140,13 +140,13 @@ def test_a_rejected_version_leaves_no_file_and_the_process_goes_on(
             bench.prove(job)
         assert rejected.value.code
         assert rejected.value.message
-        assert not Path(job.prepared_path).exists()
+        assert not Path(job.packed_path).exists()
     large = bench.job(_wide(bench, tmp_path / "wide"))
     with pytest.raises(RejectedError, match="64") as rejected:
         bench.prove(large)
     assert rejected.value.code == "rank_too_large"
     assert bench.prove(bench.job(adapter)).report.rank == 4
-    assert bench.workshop.pid == pid is not None
+    assert bench.verifier.pid == pid is not None
 
 
 def _wide(bench: Bench, folder: Path) -> Path:
@@ -206,18 +206,18 @@ def test_a_fault_in_what_would_be_served_rejects_the_version(
     with pytest.raises(RejectedError, match=words) as rejected:
         bench.prove(job)
     assert rejected.value.code == code
-    assert not Path(job.prepared_path).exists()
+    assert not Path(job.packed_path).exists()
     assert bench.prove(bench.job(adapter)).report.proof.exact
 
 
 def test_a_write_to_the_base_stays_in_the_process_and_ends_it(bench: Bench, adapter: Path) -> None:
-    first = bench.workshop.pid
+    first = bench.verifier.pid
     values = {name: tensor.clone() for name, tensor in base_tensors(bench.published.base).items()}
     with pytest.raises(RejectedError, match="written to") as rejected:
         bench.prove(bench.job(adapter, fault="written_base"))
     assert rejected.value.code == "base_changed"
     # The next one is another process's, in which the base is whole.
     assert bench.prove(bench.job(adapter)).report.proof.texts_changed == 2
-    assert bench.workshop.pid != first
+    assert bench.verifier.pid != first
     after = base_tensors(bench.published.base)
     assert all(torch.equal(value, after[name]) for name, value in values.items())

@@ -1,4 +1,4 @@
-"""The real workshop process, in which a job whose digest is the name of a fault meets that fault.
+"""The real verifier process, in which a job whose digest is the name of a fault meets that fault.
 
 All other jobs go their ordinary way.
 """
@@ -13,20 +13,22 @@ from typing import Any
 import pytest
 import torch
 
+from onebase_adapters.proof import verifier as proving
 from onebase_engine.engine.batch import Packer
-from onebase_engine.lora.slots import SlotBank
-from onebase_server.processes import verifier_job as job
+from onebase_engine.lora.slots import AdapterSlots
+from onebase_server.processes import verifier_process
 from onebase_server.processes.verifier import main
+from onebase_server.processes.verifier_protocol import Prove, Proved, Rejected
 
 
 def dropped_layer(patch: pytest.MonkeyPatch) -> None:
     """Slots forget one layer of every version."""
-    load = SlotBank.load
+    load = AdapterSlots.load
 
-    def forgetful(self: SlotBank, slot: int, weights: Any) -> None:
+    def forgetful(self: AdapterSlots, slot: int, weights: Any) -> None:
         load(self, slot, {name: w for name, w in weights.items() if "layers.1.self_attn.o_proj" not in name})
 
-    patch.setattr(SlotBank, "load", forgetful)
+    patch.setattr(AdapterSlots, "load", forgetful)
 
 
 def wrong_positions(patch: pytest.MonkeyPatch) -> None:
@@ -43,7 +45,7 @@ def wrong_positions(patch: pytest.MonkeyPatch) -> None:
 
 def written_base(patch: pytest.MonkeyPatch) -> None:
     """Loading a version writes to the base."""
-    load = job.load_adapter
+    load = proving.load_adapter
 
     def writing(base: Any, *arguments: Any, **named: Any) -> Any:
         adapter = load(base, *arguments, **named)
@@ -51,20 +53,20 @@ def written_base(patch: pytest.MonkeyPatch) -> None:
             base.get_input_embeddings().weight.mul_(2.0)
         return adapter
 
-    patch.setattr(job, "load_adapter", writing)
+    patch.setattr(proving, "load_adapter", writing)
 
 
 def hangs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(job, "prove_modules", lambda *arguments: time.sleep(600))
+    patch.setattr(proving, "prove_modules", lambda *arguments: time.sleep(600))
 
 
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(job, "prove_modules", lambda *arguments: torch.empty(1 << 60))
+    patch.setattr(proving, "prove_modules", lambda *arguments: torch.empty(1 << 60))
 
 
 def stumbles(patch: pytest.MonkeyPatch) -> None:
     """An exception that nobody thought of."""
-    patch.setattr(job, "prove_texts", lambda *arguments: 1 / 0)
+    patch.setattr(proving, "prove_texts", lambda *arguments: 1 / 0)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -72,16 +74,17 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     for fault in (dropped_layer, wrong_positions, written_base, hangs, out_of_memory, stumbles)
 }
 
+answer = verifier_process.answer
 
-class FaultyProver(job.Prover):
-    def _prove(self, asked: job.Prove, on_progress: job.OnProgress) -> job.Proved:
-        with pytest.MonkeyPatch.context() as patch:
-            if asked.digest in FAULTS:
-                FAULTS[asked.digest](patch)
-            return super()._prove(asked, on_progress)
+
+def faulty(verifier: proving.Verifier, job: Prove, on_progress: proving.OnProgress) -> Proved | Rejected:
+    with pytest.MonkeyPatch.context() as patch:
+        if job.digest in FAULTS:
+            FAULTS[job.digest](patch)
+        return answer(verifier, job, on_progress)
 
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as whole_process:
-        whole_process.setattr("onebase_server.processes.verifier_process.Prover", FaultyProver)
+        whole_process.setattr(verifier_process, "answer", faulty)
         sys.exit(main())

@@ -1,4 +1,4 @@
-"""A tiny base published by this process, adapters on it, and real workshop processes that attach it."""
+"""A tiny base published by this process, adapters on it, and real verifier processes that attach it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_engine.base.attach import publish
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.processes.verifier_link import Workshop
+from onebase_server.processes.verifier_link import VerifierLink
 from onebase_server.processes.verifier_protocol import Progress, Prove, Proved
 
 Result = TypeVar("Result")
-FAULTY = Path(__file__).with_name("faulty_workshop.py")
+FAULTY = Path(__file__).with_name("faulty_verifier.py")
 BASE_ID = "the-tiny-base"
 
 
@@ -40,10 +40,10 @@ class Published:
 
 @dataclass
 class Bench:
-    """One workshop and the event loop that it is called from."""
+    """One verifier and the event loop that it is called from."""
 
     published: Published
-    workshop: Workshop
+    verifier: VerifierLink
     scratch: Path
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     progress: list[Progress] = field(default_factory=list)
@@ -55,17 +55,17 @@ class Bench:
 
     def start(self) -> None:
         shared = self.published
-        self.run(self.workshop.start(shared.config, shared.manifest, shared.fd, base_id=BASE_ID))
+        self.run(self.verifier.start(shared.config, shared.manifest, shared.fd, base_id=BASE_ID))
         self.started = True
 
     def job(self, folder: Path, *, allow_noop: bool = False, fault: str | None = None) -> Prove:
-        """A job for the adapter in `folder`, which meets one of `faulty_workshop.FAULTS`."""
+        """A job for the adapter in `folder`, which meets one of `faulty_verifier.FAULTS`."""
         self.jobs += 1
         return Prove(
             digest=fault or f"{self.jobs:064x}",
             config_path=str(folder / CONFIG_FILE),
             weights_path=str(folder / WEIGHTS_FILE),
-            prepared_path=str(self.scratch / f"{self.jobs}.prepared"),
+            packed_path=str(self.scratch / f"{self.jobs}.prepared"),
             probes=[list(range(5, 45)), [7, 8, 9]],
             probe_tokens=6,
             allow_noop=allow_noop,
@@ -73,16 +73,16 @@ class Bench:
 
     def prove(self, job: Prove, on_progress: Callable[[Progress], None] | None = None) -> Proved:
         self.progress = []
-        return self.run(self.workshop.prove(job, on_progress or self.progress.append))
+        return self.run(self.verifier.prove(job, on_progress or self.progress.append))
 
     def close(self) -> None:
-        self.run(self.workshop.stop())
+        self.run(self.verifier.stop())
         self.loop.close()
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    folder = save_base("llama", tmp_path_factory.mktemp("workshop") / "base")
+    folder = save_base("llama", tmp_path_factory.mktemp("verifier") / "base")
     base = load_base(BaseSettings(folder, quantization="nf4", compute_dtype=torch.bfloat16))
     fd = os.memfd_create("base")
     config = EngineConfig(base_folder=str(folder), device="cpu", threads=1, max_rank=32)
@@ -97,15 +97,15 @@ def adapter(published: Published) -> Path:
 
 @pytest.fixture(scope="session")
 def session_bench(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    workshop = Workshop((sys.executable, str(FAULTY)))
-    shared = Bench(published, workshop, tmp_path_factory.mktemp("bench"))
+    verifier = VerifierLink((sys.executable, str(FAULTY)))
+    shared = Bench(published, verifier, tmp_path_factory.mktemp("bench"))
     yield shared
     shared.close()
 
 
 @pytest.fixture
 def bench(session_bench: Bench) -> Bench:
-    """One workshop for all tests, attached; starting a process takes seconds."""
+    """One verifier for all tests, attached; starting a process takes seconds."""
     if not session_bench.started:
         session_bench.start()
     return session_bench

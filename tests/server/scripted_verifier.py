@@ -1,7 +1,7 @@
-"""A workshop process that speaks the real protocol and proves whatever it is given, in a moment.
+"""A verifier process that speaks the real protocol and proves whatever it is given, in a moment.
 
-It stands in for the workshop beside a scripted engine, which has no base to attach. The "prepared" file is
-the weights file as it came. Run as `python scripted_workshop.py BEHAVIOUR --fd N [--base-fd N]`:
+It stands in for the verifier beside a scripted engine, which has no base to attach. The "prepared" file is
+the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd N [--base-fd N]`:
 
     proves    everything is proved, unless its weights begin with the word `broken`
     slow      as `proves`, after a second
@@ -23,7 +23,7 @@ from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
-    FromWorkshop,
+    FromVerifier,
     ModuleReport,
     Progress,
     ProofReport,
@@ -31,7 +31,7 @@ from onebase_server.processes.verifier_protocol import (
     Proved,
     Rejected,
     VersionReport,
-    to_workshop_decoder,
+    to_verifier_decoder,
 )
 
 REPORT = VersionReport(
@@ -45,18 +45,18 @@ REPORT = VersionReport(
 )  # fmt: skip
 
 
-class ScriptedWorkshop:
+class ScriptedVerifier:
     """Answers one message after the other."""
 
     def __init__(self, behaviour: str, connection: socket.socket) -> None:
         self.behaviour = behaviour
         self.connection = connection
 
-    def send(self, message: FromWorkshop) -> None:
+    def send(self, message: FromVerifier) -> None:
         self.connection.sendall(encode(message))
 
     def run(self) -> None:
-        frames, decoder = FrameReader(), to_workshop_decoder()
+        frames, decoder = FrameReader(), to_verifier_decoder()
         while data := self.connection.recv(1 << 16):
             for payload in frames.feed(data):
                 self.receive(decoder.decode(payload))
@@ -82,7 +82,7 @@ class ScriptedWorkshop:
         if content.startswith(b"broken"):
             self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))
             return
-        shutil.copyfile(job.weights_path, job.prepared_path)
+        shutil.copyfile(job.weights_path, job.packed_path)
         sha256 = hashlib.sha256(content).hexdigest()
         self.send(Proved(digest=job.digest, report=REPORT, sha256=sha256, bytes=len(content)))
 
@@ -90,4 +90,4 @@ class ScriptedWorkshop:
 if __name__ == "__main__":
     arguments = sys.argv
     descriptor = int(arguments[arguments.index("--fd") + 1])
-    ScriptedWorkshop(arguments[1], socket.socket(fileno=descriptor)).run()
+    ScriptedVerifier(arguments[1], socket.socket(fileno=descriptor)).run()
