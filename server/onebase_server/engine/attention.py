@@ -2,8 +2,8 @@
 
 Every decoder keeps its own modelling code and calls `paged_attention` with q, k and v of the packed
 step. The numbers are those of transformers' eager attention: scores in the model's dtype, softmax in
-fp32, weights rounded back. On the CPU a row's bits depend on nothing but the row, which takes care: the
-libraries sum in an order that they choose by a product's shape. `product_shapes.py` says which shapes agree.
+fp32, weights rounded back. On the CPU a row's bits depend on the row alone, although libraries
+choose the order of a sum by the shape of the product: `product_shapes.py` finds which shapes agree.
 """
 
 from __future__ import annotations
