@@ -60,8 +60,15 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield load_base(BaseSettings(folder, quantization="none", dtype=dtype))
 
 
-def engine(base: nn.Module, *, step_tokens: int = 512, kv_blocks: int = 700) -> Engine:
-    return Engine(base, name="long", limits=Limits(16, step_tokens, LONGEST), kv_blocks=kv_blocks, slots=1)
+def engine(base: nn.Module, *, step_tokens: int = 512, kv_blocks: int = 700, block_size: int = 16) -> Engine:
+    return Engine(
+        base,
+        name="long",
+        limits=Limits(16, step_tokens, LONGEST),
+        kv_blocks=kv_blocks,
+        block_size=block_size,
+        slots=1,
+    )
 
 
 def prompt(length: int) -> list[int]:
@@ -116,7 +123,8 @@ def test_a_long_rows_logprobs_are_the_same_after_a_prefix_hit(
 def test_a_long_rows_logprobs_are_the_same_after_preemption(
     base: nn.Module, together: dict[int, Scores]
 ) -> None:
-    tight = engine(base, step_tokens=4000, kv_blocks=2 + 58 + 64 + 64)
+    # Room for the prompts and the watermark, and not for all of the answers.
+    tight = engine(base, step_tokens=4000, kv_blocks=2 + 225 + 250 + 256 + 8, block_size=4)
     found = serve(tight, [900, 1000, 1021])
     assert tight.scheduler.preemptions > 0
     assert found == {length: together[length] for length in found}
