@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.default_base import fetch_default_base
-from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.data.reader import load_dataset
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.view import peft_view
 

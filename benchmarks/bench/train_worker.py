@@ -16,8 +16,8 @@ import torch
 
 from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events
-from onebase_adapters.training.gate import OpenGate
-from onebase_adapters.training.memory import keep_freed_memory
+from onebase_adapters.training.events import OpenGate
+from onebase_adapters.training.machine import keep_freed_memory
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.run import ADAPTER, Job, train
 

@@ -11,8 +11,8 @@ import pytest
 from onebase_adapters import default_wheel, hub
 from onebase_adapters.base_errors import BaseFetchError
 from onebase_adapters.hub_reference import HubError
-from onebase_adapters.training.data_files import read_file
-from onebase_adapters.training.data_problems import DataError
+from onebase_adapters.training.data.files import read_file
+from onebase_adapters.training.data.records import DataError
 
 PLANTED = "import os\nos.close(os.open({!r}, os.O_CREAT))\nraise ImportError\n"
 

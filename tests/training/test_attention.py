@@ -10,7 +10,7 @@ from tests.tiny import ARCHITECTURES
 from tests.training.runs import dataset, recipe_for, sample, tiny_base
 
 from onebase_adapters.training.batches import pack
-from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.trainable import Trainable
 from onebase_adapters.view import view
 

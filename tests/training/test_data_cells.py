@@ -22,7 +22,7 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.data.reader import load_dataset
 
 
 def test_a_completion_that_is_json_stays_the_text_it_is(tmp_path: Path) -> None:

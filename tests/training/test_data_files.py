@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.training.data_support import base_tokenizer, chat, problems, recipe, written
 
-from onebase_adapters.training import data_json
-from onebase_adapters.training.data import DataError, load_dataset
-from onebase_adapters.training.data_files import read_file
-from onebase_adapters.training.data_problems import Problem
+from onebase_adapters.training.data import records
+from onebase_adapters.training.data.files import read_file
+from onebase_adapters.training.data.reader import DataError, load_dataset
+from onebase_adapters.training.data.records import Problem
 
 GOOD = b'{"prompt": "q", "completion": " a"}'
 
@@ -155,7 +155,7 @@ def test_any_bytes_give_records_or_problems_and_nothing_else(
     with contextlib.suppress(DataError):
         for item in read_file(path):
             assert 1 <= item.line <= lines
-            assert isinstance(item, Problem | data_json.Record)
+            assert isinstance(item, Problem | records.Record)
 
 
 def test_progress_grows_to_1_and_may_end_the_reading(tmp_path: Path) -> None:

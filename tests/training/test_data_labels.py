@@ -31,7 +31,7 @@ from tests.training.data_support import (
     write_rows,
 )
 
-from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.data.reader import load_dataset
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from tests.training.data_support import (
     write_rows,
 )
 
-from onebase_adapters.training.conversation import Chat, Choice, Text
-from onebase_adapters.training.data import DataError, load_dataset
-from onebase_adapters.training.row_shapes import parse_row
-from onebase_adapters.training.samples import Preference
+from onebase_adapters.training.data.conversation import Chat, Choice, Text
+from onebase_adapters.training.data.dataset import Preference
+from onebase_adapters.training.data.reader import DataError, load_dataset
+from onebase_adapters.training.data.rows import parse_row
 
 CHATS = Choice(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
 BRIEF = Choice(Chat([SYSTEM, USER, GOOD], None, [2]), Chat([SYSTEM, USER, BAD], None, [2]))

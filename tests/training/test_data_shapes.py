@@ -21,10 +21,10 @@ from tests.training.data_support import (
     write_rows,
 )
 
-from onebase_adapters.training.conversation import Chat, Text
-from onebase_adapters.training.data import load_dataset
-from onebase_adapters.training.data_json import Record, json_array
-from onebase_adapters.training.row_shapes import parse_row
+from onebase_adapters.training.data.conversation import Chat, Text
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.records import Record, json_array
+from onebase_adapters.training.data.rows import parse_row
 
 
 def test_instruction_and_input_become_one_question_and_the_output_its_reply() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tests.training.data_support import base_tokenizer, chat, learned, problems, recipe, written
 
-from onebase_adapters.training import data_tables
-from onebase_adapters.training.data import DataError, load_dataset
-from onebase_adapters.training.data_files import read_file
+from onebase_adapters.training.data import files
+from onebase_adapters.training.data.files import read_file
+from onebase_adapters.training.data.reader import DataError, load_dataset
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -89,17 +89,17 @@ def test_a_parquet_file_that_unfolds_without_end_is_stopped(
     path = bomb(tmp_path / "long.parquet", 20 << 20, 10_000)
     assert path.stat().st_size < 4 << 20
     assert "row 1 is longer than 4 MB" in problems(path)[0][2]
-    monkeypatch.setattr(data_tables, "MOST_PARQUET_BYTES", 10 << 20)
+    monkeypatch.setattr(files, "MOST_PARQUET_BYTES", 10 << 20)
     many = bomb(tmp_path / "many.parquet", 1 << 20, 100)
     with pytest.raises(DataError, match="all are too long together"):
         list(read_file(many))
-    monkeypatch.setattr(data_tables, "MOST_ROWS", 50)
+    monkeypatch.setattr(files, "MOST_ROWS", 50)
     with pytest.raises(DataError, match="100 rows are too many: at most 50 are read"):
         list(read_file(many))
 
 
 def test_the_reading_of_parquet_has_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tables, "_PARQUET_MEMORY", 2 << 30)
+    monkeypatch.setattr(files, "_PARQUET_MEMORY", 2 << 30)
     lists = [["x" * (30 << 20)]]
     path = tmp_path / "deep.parquet"
     column = pyarrow.DictionaryArray.from_arrays(

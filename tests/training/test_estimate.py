@@ -27,10 +27,10 @@ from onebase_adapters.training import machine
 from onebase_adapters.training.base_config import find_config
 from onebase_adapters.training.batches import MicroBatch
 from onebase_adapters.training.cli.estimate import duration, main
+from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.estimate import Estimate, estimate
-from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve
-from onebase_adapters.training.samples import Sample
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.training.trainable import Trainable
 
@@ -147,8 +147,7 @@ def kept_by_autograd(base: Any, settings: Recipe, tokens: int) -> int:
     ],
 )
 def test_activations_and_logits_are_what_autograd_keeps(base: Any, settings: dict[str, Any]) -> None:
-    from onebase_adapters.training.activations import activations_of
-    from onebase_adapters.training.estimate import ranks_of
+    from onebase_adapters.training.estimate import activations_of, ranks_of
     from onebase_adapters.training.targets import target_layers
 
     tokens = 512

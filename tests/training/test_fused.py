@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from onebase_adapters.training.fused_lora import fuse
-from onebase_adapters.training.groups import STEP, grouped
-from onebase_adapters.training.short_attention import ShortAttention
+from onebase_adapters.training.attention import STEP, grouped
+from onebase_adapters.training.kernels import ShortAttention, fuse
 from onebase_adapters.view import peft_view
 
 CPU = torch.device("cpu")

@@ -20,9 +20,9 @@ from tests.training.runs import (
 )
 
 from onebase_adapters.base import fingerprint
+from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.events import Evaluated, Event, Saved, StepDone
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.samples import Sample
 
 
 def losses(events: list[Event]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onebase_adapters.training.metrics import METRICS, check_metric, describe, mean, score
+from onebase_adapters.training.metrics import METRICS, MetricError, check_metric, describe, mean, score
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 
 SCORES = [
@@ -76,10 +76,14 @@ def test_every_metric_is_tested_and_described() -> None:
     ],
 )
 def test_what_is_no_metric_is_refused_with_the_way_to_write_it(name: str, words: list[str]) -> None:
-    for check in (check_metric, lambda name: score(name, "", "")):
-        with pytest.raises(RecipeError) as refusal:
+    for check in (
+        check_metric,
+        lambda name: score(name, "", ""),
+        lambda name: parse_recipe({"metrics": [name or " "]}),
+    ):
+        with pytest.raises((MetricError, RecipeError)) as refusal:
             check(name)
-        assert refusal.value.field == "metrics"
+        assert getattr(refusal.value, "field", "metrics") == "metrics"
         for word in words:
             assert word in str(refusal.value)
 

@@ -22,12 +22,12 @@ from onebase_adapters.default_base import fetch_default_base
 from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.batches import pack, step_rows
 from onebase_adapters.training.checkpoint import Checkpoints
-from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.data.dataset import Dataset, Sample
+from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.loop import Trainer
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.recipe import Recipe, resolve
 from onebase_adapters.training.result import write_adapter
-from onebase_adapters.training.samples import Dataset, Sample
 from onebase_adapters.training.trainable import Trainable
 from onebase_server.engine import protocol
 from onebase_server.engine.engine import Engine

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from onebase_adapters.base import BaseSettings, fingerprint, load_base
+from onebase_adapters.training.data.dataset import Prompt
 from onebase_adapters.training.replies import generate_replies, stop_ids
-from onebase_adapters.training.samples import Prompt
 from onebase_adapters.view import peft_view
 
 LENGTHS = [1, 30, 7, 3, 18, 30, 12, 5, 41]

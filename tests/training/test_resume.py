@@ -16,7 +16,7 @@ import torch
 from tests.training.runs import assert_equal, preferences, recipe_for, samples, trainer, weights
 
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.gate import Interrupted, Reason
+from onebase_adapters.training.events import Interrupted, Reason
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -25,13 +25,12 @@ from onebase_adapters.base import BaseSettings, fingerprint
 from onebase_adapters.training import events, run, sweep
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.cli.sweep import main
-from onebase_adapters.training.errors import TrainingDivergedError
-from onebase_adapters.training.gate import Interrupted, OpenGate
+from onebase_adapters.training.events import Interrupted, OpenGate
+from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.run import Job
-from onebase_adapters.training.sweep_plot import plot
-from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, render, write
-from onebase_adapters.training.sweep_trials import Grid, Trial
+from onebase_adapters.training.sweep import Grid, Trial
+from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
 DULL, BRIGHT = 1e-9, 2e-2

@@ -1,30 +1,162 @@
-"""The training loop, from the first step to the last: one readable file."""
+"""What can end a run."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, step_rows, weight_of
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
-from onebase_adapters.training.errors import TrainingDivergedError as TrainingDivergedError
-from onebase_adapters.training.evaluation import Scores, held_out_scores
-from onebase_adapters.training.gate import Interrupted
-from onebase_adapters.training.memory import peak_memory
+from onebase_adapters.training.data.dataset import Dataset, Row
+from onebase_adapters.training.events import Interrupted
+from onebase_adapters.training.machine import peak_memory
 from onebase_adapters.training.objectives import Objective
-from onebase_adapters.training.optimizers import learning_rate, make_optimizer, set_learning_rate
-from onebase_adapters.training.ranks import Ranks
-from onebase_adapters.training.recipe import Recipe, step_count
-from onebase_adapters.training.samples import Dataset, Row
+from onebase_adapters.training.process_group import ProcessGroup
+from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
 from onebase_adapters.training.trainable import Trainable
 
-Listen = Callable[[events.Event], None]
+
+class TrainingDivergedError(Exception):
+    """A loss or gradient is not finite. `lines`: of the rows in the batch it came from."""
+
+    def __init__(self, step: int, what: str, lines: Sequence[int]) -> None:
+        shown = ", ".join(map(str, lines[:20])) + (" and more" if len(lines) > 20 else "")
+        super().__init__(
+            f"step {step}: {what} is not finite, on the rows of lines {shown}. Look at these rows, or lower "
+            "learning_rate"
+        )
+        self.step = step
+        self.lines = list(lines)
+
+
+_NAMES = ("accuracy", "margin")
+
+
+@dataclass
+class Scores:
+    """Sums over micro-batches, then means. sums: [3] fp64: loss, DPO's accuracy and margin."""
+
+    sums: torch.Tensor
+    loss: float = 0.0
+    rewards: dict[str, float] = field(default_factory=dict)
+    _named: bool = False
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Scores:
+        return cls(torch.zeros(1 + len(_NAMES), dtype=torch.float64, device=device))
+
+    def add(self, loss: torch.Tensor, rewards: dict[str, torch.Tensor]) -> None:
+        self.sums[0] += loss
+        for place, name in enumerate(_NAMES, start=1):
+            if name in rewards:
+                self.sums[place] += rewards[name]
+                self._named = True
+
+    def sum_over(self, processes: ProcessGroup, step: int, what: str, bad: list[int]) -> None:
+        """Add up what all processes have. `bad`: lines of rows whose loss was not finite in this one.
+
+        Raises TrainingDivergedError in all processes if there are any in one.
+        """
+        count = self.sums.new_full((1,), len(bad))
+        processes.add([self.sums, count])
+        if count:
+            raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
+
+    def over(self, weight: int) -> Scores:
+        """Means over what the rows weigh."""
+        loss, *rewards = (self.sums / weight).tolist()
+        self.loss = loss
+        self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
+        return self
+
+
+def held_out_scores(
+    trainable: Trainable,
+    objective: Objective,
+    recipe: Recipe,
+    data: Dataset,
+    processes: ProcessGroup,
+    step: int,
+) -> Scores:
+    """The mean loss of all rows, nats a supervised token (DPO: a pair). Raises TrainingDivergedError."""
+    scores = Scores.empty(trainable.device)
+    batches = pack(data.rows, range(len(data)), decided(recipe.micro_tokens), packing=recipe.packing)
+    bad: list[int] = []
+    with trainable.evaluating():
+        for batch in processes.share(batches):
+            loss, rewards = objective.loss(batch)
+            if torch.isfinite(loss):
+                scores.add(loss, rewards)
+            else:
+                bad += [data.rows[row].line for row in batch.rows]
+    scores.sum_over(processes, step, "the held-out loss", bad)
+    return scores.over(sum(map(weight_of, data.rows)))
+
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters.
+
+    With LoRA+ the B matrices learn `lora_plus_ratio` times faster than the rest (Hayou et al. 2024).
+    """
+    ratio = recipe.lora_plus_ratio or 1.0
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (fast if ".lora_B." in name or ".lora_embedding_B." in name else slow).append(parameter)
+    groups = [{"params": slow, "factor": 1.0}, {"params": fast, "factor": ratio}]
+    options: dict[str, Any] = {
+        "lr": decided(recipe.learning_rate),
+        "betas": _BETAS,
+        "eps": _EPSILON,
+        "weight_decay": recipe.weight_decay,
+    }
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    import bitsandbytes as bnb
+
+    paged, plain = (
+        (bnb.optim.PagedAdamW32bit, bnb.optim.PagedAdamW8bit),
+        (torch.optim.AdamW, bnb.optim.AdamW8bit),
+    )
+    # Without a GPU there is nothing to page to: the states are in host memory anyway.
+    on_gpu = slow[0].device.type == "cuda" if slow else False
+    kinds = paged if recipe.optimizer.startswith("paged") and on_gpu else plain
+    optimizer: torch.optim.Optimizer = kinds[recipe.optimizer.endswith("8bit")](groups, **options)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of the step to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
+    """Of step `step` (from 0): rises linearly in the warm-up, then falls to 0 (cosine, linear) or stays.
+
+    As transformers' schedules with the warm-up rounded up, but the first step of a warm-up is not 0: it would
+    be computed for nothing.
+    """
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    part = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1 - part)
 
 
 @dataclass(frozen=True)
@@ -57,8 +189,8 @@ class Trainer:
         *,
         checkpoints: Checkpoints,
         identity: str,
-        listen: Listen,
-        ranks: Ranks | None = None,
+        listen: events.Listen,
+        processes: ProcessGroup | None = None,
         on_evaluation: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.trainable = trainable
@@ -70,7 +202,7 @@ class Trainer:
         self._held_out = held_out
         self._checkpoints = checkpoints
         self._listen = listen
-        self._ranks = ranks or Ranks()
+        self._processes = processes or ProcessGroup()
         self._on_evaluation = on_evaluation
         self._optimizer = make_optimizer(trainable.model, recipe)
         # Of this process, which may have gone on from a checkpoint of a slower one.
@@ -118,12 +250,12 @@ class Trainer:
         """One optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
         recipe = self.recipe
         # All that is random in a step follows from its number: dropout is the same after a resumption.
-        torch.manual_seed(hash((recipe.seed, number, self._ranks.rank)))
+        torch.manual_seed(hash((recipe.seed, number, self._processes.rank)))
         numbers = step_rows(len(self._data), recipe.batch_size, number, recipe.seed)
         batches = pack(self._data.rows, numbers, recipe.micro_tokens, packing=recipe.packing)
         weight = sum(weight_of(self._data.rows[row]) for row in numbers)
         self._optimizer.zero_grad(set_to_none=True)
-        scores = self._scores(number, self._ranks.share(batches), weight)
+        scores = self._scores(number, self._processes.share(batches), weight)
         parameters = self.trainable.parameters()
         self._share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
@@ -146,16 +278,16 @@ class Trainer:
                 continue
             (loss / weight).backward()  # type: ignore[no-untyped-call]
             scores.add(loss.detach(), rewards)
-        scores.sum_over(self._ranks, number + 1, "the loss", bad)
+        scores.sum_over(self._processes, number + 1, "the loss", bad)
         return scores.over(weight)
 
     def _share_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        if self._ranks.count == 1:
+        if self._processes.count == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._ranks.add([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._processes.add([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def _lines(self, batches: Sequence[MicroBatch]) -> list[int]:
         return sorted(self._data.rows[row].line for batch in batches for row in batch.rows)
@@ -238,7 +370,7 @@ class Trainer:
         best = state.best_loss is None or scores.loss < state.best_loss
         if best:
             state.best_loss, state.best_step, state.without_better = scores.loss, step, 0
-            if self._ranks.first:
+            if self._processes.first:
                 self._checkpoints.save_best(step, self.trainable.named_parameters())
         else:
             state.without_better += 1
@@ -252,18 +384,18 @@ class Trainer:
     def _held_out_scores(self) -> Scores:
         assert self._held_out is not None
         return held_out_scores(
-            self.trainable, self._objective, self.recipe, self._held_out, self._ranks, self.state.step
+            self.trainable, self._objective, self.recipe, self._held_out, self._processes, self.state.step
         )
 
     def _stops_early(self) -> bool:
         return bool(self.recipe.patience) and self.state.without_better >= self.recipe.patience
 
     def _save(self, loss: float | None) -> None:
-        if self._ranks.first and self.state.step not in self._checkpoints.steps():
+        if self._processes.first and self.state.step not in self._checkpoints.steps():
             adapter = self.trainable.named_parameters()
             path = self._checkpoints.save(self.state, adapter, self._optimizer.state_dict())
             self._listen(events.Saved(at=time.time(), step=self.state.step, path=path.name, loss=loss))
-        self._ranks.wait()
+        self._processes.wait()
 
     def _load(self, adapter: dict[str, torch.Tensor]) -> None:
         parameters = self.trainable.named_parameters()

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase_adapters.plain_json import parse_json, shown
-from onebase_adapters.training.recipe import RecipeError
 
 Score = Callable[[str, str, str], float]
 """Of reply, reference and the metric's argument."""
+
+
+class MetricError(ValueError):
+    """What is written is no metric; the message says how to write one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Metric:
 
 
 def check_metric(name: str) -> None:
-    """Raise RecipeError unless `name` is a metric."""
+    """Raise MetricError unless `name` is a metric."""
     _parse(name)
 
 
@@ -40,7 +43,7 @@ def score(name: str, reply: str, reference: str) -> float:
         reference: the reply that the held-out row has.
 
     Raises:
-        RecipeError: there is no such metric.
+        MetricError: there is no such metric.
     """
     metric, argument = _parse(name)
     return float(metric.score(reply.strip(), reference.strip(), argument))
@@ -62,15 +65,15 @@ def _parse(written: str) -> tuple[Metric, str]:
     metric = METRICS.get(name)
     if metric is None:
         known = ", ".join(_written(name) for name in METRICS)
-        raise RecipeError("metrics", f"{shown(written)} is no metric; there are {known}")
+        raise MetricError(f"{shown(written)} is no metric; there are {known}")
     if colon and not metric.argument:
-        raise RecipeError("metrics", f"{shown(written)}: {name} takes nothing after it; write just {name}")
+        raise MetricError(f"{shown(written)}: {name} takes nothing after it; write just {name}")
     if metric.argument and not argument.strip():
-        raise RecipeError("metrics", f"{shown(written)}: write it as {_written(name)}")
+        raise MetricError(f"{shown(written)}: write it as {_written(name)}")
     if metric.argument == "N" and not (argument.isascii() and argument.isdigit() and len(argument) < 8):
-        raise RecipeError("metrics", f"{shown(written)}: N is a whole number of at most 7 digits")
+        raise MetricError(f"{shown(written)}: N is a whole number of at most 7 digits")
     if metric.argument == "A|B|C" and not all(_choices(argument)):
-        raise RecipeError("metrics", f"{shown(written)}: no choice may be empty")
+        raise MetricError(f"{shown(written)}: no choice may be empty")
     return metric, argument
 
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 
 from onebase_adapters.training.batches import MicroBatch, pack
-from onebase_adapters.training.loss import dpo_losses
+from onebase_adapters.training.data.dataset import Row
+from onebase_adapters.training.kernels import dpo_losses
 from onebase_adapters.training.recipe import Recipe, decided
-from onebase_adapters.training.samples import Row
 from onebase_adapters.training.trainable import Trainable
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from onebase_adapters.base import BaseSettings
 from onebase_adapters.base_identity import base_id
 from onebase_adapters.training.batches import targets_of
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, write_whole
-from onebase_adapters.training.data import load_dataset
-from onebase_adapters.training.data_split import split
+from onebase_adapters.training.data.dataset import Dataset, Row, split
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.tokens import asks_for_date
 from onebase_adapters.training.estimate import Estimate, estimate
 from onebase_adapters.training.recipe import (
     AUTO_EVAL_SPLIT,
@@ -26,9 +28,9 @@ from onebase_adapters.training.recipe import (
     step_count,
     token_count,
 )
-from onebase_adapters.training.samples import Dataset, Row
 
 _FILE = "plan.json"
+_DATE_FILE = "template_date"
 _MEMORY = ("micro_tokens", "gradient_checkpointing")
 
 
@@ -211,3 +213,28 @@ def _read(folder: Path, identity: str, asked: Recipe) -> Recipe | None:
 def _write(folder: Path, identity: str, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _FILE, json.dumps({"identity": identity, "recipe": recipe.to_json()}, indent=1))
+
+
+def pin_template_date(recipe: Recipe, tokenizer: Any, folder: Path) -> Recipe:
+    """The recipe with the day on which the run in `folder` began; as it is, if the template prints none.
+
+    That day is today, until `keep_template_date`. Raises CheckpointError, OSError.
+    """
+    if recipe.template_date != "auto" or not asks_for_date(tokenizer):
+        return recipe
+    path = folder / _DATE_FILE
+    try:
+        day = date.fromisoformat(path.read_text()).isoformat()
+    except FileNotFoundError:
+        day = date.today().isoformat()
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove {folder} to begin anew") from error
+    return replace(recipe, template_date=day)
+
+
+def keep_template_date(recipe: Recipe, folder: Path) -> None:
+    """The run in `folder` begins: on another day it goes on with the recipe's one. Raises OSError."""
+    path = folder / _DATE_FILE
+    if recipe.template_date != "auto" and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, recipe.template_date)

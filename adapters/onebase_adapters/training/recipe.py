@@ -7,20 +7,131 @@ decided by `resolve`, once the data is known; a trainer only takes resolved reci
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from datetime import date
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from onebase_adapters.training.recipe_values import (
-    HIGHEST_RANK,
-    about,
-    check_texts,
-    check_value,
-    is_date,
-    shown,
-)
-from onebase_adapters.training.recipe_values import RecipeError as RecipeError
+from onebase_adapters.training.metrics import MetricError, check_metric
+
+HIGHEST_RANK = 1024
+MOST_TEXTS = 32
+"""Metrics, and prompts that are answered during a run."""
+
+_REFUSED_INITS = {
+    **dict.fromkeys(
+        ("pissa", "olora", "corda", "loftq", "lora_ga"),
+        "changes the base's weights, which all adapters share",
+    ),
+    **dict.fromkeys(("orthogonal", "mica"), "does not work on 4-bit weights"),
+}
+
+
+class RecipeError(ValueError):
+    """A setting that cannot be used. `field` is its name in the recipe, "" where several are at odds."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def about(
+    group: str, text: str, *, low: float | None = None, high: float | None = 1e9, above: float | None = None
+) -> dict[str, Any]:
+    """A field's help text and limits: `low` and `high` are allowed, `above` is not."""
+    return {"group": group, "help": text, "low": low, "high": high, "above": above}
+
+
+def check_value(item: Field[Any], value: Any, kind: Any) -> None:
+    """Raise RecipeError unless `value` is of the type `kind` and within the limits of a recipe's field."""
+    name, limits = item.name, item.metadata
+    if name == "init" and isinstance(value, str) and value in _REFUSED_INITS:
+        raise RecipeError(name, f"init {value!r} {_REFUSED_INITS[value]}; use true, gaussian, false or eva")
+    if not _fits(value, kind):
+        raise RecipeError(name, f"{name} is {shown(value)}: {_expected(kind)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(name, f"{name} is {value}: write a finite number")
+    if limits["above"] is not None and not value > limits["above"]:
+        raise RecipeError(name, f"{name} is {shown(value)}: it must be above {limits['above']:g}")
+    if limits["low"] is not None and value < limits["low"]:
+        raise RecipeError(name, f"{name} is {shown(value)}: the lowest value is {limits['low']:g}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise RecipeError(name, f"{name} is {shown(value)}: the highest value is {limits['high']:g}")
+
+
+def check_texts(field: str, texts: Sequence[str], longest: int) -> None:
+    """Raise RecipeError for too many texts, or one of more than `longest` characters."""
+    if len(texts) > MOST_TEXTS:
+        raise RecipeError(field, f"{field} has {len(texts)} texts: write {MOST_TEXTS} at most")
+    for number, text in enumerate(texts):
+        if len(text) > longest:
+            raise RecipeError(field, f"{field}[{number}] has {len(text)} characters: write {longest} at most")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) and part for part in value)
+    if get_origin(kind) is Mapping:
+        number: Any = int if get_args(kind)[1] is int else int | float
+        most = HIGHEST_RANK if number is int else 1e6
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str)
+            and isinstance(part, number)
+            and not isinstance(part, bool)
+            and 0 < part <= most
+            for key, part in value.items()
+        )
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return any(_fits(value, part) for part in get_args(kind))
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"choose one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "write a list of texts"
+    if get_origin(kind) is Mapping:
+        most = f", {HIGHEST_RANK} at most" if get_args(kind)[1] is int else ""
+        return f"write layer names with positive numbers{most}"
+    plain = {
+        bool: "write true or false",
+        int: "write a whole number",
+        float: "write a number",
+        str: "write a text",
+    }
+    if kind in plain:
+        return plain[kind]
+    first = next(part for part in get_args(kind) if get_origin(part) is not Literal)
+    return f"{plain[first]} or auto"
+
+
+def shown(value: Any) -> str:
+    """A value in an error, cut to a line."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_date(text: str) -> bool:
+    """Whether it is a day as in 2026-01-31."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
 Auto = Literal["auto"]
@@ -287,9 +398,7 @@ def _listed(name: str, text: str) -> tuple[str, ...]:
     if name == "targets":
         return parts
     if name == "metrics":
-        from onebase_adapters.training.metrics import check_metric
-
-        with contextlib.suppress(RecipeError):
+        with contextlib.suppress(MetricError):
             for part in parts:
                 check_metric(part)
             return parts
@@ -340,10 +449,11 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.template_date != "auto" and not is_date(recipe.template_date):
         reason = "write a day as in 2026-01-31, or auto"
         raise RecipeError("template_date", f"template_date is {shown(recipe.template_date)}: {reason}")
-    from onebase_adapters.training.metrics import check_metric
-
     for metric in recipe.metrics:
-        check_metric(metric)
+        try:
+            check_metric(metric)
+        except MetricError as error:
+            raise RecipeError("metrics", str(error)) from error
     if recipe.best_by != "loss" and recipe.best_by not in recipe.metrics:
         raise RecipeError(
             "best_by", f"best_by is {shown(recipe.best_by)}: write loss or one of the recipe's metrics"

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import msgspec
 import torch
 from torch import nn
 
 from onebase_adapters.base import BaseChangedError, BaseSettings, fingerprint
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack, targets_of
-from onebase_adapters.training.checkpoint import Checkpoints, RunState, write_whole
-from onebase_adapters.training.data_report import report as data_report
-from onebase_adapters.training.event_file import recorded
-from onebase_adapters.training.gate import Gate
-from onebase_adapters.training.loop import Listen, Trainer
-from onebase_adapters.training.machine import measured_rate
-from onebase_adapters.training.measuring import Measuring
-from onebase_adapters.training.memory import peak_memory
-from onebase_adapters.training.model_card import DataLine, model_card
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState, write_whole
+from onebase_adapters.training.data.dataset import Dataset
+from onebase_adapters.training.data.report import report as data_report
+from onebase_adapters.training.events import Gate, Listen
+from onebase_adapters.training.loop import Trainer
+from onebase_adapters.training.machine import measured_rate, peak_memory
 from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.plan import Data, Plan, make_plan, read_data
-from onebase_adapters.training.ranks import OtherProcessError, Ranks
+from onebase_adapters.training.plan import (
+    Data,
+    Plan,
+    keep_template_date,
+    make_plan,
+    pin_template_date,
+    read_data,
+)
+from onebase_adapters.training.process_group import OtherProcessError, ProcessGroup
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.report import Report, is_better
-from onebase_adapters.training.result import write_adapter
-from onebase_adapters.training.samples import Dataset
-from onebase_adapters.training.template_date import keep_template_date, pin_template_date
+from onebase_adapters.training.replies import Measuring
+from onebase_adapters.training.result import DataLine, Report, is_better, model_card, write_adapter
 from onebase_adapters.training.trainable import Trainable
 
 ADAPTER, REPORT = "adapter", "report.json"
@@ -62,7 +68,9 @@ class Job:
     save_dtype: torch.dtype = torch.float32
 
 
-def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | None = None) -> Report:
+def train(
+    base: nn.Module, job: Job, listen: Listen, gate: Gate, processes: ProcessGroup | None = None
+) -> Report:
     """Train an adapter on `base`; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
     Raises:
@@ -73,12 +81,12 @@ def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | 
         Interrupted: as the gate says; after a pause the same call goes on.
         BaseChangedError: something wrote to the base. OSError: the disk is full, for instance.
     """
-    ranks = ranks or Ranks()
+    processes = processes or ProcessGroup()
     before = fingerprint(base)
-    with recorded(job.folder, listen, ranks) as tell, torch.random.fork_rng(devices=[]):
+    with recorded(job.folder, listen, processes) as tell, torch.random.fork_rng(devices=[]):
         try:
-            plan = prepare(base, job, tell, gate, ranks)
-            report = run_plan(base, job, plan, tell, gate, ranks)
+            plan = prepare(base, job, tell, gate, processes)
+            report = run_plan(base, job, plan, tell, gate, processes)
         finally:
             if fingerprint(base) != before:
                 raise BaseChangedError("training changed the base")
@@ -86,7 +94,7 @@ def train(base: nn.Module, job: Job, listen: Listen, gate: Gate, ranks: Ranks | 
     return report
 
 
-def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -> Plan:
+def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, processes: ProcessGroup) -> Plan:
     """Check the files and decide everything. Raises as `train`."""
     tell(events.Phase(at=time.time(), name="validating_files"))
     tokenizer = load_tokenizer(job.base)
@@ -95,13 +103,13 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -
         gate.wait()
         tell(events.Progress(at=time.time(), name="validating_files", part=part))
 
-    job = replace(job, recipe=_with_date(job, tokenizer, ranks))
+    job = replace(job, recipe=_with_date(job, tokenizer, processes))
     data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names, on_progress=on_progress)
     checked = data_report(data.train, data.held_out, tokenizer)
     tell(events.DataChecked(at=time.time(), report=checked.to_json()))
-    if not ranks.first:
+    if not processes.first:
         # All processes must cut steps alike: the first one decides, by the memory that it has.
-        decided = ranks.from_first(None)
+        decided = processes.from_first(None)
         if decided is None:
             raise OtherProcessError("the first process could not plan the run")
         return Plan(decided[0], data, *decided[1:])
@@ -111,7 +119,7 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -
         keep_template_date(job.recipe, job.folder)
         decided = (plan.recipe, plan.estimate, plan.identity)
     finally:
-        ranks.from_first(decided)
+        processes.from_first(decided)
     if data.held_out is None and (job.recipe.metrics or job.recipe.patience):
         message = (
             "Nothing is held out: metrics and patience have no effect. Give eval data, or set eval_split."
@@ -120,14 +128,14 @@ def prepare(base: nn.Module, job: Job, tell: Listen, gate: Gate, ranks: Ranks) -
     return plan
 
 
-def _with_date(job: Job, tokenizer: Any, ranks: Ranks) -> Recipe:
+def _with_date(job: Job, tokenizer: Any, processes: ProcessGroup) -> Recipe:
     """The same day in all processes, also at midnight."""
     dated = None
     try:
-        if ranks.first:
+        if processes.first:
             dated = pin_template_date(job.recipe, tokenizer, job.folder)
     finally:
-        dated = ranks.from_first(dated)
+        dated = processes.from_first(dated)
     if dated is None:
         raise OtherProcessError("the first process could not begin the run")
     return dated
@@ -147,10 +155,10 @@ def _plan(base: nn.Module, job: Job, data: Data) -> Plan:
 
 
 def run_plan(
-    base: nn.Module, job: Job, plan: Plan, tell: Listen, gate: Gate, ranks: Ranks | None = None
+    base: nn.Module, job: Job, plan: Plan, tell: Listen, gate: Gate, processes: ProcessGroup | None = None
 ) -> Report:
     """Train as planned. Raises as `train`."""
-    ranks = ranks or Ranks()
+    processes = processes or ProcessGroup()
     recipe, data = plan.recipe, plan.data
     trainable = Trainable(base, recipe, gate, eva=_eva_batches(recipe, data.train))
     measuring = Measuring(trainable, load_tokenizer(job.base), recipe, data.held_out, job.folder, tell, gate)
@@ -163,8 +171,8 @@ def run_plan(
         checkpoints=Checkpoints(job.folder / "checkpoints", recipe.keep),
         identity=plan.identity,
         listen=tell,
-        ranks=ranks,
-        on_evaluation=measuring.sample if ranks.first else lambda step: None,
+        processes=processes,
+        on_evaluation=measuring.sample if processes.first else lambda step: None,
     )
     done = trainer.resume()
     tell(
@@ -176,11 +184,11 @@ def run_plan(
             first_step=done,
         )
     )
-    metrics_before = measuring.base() if ranks.first else {}
+    metrics_before = measuring.base() if processes.first else {}
     tell(events.Phase(at=time.time(), name="training"))
     state = trainer.run()
-    metrics_after = measuring.adapter() if ranks.first else {}
-    return _finish(job, plan, trainable, state, (metrics_before, metrics_after), tell, ranks)
+    metrics_after = measuring.adapter() if processes.first else {}
+    return _finish(job, plan, trainable, state, (metrics_before, metrics_after), tell, processes)
 
 
 def load_tokenizer(base: BaseSettings) -> Any:
@@ -197,7 +205,7 @@ def _finish(
     state: RunState,
     metrics: tuple[dict[str, float], dict[str, float]],
     tell: Listen,
-    ranks: Ranks,
+    processes: ProcessGroup,
 ) -> Report:
     """Write the adapter and the report."""
     tell(events.Phase(at=time.time(), name="saving"))
@@ -221,9 +229,9 @@ def _finish(
         recipe=plan.recipe.to_json(),
         peak_memory_bytes=peak_memory(trainable.device),
     )
-    if ranks.first:
+    if processes.first:
         report = _write(job, plan, trainable, report)
-    ranks.wait()
+    processes.wait()
     return report
 
 
@@ -264,3 +272,44 @@ def _data_lines(data: Data) -> list[DataLine]:
         targets = sum(map(targets_of, rows.rows))
         lines.append(DataLine(part, name, len(rows), tokens, targets, rows.digest))
     return lines
+
+
+EVENTS = "events.jsonl"
+
+
+@contextmanager
+def recorded(folder: Path, listen: Listen, processes: ProcessGroup) -> Iterator[Listen]:
+    """A listener that also keeps the events, but for those that only move a bar, in `events.jsonl`.
+
+    Nothing is kept of a run that is refused because the folder is another one's.
+    """
+    if not processes.first:
+        yield lambda event: None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / EVENTS).open("ab+") as file:
+        before = file.tell()
+        if before and not _ends_a_line(file):
+            file.write(b"\n")  # a process that was killed may have left half a line
+
+        begun = False
+
+        def tell(event: events.Event) -> None:
+            nonlocal begun
+            begun = begun or isinstance(event, events.Planned)
+            if not isinstance(event, events.Progress):
+                file.write(msgspec.json.encode(event) + b"\n")
+                file.flush()
+            listen(event)
+
+        try:
+            yield tell
+        except CheckpointError:
+            if not begun:
+                file.truncate(before)
+            raise
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -12,9 +12,8 @@ from torch import nn
 
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
-from onebase_adapters.training.fused_lora import fuse
-from onebase_adapters.training.gate import Gate
-from onebase_adapters.training.loss import token_losses
+from onebase_adapters.training.events import Gate
+from onebase_adapters.training.kernels import fuse, token_losses
 from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.view import peft_view

@@ -11,7 +11,7 @@ import warnings
 
 import transformers
 
-from onebase_adapters.training.memory import keep_freed_memory
+from onebase_adapters.training.machine import keep_freed_memory
 from onebase_server.trainer.limits import step_aside
 from onebase_server.trainer.process import run
 

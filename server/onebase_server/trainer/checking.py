@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from onebase_adapters.training import events
-from onebase_adapters.training.data_report import report as data_report
-from onebase_adapters.training.gate import Gate
-from onebase_adapters.training.loop import Listen
-from onebase_adapters.training.plan import make_plan, read_data
+from onebase_adapters.training.data.report import report as data_report
+from onebase_adapters.training.events import Gate, Listen
+from onebase_adapters.training.plan import keep_template_date, make_plan, pin_template_date, read_data
 from onebase_adapters.training.run import Job, load_tokenizer
-from onebase_adapters.training.template_date import keep_template_date, pin_template_date
 
 
 def check(

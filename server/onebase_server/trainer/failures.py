@@ -11,9 +11,9 @@ import torch
 from onebase_adapters.attach import AttachError
 from onebase_adapters.base import BaseChangedError
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data_problems import DataError
+from onebase_adapters.training.data.records import DataError
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.memory import is_out_of_memory
+from onebase_adapters.training.machine import is_out_of_memory
 from onebase_adapters.training.plan import DoesNotFitError
 from onebase_adapters.training.recipe import RecipeError
 from onebase_server.trainer.protocol import MAX_PROBLEMS, Failed, Problem, TrainJob

@@ -15,8 +15,7 @@ from typing import cast
 import torch
 
 from onebase_adapters.attach import attach
-from onebase_adapters.training.events import AnyEvent, Event
-from onebase_adapters.training.gate import Interrupted
+from onebase_adapters.training.events import AnyEvent, Event, Interrupted
 from onebase_adapters.training.machine import measured_rate
 from onebase_adapters.training.recipe import parse_recipe
 from onebase_adapters.training.run import Job, train

@@ -19,8 +19,7 @@ from onebase_adapters.registry import (
     TrainingJob,
     UnknownJobError,
 )
-from onebase_adapters.training.events import DataChecked
-from onebase_adapters.training.gate import Reason
+from onebase_adapters.training.events import DataChecked, Reason
 from onebase_server.trainer.protocol import Check, Checked, Failed, Stopped, Train, Trained
 from onebase_server.training.deaths import Death
 from onebase_server.training.delivery import LOST, DeliveryError

@@ -23,8 +23,8 @@ from onebase_adapters.training.cli.common import (
     recipe_from,
 )
 from onebase_adapters.training.cli.printable import printable
+from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.samples import Dataset
 
 _SOUND, _PROBLEMS, _USAGE = 0, 1, 2
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options)
-    from onebase_adapters.training.data_report import render, report
+    from onebase_adapters.training.data.report import render, report
 
     sources = [("train", options.data), *([("eval", options.eval_data)] if options.eval_data else [])]
     loaded: list[Dataset] = []
@@ -103,7 +103,7 @@ def _load(
     problems: list[dict[str, Any]],
 ) -> None:
     """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
-    from onebase_adapters.training.data import DataError, load_dataset
+    from onebase_adapters.training.data.reader import DataError, load_dataset
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
     try:

@@ -31,8 +31,7 @@ from onebase_adapters.training.cli.printable import shown
 if TYPE_CHECKING:
     from onebase_adapters.training.recipe import Recipe
     from onebase_adapters.training.run import Job
-    from onebase_adapters.training.sweep import SweepResult
-    from onebase_adapters.training.sweep_trials import Grid, Trial
+    from onebase_adapters.training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
 Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
@@ -120,8 +119,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
-    from onebase_adapters.training.machine import free_memory
-    from onebase_adapters.training.memory import keep_freed_memory
+    from onebase_adapters.training.machine import free_memory, keep_freed_memory
     from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
 
@@ -159,8 +157,8 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
     from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
-    from onebase_adapters.training.data import DataError
-    from onebase_adapters.training.gate import Interrupted
+    from onebase_adapters.training.data.reader import DataError
+    from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
 
@@ -179,7 +177,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
 
 def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe) -> Grid:
     """What the options say; failing that, what the recipe's file does; failing that, the usual."""
-    from onebase_adapters.training.sweep_trials import Grid
+    from onebase_adapters.training.sweep import Grid
 
     targets = tuple(
         tuple(part.strip() for part in one.split(",") if part.strip()) for one in options.tried_targets or ()

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from onebase_adapters.hub_reference import HubError, HubReference
-from onebase_adapters.training.data_files import FORMATS, MOST_FILE_BYTES
-from onebase_adapters.training.data_problems import DataError, Problem
+from onebase_adapters.training.data.files import FORMATS, MOST_FILE_BYTES
+from onebase_adapters.training.data.records import DataError, Problem
 
 _ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<split>[\w./-]{1,120}))?(?:@(?P<revision>.{1,250}))?", re.ASCII

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onebase_adapters.training.data_facts import Facts, Place
-from onebase_adapters.training.data_render import render
-from onebase_adapters.training.samples import Dataset, Row, Sample
+from onebase_adapters.training.data.dataset import Dataset, Facts, Place, Row, Sample
+from onebase_adapters.training.data.render import render
 
 __all__ = ["DataReport", "Example", "render", "report"]
 

@@ -18,7 +18,7 @@ class OtherProcessError(Exception):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process's place among `count`; alone it is 0 of 1. The first one writes and reports."""
 
     rank: int = 0
@@ -65,13 +65,13 @@ class Ranks:
             torch.distributed.barrier()
 
 
-def join_ranks(*, on_cpu: bool = False) -> Ranks:
+def join_processes(*, on_cpu: bool = False) -> ProcessGroup:
     """Meet the other processes that a launcher started; alone if there are none. on_cpu: use no GPU."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
-        return Ranks()
+        return ProcessGroup()
     from accelerate import PartialState
 
     # The first process generates replies and writes while the others wait: longer than the usual ten minutes.
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
-    return Ranks(state.process_index, state.num_processes)
+    return ProcessGroup(state.process_index, state.num_processes)

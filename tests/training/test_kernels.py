@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from onebase_adapters.training.loss import CHUNK, dpo_losses, token_losses
+from onebase_adapters.training.kernels import CHUNK, dpo_losses, token_losses
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])

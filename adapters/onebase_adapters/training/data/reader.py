@@ -8,20 +8,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
-from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text
-from onebase_adapters.training.data_cells import unfold
-from onebase_adapters.training.data_facts import Facts, Key, Place, row_key
-from onebase_adapters.training.data_files import Item, Record, read_file
-from onebase_adapters.training.data_problems import DataError, Problem, RowError, valid_unicode
-from onebase_adapters.training.data_split import dataset_of, split
-from onebase_adapters.training.hub_data import fetch, parse_dataset_id
-from onebase_adapters.training.prompts import Prompts, Reference
+from onebase_adapters.training.data.conversation import Chat, Choice, Parsed, Text
+from onebase_adapters.training.data.dataset import (
+    Dataset,
+    Facts,
+    Key,
+    Place,
+    Preference,
+    Prompts,
+    Reference,
+    Row,
+    dataset_of,
+    row_key,
+    split,
+)
+from onebase_adapters.training.data.files import Item, Record, read_file
+from onebase_adapters.training.data.hub import fetch, parse_dataset_id
+from onebase_adapters.training.data.records import DataError, Problem, RowError, valid_unicode
+from onebase_adapters.training.data.rows import parse_row, unfold
+from onebase_adapters.training.data.tokens import (
+    BaseTokens,
+    RowTokens,
+    Tokenized,
+    dated_tokenizer,
+    longest_sequence,
+)
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.row_shapes import parse_row
-from onebase_adapters.training.row_tokens import RowTokens, Tokenized
-from onebase_adapters.training.samples import Dataset, Preference, Row
-from onebase_adapters.training.template_date import dated_tokenizer
 
 __all__ = ["DEFAULT_LENGTH", "DataError", "Problem", "load_dataset", "split"]
 

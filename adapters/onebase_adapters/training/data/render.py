@@ -15,7 +15,8 @@ from rich.text import Text
 from onebase_adapters.training.cli.printable import printable
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.data_report import DataReport, Example
+    from onebase_adapters.training.data.report import DataReport, Example
+
 
 _BAR = 40
 _SHOWN_ROWS = 8
