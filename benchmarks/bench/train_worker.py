@@ -18,8 +18,9 @@ from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.machine import keep_freed_memory
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.run import ADAPTER, Job, train
+from onebase_adapters.training.run import ADAPTER, train
 
 
 def recipe_of(task: dict[str, Any]) -> Recipe:

@@ -18,9 +18,9 @@ from onebase_adapters.base import BaseSettings
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.progress import Display
 from onebase_adapters.training.curves import open_curves
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.result import sparkline
-from onebase_adapters.training.run import Job
 
 ROOT = Path(__file__).parents[2]
 

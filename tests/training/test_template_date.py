@@ -21,8 +21,9 @@ from onebase_adapters.training.data.reader import load_dataset
 from onebase_adapters.training.data.records import DataError
 from onebase_adapters.training.data.tokens import dated_tokenizer
 from onebase_adapters.training.events import Interrupted, OpenGate
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, train
+from onebase_adapters.training.run import train
 from onebase_adapters.training.sweep import Grid, Trial, sweep
 
 # As Llama 3.2's: the caller may say the day.

@@ -29,6 +29,19 @@ _STEP = re.compile(r"step-(\d{8})")
 class CheckpointError(Exception):
     """The run's folder cannot be used; the message says why and what to do."""
 
+    @classmethod
+    def unreadable(cls, path: Path, error: Exception) -> CheckpointError:
+        """A file without which nothing in its folder can be used."""
+        return cls(f"{path} cannot be read ({error}): remove {path.parent} to start over")
+
+    @classmethod
+    def other_run(cls, folder: Path) -> CheckpointError:
+        """What is in the folder was not computed by this run."""
+        return cls(
+            f"{folder} holds a run with another recipe, other data or another base: go on with the same "
+            "ones, choose another folder, or remove this one"
+        )
+
 
 @dataclass
 class RunState:
@@ -112,10 +125,7 @@ class Checkpoints:
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
         if state.identity != identity:
-            raise CheckpointError(
-                f"{self.folder.parent} holds a run with another recipe, other data or another base: go on "
-                "with the same ones, choose another folder, or remove this one"
-            )
+            raise CheckpointError.other_run(self.folder.parent)
         state.losses = [(step, loss) for step, loss in state.losses]
         state.held_out = [(step, loss) for step, loss in state.held_out]
         return state

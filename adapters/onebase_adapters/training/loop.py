@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.training import events
-from onebase_adapters.training.batches import MicroBatch, pack, step_rows, weight_of
+from onebase_adapters.training.batches import MicroBatch, pack, step_rows
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.data.dataset import Dataset, Row
 from onebase_adapters.training.events import Interrupted
@@ -97,7 +97,7 @@ def held_out_scores(
             else:
                 bad += [data.rows[row].line for row in batch.rows]
     scores.sum_over(processes, step, "the held-out loss", bad)
-    return scores.over(sum(map(weight_of, data.rows)))
+    return scores.over(sum(row.weight for row in data.rows))
 
 
 _BETAS = (0.9, 0.999)
@@ -219,8 +219,10 @@ class Trainer:
             self.state = state
         return self.state.step
 
-    def run(self) -> RunState:
+    def run(self, until: int | None = None) -> RunState:
         """Train to the end, early stopping included, and leave the best adapter in the model.
+
+        until: stop after this step, if it comes before the end, with a checkpoint to go on from.
 
         Raises:
             TrainingDivergedError: the last checkpoint is from before it.
@@ -230,21 +232,28 @@ class Trainer:
         try:
             self._objective.prepare(self._rows_to_come(), recipe=self.recipe)
             self._evaluate_what_is_due()
-            while self.state.step < self.steps and not self._stops_early():
+            while not self.finished and (until is None or self.state.step < until):
                 started = time.monotonic()
                 step = self.train_step(self.state.step)
                 self._count(step, time.monotonic() - started)
                 self._report(step)
                 loss = self._evaluate_what_is_due()
-                if self._ends() or self.state.step % self.recipe.save_every == 0:
+                done = self.state.step
+                if self.finished or done == until or done % self.recipe.save_every == 0:
                     self._save(loss)
         except Interrupted as interrupt:
             if interrupt.reason == "pause":
                 self._save(None)
             raise
-        if self.state.best_step and self.state.best_step != self.state.step:
+        if self.finished and self.state.best_step and self.state.best_step != self.state.step:
             self._load(self._checkpoints.best(self.state.best_step))
         return self.state
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or no evaluation was better for as long as the recipe waits."""
+        patience = self.recipe.patience
+        return self.state.step >= self.steps or bool(patience and self.state.without_better >= patience)
 
     def train_step(self, number: int) -> Step:
         """One optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
@@ -253,7 +262,7 @@ class Trainer:
         torch.manual_seed(hash((recipe.seed, number, self._processes.rank)))
         numbers = step_rows(len(self._data), recipe.batch_size, number, recipe.seed)
         batches = pack(self._data.rows, numbers, recipe.micro_tokens, packing=recipe.packing)
-        weight = sum(weight_of(self._data.rows[row]) for row in numbers)
+        weight = sum(self._data.rows[row].weight for row in numbers)
         self._optimizer.zero_grad(set_to_none=True)
         scores = self._scores(number, self._processes.share(batches), weight)
         parameters = self.trainable.parameters()
@@ -351,9 +360,6 @@ class Trainer:
             rows = [rows[number] for number in sorted(chosen)]
         return [*rows, *(self._held_out.rows if self._held_out is not None else ())]
 
-    def _ends(self) -> bool:
-        return self.state.step == self.steps or self._stops_early()
-
     def _evaluate_base(self) -> None:
         with self.trainable.without_adapter():
             scores = self._held_out_scores()
@@ -387,9 +393,6 @@ class Trainer:
             self.trainable, self._objective, self.recipe, self._held_out, self._processes, self.state.step
         )
 
-    def _stops_early(self) -> bool:
-        return bool(self.recipe.patience) and self.state.without_better >= self.recipe.patience
-
     def _save(self, loss: float | None) -> None:
         if self._processes.first and self.state.step not in self._checkpoints.steps():
             adapter = self.trainable.named_parameters()
@@ -402,7 +405,7 @@ class Trainer:
         if _shapes(parameters) != _shapes(adapter):
             raise CheckpointError(
                 f"{self._checkpoints.folder} holds an adapter of other ranks than EVA finds now: remove the "
-                "folder to begin anew"
+                "folder to start over"
             )
         with torch.no_grad():
             for name, parameter in parameters.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -51,13 +51,21 @@ class ProcessGroup:
         torch.distributed.all_gather_object(parts, list(items))
         return [item for part in parts for item in part]
 
-    def from_first(self, value: Item) -> Item:
-        """What the first process gives, in all of them."""
-        if self.count == 1:
-            return value
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
+    def decide(self, make: Callable[[], Item]) -> Item:
+        """What `make` returns in the first process, in all of them.
+
+        Raises OtherProcessError in the others where it raises in the first.
+        """
+        made: list[Item | None] = [None]
+        try:
+            if self.first:
+                made = [make()]
+        finally:
+            if self.count > 1:
+                torch.distributed.broadcast_object_list(made, src=0)
+        if made[0] is None:
+            raise OtherProcessError("the first process could not begin the run")
+        return made[0]
 
     def wait(self) -> None:
         """Until all processes are here."""

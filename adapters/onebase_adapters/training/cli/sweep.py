@@ -29,8 +29,8 @@ from onebase_adapters.training.cli.common import (
 from onebase_adapters.training.cli.printable import shown
 
 if TYPE_CHECKING:
+    from onebase_adapters.training.plan import Job
     from onebase_adapters.training.recipe import Recipe
-    from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
@@ -120,7 +120,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options, given)
     quiet_libraries()
     from onebase_adapters.training.machine import free_memory, keep_freed_memory
-    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.plan import Job
     from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
 
     keep_freed_memory()
@@ -167,7 +167,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
         base = load_base(job.base)
         show.loading("reading the data", 0.0)
         with CtrlC(alone=True) as gate:
-            return sweep(base, job, grid, show.event, gate, survivors=survivors, tell=show.say)
+            return sweep(base, job, grid, show.event, gate, survivors=survivors, report=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:
         show.failed(str(error))
         return None

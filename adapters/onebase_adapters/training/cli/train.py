@@ -31,9 +31,9 @@ from onebase_adapters.training.cli.common import (
 from onebase_adapters.training.push import is_repo_name
 
 if TYPE_CHECKING:
+    from onebase_adapters.training.plan import Job
     from onebase_adapters.training.process_group import ProcessGroup
     from onebase_adapters.training.result import Report
-    from onebase_adapters.training.run import Job
 
 _DESCRIPTION = """\
 Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
@@ -152,7 +152,7 @@ def _job(
     import torch
 
     from onebase_adapters.training.machine import free_memory
-    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.plan import Job
 
     settings = base_settings(options, resolved.folder)
     if settings.device.type == "cuda" and processes.count > 1:

@@ -33,9 +33,19 @@ class Sample:
         return len(self.ids)
 
     @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The row's sequences."""
+        return (self,)
+
+    @property
     def targets(self) -> int:
         """Supervised tokens."""
         return int(self.supervised.sum())
+
+    @property
+    def weight(self) -> int:
+        """What the row counts in the mean loss."""
+        return self.targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +61,21 @@ class Preference:
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The row's sequences."""
+        return (self.chosen, self.rejected)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens."""
+        return self.chosen.targets + self.rejected.targets
+
+    @property
+    def weight(self) -> int:
+        """What the row counts in the mean loss: a pair counts once."""
+        return 1
 
 
 Row = Sample | Preference
@@ -266,9 +291,8 @@ def _digest_of(rows: Sequence[Row]) -> str:
     """SHA-256 over the ids and the supervision of all rows."""
     total = hashlib.sha256()
     for row in rows:
-        samples = (row,) if isinstance(row, Sample) else (row.chosen, row.rejected)
-        for sample in samples:
-            total.update(f"{len(samples)} {len(sample)} ".encode())
+        for sample in row.samples:
+            total.update(f"{len(row.samples)} {len(sample)} ".encode())
             total.update(sample.ids.astype("<i4").tobytes())
             total.update(sample.supervised.tobytes())
     return total.hexdigest()

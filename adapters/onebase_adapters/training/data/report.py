@@ -108,7 +108,7 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
     if evaluation is not None and not len(evaluation):
         evaluation = None
     facts: Facts = train.report
-    samples = [sample for row in train.rows for _, sample in _sides(row)]
+    samples = [sample for row in train.rows for sample in row.samples]
     lengths = np.array([len(sample) for sample in samples] or [0])
     leakage, same_prompt = _shared(facts, evaluation.report) if evaluation else ([], [])
 
@@ -134,12 +134,6 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
         evaluation=report(evaluation, None, tokenizer) if evaluation else None,
         named_by="row" if facts.lines_shared else "line",
     )
-
-
-def _sides(row: Row) -> Iterable[tuple[str, Sample]]:
-    if isinstance(row, Sample):
-        return (("", row),)
-    return (("chosen", row.chosen), ("rejected", row.rejected))
 
 
 def _duplicates(facts: Facts) -> list[tuple[Place, Place]]:
@@ -174,7 +168,8 @@ def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> I
     """The first row, the last and one between."""
     count = len(rows)
     for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():
-        for side, sample in _sides(rows[index]):
+        sides = ("",) if isinstance(rows[index], Sample) else ("chosen", "rejected")
+        for side, sample in zip(sides, rows[index].samples, strict=True):
             yield Example(*places[index], side, _segments(sample, tokenizer))
 
 
