@@ -348,9 +348,10 @@ def test_the_plot_is_a_whole_svg_with_a_point_for_each_run(tmp_path: Path, count
     text = "".join(root.itertext())
     assert ("no run has been evaluated" in text) == (count == 0)
     assert "NaN" not in plot(result)
-    for node in root.iter("{http://www.w3.org/2000/svg}circle"):
-        assert 0 <= float(node.attrib["cx"]) <= float(root.attrib["width"])
-        assert 0 <= float(node.attrib["cy"]) <= float(root.attrib["height"])
+    width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
+    for node in root.iter("{http://www.w3.org/2000/svg}use"):
+        assert 0 <= float(node.attrib["x"]) <= width
+        assert 0 <= float(node.attrib["y"]) <= height
 
 
 def test_advice_prefers_a_smaller_run_that_is_as_good(tmp_path: Path) -> None:
