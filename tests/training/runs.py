@@ -69,7 +69,7 @@ def preferences(count: int, seed: int = 0) -> Dataset:
 
 
 def dataset(rows: list[Row] | list[Sample]) -> Dataset:
-    return Dataset(list(rows), (), "digest")
+    return Dataset(list(rows))
 
 
 def recipe_for(data: Dataset, **settings: Any) -> Recipe:

@@ -177,14 +177,14 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     [
         (["--r", "0"], "--r: r is 0: the lowest value is 1"),
         (["--init", "pissa"], "choose from"),
-        (["--metric", "regex:.*"], "is no metric"),
+        (["--metric", "regex:.*"], "is not a metric"),
         (["--memory-limit", "lots"], "is no size: write it as in 20GB"),
         (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
         (["--recipe", "missing.json"], "cannot be read"),
         (["--threads", "-1"], "is not a whole number above 0"),
         (["--name", "a[/b]"], "cannot be an adapter's name"),
         (["--name", "../x"], "cannot be an adapter's name"),
-        (["--push", "nobody"], "no repository's name"),
+        (["--push", "nobody"], "not a repository's name"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str, tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_adapters.training.data.dataset import Dataset
-from onebase_adapters.training.data.reader import load_dataset, split
-from onebase_adapters.training.data.report import DataReport, render, report
+from onebase_adapters.training.data.dataset import Dataset, split
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.render import render
+from onebase_adapters.training.data.report import DataReport, report
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Metrics on replies: what scores, what does not, and what is no metric."""
+"""Metrics on replies: what scores, what does not, and what is not a metric."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_metric_is_tested_and_described() -> None:
     ("name", "words"),
     [
         ("accuracy", ["'accuracy'", "exact_match", "one_of:A|B|C"]),
-        ("", ["no metric"]),
+        ("", ["not a metric"]),
         ("exact_match:Berlin", ["just exact_match"]),
         ("contains:", ["contains:TEXT"]),
         ("contains", ["contains:TEXT"]),
@@ -90,7 +90,7 @@ def test_what_is_no_metric_is_refused_with_the_way_to_write_it(name: str, words:
 
 def test_a_recipe_refuses_an_unknown_metric() -> None:
     parse_recipe({"metrics": ["json_valid", "contains:a, b"], "best_by": "contains:a, b"})
-    with pytest.raises(RecipeError, match="no metric"):
+    with pytest.raises(RecipeError, match="not a metric"):
         parse_recipe({"metrics": ["bleu"]})
 
 

@@ -80,7 +80,7 @@ def trainer(base: nn.Module, made: Recipe, data: Sequence[Sample], folder: Path)
         trainable,
         make_objective(trainable, made),
         made,
-        Dataset(rows=data, prompts=(), digest=""),
+        Dataset(data),
         None,
         checkpoints=Checkpoints(folder, 1),
         identity="",

@@ -53,7 +53,7 @@ def test_whatever_is_written_it_is_a_recipe_or_an_error_of_one_field(settings: d
             "metrics",
             "has 509 characters: write 500 at most",
         ),
-        ({"ranks": 8}, "ranks", "is no setting of a recipe"),
+        ({"ranks": 8}, "ranks", "is not a setting of a recipe"),
     ],
 )
 def test_what_does_not_go_together_or_is_too_much_is_refused(

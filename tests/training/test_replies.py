@@ -17,7 +17,6 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.training.data.dataset import Prompt
 from onebase_adapters.training.replies import generate_replies, stop_ids
 from onebase_adapters.view import peft_view
 
@@ -56,12 +55,9 @@ def adapted(base: nn.Module, seed: int = 1, **settings: Any) -> nn.Module:
     return model
 
 
-def prompts(lengths: list[int], seed: int = 5) -> list[Prompt]:
+def prompts(lengths: list[int], seed: int = 5) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Prompt(tuple(torch.randint(3, 320, (length,), generator=generator).tolist()), "", line)
-        for line, length in enumerate(lengths, 1)
-    ]
+    return [torch.randint(3, 320, (length,), generator=generator).tolist() for length in lengths]
 
 
 def ids_of(reply: str) -> list[int]:
@@ -77,11 +73,11 @@ def test_replies_are_those_of_transformers_own_generation(
     replies = generate_replies(model, tokenizer, asked, 24)
     greedy = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=0)
     for prompt, reply in zip(asked, replies, strict=True):
-        ids = torch.tensor([prompt.ids])
+        ids = torch.tensor([prompt])
         expected = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
         )
-        generated = expected[0, len(prompt.ids) :].tolist()
+        generated = expected[0, len(prompt) :].tolist()
         assert ids_of(reply) == (generated[:-1] if generated[-1] == 2 else generated)
     assert len(set(replies)) == len(replies), "the model only repeats itself: nothing was tested"
 
@@ -189,16 +185,10 @@ def test_the_replies_of_the_real_base_make_sense() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = ["What is the capital of France?", "Reply with one word: what colour is the sky?"]
     asked = [
-        Prompt(
-            tuple(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-                )
-            ),
-            "",
-            line,
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
-        for line, question in enumerate(questions, 1)
+        for question in questions
     ]
     model = peft_view(load_base(BaseSettings(folder=folder)))
     replies = generate_replies(model, tokenizer, asked, 24)

@@ -280,7 +280,7 @@ def test_a_pattern_that_means_no_layer_of_one_choice_is_refused_before_any_run(
 
 def test_a_target_that_the_base_lacks_is_refused_before_any_run(base: torch.nn.Module, job: Job) -> None:
     steps = _Steps()
-    with pytest.raises(RecipeError, match="no linear layer"):
+    with pytest.raises(RecipeError, match="not a linear layer"):
         run_sweep(base, job, Grid(targets=(("attention",), ("c_attn",))), listen=steps)
     assert steps.total == 0
 

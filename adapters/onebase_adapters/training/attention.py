@@ -39,7 +39,7 @@ class PackedAttention:
         self._gate = gate
 
     def set_lengths(self, lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> None:
-        """Of the rows of the packed sequence, in order. alone: compute each by itself, to the bit."""
+        """Of the rows of the packed sequence, in order. alone: compute each alone, to the bit."""
         self._groups = grouped(lengths, device, alone=alone)
 
     def attach(self, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ def packed_attention(
 
 
 def register() -> None:
-    """Make NAME known to transformers; again is harmless."""
+    """Make NAME known to transformers; calling it again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)

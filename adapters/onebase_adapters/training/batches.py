@@ -55,7 +55,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Packed:
-    """ids, positions: [1, T] int64. keep: [n] places whose logits are wanted, each predicts `targets` [n].
+    """ids, positions: [1, T] int64. keep: [n] places whose logits are computed, each predicts `targets` [n].
 
     owner: [n] number of the sample that a target belongs to. lengths: of the samples, T in all.
     """
@@ -69,7 +69,7 @@ class Packed:
 
 
 def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The rows of step `step` (from 0): each epoch is a permutation of its own, cut into batches.
+    """The rows of step `step` (from 0): each epoch is another permutation, cut into batches.
 
     The last batch of an epoch may be smaller. Depends on nothing but the arguments, so that a run that goes
     on sees the rows that an unbroken one would have seen.

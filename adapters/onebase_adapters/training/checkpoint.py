@@ -1,8 +1,8 @@
 """Where a run can go on from: the adapter, the optimizer's state and the place in the data.
 
 A run's folder has `checkpoints/step-00000120/` for the last few steps and `checkpoints/best-00000100/`. A
-checkpoint appears whole or not at all: it is written beside, synced, then renamed. What is random in a run
-follows from its seed and the step's number, so that the number is all that has to be kept of it.
+checkpoint appears whole or not at all: it is written under another name, synced, then renamed. What is random
+in a run follows from its seed and the step's number, so only the number has to be kept.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class CheckpointError(Exception):
 
 @dataclass
 class RunState:
-    """What a run knows besides tensors. Losses are nats a supervised token.
+    """What a run knows in addition to tensors. Losses are nats a supervised token.
 
-    identity: SHA-256 of recipe, data and base: a checkpoint is gone on from only by the same run.
+    identity: SHA-256 of recipe, data and base: only the same run resumes from a checkpoint.
     """
 
     identity: str

@@ -109,7 +109,7 @@ def estimate(
         rate: FLOP/s of the machine, as `machine.measured_rate`.
 
     Raises:
-        RecipeError: a target is no linear layer of this base.
+        RecipeError: a target is not a linear layer of this base.
     """
     plan = _Plan.of(config, recipe, quantization, dtype, torch.device(device).type, base_resident)
     row = max(1, longest_row)
@@ -138,7 +138,7 @@ def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]
         for end in getattr(recipe, field):
             if not any(f".{name}".endswith(f".{end}") for name in targets):
                 known = sorted({name.rpartition(".")[2] for name in targets})
-                raise RecipeError(field, f"{field}: {end!r} is no target; there are {', '.join(known)}")
+                raise RecipeError(field, f"{field}: {end!r} is not a target; there are {', '.join(known)}")
     return {
         name: next(
             (rank for end, rank in recipe.rank_pattern.items() if f".{name}".endswith(f".{end}")), recipe.r
@@ -204,7 +204,7 @@ class _Plan:
     def with_micro_batch(
         self, tokens: int, row: int, checkpointing: bool, supervised_part: float, limit: int | None
     ) -> Estimate:
-        """The estimate for micro-batches of so many tokens."""
+        """The estimate for micro-batches of `tokens` tokens."""
         supervised = max(1, round(tokens * supervised_part))
         return Estimate(
             parameters=self.parameters,
@@ -304,7 +304,11 @@ _WORK_COPIES = 6
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes by cause. A micro-batch has T tokens, n of them supervised.
+    """What a step keeps in memory, by cause, from the shapes of the base's layers.
+
+    Counted are the tensors that autograd saves for the backward pass over frozen quantized weights; a frozen
+    product keeps nothing. docs/training-plans.md compares this with what was measured. A micro-batch has T
+    tokens, n of them supervised.
 
     layers: bytes a token of each decoder layer that takes part in the backward pass, in fp32 and bf16.
     boundary: bytes a token between two layers, which is all that gradient checkpointing keeps of a layer.
@@ -335,7 +339,7 @@ class Activations:
             pairs = pairs // len(self.layers)
         else:
             per_token = sum(self.layers)
-        per_token += one  # one layer's gradients are there beside what it has kept
+        per_token += one  # one layer's gradients are there together with what it has kept
         return tokens * (per_token + self.after + self.work + pairs * row) + self.fixed
 
     def of_logits(self, supervised: int) -> int:

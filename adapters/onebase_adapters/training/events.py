@@ -1,4 +1,4 @@
-"""What a training run says while it runs, and the gate at which it is told to wait or stop.
+"""What a training run says while it runs, and the gate at which it waits or learns that it must stop.
 
 The same events go to a terminal, a file and over a socket.
 """
@@ -135,7 +135,7 @@ Reason = Literal["pause", "cancel"]
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The run was told to stop: to go on later, or for good."""
+    """The run must stop: until it is resumed, or for good."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(f"the run was interrupted: {reason}")
@@ -143,7 +143,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 class Gate(Protocol):
-    """A run passes through it between two layers of the model, and so many times in a step."""
+    """A run passes through it between two layers of the model, many times in a step."""
 
     def wait(self) -> None:
         """Return when the run may compute. Raises Interrupted."""

@@ -1,4 +1,10 @@
-"""The passes that training computes by its own autograd functions: LoRA, short attention, cross-entropy."""
+"""What training computes by its own autograd functions: LoRA on 4-bit layers, short attention, cross-entropy.
+
+Forwards, LoRA's products stay PEFT's own, in its order, so that a trained adapter gives the logits that it is
+served with. PEFT keeps an fp32 copy of each layer's input for the backward pass; here the input itself is
+kept, which layers with the same input share. The fp32 products of the backward pass are computed by oneDNN on
+the CPU: MKL is half as fast on processors that are not Intel's.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +108,8 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class ShortAttention(torch.autograd.Function):
-    """Scores in the model's dtype, softmax in fp32, weights rounded back; grouped heads share their keys."""
+    """Causal, by plain products in the order of transformers' eager attention: scores in the model's dtype,
+    softmax in fp32, weights rounded back. Grouped heads share their keys."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -184,15 +191,3 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         )
     losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
-
-
-def dpo_losses(
-    chosen: torch.Tensor, rejected: torch.Tensor, reference: torch.Tensor, beta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
-
-    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the base's log-likelihood of the
-    chosen one minus that of the rejected one, [pairs].
-    """
-    margin = beta * ((chosen - rejected) - reference)
-    return -nn.functional.logsigmoid(margin), margin

@@ -1,4 +1,4 @@
-"""What can end a run."""
+"""The training loop, from the first step to the last: one readable file."""
 
 from __future__ import annotations
 
@@ -34,129 +34,6 @@ class TrainingDivergedError(Exception):
         )
         self.step = step
         self.lines = list(lines)
-
-
-_NAMES = ("accuracy", "margin")
-
-
-@dataclass
-class Scores:
-    """Sums over micro-batches, then means. sums: [3] fp64: loss, DPO's accuracy and margin."""
-
-    sums: torch.Tensor
-    loss: float = 0.0
-    rewards: dict[str, float] = field(default_factory=dict)
-    _named: bool = False
-
-    @classmethod
-    def empty(cls, device: torch.device) -> Scores:
-        return cls(torch.zeros(1 + len(_NAMES), dtype=torch.float64, device=device))
-
-    def add(self, loss: torch.Tensor, rewards: dict[str, torch.Tensor]) -> None:
-        self.sums[0] += loss
-        for place, name in enumerate(_NAMES, start=1):
-            if name in rewards:
-                self.sums[place] += rewards[name]
-                self._named = True
-
-    def sum_over(self, processes: ProcessGroup, step: int, what: str, bad: list[int]) -> None:
-        """Add up what all processes have. `bad`: lines of rows whose loss was not finite in this one.
-
-        Raises TrainingDivergedError in all processes if there are any in one.
-        """
-        count = self.sums.new_full((1,), len(bad))
-        processes.add([self.sums, count])
-        if count:
-            raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
-
-    def over(self, weight: int) -> Scores:
-        """Means over what the rows weigh."""
-        loss, *rewards = (self.sums / weight).tolist()
-        self.loss = loss
-        self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
-        return self
-
-
-def held_out_scores(
-    trainable: Trainable,
-    objective: Objective,
-    recipe: Recipe,
-    data: Dataset,
-    processes: ProcessGroup,
-    step: int,
-) -> Scores:
-    """The mean loss of all rows, nats a supervised token (DPO: a pair). Raises TrainingDivergedError."""
-    scores = Scores.empty(trainable.device)
-    batches = pack(data.rows, range(len(data)), decided(recipe.micro_tokens), packing=recipe.packing)
-    bad: list[int] = []
-    with trainable.evaluating():
-        for batch in processes.share(batches):
-            loss, rewards = objective.loss(batch)
-            if torch.isfinite(loss):
-                scores.add(loss, rewards)
-            else:
-                bad += [data.rows[row].line for row in batch.rows]
-    scores.sum_over(processes, step, "the held-out loss", bad)
-    return scores.over(sum(row.weight for row in data.rows))
-
-
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters.
-
-    With LoRA+ the B matrices learn `lora_plus_ratio` times faster than the rest (Hayou et al. 2024).
-    """
-    ratio = recipe.lora_plus_ratio or 1.0
-    slow: list[nn.Parameter] = []
-    fast: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (fast if ".lora_B." in name or ".lora_embedding_B." in name else slow).append(parameter)
-    groups = [{"params": slow, "factor": 1.0}, {"params": fast, "factor": ratio}]
-    options: dict[str, Any] = {
-        "lr": decided(recipe.learning_rate),
-        "betas": _BETAS,
-        "eps": _EPSILON,
-        "weight_decay": recipe.weight_decay,
-    }
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    import bitsandbytes as bnb
-
-    paged, plain = (
-        (bnb.optim.PagedAdamW32bit, bnb.optim.PagedAdamW8bit),
-        (torch.optim.AdamW, bnb.optim.AdamW8bit),
-    )
-    # Without a GPU there is nothing to page to: the states are in host memory anyway.
-    on_gpu = slow[0].device.type == "cuda" if slow else False
-    kinds = paged if recipe.optimizer.startswith("paged") and on_gpu else plain
-    optimizer: torch.optim.Optimizer = kinds[recipe.optimizer.endswith("8bit")](groups, **options)
-    return optimizer
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of the step to come."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-
-
-def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
-    """Of step `step` (from 0): rises linearly in the warm-up, then falls to 0 (cosine, linear) or stays.
-
-    As transformers' schedules with the warm-up rounded up, but the first step of a warm-up is not 0: it would
-    be computed for nothing.
-    """
-    warmup = math.ceil(steps * warmup_ratio)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return peak
-    part = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1 - part)
 
 
 @dataclass(frozen=True)
@@ -205,7 +82,7 @@ class Trainer:
         self._processes = processes or ProcessGroup()
         self._on_evaluation = on_evaluation
         self._optimizer = make_optimizer(trainable.model, recipe)
-        # Of this process, which may have gone on from a checkpoint of a slower one.
+        # Done by this process, which may have resumed from the checkpoint of a slower one.
         self._done = self._tokens = 0
         self._seconds = 0.0
 
@@ -262,32 +139,38 @@ class Trainer:
         torch.manual_seed(hash((recipe.seed, number, self._processes.rank)))
         numbers = step_rows(len(self._data), recipe.batch_size, number, recipe.seed)
         batches = pack(self._data.rows, numbers, recipe.micro_tokens, packing=recipe.packing)
-        weight = sum(self._data.rows[row].weight for row in numbers)
         self._optimizer.zero_grad(set_to_none=True)
-        scores = self._scores(number, self._processes.share(batches), weight)
+        scores = self._scores(self._data, batches, "the loss", step=number + 1, backwards=True)
         parameters = self.trainable.parameters()
         self._share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise TrainingDivergedError(number + 1, "the gradient", self._lines(batches))
+            raise TrainingDivergedError(number + 1, "the gradient", _lines(self._data, batches))
         rate = learning_rate(number, self.steps, recipe.learning_rate, recipe.schedule, recipe.warmup_ratio)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         tokens = sum(batch.tokens for batch in batches)
         return Step(scores.loss, float(norm), rate, tokens, scores.rewards)
 
-    def _scores(self, number: int, batches: Sequence[MicroBatch], weight: int) -> Scores:
-        """Forward and backward passes of this process's micro-batches; sums over all processes."""
+    def _scores(
+        self, data: Dataset, batches: Sequence[MicroBatch], what: str, *, step: int, backwards: bool = False
+    ) -> Scores:
+        """Means over the micro-batches of all processes, of which this one computes its share.
+
+        Raises TrainingDivergedError for `what`, with the lines of the rows.
+        """
+        weight = sum(data.rows[row].weight for batch in batches for row in batch.rows)
         scores = Scores.empty(self.trainable.device)
         bad: list[int] = []
-        for batch in batches:
+        for batch in self._processes.share(batches):
             loss, rewards = self._objective.loss(batch)
             if not torch.isfinite(loss):
-                bad += self._lines([batch])
+                bad += _lines(data, [batch])
                 continue
-            (loss / weight).backward()  # type: ignore[no-untyped-call]
+            if backwards:
+                (loss / weight).backward()  # type: ignore[no-untyped-call]
             scores.add(loss.detach(), rewards)
-        scores.sum_over(self._processes, number + 1, "the loss", bad)
+        scores.sum_over(self._processes, step, what, bad)
         return scores.over(weight)
 
     def _share_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -297,9 +180,6 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._processes.add([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-    def _lines(self, batches: Sequence[MicroBatch]) -> list[int]:
-        return sorted(self._data.rows[row].line for batch in batches for row in batch.rows)
 
     def _count(self, step: Step, seconds: float) -> None:
         self.state.step += 1
@@ -342,8 +222,8 @@ class Trainer:
                 self._on_evaluation(step)
             return None
         if self.state.base_loss is None:
-            self._evaluate_base()
-        return self._evaluate(step) if due and self.state.held_out[-1][0] != step else None
+            self._evaluate_base(self._held_out)
+        return self._evaluate(self._held_out, step) if due and self.state.held_out[-1][0] != step else None
 
     def _rows_to_come(self) -> list[Row]:
         """All rows that the run computes, those of the data in its order, each once."""
@@ -360,9 +240,9 @@ class Trainer:
             rows = [rows[number] for number in sorted(chosen)]
         return [*rows, *(self._held_out.rows if self._held_out is not None else ())]
 
-    def _evaluate_base(self) -> None:
+    def _evaluate_base(self, held_out: Dataset) -> None:
         with self.trainable.without_adapter():
-            scores = self._held_out_scores()
+            scores = self._held_out_scores(held_out)
         self.state.base_loss = scores.loss
         self.state.held_out.append((0, scores.loss))
         self._listen(
@@ -370,8 +250,8 @@ class Trainer:
         )
         self._on_evaluation(0)
 
-    def _evaluate(self, step: int) -> float:
-        scores = self._held_out_scores()
+    def _evaluate(self, held_out: Dataset, step: int) -> float:
+        scores = self._held_out_scores(held_out)
         state = self.state
         best = state.best_loss is None or scores.loss < state.best_loss
         if best:
@@ -387,11 +267,12 @@ class Trainer:
         self._on_evaluation(step)
         return scores.loss
 
-    def _held_out_scores(self) -> Scores:
-        assert self._held_out is not None
-        return held_out_scores(
-            self.trainable, self._objective, self.recipe, self._held_out, self._processes, self.state.step
-        )
+    def _held_out_scores(self, data: Dataset) -> Scores:
+        """The mean loss of all held-out rows, nats a supervised token (DPO: a pair)."""
+        limit, packing = self.recipe.micro_tokens, self.recipe.packing
+        batches = pack(data.rows, range(len(data)), limit, packing=packing)
+        with self.trainable.evaluating():
+            return self._scores(data, batches, "the held-out loss", step=self.state.step)
 
     def _save(self, loss: float | None) -> None:
         if self._processes.first and self.state.step not in self._checkpoints.steps():
@@ -412,5 +293,109 @@ class Trainer:
                 parameter.copy_(adapter[name])
 
 
+def _lines(data: Dataset, batches: Sequence[MicroBatch]) -> list[int]:
+    return sorted(data.rows[row].line for batch in batches for row in batch.rows)
+
+
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+_NAMES = ("accuracy", "margin")
+
+
+@dataclass
+class Scores:
+    """Sums over micro-batches, then means. sums: [3] fp64: loss, DPO's accuracy and margin."""
+
+    sums: torch.Tensor
+    loss: float = 0.0
+    rewards: dict[str, float] = field(default_factory=dict)
+    _named: bool = False
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Scores:
+        return cls(torch.zeros(1 + len(_NAMES), dtype=torch.float64, device=device))
+
+    def add(self, loss: torch.Tensor, rewards: dict[str, torch.Tensor]) -> None:
+        self.sums[0] += loss
+        for place, name in enumerate(_NAMES, start=1):
+            if name in rewards:
+                self.sums[place] += rewards[name]
+                self._named = True
+
+    def sum_over(self, processes: ProcessGroup, step: int, what: str, bad: list[int]) -> None:
+        """Add up what all processes have. `bad`: lines of rows whose loss was not finite in this one.
+
+        Raises TrainingDivergedError in all processes if there are any in one.
+        """
+        count = self.sums.new_full((1,), len(bad))
+        processes.add([self.sums, count])
+        if count:
+            raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
+
+    def over(self, weight: int) -> Scores:
+        """Means over what the rows weigh."""
+        loss, *rewards = (self.sums / weight).tolist()
+        self.loss = loss
+        self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
+        return self
+
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters.
+
+    With LoRA+ the B matrices learn `lora_plus_ratio` times faster than the rest (Hayou et al. 2024).
+    """
+    ratio = recipe.lora_plus_ratio or 1.0
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (fast if ".lora_B." in name or ".lora_embedding_B." in name else slow).append(parameter)
+    groups = [{"params": slow, "factor": 1.0}, {"params": fast, "factor": ratio}]
+    options: dict[str, Any] = {
+        "lr": decided(recipe.learning_rate),
+        "betas": _BETAS,
+        "eps": _EPSILON,
+        "weight_decay": recipe.weight_decay,
+    }
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    import bitsandbytes as bnb
+
+    paged, plain = (
+        (bnb.optim.PagedAdamW32bit, bnb.optim.PagedAdamW8bit),
+        (torch.optim.AdamW, bnb.optim.AdamW8bit),
+    )
+    # Without a GPU there is nothing to page to: the states are in host memory anyway.
+    on_gpu = slow[0].device.type == "cuda" if slow else False
+    kinds = paged if recipe.optimizer.startswith("paged") and on_gpu else plain
+    optimizer: torch.optim.Optimizer = kinds[recipe.optimizer.endswith("8bit")](groups, **options)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the next step; LoRA+'s groups have their factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
+    """Of step `step` (from 0): rises linearly in the warm-up, then falls to 0 (cosine, linear) or stays.
+
+    As transformers' schedules with the warm-up rounded up, but the first step of a warm-up is not 0: it would
+    be computed for nothing.
+    """
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    part = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1 - part)

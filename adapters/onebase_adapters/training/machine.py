@@ -94,7 +94,7 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class _Layer:
-    """A frozen product with an adapter in fp32 beside it, of the size that `_PROBE` gives."""
+    """A frozen product and an adapter in fp32, of the size that `_PROBE` gives."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         rows, size_in, size_out, rank = _PROBE

@@ -18,7 +18,7 @@ Score = Callable[[str, str, str], float]
 
 
 class MetricError(ValueError):
-    """What is written is no metric; the message says how to write one."""
+    """What is written is not a metric; the message says how to write one."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _parse(written: str) -> tuple[Metric, str]:
     metric = METRICS.get(name)
     if metric is None:
         known = ", ".join(_written(name) for name in METRICS)
-        raise MetricError(f"{shown(written)} is no metric; there are {known}")
+        raise MetricError(f"{shown(written)} is not a metric; there are {known}")
     if colon and not metric.argument:
         raise MetricError(f"{shown(written)}: {name} takes nothing after it; write just {name}")
     if metric.argument and not argument.strip():
@@ -139,9 +139,15 @@ METRICS: dict[str, Metric] = {
     "json_keys": Metric("A|B|C", "the reply is a JSON object with exactly these keys", _json_keys),
     "contains": Metric("TEXT", "TEXT occurs in the reply", lambda reply, _, text: text in reply),
     "lacks": Metric("TEXT", "TEXT does not occur in the reply", lambda reply, _, text: text not in reply),
-    "starts_with": Metric("TEXT", "the reply starts so", lambda reply, _, text: reply.startswith(text)),
-    "ends_with": Metric("TEXT", "the reply ends so", lambda reply, _, text: reply.endswith(text)),
+    "starts_with": Metric(
+        "TEXT", "the reply starts with TEXT", lambda reply, _, text: reply.startswith(text)
+    ),
+    "ends_with": Metric("TEXT", "the reply ends with TEXT", lambda reply, _, text: reply.endswith(text)),
     "one_of": Metric("A|B|C", "the reply is one of these, the reference if that is one", _one_of),
-    "max_characters": Metric("N", "the reply is no longer", lambda reply, _, n: len(reply) <= int(n)),
-    "min_characters": Metric("N", "the reply is no shorter", lambda reply, _, n: len(reply) >= int(n)),
+    "max_characters": Metric(
+        "N", "the reply has at most N characters", lambda reply, _, n: len(reply) <= int(n)
+    ),
+    "min_characters": Metric(
+        "N", "the reply has at least N characters", lambda reply, _, n: len(reply) >= int(n)
+    ),
 }

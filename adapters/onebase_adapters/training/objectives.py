@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from onebase_adapters.training.batches import MicroBatch, pack
 from onebase_adapters.training.data.dataset import Row
-from onebase_adapters.training.kernels import dpo_losses
 from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.trainable import Trainable
 
@@ -79,3 +79,15 @@ class Preferences:
     def _reference(self, batch: MicroBatch) -> torch.Tensor:
         held = [self._references[id(sample)] for sample in batch.samples[0::2]]
         return torch.tensor(held, device=self._trainable.device)
+
+
+def dpo_losses(
+    chosen: torch.Tensor, rejected: torch.Tensor, reference: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
+
+    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the base's log-likelihood of the
+    chosen one minus that of the rejected one, [pairs].
+    """
+    margin = beta * ((chosen - rejected) - reference)
+    return -nn.functional.logsigmoid(margin), margin

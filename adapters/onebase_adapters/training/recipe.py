@@ -194,7 +194,7 @@ class Recipe:
         default="auto", metadata=about("training", "passes over the data (auto: 3)", above=0, high=1000)
     )
     max_steps: int = field(
-        default=0, metadata=about("training", "stop after so many steps; 0: after the epochs", low=0)
+        default=0, metadata=about("training", "stop after this many steps; 0: after the epochs", low=0)
     )
     batch_size: int | Auto = field(
         default="auto", metadata=about("training", "rows in one step (auto: 16 or fewer)", low=1, high=4096)
@@ -209,7 +209,7 @@ class Recipe:
     lora_plus_ratio: float = field(
         default=0.0,
         metadata=about(
-            "training", "LoRA+: B learns so many times faster than A; 0: as fast", low=0, high=1000
+            "training", "LoRA+: how many times faster B learns than A; 0: equally fast", low=0, high=1000
         ),
     )
     schedule: Schedule = field(
@@ -267,7 +267,7 @@ class Recipe:
     gradient_checkpointing: bool | Auto = field(
         default="auto",
         metadata=about(
-            "memory", "compute activations twice instead of keeping them (auto: if memory asks for it)"
+            "memory", "compute activations twice instead of keeping them (auto: if memory requires it)"
         ),
     )
 
@@ -279,11 +279,14 @@ class Recipe:
         default="auto", metadata=about("evaluation", "steps between checkpoints (auto: as eval_every)", low=1)
     )
     keep: int = field(
-        default=2, metadata=about("evaluation", "checkpoints kept beside the best one", low=1, high=100)
+        default=2,
+        metadata=about("evaluation", "checkpoints kept in addition to the best one", low=1, high=100),
     )
     patience: int = field(
         default=0,
-        metadata=about("evaluation", "stop after so many evaluations without a better one; 0: never", low=0),
+        metadata=about(
+            "evaluation", "stop after this many evaluations without a better one; 0: never", low=0
+        ),
     )
     metrics: tuple[str, ...] = field(
         default=(),
@@ -331,7 +334,7 @@ def parse_recipe(settings: Mapping[str, Any]) -> Recipe:
     known = dict(recipe_fields_by_name())
     for name in settings:
         if name not in known:
-            raise RecipeError(name, f"{name} is no setting of a recipe; there are {', '.join(known)}")
+            raise RecipeError(name, f"{name} is not a setting of a recipe; there are {', '.join(known)}")
     values = {name: _plain(name, value, known[name]) for name, value in settings.items() if value is not None}
     return Recipe(**values)
 
@@ -439,7 +442,9 @@ def _check_together(recipe: Recipe) -> None:
     for field_name in ("targets", "rank_pattern", "alpha_pattern"):
         for name in getattr(recipe, field_name):
             if not name.replace("-", "_").replace(".", "_").isidentifier():
-                raise RecipeError(field_name, f"{shown(name)} is no layer's name: patterns are not taken")
+                raise RecipeError(
+                    field_name, f"{shown(name)} is not a layer's name: patterns are not allowed"
+                )
     if recipe.use_dora and recipe.init == "eva":
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
     if recipe.rank_pattern and recipe.init == "eva":

@@ -1,7 +1,7 @@
 """Greedy replies from the model as it stands in the middle of a run, and the metrics measured on them.
 
 Prompts are packed without padding, and each row attends to keys of its own; what is computed for a row does
-not depend on the rows beside it (bit for bit on the CPU, up to rounding on CUDA).
+not depend on the other rows (bit for bit on the CPU, up to rounding on CUDA).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from onebase_adapters.training import events
 from onebase_adapters.training.attention import NAME, PackedAttention
 from onebase_adapters.training.checkpoint import write_whole
-from onebase_adapters.training.data.dataset import Dataset, Prompt
+from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.data.tokens import dated_tokenizer
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.metrics import mean
@@ -31,13 +31,14 @@ from onebase_adapters.training.trainable import Trainable
 BATCH_TOKENS = 8192
 """Keys and values held at once, in tokens: a batch takes as many rows as this allows."""
 _ROWS_ALIGNED = 4
-"""On the CPU an fp32 product gives a row the same bits beside any others if their number is a multiple."""
+"""On the CPU an fp32 product gives a row the same bits whatever the other rows are, if their number is a
+multiple of this."""
 
 
 def generate_replies(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     max_tokens: int,
     *,
     on_progress: Callable[[float], None] | None = None,
@@ -50,15 +51,12 @@ def generate_replies(
         model: a view of the base, plain or with PEFT's adapter; left as it was, training mode included.
         prompts: token ids each. An empty one, or one that fills the base's context, gets an empty reply.
         max_tokens: longest reply.
-        on_progress: told the part that is done, from 0 to 1.
-        wait: called between layers, so often for each token; what it raises ends the generation.
+        on_progress: gets the part that is done, from 0 to 1.
+        wait: called between layers, many times for each token; what it raises ends the generation.
         batch_tokens: tokens of rows generated together, prompts and replies.
     """
     limit = getattr(_text_config(model), "max_position_embeddings", None) or 2**31
-    rows = [
-        _Row(place, list(prompt.ids), min(len(prompt.ids) + max_tokens, limit))
-        for place, prompt in enumerate(prompts)
-    ]
+    rows = [_Row(place, list(ids), min(len(ids) + max_tokens, limit)) for place, ids in enumerate(prompts)]
     stops = stop_ids(model, tokenizer)
     done = 0
     with _generating(model, wait) as attention:
@@ -277,7 +275,7 @@ class Measuring:
         self._tokenizer = dated_tokenizer(tokenizer, recipe)
         self._recipe = recipe
         self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
-        self._samples = [Prompt(_chat(self._tokenizer, text), "", 0) for text in recipe.sample_prompts]
+        self._samples = [_chat(self._tokenizer, text) for text in recipe.sample_prompts]
         self._file = folder / _FILE
         self._listen = listen
         self._gate = gate
@@ -314,13 +312,13 @@ class Measuring:
         if not self._recipe.metrics or not self._prompts:
             return {}
         self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
-        replies = self._replies(self._prompts, f"measuring {subject}")
+        replies = self._replies([prompt.ids.tolist() for prompt in self._prompts], f"measuring {subject}")
         references = [prompt.reference for prompt in self._prompts]
         found = {name: mean(name, replies, references) for name in self._recipe.metrics}
         self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
         return found
 
-    def _replies(self, prompts: list[Prompt], name: str) -> list[str]:
+    def _replies(self, prompts: Sequence[list[int]], name: str) -> list[str]:
         def on_progress(part: float) -> None:
             self._listen(events.Progress(at=time.time(), name=name, part=part))
 
@@ -334,9 +332,9 @@ class Measuring:
         )
 
 
-def _chat(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _chat(tokenizer: Any, text: str) -> list[int]:
     """A user's message as the base's chat template renders it; as it is, if the base has none."""
     if not tokenizer.chat_template:
-        return tuple(tokenizer(text)["input_ids"])
+        return list(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": text}]
-    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

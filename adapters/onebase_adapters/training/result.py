@@ -87,14 +87,14 @@ def write_adapter(
     Args:
         model: a PeftModel with one adapter in fp32.
         base: what goes into the config as the base's name. commit: of the base, if it has one.
-        card: gives the text of README.md, told the bytes of the tensors' file.
+        card: returns the text of README.md, given the bytes of the tensors' file.
         dtype: of the tensors in the file; whatever it is, they are loaded as fp32 again.
     """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = commit
     if isinstance(config.target_modules, set):
-        # A set is written in an order of its own in each process: the same adapter would have another digest.
+        # Each process writes a set in another order: the same adapter would have another digest.
         config.target_modules = sorted(config.target_modules)
     with appearing(folder) as work:
         with warnings.catch_warnings():

@@ -79,7 +79,7 @@ class Trial:
     """One run of a sweep.
 
     curve: (step, seconds of training, held-out loss), step 0 is the base. loss: the best of its adapter.
-    reason: why it failed. diverged: it would again; one that failed for want of memory is tried again.
+    reason: why it failed. diverged: it would diverge again; a run that lacked memory is tried again.
     """
 
     name: str

@@ -27,7 +27,7 @@ TABLE, RESULTS, PLOT = "results.csv", "results.json", "sweep.svg"
 _NEAR = 1.01
 """A loss is as good as the best one up to this factor."""
 _COLOURS = ("#3b6fb6", "#d9822b", "#3f9b6d", "#b8487f", "#7a5bb5", "#8a7a2f", "#4aa3b8", "#777777")
-"""Told apart also by people who see colours otherwise (after Okabe and Ito)."""
+"""Distinct also for colour-blind people (after Okabe and Ito)."""
 _INK, _SOFT, _GRID = "#222831", "#6b7480", "#e6e9ee"
 _SVG, _POINT = "http://www.w3.org/2000/svg", "run-"
 _STYLES = {"finished": "", "failed": "red", "stopped": "dim", "paused": "yellow", "waiting": "yellow"}
@@ -154,7 +154,7 @@ def seconds(value: float) -> str:
 def plot(result: SweepResult) -> str:
     """Held-out loss against parameters, and against time of training; an SVG document.
 
-    Pointing at a run tells its name.
+    Pointing at a run shows its name.
     """
     drawn = [trial for trial in result.trials if trial.loss is not None and math.isfinite(trial.loss)]
     figure = Figure(figsize=(11.2, 5.6), layout="constrained")
@@ -197,7 +197,7 @@ def _series(trial: Trial) -> str:
 
 
 def _colours(trials: Sequence[Trial]) -> dict[str, str]:
-    """By targets and learning rate; what is left to tell apart, the ranks, is along the x axis."""
+    """By targets and learning rate; the ranks are along the x axis."""
     names = sorted({(tuple(t.targets), t.learning_rate, _series(t)) for t in trials})
     return {name: _COLOURS[place % len(_COLOURS)] for place, (_, _, name) in enumerate(names)}
 

@@ -31,7 +31,7 @@ class Trainable:
         eva: micro-batches that EVA looks at, for `init="eva"`.
 
     Raises:
-        RecipeError: a target is no linear layer of this base.
+        RecipeError: a target is not a linear layer of this base.
     """
 
     def __init__(

@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options)
-    from onebase_adapters.training.data.report import render, report
+    from onebase_adapters.training.data.render import render
+    from onebase_adapters.training.data.report import report
 
     sources = [("train", options.data), *([("eval", options.eval_data)] if options.eval_data else [])]
     loaded: list[Dataset] = []
@@ -103,7 +104,8 @@ def _load(
     problems: list[dict[str, Any]],
 ) -> None:
     """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
-    from onebase_adapters.training.data.reader import DataError, load_dataset
+    from onebase_adapters.training.data.reader import load_dataset
+    from onebase_adapters.training.data.records import DataError
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
     try:

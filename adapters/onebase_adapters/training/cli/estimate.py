@@ -157,7 +157,8 @@ def _amount(options: argparse.Namespace) -> _Amount:
 def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
     """Tokenize the data, which needs the base's tokenizer but none of its weights."""
     from onebase_adapters.training.base_config import find_tokenizer
-    from onebase_adapters.training.data.reader import DataError, load_dataset
+    from onebase_adapters.training.data.reader import load_dataset
+    from onebase_adapters.training.data.records import DataError
 
     try:
         rows = load_dataset(options.data, find_tokenizer(options.base), recipe).rows

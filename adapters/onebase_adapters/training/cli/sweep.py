@@ -157,7 +157,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
     from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
-    from onebase_adapters.training.data.reader import DataError
+    from onebase_adapters.training.data.records import DataError
     from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep

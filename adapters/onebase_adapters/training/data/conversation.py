@@ -34,7 +34,7 @@ _KEYS = (
 def check_messages(value: Any, field: str) -> list[Message]:
     """Messages with texts as content. Unknown keys are left out, misspelled ones refused. Raises RowError."""
     if not isinstance(value, list):
-        raise RowError(field, "a list of messages is wanted, each with role and content")
+        raise RowError(field, "must be a list of messages, each with role and content")
     if not value:
         raise RowError(field, "the list of messages is empty")
     if len(value) > MOST_MESSAGES:
@@ -48,7 +48,7 @@ def check_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
     Raises RowError.
     """
     if not isinstance(value, list):
-        raise RowError(field, "a list of tools is wanted")
+        raise RowError(field, "must be a list of tools")
     for index, tool in enumerate(value):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -62,20 +62,20 @@ def _message(message: Any, field: str) -> Message:
         raise RowError(field, "a message is an object with role and content")
     given = {key: value for key, value in message.items() if value is not None}
     if given.get("tool_calls") == []:
-        # So write tables, and clients that fill up what a message lacks.
+        # Tables write this, and clients that fill in what a message lacks.
         del given["tool_calls"]
     _check_keys(given, field)
     role = given.get("role")
     if role is None:
         raise RowError(f"{field}.role", "missing")
     if role not in ROLES:
-        raise RowError(f"{field}.role", f"{str(role)[:40]!r} is no role: use {', '.join(ROLES)}")
+        raise RowError(f"{field}.role", f"{str(role)[:40]!r} is not a role: use {', '.join(ROLES)}")
     made: Message = {"role": role, "content": _content(given, field)}
     _take_weight(given, made, field)
     for key in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
         if key in given:
             if not isinstance(given[key], str):
-                raise RowError(f"{field}.{key}", "a text is wanted")
+                raise RowError(f"{field}.{key}", "must be a text")
             made[key] = given[key]
     if "tool_calls" in given:
         made["tool_calls"] = _tool_calls(given["tool_calls"], f"{field}.tool_calls", role)
@@ -100,13 +100,13 @@ def _content(given: Message, field: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RowError(f"{field}.content", f"a text is wanted, not {type(content).__name__}")
+        raise RowError(f"{field}.content", f"must be a text, not {type(content).__name__}")
     texts = []
     for index, part in enumerate(content):
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
             raise RowError(
-                f"{field}.content[{index}]", "only parts of type text, with a text, can be learned"
+                f"{field}.content[{index}]", "only parts of type text, each with a text, can be learned"
             )
         texts.append(text)
     return "".join(texts)
@@ -127,7 +127,7 @@ def _tool_calls(value: Any, field: str, role: str) -> list[dict[str, Any]]:
     if role != "assistant":
         raise RowError(field, "only the assistant's messages have tool_calls")
     if not isinstance(value, list):
-        raise RowError(field, "a list of calls is wanted")
+        raise RowError(field, "must be a list of calls")
     return [_tool_call(call, f"{field}[{index}]") for index, call in enumerate(value)]
 
 
@@ -143,12 +143,12 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
         except RowError as error:
             raise RowError(f"{field}.function.arguments", error.reason) from None
     if not isinstance(arguments, dict):
-        raise RowError(f"{field}.function.arguments", "an object is wanted")
+        raise RowError(f"{field}.function.arguments", "must be an object")
     return {**_without_nulls(call), "function": {**_without_nulls(function), "arguments": arguments}}
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables fill up what a row lacks with null, which templates would write out."""
+    """Tables fill in null for what a row lacks, which templates would write out."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):

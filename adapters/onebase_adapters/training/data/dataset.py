@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from onebase_adapters.training.data.conversation import Choice, Parsed, Text
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,35 +83,6 @@ class Preference:
 Row = Sample | Preference
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A held-out row to generate a reply for. `reference`: the reply that the row has."""
-
-    ids: tuple[int, ...]
-    reference: str
-    line: int
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Rows of one file, in its order. All are Sample, or all are Preference.
-
-    prompts: one for each row that ends in a reply, for metrics on generated replies.
-    digest: SHA-256 over ids and supervision of all rows, hexadecimal: names what was trained on.
-    """
-
-    rows: Sequence[Row]
-    prompts: Sequence[Prompt]
-    digest: str
-    report: Any = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-_DIGEST_BYTES = 16
-
-
 class Place(NamedTuple):
     """Where a row stands in its file. row: its number, from 1, which no other row has. line: where it begins,
     for messages: a `.json` file may have all of its rows on one line."""
@@ -120,7 +93,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """Tells whether two rows say the same, up to white space.
+    """Equal for two rows that say the same, up to white space.
 
     prompt: None if the row has none. samples: how many of the data set's rows were made of it, at least one.
     """
@@ -131,22 +104,63 @@ class Key:
     samples: int
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Of one file, or of a part of it.
+@dataclass(frozen=True, eq=False, slots=True)
+class Prompt:
+    """A row to generate a reply for: parts of its sample's ids, since copies of all would fill the memory.
 
-    keys: one for each row that is in the data set, in its order. truncated, dropped: places of rows.
-    lines_shared: several rows begin on one line, so that a line does not tell which row is meant.
+    reply: the row's own, up to the token that ends its generation, without it. decode: the text of ids; the
+    replies that a model generates must be decoded in the same way.
     """
 
-    source: str
-    keys: Sequence[Key]
+    ids: Ids
+    reply: Ids
+    place: Place
+    decode: Callable[[list[int]], str]
+
+    @property
+    def line(self) -> int:
+        return self.place.line
+
+    @property
+    def reference(self) -> str:
+        """The text of the row's own reply."""
+        return self.decode(self.reply.tolist())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of one file, in its order. All are Sample, or all are Preference.
+
+    prompts: one for each row that ends in a reply, for metrics on generated replies.
+    source: the file's name. keys: one for each row of the file that is in the data set, in its order.
+    truncated, dropped: places of rows of the file. lines_shared: several rows begin on one line, so that a
+    line does not identify a row.
+    """
+
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt] = ()
+    source: str = ""
+    keys: Sequence[Key] = ()
     truncated: Sequence[Place] = ()
     dropped: Sequence[Place] = ()
     lines_shared: bool = False
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over ids and supervision of all rows, hexadecimal: names what was trained on."""
+        total = hashlib.sha256()
+        for row in self.rows:
+            for sample in row.samples:
+                total.update(f"{len(row.samples)} {len(sample)} ".encode())
+                total.update(sample.ids.astype("<i4").tobytes())
+                total.update(sample.supervised.tobytes())
+        return total.hexdigest()
+
     def places(self) -> list[Place]:
-        """Where each of the data set's rows comes from: a row of the file may have made several."""
+        """Where each row comes from: a row of the file may have made several."""
         return [key.place for key in self.keys for _ in range(key.samples)]
 
 
@@ -179,7 +193,7 @@ def _digest(value: Any) -> bytes:
 
 
 def _normal(value: Any) -> Any:
-    """With white space made one space: it tells no two rows apart."""
+    """With each white space made one space: rows that differ only in it say the same."""
     if isinstance(value, str):
         return " ".join(value.split())
     if isinstance(value, dict):
@@ -187,52 +201,6 @@ def _normal(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_normal(part) for part in value]
     return value
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """A prompt and the row's own reply to it, as parts of its sample's ids.
-
-    reply: up to the token that ends its generation, without it.
-    """
-
-    prompt: Ids
-    reply: Ids
-    place: Place
-
-
-class Prompts(Sequence[Prompt]):
-    """A Prompt for each reference.
-
-    Args:
-        decode: the text of a reply's ids. The replies that a model generates must be decoded in the same way.
-    """
-
-    def __init__(self, references: Sequence[Reference], decode: Callable[[list[int]], str]) -> None:
-        self._references = references
-        self._decode = decode
-
-    def only(self, keep: Callable[[Place], bool]) -> Prompts:
-        """Those of some rows."""
-        return Prompts([each for each in self._references if keep(each.place)], self._decode)
-
-    def __len__(self) -> int:
-        return len(self._references)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
-        if isinstance(index, slice):
-            return Prompts(self._references[index], self._decode)
-        found = self._references[index]
-        return Prompt(tuple(found.prompt.tolist()), self._decode(found.reply.tolist()), found.place.line)
-
-
-def dataset_of(rows: Sequence[Row], prompts: Sequence[Prompt], facts: Facts) -> Dataset:
-    """A data set with its digest."""
-    return Dataset(rows=rows, prompts=prompts, digest=_digest_of(rows), report=facts)
 
 
 def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[Dataset, Dataset]:
@@ -246,16 +214,15 @@ def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[D
         part: of the rows to hold out, 0 to 0.9; above 0 at least one, if there are two different ones.
         limit: most rows held out, unless even the smallest group of rows that say the same is larger.
     """
-    facts: Facts = dataset.report
     groups: dict[bytes, list[int]] = {}
-    for key in facts.keys:
+    for key in dataset.keys:
         groups.setdefault(key.content, []).append(key.place.row)
-    wanted = min(limit, round(part * len(facts.keys)))
+    wanted = min(limit, round(part * len(dataset.keys)))
     if part > 0 and len(groups) > 1:
         wanted = max(1, wanted)
     held = _held_out(groups, wanted, seed)
     return (
-        _part(dataset, lambda place: place.row not in held, facts.dropped),
+        _part(dataset, lambda place: place.row not in held, dataset.dropped),
         _part(dataset, lambda place: place.row in held, ()),
     )
 
@@ -273,26 +240,11 @@ def _held_out(groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int) -> 
 
 
 def _part(dataset: Dataset, keep: Callable[[Place], bool], dropped: Sequence[Place]) -> Dataset:
-    facts: Facts = dataset.report
-    prompts = dataset.prompts
-    return dataset_of(
-        [row for row, place in zip(dataset.rows, facts.places(), strict=True) if keep(place)],
-        prompts.only(keep) if isinstance(prompts, Prompts) else prompts,
-        replace(
-            facts,
-            keys=[key for key in facts.keys if keep(key.place)],
-            truncated=[place for place in facts.truncated if keep(place)],
-            dropped=dropped,
-        ),
+    return replace(
+        dataset,
+        rows=[row for row, place in zip(dataset.rows, dataset.places(), strict=True) if keep(place)],
+        prompts=[prompt for prompt in dataset.prompts if keep(prompt.place)],
+        keys=[key for key in dataset.keys if keep(key.place)],
+        truncated=[place for place in dataset.truncated if keep(place)],
+        dropped=dropped,
     )
-
-
-def _digest_of(rows: Sequence[Row]) -> str:
-    """SHA-256 over the ids and the supervision of all rows."""
-    total = hashlib.sha256()
-    for row in rows:
-        for sample in row.samples:
-            total.update(f"{len(row.samples)} {len(sample)} ".encode())
-            total.update(sample.ids.astype("<i4").tobytes())
-            total.update(sample.supervised.tobytes())
-    return total.hexdigest()

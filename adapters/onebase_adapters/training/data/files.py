@@ -30,8 +30,6 @@ from onebase_adapters.training.data.records import (
     parse_strict,
 )
 
-__all__ = ["FORMATS", "Item", "Record", "read_file"]
-
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """By the end of a file's name."""
 
@@ -55,11 +53,19 @@ KNOWN_FIELDS = (
 )
 """Every field that some shape has."""
 
+MOST_ROWS = 5_000_000
+MOST_PARQUET_BYTES = 4 << 30
+"""Of a Parquet file's rows, written out."""
+
+_PARQUET_MEMORY = 8 << 30
+_REPORTS = 500
+"""How many times progress is reported."""
 _LIKE = 0.84
-
-
-_TELLS = 500
-"""How often progress is told."""
+_ROWS_A_REPORT = 1000
+_ROWS_A_BATCH = 64
+_NOT_UTF8 = "not UTF-8: save the file as UTF-8"
+_NEVER_ALONE = {"tools", "input", "system", "question"}
+"""Columns that make no row without another."""
 
 _MAGIC = {
     b"PAR1": "a Parquet file: name it .parquet",
@@ -79,8 +85,8 @@ def read_file(
     """The file's records in order, and a Problem in the place of each line that holds none.
 
     Args:
-        on_part: told the part that was read, from 0 to 1, as reading goes on.
-        name: what the file is called, if `path` does not say it (an upload); its end decides the format.
+        on_part: gets the part that was read, from 0 to 1, as reading goes on.
+        name: what the file is called, if `path` does not say it (an upload); its suffix decides the format.
 
     Raises:
         DataError: the file as a whole cannot be read; OSError: or not opened.
@@ -95,13 +101,13 @@ def read_file(
     if size > MOST_FILE_BYTES:
         raise DataError.of_file(shown, f"{size} bytes are too many: at most {MOST_FILE_BYTES} are read")
     _check_beginning(path, shown, suffix)
-    done, told = 0, 0
+    done, reported = 0, 0
 
     def on_bytes(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, reported
         done += count
-        if on_part is not None and (done - told) * _TELLS >= size:
-            told = done
+        if on_part is not None and (done - reported) * _REPORTS >= size:
+            reported = done
             on_part(min(1.0, done / size) if size else 1.0)
 
     with path.open("rb") as file:
@@ -112,26 +118,7 @@ def read_file(
         elif suffix in (".csv", ".tsv"):
             yield from csv_rows(path, "\t" if suffix == ".tsv" else ",", on_bytes, shown)
         else:
-            yield from parquet_rows(path, KNOWN_FIELDS, on_part or _silent, shown)
-
-
-def _check_beginning(path: Path, shown: str, suffix: str) -> None:
-    """Whether the first bytes are those of the format. Raises DataError."""
-    with path.open("rb") as file:
-        first = file.read(4096)
-    if suffix == ".parquet":
-        if not first.startswith(b"PAR1"):
-            raise DataError.of_file(shown, "this is no Parquet file: it does not begin with PAR1")
-        return
-    for magic, said in _MAGIC.items():
-        if first.startswith(magic):
-            raise DataError.of_file(shown, f"this is {said}")
-    if b"\0" in first:
-        raise DataError.of_file(shown, "this is no text but a binary file")
-
-
-def _silent(_part: float) -> None:
-    """Tell nobody."""
+            yield from parquet_rows(path, KNOWN_FIELDS, on_part or (lambda part: None), shown)
 
 
 def misspelled(key: str, names: Sequence[str]) -> str | None:
@@ -140,13 +127,19 @@ def misspelled(key: str, names: Sequence[str]) -> str | None:
     return near[0] if near and not key.startswith(f"{near[0]}_") else None
 
 
-MOST_ROWS = 5_000_000
-MOST_PARQUET_BYTES = 4 << 30
-"""Of a Parquet file's rows, written out."""
-
-_PARQUET_MEMORY = 8 << 30
-_AT_ONCE = 1000
-_NOT_UTF8 = "not UTF-8: save the file as UTF-8"
+def _check_beginning(path: Path, shown: str, suffix: str) -> None:
+    """Whether the first bytes are those of the format. Raises DataError."""
+    with path.open("rb") as file:
+        first = file.read(4096)
+    if suffix == ".parquet":
+        if not first.startswith(b"PAR1"):
+            raise DataError.of_file(shown, "this is not a Parquet file: it does not begin with PAR1")
+        return
+    for magic, said in _MAGIC.items():
+        if first.startswith(magic):
+            raise DataError.of_file(shown, f"this is {said}")
+    if b"\0" in first:
+        raise DataError.of_file(shown, "this is a binary file, not text")
 
 
 def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
@@ -170,7 +163,7 @@ def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source
             except RowError as error:
                 yield Problem(line, error.field, error.reason)
                 return
-            if reader.line_num % _AT_ONCE == 0 or cells is None:
+            if reader.line_num % _ROWS_A_REPORT == 0 or cells is None:
                 on_bytes(file.tell() - before)
                 before = file.tell()
             if cells is None:
@@ -212,13 +205,42 @@ class _RowLines:
         return line
 
 
+def _names(line: int, cells: Sequence[str], source: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if not _is_utf8(names):
+        raise DataError(source, [Problem(line, "", _NOT_UTF8)])
+    twice = first_twice(names)
+    if twice is not None:
+        raise DataError(
+            source, [Problem(line, "", f"two columns have the name {twice[:60]!r}: rename one of them")]
+        )
+    return names
+
+
+def _csv_record(line: int, names: Sequence[str], cells: Sequence[str], size: int) -> Item:
+    if len(cells) != len(names):
+        return Problem(line, "", f"{len(cells)} cells, where the first line names {len(names)} columns")
+    if not _is_utf8(cells):
+        return Problem(line, "", _NOT_UTF8)
+    given = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+    return Record(line, given, size)
+
+
+def _is_utf8(cells: Sequence[str]) -> bool:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parquet_rows(
     path: Path, columns: Sequence[str], on_part: Callable[[float], None], source: str
 ) -> Iterator[Item]:
     """A record per row, with what it has of `columns`; its line is its number.
 
-    Read in a process of its own with bounded memory: a small file can unfold to any size. -P: nothing is
-    imported from the current folder, where a data set may lie beside code of anybody's.
+    Read in another process with bounded memory: a small file can unfold to any size. -P: nothing is
+    imported from the current folder, where a data set may come with anybody's code.
     """
     command = [sys.executable, "-P", "-m", "onebase_adapters.training.data.files", str(path)]
     limits = [str(_PARQUET_MEMORY), str(MOST_ROWS), *columns]
@@ -259,44 +281,11 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
     raise DataError.of_file(source, reason)
 
 
-def _names(line: int, cells: Sequence[str], source: str) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    if not _is_utf8(names):
-        raise DataError(source, [Problem(line, "", _NOT_UTF8)])
-    twice = first_twice(names)
-    if twice is not None:
-        raise DataError(
-            source, [Problem(line, "", f"two columns have the name {twice[:60]!r}: rename one of them")]
-        )
-    return names
-
-
-def _csv_record(line: int, names: Sequence[str], cells: Sequence[str], size: int) -> Item:
-    if len(cells) != len(names):
-        return Problem(line, "", f"{len(cells)} cells, where the first line names {len(names)} columns")
-    if not _is_utf8(cells):
-        return Problem(line, "", _NOT_UTF8)
-    given = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
-    try:
-        return Record(line, given, size)
-    except RowError as error:
-        return Problem(line, error.field, error.reason)
-
-
-def _is_utf8(cells: Sequence[str]) -> bool:
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-_BATCH_ROWS = 64
-_NEVER_ALONE = {"tools", "input", "system", "question"}
-"""Columns that make no row without another."""
-
-
 def main() -> None:
+    """The process that reads a Parquet file: rows as lines of JSON on stdout.
+
+    `#N` comes first: there are N rows. `!"reason"` instead of rows: it cannot be read. `.` is the end.
+    """
     path, memory, most_rows, *columns = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     try:
@@ -308,7 +297,7 @@ def main() -> None:
     except MemoryError:
         _refuse("the file unfolds to more than the memory allowed")
     except Exception as error:  # pyarrow's exceptions share no base class
-        _refuse(f"no sound Parquet file: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
+        _refuse(f"not a sound Parquet file: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
 
 
 def _lines(path: str, most_rows: int, columns: list[str]) -> Iterator[str]:
@@ -324,11 +313,11 @@ def _lines(path: str, most_rows: int, columns: list[str]) -> Iterator[str]:
         known = [name for name in columns if name in names]
         if not set(known) - _NEVER_ALONE:
             shown = ", ".join(name[:40] for name in names[:8])
-            raise ValueError(f"its columns are {shown}: wanted are messages, or prompt and completion")
+            raise ValueError(f"its columns are {shown}: give messages, or prompt and completion")
         # A name that was meant as one of the columns must come to light in the rows.
         odd = [name for name in names if name not in known and misspelled(name, columns)]
         yield f"#{rows}\n"
-        for batch in file.iter_batches(_BATCH_ROWS, columns=[*known, *odd], use_threads=False):
+        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[*known, *odd], use_threads=False):
             for row in batch.to_pylist():
                 yield json.dumps(row, default=_other, ensure_ascii=False) + "\n"
 

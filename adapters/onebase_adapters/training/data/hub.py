@@ -75,7 +75,7 @@ def fetch(dataset: DatasetId, part: str) -> list[Path]:
     except DataError:
         raise
     except Exception as error:  # the client's exceptions share no base class
-        raise _error(dataset, f"the Hub did not give it: {_said(error)}") from error
+        raise _error(dataset, f"it cannot be fetched from the Hub: {_said(error)}") from error
 
 
 def _cached(dataset: DatasetId, commit: str, part: str) -> list[Path] | None:

@@ -9,22 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from onebase_adapters.training.data.conversation import Chat, Choice, Parsed, Text
-from onebase_adapters.training.data.dataset import (
-    Dataset,
-    Facts,
-    Key,
-    Place,
-    Preference,
-    Prompts,
-    Reference,
-    Row,
-    dataset_of,
-    row_key,
-    split,
-)
-from onebase_adapters.training.data.files import Item, Record, read_file
+from onebase_adapters.training.data.dataset import Dataset, Key, Place, Preference, Prompt, Row, row_key
+from onebase_adapters.training.data.files import read_file
 from onebase_adapters.training.data.hub import fetch, parse_dataset_id
-from onebase_adapters.training.data.records import DataError, Problem, RowError, valid_unicode
+from onebase_adapters.training.data.records import DataError, Item, Problem, Record, RowError, valid_unicode
 from onebase_adapters.training.data.rows import parse_row, unfold
 from onebase_adapters.training.data.tokens import (
     BaseTokens,
@@ -34,8 +22,6 @@ from onebase_adapters.training.data.tokens import (
     longest_sequence,
 )
 from onebase_adapters.training.recipe import Recipe
-
-__all__ = ["DEFAULT_LENGTH", "DataError", "Problem", "load_dataset", "split"]
 
 DEFAULT_LENGTH = 2048
 """Tokens of the longest row, where the recipe leaves it open."""
@@ -61,8 +47,8 @@ def load_dataset(
         recipe: method, train_on, max_length ("auto": 2048), too_long and template_date ("auto": today) are
             used. No row is longer than the base can read.
         part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
-        name: what a file is called whose path does not say it, as an upload; its end tells the format.
-        on_progress: told the part that is done, from 0 to 1. What it raises ends the reading.
+        name: the file's name, where its path does not say it (an upload); its suffix decides the format.
+        on_progress: gets the part that is done, from 0 to 1. What it raises ends the reading.
 
     Raises:
         DataError: with every bad line; or the file as a whole cannot be used.
@@ -134,7 +120,7 @@ class _Builder:
         self._shared_lines: set[int] = set()
         self._problems: list[tuple[Place, str, str]] = []
         self._rows: list[Row] = []
-        self._references: list[Reference] = []
+        self._prompts: list[Prompt] = []
         self._keys: list[Key] = []
         self._truncated: list[Place] = []
         self._dropped: list[Place] = []
@@ -164,8 +150,15 @@ class _Builder:
         if not self._rows:
             reason = "every row was dropped as too long" if self._dropped else "the file has no rows"
             raise DataError.of_file(self._source, reason)
-        facts = Facts(self._source, self._keys, self._truncated, self._dropped, bool(self._shared_lines))
-        return dataset_of(self._rows, Prompts(self._references, self._decode), facts)
+        return Dataset(
+            self._rows,
+            self._prompts,
+            source=self._source,
+            keys=self._keys,
+            truncated=self._truncated,
+            dropped=self._dropped,
+            lines_shared=bool(self._shared_lines),
+        )
 
     def _next_place(self, line: int) -> Place:
         if line == self._place.line:
@@ -196,7 +189,7 @@ class _Builder:
         first = done[0]
         if first.reply is not None:
             ids = first.samples[-1].ids
-            self._references.append(Reference(ids[: first.reply.start], ids[first.reply], place))
+            self._prompts.append(Prompt(ids[: first.reply.start], ids[first.reply], place, self._decode))
         self._keys.append(row_key(place, row, 1 if isinstance(row, Choice) else len(first.samples)))
         if isinstance(row, Choice):
             # A template that rewrites earlier replies makes several samples; the last has the whole.

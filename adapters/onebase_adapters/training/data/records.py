@@ -80,7 +80,7 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True)
 class Record:
-    """One row as the file has it. line: 1-based. size: about so many bytes."""
+    """One row as the file has it. line: 1-based. size: bytes, roughly."""
 
     line: int
     value: dict[str, Any]
@@ -109,7 +109,7 @@ def first_twice(names: Iterable[str]) -> str | None:
 
 
 def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
-    """A record per line; blank lines are skipped. on_bytes: told how many were read."""
+    """A record per line; blank lines are skipped. on_bytes: gets how many were read."""
     line = 0
     while raw := file.readline(MOST_LINE_BYTES + 1):
         line += 1
@@ -126,7 +126,7 @@ def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item
 
 
 def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
-    """The records of a `.json` file: a list of objects, one object, or in truth JSON Lines."""
+    """The records of a `.json` file: a list of objects, one object, or JSON Lines after all."""
     raw = file.read(MOST_JSON_BYTES + 1)
     on_bytes(len(raw))
     if len(raw) > MOST_JSON_BYTES:
@@ -157,14 +157,14 @@ def _elements(text: str) -> Iterator[Item]:
             return
         expect_value = rest.take(",")
         if not expect_value and not rest.begins_with("]"):
-            yield rest.problem("not JSON: ',' or ']' is wanted; what follows was not read")
+            yield rest.problem("not JSON: ',' or ']' expected; what follows was not read")
             return
     if not rest.is_empty:
         yield rest.problem("there is more after the end of the list")
 
 
 def _objects(text: str) -> Iterator[Item]:
-    """Objects one after the other, each on as many lines as it likes."""
+    """Objects one after the other, each on any number of lines."""
     rest = _Rest(text)
     while not rest.is_empty:
         try:
@@ -175,7 +175,7 @@ def _objects(text: str) -> Iterator[Item]:
 
 
 class _Rest:
-    """What of a JSON text is still to be read: it never begins with white space."""
+    """The part of a JSON text that is still to be read; it never begins with white space."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -283,7 +283,7 @@ def _check_unicode(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair (\\ud800 to \\udfff alone) is no character") from None
+        raise ValueError("half a surrogate pair (\\ud800 to \\udfff alone) is not a character") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def _finite(digits: str) -> float:
 
 
 def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(

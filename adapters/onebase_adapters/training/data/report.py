@@ -9,10 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onebase_adapters.training.data.dataset import Dataset, Facts, Place, Row, Sample
-from onebase_adapters.training.data.render import render
-
-__all__ = ["DataReport", "Example", "render", "report"]
+from onebase_adapters.training.data.dataset import Dataset, Place, Row, Sample
 
 _EXAMPLES = 3
 _BARS = 10
@@ -99,7 +96,7 @@ class DataReport:
 
 
 def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataReport:
-    """Describe training data, as `load_dataset` or `split` made it, beside the data for evaluation.
+    """Describe training data, as `load_dataset` or `split` made it, and compare it with evaluation data.
 
     Args:
         evaluation: None or empty: nothing to compare with.
@@ -107,17 +104,16 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
     """
     if evaluation is not None and not len(evaluation):
         evaluation = None
-    facts: Facts = train.report
     samples = [sample for row in train.rows for sample in row.samples]
     lengths = np.array([len(sample) for sample in samples] or [0])
-    leakage, same_prompt = _shared(facts, evaluation.report) if evaluation else ([], [])
+    leakage, same_prompt = _shared(train, evaluation) if evaluation else ([], [])
 
     def named(places: Iterable[Place]) -> list[int]:
-        return [place.row if facts.lines_shared else place.line for place in places]
+        return [place.row if train.lines_shared else place.line for place in places]
 
     return DataReport(
-        source=facts.source,
-        rows=len(facts.keys),
+        source=train.source,
+        rows=len(train.keys),
         samples=len(samples),
         tokens=int(lengths.sum()),
         supervised=sum(sample.targets for sample in samples),
@@ -125,27 +121,27 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
         median=int(np.median(lengths)),
         longest=int(lengths.max()),
         histogram=_histogram(lengths) if samples else [],
-        truncated=named(facts.truncated),
-        dropped=named(facts.dropped),
-        duplicates=[(again, first) for again, first in map(named, _duplicates(facts))],
+        truncated=named(train.truncated),
+        dropped=named(train.dropped),
+        duplicates=[(again, first) for again, first in map(named, _duplicates(train))],
         leakage=named(leakage),
         same_prompt=named(same_prompt),
-        examples=list(_examples(train.rows, facts.places(), tokenizer)),
+        examples=list(_examples(train.rows, train.places(), tokenizer)),
         evaluation=report(evaluation, None, tokenizer) if evaluation else None,
-        named_by="row" if facts.lines_shared else "line",
+        named_by="row" if train.lines_shared else "line",
     )
 
 
-def _duplicates(facts: Facts) -> list[tuple[Place, Place]]:
+def _duplicates(data: Dataset) -> list[tuple[Place, Place]]:
     first: dict[bytes, Place] = {}
     return [
         (key.place, first[key.content])
-        for key in facts.keys
+        for key in data.keys
         if first.setdefault(key.content, key.place) != key.place
     ]
 
 
-def _shared(train: Facts, evaluation: Facts) -> tuple[list[Place], list[Place]]:
+def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[Place], list[Place]]:
     """Rows of `train` that say what some row of `evaluation` says; and that only ask the same."""
     contents = {key.content for key in evaluation.keys}
     prompts = {key.prompt for key in evaluation.keys} - {None}

@@ -24,8 +24,8 @@ from onebase_adapters.training.data.records import RowError, parse_strict
 from onebase_adapters.training.recipe import Method
 
 _REMEDIES = {
-    "system": "put it into the prompt, or bring the row as messages",
-    "tools": "bring the row as messages",
+    "system": "put it into the prompt, or give the row as messages",
+    "tools": "give the row as messages",
 }
 
 
@@ -62,7 +62,7 @@ class RowFields:
         """A text; a blank one only if it may be `empty`."""
         value = self.read(key)
         if not isinstance(value, str):
-            raise RowError(f"{self._inside}{key}", f"a text is wanted, not {type(value).__name__}")
+            raise RowError(f"{self._inside}{key}", f"must be a text, not {type(value).__name__}")
         if not empty and not value.strip():
             raise RowError(f"{self._inside}{key}", "the text is empty")
         return value
@@ -76,7 +76,7 @@ class RowFields:
         return check_tools(self.read("tools"), f"{self._inside}tools") if "tools" in self else None
 
     def after_system(self, messages: list[Message]) -> list[Message]:
-        """Messages after the one of `system`, if the row has that field beside them."""
+        """Messages after the one of `system`, if the row has that field too."""
         if not self.says("system"):
             return messages
         system = self.text("system")
@@ -102,7 +102,7 @@ class RowFields:
             if key == "tools" and self.is_text(key):
                 continue  # a column of that name: tools are a list
             beside = " and ".join(dict.fromkeys(self._read))
-            raise RowError(key, f"would be lost beside {beside}: {remedy}")
+            raise RowError(key, f"would be lost next to {beside}: {remedy}")
 
 
 def _says_the_same(message: Message, system: str) -> bool:
@@ -183,13 +183,13 @@ def _instruction(row: RowFields) -> Chat:
 def _unknown_shape(row: Mapping[str, Any], method: Method) -> str:
     keys = ", ".join(str(key)[:40] for key in list(row)[:8]) or "nothing"
     if method == "supervised" and ("chosen" in row or "preferred_output" in row):
-        return "a preference row among rows to learn: set method to dpo, or bring messages"
+        return "a preference row, but the method is supervised: set method to dpo, or give messages"
     if method == "dpo" and any(key in row for key in ("messages", "completion", "instruction", "text")):
         return f"the method is dpo, which takes {_DPO_SHAPES}; for this row set method to supervised"
     if "conversations" in row:
         return "conversations is not read: write it as messages, each with role and content"
     wanted = _DPO_SHAPES if method == "dpo" else _SUPERVISED_SHAPES
-    return f"the row has {keys}; wanted is {wanted}"
+    return f"the row has {keys}; give {wanted}"
 
 
 _NO_PROMPT = "begin differently, and there is no prompt: name it prompt, or question if it is a chat's"
@@ -223,7 +223,7 @@ def _openai_choice(row: RowFields) -> Choice:
     for name in names:
         row.read(name)
     if not isinstance(given, dict):
-        raise RowError("input", "an object with messages is wanted")
+        raise RowError("input", "must be an object with messages")
     fields = RowFields(given, "input.")
     prompt, tools = fields.messages("messages"), fields.tools()
     return _choice(prompt, [row.messages(name) for name in names], tools, names)
@@ -247,7 +247,7 @@ def _reply(name: str, messages: list[Message], prompt: list[Message]) -> list[Me
 
 
 def _given_prompt(row: RowFields, shared: Sequence[Message]) -> list[Message] | None:
-    """The prompt beside the replies; a question only where the replies begin with none."""
+    """The prompt given with the replies; a question only where the replies begin with none."""
     if row.is_text("prompt"):
         return [{"role": "user", "content": row.text("prompt")}]
     if "prompt" in row:
@@ -345,7 +345,7 @@ def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with lists in the place of the JSON texts that mean them.
 
     A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
-    chosen and rejected, and then the prompt beside these. A text that is no JSON stays.
+    chosen and rejected, and then the prompt that goes with these. A text that is not JSON stays.
     """
     made = dict(row)
     for key in _NEVER_PROSE:

@@ -158,14 +158,12 @@ def _clock(day: date) -> str:
     return f"{{% macro {_ASKS_FOR_IT}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
 
 
-_NO_TEMPLATE = (
-    "the base has no chat template: bring prompt and completion, or text, or take a base that is made to chat"
-)
+_NO_TEMPLATE = "the base has no chat template: give prompt and completion, or text, or choose a base with one"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tokenized row, or the part of a conversation up to one reply, where that must be learned by itself.
+    """A tokenized row, or the part of a conversation up to one reply, where that must be learned alone.
 
     spans: half-open ranges of positions in `ids` that are learned, ascending.
     prompt: number of tokens before the last reply; None where the row does not end in one.
@@ -224,14 +222,14 @@ class ChatTokens:
         return [*alone, self._piece(text, ids, stable)] if stable else alone
 
     def _check(self, chat: Chat) -> None:
-        """Refuse what the template would drop in silence, or take for its own marks."""
+        """Refuse what the template would drop silently, or read as its own marks."""
         if chat.tools and "tools" not in self._base.template:
-            raise RowError("tools", "the base's chat template takes no tools: they would be lost")
+            raise RowError("tools", "the base's chat template has no place for tools: they would be lost")
         self._check_plain(chat.tools, "tools")
         for index, message in enumerate(chat.messages):
             field = f"messages[{index}]"
             if "tool_calls" in message and "tool_calls" not in self._base.template:
-                reason = "the base's chat template takes no tool calls: they would be lost"
+                reason = "the base's chat template has no place for tool calls: they would be lost"
                 raise RowError(f"{field}.tool_calls", reason)
             for key, value in message.items():
                 self._check_plain(value, f"{field}.{key}")
@@ -240,8 +238,8 @@ class ChatTokens:
         """Refuse control tokens in texts, and in keys, which templates write as well."""
         if isinstance(value, str):
             if found := self._base.special.search(value):
-                reason = f"holds {found[0]!r}, which the base reads as a control token: take it out"
-                raise RowError(field, f"{reason}, or bring the row as text")
+                reason = f"holds {found[0]!r}, which the base reads as a control token: remove it"
+                raise RowError(field, f"{reason}, or give the row as text")
         elif isinstance(value, dict):
             for key, part in value.items():
                 self._check_plain(key, field)
@@ -269,7 +267,7 @@ class ChatTokens:
         after = text if index == len(chat.messages) - 1 else self._render(chat, index + 1, False)
         if not after.startswith(before):
             reason = "the base's chat template does not write this reply after its own generation prompt"
-            raise RowError(f"messages[{index}]", f"{reason}: it cannot be told from the prompt")
+            raise RowError(f"messages[{index}]", f"{reason}: it cannot be separated from the prompt")
         return before, after
 
     def _prompt(self, chat: Chat, text: str, ids: list[int]) -> int | None:
@@ -304,7 +302,7 @@ class ChatTokens:
         """The replies' positions in the ids of the whole text; None if a token reaches over a border.
 
         Control tokens are counted in the text and in the ids. What stands between the last one and a
-        border is tokenized by itself, as in serving, and must be there.
+        border is tokenized alone, as in serving, and must be there.
         """
         marks = [(mark.start(), mark.end()) for mark in self._base.special.finditer(text)]
         at = [index for index, token in enumerate(ids) if token in self._base.special_ids]
@@ -396,7 +394,7 @@ class RowTokens:
 
     def _text(self, row: Text, ids: list[int], prompt: list[int] | None) -> Piece:
         """Plain text, and its end. Prompt and completion are tokenized together, as TRL does, unless a
-        token would reach over the border between them: serving sends the prompt by itself."""
+        token would reach over the border between them: serving sends the prompt alone."""
         whole = self._base.begin(ids)
         start = 0
         if prompt is not None:
