@@ -177,7 +177,9 @@ def test_tools_and_calls_reach_the_template_as_json(load: Load) -> None:
 
 def test_tools_that_the_template_would_lose_are_refused(load: Load) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
-    assert "tools: the base's chat template has no place for tools" in reason(load, chat("q", "a", tools=tools))
+    assert "tools: the base's chat template has no place for tools" in reason(
+        load, chat("q", "a", tools=tools)
+    )
     row = chat("q", "a")
     row["messages"][1]["tool_calls"] = [{"function": {"name": "add", "arguments": {}}}]
     assert "messages[1].tool_calls: the base's chat template has no place for tool calls" in reason(load, row)
@@ -222,9 +224,7 @@ def test_what_the_template_refuses_is_a_problem_of_that_row(load: Load) -> None:
 
 def test_a_base_without_a_template_takes_no_chats_but_says_what_it_takes(load: Load) -> None:
     tokenizer = base_tokenizer(None)
-    assert "no chat template: give prompt and completion" in reason(
-        load, chat("q", "a"), tokenizer=tokenizer
-    )
+    assert "no chat template: give prompt and completion" in reason(load, chat("q", "a"), tokenizer=tokenizer)
     assert len(load({"prompt": "q", "completion": " a"}, tokenizer=tokenizer)) == 1
 
 

@@ -299,7 +299,11 @@ def test_a_config_is_found_in_a_folder_or_as_a_file_without_any_weights(tmp_path
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{}", "not the config of a base"), ('{"model_type": "t5"}', "decoder-only"), ("no json", "not the config")],
+    [
+        ("{}", "not the config of a base"),
+        ('{"model_type": "t5"}', "decoder-only"),
+        ("no json", "not the config"),
+    ],
 )
 def test_what_is_no_config_of_a_base_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -58,14 +58,8 @@ class Estimate:
     @property
     def total(self) -> int:
         """Bytes at the peak."""
-        return (
-            self.base_bytes
-            + self.adapter_memory
-            + self.optimizer_bytes
-            + self.activation_bytes
-            + self.logits_bytes
-            + self.process_bytes
-        )
+        adapter = self.adapter_memory + self.optimizer_bytes
+        return self.base_bytes + adapter + self.activation_bytes + self.logits_bytes + self.process_bytes
 
     @property
     def fits(self) -> bool:
@@ -111,13 +105,13 @@ def estimate(
     Raises:
         RecipeError: a target is not a linear layer of this base.
     """
-    plan = _Plan.of(config, recipe, quantization, dtype, torch.device(device).type, base_resident)
-    row = max(1, longest_row)
-    found = _decide(plan, recipe, row, supervised_part, memory_limit)
+    shapes = _Shapes.of(config, recipe, quantization, dtype, torch.device(device).type, base_resident)
+    shapes = replace(shapes, row=max(1, longest_row), supervised_part=supervised_part, limit=memory_limit)
+    found = _decide(shapes, recipe)
     seconds = None
     if rate and total_tokens is not None:
-        seconds = total_tokens * plan.flops_per_token(found.gradient_checkpointing, supervised_part) / rate
-    advice = "" if found.fits else _advice(plan, recipe, row, supervised_part, memory_limit or 0)
+        seconds = total_tokens * found.flops_per_token / rate
+    advice = "" if found.fits else _advice(shapes, recipe)
     return replace(found, total_tokens=total_tokens, seconds=seconds, advice=advice)
 
 
@@ -148,8 +142,8 @@ def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All of an estimate that does not depend on the size of a micro-batch."""
+class _Shapes:
+    """All of an estimate but the size of a micro-batch. row: tokens of the longest one. limit: bytes."""
 
     parameters: int
     base_parameters: int
@@ -159,6 +153,9 @@ class _Plan:
     device: str
     linear_weights: int
     head_weights: int
+    row: int = 1
+    supervised_part: float = 1.0
+    limit: int | None = None
 
     @classmethod
     def of(
@@ -169,7 +166,7 @@ class _Plan:
         dtype: torch.dtype,
         device: str,
         base_resident: bool,
-    ) -> _Plan:
+    ) -> _Shapes:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -178,34 +175,22 @@ class _Plan:
         memory = estimate_memory(config, quantization, dtype=dtype)
         targets = target_layers(model, recipe.targets)
         ranks = ranks_of(targets, recipe)
+        fused, on_cpu = quantization == "nf4", device == "cpu"
         head: Any = model.get_output_embeddings()
-        linear = sum(
-            layer.in_features * layer.out_features for layer in target_layers(model, ["all-linear"]).values()
-        )
+        layers = target_layers(model, ["all-linear"]).values()
         return cls(
             parameters=adapter_parameters(targets, ranks, dora=recipe.use_dora),
             base_parameters=memory.parameters,
             base_bytes=0 if base_resident else memory.total,
-            activations=activations_of(
-                model,
-                targets,
-                ranks,
-                recipe,
-                dtype,
-                fused=quantization == "nf4",
-                on_cpu=device == "cpu",
-            ),
+            activations=activations_of(model, targets, ranks, recipe, dtype, fused=fused, on_cpu=on_cpu),
             optimizer=recipe.optimizer,
             device=device,
-            linear_weights=linear,
+            linear_weights=sum(layer.in_features * layer.out_features for layer in layers),
             head_weights=head.weight.numel(),
         )
 
-    def with_micro_batch(
-        self, tokens: int, row: int, checkpointing: bool, supervised_part: float, limit: int | None
-    ) -> Estimate:
+    def with_micro_batch(self, tokens: int, checkpointing: bool) -> Estimate:
         """The estimate for micro-batches of `tokens` tokens."""
-        supervised = max(1, round(tokens * supervised_part))
         return Estimate(
             parameters=self.parameters,
             adapter_bytes=4 * self.parameters,
@@ -213,61 +198,56 @@ class _Plan:
             base_bytes=self.base_bytes,
             adapter_memory=8 * self.parameters,
             optimizer_bytes=round(_OPTIMIZER_BYTES[self.optimizer] * self.parameters),
-            activation_bytes=self.activations.kept(tokens, row, checkpointing),
-            logits_bytes=self.activations.of_logits(supervised),
+            activation_bytes=self.activations.kept(tokens, self.row, checkpointing),
+            logits_bytes=self.activations.of_logits(max(1, round(tokens * self.supervised_part))),
             process_bytes=_PROCESS.get(self.device, _PROCESS["cuda"]),
             micro_tokens=tokens,
             gradient_checkpointing=checkpointing,
-            flops_per_token=self.flops_per_token(checkpointing, supervised_part),
-            memory_limit=limit,
+            flops_per_token=self._flops_per_token(checkpointing),
+            memory_limit=self.limit,
         )
 
-    def flops_per_token(self, checkpointing: bool, supervised_part: float) -> int:
+    def _flops_per_token(self, checkpointing: bool) -> int:
         """Two FLOPs a weight forwards, two backwards to the inputs; two more for the adapter's gradients."""
         passes = 3 if checkpointing else 2
-        head = self.head_weights * supervised_part
+        head = self.head_weights * self.supervised_part
         return round(2 * passes * self.linear_weights + 4 * head + 2 * (passes + 1) * self.parameters)
 
+    def choices(self, recipe: Recipe) -> Iterator[tuple[int, bool]]:
+        """From the fastest to the smallest. Keeping activations saves a third of the work: it comes first."""
+        if isinstance(recipe.micro_tokens, int):
+            sizes = [max(recipe.micro_tokens, self.row)]
+        else:
+            rows = recipe.batch_size if isinstance(recipe.batch_size, int) else 16
+            most = _CPU_MICRO_TOKENS if self.device == "cpu" else MICRO_TOKENS[0]
+            most = min(most, max(1024, rows * self.row))
+            given = {max(self.row, size) for size in MICRO_TOKENS if size <= most or size == 1024}
+            sizes = sorted(given, reverse=True)
+        modes = [False, True] if recipe.gradient_checkpointing == "auto" else [recipe.gradient_checkpointing]
+        return ((size, bool(checkpointing)) for checkpointing in modes for size in sizes)
 
-def _decide(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit: int | None) -> Estimate:
+
+def _decide(shapes: _Shapes, recipe: Recipe) -> Estimate:
     """The first plan that fits easily, else the smallest one there is."""
-    found = None
-    for tokens, checkpointing in _choices(plan, recipe, row):
-        found = plan.with_micro_batch(tokens, row, checkpointing, supervised_part, limit)
-        if limit is None or found.total <= _SHARE * limit:
-            return found
-    assert found is not None
+    for tokens, checkpointing in shapes.choices(recipe):
+        found = shapes.with_micro_batch(tokens, checkpointing)
+        if shapes.limit is None or found.total <= _SHARE * shapes.limit:
+            break
     return found
 
 
-def _choices(plan: _Plan, recipe: Recipe, row: int) -> Iterator[tuple[int, bool]]:
-    """From the fastest to the smallest. Keeping activations saves a third of the work: it comes first."""
-    sizes: list[int]
-    if isinstance(recipe.micro_tokens, int):
-        sizes = [max(recipe.micro_tokens, row)]
-    else:
-        rows = recipe.batch_size if isinstance(recipe.batch_size, int) else 16
-        most = min(_CPU_MICRO_TOKENS if plan.device == "cpu" else MICRO_TOKENS[0], max(1024, rows * row))
-        sizes = sorted(
-            {max(row, size) for size in MICRO_TOKENS if size <= most or size == 1024}, reverse=True
-        )
-    modes = [False, True] if recipe.gradient_checkpointing == "auto" else [recipe.gradient_checkpointing]
-    for checkpointing in modes:
-        for size in sizes:
-            yield size, bool(checkpointing)
-
-
-def _advice(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit: int) -> str:
+def _advice(shapes: _Shapes, recipe: Recipe) -> str:
     """What it would take, and the changes of which each makes it fit."""
 
-    def fits(settings: Recipe, longest: int = row, rank: int = recipe.r) -> bool:
-        smaller = replace(plan, parameters=plan.parameters * rank // recipe.r, optimizer=settings.optimizer)
-        return _decide(smaller, settings, longest, supervised_part, limit).fits
+    def fits(settings: Recipe, longest: int = shapes.row, rank: int = recipe.r) -> bool:
+        parameters = shapes.parameters * rank // recipe.r
+        smaller = replace(shapes, parameters=parameters, optimizer=settings.optimizer, row=longest)
+        return _decide(smaller, settings).fits
 
     pinned = []
     if recipe.gradient_checkpointing is False:
         pinned.append("gradient_checkpointing = true")
-    if isinstance(recipe.micro_tokens, int) and recipe.micro_tokens > row:
+    if isinstance(recipe.micro_tokens, int) and recipe.micro_tokens > shapes.row:
         pinned.append("micro_tokens = auto")
     free = replace(recipe, gradient_checkpointing="auto", micro_tokens="auto")
     small = replace(free, optimizer="adamw_8bit")
@@ -275,7 +255,7 @@ def _advice(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit
     if pinned and fits(free):
         ways.append(" and ".join(pinned))
     else:
-        if shorter := next((size for size in _halves(row, 64) if fits(free, size)), None):
+        if shorter := next((size for size in _halves(shapes.row, 64) if fits(free, size)), None):
             ways.append(f"max_length = {shorter}")
         if not recipe.optimizer.endswith("8bit") and fits(small):
             ways.append("optimizer = adamw_8bit")
@@ -284,7 +264,7 @@ def _advice(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit
         ways = [" and ".join([*pinned, way]) for way in ways]
         if not ways and fits(small, 64, 1):
             ways.append("a smaller max_length, a smaller r and optimizer = adamw_8bit together")
-    least = _decide(plan, recipe, row, supervised_part, limit).total
+    least, limit = _decide(shapes, recipe).total, shapes.limit or 0
     remedy = f"Set {', or '.join(ways)}" if ways else "Choose a smaller base, or a machine with more memory"
     return f"the run would take {least / 1e9:.1f} GB of memory and may take {limit / 1e9:.1f} GB. {remedy}"
 
@@ -363,7 +343,7 @@ def activations_of(
 ) -> Activations:
     """Of a model on meta with an adapter on `targets`, of these ranks (by the same names).
 
-    fused: the layers are 4-bit ones, of which fused_lora takes those without dropout and DoRA.
+    fused: the layers are 4-bit ones, of which `kernels.fuse` takes those without dropout and DoRA.
     on_cpu: where short rows are computed by plain products.
     """
     fused = fused and not recipe.dropout and not recipe.use_dora
