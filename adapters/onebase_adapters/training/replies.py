@@ -1,4 +1,4 @@
-"""Greedy replies from the model as it stands in the middle of a run, and the metrics measured on them.
+"""Greedy replies to held-out prompts, from the model as it stands in the middle of a run.
 
 Prompts are packed without padding, and each row attends to keys of its own; what is computed for a row does
 not depend on the other rows (bit for bit on the CPU, up to rounding on CUDA).
@@ -6,27 +6,15 @@ not depend on the other rows (bit for bit on the CPU, up to rounding on CUDA).
 
 from __future__ import annotations
 
-import contextlib
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from onebase_adapters.training import events
 from onebase_adapters.training.attention import NAME, PackedAttention
-from onebase_adapters.training.checkpoint import write_whole
-from onebase_adapters.training.data.dataset import Dataset
-from onebase_adapters.training.data.tokens import dated_tokenizer
-from onebase_adapters.training.events import Gate, Listen
-from onebase_adapters.training.metrics import mean
-from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.trainable import Trainable
 
 BATCH_TOKENS = 8192
 """Keys and values held at once, in tokens: a batch takes as many rows as this allows."""
@@ -253,88 +241,3 @@ def _plain(model: Any) -> Any:
 
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config()
-
-
-_FILE = "base_metrics.json"
-
-
-class Measuring:
-    """Generates with the model that is trained. Does nothing where the recipe asks for no replies."""
-
-    def __init__(
-        self,
-        trainable: Trainable,
-        tokenizer: Any,
-        recipe: Recipe,
-        held_out: Dataset | None,
-        folder: Path,
-        listen: Listen,
-        gate: Gate,
-    ) -> None:
-        self._trainable = trainable
-        self._tokenizer = dated_tokenizer(tokenizer, recipe)
-        self._recipe = recipe
-        self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
-        self._samples = [_chat(self._tokenizer, text) for text in recipe.sample_prompts]
-        self._file = folder / _FILE
-        self._listen = listen
-        self._gate = gate
-
-    def base(self) -> dict[str, float]:
-        """The base's metrics; measured once in a run, however often it is resumed."""
-        if not self._recipe.metrics or not self._prompts:
-            return {}
-        with contextlib.suppress(OSError, ValueError):
-            held: dict[str, float] = json.loads(self._file.read_text())
-            return held
-        with self._trainable.without_adapter():
-            found = self._measure("base")
-        write_whole(self._file, json.dumps(found))
-        return found
-
-    def adapter(self) -> dict[str, float]:
-        """The adapter's metrics, as it is now."""
-        return self._measure("adapter")
-
-    def sample(self, step: int) -> None:
-        """Answer the recipe's prompts; at step 0 the base does."""
-        if not self._samples:
-            return
-        if step:
-            replies = self._replies(self._samples, "samples")
-        else:
-            with self._trainable.without_adapter():
-                replies = self._replies(self._samples, "samples")
-        for prompt, text in zip(self._recipe.sample_prompts, replies, strict=True):
-            self._listen(events.Sampled(at=time.time(), step=step, prompt=prompt, text=text))
-
-    def _measure(self, subject: str) -> dict[str, float]:
-        if not self._recipe.metrics or not self._prompts:
-            return {}
-        self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
-        replies = self._replies([prompt.ids.tolist() for prompt in self._prompts], f"measuring {subject}")
-        references = [prompt.reference for prompt in self._prompts]
-        found = {name: mean(name, replies, references) for name in self._recipe.metrics}
-        self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
-        return found
-
-    def _replies(self, prompts: Sequence[list[int]], name: str) -> list[str]:
-        def on_progress(part: float) -> None:
-            self._listen(events.Progress(at=time.time(), name=name, part=part))
-
-        return generate_replies(
-            self._trainable.model,
-            self._tokenizer,
-            prompts,
-            self._recipe.metric_tokens,
-            on_progress=on_progress,
-            wait=self._gate.wait,
-        )
-
-
-def _chat(tokenizer: Any, text: str) -> list[int]:
-    """A user's message as the base's chat template renders it; as it is, if the base has none."""
-    if not tokenizer.chat_template:
-        return list(tokenizer(text)["input_ids"])
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

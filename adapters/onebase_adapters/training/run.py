@@ -24,6 +24,7 @@ from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.loop import Trainer
 from onebase_adapters.training.machine import measured_rate, peak_memory
+from onebase_adapters.training.measuring import Measuring
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.plan import (
     Data,
@@ -37,7 +38,6 @@ from onebase_adapters.training.plan import (
 )
 from onebase_adapters.training.process_group import ProcessGroup
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.replies import Measuring
 from onebase_adapters.training.result import DataLine, Report, is_better, model_card, write_adapter
 from onebase_adapters.training.trainable import Trainable
 
