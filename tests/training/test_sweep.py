@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -389,6 +390,19 @@ def test_the_command_runs_a_sweep(folder: Path, tmp_path: Path, capfd: pytest.Ca
     printed = capfd.readouterr().err
     assert "Best: r" in printed
     assert (tmp_path / "out" / PLOT).is_file()
+
+
+def test_what_draws_the_picture_is_asked_for_before_anything_is_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "onebase_adapters.training.sweep_report")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    data = str(folder / "train.jsonl")
+    assert main(["--base", str(folder), "--data", data, "--out", str(out), "--device", "cpu"]) == 2
+    assert "matplotlib" in (said := capsys.readouterr().err)
+    assert "onebase[train]" in said
+    assert not out.exists()
 
 
 def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_path: Path) -> None:

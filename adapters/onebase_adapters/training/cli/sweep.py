@@ -121,7 +121,12 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     quiet_libraries()
     from onebase_adapters.training.machine import free_memory, keep_freed_memory
     from onebase_adapters.training.plan import Job
-    from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+
+    try:
+        from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+    except ModuleNotFoundError as error:
+        install = "pip install 'onebase[train]' installs it"
+        raise UsageError(f"the sweep's picture needs {error.name}, which is not here: {install}") from error
 
     keep_freed_memory()
     if options.threads:
