@@ -25,7 +25,7 @@ pass costs three times as much at 100 tokens, and half as much at 600."""
 
 
 class UnsupportedTrainingError(UnsupportedBaseError):
-    """The base's attention asks for something that training does not do."""
+    """The base's attention needs something that training does not do."""
 
 
 class PackedAttention:
@@ -39,7 +39,7 @@ class PackedAttention:
         self._gate = gate
 
     def set_lengths(self, lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> None:
-        """Of the rows of the packed sequence, in order. alone: compute each alone, to the bit."""
+        """Set the rows' lengths, in order. alone: compute each row alone, which decides its last bits."""
         self._groups = grouped(lengths, device, alone=alone)
 
     def attach(self, model: nn.Module) -> None:
@@ -75,7 +75,7 @@ class PackedAttention:
 def packed_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls; the mask is None, as registered."""
+    """The function that transformers calls; the mask is None, as registered."""
     packed: PackedAttention = module.packed  # type: ignore[assignment]
     return packed.forward(module, query, key, value, options), None
 
@@ -91,7 +91,7 @@ def register() -> None:
 def _attend(
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], length: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The fastest way: q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
+    """Attend in the fastest way: q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
     q, k, v = states
     window, dropout = options.get("sliding_window"), options.get("dropout") or 0.0
     if options.get("softcap") is not None or (window is not None and window < length):
@@ -108,12 +108,12 @@ def _attend(
 
 
 def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """[n, kv heads, L, d] -> [n, heads, L, d], as grouped queries want it."""
+    """[n, kv heads, L, d] -> [n, heads, L, d], one for each query head."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """As transformers' eager attention: softcap and sliding windows."""
+    """Attend as transformers' eager attention does, with softcap and sliding windows."""
     groups = q.shape[1] // k.shape[1]
     scores = q @ _repeated(k, groups).transpose(2, 3) * options["scaling"]
     if (softcap := options.get("softcap")) is not None:
@@ -173,7 +173,7 @@ class Group:
 
 
 def grouped(lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> tuple[Group, ...]:
-    """Neighbours of about one length as one group; few and full where the rows are in order of length.
+    """Group neighbours of about one length. Groups are few and full where rows are in order of length.
 
     alone: each row is a group of its own.
     """
@@ -188,7 +188,7 @@ def grouped(lengths: Sequence[int], device: torch.device, *, alone: bool = False
 
 
 class _Rows(torch.autograd.Function):
-    """Picks rows by number. Backwards each row gets the gradient of its own place, padding gets none.
+    """Picks rows by number. Backwards, each row gets its place's gradient; padding gets none.
 
     torch's own indexing adds gradients up one by one, which on the CPU takes longer than attention does.
     """

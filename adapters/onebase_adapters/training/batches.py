@@ -81,7 +81,7 @@ def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bool) -> list[MicroBatch]:
-    """Put rows into as few micro-batches of at most `limit` tokens as first-fit by falling length finds.
+    """Pack rows into micro-batches of at most `limit` tokens: first fit, the longest rows first.
 
     A row that is longer has a micro-batch to itself; without `packing` every row has.
     """

@@ -36,7 +36,7 @@ class CheckpointError(Exception):
 
     @classmethod
     def other_run(cls, folder: Path) -> CheckpointError:
-        """What is in the folder was not computed by this run."""
+        """The folder holds the results of another run."""
         return cls(
             f"{folder} holds a run with another recipe, other data or another base: go on with the same "
             "ones, choose another folder, or remove this one"
@@ -88,12 +88,12 @@ class Checkpoints:
         return target
 
     def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
-        """Keep an adapter as the best one; the one before stays until the next `save`. Raises OSError."""
+        """Save an adapter as the best one; the previous one stays until the next `save`. Raises OSError."""
         with appearing(self._best(step)) as work:
             save_file(_plain(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
-        """The adapter that was kept after a step. Raises CheckpointError."""
+        """The adapter that was saved as the best after a step. Raises CheckpointError."""
         try:
             return load_file(self._best(step) / _ADAPTER)
         except Exception as error:
@@ -106,7 +106,7 @@ class Checkpoints:
         return self.folder / f"best-{step:08d}"
 
     def steps(self) -> list[int]:
-        """After which steps there are checkpoints, oldest first."""
+        """The steps after which there are checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
@@ -146,7 +146,7 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` once all of it is on the disk."""
+    """Yield a folder to write into; it takes the place of `target` once all of it is on the disk."""
     work = target.with_name(f".{target.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -171,7 +171,7 @@ def appearing(target: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before going on."""
+    """Return when a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

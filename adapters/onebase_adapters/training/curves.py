@@ -45,7 +45,7 @@ def open_curves(names: Sequence[str], job: Job) -> Iterator[Callable[[events.Eve
 
 
 def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
-    """What an event adds to which curves, and at which step."""
+    """The step of an event, and what it adds to which curves."""
     if isinstance(event, events.StepDone):
         rewards = {f"train/{name}": value for name, value in event.rewards.items()}
         return event.step, {

@@ -91,7 +91,7 @@ def estimate(
     base_resident: bool = False,
     rate: float | None = None,
 ) -> Estimate:
-    """What a run with this recipe takes; what is "auto" in it for memory's sake is decided.
+    """What a run with this recipe takes. Decides the settings that are "auto" because of memory.
 
     Args:
         config: the base's, from transformers. recipe: resolved but for memory.

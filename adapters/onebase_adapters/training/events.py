@@ -150,7 +150,7 @@ class Gate(Protocol):
 
 
 class OpenGate:
-    """For a run that has the machine for itself."""
+    """For a run that shares the machine with nobody."""
 
     def wait(self) -> None:
         return None

@@ -17,7 +17,7 @@ _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C.
 
 
 def fuse(model: nn.Module, adapter: str) -> int:
-    """Give the layers of a PeftModel that are plain LoRA on 4-bit weights the fused pass; says how many."""
+    """Fuse the layers of a PeftModel that are plain LoRA on 4-bit weights. Returns how many there are."""
     count = 0
     layer: Any
     for layer in model.modules():
@@ -42,7 +42,7 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 
 
 class _Forward:
-    """Stands for a layer's `forward`. Without gradients, or with the adapter off, PEFT's own runs."""
+    """Replaces a layer's `forward`. Without gradients, or with the adapter off, PEFT's own runs."""
 
     def __init__(self, layer: Any, adapter: str) -> None:
         self._layer = layer
@@ -179,7 +179,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each row, [n] fp32. The backward pass uses the logits [n, vocabulary] up."""
+    """Cross-entropy of each row, [n] fp32. The backward pass overwrites the logits [n, vocabulary]."""
     if len(logits) != len(targets):
         raise ValueError(
             f"{len(logits)} rows of logits for {len(targets)} targets: the base ignores logits_to_keep"

@@ -214,7 +214,7 @@ class Trainer:
         )
 
     def _evaluate_what_is_due(self) -> float | None:
-        """Also what a run that was interrupted in an evaluation has left out. The held-out loss, if any."""
+        """Evaluate now if it is time, or if an interruption prevented it. The held-out loss, if evaluated."""
         step = self.state.step
         due = step > 0 and (step % self.recipe.eval_every == 0 or step == self.steps)
         if self._held_out is None:
@@ -226,7 +226,7 @@ class Trainer:
         return self._evaluate(self._held_out, step) if due and self.state.held_out[-1][0] != step else None
 
     def _rows_to_come(self) -> list[Row]:
-        """All rows that the run computes, those of the data in its order, each once."""
+        """All rows that the run computes, each once, in the data's order."""
         numbers = range(len(self._data))
         per_epoch = math.ceil(len(numbers) / self.recipe.batch_size)
         rows = self._data.rows
@@ -325,7 +325,7 @@ class Scores:
                 self._named = True
 
     def sum_over(self, processes: ProcessGroup, step: int, what: str, bad: list[int]) -> None:
-        """Add up what all processes have. `bad`: lines of rows whose loss was not finite in this one.
+        """Sum over all processes. `bad`: lines of the rows whose loss was not finite in this one.
 
         Raises TrainingDivergedError in all processes if there are any in one.
         """
@@ -335,7 +335,7 @@ class Scores:
             raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
 
     def over(self, weight: int) -> Scores:
-        """Means over what the rows weigh."""
+        """Divide the sums by the rows' weight."""
         loss, *rewards = (self.sums / weight).tolist()
         self.loss = loss
         self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
@@ -387,7 +387,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
-    """Of step `step` (from 0): rises linearly in the warm-up, then falls to 0 (cosine, linear) or stays.
+    """The rate of step `step`, from 0: rises linearly in the warm-up, then falls (cosine, linear) or stays.
 
     As transformers' schedules with the warm-up rounded up, but the first step of a warm-up is not 0: it would
     be computed for nothing.

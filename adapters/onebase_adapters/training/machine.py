@@ -1,4 +1,4 @@
-"""The machine: how much memory it has free, what a run has taken, and how fast it multiplies."""
+"""The machine: its free memory, the memory that a run has taken, and how fast it multiplies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Measured on the CPU with the default base: 0.2 to 0.6, on a machine that others 
 
 
 class UnknownMachineError(ValueError):
-    """A GPU that is not in the table."""
+    """The GPU is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Machine:
 
 
 def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = None) -> Machine:
-    """Where this process runs: measures a product for less than a second.
+    """The machine of this process. Takes less than a second, to measure a product.
 
     Args:
         memory: bytes that a run may take; what is free if None.
@@ -69,7 +69,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = 
 
 
 def known_gpu(name: str, memory: int | None = None) -> Machine:
-    """A GPU of the table, which need not be here. Raises UnknownMachineError."""
+    """A GPU of the table; this machine need not have it. Raises UnknownMachineError."""
     if name.lower() not in GPUS:
         raise UnknownMachineError(f"GPU {name!r} is not in the table; there are {', '.join(GPUS)}")
     tflops, gib = GPUS[name.lower()]
@@ -129,7 +129,7 @@ def _system_free(path: Path = Path("/proc/meminfo")) -> int:
 
 
 def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Of cgroup v2; the page cache counts as free."""
+    """What the container's limit (cgroup v2) leaves; the page cache counts as free."""
     try:
         limit = (root / "memory.max").read_text().strip()
         used = int((root / "memory.current").read_text())
@@ -144,7 +144,7 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Ca
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes until now: allocated on a GPU, else the process's resident set."""
+    """The peak until now, in bytes: allocated on a GPU, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage's figure where there is this one: a process begins with its parent's.
@@ -166,7 +166,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to use freed memory again instead of giving it back: a run asks for the same sizes again.
+    """Make glibc reuse freed memory instead of giving it back: a run asks for the same sizes again.
 
     Fresh pages of a large tensor cost as much as computing it does. Elsewhere than on glibc nothing happens.
     """

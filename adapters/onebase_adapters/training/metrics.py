@@ -92,7 +92,7 @@ def _one_of(reply: str, reference: str, argument: str) -> bool:
 
 
 def _parsed(text: str) -> tuple[Any, bool]:
-    """The value of strict JSON, and whether it is that."""
+    """The value of a strict JSON text, and whether it is one."""
     try:
         return parse_json(text.encode()), True
     except (ValueError, RecursionError):

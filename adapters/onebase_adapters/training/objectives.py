@@ -15,7 +15,7 @@ from onebase_adapters.training.trainable import Trainable
 
 
 class Objective(Protocol):
-    """Gives a micro-batch's summed loss, and sums of what else is of interest by name."""
+    """Computes a micro-batch's summed loss, and sums of other figures by name."""
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
         """Compute what is needed of the rows before the first step, in their order."""
@@ -64,7 +64,7 @@ class Preferences:
         return losses.sum(), rewards
 
     def _likelihoods(self, batch: MicroBatch) -> torch.Tensor:
-        """Of each sample's reply given its prompt, [samples] nats."""
+        """The log-likelihood of each sample's reply given its prompt, [samples] nats."""
         losses, owner = self._trainable.losses(batch)
         return losses.new_zeros(len(batch.samples)).index_add(0, owner, -losses)
 

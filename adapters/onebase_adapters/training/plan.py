@@ -96,7 +96,7 @@ class Plan:
 
 
 def load_tokenizer(base: BaseSettings) -> Any:
-    """The base's own."""
+    """The base's tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class OtherProcessError(Exception):
-    """Another process of the run has failed, and says why."""
+    """Another process of the run has failed; it reports why."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What this process does of `items`, which all processes have in the same order."""
+        """This process's share of `items`, which all processes have in the same order."""
         return items[self.rank :: self.count]
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -52,7 +52,7 @@ class ProcessGroup:
         return [item for part in parts for item in part]
 
     def decide(self, make: Callable[[], Item]) -> Item:
-        """What `make` returns in the first process, in all of them.
+        """Call `make` in the first process, and return its result in all of them.
 
         Raises OtherProcessError in the others where it raises in the first.
         """
@@ -68,13 +68,13 @@ class ProcessGroup:
         return made[0]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Return when all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
 def join_processes(*, on_cpu: bool = False) -> ProcessGroup:
-    """Meet the other processes that a launcher started; alone if there are none. on_cpu: use no GPU."""
+    """Join the processes that a launcher started, if there are any. on_cpu: use no GPU."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
         return ProcessGroup()

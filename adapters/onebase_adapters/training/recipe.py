@@ -30,7 +30,7 @@ _REFUSED_INITS = {
 
 
 class RecipeError(ValueError):
-    """A setting that cannot be used. `field` is its name in the recipe, "" where several are at odds."""
+    """A setting that cannot be used. `field`: its name in the recipe, "" where several conflict."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -117,7 +117,7 @@ def _expected(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in an error, cut to a line."""
+    """A value for an error message, cut to one line."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -317,7 +317,7 @@ class Recipe:
         _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
-        """As `parse` takes it."""
+        """The settings as `parse_recipe` takes them."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
@@ -396,7 +396,7 @@ def held_out_count(recipe: Recipe, rows: int) -> int:
 
 
 def _listed(name: str, text: str) -> tuple[str, ...]:
-    """Names of layers or metrics between commas. A prompt has commas of its own, as a metric's text may."""
+    """Split names of layers or metrics at commas. A prompt contains commas, as a metric's text may."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     if name == "targets":
         return parts

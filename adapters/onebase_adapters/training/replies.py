@@ -151,7 +151,7 @@ def _batches(rows: Sequence[_Row], limit: int) -> Iterator[list[_Row]]:
 def _reply(
     model: nn.Module, attention: _CachedAttention, rows: list[_Row], stops: frozenset[int], most: int
 ) -> Iterator[float]:
-    """Generate the replies of one batch, telling after each token which part of it is done."""
+    """Generate the replies of one batch; yields the part that is done after each token."""
     live = rows
     for step in range(most):
         attention.rows, attention.decoding = live, step > 0

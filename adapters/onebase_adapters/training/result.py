@@ -190,7 +190,7 @@ def _curve(report: Report) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Means of `width` equal parts as bars of eight heights."""
+    """The means of `width` equal parts, as bars of eight heights."""
     width = min(width, len(values))
     cuts = [len(values) * part // width for part in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
@@ -241,10 +241,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _heading(name: str) -> str:
-    """As it is, if nothing in it is Markdown or HTML."""
+    """The name as it is, if nothing in it is Markdown or HTML; else as code."""
     return name if re.fullmatch(r"[\w .-]+", name) else f"`{_plain(name)}`"
 
 
 def _plain(text: str) -> str:
-    """Without what would end a line or a code span of Markdown."""
+    """The text without what would end a line or a code span of Markdown."""
     return " ".join(text.replace("`", "'").split())

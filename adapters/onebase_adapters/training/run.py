@@ -155,7 +155,7 @@ class PlannedRun:
         self._metrics_before: dict[str, float] = {}
 
     def train(self, until: int | None = None) -> bool:
-        """Train to the end, or until a step with a checkpoint there. Whether the end was reached."""
+        """Train to the end, or until a step, where it leaves a checkpoint. Returns whether it is finished."""
         planned = events.Planned(
             at=time.time(),
             recipe=self._plan.recipe.to_json(),
@@ -222,7 +222,7 @@ class PlannedRun:
 
 
 def _eva_batches(recipe: Recipe, data: Dataset) -> list[MicroBatch]:
-    """What EVA looks at, the same when a run goes on, perhaps with other `micro_tokens`."""
+    """The rows that EVA reads: the same when a run is resumed, even with other `micro_tokens`."""
     if recipe.init != "eva":
         return []
     numbers = range(min(len(data), _EVA_ROWS))
@@ -249,9 +249,9 @@ def _data_lines(data: Data) -> list[DataLine]:
 
 @contextmanager
 def _recorded(folder: Path, listen: Listen, processes: ProcessGroup) -> Iterator[Listen]:
-    """A listener that also keeps the events, but for those that only move a bar, in `events.jsonl`.
+    """A listener that also writes events to `events.jsonl`, except those that only move a bar.
 
-    Nothing is kept of a run that is refused because the folder is another one's.
+    A run that is refused because the folder is another run's leaves no events there.
     """
     if not processes.first:
         yield lambda event: None

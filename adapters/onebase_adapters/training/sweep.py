@@ -106,17 +106,17 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Of training, evaluations not counted."""
+        """The time of training, without evaluations."""
         return self.curve[-1][1] if self.curve else 0.0
 
     def loss_at(self, step: int) -> float:
-        """At the last evaluation that is not after `step`; infinite if there is none or it failed."""
+        """The loss at the last evaluation up to `step`; infinite if there is none, or if the run failed."""
         losses = [loss for at, _, loss in self.curve if 0 < at <= step]
         return losses[-1] if losses and self.status != "failed" else math.inf
 
 
 def name_of(recipe: Recipe) -> str:
-    """Of a run, by what differs between runs; also a folder's name."""
+    """The name of a run, by what differs between runs; its folder has it too."""
     targets = re.sub(r"[^\w.-]", "_", "+".join(recipe.targets))
     if len(targets) > 60:
         targets = f"{targets[:40]}-{hashlib.sha256(targets.encode()).hexdigest()[:8]}"
@@ -129,7 +129,7 @@ Listen = Callable[[Trial, events.Event], None]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All runs, best first: those that finished, then by how far they came and their loss."""
+    """All runs, best first: finished ones, then by how far they came and by loss."""
 
     trials: list[Trial]
     base_loss: float
@@ -157,7 +157,7 @@ def sweep(
     survivors: float = 0.5,
     report: Callable[[str], None] = lambda message: None,
 ) -> SweepResult:
-    """Run what the grid says on a loaded base, in `job.folder`; each run has a folder of its own there.
+    """Run what the grid says on a loaded base, in `job.folder`; each run has its own folder there.
 
     Args:
         job: as for `train`; its recipe has what is the same in all runs.
@@ -201,7 +201,7 @@ def _better(trials: Sequence[Trial], rung: int, survivors: float) -> list[str]:
 
 
 def _rank(trial: Trial) -> tuple[bool, bool, int, float]:
-    """What finished is first, then what came far."""
+    """Finished runs are first, then those that came furthest."""
     finished = trial.status == "finished"
     loss = math.inf if trial.loss is None else trial.loss
     return not finished, trial.status == "failed", 0 if finished else -trial.step, loss
@@ -274,7 +274,7 @@ class _Sweep:
         self._write()
 
     def _remove_checkpoints(self, trial: Trial) -> None:
-        """They take several times the adapter's size for each run, and only a run that goes on needs them."""
+        """Only a run that goes on needs them, and they take several times the adapter's size."""
         shutil.rmtree(self._job.folder / trial.name / "checkpoints", ignore_errors=True)
 
     def advance(self, trial: Trial, recipe: Recipe, rung: int) -> None:

@@ -111,7 +111,7 @@ def _table(result: SweepResult) -> Table:
 
 
 def advice(result: SweepResult) -> list[str]:
-    """Which run to take; a smaller one that is as good; what failed."""
+    """Which run to take, a smaller one that is as good, and what failed."""
     best = result.best
     lines = []
     if best is None or best.loss is None:
@@ -133,7 +133,7 @@ def advice(result: SweepResult) -> list[str]:
 
 
 def _edges(result: SweepResult, best: Trial) -> list[str]:
-    """The best run at the end of what was tried may have a better one beyond it."""
+    """Where the best run is at an end of what was tried, there may be a better one beyond."""
     lines = []
     for name, label in (("learning_rate", "learning rate"), ("r", "rank")):
         values = sorted({getattr(trial, name) for trial in result.trials})
@@ -203,7 +203,7 @@ def _colours(trials: Sequence[Trial]) -> dict[str, str]:
 
 
 def _loss_range(trials: Sequence[Trial]) -> tuple[float, float]:
-    """From the best to the worst of the last losses: how the runs begin would hide how they end."""
+    """From the best to the worst of the last losses: first losses would squeeze them together."""
     ends = [trial.loss_at(trial.step) for trial in trials if math.isfinite(trial.loss_at(trial.step))]
     low = min(trial.loss or math.inf for trial in trials)
     high = max([*ends, low * 1.02, low + 1e-4])
@@ -246,7 +246,7 @@ def _draw_times(axes: Axes, trials: Sequence[Trial], colours: Mapping[str, str],
 
 
 def _draw_end(axes: Axes, trial: Trial, x: float, y: float, colour: str) -> None:
-    """Filled where the run came to its end, hollow where it was stopped."""
+    """Draw a run's end: filled if it finished, hollow if it was stopped."""
     whole = trial.status == "finished"
     axes.plot(
         [x],

@@ -55,7 +55,7 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers that text passes through: the decoder's and the head, not those of other senses."""
+    """All linear layers that text passes through: the decoder's and the head, not an image encoder's."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder else None
     if isinstance(decoder, nn.Module):

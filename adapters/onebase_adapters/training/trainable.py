@@ -91,7 +91,7 @@ class Trainable:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base alone, as a reference."""
+        """Turn the adapter off: the base alone, as a reference."""
         with self.model.disable_adapter():
             yield
 
@@ -130,7 +130,7 @@ def _eva_inputs(packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
-    """What a layer got, as [tokens, size]: of the output head fewer tokens than of the others."""
+    """A layer's input as [tokens, size]; the output head gets fewer tokens than other layers."""
     states: torch.Tensor = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     return states.flatten(0, -2)
 
@@ -155,7 +155,7 @@ def _with_adapter(tree: nn.Module, recipe: Recipe) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT advises on what is meant here: a tied head as a target, quantized layers with DoRA."""
+    """Silence PEFT's advice on what is intended here: a tied head as a target, quantized layers with DoRA."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

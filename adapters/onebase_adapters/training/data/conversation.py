@@ -187,7 +187,7 @@ Parsed = Chat | Text | Choice
 def make_chat(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, field: str, *, first: int = 0
 ) -> Chat:
-    """A chat whose replies from message `first` on are learned, but for those of weight 0.
+    """A chat of which the replies from message `first` on are learned, except those of weight 0.
 
     Raises RowError for `field` if that leaves nothing.
     """

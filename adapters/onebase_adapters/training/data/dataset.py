@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Preference:
-    """Two replies to one prompt; the first is to be preferred. Both samples begin with the prompt."""
+    """Two replies to one prompt, the preferred one first. Both samples begin with the prompt."""
 
     chosen: Sample
     rejected: Sample

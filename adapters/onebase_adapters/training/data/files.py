@@ -82,7 +82,7 @@ _MAGIC = {
 def read_file(
     path: Path, on_part: Callable[[float], None] | None = None, *, name: str | None = None
 ) -> Iterator[Item]:
-    """The file's records in order, and a Problem in the place of each line that holds none.
+    """The file's records in order, with a Problem in place of each bad line.
 
     Args:
         on_part: gets the part that was read, from 0 to 1, as reading goes on.
@@ -122,13 +122,13 @@ def read_file(
 
 
 def misspelled(key: str, names: Sequence[str]) -> str | None:
-    """Which of `names` a key was meant to be, if it looks like one; `prompt_id` is no prompt."""
+    """Which of `names` a key probably means, if any; `prompt_id` does not mean prompt."""
     near = difflib.get_close_matches(key, names, n=1, cutoff=_LIKE)
     return near[0] if near and not key.startswith(f"{near[0]}_") else None
 
 
 def _check_beginning(path: Path, shown: str, suffix: str) -> None:
-    """Whether the first bytes are those of the format. Raises DataError."""
+    """Raise DataError unless the first bytes are those of the format."""
     with path.open("rb") as file:
         first = file.read(4096)
     if suffix == ".parquet":
@@ -177,7 +177,7 @@ def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source
 
 
 class _RowLines:
-    """Lines of a text file for csv.reader, as long as they make no row too long.
+    """Lines of a text file for csv.reader; a row that is too long ends them with RowError.
 
     bytes: of the row so far.
     """
@@ -187,7 +187,7 @@ class _RowLines:
         self.bytes = 0
 
     def begin_row(self) -> None:
-        """What comes next is of another row."""
+        """The next line begins another row."""
         self.bytes = 0
 
     def __iter__(self) -> _RowLines:
@@ -323,7 +323,7 @@ def _lines(path: str, most_rows: int, columns: list[str]) -> Iterator[str]:
 
 
 def _other(value: Any) -> dict[str, str]:
-    """Bytes and dates are nothing to learn: the row is refused for what stands here."""
+    """Stand in for bytes and dates, which cannot be learned: the row is refused for this value."""
     return {"type": type(value).__name__}
 
 

@@ -75,7 +75,7 @@ def _records(
 
 
 def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
-    """The records of several files one after the other, numbered through."""
+    """The records of several files one after the other; line numbers go on from file to file."""
     before = 0
     for index, path in enumerate(paths):
 
@@ -104,7 +104,7 @@ def _chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
 
 
 class _Builder:
-    """Takes records and collects rows, or problems."""
+    """Collects the rows of records, or their problems."""
 
     def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
         self._source = source
@@ -144,7 +144,7 @@ class _Builder:
             raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
     def dataset(self) -> Dataset:
-        """What was collected. Raises DataError if anything was wrong."""
+        """The data set. Raises DataError if there were problems."""
         if self._problems:
             raise self._error()
         if not self._rows:
@@ -167,7 +167,7 @@ class _Builder:
         return self._place
 
     def _error(self, *more: Problem) -> DataError:
-        """With the number of each bad row that is not alone on its line."""
+        """The problems, with the row's number where several rows share a line."""
         problems = []
         for place, field, reason in self._problems:
             number = f" (row {place.row})" if place.line in self._shared_lines else ""

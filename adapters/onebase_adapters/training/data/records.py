@@ -56,7 +56,7 @@ class DataError(ValueError):
 
 
 class RowError(ValueError):
-    """A row that cannot be used; its reader knows the line."""
+    """A row that cannot be used. Its reader adds the line."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -65,7 +65,7 @@ class RowError(ValueError):
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with what no encoding takes written out, as bytes of a file's name that are no UTF-8."""
+    """`text` with what UTF-8 cannot encode written out, such as odd bytes of a file's name."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -91,7 +91,7 @@ Item = Record | Problem
 
 
 def parse_strict(text: str) -> Any:
-    """Plain JSON. Raises RowError for what others would read differently, or not at all: NaN, numbers
+    """Plain JSON. Raises RowError for what parsers read differently, or not at all: NaN, numbers
     beyond a double, a key twice, nesting deeper than MOST_DEPTH, text that is no Unicode."""
     value = _parse(text)
     _check_depth(value)
@@ -99,7 +99,7 @@ def parse_strict(text: str) -> Any:
 
 
 def first_twice(names: Iterable[str]) -> str | None:
-    """The first name that was there before; None if each is there once."""
+    """The first name that occurs a second time; None if there is none."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -192,21 +192,21 @@ class _Rest:
         return self._text.startswith(character, self._at)
 
     def take(self, character: str) -> bool:
-        """Go past a character; False if another one is there."""
+        """Skip a character; False if another one is there."""
         found = self.begins_with(character)
         if found:
             self._go_to(self._at + 1)
         return found
 
     def row(self) -> Item:
-        """Go past a value. Raises RowError if there is none: where it would end is not known."""
+        """Read a value. Raises RowError if there is none: the end is unknown then."""
         line, start = self._line, self._at
         value, end = _strict(partial(_DECODER.raw_decode, self._text, start), self._escapes)
         self._go_to(end)
         return _as_record(line, value, end - start)
 
     def problem(self, reason: str) -> Problem:
-        """A problem with what comes next."""
+        """A problem at this place."""
         return Problem(self._line, "", reason)
 
     def _go_to(self, position: int) -> None:
@@ -264,7 +264,7 @@ def _strict(parse: Callable[[], Any], escapes: bool) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what is too deep to be walked through by recursion later. Raises RowError."""
+    """Raise RowError for what is too deep for recursion later."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [each for each in level if isinstance(each, dict | list)]
@@ -279,7 +279,7 @@ def _too_deep() -> RowError:
 
 
 def _check_unicode(value: Any) -> None:
-    """Half a surrogate pair is a text to Python, but none to a tokenizer."""
+    """Refuse half a surrogate pair: Python takes it as text, a tokenizer does not."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

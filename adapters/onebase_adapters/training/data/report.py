@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Of one data set, and of what it shares with the one for evaluation.
+    """What is in one data set, and what it shares with the one for evaluation.
 
     rows: of the file. samples: sequences made of them: more for preferences, or where a chat template
     rewrites earlier replies. tokens, supervised: in all samples. shortest, median, longest: tokens of one.
@@ -142,7 +142,7 @@ def _duplicates(data: Dataset) -> list[tuple[Place, Place]]:
 
 
 def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[Place], list[Place]]:
-    """Rows of `train` that say what some row of `evaluation` says; and that only ask the same."""
+    """Rows of `train` that are in `evaluation` too, and rows that only have the same prompt as one there."""
     contents = {key.content for key in evaluation.keys}
     prompts = {key.prompt for key in evaluation.keys} - {None}
     leakage = [key.place for key in train.keys if key.content in contents]
@@ -170,7 +170,7 @@ def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> I
 
 
 def _segments(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The sample's text in stretches that are learned, or are not; what is very long loses its middle."""
+    """The sample's text, cut where learning begins or ends; long parts lose their middle."""
     borders = [0, *(np.flatnonzero(np.diff(sample.supervised)) + 1).tolist(), len(sample)]
     made = []
     for start, stop in itertools.pairwise(borders):

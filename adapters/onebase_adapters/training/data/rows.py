@@ -30,7 +30,7 @@ _REMEDIES = {
 
 
 class RowFields:
-    """Fields of one row that are not null. Which ones were read is remembered.
+    """Fields of one row that are not null. Remembers which ones were read.
 
     Every method raises RowError with the field. inside: what stands before a field's name there.
     """
@@ -52,7 +52,7 @@ class RowFields:
         return key in self.given and not (self.is_text(key) and not self.given[key].strip())
 
     def read(self, key: str) -> Any:
-        """A field as it is; it must be there."""
+        """A field as it is. It must exist."""
         if key not in self.given:
             raise RowError(f"{self._inside}{key}", "missing")
         self._read.append(key)
@@ -87,14 +87,14 @@ class RowFields:
         return [{"role": "system", "content": system}, *messages]
 
     def check_spelling(self, names: Sequence[str]) -> None:
-        """Refuse a field that is none of any shape, but looks like one of `names`."""
+        """Refuse an unknown field that looks like one of `names`."""
         for key in self.given:
             near = misspelled(key, names) if key not in KNOWN_FIELDS else None
             if near is not None and near not in self:
                 raise RowError(key[:60], f"an unknown field: did you mean {near}?")
 
     def check_nothing_lost(self, parsed: Parsed) -> None:
-        """Refuse a system message or tools that were not read, unless they stand in what was."""
+        """Refuse a system message or tools that were not read, unless they are part of what was."""
         texts = _texts(parsed)
         for key, remedy in _REMEDIES.items():
             if key not in self or key in self._read or _is_said(self.given[key], texts):
@@ -130,7 +130,7 @@ _DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and
 
 
 def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
-    """What a row means by its own keys.
+    """What a row means, by its keys.
 
     Of several shapes in one row the first counts: messages, prompt and completion, instruction, text. Other
     keys are left alone; misspelled ones are refused, and so is a system message that would be lost, or tools.
@@ -198,7 +198,7 @@ _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\
 
 
 def parse_preference(row: RowFields) -> Choice | None:
-    """The choice that a row is; None if it has no two replies."""
+    """The row as a choice; None if it does not have two replies."""
     if "preferred_output" in row or "non_preferred_output" in row:
         return _openai_choice(row)
     if "chosen" not in row and "rejected" not in row:
@@ -312,7 +312,7 @@ def _ends_in(messages: Sequence[Message], last: Sequence[Message]) -> bool:
 
 
 def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
-    """Whether messages are the same but for white space at their ends."""
+    """Whether messages are equal up to white space at their ends."""
 
     def stripped(message: Message) -> Message:
         return {**message, "content": message["content"].strip()}
@@ -329,7 +329,7 @@ def _begins_with(text: str, prompt: str) -> bool:
 
 
 def _shared_text(one: str, other: str) -> int:
-    """Where the shared beginning ends, before the word (and its space) in which the two part."""
+    """Where the shared beginning ends: before the first word that differs, and its space."""
     pairs = zip(one, other, strict=False)
     cut = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     while cut and not one[cut - 1].isspace():
@@ -342,7 +342,7 @@ _PROSE_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
 
 
 def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with lists in the place of the JSON texts that mean them.
+    """The row, with JSON texts that mean messages or tools replaced by the lists.
 
     A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
     chosen and rejected, and then the prompt that goes with these. A text that is not JSON stays.
@@ -375,13 +375,13 @@ def _messages(value: Any) -> list[Any] | None:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether it is meant as one: its role is looked at when it is read."""
+    """Whether it is meant as a message; its role is checked later."""
     known = isinstance(value, dict) and isinstance(value.get("role"), str)
     return known and ("content" in value or "tool_calls" in value)
 
 
 def _json(value: Any) -> Any:
-    """The value of a JSON text, or what is no text; None for any other text."""
+    """The value of a JSON text; None for other text; anything else as it is."""
     if not isinstance(value, str):
         return value
     if not value.lstrip().startswith(("[", "{")):

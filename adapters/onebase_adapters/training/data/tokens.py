@@ -75,12 +75,12 @@ class BaseTokens:
         return ids if begun else [*self._begin, *ids]
 
     def go_on(self, text: str) -> list[int]:
-        """Ids of text that follows other text: some tokenizers put a space before the first word of all."""
+        """Ids of text that follows other text: some tokenizers put a space before the very first word."""
         newline, both = self.encode(["\n", "\n" + text])
         return both[len(newline) :] if both[: len(newline)] == newline else self.encode([text])[0]
 
     def tail(self, text: str) -> list[int]:
-        """Ids of a text that comes again and again, such as the beginning of a turn."""
+        """Ids of a text that occurs often, such as the beginning of a turn. They are cached."""
         known = self._tails.get(text)
         if known is None:
             known = self.encode([text])[0]
@@ -112,7 +112,7 @@ def stop_tokens(tokenizer: Any) -> frozenset[int]:
 
 
 def longest_sequence(tokenizer: Any) -> int | None:
-    """The most tokens that the base can read, where its folder says it."""
+    """The longest sequence that the base can read, in tokens, if its folder says so."""
     config = _in_folder(tokenizer, "config.json")
     text = config.get("text_config")
     limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
@@ -184,7 +184,7 @@ class _Reply:
 
 
 class ChatTokens:
-    """Conversations into tokens by the base's chat template, which writes all special tokens itself.
+    """Tokenizes conversations with the base's chat template, which writes all special tokens itself.
 
     everything: learn every token but the first, not the replies alone.
     """
@@ -201,7 +201,7 @@ class ChatTokens:
         return self._render(chat, len(chat.messages), False)
 
     def pieces(self, chat: Chat, text: str, ids: list[int]) -> list[Piece]:
-        """What to learn of a conversation: most often one piece. Raises RowError.
+        """What to learn of a conversation, usually one piece. Raises RowError.
 
         Args:
             text: of `render`. ids: of the text.
@@ -260,7 +260,7 @@ class ChatTokens:
         return text
 
     def _prefixes(self, chat: Chat, index: int, text: str) -> tuple[str, str]:
-        """The conversation up to a reply, ready for it; and with it."""
+        """The conversation up to a reply, with the generation prompt; and including the reply."""
         if not index:
             raise RowError("messages[0]", "a reply to nothing: put a message before it, or give it weight 0")
         before = self._render(chat, index, True)
@@ -278,7 +278,7 @@ class ChatTokens:
         return self._piece(text, ids, [self._reply(text, len(before))]).prompt
 
     def _reply(self, text: str, start: int) -> _Reply:
-        """Up to the last control token that stops a generation; failing that, the last control token."""
+        """The reply, up to the last control token that stops a generation, else to the last control token."""
         marks = list(self._base.special.finditer(text, start))
         stops = [mark for mark in marks if self._base.is_stop(mark[0])] or marks
         if stops:
@@ -362,7 +362,7 @@ class RowTokens:
         self._too_long = too_long
 
     def tokenize(self, rows: Sequence[tuple[int, Chat | Text]]) -> list[Tokenized | RowError]:
-        """Of each row with its line: its samples, or why it has none."""
+        """Tokenize rows, each given with its line: samples, or why there are none."""
         texts: list[str | RowError] = [self._whole(row) for _, row in rows]
         ids = iter(self._base.encode([text for text in texts if isinstance(text, str)]))
         prompts = iter(self._base.encode([prompt for _, row in rows if (prompt := _prompt(row)) is not None]))
