@@ -184,7 +184,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
         (["--threads", "-1"], "is not a whole number above 0"),
         (["--name", "a[/b]"], "cannot be an adapter's name"),
         (["--name", "../x"], "cannot be an adapter's name"),
-        (["--push", "nobody"], "not a repository's name"),
+        (["--push", "nobody"], "no repository's name"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str, tmp_path: Path) -> None:

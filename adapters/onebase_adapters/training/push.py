@@ -26,7 +26,7 @@ def push(adapter: Path, repo: str, *, private: bool = True) -> str:
     Raises PushError.
     """
     if not is_repo_name(repo):
-        raise PushError(f"{repo!r} is not a repository's name: write ORG/REPO")
+        raise PushError(f"{repo!r} is no repository's name: write ORG/REPO")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 

@@ -4,6 +4,7 @@ The command line, the jobs of a server and a sweep all read this one table. A fi
 decided by `resolve`, once the data is known; a trainer only takes resolved recipes.
 """
 
+# ruff: noqa: RUF009 - `_setting` is dataclasses.field with a help text
 from __future__ import annotations
 
 import contextlib
@@ -15,6 +16,16 @@ from datetime import date
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from onebase_adapters.training.metrics import MetricError, check_metric
+
+AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
+Auto = Literal["auto"]
+Value = TypeVar("Value", int, float)
+Method = Literal["supervised", "dpo"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+Schedule = Literal["cosine", "linear", "constant"]
+TooLong = Literal["refuse", "truncate", "drop"]
+TrainOn = Literal["assistant", "all"]
+Init = Literal["true", "gaussian", "false", "eva"]
 
 HIGHEST_RANK = 1024
 MOST_TEXTS = 32
@@ -37,11 +48,20 @@ class RecipeError(ValueError):
         self.field = field
 
 
-def about(
-    group: str, text: str, *, low: float | None = None, high: float | None = 1e9, above: float | None = None
-) -> dict[str, Any]:
-    """A field's help text and limits: `low` and `high` are allowed, `above` is not."""
-    return {"group": group, "help": text, "low": low, "high": high, "above": above}
+def _setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = 1e9,
+    above: float | None = None,
+) -> Any:
+    """A field with its help text and limits: `low` and `high` are allowed, `above` is not."""
+    metadata = {"group": group, "help": text, "low": low, "high": high, "above": above}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_value(item: Field[Any], value: Any, kind: Any) -> None:
@@ -133,182 +153,105 @@ def is_date(text: str) -> bool:
         return False
 
 
-AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
-Auto = Literal["auto"]
-Value = TypeVar("Value", int, float)
-Method = Literal["supervised", "dpo"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
-Schedule = Literal["cosine", "linear", "constant"]
-TooLong = Literal["refuse", "truncate", "drop"]
-TrainOn = Literal["assistant", "all"]
-Init = Literal["true", "gaussian", "false", "eva"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run's settings, checked. Lengths are tokens, batch sizes rows."""
 
-    method: Method = field(
-        default="supervised",
-        metadata=about("method", "supervised: learn the replies; dpo: prefer `chosen` to `rejected`"),
+    method: Method = _setting(
+        "supervised", "method", "supervised: learn the replies; dpo: prefer `chosen` to `rejected`"
     )
-    beta: float | Auto = field(
-        default="auto",
-        metadata=about("method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100),
+    beta: float | Auto = _setting(
+        "auto", "method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100
     )
 
-    r: int = field(
-        default=16, metadata=about("lora", "rank of the update matrices", low=1, high=HIGHEST_RANK)
+    r: int = _setting(16, "lora", "rank of the update matrices", low=1, high=HIGHEST_RANK)
+    alpha: float | Auto = _setting(
+        "auto", "lora", "scaling is alpha / r (auto: twice the rank)", above=0, high=1e6
     )
-    alpha: float | Auto = field(
-        default="auto",
-        metadata=about("lora", "scaling is alpha / r (auto: twice the rank)", above=0, high=1e6),
+    targets: tuple[str, ...] = _setting(
+        ("all-linear",),
+        "lora",
+        "attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
+        "all-linear leaves lm_head out, all-linear,lm_head takes it in",
     )
-    targets: tuple[str, ...] = field(
-        default=("all-linear",),
-        metadata=about(
-            "lora",
-            "attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
-            "all-linear leaves lm_head out, all-linear,lm_head takes it in",
-        ),
-    )
-    rank_pattern: Mapping[str, int] = field(
-        default_factory=dict, metadata=about("lora", "ranks of some layers, as in down_proj=32")
-    )
-    alpha_pattern: Mapping[str, float] = field(
-        default_factory=dict, metadata=about("lora", "alphas of some layers, as in down_proj=64")
-    )
-    dropout: float = field(
-        default=0.0, metadata=about("lora", "dropout of the adapter's inputs", low=0, high=0.95)
-    )
-    use_rslora: bool = field(default=False, metadata=about("lora", "scaling is alpha / sqrt(r)"))
-    use_dora: bool = field(default=False, metadata=about("lora", "train magnitudes as well (DoRA)"))
-    init: Init = field(
-        default="true",
-        metadata=about(
-            "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
-        ),
+    rank_pattern: Mapping[str, int] = _setting({}, "lora", "ranks of some layers, as in down_proj=32")
+    alpha_pattern: Mapping[str, float] = _setting({}, "lora", "alphas of some layers, as in down_proj=64")
+    dropout: float = _setting(0.0, "lora", "dropout of the adapter's inputs", low=0, high=0.95)
+    use_rslora: bool = _setting(False, "lora", "scaling is alpha / sqrt(r)")
+    use_dora: bool = _setting(False, "lora", "train magnitudes as well (DoRA)")
+    init: Init = _setting(
+        "true", "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
     )
 
-    epochs: float | Auto = field(
-        default="auto", metadata=about("training", "passes over the data (auto: 3)", above=0, high=1000)
+    epochs: float | Auto = _setting("auto", "training", "passes over the data (auto: 3)", above=0, high=1000)
+    max_steps: int = _setting(0, "training", "stop after this many steps; 0: after the epochs", low=0)
+    batch_size: int | Auto = _setting(
+        "auto", "training", "rows in one step (auto: 16 or fewer)", low=1, high=4096
     )
-    max_steps: int = field(
-        default=0, metadata=about("training", "stop after this many steps; 0: after the epochs", low=0)
+    learning_rate: float | Auto = _setting(
+        "auto", "training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1
     )
-    batch_size: int | Auto = field(
-        default="auto", metadata=about("training", "rows in one step (auto: 16 or fewer)", low=1, high=4096)
+    learning_rate_multiplier: float | Auto = _setting(
+        "auto", "training", "times the learning rate (auto: 1)", above=0, high=1000
     )
-    learning_rate: float | Auto = field(
-        default="auto",
-        metadata=about("training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1),
+    lora_plus_ratio: float = _setting(
+        0.0, "training", "LoRA+: how many times faster B learns than A; 0: equally fast", low=0, high=1000
     )
-    learning_rate_multiplier: float | Auto = field(
-        default="auto", metadata=about("training", "times the learning rate (auto: 1)", above=0, high=1000)
+    schedule: Schedule = _setting("cosine", "training", "how the learning rate falls after the warm-up")
+    warmup_ratio: float = _setting(0.05, "training", "part of the steps in which it rises", low=0, high=1)
+    optimizer: Optimizer = _setting("adamw", "training", "AdamW, its 8-bit form, either paged on a GPU")
+    weight_decay: float = _setting(0.0, "training", "AdamW's weight decay", low=0, high=10)
+    max_grad_norm: float = _setting(1.0, "training", "gradients are clipped to this norm; 0: never", low=0)
+    seed: int = _setting(0, "training", "seed of everything random", low=0, high=2**31 - 1)
+
+    train_on: TrainOn = _setting("assistant", "data", "which tokens are in the loss: the replies', or all")
+    max_length: int | Auto = _setting(
+        "auto", "data", "most tokens of one row (auto: 2048, or the base's limit)", low=8, high=2**20
     )
-    lora_plus_ratio: float = field(
-        default=0.0,
-        metadata=about(
-            "training", "LoRA+: how many times faster B learns than A; 0: equally fast", low=0, high=1000
-        ),
+    too_long: TooLong = _setting("refuse", "data", "what to do with longer rows; truncating cuts the end off")
+    template_date: str = _setting(
+        "auto", "data", "the day that the chat template prints, as in 2026-01-31 (auto: when the run begins)"
     )
-    schedule: Schedule = field(
-        default="cosine", metadata=about("training", "how the learning rate falls after the warm-up")
-    )
-    warmup_ratio: float = field(
-        default=0.05, metadata=about("training", "part of the steps in which it rises", low=0, high=1)
-    )
-    optimizer: Optimizer = field(
-        default="adamw", metadata=about("training", "AdamW, its 8-bit form, either paged on a GPU")
-    )
-    weight_decay: float = field(
-        default=0.0, metadata=about("training", "AdamW's weight decay", low=0, high=10)
-    )
-    max_grad_norm: float = field(
-        default=1.0, metadata=about("training", "gradients are clipped to this norm; 0: never", low=0)
-    )
-    seed: int = field(
-        default=0, metadata=about("training", "seed of everything random", low=0, high=2**31 - 1)
+    packing: bool = _setting(True, "data", "compute several rows in one sequence, without padding")
+    eval_split: float | Auto = _setting(
+        "auto",
+        "data",
+        "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
+        low=0,
+        high=0.9,
     )
 
-    train_on: TrainOn = field(
-        default="assistant", metadata=about("data", "which tokens are in the loss: the replies', or all")
+    micro_tokens: int | Auto = _setting(
+        "auto", "memory", "tokens computed at once (auto: by memory)", low=1, high=2**20
     )
-    max_length: int | Auto = field(
-        default="auto",
-        metadata=about("data", "most tokens of one row (auto: 2048, or the base's limit)", low=8, high=2**20),
-    )
-    too_long: TooLong = field(
-        default="refuse", metadata=about("data", "what to do with longer rows; truncating cuts the end off")
-    )
-    template_date: str = field(
-        default="auto",
-        metadata=about(
-            "data", "the day that the chat template prints, as in 2026-01-31 (auto: when the run begins)"
-        ),
-    )
-    packing: bool = field(
-        default=True, metadata=about("data", "compute several rows in one sequence, without padding")
-    )
-    eval_split: float | Auto = field(
-        default="auto",
-        metadata=about(
-            "data",
-            "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
-            low=0,
-            high=0.9,
-        ),
+    gradient_checkpointing: bool | Auto = _setting(
+        "auto", "memory", "compute activations twice instead of keeping them (auto: if memory requires it)"
     )
 
-    micro_tokens: int | Auto = field(
-        default="auto",
-        metadata=about("memory", "tokens computed at once (auto: by memory)", low=1, high=2**20),
+    eval_every: int | Auto = _setting(
+        "auto", "evaluation", "steps between evaluations (auto: a tenth of all)", low=1
     )
-    gradient_checkpointing: bool | Auto = field(
-        default="auto",
-        metadata=about(
-            "memory", "compute activations twice instead of keeping them (auto: if memory requires it)"
-        ),
+    save_every: int | Auto = _setting(
+        "auto", "evaluation", "steps between checkpoints (auto: as eval_every)", low=1
     )
-
-    eval_every: int | Auto = field(
-        default="auto",
-        metadata=about("evaluation", "steps between evaluations (auto: a tenth of all)", low=1),
+    keep: int = _setting(2, "evaluation", "checkpoints kept in addition to the best one", low=1, high=100)
+    patience: int = _setting(
+        0, "evaluation", "stop after this many evaluations without a better one; 0: never", low=0
     )
-    save_every: int | Auto = field(
-        default="auto", metadata=about("evaluation", "steps between checkpoints (auto: as eval_every)", low=1)
+    metrics: tuple[str, ...] = _setting(
+        (),
+        "evaluation",
+        "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
+        "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
+        "one_of:A|B|C, min_characters:N, max_characters:N",
     )
-    keep: int = field(
-        default=2,
-        metadata=about("evaluation", "checkpoints kept in addition to the best one", low=1, high=100),
+    best_by: str = _setting("loss", "evaluation", "loss or one of the metrics: decides if_better")
+    metric_rows: int = _setting(
+        32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
     )
-    patience: int = field(
-        default=0,
-        metadata=about(
-            "evaluation", "stop after this many evaluations without a better one; 0: never", low=0
-        ),
-    )
-    metrics: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "evaluation",
-            "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
-            "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
-            "one_of:A|B|C, min_characters:N, max_characters:N",
-        ),
-    )
-    best_by: str = field(
-        default="loss", metadata=about("evaluation", "loss or one of the metrics: decides if_better")
-    )
-    metric_rows: int = field(
-        default=32,
-        metadata=about("evaluation", "held-out rows that replies are generated for", low=1, high=10_000),
-    )
-    metric_tokens: int = field(
-        default=128, metadata=about("evaluation", "longest generated reply", low=1, high=8192)
-    )
-    sample_prompts: tuple[str, ...] = field(
-        default=(), metadata=about("evaluation", "prompts that are answered at each evaluation")
+    metric_tokens: int = _setting(128, "evaluation", "longest generated reply", low=1, high=8192)
+    sample_prompts: tuple[str, ...] = _setting(
+        (), "evaluation", "prompts that are answered at each evaluation"
     )
 
     def __post_init__(self) -> None:
