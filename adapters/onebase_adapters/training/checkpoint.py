@@ -72,7 +72,7 @@ class Checkpoints:
     def save(self, state: RunState, adapter: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> Path:
         """Write the state after `state.step` steps and drop the oldest. Raises OSError."""
         target = self.folder / f"step-{state.step:08d}"
-        with appearing(target) as work:
+        with atomic_directory(target) as work:
             save_file(_plain(adapter), work / _ADAPTER)
             with (work / _OPTIMIZER).open("wb") as file:
                 torch.save(optimizer, file)
@@ -89,7 +89,7 @@ class Checkpoints:
 
     def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
         """Save an adapter as the best one; the previous one stays until the next `save`. Raises OSError."""
-        with appearing(self._best(step)) as work:
+        with atomic_directory(self._best(step)) as work:
             save_file(_plain(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
@@ -145,7 +145,7 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a folder to write into; it takes the place of `target` once all of it is on the disk."""
     work = target.with_name(f".{target.name}.part")
     shutil.rmtree(work, ignore_errors=True)

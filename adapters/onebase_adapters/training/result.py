@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.base import Quantization
-from onebase_adapters.training.checkpoint import appearing
+from onebase_adapters.training.checkpoint import atomic_directory
 from onebase_adapters.training.recipe import Recipe, recipe_fields
 
 
@@ -96,7 +96,7 @@ def write_adapter(
     if isinstance(config.target_modules, set):
         # Each process writes a set in another order: the same adapter would have another digest.
         config.target_modules = sorted(config.target_modules)
-    with appearing(folder) as work:
+    with atomic_directory(folder) as work:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model.save_pretrained(work, save_embedding_layers=False)

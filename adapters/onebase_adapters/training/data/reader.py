@@ -79,12 +79,12 @@ def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | Non
     before = 0
     for index, path in enumerate(paths):
 
-        def tell(part: float, index: int = index) -> None:
+        def on_part(part: float, index: int = index) -> None:
             if on_progress is not None:
                 on_progress((index + part) / len(paths))
 
         line = 0
-        for item in read_file(path, tell):
+        for item in read_file(path, on_part):
             line = item.line
             yield replace(item, line=before + line) if line else item
         before += line

@@ -106,8 +106,8 @@ class RowFields:
 
 
 def _says_the_same(message: Message, system: str) -> bool:
-    told: str = message["content"]
-    return message["role"] in ("system", "developer") and told.strip() == system.strip()
+    text: str = message["content"]
+    return message["role"] in ("system", "developer") and text.strip() == system.strip()
 
 
 def _texts(parsed: Parsed) -> list[str]:
