@@ -146,28 +146,13 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
         DoesNotFitError, RecipeError.
         CheckpointError: the folder holds another run.
     """
-    rows = data.train.rows
-    if not len(rows):
+    if not len(data.train):
         raise RecipeError("training_file", "no row is left to train on: add rows, or hold out fewer")
     identity = identity_of(job, data)
-    tokens, targets = sum(map(len, rows)), sum(row.targets for row in rows)
-    longest = max(map(len, [*rows, *(data.held_out.rows if data.held_out is not None else ())]))
 
     def decide(before: Recipe | None) -> Plan:
         recipe = before or resolved(job.recipe, data, config)
-        found = estimate(
-            config,
-            recipe,
-            quantization=job.base.quantization,
-            dtype=job.base.dtype,
-            device=job.base.device,
-            longest_row=longest,
-            total_tokens=token_count(recipe, len(rows), tokens),
-            supervised_part=targets / max(1, tokens),
-            memory_limit=job.memory_limit,
-            base_resident=job.base_resident,
-            rate=rate,
-        )
+        found = _estimate(job, recipe, data, config, rate)
         return Plan(found.applied_to(recipe), data, found, identity)
 
     before = _read(job, identity)
@@ -182,6 +167,24 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
         held = {"identity": identity, "recipe": plan.recipe.to_json()}
         write_whole(job.folder / _PLAN, json.dumps(held, indent=1))
     return plan
+
+
+def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:
+    rows, held_out = data.train.rows, data.held_out.rows if data.held_out is not None else ()
+    tokens = sum(map(len, rows))
+    return estimate(
+        config,
+        recipe,
+        quantization=job.base.quantization,
+        dtype=job.base.dtype,
+        device=job.base.device,
+        longest_row=max(map(len, [*rows, *held_out])),
+        total_tokens=token_count(recipe, len(rows), tokens),
+        supervised_part=sum(row.targets for row in rows) / max(1, tokens),
+        memory_limit=job.memory_limit,
+        base_resident=job.base_resident,
+        rate=rate,
+    )
 
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
