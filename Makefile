@@ -31,6 +31,9 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@echo "==> mypy"
 	@$(BIN)/mypy
 	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/serve.py benchmarks/soak.py benchmarks/train.py benchmarks/train_trl.py
+	@$(BIN)/mypy tools/generate_sync.py
+	@echo "==> the synchronous client"
+	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
 	@echo "==> shellcheck and hadolint"
@@ -41,9 +44,10 @@ check: ## Everything that continuous integration checks: lint, then test
 	@$(MAKE) lint
 	@$(MAKE) test
 
-format: setup ## Rewrite the sources in the project's style
+format: setup ## Rewrite the sources in the project's style, and the synchronous client from the asynchronous one
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/python tools/generate_sync.py
 
 setup: ## Create .venv and install into it (done by every other target when needed)
 	@tools/setup.sh $(VENV)

@@ -205,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
     if os.getloadavg()[0] > 0.5:
         console.print(f"[yellow]This machine is busy (load {os.getloadavg()[0]:.1f}): expect noise.[/]")
     if options.base is None:
-        from onebase_adapters.default_base import fetch_default_base
+        from onebase_engine.base.default_base import fetch_default_base
 
         options.base = fetch_default_base()
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:

@@ -143,7 +143,7 @@ async def _server(options: argparse.Namespace, folder: Path) -> AsyncIterator[tu
     if options.url:
         yield options.url.rstrip("/"), options.pid
         return
-    from onebase_adapters.default_base import resolve_base
+    from onebase_engine.base.default_base import resolve_base
 
     base = resolve_base(options.base).folder
     adapters = make_adapters(base, folder / "adapters", options.adapters)

@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from asyncio.subprocess import DEVNULL, Process
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
-from onebase_adapters.default_base import default_cache
+from onebase_engine.base.default_base import default_cache
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPT = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon. What should I do?"
@@ -133,6 +133,8 @@ def choose_port(wanted: int, console: Console) -> int:
 async def running_server(adapters: list[Path], port: int, console: Console) -> AsyncIterator[Server]:
     """`onebase serve`, stopped and waited for however the block ends."""
     command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
+    # Its standard input is a pipe from here, which ends with this script, however that ends.
+    command += ["--stop-with-stdin"]
     # A registry of its own, kept between runs: the adapters are proven once.
     command += ["--data-dir", str(default_cache() / "demo")]
     for folder in adapters:
@@ -143,7 +145,7 @@ async def running_server(adapters: list[Path], port: int, console: Console) -> A
         with log.open("wb") as out:
             # A session of its own: Ctrl-C comes to this script alone, which then stops the server.
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+                *command, stdin=PIPE, stdout=out, stderr=out, env=environment, start_new_session=True
             )
         try:
             yield Server(f"http://127.0.0.1:{port}", process, log)
@@ -154,13 +156,16 @@ async def running_server(adapters: list[Path], port: int, console: Console) -> A
 async def stop_server(process: Process, console: Console) -> None:
     if process.returncode is not None:
         return
-    console.print("\nStopping the server ...")
     process.terminate()
     try:
-        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+        # Nobody may be there to read it: Ctrl-C ends the `tee` of a pipeline too.
+        console.print("\nStopping the server ...")
+    finally:
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
     console.print("Stopped.")
 
 

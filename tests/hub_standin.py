@@ -155,6 +155,7 @@ class _RefusedError(Exception):
 
 _RESOLVE = re.compile(r"/(?:datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _INFO = re.compile(r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
+_TREE = re.compile(r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")
 _CDN = re.compile(r"/cdn/(?P<sha256>[0-9a-f]{64})")
 
 
@@ -204,6 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._cdn(found["sha256"])
         elif found := _INFO.fullmatch(path):
             self._info(found["repo"], unquote(found["revision"] or "main"))
+        elif found := _TREE.fullmatch(path):
+            self._tree(found["repo"], unquote(found["revision"]))
         elif found := _RESOLVE.fullmatch(path):
             self._resolve(found["repo"], unquote(found["revision"]), unquote(found["file"]))
         else:
@@ -231,6 +234,15 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": file, "size": len(data)} for file, data in held.commits[commit].items()]
         body = {"_id": name, "id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self._send(json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, name: str, revision: str) -> None:
+        held = self._repo(name)
+        files = held.commits[self._commit(held, revision)]
+        tree = [
+            {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for file, data in files.items()
+        ]
+        self._send(json.dumps(tree).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         held = self._repo(name)

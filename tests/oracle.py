@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
-from onebase_adapters.verify import greedy
+from typing import Any
 
-__all__ = ["greedy"]
+import torch
+from transformers import DynamicCache
+
+from onebase_engine.lora.rows import TILE
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+    """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base.
+
+    Read in pieces of TILE tokens, as the proof reads (`onebase_adapters.proof.texts`).
+    """
+    cache = DynamicCache(config=model.config)
+    tokens = list(prompt)
+    start = 0
+    while len(tokens) < len(prompt) + max_tokens:
+        for first in range(start, len(tokens), TILE):
+            piece = tokens[first : first + TILE]
+            output = model(
+                input_ids=torch.tensor([piece]),
+                position_ids=torch.arange(first, first + len(piece))[None],
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        start = len(tokens)
+        tokens.append(int(output.logits[0, -1].float().argmax()))
+    return tokens[len(prompt) :]

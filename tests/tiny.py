@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from onebase_adapters.loader import LoadedAdapter, load_adapter
-from onebase_adapters.view import peft_view
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_engine.base.view import peft_view
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onebase_adapters.default_base import fetch_default_base
+from onebase_engine.base.default_base import fetch_default_base
 
 HERE = Path(__file__).parent
 WORDS = json.loads((HERE / "pirate_words.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -32,6 +33,8 @@ The first answer:
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
        -d '{"prompt": "The capital of France is", "max_tokens": 16}'
 """
+_LOG_WIDTH = 200
+"""Characters, so that no line of a log is broken."""
 _GROUPS = {
     "base": "the base model",
     "adapters": "adapters",
@@ -59,6 +62,8 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     from onebase_server.startup import StartupError, run
 
     console = Console(stderr=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _LOG_WIDTH
     try:
         run(settings, console, commands)
     except StartupError as error:

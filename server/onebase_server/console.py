@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import onebase_server
-from onebase_server.catalog import Catalog
-from onebase_server.engine.protocol import BaseInfo, Loading
-from onebase_server.names import label
+from onebase_engine.engine.messages import BaseInfo, Loading
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.names import label
 from onebase_server.settings import Settings
 
 _MOST_ADAPTERS = 20
@@ -57,7 +57,8 @@ class LoadingDisplay:
 
     def close(self) -> None:
         """Take the bars away; may be called more than once."""
-        self._progress.stop()
+        if self._live:
+            self._progress.stop()
 
     def update(self, stage: str, fraction: float) -> None:
         """Show that `stage` is being done, and the share (0 to 1) of the whole that is done."""

@@ -16,6 +16,7 @@ OneBaseError
 ├── QueueFullError             come back later
 ├── UnavailableError           the engine is starting, restarting or stopping
 ├── EngineRestartedError       the engine died under a running request
+├── CrashesEngineError         the engine died under it again and again: it is not run
 ├── RowFailedError             the engine ended this request with an error
 ├── ClientGoneError            the caller left; nobody reads the answer
 └── SlowReaderError            the caller did not read its stream
@@ -150,12 +151,24 @@ class EngineRestartedError(OneBaseError):
         )
 
 
+class CrashesEngineError(OneBaseError):
+    """`deaths` of engines under the same request; `seconds` until it may be tried again."""
+
+    def __init__(self, deaths: int, seconds: float) -> None:
+        super().__init__(
+            f"The engine died {deaths} times while this request was running, so it is refused for the next "
+            f"{max(1, math.ceil(seconds / 60))} minutes. Change the prompt, the adapter or the sampling "
+            "settings, and report it with the server's log.",
+            code="crashes_engine",
+        )
+
+
 class RowFailedError(OneBaseError):
     """The engine's own words about a row that it ended."""
 
     @property
-    def is_callers_fault(self) -> bool:
-        return self.code in CALLER_CODES
+    def status(self) -> int:
+        return CALLER_CODES.get(self.code, 500)
 
 
 class ClientGoneError(OneBaseError):
@@ -170,10 +183,14 @@ class SlowReaderError(OneBaseError):
         )
 
 
-CALLER_CODES = frozenset(
-    {"context_length_exceeded", "empty_prompt", "kv_memory_exceeded", "too_many_adapters"}
-)
-"""Engine error codes that the caller can cure by asking for something else."""
+CALLER_CODES = {
+    "context_length_exceeded": 400,
+    "empty_prompt": 400,
+    "kv_memory_exceeded": 400,
+    "too_many_adapters": 400,
+    "adapter_not_composable": 409,
+}
+"""Engine error codes that the caller can cure by asking for something else, with their HTTP status."""
 
 _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
@@ -191,6 +208,7 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     QueueFullError: (429, "rate_limit_error"),
     UnavailableError: (503, "service_unavailable"),
     EngineRestartedError: (503, "service_unavailable"),
+    CrashesEngineError: (422, "invalid_request_error"),
     RowFailedError: (500, "server_error"),
     ClientGoneError: (499, "invalid_request_error"),
     SlowReaderError: (499, "invalid_request_error"),
@@ -199,8 +217,8 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
 
 def status_of(error: OneBaseError) -> tuple[int, str]:
     """HTTP status and OpenAI error type."""
-    if isinstance(error, RowFailedError) and error.is_callers_fault:
-        return 400, "invalid_request_error"
+    if isinstance(error, RowFailedError) and error.status < 500:
+        return error.status, "invalid_request_error"
     return _TABLE.get(type(error), (500, "server_error"))
 
 

@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from onebase_server.engine.protocol import EngineConfig
+from onebase_engine.engine.messages import EngineConfig
 from onebase_server.option_values import (
     SettingsError,
     parse_adapter,
@@ -105,6 +105,12 @@ class Settings:
         default=120.0,
         metadata=about(
             "server", "seconds that running requests get to finish after SIGTERM", low=0, high=86400
+        ),
+    )
+    stop_with_stdin: bool = field(
+        default=False,
+        metadata=about(
+            "server", "stop when standard input ends: for a program that starts the server through a pipe"
         ),
     )
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
 import socket
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,23 +19,29 @@ import uvloop
 from rich.console import Console
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.app import create_app
-from onebase_server.assembly import assemble
+from onebase_server.adapters.folders import FolderError, find_adapters
 from onebase_server.console import LoadingDisplay, address_error, print_summary
-from onebase_server.engine_link import ENGINE_COMMAND
-from onebase_server.folders import FolderError, find_adapters
-from onebase_server.http_server import bind, run_server, url_of
+from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
+from onebase_server.http.app import create_app
+from onebase_server.http.deps import Services
+from onebase_server.http.server import bind, run_server, url_of
+from onebase_server.jobs.storage import DataDirError
+from onebase_server.processes.engine_link import ENGINE_COMMAND
+from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
+from onebase_server.processes.trainer_link import TRAINER_COMMAND
+from onebase_server.processes.verifier_link import VERIFIER_COMMAND
 from onebase_server.served_base import Base
-from onebase_server.services import Services
 from onebase_server.settings import Settings
-from onebase_server.storage import Storage, StorageError, open_storage
-from onebase_server.supervisor import EngineFailedError, EngineSupervisor
-from onebase_server.training.home import DataDirError
-from onebase_server.training.links import TRAINER_COMMAND
-from onebase_server.workshop_link import WORKSHOP_COMMAND
+from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
+from onebase_server.wiring import assemble
 
 if TYPE_CHECKING:
-    from onebase_adapters.default_base import ResolvedBase
+    from onebase_engine.base.default_base import ResolvedBase
+
+_log = logging.getLogger(__name__)
+
+LEAST_FILES = 64
+"""Open files that the server works with: about thirty of its own, and one for each connection."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Commands:
     """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
 
     engine: Sequence[str] = ENGINE_COMMAND
-    workshop: Sequence[str] = WORKSHOP_COMMAND
+    verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
 
 
@@ -47,15 +59,21 @@ class StartupError(RuntimeError):
 
 def run(settings: Settings, console: Console, commands: Commands | None = None) -> None:
     """Serve until a signal. Raises StartupError when the server cannot start or not go on."""
+    _check_open_files()
     try:
         listener = bind(settings)
     except OSError as error:
         raise StartupError(address_error(settings, error)) from error
+    if settings.stop_with_stdin:
+        threading.Thread(target=_stop_with_stdin, daemon=True).start()
     with listener, LoadingDisplay(console) as display:
         resolved = resolve(settings.base, display)
+        leave_torch_out()
         base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
+            # The engine is told: what it loads and what adapters are bound to is one base.
+            settings = replace(settings, device=chosen_device(settings.device))
             storage = open_storage(settings, base.name, base.folder)
         except (FolderError, StorageError) as error:
             raise StartupError(str(error)) from error
@@ -66,19 +84,40 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
             raise StartupError(f"the engine cannot serve {resolved.name}: {error}") from error
 
 
+def _check_open_files() -> None:
+    """Raises StartupError here, and not in the middle of whatever opens one file too many."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= allowed < LEAST_FILES:
+        raise StartupError(
+            f"only {allowed} files may be open at once (ulimit -n), and the server needs at least "
+            f"{LEAST_FILES}, and one more for each further connection: run `ulimit -n 1024` first, or raise "
+            "the limit of the service (LimitNOFILE=1024) or of the container (--ulimit nofile=1024)"
+        )
+
+
+def _stop_with_stdin() -> None:
+    """As by SIGTERM, once whoever holds the other end of standard input has closed it, or is dead."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1 << 16):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
     """The base's local folder, downloaded if need be. Raises StartupError."""
-    from onebase_adapters.default_base import resolve_base
+    from onebase_engine.base.default_base import BaseError, resolve_base
 
     try:
         return resolve_base(base, display.update)
+    except BaseError as error:
+        raise StartupError(str(error)) from error
     except Exception as error:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
 
 
 def _repository(asked: str, resolved: ResolvedBase) -> str | None:
     """The base's name on the Hub, if it is from there."""
-    from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO
+    from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO
 
     if asked == DEFAULT_BASE:
         return DEFAULT_REPO
@@ -134,10 +173,15 @@ class _Server:
                 self.storage,
                 self.given,
                 supervisor,
-                self.commands.workshop,
+                self.commands.verifier,
                 self.commands.trainer,
             )
-        except DataDirError as error:
+        except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error
-        except Exception as error:
+        except TokenizerError as error:
             raise StartupError(f"the base in {self.base.folder} has no usable tokenizer: {error}") from error
+        except OSError as error:
+            raise StartupError(f"the server cannot be set up: {error}") from error
+        except Exception as error:
+            _log.exception("the server cannot be set up")
+            raise StartupError(f"the server cannot be set up: {type(error).__name__}: {error}") from error

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase_adapters.base_identity import BaseIdentityError, base_id
 from onebase_adapters.registry import Registry, RegistryError
-from onebase_adapters.store import GRACE, Store, StoreError
+from onebase_adapters.store.store import GRACE, Store, StoreError
+from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_server.background import Threads
-from onebase_server.settings import Settings
+from onebase_server.settings import Device, Settings
 
 SWEEP_SECONDS = 3600.0
 _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtype")
 """Settings that make another base of the same files."""
+
+_GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
+"""In /dev, on a machine with a GPU: NVIDIA's drivers, Windows' for Linux, AMD's."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +67,7 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
     data = Path(settings.data_dir).expanduser().absolute()
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        identity = base_id(base_folder, {name: getattr(settings, name) for name in _IDENTITY})
+        identity = base_id(base_folder, _identity(settings))
         store = Store(settings.store or str(data / "store"), data / "cache")
         url = settings.registry or f"sqlite:///{data / 'registry.db'}"
         registry = Registry(url, base_id=identity, base_name=base_name)
@@ -78,6 +83,30 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
     except StoreError as error:
         raise StorageError(f"{error} (--store, --data-dir)") from error
     return Storage(registry, store, identity)
+
+
+def _identity(settings: Settings) -> dict[str, object]:
+    """What makes another base of the same files. Each device quantizes, and is proved on, by code of its own.
+
+    The CPU is not named: its registries are older than this rule, and stay valid.
+    """
+    identity = {name: getattr(settings, name) for name in _IDENTITY}
+    device = chosen_device(settings.device)
+    return identity if device == "cpu" else {**identity, "device": device}
+
+
+def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
+    """`cuda` or `cpu`, for `auto` too. Blocks for seconds on a machine with a GPU.
+
+    Another process asks torch, which the api does not load.
+    """
+    if asked != "auto":
+        return asked
+    if not any(True for pattern in _GPUS for _ in devices.glob(pattern)):
+        return "cpu"
+    asking = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    found = subprocess.run(asking, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    return "cuda" if found else "cpu"
 
 
 def host_memory(settings: Settings) -> int:

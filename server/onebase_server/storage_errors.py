@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from onebase_adapters import registry, store
+from onebase_adapters import registry
+from onebase_adapters.store import store
 from onebase_server.errors import (
     ConflictError,
     StaleActivationError,

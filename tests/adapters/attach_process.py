@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from onebase_adapters.attach import attach, publish
-from onebase_adapters.base import BaseSettings, base_bytes, base_tensors, load_base
+from onebase_engine.base.attach import attach, publish
+from onebase_engine.base.load import BaseSettings, base_bytes, base_tensors, load_base
 
 TOKENS = torch.arange(3, 40)[None]
 

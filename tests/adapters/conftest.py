@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.view import view
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

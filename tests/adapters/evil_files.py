@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.format import AdapterFormatError, LayerShape, canonicalize
-from onebase_adapters.tensor_file import MAX_HEADER_BYTES, TensorToWrite, write_tensors
+from onebase_adapters.format.canonical import AdapterFormatError, canonicalize
+from onebase_adapters.format.safetensors_file import MAX_HEADER_BYTES, TensorToWrite, write_tensors
+from onebase_engine.base.layers import LayerShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

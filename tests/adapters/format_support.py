@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from onebase_adapters.format import AdapterFormatError, AdapterSpec, LayerShape, canonicalize
-from onebase_adapters.view import view
+from onebase_adapters.format.canonical import AdapterFormatError, AdapterSpec, canonicalize
+from onebase_engine.base.layers import LayerShape
+from onebase_engine.base.view import view
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

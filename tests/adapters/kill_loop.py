@@ -23,7 +23,7 @@ import alembic.command  # noqa: F401
 import sqlalchemy.dialects.sqlite  # noqa: F401
 from tests.adapters.life import Life, check, states
 
-from onebase_adapters.store_local import FileSystem
+from onebase_adapters.store.local import FileSystem
 
 
 class Countdown:

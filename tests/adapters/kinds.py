@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny import FUSED, randomize
 from torch import nn
 
-from onebase_adapters.extract import extract
-from onebase_adapters.view import peft_view
-from onebase_adapters.weights import AdapterWeights
+from onebase_adapters.proof.extract import extract
+from onebase_engine.base.view import peft_view
+from onebase_engine.lora.weights import AdapterWeights
 
 LINEAR = ["q_proj", "o_proj", "down_proj"]
 TOKENS = [300, 4, 17, 5, 250]

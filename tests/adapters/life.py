@@ -12,11 +12,11 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import Registry
-from onebase_adapters.store import Store
-from onebase_adapters.store_errors import store_errors
-from onebase_adapters.store_local import FileSystem
+from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.errors import store_errors
+from onebase_adapters.store.local import FileSystem
+from onebase_adapters.store.store import Store
 
 CONTENTS = {
     name: hashlib.sha256(name.encode()).digest() * 3_000 for name in ("weights1", "weights2", "prepared1")

@@ -20,11 +20,11 @@ from tests.tiny import ARCHITECTURES, FUSED, save_base
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from onebase_adapters import manifest as wire
-from onebase_adapters import shared_memory
-from onebase_adapters.attach import AttachError, attach, publish
-from onebase_adapters.base import BaseSettings, base_bytes, base_tensors, fingerprint, load_base
-from onebase_adapters.view import peft_view
+from onebase_engine.base import manifest as wire
+from onebase_engine.base import shared_memory
+from onebase_engine.base.attach import AttachError, attach, publish
+from onebase_engine.base.load import BaseSettings, base_bytes, base_tensors, fingerprint, load_base
+from onebase_engine.base.view import peft_view
 
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

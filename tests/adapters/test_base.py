@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from onebase_adapters.base import (
+from onebase_engine.base.load import (
     BaseSettings,
     UnsupportedBaseError,
     base_bytes,
@@ -120,6 +120,51 @@ def test_a_base_that_cannot_be_paged_is_refused_in_a_sentence(config: Any, reaso
 )
 def test_decoders_with_attention_in_each_layer_are_taken(config: Any) -> None:
     check_servable(config)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+EXPERTS = {
+    "qwen3_moe": tf.Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=64),
+    "mixtral": tf.MixtralConfig(**SMALL),
+    "gpt_oss": tf.GptOssConfig(**SMALL, num_local_experts=2),
+    "granite": tf.GraniteMoeConfig(**SMALL),
+    "olmoe": tf.OlmoeConfig(**SMALL, num_experts=4),
+    "jetmoe": tf.JetMoeConfig(**SMALL),
+}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_base_of_experts_is_refused_before_its_weights_are_read(
+    name: str, quantization: Any, tmp_path: Path
+) -> None:
+    EXPERTS[name].save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBaseError, match=r"\d% of its weights.*\d x \d.*Choose a base"):
+        load_base(BaseSettings(tmp_path, quantization=quantization))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tf.Gemma3Config(), tf.GPT2Config(), tf.OPTConfig(), tf.GotOcr2Config()],
+    ids=lambda value: type(value).__name__,
+)
+def test_convolutions_positions_and_transposed_layers_are_no_experts(config: Any) -> None:
+    check_servable(config)
+
+
+def test_a_base_that_stays_plain_is_not_passed_off_as_quantized(tmp_path: Path) -> None:
+    config = tf.GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    load_base(BaseSettings(tmp_path))
+    with pytest.raises(UnsupportedBaseError, match=r"blocksize 128 leaves .*Choose blocksize 64"):
+        load_base(BaseSettings(tmp_path, blocksize=128))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onebase_adapters.base_identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentityError, base_id
+from onebase_engine.base.identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentityError, base_id
 
 NF4 = {"quantization": "nf4", "blocksize": 64, "double_quant": True, "dtype": "bfloat16"}
 

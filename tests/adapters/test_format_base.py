@@ -23,7 +23,7 @@ from tests.adapters.format_support import (
     write,
 )
 
-from onebase_adapters.format import LayerShape
+from onebase_engine.base.layers import LayerShape
 
 HEAD_WEIGHT, EMBEDDING_WEIGHT = f"{PREFIX}{HEAD}.weight", f"{PREFIX}{EMBEDDING}.weight"
 NORM_BIAS = f"{PREFIX}{NORM}.bias"

@@ -13,8 +13,8 @@ import pytest
 from peft import LoraConfig
 from tests.adapters.format_support import CONFIG, Q0, SETTINGS, WEIGHTS, read, refusal, write
 
-from onebase_adapters import config_fields
-from onebase_adapters.config_fields import AdapterFormatError, check_config
+from onebase_adapters.format import config as config_fields
+from onebase_adapters.format.config import AdapterFormatError, check_config
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_quick_check_tells_what_the_config_says() -> None:
 
 def test_the_quick_check_needs_no_torch() -> None:
     code = (
-        "import sys; from onebase_adapters.config_fields import check_config; "
+        "import sys; from onebase_adapters.format.config import check_config; "
         'check_config(b\'{"peft_type": "LORA"}\'); '
         "sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     )

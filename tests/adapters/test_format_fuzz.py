@@ -31,7 +31,7 @@ from tests.adapters.format_support import (
     write,
 )
 
-from onebase_adapters.format import AdapterFormatError, AdapterSpec
+from onebase_adapters.format.canonical import AdapterFormatError, AdapterSpec
 
 PROCESS_BOUND = 128 << 20
 """Bytes that reading may add to the process, whatever the files hold."""

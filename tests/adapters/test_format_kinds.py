@@ -23,8 +23,8 @@ from tests.adapters.format_support import (
 from tests.tiny import save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.format import AdapterFormatError
+from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_engine.base.load import BaseSettings, load_base
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

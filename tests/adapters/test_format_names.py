@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from tests.adapters.format_support import SETTINGS
 
-from onebase_adapters.config_fields import AdapterFormatError, check_config
-from onebase_adapters.config_patterns import NamePattern, PatternError, Targets, endings
+from onebase_adapters.format.config import AdapterFormatError, check_config
+from onebase_adapters.format.patterns import NamePattern, PatternError, Targets, endings
 
 PARTS = [
     "q_proj",

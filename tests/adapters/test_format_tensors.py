@@ -31,8 +31,8 @@ from tests.adapters.format_support import (
     write_raw,
 )
 
-from onebase_adapters.config_fields import AdapterFormatError
-from onebase_adapters.tensor_file import TensorFile, TensorToWrite, write_tensors
+from onebase_adapters.format.config import AdapterFormatError
+from onebase_adapters.format.safetensors_file import TensorFile, TensorToWrite, write_tensors
 
 
 @pytest.fixture

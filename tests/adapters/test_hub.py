@@ -13,8 +13,7 @@ import pytest
 from tests.disks import small_disk
 from tests.hub_standin import HubStandIn
 
-from onebase_adapters.content import VersionFiles
-from onebase_adapters.hub import (
+from onebase_adapters.hub.pull import (
     HubError,
     HubReference,
     PullCancelledError,
@@ -22,7 +21,8 @@ from onebase_adapters.hub import (
     pull,
     resolve,
 )
-from onebase_adapters.store import Store, StoreFullError
+from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.store import Store, StoreFullError
 
 CONFIG = b'{"peft_type": "LORA"}'
 WEIGHTS = bytes(range(256)) * 2_000

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import load_folder
 from torch import nn
 
-from onebase_adapters.base import base_tensors, fingerprint
-from onebase_adapters.format import AdapterFormatError
-from onebase_adapters.loader import LoadedAdapter
-from onebase_adapters.view import view
-from onebase_adapters.weights import LoraWeights
+from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_adapters.proof.loader import LoadedAdapter
+from onebase_engine.base.load import base_tensors, fingerprint
+from onebase_engine.base.view import view
+from onebase_engine.lora.weights import LoraWeights
 
 
 def load(base: nn.Module, folder: Path) -> LoadedAdapter:

@@ -13,12 +13,13 @@ from tests.adapters.kinds import KINDS, peft_adapter
 from tests.tiny import load_folder, save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, base_tensors, fingerprint, load_base
-from onebase_adapters.extract import extract
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
-from onebase_adapters.loader import adaptable_layers, load_adapter
-from onebase_adapters.view import peft_view
-from onebase_adapters.weights import LoraWeights, SavedModule, TokenRows, tensors_of
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.proof.extract import extract
+from onebase_adapters.proof.loader import load_adapter
+from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.load import BaseSettings, base_tensors, fingerprint, load_base
+from onebase_engine.base.view import peft_view
+from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, tensors_of
 
 UNTRAINED = [
     "lora",

@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.tiny import load_folder
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
-from onebase_adapters.slots import SlotBank, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
-from onebase_adapters.view import view
-from onebase_adapters.weights import AdapterWeights, LoraWeights
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
 SLOTS = 4
 HIDDEN, OUT = 128, 192
@@ -106,14 +106,16 @@ def test_a_whole_wrapped_model_is_bit_equal_to_peft(base: nn.Module, save_adapte
     folder = save_adapter(target_modules=targets, lora_alpha=alpha)
     ids = torch.randint(0, 256, (1, TILE), generator=torch.Generator().manual_seed(5))
     served, step = view(base), StepRows()
-    bank = SlotBank(wrap_layers(served, step, slots=SLOTS, tiled=True), SLOTS, torch.device("cpu"))
-    bank.load(2, load(base, folder))
+    adapter_slots = AdapterSlots(
+        wrap_layers(served, step, slots=SLOTS, tiled=True), SLOTS, torch.device("cpu")
+    )
+    adapter_slots.load(2, load(base, folder))
     every = RowMap((Tile(0, TILE, (Term(2),)),))
     step.tokens, step.logits = every, every
     with torch.inference_mode():
         expected = PeftModel.from_pretrained(view(base), str(folder)).eval()(ids).logits
         assert torch.equal(served(ids).logits, expected)
-        bank.clear(2)
+        adapter_slots.clear(2)
         assert torch.equal(served(ids).logits, base(ids).logits)
 
 
@@ -201,7 +203,7 @@ def test_the_stack_gives_what_the_tiles_give(
     assert not torch.equal(got[1], bare[1])
 
 
-def test_the_bank_grows_and_forgets_what_left(base: nn.Module) -> None:
+def test_the_stack_grows_and_forgets_what_left(base: nn.Module) -> None:
     stacked, tiled, x = layer(base, False), layer(base), rows(len(MIXES))
 
     def put(slot: int, weights: LoraWeights | None) -> None:
@@ -214,7 +216,7 @@ def test_the_bank_grows_and_forgets_what_left(base: nn.Module) -> None:
     put(0, lora(4, 1))
     check()
     put(1, lora(20, 2))
-    assert sorted(stacked.banks.by_rank) == [8, 32]
+    assert sorted(stacked.stacked.by_rank) == [8, 32]
     check()
     put(1, None)
     check()
@@ -223,7 +225,7 @@ def test_the_bank_grows_and_forgets_what_left(base: nn.Module) -> None:
     put(0, None)
     put(1, None)
     assert torch.equal(run(stacked, x, stack=stack(MIXES)), base.get_submodule(LAYER)(x))
-    assert not stacked.banks.by_rank
+    assert not stacked.stacked.by_rank
     assert not stacked.filled
     assert not tiled.filled
 

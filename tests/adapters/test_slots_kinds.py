@@ -15,13 +15,13 @@ from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
-from onebase_adapters import token_head
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.rows import TILE, RowMap, Stack, StepRows, Term, Tile
-from onebase_adapters.slots import SlotBank, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
-from onebase_adapters.token_head import TokenHead
-from onebase_adapters.view import view
-from onebase_adapters.weights import LoraWeights, SavedModule, TokenRows, composable
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora import head as token_head
+from onebase_engine.lora.head import TokenHead
+from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
+from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, composable
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
@@ -63,10 +63,10 @@ class Bench:
         self.step = StepRows()
         self.served: Any = view(base)
         self.modules = wrap_layers(self.served, self.step, slots=len(kinds), tiled=tiled)
-        self.bank = SlotBank(self.modules, len(kinds), torch.device("cpu"))
+        self.adapter_slots = AdapterSlots(self.modules, len(kinds), torch.device("cpu"))
         self.weights = [weights_of(model) for model in self.references]
         for slot, weights in enumerate(self.weights):
-            self.bank.load(slot, weights)
+            self.adapter_slots.load(slot, weights)
 
     def input(self, name: str, seed: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(seed)
@@ -143,7 +143,7 @@ def test_a_whole_model_is_bit_equal_to_peft_until_its_slot_is_cleared(
         expected, bare = bench.references[0](ids).logits, bench.base(ids).logits
         assert torch.equal(bench.served(ids).logits, expected)
         assert not torch.equal(expected, bare)
-        bench.bank.clear(0)
+        bench.adapter_slots.clear(0)
         assert torch.equal(bench.served(ids).logits, bare)
     assert not any(module.filled or module.replacements for module in bench.modules.values())
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters.content import Blob, version_digest
-from onebase_adapters.store import BlobDamagedError, BlobMissingError, Store, StoreError
+from onebase_adapters.store.content import Blob, version_digest
+from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError
 
 CONTENT = bytes(range(256)) * 100
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -155,7 +155,7 @@ def test_a_sweep_leaves_what_a_living_process_writes(store: Store, tmp_path: Pat
 
 def test_a_sweep_takes_what_a_killed_process_was_writing(store: Store, tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from onebase_adapters.store import Store\n"
+        "import os, signal, sys; from pathlib import Path; from onebase_adapters.store.store import Store\n"
         "writer = Store(sys.argv[1], Path(sys.argv[2])).writer(); writer.write(b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

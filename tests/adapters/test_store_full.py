@@ -13,10 +13,10 @@ import pytest
 from tests.adapters.life import CONTENTS, Life, check, observe, states
 from tests.disks import fill, small_disk
 
-from onebase_adapters.content import Blob
 from onebase_adapters.registry import RegistryFullError
-from onebase_adapters.store import Store, StoreError, StoreFullError
-from onebase_adapters.store_local import FileSystem
+from onebase_adapters.store.content import Blob
+from onebase_adapters.store.local import FileSystem
+from onebase_adapters.store.store import Store, StoreError, StoreFullError
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ def test_a_registry_on_a_full_disk_answers_so_keeps_what_it_has_and_works_again(
 def test_a_limit_on_the_size_of_files_is_a_full_store_too(tmp_path: Path) -> None:
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from onebase_adapters.store import Store, StoreFullError\n"
+        "from onebase_adapters.store.store import Store, StoreFullError\n"
         "store = Store(sys.argv[1], Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
         "try:\n"

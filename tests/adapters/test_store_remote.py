@@ -18,11 +18,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 from tests.disks import fill, small_disk
 
-from onebase_adapters.content import Blob
-from onebase_adapters.redaction import redacted, without_secrets
-from onebase_adapters.store import BlobDamagedError, BlobMissingError, Store, StoreError, StoreFullError
-from onebase_adapters.store_local import FileSystem
-from onebase_adapters.store_remote import RemoteBlobs
+from onebase_adapters.store.content import Blob
+from onebase_adapters.store.local import FileSystem
+from onebase_adapters.store.remote import RemoteBlobs
+from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError, StoreFullError
+from onebase_engine.redaction import redacted, without_secrets
 
 CONTENT = bytes(range(256)) * 100
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

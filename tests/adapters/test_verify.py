@@ -10,21 +10,24 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.kinds import KINDS, TOKENS, peft_adapter, weights_of
+from tests.oracle import greedy
 from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_base
 from torch import nn
 from torch.nn import functional
 
-from onebase_adapters import slot_linear, slot_norm
-from onebase_adapters.bank import Bank
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.rows import Term
-from onebase_adapters.slot_embedding import SlotEmbedding
-from onebase_adapters.slot_linear import SlotLinear
-from onebase_adapters.slot_module import SlotModule
-from onebase_adapters.slots import SlotBank
-from onebase_adapters.verify import ModuleProof, ProofError, greedy, prove_modules, regrets
-from onebase_adapters.view import view
-from onebase_adapters.weights import AdapterWeights, LoraWeights, TokenRows
+from onebase_adapters.proof.texts import regrets
+from onebase_adapters.proof.verify import ModuleProof, ProofError, prove_modules
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora import linear as slot_linear
+from onebase_engine.lora import norm as slot_norm
+from onebase_engine.lora.embedding import SlotEmbedding
+from onebase_engine.lora.linear import SlotLinear
+from onebase_engine.lora.module import SlotModule
+from onebase_engine.lora.rows import Term
+from onebase_engine.lora.slots import AdapterSlots
+from onebase_engine.lora.stacked_weights import RankGroup
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights, TokenRows
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -133,12 +136,12 @@ def _tile_of_b_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _layer_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = SlotBank.load
+    load = AdapterSlots.load
 
-    def forgetful(self: SlotBank, slot: int, weights: AdapterWeights) -> None:
+    def forgetful(self: AdapterSlots, slot: int, weights: AdapterWeights) -> None:
         load(self, slot, {n: w for n, w in weights.items() if n != "model.layers.1.self_attn.o_proj"})
 
-    monkeypatch.setattr(SlotBank, "load", forgetful)
+    monkeypatch.setattr(AdapterSlots, "load", forgetful)
 
 
 def _matrices_of_the_slot_beside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,12 +173,12 @@ def _masked_by_multiplication(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _stack_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    delta = Bank.delta
+    delta = RankGroup.delta
 
-    def shifted(self: Bank, x: torch.Tensor, *others: Any) -> torch.Tensor:
+    def shifted(self: RankGroup, x: torch.Tensor, *others: Any) -> torch.Tensor:
         return delta(self, x, *others).roll(1, dims=1)
 
-    monkeypatch.setattr(Bank, "delta", shifted)
+    monkeypatch.setattr(RankGroup, "delta", shifted)
     monkeypatch.setattr(SlotLinear, "_may_stack", lambda self: True)
 
 

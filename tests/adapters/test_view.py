@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from onebase_adapters.base import base_bytes, base_tensors, fingerprint
-from onebase_adapters.view import view
+from onebase_engine.base.load import base_bytes, base_tensors, fingerprint
+from onebase_engine.base.view import view
 
 pytestmark = pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
 

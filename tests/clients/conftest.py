@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -13,7 +14,9 @@ from typing import Any
 import anyio
 import httpx2
 import pytest
+from tests.clients.golden import Transcript
 from tests.clients.real_server import Server, running_server
+from tests.clients.registry_double import NOW
 from tests.http_server import StandInServer
 
 from onebase import AsyncClient, Client, Generation, Piece
@@ -47,6 +50,20 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr("time.sleep", delays.append)
     monkeypatch.setattr("anyio.sleep", record)
     return delays
+
+
+@pytest.fixture
+def transcript(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[[str], Transcript]]:
+    """Begins a transcript, given a server's URL: 100 columns, UTC, two hours after the doubles' now."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    monkeypatch.setattr("time.time", lambda: NOW + 7200)
+    yield lambda url: Transcript(capsys, (url, "URL"), (str(tmp_path), "TMP"))
+    monkeypatch.undo()
+    time.tzset()
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Registry:
         self.steps = steps
         self.failure = failure
         self.activates = activates
-        """Whether a version that is ready is activated when that was wished."""
+        """Whether a version is activated once it is ready, if that was asked for."""
         self.versions: dict[str, list[Json]] = {}
         self.history: dict[str, list[Json]] = {}
         self.pinned: set[str] = set()
@@ -110,7 +110,7 @@ class Registry:
         self.asked: list[tuple[str, str, Any]] = []
         """Method, path and JSON body of each request."""
         self._left: dict[str, list[tuple[str, float]]] = {}
-        self._wishes: dict[str, bool] = {}
+        self._activates_version: dict[str, bool] = {}
 
     # ---- over HTTP -------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class Registry:
         known = [one for one in self.versions.get(name, []) if one["version"] == digest(content)]
         made = known[0] if known else self.add(name, content, "validating", **changes)
         self._left[made["version"]] = list(self.steps)
-        self._wishes[made["version"]] = activate
+        self._activates_version[made["version"]] = activate
         return dict(made)
 
     def _step(self, one: Json) -> Json:
@@ -293,7 +293,7 @@ class Registry:
             one |= {"state": "failed", "error": {"code": code, "message": message}}
             return
         one |= {"state": "ready", "report": report()}
-        if self._wishes[one["version"]] and self.activates:
+        if self._activates_version[one["version"]] and self.activates:
             self.activate(one["name"], one)
 
 

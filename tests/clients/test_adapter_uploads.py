@@ -172,8 +172,8 @@ def test_the_same_content_is_the_same_version(sdk: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "says"),
     [
-        (("adapter_config.json",), "lacks adapter_config.json.\nHere an adapter is wanted"),
-        (("adapter_model.safetensors",), "lacks adapter_model.safetensors.\nHere"),
+        (("adapter_config.json",), "lacks adapter_config.json.\nTo send an adapter, give a folder"),
+        (("adapter_model.safetensors",), "lacks adapter_model.safetensors.\nTo send"),
         (
             ("adapter_config.json", "adapter_model.safetensors"),
             "lacks adapter_config.json and adapter_model.safetensors",
@@ -223,6 +223,19 @@ def test_a_file_that_shrinks_while_it_is_sent_is_not_sent_short(sdk: Any, folder
         sdk.call(
             lambda client: client.adapters.upload(folder, name=NAME, progress=shrink), Registry().transport
         )
+
+
+def test_a_file_that_grows_while_it_is_sent_is_sent_as_it_was(sdk: Any, folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(bytes(1_000_000))
+
+    def grow(step: Progress) -> None:
+        with weights.open("ab") as file:
+            file.write(b"more")
+
+    registry = Registry()
+    sdk.call(lambda client: client.adapters.upload(folder, name=NAME, progress=grow), registry.transport)
+    assert registry.uploads[0][1]["adapter_model.safetensors"] == bytes(1_000_000)
 
 
 def test_a_version_that_fails_says_why(sdk: Any, folder: Path) -> None:

@@ -20,8 +20,7 @@ from onebase import (
     AdapterSource,
     Progress,
 )
-from onebase._adapter_parse import version as parse_version
-from onebase._wait import LONGEST_POLL_S, Waiting
+from onebase._core.adapters import LONGEST_POLL_S, Waiting, parse_version
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"
@@ -116,7 +115,7 @@ def test_the_server_is_asked_less_often_the_longer_it_takes(sdk: Any, slept: lis
     registry = Registry(steps=[("proving", step / 20) for step in range(20)])
     registry.add(NAME, "x", "proving")
     registry._left[digest("x")] = list(registry.steps)
-    registry._wishes[digest("x")] = False
+    registry._activates_version[digest("x")] = False
     sent = parse_version(registry.versions[NAME][0])
     ready = sdk.call(lambda client: client.adapters.wait(sent), registry.transport)
     assert ready.state == "ready"

@@ -1,14 +1,19 @@
-"""`onebase jobs` in this process, against a double on a real port, and what it draws."""
+"""`onebase jobs` in this process, against a double on a real port.
+
+What is said is in `golden/jobs-*.txt`; here is what is sent, what scripts get, and what is refused.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.clients.registry_double import BASE, NOW, RefusalError
+from tests.clients.golden import Transcript
+from tests.clients.registry_double import NOW, RefusalError
 from tests.clients.training_double import (
     CURVE,
     FAILURE,
@@ -20,10 +25,9 @@ from tests.clients.training_double import (
     succeeded,
 )
 
-from onebase._cli import jobs as command
-from onebase._cli.jobs.settings import parse_labels, parse_settings
-from onebase._cli.tables import when
+from onebase.cli import jobs as command
 from onebase.cli import main
+from onebase.cli.jobs.create import parse_labels, parse_settings
 
 pytestmark = pytest.mark.usefixtures("slept")
 ID = job_id(1)
@@ -44,16 +48,15 @@ def train(tmp_path: Path) -> Path:
     return file
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> tuple[str, str]:
-    """What a command prints to stdout and stderr."""
-    assert main(["jobs", *arguments]) == status
-    out, err = capsys.readouterr()
-    return out, err
+@pytest.fixture
+def shell(transcript: Callable[[str], Transcript], trainer: Trainer) -> Transcript:
+    return transcript(os.environ["ONEBASE_URL"])
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> Any:
     """The JSON that a command prints."""
-    return json.loads(said(capsys, *arguments, "--json", status=status)[0])
+    assert main(["jobs", *arguments, "--json"]) == status
+    return json.loads(capsys.readouterr().out)
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -68,12 +71,10 @@ def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_create_sends_the_file_and_says_how_to_go_on(
-    trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]
+    trainer: Trainer, shell: Transcript, train: Path
 ) -> None:
     settings = ["--set", "r=8", "--set", "targets=q_proj,v_proj", "--set", "use-rslora=true"]
-    out, err = said(capsys, "create", str(train), "--name", "acme", *settings, "--seed", "3")
-    assert out == f"{ID}  acme: train.jsonl is being checked.\n"
-    assert err == f"uploading {len(trainer.forms[0])} B\nSee how it goes: onebase jobs watch {SHORT}\n"
+    shell.run("jobs", "create", str(train), "--name", "acme", *settings, "--seed", "3")
     body = trainer.asked[-1][2]
     assert body["seed"] == 3
     assert body["method"]["supervised"]["hyperparameters"] == {
@@ -81,6 +82,12 @@ def test_create_sends_the_file_and_says_how_to_go_on(
         "targets": ["q_proj", "v_proj"],
         "use_rslora": True,
     }
+    trainer.live = [(step(2, 1), {"status": "running"}), (event(3, "proven"), succeeded())]
+    trainer.add_file("file-curve", CURVE.encode())
+    shell.run("jobs", "create", str(train), "--name", "acme", "--watch")
+    trainer.refusal = RefusalError(400, "invalid_value", "r is 0.", param="hyperparameters.r")
+    shell.run("jobs", "create", "file-1", "--set", "r=0")
+    shell.check("jobs-create")
 
 
 def test_create_passes_on_all_that_it_is_told(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,29 +98,16 @@ def test_create_passes_on_all_that_it_is_told(trainer: Trainer, capsys: pytest.C
     assert (body["metadata"], body["validation_file"]) == ({"team": "a=b"}, "file-2")
 
 
-def test_create_and_watch_in_one(trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer.live = [(step(2, 1), {"status": "running"}), (event(3, "proven"), succeeded())]
-    trainer.add_file("file-curve", CURVE.encode())
-    out, err = said(capsys, "create", str(train), "--name", "acme", "--watch")
-    assert out.startswith("acme  succeeded\n")
-    assert err.endswith('proven\nAsk it: onebase generate --adapter acme "..."\n')
-
-
 def test_what_cannot_be_sent_is_a_wrong_argument(
     trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no.jsonl is not there" in said(capsys, "create", "no.jsonl", status=2)[1]
+    assert main(["jobs", "create", "no.jsonl"]) == 2
+    assert "no.jsonl is not there" in capsys.readouterr().err
     assert "--set: write NAME=VALUE" in wrong(capsys, "create", "file-1", "--set", "r")
     assert "did you mean use_dora?" in wrong(capsys, "create", "file-1", "--set", "dora=true")
-    assert "an option of its own, --seed" in wrong(capsys, "create", "file-1", "--set", "seed=1")
+    assert "use the option --seed" in wrong(capsys, "create", "file-1", "--set", "seed=1")
     assert "--metadata: write KEY=VALUE" in wrong(capsys, "create", "file-1", "--metadata", "x")
     assert trainer.asked == []
-
-
-def test_a_refused_setting_is_named(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer.refusal = RefusalError(400, "invalid_value", "r is 0.", param="hyperparameters.r")
-    _, err = said(capsys, "create", "file-1", "--set", "r=0", status=1)
-    assert err == "onebase: r is 0. (HTTP 400, hyperparameters.r)\n"
 
 
 def test_settings_become_what_the_server_wants() -> None:
@@ -157,52 +151,29 @@ def test_a_setting_that_cannot_be_read_says_how_it_is_written(given: str, says: 
 
 
 def test_list_is_tab_separated_and_whole_through_a_pipe(
-    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+    trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shell.run("jobs", "list")
+    assert printed(capsys, "list") == []
     trainer.add(1, progress={"phase": "training", "step": 4, "steps": 4}, **succeeded())
     running = {"phase": "training", "step": 2, "steps": 10, "eval_loss": 1.5, "seconds_left": 65.0}
     trainer.add(2, "running", progress=running)
-    out, _ = said(capsys, "list")
-    titles, *rows = (line.split("\t") for line in out.splitlines())
-    facts = [dict(zip(titles, row, strict=True)) for row in rows]
-    assert facts[0] | {"created": ""} == {
-        "id": job_id(2)[:14], "name": "acme", "status": "running", "step": "2/10", "left": "1 min 05 s",
-        "base": "", "adapter": "1.5000", "active": "", "method": "supervised", "created": "",
-    }  # fmt: skip
-    assert facts[1] == facts[0] | {
-        "id": SHORT, "status": "succeeded", "step": "4/4", "left": "", "base": "2.5000",
-        "adapter": "1.2500", "active": "yes",
-    }  # fmt: skip
+    shell.run("jobs", "list")
+    shell.check("jobs-list")
     assert [one["id"] for one in printed(capsys, "list", "--limit", "1")] == [job_id(2)]
 
 
-def test_a_server_without_jobs_says_how_to_begin_one(
-    trainer: Trainer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert said(capsys, "list") == (
-        "",
-        "The server has no jobs. Begin one: onebase jobs create FILE --name NAME\n",
-    )
-    assert printed(capsys, "list") == []
-
-
 def test_show_has_the_losses_and_base_against_adapter(
-    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+    trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.add(1, **succeeded())
     trainer.add_file("file-curve", CURVE.encode())
-    out, _ = said(capsys, "show", ID)
-    assert out.splitlines()[:4] == [
-        "acme  succeeded",
-        f"  {ID}, created {when(NOW)}",
-        f"  supervised on {BASE}, from file-1",
-        "  r 16, alpha 32, targets all-linear",
-    ]
-    assert "training loss  █▁  2.2500 -> 1.5000" in out
-    assert "held-out loss  2.5000   1.2500" in out
-    assert "exact_match     25.0%    75.0%" in out
-    assert "4 steps, the best one 3; 4,000 tokens in 8 s, 500 tokens/s; 230,400 parameters, 921.6 kB" in out
-    assert out.endswith("acme@3f2a9c413f2a  active: requests for acme get it\n")
+    progress = {"phase": "training", "step": 1, "steps": 4, "loss": 1.5}
+    trainer.add(2, progress=progress, validation_file="file-2")
+    shell.run("jobs", "show", ID)
+    shell.run("jobs", "show", job_id(2))
+    shell.run("jobs", "show", "ffff")
+    shell.check("jobs-show")
     shown = printed(capsys, "show", ID)
     assert shown["report"]["loss_after"] == REPORT["loss_after"]
     assert shown["curve"][-1] == {"step": 2, "train_loss": 1.5, "valid_loss": 1.25}
@@ -216,14 +187,16 @@ def test_the_beginning_of_an_id_is_enough_if_it_says_which(
     wanted = job_id(0x3F2A << 80)
     assert printed(capsys, "show", "3f2a")["id"] == wanted
     assert printed(capsys, "show", "ftjob-3f2a0000")["id"] == wanted
-    assert "write at least 4 digits" in said(capsys, "show", "3f2", status=2)[1]
+    assert main(["jobs", "show", "3f2"]) == 2
+    assert "give at least 4 digits" in capsys.readouterr().err
     trainer.add((0x3F2A << 80) + 1)
-    assert "several jobs begin like this: ftjob-3f2a" in said(capsys, "show", "3f2a", status=2)[1]
-    _, err = said(capsys, "show", "ffff", status=1)
-    assert err.endswith("`onebase jobs list` lists the jobs that the server has.\n")
+    assert main(["jobs", "show", "3f2a"]) == 2
+    assert "the ids of several jobs begin like this: ftjob-3f2a" in capsys.readouterr().err
 
 
-def test_events_are_told_from_the_oldest_on(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_are_printed_from_the_oldest_on(
+    trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
+) -> None:
     problems = [
         {"line": 3, "field": "messages", "reason": "gone"},
         {"line": 4, "field": "", "reason": "bad"},
@@ -235,84 +208,67 @@ def test_events_are_told_from_the_oldest_on(trainer: Trainer, capsys: pytest.Cap
         event(3, "a sample", data=sample),
     ]
     trainer.add(1, "failed", *told)
-    out, _ = said(capsys, "events", ID)
-    assert [line[10:] if line[2:3] == ":" else line for line in out.splitlines()] == [
-        "created",
-        "bad lines",
-        "  line 3, messages: gone",
-        "  line 4: bad",
-        "step 2: Hi -> Ho[31m",
-    ]
+    shell.run("jobs", "events", ID)
+    shell.check("jobs-events")
     assert [one["message"] for one in printed(capsys, "events", ID, "--limit", "2")] == [
         "bad lines",
         "a sample",
     ]
-    out, _ = said(capsys, "events", ID, "--follow", "--json")
-    assert [json.loads(line)["id"] for line in out.splitlines()] == [one["id"] for one in told]
+    assert main(["jobs", "events", ID, "--follow", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [one["id"] for one in told]
 
 
-def test_checkpoints_are_a_table(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_are_a_table(
+    trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer.add(1)
-    assert said(capsys, "checkpoints", ID)[1] == f"Job {SHORT} has no checkpoints (it is running).\n"
+    shell.run("jobs", "checkpoints", ID)
     metrics = {"train_loss": 1.5}
     trainer.checkpoints = [{"id": "ftckpt-1", "created_at": NOW, "step_number": 3, "metrics": metrics}]
-    out, _ = said(capsys, "checkpoints", ID)
-    assert out.splitlines()[1].split("\t")[:3] == ["3", "1.5000", ""]
+    shell.run("jobs", "checkpoints", ID)
+    shell.check("jobs-checkpoints")
     assert printed(capsys, "checkpoints", ID)[0]["step"] == 3
 
 
 # ---- watching and changing ---------------------------------------------------------------------------
 
 
-def test_watch_ends_with_the_job(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_ends_with_the_job(
+    trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer.add(1, "running", event(1), progress={"phase": "training"})
     trainer.live = [(step(2, 1), {}), (event(3, "proven"), succeeded() | {"activated": False})]
     trainer.add_file("file-curve", CURVE.encode())
-    out, err = said(capsys, "watch", SHORT)
-    assert "held-out loss  2.5000   1.2500" in out
-    assert err.splitlines()[:2] == ["training", "step 1/4  loss 2.0000  1,234 tokens/s"]
-    assert err.endswith(
-        'Try it: onebase generate --adapter acme@3f2a9c413f2a "..."\n'
-        "Let it answer to its name: onebase adapters activate acme 3f2a9c413f2a\n"
-    )
+    shell.run("jobs", "watch", SHORT)
     assert printed(capsys, "watch", ID)["status"] == "succeeded"
+    trainer.add(2, "failed", error=FAILURE, resumable=True)
+    shell.run("jobs", "watch", job_id(2))
+    shell.check("jobs-watch")
+    assert printed(capsys, "watch", job_id(2), status=1)["error"]["code"] == "out_of_memory"
 
 
-def test_watch_says_why_a_job_failed_and_how_to_go_on(
-    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+def test_a_job_is_paused_resumed_and_cancelled(
+    trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer.add(1, "failed", error=FAILURE, resumable=True)
-    out, err = said(capsys, "watch", ID, status=1)
-    assert out == ""
-    assert err.endswith(
-        f"onebase: job {ID} (acme) failed (out_of_memory): The job needed more memory.\n"
-        f"To go on from its last checkpoint: onebase jobs resume {SHORT}\n"
-    )
-    assert printed(capsys, "watch", ID, status=1)["error"]["code"] == "out_of_memory"
-
-
-def test_a_job_is_paused_resumed_and_cancelled(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     trainer.add(1)
-    assert said(capsys, "pause", ID) == (
-        f"{SHORT}  acme pauses.\n",
-        f"To go on with it: onebase jobs resume {SHORT}\n",
-    )
-    assert said(capsys, "resume", ID)[0] == f"{SHORT}  acme goes on.\n"
-    assert said(capsys, "cancel", ID)[0] == f"{SHORT}  acme is cancelled.\n"
-    assert "is cancelled." in said(capsys, "pause", ID, status=1)[1]
+    for action in ("pause", "resume", "cancel", "pause"):
+        shell.run("jobs", action, ID)
+    shell.check("jobs-change")
     trainer.add(2)
     assert printed(capsys, "pause", job_id(2))["status"] == "paused"
 
 
-def test_help_names_every_action_and_each_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["jobs", "--help"]) == 0
-    out = capsys.readouterr().out
+def test_help_names_every_action_and_each_explains_itself(
+    shell: Transcript, capsys: pytest.CaptureFixture[str]
+) -> None:
     for action in command.ACTIONS:
-        assert f"\n  {action} " in out
+        assert f"\n  {action} " in command.HELP
         with pytest.raises(SystemExit) as caught:
             main(["jobs", action, "--help"])
         assert caught.value.code == 0
         assert f"usage: onebase jobs {action}" in capsys.readouterr().out
+    shell.run("jobs", "--help")
+    shell.run("jobs", "creat")
+    shell.check("jobs")
     assert main(["jobs"]) == 2
-    assert main(["jobs", "creat"]) == 2
-    assert "Did you mean `onebase jobs create`?" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     assert hung_up.get(timeout=30)
     one.sees("base> ")
     one.types("/adapter pirate\n")
-    one.sees("answering from here on: pirate")
+    one.sees("answering from now on: pirate")
     one.sees("pirate> ")
     one.types("again\n")
     one.sees(r"endless \| on and .*on \| again")
@@ -205,7 +205,7 @@ def test_ctrl_c_while_the_server_proves_says_that_it_goes_on(
     one.sees("uploading")
     one.sees("proving")
     one.types("\x03")
-    one.sees("The server goes on with it: `onebase adapters list` shows how far it is.")
+    one.sees("The server continues: `onebase adapters list` shows the state.")
     assert one.process.wait(timeout=30) == 130
 
 
@@ -252,7 +252,7 @@ def test_ctrl_c_while_watching_says_that_the_job_goes_on(
     one = person("jobs", "watch", job, "--url", serve(trainer.script).url)
     one.sees("step 1/4")
     one.types("\x03")
-    one.sees("The job goes on. To see it again: onebase jobs watch ftjob-00000000")
+    one.sees("The job goes on. To watch it again: onebase jobs watch ftjob-00000000")
     one.sees("To end it: onebase jobs cancel")
     assert one.process.wait(timeout=30) == 130
     assert trainer.jobs[job]["status"] == "running"

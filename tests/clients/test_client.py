@@ -274,9 +274,9 @@ def test_a_read_that_failed_is_sent_again(sdk: Any, slept: list[float]) -> None:
 
 def test_a_stream_is_opened_again_while_nothing_has_come(sdk: Any, wire: Any, slept: list[float]) -> None:
     busy = httpx2.Response(429, json=wire.error("full"), headers={"Retry-After": "1"})
-    script = Script(
-        httpx2.ConnectError("refused"), busy, httpx2.Response(200, content=wire.sse(*wire.answer("hi")))
-    )
+    headers = {"Content-Type": "text/event-stream"}
+    answer = httpx2.Response(200, headers=headers, content=wire.sse(*wire.answer("hi")))
+    script = Script(httpx2.ConnectError("refused"), busy, answer)
     _, result = sdk.stream("x", transport=script.transport)
     assert result.text == "hi"
     assert len(slept) == 2

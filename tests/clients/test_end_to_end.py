@@ -161,4 +161,4 @@ def test_the_command_talks_and_changes_adapter_on_the_way(server: Server, adapte
             [question, first.message, question], adapter=adapter, temperature=0, max_tokens=8
         )
     assert done.stdout == f"{first.text}\n{second.text}\n"
-    assert f"answering from here on: {adapter}" in done.stderr
+    assert f"answering from now on: {adapter}" in done.stderr

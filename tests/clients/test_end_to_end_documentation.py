@@ -1,4 +1,7 @@
-"""What docs/sdk.md shows does work: every snippet and every command, against the real server."""
+"""What docs/sdk.md shows does work: every snippet, against the real server.
+
+Its commands are run by tests/project/test_documented_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,15 @@ import asyncio
 import inspect
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.clients.real_server import Server
-from tests.clients.test_end_to_end_adapters import copied, files
+from tests.clients.test_end_to_end_adapters import copied
 
-from onebase import Client, _requests, _training_requests
-from onebase._cli.jobs import ACTIONS
-from onebase.cli import main
+from onebase import Client
+from onebase._core import requests, training
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "sdk.md"
 TINY: dict[str, Any] = {"max_steps": 1, "max_length": 32, "batch_size": 2}
@@ -34,18 +35,15 @@ def outputs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("legal", "pirate", 15),
     ):
         copied(source, tmp_path / "outputs" / folder, lora_alpha=alpha)
-    server.hub.add_repo(
-        "acme/repo", files(copied("orders", tmp_path / "hub", lora_alpha=29), "support/"), ("v2",)
-    )
     with Client(server.url) as client:
         client.adapters.upload(tmp_path / "outputs" / "legal", name="legal")
         made = client.adapters.upload(tmp_path / "outputs" / "acme-support", name="acme-support")
     for file in ("train.jsonl", "eval.jsonl"):
         rows = [{"prompt": f"{file} {number}", "completion": "yes"} for number in range(4)]
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    whole, settings = _requests.sampling_body, _training_requests.check_settings
-    monkeypatch.setattr(_requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
-    monkeypatch.setattr(_training_requests, "check_settings", lambda given: settings(given) | TINY)
+    whole, settings = requests.sampling_body, training.check_settings
+    monkeypatch.setattr(requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
+    monkeypatch.setattr(training, "check_settings", lambda given: settings(given) | TINY)
     return made.version[:8]
 
 
@@ -66,34 +64,3 @@ def test_every_snippet_of_the_documentation_runs(outputs: str) -> None:
             value = eval(code, known)  # noqa: S307 (our own documentation)
             if inspect.iscoroutine(value):
                 asyncio.run(value)
-
-
-def test_every_command_of_the_documentation_runs(outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [
-        line for block in blocks("console") for line in block.splitlines() if line.startswith("$ onebase ")
-    ]
-    commands = [shlex.split(line[2:], comments=True)[1:] for line in lines]
-    assert {arguments[1] for arguments in commands if arguments[0] == "adapters"} == {
-        "push", "pull", "list", "show", "diff", "activate", "rollback", "deactivate", "pin", "rm",
-    }  # fmt: skip
-    assert {arguments[1] for arguments in commands if arguments[0] == "jobs"} == ACTIONS.keys()
-    for arguments in commands:
-        if arguments[0] == "chat":
-            continue
-        words = [word.replace("3f2a9c41", outputs).replace("org/", "acme/") for word in arguments]
-        if "ftjob-5b7e0d12" in words:
-            words[words.index("ftjob-5b7e0d12")] = the_job(words[1])
-        assert main(words) == 0, (words, capsys.readouterr().err)
-        assert "".join(capsys.readouterr())
-
-
-def the_job(action: str) -> str:
-    """The newest job, once the action makes sense; as people write it."""
-    with Client() as client:
-        if action == "cancel":
-            client.training.create("train.jsonl")
-        (job,) = client.training.list(limit=1)
-        with job.stream_events() as events:
-            while action == "pause" and job.refresh().status == "validating_files":
-                next(events)
-        return job.id[:14]

@@ -81,6 +81,7 @@ def test_importing_the_sdk_and_the_command_loads_nothing_of_the_server() -> None
         "fastapi",
         "onebase_server",
         "onebase_adapters",
+        "onebase_engine",
     }
 
 
@@ -95,17 +96,23 @@ def imported(source: Path) -> set[str]:
     return names
 
 
+def test_the_synchronous_client_is_what_the_asynchronous_one_makes() -> None:
+    script = Path(__file__).parents[2] / "tools/generate_sync.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "run tools/generate_sync.py"
+
+
 def test_the_http_library_is_imported_in_one_file() -> None:
     assert [source.name for source in SOURCES if "httpx2" in imported(source)] == ["_http.py"]
 
 
 def test_no_file_imports_the_server_or_what_only_it_has() -> None:
-    foreign = {"onebase_server", "onebase_adapters", "torch", "pydantic", "msgspec"}
+    foreign = {"onebase_server", "onebase_adapters", "onebase_engine", "torch", "pydantic", "msgspec"}
     assert {source.name: imported(source) & foreign for source in SOURCES if imported(source) & foreign} == {}
 
 
 def test_the_environment_is_read_in_one_file() -> None:
-    assert [source.name for source in SOURCES if "os.environ" in source.read_text()] == ["_config.py"]
+    assert [source.name for source in SOURCES if "os.environ" in source.read_text()] == ["config.py"]
 
 
 @pytest.mark.parametrize(

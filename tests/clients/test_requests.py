@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from onebase import AdapterWeight, Message
-from onebase._requests import generate, model
+from onebase._core.requests import generate, model
 
 
 def body(prompt: str | None = "hi", messages: Any = None, adapter: Any = None, **sampling: Any) -> Any:

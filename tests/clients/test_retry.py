@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase._requests import HEALTH, MODELS, Call, generate
-from onebase._retry import LONGEST_DELAY_S, parse_retry_after, retry_delay
+from onebase._core.requests import HEALTH, MODELS, Call, generate
+from onebase._core.retry import LONGEST_DELAY_S, parse_retry_after, retry_delay
 from onebase.errors import (
     APIConnectionError,
     APITimeoutError,

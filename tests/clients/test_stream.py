@@ -24,17 +24,19 @@ from onebase import (
     Logprobs,
     Piece,
     RateLimitError,
+    Stream,
     StreamError,
     Timing,
     Usage,
 )
-from onebase._streaming import Assembler
+from onebase._sync.http import Response
 
 Serve = Callable[..., Any]
+EVENTS = {"Content-Type": "text/event-stream"}
 
 
 def body(content: bytes) -> httpx2.MockTransport:
-    return httpx2.MockTransport(lambda request: httpx2.Response(200, content=content))
+    return httpx2.MockTransport(lambda request: httpx2.Response(200, headers=EVENTS, content=content))
 
 
 def logprobs(*tokens: str) -> dict[str, Any]:
@@ -91,15 +93,12 @@ def test_the_answer_is_the_same_however_the_network_cuts_it(data: st.DataObject)
         + b"data: [DONE]\n\n"
     )
     cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=8)))
-    assembler = Assembler()
-    pieces = [
-        piece
-        for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)
-        for piece in assembler.feed(content[start:stop])
-    ]
-    assert [piece.text for piece in pieces] == [*texts, ""]
-    assert assembler.result().text == "".join(texts)
-    assert assembler.done
+    chunks = [content[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    request = httpx2.Request("POST", "http://example.com")
+    answer = httpx2.Response(200, headers=EVENTS, content=iter(chunks), request=request)
+    with Stream(lambda: Response(answer)) as stream:
+        assert [piece.text for piece in stream] == [*texts, ""]
+    assert stream.result.text == "".join(texts)
 
 
 def test_an_error_event_is_raised_after_the_pieces_before_it(sdk: Any, wire: Any) -> None:
@@ -133,6 +132,13 @@ def test_a_stream_that_is_not_whole_is_an_error_and_never_a_result(
         _ = seen[0].result
 
 
+def test_an_answer_that_is_no_stream_of_events_is_an_error(sdk: Any) -> None:
+    page = httpx2.MockTransport(lambda request: httpx2.Response(200, html="<h1>Welcome</h1>"))
+    with pytest.raises(StreamError, match="sent no stream of events") as caught:
+        sdk.stream("x", transport=page)
+    assert caught.value.code == "invalid_stream"
+
+
 def test_an_end_without_the_end_of_a_choice_is_an_error(sdk: Any, wire: Any) -> None:
     with pytest.raises(StreamError, match="without the end of choice 0"):
         sdk.stream("x", transport=body(wire.sse(wire.piece("a"), wire.done())))
@@ -149,7 +155,7 @@ def test_nothing_is_sent_before_the_with_block_and_a_stream_opens_once(wire: Any
 
     def handle(request: httpx2.Request) -> httpx2.Response:
         sent.append(request)
-        return httpx2.Response(200, content=wire.sse(*wire.answer("a")))
+        return httpx2.Response(200, headers=EVENTS, content=wire.sse(*wire.answer("a")))
 
     with Client(transport=httpx2.MockTransport(handle)) as client:
         stream = client.stream("x")

@@ -24,7 +24,7 @@ from onebase import (
     TrainingJobInfo,
     TrainingStoppedError,
 )
-from onebase._event_stream import RECONNECTS
+from onebase._core.retry import RECONNECTS
 
 pytestmark = pytest.mark.usefixtures("slept")
 ID = job_id(1)
@@ -193,7 +193,7 @@ def test_an_answer_that_is_no_stream_does_not_keep_one_busy_for_ever(
 def test_a_job_that_tells_nothing_for_long_is_followed_all_the_same(
     follow: Callable[..., Any], trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase._event_stream.RECONNECTS", 1)
+    monkeypatch.setattr("onebase._core.retry.RECONNECTS", 1)
     trainer.add(1, "cancelled", *TOLD)
 
     def silent(request: Any, events: Any) -> None:
@@ -331,7 +331,7 @@ def test_figures_come_with_the_events_and_cost_no_further_request(
         ),
         ({"status": "failed"}, TrainingFailedError, "does not say why"),
         ({"status": "cancelled"}, TrainingStoppedError, "is cancelled"),
-        ({"status": "paused", "resumable": True}, TrainingStoppedError, r"is paused: resume\(\) goes on"),
+        ({"status": "paused", "resumable": True}, TrainingStoppedError, r"paused: resume\(\) continues it"),
     ],
 )
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

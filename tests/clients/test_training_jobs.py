@@ -27,8 +27,7 @@ from onebase import (
     TrainingReport,
     TrainingSettings,
 )
-from onebase._training_parse import curve_of_events
-from onebase._training_parse import event as parse_event
+from onebase._core.training import curve_of_events, parse_event
 from onebase_adapters.training.recipe import recipe_fields_by_name
 
 pytestmark = pytest.mark.usefixtures("slept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -11,9 +12,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,69 @@ def test_the_server_left_running_answers_what_the_readme_suggests_until_ctrl_c()
     assert process.returncode == 0, text
     assert "Stopped." in text
     assert not is_listening(port)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def servers(port: int) -> list[int]:
+    """The processes that were started with `--port PORT`: the script, and its server."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"\0--port\0{port}\0".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(int(TIMEOUT_S / 0.1)):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(what)
+
+
+@contextmanager
+def on_a_terminal(shell: str, port: int) -> Iterator[tuple[int, int]]:
+    """A shell's command on a terminal of its own: its pid, and the terminal's other end."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp("bash", ["bash", "-c", shell])
+    try:
+        wait_until(lambda: is_listening(port), "the server was not started")
+        yield pid, terminal
+        wait_until(lambda: not is_listening(port) and not servers(port), "the server goes on")
+    finally:
+        for left in servers(port):
+            with suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+        with suppress(OSError):
+            os.close(terminal)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def script(port: int) -> str:
+    return shlex.join([sys.executable, str(ROOT / "examples" / "demo.py"), "--port", str(port)])
+
+
+def test_ctrl_c_in_a_pipeline_leaves_no_server_behind(tmp_path: Path) -> None:
+    port = free_port()
+    with on_a_terminal(f"{script(port)} 2>&1 | tee {tmp_path / 'log'}", port) as (_, terminal):
+        os.write(terminal, b"\x03")
+
+
+def test_a_terminal_that_is_closed_leaves_no_server_behind() -> None:
+    port = free_port()
+    with on_a_terminal(script(port), port) as (_, terminal):
+        os.close(terminal)
+
+
+def test_the_server_ends_with_a_demo_that_is_killed() -> None:
+    port = free_port()
+    with on_a_terminal(f"exec {script(port)}", port) as (pid, _):
+        os.kill(pid, signal.SIGKILL)

@@ -11,11 +11,11 @@ from tests.oracle import greedy
 from tests.tiny import ADAPTERS, load_folder, save_adapter
 from torch import nn
 
-from onebase_adapters.weights import AdapterWeights
-from onebase_server.engine import protocol
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.scheduler import Limits
-from onebase_server.engine.staging import Copy
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.staging import Copy
+from onebase_engine.lora.weights import AdapterWeights
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Request:
     adapter: int | None
     max_tokens: int
     at: int = 0
+    ignore_eos: bool = True
 
 
 @dataclass
@@ -119,5 +120,7 @@ def run(engine: Engine, asked: Sequence[Request]) -> list[list[int]]:
 
 def submission(name: str, request: Request) -> protocol.Submit:
     adapters = [] if request.adapter is None else [protocol.AdapterRef(f"digest{request.adapter}")]
-    sampling = protocol.Sampling(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True)
+    sampling = protocol.Sampling(
+        temperature=0.0, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos
+    )
     return protocol.Submit(id=name, prompt=list(request.prompt), sampling=sampling, adapters=adapters)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onebase_server.engine.kv_cache import BlockPool
-from onebase_server.engine.protocol import AdapterRef, Sampling
-from onebase_server.engine.row import AdapterMix, Plan, Row
-from onebase_server.engine.scheduler import Limits, Scheduler
-from onebase_server.engine.slot_table import SlotTable
+from onebase_engine.engine.kv_cache import BlockPool
+from onebase_engine.engine.messages import AdapterRef, Sampling
+from onebase_engine.engine.row import AdapterMix, Plan, Row
+from onebase_engine.engine.scheduler import Limits, Scheduler
+from onebase_engine.engine.slot_table import SlotTable
 
 BLOCK = 4
 

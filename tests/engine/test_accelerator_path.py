@@ -13,15 +13,15 @@ from tests.engine.harness import Lab, requests, run
 from tests.tiny import save_base
 from torch import nn
 
-from onebase_adapters import slots
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.rows import StepRows
-from onebase_adapters.slots import SlotModule
-from onebase_adapters.weights import LoraWeights
-from onebase_server.engine import model
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.model import ServedModel
-from onebase_server.engine.scheduler import Limits
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import model
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.lora import slots
+from onebase_engine.lora.rows import StepRows
+from onebase_engine.lora.slots import SlotModule
+from onebase_engine.lora.weights import LoraWeights
 
 ASKED = requests(18, seed=7)
 

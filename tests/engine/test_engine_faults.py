@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_server.engine import process, protocol, request_checks
-from onebase_server.engine.batch import Batch
-from onebase_server.engine.channel import Channel
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.protocol import FrameReader, RowOutput
-from onebase_server.engine.scheduler import Limits
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine import request_checks
+from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.messages import FrameReader, RowOutput
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.lora.rows import TILE
+from onebase_engine.lora.weights import AdapterWeights
+from onebase_server.processes import engine_process as process
+from onebase_server.processes.engine_channel import Channel
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +72,172 @@ def tokens(events: list[RowOutput]) -> list[int]:
 
 
 class Flaky:
-    """The model's forward pass, failing in the steps that are told."""
+    """The model's forward pass. An error that `fails` gives for a batch is raised once NaN is written."""
 
-    def __init__(self, engine: Engine, failing: set[int]) -> None:
-        self._forward, self._failing, self._calls = engine.model.forward, failing, 0
+    def __init__(self, engine: Engine, fails: Callable[[Batch], Exception | None]) -> None:
+        self._engine, self._forward, self._fails = engine, engine.model.forward, fails
+        self.failures = 0
         engine.model.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        self._calls += 1
-        if self._calls - 1 in self._failing:
-            raise RuntimeError("the kernel gave up")
-        return self._forward(batch)
+        logits = self._forward(batch)
+        error = self._fails(batch)
+        if error is None:
+            return logits
+        self.failures += 1
+        cache = self._engine.model._attention.cache
+        assert cache is not None
+        for tensor in (*cache.keys.values(), *cache.values.values()):
+            tensor[:, batch.attention.write_slots] = torch.nan
+        raise error
 
 
-def test_a_failing_step_ends_its_own_rows_and_later_ones_are_served(base: nn.Module) -> None:
-    engine = create(base, max_rows=2)
-    expected = create(base)
-    expected.submit(submit("third", [7, 8]))
-    alone = tokens(finish(expected)["third", 0])
-    Flaky(engine, {2})
-    for name, prompt in (("first", [3, 4]), ("second", [5, 6]), ("third", [7, 8])):
-        engine.submit(submit(name, prompt))
+def once_in(*calls: int) -> Callable[[Batch], Exception | None]:
+    """Fails at the forward passes of these numbers, from 0."""
+    counter = itertools.count()
+    return lambda batch: RuntimeError("the kernel gave up") if next(counter) in calls else None
+
+
+def on_token(token: int) -> Callable[[Batch], Exception | None]:
+    """Fails whenever a batch holds the token."""
+    return lambda batch: RuntimeError("a bad token") if token in batch.input_ids[0].tolist() else None
+
+
+BAD = 300
+"""A token of the vocabulary that no other prompt has."""
+
+
+def crowd(engine: Engine, weights: AdapterWeights, culprit: Sequence[int] | None = None) -> None:
+    """Rows of every kind: chunked and scored prompts, choices, sampled and greedy; the culprit among them."""
+    engine.put_adapter("d", weights)
+    for i in range(3):
+        engine.submit(submit(f"decode{i}", [3 + i, 4], logprobs=3, adapter="d" if i else None))
+    for _ in range(2):
+        engine.step()
+    if culprit is not None:
+        engine.submit(submit("culprit", list(culprit), logit_bias={BAD: -100.0}))
+    options: dict[str, Any] = {"logprobs": 3, "logit_bias": {BAD: -100.0}}
+    engine.submit(submit("long", list(range(5, 150)), **options))
+    engine.submit(submit("scored", list(range(8, 90)), prompt_logprobs=2, adapter="d", **options))
+    engine.submit(submit("pair", list(range(9, 40)), n=2, temperature=1.0, seed=5, **options))
+
+
+def facts(found: dict[tuple[str, int], list[RowOutput]]) -> dict[tuple[str, int], list[Any]]:
+    """All that a row got, floats as they are."""
+    return {
+        key: [(e.tokens, e.logprobs, e.prompt_logprobs, e.finish, e.error_code) for e in events]
+        for key, events in found.items()
+        if key[0] != "culprit"
+    }
+
+
+@pytest.fixture(scope="module")
+def weights(base: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> AdapterWeights:
+    folder = save_adapter(base, ADAPTERS[0], tmp_path_factory.mktemp("adapter"), seed=1)
+    return load_folder(base, folder).weights
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: nn.Module, weights: AdapterWeights) -> dict[tuple[str, int], list[Any]]:
+    """What the crowd gets without a culprit and without a fault."""
+    engine = create(base, max_rows=8)
+    crowd(engine, weights)
+    return facts(finish(engine))
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_step_that_fails_once_is_computed_again_and_no_row_notices(
+    base: nn.Module, weights: AdapterWeights, undisturbed: dict[tuple[str, int], list[Any]], step: int
+) -> None:
+    engine = create(base, max_rows=8)
+    flaky = Flaky(engine, once_in(step))
+    crowd(engine, weights)
+    assert facts(finish(engine)) == undisturbed
+    assert flaky.failures == 1
+    assert engine.counters.failed_steps == 0
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param([BAD], id="its-first-token"),
+        pytest.param([*range(4, 100), BAD, 7], id="its-second-chunk"),
+        pytest.param([3, BAD, 5], id="its-prompt"),
+    ],
+)
+def test_a_row_that_fails_every_step_ends_alone_and_its_neighbours_get_the_same_bits(
+    base: nn.Module,
+    weights: AdapterWeights,
+    undisturbed: dict[tuple[str, int], list[Any]],
+    prompt: list[int],
+) -> None:
+    engine = create(base, max_rows=8)
+    Flaky(engine, on_token(BAD))
+    crowd(engine, weights, culprit=prompt)
     found = finish(engine)
-    assert [found[name, 0][-1].error_code for name in ("first", "second")] == ["step_failed"] * 2
-    assert tokens(found["third", 0]) == alone
+    assert [event.error_code for event in found["culprit", 0]] == ["row_failed"]
+    assert facts(found) == undisturbed
+    assert engine.counters.failed_steps == 0
+
+
+def test_a_decode_that_fails_is_found_among_many(base: nn.Module) -> None:
+    expected, engine = create(base, max_rows=8), create(base, max_rows=8)
+    Flaky(engine, on_token(BAD))
+    for one in (expected, engine):
+        for i in range(7):
+            # The fifth row's second token is the bad one.
+            bias = {BAD: 100.0} if i == 4 and one is engine else {BAD: -100.0}
+            one.submit(submit("culprit" if i == 4 else str(i), [3 + i], logprobs=3, logit_bias=bias))
+    found = finish(engine)
+    assert [event.error_code for event in found["culprit", 0]] == [None, "row_failed"]
+    assert facts(found) == facts(finish(expected))
+
+
+def test_a_prefill_that_memory_does_not_hold_is_computed_in_smaller_chunks(
+    base: nn.Module, weights: AdapterWeights, undisturbed: dict[tuple[str, int], list[Any]]
+) -> None:
+    engine = create(base, max_rows=8)
+
+    def full(batch: Batch) -> Exception | None:
+        return torch.OutOfMemoryError("out of memory") if len(batch.attention.write_slots) > TILE else None
+
+    flaky = Flaky(engine, full)
+    crowd(engine, weights)
+    assert facts(finish(engine)) == undisturbed
+    assert flaky.failures
+    assert engine.counters.failed_steps == 0
+
+
+def test_what_a_failed_step_has_written_is_read_by_nobody_who_gets_its_blocks(base: nn.Module) -> None:
+    engine, expected = create(base, kv_blocks=2 + 6), create(base)
+    Flaky(engine, on_token(BAD))
+    for prompt in ([*range(3, 60), BAD], list(range(60, 130))):
+        engine.submit(submit("row", prompt, logprobs=2, logit_bias={BAD: -100.0}))
+        found = finish(engine)
+    expected.submit(submit("row", list(range(60, 130)), logprobs=2, logit_bias={BAD: -100.0}))
+    assert facts(found) == facts(finish(expected))
+
+
+def test_a_step_in_which_every_row_fails_is_nobodys_fault_and_later_ones_are_served(base: nn.Module) -> None:
+    engine, expected = create(base, max_rows=4), create(base)
+    Flaky(engine, once_in(2, *range(3, 10)))
+    for i in range(4):
+        engine.submit(submit(str(i), [3, 4 + i]))
+    engine.submit(submit("later", [7, 8]))
+    expected.submit(submit("later", [7, 8]))
+    found = finish(engine)
+    assert [found[str(i), 0][-1].error_code for i in range(4)] == ["step_failed"] * 4
+    assert found["later", 0][-1].error_code is None
+    assert tokens(found["later", 0]) == tokens(finish(expected)["later", 0])
+    assert engine.counters.failed_steps == 1
+
+
+def test_a_sampler_that_fails_for_every_row_fails_the_step(base: nn.Module) -> None:
+    engine = create(base)
+    for name in ("a", "b"):
+        engine.submit(submit(name, [3, 4], logprobs=-1))
+    found = finish(engine)
+    assert [found[name, 0][-1].error_code for name in ("a", "b")] == ["step_failed"] * 2
     assert engine.counters.failed_steps == 1
 
 
@@ -114,13 +262,13 @@ def test_a_version_that_no_slot_takes_fails_alone_and_leaves_nothing_in_its_slot
     engine.submit(submit("after", [3, 4], adapter="good"))
     found |= finish(engine)
     assert {key: tokens(found[key]) for key in alone} == alone
-    for module in engine.model._bank._modules.values():
+    for module in engine.model._slots._modules.values():
         assert len(module.filled) <= 1
 
 
 def test_what_a_failed_step_should_have_written_is_never_reused(base: nn.Module) -> None:
     engine = create(base)
-    Flaky(engine, {0})
+    Flaky(engine, once_in(0, 1))
     prompt = list(range(3, 40))
     engine.submit(submit("failed", prompt))
     finish(engine)
@@ -246,7 +394,7 @@ def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_wit
 ) -> None:
     monkeypatch.setattr(process, "IDLE_SECONDS", 0.01)
     engine = create(base)
-    Flaky(engine, set(range(100)))
+    Flaky(engine, once_in(*range(100)))
     ours, theirs = socket.socketpair()
     channel = Channel(theirs)
     failed: list[str] = []

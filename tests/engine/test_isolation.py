@@ -11,10 +11,12 @@ from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.oracle import greedy
 from tests.tiny import load_folder, save_adapter, save_base
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.view import view
-from onebase_server.engine import batch, protocol
-from onebase_server.engine.engine import Engine
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
+from onebase_engine.engine import batch
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.product_shapes import ProductShapes
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -87,14 +89,15 @@ def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batch, "MAX_DECODE_CONTEXT", 100)
-    assert batch._decode_groups([]) == []
-    assert batch._decode_groups([25] * 4) == [(0, 4)]
-    assert batch._decode_groups([25] * 5) == [(0, 4), (4, 5)]
-    assert batch._decode_groups([10, 10, 500, 10, 10]) == [(0, 2), (2, 3), (3, 5)]
+    products = ProductShapes()
+    assert batch._decode_groups([], products) == []
+    assert batch._decode_groups([25] * 4, products) == [(0, 4)]
+    assert batch._decode_groups([25] * 5, products) == [(0, 4), (4, 5)]
+    assert batch._decode_groups([10, 10, 500, 10, 10], products) == [(0, 2), (2, 3), (3, 5)]
 
 
 def test_logprobs_are_bit_equal_after_preemption(lab: Lab) -> None:
-    tight = lab.engine(kv_blocks=11)
+    tight = lab.engine(kv_blocks=52, block_size=2)
     assert scored(tight, ASKED) == scored(lab.engine(), ASKED)
     assert tight.scheduler.preemptions > 0
 

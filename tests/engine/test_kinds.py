@@ -12,11 +12,11 @@ from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.prepared import prepared_bytes, read_prepared, write_prepared
-from onebase_adapters.weights import composable
-from onebase_server.engine import protocol
-from onebase_server.engine.engine import Engine
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
+from onebase_engine.lora.weights import composable, weights_bytes
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -57,9 +57,9 @@ def scored(engine: Engine, asked: list[Request]) -> tuple[dict[str, list[Any]], 
 def test_prepared_files_serve_the_same_bits_as_the_weights_that_were_proved(lab: Lab, tmp_path: Path) -> None:
     stored = []
     for i, weights in enumerate(lab.weights):
-        write_prepared(tmp_path / str(i), weights, base_id="b")
-        stored.append(read_prepared(tmp_path / str(i), base_id="b"))
-        assert prepared_bytes(stored[-1]) == prepared_bytes(weights)
+        write_packed_adapter(tmp_path / str(i), weights, base_id="b")
+        stored.append(read_packed_adapter(tmp_path / str(i), base_id="b"))
+        assert weights_bytes(stored[-1]) == weights_bytes(weights)
     assert scored(replace(lab, weights=stored).engine(), ASKED) == scored(lab.engine(), ASKED)
 
 

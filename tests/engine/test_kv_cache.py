@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from onebase_server.engine.kv_cache import RESERVED_BLOCKS, BlockPool, block_key, root_key
-from onebase_server.engine.protocol import AdapterRef
-from onebase_server.engine.row import AdapterMix
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, BlockPool, block_key, root_key
+from onebase_engine.engine.messages import AdapterRef
+from onebase_engine.engine.row import AdapterMix
 
 BLOCKS = 9
 KEYS = [bytes([number]) * 16 for number in range(6)]

@@ -9,11 +9,11 @@ from tests.engine.harness import Request, run
 from tests.oracle import greedy
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, UnsupportedBaseError, fingerprint, load_base
-from onebase_server.engine import process
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.protocol import EngineConfig
-from onebase_server.engine.scheduler import Limits
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.engine.scheduler import Limits
+from onebase_server.processes import engine_process as process
 
 SHORT = 64
 

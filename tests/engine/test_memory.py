@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from onebase_adapters.format import LayerShape
-from onebase_server.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
-from onebase_server.engine.memory import (
+from onebase_engine.base.layers import LayerShape
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
+from onebase_engine.engine.memory import (
     MemoryBudgetError,
     cgroup_available,
     free_memory,

@@ -7,7 +7,7 @@ import torch
 from tests.engine.harness import Lab, Request, requests, run
 from tests.tiny import ADAPTERS, ARCHITECTURES, save_base
 
-from onebase_adapters.base import BaseSettings, load_base
+from onebase_engine.base.load import BaseSettings, load_base
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -46,7 +46,7 @@ def test_adapters_change_the_text_so_that_equality_means_something(lab: Lab) -> 
     "changes",
     [
         pytest.param({"step_tokens": 5}, id="chunks-of-five-tokens"),
-        pytest.param({"kv_blocks": 11, "block_size": 16}, id="preemption"),
+        pytest.param({"kv_blocks": 52, "block_size": 2}, id="preemption"),
         pytest.param({"slots": 2}, id="two-slots-for-all-adapters"),
         pytest.param({"max_rows": 1}, id="one-row-at-a-time"),
     ],

@@ -16,11 +16,11 @@ import pytest
 import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.prepared import write_prepared
-from onebase_adapters.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
-from onebase_server.engine import protocol
-from onebase_server.engine.protocol import FrameReader, RowOutput
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.messages import FrameReader, RowOutput
+from onebase_engine.lora.packed_adapter import write_packed_adapter
+from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 Message = TypeVar("Message", bound=protocol.ToApi)
 PATIENCE = 120.0
@@ -35,7 +35,7 @@ class EngineClient:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(PATIENCE)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "onebase_server.engine", "--fd", str(theirs.fileno())],
+            [sys.executable, "-m", "onebase_server.processes.engine", "--fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -99,7 +99,7 @@ def adapter(base: Path) -> Path:
     model = load_base(BaseSettings(folder=base, quantization="none"))
     folder = save_adapter(model, ADAPTERS[0], base.parent / "adapter", seed=1, std=0.5)
     prepared = base.parent / "prepared.safetensors"
-    write_prepared(prepared, load_folder(model, folder).weights, base_id="b")
+    write_packed_adapter(prepared, load_folder(model, folder).weights, base_id="b")
     return prepared
 
 
@@ -352,7 +352,7 @@ def test_a_proven_file_of_a_base_with_other_modules_fails_alone(
     shared: EngineClient, tmp_path: Path, module: str, weights: ModuleWeights
 ) -> None:
     path = tmp_path / "prepared"
-    write_prepared(path, {module: weights}, base_id="b")
+    write_packed_adapter(path, {module: weights}, base_id="b")
     shared.send(load("odd", path))
     while not isinstance(answer := shared.receive(), protocol.AdapterFailed | protocol.AdapterLoaded):
         pass

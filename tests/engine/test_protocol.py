@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_server.engine import protocol
-from onebase_server.engine.protocol import (
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.messages import (
     MAX_MESSAGE_BYTES,
     FrameReader,
     encode,

@@ -1,4 +1,4 @@
-"""Every sampling setting against plain numpy, and a row's token in any company."""
+"""Every sampling setting against plain numpy, and a row's token in any mix."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase_server.engine.protocol import Sampling
-from onebase_server.engine.row import AdapterMix, Row
-from onebase_server.engine.sampling import NUCLEUS_CANDIDATES, draw, score_prompt, uniform
+from onebase_engine.engine.messages import Sampling
+from onebase_engine.engine.row import AdapterMix, Row
+from onebase_engine.engine.sampling import NUCLEUS_CANDIDATES, draw, score_prompt, uniform
 
 VOCAB = 40
 EOS = frozenset({2})

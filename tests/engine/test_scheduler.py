@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_server.engine.row import Row
-from onebase_server.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
+from onebase_engine.engine.row import Row
+from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def test_every_row_finishes_and_everything_comes_back(
     work = sum(item.prompt + item.max_tokens for item in traffic)
     # Each preemption throws away at most one row's work, and only an older row's growth preempts.
     limit = 60 + work * (len(traffic) + 1)
+    last_admission = -limit
     for step in range(limit + 1):
         while coming and coming[0].at <= step:
             item = coming.pop(0)
@@ -84,7 +85,13 @@ def test_every_row_finishes_and_everything_comes_back(
         if not coming and not world.scheduler.rows:
             break
         assert step < limit, "the rows do not finish"
-        assert world.step() or not world.scheduler.rows, "rows wait for nothing"
+        before, preemptions = set(world.scheduler.running), world.scheduler.preemptions
+        plan = world.step()
+        assert plan or not world.scheduler.rows, "rows wait for nothing"
+        if world.scheduler.preemptions > preemptions:
+            assert step - last_admission > BLOCK, "a row was preempted right after an admission"
+        if any(segment.row not in before for segment in plan.segments):
+            last_admission = step
     for row, item in rows:
         assert row.finish is not None
         assert row.finish == "cancelled" or row.generated == item.max_tokens
@@ -106,6 +113,26 @@ def test_the_youngest_row_is_preempted_and_still_finishes() -> None:
     assert order[0] == 2
     assert world.scheduler.preemptions == len(order)
     assert [row.generated for row in rows] == [12, 12, 12]
+
+
+def test_rows_that_outgrow_the_pool_are_not_admitted_only_to_be_preempted() -> None:
+    world = World.create(blocks=20, max_rows=8)
+    rows = [make_row(i, [i * 10 + j for j in range(6)], 20) for i in range(24)]
+    for row in rows:
+        world.scheduler.add(row)
+    world.finish_all()
+    assert all(row.generated == 20 for row in rows)
+    assert 0 < world.scheduler.preemptions <= len(rows) // 4
+
+
+def test_a_row_that_takes_every_block_is_admitted_alone() -> None:
+    world = World.create(blocks=200, max_rows=4, max_length=1000, step_tokens=1000)
+    rows = [make_row(0, [1], 2), make_row(1, list(range(200 * BLOCK)), 1), make_row(2, [2], 2)]
+    for row in rows:
+        world.scheduler.add(row)
+    assert [segment.row for segment in world.step().segments] == [rows[0]]
+    world.finish_all()
+    assert [row.generated for row in rows] == [2, 1, 2]
 
 
 def test_a_preempted_row_goes_on_where_it_was() -> None:

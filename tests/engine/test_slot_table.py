@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.scheduling import World, make_row
 
-from onebase_server.engine.row import Row
-from onebase_server.engine.slot_table import SlotTable
+from onebase_engine.engine.row import Row
+from onebase_engine.engine.slot_table import SlotTable
 
 
 def row(arrival: int, *adapters: str) -> Row:

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import save_base
 
-from onebase_adapters.bank import Bank
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.weights import AdapterWeights, tensors_of, weights_bytes
-from onebase_server.engine import protocol
-from onebase_server.engine.memory import staging_bytes
-from onebase_server.engine.staging import Staging
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.memory import staging_bytes
+from onebase_engine.engine.staging import Staging
+from onebase_engine.lora.stacked_weights import RankGroup
+from onebase_engine.lora.weights import AdapterWeights, tensors_of, weights_bytes
 
 PROMPT = tuple(range(5, 25))
 
@@ -153,16 +153,16 @@ def test_a_version_that_finds_no_memory_in_its_slot_leaves_none_behind(
         return SlowCopy(SlowCopies(polls=0), copied)
 
     engine = lab.engine(copy)
-    add, added = Bank.add, itertools.count()
+    add, added = RankGroup.add, itertools.count()
 
     def adds_three(*arguments: Any) -> None:
         if next(added) == 3:
             raise torch.OutOfMemoryError("no room")
         add(*arguments)
 
-    monkeypatch.setattr(Bank, "add", adds_three)
+    monkeypatch.setattr(RankGroup, "add", adds_three)
     monkeypatch.setattr(
-        logging.getLogger("onebase_server.engine.engine"), "disabled", True
+        logging.getLogger("onebase_engine.engine.engine"), "disabled", True
     )  # pytest keeps all
     gc.collect()
     gc.disable()

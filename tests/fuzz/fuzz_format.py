@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of the adapter format with atheris; not part of the test suite.
 
     pip install atheris
-    PYTHONPATH=adapters:. python tests/fuzz/fuzz_format.py -max_total_time=600 -rss_limit_mb=1024 \\
+    PYTHONPATH=adapters:server:. python tests/fuzz/fuzz_format.py -max_total_time=600 -rss_limit_mb=1024 \\
         -timeout=1 CORPUS
 
 CORPUS is a folder for the inputs that it finds; it is seeded with valid adapters. An input is the length of
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["onebase_adapters"]):
-    from onebase_adapters import format as adapter_format
+with atheris.instrument_imports(include=["onebase_adapters", "onebase_engine"]):
+    from onebase_adapters.format import canonical as adapter_format
 
 from tests.adapters.format_support import BASE, CONFIG, LAYERS, WEIGHTS, write
 from tests.adapters.test_format_fuzz import VALID, check_canonical

@@ -17,19 +17,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from onebase_adapters.default_base import fetch_default_base
-from onebase_server.tokenization import BaseTokenizer
+from onebase_engine.base.default_base import fetch_default_base
+from onebase_server.generation.tokenization import BaseTokenizer
 
 from .support import HERE, Server, Starter, serving
 
 
-def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int) -> Path:
-    """A PEFT adapter of the default base, saved by PEFT; random but far from the base."""
+def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int, **settings: Any) -> Path:
+    """A PEFT adapter of the default base, saved by PEFT; random but far from the base.
+
+    `settings`: more of LoraConfig.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM", **settings,
     )  # fmt: skip
     get_peft_model(model, config).save_pretrained(folder)
     return folder
@@ -49,7 +52,7 @@ def tokenizer(base_folder: Path) -> BaseTokenizer:
 def serve_scripted(base_folder: Path) -> Starter:
     """`with serve_scripted("words", *options) as server`: an engine that misbehaves as named.
 
-    `"words,slow"`: and a workshop that does.
+    `"words,slow"`: and a verifier that does.
     """
 
     def start(behaviour: str, *options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:

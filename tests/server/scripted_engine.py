@@ -11,6 +11,7 @@ hash is right, and dies when a row asks for one that is not loaded:
     die-early    exits before it is ready
     sleep-early  never gets ready
     die-ready    exits as soon as it has been ready for a moment
+    poison       as `words`, but exits in the step after a row came that asks for POISON tokens
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from onebase_server.engine.protocol import (
+from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterUnloaded,
@@ -48,6 +49,7 @@ from onebase_server.engine.protocol import (
 )
 
 STEP_SECONDS = 0.02
+POISON = 1313
 
 
 class ScriptedEngine:
@@ -138,6 +140,8 @@ class ScriptedEngine:
         if self.behaviour == "deaf":
             self.report([])
             return
+        if self.behaviour == "poison" and any(self.poisonous(submit) for submit, _ in self.rows.values()):
+            os._exit(9)
         outputs = []
         for (name, choice), state in list(self.rows.items()):
             submit, count = state
@@ -152,6 +156,9 @@ class ScriptedEngine:
         self.steps += bool(outputs)
         if outputs:
             self.report(outputs)
+
+    def poisonous(self, submit: object) -> bool:
+        return isinstance(submit, Submit) and submit.sampling.max_tokens == POISON
 
     def report(self, outputs: list[RowOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)

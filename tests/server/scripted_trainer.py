@@ -14,7 +14,7 @@ several:
     dies-checking-twice  only the first two times
     full            says that the disk is full at step 3, once
     worse           the report says that the adapter is no better
-    broken-adapter  the workshop refuses what comes out
+    broken-adapter  the verifier refuses what comes out
     deaf            does not heed Stop
     finishes        when it is to stop, it finishes
     gated           waits at the real gate before each step
@@ -33,8 +33,9 @@ import time
 from pathlib import Path
 
 from onebase_adapters.training import events
-from onebase_server.engine.protocol import FrameReader, encode
-from onebase_server.trainer.protocol import (
+from onebase_engine.engine.messages import FrameReader, encode
+from onebase_server.processes.share import BusyFlag, SharedGate
+from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
     Failed,
@@ -47,7 +48,6 @@ from onebase_server.trainer.protocol import (
     Trained,
     to_trainer_decoder,
 )
-from onebase_server.trainer.share import BusyFlag, SharedGate
 
 STEP_SECONDS = 0.02
 SAVE_EVERY = 5

@@ -1,4 +1,4 @@
-"""`onebase serve` with a scripted engine, a scripted workshop and scripted trainers.
+"""`onebase serve` with a scripted engine, a scripted verifier and scripted trainers.
 
 `python serve_scripted.py ENGINE[,WORKSHOP[,real]] [options of onebase serve]`: how each of them behaves; with
 `real` trainers are real ones, which check files without a base.
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from onebase_server.cli import serve
+from onebase_server.processes.trainer_link import TRAINER_COMMAND
 from onebase_server.startup import Commands
-from onebase_server.training.links import TRAINER_COMMAND
 
 
 def command(script: str, *behaviour: str) -> tuple[str, ...]:
@@ -17,10 +17,10 @@ def command(script: str, *behaviour: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    engine, workshop, trainer = (*sys.argv[1].split(","), "", "")[:3]
+    engine, verifier, trainer = (*sys.argv[1].split(","), "", "")[:3]
     commands = Commands(
         command("scripted_engine.py", engine),
-        command("scripted_workshop.py", workshop or "proves"),
+        command("scripted_verifier.py", verifier or "proves"),
         TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
     )
     sys.exit(serve(sys.argv[2:], commands))

@@ -19,7 +19,7 @@ import httpx2
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 START_SECONDS = 180.0
-KINDS = ("engine", "workshop", "trainer")
+KINDS = ("engine", "verifier", "trainer")
 CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
 
 
@@ -78,9 +78,9 @@ class Server:
         """The process id of the engine."""
         return self._child("engine")
 
-    def workshop_pid(self) -> int:
-        """The process id of the workshop."""
-        return self._child("workshop")
+    def verifier_pid(self) -> int:
+        """The process id of the verifier."""
+        return self._child("verifier")
 
     def trainer_pids(self) -> list[int]:
         """The process ids of the trainers that run."""
@@ -110,6 +110,14 @@ def command_of(pid: int) -> str:
     except FileNotFoundError:
         return ""
     return next((part.rpartition("/")[2] for part in parts if any(kind in part for kind in KINDS)), "")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def free_port() -> int:
@@ -161,7 +169,7 @@ Starter = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
 def make_folder(parent: Path, name: str) -> Path:
-    """A folder with an adapter's two files, for workshops and engines that do not read them."""
+    """A folder with an adapter's two files, for verifiers and engines that do not read them."""
     folder = parent / name
     folder.mkdir()
     (folder / "adapter_config.json").write_text(CONFIG)

@@ -147,21 +147,21 @@ def stored(data_dir: Path) -> set[Path]:
     return {path for path in (data_dir / "store").rglob("*") if path.is_file()}
 
 
-def test_a_workshop_that_is_killed_is_replaced_and_the_version_still_gets_ready(
+def test_a_verifier_that_is_killed_is_replaced_and_the_version_still_gets_ready(
     serve_scripted: Starter,
 ) -> None:
     with serve_scripted("words,slow") as server, server.client() as http:
         digest = upload(http, "acme", b"acme", query="").json()["version"]
         server.wait_for(lambda: state_of(http, digest) == "proving", 30)
-        first = server.workshop_pid()
+        first = server.verifier_pid()
 
         os.kill(first, signal.SIGKILL)
 
         server.wait_for(lambda: state_of(http, digest) == "ready", 60)
-        assert server.workshop_pid() != first
+        assert server.verifier_pid() != first
 
 
-def test_a_version_that_kills_the_workshop_each_time_fails_by_itself(serve_scripted: Starter) -> None:
+def test_a_version_that_kills_the_verifier_each_time_fails_by_itself(serve_scripted: Starter) -> None:
     with serve_scripted("words,dies") as server, server.client() as http:
         answer = upload(http, "acme", b"acme")
 
@@ -174,14 +174,14 @@ def test_versions_wait_for_the_next_engine_when_the_engine_dies(serve_scripted: 
     with serve_scripted("words,slow") as server, server.client() as http:
         digest = upload(http, "acme", b"acme", query="activate=true").json()["version"]
         server.wait_for(lambda: state_of(http, digest) == "proving", 30)
-        workshop = server.workshop_pid()
+        verifier = server.verifier_pid()
 
         os.kill(server.engine_pid(), signal.SIGKILL)
         server.wait_for(lambda: http.get("/status").json()["engine"]["restarts"] == 1, 30)
         server.wait_ready()
 
         server.wait_for(lambda: http.get("/v1/adapters/acme").json()["active"], 60)
-        assert server.workshop_pid() != workshop
+        assert server.verifier_pid() != verifier
         assert used_version(http, "acme").startswith("acme@")
 
 
@@ -211,7 +211,7 @@ def test_a_prepared_file_that_is_lost_or_damaged_is_made_again(
         server.exit_status()
     with contextlib.closing(sqlite3.connect(data_dir / "registry.db")) as database:
         ((prepared, weights),) = database.execute("SELECT prepared_sha256, weights_sha256 FROM versions")
-        assert prepared == weights  # the scripted workshop's way: the file that was sent
+        assert prepared == weights  # the scripted verifier's way: the file that was sent
         other = "0" * 64
         database.execute("UPDATE versions SET prepared_sha256 = ?", (other,))
         database.commit()

@@ -1,4 +1,4 @@
-"""The life of an adapter, with the real base, engine and workshop and the real example adapters."""
+"""The life of an adapter, with the real base, engine and verifier and the real example adapters."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from ..hub_standin import HubStandIn
+from .conftest import make_adapter
 from .support import ROOT, Server, Starter, upload, upload_folder
 
 ORDERS, PIRATE = (ROOT / "examples" / "adapters" / name for name in ("orders", "pirate"))
@@ -166,7 +167,7 @@ def test_an_adapter_on_the_hub_is_proved_and_served_on_first_use(
     assert (text, label) == (answer_of(http, PROMPTS[1], "shop")[0], f"hub:acme/orders@{versions[0][:12]}")
 
 
-def test_a_workshop_killed_under_streams_disturbs_none_and_its_version_is_proved_all_the_same(
+def test_a_verifier_killed_under_streams_disturbs_none_and_its_version_is_proved_all_the_same(
     server: Server, http: httpx2.Client, versions: tuple[str, str]
 ) -> None:
     before = answers_of(server, PROMPTS[:4], "shop", 40)
@@ -177,13 +178,13 @@ def test_a_workshop_killed_under_streams_disturbs_none_and_its_version_is_proved
     server.wait_for(lambda: http.get(path).json()["state"] == "proving", 120)
     streams = started(server, PROMPTS[:4], "shop", 40)
 
-    workshop = server.workshop_pid()
-    os.kill(workshop, signal.SIGKILL)
+    verifier = server.verifier_pid()
+    os.kill(verifier, signal.SIGKILL)
 
     assert [stream.ended() for stream in streams] == before
     server.wait_for(lambda: http.get(path).json()["state"] not in ("validating", "proving"), 240)
     assert http.get(path).json()["state"] == "ready"
-    assert server.workshop_pid() != workshop
+    assert server.verifier_pid() != verifier
     server.wait_for(lambda: http.get("/v1/adapters/third").json()["active"], 60)
     assert answer_of(http, PROMPTS[0], "third")[0] != answer_of(http, PROMPTS[0], "shop")[0]
 
@@ -196,6 +197,21 @@ def test_a_version_that_changes_nothing_and_one_that_is_no_adapter_are_refused(h
     assert refused.status_code == 422
     assert refused.json()["version"]["state"] == "failed"
     assert refused.json()["error"]["message"]
+
+
+def test_a_sum_over_an_adapter_that_does_not_compose_is_the_callers_to_change(
+    http: httpx2.Client, base_folder: Path, place: Path
+) -> None:
+    folder = make_adapter(base_folder, place / "dora", 1, 4, use_dora=True, layers_to_transform=[0])
+    upload_folder(http, "dora", folder, "wait=true&activate=true").raise_for_status()
+    half = {**body(PROMPTS[0], None), "adapter": [{"name": "dora", "weight": 0.5}]}
+
+    refused = http.post("/generate", json=half)
+
+    assert refused.status_code == 409
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "adapter_not_composable")
+    assert answer_of(http, PROMPTS[0], "dora")
 
 
 def test_adapters_come_back_when_the_engine_is_killed(

@@ -1,4 +1,4 @@
-"""/v1/adapters: what each route does, with engines and workshops that take any file."""
+"""/v1/adapters: what each route does, with engines and verifiers that take any file."""
 
 from __future__ import annotations
 

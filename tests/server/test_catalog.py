@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import Blob, Registry, VersionFiles
+from onebase_engine.engine.messages import AdapterRef
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.names import check_name, same_base
 from onebase_server.background import Threads
-from onebase_server.catalog import Catalog
-from onebase_server.engine.protocol import AdapterRef
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError
-from onebase_server.names import check_name, same_base
 
 
 def blob(text: str) -> Blob:

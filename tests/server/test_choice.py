@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from onebase_server.choice import Choice, Piece, prompt_token_infos
-from onebase_server.engine.protocol import RowOutput, TokenLogprob
-from onebase_server.text import BytePieces
-from onebase_server.tokenization import BaseTokenizer
+from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_server.generation.choice import Choice, Piece, prompt_token_infos
+from onebase_server.generation.text import BytePieces
+from onebase_server.generation.tokenization import BaseTokenizer
 
 
 def letters() -> BytePieces:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 
 from onebase_server.cli import base, serve
 from onebase_server.settings import environment_name, option_name, setting_fields
+from onebase_server.startup import LEAST_FILES
 
-from .support import ROOT, Starter, make_folder
+from .support import ROOT, Starter, make_folder, serving, upload
 
 
 def test_the_commands_are_found_by_the_sdk() -> None:
@@ -72,6 +74,29 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(capsys: pytest.Capt
     assert "loading" not in text
 
 
+@pytest.mark.parametrize("files", [16, 24, LEAST_FILES - 1])
+def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: int) -> None:
+    command = 'ulimit -n "$1"; exec "$2" -m onebase_server --port 0'
+    ended = subprocess.run(
+        ["sh", "-c", command, "sh", str(files), sys.executable], capture_output=True, text=True, timeout=120
+    )
+    said = " ".join(ended.stderr.split())
+    assert ended.returncode == 1
+    assert f"only {files} files may be open at once" in said
+    assert "run `ulimit -n 1024` first" in said
+    assert "Traceback" not in said
+
+
+def test_the_least_open_files_are_enough_for_an_upload_and_several_requests() -> None:
+    command = f'ulimit -n {LEAST_FILES}; exec "$@"'
+    server_command = [sys.executable, str(ROOT / "tests/server/serve_scripted.py"), "words"]
+    with serving(["sh", "-c", command, "sh", *server_command]) as server, server.client() as http:
+        assert upload(http, "acme", b"weights").json()["state"] == "ready"
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(http.post, "/generate", json={"prompt": "Hello"}) for _ in range(8)]
+        assert [one.result().status_code for one in asked] == [200] * 8
+
+
 def test_a_base_that_does_not_exist_is_reported_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     status = serve(["--port", "0", "--base", "./no/such/folder"])
 
@@ -79,6 +104,49 @@ def test_a_base_that_does_not_exist_is_reported_in_a_sentence(capsys: pytest.Cap
     text = capsys.readouterr().err
     assert "no/such/folder" in text
     assert "Traceback" not in text
+
+
+def test_a_base_without_a_usable_tokenizer_is_reported_as_such(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (base / name).symlink_to(base_folder / name)
+    (base / "tokenizer.json").write_text("{}")
+
+    assert serve(["--base", str(base), "--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    assert f"the base in {base} has no usable tokenizer" in told(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(24, "Too many open files"), "the server cannot be set up: [Errno 24] Too many open files"),
+        (KeyError("name"), "the server cannot be set up: KeyError: 'name'"),
+    ],
+)
+def test_what_else_fails_while_the_server_is_set_up_is_not_called_a_tokenizer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    sentence: str,
+) -> None:
+    def fail(*_parts: object) -> None:
+        raise error
+
+    monkeypatch.setattr("onebase_server.startup.assemble", fail)
+
+    assert serve(["--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    text = told(capsys)
+    assert sentence in text
+    assert "no usable tokenizer" not in text
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was written to stderr, in one line."""
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> None:

@@ -6,9 +6,15 @@ stall of the real engine are in test_real_engine_faults.py.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -17,7 +23,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from .support import Server, Starter, make_folder
+from .scripted_engine import POISON
+from .support import HERE, START_SECONDS, Server, Starter, alive, free_port, make_folder
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
 
@@ -49,6 +56,25 @@ def test_running_requests_end_with_an_error_when_the_engine_dies_and_new_ones_ar
         answer = http.post("/generate", json={"prompt": "word", "max_tokens": 2}).json()
         assert answer["choices"][0]["text"] == "wordword"
         assert http.get("/status").json()["engine"]["restarts"] == 1
+
+
+def test_a_request_that_kills_two_engines_gets_422_from_then_on(serve_scripted: Starter) -> None:
+    with serve_scripted("poison") as server, server.client() as http:
+        body = {"prompt": "word", "max_tokens": POISON}
+        first = http.post("/generate", json=body)
+        server.wait_ready()
+        second = http.post("/generate", json=body)
+        server.wait_ready()
+        refused = http.post("/generate", json=body)
+
+        assert first.status_code == 503
+        assert first.json()["error"]["code"] == "engine_restarted"
+        assert second.status_code == 422
+        assert refused.status_code == 422
+        assert refused.json()["error"]["code"] == "crashes_engine"
+        assert "retry-after" not in refused.headers
+        assert http.post("/generate", json={"prompt": "word", "max_tokens": 2}).status_code == 200
+        assert http.get("/status").json()["engine"]["restarts"] == 2
 
 
 def test_while_the_engine_restarts_requests_get_503_with_retry_after(serve_scripted: Starter) -> None:
@@ -167,7 +193,7 @@ def test_requests_beyond_the_queue_get_429_with_retry_after(serve_scripted: Star
         assert http.post("/generate", json={"prompt": "word", "max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_new_requests_and_lets_running_ones_end(
     serve_scripted: Starter, stop: signal.Signals
 ) -> None:
@@ -187,6 +213,68 @@ def test_a_signal_stops_new_requests_and_lets_running_ones_end(
         assert refused.json()["error"]["code"] == "server_stopping"
         assert "retry-after" in refused.headers
         assert sum('"text":"word"' in event for event in events) == 60
+        assert events[-1] == "[DONE]"
+        assert server.exit_status() == 0
+
+
+class Terminal:
+    """A server that was started at a terminal; `close` is what closing the window does."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.port = free_port()
+        self._master, terminal = os.openpty()
+        command = [sys.executable, str(HERE / "serve_scripted.py"), "words"]
+        self.process = subprocess.Popen(
+            [*command, "--port", str(self.port), "--data-dir", str(data_dir)],
+            stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(terminal)
+
+    def wait_ready(self) -> None:
+        """Reads what is printed meanwhile, so that the server never waits for the terminal."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if select.select([self._master], [], [], 0.05)[0]:
+                os.read(self._master, 1 << 16)
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"http://127.0.0.1:{self.port}/ready", timeout=10).status_code == 200:
+                    return
+        raise TimeoutError
+
+    def close(self) -> None:
+        os.close(self._master)
+
+
+def test_a_server_whose_terminal_is_closed_lets_running_requests_end(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    body = {"prompt": "word", "max_tokens": 60, "stream": True}
+    try:
+        terminal.wait_ready()
+        url = f"http://127.0.0.1:{terminal.port}/generate"
+        with httpx2.stream("POST", url, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            terminal.close()
+            events = [first, *(line for line in lines if line)]
+        assert sum('"text":"word"' in event for event in events) == 60
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+def test_a_hang_up_that_comes_twice_ends_no_request(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server, server.client() as http:
+        events: list[str] = []
+        body = {"prompt": "word", "max_tokens": 100, "stream": True}
+        reader = threading.Thread(target=lambda: events.extend(stream_until_end(server, body)))
+        reader.start()
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+        server.signal(signal.SIGHUP)
+        server.wait_for(lambda: server.status_of("/ready") == 503)
+        server.signal(signal.SIGHUP)
+        reader.join(30)
         assert events[-1] == "[DONE]"
         assert server.exit_status() == 0
 
@@ -238,11 +326,3 @@ def test_the_engine_ends_when_the_api_is_killed(serve_scripted: Starter) -> None
         while alive(engine) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(engine)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onebase_server.tokenization import BaseTokenizer
+from onebase_server.generation.tokenization import BaseTokenizer
 
 FRANCE = "The capital of France is"
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from onebase import BadRequestError, Client
+from onebase.cli import main
 from onebase_adapters.registry import Blob, Registry, VersionFiles
-from onebase_adapters.store import Store
+from onebase_adapters.store.store import Store
 from onebase_server.settings import Settings
 from onebase_server.storage import open_storage
 
-from .support import Server, Starter
+from .support import Server, Starter, make_folder, upload
 
 ADAPTERS = 1000
 SIZE = 20_000
@@ -164,6 +166,31 @@ def test_more_than_fits_is_refused_with_the_limit(http: httpx2.Client) -> None:
         assert answer.json()["error"]["code"] == "host_memory_exceeded"
         assert "--host-memory" in answer.json()["error"]["message"]
     assert http.get("/v1/adapters/tenant-0300").json()["pinned"] is False
+
+
+def test_a_version_without_room_is_kept_and_the_answer_says_which_and_why_it_is_not_active(
+    http: httpx2.Client, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pins of the test before fill all but a place that is too small."""
+    folder = make_folder(tmp_path, "large")
+    weights = b"w" * (SIZE + 1)
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+
+    first = upload(http, "large", weights, query="wait=true&activate=true")
+    again = upload(http, "large", weights, query="activate=true")
+    with Client(server.url) as client, pytest.raises(BadRequestError) as caught:
+        client.adapters.upload(folder, name="large")
+    status = main(["adapters", "push", str(folder), "--name", "large", "--activate", "--url", server.url])
+
+    for answer in (first, again):
+        assert answer.status_code == 400
+        kept, error = answer.json()["version"], answer.json()["error"]
+        assert (kept["state"], kept["active"], error["code"]) == ("ready", False, "host_memory_exceeded")
+        assert error["message"].startswith(f"{kept['id']} is ready and kept, but not active: ")
+    assert http.get(f"/v1/adapters/large/versions/{kept['version']}").json()["state"] == "ready"
+    assert (caught.value.version, caught.value.message) == (kept["version"], error["message"])
+    assert status == 1
+    assert error["message"] in capsys.readouterr().err
 
 
 def put(http: httpx2.Client, name: str, action: str, **body: object) -> httpx2.Response:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-from .support import Starter, make_folder
+from onebase_server.processes.scratch import scratch_folder
+
+from .support import Server, Starter, alive, children, command_of, make_folder
+from .training_support import make_job, openai_client
 
 ENDLESS = {"prompt": "word", "max_tokens": 4000, "ignore_eos": True}
 PROBE = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0, "adapter": "red"}
@@ -74,3 +79,36 @@ def test_a_drain_lets_real_text_end_and_the_engine_exit(serve_real: Starter) -> 
         assert rest[-1] == "data: [DONE]"
         assert server.exit_status() == 0
         assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(serve_real: Starter) -> None:
+    """Frozen, they do not notice the end of the server by themselves."""
+    with serve_real("--kv-memory", "100MB", "--threads", "1") as server, server.client() as http:
+        request = threading.Thread(target=lambda: quietly_post(server))
+        request.start()
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+        make_job(openai_client(server), '{"text": "some words"}\n' * 50)
+        server.wait_for(lambda: bool(server.trainer_pids()))
+        for pid in (server.verifier_pid(), *server.trainer_pids()):
+            os.kill(pid, signal.SIGSTOP)
+        started = children(server.process.pid)
+        assert {command_of(pid).split(".")[-1] for pid in started} == {"engine", "verifier", "trainer"}
+        try:
+            server.signal(signal.SIGTERM)
+            server.wait_for(lambda: server.status_of("/ready") == 503)
+            server.signal(signal.SIGTERM)
+
+            assert server.exit_status() == 128 + signal.SIGTERM
+            request.join(30)
+            assert [pid for pid in started if alive(pid)] == []
+            assert not any(scratch_folder(pid).exists() for pid in started)
+        finally:
+            for pid in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def quietly_post(server: Server) -> None:
+    """A request that is running until the server ends."""
+    with contextlib.suppress(httpx2.TransportError), server.client() as http:
+        http.post("/generate", json=ENDLESS)

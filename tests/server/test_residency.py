@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from onebase_server.engine.protocol import (
+from onebase_adapters.store.content import Blob
+from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterUnloaded,
@@ -17,6 +18,7 @@ from onebase_server.engine.protocol import (
     SlotsChanged,
     UnloadAdapter,
 )
+from onebase_server.adapters.residency import PackedAdapterFile, Residency, Use
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -24,7 +26,6 @@ from onebase_server.errors import (
     QueueFullError,
     UnavailableError,
 )
-from onebase_server.residency import PreparedFile, Residency, Use
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10, "large": 30, "huge": 31}
 
@@ -39,12 +40,16 @@ class Engine:
         self.slow = slow
         self.orders: list[Any] = []
         self.fails: set[str] = set()
-        self.residency = Residency(limit, SIZES.__getitem__, self.locate, self.send, queue_limit)
+        self.files = dict(SIZES)
+        self.residency = Residency(limit, self.find, self.fetch, self.send, queue_limit)
         self.residency.engine_ready()
 
-    async def locate(self, digest: str) -> PreparedFile:
+    def find(self, digest: str) -> PackedAdapterFile:
+        return PackedAdapterFile(Blob(f"file of {digest}", self.files[digest]), ())
+
+    async def fetch(self, prepared: PackedAdapterFile) -> Path:
         await asyncio.sleep(0)
-        return PreparedFile(Path(digest), digest)
+        return Path(prepared.blob.sha256)
 
     def send(self, message: Any) -> None:
         self.orders.append(message)
@@ -160,15 +165,33 @@ def test_a_failed_load_fails_those_who_wait_and_takes_no_memory() -> None:
     async def test() -> None:
         engine = Engine()
         engine.fails.add("a")
-        damaged: list[str] = []
+        damaged: list[PackedAdapterFile] = []
         engine.residency.on_damaged = damaged.append
         results = await asyncio.gather(*(engine.lease("a").ready() for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [UnavailableError] * 3
-        assert damaged == ["a"]
+        assert damaged == [engine.find("a")]
         assert engine.residency.memory.used == 0
         engine.fails.clear()
         await engine.lease("a").ready()
         assert engine.log == ["+a"]
+
+    run(test())
+
+
+def test_damage_is_reported_of_the_file_that_was_loaded_not_of_the_one_that_came_since() -> None:
+    async def test() -> None:
+        engine = Engine(slow=True)
+        engine.fails.add("a")
+        damaged: list[PackedAdapterFile] = []
+        engine.residency.on_damaged = damaged.append
+        old = engine.find("a")
+        waiting = asyncio.create_task(engine.lease("a").ready())
+        await settle()
+        engine.files["a"] = 11
+        engine.answer()
+        with pytest.raises(UnavailableError):
+            await waiting
+        assert damaged == [old] != [engine.find("a")]
 
     run(test())
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.openai_schemas import ChatRequest, CompletionRequest
-from onebase_server.schemas import GenerateRequest, Wire, validation_error
+from onebase_server.http.schemas.generation import GenerateRequest, Wire, validation_error
+from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
 

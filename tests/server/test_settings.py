@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onebase_server.engine.protocol import EngineConfig
+from onebase_engine.engine.messages import EngineConfig
 from onebase_server.settings import Settings, SettingsError, load_settings, parse_size
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.tokenization import BaseTokenizer
+from onebase_server.generation.tokenization import BaseTokenizer
 
 
 def test_a_chat_is_tokenized_as_the_bases_tokenizer_does_it(

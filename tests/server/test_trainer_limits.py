@@ -14,15 +14,15 @@ import torch
 from onebase_adapters.training.data.records import DataError, Problem
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError
-from onebase_server.trainer.failures import failure_of
-from onebase_server.trainer.limits import memory_limit
-from onebase_server.trainer.protocol import TrainJob
+from onebase_server.processes.trainer_failures import failure_of
+from onebase_server.processes.trainer_limits import memory_limit
+from onebase_server.processes.trainer_protocol import TrainJob
 
 GREEDY = """
 import sys, torch
-from onebase_server.trainer.failures import failure_of
-from onebase_server.trainer.limits import bound_memory, private_bytes
-from onebase_server.trainer.protocol import TrainJob
+from onebase_server.processes.trainer_failures import failure_of
+from onebase_server.processes.trainer_limits import bound_memory, private_bytes
+from onebase_server.processes.trainer_protocol import TrainJob
 job = TrainJob(id="j", name="n", recipe={}, train="", train_name="a", held_out=None, held_out_name=None,
                folder="/tmp", base_name="b", memory_limit=0)
 torch.ones(100, 100) @ torch.ones(100, 100)
@@ -37,7 +37,7 @@ except (RuntimeError, MemoryError) as error:
 """
 THREADS = """
 import torch
-from onebase_server.trainer.limits import bound_memory
+from onebase_server.processes.trainer_limits import bound_memory
 torch.set_num_threads(8)
 bound_memory(20_000_000, torch.device("cpu"))
 print(torch.ones(1 << 20).add_(1.0).sum().item())
@@ -45,7 +45,7 @@ print(torch.ones(1 << 20).add_(1.0).sum().item())
 PLACE = """
 import os
 from pathlib import Path
-from onebase_server.trainer.limits import step_aside
+from onebase_server.processes.trainer_limits import step_aside
 step_aside()
 print(os.nice(0), Path("/proc/self/oom_score_adj").read_text())
 """
@@ -107,6 +107,13 @@ def test_bad_lines_are_told_with_the_file_that_they_are_in() -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk_full"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 40 bytes"), "out_of_memory"),
+        (RuntimeError("could not create a primitive"), "out_of_memory"),
+        (RuntimeError("could not create a memory object"), "out_of_memory"),
+        (RuntimeError("could not execute a primitive"), "out_of_memory"),
+        (
+            RuntimeError("could not create a primitive descriptor for the matmul primitive."),
+            "trainer_failed",
+        ),
         (KeyError("surprise"), "trainer_failed"),
     ],
 )

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.content import ADAPTER_FILES
+from onebase_adapters.store.content import ADAPTER_FILES
 from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError
-from onebase_server.training import delivery
-from onebase_server.training.delivery import Delivered, Delivery, DeliveryError
+from onebase_server.jobs import delivery
+from onebase_server.jobs.delivery import Delivered, Delivery, DeliveryError
 
 from .support import Starter
 from .training_support import ended, make_job, messages, openai_client, run_job, wait_job
@@ -110,7 +110,7 @@ def test_an_activation_that_fails_is_told_and_its_job_is_delivered(deliver: Any)
     assert "could not be activated: no room in memory" in done.message
 
 
-def test_an_adapter_that_no_workshop_proves_fails_its_job_for_now(deliver: Any) -> None:
+def test_an_adapter_that_no_verifier_proves_fails_its_job_for_now(deliver: Any) -> None:
     library = _Library(proved=False)
     with pytest.raises(DeliveryError, match="not proved within") as failed:
         deliver(library)
@@ -145,7 +145,7 @@ def test_a_job_that_is_stopped_before_it_is_delivered_again_never_gets_active(
             assert (done.status, done.activated) == ("succeeded", True)
 
 
-def test_a_job_trains_while_another_ones_adapter_waits_for_a_workshop(serve_scripted: Starter) -> None:
+def test_a_job_trains_while_another_ones_adapter_waits_for_a_verifier(serve_scripted: Starter) -> None:
     with serve_scripted("words,unattached") as server:
         client = openai_client(server)
         for job in (make_job(client, "rows"), make_job(client, "rows")):

@@ -15,8 +15,8 @@ from openai import OpenAI
 from onebase_adapters.registry import NewEvent, RegistryBusyError
 from onebase_adapters.training.events import Notice
 from onebase_server.background import Threads
-from onebase_server.training.recorder import Recorder
-from onebase_server.training.watchers import Watchers
+from onebase_server.jobs.notifier import Watchers
+from onebase_server.jobs.recorder import Recorder
 
 from .support import Server, Starter
 from .training_support import make_job, openai_client, run_job, step_of, wait_job

@@ -14,9 +14,20 @@ from typing import Any
 import openai
 import pytest
 from tests.disks import fill, small_disk
+from tests.training.runs import talking_base, write_chats
 
 from .support import CONFIG, HERE, Starter, serving
-from .training_support import add_file, ended, make_job, messages, openai_client, run_job, step_of, wait_job
+from .training_support import (
+    BASE,
+    add_file,
+    ended,
+    make_job,
+    messages,
+    openai_client,
+    run_job,
+    step_of,
+    wait_job,
+)
 
 
 def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(serve_scripted: Starter) -> None:
@@ -26,6 +37,34 @@ def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(serv
         assert (job.status, job.error.code, job.resumable) == ("failed", "disk_full", True)
         client.fine_tuning.jobs.resume(job.id)
         assert wait_job(server, client, job.id, ended).status == "succeeded"
+
+
+def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_its_end(
+    serve_real: Starter, tmp_path: Path
+) -> None:
+    """The registry is on the full disk too."""
+    base = str(talking_base(tmp_path / BASE))
+    settings = {"max_steps": 200, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
+    rows = write_chats(tmp_path / "rows.jsonl", 400).read_text()
+    options = ("--base", base, "--kv-memory", "50MB", "--threads", "1")
+    with (
+        small_disk(tmp_path / "disk", 24_000_000) as disk,
+        serve_real(*options, data_dir=disk) as server,
+    ):
+        client = openai_client(server)
+        job = make_job(client, rows, method=method)
+        checkpoints = disk / "training/jobs" / job.id / "checkpoints"
+        server.wait_for(lambda: any(checkpoints.glob("step-*")))
+        filler = fill(disk)
+        server.wait_for(lambda: not server.trainer_pids())
+        filler.unlink()
+        failed = wait_job(server, client, job.id, ended)
+        assert (failed.status, failed.error.code, failed.resumable) == ("failed", "disk_full", True)
+        client.fine_tuning.jobs.resume(job.id)
+        done = wait_job(server, client, job.id, ended)
+        assert (done.status, step_of(done)) == ("succeeded", 200)
+        assert "Going on after" in "\n".join(messages(client, job.id))
 
 
 def test_an_adapter_whose_proof_crashed_is_proved_when_its_job_is_resumed(

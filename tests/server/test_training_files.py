@@ -21,8 +21,8 @@ from onebase_adapters.registry import (
 )
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, OneBaseError
-from onebase_server.training.files import TrainingFiles
-from onebase_server.training.home import TrainingHome
+from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.storage import TrainingHome
 
 
 @pytest.mark.parametrize("refusal", [RegistryFullError, RegistryBusyError])

@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from onebase_server.training.metrics import Metrics
+from onebase_server.metrics import Metrics
 
 from .support import Server, Starter
 from .training_support import BASE, add_file, ended, make_job, openai_client, run_job, wait_job
@@ -131,6 +131,21 @@ def test_a_paused_job_lets_its_process_go_and_goes_on_from_there(server: Server,
         event.data["step"] for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"
     ]
     assert len(events) == len(set(events))
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_pause_is_answered_when_the_process_is_gone_and_what_it_said_is_written(
+    server: Server, client: OpenAI
+) -> None:
+    job = make_job(client, "slow")
+    wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step", 0) > 2)
+    paused: Any = client.fine_tuning.jobs.pause(job.id)
+    assert not server.trainer_pids()
+    newest = client.fine_tuning.jobs.checkpoints.list(job.id, limit=1).data[0]
+    told = client.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
+    assert paused.progress["step"] == newest.step_number
+    assert told.message == f"Paused. A resumed job goes on after step {newest.step_number}."
+    assert client.fine_tuning.jobs.retrieve(job.id) == paused
     client.fine_tuning.jobs.cancel(job.id)
 
 

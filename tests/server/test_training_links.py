@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from onebase_server.engine.protocol import EngineConfig
-from onebase_server.trainer.protocol import Check, TrainJob
-from onebase_server.training.links import Trainer
+from onebase_engine.engine.messages import EngineConfig
+from onebase_server.processes.trainer_link import Trainer
+from onebase_server.processes.trainer_protocol import Check, TrainJob
 
 from .support import children, command_of
 

@@ -15,9 +15,9 @@ import pytest
 
 from onebase_adapters.registry import JobError, NewEvent, NewJob, Registry, TrainingFile
 from onebase_server.background import Threads
-from onebase_server.training.home import TrainingHome
-from onebase_server.training.manager import Manager
-from onebase_server.training.watchers import Watchers
+from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.notifier import Watchers
+from onebase_server.jobs.storage import TrainingHome
 
 JOB = "ftjob-1"
 
@@ -213,7 +213,7 @@ class _Broken:
 def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
     registry: Registry, home: TrainingHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_server.training.manager.Run", _Broken)
+    monkeypatch.setattr("onebase_server.jobs.manager.Run", _Broken)
     add_job(registry, home, "running")
 
     def told() -> list[str]:

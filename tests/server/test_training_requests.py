@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.training_schemas import CreateJobRequest
+from onebase_server.http.schemas.jobs import CreateJobRequest
 
 from .support import Starter
 from .training_support import BASE

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tests.tiny import save_base
 
-from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training.checkpoint import Checkpoints
 from onebase_adapters.training.data.dataset import Dataset, Preference, Row, Sample
 from onebase_adapters.training.events import Event, Gate, OpenGate
@@ -24,6 +23,7 @@ from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.recipe import Recipe, parse_recipe, resolve
 from onebase_adapters.training.result import Report
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.load import BaseSettings, load_base
 
 VOCABULARY = 320
 
@@ -122,7 +122,7 @@ def talking_base(folder: Path) -> Path:
 
     import transformers as tf
 
-    from onebase_adapters.default_base import fetch_default_base
+    from onebase_engine.base.default_base import fetch_default_base
 
     default = fetch_default_base()
     torch.manual_seed(0)

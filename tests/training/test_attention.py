@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from tests.tiny import ARCHITECTURES
-from tests.training.runs import dataset, recipe_for, sample, tiny_base
+from tests.training.runs import dataset, recipe_for, sample, samples, tiny_base
 
 from onebase_adapters.training.batches import pack
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.trainable import Trainable
-from onebase_adapters.view import view
+from onebase_engine.base.view import view
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -34,3 +35,15 @@ def test_packed_logits_are_eager_attentions_of_each_row_alone(architecture: str,
             places = torch.from_numpy(np.flatnonzero(one.supervised) - 1)
             expected = alone(input_ids=ids, use_cache=False).logits[0, places]
             torch.testing.assert_close(logits[packed.owner == number], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_decoder_that_gives_the_mask_by_keyword_trains_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    monkeypatch.setitem(ARCHITECTURES, "doge", lambda: tf.DogeConfig(**sizes, **heads))
+    rows = samples(2)
+    trainable = Trainable(tiny_base(tmp_path, "doge"), recipe_for(rows), OpenGate())
+    losses, _ = trainable.losses(pack(rows.rows, range(2), 1000, packing=True)[0])
+    assert torch.isfinite(losses).all()

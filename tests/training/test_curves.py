@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 from tests.training.runs import finished_report, start_at_a_terminal, write_chats
 
-from onebase_adapters.base import BaseSettings
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.progress import Display
 from onebase_adapters.training.curves import open_curves
 from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.result import sparkline
+from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]
 

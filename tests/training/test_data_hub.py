@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from tests.hub_standin import HubStandIn
 
-from onebase_adapters.default_base import default_cache
 from onebase_adapters.training.data.hub import DatasetId, choose, parse_dataset_id
 from onebase_adapters.training.data.records import DataError
+from onebase_engine.base.default_base import default_cache
 
 SFT = "train_sft-00000-of-00001-b42a775f407cee45.parquet"
 GEN = "train_gen-00000-of-00001-0a1b775f407cee45.parquet"
 _FETCH = """
 import json, sys
 from onebase_adapters.training.data.files import read_file
-from onebase_adapters.default_base import default_cache
+from onebase_engine.base.default_base import default_cache
 from onebase_adapters.training.data.records import DataError
 from onebase_adapters.training.data.hub import fetch, parse_dataset_id
 try:
@@ -90,7 +90,7 @@ def test_without_the_hub_what_was_fetched_is_used_if_it_is_whole(hub: HubStandIn
     assert fetched(hub, tmp_path, "acme/tickets", HF_HUB_OFFLINE="1") == ["0", "1"]
     (second,) = (tmp_path / "hub").rglob("train-00001*")
     second.unlink()
-    assert "the Hub did not give it" in fetched(hub, tmp_path, "acme/tickets", HF_HUB_OFFLINE="1")
+    assert "it is not on this machine" in fetched(hub, tmp_path, "acme/tickets", HF_HUB_OFFLINE="1")
 
 
 def test_a_revision_is_another_state_of_the_data(hub: HubStandIn, tmp_path: Path) -> None:

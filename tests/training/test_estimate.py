@@ -17,12 +17,8 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from onebase_adapters.base import BaseSettings, base_tensors, load_base
-from onebase_adapters.base import estimate_memory as base_memory
-from onebase_adapters.base_errors import BaseSpecError
-from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, fetch_default_base
 from onebase_adapters.training import machine
 from onebase_adapters.training.base_config import find_config
 from onebase_adapters.training.batches import MicroBatch
@@ -33,6 +29,9 @@ from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
+from onebase_engine.base.load import BaseSettings, base_tensors, load_base
+from onebase_engine.base.load import estimate_memory as base_memory
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -337,6 +336,16 @@ def test_the_command_prints_json_and_fails_when_it_does_not_fit(
     assert (made["memory_limit"], made["fits"], made["machine"]) == (4 * GB, False, "t4")
     assert main(["--base", llama_8b, "--memory", "4GB", "--gpu", "t4"]) == 1
     assert "It does not fit" in capsys.readouterr().out
+
+
+def test_a_base_of_experts_gets_a_sentence_instead_of_an_estimate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Qwen3MoeConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    assert main(["--base", str(tmp_path), "--gpu", "h100"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Choose a base without a mixture of experts." in " ".join(said.err.split())
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ import torch
 from peft import PeftModel
 from tests.training.runs import recipe_for, samples, tiny_base, trainer
 
-from onebase_adapters.base import BaseSettings, fingerprint, load_base
-from onebase_adapters.loader import load_adapter
-from onebase_adapters.rows import RowMap, StepRows, Term, Tile
-from onebase_adapters.slots import SlotBank, wrap_layers
+from onebase_adapters.proof.loader import load_adapter
 from onebase_adapters.training.batches import pack
 from onebase_adapters.training.recipe import RecipeError
 from onebase_adapters.training.result import write_adapter
-from onebase_adapters.view import view
+from onebase_engine.base.load import BaseSettings, fingerprint, load_base
+from onebase_engine.base.view import view
+from onebase_engine.lora.rows import RowMap, StepRows, Term, Tile
+from onebase_engine.lora.slots import AdapterSlots, wrap_layers
+from onebase_engine.lora.weights import AdapterWeights, tensors_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "all linear layers": {},
@@ -71,6 +72,7 @@ def test_it_learns_and_the_server_loads_what_was_trained(
         max_rank=64,
     )
     assert fingerprint(base) == before
+    _assert_same(run.trainable.weights(), loaded.weights)
     with run.trainable.evaluating():
         packed = batch[0].tensors(torch.device("cpu"))
         trained = run.trainable.logits(packed)[packed.owner == 0]
@@ -85,14 +87,24 @@ def test_it_learns_and_the_server_loads_what_was_trained(
     torch.testing.assert_close(trained, peft, atol=1e-3, rtol=1e-3)
 
 
+def _assert_same(trained: AdapterWeights, loaded: AdapterWeights) -> None:
+    """What replies of a run are generated with is what the files give, bit for bit."""
+    assert trained.keys() == loaded.keys()
+    for name, module in trained.items():
+        parts, others = dict(tensors_of(module)), dict(tensors_of(loaded[name]))
+        assert parts.keys() == others.keys()
+        assert all(torch.equal(tensor, others[part]) for part, tensor in parts.items()), name
+        assert getattr(module, "scale", 1) == getattr(loaded[name], "scale", 1)
+
+
 def _served_logits(
     base: torch.nn.Module, weights: Any, ids: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor:
     """Of the server's own layers, with the version in slot 1."""
     tree: Any = view(base)
     rows = StepRows()
-    bank = SlotBank(wrap_layers(tree, rows, slots=2, tiled=True), 2, torch.device("cpu"))
-    bank.load(1, weights)
+    adapter_slots = AdapterSlots(wrap_layers(tree, rows, slots=2, tiled=True), 2, torch.device("cpu"))
+    adapter_slots.load(1, weights)
     rows.tokens = RowMap((Tile(0, ids.shape[1], (Term(1),)),))
     rows.logits = RowMap((Tile(0, len(places), (Term(1),)),))
     with torch.inference_mode():

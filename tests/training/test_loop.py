@@ -19,10 +19,10 @@ from tests.training.runs import (
     weights,
 )
 
-from onebase_adapters.base import fingerprint
 from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.events import Evaluated, Event, Saved, StepDone
 from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_engine.base.load import fingerprint
 
 
 def losses(events: list[Event]) -> list[float]:

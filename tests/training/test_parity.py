@@ -16,9 +16,6 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny import ARCHITECTURES, load_folder, save_base
 from torch import nn
 
-from onebase_adapters.attach import attach, publish
-from onebase_adapters.base import BaseSettings, load_base
-from onebase_adapters.default_base import fetch_default_base
 from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.batches import pack, step_rows
 from onebase_adapters.training.checkpoint import Checkpoints
@@ -29,9 +26,12 @@ from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.recipe import Recipe, resolve
 from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.trainable import Trainable
-from onebase_server.engine import protocol
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.scheduler import Limits
+from onebase_engine.base.attach import attach, publish
+from onebase_engine.base.default_base import fetch_default_base
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.scheduler import Limits
 
 STEPS = 10
 FP32: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.float32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.disks import small_disk
 from tests.training.runs import assert_equal, preferences, recipe_for, samples, trainer, weights
 
-from onebase_adapters.training.checkpoint import CheckpointError
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.events import Interrupted, Reason
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -160,6 +162,21 @@ def test_a_checkpoint_that_was_cut_off_is_never_read(base: torch.nn.Module, tmp_
     (folder / ".step-00000005.part" / "adapter.safetensors").write_bytes(b"half")
     run = trainer(base, recipe, data, tmp_path)
     assert run.resume() == 4
+
+
+@pytest.mark.parametrize("free", [1_000, 100_000, 600_000])
+def test_a_checkpoint_for_which_there_is_no_space_says_so_and_leaves_none(free: int, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        checkpoints = Checkpoints(disk / "checkpoints", keep=2)
+        checkpoints.save(RunState("id", step=1), {"a": torch.ones(8)}, {"m": torch.ones(8)})
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - free))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(RunState("id", step=2), {"a": torch.ones(8)}, {"m": torch.ones(250_000)})
+        assert checkpoints.steps() == [1]
+        filler.unlink()
+        checkpoints.save(RunState("id", step=2), {"a": torch.ones(8)}, {"m": torch.ones(125_000)})
+        assert checkpoints.steps() == [1, 2]
 
 
 def test_a_damaged_checkpoint_says_what_to_do(base: torch.nn.Module, tmp_path: Path) -> None:

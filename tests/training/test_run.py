@@ -13,7 +13,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.training.runs import write_chats
 
-from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.data.records import DataError
@@ -22,7 +21,8 @@ from onebase_adapters.training.plan import DoesNotFitError, Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.result import Report
 from onebase_adapters.training.run import train
-from onebase_adapters.view import view
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
 
 SETTINGS: dict[str, Any] = {
     "r": 4,

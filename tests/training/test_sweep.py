@@ -22,7 +22,6 @@ from tests.training.runs import start_at_a_terminal, tiny_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from onebase_adapters.base import BaseSettings, fingerprint
 from onebase_adapters.training import events, run, sweep
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.cli.sweep import main
@@ -32,6 +31,7 @@ from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.sweep import Grid, Trial
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
+from onebase_engine.base.load import BaseSettings, fingerprint
 
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
 DULL, BRIGHT = 1e-9, 2e-2

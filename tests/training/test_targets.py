@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from tests.tiny import save_base
 from torch import nn
 
-from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training.recipe import RecipeError
 from onebase_adapters.training.targets import resolve_targets, target_layers
+from onebase_engine.base.load import BaseSettings, load_base
 
 SIZES = {
     "vocab_size": 320,

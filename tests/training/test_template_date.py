@@ -14,7 +14,6 @@ import pytest
 from tests.training.data_support import base_tokenizer, chat, only, recipe, whole, write_rows
 from tests.training.runs import write_chats
 
-from onebase_adapters.base import BaseSettings, load_base
 from onebase_adapters.training import events, plan
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.data.reader import load_dataset
@@ -25,6 +24,7 @@ from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_adapters.training.run import train
 from onebase_adapters.training.sweep import Grid, Trial, sweep
+from onebase_engine.base.load import BaseSettings, load_base
 
 # As Llama 3.2's: the caller may say the day.
 DATED = (

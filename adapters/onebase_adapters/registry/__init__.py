@@ -1,6 +1,5 @@
 """Which adapters there are, their versions, and which version is active."""
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry.errors import (
     FileInUseError,
     JobStateError,
@@ -45,6 +44,7 @@ from onebase_adapters.registry.training_records import (
     TrainingFile,
     TrainingJob,
 )
+from onebase_adapters.store.content import Blob, VersionFiles
 
 __all__ = [
     "DEFAULT_TENANT",

@@ -15,9 +15,9 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, select, text, update
 from sqlalchemy.orm import Session
 
-from onebase_adapters.redaction import redacted, without_secrets
 from onebase_adapters.registry.errors import RegistryBusyError, RegistryError, RegistryFullError
 from onebase_adapters.registry.tables import ChangeCounter
+from onebase_engine.redaction import redacted, without_secrets
 
 _WAIT_SECONDS = 30.0
 _COUNTER_ID = 1

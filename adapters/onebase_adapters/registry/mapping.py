@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry.records import (
     MODULES,
     Action,
@@ -16,6 +15,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.tables import AdapterRow, HistoryRow, VersionRow
+from onebase_adapters.store.content import Blob, VersionFiles
 
 
 def adapter_record(row: AdapterRow) -> AdapterRecord:

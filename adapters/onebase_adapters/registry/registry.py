@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import activation
 from onebase_adapters.registry.errors import RegistryError
 from onebase_adapters.registry.mapping import adapter_record, plain, set_report, version_record
@@ -32,6 +31,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.tables import AdapterRow, BaseRow, VersionRow
+from onebase_adapters.store.content import Blob, VersionFiles
 
 DEFAULT_TENANT = "default"
 _NAME_LIMIT = 512
@@ -123,15 +123,22 @@ class Registry(RegistryReader):
                 _set_state(version, state, now, error=error, report=report, prepared=prepared)
             return version_record(version, adapter)
 
-    def reopen(self, tenant: str, name: str, digest: str) -> VersionRecord:
+    def reopen(
+        self, tenant: str, name: str, digest: str, *, seen: VersionRecord | None = None
+    ) -> VersionRecord:
         """Prove a ready version once more (its prepared file is lost or of an older kind): `validating`.
 
-        It stays active if it is. Raises UnknownAdapterError, UnknownVersionError.
+        It stays active if it is. `seen`: the version whose file that is; one that has been proved again since
+        has another file and stays `ready`, so look at what is returned.
+
+        Raises UnknownAdapterError, UnknownVersionError.
         """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             version = require_version(session, adapter, digest)
-            _set_state(version, "validating", now)
+            # Not by the file's hash alone: the same version is prepared as the same bytes each time.
+            if seen is None or version.finished_at == seen.finished_at:
+                _set_state(version, "validating", now)
             return version_record(version, adapter)
 
     def activate(

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import UnsupportedBaseError
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.kernels import ShortAttention
+from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.engine.attention import attention_weights
 
 NAME = "onebase_packed"
 SHORT = 256
@@ -38,9 +39,9 @@ class PackedAttention:
         self._groups: tuple[Group, ...] = ()
         self._gate = gate
 
-    def set_lengths(self, lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> None:
-        """Set the rows' lengths, in order. alone: compute each row alone, which decides its last bits."""
-        self._groups = grouped(lengths, device, alone=alone)
+    def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Set the lengths of the packed sequence's rows, in order."""
+        self._groups = grouped(lengths, device)
 
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
@@ -73,9 +74,14 @@ class PackedAttention:
 
 
 def packed_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that transformers calls; the mask is None, as registered."""
+    """What transformers calls, some decoders by keyword; the mask is None, as registered."""
     packed: PackedAttention = module.packed  # type: ignore[assignment]
     return packed.forward(module, query, key, value, options), None
 
@@ -115,15 +121,12 @@ def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """Attend as transformers' eager attention does, with softcap and sliding windows."""
     groups = q.shape[1] // k.shape[1]
-    scores = q @ _repeated(k, groups).transpose(2, 3) * options["scaling"]
-    if (softcap := options.get("softcap")) is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     place = torch.arange(q.shape[2], device=q.device)
     hidden = place > place[:, None]
     if (window := options.get("sliding_window")) is not None:
         hidden |= place <= place[:, None] - window
-    scores = scores.masked_fill(hidden, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    raw = q @ _repeated(k, groups).transpose(2, 3)
+    weights = attention_weights(raw, hidden, options["scaling"], options.get("softcap"))
     if dropout := options.get("dropout"):
         weights = nn.functional.dropout(weights, dropout)
     return weights @ _repeated(v, groups)
@@ -172,15 +175,12 @@ class Group:
         return kept
 
 
-def grouped(lengths: Sequence[int], device: torch.device, *, alone: bool = False) -> tuple[Group, ...]:
-    """Group neighbours of about one length. Groups are few and full where rows are in order of length.
-
-    alone: each row is a group of its own.
-    """
+def grouped(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]:
+    """Group neighbours of about one length. Groups are few and full where rows are in order of length."""
     groups: list[Group] = []
     start, rows = 0, list[int]()
     for length in lengths:
-        if rows and (alone or math.ceil(length / STEP) != math.ceil(rows[0] / STEP)):
+        if rows and math.ceil(length / STEP) != math.ceil(rows[0] / STEP):
             groups.append(Group(start, rows, device))
             start, rows = start + sum(rows), []
         rows.append(length)

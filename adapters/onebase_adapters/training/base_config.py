@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.base import UnsupportedBaseError, check_servable
-from onebase_adapters.base_errors import BaseFetchError, BaseSpecError
-from onebase_adapters.default_base import (
+from onebase_engine.base.default_base import (
     DEFAULT_BASE,
     DEFAULT_REPO,
     HUB_TIMEOUT_S,
+    BaseFetchError,
+    BaseSpecError,
     default_cache,
     fetch_default_base,
     parse_repo,
 )
+from onebase_engine.base.hub_access import first_line, hub_silence
+from onebase_engine.base.load import UnsupportedBaseError, check_servable
 
 CONFIG = "config.json"
 
@@ -50,13 +52,21 @@ def find_tokenizer(spec: str, cache: Path | None = None) -> Any:
     local = path == _kept(cache) if spec == DEFAULT_BASE else Path(spec).expanduser().exists()
     repo = DEFAULT_REPO if spec == DEFAULT_BASE else spec
     source, revision = (str(path), None) if local else parse_repo(repo)
+    silence = None if local else hub_silence(source)
     try:
         return AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False, local_files_only=local
+            source,
+            revision=revision or "main",
+            trust_remote_code=False,
+            local_files_only=local or silence is not None,
         )
     except Exception as error:  # the client's and the tokenizers' exceptions share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseFetchError(f"the tokenizer of {spec!r} cannot be loaded ({reason})") from error
+        reason = (
+            f"is not in the Hub's cache, and {silence}"
+            if silence
+            else f"cannot be loaded ({first_line(error)})"
+        )
+        raise BaseFetchError(f"the tokenizer of {spec!r} {reason}") from error
 
 
 def _config_file(spec: str, cache: Path | None) -> Path:
@@ -85,13 +95,24 @@ def _kept(cache: Path | None) -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    silence = hub_silence(repo)
     try:
         return Path(
-            huggingface_hub.hf_hub_download(repo, CONFIG, revision=revision, etag_timeout=HUB_TIMEOUT_S)
+            huggingface_hub.hf_hub_download(
+                repo,
+                CONFIG,
+                revision=revision,
+                etag_timeout=HUB_TIMEOUT_S,
+                local_files_only=silence is not None,
+            )
         )
     except Exception as error:  # the client's exceptions share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")
+        if silence:
+            raise BaseFetchError(
+                f"the config of {repo!r} is not on this machine, and {silence}. Check the network, or "
+                "give the path of a config.json"
+            ) from error
         raise BaseFetchError(
-            f"the config of {repo!r} could not be downloaded ({reason}). Check the name, the network and, "
+            f"the config of {repo!r} could not be downloaded ({first_line(error)}). Check the name and, "
             "for a gated repository, your Hub login; or give the path of a config.json"
         ) from error

@@ -7,20 +7,19 @@ in a run follows from its seed and the step's number, so only the number has to 
 
 from __future__ import annotations
 
-import errno
+import io
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from onebase_adapters.store.atomic_files import atomic_directory
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 _STEP = re.compile(r"step-(\d{8})")
@@ -74,8 +73,7 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}"
         with atomic_directory(target) as work:
             save_file(_plain(adapter), work / _ADAPTER)
-            with (work / _OPTIMIZER).open("wb") as file:
-                torch.save(optimizer, file)
+            _save_optimizer(optimizer, work / _OPTIMIZER)
             (work / _STATE).write_text(json.dumps(asdict(state)))
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
@@ -140,49 +138,26 @@ class Checkpoints:
             raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
 
 
+def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
+    """Raises the OSError of a write that failed, where torch.save says only "unexpected pos"."""
+    failed: list[OSError] = []
+
+    class Noting(io.FileIO):
+        def write(self, data: Any) -> int:
+            try:
+                return super().write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+    try:
+        with Noting(path, "w") as raw, io.BufferedWriter(raw) as file:
+            torch.save(optimizer, file)
+    except RuntimeError as error:
+        if failed:
+            raise failed[0] from error
+        raise
+
+
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a folder to write into; it takes the place of `target` once all of it is on the disk."""
-    work = target.with_name(f".{target.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        for path in [*work.iterdir(), work]:
-            sync(path)
-    except SafetensorError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(code, f"{target} cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    work.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return when a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all, also after a power cut. Raises OSError."""
-    work = path.with_name(f".{path.name}.part")
-    work.write_text(text, encoding="utf-8")
-    sync(work)
-    work.rename(path)
-    sync(path.parent)

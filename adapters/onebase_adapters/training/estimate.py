@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.base import Quantization, estimate_memory
 from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.kernels import CHUNK
 from onebase_adapters.training.recipe import Recipe, RecipeError
 from onebase_adapters.training.targets import target_layers
+from onebase_engine.base.load import Quantization, estimate_memory
 
 MICRO_TOKENS = (8192, 4096, 2048, 1024)
 """What "auto" chooses from; on the CPU the largest ones gain nothing."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.engine.attention import attention_weights
+
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
 
 
@@ -119,10 +121,9 @@ class ShortAttention(torch.autograd.Function):
         groups = heads // shared
         q = q.reshape(n * shared, groups * length, size)
         k, v = k.reshape(n * shared, length, size), v.reshape(n * shared, length, -1)
-        scores = (torch.bmm(q, k.transpose(1, 2)) * scale).view(-1, groups, length, length)
+        raw = torch.bmm(q, k.transpose(1, 2)).view(-1, groups, length, length)
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-        weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1, dtype=torch.float32)
-        weights = weights.to(q.dtype).view(n * shared, groups * length, length)
+        weights = attention_weights(raw, hidden, scale).view(n * shared, groups * length, length)
         ctx.save_for_backward(q, k, v, weights)
         ctx.shape, ctx.scale = (n, heads, length), scale
         return torch.bmm(weights, v).view(n, heads, length, -1)

@@ -16,11 +16,11 @@ from onebase_adapters.training.batches import MicroBatch, pack, step_rows
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.data.dataset import Dataset, Row
 from onebase_adapters.training.events import Interrupted
-from onebase_adapters.training.machine import peak_memory
 from onebase_adapters.training.objectives import Objective
 from onebase_adapters.training.process_group import ProcessGroup
 from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.machine import peak_memory
 
 
 class TrainingDivergedError(Exception):

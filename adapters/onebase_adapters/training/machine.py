@@ -1,11 +1,7 @@
-"""The machine: its free memory, the memory that a run has taken, and how fast it multiplies."""
+"""The machine that an estimate is for: how much memory it has free, and how fast it multiplies."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,44 +134,3 @@ def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError):
         return 1 << 62
     return 1 << 62 if limit == "max" else max(int(limit) - max(used - cached, 0), 0)
-
-
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
-
-
-def peak_memory(device: torch.device) -> int:
-    """The peak until now, in bytes: allocated on a GPU, else the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not getrusage's figure where there is this one: a process begins with its parent's.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that memory is short."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
-
-
-def keep_freed_memory() -> None:
-    """Make glibc reuse freed memory instead of giving it back: a run asks for the same sizes again.
-
-    Fresh pages of a large tensor cost as much as computing it does. Elsewhere than on glibc nothing happens.
-    """
-    import ctypes
-
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        return

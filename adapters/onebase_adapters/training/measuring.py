@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import write_whole
 from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.data.tokens import dated_tokenizer
 from onebase_adapters.training.events import Gate, Listen
@@ -23,7 +23,7 @@ _FILE = "base_metrics.json"
 
 
 class Measuring:
-    """Generates with the model that is trained. Does nothing where the recipe asks for no replies."""
+    """Replies of the adapter as it is now, and of the base. Does nothing where the recipe asks for none."""
 
     def __init__(
         self,
@@ -51,9 +51,8 @@ class Measuring:
         with contextlib.suppress(OSError, ValueError):
             held: dict[str, float] = json.loads(self._file.read_text())
             return held
-        with self._trainable.without_adapter():
-            found = self._measure("base")
-        write_whole(self._file, json.dumps(found))
+        found = self._measure("base")
+        write_atomically(self._file, json.dumps(found))
         return found
 
     def adapter(self) -> dict[str, float]:
@@ -64,11 +63,7 @@ class Measuring:
         """Answer the recipe's prompts; at step 0 the base does."""
         if not self._samples:
             return
-        if step:
-            replies = self._replies(self._samples, "samples")
-        else:
-            with self._trainable.without_adapter():
-                replies = self._replies(self._samples, "samples")
+        replies = self._replies(self._samples, "samples", bare=not step)
         for prompt, text in zip(self._recipe.sample_prompts, replies, strict=True):
             self._listen(events.Sampled(at=time.time(), step=step, prompt=prompt, text=text))
 
@@ -76,18 +71,20 @@ class Measuring:
         if not self._recipe.metrics or not self._prompts:
             return {}
         self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
-        replies = self._replies([prompt.ids.tolist() for prompt in self._prompts], f"measuring {subject}")
+        asked = [prompt.ids.tolist() for prompt in self._prompts]
+        replies = self._replies(asked, f"measuring {subject}", bare=subject == "base")
         references = [prompt.reference for prompt in self._prompts]
         found = {name: mean(name, replies, references) for name in self._recipe.metrics}
         self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
         return found
 
-    def _replies(self, prompts: Sequence[list[int]], name: str) -> list[str]:
+    def _replies(self, prompts: Sequence[list[int]], name: str, *, bare: bool) -> list[str]:
         def on_progress(part: float) -> None:
             self._listen(events.Progress(at=time.time(), name=name, part=part))
 
         return generate_replies(
-            self._trainable.model,
+            self._trainable.base,
+            None if bare else self._trainable.weights(),
             self._tokenizer,
             prompts,
             self._recipe.metric_tokens,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from onebase_adapters.plain_json import parse_json, shown
+from onebase_adapters.format.strict_json import parse_json, shown
 
 Score = Callable[[str, str, str], float]
 """Of reply, reference and the metric's argument."""

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.base import BaseSettings
-from onebase_adapters.base_identity import base_id
-from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, write_whole
+from onebase_adapters.store.atomic_files import write_atomically
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints
 from onebase_adapters.training.data.dataset import Dataset, split
 from onebase_adapters.training.data.reader import load_dataset
 from onebase_adapters.training.data.tokens import asks_for_date
@@ -29,6 +28,8 @@ from onebase_adapters.training.recipe import (
     step_count,
     token_count,
 )
+from onebase_engine.base.identity import base_id
+from onebase_engine.base.load import BaseSettings
 
 _PLAN, _DATE = "plan.json", "template_date"
 _MEMORY = ("micro_tokens", "gradient_checkpointing")
@@ -165,7 +166,7 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
     if plan.recipe != before:
         job.folder.mkdir(parents=True, exist_ok=True)
         held = {"identity": identity, "recipe": plan.recipe.to_json()}
-        write_whole(job.folder / _PLAN, json.dumps(held, indent=1))
+        write_atomically(job.folder / _PLAN, json.dumps(held, indent=1))
     return plan
 
 
@@ -249,4 +250,4 @@ def keep_template_date(job: Job) -> None:
     path = job.folder / _DATE
     if job.recipe.template_date != "auto" and not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, job.recipe.template_date)
+        write_atomically(path, job.recipe.template_date)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from onebase_adapters.base import Quantization
-from onebase_adapters.training.checkpoint import atomic_directory
+from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_adapters.training.recipe import Recipe, recipe_fields
+from onebase_engine.base.load import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)

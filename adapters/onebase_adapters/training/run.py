@@ -15,15 +15,15 @@ import msgspec
 import torch
 from torch import nn
 
-from onebase_adapters.base import BaseChangedError, fingerprint
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack
-from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, write_whole
+from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints
 from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.loop import Trainer
-from onebase_adapters.training.machine import measured_rate, peak_memory
+from onebase_adapters.training.machine import measured_rate
 from onebase_adapters.training.measuring import Measuring
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.plan import (
@@ -40,6 +40,8 @@ from onebase_adapters.training.process_group import ProcessGroup
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.result import DataLine, Report, is_better, model_card, write_adapter
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.load import BaseChangedError, fingerprint
+from onebase_engine.machine import peak_memory
 
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
 _EVA_ROWS = 256
@@ -217,7 +219,7 @@ class PlannedRun:
             dtype=job.save_dtype,
         )
         report = replace(report, adapter_bytes=size)
-        write_whole(job.folder / REPORT, json.dumps(report.to_json(), indent=1))
+        write_atomically(job.folder / REPORT, json.dumps(report.to_json(), indent=1))
         return report
 
 

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import CheckpointError, write_whole
+from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.estimate import ranks_of
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.machine import is_out_of_memory
 from onebase_adapters.training.plan import (
     Data,
     DoesNotFitError,
@@ -43,6 +43,7 @@ from onebase_adapters.training.plan import (
 from onebase_adapters.training.recipe import Auto, Recipe, RecipeError, decided, step_count
 from onebase_adapters.training.run import PlannedRun
 from onebase_adapters.training.targets import target_layers
+from onebase_engine.machine import is_out_of_memory
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""
@@ -263,7 +264,7 @@ class _Sweep:
 
     def _write(self) -> None:
         held = {"identity": self._identity, "trials": [asdict(trial) for trial in self.trials.values()]}
-        write_whole(self._job.folder / _FILE, json.dumps(held, indent=1))
+        write_atomically(self._job.folder / _FILE, json.dumps(held, indent=1))
 
     def stop(self, names: Sequence[str]) -> None:
         """Mark the losers; one that finished under another grid stays finished."""

@@ -20,7 +20,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.training.checkpoint import write_whole
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training.sweep import SweepResult, Trial
 
 TABLE, RESULTS, PLOT = "results.csv", "results.json", "sweep.svg"
@@ -35,7 +35,7 @@ _STYLES = {"finished": "", "failed": "red", "stopped": "dim", "paused": "yellow"
 
 def write(result: SweepResult) -> None:
     """Write the table, the results and the plot into the sweep's folder."""
-    write_whole(result.folder / TABLE, _csv(result))
+    write_atomically(result.folder / TABLE, _csv(result))
     best = result.best
     found = {
         "best": best.name if best else None,
@@ -43,8 +43,8 @@ def write(result: SweepResult) -> None:
         "steps": result.steps,
         "runs": [{**asdict(trial), "loss": trial.loss} for trial in result.trials],
     }
-    write_whole(result.folder / RESULTS, json.dumps(found, indent=1, allow_nan=False))
-    write_whole(result.folder / PLOT, plot(result))
+    write_atomically(result.folder / RESULTS, json.dumps(found, indent=1, allow_nan=False))
+    write_atomically(result.folder / PLOT, plot(result))
 
 
 def _csv(result: SweepResult) -> str:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_adapters.proof.extract import extract
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.kernels import fuse, token_losses
 from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.targets import resolve_targets
-from onebase_adapters.view import peft_view
+from onebase_engine.base.view import peft_view
+from onebase_engine.lora.weights import AdapterWeights
 
 ADAPTER = "default"
 
@@ -37,6 +39,7 @@ class Trainable:
     def __init__(
         self, base: nn.Module, recipe: Recipe, gate: Gate, *, eva: Iterable[MicroBatch] = ()
     ) -> None:
+        self.base = base
         self.device = next(base.parameters()).device
         self._packed = PackedAttention(gate)
         tree: Any = peft_view(base)
@@ -77,6 +80,10 @@ class Trainable:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def weights(self) -> AdapterWeights:
+        """The adapter as it is now, for a slot. On the CPU these are the tensors that training changes."""
+        return extract(self.model, ADAPTER)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -6,14 +6,13 @@
 Paris.
 """
 
-from ._async_client import AsyncClient
-from ._async_jobs import AsyncTrainingJob
-from ._client import Client
-from ._config import Timeout
-from ._event_stream import AsyncEventStream, EventStream
-from ._jobs import TrainingJob
-from ._streaming import AsyncStream, Stream
-from ._version import sdk_version
+from ._async.client import AsyncClient
+from ._async.jobs import AsyncTrainingJob
+from ._async.streams import AsyncEventStream, AsyncStream
+from ._core.config import Timeout, sdk_version
+from ._sync.client import Client
+from ._sync.jobs import TrainingJob
+from ._sync.streams import EventStream, Stream
 from .adapter_types import (
     Activation,
     Adapter,

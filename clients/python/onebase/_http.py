@@ -1,30 +1,55 @@
-"""The only file that imports the HTTP library: sends a Call, gives bytes, speaks OneBase's errors."""
+"""The only file that imports the HTTP library: its requests, its forms, its failures as OneBase's errors."""
 
 from __future__ import annotations
 
+import io
 import ipaddress
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeAlias
+from pathlib import Path
+from typing import Final, TypeAlias, cast
 
+import anyio.to_thread
 import httpx2
 
-from . import _parse
-from ._config import ClientOptions, Timeout
-from ._multipart import Multipart, OpenForm
-from ._requests import Call
-from ._retry import parse_retry_after
-from ._version import sdk_version
+from ._core import parse
+from ._core.config import ClientOptions, Timeout, sdk_version
+from ._core.requests import Call, Form, Sent
+from ._core.retry import parse_retry_after
 from .errors import APIConnectionError, APIStatusError, APITimeoutError, InvalidResponseError, status_error
 
 Transport: TypeAlias = httpx2.BaseTransport
 AsyncTransport: TypeAlias = httpx2.AsyncBaseTransport
+LibraryResponse: TypeAlias = httpx2.Response
+ServerEvent: TypeAlias = httpx2.ServerSentEvent
+
+MAX_EVENT_BYTES: Final = 64 * 1024 * 1024
+"""A server that sends more than this without the end of an event sends no events."""
 
 # A server may close an idle connection after 5 s (uvicorn's default). We drop it sooner, so that a
-# request is never sent on a connection that is just being closed.
+# request is never sent on a connection that the server is closing.
 _LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=4.0)
+
+
+class Pool(httpx2.Client):
+    """The connections to one server."""
+
+    def __init__(self, url: str, transport: Transport | None) -> None:
+        super().__init__(
+            base_url=_url(url), transport=transport, limits=_LIMITS, trust_env=not _is_loopback(url)
+        )
+
+
+class AsyncPool(httpx2.AsyncClient):
+    """The connections to one server, for asynchronous code."""
+
+    def __init__(self, url: str, transport: AsyncTransport | None) -> None:
+        super().__init__(
+            base_url=_url(url), transport=transport, limits=_LIMITS, trust_env=not _is_loopback(url)
+        )
 
 
 @dataclass(frozen=True)
@@ -35,174 +60,123 @@ class Reply:
     body: bytes
 
 
-class Response:
-    """An open response: read it or iterate over it, and close it in any case."""
+@contextmanager
+def prepared(pool: Pool | AsyncPool, call: Call, options: ClientOptions) -> Iterator[httpx2.Request]:
+    """The library's request for `call`. The files of a form are open inside the block.
 
-    def __init__(self, response: httpx2.Response) -> None:
-        self._response = response
-        self.status = response.status_code
-
-    def read(self) -> bytes:
-        with _errors(self._response.request):
-            return self._response.read()
-
-    def chunks(self) -> Generator[bytes, None, None]:
-        """The body as it arrives."""
-        with _errors(self._response.request):
-            yield from self._response.iter_bytes()
-
-    def close(self) -> None:
-        self._response.close()
-
-
-class AsyncResponse:
-    """As Response, for asynchronous code."""
-
-    def __init__(self, response: httpx2.Response) -> None:
-        self._response = response
-        self.status = response.status_code
-
-    async def read(self) -> bytes:
-        with _errors(self._response.request):
-            return await self._response.aread()
-
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives. Close the generator, or the body stays open until it is collected."""
-        with _errors(self._response.request):
-            async with aclosing(self._response.aiter_bytes()) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-
-    async def close(self) -> None:
-        await self._response.aclose()
-
-
-class Http:
-    """One connection pool to one server."""
-
-    def __init__(self, url: str, transport: Transport | None) -> None:
-        self._client = httpx2.Client(
-            base_url=_url(url), transport=transport, limits=_LIMITS, trust_env=not _is_loopback(url)
-        )
-
-    def open(self, call: Call, options: ClientOptions) -> Response:
-        """Send `call` once and give the response, its body still unread.
-
-        Raises:
-            APIConnectionError, APITimeoutError, APIStatusError, InvalidResponseError.
-            OSError, ValueError: a file that belongs to `call` cannot be read.
-        """
-        with _content(call) as content:
-            request = _request(self._client, call, content, options)
-            return self._send(call, request)
-
-    def _send(self, call: Call, request: httpx2.Request) -> Response:
-        with _errors(request):
-            response = self._client.send(request, stream=True)
-            if _is_answer(call, response):
-                return Response(response)
-            try:
-                response.read()
-            finally:
-                response.close()
-        raise _status_error(response)
-
-    def fetch(self, call: Call, options: ClientOptions) -> Reply:
-        """Send `call` once and give the whole response. Raises as `open`."""
-        response = self.open(call, options)
-        try:
-            return Reply(response.status, response.read())
-        finally:
-            response.close()
-
-    def close(self) -> None:
-        self._client.close()
-
-
-class AsyncHttp:
-    """As Http, for asynchronous code."""
-
-    def __init__(self, url: str, transport: AsyncTransport | None) -> None:
-        self._client = httpx2.AsyncClient(
-            base_url=_url(url), transport=transport, limits=_LIMITS, trust_env=not _is_loopback(url)
-        )
-
-    async def open(self, call: Call, options: ClientOptions) -> AsyncResponse:
-        """As Http.open."""
-        with _content(call) as content:
-            request = _request(self._client, call, content, options)
-            return await self._send(call, request)
-
-    async def _send(self, call: Call, request: httpx2.Request) -> AsyncResponse:
-        with _errors(request):
-            response = await self._client.send(request, stream=True)
-            if _is_answer(call, response):
-                return AsyncResponse(response)
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
-        raise _status_error(response)
-
-    async def fetch(self, call: Call, options: ClientOptions) -> Reply:
-        """As Http.fetch."""
-        response = await self.open(call, options)
-        try:
-            return Reply(response.status, await response.read())
-        finally:
-            await response.close()
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-
-def _content(call: Call) -> AbstractContextManager[bytes | OpenForm | None]:
-    """What is sent as the body; the files of a form are open inside the block."""
-    return call.body.opened() if isinstance(call.body, Multipart) else nullcontext(call.body)
-
-
-def _request(
-    client: httpx2.Client | httpx2.AsyncClient,
-    call: Call,
-    content: bytes | OpenForm | None,
-    options: ClientOptions,
-) -> httpx2.Request:
+    Raises:
+        OSError: a file cannot be opened.
+    """
     headers = {"User-Agent": f"onebase-python/{sdk_version()}", **dict(call.headers)}
-    if isinstance(call.body, Multipart):
-        headers["Content-Type"] = call.body.content_type
-    elif call.body is not None:
-        headers["Content-Type"] = "application/json"
-    body: bytes | Iterator[bytes] | AsyncIterator[bytes] | None
-    if isinstance(content, OpenForm):
-        headers["Content-Length"] = str(content.length)  # else it would be sent chunked
-        body = content.achunks() if isinstance(client, httpx2.AsyncClient) else content.chunks()
-    else:
-        body = content
     if options.api_key is not None:
         headers["Authorization"] = f"Bearer {options.api_key}"
-    return client.build_request(
-        call.method, call.path, content=body, headers=headers, timeout=_timeout(options.timeout)
-    )
+    timeout = _timeout(options.timeout)
+    with ExitStack() as stack:
+        if isinstance(call.body, Form):
+            form = call.body
+            opened = [stack.enter_context(_AnnouncedFile(path)) for path in form.files]
+            files = [
+                (form.files_field, (file.path.name, file, "application/octet-stream")) for file in opened
+            ]
+            request = pool.build_request(
+                call.method, call.path, data=dict(form.fields), files=files, headers=headers, timeout=timeout
+            )
+            request.stream = _CountedForm(request, form.on_sent)
+        else:
+            if call.body is not None:
+                headers["Content-Type"] = "application/json"
+            request = pool.build_request(
+                call.method, call.path, content=call.body, headers=headers, timeout=timeout
+            )
+        yield request
+
+
+class _AnnouncedFile(io.FileIO):
+    """A file that gives as many bytes as it had when it was opened, even if it grows meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self.path = path
+        self._left = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes.
+
+        Raises:
+            ValueError: the file became shorter than the length that the request announced.
+        """
+        wanted = self._left if size is None or size < 0 else min(size, self._left)
+        chunk = super().read(wanted) or b""
+        if wanted and not chunk:
+            raise ValueError(f"{self.path} became shorter while it was sent: send it when it is complete")
+        self._left -= len(chunk)
+        return chunk
+
+
+class _CountedForm(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A form as the library encodes it. Each chunk is reported once it was taken, and can be taken once.
+
+    The library would read the disk in the event loop. Here a thread does.
+    """
+
+    def __init__(self, request: httpx2.Request, on_sent: Sent | None) -> None:
+        self._chunks = iter(cast(httpx2.SyncByteStream, request.stream))
+        self._length = int(request.headers["Content-Length"])
+        self._on_sent = on_sent
+        self._given = 0
+        self._reported = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self._next():
+            yield chunk
+            self._report()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self  # an asynchronous generator would have to be closed when it is left half-read
+
+    async def __anext__(self) -> bytes:
+        self._report()
+        chunk = await anyio.to_thread.run_sync(self._next)
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    def _next(self) -> bytes:
+        chunk = next(filter(None, self._chunks), b"")
+        self._given += len(chunk)
+        return chunk
+
+    def _report(self) -> None:
+        if self._on_sent is not None and self._reported < self._given:
+            self._on_sent(self._given, self._length)
+        self._reported = self._given
 
 
 def _timeout(timeout: Timeout) -> httpx2.Timeout:
-    # pool=None: with all connections busy a request waits its turn; `read` then bounds those before it.
+    # pool=None: with all connections busy a request waits its turn, and `read` limits those before it.
     return httpx2.Timeout(connect=timeout.connect, read=timeout.read, write=timeout.write, pool=None)
 
 
-def _is_answer(call: Call, response: httpx2.Response) -> bool:
+def is_answer(call: Call, response: httpx2.Response) -> bool:
+    """Whether the response answers `call`, rather than refusing it."""
     return response.is_success or response.status_code in call.answer_statuses
 
 
-def _status_error(response: httpx2.Response) -> APIStatusError:
+def refusal(response: httpx2.Response) -> APIStatusError:
+    """The error of a response that has been read."""
     retry_after = parse_retry_after(response.headers.get("retry-after"), datetime.now(UTC))
-    detail = _parse.error_detail(response.status_code, response.content)
+    detail = parse.error_detail(response.status_code, response.content)
     return status_error(response.status_code, detail, retry_after=retry_after)
 
 
+def server_events(response: httpx2.Response) -> httpx2.EventSource:
+    """The server-sent events in the body of a response, to iterate over."""
+    return httpx2.EventSource(response, max_event_size=MAX_EVENT_BYTES)
+
+
 @contextmanager
-def _errors(request: httpx2.Request) -> Iterator[None]:
-    """Raise the library's failures as ours."""
+def translated(request: httpx2.Request) -> Iterator[None]:
+    """Raises the library's failures as OneBase's errors."""
     server = f"{request.url.scheme}://{request.url.netloc.decode()}"
     try:
         yield
@@ -212,6 +186,8 @@ def _errors(request: httpx2.Request) -> Iterator[None]:
         raise APITimeoutError(
             f"{server} sent nothing for too long; raise `timeout`, or stream the answer", sent=True
         ) from error
+    except httpx2.SSEError as error:
+        raise InvalidResponseError(f"{server} sent no stream of events: {error}") from error
     except httpx2.DecodingError as error:
         raise InvalidResponseError(f"the answer of {server} cannot be decoded: {error}") from error
     except httpx2.ConnectError as error:
@@ -231,7 +207,7 @@ def _url(url: str) -> httpx2.URL:
 
 
 def _is_loopback(url: str) -> bool:
-    """Whether the server is this machine: never through a proxy, whatever the environment says."""
+    """Whether the server is on this machine: then no proxy is used, whatever the environment says."""
     host = _url(url).host
     if host == "localhost":
         return True

@@ -1,4 +1,4 @@
-"""What the server tells about adapters, their versions and their proofs: plain frozen dataclasses."""
+"""What the server reports about adapters, their versions and their proofs, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Adapter:
     """The digest of the active version; None while none is."""
     active: bool
     state: str
-    """Of the active version, else of the newest one: see AdapterVersion."""
+    """The state of the active version, else of the newest one: see AdapterVersion."""
     kinds: tuple[str, ...]
     """What the active version is made of: `lora`, `dora`, `saved`, `tokens`. As `rank`, `alpha`,
     `targets`, `parameters` and `bytes`, empty or None while no version is active."""
@@ -34,7 +34,7 @@ class Adapter:
     tenant: str
     """Who owns it."""
     pinned: bool
-    """Whether it stays in memory although others were used more recently."""
+    """Whether it stays in memory even if others are used more recently."""
     tier: str | None
     """Where the active version is: `slot` (on the accelerator), `host` (in memory) or `disk`."""
     versions: int
@@ -60,19 +60,19 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an adapter is on its way to being ready."""
+    """How far a version is on its way to being ready."""
 
     stage: str
     """`uploading`, `pulling`, `validating` or `proving`; at the end `ready` or `failed`."""
     fraction: float | None = None
-    """0 to 1; None when it is not known. Validating and proving are one piece of work: it goes on there."""
+    """0 to 1, None if not known. Validating and proving are one piece of work, and share one fraction."""
     bytes_done: int | None = None
     """Sent so far, while uploading."""
     bytes_total: int | None = None
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], object]
-"""Called with each step forward, in the thread (or the event loop) that waits. Be quick."""
+"""Called with each step forward, in the thread or event loop that waits. It must return soon."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class ProofReport:
-    """How the server made sure that what it serves is what PEFT computes."""
+    """How the server proved that it serves what PEFT computes."""
 
     modules_compared: int
-    """Each on the same input, with PEFT's own module."""
+    """Each with PEFT's own module, on the same input."""
     modules_changed: int
-    """Those whose output differs from the base's."""
+    """Modules whose output differs from the base's."""
     rows: int
     """Of the input that they were compared on."""
     exact: bool
@@ -117,7 +117,7 @@ class ProofReport:
     """Prompts that were continued by both, greedily."""
     tokens_compared: int
     texts_changed: int
-    """Texts that differ from what the base alone says."""
+    """Texts that differ from the base's own."""
     base_unchanged: bool
     """Whether the base's weights are what they were before."""
     seconds: float
@@ -125,7 +125,7 @@ class ProofReport:
 
 @dataclass(frozen=True)
 class VersionReport:
-    """What the server found out about a version before it served it."""
+    """What the server found about a version before it served it."""
 
     kinds: tuple[str, ...]
     rank: int
@@ -150,14 +150,14 @@ class AdapterVersion:
     """One immutable set of files under a name."""
 
     id: str
-    """`name@version`, shortened: good for `adapter=` in a request."""
+    """`name@version`, shortened, for `adapter=` in a request."""
     name: str
     version: str
     """The SHA-256 of its content; while it is still being pulled, the id of the pull."""
     state: str
     """`pulling`, `validating`, `proving`, and in the end `ready` or `failed`."""
     active: bool
-    """Whether requests that give just the name get this version."""
+    """Whether requests for the name alone get this version."""
     error: VersionFailure | None
     base: str
     source: AdapterSource
@@ -183,14 +183,14 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class Activation:
-    """One entry in the history of a name: who let it answer with what, and when."""
+    """One entry in the history of a name: who changed its active version, and when."""
 
     action: str
     """`activate`, `rollback` or `deactivate`."""
     version: str | None
-    """The digest that answered from then on; None after `deactivate`."""
+    """The digest that was active from then on. None after `deactivate`."""
     previous: str | None
-    """The digest that answered before."""
+    """The digest that was active before."""
     actor: str
     at: float
     """Unix time in seconds."""

@@ -49,6 +49,8 @@ class ErrorDetail:
     """The exact kind, stable enough to compare with, such as `adapter_not_found`."""
     current: str | None = None
     """The digest that is active, in an error that says that another one was expected."""
+    version: str | None = None
+    """The digest of the version that the error is about, where the answer says it."""
 
 
 class OneBaseError(Exception):
@@ -77,8 +79,8 @@ class APIConnectionError(OneBaseError):
     """The server could not be reached, or the connection broke before the answer was complete.
 
     Attributes:
-        sent: False when the request certainly never left (connection refused, unknown host), so that
-            sending it again cannot do anything twice.
+        sent: False if the request certainly never left (connection refused, unknown host), so that it can
+            be sent again without harm.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -90,7 +92,7 @@ class APITimeoutError(OneBaseError):
     """A timeout passed before the answer was complete.
 
     Attributes:
-        sent: False when it passed while still connecting.
+        sent: False if it passed while connecting.
     """
 
     def __init__(self, message: str, *, sent: bool) -> None:
@@ -107,6 +109,8 @@ class APIStatusError(OneBaseError):
         param: The field of the request that is at fault, or None.
         code: The exact kind of error, or None.
         retry_after: Seconds after which the server asks to be tried again, or None.
+        version: The digest of the version that the error is about, or None. One that could not be activated
+            is kept: activate it later, without sending it again.
     """
 
     def __init__(self, status: int, detail: ErrorDetail, *, retry_after: float | None = None) -> None:
@@ -116,6 +120,7 @@ class APIStatusError(OneBaseError):
         self.param = detail.param
         self.code = detail.code
         self.retry_after = retry_after
+        self.version = detail.version
 
     def __str__(self) -> str:
         named = self.param is None or self.param in self.message
@@ -178,11 +183,11 @@ class InternalServerError(APIStatusError):
 class AdapterRejectedError(OneBaseError):
     """An adapter was not accepted: it could not be fetched, its files are wrong, or its proof failed.
 
-    Nothing of it is served; the version that was active before still is.
+    Nothing of it is served. The active version is unchanged.
 
     Attributes:
         code: The exact kind of reason, such as `no_effect`, or None.
-        version: The version that failed, or None where the server refused it before it became one.
+        version: The version that failed, or None if the server refused the files before they became one.
     """
 
     def __init__(self, message: str, *, code: str | None, version: AdapterVersion | None) -> None:
@@ -195,11 +200,11 @@ class AdapterRejectedError(OneBaseError):
 
 
 class TrainingStoppedError(OneBaseError):
-    """A job that was waited for brought no adapter: somebody paused or cancelled it, or it failed.
+    """A job that was waited for did not succeed: somebody paused or cancelled it, or it failed.
 
     Attributes:
         code: `paused`, `cancelled`, or why it failed, such as `invalid_file` or `out_of_memory`.
-        job: The job as it is then. `job.resumable` says whether `resume` would go on with it.
+        job: The job as it is then. `job.resumable` says whether `resume` would continue it.
     """
 
     def __init__(self, message: str, *, code: str, job: TrainingJobInfo) -> None:
@@ -209,7 +214,7 @@ class TrainingStoppedError(OneBaseError):
 
 
 class TrainingFailedError(TrainingStoppedError):
-    """A job failed. What its adapter's name answered with before, it still does.
+    """A job failed. The active version of its adapter is unchanged.
 
     Attributes:
         param: The file or setting that is at fault, or None.
@@ -223,7 +228,7 @@ class TrainingFailedError(TrainingStoppedError):
 class StreamError(OneBaseError):
     """A stream failed after it had begun. It is never retried: pieces were already handed out.
 
-    What came before is still in the stream's `text`.
+    The text before the failure is in the stream's `text`.
 
     Attributes:
         type, param, code: As in APIStatusError. `code` is `connection_lost` or `timeout` when the

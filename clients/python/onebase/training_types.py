@@ -1,4 +1,4 @@
-"""What the server tells about training: files, jobs, events and checkpoints, as plain frozen dataclasses."""
+"""What the server reports about training: files, jobs, events and checkpoints, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 SUCCEEDED: Final = "succeeded"
 ENDED: Final = frozenset({SUCCEEDED, "failed", "cancelled"})
-"""Statuses that a job never leaves, but for a failed one that is `resumable`."""
+"""Final statuses. Only a failed job that is `resumable` can leave its own."""
 
 Activate: TypeAlias = Literal["always", "if_better", "never"]
 TrainingMethod: TypeAlias = Literal["supervised", "dpo"]
@@ -16,7 +16,7 @@ TrainingMethod: TypeAlias = Literal["supervised", "dpo"]
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """A file that a job can learn from, or the curve that one left."""
+    """A file that a job can learn from, or the curve that a job left."""
 
     id: str
     filename: str
@@ -29,31 +29,31 @@ class TrainingFile:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a job is. Losses are nats a supervised token; None is not known yet."""
+    """How far a job is. Losses are in nats per supervised token. None is not known yet."""
 
     phase: str | None = None
-    """What it does now, such as `training` or `measuring`."""
+    """What the job does now, such as `training` or `measuring`."""
     step: int = 0
     steps: int | None = None
     loss: float | None = None
     """Of the newest step."""
     eval_loss: float | None = None
-    """On held-out rows, when it was last measured; of the base before the first step."""
+    """On held-out rows, as measured last. Before the first step it is the base's."""
     tokens: int | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     memory_bytes: int | None = None
-    """The most that the trainer has taken."""
+    """The most that the trainer has used."""
 
     @property
     def fraction(self) -> float | None:
-        """Of the steps that are done, 0 to 1."""
+        """The share of the steps that are done, 0 to 1."""
         return self.step / self.steps if self.steps else None
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What came of a job: the base before and the adapter after, on the same held-out rows."""
+    """The result of a job: the base before and the adapter after, on the same held-out rows."""
 
     steps: int
     best_step: int
@@ -63,13 +63,13 @@ class TrainingReport:
     parameters: int
     adapter_bytes: int
     loss_before: float | None
-    """Of the base, nats a supervised token; None where nothing was held out."""
+    """The base's, in nats per supervised token. None if no rows were held out."""
     loss_after: float | None
     metrics_before: Mapping[str, float] = field(hash=False)
     """Of the base's replies, each from 0 to 1."""
     metrics_after: Mapping[str, float] = field(hash=False)
     better: bool | None
-    """Whether the adapter is better by the job's `best_by`; None if that was not measured."""
+    """Whether the adapter is better by the job's `best_by`. None if that was not measured."""
     peak_memory_bytes: int
 
 
@@ -86,7 +86,7 @@ class TrainingFailure:
 
 @dataclass(frozen=True)
 class TrainingEvent:
-    """One thing that a job told."""
+    """One event of a job."""
 
     id: str
     created_at: float
@@ -101,19 +101,19 @@ class TrainingEvent:
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A place from which a job can go on."""
+    """A checkpoint from which a job can continue."""
 
     id: str
     created_at: float
     """Unix time in seconds."""
     step: int
     metrics: Mapping[str, float] = field(hash=False)
-    """`train_loss` and `valid_loss`, where they were measured at this step."""
+    """`train_loss` and `valid_loss`, if they were measured at this step."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One step of a job; a loss is None where it was not measured."""
+    """One step of a job. A loss that was not measured is None."""
 
     step: int
     train_loss: float | None
@@ -122,11 +122,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingJobInfo:
-    """A job as the server told it last."""
+    """A job as the server reported it last."""
 
     id: str
     name: str
-    """The adapter's: what comes out is a version of it."""
+    """The adapter's. The result is a version of it."""
     status: str
     """`validating_files`, `queued`, `running`, `paused`, and in the end `succeeded`, `failed` or
     `cancelled`."""
@@ -135,7 +135,7 @@ class TrainingJobInfo:
     method: str
     """`supervised` or `dpo`."""
     settings: Mapping[str, Any] = field(hash=False)
-    """All hyperparameters; what was "auto" is decided once the files are checked."""
+    """All hyperparameters. Those that were "auto" are decided once the files are checked."""
     seed: int
     training_file: str
     validation_file: str | None
@@ -146,13 +146,13 @@ class TrainingJobInfo:
     """Unix time in seconds."""
     finished_at: float | None
     fine_tuned_model: str | None
-    """`name@version`: what to ask for. None until it has succeeded."""
+    """`name@version`, for `adapter=` in a request. None until the job has succeeded."""
     version: str | None
-    """The digest of what came out."""
+    """The digest of the resulting version."""
     activated: bool | None
-    """Whether requests that give just the name get it; None until it has succeeded."""
+    """Whether requests for the name alone get this version. None until the job has succeeded."""
     resumable: bool
-    """Whether `resume` would go on from its last checkpoint."""
+    """Whether `resume` would continue from the last checkpoint."""
     progress: TrainingProgress | None
     report: TrainingReport | None
     error: TrainingFailure | None
@@ -161,7 +161,7 @@ class TrainingJobInfo:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen by itself, as for `paused`."""
+        """Whether the job has succeeded, failed or been cancelled. A paused job has not ended."""
         return self.status in ENDED
 
 
@@ -195,7 +195,7 @@ class TrainingSettings(TypedDict, total=False):
     epochs: float | str
     """Passes over the data (3)."""
     max_steps: int
-    """Stop after so many steps; 0: after the epochs (0)."""
+    """Stop after this number of steps; 0: after the epochs (0)."""
     batch_size: int | str
     """Rows in one step (16 or fewer)."""
     learning_rate: float | str
@@ -203,7 +203,7 @@ class TrainingSettings(TypedDict, total=False):
     learning_rate_multiplier: float | str
     """Times the learning rate (1)."""
     lora_plus_ratio: float
-    """LoRA+: B learns so many times faster than A; 0: as fast (0)."""
+    """LoRA+: how many times faster B learns than A; 0: as fast (0)."""
     schedule: str
     """How the learning rate falls: `cosine`, `linear` or `constant` (`cosine`)."""
     warmup_ratio: float
@@ -235,9 +235,9 @@ class TrainingSettings(TypedDict, total=False):
     save_every: int | str
     """Steps between checkpoints (as `eval_every`)."""
     keep: int
-    """Checkpoints kept beside the best one (2)."""
+    """Checkpoints kept in addition to the best one (2)."""
     patience: int
-    """Stop after so many evaluations without a better one; 0: never (0)."""
+    """Stop after this number of evaluations without a better one; 0: never (0)."""
     metrics: str | Sequence[str]
     """One or several, measured on the base's replies and the adapter's: `exact_match`, `word_f1`,
     `json_valid`, `json_equal`, `json_keys:A|B|C`, `contains:TEXT`, `lacks:TEXT`, `starts_with:TEXT`,

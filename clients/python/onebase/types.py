@@ -1,4 +1,4 @@
-"""What goes in and what comes out: plain frozen dataclasses, no validation library needed."""
+"""Requests and answers, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Messages: TypeAlias = str | Sequence[Message | Mapping[str, str]]
 
 
 class SamplingFields(TypedDict, total=False):
-    """How tokens are chosen. What is left out takes the server's default, given here."""
+    """How tokens are chosen. A field that is left out has the server's default, given here."""
 
     temperature: float
     """1.0. 0 always takes the likeliest token; higher is more varied."""
@@ -50,11 +50,11 @@ class SamplingFields(TypedDict, total=False):
     presence_penalty: float
     """0, off. Subtracted from the logit of each token that the answer already has."""
     frequency_penalty: float
-    """0, off. Subtracted as often as the answer already has the token."""
+    """0, off. Subtracted once for each time the answer already has the token."""
     logit_bias: Mapping[int, float]
     """Added to the logits of these token ids."""
     seed: int | None
-    """None, drawn anew. The same request and seed give the same text."""
+    """None, a new one each time. The same request and seed give the same text."""
     stop: str | Sequence[str]
     """Strings that end the answer; they are not part of it."""
     stop_token_ids: Sequence[int]
@@ -102,7 +102,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that a request took."""
+    """The tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.postgres import PostgresServer, postgres_server
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import Registry
+from onebase_adapters.store.content import Blob, VersionFiles
 
 Open = Callable[..., Registry]
 

@@ -7,7 +7,6 @@ import time
 import pytest
 from tests.adapters.registry.conftest import Open, add, blob, files
 
-from onebase_adapters.content import Blob, VersionFiles
 from onebase_adapters.registry import (
     NothingToRollBackError,
     NotReadyError,
@@ -18,6 +17,7 @@ from onebase_adapters.registry import (
     UnknownVersionError,
     VersionError,
 )
+from onebase_adapters.store.content import Blob, VersionFiles
 
 HERE = ("default", "a")
 REPORT = {
@@ -105,6 +105,15 @@ def test_a_ready_version_can_be_opened_for_another_proof_while_it_is_active(regi
     assert active(registry) == digest
     registry.set_state(*HERE, digest, "ready", prepared=blob("again"))
     assert registry.version(*HERE, digest).prepared == blob("again")
+
+
+def test_a_version_that_was_proved_again_is_not_opened_by_what_was_seen_before(registry: Registry) -> None:
+    digest = add(registry, "a", "1")
+    seen = registry.version(*HERE, digest)
+    assert registry.reopen(*HERE, digest, seen=seen).state == "validating"
+    healed = registry.set_state(*HERE, digest, "ready", prepared=seen.prepared)
+    assert registry.reopen(*HERE, digest, seen=seen) == healed
+    assert registry.reopen(*HERE, digest, seen=healed).state == "validating"
 
 
 def test_unfinished_versions_are_found_after_a_restart(registry: Registry, open_registry: Open) -> None:

@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from onebase_adapters.base_errors import BaseError
-from onebase_adapters.default_base import DEFAULT_BASE, DEFAULT_REPO, ResolvedBase, resolve_base
-from onebase_adapters.default_wheel import Progress
+from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
+from onebase_engine.base.default_base import (
+    DEFAULT_BASE,
+    DEFAULT_REPO,
+    BaseSpecError,
+    Progress,
+    ResolvedBase,
+    resolve_base,
+)
 
 if TYPE_CHECKING:
-    from onebase_adapters.base import BaseSettings
+    from onebase_engine.base.load import BaseSettings
 
 _GROUPS = {
     "method": "what is learned",
@@ -31,6 +37,7 @@ _GROUPS = {
     "evaluation": "evaluation and checkpoints",
 }
 _SHORT = {"rank_pattern": "LAYER=R,...", "alpha_pattern": "LAYER=ALPHA,..."}
+_PIPE_WIDTH = 200
 _REPEATED = ("sample_prompts", "metrics")
 
 
@@ -68,12 +75,18 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_adapter_name(name: str) -> None:
+    """Before hours of training. Raises UsageError."""
+    if not is_adapter_name(name):
+        raise UsageError(f"--name: {name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
+
+
 def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:
-    """The base's folder, downloaded if need be. Raises UsageError."""
+    """The base's folder, downloaded if need be. Raises UsageError, BaseFetchError."""
     try:
         return resolve_base(options.base, progress)
-    except BaseError as error:
-        raise UsageError(f"the base {options.base!r} cannot be used: {error}") from error
+    except BaseSpecError as error:
+        raise UsageError(f"--base: {error}") from error
 
 
 def base_repo(options: argparse.Namespace, resolved: ResolvedBase) -> str | None:
@@ -88,7 +101,7 @@ def base_settings(options: argparse.Namespace, folder: Path) -> BaseSettings:
     """How to load the base, from the options of `add_base_options`. Raises UsageError."""
     import torch
 
-    from onebase_adapters.base import BaseSettings
+    from onebase_engine.base.load import BaseSettings
 
     device = options.device
     if device == "auto":
@@ -175,6 +188,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return value
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal; through a pipe so wide that no line is broken."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def print_error(console: Console, message: str) -> None:

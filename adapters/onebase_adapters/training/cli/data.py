@@ -18,8 +18,6 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.base_errors import BaseError
-from onebase_adapters.default_base import DEFAULT_BASE, resolve_base
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_recipe_options,
@@ -29,6 +27,7 @@ from onebase_adapters.training.cli.common import (
 from onebase_adapters.training.cli.printable import printable
 from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.recipe import Recipe
+from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
 
 if TYPE_CHECKING:
     from onebase_adapters.training.data.report import DataReport, Example

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.base_errors import BaseError
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
     add_recipe_options,
     base_settings,
+    open_console,
     positive,
     print_error,
     recipe_from,
@@ -34,6 +34,7 @@ from onebase_adapters.training.recipe import (
     resolve,
     token_count,
 )
+from onebase_engine.base.default_base import BaseError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.estimate import Estimate
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     except RecipeError as error:
         parser.error(f"{error.field}: {error}")
     except BaseError as error:
-        print_error(Console(stderr=True), str(error))
+        print_error(open_console(stderr=True), str(error))
         return 1
 
 
@@ -128,7 +129,7 @@ def _estimate(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write(json.dumps({**made.to_json(), "machine": machine.name, "rate": machine.rate}) + "\n")
     else:
-        show(Console(), made, recipe, machine, f"{options.base}, {options.quantization}")
+        show(open_console(), made, recipe, machine, f"{options.base}, {options.quantization}")
     return 0 if made.fits else 1
 
 

@@ -43,6 +43,7 @@ class Display:
             TextColumn("{task.fields[facts]}"),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,
         )
         self._task: TaskID = self._progress.add_task("starting", total=None, facts="")
         self._losses: list[float] = []
@@ -83,7 +84,11 @@ class Display:
     def finished(self, report: Report, folder: Path) -> None:
         """The table of what came of it, and what to do next."""
         self._progress.stop()
+        self._console.print(
+            f"\n{shown(report.name)}: base against adapter, on held-out rows", highlight=False, style="bold"
+        )
         self._console.print(_results(report))
+        self._console.print(_figures(report), highlight=False)
         if self._losses:
             self._console.print(f"loss {sparkline(self._losses, 48)} {self._losses[-1]:.4f}", highlight=False)
         path, name = shown(str(folder / "adapter")), shown(report.name)
@@ -164,7 +169,7 @@ class Display:
 
 
 def _results(report: Report) -> Table:
-    table = Table(title=f"{shown(report.name)}: base against adapter, on held-out rows", title_justify="left")
+    table = Table()
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column("adapter", justify="right")
@@ -175,13 +180,16 @@ def _results(report: Report) -> Table:
         table.add_row(shown(name), "" if before is None else f"{before:.1%}", f"{value:.1%}")
     if not table.row_count:
         table.add_row("nothing was held out", "", "")
+    return table
+
+
+def _figures(report: Report) -> str:
     speed = report.tokens / report.seconds if report.seconds else 0.0
-    table.caption = (
+    return (
         f"{report.steps} steps, best after {report.best_step}; {report.tokens:,} tokens in "
         f"{_duration(report.seconds)} ({speed:,.0f} tok/s); {report.adapter_bytes / 1e6:.1f} MB; "
         f"at most {report.peak_memory_bytes / 1e9:.1f} GB of memory"
     )
-    return table
 
 
 def _duration(seconds: float) -> str:

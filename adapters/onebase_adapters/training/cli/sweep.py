@@ -18,7 +18,9 @@ from onebase_adapters.training.cli.common import (
     add_recipe_options,
     base_repo,
     base_settings,
+    check_adapter_name,
     find_base,
+    open_console,
     positive,
     print_error,
     quiet_libraries,
@@ -27,6 +29,7 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.cli.printable import shown
+from onebase_engine.base.default_base import BaseFetchError
 
 if TYPE_CHECKING:
     from onebase_adapters.training.plan import Job
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 _ABOUT = """\
 Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
 
-  onebase sweep --data train.jsonl
+  onebase sweep --data train.jsonl --name acme
   onebase sweep --data train.jsonl --r 8..64 --targets attention --targets all-linear --learning-rate 5e-4
 
 Ends in a table, results.csv, results.json and a plot, sweep.svg. A sweep that was stopped goes on where it
@@ -49,12 +52,15 @@ _SWEPT = ("r", "alpha", "targets", "learning_rate")
 def main(argv: Sequence[str]) -> int:
     """`onebase sweep`. Exit status: 0 done, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = _parser().parse_args(list(argv))
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         return _sweep(options, console)
     except UsageError as error:
         print_error(console, str(error))
         return _USAGE
+    except BaseFetchError as error:
+        print_error(console, str(error))
+        return _FAILED
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on where it was.")
         return _STOPPED
@@ -70,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, as for `onebase train`")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out examples; else a part of --data is")
+    parser.add_argument("--name", help="the adapter's name; the folder is then runs/NAME-sweep")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder (default: runs/sweep)"
+        "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/NAME-sweep, or runs/sweep)"
     )
     tried = parser.add_argument_group("what is tried, in every combination")
     tried.add_argument(
@@ -116,11 +123,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
+    if options.name is not None:
+        check_adapter_name(options.name)
+    folder = options.out or Path("runs") / (f"{options.name}-sweep" if options.name else "sweep")
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
-    from onebase_adapters.training.machine import free_memory, keep_freed_memory
+    from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.plan import Job
+    from onebase_engine.machine import keep_freed_memory
 
     try:
         from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
@@ -137,11 +148,11 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         resolved = find_base(options, show.loading)
         settings = base_settings(options, resolved.folder)
         job = Job(
-            name="sweep",
+            name=options.name or "sweep",
             recipe=recipe,
             train=options.data,
             held_out=options.eval_data,
-            folder=options.out,
+            folder=folder,
             base=settings,
             base_name=resolved.name,
             base_repo=base_repo(options, resolved),
@@ -153,19 +164,19 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _FAILED
     write(result)
     render(result, console)
-    console.print(f"Plot: {shown(str(options.out / PLOT))}  Table: {shown(str(options.out / TABLE))}")
+    console.print(f"Plot: {shown(str(folder / PLOT))}  Table: {shown(str(folder / TABLE))}")
     return 0 if result.best else _FAILED
 
 
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.data.records import DataError
     from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
+    from onebase_engine.base.load import UnsupportedBaseError, load_base
 
     try:
         show.loading(f"loading {job.base_name}", 0.0)
@@ -213,6 +224,7 @@ class _Show:
             TextColumn("{task.fields[facts]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("starting", total=None, facts="")
 

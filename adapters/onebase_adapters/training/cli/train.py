@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.adapter_names import NAME_RULE, is_adapter_name
-from onebase_adapters.default_base import ResolvedBase
 from onebase_adapters.training.cli.common import (
     UsageError,
     add_base_options,
     add_recipe_options,
     base_repo,
     base_settings,
+    check_adapter_name,
     find_base,
+    open_console,
     positive,
     print_error,
     quiet_libraries,
@@ -29,6 +29,7 @@ from onebase_adapters.training.cli.common import (
     size,
 )
 from onebase_adapters.training.push import is_repo_name
+from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
 if TYPE_CHECKING:
     from onebase_adapters.training.plan import Job
@@ -49,12 +50,15 @@ _STOPPED, _FAILED, _USAGE = 130, 1, 2
 def main(argv: Sequence[str]) -> int:
     """`onebase train`. Exit status: 0 trained, 1 failed, 2 wrong options, 130 stopped by Ctrl-C."""
     options = train_parser().parse_args(list(argv))
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         return _train(options, console)
     except UsageError as error:
         print_error(console, str(error))
         return _USAGE
+    except BaseFetchError as error:
+        print_error(console, str(error))
+        return _FAILED
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from the last checkpoint.")
         return _STOPPED
@@ -116,8 +120,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
     from onebase_adapters.training.cli.progress import Display
-    from onebase_adapters.training.machine import keep_freed_memory
     from onebase_adapters.training.process_group import join_processes
+    from onebase_engine.machine import keep_freed_memory
 
     if options.threads:
         import torch
@@ -140,8 +144,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 def _check_names(options: argparse.Namespace) -> None:
     """Before hours of training. Raises UsageError."""
-    if not is_adapter_name(options.name):
-        raise UsageError(f"--name: {options.name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
+    check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
         raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
 
@@ -181,18 +184,18 @@ def _own_gpu() -> Any:
 
 def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup) -> Report | None:
     """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.base import UnsupportedBaseError, load_base
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
     from onebase_adapters.training.data.records import DataError
     from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.loop import TrainingDivergedError
-    from onebase_adapters.training.machine import is_out_of_memory
     from onebase_adapters.training.plan import DoesNotFitError
     from onebase_adapters.training.process_group import OtherProcessError
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.run import train
+    from onebase_engine.base.load import UnsupportedBaseError, load_base
+    from onebase_engine.machine import is_out_of_memory
 
     told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:

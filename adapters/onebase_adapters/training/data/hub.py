@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from onebase_adapters.hub_reference import HubError, HubReference
+from onebase_adapters.hub.reference import HubError, HubReference
 from onebase_adapters.training.data.files import FORMATS, MOST_FILE_BYTES
 from onebase_adapters.training.data.records import DataError, Problem
+from onebase_engine.base.hub_access import hub_silence
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<split>[\w./-]{1,120}))?(?:@(?P<revision>.{1,250}))?", re.ASCII
@@ -58,24 +63,39 @@ def fetch(dataset: DatasetId, part: str) -> list[Path]:
     import huggingface_hub
 
     hub = huggingface_hub.HfApi()
+    silence = hub_silence(dataset.repo, "datasets")
     try:
-        commit = hub.resolve_revision(dataset.repo, repo_type="dataset", revision=dataset.revision).resolved
-        try:
-            info = hub.dataset_info(dataset.repo, revision=commit, files_metadata=True, timeout=_TIMEOUT_S)
-        except Exception:  # without the Hub, or offline: what an earlier run has fetched
-            if (cached := _cached(dataset, commit, part)) is not None:
-                return cached
-            raise
-        sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
-        names = choose(dataset, list(sizes), part)
-        if (total := sum(sizes[name] for name in names)) > MOST_FILE_BYTES:
-            raise _error(dataset, f"{total} bytes are too many: at most {MOST_FILE_BYTES} are read")
-        download = partial(hub.hf_hub_download, dataset.repo, repo_type="dataset", revision=commit)
-        return [Path(download(filename=name)) for name in names]
+        commit = hub.resolve_revision(
+            dataset.repo,
+            repo_type="dataset",
+            revision=dataset.revision,
+            local_files_only=silence is not None,
+        ).resolved
+        if silence is None:
+            return _download(hub, dataset, commit, part)
+        if (cached := _cached(dataset, commit, part)) is not None:
+            return cached
     except DataError:
         raise
     except Exception as error:  # the client's exceptions share no base class
-        raise _error(dataset, f"the Hub did not give it: {_said(error)}") from error
+        if silence is None:
+            raise _error(dataset, f"the Hub did not give it: {_said(error)}") from error
+    raise _error(dataset, f"it is not on this machine, and {silence}")
+
+
+def _download(hub: HfApi, dataset: DatasetId, commit: str, part: str) -> list[Path]:
+    try:
+        info = hub.dataset_info(dataset.repo, revision=commit, files_metadata=True, timeout=_TIMEOUT_S)
+    except Exception:  # what an earlier run has fetched
+        if (cached := _cached(dataset, commit, part)) is not None:
+            return cached
+        raise
+    sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
+    names = choose(dataset, list(sizes), part)
+    if (total := sum(sizes[name] for name in names)) > MOST_FILE_BYTES:
+        raise _error(dataset, f"{total} bytes are too many: at most {MOST_FILE_BYTES} are read")
+    download = partial(hub.hf_hub_download, dataset.repo, repo_type="dataset", revision=commit)
+    return [Path(download(filename=name)) for name in names]
 
 
 def _cached(dataset: DatasetId, commit: str, part: str) -> list[Path] | None:

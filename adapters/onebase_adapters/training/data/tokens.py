@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from onebase_adapters.plain_json import parse_json
+from onebase_adapters.format.strict_json import parse_json
 from onebase_adapters.training.data.conversation import Chat, Text
 from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.data.records import RowError

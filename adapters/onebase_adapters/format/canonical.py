@@ -1,0 +1,175 @@
+"""Read a PEFT adapter that somebody else wrote, without giving one byte of it to PEFT or torch.load.
+
+PEFT loads non-strictly and in place: a foreign tensor would overwrite the shared base, a field of the
+config is a regular expression, another names a module to import. So the files are read here, checked
+against a closed list of fields and against the base's own layers, and written again as a canonical
+folder that holds nothing but the adapter's tensors. That folder is what PEFT sees.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onebase_adapters.format.config import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    AdapterFormatError,
+    ConfigFacts,
+    check_config,
+)
+from onebase_adapters.format.names import BaseModules, BaseTensor
+from onebase_adapters.format.safetensors_file import TensorFile, TensorToWrite, write_tensors
+from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
+from onebase_adapters.format.tensors import Plan, PlannedTensor, plan
+from onebase_engine.base.layers import LayerShape
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "AdapterFormatError",
+    "AdapterSpec",
+    "LayerShape",
+    "ModuleSpec",
+    "canonicalize",
+]
+
+_NO_TARGETS = "dummy-target-modules"
+"""PEFT's own word for an adapter without matrices (`peft.utils.constants.DUMMY_TARGET_MODULES`)."""
+
+
+def canonicalize(
+    config_file: Path,
+    weights_file: Path,
+    layers: Mapping[str, LayerShape],
+    max_rank: int,
+    target: Path,
+    *,
+    base_tensor: BaseTensor,
+) -> AdapterSpec:
+    """Validate a PEFT adapter and write a canonical folder to `target` (empty and existing).
+
+    Tensors pass through memory a few MiB at a time. Matrices, magnitudes and token rows are written in fp32,
+    as PEFT holds them; saved modules as they are, since PEFT brings them to the base's dtype itself.
+
+    Args:
+        layers: every layer of the base that may be adapted, by its full name.
+        max_rank: largest rank that the server's slots hold.
+        base_tensor: the base's tensor by the full name of its parameter; None if there is none.
+
+    Raises:
+        AdapterFormatError: with a code and a message that names the file, field or tensor.
+        OSError: the canonical folder cannot be written.
+    """
+    facts = check_config(_read_config(config_file))
+    base = BaseModules(layers, base_tensor)
+    try:
+        opened = weights_file.open("rb")
+    except OSError as error:
+        raise AdapterFormatError(
+            "missing_file",
+            f"cannot read {WEIGHTS_FILE}: {error.strerror}. Pickled weights (.bin) are never loaded; save "
+            "the adapter with safe_serialization=True.",
+        ) from None
+    with opened:
+        file = TensorFile.read_header(opened)
+        planned = plan(file.entries, facts, base, max_rank)
+        _check_of_base(file, planned)
+        if facts.ensure_weight_tying:
+            _check_tied(file, planned, base)
+        (target / CONFIG_FILE).write_text(json.dumps(_canonical_config(planned.modules, facts)))
+        write_tensors(target / WEIGHTS_FILE, [_to_write(file, tensor) for tensor in planned.tensors])
+    return AdapterSpec(
+        modules=planned.modules,
+        rslora=facts.rslora,
+        base_name=facts.base_name,
+        parameters=sum(module.parameters for module in planned.modules),
+        dropped=tuple(entry.name for entry, _ in planned.of_base),
+    )
+
+
+def _read_config(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise AdapterFormatError("missing_file", f"cannot read {CONFIG_FILE}: {error.strerror}") from None
+
+
+def _check_of_base(file: TensorFile, planned: Plan) -> None:
+    for entry, tensor in planned.of_base:
+        if not file.holds(entry, tensor):
+            raise AdapterFormatError(
+                "foreign_tensor",
+                f"{WEIGHTS_FILE}: {entry.name:.200} is a weight of the base, with other values than this "
+                "base has. Save with save_embedding_layers=False, or train the module by modules_to_save.",
+            )
+
+
+def _check_tied(file: TensorFile, planned: Plan, base: BaseModules) -> None:
+    """With `ensure_weight_tying` PEFT holds one tensor for both sides, so the file must not have two.
+
+    Except for matrices on a base in half precision, whose conversion to fp32 parts them in PEFT too.
+    """
+    if len(base.pair) != 2 or not base.pair <= planned.by_module.keys():
+        return
+    rows, head = planned.by_module[base.embedding or ""], planned.by_module[base.head or ""]
+    weight = base.tensor(f"{base.head}.weight")
+    if base.pair <= planned.saved:
+        equal = file.same(rows["weight"], head["weight"])
+    elif "lora_A" in rows and "lora_A" in head and weight is not None and weight.dtype == torch.float32:
+        equal = all(
+            rows[one].dtype == head[other].dtype
+            and file.holds(head[other], file.tensor(rows[one]).T.contiguous())
+            for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A"))
+        )
+    else:
+        return
+    if not equal:
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"ensure_weight_tying, but {base.embedding} and {base.head} differ in {WEIGHTS_FILE}",
+        )
+
+
+def _to_write(file: TensorFile, tensor: PlannedTensor) -> TensorToWrite:
+    return TensorToWrite(tensor.name, tensor.dtype, tensor.entry.shape, lambda: _usable(file, tensor))
+
+
+def _usable(file: TensorFile, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
+    """The tensor's chunks, which stay finite in the dtype in which the base will use them."""
+    for chunk in file.chunks(tensor.entry):
+        if tensor.used_as is not None and not torch.isfinite(chunk.to(tensor.used_as)).all():
+            raise AdapterFormatError(
+                "not_finite",
+                f"{WEIGHTS_FILE}: {tensor.entry.name:.200} overflows the base's {tensor.used_as}",
+            )
+        yield chunk
+
+
+def _canonical_config(modules: tuple[ModuleSpec, ...], facts: ConfigFacts) -> dict[str, Any]:
+    lora = [module for module in modules if module.rank]
+    rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
+    tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": facts.rslora,
+        "use_dora": facts.dora,
+        "lora_bias": facts.lora_bias,
+        "target_modules": [module.name for module in lora] or _NO_TARGETS,
+        "rank_pattern": {re.escape(m.name): m.rank for m in lora if m.rank != rank},
+        "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},
+        "modules_to_save": [module.name for module in modules if module.kind == "saved"] or None,
+        "trainable_token_indices": tokens or None,
+    }

@@ -1,0 +1,292 @@
+"""Read `adapter_config.json` against a closed list of fields, without torch, PEFT or the base.
+
+PEFT takes some fields as regular expressions, others as modules to import or files to unpickle. Here each
+field has one rule: it is read and checked, or it never acts and is dropped, or it must be switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onebase_adapters.format.patterns import NamePattern, PatternError
+from onebase_adapters.format.strict_json import parse_json, shown
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 1 << 16
+MAX_ALPHA = 1e6
+"""Far above any use."""
+
+_SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False, None),
+    "bias": ("none",),
+    "loftq_config": (None, {}),
+    "megatron_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+}
+"""Fields that change what an adapter computes in a way that is not served: refused unless off."""
+
+_DROPPED = frozenset(["auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"])
+"""Fields that are never looked at: they act in training only, or name something to import."""
+
+_READ = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "ensure_weight_tying",
+        "modules_to_save",
+        "trainable_token_indices",
+        "init_lora_weights",
+        "base_model_name_or_path",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "lora_dropout",
+        "inference_mode",
+        "peft_version",
+        "revision",
+    ]
+)
+
+_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""They leave the base's weights alone, so what was trained fits the shared base."""
+
+Names = tuple[str, ...] | str | None
+
+
+class AdapterFormatError(ValueError):
+    """The files are not an adapter that can be served; `code` is stable, the message names the field."""
+
+    def __init__(self, code: str, message: str) -> None:
+        # Names in the message come from the file: JSON may hold lone surrogates, which no encoder takes.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
+        self.code = code
+
+
+@dataclass(frozen=True)
+class ConfigFacts:
+    """What the config says of the adapter, all of it checked for type and limits.
+
+    `target_modules` and `exclude_modules` are a tuple of literal names, or a string that PEFT would take as a
+    regular expression (here never evaluated), or None. `token_indices`: tokens by the name of the
+    embedding; "" is the input embedding.
+    """
+
+    base_name: str | None
+    rank: int
+    alpha: float
+    rslora: bool
+    dora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
+    rank_pattern: NamePattern
+    alpha_pattern: NamePattern
+    target_modules: Names
+    exclude_modules: Names
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that its modules can have: lora or dora, saved, tokens."""
+        extra = (("saved", self.modules_to_save), ("tokens", self.token_indices))
+        return ("dora" if self.dora else "lora", *(kind for kind, present in extra if present))
+
+
+def check_config(raw: bytes) -> ConfigFacts:
+    """Check the bytes of an `adapter_config.json` by themselves: quick, and without the base.
+
+    Raises:
+        AdapterFormatError: with code `bad_config`, `unknown_field` or `unsupported_kind`.
+    """
+    config = _parsed(raw)
+    _check_kind(config)
+    facts = ConfigFacts(
+        base_name=_text(config, "base_model_name_or_path"),
+        rank=_integer(config.get("r", 8), "r"),
+        alpha=_finite(config.get("lora_alpha", 8), "lora_alpha"),
+        rslora=_flag(config, "use_rslora"),
+        dora=_flag(config, "use_dora"),
+        lora_bias=_flag(config, "lora_bias"),
+        ensure_weight_tying=_flag(config, "ensure_weight_tying"),
+        rank_pattern=_pattern(config, "rank_pattern", _integer),
+        alpha_pattern=_pattern(config, "alpha_pattern", _finite),
+        target_modules=_names(config, "target_modules"),
+        exclude_modules=_names(config, "exclude_modules"),
+        layers_to_transform=_layer_numbers(config),
+        layers_pattern=_several(config, "layers_pattern"),
+        modules_to_save=_literal_names(config, "modules_to_save"),
+        token_indices=_token_indices(config.get("trainable_token_indices")),
+    )
+    if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
+        raise AdapterFormatError(
+            "bad_config",
+            "lora_bias and use_dora cannot be combined, nor lora_bias and init_lora_weights by name",
+        )
+    for name in ("peft_version", "revision"):
+        _text(config, name)
+    _flag(config, "inference_mode")
+    _finite(config.get("lora_dropout", 0.0), "lora_dropout")
+    return facts
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise AdapterFormatError("bad_config", f"{CONFIG_FILE} is over {MAX_CONFIG_BYTES} bytes")
+    try:
+        config = parse_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(
+            "bad_config", f"{CONFIG_FILE} is not valid JSON: {str(error)[:200]}"
+        ) from None
+    if not isinstance(config, dict):
+        raise AdapterFormatError("bad_config", f"{CONFIG_FILE} must hold a JSON object")
+    return config
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(
+            "unsupported_kind", f"peft_type is {shown(config.get('peft_type'))}; only LORA is served"
+        )
+    if config.get("task_type") not in ("CAUSAL_LM", None):
+        raise AdapterFormatError(
+            "unsupported_kind", f"task_type is {shown(config['task_type'])}; only CAUSAL_LM is served"
+        )
+    unknown = sorted(config.keys() - _READ - _DROPPED - _SWITCHED_OFF.keys())
+    if unknown:
+        raise AdapterFormatError(
+            "unknown_field", f"{CONFIG_FILE} has unknown fields: {', '.join(unknown)[:200]}"
+        )
+    for name, allowed in _SWITCHED_OFF.items():
+        if not _is_one_of(config.get(name, allowed[0]), allowed):
+            raise AdapterFormatError(
+                "unsupported_kind", f"{name} = {shown(config[name])} is not served; only {allowed[0]!r}"
+            )
+    if not _is_one_of(config.get("init_lora_weights", True), _HARMLESS_INITIALISATIONS):
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"init_lora_weights = {shown(config['init_lora_weights'])} trains against a changed base, so "
+            "the adapter does not fit the shared one. Convert it to a plain LoRA (PEFT: "
+            "path_initial_model_for_weight_conversion).",
+        )
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Equality with the type: 0 is not False, nor 1.0 True."""
+    return any(type(value) is type(one) and value == one for one in allowed)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterFormatError("bad_config", f"{name} must be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def _text(config: Mapping[str, Any], name: str) -> str | None:
+    value = config.get(name) or None
+    if value is not None and not (isinstance(value, str) and value.isprintable()):
+        raise AdapterFormatError("bad_config", f"{name} must be a printable string, got {shown(value)}")
+    return value
+
+
+def _integer(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise AdapterFormatError(
+            "bad_config", f"{name} must be an integer from 1 to {MAX_RANK}, got {shown(value)}"
+        )
+    return value
+
+
+def _finite(value: Any, name: str) -> float:
+    # Compared before it is converted: an integer of 400 digits has no float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise AdapterFormatError(
+            "bad_config", f"{name} must be a number within ±{MAX_ALPHA:g}, got {shown(value)}"
+        )
+    return float(value)
+
+
+def _pattern(config: Mapping[str, Any], name: str, check: Any) -> NamePattern:
+    pattern = config.get(name)
+    if pattern is not None and not isinstance(pattern, dict):
+        raise AdapterFormatError("bad_config", f"{name} must be an object")
+    try:
+        return NamePattern(
+            {key: check(value, f"{name}[{key:.80}]") for key, value in (pattern or {}).items()}
+        )
+    except PatternError as error:
+        raise AdapterFormatError("bad_config", f"{name}: {error}") from None
+
+
+def _names(config: Mapping[str, Any], name: str) -> Names:
+    value = config.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    return _list(value, name, str, "a string or a list of strings")
+
+
+def _several(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = _names(config, name)
+    return ((value,) if value else ()) if isinstance(value, str) else value or ()
+
+
+def _literal_names(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = config.get(name)
+    return () if value is None else _list(value, name, str, "a list of exact module names")
+
+
+def _layer_numbers(config: Mapping[str, Any]) -> frozenset[int] | None:
+    value = config.get("layers_to_transform")
+    if value is None or value == []:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    return frozenset(_list(numbers, "layers_to_transform", int, "an integer or a list of integers"))
+
+
+def _list(value: Any, name: str, kind: type, wanted: str) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(type(one) is kind for one in value):
+        raise AdapterFormatError("bad_config", f"{name} must be {wanted}, got {shown(value)}")
+    return tuple(value)
+
+
+def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:
+    """Token indices by embedding, as PEFT reads them: a bare list is meant for the input embedding."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and "" in value:
+        raise AdapterFormatError("bad_config", "trainable_token_indices must name the embedding")
+    by_name = value if isinstance(value, dict) else {"": value}
+    result: dict[str, tuple[int, ...]] = {}
+    for key, indices in by_name.items():
+        name = f"trainable_token_indices[{key:.80}]" if key else "trainable_token_indices"
+        numbers: tuple[int, ...] = _list(indices, name, int, "a list of token indices, or an object of such")
+        if any(number < 0 for number in numbers) or len(set(numbers)) != len(numbers):
+            raise AdapterFormatError("bad_config", f"{name} must hold each index once, and none below zero")
+        if numbers:
+            result[key] = numbers
+    return result

@@ -1,0 +1,138 @@
+"""Which modules of the base the names of a config mean, and which of them share one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from onebase_adapters.format.config import AdapterFormatError, ConfigFacts
+from onebase_adapters.format.patterns import Targets, endings
+from onebase_adapters.format.strict_json import shown
+from onebase_engine.base.layers import LayerShape
+
+BaseTensor = Callable[[str], torch.Tensor | None]
+"""The base's tensor by the full name of its parameter; None if there is none."""
+
+_ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
+_TYING_NAMES = ("embed_tokens", "lm_head")
+"""The names by which PEFT looks for modules that `ensure_weight_tying` is meant for."""
+
+
+@dataclass(frozen=True)
+class BaseModules:
+    """The base's layers, its input embedding and its head."""
+
+    layers: Mapping[str, LayerShape]
+    base_tensor: BaseTensor
+
+    @cached_property
+    def embedding(self) -> str | None:
+        return next((name for name, layer in self.layers.items() if layer.kind == "embedding"), None)
+
+    @cached_property
+    def head(self) -> str | None:
+        return next((name for name in self.layers if name.rpartition(".")[2] == "lm_head"), None)
+
+    def tensor(self, parameter: str) -> torch.Tensor | None:
+        """The tensor of a parameter; that of a tied head, which lists leave out, is the embedding's."""
+        found = self.base_tensor(parameter)
+        if found is None and self.head and self.embedding and parameter == f"{self.head}.weight":
+            return self.base_tensor(f"{self.embedding}.weight")
+        return found
+
+    @cached_property
+    def pair(self) -> frozenset[str]:
+        """The embedding and the head where one tensor is the weight of both; otherwise nothing."""
+        if not self.embedding or not self.head:
+            return frozenset()
+        rows, head = self.tensor(f"{self.embedding}.weight"), self.tensor(f"{self.head}.weight")
+        tied = rows is not None and head is not None and rows.data_ptr() == head.data_ptr()
+        return frozenset({self.embedding, self.head}) if tied else frozenset()
+
+
+def saved_modules(facts: ConfigFacts, base: BaseModules) -> set[str]:
+    """Full names of the modules that `modules_to_save` replaces.
+
+    Raises:
+        AdapterFormatError: an entry does not mean exactly one norm, embedding or head of the base.
+    """
+    saved = {_exact(entry, "modules_to_save", base) for entry in dict.fromkeys(facts.modules_to_save)}
+    for name in sorted(saved):
+        layer = base.layers[name]
+        if layer.kind == "linear" and name != base.head:
+            raise AdapterFormatError(
+                "unsupported_kind",
+                f"modules_to_save with {name:.200} is not served; only norms, lm_head and embeddings are",
+            )
+    return _with_tied(saved, facts, base)
+
+
+def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[str] | None:
+    """Full names of the layers that `target_modules` means; None where only a regular expression tells."""
+    names = facts.target_modules
+    if isinstance(names, str) and names.lower() == _ALL_LINEAR:
+        names = tuple(
+            name
+            for name, layer in base.layers.items()
+            if layer.kind == "linear" and "." in name and name != base.head
+        )
+    targets = Targets.of(names, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern)
+    if targets is None:
+        return None
+    named = {name for name, layer in base.layers.items() if layer.kind != "norm" and targets.means(name)}
+    return _with_tied(named, facts, base) - saved
+
+
+def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ...]]:
+    """Token indices by the full name of the module whose rows they replace; a tied head's among them.
+
+    Raises:
+        AdapterFormatError: it names anything but the embedding, or an index is beyond the vocabulary.
+    """
+    if not facts.token_indices:
+        return {}
+    field, rows = "trainable_token_indices", dict[str, tuple[int, ...]]()
+    for key, indices in facts.token_indices.items():
+        name = _exact(key, field, base) if key else base.embedding
+        if name is None or name in rows:
+            raise AdapterFormatError("bad_config", f"{field} must name one embedding of the base, once")
+        rows[name] = indices
+    embedding = base.embedding
+    own = rows.get(embedding or "")
+    for name, indices in rows.items():
+        follows = name in base.pair and name in facts.token_indices and indices == own
+        if embedding is None or own is None or (name != embedding and not follows):
+            raise AdapterFormatError(
+                "unsupported_kind", f"{field} on {name:.200} is not served; only on the input embedding"
+            )
+    if embedding is None or own is None:
+        return {}
+    if max(own) >= base.layers[embedding].size_in:
+        raise AdapterFormatError(
+            "bad_config",
+            f"{field} has {shown(max(own))}, the vocabulary ends at {base.layers[embedding].size_in - 1}",
+        )
+    return dict.fromkeys(base.pair or {embedding}, own)
+
+
+def _exact(entry: str, field: str, base: BaseModules) -> str:
+    """The one module that PEFT, which compares ends of names, finds by `entry`."""
+    found = [name for name in base.layers if name.endswith(entry)]
+    if not any(entry in endings(name) for name in found):
+        raise AdapterFormatError("unknown_module", f"{field}: the base has no layer {entry:.200}")
+    if len(found) > 1:
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"{field}: {entry:.100} means {len(found)} modules of the base, such as {found[0]:.100} and "
+            f"{found[1]:.100}; only exact names are served",
+        )
+    return found[0]
+
+
+def _with_tied(names: set[str], facts: ConfigFacts, base: BaseModules) -> set[str]:
+    tying = {name for name in names & base.pair if name.rpartition(".")[2] in _TYING_NAMES}
+    return names | base.pair if facts.ensure_weight_tying and tying else names

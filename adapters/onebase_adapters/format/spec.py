@@ -1,0 +1,58 @@
+"""What an adapter consists of, and what the base offers it to adapt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One adapted module, as the tensors and the config agree on it.
+
+    `rank` and `alpha` are 0 unless the kind is lora or dora; `bias`: whether lora_B has one; `indices`: the
+    tokens whose rows are replaced. A head that is tied to an embedding with such tokens follows it, with 0
+    parameters of its own.
+    """
+
+    name: str
+    kind: Literal["lora", "dora", "saved", "tokens"]
+    rank: int
+    alpha: float
+    bias: bool
+    parameters: int
+    indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A validated adapter: what it adapts and how strongly; `modules` sorted by name.
+
+    `dropped`: names of tensors in the file that were the base's own, bit for bit, and were left out.
+    """
+
+    modules: tuple[ModuleSpec, ...]
+    rslora: bool
+    base_name: str | None
+    parameters: int
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module; 0 if none has one."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def alpha(self) -> float:
+        """The largest alpha of any module with a rank; 0 if none has one."""
+        return max((module.alpha for module in self.modules if module.rank), default=0.0)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of the modules, sorted."""
+        return sorted({module.kind for module in self.modules})
+
+    @property
+    def targets(self) -> list[str]:
+        """Last parts of the adapted modules' names, sorted."""
+        return sorted({module.name.rpartition(".")[2] for module in self.modules})

@@ -1,0 +1,232 @@
+"""Sort the tensors of a file by the module they belong to, and check them by their headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError, ConfigFacts
+from onebase_adapters.format.names import BaseModules, lora_targets, saved_modules, token_rows
+from onebase_adapters.format.safetensors_file import TensorEntry
+from onebase_adapters.format.spec import ModuleSpec
+from onebase_engine.base.layers import LayerShape
+
+PREFIX = "base_model.model."
+
+# By the end of a tensor's name: what it is, and whether that is an embedding's (None: either's).
+_ENDS: dict[str, tuple[str, bool | None]] = {
+    ".lora_A.weight": ("lora_A", False),
+    ".lora_B.weight": ("lora_B", False),
+    ".lora_B.bias": ("lora_B.bias", False),
+    ".lora_embedding_A": ("lora_A", True),
+    ".lora_embedding_B": ("lora_B", True),
+    ".lora_magnitude_vector": ("lora_magnitude_vector", None),
+    ".lora_magnitude_vector.weight": ("lora_magnitude_vector", None),
+    ".token_adapter.trainable_tokens_delta": ("trainable_tokens_delta", None),
+}
+
+Tensors = dict[str, TensorEntry]
+"""One module's tensors by what they are: lora_A, lora_B, ..., weight, bias."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to take over: the name that PEFT gives it, the dtype to write it in and the one of its use."""
+
+    name: str
+    entry: TensorEntry
+    dtype: torch.dtype = torch.float32
+    used_as: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the headers promise. `of_base`: tensors that must turn out to be the base's own."""
+
+    modules: tuple[ModuleSpec, ...]
+    tensors: tuple[PlannedTensor, ...]
+    of_base: tuple[tuple[TensorEntry, torch.Tensor], ...]
+    by_module: Mapping[str, Tensors]
+    saved: frozenset[str]
+
+
+def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, max_rank: int) -> Plan:
+    """Sort and check what the file says it holds; reads no tensor.
+
+    Raises:
+        AdapterFormatError: a tensor is foreign, missing, misshapen, or of a kind that is not served.
+    """
+    saved, rows = saved_modules(facts, base), token_rows(facts, base)
+    by_module, of_base = _sorted_in(entries, base, saved)
+    modules, tensors = [], []
+    for name in sorted(by_module.keys() | saved | rows.keys()):
+        own, layer = by_module.get(name, {}), base.layers[name]
+        if name in saved:
+            _check_kinds(name, own, {"weight", "bias"} if layer.bias else {"weight"}, rows)
+            shapes = {"weight": layer.weight_shape, "bias": (layer.size_out,)}
+            spec = ModuleSpec(name, "saved", 0, 0.0, False, _numel(own))
+        elif name in rows:
+            follows = layer.kind != "embedding"
+            _check_kinds(name, own, set() if follows else {"trainable_tokens_delta"}, rows)
+            shapes = {"trainable_tokens_delta": (len(rows[name]), layer.size_out)}
+            spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
+        else:
+            spec, shapes = _lora(name, own, layer, facts, max_rank)
+        _check_shapes(name, own, shapes, spec)
+        modules.append(spec)
+        tensors += _planned(name, own, layer, spec, base)
+    lora = {module.name for module in modules if module.rank}
+    _check_targets(lora, facts, base, saved)
+    if not modules:
+        raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
+    return Plan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved))
+
+
+def _sorted_in(
+    entries: tuple[TensorEntry, ...], base: BaseModules, saved: set[str]
+) -> tuple[dict[str, Tensors], tuple[tuple[TensorEntry, torch.Tensor], ...]]:
+    by_module: dict[str, Tensors] = {}
+    of_base = []
+    for entry in entries:
+        name, what, embedding = _taken_apart(entry.name, saved)
+        if what is None:
+            of_base.append((entry, _of_base(entry, name, base)))
+            continue
+        layer = base.layers.get(name)
+        if layer is None:
+            raise AdapterFormatError("unknown_module", f"{WEIGHTS_FILE}: the base has no layer {name:.200}")
+        if embedding is not None and (layer.kind == "norm" or embedding != (layer.kind == "embedding")):
+            raise AdapterFormatError(
+                "bad_shape", f"{WEIGHTS_FILE}: {entry.name:.200} does not fit the kind of layer it names"
+            )
+        if what in by_module.setdefault(name, {}):
+            raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
+        by_module[name][what] = entry
+    return by_module, tuple(of_base)
+
+
+def _taken_apart(name: str, saved: set[str]) -> tuple[str, str | None, bool | None]:
+    """The module that a tensor belongs to, what it is of it, and whether that is for embeddings only.
+
+    What it is is None for a parameter of the base, whose own name comes back instead of a module's.
+    """
+    if not name.startswith(PREFIX):
+        raise _foreign(name)
+    rest = name.removeprefix(PREFIX)
+    for end, (what, embedding) in _ENDS.items():
+        if rest.endswith(end):
+            return rest.removesuffix(end), what, embedding
+    module, _, parameter = rest.rpartition(".")
+    if parameter not in ("weight", "bias"):
+        raise _foreign(name)
+    if module in saved:
+        return module, parameter, None
+    return f"{module.removesuffix('.base_layer')}.{parameter}", None, None
+
+
+def _of_base(entry: TensorEntry, parameter: str, base: BaseModules) -> torch.Tensor:
+    tensor = base.tensor(parameter)
+    if tensor is None or tuple(tensor.shape) != entry.shape or not tensor.is_floating_point():
+        raise _foreign(entry.name)
+    return tensor
+
+
+def _foreign(name: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        "foreign_tensor",
+        f"{WEIGHTS_FILE}: {name:.200} is neither a tensor of this adapter, as its config describes it, nor "
+        "the base's own. Save with save_embedding_layers=False if it is a weight of the base.",
+    )
+
+
+def _check_kinds(name: str, own: Tensors, wanted: set[str], rows: Mapping[str, tuple[int, ...]]) -> None:
+    """A module is replaced, or has token rows, or has matrices: PEFT cannot combine them."""
+    for what in sorted(own.keys() - wanted):
+        if what == "trainable_tokens_delta" or name not in rows:
+            raise _foreign(own[what].name)
+        raise AdapterFormatError(
+            "unsupported_kind", f"{name:.200} has trainable_token_indices and {what}; both are not served"
+        )
+    for what in sorted(wanted - own.keys()):
+        raise AdapterFormatError("incomplete", f"{WEIGHTS_FILE}: {name:.200} lacks its {what}")
+
+
+def _lora(
+    name: str, own: Tensors, layer: LayerShape, facts: ConfigFacts, max_rank: int
+) -> tuple[ModuleSpec, dict[str, tuple[int, ...]]]:
+    if facts.lora_bias and layer.kind == "embedding":
+        raise AdapterFormatError("unsupported_kind", f"lora_bias on an embedding ({name:.200}) is not served")
+    wanted = {"lora_A", "lora_B"}
+    if facts.dora:
+        wanted.add("lora_magnitude_vector")
+    if facts.lora_bias:
+        wanted.add("lora_B.bias")
+    _check_kinds(name, own, wanted, {})
+    rank = int(facts.rank_pattern.lookup(name, facts.rank))
+    if rank > max_rank:
+        raise AdapterFormatError(
+            "rank_too_large",
+            f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
+        )
+    alpha = facts.alpha_pattern.lookup(name, facts.alpha)
+    kind: Literal["dora", "lora"] = "dora" if facts.dora else "lora"
+    shapes = {
+        "lora_A": (rank, layer.size_in),
+        "lora_B": (layer.size_out, rank),
+        "lora_B.bias": (layer.size_out,),
+        "lora_magnitude_vector": (layer.size_out,),
+    }
+    return ModuleSpec(name, kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
+
+
+def _check_shapes(name: str, own: Tensors, shapes: Mapping[str, tuple[int, ...]], spec: ModuleSpec) -> None:
+    for what, entry in own.items():
+        if entry.shape != shapes[what]:
+            rank = f"rank {spec.rank} on " if spec.rank else ""
+            raise AdapterFormatError(
+                "bad_shape",
+                f"{WEIGHTS_FILE}: {what} of {name} is {list(entry.shape)}; {rank}this base needs "
+                f"{list(shapes[what])}",
+            )
+
+
+def _planned(
+    name: str, own: Tensors, layer: LayerShape, spec: ModuleSpec, base: BaseModules
+) -> list[PlannedTensor]:
+    if spec.kind in ("lora", "dora"):
+        ends = {what: end for end, (what, embedding) in reversed(_ENDS.items()) if _fits(embedding, layer)}
+        return [PlannedTensor(f"{PREFIX}{name}{ends[what]}", entry) for what, entry in own.items()]
+    replaced = base.tensor(f"{name}.weight")
+    used_as = replaced.dtype if replaced is not None and replaced.is_floating_point() else None
+    if spec.kind == "tokens":
+        return [PlannedTensor(entry.name, entry, used_as=used_as) for entry in own.values()]
+    return [PlannedTensor(entry.name, entry, entry.dtype, used_as) for entry in own.values()]
+
+
+def _fits(embedding: bool | None, layer: LayerShape) -> bool:
+    return embedding is None or embedding == (layer.kind == "embedding")
+
+
+def _check_targets(lora: set[str], facts: ConfigFacts, base: BaseModules, saved: set[str]) -> None:
+    targets = lora_targets(facts, base, saved)
+    if targets is None:
+        # Only a regular expression tells; but a pair that PEFT ties is there whole or not at all.
+        half = facts.ensure_weight_tying and len(lora & base.pair) == 1
+        targets = lora | base.pair if half else lora
+    for name in sorted(targets - lora):
+        raise AdapterFormatError(
+            "incomplete", f"{WEIGHTS_FILE} has no matrices of {name:.200}, which target_modules means"
+        )
+    for name in sorted(lora - targets):
+        raise AdapterFormatError(
+            "untargeted",
+            f"{WEIGHTS_FILE} has matrices of {name:.200}, which target_modules leaves out: PEFT would ignore "
+            "them",
+        )
+
+
+def _numel(own: Tensors) -> int:
+    return sum(entry.numel for entry in own.values())

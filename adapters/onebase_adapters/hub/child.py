@@ -1,0 +1,222 @@
+"""The process that talks to the Hub: one request on stdin, lines of JSON on stdout. See `hub.py`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import try_to_load_from_cache as cached_path
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from tqdm import tqdm
+
+from onebase_adapters.store.content import ADAPTER_FILES
+from onebase_engine.base.hub_access import hub_silence
+from onebase_engine.redaction import redacted
+
+_CHUNK = 256 << 10
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TRIES = 3
+_LAST_SECONDS = 5.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Say = Callable[[dict[str, Any]], None]
+
+
+class _SilentHubError(Exception):
+    """The Hub does not answer, and the cache does not know the revision."""
+
+
+class _TooLargeError(Exception):
+    """Bytes that there are, or that have come already."""
+
+
+def main() -> None:
+    # What a shell starts in the background inherits Ctrl-C as ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
+    # Whatever a library prints must not look like one of our lines.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=out, flush=True)
+
+    # The default of 10 MB hides for minutes that a slow transfer moves at all.
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
+    try:
+        answer = _resolve(request) if request["do"] == "resolve" else _pull(request, say)
+    except Exception as error:
+        code, message = _explain(error, request)
+        answer = {"error": code, "message": message}
+    say(answer)
+
+
+def _end_with_parent(stdin: BinaryIO) -> None:
+    """When nobody waits any more, stop as by Ctrl-C, so that half a file does not stay in the cache."""
+    stdin.read()
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    time.sleep(_LAST_SECONDS)
+    os._exit(1)
+
+
+def _resolve(request: dict[str, Any]) -> dict[str, Any]:
+    repo, revision = request["repo"], request["revision"]
+    silence = None if constants.is_offline_mode() else hub_silence(repo)
+    try:
+        found = HfApi().resolve_revision(repo, revision=revision, local_files_only=silence is not None)
+    except Exception as error:  # the client's exceptions share no base class
+        if silence is None:
+            raise
+        raise _SilentHubError(silence) from error
+    return {"commit": found.resolved}
+
+
+def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
+    folder = f"{request['subfolder']}/" if request["subfolder"] else ""
+    names = [folder + name for name in ADAPTER_FILES]
+    sizes = [_size(request, name) for name in names]
+    total = sum(sizes)
+    if total > request["max_bytes"]:
+        raise _TooLargeError(total)
+    say({"total": total})
+    done = 0
+    paths = []
+    for name in names:
+        path = hf_hub_download(
+            request["repo"],
+            name,
+            revision=request["commit"],
+            force_download=request["force"],
+            tqdm_class=_reporter(say, done, request["max_bytes"]),
+        )
+        paths.append(path)
+        done += Path(path).stat().st_size
+        if done > request["max_bytes"]:
+            raise _TooLargeError(done)
+        say({"done": done})
+    return {"paths": paths, "sha256": [_expected_sum(path) for path in paths]}
+
+
+def _size(request: dict[str, Any], name: str) -> int:
+    """Bytes of a file, in the cache or on the Hub; 0 when the Hub does not say."""
+    cached = cached_path(request["repo"], name, revision=request["commit"])
+    if isinstance(cached, str) and not request["force"]:
+        return Path(cached).stat().st_size
+    url = hf_hub_url(request["repo"], name, revision=request["commit"])
+    for left in reversed(range(_TRIES)):
+        try:
+            return get_hf_file_metadata(url).size or 0
+        except (httpx2.TransportError, HfHubHTTPError) as error:
+            if not left or not _may_pass(error):
+                raise
+            time.sleep(0.5)
+    return 0
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return True
+
+
+def _expected_sum(path: str) -> str | None:
+    """The Hub names a large file in its cache by the SHA-256 of its content, a small one by git's hash."""
+    name = Path(path).resolve().name
+    return name if _SHA256.fullmatch(name) else None
+
+
+def _reporter(say: Say, before: int, limit: int) -> type[tqdm]:
+    """A progress bar that draws nothing: it reports bytes, and stops a transfer that has no end."""
+
+    class Reporter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings.pop("name", None)
+            self.fetched = int(settings.get("initial") or 0)
+            super().__init__(*args, **{**settings, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.fetched += int(n or 0)
+            if before + self.fetched > limit:
+                raise _TooLargeError(before + self.fetched)
+            say({"done": before + self.fetched})
+            return None
+
+    return Reporter
+
+
+def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
+    """The error's code (see HubError) and a sentence, without a token or a signed address."""
+    repo = request["repo"]
+    at = f"{repo}@{request.get('commit') or request.get('revision') or 'main'}"
+    if isinstance(error, _SilentHubError):
+        return "hub_unreachable", f"{at} is not in the Hub's cache, and {error}."
+    if isinstance(error, _TooLargeError):
+        limit = request["max_bytes"]
+        return "hub_too_large", f"The adapter in {at} has {error} bytes or more; {limit} are allowed."
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return "store_full", "No space is left in the Hub's cache (HF_HOME): free some, then try again."
+    if isinstance(error, GatedRepoError) or _status(error) == 403:
+        return "hub_gated", f"{repo} is there, but this server has no access: ask for it, then set HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return "hub_not_found", f"The Hub has no revision {at}."
+    if _is_refused_token(error):
+        return "hub_gated", f"The Hub did not accept this server's HF_TOKEN for {repo}."
+    if _status(error) in (401, 404) and not _is_missing_file(error):
+        return "hub_not_found", f"The Hub has no repository {repo}; if it is private, set HF_TOKEN."
+    if isinstance(error, HFValidationError):
+        return "hub_invalid", f"{at} is no name of a repository and a revision."
+    if _is_offline(error):
+        return "hub_offline", f"{at} is not in the Hub's cache, and HF_HUB_OFFLINE is set."
+    if _is_missing_file(error):
+        folder = request.get("subfolder") or "its main folder"
+        return "hub_no_adapter", f"{at} has no {' and '.join(ADAPTER_FILES)} in {folder}."
+    return "hub_unreachable", f"{redacted(constants.ENDPOINT)} gave no {at}: {_said(error)}"
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _is_refused_token(error: Exception) -> bool:
+    """The Hub also answers 401 for what is not there; huggingface_hub tells the two apart by this message."""
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code != 401:
+        return False
+    return "Invalid credentials" in error.response.headers.get("X-Error-Message", "")
+
+
+def _is_missing_file(error: Exception) -> bool:
+    return isinstance(error, EntryNotFoundError) and isinstance(error, HfHubHTTPError)
+
+
+def _is_offline(error: BaseException) -> bool:
+    return constants.is_offline_mode() or isinstance(error, OfflineModeIsEnabled)
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, without what may be secret: queries of addresses, and tokens."""
+    first = (str(error).strip() or "no details").splitlines()[0]
+    first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)
+    return f"{type(error).__name__}: {re.sub(r'hf_[A-Za-z0-9]+', '***', first)[:300]}"
+
+
+if __name__ == "__main__":
+    main()

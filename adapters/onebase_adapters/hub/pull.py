@@ -1,0 +1,187 @@
+"""Adapters from the Hub, fetched by huggingface_hub in a process of their own.
+
+huggingface_hub has requests without a time limit, and it reads its settings (HF_HOME, HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE) once, at import. A process can be given up at any time, whatever it waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from onebase_adapters.hub.reference import HubError, HubReference, is_commit, parse_hub_reference
+from onebase_adapters.store.content import ADAPTER_FILES, Blob, VersionFiles
+from onebase_adapters.store.store import Store, StoreFullError
+
+__all__ = [
+    "HubError",
+    "HubReference",
+    "PullCancelledError",
+    "is_commit",
+    "parse_hub_reference",
+    "pull",
+    "resolve",
+]
+
+Progress = Callable[[int, int], None]
+"""Called with bytes fetched so far and bytes in all."""
+
+_COMMAND = (sys.executable, "-P", "-m", "onebase_adapters.hub.child")
+"""-P: nothing is imported from the folder in which the command was given."""
+
+_LOOK_SECONDS = 0.2
+_LAST_SECONDS = 2.0
+
+
+class PullCancelledError(Exception):
+    """The caller's event was set; nothing was stored."""
+
+
+def resolve(
+    repo: str,
+    revision: str | None = None,
+    *,
+    timeout: float = 30.0,
+    cancel: threading.Event | None = None,
+) -> str:
+    """The commit (40 hexadecimal digits) that a branch or tag points at; None: the default branch.
+
+    When the Hub is offline or down, what the cache remembers of it. Blocks for at most `timeout` seconds.
+    Raises HubError, PullCancelledError.
+    """
+    HubReference(repo, revision)
+    if is_commit(revision):
+        return str(revision)
+    request = {"do": "resolve", "repo": repo, "revision": revision}
+    with closing(_talk(request, timeout, cancel)) as messages:
+        for message in messages:
+            if "commit" in message:
+                return str(message["commit"])
+    raise HubError("hub_unreachable", f"The process that asks the Hub for {repo} ended without an answer.")
+
+
+def pull(
+    ref: HubReference,
+    commit: str,
+    store: Store,
+    max_bytes: int,
+    progress: Progress | None = None,
+    *,
+    cancel: threading.Event | None = None,
+    stall_seconds: float = 60.0,
+) -> VersionFiles:
+    """Fetch an adapter's two files of one commit into the store; nothing else of the repository.
+
+    Args:
+        max_bytes: for both files together; compared before the transfer, and again while it lasts.
+        cancel: set it to give up.
+        stall_seconds: give up (`hub_unreachable`) when nothing comes for so long.
+
+    Raises HubError, PullCancelledError, StoreFullError, StoreError.
+    """
+    request = {
+        "do": "pull",
+        "repo": ref.repo,
+        "commit": commit,
+        "subfolder": ref.subfolder,
+        "max_bytes": max_bytes,
+    }
+    for again in (False, True):
+        paths, expected = _fetch({**request, "force": again}, progress, cancel, stall_seconds)
+        blobs = [store.add_file(Path(path)) for path in paths]
+        if all(map(_is_right, blobs, expected)):
+            return VersionFiles(*blobs)
+    raise HubError(
+        "hub_damaged", f"What the Hub sent for {ref} is not what its own hash says: try again later."
+    )
+
+
+def _fetch(
+    request: dict[str, Any], progress: Progress | None, cancel: threading.Event | None, stall_seconds: float
+) -> tuple[list[str], list[str | None]]:
+    """Paths in the Hub's cache, and the SHA-256 sums that the Hub gives for them, where it does."""
+    total = 0
+    with closing(_talk(request, stall_seconds, cancel)) as messages:
+        for message in messages:
+            total = message.get("total", total)
+            if "done" in message and progress is not None:
+                progress(message["done"], total)
+            if "paths" in message and len(message["paths"]) == len(ADAPTER_FILES):
+                return message["paths"], message["sha256"]
+    raise HubError("hub_unreachable", f"The process that fetches {request['repo']} ended without an answer.")
+
+
+def _is_right(blob: Blob, expected: str | None) -> bool:
+    return expected is None or blob.sha256 == expected
+
+
+def _talk(
+    request: dict[str, Any], silence_seconds: float, cancel: threading.Event | None
+) -> Generator[dict[str, Any]]:
+    """What the process says, one message after the other. Raises what it reports as an error."""
+    with _child(request) as child:
+        for line in _lines(child, silence_seconds, cancel):
+            message: dict[str, Any] = json.loads(line)
+            if "error" in message:
+                if message["error"] == "store_full":
+                    raise StoreFullError(message["message"])
+                raise HubError(message["error"], message["message"])
+            yield message
+
+
+@contextmanager
+def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, which ends with this block, or with us: it watches its stdin."""
+    child = subprocess.Popen(
+        _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )
+    if child.stdin is None or child.stdout is None:
+        raise HubError("hub_unreachable", "The process that asks the Hub has no pipes.")
+    with child.stdin, child.stdout:
+        try:
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            yield child
+        except BrokenPipeError:
+            raise HubError("hub_unreachable", "The process that asks the Hub did not start.") from None
+        finally:
+            child.stdin.close()
+            try:
+                child.wait(_LAST_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def _lines(
+    child: subprocess.Popen[bytes], silence_seconds: float, cancel: threading.Event | None
+) -> Iterator[bytes]:
+    stdout = child.stdout
+    if stdout is None:
+        return
+    heard = time.monotonic()
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stdout, selectors.EVENT_READ)
+        while True:
+            if cancel is not None and cancel.is_set():
+                raise PullCancelledError("The pull was given up.")
+            if selector.select(_LOOK_SECONDS):
+                data = stdout.read(1 << 16)
+                if not data:
+                    return
+                heard = time.monotonic()
+                *lines, rest = (rest + data).split(b"\n")
+                yield from lines
+            elif time.monotonic() - heard > silence_seconds:
+                raise HubError(
+                    "hub_unreachable",
+                    f"Nothing came from the Hub for {silence_seconds:g} s: try again later.",
+                )

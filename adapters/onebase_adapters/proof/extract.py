@@ -1,0 +1,100 @@
+"""Take an adapter's finished tensors out of PEFT's own model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
+
+
+@torch.no_grad()
+def extract(model: Any, adapter: str) -> AdapterWeights:
+    """The weights of PEFT's active `adapter`, by the full name of the base's module, in host memory.
+
+    Raises:
+        AdapterFormatError: two kinds meet in one module, or a module has parts that no slot holds.
+    """
+    weights: dict[str, ModuleWeights] = {}
+    for name, module in _adapted(model.get_base_model(), adapter):
+        outer = next((other for other in weights if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise AdapterFormatError("unsupported_kind", f"{outer} is adapted in two ways at once")
+        weights[name] = module
+    return weights
+
+
+def _adapted(tree: nn.Module, adapter: str) -> Iterator[tuple[str, ModuleWeights]]:
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    shared: dict[int, torch.Tensor] = {}
+    for name, module in tree.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.scaling:
+            yield name, _lora(module, adapter)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            yield name, _saved(name, module.modules_to_save[adapter], shared)
+        elif isinstance(module, TrainableTokensWrapper):
+            yield name, _tokens(module.token_adapter, adapter, shared)
+
+
+def _lora(layer: Any, adapter: str) -> LoraWeights:
+    bias = None
+    if adapter in layer.lora_A:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        bias = layer.lora_B[adapter].bias
+    else:
+        a, b = layer.lora_embedding_A[adapter].T, layer.lora_embedding_B[adapter]
+    return LoraWeights(
+        _in_host_memory(a.float()),
+        _in_host_memory(b.float()),
+        float(layer.scaling[adapter]),
+        bias=None if bias is None else _in_host_memory(bias.float()),
+        gain=_gain(layer, adapter) if adapter in layer.lora_magnitude_vector else None,
+    )
+
+
+def _gain(layer: Any, adapter: str) -> torch.Tensor:
+    """DoRA's magnitude by the norm of W + scale * B @ A, [out], as PEFT computes it in every forward pass."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    dora = layer.lora_magnitude_vector[adapter]
+    if adapter in layer.lora_A:
+        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+        weight = dequantize_module_weight(layer.get_base_layer()).float()
+    else:
+        a, b = layer.lora_embedding_A[adapter].T, layer.lora_embedding_B[adapter].T
+        weight = layer.get_base_layer().weight
+    norm = dora.get_weight_norm(
+        weight=weight,
+        lora_weight=dora.get_lora_weight(lora_A=a, lora_B=b, adapter_name=adapter),
+        scaling=layer.scaling[adapter],
+        adapter_name=adapter,
+    )
+    return _in_host_memory((dora.weight / norm).float())
+
+
+def _saved(name: str, module: nn.Module, shared: dict[int, torch.Tensor]) -> SavedModule:
+    own = {key: _in_host_memory(tensor, shared) for key, tensor in module.named_parameters()}
+    if not own.keys() <= {"weight", "bias"}:
+        raise AdapterFormatError("unsupported_kind", f"{name} has parts that cannot be saved: {sorted(own)}")
+    return SavedModule(**own)
+
+
+def _tokens(layer: Any, adapter: str, shared: dict[int, torch.Tensor]) -> TokenRows:
+    indices = torch.tensor(layer.token_indices[adapter], dtype=torch.int64)
+    order = indices.argsort()
+    delta = layer.trainable_tokens_delta[adapter]
+    # A tied head has its embedding's very rows.
+    rows = shared.setdefault(id(delta), delta.detach().float().cpu()[order])
+    return TokenRows(shared.setdefault(id(layer.token_indices), indices[order]), rows)
+
+
+def _in_host_memory(tensor: torch.Tensor, shared: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """PEFT puts matrices beside the base; on an accelerator only those in slots may stay there."""
+    copy = tensor.detach().cpu().contiguous()
+    return copy if shared is None else shared.setdefault(id(tensor), copy)

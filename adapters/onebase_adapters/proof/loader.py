@@ -1,0 +1,132 @@
+"""From a PEFT adapter's two files to finished tensors: PEFT itself loads the canonical folder on a view.
+
+So key mapping, scaling and dtypes are PEFT's own, and the loaded tree is at the same time the
+reference against which each served module is compared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from onebase_adapters.format.canonical import AdapterFormatError, AdapterSpec, canonicalize
+from onebase_adapters.proof.extract import extract
+from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.load import BaseChangedError, fingerprint
+from onebase_engine.base.view import peft_view
+from onebase_engine.lora.weights import (
+    AdapterWeights,
+    LoraWeights,
+    ModuleWeights,
+    TokenRows,
+    tensors_of,
+    weights_bytes,
+)
+
+_NAME = "version"
+_UNTRAINED_GAIN = 2**-7
+"""How far DoRA's gain may be from 1 before training: PEFT makes the magnitudes in the base's dtype, bf16."""
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """One version in host memory, ready for a slot."""
+
+    spec: AdapterSpec
+    weights: AdapterWeights
+    reference: nn.Module
+    """PEFT's own model of it on a view of the base: what the proof compares with."""
+    changed: int
+    """Modules that change something."""
+
+    @property
+    def bytes(self) -> int:
+        return weights_bytes(self.weights)
+
+
+def load_adapter(
+    base: nn.Module, config_file: Path, weights_file: Path, max_rank: int, *, allow_noop: bool = False
+) -> LoadedAdapter:
+    """Validate the files and load them through `PeftModel.from_pretrained` on a view of `base`.
+
+    Args:
+        max_rank: largest rank that the server's slots hold.
+        allow_noop: accept an adapter that changes nothing.
+
+    Raises:
+        AdapterFormatError: the adapter is not servable, or changes nothing.
+        BaseChangedError: loading wrote to the base.
+    """
+    before = fingerprint(base)
+    own = dict(base.named_parameters(remove_duplicate=False))
+    with tempfile.TemporaryDirectory(prefix="onebase-adapter-") as folder:
+        canonical = Path(folder)
+        layers = adaptable_layers(base)
+        spec = canonicalize(config_file, weights_file, layers, max_rank, canonical, base_tensor=own.get)
+        reference = peft_model(base, canonical)
+    weights = extract(reference, _NAME)
+    if fingerprint(base) != before:
+        raise BaseChangedError("loading an adapter changed the base")
+    differing = {module.name for module in spec.modules} ^ weights.keys()
+    if differing:
+        raise AdapterFormatError(
+            "unknown_module", f"PEFT does not apply {sorted(differing)[0]} on this base as the files say"
+        )
+    for name, module in weights.items():
+        _check_finite(name, module, own)
+    changed = sum(_changes(module, base.get_submodule(name)) for name, module in weights.items())
+    if not changed and not allow_noop:
+        raise AdapterFormatError(
+            "no_effect", "no module changes anything: the adapter would serve the bare base"
+        )
+    return LoadedAdapter(spec, weights, reference, changed)
+
+
+def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
+    """PEFT's own model of a canonical folder, over a view of the base: the reference for every row."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # Advice to who trains, merges or saves: nobody does here.
+        warnings.simplefilter("ignore", UserWarning)
+        model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
+    return model.eval()
+
+
+def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what overflows on its way from the file to the product."""
+    if isinstance(module, LoraWeights):
+        vectors = [part * module.scale for part in (module.b, module.bias) if part is not None]
+        finite = [*vectors, *([] if module.gain is None else [module.gain])]
+        problem = "a lora_B times its scale overflows fp32, or the magnitude by the norm of its row does"
+    elif isinstance(module, TokenRows):
+        finite, problem = [module.rows.to(own[f"{name}.weight"].dtype)], "a row overflows the base's dtype"
+    else:
+        finite, problem = [tensor for _, tensor in tensors_of(module)], "a tensor overflows the base's dtype"
+    if not all(torch.isfinite(tensor).all() for tensor in finite):
+        raise AdapterFormatError("not_finite", f"{name}: {problem}")
+
+
+@torch.inference_mode()
+def _changes(module: ModuleWeights, base: Any) -> bool:
+    """Whether the module's output differs from the base's for any input."""
+    if isinstance(module, LoraWeights):
+        if module.gain is not None and bool(((module.gain - 1).abs() > _UNTRAINED_GAIN).any()):
+            return True
+        if module.bias is not None and bool((module.bias * module.scale != 0).any()):
+            return True
+        a = module.a if module.a.shape[0] == module.rank else module.a.T
+        # B @ (A @ x) is zero for a random x only where B @ A is.
+        x = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0))
+        return bool((module.scale * (module.b @ (a @ x)) != 0).any())
+    if isinstance(module, TokenRows):
+        weight = base.weight.cpu()[module.indices]
+        return not torch.equal(module.rows.to(weight.dtype), weight)
+    return any(not torch.equal(tensor, getattr(base, part).cpu()) for part, tensor in tensors_of(module))

@@ -1,0 +1,148 @@
+"""Greedy texts of a real, small engine, and PEFT's own forward pass as their judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from onebase_adapters.proof.verify import ProofError
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.lora.rows import TILE
+from onebase_engine.lora.weights import AdapterWeights
+
+TIE_ROUNDINGS = 4
+"""A token ties with PEFT's where its logit is within this many roundings of the largest. Attention over
+padded blocks sums in another order than transformers', and in bf16 two logits are often the same number."""
+TIE_FP32 = 1e-4
+_BLOCK = 16
+_STEP_TOKENS = 256
+_VERSION = "version"
+
+
+@dataclass(frozen=True)
+class TextProof:
+    texts: int
+    tokens: int
+    changed: int
+    """Texts that differ from the bare base's."""
+
+
+def prove_texts(
+    base: nn.Module,
+    reference: nn.Module,
+    weights: AdapterWeights,
+    probes: Sequence[list[int]],
+    tokens: int,
+    on_progress: Callable[[float], None],
+) -> TextProof:
+    """Let an engine serve each probe with and without the version, all in one batch, and compare.
+
+    Each token must be PEFT's, or tie with it after the same tokens (`TIE_ROUNDINGS`).
+
+    Args:
+        tokens: of each text.
+        on_progress: called with the part that is done; what it raises ends the proof.
+
+    Raises:
+        ProofError: a text is not PEFT's, or one without the version not the base's.
+    """
+    if not probes or tokens < 1:
+        return TextProof(0, 0, 0)
+    served, bare = _served(base, weights, probes, tokens, lambda part: on_progress(part / 2))
+    tolerance = _tie(base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
+    changed = 0
+    for number, probe in enumerate(probes):
+        _check(base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
+        _check(reference, probe, served[number], tolerance, f"text {number + 1}")
+        changed += served[number] != bare[number]
+        on_progress(0.5 + (number + 1) / len(probes) / 2)
+    return TextProof(len(probes), len(probes) * tokens, changed)
+
+
+def _served(
+    base: nn.Module,
+    weights: AdapterWeights,
+    probes: Sequence[list[int]],
+    tokens: int,
+    on_progress: Callable[[float], None],
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The engine's texts with the version, and without."""
+    rows = 2 * len(probes)
+    length = max(map(len, probes)) + tokens
+    blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
+    limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
+    engine = Engine(base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2)
+    engine.put_adapter(_VERSION, weights)
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    texts: dict[str, list[int]] = {}
+    for number, probe in enumerate(probes):
+        for name, adapters in ((f"+{number}", [protocol.AdapterRef(_VERSION)]), (f"-{number}", [])):
+            texts[name] = []
+            engine.submit(protocol.Submit(id=name, prompt=probe, sampling=sampling, adapters=adapters))
+    while engine.busy:
+        engine.step()
+        for output in engine.take_outputs():
+            if output.finish == "error":
+                raise ProofError(output.id, 1.0, f"the engine cannot serve it: {output.error_message}")
+            texts[output.id] += output.tokens
+        on_progress(sum(map(len, texts.values())) / (rows * tokens))
+    count = range(len(probes))
+    return [texts[f"+{n}"] for n in count], [texts[f"-{n}"] for n in count]
+
+
+def _tie(dtype: torch.dtype) -> float:
+    return max(TIE_ROUNDINGS * torch.finfo(dtype).eps, TIE_FP32)
+
+
+def _check(model: nn.Module, probe: list[int], tokens: list[int], tolerance: float, title: str) -> None:
+    """Raise ProofError for a token that `model` would not have chosen after the same tokens."""
+    for place, regret in enumerate(regrets(model, probe, tokens)):
+        if regret > tolerance or math.isnan(regret):
+            message = f"{title} differs from PEFT's at token {place + 1}: {tokens[place]} is served there"
+            raise ProofError(title, regret, message)
+
+
+@torch.inference_mode()
+def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
+    """How far each token's logit lies below the model's best after the same tokens; all 0 for a greedy text.
+
+    Relative to the largest logit of its place.
+    """
+    logits = _logits(model, [*prompt, *tokens[:-1]], keep=len(tokens))
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    largest = logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
+    below: list[float] = ((logits.amax(1) - chosen) / largest).tolist()
+    return below
+
+
+def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
+    """The logits after each of the last `keep` tokens of a row, [keep, vocab] fp32, by the model's own pass.
+
+    The row is fed in pieces of TILE tokens through transformers' own cache: from 33 rows on oneDNN sums bf16
+    products in another order, and one flipped last bit may tip a near tie between two tokens.
+    """
+    device = next(model.parameters()).device
+    cache = DynamicCache(config=model.config)
+    kept = []
+    for first in range(0, len(ids), TILE):
+        piece = ids[first : first + TILE]
+        wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
+        output = model(
+            input_ids=torch.tensor([piece], device=device),
+            position_ids=torch.arange(first, first + len(piece), device=device)[None],
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=max(wanted, 1),
+        )
+        if wanted > 0:
+            kept.append(output.logits[0].float())
+    return torch.cat(kept)

@@ -1,0 +1,121 @@
+"""One version from its two files to a packed adapter that is proven."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from onebase_adapters.proof.loader import load_adapter
+from onebase_adapters.proof.report import VersionReport, version_report
+from onebase_adapters.proof.texts import prove_texts
+from onebase_adapters.proof.verify import prove_modules
+from onebase_engine.base.load import BaseChangedError, fingerprint
+from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
+from onebase_engine.lora.weights import folded
+
+Stage = Literal["validating", "proving"]
+OnProgress = Callable[[Stage, float], None]
+_LOADED, _COMPARED = 0.15, 0.6
+"""Parts of the work that are done when PEFT has loaded the version, and when its modules are compared."""
+
+
+@dataclass(frozen=True)
+class ProvenVersion:
+    """`sha256` and `bytes` are the packed adapter's."""
+
+    report: VersionReport
+    sha256: str
+    bytes: int
+
+
+class Verifier:
+    """Proves versions on a base. `max_rank` is the largest that the engine's slots hold."""
+
+    def __init__(self, base: nn.Module, *, max_rank: int, base_id: str) -> None:
+        """`base_id` is written into packed adapters, so that no other base ever loads them."""
+        self._base = base
+        self._max_rank = max_rank
+        self._base_id = base_id
+        self._fingerprint = fingerprint(base)
+
+    def prove(
+        self,
+        config: Path,
+        weights: Path,
+        packed: Path,
+        *,
+        probes: Sequence[list[int]],
+        probe_tokens: int,
+        allow_noop: bool,
+        on_progress: OnProgress,
+    ) -> ProvenVersion:
+        """Validate, load and prove a version, and leave its packed adapter at `packed`.
+
+        Args:
+            config, weights: the version's two files.
+            packed: the file to write; nothing is left there when anything is raised.
+            probes: prompts, as tokens, whose greedy texts of `probe_tokens` tokens are compared.
+            allow_noop: accept an adapter that changes nothing.
+            on_progress: called with the stage, and the part of all the work that is done; what it raises
+                ends the proof.
+
+        Raises:
+            AdapterFormatError: the files are not an adapter that can be served.
+            ProofError: what would be served is not PEFT's.
+            BaseChangedError: nothing more can be proved in this process.
+            OSError: a file cannot be read, or the packed adapter not be written.
+        """
+        try:
+            return self._prove(config, weights, packed, probes, probe_tokens, allow_noop, on_progress)
+        except BaseException:
+            packed.unlink(missing_ok=True)
+            raise
+
+    def _prove(
+        self,
+        config: Path,
+        weights: Path,
+        packed: Path,
+        probes: Sequence[list[int]],
+        probe_tokens: int,
+        allow_noop: bool,
+        on_progress: OnProgress,
+    ) -> ProvenVersion:
+        started = time.monotonic()
+        on_progress("validating", 0.0)
+        adapter = load_adapter(self._base, config, weights, self._max_rank, allow_noop=allow_noop)
+        on_progress("proving", _LOADED)
+        write_packed_adapter(packed, adapter.weights, base_id=self._base_id)
+        sha256 = _sha256(packed)
+        # What is proved is what the engine will read.
+        finished = read_packed_adapter(packed, sha256, base_id=self._base_id)
+        modules = prove_modules(
+            self._base,
+            adapter.reference,
+            folded(finished),
+            lambda part: on_progress("proving", _LOADED + part * (_COMPARED - _LOADED)),
+        )
+        texts = prove_texts(
+            self._base,
+            adapter.reference,
+            finished,
+            probes,
+            probe_tokens,
+            lambda part: on_progress("proving", _COMPARED + part * (1 - _COMPARED)),
+        )
+        if fingerprint(self._base) != self._fingerprint:
+            raise BaseChangedError("a tensor of the attached base was written to")
+        seconds = time.monotonic() - started
+        report = version_report(self._base, adapter, finished, modules, texts, seconds)
+        return ProvenVersion(report, sha256, packed.stat().st_size)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,64 @@
+"""Files and folders that are there whole or not at all, also after a power cut: written next to their place,
+synced, renamed, and the folder around them synced."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_synced(work: Path, target: Path) -> None:
+    """Give a synced file its name; a file that has it already is replaced. Raises OSError."""
+    work.replace(target)
+    sync(target.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file. Raises OSError."""
+    work = path.with_name(f".{path.name}.part")
+    work.write_text(text, encoding="utf-8")
+    sync(work)
+    replace_synced(work, path)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` once all of it is on the disk.
+
+    Raises OSError, also for what safetensors says in an exception of its own.
+    """
+    work = target.with_name(f".{target.name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        for path in [*work.iterdir(), work]:
+            sync(path)
+    except SafetensorError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, f"{target} cannot be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    replace_synced(work, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,278 @@
+"""The files of all versions, each blob stored once under the SHA-256 of its content.
+
+The store is a folder, or any place that fsspec can reach (`s3://bucket/prefix`); a remote one has a local
+cache. Several processes and several servers may use one store at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import unquote, urlsplit
+
+from onebase_adapters.store.content import Blob
+from onebase_adapters.store.errors import (
+    BlobDamagedError,
+    BlobMissingError,
+    StoreError,
+    StoreFullError,
+    store_errors,
+)
+from onebase_adapters.store.local import FileSystem, LocalBlobs, PartFile, check_content, is_sha256
+from onebase_adapters.store.remote import RemoteBlobs
+from onebase_engine.redaction import redacted
+
+__all__ = [
+    "Blob",
+    "BlobDamagedError",
+    "BlobMissingError",
+    "BlobWriter",
+    "Store",
+    "StoreError",
+    "StoreFullError",
+]
+
+GRACE = 600.0
+"""Seconds in which an unreferenced blob may be one that somebody has just stored and is about to register."""
+
+_CACHE_HOLD = 300.0
+_CHUNK = 1 << 20
+
+
+class BlobWriter:
+    """Writes one blob. Unless `commit` is reached, nothing remains of it.
+
+        with store.writer() as writer:
+            writer.write(chunk)
+            blob = writer.commit()
+
+    A file that waits for others (the config while the weights still come in) is best committed with them:
+    its age begins at the commit.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._part = store.new_part()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._part.size
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Raises StoreFullError, StoreError; after either the writer is given up."""
+        self._part.write(data)
+
+    def commit(self) -> Blob:
+        """The blob, which now outlives `kill -9` and a power cut. Raises StoreFullError, StoreError."""
+        return self._store.publish(self._part)
+
+    def abort(self) -> None:
+        """Throw away what was written; after `commit` it does nothing."""
+        self._part.discard()
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+class Store:
+    """Content-addressed files. All methods block and may be called from any thread.
+
+    Args:
+        url: a local path, `file://` or any fsspec URL.
+        cache: a local folder for what a remote store's blobs are read from; unused for a local store.
+        cache_bytes: what the cache may hold. Blobs asked for in the last five minutes stay beyond that.
+        grace: seconds in which an unreferenced blob is not deleted (`delete`).
+        files: the file system's calls; replaced in tests of faults.
+
+    Raises StoreError when the place cannot be used. No error holds the URL's credentials.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        cache_bytes: int = 20 << 30,
+        *,
+        grace: float = GRACE,
+        files: FileSystem | None = None,
+    ) -> None:
+        self.place = redacted(url)
+        self._grace = grace
+        self._cache_bytes = cache_bytes
+        self._evicting = threading.Lock()
+        folder = _local_folder(url)
+        self._remote = RemoteBlobs(url) if folder is None else None
+        self._local = LocalBlobs(cache if folder is None else folder, files or FileSystem())
+
+    def writer(self) -> BlobWriter:
+        """A writer for one new blob. Raises StoreFullError, StoreError."""
+        return BlobWriter(self)
+
+    def add_file(self, path: Path, *, move: bool = False) -> Blob:
+        """Take a local file in. Raises StoreFullError, StoreError.
+
+        Args:
+            move: the file is the store's from now on, whatever happens; it must lie in `scratch()`, and no
+                bytes are copied.
+        """
+        if move:
+            return self.publish(self._local.existing_part(path))
+        with self.writer() as writer:
+            with store_errors(f"reading {path}"):
+                source = path.open("rb")
+            with source:
+                while chunk := source.read(_CHUNK):
+                    writer.write(chunk)
+            return writer.commit()
+
+    def new_part(self) -> PartFile:
+        """A temporary file on the store's disk (a remote store's: the cache's)."""
+        return self._local.new_part()
+
+    def publish(self, part: PartFile) -> Blob:
+        """Make a blob of what was written: fsync, the remote store first, then the name on this disk."""
+        blob = part.finish()
+        if self._remote is not None:
+            try:
+                self._remote.put(part.path, blob)
+            except StoreError:
+                part.discard()
+                raise
+        self._local.publish(part, blob)
+        self._evict(blob.sha256)
+        return blob
+
+    def local(self, sha256: str) -> Path:
+        """A local file with the blob's content, to be read at once or copied, never written to.
+
+        A remote blob is fetched into the cache and its hash checked. Raises BlobMissingError,
+        BlobDamagedError, StoreFullError, StoreError.
+        """
+        path = self._local.path(_checked(sha256))
+        if self._remote is None:
+            if not path.is_file():
+                raise BlobMissingError(f"{self.place} has no blob {sha256}.")
+            return path
+        with suppress(FileNotFoundError):
+            os.utime(path)
+            return path
+        return self._fetch(sha256, self._remote)
+
+    def _fetch(self, sha256: str, remote: RemoteBlobs) -> Path:
+        part = self._local.new_part()
+        try:
+            remote.get(sha256, part.path)
+            check_content(part.path, sha256)
+            part.finish()
+            self._local.publish(part, Blob(sha256, part.path.stat().st_size))
+        finally:
+            part.discard()
+        self._evict(sha256)
+        return self._local.path(sha256)
+
+    def exists(self, sha256: str) -> bool:
+        """Whether the store itself (not only the cache) has the blob. Raises StoreError."""
+        return self._size(sha256) is not None
+
+    def size(self, sha256: str) -> int:
+        """Bytes. Raises BlobMissingError, StoreError."""
+        size = self._size(sha256)
+        if size is None:
+            raise BlobMissingError(f"{self.place} has no blob {sha256}.")
+        return size
+
+    def _size(self, sha256: str) -> int | None:
+        _checked(sha256)
+        if self._remote is not None:
+            return self._remote.size(sha256)
+        return self._local.size(sha256)
+
+    def check(self, sha256: str) -> None:
+        """Read the whole blob and compare. Raises BlobMissingError, BlobDamagedError, StoreError."""
+        check_content(self.local(sha256), sha256)
+
+    def delete(self, sha256: str, *, older_than: float | None = None) -> bool:
+        """Delete a blob that nothing references any more; whether it was deleted.
+
+        One that was stored within `older_than` seconds (the store's grace unless given) stays for the next
+        `sweep`: another server may have stored the same content and be about to register it.
+        Raises StoreError.
+        """
+        age = self._grace if older_than is None else older_than
+        _checked(sha256)
+        if self._remote is None:
+            return self._local.remove(sha256, age)
+        removed = self._remote.remove(sha256, age)
+        if removed:
+            self._local.remove(sha256, 0.0)
+        return removed
+
+    def sweep(self, keep: Iterable[str], older_than: float) -> int:
+        """Delete blobs that are not in `keep` and temporary files that no process writes any more, all unless
+        younger than `older_than` seconds. Returns how many files went. Raises StoreError.
+
+        Ask the registry for `keep` just before: a blob registered later is younger than `older_than`.
+        """
+        kept = frozenset(keep)
+        if self._remote is None:
+            return self._local.sweep(kept, older_than)
+        return self._remote.sweep(kept, older_than) + self._local.sweep_scratch(older_than)
+
+    def scratch(self) -> Path:
+        """A folder on the store's disk (a remote store's: the cache's) for temporary files: what
+        `add_file(move=True)` takes. `sweep` clears what is left in it."""
+        return self._local.scratch
+
+    def free_bytes(self) -> int:
+        """Bytes free on the local disk that uploads are written to."""
+        with store_errors("asking for free space"):
+            return shutil.disk_usage(self._local.scratch).free
+
+    def _evict(self, newest: str) -> None:
+        """Bring a remote store's cache back under its limit, least recently used first."""
+        if self._remote is None:
+            return
+        with self._evicting, suppress(FileNotFoundError):
+            held = [
+                (path.stat().st_mtime, path.stat().st_size, path.name)
+                for path in map(self._local.path, self._local.names())
+            ]
+            total = sum(size for _, size, _ in held)
+            for used, size, name in sorted(held):
+                if total <= self._cache_bytes or time.time() - used < _CACHE_HOLD:
+                    break
+                if name != newest and self._local.remove(name, _CACHE_HOLD):
+                    total -= size
+
+
+def _local_folder(url: str) -> Path | None:
+    """The folder of a local path or a `file://` URL; None for any other place. Raises StoreError."""
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        return Path(url).expanduser().absolute()
+    if scheme not in ("file", "local"):
+        return None
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise StoreError(
+            f"{redacted(url)}: a file URL needs three slashes and a whole path: file:///data/store."
+        )
+    return Path(unquote(parts.path))
+
+
+def _checked(sha256: str) -> str:
+    if not is_sha256(sha256):
+        raise BlobMissingError(f"{sha256[:80]!r} names no blob: that takes 64 hexadecimal digits.")
+    return sha256

@@ -1,0 +1,195 @@
+"""`client.files` and `client.training`: what jobs learn from, and the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Unpack
+
+from .._core import parse, requests, training
+from ..adapter_types import ProgressCallback
+from ..errors import OneBaseError
+from ..training_types import Activate, TrainingFile, TrainingJobInfo, TrainingMethod, TrainingSettings
+from .http import AsyncHttp
+from .jobs import AsyncTrainingJob
+
+
+class AsyncFiles:
+    """`client.files`: what jobs learn from, and the curves that jobs leave."""
+
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def upload(self, path: str | Path, *, progress: ProgressCallback | None = None) -> TrainingFile:
+        """Send a file of examples, streamed from disk. `client.training.create` does this by itself.
+
+        Args:
+            path: A .jsonl, .json, .csv or .parquet file.
+            progress: Called with the bytes that are sent.
+
+        Raises:
+            ValueError: there is no such file; nothing was sent.
+            BadRequestError: it is of another kind, or empty.
+            PayloadTooLargeError, StorageFullError: there is no room for it.
+        """
+        call = training.upload(training.existing(path, "path"), progress)
+        return await self._http.ask(call, training.parse_file)
+
+    async def list(self, *, purpose: str | None = None) -> tuple[TrainingFile, ...]:
+        """All files, the newest first.
+
+        Args:
+            purpose: Only those of this purpose: `fine-tune` or `fine-tune-results`.
+        """
+        return await self._http.collect(
+            lambda after, size: training.list_files(purpose, after, size), training.parse_file
+        )
+
+    async def get(self, file_id: str) -> TrainingFile:
+        """One file's name, size and purpose.
+
+        Raises:
+            NotFoundError: there is no file of this id.
+        """
+        return await self._http.ask(training.file(file_id), training.parse_file)
+
+    async def content(self, file_id: str) -> bytes:
+        """The whole content of a file.
+
+        Raises:
+            NotFoundError: there is no file of this id.
+        """
+        reply = await self._http.send(training.file(file_id, "content"))
+        return reply.body
+
+    async def delete(self, file_id: str) -> None:
+        """Delete a file. It cannot be undone.
+
+        Raises:
+            ConflictError: a job that has not ended needs it.
+            NotFoundError: there is no file of this id.
+        """
+        await self._http.send(training.delete_file(file_id))
+
+
+class AsyncTraining:
+    """`client.training`: jobs that train adapters on the base that the server has in memory."""
+
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def create(
+        self,
+        training_file: str | Path,
+        *,
+        name: str | None = None,
+        validation_file: str | Path | None = None,
+        activate: Activate = "if_better",
+        method: TrainingMethod = "supervised",
+        seed: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        model: str | None = None,
+        progress: ProgressCallback | None = None,
+        **settings: Unpack[TrainingSettings],
+    ) -> AsyncTrainingJob:
+        """Begin to train an adapter. The job waits for its turn, and goes on without this process.
+
+        Example:
+            >>> job = await client.training.create("train.jsonl", name="acme", r=8)  # doctest: +SKIP
+            >>> await job.wait()  # doctest: +SKIP
+            >>> job.report.loss_after  # doctest: +SKIP
+
+        Args:
+            training_file: The path of a .jsonl, .json, .csv or .parquet file, which is uploaded; or the id
+                of an uploaded file.
+            name: The adapter's. The result is one more version of it. By default the server makes up a name.
+            validation_file: Rows to measure on, given in the same way. By default some training rows are
+                held out.
+            activate: Activate the version once it is proven: `always`, `if_better` than the base on held-out
+                rows, or `never`.
+            method: `supervised`, from replies, or `dpo`, from chosen and rejected ones.
+            seed: Of everything random.
+            metadata: Labels that `list` can search for: up to 16, of 512 characters each at most.
+            model: The base to train on, as a check. A server has only one.
+            progress: Called with the bytes that are sent.
+            **settings: See TrainingSettings.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing was sent.
+            BadRequestError: the server does not accept a setting (`param` names it). What was uploaded is
+                deleted again.
+            ConflictError: the server does not train.
+        """
+        plain = training.check_settings(settings)
+        train = training.source(training_file, "training_file")
+        validation = None if validation_file is None else training.source(validation_file, "validation_file")
+        model = await self._base() if model is None else model
+        async with _AsyncUploads(AsyncFiles(self._http), progress) as uploads:
+            call = training.create(
+                model,
+                await uploads.id_of(train),
+                None if validation is None else await uploads.id_of(validation),
+                name=name,
+                activate=activate,
+                method=method,
+                seed=seed,
+                metadata=metadata,
+                settings=plain,
+            )
+            return self._job(await self._http.ask(call, training.parse_job))
+
+    async def list(
+        self, *, limit: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> tuple[AsyncTrainingJob, ...]:
+        """The jobs, the newest first.
+
+        Args:
+            limit: The largest number of jobs; None: all.
+            metadata: Only jobs with these labels.
+        """
+        found = await self._http.collect(
+            lambda after, size: training.list_jobs(metadata, after, size), training.parse_job, limit
+        )
+        return tuple(self._job(info) for info in found)
+
+    async def get(self, job_id: str) -> AsyncTrainingJob:
+        """One job, whichever process began it.
+
+        Raises:
+            NotFoundError: there is no job of this id.
+        """
+        return self._job(await self._http.ask(training.job(job_id), training.parse_job))
+
+    def _job(self, info: TrainingJobInfo) -> AsyncTrainingJob:
+        return AsyncTrainingJob(info, self._http)
+
+    async def _base(self) -> str:
+        return training.base_of(await self._http.ask(requests.MODELS, parse.models))
+
+
+class _AsyncUploads:
+    """The files that are sent for one job. The end of the block deletes them if the job was refused."""
+
+    def __init__(self, files: AsyncFiles, progress: ProgressCallback | None) -> None:
+        self._files = files
+        self._progress = progress
+        self._ids: list[str] = []
+
+    async def id_of(self, source: str | Path) -> str:
+        """The id of a file, which is sent first if it is a path."""
+        if isinstance(source, str):
+            return source
+        sent = await self._files.upload(source, progress=self._progress)
+        self._ids.append(sent.id)
+        return sent.id
+
+    async def __aenter__(self) -> _AsyncUploads:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        for file_id in self._ids if training.was_refused(error) else ():
+            with suppress(OneBaseError):  # the caller must learn of the refusal instead
+                await self._files.delete(file_id)

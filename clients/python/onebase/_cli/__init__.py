@@ -1,1 +1,0 @@
-"""The subcommands of `onebase`. Each module has `run(argv) -> exit status`."""

@@ -1,0 +1,316 @@
+"""Adapters: which folder can be sent, what is sent, what the answers mean, how to wait for a version."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, urlencode
+
+from ..adapter_types import (
+    FAILED,
+    Activation,
+    Adapter,
+    AdapterSource,
+    AdapterVersion,
+    ModuleReport,
+    Progress,
+    ProgressCallback,
+    ProofReport,
+    VersionFailure,
+    VersionReport,
+)
+from ..errors import AdapterRejectedError, UnprocessableError
+from .config import UNSET, Unset
+from .parse import Json, flat
+from .requests import Body, Call, Form, encode
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+PICKLE: Final = "adapter_model.bin"
+
+LIST: Final = Call("GET", "/v1/adapters")
+
+FIRST_POLL_S: Final = 0.1
+LONGEST_POLL_S: Final = 2.0
+
+# ---- a folder ----------------------------------------------------------------------------------------
+
+_WANTED: Final = "give a folder with both files, as `PeftModel.save_pretrained` writes them."
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """The two files of an adapter, as PEFT saves them."""
+
+    config: Path
+    weights: Path
+
+
+def adapter_folder(path: str | Path) -> AdapterFolder:
+    """The adapter in a folder.
+
+    Raises:
+        ValueError: the folder holds none. The message says what is missing and what to do.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: give a folder that holds {CONFIG} and {WEIGHTS}")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {' and '.join(missing)}{_remedy(folder, missing)}")
+    return AdapterFolder(folder / CONFIG, folder / WEIGHTS)
+
+
+def _remedy(folder: Path, missing: list[str]) -> str:
+    if WEIGHTS in missing and (folder / PICKLE).is_file():
+        return f", it only has {PICKLE}.\n{_conversion(folder)}"
+    found = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
+    inside = sorted(str(one.parent.relative_to(folder)) for one in found)
+    if inside:
+        return f". Did you mean a folder in it? {', '.join(inside[:5])}"
+    if any(folder.glob("model*.safetensors")):
+        return f".\nIt holds a whole model. To send an adapter, {_WANTED}"
+    return f".\nTo send an adapter, {_WANTED}"
+
+
+def _conversion(folder: Path) -> str:
+    old, new = str(folder / PICKLE), str(folder / WEIGHTS)
+    program = (
+        f"import torch, safetensors.torch as s; s.save_file(torch.load({old!r}, weights_only=True), {new!r})"
+    )
+    return (
+        "OneBase opens no pickle files, since they can run code. Convert it once, where torch is installed:\n"
+        f"  python -c {shlex.quote(program)}"
+    )
+
+
+# ---- requests ----------------------------------------------------------------------------------------
+
+
+def retrieve(name: str) -> Call:
+    return Call("GET", _path(name))
+
+
+def versions(name: str) -> Call:
+    return Call("GET", _path(name, "versions"))
+
+
+def version(name: str, digest: str) -> Call:
+    return Call("GET", _path(name, "versions", digest))
+
+
+def history(name: str) -> Call:
+    return Call("GET", _path(name, "history"))
+
+
+def upload(
+    folder: AdapterFolder,
+    name: str,
+    *,
+    activate: bool,
+    allow_noop: bool,
+    any_base: bool,
+    progress: ProgressCallback | None,
+) -> Call:
+    """The call that sends a folder. The same content makes the same version, so it may be sent twice."""
+    flags = _flags(activate=activate, allow_noop=allow_noop, any_base=any_base)
+    form = Form(
+        {"name": name} | dict.fromkeys(flags, "true"),
+        "files",
+        (folder.config, folder.weights),
+        None if progress is None else lambda done, total: progress(_sent(done, total)),
+    )
+    return Call("POST", "/v1/adapters", form, idempotent=True)
+
+
+def pull(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    name: str | None,
+    *,
+    activate: bool,
+    allow_noop: bool,
+    any_base: bool,
+) -> Call:
+    """The call that makes the server fetch a Hub repository.
+
+    Raises:
+        ValueError: `repo` is not `org/repo`, or the name is empty.
+    """
+    organization, _, short = repo.partition("/")
+    if not organization or not short or "/" in short or "@" in repo or ":" in repo:
+        raise ValueError(f"repo must be org/repo, such as acme/support-lora, not {repo!r}")
+    hub: Body = {"repo": repo, "revision": revision, "subfolder": subfolder}
+    body: Body = {"name": short if name is None else name}
+    body["hub"] = {key: value for key, value in hub.items() if value is not None}
+    body |= _flags(activate=activate, allow_noop=allow_noop, any_base=any_base)
+    return Call("POST", "/v1/adapters", encode(body), idempotent=True)
+
+
+def activate(name: str, digest: str, expected: str | Unset | None) -> Call:
+    return _post({"version": digest} | _expected(expected), name, "activate")
+
+
+def rollback(name: str, expected: str | Unset | None) -> Call:
+    return _post(_expected(expected), name, "rollback")
+
+
+def deactivate(name: str) -> Call:
+    return _post({}, name, "deactivate")
+
+
+def pin(name: str, pinned: bool) -> Call:
+    """Idempotent: it says what shall be, not what shall change."""
+    return Call("POST", _path(name, "pin"), encode({"pinned": pinned}), idempotent=True)
+
+
+def delete(name: str, digest: str | None, *, force: bool) -> Call:
+    path = _path(name) if digest is None else _path(name, "versions", digest)
+    return Call("DELETE", f"{path}?{urlencode({'force': 'true'})}" if force else path)
+
+
+def _post(body: Body, *path: str) -> Call:
+    return Call("POST", _path(*path), encode(body))
+
+
+def _path(*parts: str) -> str:
+    if not all(parts):
+        raise ValueError("the name of an adapter, or its version, is empty")
+    return "/".join(["/v1/adapters", *(quote(part, safe="") for part in parts)])
+
+
+def _expected(expected: str | Unset | None) -> Body:
+    return {} if expected is UNSET else {"expected": expected}
+
+
+def _flags(**flags: bool) -> Body:
+    """The flags that are set. The server's default is false."""
+    return {name: True for name, value in flags.items() if value}
+
+
+def _sent(done: int, total: int) -> Progress:
+    return Progress("uploading", done / total, done, total)
+
+
+# ---- answers -----------------------------------------------------------------------------------------
+
+
+def parse_adapter(value: Json) -> Adapter:
+    return flat(Adapter, value, kinds=tuple(value["kinds"]), targets=tuple(value["targets"]))
+
+
+def parse_adapters(value: Json) -> tuple[Adapter, ...]:
+    return tuple(parse_adapter(item) for item in value["data"])
+
+
+def parse_version(value: Json) -> AdapterVersion:
+    error, progress, report = value["error"], value["progress"], value["report"]
+    return flat(
+        AdapterVersion,
+        value,
+        error=None if error is None else flat(VersionFailure, error),
+        source=_source(value["source"]),
+        progress=None if progress is None else Progress(progress["stage"], progress["fraction"]),
+        report=None if report is None else _version_report(report),
+    )
+
+
+def parse_versions(value: Json) -> tuple[AdapterVersion, ...]:
+    return tuple(parse_version(item) for item in value["data"])
+
+
+def _source(value: Json) -> AdapterSource:
+    return AdapterSource(
+        value["kind"],
+        value.get("repo"),
+        value.get("revision"),
+        value.get("commit"),
+        value.get("subfolder"),
+    )
+
+
+def _version_report(value: Json) -> VersionReport:
+    return flat(
+        VersionReport,
+        value,
+        kinds=tuple(value["kinds"]),
+        targets=tuple(value["targets"]),
+        dropped=tuple(value["dropped"]),
+        modules=tuple(flat(ModuleReport, module) for module in value["modules"]),
+        proof=flat(ProofReport, value["proof"]),
+    )
+
+
+def parse_history(value: Json) -> tuple[Activation, ...]:
+    return tuple(flat(Activation, item) for item in value["data"])
+
+
+# ---- waiting -----------------------------------------------------------------------------------------
+
+
+class Waiting:
+    """Waits for one version: how often to ask, and what each answer means. The caller asks and sleeps."""
+
+    def __init__(self, version: AdapterVersion, progress: ProgressCallback | None) -> None:
+        self.version = version
+        self._progress = progress
+        self._shown: Progress | None = None
+        self._delay = FIRST_POLL_S
+        self._show()
+
+    @property
+    def over(self) -> bool:
+        """Whether the version is ready.
+
+        Raises:
+            AdapterRejectedError: the version failed.
+        """
+        if self.version.state == FAILED:
+            raise rejected(self.version)
+        return self.version.finished
+
+    def take(self, version: AdapterVersion) -> None:
+        """The server's newest answer. After a new state the next question comes soon."""
+        if version.state != self.version.state:
+            self._delay = FIRST_POLL_S
+        self.version = version
+        self._show()
+
+    def next_delay(self) -> float:
+        """Seconds until the server is asked again. They grow from one question to the next."""
+        delay, self._delay = self._delay, min(LONGEST_POLL_S, self._delay * 1.5)
+        return delay
+
+    def _show(self) -> None:
+        now = Progress(self.version.state)
+        if self.version.progress is not None and not self.version.finished:
+            now = self.version.progress
+        if self._progress is not None and now != self._shown:
+            self._progress(now)
+        self._shown = now
+
+
+def was_active(version: AdapterVersion, history: Sequence[Activation]) -> bool:
+    """Whether the version was ever active, even if another one is now."""
+    return any(entry.version == version.version for entry in history)
+
+
+def rejected(version: AdapterVersion) -> AdapterRejectedError:
+    """The error for a version that failed."""
+    what = version.name if version.is_pull else version.id
+    failure = version.error
+    if failure is None:
+        message = f"{what} failed, and the server does not say why"
+        return AdapterRejectedError(message, code=None, version=version)
+    return AdapterRejectedError(f"{what}: {failure.message}", code=failure.code, version=version)
+
+
+def refused(error: UnprocessableError) -> AdapterRejectedError:
+    """The error for files that the server refused before they became a version."""
+    return AdapterRejectedError(error.message, code=error.code, version=None)

@@ -1,0 +1,216 @@
+"""Streams: events of a server become an answer, or the events of a job."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..errors import APITimeoutError, ErrorDetail, InvalidResponseError, OneBaseError, StreamError
+from ..training_types import TrainingEvent, TrainingJobInfo
+from ..types import Choice, Generation, Logprobs, Piece
+from . import training
+from .parse import StreamEnd, parse, stream_event
+from .requests import Call
+from .retry import Backoff
+
+_END_OF_ANSWER: Final = "[DONE]"
+_END_OF_JOB: Final = "done"
+
+# ---- an answer ---------------------------------------------------------------------------------------
+
+
+class _ChoiceSoFar:
+    """One choice as it grows."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.logprobs: list[Logprobs] = []
+        self.finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.texts.append(piece.text)
+        if piece.logprobs is not None:
+            self.logprobs.append(piece.logprobs)
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+
+    def complete(self, index: int) -> Choice:
+        if self.finish_reason is None:
+            raise InvalidResponseError(f"the stream ended without the end of choice {index}")
+        return Choice(index, "".join(self.texts), self.finish_reason, _joined(self.logprobs))
+
+
+def _joined(parts: list[Logprobs]) -> Logprobs | None:
+    if not parts:
+        return None
+    return Logprobs(
+        tuple(token for part in parts for token in part.tokens),
+        tuple(token for part in parts for token in part.token_ids),
+        tuple(value for part in parts for value in part.token_logprobs),
+        tuple(top for part in parts for top in part.top_logprobs),
+        tuple(offset for part in parts for offset in part.text_offset),
+    )
+
+
+class Assembler:
+    """Makes pieces of the events of a stream, and at the end the whole answer."""
+
+    def __init__(self) -> None:
+        self._choices: dict[int, _ChoiceSoFar] = {}
+        self._end: StreamEnd | None = None
+        self.done = False
+
+    def take(self, data: str) -> Piece | None:
+        """The piece in an event, if it has one.
+
+        Raises:
+            StreamError: the server reports a failure, or sends something else than a stream of an answer.
+        """
+        if self.done:
+            return None
+        if data == _END_OF_ANSWER:
+            self.done = True
+            return None
+        try:
+            event = stream_event(data)
+        except InvalidResponseError as error:
+            raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
+        if isinstance(event, ErrorDetail):
+            raise StreamError(event)
+        if isinstance(event, StreamEnd):
+            self._end = event
+            return None
+        self._choices.setdefault(event.index, _ChoiceSoFar()).add(event)
+        return event
+
+    def text(self, index: int) -> str:
+        """The text of one choice so far."""
+        choice = self._choices.get(index)
+        return "".join(choice.texts) if choice else ""
+
+    def result(self) -> Generation:
+        """The whole answer.
+
+        Raises:
+            StreamError: the stream stopped before its end.
+        """
+        if self._end is None or not self._choices:
+            raise StreamError(
+                ErrorDetail("the stream stopped before the answer was complete", code="connection_lost")
+            )
+        try:
+            choices = tuple(self._choices[index].complete(index) for index in sorted(self._choices))
+        except InvalidResponseError as error:
+            raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
+        end = self._end
+        return Generation(end.id, choices, end.adapter, end.usage, end.timing)
+
+
+def broken(error: OneBaseError) -> StreamError:
+    """The error of a stream that failed with `error` after it had begun."""
+    code = "timeout" if isinstance(error, APITimeoutError) else "connection_lost"
+    if isinstance(error, InvalidResponseError):
+        code = "invalid_stream"
+    return StreamError(ErrorDetail(error.message, code=code))
+
+
+class AnswerView:
+    """A streamed answer: what has come so far, and the whole in the end."""
+
+    def __init__(self) -> None:
+        self._assembler = Assembler()
+        self._result: Generation | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice so far, also after a failure or an early end."""
+        return self._assembler.text(0)
+
+    @property
+    def result(self) -> Generation:
+        """The complete answer, with usage and timing.
+
+        Raises:
+            RuntimeError: the stream has not been read to its end.
+        """
+        if self._result is None:
+            raise RuntimeError("the stream has not been read to its end: iterate over it, or call read()")
+        return self._result
+
+
+# ---- the events of a job -----------------------------------------------------------------------------
+
+
+class EventPosition:
+    """How far a stream of a job's events is: which event came last, and how often it broke since.
+
+    Args:
+        after: The id of the event after which the stream begins, or None.
+        known: Whether the server has already reported the job, so that a failed first attempt is repeated.
+    """
+
+    def __init__(self, job_id: str, after: str | None, known: bool) -> None:
+        self.last_id = after
+        self.job: TrainingJobInfo | None = None
+        self._job_id = job_id
+        self._known = known
+        self._backoff = Backoff()
+
+    @property
+    def done(self) -> bool:
+        return self.job is not None
+
+    def call(self) -> Call:
+        return training.stream_events(self._job_id, self.last_id)
+
+    def begin(self) -> None:
+        """There is a connection."""
+        self._known = True
+
+    def take(self, name: str, data: str) -> TrainingEvent | None:
+        """The event of the job in an event of this name, if it has one that is new.
+
+        Raises:
+            InvalidResponseError: this is not an event of a job.
+        """
+        content = data.encode()
+        if name == _END_OF_JOB:
+            self.job = parse(content, training.parse_job)
+            return None
+        found = parse(content, training.parse_event)
+        if found.id == self.last_id:
+            return None
+        # Set before the event is handed out: a reader who stops there has had it.
+        self.last_id = found.id
+        self._backoff.reset()
+        return found
+
+    def silent(self) -> None:
+        """The read timeout passed without an event: the job is quiet, but the server is there."""
+        self._backoff.reset()
+
+    def delay(self, error: OneBaseError | None) -> float:
+        """Seconds until the next attempt, after `error` or a stream that ended too early.
+
+        Raises:
+            OneBaseError: another attempt cannot help, or there were enough.
+        """
+        if error is not None and not self._known:
+            raise error
+        return self._backoff.delay(error, self.call())
+
+
+class EventsView:
+    """A stream of a job's events: how far it is."""
+
+    def __init__(self, job_id: str, after: str | None, known: bool) -> None:
+        self._position = EventPosition(job_id, after, known)
+
+    @property
+    def last_id(self) -> str | None:
+        """The id of the newest event that was handed out. Another stream can begin `after` it."""
+        return self._position.last_id
+
+    @property
+    def job(self) -> TrainingJobInfo | None:
+        """The job as it ended. None until the stream has been read to its end."""
+        return self._position.job

@@ -1,0 +1,280 @@
+"""Training: what is sent about files and jobs, and what the answers mean."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, urlencode
+
+from ..adapter_types import Progress, ProgressCallback
+from ..errors import APIStatusError, InvalidResponseError
+from ..training_types import (
+    Activate,
+    CurvePoint,
+    TrainingCheckpoint,
+    TrainingEvent,
+    TrainingFailure,
+    TrainingFile,
+    TrainingJobInfo,
+    TrainingMethod,
+    TrainingProgress,
+    TrainingReport,
+    TrainingSettings,
+)
+from ..types import Model
+from .parse import Json, flat
+from .requests import Body, Call, Form, encode
+
+FILES: Final = "/v1/files"
+JOBS: Final = "/v1/fine_tuning/jobs"
+
+_FILE_ID: Final = re.compile(r"file-[A-Za-z0-9_-]+")
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+def source(given: str | Path, argument: str) -> str | Path:
+    """The id of a file that the server has, or the path of one to send.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(given).expanduser()
+    if isinstance(given, str) and _FILE_ID.fullmatch(given) and not path.is_file():
+        return given
+    return existing(path, argument, ", or the id of an uploaded one (file-...)")
+
+
+def existing(given: str | Path, argument: str, otherwise: str = "") -> Path:
+    """The path of a file to send.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    found = "is a folder" if path.is_dir() else "is not there"
+    wanted = "give the path of a .jsonl, .json, .csv or .parquet file"
+    raise ValueError(f"{argument}: {path} {found}: {wanted}{otherwise}")
+
+
+def upload(path: Path, progress: ProgressCallback | None) -> Call:
+    """The call that sends a file. It is not idempotent: sent twice, it makes two files."""
+
+    def sent(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("uploading", done / total, done, total))
+
+    return Call("POST", FILES, Form({"purpose": "fine-tune"}, "file", (path,), sent))
+
+
+def list_files(purpose: str | None, after: str | None, limit: int) -> Call:
+    return Call("GET", _query(FILES, purpose=purpose, after=after, limit=str(limit)))
+
+
+def file(file_id: str, *rest: str) -> Call:
+    return Call("GET", _path(FILES, file_id, *rest))
+
+
+def delete_file(file_id: str) -> Call:
+    return Call("DELETE", _path(FILES, file_id))
+
+
+# ---- jobs --------------------------------------------------------------------------------------------
+
+
+def base_of(models: Sequence[Model]) -> str:
+    """The name of the base. A server lists it first.
+
+    Raises:
+        InvalidResponseError: it lists nothing.
+    """
+    if not models:
+        raise InvalidResponseError("the server lists no models, not even its base")
+    return models[0].id
+
+
+def check_settings(settings: TrainingSettings) -> Body:
+    """The settings as JSON, checked before anything is sent.
+
+    Raises:
+        TypeError: a name is no setting; a value cannot be sent.
+        ValueError: a number is not finite.
+    """
+    known = TrainingSettings.__annotations__
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"unknown setting {name!r}; there are: {', '.join(known)}")
+    plain = {name: _plain(value) for name, value in settings.items()}
+    encode(plain)
+    return plain
+
+
+def was_refused(error: BaseException | None) -> bool:
+    """Whether there is certainly no job. After a lost connection there may be one that needs its files."""
+    return isinstance(error, APIStatusError | TypeError | ValueError)
+
+
+def create(
+    model: str,
+    training_file: str,
+    validation_file: str | None,
+    *,
+    name: str | None,
+    activate: Activate,
+    method: TrainingMethod,
+    seed: int | None,
+    metadata: Mapping[str, str] | None,
+    settings: Body,
+) -> Call:
+    """The call that makes a job. It is not idempotent: sent twice, it makes two jobs."""
+    body: Body = {
+        "model": model,
+        "training_file": training_file,
+        "validation_file": validation_file,
+        "name": name,
+        "activate": activate,
+        "method": {"type": method, method: {"hyperparameters": settings}},
+        "seed": seed,
+        "metadata": None if metadata is None else dict(metadata),
+    }
+    return Call("POST", JOBS, encode({key: value for key, value in body.items() if value is not None}))
+
+
+def list_jobs(metadata: Mapping[str, str] | None, after: str | None, limit: int) -> Call:
+    labels = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+    return Call("GET", _query(JOBS, after=after, limit=str(limit), **labels))
+
+
+def job(job_id: str) -> Call:
+    return Call("GET", _path(JOBS, job_id))
+
+
+def change(job_id: str, action: str) -> Call:
+    """The call for `cancel`, `pause` or `resume`. Each is idempotent."""
+    return Call("POST", _path(JOBS, job_id, action), idempotent=True)
+
+
+def events(job_id: str, after: str | None, limit: int) -> Call:
+    return Call("GET", _query(_path(JOBS, job_id, "events"), after=after, limit=str(limit)))
+
+
+def checkpoints(job_id: str, after: str | None, limit: int) -> Call:
+    return Call("GET", _query(_path(JOBS, job_id, "checkpoints"), after=after, limit=str(limit)))
+
+
+def stream_events(job_id: str, after: str | None) -> Call:
+    """The call for events as they happen, beginning after the event `after`."""
+    headers = [("Accept", "text/event-stream"), ("Cache-Control", "no-store")]
+    if after is not None:
+        headers.append(("Last-Event-ID", after))
+    return Call("GET", _path(JOBS, job_id, "events"), headers=tuple(headers))
+
+
+def _path(*parts: str) -> str:
+    if not all(parts):
+        raise ValueError("the id of a job or a file is empty")
+    first, *rest = parts
+    return "/".join([first, *(quote(part, safe="") for part in rest)])
+
+
+def _query(path: str, **fields: str | None) -> str:
+    given = {name: value for name, value in fields.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+# ---- answers -----------------------------------------------------------------------------------------
+
+
+def parse_file(value: Json) -> TrainingFile:
+    return flat(TrainingFile, value)
+
+
+def parse_job(value: Json) -> TrainingJobInfo:
+    error, progress, report = value["error"], value["progress"], value["report"]
+    method = value["method"]
+    return flat(
+        TrainingJobInfo,
+        value,
+        method=method["type"],
+        settings=dict(method[method["type"]]["hyperparameters"]),
+        metadata=dict(value["metadata"] or {}),
+        progress=None if progress is None else flat(TrainingProgress, progress, optional=True),
+        report=None if report is None else flat(TrainingReport, report),
+        error=None if error is None else flat(TrainingFailure, error),
+        result_files=tuple(value["result_files"]),
+    )
+
+
+def parse_event(value: Json) -> TrainingEvent:
+    return flat(TrainingEvent, value, data=dict(value["data"] or {}))
+
+
+def parse_checkpoint(value: Json) -> TrainingCheckpoint:
+    return flat(TrainingCheckpoint, value, step=value["step_number"], metrics=dict(value["metrics"]))
+
+
+def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> TrainingProgress | None:
+    """The progress after an event: figures in the event replace those that were known."""
+    names = {
+        "step": "step",
+        "total_steps": "steps",
+        "train_loss": "loss",
+        "valid_loss": "eval_loss",
+        "tokens_per_second": "tokens_per_second",
+        "seconds_left": "seconds_left",
+    }
+    new = {ours: event.data[theirs] for theirs, ours in names.items() if event.data.get(theirs) is not None}
+    if event.type != "metrics" or not new:
+        return progress
+    return dataclasses.replace(progress or TrainingProgress(), **new)
+
+
+def curve_of_file(content: bytes) -> tuple[CurvePoint, ...]:
+    """The losses in a result file.
+
+    Raises:
+        InvalidResponseError: it is no such file.
+    """
+    try:
+        rows = csv.DictReader(io.StringIO(content.decode()))
+        return tuple(
+            CurvePoint(int(row["step"]), _number(row["train_loss"]), _number(row["valid_loss"]))
+            for row in rows
+        )
+    except (KeyError, ValueError, csv.Error) as error:
+        raise InvalidResponseError(f"the result file is no curve: {error}") from error
+
+
+def curve_of_events(events: Sequence[TrainingEvent]) -> tuple[CurvePoint, ...]:
+    """The losses in events of any order. Of a step that was done twice, the newer ones."""
+    found: dict[int, CurvePoint] = {}
+    for one in sorted(events, key=lambda event: event.id):
+        if one.type != "metrics" or "step" not in one.data:
+            continue
+        step = int(one.data["step"])
+        known = found.get(step, CurvePoint(step, None, None))
+        train, valid = one.data.get("train_loss"), one.data.get("valid_loss")
+        found[step] = CurvePoint(
+            step,
+            known.train_loss if train is None else float(train),
+            known.valid_loss if valid is None else float(valid),
+        )
+    return tuple(found[step] for step in sorted(found))
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text else None

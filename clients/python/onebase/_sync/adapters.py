@@ -1,0 +1,227 @@
+# Generated from _async/adapters.py by tools/generate_sync.py; do not edit.
+"""`client.adapters`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from .._core import adapters
+from .._core.config import UNSET, Unset
+from .._core.requests import Call
+from ..adapter_types import Activation, Adapter, AdapterVersion, ProgressCallback
+from ..errors import UnprocessableError
+from .http import Http
+
+
+class Adapters:
+    """`client.adapters`: the server's adapters, how new versions get there, and which version answers."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def list(self) -> tuple[Adapter, ...]:
+        """Every adapter of the server."""
+        return self._http.ask(adapters.LIST, adapters.parse_adapters)
+
+    def retrieve(self, name: str) -> Adapter:
+        """One adapter.
+
+        Raises:
+            NotFoundError: there is no adapter of this name.
+        """
+        return self._http.ask(adapters.retrieve(name), adapters.parse_adapter)
+
+    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
+        """All versions of an adapter, the newest first.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+        """
+        return self._http.ask(adapters.versions(name), adapters.parse_versions)
+
+    def version(self, name: str, version: str) -> AdapterVersion:
+        """One version, with its report.
+
+        Args:
+            version: Its digest, or at least the first 8 digits; or the id of a pull.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        return self._http.ask(adapters.version(name, version), adapters.parse_version)
+
+    def history(self, name: str) -> tuple[Activation, ...]:
+        """Which version answered to the name, and since when; the newest entry first.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+        """
+        return self._http.ask(adapters.history(name), adapters.parse_history)
+
+    def upload(
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        activate: bool = True,
+        wait: bool = True,
+        allow_noop: bool = False,
+        any_base: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> AdapterVersion:
+        """Send a folder that PEFT saved; the server proves it. The files are streamed from disk.
+
+        The same content under the same name is the same version: sending it twice does no harm.
+
+        Args:
+            path: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+            name: What requests ask for. A name that exists gets one more version.
+            activate: Activate the version as soon as it is ready, for all requests that begin after that.
+            wait: Return when the version is ready, and active if `activate` is set. Otherwise return as soon
+                as the files are sent; see the method `wait`.
+            allow_noop: Accept an adapter that changes nothing.
+            any_base: Accept an adapter whose configuration names another base.
+            progress: Called with the bytes that are sent, and then with each stage.
+
+        Raises:
+            ValueError: the folder holds no adapter; nothing was sent.
+            AdapterRejectedError: the server did not accept it.
+            ConflictError: it was trained on another base (see `any_base`).
+            PayloadTooLargeError, StorageFullError: there is no room for it.
+        """
+        call = adapters.upload(
+            adapters.adapter_folder(path),
+            name,
+            activate=activate,
+            allow_noop=allow_noop,
+            any_base=any_base,
+            progress=progress,
+        )
+        return self._begin(call, activate, wait, progress)
+
+    def pull(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        name: str | None = None,
+        activate: bool = True,
+        wait: bool = True,
+        allow_noop: bool = False,
+        any_base: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> AdapterVersion:
+        """Let the server fetch an adapter from the Hugging Face Hub and prove it.
+
+        Args:
+            repo: `org/repo`.
+            revision: A branch, a tag or a commit; by default the main branch. The version records the
+                commit.
+            subfolder: Where in the repository the adapter is, if not at its top.
+            name: What requests ask for; by default the repository's name without its owner.
+            activate, wait, allow_noop, any_base, progress: As for `upload`.
+
+        Raises:
+            ValueError: `repo` is not `org/repo`; nothing was sent.
+            AdapterRejectedError: it could not be fetched (codes `hub_...`), or was not accepted.
+        """
+        call = adapters.pull(
+            repo,
+            revision,
+            subfolder,
+            name,
+            activate=activate,
+            allow_noop=allow_noop,
+            any_base=any_base,
+        )
+        return self._begin(call, activate, wait, progress)
+
+    def wait(self, version: AdapterVersion, *, progress: ProgressCallback | None = None) -> AdapterVersion:
+        """Wait until a version is ready, and give it as it is then, with its report.
+
+        Args:
+            progress: Called with each stage, and with each step forward in it.
+
+        Raises:
+            AdapterRejectedError: the version failed.
+        """
+        waiting = adapters.Waiting(version, progress)
+        while not waiting.over:
+            time.sleep(waiting.next_delay())
+            waiting.take(self.version(waiting.version.name, waiting.version.version))
+        return waiting.version
+
+    def activate(self, name: str, version: str, *, expected: str | Unset | None = UNSET) -> Adapter:
+        """Make a version the active one. Requests that have begun end on the version before.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+            expected: Only if this digest is active now, or, with None, only if no version is. By default in
+                any case.
+
+        Raises:
+            ConflictError: another version than `expected` is active (`.current`), or `version` is not ready.
+            NotFoundError: there is no such adapter or version.
+        """
+        return self._http.ask(adapters.activate(name, version, expected), adapters.parse_adapter)
+
+    def rollback(self, name: str, *, expected: str | Unset | None = UNSET) -> Adapter:
+        """Activate the version that was active before the present one.
+
+        Args:
+            expected: As for `activate`: the digest to go back from.
+
+        Raises:
+            ConflictError: there is no version to go back to, or another version than `expected` is active.
+            NotFoundError: there is no such adapter.
+        """
+        return self._http.ask(adapters.rollback(name, expected), adapters.parse_adapter)
+
+    def deactivate(self, name: str) -> Adapter:
+        """Leave the name without an active version. `name@version` still reaches its versions.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+        """
+        return self._http.ask(adapters.deactivate(name), adapters.parse_adapter)
+
+    def pin(self, name: str, pinned: bool = True) -> Adapter:
+        """Keep an adapter in memory even if others are used more recently; False ends that.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+        """
+        return self._http.ask(adapters.pin(name, pinned), adapters.parse_adapter)
+
+    def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
+        """Delete one version, or the adapter with all of them. It cannot be undone.
+
+        Args:
+            version: Its digest, or at least the first 8 digits; None: all.
+            force: Even if it is the active one, or requests run on it; they end with an error.
+
+        Raises:
+            ConflictError: requests run on it, or it is the active version.
+            NotFoundError: there is no such adapter or version.
+        """
+        self._http.send(adapters.delete(name, version, force=force))
+
+    def _begin(
+        self, call: Call, activate: bool, wait: bool, progress: ProgressCallback | None
+    ) -> AdapterVersion:
+        try:
+            version = self._http.ask(call, adapters.parse_version)
+        except UnprocessableError as error:
+            raise adapters.refused(error) from error
+        if not wait:
+            return version
+        version = self.wait(version, progress=progress)
+        return self._activated(version) if activate and not version.active else version
+
+    def _activated(self, version: AdapterVersion) -> AdapterVersion:
+        """Activate a ready version that the server is still activating, or could not; then raise why."""
+        if not adapters.was_active(version, self.history(version.name)):
+            self.activate(version.name, version.version)
+        return self.version(version.name, version.version)

@@ -1,0 +1,208 @@
+# Generated from _async/client.py by tools/generate_sync.py; do not edit.
+"""The client."""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+from typing import Unpack
+
+from .._core import parse, requests
+from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from .._http import Pool, Transport
+from ..types import AdapterSpec, Generation, Health, Messages, Model, SamplingFields, ServerVersion
+from .adapters import Adapters
+from .http import Http
+from .streams import Stream
+from .training import Files, Training
+
+
+class Client:
+    """Talks to one OneBase server. Safe to share between threads. Close it, or use it in a `with` block.
+
+    Example:
+        >>> with Client() as client:  # doctest: +SKIP
+        ...     answer = client.chat("What is the capital of France?", adapter="acme-support")
+        ...     print(answer.text)
+
+    Args:
+        url: Where the server is; else $ONEBASE_URL, else http://127.0.0.1:8000.
+        api_key: Sent as a bearer token; else $ONEBASE_API_KEY, else none.
+        timeout: Seconds that the server may be silent, or a Timeout for each kind of wait, or None for
+            no limit. By default 5 seconds to connect and 600 for an answer.
+        max_retries: How many times a request is sent again after a failure that another attempt cannot make
+            worse: no connection, 429, 503; for reads also a lost connection, a timeout, 502 and 504. The
+            pauses grow, or are as long as the server asks by Retry-After. A stream that has begun is never
+            repeated.
+        transport: Replaces the network, for tests.
+
+    Raises:
+        ValueError: an argument is out of range, or `url` is not a URL.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float | Timeout | None = Timeout(),  # noqa: B008 (frozen)
+        max_retries: int = 2,
+        transport: Transport | None = None,
+    ) -> None:
+        options = ClientOptions(api_key_or_default(api_key), Timeout.of(timeout), max_retries)
+        self._url = url_or_default(url)
+        self._http = Http(Pool(self._url, transport), options)
+
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        return self._url
+
+    def with_options(
+        self,
+        *,
+        api_key: str | Unset | None = UNSET,
+        timeout: float | Timeout | Unset | None = UNSET,
+        max_retries: int | Unset = UNSET,
+    ) -> Client:
+        """A client with other options over the same connections: `client.with_options(timeout=5).chat(...)`.
+
+        Closing either closes both.
+        """
+        client = copy.copy(self)
+        client._http = self._http.with_options(self._http.options.changed(api_key, timeout, max_retries))
+        return client
+
+    @property
+    def adapters(self) -> Adapters:
+        """The server's adapters: upload, pull, list, activate, roll back, delete."""
+        return Adapters(self._http)
+
+    @property
+    def files(self) -> Files:
+        """Files of examples that jobs learn from, and the curves that jobs leave."""
+        return Files(self._http)
+
+    @property
+    def training(self) -> Training:
+        """Jobs that train adapters on the server's base."""
+        return Training(self._http)
+
+    @property
+    def models(self) -> Models:
+        """The base and the adapters, as names for a request."""
+        return Models(self._http)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        adapter: AdapterSpec = None,
+        **sampling: Unpack[SamplingFields],
+    ) -> Generation:
+        """Continue a text, or answer a conversation.
+
+        Args:
+            prompt: Text to continue, as it is, without a chat template.
+            messages: A conversation instead; see `chat`.
+            adapter: None for the base, a name, `name@version`, `hub:org/repo@revision`, or weights:
+                `{"acme": 0.7, "legal": 0.3}`.
+            **sampling: See SamplingFields.
+
+        Raises:
+            OneBaseError: see `onebase.errors` for its kinds.
+            TypeError, ValueError: an argument is wrong; nothing was sent.
+        """
+        call = requests.generate(prompt, messages, adapter, sampling, stream=False)
+        return self._http.ask(call, parse.generation)
+
+    def chat(
+        self, messages: Messages, *, adapter: AdapterSpec = None, **sampling: Unpack[SamplingFields]
+    ) -> Generation:
+        """Answer a conversation, laid out by the base's chat template.
+
+        Args:
+            messages: The turns so far, or one question as a string. To continue, append the answer's
+                `message`.
+            adapter, **sampling: As for `generate`.
+
+        Raises:
+            As `generate`.
+        """
+        return self.generate(messages=messages, adapter=adapter, **sampling)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        adapter: AdapterSpec = None,
+        **sampling: Unpack[SamplingFields],
+    ) -> Stream:
+        """As `generate`, piece by piece. The request is sent on entering the `with` block.
+
+        Example:
+            >>> with client.stream("Once upon a time") as stream:  # doctest: +SKIP
+            ...     for piece in stream:
+            ...         print(piece.text, end="", flush=True)
+            ...     print(stream.result.usage)
+
+        Raises:
+            As `generate`, on entering; StreamError while iterating.
+        """
+        call = requests.generate(prompt, messages, adapter, sampling, stream=True)
+        return Stream(lambda: self._http.open(call))
+
+    def health(self) -> Health:
+        """Whether the server makes progress. A server that answers that it is unwell raises nothing.
+
+        Raises:
+            APIConnectionError, APITimeoutError: no server answers.
+        """
+        reply = self._http.send(requests.HEALTH)
+        return parse.health(reply.status, reply.body)
+
+    def ready(self) -> Health:
+        """Whether the server takes requests now. It does not while it loads the base or drains.
+
+        Raises:
+            APIConnectionError, APITimeoutError: no server answers.
+        """
+        reply = self._http.send(requests.READY)
+        return parse.health(reply.status, reply.body)
+
+    def version(self) -> ServerVersion:
+        """The server's version."""
+        return self._http.ask(requests.VERSION, parse.version)
+
+    def close(self) -> None:
+        """Close the connections. The client cannot be used after that."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Models:
+    """`client.models`: the base and the adapters, as names for a request."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def list(self) -> tuple[Model, ...]:
+        """The base and every adapter."""
+        return self._http.ask(requests.MODELS, parse.models)
+
+    def retrieve(self, model_id: str) -> Model:
+        """One model.
+
+        Raises:
+            NotFoundError: there is no model of this name.
+        """
+        return self._http.ask(requests.model(model_id), parse.model)

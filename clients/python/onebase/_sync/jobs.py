@@ -1,0 +1,158 @@
+# Generated from _async/jobs.py by tools/generate_sync.py; do not edit.
+"""A job on the server."""
+
+from __future__ import annotations
+
+import time
+
+from .._core import training
+from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check, curve_is_in_file, observer, settled
+from .._core.parse import page_of, parse
+from .._core.requests import Call
+from .._core.retry import Backoff
+from .._http import Reply
+from ..errors import APIConnectionError, APIStatusError, APITimeoutError
+from ..training_types import (
+    CurvePoint,
+    TrainingCallback,
+    TrainingCheckpoint,
+    TrainingEvent,
+    TrainingJobInfo,
+)
+from .http import Http
+from .streams import EventStream
+
+
+class TrainingJob(JobView):
+    """A job on the server. Its properties are as the server reported them last.
+
+    Example:
+        >>> job = client.training.get("ftjob-3f2a9c41")  # doctest: +SKIP
+        >>> job.wait()  # doctest: +SKIP
+        >>> print(job.report)  # doctest: +SKIP
+    """
+
+    def __init__(self, info: TrainingJobInfo, http: Http) -> None:
+        super().__init__(info)
+        self._http = http
+
+    def refresh(self) -> TrainingJob:
+        """Ask the server how the job is now. Gives the job itself."""
+        return self._updated(training.job(self.id))
+
+    def wait(self, *, progress: bool | TrainingCallback = True) -> TrainingJob:
+        """Wait until the adapter is there, and give the job itself. The job goes on if you stop waiting.
+
+        It returns only when the job has succeeded. It raises for a paused job, which does not continue by
+        itself: resume it and wait again.
+
+        Args:
+            progress: Draw a bar with loss, tokens per second and time left on stderr, or print lines if that
+                is no terminal. Or a function that is called with each change instead.
+
+        Raises:
+            TrainingFailedError: the job failed; the error is the server's.
+            TrainingStoppedError: it was cancelled or paused, now or before.
+            APIConnectionError, APITimeoutError: the server was away for more than about a minute.
+        """
+        newest = self._newest_event()
+        with observer(progress) as watch:
+            self._refresh_patiently()
+            watch.show(self.info)
+            if not settled(self.info):
+                with EventStream(self._http.open, self.id, newest, known=True) as events:
+                    self._follow(events, watch)
+            check(self.info)
+        return self
+
+    def stream_events(self, *, after: str | None = None) -> EventStream:
+        """The job's events as they happen, until it ends; see EventStream.
+
+        Args:
+            after: The id of an event: begin after it. By default with the job's first event.
+        """
+        return EventStream(self._http.open, self.id, after)
+
+    def events(self, *, limit: int | None = 100, after: str | None = None) -> tuple[TrainingEvent, ...]:
+        """The job's events so far, the newest first.
+
+        Args:
+            limit: The largest number of events; None: all.
+            after: The id of the last event of an earlier answer, to continue with older ones.
+        """
+        return self._http.collect(
+            lambda last, size: training.events(self.id, last, size), training.parse_event, limit, after
+        )
+
+    def checkpoints(self) -> tuple[TrainingCheckpoint, ...]:
+        """The checkpoints that the job could continue from, the newest first."""
+        return self._http.collect(
+            lambda last, size: training.checkpoints(self.id, last, size), training.parse_checkpoint
+        )
+
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """The losses by step: of the result file if the job has succeeded, else of the newest 5000 events."""
+        if curve_is_in_file(self.info):
+            reply = self._http.send(training.file(self.info.result_files[0], "content"))
+            return training.curve_of_file(reply.body)
+        return training.curve_of_events(self.events(limit=CURVE_EVENTS))
+
+    def cancel(self) -> TrainingJob:
+        """End the job for good. Gives the job itself.
+
+        Raises:
+            ConflictError: it has ended, or its adapter is being proven.
+        """
+        return self._updated(training.change(self.id, "cancel"))
+
+    def pause(self) -> TrainingJob:
+        """Stop the job within a step and free the machine; `resume` continues it. Gives the job itself.
+
+        Raises:
+            ConflictError: it is neither queued nor running.
+        """
+        return self._updated(training.change(self.id, "pause"))
+
+    def resume(self) -> TrainingJob:
+        """Continue from the last checkpoint, also after some failures (`resumable`). Gives the job itself.
+
+        Raises:
+            ConflictError: there is nothing to continue.
+        """
+        return self._updated(training.change(self.id, "resume"))
+
+    def _follow(self, events: EventStream, watch: JobObserver) -> None:
+        """Until the job is settled."""
+        for event in events:
+            if self._take(event):
+                self._refresh_patiently()
+            watch.note(event)
+            watch.show(self.info)
+            if settled(self.info):
+                return
+        self._info = events.job or self.info
+        watch.show(self.info)
+
+    def _newest_event(self) -> str | None:
+        """The id of the newest event, even if the server is just being restarted."""
+        reply = self._send_patiently(training.events(self.id, None, 1))
+        items = parse(reply.body, page_of(training.parse_event)).items
+        return items[0].id if items else None
+
+    def _refresh_patiently(self) -> None:
+        """As `refresh`, even if the server is just being restarted."""
+        reply = self._send_patiently(training.job(self.id))
+        self._info = parse(reply.body, training.parse_job)
+
+    def _send_patiently(self, call: Call) -> Reply:
+        backoff = Backoff()
+        while True:
+            try:
+                return self._http.send(call)
+            except (APIConnectionError, APITimeoutError, APIStatusError) as error:
+                delay = backoff.delay(error, call)
+            time.sleep(delay)
+
+    def _updated(self, call: Call) -> TrainingJob:
+        self._info = self._http.ask(call, training.parse_job)
+        return self

@@ -1,0 +1,55 @@
+"""`onebase adapters`: send adapters to a server, look at them, choose which version answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from ..command import dispatch
+
+HELP: Final = """\
+usage: onebase adapters ACTION [options]
+
+Send adapters to a server, look at them, and choose which version answers. A
+name has versions, one for each content that was sent under it. A request for
+the name gets the active version.
+
+Send
+  push FOLDER           send a folder that PEFT saved, and have it proven
+  pull ORG/REPO[@REV]   let the server fetch one from the Hugging Face Hub
+
+Look
+  list                  all adapters
+  show NAME[@VERSION]   one with its versions, or one version with its proof
+  diff A B              two side by side: targets, ranks, norms layer by layer
+
+Change
+  activate NAME VERSION make a version the active one
+  rollback NAME         go back to the version that was active before
+  deactivate NAME       leave the name without an active version
+  pin NAME, unpin NAME  keep it in memory, or no longer
+  rm NAME[@VERSION]     delete one version, or the adapter with all of them
+
+VERSION is a digest as `show` prints it; its first 8 digits are enough.
+`onebase adapters ACTION --help` explains an action. All of them take --json.
+"""
+
+ACTIONS: Final[Mapping[str, str]] = {
+    "push": "push",
+    "pull": "push",
+    "list": "show",
+    "show": "show",
+    "diff": "diff",
+    "activate": "change",
+    "rollback": "change",
+    "deactivate": "change",
+    "pin": "change",
+    "unpin": "change",
+    "rm": "change",
+}
+"""The module of each action."""
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run the command. Gives its exit status."""
+    return dispatch(command, HELP, ACTIONS, argv)

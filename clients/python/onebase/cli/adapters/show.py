@@ -1,0 +1,242 @@
+"""`onebase adapters list | show`: all adapters, one with its versions, or one version with its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
+
+from ..._sync.client import Client
+from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
+from ..command import OK, action_parser, perform, print_json
+from ..ui import ROOMY, WIDE, Column, console, line, note, print_table, size, table, when
+from .versions import (
+    Reference,
+    by_target,
+    came_from,
+    headline,
+    makeup,
+    norm_charts,
+    number,
+    place,
+    proof,
+    ranges,
+    reference,
+    short,
+    span,
+    state_style,
+    targets,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_DESCRIPTIONS: Final = {
+    "list": """\
+List the adapters of a server. An adapter answers while one of its versions is active. Column "in" says where
+that version is: slot (on the accelerator), host (in memory) or disk.
+""",
+    "show": """\
+NAME: its active version, all versions (the newest first), and its history.
+NAME@VERSION: what that version is, where it is from, how it was proven, and what it changes in which modules.
+""",
+}
+_EXAMPLES: Final = {
+    "list": "",
+    "show": "  onebase adapters show acme-support\n  onebase adapters show acme-support@3f2a9c41\n",
+}
+
+
+def run(action: str, argv: list[str]) -> int:
+    """Run the action. Gives its exit status."""
+    made = action_parser(f"adapters {action}", _DESCRIPTIONS[action], _EXAMPLES[action])
+    if action == "list":
+        args = made.parse_args(argv)
+        return perform(made, args, lambda client: _list(client, args.json))
+    made.add_argument("adapter", metavar="NAME[@VERSION]")
+    args = made.parse_args(argv)
+    try:
+        wanted = reference(args.adapter)
+    except ValueError as error:
+        made.error(str(error))
+    show = _show_adapter if wanted.version is None else _show_version
+    return perform(made, args, lambda client: show(client, wanted, args.json))
+
+
+# ---- all adapters ------------------------------------------------------------------------------------
+
+
+def _list(client: Client, as_json: bool) -> int:
+    adapters = client.adapters.list()
+    if as_json:
+        print_json(adapters)
+    elif adapters:
+        print_table(COLUMNS, adapters)
+    else:
+        note("The server has no adapters. Send it one: onebase adapters push FOLDER --activate")
+    return OK
+
+
+def state(adapter: Adapter) -> str:
+    """`active`, else the state of the newest version."""
+    return "active" if adapter.active else adapter.state
+
+
+def _known(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+COLUMNS: tuple[Column[Adapter], ...] = (
+    Column("name", lambda item: item.name, style=lambda _: "bold", shrink=True),
+    Column("state", state, style=lambda item: state_style(state(item))),
+    Column("version", lambda item: short(item.version)),
+    Column("kind", lambda item: " ".join(item.kinds)),
+    Column("rank", lambda item: _known(item.rank), right=True),
+    Column("alpha", lambda item: "" if item.alpha is None else number(item.alpha), right=True, at=160),
+    Column("parameters", lambda item: f"{item.parameters:,}" if item.parameters else "", right=True, at=160),
+    Column("size", lambda item: size(item.bytes) if item.bytes else "", right=True),
+    Column("in", lambda item: " ".join(filter(None, (item.tier, "pinned" * item.pinned)))),
+    Column("versions", lambda item: str(item.versions), right=True, at=WIDE),
+    Column("changed", lambda item: when(item.updated_at), at=130),
+    Column("changes", lambda item: targets(item.targets), at=ROOMY, shrink=True),
+)
+
+
+# ---- one adapter, one version ------------------------------------------------------------------------
+
+
+def _show_adapter(client: Client, wanted: Reference, as_json: bool) -> int:
+    adapter = client.adapters.retrieve(wanted.name)
+    versions, history = client.adapters.versions(wanted.name), client.adapters.history(wanted.name)
+    if as_json:
+        print_json(
+            asdict(adapter)
+            | {"versions": [asdict(one) for one in versions], "history": [asdict(one) for one in history]}
+        )
+    else:
+        print_adapter(console(), adapter, versions, history)
+    return OK
+
+
+def _show_version(client: Client, wanted: Reference, as_json: bool) -> int:
+    version = client.adapters.version(wanted.name, wanted.version or "")
+    if as_json:
+        print_json(version)
+    else:
+        print_version(console(), version)
+    return OK
+
+
+def print_adapter(
+    out: Console, adapter: Adapter, versions: Sequence[AdapterVersion], history: Sequence[Activation]
+) -> None:
+    """The adapter, then its versions, then its history."""
+    state = "active" if adapter.active else adapter.state + ", not active" * (adapter.state == READY)
+    style = state_style("active" if adapter.active else adapter.state)
+    shown = line(adapter.name, "bold") + line("  ") + line(state, style)
+    out.print(shown + line("  pinned" if adapter.pinned else "", "cyan"))
+    out.print(line(f"  on {adapter.base}" + _where(adapter), "dim"))
+    out.print()
+    out.print(table(_VERSION_COLUMNS, versions, out.width))
+    for version in versions:
+        if version.error is not None:
+            out.print()
+            out.print(line(f"{short(version.version)}: {version.error.message}", "red"))
+    if history:
+        out.print()
+        out.print(table(_HISTORY_COLUMNS, history, out.width))
+
+
+def _where(adapter: Adapter) -> str:
+    places = {"slot": "in a slot", "host": "in host memory", "disk": "on disk"}
+    return "" if adapter.tier is None else f", {places.get(adapter.tier, adapter.tier)}"
+
+
+_HISTORY_COLUMNS: tuple[Column[Activation], ...] = (
+    Column("version", lambda entry: short(entry.version) or "none", style=lambda _: "bold"),
+    Column("history", lambda entry: entry.action),
+    Column("before", lambda entry: short(entry.previous) or "none"),
+    Column("when", lambda entry: when(entry.at)),
+    Column("by", lambda entry: entry.actor, shrink=True),
+)
+
+
+def _shown_state(version: AdapterVersion) -> str:
+    if version.active:
+        return "active"
+    if version.progress is None or version.progress.fraction is None:
+        return version.state
+    return f"{version.state} {version.progress.fraction:.0%}"
+
+
+_VERSION_COLUMNS: tuple[Column[AdapterVersion], ...] = (
+    Column("version", lambda version: short(version.version), style=lambda _: "bold"),
+    Column(
+        "state",
+        _shown_state,
+        style=lambda version: state_style("active" if version.active else version.state),
+    ),
+    Column("kind", lambda item: " ".join(item.report.kinds) if item.report else "", at=WIDE),
+    Column("rank", lambda item: str(item.report.rank) if item.report else "", right=True),
+    Column("alpha", lambda item: number(item.report.alpha) if item.report else "", right=True, at=ROOMY),
+    Column("size", lambda item: size(item.report.bytes) if item.report else "", right=True),
+    Column("changes", lambda item: targets(item.report.targets) if item.report else "", at=ROOMY),
+    Column("from", came_from, shrink=True),
+    Column("when", lambda item: when(item.created_at)),
+    Column("by", lambda item: item.created_by, at=ROOMY),
+)
+
+
+def print_version(out: Console, version: AdapterVersion) -> None:
+    """What the version is, its proof, and what it changes in which modules."""
+    out.print(headline(version))
+    by = f" by {version.created_by}" if version.created_by else ""
+    out.print(line(f"  from {came_from(version)}, {when(version.created_at)}{by}", "dim"))
+    out.print(line(f"  sha256 {version.version}", "dim"), soft_wrap=True)
+    if version.error is not None:
+        out.print()
+        out.print(line(f"{version.error.message} ({version.error.code})", "red"))
+    if version.report is None:
+        return
+    report = version.report
+    named = f", trained on {report.base_name}" if report.base_name else ""
+    out.print(line(f"  on {version.base}{named}", "dim"))
+    out.print()
+    out.print(line(makeup(report)))
+    out.print(line(proof(report.proof)))
+    if report.dropped:
+        dropped = ", ".join(report.dropped)
+        out.print(line(f"left out, as they are the base's own: {dropped}", "dim"))
+    out.print()
+    _print_modules(out, report.modules)
+
+
+def _print_modules(out: Console, modules: Sequence[ModuleReport]) -> None:
+    """A line for each target, with the norms of what is added from the first layer to the last."""
+    groups = by_target(modules)
+    charts = norm_charts(groups, 32 if out.width < WIDE else 48, ascii_only=out.options.ascii_only)
+    columns: tuple[Column[tuple[str, list[ModuleReport]]], ...] = (
+        Column("target", lambda item: item[0], style=lambda _: "bold"),
+        Column("layers", lambda item: _layers(item[1])),
+        Column("kind", lambda item: " ".join(sorted({module.kind for module in item[1]})), at=WIDE),
+        Column("rank", lambda item: span(module.rank for module in item[1]), right=True),
+        Column("alpha", lambda item: span(module.alpha for module in item[1]), right=True),
+        Column(
+            "parameters",
+            lambda item: _parameters(item[1]),
+            right=True,
+            at=WIDE,
+        ),
+        Column("norm", lambda item: span(float(f"{module.norm:.2g}") for module in item[1]), right=True),
+        Column("by layer", lambda item: charts[item[0]], style=lambda _: "cyan"),
+    )
+    out.print(table(columns, list(groups.items()), out.width))
+
+
+def _parameters(modules: Sequence[ModuleReport]) -> str:
+    return f"{sum(module.parameters for module in modules):,}"
+
+
+def _layers(modules: Sequence[ModuleReport]) -> str:
+    found = [where.layer for where in (place(module.name) for module in modules) if where.layer is not None]
+    return ranges(found)

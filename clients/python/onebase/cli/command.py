@@ -1,0 +1,236 @@
+"""What the commands share: options and the client they mean, actions, failures and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, cast
+
+from .._core.config import Timeout
+from .._sync.client import Client
+from ..errors import (
+    APIConnectionError,
+    APITimeoutError,
+    AuthenticationError,
+    ConflictError,
+    NotFoundError,
+    OneBaseError,
+)
+from ..types import AdapterWeight, SamplingFields
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+NO_SERVER: Final = 3
+INTERRUPTED: Final = 130
+
+# ---- options -----------------------------------------------------------------------------------------
+
+_SAMPLING: tuple[tuple[str, type, str, str], ...] = (
+    ("temperature", float, "T", "0 always takes the likeliest word; higher is more varied (default: 1)"),
+    ("top-p", float, "P", "choose among the likeliest tokens that together have this probability"),
+    ("top-k", int, "K", "choose among the K likeliest tokens only"),
+    ("min-p", float, "P", "drop tokens less likely than this fraction of the likeliest one"),
+    ("repetition-penalty", float, "X", "above 1 discourages repetition"),
+    ("max-tokens", int, "N", "stop after N tokens (default: 256)"),
+    ("seed", int, "N", "the same seed gives the same answer"),
+)
+
+
+def parser(command: str, description: str, examples: str = "") -> argparse.ArgumentParser:
+    """A parser for one command, with the options that name the server."""
+    made = argparse.ArgumentParser(
+        prog=f"onebase {command}",
+        description=description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = made.add_argument_group("server")
+    group.add_argument("--url", help="where the server is (default: $ONEBASE_URL, or http://127.0.0.1:8000)")
+    group.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="how long the server may be silent (default: 600)"
+    )
+    return made
+
+
+def add_answer_options(made: argparse.ArgumentParser) -> None:
+    """Add the options that say which adapter answers, and how."""
+    group = made.add_argument_group("answer")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the adapter that answers: NAME or NAME@VERSION; NAME=WEIGHT several times for a weighted sum "
+        "(default: none, the base itself)",
+    )
+    group.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
+    for name, kind, metavar, text in _SAMPLING:
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingFields:
+    """The sampling fields that were given."""
+    names = [name.replace("-", "_") for name, *_ in _SAMPLING] + ["stop"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return cast(SamplingFields, given)
+
+
+def adapter_of(terms: Sequence[str]) -> str | tuple[AdapterWeight, ...] | None:
+    """The value of `--adapter`: nothing, one name, or names with weights.
+
+    Raises:
+        ValueError: a weight is not a number.
+    """
+    if not terms:
+        return None
+    if len(terms) == 1 and "=" not in terms[0]:
+        return terms[0]
+    return tuple(_term(term) for term in terms)
+
+
+def _term(term: str) -> AdapterWeight:
+    name, _, weight = term.partition("=")
+    try:
+        return AdapterWeight(name, float(weight or 1.0))
+    except ValueError as error:
+        raise ValueError(f"adapter: write NAME=WEIGHT, such as acme=0.7, not {term!r}") from error
+
+
+def client_of(args: argparse.Namespace) -> Client:
+    """A client for the server that the options name.
+
+    Raises:
+        ValueError: the URL or the timeout is wrong.
+    """
+    return Client(args.url, timeout=Timeout() if args.timeout is None else args.timeout)
+
+
+# ---- actions -----------------------------------------------------------------------------------------
+
+
+def dispatch(command: str, help: str, actions: Mapping[str, str], argv: list[str]) -> int:
+    """Run the action that the arguments begin with. Gives its exit status.
+
+    Args:
+        actions: Its module in the package of the command, for each action.
+    """
+    if not argv:
+        sys.stderr.write(help)
+        return USAGE
+    action, *rest = argv
+    if action in ("-h", "--help", "help"):
+        sys.stdout.write(help)
+        return OK
+    if action not in actions:
+        return _unknown(command, action, actions)
+    module = importlib.import_module(f".{command}.{actions[action]}", __package__)
+    status: int = module.run(action, rest)
+    return status
+
+
+def _unknown(command: str, action: str, actions: Mapping[str, str]) -> int:
+    print(f"onebase {command}: there is no action {action!r}.", file=sys.stderr)
+    near = difflib.get_close_matches(action, actions, n=1)
+    hint = (
+        f"Did you mean `onebase {command} {near[0]}`?" if near else f"`onebase {command} --help` lists them."
+    )
+    print(hint, file=sys.stderr)
+    return USAGE
+
+
+def action_parser(action: str, description: str, examples: str = "") -> argparse.ArgumentParser:
+    """A parser for one action, such as `adapters push`."""
+    made = parser(action, description, examples)
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
+    return made
+
+
+def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Callable[[Client], int]) -> int:
+    """Run `work` with a client of the server that the options name. Gives the exit status."""
+    try:
+        client = client_of(args)
+    except ValueError as error:
+        made.error(str(error))
+    with client:
+        try:
+            return work(client)
+        except OneBaseError as error:
+            return report(error, client.url)
+        except ValueError as error:
+            print(f"onebase: {error}", file=sys.stderr)
+            return USAGE
+
+
+def print_json(value: object) -> None:
+    """Print one result, or a tuple of them, as one line of JSON."""
+    print(json.dumps(_plain(value), ensure_ascii=False))
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+# ---- failures ----------------------------------------------------------------------------------------
+
+
+def explain(error: OneBaseError, url: str) -> tuple[str, int]:
+    """The text of a failure, with the next step, and the exit status."""
+    if isinstance(error, APIConnectionError) and not error.sent:
+        return (
+            f"No server answers at {url}.\n"
+            "Start one in another terminal: onebase serve\n"
+            "Or name one that runs elsewhere with --url or ONEBASE_URL.",
+            NO_SERVER,
+        )
+    hint = _hint(error)
+    return f"{error}\n{hint}" if hint else str(error), FAILED
+
+
+_HINTS: Final[Mapping[str, str]] = {
+    "adapter_not_found": "`onebase adapters list` lists the adapters that the server has.",
+    "version_not_found": "`onebase adapters show NAME` lists the versions.",
+    "job_not_found": "`onebase jobs list` lists the jobs that the server has.",
+    "file_not_found": "Give the path of a file instead: it is then uploaded.",
+    "model_not_found": "`onebase models` lists what the server has.",
+    "base_mismatch": "If you are sure that it fits this base: --any-base",
+    "version_not_ready": "See its state, or why it failed: onebase adapters show NAME",
+    "adapter_in_use": "To delete it anyway: --force",
+    "no_effect": "If that is intended: --allow-noop",
+}
+"""The next step, by the code of an error."""
+
+
+def _hint(error: OneBaseError) -> str | None:
+    code = str(getattr(error, "code", ""))
+    if isinstance(error, ConflictError) and code == "stale_activation":
+        active = error.current[:12] if error.current else "none"
+        return f"The active version is {active}. If that is what you expect: --expected {active}"
+    if code in _HINTS:
+        return _HINTS[code]
+    return next((hint for kind, hint in _HINTS_BY_KIND if isinstance(error, kind)), None)
+
+
+_HINTS_BY_KIND: Final[tuple[tuple[type[OneBaseError], str], ...]] = (
+    (APITimeoutError, "Allow more time with --timeout SECONDS."),
+    (AuthenticationError, "Set your API key in the environment: export ONEBASE_API_KEY=..."),
+    (NotFoundError, "Is this a OneBase server? Check --url or ONEBASE_URL."),
+)
+
+
+def report(error: OneBaseError, url: str) -> int:
+    """Print a failure to stderr. Gives the exit status."""
+    text, status = explain(error, url)
+    print(f"onebase: {text}", file=sys.stderr)
+    return status

@@ -1,0 +1,52 @@
+"""`onebase jobs`: train adapters on a server, and watch the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from ..command import dispatch
+
+HELP: Final = """\
+usage: onebase jobs ACTION [options]
+
+Train adapters on the base that a server has in memory, while it serves. A job
+goes on without this command. Its result is a version of an adapter: proven,
+and active if --activate says so.
+
+Begin
+  create FILE           send examples and begin to train: --name acme --set r=8
+
+Look
+  list                  all jobs, the newest first
+  show ID               one job: its losses, and base against adapter
+  watch ID              a live bar until the job ends
+  events ID             the events of a job; --follow waits for new ones
+  checkpoints ID        the checkpoints that a job could continue from
+
+Change
+  pause ID              stop the job and free the machine; it keeps its place
+  resume ID             continue from the last checkpoint
+  cancel ID             end it for good
+
+ID is a job's id as `list` prints it, or the beginning of it.
+`onebase jobs ACTION --help` explains an action. All of them take --json.
+"""
+
+ACTIONS: Final[Mapping[str, str]] = {
+    "create": "create",
+    "list": "show",
+    "show": "show",
+    "watch": "watch",
+    "events": "show",
+    "checkpoints": "show",
+    "pause": "watch",
+    "resume": "watch",
+    "cancel": "watch",
+}
+"""The module of each action."""
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run the command. Gives its exit status."""
+    return dispatch(command, HELP, ACTIONS, argv)

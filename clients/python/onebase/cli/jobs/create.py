@@ -1,0 +1,184 @@
+"""`onebase jobs create`: send examples and begin to train."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+from ..._sync.client import Client
+from ...training_types import TrainingSettings
+from ..command import OK, USAGE, perform, print_json
+from ..ui import ProgressDisplay, note
+from .show import job_parser, short
+from .watch import follow
+
+_LISTS: Final = frozenset({"targets", "metrics", "sample_prompts"})
+_ONE_EACH: Final = frozenset({"sample_prompts"})
+"""Lists whose items may hold commas: each --set adds one."""
+_PATTERNS: Final = frozenset({"rank_pattern", "alpha_pattern"})
+
+_SETTINGS: Final = textwrap.fill(
+    ", ".join(TrainingSettings.__annotations__), 100, initial_indent="  ", subsequent_indent="  "
+)
+_DESCRIPTION = f"""\
+Send a file of examples (.jsonl, .json, .csv or .parquet) and begin to train an adapter on them. The server
+checks every line first. With --watch, the command stays and shows the job.
+
+settings for --set (those left out have the server's defaults):
+{_SETTINGS}
+"""
+_EXAMPLES = """\
+  onebase jobs create train.jsonl --name acme-support --watch
+  onebase jobs create train.jsonl --validation eval.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
+  onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
+"""
+
+
+def run(action: str, argv: list[str]) -> int:
+    """Run the action. Gives its exit status."""
+    made = _parser(action)
+    args = made.parse_args(argv)
+    try:
+        args.settings, args.labels = parse_settings(args.set), parse_labels(args.metadata)
+    except ValueError as error:
+        made.error(str(error))
+    return perform(made, args, lambda client: _create(client, args))
+
+
+def _parser(action: str) -> argparse.ArgumentParser:
+    made = job_parser(action, _DESCRIPTION, _EXAMPLES, one=False)
+    made.add_argument("file", metavar="FILE", help="examples, or the id of an uploaded file (file-...)")
+    made.add_argument("--name", help="the adapter's name (default: the server makes one up)")
+    made.add_argument("--validation", metavar="FILE", help="rows to measure on (default: some are held out)")
+    made.add_argument(
+        "--activate",
+        choices=("always", "if_better", "never"),
+        default="if_better",
+        help="activate the version once it is proven (default: if it is better on held-out rows)",
+    )
+    made.add_argument("--method", choices=("supervised", "dpo"), default="supervised")
+    made.add_argument("--seed", type=int, metavar="N", help="of everything random (default: 0)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as r=8; repeatable"
+    )
+    made.add_argument(
+        "--metadata", action="append", default=[], metavar="KEY=VALUE", help="a label of the job; repeatable"
+    )
+    made.add_argument("--watch", action="store_true", help="stay until the job ends, and show it meanwhile")
+    return made
+
+
+def _create(client: Client, args: argparse.Namespace) -> int:
+    try:
+        with ProgressDisplay() as display:
+            job = client.training.create(
+                args.file,
+                name=args.name,
+                validation_file=args.validation,
+                activate=args.activate,
+                method=args.method,
+                seed=args.seed,
+                metadata=args.labels,
+                progress=display,
+                **args.settings,
+            )
+    except OSError as error:
+        note(f"onebase: {error}")
+        return USAGE
+    if args.watch:
+        return follow(client, job, args.json)
+    if args.json:
+        print_json(job.info)
+        return OK
+    print(f"{job.id}  {job.name}: {Path(args.file).name} is being checked.")
+    note(f"Watch it: onebase jobs watch {short(job.id)}")
+    return OK
+
+
+# ---- settings -----------------------------------------------------------------------------------------
+
+
+def parse_settings(given: Sequence[str]) -> TrainingSettings:
+    """The settings in `--set NAME=VALUE`, with the types that the server expects.
+
+    Raises:
+        ValueError: one is not NAME=VALUE, or its name is no setting.
+    """
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"--set: write NAME=VALUE, such as r=8, not {text!r}")
+        _check(name)
+        if name in _LISTS:
+            settings[name] = [*settings.get(name, []), *_items(name, value)]
+        elif name in _PATTERNS:
+            settings[name] = settings.get(name, {}) | _pattern(name, value)
+        else:
+            settings[name] = _scalar(value)
+    return cast(TrainingSettings, settings)
+
+
+def parse_labels(given: Sequence[str]) -> Mapping[str, str] | None:
+    """The labels in `--metadata KEY=VALUE`.
+
+    Raises:
+        ValueError: one is not KEY=VALUE.
+    """
+    labels = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--metadata: write KEY=VALUE, such as team=support, not {text!r}")
+        labels[key] = value
+    return labels or None
+
+
+def _check(name: str) -> None:
+    known = list(TrainingSettings.__annotations__)
+    if name in ("seed", "method"):
+        raise ValueError(f"--set {name}: use the option --{name} instead")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"--set {name}: there is no such setting; {hint}")
+
+
+def _items(name: str, value: str) -> list[str]:
+    if value.startswith("["):
+        items = _json(name, value)
+        return [str(item) for item in items]
+    if name in _ONE_EACH:
+        return [value]
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _pattern(name: str, value: str) -> dict[str, Any]:
+    if value.startswith("{"):
+        return dict(_json(name, value))
+    pairs = [part.partition("=") for part in value.split(",")]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"--set {name}: write LAYER=NUMBER, such as {name}=down_proj=32, not {value!r}")
+    return {layer.strip(): _scalar(number) for layer, _, number in pairs}
+
+
+def _json(name: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--set {name}: {value!r} is not JSON: {error}") from error
+
+
+def _scalar(value: str) -> Any:
+    """A number, true or false as such. Everything else is text."""
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return value
+    return parsed if isinstance(parsed, bool | int | float) else value

@@ -1,0 +1,339 @@
+"""`onebase jobs list | show | checkpoints | events`: look at jobs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from ..._core.jobs import in_words
+from ..._sync.client import Client
+from ..._sync.jobs import TrainingJob
+from ...training_types import CurvePoint, TrainingCheckpoint, TrainingEvent, TrainingJobInfo, TrainingReport
+from ..command import OK, action_parser, perform, print_json
+from ..ui import (
+    ROOMY,
+    WIDE,
+    Column,
+    console,
+    duration,
+    line,
+    note,
+    print_table,
+    size,
+    sparkline,
+    table,
+    when,
+)
+from .display import doing, figures, lines_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PREFIX: Final = "ftjob-"
+_LEAST: Final = 4
+"""Digits of an id that are enough, if only one job has them."""
+_WHOLE: Final = 24
+_SHORT: Final = 8
+
+_CHART: Final = 48
+"""Characters of a chart."""
+_SHOWN: Final = ("r", "alpha", "targets", "epochs", "batch_size", "learning_rate")
+
+_DESCRIPTIONS: Final = {
+    "list": "List the jobs of a server, the newest first. Losses are of held-out rows, base and adapter.",
+    "show": "Show one job: its progress or its end, its losses, and base against adapter on held-out rows.",
+    "checkpoints": """\
+List the checkpoints of a job, the newest first. `resume` continues from the newest one. A job that has
+succeeded keeps none.
+""",
+    "events": """\
+Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the job ends;
+with --json too, each event is one line. Ctrl-C stops following, not the job.
+""",
+}
+_EXAMPLES: Final = {
+    "show": "  onebase jobs show ftjob-3f2a9c41\n",
+    "events": "  onebase jobs events ftjob-3f2a9c41 --follow --json\n",
+}
+
+
+def run(action: str, argv: list[str]) -> int:
+    """Run the action. Gives its exit status."""
+    made = job_parser(action, _DESCRIPTIONS[action], _EXAMPLES.get(action, ""), one=action != "list")
+    if action == "list":
+        made.add_argument("--limit", type=int, default=50, metavar="N", help="the newest N (default: 50)")
+    elif action == "events":
+        made.add_argument(
+            "--limit", type=int, default=100, metavar="N", help="the newest N (default: 100); 0: all"
+        )
+        made.add_argument("--follow", action="store_true", help="continue until the job ends")
+    args = made.parse_args(argv)
+    work = {"list": _list, "show": _show, "checkpoints": _checkpoints, "events": _events}[action]
+    return perform(made, args, lambda client: work(client, args))
+
+
+# ---- which job ---------------------------------------------------------------------------------------
+
+
+def job_parser(
+    action: str, description: str, examples: str = "", *, one: bool = True
+) -> argparse.ArgumentParser:
+    """A parser for an action on jobs, by default on one of them."""
+    made = action_parser(f"jobs {action}", description, examples)
+    if one:
+        made.add_argument("job", metavar="ID")
+    return made
+
+
+def find(client: Client, wanted: str) -> TrainingJob:
+    """The job of an id, or of the first digits of one.
+
+    Raises:
+        NotFoundError: there is no such job.
+        ValueError: there are several, or too few digits.
+    """
+    digits = wanted.removeprefix(PREFIX)
+    if len(digits) >= _WHOLE:
+        return client.training.get(f"{PREFIX}{digits}")
+    if len(digits) < _LEAST:
+        raise ValueError(f"give at least {_LEAST} digits of a job's id, not {wanted!r}")
+    found = [job for job in client.training.list() if job.id.removeprefix(PREFIX).startswith(digits)]
+    if len(found) > 1:
+        raise ValueError(f"the ids of several jobs begin like this: {', '.join(job.id for job in found)}")
+    return found[0] if found else client.training.get(f"{PREFIX}{digits}")
+
+
+def short(job_id: str) -> str:
+    """An id as people see it."""
+    return job_id[: len(PREFIX) + _SHORT]
+
+
+def status_style(status: str) -> str:
+    """The style of a status, in rich's words."""
+    return {"succeeded": "green", "failed": "red", "cancelled": "dim"}.get(status, "yellow")
+
+
+def loss(value: float | None) -> str:
+    """A loss in four decimals, nothing for None."""
+    return "" if value is None else f"{value:.4f}"
+
+
+# ---- all jobs -----------------------------------------------------------------------------------------
+
+
+def _list(client: Client, args: argparse.Namespace) -> int:
+    jobs = tuple(job.info for job in client.training.list(limit=args.limit))
+    if args.json:
+        print_json(jobs)
+    elif jobs:
+        print_table(COLUMNS, jobs)
+    else:
+        note("The server has no jobs. Begin one: onebase jobs create FILE --name NAME")
+    return OK
+
+
+def _step(job: TrainingJobInfo) -> str:
+    return f"{job.progress.step}/{job.progress.steps}" if job.progress and job.progress.steps else ""
+
+
+def _left(job: TrainingJobInfo) -> str:
+    left = job.progress.seconds_left if job.progress and job.status == "running" else None
+    return "" if left is None else duration(left)
+
+
+def _after(job: TrainingJobInfo) -> float | None:
+    if job.report is not None:
+        return job.report.loss_after
+    return job.progress.eval_loss if job.progress else None
+
+
+def _active(job: TrainingJobInfo) -> str:
+    return "" if job.activated is None else "yes" if job.activated else "no"
+
+
+COLUMNS: tuple[Column[TrainingJobInfo], ...] = (
+    Column("id", lambda job: short(job.id), style=lambda _: "bold"),
+    Column("name", lambda job: job.name, shrink=True),
+    Column("status", lambda job: job.status, style=lambda job: status_style(job.status)),
+    Column("step", _step, right=True),
+    Column("left", _left, right=True, at=72),
+    Column("base", lambda job: loss(job.report.loss_before) if job.report else "", right=True, at=WIDE),
+    Column("adapter", lambda job: loss(_after(job)), right=True),
+    Column("active", _active),
+    Column("method", lambda job: job.method, at=ROOMY),
+    Column("created", lambda job: when(job.created_at), at=WIDE),
+)
+
+
+# ---- checkpoints and events ---------------------------------------------------------------------------
+
+
+def _checkpoints(client: Client, args: argparse.Namespace) -> int:
+    job = find(client, args.job)
+    found = job.checkpoints()
+    if args.json:
+        print_json(found)
+    elif found:
+        print_table(_CHECKPOINT_COLUMNS, found)
+    else:
+        note(f"Job {short(job.id)} has no checkpoints (it is {in_words(job.info)}).")
+    return OK
+
+
+_CHECKPOINT_COLUMNS: tuple[Column[TrainingCheckpoint], ...] = (
+    Column("step", lambda item: str(item.step), right=True),
+    Column("training loss", lambda item: loss(item.metrics.get("train_loss")), right=True),
+    Column("held-out loss", lambda item: loss(item.metrics.get("valid_loss")), right=True),
+    Column("saved", lambda item: when(item.created_at)),
+    Column("id", lambda item: item.id, style=lambda _: "dim", shrink=True),
+)
+
+
+def _events(client: Client, args: argparse.Namespace) -> int:
+    job = find(client, args.job)
+    if args.follow:
+        with job.stream_events() as events:
+            for event in events:
+                _print_event(event, args.json)
+        return OK
+    found = job.events(limit=args.limit or None)[::-1]
+    if args.json:
+        print_json(found)
+    else:
+        for event in found:
+            _print_event(event, False)
+    return OK
+
+
+def _print_event(event: TrainingEvent, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(event), ensure_ascii=False), flush=True)
+        return
+    style = {"warn": "yellow", "error": "red"}.get(event.level, "")
+    (first, colour), *more = list(lines_of(event)) or [(event.message, style)]
+    at = datetime.fromtimestamp(event.created_at).strftime("%H:%M:%S")
+    out = console()
+    out.print(line(f"{at}  ", "dim") + line(first, colour), soft_wrap=True)
+    for text, style in more:
+        out.print(line(text, style), soft_wrap=True)
+
+
+# ---- one job ------------------------------------------------------------------------------------------
+
+
+def _show(client: Client, args: argparse.Namespace) -> int:
+    job = find(client, args.job)
+    curve = job.curve()
+    if args.json:
+        print_json(asdict(job.info) | {"curve": [asdict(point) for point in curve]})
+    else:
+        print_job(console(), job.info, curve)
+    return OK
+
+
+def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -> None:
+    """The job, then its losses, then base against adapter."""
+    out.print(
+        line(job.name, "bold") + line("  ") + line(in_words(job), status_style(job.status)), soft_wrap=True
+    )
+    validation = f", measured on {job.validation_file}" if job.validation_file else ""
+    out.print(line(f"  {job.id}, created {when(job.created_at)}", "dim"), soft_wrap=True)
+    out.print(
+        line(f"  {job.method} on {job.model}, from {job.training_file}{validation}", "dim"), soft_wrap=True
+    )
+    out.print(line(f"  {_settings(job)}", "dim"), soft_wrap=True)
+    if job.status == "running":
+        out.print(line(f"  {doing(job)}  {figures(job)}".rstrip()), soft_wrap=True)
+    if job.error is not None:
+        out.print(line(f"  {job.error.message} ({job.error.code})", "red"), soft_wrap=True)
+    _print_curve(out, curve)
+    if job.report is not None:
+        _print_report(out, job.report)
+    if job.fine_tuned_model is not None:
+        state = f"active: requests for {job.name} get it" if job.activated else "not active"
+        out.print(line(f"{job.fine_tuned_model}  ") + line(state, "green" if job.activated else ""))
+
+
+def _settings(job: TrainingJobInfo) -> str:
+    """`r 16, alpha 32, targets all-linear, ...`."""
+    parts = []
+    for name in _SHOWN:
+        value = job.settings.get(name)
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
+        if value not in (None, ""):
+            parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)
+
+
+def _print_curve(out: Console, curve: Sequence[CurvePoint]) -> None:
+    ascii_only = out.options.ascii_only
+    for title, points in (
+        ("training loss", [point.train_loss for point in curve]),
+        ("held-out loss", [point.valid_loss for point in curve]),
+    ):
+        values = [value for value in points if value is not None]
+        if len(values) > 1:
+            chart = sparkline(values, _CHART, ascii_only=ascii_only)
+            ends = f"{values[0]:.4f} -> {values[-1]:.4f}"
+            out.print(line(f"{title}  ") + line(chart, "cyan") + line(f"  {ends}"), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One line of the table of base against adapter."""
+
+    name: str
+    base: str
+    adapter: str
+    better: bool | None
+
+
+def _print_report(out: Console, report: TrainingReport) -> None:
+    measures = _measures(report)
+    if measures:
+        out.print()
+        out.print(table(_MEASURE_COLUMNS, measures, out.width))
+        out.print()
+    speed = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.seconds else ""
+    out.print(
+        line(
+            f"{report.steps} steps, the best one {report.best_step}; {report.tokens:,} tokens in "
+            f"{duration(report.seconds)}{speed}; {report.parameters:,} parameters, "
+            f"{size(report.adapter_bytes)}; at most {size(report.peak_memory_bytes)} of memory"
+        ),
+        soft_wrap=True,
+    )
+
+
+def _measures(report: TrainingReport) -> list[_Measure]:
+    rows = []
+    before, after = report.loss_before, report.loss_after
+    if before is not None or after is not None:
+        better = None if before is None or after is None or before == after else after < before
+        rows.append(_Measure("held-out loss", loss(before), loss(after), better))
+    for name in {**report.metrics_before, **report.metrics_after}:
+        one, two = report.metrics_before.get(name), report.metrics_after.get(name)
+        better = None if one is None or two is None or one == two else two > one
+        rows.append(_Measure(name, _share(one), _share(two), better))
+    return rows
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+_MEASURE_COLUMNS: tuple[Column[_Measure], ...] = (
+    Column("", lambda row: row.name),
+    Column("base", lambda row: row.base, right=True),
+    Column(
+        "adapter",
+        lambda row: row.adapter,
+        right=True,
+        style=lambda row: "" if row.better is None else "green" if row.better else "red",
+    ),
+)

@@ -1,0 +1,89 @@
+"""`onebase jobs watch | pause | resume | cancel`: follow a job, stop it, continue it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..._sync.client import Client
+from ..._sync.jobs import TrainingJob
+from ...errors import TrainingFailedError, TrainingStoppedError
+from ..command import OK, perform, print_json, report
+from ..ui import console, note
+from .show import find, job_parser, print_job, short
+
+_DESCRIPTIONS: Final = {
+    "watch": """\
+Show a job while it runs: a bar with loss, tokens per second and time left, and above it what is measured.
+Ctrl-C stops watching, not the job. The exit status is 0 if the job has succeeded, 1 if it failed, was
+cancelled or is paused.
+""",
+    "pause": "Stop a job within a step and free the machine. `resume` continues it from there.",
+    "resume": "Continue a job from its last checkpoint: a paused one, or a failed one that is resumable.",
+    "cancel": "End a job for good. Its checkpoints are deleted. Versions of its adapter stay as they are.",
+}
+_DONE: Final = {
+    "pause": "pauses.",
+    "resume": "continues.",
+    "cancel": "is cancelled.",
+}
+
+
+def run(action: str, argv: list[str]) -> int:
+    """Run the action. Gives its exit status."""
+    made = job_parser(action, _DESCRIPTIONS[action], f"  onebase jobs {action} ftjob-3f2a9c41\n")
+    args = made.parse_args(argv)
+    if action == "watch":
+        return perform(made, args, lambda client: follow(client, find(client, args.job), args.json))
+    return perform(made, args, lambda client: _change(action, client, args.job, args.json))
+
+
+def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
+    """Watch a job to its end, then show its result. Gives the exit status."""
+    try:
+        job.wait()
+    except KeyboardInterrupt:
+        note(f"\nThe job goes on. To watch it again: onebase jobs watch {short(job.id)}")
+        note(f"To end it: onebase jobs cancel {short(job.id)}")
+        raise
+    except TrainingStoppedError as error:
+        if as_json:
+            print_json(error.job)
+        failed = report(error, client.url)
+        _next_step(job, error)
+        return failed
+    if as_json:
+        print_json(job.info)
+        return OK
+    print_job(console(), job.info, job.curve())
+    _use(job)
+    return OK
+
+
+def _next_step(job: TrainingJob, error: TrainingStoppedError) -> None:
+    if not isinstance(error, TrainingFailedError) and job.status != "paused":
+        return
+    if job.resumable:
+        note(f"To continue from its last checkpoint: onebase jobs resume {short(job.id)}")
+
+
+def _use(job: TrainingJob) -> None:
+    if job.activated:
+        note(f'Ask it: onebase generate --adapter {job.name} "..."')
+    elif job.fine_tuned_model is not None:
+        note(f'Try it: onebase generate --adapter {job.fine_tuned_model} "..."')
+        version = job.fine_tuned_model.rpartition("@")[2]
+        note(f"Activate it: onebase adapters activate {job.name} {version}")
+
+
+def _change(action: str, client: Client, wanted: str, as_json: bool) -> int:
+    job = find(client, wanted)
+    {"pause": job.pause, "resume": job.resume, "cancel": job.cancel}[action]()
+    if as_json:
+        print_json(job.info)
+        return OK
+    print(f"{short(job.id)}  {job.name} {_DONE[action]}")
+    if action == "pause":
+        note(f"To continue it: onebase jobs resume {short(job.id)}")
+    elif action == "resume":
+        note(f"Watch it: onebase jobs watch {short(job.id)}")
+    return OK

@@ -1,0 +1,69 @@
+"""What the base offers an adapter: its linear layers, its input embedding, its head and its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a target may be: a linear layer, an embedding or a norm of the base.
+
+    `size_in` of an embedding is its vocabulary; of a norm both sizes are the hidden size. `bias`: whether
+    the module has one.
+    """
+
+    size_in: int
+    size_out: int
+    kind: Literal["linear", "embedding", "norm"] = "linear"
+    bias: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the module's own weight, not quantized."""
+        if self.kind == "norm":
+            return (self.size_out,)
+        return (self.size_in, self.size_out) if self.kind == "embedding" else (self.size_out, self.size_in)
+
+
+def input_embedding(model: Any) -> nn.Embedding:
+    embedding: nn.Embedding = model.get_input_embeddings()
+    return embedding
+
+
+def output_head(model: Any) -> nn.Module | None:
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
+
+
+def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The norms over the hidden size: those that an adapter may bring of its own."""
+    hidden = model.config.get_text_config().hidden_size
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        named = (
+            "norm" in type(module).__name__.lower() and "weight" in own and own.keys() <= {"weight", "bias"}
+        )
+        if named and all(parameter.shape == (hidden,) for parameter in own.values()):
+            yield name, module
+
+
+def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
+    """Every linear layer, the input embedding and the norms of hidden size, by full name."""
+    layers: dict[str, LayerShape] = {}
+    embedding = input_embedding(base)
+    norms = {name for name, _ in hidden_norms(base)}
+    module: Any
+    for name, module in base.named_modules():
+        bias = getattr(module, "bias", None) is not None
+        if module is embedding:
+            layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, "embedding")
+        elif isinstance(module, nn.Linear):
+            layers[name] = LayerShape(module.in_features, module.out_features, bias=bias)
+        elif name in norms:
+            layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)
+    return layers

@@ -1,0 +1,424 @@
+"""Load the one frozen base: quantized once, never written again.
+
+The base is loaded plain (`load_base`). Serving, proof and training each work on a `view` of it
+(`onebase_engine.base.view`); nothing is ever attached to the loaded tree itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "int8", "none"]
+
+PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Values of a config's `layer_types` whose state is a KV cache that blocks can hold."""
+
+MOST_PLAIN = 0.05
+"""Largest part of a base's weights that may lie outside its linear layers, embeddings and head: room for
+routers, and for the convolutions of a part that sees or hears."""
+
+NESTED_BLOCKSIZE = 256
+"""bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
+
+_ROTARY_BY_LENGTH = "longrope"
+
+
+class UnsupportedBaseError(Exception):
+    """The folder holds a model that cannot be served; the message says why."""
+
+
+class BaseChangedError(RuntimeError):
+    """Something wrote to the shared base. The process must stop: nothing it serves is right any more."""
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How to load the base. `blocksize` counts weights per absmax value."""
+
+    folder: Path
+    quantization: Quantization = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    compute_dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a base in memory, from its config alone."""
+
+    parameters: int
+    quantized_bytes: int
+    plain_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.quantized_bytes + self.plain_bytes
+
+
+def check_servable(config: Any) -> None:
+    """Raise UnsupportedBaseError for architectures that cannot be paged or quantized, with the reason."""
+    from transformers import AutoModelForCausalLM
+
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedBaseError(
+            f"{name} is an encoder-decoder; OneBase serves decoder-only models. "
+            "Choose a causal language model."
+        )
+    encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    if type(config) not in AutoModelForCausalLM._model_mapping or encoder:
+        raise UnsupportedBaseError(
+            f"{name} has no causal language model in transformers; OneBase serves decoder-only text models."
+        )
+    # Of a model that also sees or hears, the layers are those of its text part.
+    text = config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS)
+    model = AutoModelForCausalLM._model_mapping[type(config)]
+    if foreign or getattr(model, "_is_stateful", False):
+        kind = f" of type {', '.join(foreign)}" if foreign else ""
+        raise UnsupportedBaseError(
+            f"{name} has layers{kind} that keep a recurrent or compressed state instead of a KV cache, "
+            "which paged blocks cannot hold. Choose a base with attention layers only."
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedBaseError(
+            f"{name} brings its own attention, which transformers cannot replace by the paged one."
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedBaseError(
+            f"{name} shares KV states between layers, which the paged cache does not do yet."
+        )
+    _check_linear(config)
+
+
+def _check_linear(config: Any) -> None:
+    """Raise UnsupportedBaseError if much of the base lies outside its linear layers.
+
+    transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
+    How many rows an expert multiplies at once depends on a row's neighbours, and so do the row's last bits.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with init_empty_weights():
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
+    if part > MOST_PLAIN:
+        raise UnsupportedBaseError(
+            f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
+            f"{largest}. OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so "
+            "that no row depends on its neighbours. Choose a base without a mixture of experts."
+        )
+
+
+def _check_quantized(model: nn.Module, settings: BaseSettings) -> None:
+    """Raise UnsupportedBaseError if a loaded base is not what its settings say."""
+    part, largest = _left_plain(model, lambda module: any(quantized_statistics(module)))
+    if part > MOST_PLAIN:
+        raise UnsupportedBaseError(
+            f"{settings.quantization} with blocksize {settings.blocksize} leaves {part:.0%} of the weights "
+            f"of {type(model).__name__} in {settings.dtype}, for instance {largest}. Choose blocksize 64, "
+            "quantization none, or another base."
+        )
+
+
+def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[float, str]:
+    """The part of all weights that stays plain though it multiplies rows; the largest such, with its shape.
+
+    Vectors do not count, nor do embeddings, which are looked up, nor the output head.
+    """
+    head = model.get_output_embeddings()
+    plain = {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if module is not head and not isinstance(module, nn.Embedding) and not quantized(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    }
+    if not plain:
+        return 0.0, ""
+    largest = max(plain, key=lambda name: plain[name].numel())
+    shape = " x ".join(map(str, plain[largest].shape))
+    return sum(p.numel() for p in plain.values()) / parameter_count(model), f"{largest} ({shape})"
+
+
+def load_base(settings: BaseSettings) -> nn.Module:
+    """The frozen base in eval mode, on its device, with eager attention.
+
+    Raises:
+        UnsupportedBaseError: the model cannot be served, or its files are missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedBaseError(
+            f"{settings.folder} holds no base that transformers knows: {error}"
+        ) from None
+    check_servable(config)
+    by_hand = settings.quantization == "nf4" and settings.blocksize != 64
+    quantization = None if by_hand else _quantization_config(settings)
+    if settings.quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            settings.folder,
+            config=config,
+            dtype=settings.dtype,
+            quantization_config=quantization,
+            device_map={"": "cpu" if by_hand else str(settings.device)},
+            attn_implementation="eager",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedBaseError(f"cannot load {settings.folder}: {error}") from error
+    if by_hand:
+        _quantize_layers(model, settings)
+        model.to(settings.device)
+        # What transformers sets: by it PEFT chooses its layers for 4-bit weights, which add in another order.
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    if settings.quantization != "none":
+        _check_quantized(model, settings)
+    return freeze(model)
+
+
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
+    """Drop the line that bitsandbytes writes for each 8-bit layer of each forward when x is not fp16."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no gradients, rotary frequencies pinned, and bitsandbytes kept from repacking weights.
+
+    With `support_avx512bf16_for_cpu` on, the first forward on a CPU rewrites the 4-bit weight and rounds its
+    statistics: another base from then on, and one without a backward.
+    """
+    model.eval()
+    model.requires_grad_(False)
+    _pin_rotary(model)
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        held = getattr(getattr(layer, "weight", None), "CB", None)
+        if held is not None and hasattr(layer, "init_8bit_state"):
+            # Else the first forward would move the statistics out of the parameter that every view shares.
+            layer.init_8bit_state()
+    return model
+
+
+def _pin_rotary(model: nn.Module) -> None:
+    """Keep a freshly loaded model on the rotary frequencies it has, which are those up to `exact_length`.
+
+    "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies. transformers chooses one for all
+    positions of a pass by the highest among them, and writes it into the module's buffer: a long row would
+    change its neighbours, a chunk the next one, and every pass the tensors of the shared base.
+    """
+    module: Any
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind == _ROTARY_BY_LENGTH:
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = {
+                layers: "default" if own == _ROTARY_BY_LENGTH else own for layers, own in kind.items()
+            }
+
+
+def exact_length(config: Any) -> int | None:
+    """Longest row, in tokens, for which the rotary frequencies are fixed; None if they always are.
+
+    Args:
+        config: of the text part.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    limits = [
+        int(part["original_max_position_embeddings"])
+        for part in sets
+        if part.get("rope_type") == _ROTARY_BY_LENGTH
+    ]
+    return min(limits, default=None)
+
+
+def longest_row(config: Any) -> int | None:
+    """Most tokens of a row on this base, prompt and reply; None if its config names no limit."""
+    text = config.get_text_config()
+    limits = (getattr(text, "max_position_embeddings", None), exact_length(text))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def eos_ids(base: Any) -> frozenset[int]:
+    """Tokens that end a text: those of the base's generation config and of its config."""
+    found: set[int] = set()
+    for source in (getattr(base, "generation_config", None), base.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset(found)
+
+
+def _quantization_config(settings: BaseSettings) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=settings.double_quant,
+            bnb_4bit_compute_dtype=settings.compute_dtype,
+        )
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return None
+
+
+def _quantize_layers(model: Any, settings: BaseSettings) -> None:
+    """NF4 with a blocksize other than 64, which transformers' config cannot express."""
+    import bitsandbytes as bnb
+
+    output = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is output:
+            continue
+        layer = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=settings.compute_dtype,
+            compress_statistics=settings.double_quant,
+            quant_type="nf4",
+            device="meta",
+        )
+        layer.weight = bnb.nn.Params4bit(
+            module.weight.data,
+            requires_grad=False,
+            blocksize=settings.blocksize,
+            compress_statistics=settings.double_quant,
+            quant_type="nf4",
+            module=layer,
+        )
+        layer.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.to(settings.device))
+
+
+def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that belong to a quantized layer's weight but are no parameters of it."""
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield "absmax", state.absmax
+        yield "code", state.code
+        if state.nested:
+            yield "offset", state.offset
+            yield "nested_absmax", state.state2.absmax
+            yield "nested_code", state.state2.code
+    layer_state = getattr(module, "state", None)
+    for owner, label in ((weight, ""), (layer_state, "state_")):
+        for attribute in ("CB", "SCB"):
+            tensor = getattr(owner, attribute, None)
+            if isinstance(tensor, torch.Tensor):
+                yield label + attribute, tensor
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the base by name: parameters, all buffers, quantization statistics."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors.update(model.named_buffers())
+    for name, module in model.named_modules():
+        for label, tensor in quantized_statistics(module):
+            tensors[f"{name}.weight#{label}"] = tensor
+    return tensors
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the base's storages, each counted once however many names it has."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base_tensors(model).values()
+    }
+    return sum(storages.values())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of the model as published: a 4-bit weight counts by its unpacked shape."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total
+
+
+def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
+    """`(data_ptr, _version, dtype)` of each base tensor: equal before and after, or somebody wrote to it."""
+    return {name: (t.data_ptr(), t._version, t.dtype) for name, t in base_tensors(model).items()}
+
+
+def estimate_memory(
+    config: Any,
+    quantization: Quantization,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryEstimate:
+    """Bytes that `load_base` will take, from the config alone: the tree is built on meta tensors.
+
+    Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax
+    per block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    parameters = plain = quantized = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            count = parameter.numel()
+            tied = module is output and name == "weight" and _is_tied(model)
+            if tied:
+                continue
+            parameters += count
+            linear = type(module) is nn.Linear and module is not output and name == "weight"
+            if quantization == "none" or not linear:
+                plain += count * dtype.itemsize
+            elif quantization == "int8":
+                quantized += count + 4 * parameter.shape[0]
+            else:
+                quantized += -(-count // 2) + _nf4_statistics(count, blocksize, double_quant)
+        plain += sum(buffer.nbytes for _, buffer in module.named_buffers(recurse=False))
+    return MemoryEstimate(parameters=parameters, quantized_bytes=quantized, plain_bytes=plain)
+
+
+def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
+    """Bytes beside a 4-bit weight of `count` values: its absmax and the 16 fp32 of its code.
+
+    Double quantization: one byte an absmax, their own fp32 absmax, the fp32 offset and a code of 256 fp32.
+    """
+    blocks = -(-count // blocksize)
+    if not double_quant:
+        return 4 * blocks + 4 * 16
+    return blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 + 4 * 256 + 4 * 16
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))

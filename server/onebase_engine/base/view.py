@@ -1,0 +1,41 @@
+"""A second module tree over the base's own tensors: other modules, the same memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+
+from onebase_engine.base.load import base_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def view(base: Model) -> Model:
+    """A deep copy of the module tree that shares every tensor with `base`.
+
+    Parameters, all buffers and the quantization statistics go into deepcopy's memo, so that none is
+    copied; configs and module attributes are copies, free to differ. Some 45 ms for 272 tensors.
+    """
+    shared = {id(tensor): tensor for tensor in base_tensors(base).values()}
+    return copy.deepcopy(base, shared)
+
+
+def peft_view(base: Model) -> Model:
+    """A view for PEFT to put an adapter on.
+
+    On the CPU, PEFT's DoRA gives an 8-bit layer a new parameter without its scales at every pass, and the
+    layer's next pass takes its state from there. That state is set once when the base is loaded (`freeze`),
+    so here the layers keep it.
+    """
+    tree = view(base)
+    layer: Any
+    for layer in tree.modules():
+        if getattr(getattr(layer, "state", None), "SCB", None) is not None:
+            layer.init_8bit_state = _keep
+    return tree
+
+
+def _keep() -> None:
+    return None

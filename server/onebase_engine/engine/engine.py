@@ -1,0 +1,419 @@
+"""The engine proper: messages in, one step at a time, events out. No sockets here, no threads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.load import BaseChangedError, fingerprint
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.batch import Packer
+from onebase_engine.engine.kv_cache import BlockPool
+from onebase_engine.engine.memory import staging_bytes
+from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.request_checks import check_scores, check_tokens, check_weights
+from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
+from onebase_engine.engine.sampling import Drawn, draw_apart, score_prompt
+from onebase_engine.engine.scheduler import Limits, NeverFitsError, Scheduler
+from onebase_engine.engine.slot_table import SlotTable
+from onebase_engine.engine.staging import Copy, Staging, copier
+from onebase_engine.engine.versions import Versions
+from onebase_engine.lora.stacked_weights import stacked_bytes
+from onebase_engine.lora.weights import AdapterWeights, weights_bytes
+from onebase_engine.machine import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """Totals since the engine started."""
+
+    steps: int = 0
+    failed_steps: int = 0
+    """Steps in which every row failed."""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a step has computed. Nothing of it is state of a row or of the scheduler yet."""
+
+    plan: Plan
+    drawn: list[tuple[Row, Drawn]]
+    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a step failed, without the exception: its frames hold tensors whose memory the retry needs."""
+
+    message: str
+    out_of_memory: bool
+
+
+class _Admission(TypedDict, total=False):
+    cached_tokens: int | None
+    queue_seconds: float | None
+
+
+class Engine:
+    """One base, its rows and its adapters. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        name: str,
+        limits: Limits,
+        kv_blocks: int,
+        block_size: int = 16,
+        slots: int = 8,
+        slot_memory: int = 0,
+        eos_ids: frozenset[int] = frozenset(),
+        model: ServedModel | None = None,
+        copy: Callable[[AdapterWeights], Copy] | None = None,
+    ) -> None:
+        """`copy` starts a version's copy to the accelerator; by default as `copier` does for its kind."""
+        self._base = base
+        self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
+        self._fingerprint = fingerprint(base)
+        self.layers = adaptable_layers(base)
+        self.model = model if model is not None else ServedModel(base, slots)
+        self.model.allocate_kv(kv_blocks, block_size)
+        self.pool = BlockPool(kv_blocks, block_size)
+        self.versions = Versions(weights_bytes if self.model.tiled else stacked_bytes)
+        self._staging = Staging(
+            copy or copier(self.model.device),
+            staging_bytes(slot_memory),
+            self.versions.weights,
+            self.versions.size,
+        )
+        self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits)
+        self.counters = Counters()
+        self._packer = Packer(
+            block_size,
+            slots,
+            self.model.device,
+            tiled=self.model.tiled,
+            products=self.model.find_products(limits.max_length),
+        )
+        self._rows: dict[str, list[Row]] = {}
+        self._arrivals = 0
+        self._outputs: list[RowOutput] = []
+        self._slots_changed = False
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows)
+
+    def submit(self, request: protocol.Submit) -> None:
+        """Queue the request's rows, or report at once why it can never run."""
+        if request.id in self._rows or request.n < 1:
+            # Its events could not be told from the first one's, which goes on undisturbed.
+            logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
+            return
+        mix = AdapterMix.of(request.adapters)
+        try:
+            self.scheduler.check(len(request.prompt), request.sampling.max_tokens, len(mix.terms))
+            check_tokens(request, self._vocabulary)
+            check_scores(request)
+            check_weights(mix)
+            self.versions.check(mix, self.slots.budget)
+        except NeverFitsError as error:
+            for choice in range(request.n):
+                self._outputs.append(
+                    RowOutput(
+                        id=request.id,
+                        choice=choice,
+                        finish="error",
+                        error_code=error.code,
+                        error_message=str(error),
+                        error_param=error.param,
+                    )
+                )
+            return
+        rows: list[Row] = []
+        for choice in range(request.n):
+            row = Row(
+                id=request.id,
+                choice=choice,
+                tokens=list(request.prompt),
+                sampling=request.sampling,
+                mix=mix,
+                arrival=self._arrivals,
+                arrived_at=time.monotonic(),
+                tenant=request.tenant,
+                leader=rows[0] if rows else None,
+            )
+            self._arrivals += 1
+            rows.append(row)
+            self.scheduler.add(row)
+        self._rows[request.id] = rows
+
+    def cancel(self, message: protocol.Cancel) -> None:
+        """End the request's rows that are still going; each yields its final event."""
+        for row in list(self._rows.get(message.id, ())):
+            if message.choice in (None, row.choice):
+                self._end(row, "cancelled")
+
+    # ---- adapters ---------------------------------------------------------------------------
+
+    def put_adapter(self, digest: str, weights: AdapterWeights) -> None:
+        """Take a version's finished tensors; from now on rows may name it."""
+        self.versions.put(digest, weights)
+
+    def unload_adapter(self, digest: str) -> None:
+        """Forget a version, at once or when its last row ends; `versions.take_dropped` says when."""
+        self.versions.leave(digest)
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        in_use = {digest for row in self.scheduler.rows for digest in row.mix.digests}
+        self.versions.drop_unused(in_use, self.slots)
+
+    # ---- steps ------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Compute one step. Where it fails, it is computed in parts, and only the rows that fail alone end.
+
+        Raises:
+            BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
+        """
+        plan = self.scheduler.plan()
+        if self._apply_moves():
+            plan = plan.unfinished()
+        self._staging.drop_unwanted(digest for row in self.scheduler.waiting for digest in row.mix.digests)
+        if not plan:
+            self._staging.wait()
+            return
+        self.counters.steps += 1
+        self._note_first_steps(plan)
+        computed = self._try(plan)
+        if isinstance(computed, _Failure):
+            self._compute_apart(plan)
+            return
+        for row, error in self._commit(computed).items():
+            self._fail(row, error)
+
+    def take_outputs(self) -> list[RowOutput]:
+        """What happened since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def check_base(self) -> None:
+        """Raise BaseChangedError if anything wrote to the base's tensors."""
+        if fingerprint(self._base) != self._fingerprint:
+            raise BaseChangedError("a tensor of the shared base was written to")
+
+    def stats(self) -> protocol.Stats:
+        return protocol.Stats(
+            rows_running=len(self.scheduler.running),
+            rows_waiting=len(self.scheduler.waiting),
+            kv_blocks_free=self.pool.free,
+            kv_blocks_cached=self.pool.cached,
+            kv_blocks_total=self.pool.capacity,
+            slots_used=self.slots.used,
+            steps=self.counters.steps,
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self.counters.prompt_tokens,
+            generated_tokens=self.counters.generated_tokens,
+            cached_tokens=self.counters.cached_tokens,
+            adapters_loaded=len(self.versions),
+        )
+
+    def slots_changed(self) -> bool:
+        """Whether slots were filled or emptied since the last call."""
+        changed, self._slots_changed = self._slots_changed, False
+        return changed
+
+    def _apply_moves(self) -> bool:
+        """Bring the slots up to date. Rows whose version cannot be loaded end; says whether any did."""
+        moves, self.slots.moves = self.slots.moves, {}
+        self._slots_changed |= bool(moves)
+        failed = self.model.move_slots(moves, self._staging.take) if moves else {}
+        for slot, error in failed.items():
+            logger.error("a version cannot be put into slot %d", slot, exc_info=error)
+            error.__traceback__ = None  # its frames hold the version's tensors, and it itself
+            message = f"its adapter cannot be put into a slot: {error}"
+            for row in self.slots.users(slot):
+                self._end(row, "error", code="step_failed", message=message)
+            self.slots.vacate(slot)
+        return bool(failed)
+
+    def _note_first_steps(self, plan: Plan) -> None:
+        for segment in plan.segments:
+            row = segment.row
+            if row.queue_seconds is None:
+                row.queue_seconds = time.monotonic() - row.arrived_at
+                self.counters.prompt_tokens += row.prompt_length
+                self.counters.cached_tokens += row.cached_tokens or 0
+
+    def _try(self, plan: Plan) -> _Computed | _Failure:
+        try:
+            return self._compute(plan)
+        except (BaseChangedError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            logger.exception("computing %d rows failed", len(plan.segments))
+            return _Failure(str(error), is_out_of_memory(error))
+
+    def _compute(self, plan: Plan) -> _Computed:
+        """A forward pass and what is sampled from it. It changes nothing but KV that `computed` has not seen.
+
+        Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
+        """
+        batch = self._packer.pack(plan, self.slots.slot_of)
+        logits = self.model.forward(batch)
+        scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
+        drawn = draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids)
+        return _Computed(plan, list(zip(batch.sampled, drawn, strict=True)), scores)
+
+    def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
+        """Of the prompt tokens after each of the segment's, or the row's own exception."""
+        row = segment.row
+        targets = row.tokens[segment.start + 1 : segment.start + 1 + len(logits)]
+        try:
+            return score_prompt(logits, targets, row.sampling.prompt_logprobs or 0)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            return error
+
+    def _commit(self, computed: _Computed) -> dict[Row, Exception]:
+        """Make a step's results state, but for the rows that failed alone in it: their exceptions."""
+        failed = {row: drawn.error for row, drawn in computed.drawn if drawn.error is not None}
+        for segment, scores in computed.scores:
+            row = segment.row
+            if isinstance(scores, Exception):
+                failed[row] = scores
+                continue
+            row.prompt_scores = scores if segment.start == 0 else row.prompt_scores + scores
+            row.prompt_scored = segment.stop >= row.prompt_length
+        for segment in computed.plan.segments:
+            if segment.row not in failed:
+                self.scheduler.computed(segment)
+        for row, drawn in computed.drawn:
+            if row not in failed:
+                self._append(row, drawn)
+        return failed
+
+    def _compute_apart(self, plan: Plan) -> None:
+        """Compute a step that failed in parts: decodes together, then by halves, and each prefill apart.
+
+        A row that fails alone ends. Where every row does, none is to blame: the step has failed.
+        """
+        parts = [Plan(plan.decodes, [])] if plan.decodes else []
+        parts += [Plan([], [segment]) for segment in plan.prefills]
+        failed: dict[Row, str] = {}
+        while parts:
+            part = parts.pop(0)
+            computed = self._try(part)
+            if isinstance(computed, _Computed):
+                failed |= {row: str(error) for row, error in self._commit(computed).items()}
+            elif smaller := _smaller(part, computed):
+                parts = smaller + parts
+            else:
+                failed[part.segments[0].row] = computed.message
+        nobody = len(failed) == len(plan.segments)
+        self.counters.failed_steps += nobody
+        code, what = ("step_failed", "the step") if nobody else ("row_failed", "this row")
+        for row, message in failed.items():
+            logger.error("a row of request %s failed: %s", row.id, message)
+            self._end(row, "error", code=code, message=f"{what} failed: {message}")
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        """End a row for an exception of its own."""
+        logger.error("a row of request %s failed", row.id, exc_info=error)
+        self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
+
+    def _append(self, row: Row, drawn: Drawn) -> None:
+        if drawn.token is None:
+            message = "the logits are not finite: an adapter of this request overflows"
+            self._end(row, "error", code="not_finite", message=message)
+            return
+        row.tokens.append(drawn.token)
+        self.counters.generated_tokens += 1
+        finish, stop_token = self._finish_reason(row, drawn.token)
+        output = RowOutput(
+            id=row.id,
+            choice=row.choice,
+            tokens=[drawn.token],
+            logprobs=None if drawn.logprob is None else [drawn.logprob],
+            prompt_logprobs=self._prompt_scores(row),
+            finish=finish,
+            stop_token=stop_token,
+            **self._admission(row),
+        )
+        self._outputs.append(output)
+        if finish is not None:
+            row.finish = finish
+            self._remove(row)
+
+    def _finish_reason(self, row: Row, token: int) -> tuple[protocol.FinishReason | None, int | None]:
+        sampling = row.sampling
+        if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
+            return "stop", token
+        return ("length", None) if row.generated >= sampling.max_tokens else (None, None)
+
+    def _prompt_scores(self, row: Row) -> list[protocol.TokenLogprob] | None:
+        return row.prompt_scores if row.prompt_scored and not row.reported else None
+
+    def _admission(self, row: Row) -> _Admission:
+        """The facts that go with a row's first output."""
+        if row.reported:
+            return {}
+        row.reported = True
+        return {"cached_tokens": row.cached_tokens, "queue_seconds": row.queue_seconds}
+
+    def _end(
+        self, row: Row, finish: protocol.FinishReason, code: str | None = None, message: str | None = None
+    ) -> None:
+        """Take a row out before its time, with its final event."""
+        row.finish = finish
+        self._outputs.append(
+            RowOutput(
+                id=row.id,
+                choice=row.choice,
+                finish=finish,
+                error_code=code,
+                error_message=message,
+                **self._admission(row),
+            )
+        )
+        self._remove(row)
+
+    def _remove(self, row: Row) -> None:
+        self.scheduler.finish(row)
+        siblings = self._rows[row.id]
+        siblings.remove(row)
+        if not siblings:
+            del self._rows[row.id]
+        if self.versions.any_leaving:
+            self._drop_unused()
+
+
+def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
+    """What to compute of a part that failed; nothing of one row, unless it is shorter and memory ran out."""
+    if len(part.decodes) > 1:
+        half = len(part.decodes) // 2
+        return [Plan(part.decodes[:half], []), Plan(part.decodes[half:], [])]
+    (segment,) = part.segments
+    if failure.out_of_memory and segment.length > 1:
+        # The next step goes on from there.
+        return [Plan([], [Segment(segment.row, segment.start, segment.start + segment.length // 2)])]
+    return []

@@ -1,0 +1,110 @@
+"""The served view of the base: wrapped layers, paged attention, one forward pass per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.base.view import view
+from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
+from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.kv_cache import KVCache, bytes_per_token
+from onebase_engine.engine.product_shapes import ProductShapes
+from onebase_engine.lora.rows import TILE, RowMap, StepRows
+from onebase_engine.lora.slots import AdapterSlots, wrap_layers
+from onebase_engine.lora.weights import AdapterWeights
+
+
+class ServedModel:
+    """A view of the base whose rows may each have adapters of their own.
+
+    Raises:
+        UnsupportedBaseError: the model does not go through transformers' attention interface, layer by layer.
+    """
+
+    def __init__(self, base: nn.Module, slots: int) -> None:
+        self.device: torch.device = next(base.parameters()).device
+        self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
+        self.tiled = self.device.type == "cpu"
+        self._view: Any = view(base)
+        self._rows = StepRows()
+        self._attention = PagedAttention()
+        modules = wrap_layers(self._view, self._rows, slots=slots, tiled=self.tiled)
+        self._slots = AdapterSlots(modules, slots, self.device)
+        try:
+            self._attention.attach(self._view)
+            self._probe()
+        except (
+            UnsupportedAttentionError,
+            AttributeError,
+            KeyError,
+            NotImplementedError,
+            ValueError,
+        ) as error:
+            raise UnsupportedBaseError(
+                f"{type(base).__name__} cannot be served with paged attention: {error}"
+            ) from error
+
+    def _probe(self) -> None:
+        """One pass over padding tokens: learns each layer's KV shape, and that attention is called at all."""
+        ids = torch.zeros(1, TILE, dtype=torch.int64, device=self.device)
+        self._forward(ids, torch.arange(TILE, device=self.device)[None], ids[0])
+        expected = set(range(self._view.config.get_text_config().num_hidden_layers))
+        if self._attention.shapes.keys() != expected:
+            raise UnsupportedAttentionError(
+                f"{len(expected - self._attention.shapes.keys())} of {len(expected)} layers do not call the "
+                "attention interface"
+            )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return bytes_per_token(self._attention.shapes, self.dtype)
+
+    def find_products(self, longest: int) -> ProductShapes:
+        """How attention's products are shaped for contexts of up to `longest` tokens."""
+        return self._attention.find_products(self.dtype, self.device, longest)
+
+    def allocate_kv(self, blocks: int, block_size: int) -> None:
+        """Create the KV cache. Zeroed memory: on the CPU pages are taken only when written."""
+        self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
+
+    def move_slots(
+        self, moves: Mapping[int, str | None], weights_of: Callable[[str], AdapterWeights]
+    ) -> dict[int, Exception]:
+        """Load or empty slots; `weights_of` a digest are a version's tensors, on any device.
+
+        Returns the slots that could not be loaded, for lack of memory say, and are empty now.
+        """
+        failed: dict[int, Exception] = {}
+        for slot in moves:
+            self._slots.clear(slot)
+        for slot, digest in moves.items():
+            try:
+                if digest is not None:
+                    self._slots.load(slot, weights_of(digest))
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self._slots.clear(slot)
+                failed[slot] = error
+        return failed
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Raw logits of the batch's `logit_rows`, [L, vocab] in the model's dtype."""
+        self._attention.step = batch.attention
+        self._rows.tokens, self._rows.logits = batch.token_map, batch.logit_map
+        try:
+            return self._forward(batch.input_ids, batch.positions, batch.logit_rows)
+        finally:
+            self._attention.step = None
+            self._rows.tokens = self._rows.logits = RowMap()
+
+    @torch.inference_mode()
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor) -> torch.Tensor:
+        output = self._view(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logit_rows)
+        logits: torch.Tensor = output.logits[0]
+        return logits

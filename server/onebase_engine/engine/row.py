@@ -1,0 +1,118 @@
+"""A row: one choice of one request, from its arrival to its final event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onebase_engine.engine.messages import AdapterRef, FinishReason, Sampling, TokenLogprob
+
+
+@dataclass(frozen=True)
+class AdapterMix:
+    """A row's adapters as they act: sorted by digest, duplicates summed, zero weights dropped.
+
+    It is part of every KV block's key, so two rows share blocks only if they run the very same function.
+    """
+
+    terms: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, refs: list[AdapterRef]) -> AdapterMix:
+        weights: dict[str, float] = {}
+        for ref in refs:
+            weights[ref.digest] = weights.get(ref.digest, 0.0) + ref.weight
+        return cls(tuple(sorted((digest, weight) for digest, weight in weights.items() if weight)))
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(digest for digest, _ in self.terms)
+
+
+@dataclass(eq=False)
+class Row:
+    """State of one choice. `tokens`: prompt and completion; the first `computed` have KV in `blocks`."""
+
+    id: str
+    choice: int
+    tokens: list[int]
+    sampling: Sampling
+    mix: AdapterMix
+    arrival: int
+    """Position in the order of arrival; a preempted row keeps it."""
+    arrived_at: float
+    """Monotonic seconds."""
+    tenant: str = "default"
+    leader: Row | None = None
+    """The choice that prefills the shared prompt first, so that this row finds it in the prefix cache."""
+    prompt_length: int = field(init=False)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Prefix keys of the row's full blocks, extended as blocks fill."""
+    cached_tokens: int | None = None
+    """Prompt tokens taken from the prefix cache at first admission; None before it."""
+    queue_seconds: float | None = None
+    reported: bool = False
+    """Whether the first output, with `cached_tokens` and `queue_seconds`, has been sent."""
+    prompt_scored: bool = False
+    prompt_scores: list[TokenLogprob] = field(default_factory=list)
+    """Collected over the prefill chunks, sent at once with the first token."""
+    finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is still to be computed; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and not self.prompt_scored
+
+    @property
+    def prefilled(self) -> bool:
+        return self.computed >= self.prompt_length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `start:stop` of a row that one step computes."""
+
+    row: Row
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def samples(self) -> bool:
+        """Whether the segment reaches the row's last token, whose logits give the next one."""
+        return self.stop == len(self.row.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step computes: `decodes` are segments of one token, `prefills` longer ones."""
+
+    decodes: list[Segment]
+    prefills: list[Segment]
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self.decodes + self.prefills
+
+    def unfinished(self) -> Plan:
+        """The same without rows that have ended meanwhile."""
+        going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]
+        return Plan(*going)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)

@@ -1,0 +1,190 @@
+"""Choose the next token of each row, vectorized, so that no row depends on its neighbours.
+
+All filters are thresholds on values (as in transformers' logits processors), never positions in a
+sorted order: ties, common in bf16 logits, fall the same way in every batch. The noise of a draw is a
+function of (seed, choice, token index) alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+
+from onebase_engine.engine.messages import Sampling, TokenLogprob
+from onebase_engine.engine.row import Row
+
+NUCLEUS_CANDIDATES = 1024
+"""Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One row's new token; None when its logits are not finite or it raised `error`: it fails alone."""
+
+    token: int | None
+    logprob: TokenLogprob | None = None
+    error: Exception | None = None
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """The draw of one token, in [0, 1): counter-based, 53 bits of blake2b(seed, choice, token index)."""
+    counter = struct.pack("<QII", seed & 0xFFFFFFFFFFFFFFFF, choice, index)
+    (bits,) = struct.unpack("<Q", blake2b(counter, digest_size=8).digest())
+    return float((bits >> 11) * 2.0**-53)
+
+
+def draw(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+    """The next token of each row from raw logits [rows, vocab]."""
+    raw = logits.float()
+    finite = torch.isfinite(raw.amax(dim=-1)).tolist()
+    adjusted = _adjust(raw, rows, eos_ids)
+    tokens = adjusted.argmax(dim=-1)
+    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
+    if random:
+        tokens[random] = _sample(adjusted[random], [rows[i] for i in random])
+    chosen = tokens.tolist()
+    return [
+        Drawn(None) if not finite[i] else Drawn(chosen[i], _score(raw[i], chosen[i], row.sampling.logprobs))
+        for i, row in enumerate(rows)
+    ]
+
+
+def draw_apart(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+    """`draw`, but an exception is that of the row which raises it: the others get their tokens.
+
+    Raises:
+        torch.AcceleratorError, or what every one of several rows raises: it is nobody's in particular.
+    """
+    try:
+        return draw(logits, rows, eos_ids)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        if len(rows) == 1:
+            return [Drawn(None, error=error)]
+        apart = [draw_apart(logits[i : i + 1], [row], eos_ids)[0] for i, row in enumerate(rows)]
+        if all(drawn.error is not None for drawn in apart):
+            raise
+        return apart
+
+
+def score_prompt(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log probabilities of `targets`, each under its row of raw logits [len(targets), vocab]."""
+    return [
+        TokenLogprob(target, *_top(torch.log_softmax(row.float(), dim=-1), target, top))
+        for row, target in zip(logits, targets, strict=True)
+    ]
+
+
+def _score(raw: torch.Tensor, token: int, top: int | None) -> TokenLogprob | None:
+    if top is None:
+        return None
+    return TokenLogprob(token, *_top(torch.log_softmax(raw, dim=-1), token, top))
+
+
+def _top(logprobs: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    if not top:
+        return float(logprobs[token]), []
+    values, indices = logprobs.topk(min(top, len(logprobs)))
+    return float(logprobs[token]), list(zip(indices.tolist(), values.tolist(), strict=True))
+
+
+def _adjust(raw: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> torch.Tensor:
+    """Penalties, bias and min_tokens, on a copy, for the rows that have any."""
+    adjusted: torch.Tensor | None = None
+    for i, row in enumerate(rows):
+        sampling = row.sampling
+        banned = row.generated < sampling.min_tokens
+        if not (banned or sampling.logit_bias or _penalizes(sampling)):
+            continue
+        if adjusted is None:
+            adjusted = raw.clone()
+        if _penalizes(sampling):
+            _penalize(adjusted[i], row)
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias), device=raw.device)
+            adjusted[i, ids] += torch.tensor(list(sampling.logit_bias.values()), device=raw.device)
+        if banned:
+            adjusted[i, [*eos_ids, *sampling.stop_token_ids]] = -torch.inf
+    return raw if adjusted is None else adjusted
+
+
+def _penalizes(sampling: Sampling) -> bool:
+    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def _penalize(logits: torch.Tensor, row: Row) -> None:
+    """Repetition (CTRL, arXiv:1909.05858) over prompt and completion; OpenAI's two over the completion."""
+    sampling = row.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        values = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    completion = row.tokens[row.prompt_length :]
+    if completion and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = Counter(completion)
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * times
+        logits[torch.tensor(list(counts), device=logits.device)] -= penalties
+
+
+def _sample(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Inverse-CDF draws, [rows] int64, after top_k, top_p and min_p in this order."""
+    settings = [row.sampling for row in rows]
+    coldest = torch.finfo(logits.dtype).tiny
+    temperature = _column([max(s.temperature, coldest) for s in settings], logits)
+    # Relative to the highest logit, so that no temperature, however low, overflows.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probabilities = _kept_by_top_k(scaled, [s.top_k for s in settings]).softmax(dim=-1)
+    floor = torch.maximum(
+        _nucleus_floor(probabilities, [s.top_p for s in settings]),
+        probabilities.amax(dim=-1, keepdim=True) * _column([s.min_p for s in settings], logits),
+    )
+    kept = torch.where(probabilities >= floor, probabilities, 0.0).double()
+    cumulative = kept.cumsum(dim=-1)
+    draws = [uniform(row.sampling.seed, row.choice, row.generated) for row in rows]
+    target = _column(draws, cumulative) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Rounding may put the target on the very end: the last token that was kept.
+    last = kept.shape[-1] - 1 - kept.flip(-1).ne(0).to(torch.int8).argmax(dim=-1)
+    return torch.minimum(index, last)
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _kept_by_top_k(logits: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+    vocabulary = logits.shape[-1]
+    limited = [(i, min(k, vocabulary)) for i, k in enumerate(ks) if k > 0]
+    if not limited:
+        return logits
+    best = logits.topk(max(k for _, k in limited), dim=-1).values
+    floor = torch.full((len(ks), 1), -torch.inf, dtype=logits.dtype, device=logits.device)
+    for i, k in limited:
+        floor[i, 0] = best[i, k - 1]
+    return logits.masked_fill(logits < floor, -torch.inf)
+
+
+def _nucleus_floor(probabilities: torch.Tensor, ps: Sequence[float]) -> torch.Tensor:
+    """Smallest probability inside each row's nucleus, [rows, 1]; 0 where top_p is off."""
+    floor = torch.zeros(len(ps), 1, dtype=probabilities.dtype, device=probabilities.device)
+    limited = [i for i, p in enumerate(ps) if p < 1.0]
+    if not limited:
+        return floor
+    candidates = min(NUCLEUS_CANDIDATES, probabilities.shape[-1])
+    best = probabilities[limited].topk(candidates, dim=-1).values
+    for row, values in zip(limited, best, strict=True):
+        cumulative = values.double().cumsum(dim=-1)
+        if cumulative[-1] < ps[row]:
+            values = probabilities[row].sort(descending=True).values
+            cumulative = values.double().cumsum(dim=-1)
+        inside = int((cumulative < ps[row]).sum())
+        floor[row, 0] = values[min(inside, len(values) - 1)]
+    return floor

@@ -1,0 +1,166 @@
+"""Which adapter versions sit in which slots, and who is using them.
+
+A version stays in its slot until another needs the place; the least recently used idle one goes first.
+When every slot is in use, the oldest waiting row claims slots: rows that came after it may no longer
+join them, so they fall idle, while all other slots go on as before. So nobody starves. Where the slots'
+memory is limited in bytes, idle versions leave until the new one fits, and claims cover bytes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from onebase_engine.engine.row import Row
+
+
+@dataclass
+class _Slot:
+    digest: str | None = None
+    users: set[Row] = field(default_factory=set)
+    last_used: int = 0
+    claimed_by: Row | None = None
+
+
+class SlotTable:
+    """Slots by number. `moves` collects what the model must load before the next step."""
+
+    def __init__(
+        self,
+        capacity: int,
+        budget: int = 0,
+        size_of: Callable[[str], int] = lambda digest: 0,
+        ready: Callable[[Sequence[str]], bool] = lambda digests: True,
+    ) -> None:
+        """`budget` bytes hold the versions in slots, each of `size_of(digest)`; 0 is no limit.
+
+        `ready(digests)`: whether versions that are in no slot can be put there without a wait.
+        """
+        self._slots = [_Slot() for _ in range(capacity)]
+        self.budget = budget
+        self._size_of = size_of
+        self._ready = ready
+        self._clock = 0
+        self.moves: dict[int, str | None] = {}
+        """Slot -> digest to load, or None to empty it; the engine applies and clears it."""
+
+    @property
+    def capacity(self) -> int:
+        return len(self._slots)
+
+    @property
+    def used(self) -> int:
+        """Slots that running rows use now."""
+        return sum(bool(slot.users) for slot in self._slots)
+
+    @property
+    def slot_of(self) -> dict[str, int]:
+        return {slot.digest: number for number, slot in enumerate(self._slots) if slot.digest is not None}
+
+    def acquire(self, row: Row) -> bool:
+        """Give the row a slot for each of its adapters, all or none; False when it has to wait."""
+        places = self.slot_of
+        held = {digest: places[digest] for digest in row.mix.digests if digest in places}
+        if any(self._closed_to(row, self._slots[number]) for number in held.values()):
+            return False
+        missing = [digest for digest in row.mix.digests if digest not in places]
+        free = [
+            number
+            for number, slot in enumerate(self._slots)
+            if not slot.users and number not in held.values() and not self._closed_to(row, slot)
+        ]
+        free.sort(key=lambda number: (self._slots[number].digest is not None, self._slots[number].last_used))
+        if len(free) < len(missing) or not self._fits(missing, without=free):
+            self._claim(row, missing, keep=set(held.values()))
+            return False
+        if missing and not self._ready(missing):
+            return False
+        for digest, number in zip(missing, free, strict=False):
+            self._slots[number].digest = digest
+            self.moves[number] = digest
+            held[digest] = number
+        for number in free[len(missing) :]:
+            if self._fits(()):
+                break
+            self._empty(number)
+        self._unclaim(row)
+        self._clock += 1
+        for number in held.values():
+            self._slots[number].users.add(row)
+            self._slots[number].last_used = self._clock
+        return True
+
+    def release(self, row: Row) -> None:
+        """The row runs no longer (it may wait again); what it used stays in place until it is evicted."""
+        for slot in self._slots:
+            slot.users.discard(row)
+
+    def forget(self, row: Row) -> None:
+        """The row is gone for good, and so is its claim."""
+        self.release(row)
+        self._unclaim(row)
+
+    def evict(self, digest: str) -> bool:
+        """Empty the version's slot if no row uses it; True when the version is in no slot any more."""
+        number = self.slot_of.get(digest)
+        if number is None:
+            return True
+        if self._slots[number].users:
+            return False
+        self._empty(number)
+        return True
+
+    def users(self, number: int) -> list[Row]:
+        """The rows that use a slot, in order of arrival."""
+        return sorted(self._slots[number].users, key=lambda row: row.arrival)
+
+    def vacate(self, number: int) -> None:
+        """The slot holds nothing, whatever was to be loaded; its rows have ended."""
+        self._slots[number].digest = None
+
+    def _empty(self, number: int) -> None:
+        if self._slots[number].digest is not None:
+            self._slots[number].digest = None
+            self.moves[number] = None
+
+    def _fits(self, added: Iterable[str], without: Sequence[int] = ()) -> bool:
+        """Whether the versions in slots and `added` fit in the budget, once the slots `without` are empty."""
+        if not self.budget:
+            return True
+        kept = [slot.digest for number, slot in enumerate(self._slots) if number not in without]
+        held = [digest for digest in kept if digest is not None]
+        return sum(self._size_of(digest) for digest in (*held, *added)) <= self.budget
+
+    def _closed_to(self, row: Row, slot: _Slot) -> bool:
+        claimant = slot.claimed_by
+        return claimant is not None and claimant is not row and claimant.arrival < row.arrival
+
+    def _claim(self, row: Row, missing: Sequence[str], keep: set[int]) -> None:
+        """Reserve the slots with the fewest users, idle ones first, unless this or an older row has a claim.
+
+        A younger row's claim gives way: a preempted row may come back to find one, and would otherwise
+        wait for every younger claim made one after the other.
+        """
+        for slot in self._slots:
+            if slot.claimed_by is not None and slot.claimed_by.arrival <= row.arrival:
+                return
+        for slot in self._slots:
+            slot.claimed_by = None
+        candidates = [number for number in range(self.capacity) if number not in keep]
+        candidates.sort(key=lambda number: (len(self._slots[number].users), self._slots[number].last_used))
+        claimed: list[int] = []
+        for number in candidates:
+            enough = len(claimed) >= len(missing)
+            if enough and self._fits(missing, without=claimed):
+                break
+            if enough and self._slots[number].digest is None:
+                continue  # an empty slot frees no bytes
+            claimed.append(number)
+            self._slots[number].claimed_by = row
+        for number in keep:
+            self._slots[number].claimed_by = row
+
+    def _unclaim(self, row: Row) -> None:
+        for slot in self._slots:
+            if slot.claimed_by is row:
+                slot.claimed_by = None

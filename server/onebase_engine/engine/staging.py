@@ -1,0 +1,248 @@
+"""Versions on their way to a slot: read from their files in a thread, then copied to the accelerator.
+
+No step waits for a disk. A row whose version is still being copied waits, while the others go on. On the CPU,
+where a slot points at what host memory holds, there is nothing to copy and nobody waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from onebase_engine.base.layers import LayerShape
+from onebase_engine.engine.messages import AdapterFailed, AdapterLoaded, LoadAdapter
+from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
+from onebase_engine.lora.weights import (
+    AdapterWeights,
+    ModuleWeights,
+    folded,
+    moved,
+    tensors_of,
+    weights_bytes,
+)
+
+logger = logging.getLogger(__name__)
+
+
+# ---- from a file to host memory ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A version's finished tensors in host memory, and what to tell the api once the engine holds them."""
+
+    weights: AdapterWeights
+    answer: AdapterLoaded
+
+
+class PackedAdapterLoader:
+    """Reads one file after the other and hands over each result by a call from its thread.
+
+    `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: Mapping[str, LayerShape],
+        deliver: Callable[[Arrived | AdapterFailed], None],
+    ) -> None:
+        self._layers = layers
+        self._pin = device.type == "cuda"
+        self._deliver = deliver
+        self._orders: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
+        self._wanted: set[str] = set()
+        threading.Thread(target=self._run, name="engine-loader", daemon=True).start()
+
+    def load(self, order: LoadAdapter) -> None:
+        """Queue a file; returns at once."""
+        self._wanted.add(order.digest)
+        self._orders.put(order)
+
+    def forget(self, digest: str) -> None:
+        """What is being read of this version is not wanted any more."""
+        self._wanted.discard(digest)
+
+    def wanted(self, digest: str) -> bool:
+        """Whether a result that has come is still to be used; asked once for each."""
+        wanted = digest in self._wanted
+        self._wanted.discard(digest)
+        return wanted
+
+    def _run(self) -> None:
+        while True:
+            order = self._orders.get()
+            try:
+                self._deliver(self._read(order))
+            except PackedAdapterError as error:
+                self._fail(order, "damaged", str(error))
+            except Exception as error:
+                # No memory, say: this version's trouble, not everyone's.
+                logger.exception("loading %s failed", order.digest[:12])
+                self._fail(order, "load_failed", f"{type(error).__name__}: {error}")
+
+    def _read(self, order: LoadAdapter) -> Arrived:
+        started = time.monotonic()
+        weights = folded(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
+        if self._pin:
+            weights = pinned(weights)
+        return Arrived(
+            weights,
+            AdapterLoaded(
+                digest=order.digest,
+                bytes=weights_bytes(weights),
+                load_seconds=time.monotonic() - started,
+            ),
+        )
+
+    def _fail(self, order: LoadAdapter, code: str, message: str) -> None:
+        self._deliver(AdapterFailed(digest=order.digest, code=code, message=message))
+
+
+def pinned(weights: AdapterWeights) -> AdapterWeights:
+    """The same in page-locked memory, from which copies to the accelerator overlap with its work."""
+    result: dict[str, ModuleWeights] = {}
+    pages: dict[int, torch.Tensor] = {}
+    for name, module in weights.items():
+        parts: dict[str, Any] = {}
+        for part, tensor in tensors_of(module):
+            if id(tensor) not in pages:
+                pages[id(tensor)] = tensor.pin_memory()
+            parts[part] = pages[id(tensor)]
+        result[name] = replace(module, **parts)
+    return result
+
+
+# ---- from host memory to a slot ---------------------------------------------------------------
+
+
+class Copy(Protocol):
+    """One version's copy, from its start on."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+    def take(self) -> AdapterWeights:
+        """What was copied, once it is done, for use by the steps."""
+
+
+class CudaCopy:
+    """A copy on a stream of its own, out of page-locked memory."""
+
+    def __init__(self, weights: AdapterWeights, device: torch.device, stream: torch.cuda.Stream) -> None:
+        copies: dict[int, torch.Tensor] = {}
+        with torch.cuda.stream(stream):
+            self._weights = {name: moved(module, device, copies) for name, module in weights.items()}
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(stream)
+
+    def done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def take(self) -> AdapterWeights:
+        steps = torch.cuda.current_stream()
+        for module in self._weights.values():
+            for _, tensor in tensors_of(module):
+                # Its own stream allocated it and must not use the memory again before the steps are done.
+                tensor.record_stream(steps)
+        return self._weights
+
+
+def copier(device: torch.device) -> Callable[[AdapterWeights], Copy] | None:
+    """What starts a version's copy to `device`; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return lambda weights: CudaCopy(weights, device, stream)
+
+
+class Staging:
+    """The copies under way and those that are done but not yet in a slot, `budget` bytes at most.
+
+    Where a row's versions are larger than that, or memory is short, they are not copied ahead: the step that
+    takes them into slots copies them itself.
+    """
+
+    def __init__(
+        self,
+        copy: Callable[[AdapterWeights], Copy] | None,
+        budget: int,
+        store: Mapping[str, AdapterWeights],
+        size_of: Callable[[str], int],
+    ) -> None:
+        """`budget` 0 is no limit. `store`: each version's tensors in host memory; `size_of` its bytes."""
+        self._copy = copy
+        self._budget = budget
+        self._store = store
+        self._size_of = size_of
+        self._copies: dict[str, Copy] = {}
+        self._sizes: dict[str, int] = {}
+        self._asked: set[str] = set()
+        """Versions of the rows that were asked for in this step, and are not to give way to others."""
+        self._crowded = False
+        """A row waits for room in this step. Rows after it start no copies, and what they have of an
+        unfinished set is freed: so the row gets its room, and no two rows wait for each other's."""
+
+    def ready(self, digests: Sequence[str]) -> bool:
+        """Whether a row's missing versions can go into slots now; starts their copies if they cannot."""
+        if self._copy is None:
+            return True
+        sizes = {digest: self._size_of(digest) for digest in digests}
+        if self._budget and sum(sizes.values()) > self._budget:
+            return True
+        fresh = [digest for digest in digests if digest not in self._copies]
+        if fresh and self._crowded:
+            return False
+        self._asked.update(digests)
+        taken = sum(self._sizes.values()) + sum(sizes[digest] for digest in fresh)
+        if fresh and self._budget and taken > self._budget:
+            self._crowded = True
+            return False
+        for digest in fresh:
+            try:
+                self._copies[digest] = self._copy(self._store[digest])
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory to copy %s ahead of its first step: %s", digest[:12], error)
+                return True
+            self._sizes[digest] = sizes[digest]
+        return all(self._copies[digest].done() for digest in digests)
+
+    def take(self, digest: str) -> AdapterWeights:
+        """The version's tensors for its slot: the copy, if there is one, else those in host memory."""
+        copy = self._copies.pop(digest, None)
+        self._sizes.pop(digest, None)
+        if copy is None:
+            return self._store[digest]
+        copy.wait()
+        return copy.take()
+
+    def drop_unwanted(self, waiting: Iterable[str]) -> None:
+        """Ends a step: frees the copies that no row waits for any more, since it was cancelled, say.
+
+        `waiting`: the versions of all rows that wait, also of those that the step did not get to.
+        """
+        if self._copies:
+            kept = self._asked if self._crowded else set(waiting)
+            for digest in self._copies.keys() - kept:
+                del self._copies[digest], self._sizes[digest]
+        self._asked.clear()
+        self._crowded = False
+
+    def wait(self) -> None:
+        """Until one more copy is done, if any is under way: for when there is nothing else to do."""
+        for copy in self._copies.values():
+            if not copy.done():
+                copy.wait()
+                return

@@ -1,0 +1,90 @@
+"""The adapter versions that this engine holds in host memory, ready for a slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+from onebase_engine.engine.row import AdapterMix
+from onebase_engine.engine.scheduler import NeverFitsError
+from onebase_engine.engine.slot_table import SlotTable
+from onebase_engine.lora.weights import AdapterWeights, composable, folded, weights_bytes
+
+
+class Versions:
+    """Finished tensors by digest. A version that is told to leave stays until its last row has ended."""
+
+    def __init__(self, size_in_slot: Callable[[AdapterWeights], int] = weights_bytes) -> None:
+        """`size_in_slot`: bytes that a version takes of the slots' memory."""
+        self._size_in_slot = size_in_slot
+        self.weights: dict[str, AdapterWeights] = {}
+        self._sizes: dict[str, int] = {}
+        self._alone: set[str] = set()
+        """Versions that are no sum of products, and so cannot be weighted or added to others."""
+        self._leaving: set[str] = set()
+        self._dropped: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def any_leaving(self) -> bool:
+        return bool(self._leaving)
+
+    def put(self, digest: str, weights: AdapterWeights) -> None:
+        """Take a version in; its scales go into B where that changes no bit."""
+        self.weights[digest] = folded(weights)
+        self._sizes[digest] = self._size_in_slot(self.weights[digest])
+        self._leaving.discard(digest)
+        if not composable(weights):
+            self._alone.add(digest)
+
+    def leave(self, digest: str) -> None:
+        """Take no more rows of this version, and drop it with `drop_unused`."""
+        if digest in self.weights:
+            self._leaving.add(digest)
+
+    def drop_unused(self, in_use: Set[str], slots: SlotTable) -> None:
+        """Free the leaving versions that no row uses."""
+        for digest in list(self._leaving - in_use):
+            if slots.evict(digest):
+                self._leaving.discard(digest)
+                del self.weights[digest], self._sizes[digest]
+                self._alone.discard(digest)
+                self._dropped.append(digest)
+
+    def take_dropped(self) -> list[str]:
+        """Digests whose memory has become free since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def size(self, digest: str) -> int:
+        """Bytes of a version in a slot."""
+        return self._sizes[digest]
+
+    def check(self, mix: AdapterMix, slot_budget: int = 0) -> None:
+        """Raise NeverFitsError when a row's adapters are not here, or can never be in slots together."""
+        for digest in mix.digests:
+            if digest not in self.weights or digest in self._leaving:
+                raise NeverFitsError(
+                    "adapter_not_loaded", "adapter", f"adapter version {digest[:12]} is not loaded"
+                )
+        if len(mix.terms) > 1 or any(weight != 1.0 for _, weight in mix.terms):
+            self._check_composes(mix)
+        needed = sum(self._sizes[digest] for digest in mix.digests)
+        if slot_budget and needed > slot_budget:
+            raise NeverFitsError(
+                "slot_memory_exceeded",
+                "adapter",
+                f"the adapters of this request take {needed} bytes in slots and there are {slot_budget}; "
+                "raise --slot-memory",
+            )
+
+    def _check_composes(self, mix: AdapterMix) -> None:
+        for digest in mix.digests:
+            if digest in self._alone:
+                raise NeverFitsError(
+                    "adapter_not_composable",
+                    "adapter",
+                    f"adapter version {digest[:12]} has DoRA, lora_bias, saved modules or token rows, which "
+                    "can neither be weighted nor added to others; name it alone, with weight 1",
+                )

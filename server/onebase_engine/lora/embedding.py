@@ -1,0 +1,107 @@
+"""The input embedding with one adapter per slot."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
+from onebase_engine.lora.rows import Stack, StepRows, Term
+from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
+
+
+class SlotEmbedding(SlotModule):
+    """An embedding whose rows may have a LoRA (each token's row of `a`, times `b`) or rows of their own."""
+
+    def __init__(
+        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
+    ) -> None:
+        super().__init__(base, step, slots=slots, tiled=tiled, head=head)
+        self._plain: dict[int, LoraWeights] = {}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(ids)
+        if not self.filled:
+            return y
+        flat, out = ids.reshape(-1), y.view(-1, y.shape[-1])
+        for start, stop, terms in self.rows.parts(self._terms):
+            some, part = flat[start:stop], out[start:stop]
+            bare = part.clone() if self.replaces(terms) else part
+            delta = self._delta(some, terms)
+            if delta is not None:
+                part.copy_(part.float() + delta)
+            self.replace(some, bare, part, terms)
+        return y
+
+    def replacement(self, weights: ModuleWeights) -> Replacement | None:
+        if isinstance(weights, SavedModule):
+            twin = saved_twin(self.base, weights)
+            return lambda ids, bare: twin(ids)
+        if isinstance(weights, TokenRows):
+            rows = weights.rows.to(self.base.weight.dtype)
+            scale = self._scale(rows.dtype)
+            return partial(_own_rows, weights.indices, rows if scale is None else rows * scale)
+        if weights.bias is not None:
+            raise self.unfit(weights)
+        return None if weights.gain is None else partial(self._dora, weights)
+
+    def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
+        self._plain.pop(slot, None)
+        if weights is not None:
+            self._plain[slot] = weights
+
+    def plain(self, slot: int) -> LoraWeights | None:
+        """The slot's plain LoRA, if it has one."""
+        return self._plain.get(slot)
+
+    def _terms(self, stack: Stack) -> tuple[Term, ...]:
+        return tuple(stack.term(slot) for slot in sorted(self.filled) if stack.uses(slot))
+
+    def _delta(self, ids: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor | None:
+        """Sum of the plain LoRAs' parts, [rows, dim] fp32; None if there is none."""
+        total: torch.Tensor | None = None
+        for term in terms:
+            weights = self.plain(term.slot)
+            if weights is None:
+                continue
+            hidden = weights.a[ids]
+            if term.mask is not None:
+                hidden = torch.where(term.mask, hidden, 0.0)
+            delta = _scaled(functional.linear(hidden, weights.b), weights.scale)
+            if term.weight is not None:
+                delta = delta * term.weight
+            total = delta if total is None else total + delta
+        scale = self._scale(torch.float32)
+        return total if total is None or scale is None else total * scale
+
+    def _dora(self, weights: LoraWeights, ids: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
+        """PEFT's `DoraEmbeddingVariant`: gain * base + gain * delta, in fp32."""
+        if weights.gain is None:
+            raise self.unfit(weights)
+        delta = _scaled(weights.gain * functional.linear(weights.a[ids], weights.b), weights.scale)
+        scale = self._scale(torch.float32)
+        return (weights.gain * bare + (delta if scale is None else delta * scale)).to(bare.dtype)
+
+    def _scale(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What scaled embeddings (Gemma 3) multiply by, adapters included, as PEFT does."""
+        scale = getattr(self.base, "embed_scale", None)
+        if scale is None:
+            return None
+        weight = self.base.weight
+        own = scale if isinstance(scale, torch.Tensor) else weight.new_tensor(scale)
+        return own.to(dtype)
+
+
+def _scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:
+    return delta if scale == 1.0 else delta * scale
+
+
+def _own_rows(
+    indices: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, bare: torch.Tensor
+) -> torch.Tensor:
+    """`rows` [n, dim] where a token is among the ascending `indices` [n], else what the base gave."""
+    places = torch.searchsorted(indices, ids).clamp_(max=len(indices) - 1)
+    return torch.where((indices[places] == ids)[:, None], rows[places], bare)

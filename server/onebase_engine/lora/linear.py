@@ -1,0 +1,177 @@
+"""Linear layers (plain, 4-bit or 8-bit) with one adapter per slot.
+
+Arithmetic is PEFT's own, in its order (fp32 products, then one addition), so that a row equals what
+`PeftModel` gives for it alone:
+
+    quantized layer   y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)
+    other layers      y = (base(x) + scale * (x32 @ A.T) @ B.T).to(base dtype)
+    DoRA              y = (base(x) + (g - 1) * (base(x) - bias) + g * ((x32 @ A.T) @ B.T) * scale).to(dtype)
+
+On the CPU each product has a fixed number of rows (`TILE`), because the libraries choose their blocking,
+and with it the last bits, by the shape: a row must not depend on how many others there are. Decode rows go
+through one stack of all slots (`StackedWeights`): on accelerators always, on the CPU where a trial shows that
+it gives the very bits of each slot's own products.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from onebase_engine.lora.head import TokenHead
+from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
+from onebase_engine.lora.rows import TILE, Stack, StepRows, Term
+from onebase_engine.lora.stacked_weights import StackedWeights
+from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
+
+
+class SlotLinear(SlotModule):
+    """A linear layer (plain, 4-bit or 8-bit) with one adapter per slot."""
+
+    def __init__(
+        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
+    ) -> None:
+        super().__init__(base, step, slots=slots, tiled=tiled, head=head)
+        self._kind = type(base).__name__
+        self.quantized = self._kind in ("Linear4bit", "Linear8bitLt")
+        self._absmax: torch.Tensor | None = None
+        self.stacked = StackedWeights(slots, keep=tiled)
+        self._stacks: bool | None = None
+        """Whether they may stand for each slot's own products; None until asked after a change."""
+
+    def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
+        self.stacked.put(slot, weights)
+        self._stacks = None
+
+    def plain(self, slot: int) -> LoraWeights | None:
+        """The slot's plain LoRA, if it has one."""
+        return self.stacked.own(slot)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = self._base_rows(flat)
+        if self.filled:
+            self._act(flat, y)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def replacement(self, weights: ModuleWeights) -> Replacement | None:
+        if isinstance(weights, TokenRows) and not self.quantized:
+            return TokenHead(self.base, weights, self.step.exact_stacks if self.tiled else None)
+        if isinstance(weights, SavedModule) and not self.quantized:
+            twin = saved_twin(self.base, weights)
+            return lambda x, bare: twin(x)
+        if not isinstance(weights, LoraWeights):
+            raise self.unfit(weights)
+        if weights.gain is not None:
+            return partial(self._dora, weights, weights.gain)
+        return None if weights.bias is None else partial(self._biased, weights)
+
+    def _act(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        rows = self.rows
+        for tile in rows.tiles:
+            if tile.terms:
+                some = slice(tile.start, tile.stop)
+                stack = tile.stack if tile.stack is not None and self._may_stack() else None
+                self._act_on(x[some], y[some], tile.terms, stack)
+        if rows.stack is not None:
+            some = slice(rows.stack.start, rows.stack.stop)
+            self._act_on(x[some], y[some], self.stack_terms(rows.stack), rows.stack)
+
+    def _act_on(self, x: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...], stack: Stack | None) -> None:
+        bare = y.clone() if self.replaces(terms) else y
+        delta = self._delta(x, terms) if stack is None else self.stacked.delta(x.float(), stack)
+        if delta is not None and self.quantized:
+            y += delta.to(y.dtype)
+        elif delta is not None:
+            y.copy_(y.float() + delta)
+        self.replace(x, bare, y, terms)
+
+    def _delta(self, x: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor | None:
+        """Sum of the plain LoRAs' parts by their own products, [rows, out] fp32; None if there is none."""
+        total: torch.Tensor | None = None
+        x = x.float()
+        for term in terms:
+            weights = self.plain(term.slot)
+            if weights is None:
+                continue
+            hidden = functional.linear(x, weights.a)
+            if term.mask is not None:
+                # `where`, not a product: 0 * inf of one adapter would poison its neighbours. B is finite,
+                # so that a row of zeros stays zero.
+                hidden = torch.where(term.mask, hidden, 0.0)
+            delta = _scaled(functional.linear(hidden, weights.b), weights.scale)
+            if term.weight is not None:
+                delta = delta * term.weight
+            total = delta if total is None else total + delta
+        return total
+
+    def _biased(self, weights: LoraWeights, x: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
+        """A LoRA whose B has a bias (`lora_bias`)."""
+        hidden = functional.linear(x.float(), weights.a)
+        return self._sum(bare, _scaled(functional.linear(hidden, weights.b, weights.bias), weights.scale))
+
+    def _dora(
+        self, weights: LoraWeights, gain: torch.Tensor, x: torch.Tensor, bare: torch.Tensor
+    ) -> torch.Tensor:
+        """PEFT's `DoraLinearVariant`, in its order."""
+        lora = functional.linear(functional.linear(x.float(), weights.a), weights.b)
+        bias = self.base.bias
+        unbiased = bare if bias is None else bare - bias
+        return (bare + ((gain - 1) * unbiased + _scaled(gain * lora, weights.scale))).to(bare.dtype)
+
+    def _sum(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """In the order of PEFT's class for this layer; [rows, out] of y's dtype or fp32."""
+        return y + delta.to(y.dtype) if self.quantized else (y.float() + delta).to(y.dtype)
+
+    def _may_stack(self) -> bool:
+        if self._stacks is None:
+            self._stacks = self.stacked.exact(self.step.exact_stacks)
+        return self._stacks
+
+    def _base_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """base(x) [rows, out]; on the CPU by tiles, with a 4-bit weight dequantized once for all of them."""
+        if not self.tiled or self._kind == "Linear8bitLt" or (len(x) <= TILE and not self.quantized):
+            y: torch.Tensor = self.base(x)
+            return y
+        weight, bias, dtype = self._plain_weight()
+        if len(x) <= TILE:
+            return functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+        tiles = [functional.linear(part, weight, bias) for part in torch.split(x.to(dtype), TILE)]
+        return torch.cat(tiles).to(x.dtype)
+
+    def _plain_weight(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
+        """Weight, bias and the dtype of the product, as `Linear4bit.forward` has them on the CPU."""
+        weight, bias = self.base.weight, self.base.bias
+        if not self.quantized:
+            return weight, bias, weight.dtype
+        dtype = self.base.compute_dtype
+        state = weight.quant_state
+        if self._absmax is None:
+            self._absmax = plain_absmax(state)
+        plain = torch.ops.bitsandbytes.dequantize_4bit.default(
+            weight, self._absmax, state.blocksize, state.quant_type, state.shape, dtype
+        )
+        return plain, None if bias is None else bias.to(dtype), dtype
+
+
+def plain_absmax(state: Any) -> torch.Tensor:
+    """A 4-bit weight's fp32 absmax, [blocks], out of double quantization.
+
+    Unpacked once per layer on the CPU (1/16 byte a weight): bitsandbytes would do it on every call, a
+    tenth of a decode step.
+    """
+    if not state.nested:
+        plain: torch.Tensor = state.absmax
+        return plain
+    from bitsandbytes.functional import dequantize_blockwise
+
+    unpacked: torch.Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return unpacked
+
+
+def _scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:
+    return delta if scale == 1.0 else delta * scale

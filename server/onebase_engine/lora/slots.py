@@ -1,0 +1,77 @@
+"""Different adapters for different rows of one forward pass.
+
+Every linear layer of the served view is wrapped in a `SlotLinear`, the input embedding in a
+`SlotEmbedding`, every norm of hidden size in a `SlotNorm`. Which slot acts on which packed row is a fact of
+the step: a `RowMap`, set on the shared `StepRows` before the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from onebase_engine.base.layers import hidden_norms, input_embedding, output_head
+from onebase_engine.lora.embedding import SlotEmbedding
+from onebase_engine.lora.linear import SlotLinear
+from onebase_engine.lora.module import SlotModule
+from onebase_engine.lora.norm import SlotNorm
+from onebase_engine.lora.rows import StepRows
+from onebase_engine.lora.weights import AdapterWeights, moved
+
+__all__ = [
+    "AdapterSlots",
+    "SlotEmbedding",
+    "SlotLinear",
+    "SlotModule",
+    "SlotNorm",
+    "wrap_layers",
+]
+
+
+def wrap_layers(model: nn.Module, step: StepRows, *, slots: int, tiled: bool) -> dict[str, SlotModule]:
+    """Replace a view's linear layers, input embedding and norms by slot modules; returns them by name.
+
+    The view's own base layers stay inside the wrappers: the loaded base is untouched.
+    """
+    head, embedding = output_head(model), input_embedding(model)
+    norms = {id(module) for _, module in hidden_norms(model)}
+    wrapped: dict[str, SlotModule] = {}
+    for name, module in list(model.named_modules()):
+        if module is embedding:
+            slot_module: SlotModule = SlotEmbedding(module, step, slots=slots, tiled=tiled)
+        elif isinstance(module, nn.Linear):
+            slot_module = SlotLinear(module, step, slots=slots, tiled=tiled, head=module is head)
+        elif id(module) in norms:
+            slot_module = SlotNorm(module, step, slots=slots, tiled=tiled)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, slot_module)
+        wrapped[name] = slot_module
+    return wrapped
+
+
+class AdapterSlots:
+    """Which adapter version sits in which slot, over all wrapped modules of a view."""
+
+    def __init__(self, modules: Mapping[str, SlotModule], slots: int, device: torch.device) -> None:
+        self._modules = modules
+        self._device = device
+        self._touched: list[tuple[str, ...]] = [()] * slots
+
+    @torch.inference_mode()
+    def load(self, slot: int, weights: AdapterWeights) -> None:
+        """Put a version's weights into an empty slot."""
+        self._touched[slot] = tuple(weights)
+        copies: dict[int, torch.Tensor] = {}
+        for name, module in weights.items():
+            self._modules[name].put(slot, moved(module, self._device, copies))
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Empty a slot. No running row may still point at it."""
+        for name in self._touched[slot]:
+            self._modules[name].put(slot, None)
+        self._touched[slot] = ()

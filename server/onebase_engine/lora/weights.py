@@ -1,0 +1,148 @@
+"""The finished tensors of an adapter, module by module: what a slot holds and a packed adapter stores.
+
+All floating tensors of LoRA and of token rows are fp32, as PEFT computes with them; a saved module keeps
+the dtype of the module it replaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+
+from onebase_engine.base.layers import LayerShape
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One module's matrices, fp32: `a` [rank, in], `b` [out, rank]. For an embedding `a` is [vocab, rank]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
+    """[out], added to `b`'s product before the scale (`lora_bias`)."""
+    gain: torch.Tensor | None = None
+    """[out], DoRA's magnitude by the norm of W + scale * B @ A (https://arxiv.org/abs/2402.09353)."""
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module only adds scale * B @ A."""
+        return self.bias is None and self.gain is None
+
+    def to(self, device: torch.device) -> LoraWeights:
+        return moved(self, device)
+
+    def folded(self) -> LoraWeights:
+        """The same with the scale in B where that changes no bit: when it is a power of two (most are)."""
+        if self.scale == 1.0 or math.frexp(self.scale)[0] != 0.5:
+            return self
+        b = self.b * self.scale
+        bias = None if self.bias is None else self.bias * self.scale
+        finite = bool(torch.isfinite(b).all()) and (bias is None or bool(torch.isfinite(bias).all()))
+        return replace(self, b=b, bias=bias, scale=1.0) if finite else self
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A whole module in place of the base's (`modules_to_save`): a norm, the embedding or the output head."""
+
+    weight: torch.Tensor
+    """Shape and dtype of the base module's."""
+    bias: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> SavedModule:
+        return moved(self, device)
+
+    def folded(self) -> SavedModule:
+        return self
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows in place of some of an embedding's, and of a tied head's (`trainable_token_indices`)."""
+
+    indices: torch.Tensor
+    """[n] int64, ascending."""
+    rows: torch.Tensor
+    """[n, dim] fp32; used in the dtype of the base's weight."""
+
+    def to(self, device: torch.device) -> TokenRows:
+        return moved(self, device)
+
+    def folded(self) -> TokenRows:
+        return self
+
+
+ModuleWeights = LoraWeights | SavedModule | TokenRows
+AdapterWeights = Mapping[str, ModuleWeights]
+"""By the full name of the base's module."""
+
+_Module = TypeVar("_Module", bound=ModuleWeights)
+
+
+def tensors_of(module: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """The module's tensors by the name of their field."""
+    for field in fields(module):
+        value = getattr(module, field.name)
+        if isinstance(value, torch.Tensor):
+            yield field.name, value
+
+
+def moved(module: _Module, device: torch.device, copies: dict[int, torch.Tensor] | None = None) -> _Module:
+    """The same on `device`; the same object where it is there already.
+
+    `copies`: what was copied before, by `id`, so that modules which share a tensor go on sharing it.
+    """
+    copies = {} if copies is None else copies
+    elsewhere: dict[str, Any] = {}
+    for name, tensor in tensors_of(module):
+        if tensor.device != device:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to(device, non_blocking=tensor.is_pinned())
+            elsewhere[name] = copies[id(tensor)]
+    return replace(module, **elsewhere) if elsewhere else module
+
+
+def composable(weights: AdapterWeights) -> bool:
+    """Whether the adapter may be weighted or added to others: it only adds scale * B @ A.
+
+    PEFT's `add_weighted_adapter` (`cat`) drops `lora_bias`, and knows no sum of DoRA's gains, of saved
+    modules or of token rows.
+    """
+    return all(isinstance(module, LoraWeights) and module.plain for module in weights.values())
+
+
+def folded(weights: AdapterWeights) -> AdapterWeights:
+    """Each module with its scale in B, where that changes no bit."""
+    return {name: module.folded() for name, module in weights.items()}
+
+
+def fits(module: ModuleWeights, layer: LayerShape) -> bool:
+    """Whether the module's shapes are those that this layer of the base needs."""
+    if isinstance(module, SavedModule):
+        return tuple(module.weight.shape) == layer.weight_shape
+    if isinstance(module, TokenRows):
+        words, dim = layer.weight_shape if layer.kind != "norm" else (0, 0)
+        inside = bool(((module.indices >= 0) & (module.indices < words)).all())
+        return inside and module.rows.shape[1] == dim
+    rank, embedding = module.rank, layer.kind == "embedding"
+    a = (layer.size_in, rank) if embedding else (rank, layer.size_in)
+    return layer.kind != "norm" and (tuple(module.a.shape), module.b.shape[0]) == (a, layer.size_out)
+
+
+def weights_bytes(weights: AdapterWeights) -> int:
+    """Bytes of the tensors in memory, each storage counted once (a tied head shares its embedding's)."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for module in weights.values()
+        for _, tensor in tensors_of(module)
+    }
+    return sum(storages.values())

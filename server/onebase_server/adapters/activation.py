@@ -1,0 +1,215 @@
+"""Which version of a name is active, which names are pinned, and the end of versions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    UNSET,
+    AdapterRecord,
+    HistoryEntry,
+    Registry,
+    Unset,
+    VersionRecord,
+)
+from onebase_adapters.store.store import Store, StoreError
+from onebase_server.adapters.catalog import Catalog, not_ready
+from onebase_server.adapters.residency import Residency, Use
+from onebase_server.background import Threads
+from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
+from onebase_server.storage_errors import storage_errors
+
+WARM_SECONDS = 5.0
+"""How long the answer to a rollback or a pin waits until the version is in memory."""
+
+_log = logging.getLogger(__name__)
+
+
+class Activation:
+    """Moves pointers. Called from one event loop.
+
+    What moves or removes a version goes one at a time, so that what was looked at is still so.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        catalog: Catalog,
+        residency: Residency,
+        records: Threads,
+        disk: Threads,
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._catalog = catalog
+        self._residency = residency
+        self._records = records
+        self._disk = disk
+        self._turn = asyncio.Lock()
+        catalog.on_change = self._names_changed
+
+    async def activate(
+        self, name: str, version: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+    ) -> AdapterRecord:
+        """Load the version, then let the name point at it; requests see either the old one or the new one.
+
+        Raises UnknownAdapterError, ConflictError (not ready), StaleActivationError, InvalidRequestError (no
+        room for it in memory), UnavailableError.
+        """
+        await self._look(name)
+        found = self._catalog.version(name, version, param="version")
+        if found.state != "ready":
+            raise not_ready(found, "version")
+        record = self._catalog.adapter(name, param="name")
+        if not isinstance(expected, Unset) and expected != record.active:
+            raise StaleActivationError(name, record.active)
+        async with self._residency.lease([Use(name, found.digest)]), self._turn:
+            with storage_errors(name):
+                await self._records.run(
+                    self._registry.activate,
+                    DEFAULT_TENANT,
+                    name,
+                    found.digest,
+                    expected=expected,
+                    actor=actor,
+                )
+                await self._catalog.refresh()
+        return self._catalog.adapter(name, param="name")
+
+    async def roll_back(
+        self, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+    ) -> AdapterRecord:
+        """Back to the version that was active before, also while it cannot be loaded.
+
+        Raises UnknownAdapterError, StaleActivationError, UnavailableError, ConflictError (there is none).
+        """
+        async with self._turn:
+            with storage_errors(name):
+                record = await self._records.run(
+                    self._registry.rollback, DEFAULT_TENANT, name, expected=expected, actor=actor
+                )
+                await self._catalog.refresh()
+        await self._warm(record)
+        return self._catalog.adapter(name, param="name")
+
+    async def deactivate(self, name: str, *, actor: str = "") -> AdapterRecord:
+        """From now on nobody gets the adapter by its bare name. Raises UnknownAdapterError."""
+        async with self._turn:
+            with storage_errors(name):
+                await self._records.run(self._registry.deactivate, DEFAULT_TENANT, name, actor=actor)
+                await self._catalog.refresh()
+        return self._catalog.adapter(name, param="name")
+
+    async def pin(self, name: str, pinned: bool) -> AdapterRecord:
+        """Keep the active version in host memory, or no longer.
+
+        Raises UnknownAdapterError, InvalidRequestError (more than fits), UnavailableError.
+        """
+        async with self._turn:
+            await self._look(name)
+            record = self._catalog.adapter(name, param="name")
+            if pinned:
+                others = (one.active for one in self._catalog if one.pinned and one.active)
+                self._residency.check_pins([*others, *([record.active] if record.active else [])])
+            with storage_errors(name):
+                await self._records.run(self._registry.pin, DEFAULT_TENANT, name, pinned)
+                await self._catalog.refresh()
+        if pinned:
+            await self._warm(record)
+        return self._catalog.adapter(name, param="name")
+
+    async def history(self, name: str) -> list[HistoryEntry]:
+        """What was active when, newest first. Raises UnknownAdapterError."""
+        with storage_errors(name):
+            return await self._records.run(self._registry.history, DEFAULT_TENANT, name)
+
+    async def _look(self, name: str) -> None:
+        """See what other servers have done meanwhile. Raises UnavailableError."""
+        with storage_errors(name):
+            await self._catalog.refresh()
+
+    async def _warm(self, record: AdapterRecord) -> None:
+        """Load the active version; requests would do it too, only later.
+
+        Never fails, and waits for room for a moment only: what it follows is done, and whoever read an error
+        would do it once more.
+        """
+        if record.active is None:
+            return
+        try:
+            async with (
+                asyncio.timeout(WARM_SECONDS),
+                self._residency.lease([Use(record.name, record.active)]),
+            ):
+                pass
+        except TimeoutError:
+            _log.warning("%s is not in memory yet: it waits for room", record.name)
+        except OneBaseError as error:
+            _log.warning("%s is not in memory yet: %s", record.name, error)
+
+    # ---- the end of versions -----------------------------------------------------------------
+
+    async def delete_version(self, name: str, version: str, *, force: bool, actor: str = "") -> str:
+        """Delete one version; with the last one its name goes too. Returns its digest.
+
+        Raises UnknownAdapterError; ConflictError while it is active or in use, unless forced: then requests
+        that use it end with AdapterDeletedError.
+        """
+        async with self._turn:
+            await self._look(name)
+            found = self._catalog.version(name, version, param="version")
+            record = self._catalog.adapter(name, param="name")
+            if not force:
+                if record.active == found.digest:
+                    raise _in_use(name, f"version {found.digest[:12]} is the active one")
+                self._check_unused([found])
+            with storage_errors(name):
+                blobs = await self._records.run(
+                    self._registry.delete_version, DEFAULT_TENANT, name, found.digest, actor=actor
+                )
+            await self._gone([found], blobs)
+        return found.digest
+
+    async def delete(self, name: str, *, force: bool) -> None:
+        """Delete a name with all its versions, also the active one. Raises as `delete_version`."""
+        async with self._turn:
+            await self._look(name)
+            record = self._catalog.adapter(name, param="name")
+            if not force:
+                self._check_unused(record.versions)
+            with storage_errors(name):
+                blobs = await self._records.run(self._registry.delete_adapter, DEFAULT_TENANT, name)
+            await self._gone(record.versions, blobs)
+
+    def _check_unused(self, versions: Iterable[VersionRecord]) -> None:
+        for version in versions:
+            if self._residency.is_used(Use(version.name, version.digest)):
+                raise _in_use(version.name, f"requests run with version {version.digest[:12]}")
+
+    async def _gone(self, versions: Iterable[VersionRecord], blobs: Iterable[str]) -> None:
+        with storage_errors():
+            await self._catalog.refresh()
+        for version in versions:
+            self._residency.revoke(Use(version.name, version.digest))
+        for sha256 in blobs:
+            try:
+                await self._disk.run(self._store.delete, sha256)
+            except StoreError as error:
+                _log.warning("blob %s stays until the next sweep: %s", sha256[:12], error)
+
+    def _names_changed(self) -> None:
+        """The catalog has seen something new: what nobody can name any more leaves memory."""
+        self._residency.pin(record.active for record in self._catalog if record.pinned and record.active)
+        self._residency.keep_only(lambda digest: bool(self._catalog.of_digest(digest)))
+
+
+def _in_use(name: str, why: str) -> ConflictError:
+    return ConflictError(
+        f"Adapter {name!r} is in use: {why}. Wait or activate another version, or delete with force=true, "
+        "which ends those requests with an error.",
+        code="adapter_in_use",
+    )

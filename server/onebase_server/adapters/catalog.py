@@ -1,0 +1,231 @@
+"""What requests read of the registry: names, versions and which of them is active, in memory.
+
+Own writes are seen at once, those of other servers within `--sync-seconds`, and when a request names what is
+not known yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    LEAST_PREFIX,
+    AdapterRecord,
+    Registry,
+    RegistryError,
+    VersionRecord,
+)
+from onebase_engine.engine.messages import AdapterRef
+from onebase_server.adapters.names import label
+from onebase_server.adapters.residency import Use
+from onebase_server.background import Threads
+from onebase_server.errors import ConflictError, UnavailableError, UnknownAdapterError
+
+LOOK_SECONDS = 0.05
+"""Least time between two looks at the registry on behalf of requests."""
+_SHOWN = 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """What one request runs with: the engine's terms, the names they were called by, words for the answer."""
+
+    refs: tuple[AdapterRef, ...] = ()
+    uses: tuple[Use, ...] = ()
+    label: str | list[dict[str, str | float]] | None = None
+
+
+class Catalog:
+    """The adapters of one tenant as they were at the last look. Read from the event loop only."""
+
+    def __init__(
+        self, base_name: str, registry: Registry, threads: Threads, tenant: str = DEFAULT_TENANT
+    ) -> None:
+        self.base_name = base_name
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after each look that found something new."""
+        self._registry = registry
+        self._threads = threads
+        self._tenant = tenant
+        self._records: dict[str, AdapterRecord] = {}
+        self._by_digest: dict[str, list[VersionRecord]] = {}
+        self._counter = -1
+        self._looked_at = -LOOK_SECONDS
+        self._looking: asyncio.Task[bool] | None = None
+        self._turn = asyncio.Lock()
+
+    # ---- keeping up --------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Take in what has changed in the registry. Raises RegistryError."""
+        async with self._turn:
+            changes = await self._threads.run(self._registry.changes, self._counter)
+            if changes.counter == self._counter:
+                return
+            names = {name for tenant, name in changes.names if tenant == self._tenant}
+            kept = {name: record for name, record in self._records.items() if name in names}
+            new = {record.name: record for record in changes.changed if record.tenant == self._tenant}
+            self._records = dict(sorted((kept | new).items()))
+            self._by_digest = {}
+            for record in self._records.values():
+                for version in record.versions:
+                    self._by_digest.setdefault(version.digest, []).append(version)
+            self._counter = changes.counter
+        self.on_change()
+
+    async def watch(self, seconds: float) -> None:
+        """Look every `seconds` seconds, for ever. A registry that is away is looked for again."""
+        away = False
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                if await self._threads.run(self._registry.change_counter) != self._counter:
+                    await self.refresh()
+            except RegistryError as error:
+                if not away:
+                    _log.error("the registry cannot be read; names stay as they are: %s", error)
+                away = True
+            except Exception:
+                _log.exception("following the registry failed; names stay as they are")
+            else:
+                away = False
+
+    async def look_again(self) -> bool:
+        """Whether the registry holds something new; for a name that is not known, or not ready, here.
+
+        Looks at most every LOOK_SECONDS, so that made-up names cost the registry nothing. Who asks while a
+        look is under way shares it.
+        """
+        if self._looking is None or self._looking.done():
+            if time.monotonic() - self._looked_at < LOOK_SECONDS:
+                return False
+            self._looked_at = time.monotonic()
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+        return await asyncio.shield(self._looking)
+
+    async def _look(self) -> bool:
+        counter = self._counter
+        try:
+            if await self._threads.run(self._registry.change_counter) != counter:
+                await self.refresh()
+        except RegistryError as error:
+            _log.warning("the registry cannot be read: %s", error)
+        return self._counter != counter
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[AdapterRecord]:
+        return iter(self._records.values())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, name: str) -> AdapterRecord | None:
+        return self._records.get(name)
+
+    def of_digest(self, digest: str) -> Sequence[VersionRecord]:
+        """The versions of this content, whatever their names."""
+        return self._by_digest.get(digest, ())
+
+    def adapter(self, name: str, *, param: str | None = "adapter") -> AdapterRecord:
+        """The adapter of this name. Raises UnknownAdapterError, saying what is known."""
+        record = self._records.get(name)
+        if record is None:
+            known = ", ".join(list(self._records)[:_SHOWN]) or "none"
+            more = ", ..." if len(self._records) > _SHOWN else ""
+            raise UnknownAdapterError(
+                f"There is no adapter {name[:80]!r}. Known: {known}{more}.", param=param
+            )
+        return record
+
+    def version(self, name: str, wanted: str, *, param: str | None = "adapter") -> VersionRecord:
+        """One version by its digest, or by a beginning of at least 8 digits. Raises UnknownAdapterError."""
+        record = self.adapter(name, param=param)
+        found = [version for version in record.versions if version.digest.startswith(wanted)]
+        if len(wanted) < LEAST_PREFIX or not found:
+            active = f"its active version is {record.active}" if record.active else "none is active"
+            raise UnknownAdapterError(
+                f"Adapter {name!r} has no version {wanted[:80]!r}: {active}. Give a version's digest, or a "
+                f"beginning of at least {LEAST_PREFIX} digits.",
+                param=param,
+                code="version_not_found",
+            )
+        if len(found) > 1:
+            raise UnknownAdapterError(
+                f"Several versions of {name!r} begin with {wanted!r}. Give more digits.",
+                param=param,
+                code="version_not_found",
+            )
+        return found[0]
+
+    def find(self, reference: str, *, param: str = "adapter") -> VersionRecord:
+        """The version that a request means by `name`, `name@digest` or `name@prefix`.
+
+        Raises UnknownAdapterError, ConflictError when it is not ready.
+        """
+        if self.names_version(reference):
+            name, _, wanted = reference.rpartition("@")
+            version = self.version(name, wanted, param=param)
+        else:
+            record = self.adapter(reference, param=param)
+            if record.active is None:
+                raise UnknownAdapterError(
+                    f"Adapter {reference!r} has no active version: activate one, or ask for one as "
+                    f"{reference}@digest.",
+                    param=param,
+                )
+            version = self.version(reference, record.active, param=param)
+        if version.state == "ready":
+            return version
+        record = self._records[version.name]
+        if record.active == version.digest and not version.finished:
+            raise UnavailableError(
+                f"The active version of {version.name!r} is being prepared again. Try again in a moment.",
+                code="adapter_unavailable",
+                retry_after=10.0,
+            )
+        raise not_ready(version, param)
+
+    def names_version(self, reference: str) -> bool:
+        """Whether it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@` too."""
+        name, separator, _ = reference.rpartition("@")
+        return bool(separator) and name in self._records and reference not in self._records
+
+    # ---- for requests ------------------------------------------------------------------------
+
+    def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
+        version = self.find(reference, param=param)
+        use = Use(version.name, version.digest)
+        return AdapterChoice((AdapterRef(version.digest),), (use,), label(*use))
+
+    def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
+        """The weighted sum of several adapters' deltas; the engine adds up duplicates."""
+        found = [
+            (self.find(name, param=f"adapter[{index}].name"), weight)
+            for index, (name, weight) in enumerate(terms)
+        ]
+        return AdapterChoice(
+            tuple(AdapterRef(version.digest, weight) for version, weight in found),
+            tuple(Use(version.name, version.digest) for version, _ in found),
+            [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
+        )
+
+
+def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
+    """Why a version cannot be used, and what to do about it."""
+    if version.error is not None:
+        reason = f"it failed ({version.error.code}: {version.error.message}). Choose another version."
+    else:
+        reason = "it is on its way. Wait until its state is ready."
+    return ConflictError(
+        f"Version {version.digest} of adapter {version.name!r} is {version.state}: {reason}",
+        code="version_not_ready",
+        param=param,
+    )

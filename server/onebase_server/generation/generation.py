@@ -1,0 +1,263 @@
+"""One validated request, from submitting it to its last piece: what all generating routes share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from onebase_engine.engine.messages import RowOutput, Sampling, Submit, TokenLogprob
+from onebase_server.adapters.catalog import AdapterChoice
+from onebase_server.adapters.residency import Lease, Residency
+from onebase_server.errors import ClientGoneError, OneBaseError, RowFailedError, UnavailableError
+from onebase_server.generation.choice import Choice, Piece, TokenInfo, prompt_token_infos
+from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.processes.supervisor import EngineSupervisor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's token ids, and its text as the caller wrote it (None: written as ids)."""
+
+    tokens: list[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be generated. Choice `p * n + c` is completion `c` of prompt `p`."""
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    adapter: AdapterChoice = field(default_factory=AdapterChoice)
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    echo: bool = False
+    scores_only: bool = False
+    """max_tokens 0 with echo: the engine makes one token, which is not shown."""
+    timeout_s: float | None = None
+    deadline: float | None = None
+    """When `timeout_s` is over, on the event loop's clock: it began before the job was made."""
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n
+
+
+@dataclass
+class Usage:
+    """Tokens: `cached` of the prompts' came from the prefix cache."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+@dataclass
+class Timing:
+    """Seconds: in the engine's queue, until the first token, and from the first token to the last."""
+
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+
+    def rounded(self) -> dict[str, float]:
+        return {name: round(value, 6) for name, value in vars(self).items()}
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+class Generation:
+    """A running job. `pieces` yields what became certain, step by step; `cancel` ends it early.
+
+    `stream_limit` bounds the outputs that wait for a slow reader, per choice; None is for callers
+    that are always read (answers in one piece).
+    """
+
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        job: Job,
+        stream_limit: int | None = None,
+    ) -> None:
+        self.job = job
+        self.usage = Usage(prompt=sum(len(prompt.tokens) for prompt in job.prompts))
+        self.timing = Timing()
+        self._supervisor = supervisor
+        self._tokenizer = tokenizer
+        self._started = time.monotonic()
+        self._first_token: float | None = None
+        submits = [self._submit(index, prompt) for index, prompt in enumerate(job.prompts)]
+        self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
+        limit = (stream_limit or 2**31) * job.choices
+        self.inflight = Inflight(submits, limit)
+        self._choices = [self._choice(index) for index in range(job.choices)]
+        self._open = job.choices
+        self._cached_known: set[int] = set()
+        self._echoed: set[int] = set()
+        self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+        self._deadline: asyncio.TimerHandle | None = None
+
+    async def start(self, residency: Residency) -> None:
+        """Have the adapters loaded, then submit to the engine, which keeps them until the last row has ended.
+
+        Raises UnavailableError, EngineRestartedError, QueueFullError, InvalidRequestError,
+        AdapterDeletedError, CrashesEngineError.
+        """
+        if self.job.adapter.uses:
+            await self._hold_adapters(residency.lease(self.job.adapter.uses))
+        try:
+            self._supervisor.submit(self.inflight)
+        except BaseException:
+            self.inflight.on_ended()
+            raise
+        if self.job.deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self.inflight)
+
+    async def _hold_adapters(self, lease: Lease) -> None:
+        lease.on_revoked = self._fail
+        async with in_time(self.job.deadline):
+            await lease.ready()
+        self.inflight.on_ended = lease.release
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
+        self._fail(ClientGoneError())
+
+    def _fail(self, error: OneBaseError) -> None:
+        self.inflight.fail(error)
+        self._supervisor.router.cancel(self.inflight)
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Pieces of all choices, one list per engine step.
+
+        Raises RowFailedError when the engine ends a row with an error, EngineRestartedError when it dies,
+        CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
+        Whatever the end, rows still running are cancelled.
+        """
+        try:
+            while self._open:
+                pieces = [piece for output in await self.inflight.take() for piece in self._feed(output)]
+                if pieces:
+                    yield pieces
+        finally:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            if self._open:
+                self.cancel()
+
+    async def collect(self) -> list[Piece]:
+        """The whole of each choice, in order."""
+        whole = [Piece(index, "") for index in range(self.job.choices)]
+        async for pieces in self.pieces():
+            for piece in pieces:
+                target = whole[piece.index]
+                target.text += piece.text
+                target.tokens += piece.tokens
+                target.finish_reason = piece.finish_reason
+        return whole
+
+    def _submit(self, index: int, prompt: Prompt) -> Submit:
+        job = self.job
+        return Submit(
+            id=f"{job.id}.{index}",
+            prompt=prompt.tokens,
+            sampling=job.sampling,
+            adapters=list(job.adapter.refs),
+            n=job.n,
+        )
+
+    def _choice(self, index: int) -> Choice:
+        job = self.job
+        offset = len(self._echo_text(job.prompts[index // job.n])) if job.echo else 0
+        return Choice(
+            index,
+            self._tokenizer.pieces(),
+            job.stops,
+            min_tokens=job.sampling.min_tokens,
+            offset=offset,
+            discard_tokens=job.scores_only,
+        )
+
+    def _echo_text(self, prompt: Prompt) -> str:
+        return self._tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+
+    def _feed(self, output: RowOutput) -> list[Piece]:
+        prompt = self._prompt_of[output.id]
+        choice = self._choices[prompt * self.job.n + output.choice]
+        if choice.finish_reason is not None:
+            return []
+        self._measure(output, prompt)
+        if output.finish == "error":
+            raise _row_error(output)
+        before = choice.completion_tokens
+        piece = choice.feed(output)
+        self.usage.completion += choice.completion_tokens - before
+        if choice.finish_reason is not None:
+            self._open -= 1
+            if choice.stopped_here and output.finish is None:
+                self._supervisor.router.cancel(self.inflight, output.id, output.choice)
+        if self.job.echo:
+            return self._with_echo(choice, prompt, output, piece)
+        return [piece] if piece else []
+
+    def _with_echo(self, choice: Choice, prompt: int, output: RowOutput, piece: Piece | None) -> list[Piece]:
+        """Before a choice's first piece: the prompt, with its logprobs when they were asked for."""
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[prompt] = output.prompt_logprobs
+        pieces = [piece] if piece else []
+        if choice.index in self._echoed or (piece is None and output.prompt_logprobs is None):
+            return pieces
+        self._echoed.add(choice.index)
+        source = self.job.prompts[prompt]
+        tokens: list[TokenInfo] = []
+        if self.job.sampling.prompt_logprobs is not None:
+            logprobs = self._prompt_logprobs.get(prompt, [])
+            tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
+        return [Piece(choice.index, self._echo_text(source), tokens), *pieces]
+
+    def _measure(self, output: RowOutput, prompt: int) -> None:
+        if output.queue_seconds is not None:
+            self.timing.queue_s = max(self.timing.queue_s, output.queue_seconds)
+        if output.cached_tokens is not None and prompt not in self._cached_known:
+            self._cached_known.add(prompt)
+            self.usage.cached += output.cached_tokens
+        if not output.tokens:
+            return
+        now = time.monotonic()
+        if self._first_token is None:
+            self._first_token = now
+            self.timing.ttft_s = now - self._started
+        self.timing.decode_s = now - self._first_token
+
+
+@contextlib.asynccontextmanager
+async def in_time(deadline: float | None) -> AsyncIterator[None]:
+    """Bounds waiting for an adapter. Raises UnavailableError at `deadline` (on the event loop's clock)."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        raise UnavailableError(
+            "adapter: it was not ready in memory before the request's time was over (timeout_s). It goes on "
+            "being fetched: send the request again in a moment, or allow it more time.",
+            code="adapter_timeout",
+            retry_after=2.0,
+        ) from error
+
+
+def _row_error(output: RowOutput) -> OneBaseError:
+    return RowFailedError(
+        output.error_message or "The engine ended this request with an error.",
+        code=output.error_code or "engine_error",
+        param=output.error_param,
+    )

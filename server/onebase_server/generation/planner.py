@@ -1,0 +1,296 @@
+"""From a request on the wire to a job for the engine: names resolved, text tokenized, limits checked."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_server.adapters.catalog import AdapterChoice, Catalog
+from onebase_server.adapters.hub_adapters import HubAdapters
+from onebase_server.adapters.names import HUB_PREFIX
+from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError, UnknownModelError
+from onebase_server.generation.generation import Job, Prompt, in_time, new_id
+from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.http.schemas.generation import SEED_BITS, GenerateRequest, Message, SamplingFields
+from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.processes.supervisor import EngineSupervisor
+
+_T = TypeVar("_T")
+
+GENERATE_TOKENS = 256
+COMPLETION_TOKENS = 16
+_INLINE_CHARACTERS = 8_000
+"""Longer texts are tokenized in a thread, so that they do not hold up the streams (about 3 ms)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows one request."""
+
+    max_choices: int
+    max_timeout: float
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What one route asks for, in the words that all routes share."""
+
+    kind: str
+    prompts: tuple[Prompt, ...]
+    prompt_param: str
+    max_tokens: int | None
+    default_tokens: int | None
+    """Without max_tokens; None is as many as fit."""
+    logprobs: int | None
+    echo: bool
+
+
+class Planner:
+    """Makes jobs.
+
+    Every method raises InvalidRequestError, UnknownAdapterError, UnavailableError, and what pulling an
+    adapter from the Hub raises. Adapters are looked up last: what is returned is still so.
+    """
+
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        catalog: Catalog,
+        hub: HubAdapters,
+        limits: Limits,
+    ) -> None:
+        self._supervisor = supervisor
+        self._tokenizer = tokenizer
+        self._catalog = catalog
+        self._hub = hub
+        self._limits = limits
+
+    async def generate(self, body: GenerateRequest) -> Job:
+        base = self._base()
+        prompt = await (self._chat(body.messages) if body.messages else self._text(body.prompt or ""))
+        wanted = _Wanted(
+            kind="gen",
+            prompts=(prompt,),
+            prompt_param="messages" if body.messages else "prompt",
+            max_tokens=body.max_tokens,
+            default_tokens=GENERATE_TOKENS,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+        )
+        job = self._job(wanted, body, base)
+        return replace(job, adapter=await self._adapter(body, job))
+
+    async def completion(self, body: CompletionRequest) -> Job:
+        base = self._base()
+        self._check_model(body.model, body)
+        prompts = [
+            await self._text(prompt) if isinstance(prompt, str) else Prompt(prompt)
+            for prompt in body.prompts()
+        ]
+        wanted = _Wanted(
+            kind="cmpl",
+            prompts=tuple(prompts),
+            prompt_param="prompt",
+            max_tokens=body.max_tokens,
+            default_tokens=COMPLETION_TOKENS,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+        )
+        job = self._job(wanted, body, base)
+        return replace(job, adapter=await self._model(body.model, body, job))
+
+    async def chat(self, body: ChatRequest) -> Job:
+        base = self._base()
+        self._check_model(body.model, body)
+        wanted = _Wanted(
+            kind="chatcmpl",
+            prompts=(await self._chat(body.messages),),
+            prompt_param="messages",
+            max_tokens=body.token_limit,
+            default_tokens=None,
+            logprobs=body.logprob_count,
+            echo=False,
+        )
+        job = self._job(wanted, body, base)
+        return replace(job, adapter=await self._model(body.model, body, job))
+
+    # ---- parts -------------------------------------------------------------------------------
+
+    def _base(self) -> BaseInfo:
+        reason = self._supervisor.unavailable()
+        if reason is not None or self._supervisor.base is None:
+            raise reason or RuntimeError("ready without a base")
+        return self._supervisor.base
+
+    async def _adapter(self, body: SamplingFields, job: Job) -> AdapterChoice:
+        if body.adapter is None:
+            return AdapterChoice()
+        if isinstance(body.adapter, str):
+            await self._pull({"adapter": body.adapter}, job)
+            reference = body.adapter
+            return await self._known(lambda: self._catalog.choose(reference))
+        terms = [(term.name, term.weight) for term in body.adapter]
+        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
+        return await self._known(lambda: self._catalog.choose_sum(terms))
+
+    async def _known(self, choose: Callable[[], AdapterChoice]) -> AdapterChoice:
+        """What `choose` finds; where it finds nothing, another server may have brought it a moment ago."""
+        try:
+            return choose()
+        except (UnknownAdapterError, ConflictError):
+            if not await self._catalog.look_again():
+                raise
+        return choose()
+
+    def _check_model(self, model: str, body: SamplingFields) -> None:
+        if model != self._catalog.base_name and body.adapter is not None:
+            raise InvalidRequestError(
+                f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
+                param="adapter",
+            )
+
+    async def _model(self, model: str, body: SamplingFields, job: Job) -> AdapterChoice:
+        if model == self._catalog.base_name:
+            return await self._adapter(body, job)
+        await self._pull({"model": model}, job)
+        try:
+            return await self._known(lambda: self._catalog.choose(model, param="model"))
+        except UnknownAdapterError as error:
+            raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
+
+    async def _pull(self, names: dict[str, str], job: Job) -> None:
+        """Fetch what is named by its Hub repository and not known yet. `names`: by the request's field."""
+        for param, name in names.items():
+            if name.startswith(HUB_PREFIX) and not self._catalog.names_version(name):
+                async with in_time(job.deadline):
+                    await self._hub.use(name, param=param)
+
+    async def _text(self, text: str) -> Prompt:
+        if len(text) <= _INLINE_CHARACTERS:
+            return Prompt(self._tokenizer.encode(text), text)
+        return Prompt(await asyncio.to_thread(self._tokenizer.encode, text), text)
+
+    async def _chat(self, messages: Sequence[Message]) -> Prompt:
+        rendered = [message.rendered() for message in messages]
+        if sum(len(message["content"]) for message in rendered) <= _INLINE_CHARACTERS:
+            return Prompt(self._tokenizer.encode_chat(rendered))
+        return Prompt(await asyncio.to_thread(self._tokenizer.encode_chat, rendered))
+
+    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo) -> Job:
+        n = body.n or 1
+        self._check_limits(n * len(wanted.prompts), body.timeout_s)
+        _check_prompts(wanted.prompts, base, wanted.prompt_param)
+        timeout_s = body.timeout_s or self._limits.max_timeout
+        scores_only = wanted.max_tokens == 0
+        if scores_only and not wanted.echo:
+            raise InvalidRequestError(
+                "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
+            )
+        return Job(
+            id=new_id(wanted.kind),
+            prompts=wanted.prompts,
+            sampling=_sampling(body, base, wanted),
+            n=n,
+            stops=body.stops,
+            echo=wanted.echo,
+            scores_only=scores_only,
+            timeout_s=timeout_s,
+            deadline=asyncio.get_running_loop().time() + timeout_s,
+        )
+
+    def _check_limits(self, choices: int, timeout_s: float | None) -> None:
+        most, longest = self._limits.max_choices, self._limits.max_timeout
+        if choices > most:
+            raise InvalidRequestError(
+                f"n: {choices} completions are asked for; this server allows {most} per request "
+                "(--max-choices). Lower n or send fewer prompts.",
+                param="n",
+            )
+        if timeout_s is not None and timeout_s > longest:
+            raise InvalidRequestError(
+                f"timeout_s: this server ends requests after {longest:g} seconds (--max-timeout). "
+                "Ask for that or less.",
+                param="timeout_s",
+            )
+
+
+def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> None:
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise InvalidRequestError(
+                f"{param}: has no tokens. Write at least one character (this base adds none of its own).",
+                param=param,
+            )
+        highest = max(prompt.tokens)
+        if highest >= base.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {highest} is not in the vocabulary (0 to {base.vocab_size - 1}).",
+                param=param,
+            )
+        if len(prompt.tokens) >= base.max_length:
+            raise InvalidRequestError(
+                f"{param}: has {len(prompt.tokens)} tokens; this server's longest prompt plus completion "
+                f"is {base.max_length} tokens (--max-length). Shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+
+def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling:
+    max_tokens = _token_limit(base, wanted)
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    _check_vocabulary("logit_bias", bias, base)
+    _check_vocabulary("stop_token_ids", body.stop_token_ids or (), base)
+    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**SEED_BITS
+    return Sampling(
+        temperature=_given(body.temperature, 1.0),
+        top_k=_given(body.top_k, 0),
+        top_p=_given(body.top_p, 1.0),
+        min_p=_given(body.min_p, 0.0),
+        repetition_penalty=_given(body.repetition_penalty, 1.0),
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        logit_bias=bias,
+        seed=seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=min(_given(body.min_tokens, 0), max_tokens),
+        max_tokens=max_tokens,
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.logprobs if wanted.echo else None,
+    )
+
+
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
+
+
+def _check_vocabulary(param: str, tokens: Sequence[int] | dict[int, float], base: BaseInfo) -> None:
+    for token in tokens:
+        if token >= base.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {token} is not in the vocabulary (0 to {base.vocab_size - 1}).",
+                param=param,
+            )
+
+
+def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
+    """Tokens to generate. What the caller asked for must fit; a default is cut to what fits."""
+    prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
+    room = base.max_length - prompt
+    if wanted.max_tokens is None:
+        held = max(1, base.kv_blocks * base.block_size - prompt)
+        return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
+    if wanted.max_tokens > room:
+        raise InvalidRequestError(
+            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are over this server's "
+            f"{base.max_length} tokens (--max-length). Ask for {room} or fewer, or shorten the prompt.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return max(1, wanted.max_tokens)

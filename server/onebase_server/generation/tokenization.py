@@ -1,0 +1,162 @@
+"""The base's own tokenizer, as the api needs it: prompts to ids, ids to text, chat by the base's template."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onebase_server.errors import InvalidRequestError
+from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenizerError(Exception):
+    """The base's folder holds no tokenizer that can be used; the message says why."""
+
+
+class BaseTokenizer:
+    """One base's tokenizer and chat template. Nothing here comes from an adapter. Raises TokenizerError."""
+
+    def __init__(self, folder: str) -> None:
+        self._tokenizer = _load(folder)
+        self._special = frozenset(
+            token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
+        )
+        _never_cut_or_pad(self._tokenizer)
+        self._byte_level = _is_byte_level(self._tokenizer)
+        self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain prompt, with the special tokens that the base expects around it."""
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation, ready for the assistant's next words.
+
+        The template writes all special tokens itself, so that none is there twice. Raises
+        InvalidRequestError when the base has no template or the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "This base has no chat template. Send a plain prompt, to /generate or /v1/completions.",
+                param="messages",
+                code="no_chat_template",
+            )
+        from jinja2 import TemplateError
+
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"The base's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of all tokens together, special ones skipped."""
+        text: str = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def pieces(self) -> PieceDecoder:
+        """A new incremental decoder whose pieces add up to `decode` of the tokens."""
+        if self._byte_level:
+            return BytePieces(self.text_bytes)
+        return WindowPieces(self.decode)
+
+    def text_bytes(self, token: int) -> bytes:
+        """What a token adds to the text: its bytes, or nothing if it is special."""
+        return b"" if token in self._special else self.token_bytes(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, special ones by their name; empty for an unused id."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._read_bytes(token)
+        return known
+
+    def token_text(self, token: int) -> str:
+        """A token as OpenAI writes it in logprobs: its text, or `bytes:\\xf0\\x9f` where it is none."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _read_bytes(self, token: int) -> bytes:
+        name: str | None = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None:
+            return b""
+        if self._byte_level:
+            try:
+                return bytes(self._byte_of_character[character] for character in name)
+            except KeyError:
+                return name.encode()
+        byte = _BYTE_TOKEN.fullmatch(name)
+        return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()
+
+
+def leave_torch_out() -> None:
+    """Keep torch out of this process for good: tokenizers do not need it, and it takes 250 MB.
+
+    `AutoTokenizer` then does what it does where torch is not installed: it finds the same classes, which give
+    the same ids. Without effect where torch is loaded already; child processes are not concerned.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
+    logging.disable(logging.WARNING)  # transformers says once that it found no torch
+    try:
+        import transformers  # noqa: F401  (it looks for torch when it is imported)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _load(folder: str) -> Any:
+    """Raises TokenizerError, whatever the libraries raise."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _never_cut_or_pad(tokenizer: Any) -> None:
+    """Switch off what a tokenizer file may ask for, here and not at a first request: threads share it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    from tokenizers.decoders import ByteLevel
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.decoder, ByteLevel)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: each byte that is no printable Latin-1 character gets one from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return alphabet

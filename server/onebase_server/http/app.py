@@ -1,0 +1,208 @@
+"""The composition root: one function that makes the ASGI app out of its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import onebase_server
+from onebase_server.errors import (
+    InvalidRequestError,
+    OneBaseError,
+    PayloadTooLargeError,
+    error_dict,
+    error_headers,
+    error_json,
+    status_of,
+)
+from onebase_server.http.deps import Services, server_stopping
+from onebase_server.http.multipart import is_form
+from onebase_server.http.routes import (
+    adapters,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    generate,
+    health,
+    metrics,
+    models,
+    vllm,
+)
+from onebase_server.http.schemas.generation import validation_error
+
+_ADAPTERS = "/v1/adapters"
+_UPLOADS = (_ADAPTERS, "/v1/files")
+_log = logging.getLogger(__name__)
+_NO_TELEMETRY: Any = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+
+
+def create_app(services: Services) -> FastAPI:
+    """The HTTP application. Its lifetime is the server's: starting the engine is not its business."""
+    app = FastAPI(
+        title="OneBase",
+        version=onebase_server.__version__,
+        summary=onebase_server.SUMMARY,
+        telemetry=_NO_TELEMETRY,
+    )
+    app.state.services = services
+    routes = (generate, completions, chat, models, adapters, vllm, files, fine_tuning, health, metrics)
+    for route in routes:
+        app.include_router(route.router)
+    app.add_exception_handler(OneBaseError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_unexpected)
+    app.add_middleware(BodyLimit, limit=services.settings.max_body)
+    app.add_middleware(QuotedNames)
+    app.add_middleware(StoppedRequests, services=services)
+    return app
+
+
+class StoppedRequests:
+    """Says so to whom the server's end has cut off before the answer began; uvicorn would say 500."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = False
+
+        async def watched(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if answering or not self._services.draining:
+                raise
+            await _response(server_stopping())(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies over `limit` bytes: by their announced length at once, else while they come in.
+
+    Uploads, which go straight to disk, have limits of their own (`multipart.FormReader`).
+    Starlette's own middleware does the same but answers in plain text, which OpenAI's clients cannot read.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_upload(scope):
+            await self._app(scope, receive, send)
+            return
+        if _announced_length(scope) > self._limit:
+            await _response(PayloadTooLargeError(self._limit))(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._limit:
+                raise _BodyTooLarge(self._limit)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+class _BodyTooLarge(HTTPException):
+    """Passes through FastAPI's body reader, which hides every other exception."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413)
+        self.error = PayloadTooLargeError(limit)
+
+
+class QuotedNames:
+    """Keeps slashes in an adapter's name (`hub:org/repo`) encoded: it is one segment of the path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = scope.get("raw_path") or b""
+        if scope["type"] == "http" and raw.startswith(_ADAPTERS.encode() + b"/"):
+            segments = raw.partition(b"?")[0].decode("latin-1").split("/")
+            scope["path"] = "/".join(unquote(segment).replace("/", adapters.SLASH) for segment in segments)
+        await self._app(scope, receive, send)
+
+
+def _is_upload(scope: Scope) -> bool:
+    """Whether a route reads the body as a form; as the routes do, by the first Content-Type."""
+    kinds = (value for name, value in scope["headers"] if name == b"content-type")
+    return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
+
+
+def _announced_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _response(error: OneBaseError) -> Response:
+    return Response(
+        error_json(error), status_of(error)[0], media_type="application/json", headers=error_headers(error)
+    )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, OneBaseError):
+        raise error
+    return _response(error)
+
+
+async def _answer_validation(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    message, param = validation_error(error.errors())
+    return _response(InvalidRequestError(message, param=param))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    if isinstance(error, _BodyTooLarge):
+        return _response(error.error)
+    if not isinstance(error, HTTPException):
+        raise error
+    messages = {
+        404: f"There is nothing at {request.url.path}. GET /docs lists what there is.",
+        405: f"{request.method} is not possible at {request.url.path}. GET /docs lists what is.",
+    }
+    body = error_dict(
+        messages.get(error.status_code, str(error.detail)),
+        "invalid_request_error",
+        f"http_{error.status_code}",
+    )
+    return _json(body, error.status_code, dict(error.headers or {}))
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    message = "The server failed on this request; its log says why. Please report it."
+    return _json(error_dict(message, "server_error", "internal_error"), 500, {})
+
+
+def _json(body: dict[str, Any], status: int, headers: dict[str, str]) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json", headers=headers)

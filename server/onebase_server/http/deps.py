@@ -1,0 +1,103 @@
+"""What the routes work with, wired once by the composition root."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+
+from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.folders import Folders
+from onebase_server.adapters.hub_adapters import HubAdapters
+from onebase_server.adapters.prover import Prover
+from onebase_server.adapters.residency import Residency
+from onebase_server.adapters.service import Library
+from onebase_server.errors import UnavailableError
+from onebase_server.generation.generation import Generation, Job
+from onebase_server.generation.planner import Planner
+from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.jobs.wiring import Training
+from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.settings import Settings
+
+
+def server_stopping() -> UnavailableError:
+    return UnavailableError(
+        "The server is stopping. Send the request to another one, or again later.",
+        code="server_stopping",
+        retry_after=5.0,
+    )
+
+
+@dataclass
+class Services:
+    """One server's parts. `draining` is set by SIGTERM: what runs may end, nothing new begins."""
+
+    settings: Settings
+    catalog: Catalog
+    tokenizer: BaseTokenizer
+    supervisor: EngineSupervisor
+    planner: Planner
+    residency: Residency
+    library: Library
+    hub: HubAdapters
+    activation: Activation
+    folders: Folders
+    views: AdapterViews
+    prover: Prover
+    training: Training
+    started: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+
+    def refuse_if_draining(self) -> None:
+        if self.draining:
+            raise server_stopping()
+
+    async def begin(self, job: Job, *, streamed: bool) -> Generation:
+        """Submit a job once its adapters are in memory. Raises what Generation.start raises."""
+        self.refuse_if_draining()
+        limit = self.settings.stream_buffer if streamed else None
+        generation = Generation(self.supervisor, self.tokenizer, job, limit)
+        await generation.start(self.residency)
+        return generation
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Provided = Annotated[Services, Depends(_services)]
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        """As JSON says it: no NaN, no infinity, no number that a double cannot hold."""
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+class StrictRoute(APIRoute):
+    """Reads bodies strictly: Python's own JSON reader takes NaN, 1e999 and any depth."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(_StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def json_response(data: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(data), status, media_type="application/json")

@@ -1,0 +1,94 @@
+"""/v1/files: what jobs learn from, and the curves that they leave, as OpenAI's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+
+from onebase_server.errors import InvalidRequestError, UnknownFileError
+from onebase_server.http.deps import Provided, StrictRoute, json_response
+from onebase_server.http.file_form import FORM_BYTES, HOW, OPTION, FileForm
+from onebase_server.http.multipart import boundary_of, check_length, read_form
+from onebase_server.http.views.jobs import file_view, page
+from onebase_server.storage_errors import storage_errors
+
+router = APIRouter(prefix="/v1/files", route_class=StrictRoute, tags=["training"])
+
+MOST = 10_000
+_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["purpose", "file"],
+                "properties": {
+                    "purpose": {"type": "string", "enum": ["fine-tune"]},
+                    "file": {"type": "string", "format": "binary"},
+                },
+            }
+        }
+    },
+}
+"""For the reference at /docs: the route reads its body by itself."""
+
+
+@router.post("", openapi_extra={"requestBody": _BODY})
+async def add_file(request: Request, services: Provided) -> Response:
+    """Upload rows: a field `purpose` (fine-tune) and a part `file` (.jsonl, .json, .csv, .parquet)."""
+    services.refuse_if_draining()
+    boundary = boundary_of(request, HOW)
+    if boundary is None:
+        raise InvalidRequestError(f"Send the file as multipart/form-data. {HOW}", code="invalid_multipart")
+    files = services.training.files
+    check_length(request, files.limit + FORM_BYTES, OPTION)
+    with storage_errors():
+        form = FileForm(files, boundary)
+        try:
+            upload = await read_form(request, form, files.disk)
+            kept = await files.keep(upload.writer, upload.filename, "fine-tune")
+        finally:
+            await files.disk.run(form.close)
+    return json_response(file_view(kept))
+
+
+@router.get("")
+async def list_files(
+    services: Provided,
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST)] = MOST,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    """The files, newest first unless `order` is asc."""
+    found = await services.training.files.find(
+        purpose=purpose, after=after, limit=limit + 1, oldest_first=order == "asc"
+    )
+    return json_response(page([file_view(file) for file in found[:limit]], more=len(found) > limit))
+
+
+@router.get("/{file_id}")
+async def get_file(file_id: str, services: Provided) -> Response:
+    """One file's name, size and purpose."""
+    return json_response(file_view(await services.training.files.get(file_id)))
+
+
+@router.get("/{file_id}/content")
+async def get_content(file_id: str, services: Provided) -> Response:
+    """What is in it."""
+    files = services.training.files
+    file = await files.get(file_id)
+    path = files.content_path(file)
+    if not path.is_file():
+        raise UnknownFileError(f"The content of file {file.id} is gone from the server's --data-dir.")
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
+
+
+@router.delete("/{file_id}")
+async def delete_file(file_id: str, services: Provided) -> Response:
+    """Delete it; 409 while a job that has not ended needs it."""
+    services.refuse_if_draining()
+    await services.training.files.delete(file_id)
+    return json_response({"id": file_id, "object": "file", "deleted": True})

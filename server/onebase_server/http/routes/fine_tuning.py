@@ -1,0 +1,187 @@
+"""/v1/fine_tuning/jobs: training as jobs, as OpenAI's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from onebase_adapters.names import MAX_NAME
+from onebase_adapters.registry import TrainingJob
+from onebase_server.adapters.names import check_name
+from onebase_server.errors import InvalidRequestError, OneBaseError
+from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
+from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem
+from onebase_server.http.sse import identified_event
+from onebase_server.http.views.jobs import (
+    CHECKPOINT,
+    EVENT,
+    checkpoint_view,
+    event_id,
+    event_view,
+    job_view,
+    number_of,
+    page,
+)
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
+
+MOST = 100
+_log = logging.getLogger(__name__)
+_LABEL, _LABEL_END = "metadata[", "]"
+After = Annotated[str | None, Query(max_length=100, description="the last id of the page before")]
+Limit = Annotated[int, Query(ge=1, le=MOST)]
+
+
+@router.post("")
+async def create_job(body: CreateJobRequest, services: Provided) -> Response:
+    """Train an adapter on the base that is served. What comes out is proved, and activated as wished."""
+    services.refuse_if_draining()
+    base = services.catalog.base_name
+    if body.model != base:
+        raise InvalidRequestError(
+            f"model: {body.model!r} cannot be trained on; this server's base is {base!r}.", param="model"
+        )
+    job = await services.training.jobs.create(
+        body.recipe(services.settings.max_rank),
+        training_file=body.training_file,
+        validation_file=body.validation_file,
+        name=_adapter_name(body, base),
+        activate=body.activate or "if_better",
+        labels=body.metadata or {},
+    )
+    return _shown(job, services)
+
+
+@router.get("")
+async def list_jobs(request: Request, services: Provided, after: After = None, limit: Limit = 20) -> Response:
+    """Newest first; `metadata[key]=value` picks those with that metadata."""
+    labels = _labels(request.query_params)
+    found = await services.training.jobs.find(after=after, limit=limit + 1, labels=labels)
+    base = services.catalog.base_name
+    return json_response(page([job_view(job, base) for job in found[:limit]], more=len(found) > limit))
+
+
+@router.get("/{job_id}")
+async def get_job(job_id: str, services: Provided) -> Response:
+    """One job."""
+    return _shown(await services.training.jobs.get(job_id), services)
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: str, services: Provided) -> Response:
+    """End it for good."""
+    services.refuse_if_draining()
+    return _shown(await services.training.jobs.cancel(job_id), services)
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: str, services: Provided) -> Response:
+    """Let go of the machine within a step; `resume` goes on from there."""
+    services.refuse_if_draining()
+    return _shown(await services.training.jobs.pause(job_id), services)
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: str, services: Provided) -> Response:
+    """Go on from the last checkpoint."""
+    services.refuse_if_draining()
+    return _shown(await services.training.jobs.resume(job_id), services)
+
+
+@router.get("/{job_id}/events")
+async def list_events(
+    job_id: str,
+    services: Provided,
+    after: After = None,
+    limit: Limit = 20,
+    stream: Annotated[bool, Query(description="as server-sent events, oldest first, until the end")] = False,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """What the job told, newest first; or, with `Accept: text/event-stream`, as it happens."""
+    if stream or "text/event-stream" in accept:
+        job = await services.training.jobs.get(job_id)
+        known = last_event_id or after
+        return StreamingResponse(
+            _followed(services, job, _number(known, EVENT, "Last-Event-ID") if known else 0),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+    before = None if after is None else _number(after, EVENT, "after")
+    found = await services.training.jobs.events(job_id, before=before, limit=limit + 1)
+    return json_response(page([event_view(event) for event in found[:limit]], more=len(found) > limit))
+
+
+@router.get("/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str, services: Provided, after: After = None, limit: Limit = 10
+) -> Response:
+    """The places that it could go on from, newest first."""
+    jobs = services.training.jobs
+    job, found = await jobs.get(job_id), await jobs.checkpoints(job_id)
+    if after is not None:
+        last = _number(after, CHECKPOINT, "after")
+        steps = [one.step for one in found if one.number == last]
+        found = [one for one in found if steps and one.step < steps[0]]
+    views = [checkpoint_view(one, job) for one in found[:limit]]
+    return json_response(page(views, more=len(found) > limit))
+
+
+async def _followed(services: Services, job: TrainingJob, after: int) -> AsyncGenerator[bytes]:
+    """A job's events as they come; ends with the job, or with the server."""
+    try:
+        async for news in services.training.jobs.follow(job, after):
+            if isinstance(news, TrainingJob):
+                yield identified_event(job_view(news, services.catalog.base_name), event="done")
+            elif news is None:
+                yield b": nothing new\n\n"
+            else:
+                yield identified_event(event_view(news), identity=event_id(news.number))
+            if services.draining:
+                return
+    except OneBaseError as error:
+        _log.warning("the stream of job %s ends: %s", job.id, error.message)
+
+
+def _shown(job: TrainingJob, services: Services) -> Response:
+    return json_response(job_view(job, services.catalog.base_name))
+
+
+def _adapter_name(body: CreateJobRequest, base: str) -> str | None:
+    if body.name is not None:
+        return check_name(body.name, base)
+    if body.suffix is None:
+        return None
+    try:
+        return check_name(f"ft-{body.suffix}"[:MAX_NAME], base)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message.replace("name:", "suffix:", 1), param="suffix") from error
+
+
+def _labels(query: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that is asked for. Raises InvalidRequestError for what no job can have."""
+    labels = {
+        key[len(_LABEL) : -len(_LABEL_END)]: value
+        for key, value in query.items()
+        if key.startswith(_LABEL) and key.endswith(_LABEL_END)
+    }
+    if len(labels) > MAX_LABELS:
+        raise InvalidRequestError(
+            f"metadata: there are {len(labels)} keys and a job has {MAX_LABELS} at most. Ask for fewer.",
+            param="metadata",
+        )
+    for key in labels:
+        if problem := label_problem(key):
+            raise InvalidRequestError(f"metadata: {problem}.", param="metadata")
+    return labels
+
+
+def _number(given: str, prefix: str, param: str) -> int:
+    number = number_of(given, prefix)
+    if number is None:
+        raise InvalidRequestError(f"{param}: {given[:80]!r} is no id of this list.", param=param)
+    return number

@@ -1,0 +1,69 @@
+"""GET /health, /ready, /version and /status: for probes and for people."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Response
+
+import onebase_server
+from onebase_server.http.deps import Provided, json_response
+from onebase_server.processes.supervisor import EngineState
+
+router = APIRouter(tags=["health"])
+_UNHEALTHY = (EngineState.STALLED, EngineState.FAILED)
+
+
+def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
+    headers = {"Retry-After": str(retry_after)}
+    body = msgspec.json.encode(data)
+    return Response(body, status_code=503, media_type="application/json", headers=headers)
+
+
+@router.get("/health")
+async def health(services: Provided) -> Response:
+    """200 while the server makes progress, also when the engine is still loading; 503 after a stall."""
+    state = services.supervisor.state
+    if state in _UNHEALTHY:
+        return _unavailable({"status": "error", "engine": state.value}, 5)
+    return json_response({"status": "ok", "engine": state.value})
+
+
+@router.get("/ready")
+async def ready(services: Provided) -> Response:
+    """200 when a request sent now would be served; 503 while loading, restarting or stopping."""
+    state = services.supervisor.state
+    if services.draining:
+        return _unavailable({"status": "stopping", "engine": state.value}, 5)
+    if state is not EngineState.READY:
+        return _unavailable({"status": "not ready", "engine": state.value}, 2)
+    return json_response({"status": "ready", "engine": state.value})
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The server's version."""
+    return json_response(
+        {"name": "onebase", "version": onebase_server.__version__, "python": platform.python_version()}
+    )
+
+
+@router.get("/status")
+async def status(services: Provided) -> Response:
+    """What the base is and takes (bytes, tokens), and what the engine has done so far."""
+    supervisor = services.supervisor
+    return json_response(
+        {
+            "base": services.catalog.base_name,
+            "engine": {"state": supervisor.state.value, "restarts": supervisor.restarts},
+            "info": supervisor.base,
+            "stats": supervisor.router.stats,
+            "requests": supervisor.router.open_requests,
+            "adapters": len(services.catalog),
+            "host_memory": asdict(services.residency.memory),
+            "workshop": {"pid": services.prover.pid},
+        }
+    )

@@ -1,0 +1,96 @@
+"""vLLM's way to load and unload adapters, for people who move over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
+
+from onebase_adapters.registry import VersionRecord
+from onebase_server.adapters.folders import FolderError, check_folder
+from onebase_server.adapters.hub_adapters import hub_reference
+from onebase_server.adapters.names import HUB_PREFIX, check_name
+from onebase_server.adapters.service import Wishes
+from onebase_server.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    UnknownAdapterError,
+    VersionFailedError,
+)
+from onebase_server.http.deps import Provided, Services, StrictRoute
+from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
+
+router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["vllm"])
+_ACTOR = "load_lora_adapter"
+
+
+@router.post("/load_lora_adapter")
+async def load_lora_adapter(body: LoadLoraRequest, services: Provided) -> Response:
+    """Serve an adapter: a folder under --adapters-dir, or a Hub repository that --hub-allow permits."""
+    services.refuse_if_draining()
+    name = check_name(body.lora_name, services.catalog.base_name)
+    record = services.catalog.get(name)
+    if record is not None and record.active is not None and not body.load_inplace:
+        raise InvalidRequestError(
+            f"lora_name: the lora adapter {name!r} has already been loaded. Send load_inplace to replace it.",
+            param="lora_name",
+            code="adapter_exists",
+        )
+    folder = _allowed_folder(services, body.lora_path)
+    version = await (
+        _from_hub(services, name, body.lora_path)
+        if folder is None
+        else services.folders.add(name, folder, actor=_ACTOR)
+    )
+    finished = await services.library.wait(name, version.digest)
+    if finished.error is not None:
+        raise VersionFailedError(f"lora_path: {finished.error.message}", code=finished.error.code)
+    await services.activation.activate(name, version.digest, actor=_ACTOR)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post("/unload_lora_adapter")
+async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided) -> Response:
+    """Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}."""
+    services.refuse_if_draining()
+    record = services.catalog.get(body.lora_name)
+    if record is None or record.active is None:
+        raise UnknownAdapterError(
+            f"lora_name: the lora adapter {body.lora_name[:80]!r} cannot be found.", param="lora_name"
+        )
+    await services.activation.deactivate(body.lora_name, actor="unload_lora_adapter")
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _allowed_folder(services: Services, path: str) -> Path | None:
+    """The folder, if it lies under --adapters-dir; None when the path is no folder here.
+
+    Raises ForbiddenError, InvalidRequestError.
+    """
+    parent = services.settings.adapters_dir
+    root = Path(parent).expanduser().resolve() if parent else None
+    try:
+        folder = (root / path if root is not None else Path(path)).resolve()
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"lora_path: {path[:80]!r} is not a path.", param="lora_path") from error
+    if root is not None and folder != root and folder.is_relative_to(root) and folder.is_dir():
+        try:
+            check_folder(services.catalog.base_name, folder)
+        except FolderError as error:
+            raise InvalidRequestError(f"lora_path: {error}.", param="lora_path") from error
+        return folder
+    if path.startswith(("/", ".", "~")):
+        raise ForbiddenError(
+            "lora_path: this server loads only folders under its --adapters-dir, and Hub repositories that "
+            "--hub-allow permits. Upload the adapter with POST /v1/adapters instead.",
+            code="path_not_allowed",
+            param="lora_path",
+        )
+    return None
+
+
+async def _from_hub(services: Services, name: str, path: str) -> VersionRecord:
+    reference = hub_reference(HUB_PREFIX + path.removeprefix(HUB_PREFIX), "lora_path")
+    services.hub.check_allowed(reference, "lora_path")
+    return await services.hub.pull(name, reference, Wishes(), _ACTOR).arrived()

@@ -1,0 +1,123 @@
+"""The wire models of the routes about training, as OpenAI's, and what they mean for a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from onebase_adapters.registry import Activate
+from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
+from onebase_server.errors import InvalidRequestError
+from onebase_server.http.schemas.generation import FieldError, Name, Wire
+from onebase_server.http.views.jobs import wire_name
+from onebase_server.jobs.rank_limit import check_rank
+
+MAX_LABELS = 16
+MAX_SUFFIX = 64
+_NO_KEY = frozenset('"\\')
+"""What databases do not find in a key of metadata."""
+_OWN_FIELDS = ("method", "seed")
+"""Fields of a recipe that a request sets elsewhere."""
+
+FileId = Annotated[str, Field(min_length=1, max_length=100)]
+Settings = dict[str, Any]
+Label = Annotated[str, Field(max_length=64)]
+
+
+class MethodSettings(Wire):
+    """Settings of one method: OpenAI's hyperparameters and all fields of the recipe; "auto" is a default."""
+
+    hyperparameters: Settings | None = None
+
+
+class Method(Wire):
+    """How to train: `supervised` on replies, or `dpo` on pairs of replies."""
+
+    type: Literal["supervised", "dpo"]
+    supervised: MethodSettings | None = None
+    dpo: MethodSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        other = "dpo" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise FieldError(other, f"method.type is {self.type}: leave {other} out")
+        return self
+
+    @property
+    def settings(self) -> Settings:
+        chosen = self.supervised if self.type == "supervised" else self.dpo
+        return (chosen.hyperparameters if chosen else None) or {}
+
+
+class CreateJobRequest(Wire):
+    """Body of POST /v1/fine_tuning/jobs."""
+
+    model: Name
+    training_file: FileId
+    validation_file: FileId | None = None
+    method: Method | None = None
+    hyperparameters: Settings | None = Field(default=None, description="of older clients; use method")
+    seed: int | None = Field(default=None, ge=0, lt=2**31)
+    suffix: Annotated[str, Field(min_length=1, max_length=MAX_SUFFIX)] | None = None
+    name: Name | None = Field(default=None, description="the adapter's; by default ft- and the suffix")
+    activate: Activate | None = Field(default=None, description="if_better by default")
+    metadata: (
+        Annotated[dict[Label, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_LABELS)] | None
+    ) = None
+    integrations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.method is not None and self.hyperparameters is not None:
+            raise FieldError("hyperparameters", "they belong into method; give one of the two")
+        if self.name is not None and self.suffix is not None:
+            raise FieldError("suffix", "name says it all already; give one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        for key in self.metadata or ():
+            if problem := label_problem(key):
+                raise FieldError("metadata", problem)
+        return self
+
+    def recipe(self, max_rank: int) -> Recipe:
+        """What is asked for, of which this server serves ranks up to `max_rank`.
+
+        Raises InvalidRequestError naming the field.
+        """
+        kind = self.method.type if self.method else "supervised"
+        place = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
+        settings = dict(self.method.settings if self.method else self.hyperparameters or {})
+        if "n_epochs" in settings:
+            if "epochs" in settings:
+                raise InvalidRequestError(
+                    f"{place}.n_epochs: epochs is another name for it; give one of the two.",
+                    param=f"{place}.n_epochs",
+                )
+            settings["epochs"] = settings.pop("n_epochs")
+        for name in _OWN_FIELDS:
+            if name in settings:
+                raise InvalidRequestError(
+                    f"{place}.{name}: it is said beside the hyperparameters, not among them.",
+                    param=f"{place}.{name}",
+                )
+        given = {name: value for name, value in settings.items() if value != "auto"}
+        if self.seed is not None:
+            given["seed"] = self.seed
+        try:
+            recipe = parse_recipe({**given, "method": kind})
+            check_rank(recipe, max_rank)
+        except RecipeError as error:
+            param = f"{place}.{wire_name(error.field)}" if error.field else place
+            raise InvalidRequestError(f"{param}: {error}.", param=param) from error
+        return recipe
+
+
+def label_problem(key: str) -> str:
+    """Why jobs could not be found by this key of their metadata; "" if they can."""
+    if key.isprintable() and _NO_KEY.isdisjoint(key):
+        return ""
+    return f'a key is {key[:80]!r}: write it without ", \\ and characters that cannot be printed'

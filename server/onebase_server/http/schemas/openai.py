@@ -1,0 +1,164 @@
+"""The wire models of the OpenAI-compatible routes.
+
+Fields that would change the answer and are not served are refused by name; fields that change
+nothing are accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from onebase_server.http.schemas.generation import (
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PROMPT_TOKENS,
+    MAX_PROMPTS,
+    FieldError,
+    Message,
+    Name,
+    SamplingFields,
+    TokenId,
+    Wire,
+)
+
+TokenList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "service_tier",
+        "parallel_tool_calls",
+    }
+)
+"""Bookkeeping and hints of OpenAI's own service: the text is the same without them."""
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Padding against traffic analysis; accepted, never sent."""
+
+
+class ResponseFormat(Wire):
+    type: Literal["text"]
+
+
+class OpenAIRequest(SamplingFields):
+    """What both routes share. Subclasses list in `neutral` the unserved fields with harmless values."""
+
+    model: Name
+    stream_options: StreamOptions | None = None
+
+    neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {}
+    reasons: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept: dict[str, Any] = {}
+        for key, item in value.items():
+            if key in cls.model_fields:
+                kept[key] = item
+            elif key in IGNORED or item is None or item in cls.neutral.get(key, ()):
+                continue
+            elif key in cls.neutral:
+                hint = cls.reasons.get(key, "leave it out")
+                raise FieldError(key, f"this server does not support {key} here: {hint}")
+            else:
+                kept[key] = item
+        return kept
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options", "stream_options goes with stream: true only")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: (
+        str
+        | TokenList
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenList], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    neutral: ClassVar = {"suffix": ("",), "best_of": (1,), "store": (False,)}
+    reasons: ClassVar = {
+        "suffix": "the base is not trained to fill in the middle; put everything into prompt",
+        "best_of": "use n, which returns every completion",
+    }
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+
+    neutral: ClassVar = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "store": (False,),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "verbosity": (),
+        "web_search_options": (),
+        "moderation": (),
+    }
+    reasons: ClassVar = {
+        "tools": "describe the tools in a system message and read the answer as text",
+        "functions": "describe the functions in a system message and read the answer as text",
+        "modalities": 'only ["text"] is served',
+        "store": "answers are not stored; send false or leave it out",
+    }
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise FieldError("top_logprobs", "top_logprobs goes with logprobs: true only")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise FieldError(
+                "max_tokens", "give max_completion_tokens or max_tokens (its older name), not both"
+            )
+        if self.max_tokens == 0:
+            raise FieldError("max_tokens", "a chat answer has at least one token")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

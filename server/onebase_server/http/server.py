@@ -1,0 +1,162 @@
+"""uvicorn with our signals: the first one drains and ends with status 0, a second one ends at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Generator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from onebase_server.http.deps import Services, server_stopping
+from onebase_server.http.sse import ABORT_EXTENSION
+from onebase_server.processes.engine_link import kill_children
+from onebase_server.processes.scratch import scratch_folder
+from onebase_server.settings import Settings
+
+_log = logging.getLogger(__name__)
+_LAST_BYTES_SECONDS = 5
+"""After the drain, for what is already written but not yet sent."""
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, which lets a stream drop its connection with the unsent bytes."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone: `run_server` owns them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A listening socket, taken before anything slow begins. Raises OSError when the address is in use."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address to type into a browser on the same machine."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+async def run_server(
+    services: Services, app: FastAPI, listener: socket.socket, on_ready: Callable[[], None]
+) -> None:
+    """Serve until a signal, or until the engine or the following of jobs cannot be kept running.
+
+    `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError.
+    """
+    settings = services.settings
+    server = _Server(_uvicorn_config(app, settings))
+    stop = asyncio.Event()
+    _install_signals(services, stop)
+    loop = asyncio.get_running_loop()
+    engine = loop.create_task(services.supervisor.run())
+    jobs = loop.create_task(services.training.manager.follow())
+    http = loop.create_task(server.serve(sockets=[listener]))
+    first_ready = loop.create_task(_when_ready(services, on_ready))
+    stopped = loop.create_task(stop.wait())
+    try:
+        await asyncio.wait({engine, jobs, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            await _drain(services, server, engine)
+    finally:
+        services.draining = True
+        first_ready.cancel()
+        stopped.cancel()
+        server.should_exit = True
+        await http
+        await services.training.manager.stop()
+        await services.supervisor.stop()
+        engine.cancel()
+        jobs.cancel()
+        for task in (engine, jobs):
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
+    await services.supervisor.ready.wait()
+    on_ready()
+
+
+async def _drain(services: Services, server: _Server, engine: asyncio.Task[None]) -> None:
+    """Wait until running requests have ended, for at most the drain timeout.
+
+    Uploads and those that wait for a proof, a pull or a load are running too: not only what the engine has.
+    """
+    router = services.supervisor.router
+    requests = server.server_state.tasks
+    if requests:
+        _log.warning(
+            "stopping: %d running requests may end; press Ctrl-C again to end at once", len(requests)
+        )
+    try:
+        async with asyncio.timeout(services.settings.drain_timeout):
+            while (requests or router.open_requests) and not engine.done():
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        _log.warning("stopping: %d requests did not end in time", len(requests))
+        router.fail_all(server_stopping())
+
+
+def _install_signals(services: Services, stop: asyncio.Event) -> None:
+    def handle(number: signal.Signals) -> None:
+        if services.draining and number != signal.SIGHUP:  # of a terminal it may come twice, and by itself
+            _end_at_once(128 + number)
+        services.draining = True
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # started by nohup
+        loop.add_signal_handler(number, handle, number)
+
+
+def _end_at_once(status: int) -> None:
+    """Exit, and leave no process and none of their temporary files behind."""
+    for pid in kill_children():
+        shutil.rmtree(scratch_folder(pid), ignore_errors=True)
+    os._exit(status)
+
+
+def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        lifespan="off",
+        ws="none",
+        log_level="warning",
+        access_log=settings.access_log,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+        log_config=None,
+    )

@@ -1,0 +1,107 @@
+"""Server-sent events without ceremony, and noticing that the caller has left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, error_body
+from onebase_server.generation.generation import Generation
+
+ABORT_EXTENSION = "onebase.abort"
+"""ASGI extension: a call that drops the connection and its unsent bytes at once."""
+DONE = b"data: [DONE]\n\n"
+_READ_GRACE_SECONDS = 60.0
+"""A stream whose generation has ended is read within this time, or dropped."""
+_encode = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    """One `data:` event. JSON escapes newlines, so that one line holds it."""
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+def identified_event(data: Any, *, identity: str = "", event: str = "") -> bytes:
+    """An event that a client can go on after: its `id:` comes back as `Last-Event-ID`."""
+    head = f"id: {identity}\n" if identity else ""
+    kind = f"event: {event}\n" if event else ""
+    return (head + kind).encode() + b"data: " + _encode(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """Streams a generation's events.
+
+    The status line waits for the first event: until then an error is still an HTTP error. A caller
+    who leaves cancels the generation; one who does not read is cut off, and the engine never waits.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        abort = scope.get("extensions", {}).get(ABORT_EXTENSION, {}).get("abort", lambda: None)
+        self._generation.inflight.on_cut = abort
+        limit = asyncio.get_running_loop().call_later(
+            (self._generation.job.timeout_s or 0.0) + _READ_GRACE_SECONDS, abort
+        )
+        try:
+            with _cancelled_when_gone(receive, self._generation):
+                async with contextlib.aclosing(self._events):
+                    await self._send_all(send)
+        finally:
+            limit.cancel()
+
+    async def _send_all(self, send: Send) -> None:
+        first = await anext(self._events)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        with contextlib.suppress(SlowReaderError, ClientGoneError):
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The events, and after the first one an error as an event of its own instead of a broken stream."""
+    started = False
+    try:
+        async for chunk in events:
+            started = True
+            yield chunk
+    except (SlowReaderError, ClientGoneError):
+        raise
+    except OneBaseError as error:
+        if not started:
+            raise
+        yield event(error_body(error))
+    yield DONE
+
+
+@contextlib.contextmanager
+def _cancelled_when_gone(receive: Receive, generation: Generation) -> Iterator[None]:
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.cancel()
+
+    task = asyncio.get_running_loop().create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def cancelled_when_gone(request: Request, generation: Generation) -> contextlib.AbstractContextManager[None]:
+    """While this is open, a caller who closes the connection cancels the generation."""
+    return _cancelled_when_gone(request.receive, generation)

@@ -1,0 +1,143 @@
+"""Adapters and versions as the JSON that callers get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from onebase_adapters.registry import DEFAULT_TENANT, AdapterRecord, VersionError, VersionRecord
+from onebase_server.adapters.hub_adapters import HubAdapters, PendingPull
+from onebase_server.adapters.names import label
+from onebase_server.adapters.residency import Residency
+from onebase_server.adapters.service import WISHES, Library
+
+Json = dict[str, Any]
+_REPORTED = ("rank", "alpha", "parameters", "bytes")
+
+
+class AdapterViews:
+    """What is known of adapters, from everywhere that knows it."""
+
+    def __init__(self, library: Library, hub: HubAdapters, residency: Residency) -> None:
+        self._library = library
+        self._catalog = library.catalog
+        self._hub = hub
+        self._residency = residency
+
+    def adapters(self) -> list[Json]:
+        """All of them, by name; also those whose first version is still being pulled."""
+        known = {record.name: self.adapter(record) for record in self._catalog}
+        for name in self._hub.running_names():
+            if name not in known:
+                known[name] = self.pulled_adapter(self._hub.of_name(name))
+        return [known[name] for name in sorted(known)]
+
+    def named(self, name: str) -> Json:
+        """One adapter. Raises UnknownAdapterError."""
+        pending = self._hub.of_name(name)
+        if self._catalog.get(name) is None and pending:
+            return self.pulled_adapter(pending)
+        return self.adapter(self._catalog.adapter(name, param="name"))
+
+    def adapter(self, record: AdapterRecord) -> Json:
+        active = record.active_version
+        report = active.report if active is not None else None
+        shown = active if active is not None else record.versions[0] if record.versions else None
+        return {
+            "object": "adapter",
+            "id": record.name,
+            "name": record.name,
+            "version": record.active,
+            "active": active is not None,
+            "state": shown.state if shown is not None else None,
+            "kinds": report["kinds"] if report else [],
+            "targets": report["targets"] if report else [],
+            **{key: report[key] if report else None for key in _REPORTED},
+            "base": self._catalog.base_name,
+            "tenant": record.tenant,
+            "pinned": record.pinned,
+            "tier": self._residency.tier(record.active) if record.active else None,
+            "versions": len(record.versions),
+            "created_at": record.created_at,
+            "updated_at": record.updated_at,
+        }
+
+    def pulled_adapter(self, pending: Sequence[PendingPull]) -> Json:
+        """An adapter of which there is nothing yet but pulls."""
+        newest, oldest = pending[0], pending[-1]
+        return {
+            "object": "adapter",
+            "id": newest.name,
+            "name": newest.name,
+            "version": None,
+            "active": False,
+            "state": _state(newest),
+            "kinds": [],
+            "targets": [],
+            **dict.fromkeys(_REPORTED),
+            "base": self._catalog.base_name,
+            "tenant": DEFAULT_TENANT,
+            "pinned": False,
+            "tier": None,
+            "versions": 0,
+            "created_at": oldest.created_at,
+            "updated_at": newest.created_at,
+        }
+
+    def version(self, version: VersionRecord) -> Json:
+        """One version; its report is as whole as the record's."""
+        record = self._catalog.get(version.name)
+        progress = None if version.finished else self._library.progress(version.name, version.digest)
+        return {
+            "object": "adapter.version",
+            "id": label(version.name, version.digest),
+            "name": version.name,
+            "version": version.digest,
+            "state": version.state,
+            "active": record is not None and record.active == version.digest,
+            "error": _error(version.error),
+            "base": self._catalog.base_name,
+            "source": {
+                key: value for key, value in version.source.items() if key != WISHES and value is not None
+            },
+            "created_at": version.created_at,
+            "created_by": version.created_by,
+            "tenant": version.tenant,
+            "progress": {"stage": progress.stage, "fraction": progress.fraction} if progress else None,
+            "report": version.report,
+        }
+
+    def pull(self, pending: PendingPull) -> Json:
+        """A version that is being pulled: its content, and so its digest, is not known yet."""
+        reference = pending.reference
+        source = {
+            "kind": "hub",
+            "repo": reference.repo,
+            "revision": reference.revision,
+            "subfolder": reference.subfolder,
+        }
+        running = pending.failure is None
+        return {
+            "object": "adapter.version",
+            "id": f"{pending.name}@{pending.id}",
+            "name": pending.name,
+            "version": pending.id,
+            "state": _state(pending),
+            "active": False,
+            "error": _error(pending.error),
+            "base": self._catalog.base_name,
+            "source": {key: value for key, value in source.items() if value is not None},
+            "created_at": pending.created_at,
+            "created_by": pending.actor,
+            "tenant": DEFAULT_TENANT,
+            "progress": {"stage": "pulling", "fraction": pending.transfer.fraction} if running else None,
+            "report": None,
+        }
+
+
+def _state(pending: PendingPull) -> str:
+    return "pulling" if pending.failure is None else "failed"
+
+
+def _error(error: VersionError | None) -> Json | None:
+    return None if error is None else {"code": error.code, "message": error.message}

@@ -1,0 +1,151 @@
+"""Training files, jobs, events and checkpoints as the JSON that callers get: OpenAI's, and a little more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from onebase_adapters.registry import Checkpoint, TrainingEvent, TrainingFile, TrainingJob
+from onebase_server.adapters.names import label
+from onebase_server.jobs.outcomes import resumable
+
+Json = dict[str, Any]
+EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
+_DIGITS = 16
+_MULTIPLIER = "learning_rate_multiplier"
+_OPENAI = ("batch_size", _MULTIPLIER)
+_SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adapter_bytes", "loss_before",
+          "loss_after", "metrics_before", "metrics_after", "better", "peak_memory_bytes")  # fmt: skip
+
+
+def file_view(file: TrainingFile) -> Json:
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created_at),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+        "expires_at": None,
+    }
+
+
+def job_view(job: TrainingJob, base_name: str) -> Json:
+    """One job; `report` without the curve, which is in the result file."""
+    recipe = (job.plan or {}).get("recipe") or job.settings
+    settings = {key: value for key, value in recipe.items() if key not in ("method", "seed")}
+    shown = {"n_epochs": _whole(recipe["epochs"]), **{k: recipe[k] for k in _OPENAI}}
+    if job.settings[_MULTIPLIER] != "auto":  # of a plan it is 1: the rate there has it in it
+        shown[_MULTIPLIER] = job.settings[_MULTIPLIER]
+    kind = recipe["method"]
+    report = job.report
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "model": base_name,
+        "created_at": int(job.created_at),
+        "finished_at": None if job.finished_at is None else int(job.finished_at),
+        "estimated_finish": _estimated_finish(job),
+        "fine_tuned_model": label(job.name, job.version) if job.version else None,
+        "organization_id": job.tenant,
+        "result_files": [job.result_file] if job.result_file else [],
+        "status": job.state,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "hyperparameters": shown,
+        "method": {"type": kind, kind: {"hyperparameters": {**settings, **shown}}},
+        "trained_tokens": report.get("tokens") if report and job.ended else None,
+        "seed": recipe["seed"],
+        "integrations": [],
+        "metadata": dict(job.labels),
+        "error": _error(job),
+        "name": job.name,
+        "activate": job.activate,
+        "activated": job.activated,
+        "version": job.version,
+        "progress": job.progress,
+        "estimate": (job.plan or {}).get("estimate"),
+        "report": {key: report.get(key) for key in _SHORT} if report else None,
+        "resumable": resumable(job),
+    }
+
+
+def event_view(event: TrainingEvent) -> Json:
+    return {
+        "object": "fine_tuning.job.event",
+        "id": event_id(event.number),
+        "created_at": int(event.at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.kind,
+        "data": event.data,
+    }
+
+
+def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> Json:
+    metrics: Mapping[str, float | None] = {
+        "step": float(checkpoint.step),
+        "train_loss": checkpoint.train_loss,
+        "valid_loss": checkpoint.valid_loss,
+        "full_valid_loss": checkpoint.valid_loss,
+    }
+    return {
+        "object": "fine_tuning.job.checkpoint",
+        "id": checkpoint_id(checkpoint.number),
+        "created_at": int(checkpoint.at),
+        "fine_tuned_model_checkpoint": f"{job.name}:step-{checkpoint.step}",
+        "fine_tuning_job_id": job.id,
+        "metrics": {key: value for key, value in metrics.items() if value is not None},
+        "step_number": checkpoint.step,
+    }
+
+
+def page(data: list[Json], *, more: bool) -> Json:
+    """A list as OpenAI's clients page through it: `after` of the next page is `last_id`."""
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": more,
+    }
+
+
+def event_id(number: int) -> str:
+    return f"{EVENT}{number:0{_DIGITS}d}"
+
+
+def checkpoint_id(number: int) -> str:
+    return f"{CHECKPOINT}{number:0{_DIGITS}d}"
+
+
+def number_of(given: str, prefix: str) -> int | None:
+    """The number in an id, None if it is none."""
+    digits = given.removeprefix(prefix)
+    if not given.startswith(prefix) or not digits.isascii() or not digits.isdigit() or len(digits) > 18:
+        return None
+    return int(digits)
+
+
+def wire_name(field: str | None) -> str | None:
+    """A recipe's field as OpenAI's clients call it."""
+    return "n_epochs" if field == "epochs" else field
+
+
+def _whole(value: Any) -> Any:
+    """OpenAI's client takes epochs as a whole number, if they are one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _estimated_finish(job: TrainingJob) -> int | None:
+    left = (job.progress or {}).get("seconds_left")
+    return int(time.time() + left) if left is not None and job.state == "running" else None
+
+
+def _error(job: TrainingJob) -> Json | None:
+    if job.error is None:
+        return None
+    return {"code": job.error.code, "message": job.error.message, "param": wire_name(job.error.param)}

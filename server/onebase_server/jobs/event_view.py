@@ -1,0 +1,100 @@
+"""What a run says, as OpenAI's events for those who follow the job."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from onebase_adapters.registry import NewEvent
+from onebase_adapters.training import events
+from onebase_server.processes.trainer_protocol import Failed
+
+PROBLEMS_IN_ONE = 500
+"""Bad lines told in one event."""
+_LONG = ("losses", "held_out", "recipe")
+"""Parts of a report that the result file and the job have."""
+
+
+def told(event: events.Event) -> NewEvent | None:
+    """The event for a job's list; None for those that only move the progress."""
+    if isinstance(event, events.StepDone):
+        return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
+            "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
+            "learning_rate": event.learning_rate, "grad_norm": event.grad_norm,
+            "tokens_per_second": event.tokens_per_second, "seconds_left": event.seconds_left,
+            "memory_bytes": event.memory_bytes, **_rewards(event.rewards),
+        })  # fmt: skip
+    if isinstance(event, events.Evaluated):
+        whose = "" if event.step else " (the base)"
+        return _metrics(event, f"Step {event.step}: held-out loss {event.loss:.4f}{whose}", {
+            "step": event.step, "valid_loss": event.loss, "full_valid_loss": event.loss, "best": event.best,
+            **_rewards(event.rewards),
+        })  # fmt: skip
+    if isinstance(event, events.Measured):
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in event.metrics.items())
+        return _metrics(
+            event, f"Replies of the {event.subject}: {figures}", msgspec.to_builtins(event) | {"type": None}
+        )
+    if isinstance(event, events.Progress):
+        return None
+    return NewEvent(event.at, _message(event), level=_level(event), data=_data(event))
+
+
+def problems_told(failed: Failed) -> list[NewEvent]:
+    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), in as many events as that takes."""
+    now = time.time()
+    made = []
+    for start in range(0, len(failed.problems), PROBLEMS_IN_ONE):
+        part = failed.problems[start : start + PROBLEMS_IN_ONE]
+        message = f"{failed.param}: bad lines {start + 1} to {start + len(part)} of {failed.problem_count}"
+        data = {"param": failed.param, "problems": [msgspec.to_builtins(problem) for problem in part]}
+        made.append(NewEvent(now, message, level="error", data=data))
+    return made
+
+
+def _metrics(event: events.Event, message: str, data: dict[str, Any]) -> NewEvent:
+    return NewEvent(event.at, message, kind="metrics", data={k: v for k, v in data.items() if v is not None})
+
+
+def _rewards(rewards: dict[str, float]) -> dict[str, float]:
+    return {f"rewards_{name}": value for name, value in rewards.items()}
+
+
+def _level(event: events.Event) -> Any:
+    return event.level if isinstance(event, events.Notice) and event.level in ("info", "warn") else "info"
+
+
+def _message(event: events.Event) -> str:
+    if isinstance(event, events.Phase):
+        return event.message or f"{event.name.replace('_', ' ').capitalize()}."
+    if isinstance(event, events.DataChecked):
+        return f"The files are sound: {_sizes(event)}."
+    if isinstance(event, events.Planned):
+        if event.first_step:
+            return f"Going on after step {event.first_step} of {event.steps}."
+        return f"{event.steps} steps are planned."
+    if isinstance(event, events.Sampled):
+        return f"Step {event.step}: a sample."
+    if isinstance(event, events.Saved):
+        return f"Step {event.step}: checkpoint saved."
+    if isinstance(event, events.Notice):
+        return event.message
+    return "The adapter is written."
+
+
+def _sizes(event: events.DataChecked) -> str:
+    train, held_out = event.report, event.report.get("evaluation") or {}
+    text = f"{train.get('rows', '?')} rows to train on"
+    return f"{text}, {held_out['rows']} held out" if held_out.get("rows") else text
+
+
+def _data(event: events.Event) -> dict[str, Any] | None:
+    if isinstance(event, events.Notice):
+        return None
+    facts: dict[str, Any] = msgspec.to_builtins(event)
+    kept = {key: value for key, value in facts.items() if key not in ("at", "type", "message")}
+    if isinstance(event, events.Finished):
+        kept["report"] = {key: value for key, value in event.report.items() if key not in _LONG}
+    return {"kind": facts["type"], **kept}

@@ -1,0 +1,227 @@
+"""Follows the jobs in the registry: starts what waits, ends what was stopped, takes up what was interrupted.
+
+The registry says what is to be; this makes it so. A pause, a cancellation or a new job, whichever server it
+came through, is first written there, and is seen here at once or at the next look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from onebase_adapters.registry import (
+    JobState,
+    JobStateError,
+    NewEvent,
+    OpenJob,
+    RegistryError,
+    UnknownJobError,
+)
+from onebase_engine.engine.messages import EngineConfig
+from onebase_server.jobs.gc import Tidying
+from onebase_server.jobs.outcomes import place_of
+from onebase_server.jobs.run import Run, RunKind
+from onebase_server.jobs.trainer_pool import AttachedBase, Runner
+
+_log = logging.getLogger(__name__)
+
+STOP_SECONDS = 60.0
+"""A trainer that has not written its checkpoint by then is killed; the one before is whole."""
+SHUTDOWN_SECONDS = 15.0
+"""The same when the server ends."""
+SWEEP_SECONDS = 3600.0
+"""From one look at what is left over in the training folder to the next."""
+
+
+class Manager:
+    """Runs this server's jobs, `most` at a time, oldest first. Called from one event loop.
+
+    Files are checked by processes of their own, one at a time, also while jobs run.
+    """
+
+    def __init__(
+        self, runner: Runner, *, most: int, look_seconds: float, sweep_seconds: float = SWEEP_SECONDS
+    ) -> None:
+        self._runner = runner
+        self._records = runner.records
+        self._threads = runner.threads
+        self._most = most
+        self._look_seconds = look_seconds
+        self._sweep_seconds = sweep_seconds
+        self._next_sweep = 0.0
+        self._runs: dict[str, Run] = {}
+        self._tidying = Tidying(self._records, self._threads, runner.home)
+        self._known: dict[str, str] = {}
+        """Tenants of the jobs that were open, or had a process, at the last look, by their ids."""
+        self._begun: set[str] = set()
+        """Jobs that had a run since the server was started."""
+        self._told_off: set[str] = set()
+        self._base: AttachedBase | None = None
+        self._changed = asyncio.Event()
+        self._ending = False
+
+    # ---- the base ----------------------------------------------------------------------------
+
+    def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
+        """There is a base to train on; `base_fd` stays the caller's, and open until `engine_gone`."""
+        self._base = AttachedBase(config, manifest, base_fd)
+        self.look()
+
+    async def engine_gone(self) -> None:
+        """End the trainers, whose base is the engine's memory; their jobs wait for the next one."""
+        self._base = None
+        runs = [run for run in self._runs.values() if run.holds_base]
+        for run in runs:
+            run.interrupt("the engine ended", 0.0)
+        await asyncio.gather(*(run.released() for run in runs))
+
+    # ---- following the registry ----------------------------------------------------------------
+
+    def look(self) -> None:
+        """Something has changed in the registry."""
+        self._changed.set()
+
+    async def follow(self) -> None:
+        """Do what the registry says, for ever, whatever fails. Cancelled by the server's end."""
+        while not self._own():
+            await asyncio.sleep(self._look_seconds)
+        while not self._ending:
+            self._changed.clear()
+            try:
+                await self._sweep_if_due()
+                jobs = await self._threads.run(self._records.open_jobs, self._runner.home.server)
+                await self._reconcile(jobs)
+                await self._tidy(jobs)
+            except RegistryError as error:
+                _log.warning("training jobs cannot be followed: %s", error)
+            except Exception:
+                _log.exception("training jobs cannot be followed")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._look_seconds):  # wait_for could miss being cancelled
+                    await self._changed.wait()
+
+    def _own(self) -> bool:
+        """Whether the jobs of the folder are this process's to run; the log says why not."""
+        root = self._runner.home.root
+        try:
+            if self._runner.home.own():
+                return True
+            _log.warning("another process runs the training jobs of %s; waiting", root)
+        except OSError as error:
+            _log.error("no training job of %s can be run: %s (--data-dir); waiting", root, error)
+        return False
+
+    async def _sweep_if_due(self) -> None:
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + self._sweep_seconds
+            await self._tidying.sweep(self._runs)
+
+    async def stop(self) -> None:
+        """Let trainers write a checkpoint and end; their jobs are queued for the next start."""
+        self._ending = True
+        runs = list(self._runs.values())
+        for run in runs:
+            run.interrupt("the server stops", SHUTDOWN_SECONDS)
+        await asyncio.gather(*(run.ended() for run in runs))
+
+    @property
+    def deaths(self) -> int:
+        """Trainers that died by themselves."""
+        return self._runner.deaths
+
+    @property
+    def running(self) -> Sequence[Run]:
+        """The runs that there are now."""
+        return list(self._runs.values())
+
+    def has_run(self, job_id: str) -> bool:
+        """Whether the job has a run here, perhaps one that is about to end."""
+        return job_id in self._runs
+
+    async def _reconcile(self, jobs: Sequence[OpenJob]) -> None:
+        """`jobs`: those in the registry that are open, oldest first."""
+        states = {job.id: job for job in jobs}
+        for job_id, run in list(self._runs.items()):
+            job = states.get(job_id)
+            if job is None:
+                await self._stop_run(job_id, run)
+            elif job.state == "queued" and run.computes:
+                await self._move_on(job, "running")  # paused and resumed before anybody saw it
+        waiting = [job for job in jobs if job.id not in self._runs]
+        for job in waiting:
+            if job.state == "running":
+                await self._take_up(job)
+        if any(job.state == "running" for job in waiting):
+            return  # they go first, as they did before
+        if self._most == 0:
+            await self._note_disabled(waiting)
+            return
+        for job in waiting:
+            if self._ending:
+                return
+            if job.state == "validating_files" and not self._count("check"):
+                await self._begin(job, "check")
+            elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
+                await self._begin(job, "train")
+
+    async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
+        """Say once of each job why nothing happens."""
+        text = "The server was started with --train-jobs 0: the job waits until it is started with more."
+        for job in waiting:
+            if job.id not in self._told_off:
+                await self._threads.run(self._records.note, job.id, [NewEvent(time.time(), text, "warn")])
+                self._told_off.add(job.id)
+                self._runner.watchers.notify(job.id)
+
+    async def _tidy(self, jobs: Sequence[OpenJob]) -> None:
+        """What jobs that have come to an end leave, however and through whichever server they did."""
+        open_jobs = {run.job.id: run.job.tenant for run in self._runs.values()}
+        open_jobs |= {job.id: job.tenant for job in jobs}
+        self._known |= open_jobs
+        for job_id in self._known.keys() - open_jobs.keys():
+            await self._tidying.job_over(self._known[job_id], job_id)
+            del self._known[job_id]
+
+    async def _begin(self, seen: OpenJob, kind: RunKind) -> None:
+        job = await self._threads.run(self._records.job, seen.tenant, seen.id)
+        if job.state != seen.state or self._ending or (kind == "train" and self._base is None):
+            return
+        self._begun.add(job.id)
+        run = self._runs[job.id] = Run(self._runner, job, kind, self._base)
+        run.begin()
+
+        def forget(_task: asyncio.Task[None]) -> None:
+            self._runs.pop(job.id, None)
+            self._runner.watchers.notify(job.id)
+            self.look()
+
+        run.task.add_done_callback(forget)
+
+    def _count(self, kind: RunKind) -> int:
+        return sum(run.kind == kind and not run.delivering for run in self._runs.values())
+
+    async def _stop_run(self, job_id: str, run: Run) -> None:
+        if run.stopping:
+            return
+        with suppress(UnknownJobError):
+            job = await self._threads.run(self._records.job, run.job.tenant, job_id)
+            if job.state in ("paused", "queued"):
+                run.stop("pause", STOP_SECONDS)
+            elif job.state == "cancelled":
+                run.stop("cancel", 0.0)
+
+    async def _take_up(self, job: OpenJob) -> None:
+        """A job whose run has ended without having written what becomes of it."""
+        began_here = job.id in self._begun
+        why = "The registry was away" if began_here else "The server was started again"
+        event = NewEvent(time.time(), f"{why}; the job goes on {place_of(job)}.")
+        await self._move_on(job, "queued", event)
+        self.look()
+
+    async def _move_on(self, job: OpenJob, state: JobState, event: NewEvent | None = None) -> None:
+        with suppress(JobStateError, UnknownJobError):
+            await self._threads.run(self._records.move, job.id, state, (job.state,), event)
+            self._runner.watchers.notify(job.id)

@@ -1,0 +1,129 @@
+"""Which row belongs to which request, how many there are, and when the last one moved."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
+from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
+from onebase_server.generation.inflight import Inflight
+from onebase_server.processes.suspects import Suspects
+
+_log = logging.getLogger(__name__)
+_LONGEST_RETRY_AFTER = 30.0
+_SMOOTHING = 0.1
+
+
+class RequestRouter:
+    """The requests that the engine works on. `send` passes a message to it without blocking."""
+
+    def __init__(self, queue_limit: int, send: Callable[[ToEngine], None]) -> None:
+        self.stats: Stats | None = None
+        """The engine's newest counts; None before its first step, and when it is gone."""
+        self.open_rows = 0
+        self.on_busy: Callable[[bool], None] = lambda busy: None
+        """Called when the first row begins and when the last one has ended."""
+        self._queue_limit = queue_limit
+        self._send = send
+        self._requests: dict[str, Inflight] = {}
+        self._suspects = Suspects()
+        self._last_progress = time.monotonic()
+        self._last_row_end = 0.0
+        self._seconds_per_row = 0.5
+
+    @property
+    def open_requests(self) -> int:
+        return len({id(request) for request in self._requests.values()})
+
+    def submit(self, request: Inflight, max_rows: int) -> None:
+        """Send a request; `max_rows` run at once and `queue_limit` more may wait.
+
+        Raises QueueFullError, InvalidRequestError when even an empty queue is too short, CrashesEngineError,
+        or UnavailableError while another request that was running at engines' deaths has its turn.
+        """
+        capacity = max_rows + self._queue_limit
+        if request.rows > capacity:
+            raise InvalidRequestError(
+                f"The request asks for {request.rows} completions at once and this server takes {capacity} "
+                "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
+                param="n",
+            )
+        if self.open_rows + request.rows > capacity:
+            waiting = max(0, self.open_rows - max_rows)
+            wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_row * (waiting + 1))
+            raise QueueFullError(waiting, self._queue_limit, wait)
+        self._suspects.admit(request)
+        if self.open_rows == 0:
+            self.note_progress()
+            self.on_busy(True)
+        self.open_rows += request.rows
+        for message in request.submits:
+            self._requests[message.id] = request
+            self._send(message)
+
+    def cancel(self, request: Inflight, request_id: str | None = None, choice: int | None = None) -> None:
+        """End all of a request's rows, or one choice of one of its submits."""
+        if choice is None:
+            request.given_up = True
+        for open_id in [request_id] if request_id else list(request.open_rows):
+            if open_id in self._requests:
+                self._send(Cancel(open_id, choice))
+
+    def deliver(self, step: StepDone) -> None:
+        """Hand each row's output to its request. Called once per engine step: the api's hot path."""
+        now = time.monotonic()
+        if step.rows or self.stats is None or step.stats.steps != self.stats.steps:
+            self._last_progress = now
+        self.stats = step.stats
+        for output in step.rows:
+            request = self._requests.get(output.id)
+            if request is None:
+                continue
+            if not request.push(output):
+                _log.warning("request %s is not read fast enough: cut off", output.id)
+                self.cancel(request)
+            if output.finish is not None:
+                self._row_ended(request, output.id, now)
+
+    def fail_all(self, error: OneBaseError) -> None:
+        """End every request's wait with an error; outputs that have arrived are still delivered."""
+        for request in self._requests.values():
+            request.fail(error)
+
+    def engine_died(self) -> None:
+        """Note which requests were running; one that is taken for the cause ends with an error of its own."""
+        self._suspects.engine_died({id(request): request for request in self._requests.values()}.values())
+
+    def forget_all(self) -> None:
+        """The engine is gone, and its rows with it."""
+        ended = {id(request): request for request in self._requests.values()}
+        self._requests.clear()
+        self.stats = None
+        self.open_rows = 0
+        self.on_busy(False)
+        for request in ended.values():
+            request.on_ended()
+
+    def note_progress(self) -> None:
+        """Start the clock of `stalled_for` anew."""
+        self._last_progress = time.monotonic()
+
+    def stalled_for(self) -> float:
+        """Seconds without progress while there are rows; 0 when there are none."""
+        return time.monotonic() - self._last_progress if self.open_rows else 0.0
+
+    def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
+        self.open_rows -= 1
+        if not self.open_rows:
+            self.on_busy(False)
+        if request_id not in request.open_rows:
+            del self._requests[request_id]
+        if not request.open_rows:
+            self._suspects.ended(request)
+            request.on_ended()
+        if self._last_row_end:
+            gap = min(_LONGEST_RETRY_AFTER, now - self._last_row_end)
+            self._seconds_per_row += _SMOOTHING * (gap - self._seconds_per_row)
+        self._last_row_end = now

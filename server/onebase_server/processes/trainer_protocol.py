@@ -1,0 +1,123 @@
+"""What the api and a trainer say to each other, in the frames of `engine.protocol`.
+
+`Check` → `Said`… → `Checked`, `Stopped` or `Failed`; `Train` → `Said`… → `Trained`, `Stopped` or `Failed`.
+One process does one of them and ends; `Stop` may come at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from onebase_adapters.training.events import AnyEvent, Reason
+from onebase_engine.engine.messages import EngineConfig
+
+MAX_PROBLEMS = 10_000
+"""Bad lines that are told one by one; their number is told in any case."""
+
+
+class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
+    """One job. Paths are of this machine."""
+
+    id: str
+    name: str
+    recipe: dict[str, Any]
+    """As `recipe.parse_recipe` takes it."""
+    train: str
+    train_name: str
+    """What it was called when it was uploaded."""
+    held_out: str | None
+    held_out_name: str | None
+    folder: str
+    """The run's own: checkpoints, the adapter, the report."""
+    base_name: str
+    base_repo: str | None = None
+    """Its name on the Hub."""
+    base_commit: str | None = None
+    memory_limit: int
+    """Bytes; 0: half of what is free."""
+
+
+# ---- api -> trainer --------------------------------------------------------------------------
+
+
+class Check(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Read both files and decide everything that is "auto". Needs no base in memory."""
+
+    config: EngineConfig
+    job: TrainJob
+
+
+class Train(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Train on the base that an engine has published."""
+
+    config: EngineConfig
+    manifest: bytes
+    """From the engine's `Ready`."""
+    job: TrainJob
+    share: float
+    """Part of the time that may be computed in while rows run; 0 to 1."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End at the next layer; to go on later, or for good."""
+
+    reason: Reason
+
+
+ToTrainer = Check | Train | Stop
+
+
+# ---- trainer -> api --------------------------------------------------------------------------
+
+
+class Said(msgspec.Struct, frozen=True, tag=True):
+    event: AnyEvent
+
+
+class Checked(msgspec.Struct, frozen=True, tag=True):
+    """Both files are sound and the job fits. `plan`: `recipe`, `estimate`, `steps`."""
+
+    plan: dict[str, Any]
+
+
+class Trained(msgspec.Struct, frozen=True, tag=True):
+    """The adapter lies in the job's folder. `report`: run.Report.to_json()."""
+
+    report: dict[str, Any]
+
+
+class Stopped(msgspec.Struct, frozen=True, tag=True):
+    """It did as `Stop` said; for a pause, a checkpoint is written."""
+
+    reason: Reason
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One bad line of a file. `line` counts from 1; `field` may be ""."""
+
+    line: int
+    field: str
+    reason: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The job cannot be done. `code` is stable, `message` says what to change; `param` names what."""
+
+    code: str
+    message: str
+    param: str | None = None
+    problems: list[Problem] = []
+    problem_count: int = 0
+
+
+FromTrainer = Said | Checked | Trained | Stopped | Failed
+
+
+def to_trainer_decoder() -> msgspec.msgpack.Decoder[ToTrainer]:
+    return msgspec.msgpack.Decoder(ToTrainer)
+
+
+def from_trainer_decoder() -> msgspec.msgpack.Decoder[FromTrainer]:
+    return msgspec.msgpack.Decoder(FromTrainer)

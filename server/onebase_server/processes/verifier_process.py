@@ -1,0 +1,189 @@
+"""The verifier process: attaches the base that an engine published, and proves versions on it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_adapters.proof.verifier import OnProgress, Stage, Verifier
+from onebase_adapters.proof.verify import ProofError
+from onebase_engine.base.attach import AttachError, attach
+from onebase_engine.base.load import BaseChangedError, BaseSettings
+from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
+from onebase_engine.machine import is_out_of_memory
+from onebase_server.processes.verifier_channel import ApiGoneError, Channel
+from onebase_server.processes.verifier_protocol import (
+    Alive,
+    Attach,
+    Attached,
+    Progress,
+    Prove,
+    Proved,
+    Rejected,
+)
+
+logger = logging.getLogger(__name__)
+
+NICENESS = 10
+ALIVE_SECONDS = 1.0
+"""Time between two signs of life of a job."""
+PROGRESS_SECONDS = 0.1
+"""Time between two progress messages of one stage."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run(sock: socket.socket, base_fd: int | None = None, scratch: Path | None = None) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status.
+
+    `scratch`: a folder that is removed if the process has to end in the middle of something.
+    """
+    channel = Channel(sock, scratch)
+    try:
+        message = channel.receive()
+        if not isinstance(message, Attach):
+            logger.error("expected Attach, got %s", type(message).__name__)
+            return 0
+        try:
+            verifier = _attach(message, base_fd, channel)
+        except ApiGoneError:
+            raise
+        except Exception as error:
+            logger.exception("the base cannot be attached")
+            explained = isinstance(error, AttachError)
+            channel.send(Fatal(message=str(error) if explained else f"{type(error).__name__}: {error}"))
+            return 2
+        return _serve(verifier, channel)
+    except ApiGoneError:
+        return 0
+
+
+def step_aside() -> None:
+    """Leave the processor to the engine, and be the first to go when memory runs out."""
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _attach(message: Attach, base_fd: int | None, channel: Channel) -> Verifier:
+    started = time.monotonic()
+    config = message.config
+    torch.set_num_threads(_threads(config))
+    settings = BaseSettings(folder=Path(config.base_folder), dtype=getattr(torch, config.dtype))
+    base = attach(settings, message.manifest, base_fd)
+    importlib.import_module("peft")  # so that the first version does not wait for it
+    verifier = Verifier(base, max_rank=config.max_rank, base_id=message.base_id)
+    channel.send(Attached(seconds=time.monotonic() - started))
+    return verifier
+
+
+def _threads(config: EngineConfig) -> int:
+    """As many as the engine was given, or half the cores."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _serve(verifier: Verifier, channel: Channel) -> int:
+    while not isinstance(message := channel.receive(), Shutdown):
+        if not isinstance(message, Prove):
+            logger.error("unexpected message %s", type(message).__name__)
+            continue
+        try:
+            with _signs_of_life(channel):
+                reply = answer(verifier, message, _Reporter(message.digest, channel).report)
+            channel.send(reply)
+        except BaseChangedError as error:
+            logger.critical("%s; the process ends", error)
+            channel.send(Rejected(digest=message.digest, code="base_changed", message=str(error)))
+            return 3
+        except torch.AcceleratorError as error:
+            logger.critical("%s; the process ends", error)
+            channel.send(Rejected(digest=message.digest, code="device_error", message=str(error)))
+            return 3
+    return 0
+
+
+@contextlib.contextmanager
+def _signs_of_life(channel: Channel) -> Iterator[None]:
+    """Says from a thread of its own that the process lives, however long one product takes."""
+    over = threading.Event()
+
+    def say() -> None:
+        with contextlib.suppress(ApiGoneError):
+            while not over.wait(ALIVE_SECONDS):
+                channel.send(Alive())
+
+    thread = threading.Thread(target=say, name="verifier-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def answer(verifier: Verifier, job: Prove, on_progress: OnProgress) -> Proved | Rejected:
+    """Prove a version, or say why it is not served; then no packed adapter is left.
+
+    Raises:
+        BaseChangedError, torch.AcceleratorError: nothing more can be proved in this process.
+        ApiGoneError: from `on_progress`.
+    """
+    try:
+        proven = verifier.prove(
+            Path(job.config_path),
+            Path(job.weights_path),
+            Path(job.packed_path),
+            probes=job.probes,
+            probe_tokens=job.probe_tokens,
+            allow_noop=job.allow_noop,
+            on_progress=on_progress,
+        )
+    except (BaseChangedError, torch.AcceleratorError, ApiGoneError):
+        raise
+    except Exception as error:
+        code = _code(error)
+        if code == "proof_error":
+            logger.exception("the proof of %s failed", job.digest[:12])
+        known = isinstance(error, AdapterFormatError | ProofError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        return Rejected(digest=job.digest, code=code, message=message)
+    return Proved(digest=job.digest, report=proven.report, sha256=proven.sha256, bytes=proven.bytes)
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, AdapterFormatError):
+        return error.code
+    if isinstance(error, ProofError):
+        return "proof_failed"
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return "store_full"
+    if is_out_of_memory(error):
+        return "no_memory"
+    return "proof_error"
+
+
+class _Reporter:
+    """Sends a job's progress, not too often, and ends the job when the api has gone."""
+
+    def __init__(self, digest: str, channel: Channel) -> None:
+        self._digest = digest
+        self._channel = channel
+        self._stage: Stage | None = None
+        self._sent_at = 0.0
+
+    def report(self, stage: Stage, fraction: float) -> None:
+        self._channel.check()
+        now = time.monotonic()
+        if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
+            self._stage, self._sent_at = stage, now
+            self._channel.send(Progress(digest=self._digest, stage=stage, fraction=fraction))

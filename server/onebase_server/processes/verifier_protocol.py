@@ -1,0 +1,89 @@
+"""What the api and the verifier say to each other, in the frames of `engine.protocol`.
+
+`Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, one job
+at a time.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from onebase_adapters.proof.report import VersionReport
+from onebase_adapters.proof.verifier import Stage
+from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
+
+# ---- api -> verifier -------------------------------------------------------------------------
+
+
+class Attach(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The first message: attach the base that an engine has published."""
+
+    config: EngineConfig
+    manifest: bytes
+    """From the engine's `Ready`."""
+    base_id: str = ""
+    """Written into packed adapters, so that no other base ever loads them."""
+
+
+class Prove(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Validate, load and prove one version; write its packed adapter."""
+
+    digest: str
+    config_path: str
+    weights_path: str
+    packed_path: str
+    """Where to write the packed adapter; nothing is left there when the job fails."""
+    probes: list[list[int]]
+    """Prompts, as tokens, whose greedy texts are compared."""
+    probe_tokens: int
+    """Tokens of each of those texts."""
+    allow_noop: bool = False
+
+
+ToVerifier = Attach | Prove | Shutdown
+
+
+# ---- verifier -> api -------------------------------------------------------------------------
+
+
+class Attached(msgspec.Struct, frozen=True, tag=True):
+    seconds: float
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    digest: str
+    stage: Stage
+    fraction: float
+    """Of the whole job, 0 to 1."""
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """Sent every second while a version is being proved: the process has neither died nor been stopped."""
+
+
+class Proved(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    digest: str
+    report: VersionReport
+    sha256: str
+    """Of the packed adapter."""
+    bytes: int
+    """Size of the packed adapter."""
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The version is not served. `code` is stable, `message` is for the one who uploaded it."""
+
+    digest: str
+    code: str
+    message: str
+
+
+FromVerifier = Attached | Alive | Progress | Proved | Rejected | Fatal
+
+
+def to_verifier_decoder() -> msgspec.msgpack.Decoder[ToVerifier]:
+    return msgspec.msgpack.Decoder(ToVerifier)
+
+
+def from_verifier_decoder() -> msgspec.msgpack.Decoder[FromVerifier]:
+    return msgspec.msgpack.Decoder(FromVerifier)

@@ -1,0 +1,139 @@
+"""A row's bits are its own at lengths where the library's products change their order of summation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers as tf
+from tests.engine.harness import Request
+from torch import nn
+
+from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import attention
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.product_shapes import Heads, ProductShapes, find_shapes
+from onebase_engine.engine.scheduler import Limits
+
+LONGEST = 4224
+Scores = list[protocol.TokenLogprob]
+
+HEADS = {"grouped": (6, 2), "multi-head": (2, 2), "multi-query": (4, 1)}
+"""Query heads and KV heads; each has its own smallest product."""
+CASES = {
+    "bf16 grouped": ("grouped", torch.bfloat16, False),
+    "bf16 multi-head": ("multi-head", torch.bfloat16, False),
+    "bf16 multi-query": ("multi-query", torch.bfloat16, False),
+    "bf16 of fixed shape": ("grouped", torch.bfloat16, True),
+    "fp32": ("grouped", torch.float32, False),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[nn.Module]:
+    heads, dtype, fixed = CASES[request.param]
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=320,
+        hidden_size=64 * HEADS[heads][0],
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS[heads][0],
+        num_key_value_heads=HEADS[heads][1],
+        head_dim=64,
+        max_position_embeddings=LONGEST,
+        initializer_range=0.15,
+    )
+    folder = tmp_path_factory.mktemp("long")
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if fixed:
+            patch.setattr(attention, "find_shapes", lambda *_: ProductShapes(fixed=True))
+        yield load_base(BaseSettings(folder, quantization="none", dtype=dtype))
+
+
+def engine(base: nn.Module, *, step_tokens: int = 512, kv_blocks: int = 700) -> Engine:
+    return Engine(base, name="long", limits=Limits(16, step_tokens, LONGEST), kv_blocks=kv_blocks, slots=1)
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(length)
+    return tuple(torch.randint(3, 320, (length,), generator=generator).tolist())
+
+
+def serve(one: Engine, lengths: list[int], tokens: int = 6) -> dict[int, Scores]:
+    """Serve prompts of these lengths together, and return each one's tokens with logprobs."""
+    found: dict[int, Scores] = {length: [] for length in lengths}
+    for length in lengths:
+        request = Request(prompt(length), None, tokens)
+        sampling = protocol.Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=4)
+        one.submit(protocol.Submit(id=str(length), prompt=list(request.prompt), sampling=sampling))
+    while one.busy:
+        one.step()
+        for output in one.take_outputs():
+            assert output.error_message is None, output.error_message
+            found[int(output.id)] += output.logprobs or []
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(base: nn.Module) -> dict[int, Scores]:
+    """The rows of the tests below, together; some cross an edge while they are decoded."""
+    return serve(engine(base), [700, 900, 1000, 1021, 1100, 2045, 4000])
+
+
+@pytest.mark.parametrize("length", [700, 1000, 1021, 1100, 2045])
+def test_a_rows_logprobs_are_its_own_next_to_rows_of_other_lengths(
+    base: nn.Module, together: dict[int, Scores], length: int
+) -> None:
+    assert serve(engine(base), [length])[length] == together[length]
+
+
+@pytest.mark.parametrize("step_tokens", [100, 256, 1031])
+def test_a_long_prompts_logprobs_do_not_depend_on_its_chunks(
+    base: nn.Module, together: dict[int, Scores], step_tokens: int
+) -> None:
+    found = serve(engine(base, step_tokens=step_tokens), [900, 1100, 2045])
+    assert found == {length: together[length] for length in found}
+
+
+def test_a_long_rows_logprobs_are_the_same_after_a_prefix_hit(
+    base: nn.Module, together: dict[int, Scores]
+) -> None:
+    one = engine(base)
+    for length in (1021, 1100, 2045):
+        assert serve(one, [length])[length] == serve(one, [length])[length] == together[length]
+    assert one.counters.cached_tokens > 4000
+
+
+def test_a_long_rows_logprobs_are_the_same_after_preemption(
+    base: nn.Module, together: dict[int, Scores]
+) -> None:
+    tight = engine(base, step_tokens=4000, kv_blocks=2 + 57 + 63 + 64)
+    found = serve(tight, [900, 1000, 1021])
+    assert tight.scheduler.preemptions > 0
+    assert found == {length: together[length] for length in found}
+
+
+def test_rows_of_the_default_base_are_their_own_next_to_longer_ones() -> None:
+    base = load_base(BaseSettings(resolve_base(DEFAULT_BASE).folder))
+    together = serve(engine(base), [700, 1060], tokens=4)
+    assert serve(engine(base, step_tokens=200), [1060], tokens=4) == {1060: together[1060]}
+    assert serve(engine(base), [700], tokens=4) == {700: together[700]}
+
+
+def test_the_shapes_of_products_are_found_by_trial_and_lengths_never_cross_an_edge() -> None:
+    shapes = find_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.bfloat16, 2048)
+    assert shapes.fixed or shapes.queries >= 2, "a single row is summed in another order"
+    assert find_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.float32, 2048) == ProductShapes(fixed=True)
+    shapes = ProductShapes(edges=(1024, 4096))
+    assert list(shapes.parts(1000, 5000)) == [(1000, 1024), (1024, 4096), (4096, 5000)]
+    assert list(shapes.parts(1024, 4096)) == [(1024, 4096)]
+    for length in range(1, 9000):
+        padded = shapes.padded(length)
+        assert length <= padded <= max(length + 63, length * 1.07)
+        assert shapes.side(padded) == shapes.side(length)
+        assert ProductShapes(fixed=True).padded(length) % 256 == 0

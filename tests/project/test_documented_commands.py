@@ -1,0 +1,291 @@
+"""Every command line of the documentation is run: for real where that is cheap, else up to its parser.
+
+A line that no row of TABLE knows fails: say there how it is to be run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.clients.real_server import Server, running_server
+from tests.clients.test_end_to_end_adapters import copied
+
+from onebase import Client
+from onebase.cli import adapters, jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples" / "adapters"
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "examples").rglob("README.md"))),
+    "benchmarks/README.md",
+]
+SHELLS = ("sh", "bash", "console")
+PROGRAMS = r"sudo|git|make|curl|docker|python[\d.]*|pip|onebase|accelerate|\.venv/bin/\w+"
+
+RUN = "run"
+"""In a shell, against the real server, which has the example adapters. MORE makes some shorter."""
+PARSE = "parse"
+"""In a shell, up to the real parser of its options; of `make` the real rules, without doing what they say."""
+
+TABLE: tuple[tuple[str, str], ...] = (
+    (r"curl http://127\.0\.0\.1:8000/", RUN),
+    (r"curl 'http://127\.0\.0\.1:8000/", RUN),
+    (r"onebase (generate|models|version)( (?!--help)|$)", RUN),
+    (r"onebase (adapters|jobs) \w+( [^-]|$)", RUN),
+    (r"git diff \| onebase generate ", RUN),
+    (r"onebase chat$", RUN),
+    (r"onebase [a-z]+( [a-z]+)? --help$", RUN),
+    (r"onebase data check \w+\.", RUN),
+    (r"onebase estimate --base ", RUN),
+    (r"python examples/data/make_\w+\.py$", RUN),
+    (r"make ", PARSE),  # sets up, or runs every test
+    (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
+    (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
+    (r"accelerate launch -m onebase_adapters\.training\.cli\.train ", PARSE),  # several GPUs
+    (r"accelerate launch$", "only named"),
+    (r"for name in orders pirate; do\n", PARSE),  # an hour of training
+    (r"python benchmarks/\w+\.py", PARSE),  # minutes each, and other programs to compare with
+    (r"python -m onebase_server\.\w+$", "a child process, started by the server"),
+    # What others made, or what changes the machine, is not run at all.
+    (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),
+    (r"git clone <this repository> onebase && cd onebase$", "has no address yet"),
+    (r"docker build ", "Docker; test_container.py reads the Dockerfile"),
+    (r"python3(\.11)? -m venv ", "another environment"),
+    (r"pip install ", "downloads"),
+    (r"(cd ~/vllm/lib/|sed -i 's/\^Name)", "vLLM's installed files"),
+)
+
+MORE = {
+    "onebase generate ": " --max-tokens 4",
+    "onebase chat": " --max-tokens 4",
+    "onebase jobs create ": " --set max_steps=1 --set max_length=32 --set batch_size=2",
+    "curl ": " --silent --show-error --fail-with-body",
+}
+"""What keeps a line short, and lets it fail."""
+PROGRAMS_UP_TO_PARSER = {
+    "sitecustomize.py": """
+import argparse, sys
+whole = argparse.ArgumentParser.parse_args
+def parse_args(*arguments, **settings):
+    whole(*arguments, **settings)
+    sys.exit(0)
+argparse.ArgumentParser.parse_args = parse_args
+""",
+    "accelerate": '#!/bin/sh\nshift\nexec python "$@"\n',
+    "make": f'#!/bin/sh\nPATH=/usr/local/bin:/usr/bin:/bin exec make --dry-run -C "{ROOT}" "$@"\n',
+}
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One command, with its continuation lines, as written in a page."""
+
+    page: str
+    text: str
+
+    @property
+    def how(self) -> list[str]:
+        """RUN, PARSE, or why neither: what TABLE says, once if it is right."""
+        return [how for pattern, how in TABLE if re.match(pattern, self.text)]
+
+
+def lines(page: str) -> list[Line]:
+    """First what stands in the page's blocks, then what does in its sentences."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    commands = [one for language, block in blocks for one in of_block(language, block)]
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    spans = [span.replace("\n", " ") for span in re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", outside)]
+    # Where a sentence only names a command, there must be such a one.
+    named = [re.sub(r"^(onebase [a-z]+(?: [a-z]+)?)$", r"\1 --help", span) for span in spans]
+    return [Line(page, plain(command)) for command in (*commands, *dict.fromkeys(named))]
+
+
+def of_block(language: str, block: str) -> list[str]:
+    """The commands of a block; of a block with a `$` the other lines are output."""
+    if language not in SHELLS and (language or not re.match(rf"(\$ )?({PROGRAMS}) ", block)):
+        return []
+    block = block.replace("\\\n", " ")
+    if block.startswith("$ "):
+        return re.findall(r"^\$ (.+)$", block, re.MULTILINE)
+    # A quote may go on over lines, as the body of a curl does; so does a loop.
+    pieces = re.findall(r"(?:^for .+?^done$|'[^']*'|\"[^\"\n]*\"|[^\n'\"])+", block, re.MULTILINE | re.DOTALL)
+    return [piece for piece in pieces if piece.strip()]
+
+
+def plain(command: str) -> str:
+    """Without comments, and with programs found by PATH."""
+    command = re.sub(r"\s+# .*$", "", command, flags=re.MULTILINE)
+    command = re.sub(r"(^|&& |\| )\s*(?:\.venv|~/\w+)/bin/", r"\1", command, flags=re.MULTILINE)
+    return re.sub(r" {2,}", " ", command).strip()
+
+
+def pages(how: str) -> list[str]:
+    return [page for page in PAGES if any(how in line.how for line in lines(page))]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("server")) as made:
+        support = {f"support/{file.name}": file.read_bytes() for file in (EXAMPLES / "orders").iterdir()}
+        plain = {file.name: file.read_bytes() for file in (EXAMPLES / "orders").iterdir()}
+        made.hub.add_repo("acme/repo", plain)
+        made.hub.add_repo("acme/repo", support, ("v2",))
+        made.hub.add_repo("acme/orders-lora", plain)
+        made.hub.add_repo("meta-llama/Llama-3.1-8B", {"config.json": json.dumps(LLAMA_8B).encode()})
+        yield made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with what the pages speak of."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    for file in (EXAMPLES / "orders").iterdir():
+        shutil.copy(file, tmp_path)
+    for place, source, alpha in (("acme-support", "orders", 30), ("legal", "pirate", 15)):
+        copied(source, tmp_path / "outputs" / place, lora_alpha=alpha)
+    copied("orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
+    for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl"):
+        rows = [{"prompt": f"{file} {number}", "completion": "yes"} for number in range(4)]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run(
+        "git init -q . && git add train.jsonl && echo >> train.jsonl", shell=True, cwd=tmp_path, check=True
+    )
+    return tmp_path
+
+
+def shell(command: str, folder: Path, environment: dict[str, str], typed: str = "") -> str:
+    """What the command prints through pipes. It must end well, and print nothing but text."""
+    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environment},
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, (command, printed)
+    assert not re.search(r"\x1b|Traceback|Warning", printed), (command, printed)
+    return printed
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_known(page: str) -> None:
+    for line in lines(page):
+        assert len(line.how) == 1, f"{line.text!r} matches {len(line.how)} rows of TABLE: say how it is run"
+
+
+def test_no_row_of_the_table_is_left_over() -> None:
+    written = [line.text for page in PAGES for line in lines(page)]
+    assert not [pattern for pattern, _ in TABLE if not any(re.match(pattern, text) for text in written)]
+
+
+def test_every_action_is_documented() -> None:
+    words = [line.text.split() for line in lines("docs/sdk.md") if line.text.startswith("onebase ")]
+    assert {word[2] for word in words if word[1] == "adapters"} >= adapters.ACTIONS.keys() - {"unpin"}
+    assert {word[2] for word in words if word[1] == "jobs"} >= jobs.ACTIONS.keys()
+
+
+@pytest.mark.parametrize("page", pages(RUN))
+def test_what_a_page_shows_runs(page: str, server: Server, folder: Path) -> None:
+    environment = {"ONEBASE_URL": server.url, **server.hub.environment(folder / "hf")}
+    with Client(server.url) as client:
+        version = ""
+        if any("acme-support@" in line.text for line in lines(page)):
+            client.adapters.upload(folder / "outputs" / "legal", name="legal")
+            version = client.adapters.upload(folder / "outputs" / "acme-support", name="acme-support").version
+        for line in lines(page):
+            if RUN in line.how:
+                command = line.text.replace("3f2a9c41", version[:8]).replace("org/", "acme/")
+                if "ftjob-5b7e0d12" in command:
+                    command = command.replace("ftjob-5b7e0d12", the_job(client, command.split()[2], folder))
+                command = command.replace("http://127.0.0.1:8000", server.url) + MORE.get(first(command), "")
+                assert shell(command, folder, environment, "Hello\n")
+
+
+def first(command: str) -> str:
+    """The command that a line is about."""
+    return next((words for words in MORE if words in command), "")
+
+
+def the_job(client: Client, action: str, folder: Path) -> str:
+    """The newest job, once the action makes sense; as people write it."""
+    if action == "cancel":
+        client.training.create(folder / "train.jsonl", max_steps=1, max_length=32)
+    (job,) = client.training.list(limit=1)
+    with job.stream_events() as events:
+        while action == "pause" and job.refresh().status == "validating_files":
+            next(events)
+    return job.id[:14]
+
+
+@pytest.mark.parametrize("page", pages(PARSE))
+def test_what_a_page_shows_has_options_that_exist(page: str, folder: Path) -> None:
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, script in PROGRAMS_UP_TO_PARSER.items():
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
+    for text in dict.fromkeys(line.text for line in lines(page) if PARSE in line.how):
+        # One round of a loop does.
+        text = text.replace("in orders pirate;", "in orders;").replace("<this folder>", ".")
+        shell(text, folder, {"PYTHONPATH": str(programs)})
+
+
+def test_an_option_that_does_not_exist_is_found(folder: Path) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "sitecustomize.py").write_text(PROGRAMS_UP_TO_PARSER["sitecustomize.py"])
+    with pytest.raises(AssertionError, match="unrecognized arguments"):
+        shell("onebase sweep --data x --nome acme", folder, {"PYTHONPATH": str(folder / "bin")})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "models", "version", "adapters list", "adapters show orders", "jobs list",
+        "generate Hi --max-tokens 2", "data check train.jsonl", "estimate --gpu l4",
+    ],
+)  # fmt: skip
+def test_json_is_one_document(command: str, server: Server, folder: Path) -> None:
+    environment = {"ONEBASE_URL": server.url}
+    assert isinstance(
+        json.loads(shell(f"onebase {command} --json 2> log", folder, environment)), (dict, list)
+    )
+
+
+def test_through_a_pipe_no_line_is_empty_and_none_is_broken(folder: Path) -> None:
+    environment = {"COLUMNS": ""}
+    (line,) = shell("onebase base fetch", folder, environment).splitlines()
+    assert Path(line).is_dir()
+    last = shell("unset COLUMNS; onebase estimate --gpu l4", folder, environment).splitlines()[-1]
+    assert last.startswith("Measured peaks were")
+    assert last.endswith("tell better.")

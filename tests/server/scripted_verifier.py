@@ -1,0 +1,93 @@
+"""A verifier process that speaks the real protocol and proves whatever it is given, in a moment.
+
+It stands in for the verifier beside a scripted engine, which has no base to attach. The "prepared" file is
+the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd N [--base-fd N]`:
+
+    proves    everything is proved, unless its weights begin with the word `broken`
+    slow      as `proves`, after a second
+    dies      exits at every job
+    unattached  cannot attach the base
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_server.processes.verifier_protocol import (
+    Attach,
+    Attached,
+    FromVerifier,
+    ModuleReport,
+    Progress,
+    ProofReport,
+    Prove,
+    Proved,
+    Rejected,
+    VersionReport,
+    to_verifier_decoder,
+)
+
+REPORT = VersionReport(
+    kinds=["lora"], rank=8, alpha=16.0, rslora=False, targets=["q_proj"], parameters=64, bytes=256,
+    base_name=None, dropped=[],
+    modules=[ModuleReport(name="q_proj", kind="lora", rank=8, alpha=16.0, parameters=64, norm=1.0)],
+    proof=ProofReport(
+        modules_compared=1, modules_changed=1, rows=32, exact=True, largest_difference=0.0, texts=0,
+        tokens_compared=0, texts_changed=0, base_unchanged=True, seconds=0.0,
+    ),
+)  # fmt: skip
+
+
+class ScriptedVerifier:
+    """Answers one message after the other."""
+
+    def __init__(self, behaviour: str, connection: socket.socket) -> None:
+        self.behaviour = behaviour
+        self.connection = connection
+
+    def send(self, message: FromVerifier) -> None:
+        self.connection.sendall(encode(message))
+
+    def run(self) -> None:
+        frames, decoder = FrameReader(), to_verifier_decoder()
+        while data := self.connection.recv(1 << 16):
+            for payload in frames.feed(data):
+                self.receive(decoder.decode(payload))
+
+    def receive(self, message: object) -> None:
+        if isinstance(message, Attach):
+            if self.behaviour == "unattached":
+                os._exit(11)
+            self.send(Attached(0.0))
+        elif isinstance(message, Prove):
+            self.prove(message)
+        elif isinstance(message, Shutdown):
+            sys.exit(0)
+
+    def prove(self, job: Prove) -> None:
+        if self.behaviour == "dies":
+            os._exit(11)
+        self.send(Progress(job.digest, "validating", 0.1))
+        self.send(Progress(job.digest, "proving", 0.5))
+        if self.behaviour == "slow":
+            time.sleep(1.0)
+        content = Path(job.weights_path).read_bytes()
+        if content.startswith(b"broken"):
+            self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))
+            return
+        shutil.copyfile(job.weights_path, job.packed_path)
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.send(Proved(digest=job.digest, report=REPORT, sha256=sha256, bytes=len(content)))
+
+
+if __name__ == "__main__":
+    arguments = sys.argv
+    descriptor = int(arguments[arguments.index("--fd") + 1])
+    ScriptedVerifier(arguments[1], socket.socket(fileno=descriptor)).run()

@@ -1,0 +1,104 @@
+"""How a version gets another prepared file when its own is damaged, with a real registry and store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onebase_adapters.registry import Registry
+from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.store import Store
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.packed_files import PackedAdapterFiles
+from onebase_server.adapters.prover import Proof
+from onebase_server.adapters.service import Library
+from onebase_server.background import Threads
+
+REPORT = {"proof": {"modules_changed": 1}}
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="b" * 64, base_name="base")
+    registry.migrate()
+    yield registry
+    registry.close()
+
+
+class Prover:
+    """Prepares every version as the same bytes, as the real one does."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.proofs = 0
+
+    async def prove(self, _files: VersionFiles, **_how: Any) -> Proof:
+        self.proofs += 1
+        with self.store.writer() as writer:
+            writer.write(b"prepared")
+            return Proof(REPORT, writer.commit())
+
+
+class House:
+    """A library around them, without engine or verifier; made in an event loop."""
+
+    def __init__(self, registry: Registry, folder: Path) -> None:
+        store = Store(str(folder / "store"), folder / "cache")
+        disk = Threads("disk", 2)
+        nobody: Any = None
+        self.prover: Any = Prover(store)
+        self.catalog = Catalog("base", registry, Threads("records", 2))
+        self.files = PackedAdapterFiles(self.catalog, store, disk)
+        self.library = Library(
+            registry, store, self.catalog, nobody, self.prover,
+            base_names=("base",), records=Threads("records", 2), disk=disk,
+        )  # fmt: skip
+        with store.writer() as config, store.writer() as weights:
+            config.write(b"{}")
+            weights.write(b"weights")
+            files = VersionFiles(config.commit(), weights.commit())
+        self.digest = files.digest
+        for name in ("acme", "other"):
+            registry.add_version(name, files.digest, files, {"kind": "upload"})
+        self.store = store
+
+    async def make_ready(self) -> None:
+        await self.catalog.refresh()
+        await self.library.resume()
+        await self.settled()
+
+    async def settled(self) -> None:
+        """Wait until nothing is on its way."""
+        while self.library._tasks or self.library._jobs:
+            await asyncio.sleep(0.01)
+
+    def states(self) -> list[str]:
+        return [version.state for version in self.catalog.of_digest(self.digest)]
+
+
+def test_a_version_that_was_healed_is_not_opened_again_by_a_late_report_of_the_old_file(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        await house.make_ready()
+        old = house.files.find(house.digest)
+        (await house.files.fetch(old)).unlink()
+
+        house.library.begin_again(old)
+        await house.settled()
+        proofs = house.prover.proofs
+        healed = house.files.find(house.digest)
+        house.library.begin_again(old)
+        await house.settled()
+
+        assert proofs == house.prover.proofs == 2
+        assert house.states() == ["ready", "ready"]
+        assert (healed.blob, len(healed.versions)) == (old.blob, 2)
+        assert (await house.files.fetch(healed)).read_bytes() == b"prepared"
+
+    asyncio.run(asyncio.wait_for(test(), 60))

@@ -1,0 +1,67 @@
+"""Which base adapters are bound to, and which device that base is on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onebase_engine.base.identity import base_id
+from onebase_server.settings import Settings
+from onebase_server.storage import chosen_device, open_storage
+
+from .support import Starter, upload
+
+ORIGINAL = {
+    "quantization": "nf4",
+    "blocksize": 64,
+    "double_quant": True,
+    "compute_dtype": "bfloat16",
+    "dtype": "bfloat16",
+}
+"""What made an identity in registries that know no device."""
+
+
+def test_a_base_on_the_cpu_keeps_the_identity_that_registries_know(base_folder: Path, tmp_path: Path) -> None:
+    storage = open_storage(Settings(data_dir=str(tmp_path), device="cpu"), "base", base_folder)
+    storage.registry.close()
+    assert storage.base_id == base_id(base_folder, ORIGINAL)
+
+
+def test_adapters_proved_on_one_device_are_not_served_on_another_and_stay_where_they_were(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    def seen(device: str, *, send: str | None = None) -> dict[str, str]:
+        options = ("words", "--device", device)
+        with serve_scripted(*options, data_dir=tmp_path) as server, server.client() as http:
+            if send is not None:
+                upload(http, send, b"weights").raise_for_status()
+            return {one["name"]: one["state"] for one in http.get("/v1/adapters").json()["data"]}
+
+    assert seen("cpu", send="acme") == {"acme": "ready"}
+    assert seen("cuda", send="on-the-gpu") == {"on-the-gpu": "ready"}
+    assert seen("cpu") == {"acme": "ready"}
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_auto_takes_the_gpu_that_torch_finds_and_asks_only_where_there_may_be_one(
+    found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, devices = tmp_path / "sources", tmp_path / "dev"
+    sources.mkdir()
+    devices.mkdir()
+    (sources / "torch.py").write_text(
+        "class cuda:\n"
+        "    def is_available():\n"
+        f"        open({json.dumps(str(tmp_path / 'asked'))}, 'w')\n"
+        f"        return {found}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(sources))
+    (devices / "null").touch()
+    assert chosen_device("auto", devices) == "cpu"
+    assert not (tmp_path / "asked").exists()
+    (devices / "nvidiactl").touch()
+    assert chosen_device("auto", devices) == ("cuda" if found else "cpu")
+    assert (tmp_path / "asked").exists()
+    assert (chosen_device("cpu", devices), chosen_device("cuda", devices)) == ("cpu", "cuda")
