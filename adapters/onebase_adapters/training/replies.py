@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.training.samples import Prompt
 from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
@@ -37,7 +36,7 @@ def generate_replies(
     base: nn.Module,
     adapter: AdapterWeights | None,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     max_tokens: int,
     *,
     on_progress: Callable[[float], None] | None = None,
@@ -60,8 +59,7 @@ def generate_replies(
     """
     limit = longest_row(base.config) or 2**31
     rows = [
-        _Row(str(number), list(prompt.ids), min(max_tokens, limit - len(prompt.ids)))
-        for number, prompt in enumerate(prompts)
+        _Row(str(number), list(ids), min(max_tokens, limit - len(ids))) for number, ids in enumerate(prompts)
     ]
     # Rows of like length run together, so that little is padded.
     asked = sorted((row for row in rows if row.ids and row.most > 0), key=lambda row: row.blocks)
