@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from onebase_server.http.deps import Services
 from onebase_server.http.server import bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
 from onebase_server.processes.engine_link import ENGINE_COMMAND
-from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
+from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor, RestartPolicy
 from onebase_server.processes.trainer_link import TRAINER_COMMAND
 from onebase_server.processes.verifier_link import VERIFIER_COMMAND
 from onebase_server.served_base import Base
@@ -51,6 +51,8 @@ class Commands:
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    """Of the engine."""
 
 
 class StartupError(RuntimeError):
@@ -141,6 +143,7 @@ class _Server:
             queue_limit=settings.queue_limit,
             stall_timeout=settings.stall_timeout,
             command=self.commands.engine,
+            policy=self.commands.restarts,
             on_loading=display.loading,
         )
         services = self._services(supervisor)
