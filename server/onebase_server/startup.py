@@ -26,7 +26,7 @@ from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
-from onebase_server.processes.engine_link import ENGINE_COMMAND
+from onebase_server.processes.link import ENGINE_COMMAND
 from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
 from onebase_server.processes.trainer_link import TRAINER_COMMAND
 from onebase_server.processes.verifier_link import VERIFIER_COMMAND

@@ -21,7 +21,7 @@ from onebase_engine.engine.messages import (
     to_api_decoder,
 )
 from onebase_engine.lora.packed_adapter import read_packed_adapter
-from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
+from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess
 from onebase_server.processes.verifier_link import VerifierLink
 from onebase_server.processes.verifier_protocol import Prove, Proved
 

@@ -31,7 +31,7 @@ from onebase_server.adapters.prover import Prover
 from onebase_server.adapters.residency import Residency
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.generation.inflight import Inflight
-from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
+from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess
 from onebase_server.processes.router import RequestRouter
 
 _LEAST_RETRY_AFTER = 2.0

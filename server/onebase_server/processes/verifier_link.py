@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
-from onebase_server.processes.engine_link import ChildProcess
+from onebase_server.processes.link import ChildProcess
 from onebase_server.processes.scratch import scratch_folder
 from onebase_server.processes.verifier_protocol import (
     Alive,
