@@ -19,8 +19,7 @@ from onebase_adapters.registry import (
     TrainingJob,
     UnknownJobError,
 )
-from onebase_adapters.training.events import DataChecked
-from onebase_adapters.training.gate import Reason
+from onebase_adapters.training.events import DataChecked, Reason
 from onebase_server.jobs.deaths import Death
 from onebase_server.jobs.delivery import LOST, DeliveryError
 from onebase_server.jobs.event_view import problems_told

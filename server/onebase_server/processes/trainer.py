@@ -16,23 +16,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from onebase_adapters.training import events
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data_problems import DataError
-from onebase_adapters.training.data_report import report as data_report
-from onebase_adapters.training.gate import Gate, Interrupted, Reason
-from onebase_adapters.training.loop import Listen, TrainingDivergedError
+from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.events import Interrupted, Reason
+from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.machine import measured_rate
-from onebase_adapters.training.plan import DoesNotFitError, make_plan, read_data
+from onebase_adapters.training.plan import DoesNotFitError, Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, load_tokenizer, train
-from onebase_adapters.training.template_date import keep_template_date, pin_template_date
+from onebase_adapters.training.run import prepare, train
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError
 from onebase_engine.engine.memory import free_memory
@@ -126,6 +123,12 @@ class Work:
         return 0
 
     def _check(self, message: Check) -> Checked:
+        """Decide everything that is "auto", and keep it in the job's folder: the run reads it there.
+
+        Needs the base's folder, but nothing of it in memory, and no accelerator.
+        """
+        from transformers import AutoConfig
+
         job, config = message.job, message.config
         with alone(Path(job.folder)):
             on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -138,8 +141,12 @@ class Work:
             bound_memory(max(self._limit, CHECK_BYTES), CPU)
             budget = (job.memory_limit or None) if on_gpu else self._limit
             run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
-            plan = check(run_job, budget, self._listen, gate, rate)
-            return Checked(plan)
+            self._listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
+            folder = run_job.base.folder
+            base = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            plan = prepare(base, run_job, self._listen, gate, rate=rate)
+            recipe, estimate = plan.recipe.to_json(), plan.estimate.to_json()
+            return Checked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
 
     def _train(self, message: Train) -> Trained:
         job, config = message.job, message.config
@@ -205,53 +212,6 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-# ---- the check -----------------------------------------------------------------------------------
-
-
-def check(
-    job: Job, budget: int | None, listen: Listen, gate: Gate, rate: float | None = None
-) -> dict[str, Any]:
-    """Decide everything that is "auto", and keep it in the job's folder: the run reads it there.
-
-    Needs the base's folder, but nothing of it in memory, and no accelerator.
-
-    Args:
-        job: its `base.device` is where the run will compute.
-        budget: bytes that it may take there, None if nobody said.
-        rate: FLOP/s of that device, if known.
-
-    Returns: `recipe`, `estimate` and `steps`.
-
-    Raises: DataError, RecipeError, DoesNotFitError, Interrupted, OSError.
-    """
-    from transformers import AutoConfig
-
-    tokenizer = load_tokenizer(job.base)
-
-    def on_progress(part: float) -> None:
-        gate.wait()
-        listen(events.Progress(at=time.time(), name="validating_files", part=part))
-
-    listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
-    job = replace(job, recipe=pin_template_date(job.recipe, tokenizer, job.folder))
-    data = read_data(job.train, job.held_out, tokenizer, job.recipe, names=job.names, on_progress=on_progress)
-    checked = data_report(data.train, data.held_out, tokenizer)
-    listen(events.DataChecked(at=time.time(), report=checked.to_json()))
-    config = AutoConfig.from_pretrained(job.base.folder, trust_remote_code=False, local_files_only=True)
-    plan = make_plan(
-        job.folder,
-        job.recipe,
-        data,
-        job.base,
-        config,
-        memory_limit=budget,
-        base_resident=True,
-        rate=rate,
-    )
-    keep_template_date(job.recipe, job.folder)
-    return {"recipe": plan.recipe.to_json(), "estimate": plan.estimate.to_json(), "steps": plan.steps}
 
 
 # ---- failures ------------------------------------------------------------------------------------

@@ -173,8 +173,7 @@ class VerifierClient:
             await self._attached(base)
 
     async def engine_gone(self) -> None:
-        """End the process: nobody holds on to the base when this returns. Proofs that run or wait are
-        interrupted by VerifierGoneError."""
+        """End the process, and all proofs by VerifierGoneError: nobody holds on to the base after that."""
         self._base = None
         self._base_here.clear()
         if self._process is not None:
