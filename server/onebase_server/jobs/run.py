@@ -27,7 +27,7 @@ from onebase_server.jobs.outcomes import place_of
 from onebase_server.jobs.recorder import Recorder
 from onebase_server.jobs.store import JobRecord
 from onebase_server.jobs.trainer_pool import AttachedBase, FileGoneError, Runner
-from onebase_server.processes.trainer_link import Died, Outcome, Trainer
+from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import Check, Checked, Failed, Stopped, Train, Trained
 
 RunKind = Literal["check", "train"]
@@ -49,7 +49,7 @@ class Run:
         self.recorder: Recorder | None = None
         self._runner = runner
         self._base = base
-        self._trainer: Trainer | None = None
+        self._trainer: TrainerClient | None = None
         self._stop: tuple[Reason, float] | None = None
         self._interrupted = ""
         self._delivering = False
@@ -220,7 +220,7 @@ class Run:
             if self._stop is not None:
                 return Stopped(self._stop[0])
             self._in_process = True
-            self._trainer = await Trainer.start(runner.command, message, fds, recorder.listen)
+            self._trainer = await TrainerClient.start(runner.command, message, fds, recorder.listen)
             if self._stop is not None:
                 self.stop(*self._stop)
             return await self._trainer.outcome()
