@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from openai import OpenAI
 
-from onebase_adapters.registry import NewEvent, RegistryBusyError
+from onebase_adapters.registry import JobEvent, RegistryBusyError
 from onebase_adapters.training.events import Notice
 from onebase_server.background import Threads
 from onebase_server.jobs.notifier import Watchers
@@ -163,7 +163,7 @@ class _Away:
         self.times = times
         self.told: list[str] = []
 
-    def note(self, job_id: str, events: list[NewEvent], checkpoints: object, **facts: object) -> None:
+    def note(self, job_id: str, events: list[JobEvent], checkpoints: object, **facts: object) -> None:
         self.times -= 1
         if self.times >= 0:
             raise RegistryBusyError("away")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import (
-    NewEvent,
+    JobEvent,
     NewJob,
     Registry,
     RegistryBusyError,
@@ -78,7 +78,7 @@ def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_t
             id="ftjob-1", tenant="default", server=home.server, name="orders", training_file="file-1",
             validation_file=None, activate="never", settings={}, labels={},
         ),
-        NewEvent(1.0, "made"),
+        JobEvent(1.0, "made"),
     )  # fmt: skip
     with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
         asyncio.run(delete(home))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import JobError, NewEvent, NewJob, Registry, TrainingFile
+from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, TrainingFile
 from onebase_server.background import Threads
 from onebase_server.jobs.manager import Manager
 from onebase_server.jobs.notifier import Watchers
@@ -44,7 +44,7 @@ def add_job(registry: Registry, home: TrainingHome, state: Any, **facts: Any) ->
             id=JOB, tenant="default", server=home.server, name="orders", training_file="file-1",
             validation_file=None, activate="never", settings={}, labels={},
         ),
-        NewEvent(1.0, "made"),
+        JobEvent(1.0, "made"),
     )  # fmt: skip
     records.move(JOB, state, ("validating_files",), **facts)
     (home.job(JOB) / "checkpoints" / "5").mkdir(parents=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from onebase_adapters.registry import NewEvent
+from onebase_adapters.registry import JobEvent
 from onebase_adapters.training import events
 from onebase_server.processes.trainer_protocol import Failed
 
@@ -17,7 +17,7 @@ _LONG = ("losses", "held_out", "recipe")
 """Parts of a report that the result file and the job have."""
 
 
-def told(event: events.Event) -> NewEvent | None:
+def told(event: events.Event) -> JobEvent | None:
     """The event for a job's list; None for those that only move the progress."""
     if isinstance(event, events.StepDone):
         return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
@@ -39,10 +39,10 @@ def told(event: events.Event) -> NewEvent | None:
         )
     if isinstance(event, events.Progress):
         return None
-    return NewEvent(event.at, _message(event), level=_level(event), data=_data(event))
+    return JobEvent(event.at, _message(event), level=_level(event), data=_data(event))
 
 
-def problems_told(failed: Failed) -> list[NewEvent]:
+def problems_told(failed: Failed) -> list[JobEvent]:
     """The bad lines that the trainer named (protocol.MAX_PROBLEMS), in as many events as that takes."""
     now = time.time()
     made = []
@@ -50,12 +50,12 @@ def problems_told(failed: Failed) -> list[NewEvent]:
         part = failed.problems[start : start + PROBLEMS_IN_ONE]
         message = f"{failed.param}: bad lines {start + 1} to {start + len(part)} of {failed.problem_count}"
         data = {"param": failed.param, "problems": [msgspec.to_builtins(problem) for problem in part]}
-        made.append(NewEvent(now, message, level="error", data=data))
+        made.append(JobEvent(now, message, level="error", data=data))
     return made
 
 
-def _metrics(event: events.Event, message: str, data: dict[str, Any]) -> NewEvent:
-    return NewEvent(event.at, message, kind="metrics", data={k: v for k, v in data.items() if v is not None})
+def _metrics(event: events.Event, message: str, data: dict[str, Any]) -> JobEvent:
+    return JobEvent(event.at, message, kind="metrics", data={k: v for k, v in data.items() if v is not None})
 
 
 def _rewards(rewards: dict[str, float]) -> dict[str, float]:

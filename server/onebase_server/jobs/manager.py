@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from onebase_adapters.registry import (
+    JobEvent,
     JobState,
     JobStateError,
-    NewEvent,
     OpenJob,
     RegistryError,
     UnknownJobError,
@@ -172,7 +172,7 @@ class Manager:
         text = "The server was started with --train-jobs 0: the job waits until it is started with more."
         for job in waiting:
             if job.id not in self._told_off:
-                await self._threads.run(self._records.note, job.id, [NewEvent(time.time(), text, "warn")])
+                await self._threads.run(self._records.note, job.id, [JobEvent(time.time(), text, "warn")])
                 self._told_off.add(job.id)
                 self._runner.watchers.notify(job.id)
 
@@ -217,11 +217,11 @@ class Manager:
         """A job whose run has ended without having written what becomes of it."""
         began_here = job.id in self._begun
         why = "The registry was away" if began_here else "The server was started again"
-        event = NewEvent(time.time(), f"{why}; the job goes on {place_of(job)}.")
+        event = JobEvent(time.time(), f"{why}; the job goes on {place_of(job)}.")
         await self._move_on(job, "queued", event)
         self.look()
 
-    async def _move_on(self, job: OpenJob, state: JobState, event: NewEvent | None = None) -> None:
+    async def _move_on(self, job: OpenJob, state: JobState, event: JobEvent | None = None) -> None:
         with suppress(JobStateError, UnknownJobError):
             await self._threads.run(self._records.move, job.id, state, (job.state,), event)
             self._runner.watchers.notify(job.id)

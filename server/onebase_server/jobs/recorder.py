@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onebase_adapters.registry import NewCheckpoint, NewEvent, RegistryError, TrainingRecords, UnknownJobError
+from onebase_adapters.registry import Checkpoint, JobEvent, RegistryError, TrainingRecords, UnknownJobError
 from onebase_adapters.training import events
 from onebase_server.background import Threads
 from onebase_server.jobs.event_view import told
@@ -40,8 +40,8 @@ class Recorder:
         self._records = records
         self._threads = threads
         self._watchers = watchers
-        self._events: list[NewEvent] = []
-        self._checkpoints: list[NewCheckpoint] = []
+        self._events: list[JobEvent] = []
+        self._checkpoints: list[Checkpoint] = []
         self._changed, self._closing = asyncio.Event(), asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._keep_writing())
 
@@ -52,9 +52,7 @@ class Recorder:
         if made is not None:
             self._events.append(made)
         if isinstance(event, events.Saved):
-            checkpoint = NewCheckpoint(
-                event.step, event.path, event.at, self.progress.get("loss"), event.loss
-            )
+            checkpoint = Checkpoint(event.step, event.path, event.at, self.progress.get("loss"), event.loss)
             self._checkpoints.append(checkpoint)
         self._changed.set()
 

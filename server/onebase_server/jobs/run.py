@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 from onebase_adapters.registry import (
     OPEN_STATES,
     JobError,
+    JobEvent,
     JobState,
     JobStateError,
-    NewEvent,
     RegistryError,
     TrainingJob,
     UnknownJobError,
@@ -149,7 +149,7 @@ class Run:
             Check(config=runner.config, job=await runner.train_job(self.job, self._record)), {}
         )
         if isinstance(outcome, Checked):
-            event = NewEvent(time.time(), "The job waits for its turn.")
+            event = JobEvent(time.time(), "The job waits for its turn.")
             told: dict[str, Any] = {"plan": outcome.plan, "deaths": 0, "death_step": 0}
             await self._record.move("queued", ("validating_files",), event, **told)
         else:
@@ -193,7 +193,7 @@ class Run:
                 state = cast(JobState, error.state)
 
     async def _deliver(self, job: TrainingJob) -> None:
-        await self._record.tell(NewEvent(time.time(), "The adapter is being proved."))
+        await self._record.tell(JobEvent(time.time(), "The adapter is being proved."))
         try:
             done = await self._runner.delivery.deliver(job, self._record)
         except DeliveryError as error:
@@ -203,7 +203,7 @@ class Run:
         await self._record.move(
             "succeeded",
             ("running",),
-            NewEvent(time.time(), done.message, level="info" if done.as_wished else "warn"),
+            JobEvent(time.time(), done.message, level="info" if done.as_wished else "warn"),
             version=done.version,
             activated=done.activated,
             result_file=done.result_file,
@@ -239,7 +239,7 @@ class Run:
         if self._interrupted:
             await self._interrupted_for_now()
         elif isinstance(outcome, Failed) and self.stopping:
-            await self._record.tell(NewEvent(time.time(), outcome.message, level="warn"))
+            await self._record.tell(JobEvent(time.time(), outcome.message, level="warn"))
         elif isinstance(outcome, Failed) and outcome.code not in PASSING:
             await self._failed(outcome)
         elif self.stopping:
@@ -255,19 +255,19 @@ class Run:
         await self._fail(JobError(failed.code, failed.message, failed.param))
 
     async def _fail(self, error: JobError, **facts: Any) -> None:
-        event = NewEvent(time.time(), error.message, level="error", data={"code": error.code})
+        event = JobEvent(time.time(), error.message, level="error", data={"code": error.code})
         await self._record.move("failed", OPEN_STATES, event, error=error, **facts)
 
     async def _interrupted_for_now(self) -> None:
         job = await self._record.current()
-        event = NewEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {place_of(job)}.")
+        event = JobEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {place_of(job)}.")
         if job.state == "running":
             await self._record.move("queued", ("running",), event)
 
     async def _stopped(self) -> None:
         job = await self._record.current()
         if job.state == "paused":
-            await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {place_of(job)}."))
+            await self._record.tell(JobEvent(time.time(), f"Paused. A resumed job goes on {place_of(job)}."))
 
     async def _died(self, how: str) -> None:
         self._runner.deaths += 1
@@ -281,7 +281,7 @@ class Run:
         if death.last:
             await self._fail(JobError("trainer_died", death.message), **death.facts)
             return
-        event = NewEvent(time.time(), death.message, level="warn")
+        event = JobEvent(time.time(), death.message, level="warn")
         if self.kind == "check":
             await self._record.move("validating_files", ("validating_files",), event, **death.facts)
         else:

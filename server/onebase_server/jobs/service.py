@@ -14,11 +14,10 @@ from onebase_adapters.registry import (
     OPEN_STATES,
     Activate,
     Checkpoint,
+    JobEvent,
     JobState,
     JobStateError,
-    NewEvent,
     NewJob,
-    TrainingEvent,
     TrainingJob,
     TrainingRecords,
 )
@@ -97,7 +96,7 @@ class Jobs:
             settings=recipe.to_json(),
             labels=labels,
         )
-        event = NewEvent(time.time(), "The job is created; its files are checked.")
+        event = JobEvent(time.time(), "The job is created; its files are checked.")
         with storage_errors():
             made = await self._threads.run(self._records.add_job, job, event)
         self._manager.look()
@@ -197,7 +196,7 @@ class Jobs:
         job = await self.get(job_id)
         if job.state == state:
             return job  # asked for twice
-        event = NewEvent(time.time(), said)
+        event = JobEvent(time.time(), said)
         with storage_errors():
             try:
                 moved = await self._threads.run(
@@ -220,13 +219,13 @@ class Jobs:
 
     # ---- what they tell ----------------------------------------------------------------------
 
-    async def events(self, job_id: str, *, before: int | None, limit: int) -> list[TrainingEvent]:
+    async def events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
         """Newest first. Raises UnknownJobError."""
         job = await self.get(job_id)
         with storage_errors():
             return await self._threads.run(self._records.events, job, before=before, limit=limit)
 
-    async def follow(self, job: TrainingJob, after: int) -> AsyncIterator[TrainingEvent | TrainingJob | None]:
+    async def follow(self, job: TrainingJob, after: int) -> AsyncIterator[JobEvent | TrainingJob | None]:
         """Every event newer than number `after`, oldest first, then the live ones; at the end the job itself.
 
         None comes when there was nothing for a while.

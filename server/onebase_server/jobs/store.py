@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from onebase_adapters.registry import (
+    JobEvent,
     JobState,
     JobStateError,
-    NewEvent,
     RegistryError,
     TrainingFile,
     TrainingJob,
@@ -50,13 +50,13 @@ class JobRecord:
         """One of the files that the job names. Raises RegistryError."""
         return await self._try(self._records.file, self._tenant, file_id)
 
-    async def tell(self, *events: NewEvent, **facts: Any) -> None:
+    async def tell(self, *events: JobEvent, **facts: Any) -> None:
         """Add events, and change fields of TrainingJob. Raises UnknownJobError."""
         await self._try(self._records.note, self._id, events, **facts)
         self._watchers.notify(self._id)
 
     async def move(
-        self, state: JobState, among: Sequence[JobState], event: NewEvent | None = None, **facts: Any
+        self, state: JobState, among: Sequence[JobState], event: JobEvent | None = None, **facts: Any
     ) -> TrainingJob:
         """Raises JobStateError: somebody has moved it meanwhile."""
         job: TrainingJob = await self._try(self._records.move, self._id, state, among, event, **facts)

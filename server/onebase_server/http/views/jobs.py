@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from onebase_adapters.registry import Checkpoint, TrainingEvent, TrainingFile, TrainingJob
+from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
 from onebase_server.adapters.names import label
 from onebase_server.jobs.outcomes import resumable
 
@@ -73,7 +73,7 @@ def job_view(job: TrainingJob, base_name: str) -> Json:
     }
 
 
-def event_view(event: TrainingEvent) -> Json:
+def event_view(event: JobEvent) -> Json:
     return {
         "object": "fine_tuning.job.event",
         "id": event_id(event.number),
