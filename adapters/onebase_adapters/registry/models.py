@@ -188,6 +188,10 @@ class TrainingJob(NewJob):
         return self.state in ENDED_STATES
 
     @property
+    def error_code(self) -> str | None:
+        return self.error.code if self.error else None
+
+    @property
     def trained(self) -> bool:
         """Whether what is left is to deliver it."""
         return self.report is not None

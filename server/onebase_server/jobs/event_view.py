@@ -1,4 +1,4 @@
-"""What a run says, as OpenAI's events for those who follow the job."""
+"""What a run says, as the events that those who follow the job read (OpenAI's)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from onebase_adapters.training import events
 from onebase_server.processes.trainer_protocol import Failed
 
 PROBLEMS_IN_ONE = 500
-"""Bad lines told in one event."""
+"""Bad lines in one event."""
 _LONG = ("losses", "held_out", "recipe")
 """Parts of a report that the result file and the job have."""
 
 
-def told(event: events.Event) -> JobEvent | None:
-    """The event for a job's list; None for those that only move the progress."""
+def job_event(event: events.Event) -> JobEvent | None:
+    """The event of the job that it makes; None when it only changes the progress."""
     if isinstance(event, events.StepDone):
         return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
             "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
@@ -42,8 +42,8 @@ def told(event: events.Event) -> JobEvent | None:
     return JobEvent(event.at, _message(event), level=_level(event), data=_data(event))
 
 
-def problems_told(failed: Failed) -> list[JobEvent]:
-    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), in as many events as that takes."""
+def problem_events(failed: Failed) -> list[JobEvent]:
+    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), PROBLEMS_IN_ONE to an event."""
     now = time.time()
     made = []
     for start in range(0, len(failed.problems), PROBLEMS_IN_ONE):

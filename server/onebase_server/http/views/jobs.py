@@ -8,7 +8,7 @@ from typing import Any
 
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
 from onebase_server.adapters.names import label
-from onebase_server.jobs.outcomes import resumable
+from onebase_server.jobs.state import is_resumable
 
 Json = dict[str, Any]
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
@@ -69,7 +69,7 @@ def job_view(job: TrainingJob, base_name: str) -> Json:
         "progress": job.progress,
         "estimate": (job.plan or {}).get("estimate"),
         "report": {key: report.get(key) for key in _SHORT} if report else None,
-        "resumable": resumable(job),
+        "resumable": is_resumable(job.state, job.error_code),
     }
 
 
