@@ -22,8 +22,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.training.events import DataChecked
-from onebase_adapters.training.gate import Reason
+from onebase_adapters.training.events import DataChecked, Reason
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownFileError

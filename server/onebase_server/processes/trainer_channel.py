@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from onebase_adapters.training.gate import Reason
+from onebase_adapters.training.events import Reason
 from onebase_engine.engine.messages import FrameReader, encode
 from onebase_server.processes.trainer_protocol import Check, Stop, Train, to_trainer_decoder
 

@@ -7,7 +7,7 @@ import errno
 import torch
 
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data_problems import DataError
+from onebase_adapters.training.data.records import DataError
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.plan import DoesNotFitError
 from onebase_adapters.training.recipe import RecipeError

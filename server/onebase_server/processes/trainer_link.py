@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from onebase_adapters.training.events import Event
-from onebase_adapters.training.gate import Reason
+from onebase_adapters.training.events import Event, Reason
 from onebase_engine.engine.messages import encode
 from onebase_server.processes.engine_link import ChildProcess
 from onebase_server.processes.trainer_protocol import (

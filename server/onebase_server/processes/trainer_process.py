@@ -14,11 +14,11 @@ from typing import cast
 
 import torch
 
-from onebase_adapters.training.events import AnyEvent, Event
-from onebase_adapters.training.gate import Interrupted
+from onebase_adapters.training.events import AnyEvent, Event, Interrupted
 from onebase_adapters.training.machine import measured_rate
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import parse_recipe
-from onebase_adapters.training.run import Job, train
+from onebase_adapters.training.run import train
 from onebase_engine.base.attach import attach
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.processes.engine_process import base_settings
@@ -79,7 +79,7 @@ class Work:
             bound_memory(max(self._limit, CHECK_BYTES), CPU)
             budget = (job.memory_limit or None) if on_gpu else self._limit
             run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
-            plan = check(run_job, budget, self._listen, gate, rate)
+            plan = check(run_job, self._listen, gate, rate)
             return Checked(plan)
 
     def _train(self, message: Train) -> Trained:

@@ -10,8 +10,7 @@ from typing import Any
 
 import msgspec
 
-from onebase_adapters.training.events import AnyEvent
-from onebase_adapters.training.gate import Reason
+from onebase_adapters.training.events import AnyEvent, Reason
 from onebase_engine.engine.messages import EngineConfig
 
 MAX_PROBLEMS = 10_000

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from onebase_adapters.proof.report import VersionReport
-from onebase_adapters.proof.verifier import Stage
+from onebase_adapters.proof.report import Stage, VersionReport
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 
 # ---- api -> verifier -------------------------------------------------------------------------

@@ -1,15 +1,73 @@
-"""Records of JSON Lines and JSON files, parsed strictly, each with the line on which it begins."""
+"""Records of JSON Lines and JSON files, parsed strictly, and what is wrong with a bad one.
+
+Each record and each problem has the line on which it begins. Fields, reasons and names of files are valid
+Unicode, whatever the data held: they go through JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
-from onebase_adapters.training.data_problems import DataError, Problem, RowError
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One bad line.
+
+    line: 1-based, as an editor counts; of the record where a file has no lines; 0: the file as a whole.
+    field: as in `messages[2].content`; "" where the whole line is bad.
+    reason: what is wrong, and what to do about it.
+    """
+
+    line: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"line {self.line}: " if self.line else ""
+        return f"{place}{self.field}: {self.reason}" if self.field else f"{place}{self.reason}"
+
+
+class DataError(ValueError):
+    """A file that cannot be trained on. `problems` has every bad line; the text shows the first 20."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        source = self.source = valid_unicode(source)
+        self.problems = [
+            Problem(each.line, valid_unicode(each.field), valid_unicode(each.reason)) for each in problems
+        ]
+        shown = [f"  {problem}" for problem in self.problems[:_SHOWN]]
+        more = len(self.problems) - len(shown)
+        if more:
+            shown.append(f"  and {more} more")
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *shown]))
+
+    @classmethod
+    def of_file(cls, source: str, reason: str) -> DataError:
+        """The file as a whole cannot be used."""
+        return cls(source, [Problem(0, "", reason)])
+
+
+class RowError(ValueError):
+    """A row that cannot be used. Its reader adds the line."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with what UTF-8 cannot encode written out, such as odd bytes of a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 MOST_LINE_BYTES = 4 << 20
 MOST_JSON_BYTES = 512 << 20
@@ -22,7 +80,7 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True)
 class Record:
-    """One row as the file has it. line: 1-based. size: about so many bytes."""
+    """One row as the file has it. line: 1-based. size: bytes, roughly."""
 
     line: int
     value: dict[str, Any]
@@ -33,7 +91,7 @@ Item = Record | Problem
 
 
 def parse_strict(text: str) -> Any:
-    """Plain JSON. Raises RowError for what others would read differently, or not at all: NaN, numbers
+    """Plain JSON. Raises RowError for what parsers read differently, or not at all: NaN, numbers
     beyond a double, a key twice, nesting deeper than MOST_DEPTH, text that is no Unicode."""
     value = _parse(text)
     _check_depth(value)
@@ -41,7 +99,7 @@ def parse_strict(text: str) -> Any:
 
 
 def first_twice(names: Iterable[str]) -> str | None:
-    """The first name that was there before; None if each is there once."""
+    """The first name that occurs a second time; None if there is none."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -51,7 +109,7 @@ def first_twice(names: Iterable[str]) -> str | None:
 
 
 def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
-    """A record per line; blank lines are skipped. on_bytes: told how many were read."""
+    """A record per line; blank lines are skipped. on_bytes: gets how many were read."""
     line = 0
     while raw := file.readline(MOST_LINE_BYTES + 1):
         line += 1
@@ -68,7 +126,7 @@ def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item
 
 
 def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
-    """The records of a `.json` file: a list of objects, one object, or in truth JSON Lines."""
+    """The records of a `.json` file: a list of objects, one object, or JSON Lines after all."""
     raw = file.read(MOST_JSON_BYTES + 1)
     on_bytes(len(raw))
     if len(raw) > MOST_JSON_BYTES:
@@ -99,14 +157,14 @@ def _elements(text: str) -> Iterator[Item]:
             return
         expect_value = rest.take(",")
         if not expect_value and not rest.begins_with("]"):
-            yield rest.problem("not JSON: ',' or ']' is wanted; what follows was not read")
+            yield rest.problem("not JSON: ',' or ']' expected; what follows was not read")
             return
     if not rest.is_empty:
         yield rest.problem("there is more after the end of the list")
 
 
 def _objects(text: str) -> Iterator[Item]:
-    """Objects one after the other, each on as many lines as it likes."""
+    """Objects one after the other, each on any number of lines."""
     rest = _Rest(text)
     while not rest.is_empty:
         try:
@@ -117,7 +175,7 @@ def _objects(text: str) -> Iterator[Item]:
 
 
 class _Rest:
-    """What of a JSON text is still to be read: it never begins with white space."""
+    """The part of a JSON text that is still to be read; it never begins with white space."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -134,21 +192,21 @@ class _Rest:
         return self._text.startswith(character, self._at)
 
     def take(self, character: str) -> bool:
-        """Go past a character; False if another one is there."""
+        """Skip a character; False if another one is there."""
         found = self.begins_with(character)
         if found:
             self._go_to(self._at + 1)
         return found
 
     def row(self) -> Item:
-        """Go past a value. Raises RowError if there is none: where it would end is not known."""
+        """Read a value. Raises RowError if there is none: the end is unknown then."""
         line, start = self._line, self._at
         value, end = _strict(partial(_DECODER.raw_decode, self._text, start), self._escapes)
         self._go_to(end)
         return _as_record(line, value, end - start)
 
     def problem(self, reason: str) -> Problem:
-        """A problem with what comes next."""
+        """A problem at this place."""
         return Problem(self._line, "", reason)
 
     def _go_to(self, position: int) -> None:
@@ -206,7 +264,7 @@ def _strict(parse: Callable[[], Any], escapes: bool) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what is too deep to be walked through by recursion later. Raises RowError."""
+    """Raise RowError for what is too deep for recursion later."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [each for each in level if isinstance(each, dict | list)]
@@ -221,11 +279,11 @@ def _too_deep() -> RowError:
 
 
 def _check_unicode(value: Any) -> None:
-    """Half a surrogate pair is a text to Python, but none to a tokenizer."""
+    """Refuse half a surrogate pair: Python takes it as text, a tokenizer does not."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair (\\ud800 to \\udfff alone) is no character") from None
+        raise ValueError("half a surrogate pair (\\ud800 to \\udfff alone) is not a character") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -244,7 +302,7 @@ def _finite(digits: str) -> float:
 
 
 def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(

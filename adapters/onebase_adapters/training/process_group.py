@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,11 +14,11 @@ Item = TypeVar("Item")
 
 
 class OtherProcessError(Exception):
-    """Another process of the run has failed, and says why."""
+    """Another process of the run has failed; it reports why."""
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process's place among `count`; alone it is 0 of 1. The first one writes and reports."""
 
     rank: int = 0
@@ -29,7 +29,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What this process does of `items`, which all processes have in the same order."""
+        """This process's share of `items`, which all processes have in the same order."""
         return items[self.rank :: self.count]
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -51,27 +51,35 @@ class Ranks:
         torch.distributed.all_gather_object(parts, list(items))
         return [item for part in parts for item in part]
 
-    def from_first(self, value: Item) -> Item:
-        """What the first process gives, in all of them."""
-        if self.count == 1:
-            return value
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
+    def decide(self, make: Callable[[], Item]) -> Item:
+        """Call `make` in the first process, and return its result in all of them.
+
+        Raises OtherProcessError in the others where it raises in the first.
+        """
+        made: list[Item | None] = [None]
+        try:
+            if self.first:
+                made = [make()]
+        finally:
+            if self.count > 1:
+                torch.distributed.broadcast_object_list(made, src=0)
+        if made[0] is None:
+            raise OtherProcessError("the first process could not begin the run")
+        return made[0]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Return when all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
-def join_ranks(*, on_cpu: bool = False) -> Ranks:
-    """Meet the other processes that a launcher started; alone if there are none. on_cpu: use no GPU."""
+def join_processes(*, on_cpu: bool = False) -> ProcessGroup:
+    """Join the processes that a launcher started, if there are any. on_cpu: use no GPU."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
-        return Ranks()
+        return ProcessGroup()
     from accelerate import PartialState
 
     # The first process generates replies and writes while the others wait: longer than the usual ten minutes.
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
-    return Ranks(state.process_index, state.num_processes)
+    return ProcessGroup(state.process_index, state.num_processes)

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from onebase_adapters.hub.reference import HubError, HubReference
-from onebase_adapters.training.data_files import FORMATS, MOST_FILE_BYTES
-from onebase_adapters.training.data_problems import DataError, Problem
+from onebase_adapters.training.data.files import FORMATS, MOST_FILE_BYTES
+from onebase_adapters.training.data.records import DataError, Problem
 from onebase_engine.base.hub_access import hub_silence
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class DatasetId:
 
 
 def parse_dataset_id(text: str) -> DatasetId | None:
-    """The id that a text is, if it is one; what ends like a file is none."""
+    """Parse a data set's id; None if the text is none, or has the suffix of a file."""
     found = _ID.fullmatch(text)
     if not found or Path(text).suffix.lower() in FORMATS:
         return None
@@ -165,7 +165,7 @@ def _has_word(text: str, word: str) -> bool:
 
 
 def _one_split(dataset: DatasetId, names: Sequence[str], split: str) -> list[str]:
-    """Of files whose path has the split's name as a word: those of the split that is called so.
+    """Of files whose path has the split's name as a word, those of the split with exactly this name.
 
     Raises DataError if several splits have the word, and none is called just that.
     """
@@ -193,7 +193,7 @@ def _split_name(name: str, split: str) -> str:
 
 
 def _configuration(name: str) -> str:
-    """The folder, but for those that only name the split."""
+    """The file's folder, without parts that only name the split."""
     plain = {"data", *_words()}
     return "/".join(part for part in PurePosixPath(name).parent.parts if part not in plain)
 
@@ -207,7 +207,7 @@ def _base(name: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    """The first line of an error, without what may be secret: queries of addresses, and tokens."""
+    """The first line of an error, without secrets: queries of URLs, and tokens."""
     first = (str(error).strip() or "no details").splitlines()[0]
     first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)
     return f"{type(error).__name__}: {re.sub(r'hf_[A-Za-z0-9]+', '***', first)[:300]}"

@@ -9,11 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onebase_adapters.training.data_facts import Facts, Place
-from onebase_adapters.training.data_render import render
-from onebase_adapters.training.samples import Dataset, Row, Sample
-
-__all__ = ["DataReport", "Example", "render", "report"]
+from onebase_adapters.training.data.dataset import Dataset, Place, Row, Sample
 
 _EXAMPLES = 3
 _BARS = 10
@@ -38,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Of one data set, and of what it shares with the one for evaluation.
+    """What is in one data set, and what it shares with the one for evaluation.
 
     rows: of the file. samples: sequences made of them: more for preferences, or where a chat template
     rewrites earlier replies. tokens, supervised: in all samples. shortest, median, longest: tokens of one.
@@ -100,7 +96,7 @@ class DataReport:
 
 
 def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataReport:
-    """Describe training data, as `load_dataset` or `split` made it, beside the data for evaluation.
+    """Describe training data, as `load_dataset` or `split` made it, and compare it with evaluation data.
 
     Args:
         evaluation: None or empty: nothing to compare with.
@@ -108,17 +104,16 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
     """
     if evaluation is not None and not len(evaluation):
         evaluation = None
-    facts: Facts = train.report
-    samples = [sample for row in train.rows for _, sample in _sides(row)]
+    samples = [sample for row in train.rows for sample in row.samples]
     lengths = np.array([len(sample) for sample in samples] or [0])
-    leakage, same_prompt = _shared(facts, evaluation.report) if evaluation else ([], [])
+    leakage, same_prompt = _shared(train, evaluation) if evaluation else ([], [])
 
     def named(places: Iterable[Place]) -> list[int]:
-        return [place.row if facts.lines_shared else place.line for place in places]
+        return [place.row if train.lines_shared else place.line for place in places]
 
     return DataReport(
-        source=facts.source,
-        rows=len(facts.keys),
+        source=train.source,
+        rows=len(train.keys),
         samples=len(samples),
         tokens=int(lengths.sum()),
         supervised=sum(sample.targets for sample in samples),
@@ -126,34 +121,28 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
         median=int(np.median(lengths)),
         longest=int(lengths.max()),
         histogram=_histogram(lengths) if samples else [],
-        truncated=named(facts.truncated),
-        dropped=named(facts.dropped),
-        duplicates=[(again, first) for again, first in map(named, _duplicates(facts))],
+        truncated=named(train.truncated),
+        dropped=named(train.dropped),
+        duplicates=[(again, first) for again, first in map(named, _duplicates(train))],
         leakage=named(leakage),
         same_prompt=named(same_prompt),
-        examples=list(_examples(train.rows, facts.places(), tokenizer)),
+        examples=list(_examples(train.rows, train.places(), tokenizer)),
         evaluation=report(evaluation, None, tokenizer) if evaluation else None,
-        named_by="row" if facts.lines_shared else "line",
+        named_by="row" if train.lines_shared else "line",
     )
 
 
-def _sides(row: Row) -> Iterable[tuple[str, Sample]]:
-    if isinstance(row, Sample):
-        return (("", row),)
-    return (("chosen", row.chosen), ("rejected", row.rejected))
-
-
-def _duplicates(facts: Facts) -> list[tuple[Place, Place]]:
+def _duplicates(data: Dataset) -> list[tuple[Place, Place]]:
     first: dict[bytes, Place] = {}
     return [
         (key.place, first[key.content])
-        for key in facts.keys
+        for key in data.keys
         if first.setdefault(key.content, key.place) != key.place
     ]
 
 
-def _shared(train: Facts, evaluation: Facts) -> tuple[list[Place], list[Place]]:
-    """Rows of `train` that say what some row of `evaluation` says; and that only ask the same."""
+def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[Place], list[Place]]:
+    """Rows of `train` that are in `evaluation` too, and rows that only have the same prompt as one there."""
     contents = {key.content for key in evaluation.keys}
     prompts = {key.prompt for key in evaluation.keys} - {None}
     leakage = [key.place for key in train.keys if key.content in contents]
@@ -175,12 +164,13 @@ def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> I
     """The first row, the last and one between."""
     count = len(rows)
     for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():
-        for side, sample in _sides(rows[index]):
+        sides = ("",) if isinstance(rows[index], Sample) else ("chosen", "rejected")
+        for side, sample in zip(sides, rows[index].samples, strict=True):
             yield Example(*places[index], side, _segments(sample, tokenizer))
 
 
 def _segments(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The sample's text in stretches that are learned, or are not; what is very long loses its middle."""
+    """The sample's text, cut where learning begins or ends; long parts lose their middle."""
     borders = [0, *(np.flatnonzero(np.diff(sample.supervised)) + 1).tolist(), len(sample)]
     made = []
     for start, stop in itertools.pairwise(borders):

@@ -8,22 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.training.base_tokens import BaseTokens, longest_sequence
-from onebase_adapters.training.conversation import Chat, Choice, Parsed, Text
-from onebase_adapters.training.data_cells import unfold
-from onebase_adapters.training.data_facts import Facts, Key, Place, row_key
-from onebase_adapters.training.data_files import Item, Record, read_file
-from onebase_adapters.training.data_problems import DataError, Problem, RowError, valid_unicode
-from onebase_adapters.training.data_split import dataset_of, split
-from onebase_adapters.training.hub_data import fetch, parse_dataset_id
-from onebase_adapters.training.prompts import Prompts, Reference
+from onebase_adapters.training.data.conversation import Chat, Choice, Parsed, Text
+from onebase_adapters.training.data.dataset import Dataset, Key, Place, Preference, Prompt, Row, row_key
+from onebase_adapters.training.data.files import read_file
+from onebase_adapters.training.data.hub import fetch, parse_dataset_id
+from onebase_adapters.training.data.records import DataError, Item, Problem, Record, RowError, valid_unicode
+from onebase_adapters.training.data.rows import parse_row, unfold
+from onebase_adapters.training.data.tokens import (
+    BaseTokens,
+    RowTokens,
+    Tokenized,
+    dated_tokenizer,
+    longest_sequence,
+)
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.row_shapes import parse_row
-from onebase_adapters.training.row_tokens import RowTokens, Tokenized
-from onebase_adapters.training.samples import Dataset, Preference, Row
-from onebase_adapters.training.template_date import dated_tokenizer
-
-__all__ = ["DEFAULT_LENGTH", "DataError", "Problem", "load_dataset", "split"]
 
 DEFAULT_LENGTH = 2048
 """Tokens of the longest row, where the recipe leaves it open."""
@@ -49,8 +47,8 @@ def load_dataset(
         recipe: method, train_on, max_length ("auto": 2048), too_long and template_date ("auto": today) are
             used. No row is longer than the base can read.
         part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
-        name: what a file is called whose path does not say it, as an upload; its end tells the format.
-        on_progress: told the part that is done, from 0 to 1. What it raises ends the reading.
+        name: the file's name, where its path does not say it (an upload); its suffix decides the format.
+        on_progress: gets the part that is done, from 0 to 1. What it raises ends the reading.
 
     Raises:
         DataError: with every bad line; or the file as a whole cannot be used.
@@ -77,16 +75,16 @@ def _records(
 
 
 def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
-    """The records of several files one after the other, numbered through."""
+    """The records of several files one after the other; line numbers go on from file to file."""
     before = 0
     for index, path in enumerate(paths):
 
-        def tell(part: float, index: int = index) -> None:
+        def on_part(part: float, index: int = index) -> None:
             if on_progress is not None:
                 on_progress((index + part) / len(paths))
 
         line = 0
-        for item in read_file(path, tell):
+        for item in read_file(path, on_part):
             line = item.line
             yield replace(item, line=before + line) if line else item
         before += line
@@ -106,7 +104,7 @@ def _chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
 
 
 class _Builder:
-    """Takes records and collects rows, or problems."""
+    """Collects the rows of records, or their problems."""
 
     def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
         self._source = source
@@ -122,7 +120,7 @@ class _Builder:
         self._shared_lines: set[int] = set()
         self._problems: list[tuple[Place, str, str]] = []
         self._rows: list[Row] = []
-        self._references: list[Reference] = []
+        self._prompts: list[Prompt] = []
         self._keys: list[Key] = []
         self._truncated: list[Place] = []
         self._dropped: list[Place] = []
@@ -146,14 +144,21 @@ class _Builder:
             raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
     def dataset(self) -> Dataset:
-        """What was collected. Raises DataError if anything was wrong."""
+        """The data set. Raises DataError if there were problems."""
         if self._problems:
             raise self._error()
         if not self._rows:
             reason = "every row was dropped as too long" if self._dropped else "the file has no rows"
             raise DataError.of_file(self._source, reason)
-        facts = Facts(self._source, self._keys, self._truncated, self._dropped, bool(self._shared_lines))
-        return dataset_of(self._rows, Prompts(self._references, self._decode), facts)
+        return Dataset(
+            self._rows,
+            self._prompts,
+            source=self._source,
+            keys=self._keys,
+            truncated=self._truncated,
+            dropped=self._dropped,
+            lines_shared=bool(self._shared_lines),
+        )
 
     def _next_place(self, line: int) -> Place:
         if line == self._place.line:
@@ -162,7 +167,7 @@ class _Builder:
         return self._place
 
     def _error(self, *more: Problem) -> DataError:
-        """With the number of each bad row that is not alone on its line."""
+        """The problems, with the row's number where several rows share a line."""
         problems = []
         for place, field, reason in self._problems:
             number = f" (row {place.row})" if place.line in self._shared_lines else ""
@@ -184,7 +189,7 @@ class _Builder:
         first = done[0]
         if first.reply is not None:
             ids = first.samples[-1].ids
-            self._references.append(Reference(ids[: first.reply.start], ids[first.reply], place))
+            self._prompts.append(Prompt(ids[: first.reply.start], ids[first.reply], place, self._decode))
         self._keys.append(row_key(place, row, 1 if isinstance(row, Choice) else len(first.samples)))
         if isinstance(row, Choice):
             # A template that rewrites earlier replies makes several samples; the last has the whole.

@@ -1,4 +1,7 @@
-"""Which tokens are learned: the replies and what ends them, by position, under any chat template."""
+"""Which tokens are learned: the replies and what ends them, by position, under any chat template.
+
+Rows that are too long: refused, cut or left out, and what the base can read at most.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,9 @@ from tests.training.data_support import (
     whole,
     write_rows,
 )
+from transformers import AutoTokenizer
 
-from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.data.reader import load_dataset
 
 
 @pytest.fixture
@@ -173,10 +177,12 @@ def test_tools_and_calls_reach_the_template_as_json(load: Load) -> None:
 
 def test_tools_that_the_template_would_lose_are_refused(load: Load) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
-    assert "tools: the base's chat template takes no tools" in reason(load, chat("q", "a", tools=tools))
+    assert "tools: the base's chat template has no place for tools" in reason(
+        load, chat("q", "a", tools=tools)
+    )
     row = chat("q", "a")
     row["messages"][1]["tool_calls"] = [{"function": {"name": "add", "arguments": {}}}]
-    assert "messages[1].tool_calls: the base's chat template takes no tool calls" in reason(load, row)
+    assert "messages[1].tool_calls: the base's chat template has no place for tool calls" in reason(load, row)
 
 
 def test_a_control_token_inside_a_message_is_refused(load: Load) -> None:
@@ -218,9 +224,7 @@ def test_what_the_template_refuses_is_a_problem_of_that_row(load: Load) -> None:
 
 def test_a_base_without_a_template_takes_no_chats_but_says_what_it_takes(load: Load) -> None:
     tokenizer = base_tokenizer(None)
-    assert "no chat template: bring prompt and completion" in reason(
-        load, chat("q", "a"), tokenizer=tokenizer
-    )
+    assert "no chat template: give prompt and completion" in reason(load, chat("q", "a"), tokenizer=tokenizer)
     assert len(load({"prompt": "q", "completion": " a"}, tokenizer=tokenizer)) == 1
 
 
@@ -283,3 +287,36 @@ def test_the_digest_names_ids_and_supervision(load: Load) -> None:
     assert same.digest == again.digest
     assert load(*reversed(rows)).digest != same.digest
     assert load(*rows, train_on="all").digest != same.digest
+
+
+def test_a_long_row_is_refused_with_its_length_and_the_ways_out(load: Load) -> None:
+    found = reason(load, chat("q", "a"), chat("q", "word " * 100), max_length=64)
+    assert "1 problem" in found
+    assert "line 2: " in found
+    assert "tokens, where 64 is the most: shorten the row, raise max_length" in found
+
+
+def test_long_rows_are_truncated_or_dropped_and_counted(load: Load) -> None:
+    rows = [chat("q", "a"), chat("q", "word " * 100)]
+    cut = load(*rows, max_length=64, too_long="truncate")
+    assert [len(row) for row in cut.rows] == [34, 64]
+    assert [place.line for place in cut.truncated] == [2]
+    kept = load(*rows, max_length=64, too_long="drop")
+    assert [row.line for row in kept.rows] == [1]
+    assert [place.line for place in kept.dropped] == [2]
+    assert "every row was dropped" in reason(load, rows[1], max_length=64, too_long="drop")
+
+
+def test_a_row_whose_reply_is_cut_away_is_an_error(load: Load) -> None:
+    found = reason(load, chat("word " * 100, "a"), max_length=64, too_long="truncate")
+    assert "nothing to learn within the first 64 tokens (max_length)" in found
+
+
+def test_no_row_is_longer_than_the_base_can_read(load: Load, tmp_path: Path) -> None:
+    tokenizer = base_tokenizer()
+    limited = tmp_path / "base"
+    tokenizer.save_pretrained(limited)
+    (limited / "config.json").write_text(json.dumps({"max_position_embeddings": 40, "model_type": "llama"}))
+    (limited / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    small = AutoTokenizer.from_pretrained(limited)
+    assert "where 40 is the most" in reason(load, chat("q", "word " * 20), tokenizer=small)
