@@ -22,7 +22,7 @@ from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import assemble_training
 from onebase_server.processes.link import EngineLink
 from onebase_server.processes.share import BusyFlag
-from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor
+from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
 from onebase_server.processes.verifier_client import PROBES, VerifierClient
 from onebase_server.served_base import Base
 from onebase_server.settings import Settings
