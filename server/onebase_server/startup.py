@@ -19,7 +19,7 @@ import uvloop
 from rich.console import Console
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.adapters.folders import FolderError, find_adapters
+from onebase_server.adapters.sources import FolderError, find_adapters
 from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
 from onebase_server.http.app import create_app

@@ -7,13 +7,10 @@ from pathlib import Path
 
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.folders import Folders
-from onebase_server.adapters.hub_adapters import HubAdapters
-from onebase_server.adapters.packed_files import PackedAdapterFiles
 from onebase_server.adapters.prover import PROBES, Prover
-from onebase_server.adapters.pulls import Pulls
-from onebase_server.adapters.residency import Residency
+from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import Library
+from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.background import Threads
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.tokenization import BaseTokenizer
@@ -65,7 +62,12 @@ def assemble(
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk)
     residency = Residency(
-        host_memory(settings), files.find, files.fetch, supervisor.send, settings.queue_limit
+        host_memory(settings),
+        files.find,
+        files.fetch,
+        supervisor.send,
+        settings.queue_limit,
+        on_damaged=lambda damaged: library.begin_again(damaged),
     )
     verifier = VerifierLink(verifier_command, proof_timeout=settings.proof_timeout)
     prover = Prover(verifier, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
@@ -77,7 +79,6 @@ def assemble(
     hub = HubAdapters(library, pulls)
     folders = Folders(library, activation, given, settings.max_upload)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    residency.on_damaged = library.begin_again
     training = assemble_training(
         settings, base, storage, library, supervisor,
         command=trainer_command, records=records, disk=disk,

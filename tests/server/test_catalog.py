@@ -12,8 +12,7 @@ import pytest
 
 from onebase_adapters.registry import Blob, Registry, VersionFiles
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.names import check_name, same_base
+from onebase_server.adapters.catalog import Catalog, check_name, same_base
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError
 

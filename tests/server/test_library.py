@@ -13,8 +13,8 @@ from onebase_adapters.registry import Registry
 from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.packed_files import PackedAdapterFiles
 from onebase_server.adapters.prover import Proof
+from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import Library
 from onebase_server.background import Threads
 

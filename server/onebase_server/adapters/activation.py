@@ -16,11 +16,11 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_adapters.store.store import Store, StoreError
-from onebase_server.adapters.catalog import Catalog, not_ready
-from onebase_server.adapters.residency import Residency, Use
+from onebase_server.adapters.catalog import Catalog, VersionRef, not_ready
+from onebase_server.adapters.residency import Residency
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 WARM_SECONDS = 5.0
 """How long the answer to a rollback or a pin waits until the version is in memory."""
@@ -67,7 +67,7 @@ class Activation:
         record = self._catalog.adapter(name, param="name")
         if not isinstance(expected, Unset) and expected != record.active:
             raise StaleActivationError(name, record.active)
-        async with self._residency.lease([Use(name, found.digest)]), self._turn:
+        async with self._residency.lease([VersionRef(name, found.digest)]), self._turn:
             with storage_errors(name):
                 await self._records.run(
                     self._registry.activate,
@@ -143,7 +143,7 @@ class Activation:
         try:
             async with (
                 asyncio.timeout(WARM_SECONDS),
-                self._residency.lease([Use(record.name, record.active)]),
+                self._residency.lease([VersionRef(record.name, record.active)]),
             ):
                 pass
         except TimeoutError:
@@ -187,14 +187,14 @@ class Activation:
 
     def _check_unused(self, versions: Iterable[VersionRecord]) -> None:
         for version in versions:
-            if self._residency.is_used(Use(version.name, version.digest)):
+            if self._residency.is_used(VersionRef(version.name, version.digest)):
                 raise _in_use(version.name, f"requests run with version {version.digest[:12]}")
 
     async def _gone(self, versions: Iterable[VersionRecord], blobs: Iterable[str]) -> None:
         with storage_errors():
             await self._catalog.refresh()
         for version in versions:
-            self._residency.revoke(Use(version.name, version.digest))
+            self._residency.revoke(VersionRef(version.name, version.digest))
         for sha256 in blobs:
             try:
                 await self._disk.run(self._store.delete, sha256)

@@ -11,7 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry import (
     DEFAULT_TENANT,
     LEAST_PREFIX,
@@ -21,11 +23,12 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.names import label
-from onebase_server.adapters.residency import Use
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, UnavailableError, UnknownAdapterError
+from onebase_server.errors import ConflictError, InvalidRequestError, UnavailableError, UnknownAdapterError
 
+SHORT_DIGEST = 12
+HUB_PREFIX = "hub:"
+"""Names of adapters that a request named by their Hub repository."""
 LOOK_SECONDS = 0.05
 """Least time between two looks at the registry on behalf of requests."""
 _SHOWN = 20
@@ -33,12 +36,19 @@ _SHOWN = 20
 _log = logging.getLogger(__name__)
 
 
+class VersionRef(NamedTuple):
+    """A version by the name that a request has called it."""
+
+    name: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class AdapterChoice:
     """What one request runs with: the engine's terms, the names they were called by, words for the answer."""
 
     refs: tuple[AdapterRef, ...] = ()
-    uses: tuple[Use, ...] = ()
+    uses: tuple[VersionRef, ...] = ()
     label: str | list[dict[str, str | float]] | None = None
 
 
@@ -202,7 +212,7 @@ class Catalog:
 
     def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
         version = self.find(reference, param=param)
-        use = Use(version.name, version.digest)
+        use = VersionRef(version.name, version.digest)
         return AdapterChoice((AdapterRef(version.digest),), (use,), label(*use))
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
@@ -213,7 +223,7 @@ class Catalog:
         ]
         return AdapterChoice(
             tuple(AdapterRef(version.digest, weight) for version, weight in found),
-            tuple(Use(version.name, version.digest) for version, _ in found),
+            tuple(VersionRef(version.name, version.digest) for version, _ in found),
             [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
         )
 
@@ -229,3 +239,32 @@ def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
         code="version_not_ready",
         param=param,
     )
+
+
+def check_name(name: str, base_name: str) -> str:
+    """The name, if an adapter may have it. Raises InvalidRequestError."""
+    if not is_adapter_name(name):
+        raise InvalidRequestError(
+            f"name: {name[:80]!r} cannot be an adapter's name. VersionRef {NAME_RULE}.", param="name"
+        )
+    if name == base_name:
+        raise InvalidRequestError(f"name: {name!r} is the base's own name. Choose another.", param="name")
+    return name
+
+
+def label(name: str, digest: str) -> str:
+    """How answers call a version: `name@` and the first digits of its digest."""
+    return f"{name}@{digest[:SHORT_DIGEST]}"
+
+
+def same_base(wanted: str | None, *own: str | None) -> bool:
+    """Whether a config's `base_model_name_or_path` may mean the base that goes by the names in `own`.
+
+    Only the last part of each path counts, in any case: the same base lies in many places. None and "" mean
+    any base.
+    """
+    return not wanted or _last_part(wanted) in {_last_part(name) for name in own if name}
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()

@@ -19,11 +19,10 @@ from onebase_adapters.registry import DEFAULT_TENANT, Registry, VersionRecord
 from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
-from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.memory_use import PackedAdapterFile
-from onebase_server.adapters.names import same_base
+from onebase_server.adapters.catalog import Catalog, same_base
 from onebase_server.adapters.proofs import Proofs
 from onebase_server.adapters.prover import Proof, Prover
+from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
@@ -35,7 +34,7 @@ from onebase_server.errors import (
 )
 from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import Progress
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 ACTIVATION_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Seconds between tries to record or to activate what is ready: the registry is away, the engine restarts,

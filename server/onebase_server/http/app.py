@@ -24,20 +24,17 @@ from onebase_server.errors import (
     status_of,
 )
 from onebase_server.http.deps import Services, server_stopping
-from onebase_server.http.multipart import is_form
 from onebase_server.http.routes import (
     adapters,
-    chat,
-    completions,
     files,
     fine_tuning,
-    generate,
+    generation,
     health,
-    metrics,
     models,
     vllm,
 )
 from onebase_server.http.schemas.generation import validation_error
+from onebase_server.http.uploads import is_form
 
 _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
@@ -60,7 +57,7 @@ def create_app(services: Services) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     app.state.services = services
-    routes = (generate, completions, chat, models, adapters, vllm, files, fine_tuning, health, metrics)
+    routes = (generation, models, adapters, vllm, files, fine_tuning, health)
     for route in routes:
         app.include_router(route.router)
     app.add_exception_handler(OneBaseError, _answer_error)

@@ -1,9 +1,10 @@
-"""multipart/form-data, taken piece by piece: files go straight to disk, never whole into memory."""
+"""multipart/form-data, piece by piece: files go straight to disk, never whole into memory."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
@@ -11,8 +12,13 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from onebase_adapters.format.config import MAX_CONFIG_BYTES
+from onebase_adapters.store.content import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
+from onebase_adapters.store.store import BlobWriter, Store
 from onebase_server.background import Threads
 from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
+from onebase_server.jobs.files import FileWriter, TrainingFiles, check_filename
+from onebase_server.settings import SettingsError, parse_bool
 
 MAX_FIELD_BYTES = 1000
 MAX_PARTS = 8
@@ -21,6 +27,16 @@ MAX_HEADER_BYTES = 4096
 _FORM = b"multipart/form-data"
 _BATCH_BYTES = 1 << 20
 """Read before a thread parses and writes it."""
+
+FLAGS = ("activate", "allow_noop", "any_base")
+_FILES_FIELD = "files"
+ADAPTER_FIELDS = (
+    f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}."
+)
+FILE_OPTION = "--max-train-file"
+FORM_BYTES = 64 << 10
+"""What a form takes beside its file: boundaries, headers, fields."""
+FILE_FIELDS = "Send a field purpose with the value fine-tune, and a part called file, with a file name."
 
 Result = TypeVar("Result", covariant=True)
 Write = Callable[[memoryview], None]
@@ -194,3 +210,126 @@ def malformed(reason: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"The multipart body cannot be read: {reason}".rstrip(), code="invalid_multipart"
     )
+
+
+# ---- an adapter -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one upload brought: the fields, the config as it was sent, and the blobs once committed."""
+
+    name: str
+    flags: dict[str, bool]
+    config: bytes
+    commit: Callable[[], VersionFiles]
+    """Makes the files part of the store; call it in a thread. Raises StoreFullError, StoreError."""
+
+
+class AdapterForm(FormReader[Upload]):
+    """Writes both files as they come. What was not committed is gone after `close`.
+
+    Raises also StoreFullError, StoreError.
+    """
+
+    def __init__(self, store: Store, boundary: bytes, limit: int) -> None:
+        self._store = store
+        self._config = bytearray()
+        self._writers: dict[str, BlobWriter] = {}
+        super().__init__(boundary, limit=limit, option="--max-upload", how=ADAPTER_FIELDS)
+
+    def begin_part(self, field: str, filename: str | None) -> Write | None:
+        if field == _FILES_FIELD:
+            return self._begin_file(filename or "")
+        return self.plain_field(field) if field == "name" or field in FLAGS else None
+
+    def result(self) -> Upload:
+        missing = [name for name in ADAPTER_FILES if name not in self._writers]
+        if missing:
+            raise InvalidRequestError(f"files: {missing[0]} is missing. {ADAPTER_FIELDS}", param=_FILES_FIELD)
+        name = self.text("name")
+        flags = {flag: self._flag(flag) for flag in FLAGS if flag in self.fields}
+        return Upload(name, flags, bytes(self._config), self._commit)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.abort()
+
+    def _commit(self) -> VersionFiles:
+        config, weights = (self._writers[name].commit() for name in ADAPTER_FILES)
+        return VersionFiles(config, weights)
+
+    def _begin_file(self, name: str) -> Write:
+        if name not in ADAPTER_FILES:
+            raise InvalidRequestError(
+                f"files: {name[:80]!r} is not one of the two files of an adapter. {ADAPTER_FIELDS}",
+                param=_FILES_FIELD,
+            )
+        if name in self._writers:
+            raise InvalidRequestError(f"files: {name} is there twice. Send it once.", param=_FILES_FIELD)
+        writer = self._writers[name] = self._store.writer()
+        return writer.write if name == WEIGHTS_FILE else self._write_config
+
+    def _write_config(self, data: memoryview) -> None:
+        if len(self._config) + len(data) > MAX_CONFIG_BYTES:
+            raise InvalidRequestError(
+                f"files: {CONFIG_FILE} is over {MAX_CONFIG_BYTES} bytes, which no PEFT config is.",
+                param=_FILES_FIELD,
+            )
+        self._config += data
+        self._writers[CONFIG_FILE].write(data)
+
+    def _flag(self, field: str) -> bool:
+        try:
+            return parse_bool(self.text(field))
+        except SettingsError as error:
+            raise InvalidRequestError(f"{field}: {error}.", param=field) from error
+
+
+# ---- a training file ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileUpload:
+    """A file that has come, and is not kept yet."""
+
+    filename: str
+    writer: FileWriter
+
+
+class FileForm(FormReader[FileUpload]):
+    """Writes the file as it comes. Raises also StoreFullError. What was not kept is gone after `close`."""
+
+    def __init__(self, files: TrainingFiles, boundary: bytes) -> None:
+        self._files = files
+        self._writer: FileWriter | None = None
+        self._filename = ""
+        super().__init__(boundary, limit=files.limit + FORM_BYTES, option=FILE_OPTION, how=FILE_FIELDS)
+
+    def begin_part(self, field: str, filename: str | None) -> Write | None:
+        if field == "purpose":
+            return self.plain_field(field)
+        if field != "file":
+            return None
+        if self._writer is not None:
+            raise InvalidRequestError("file: there are two. Send one.", param="file")
+        self._filename = check_filename(filename or "")
+        self._writer = self._files.writer()
+        return self._writer.write
+
+    def result(self) -> FileUpload:
+        purpose = self.text("purpose")
+        if purpose != "fine-tune":
+            raise InvalidRequestError(
+                f"purpose: {purpose[:80]!r} is not served here; files are for jobs: write fine-tune.",
+                param="purpose",
+            )
+        if self._writer is None:
+            raise InvalidRequestError(f"file: it is missing. {FILE_FIELDS}", param="file")
+        if self._writer.size == 0:
+            raise InvalidRequestError("file: it is empty.", param="file")
+        return FileUpload(self._filename, self._writer)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()

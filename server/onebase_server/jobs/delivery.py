@@ -10,13 +10,13 @@ from pathlib import Path
 from onebase_adapters.registry import RegistryError, TrainingJob, VersionRecord
 from onebase_adapters.store.content import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
-from onebase_server.adapters.names import label
+from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import Library, Wishes
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.storage import TrainingHome
 from onebase_server.jobs.store import JobRecord
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)

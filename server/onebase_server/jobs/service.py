@@ -30,7 +30,7 @@ from onebase_server.jobs.manager import Manager
 from onebase_server.jobs.notifier import Watchers
 from onebase_server.jobs.outcomes import resumable
 from onebase_server.jobs.storage import TrainingHome
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 LIFE_SECONDS = 15.0
 """One who follows a job hears at least so often that it is still there."""

@@ -30,7 +30,7 @@ from onebase_engine.engine.messages import (
 from onebase_server.adapters.prover import Prover
 from onebase_server.adapters.residency import Residency
 from onebase_server.errors import EngineRestartedError, UnavailableError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
 from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
 from onebase_server.processes.router import RequestRouter
 

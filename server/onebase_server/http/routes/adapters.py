@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset
-from onebase_server.adapters.names import check_name
+from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.service import Wishes
 from onebase_server.errors import (
     EngineRestartedError,
@@ -23,7 +23,6 @@ from onebase_server.errors import (
     VersionFailedError,
 )
 from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
-from onebase_server.http.multipart import boundary_of, check_length, read_form
 from onebase_server.http.schemas.adapters import (
     ActivateRequest,
     EmptyRequest,
@@ -31,8 +30,15 @@ from onebase_server.http.schemas.adapters import (
     PinRequest,
     PullRequest,
 )
-from onebase_server.http.uploads import FLAGS, HOW, Form
-from onebase_server.storage_errors import storage_errors
+from onebase_server.http.uploads import (
+    ADAPTER_FIELDS,
+    FLAGS,
+    AdapterForm,
+    boundary_of,
+    check_length,
+    read_form,
+)
+from onebase_server.storage import storage_errors
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
 
@@ -88,7 +94,7 @@ async def add_version(
     perhaps `activate`, `allow_noop`, `any_base`. The same content is the same version.
     """
     services.refuse_if_draining()
-    boundary = boundary_of(request, HOW)
+    boundary = boundary_of(request, ADAPTER_FIELDS)
     if boundary is not None:
         return await _upload(request, services, boundary, activate, wait)
     body = await _json(request, PullRequest)
@@ -114,7 +120,7 @@ async def _upload(
     check_length(request, limit, "--max-upload")
     library = services.library
     with storage_errors():
-        form = Form(library.store, boundary, limit)
+        form = AdapterForm(library.store, boundary, limit)
         try:
             upload = await read_form(request, form, library.disk)
             name = check_name(upload.name, services.catalog.base_name)

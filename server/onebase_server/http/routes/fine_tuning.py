@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME
 from onebase_adapters.registry import TrainingJob
-from onebase_server.adapters.names import check_name
+from onebase_server.adapters.catalog import check_name
 from onebase_server.errors import InvalidRequestError, OneBaseError
 from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem

@@ -8,10 +8,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
-from onebase_server.adapters.folders import FolderError, check_folder
-from onebase_server.adapters.hub_adapters import hub_reference
-from onebase_server.adapters.names import HUB_PREFIX, check_name
+from onebase_server.adapters.catalog import HUB_PREFIX, check_name
 from onebase_server.adapters.service import Wishes
+from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
 from onebase_server.errors import (
     ForbiddenError,
     InvalidRequestError,

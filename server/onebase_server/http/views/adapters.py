@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from onebase_adapters.registry import DEFAULT_TENANT, AdapterRecord, VersionError, VersionRecord
-from onebase_server.adapters.hub_adapters import HubAdapters, PendingPull
-from onebase_server.adapters.names import label
+from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import WISHES, Library
+from onebase_server.adapters.sources import HubAdapters, PendingPull
 
 Json = dict[str, Any]
 _REPORTED = ("rank", "alpha", "parameters", "bytes")
