@@ -30,7 +30,6 @@ from onebase_server.processes.engine_link import ENGINE_COMMAND
 from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
 from onebase_server.processes.trainer_link import TRAINER_COMMAND
 from onebase_server.processes.verifier_link import VERIFIER_COMMAND
-from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
 from onebase_server.wiring import assemble
@@ -67,9 +66,8 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
     if settings.stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
     with listener, LoadingDisplay(console) as display:
-        resolved = resolve(settings.base, display)
+        base = resolve(settings.base, display)
         leave_torch_out()
-        base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
             # The engine is told: what it loads and what adapters are bound to is one base.
@@ -81,7 +79,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         try:
             uvloop.run(server.serve(listener, console, display))
         except EngineFailedError as error:
-            raise StartupError(f"the engine cannot serve {resolved.name}: {error}") from error
+            raise StartupError(f"the engine cannot serve {base.name}: {error}") from error
 
 
 def _check_open_files() -> None:
@@ -115,21 +113,12 @@ def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
 
 
-def _repository(asked: str, resolved: ResolvedBase) -> str | None:
-    """The base's name on the Hub, if it is from there."""
-    from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO
-
-    if asked == DEFAULT_BASE:
-        return DEFAULT_REPO
-    return asked.partition("@")[0] if resolved.revision is not None else None
-
-
 @dataclass(frozen=True)
 class _Server:
     """One server, from what was found out before the event loop began."""
 
     settings: Settings
-    base: Base
+    base: ResolvedBase
     storage: Storage
     given: list[tuple[str, Path]]
     commands: Commands
@@ -156,7 +145,7 @@ class _Server:
             raise StartupError(f"{error} (--registry)") from error
         upkeep = [
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
-            asyncio.create_task(self.storage.keep_tidy(services.library.disk)),
+            asyncio.create_task(self.storage.keep_tidy(services.adapters.disk)),
         ]
         try:
             await run_server(services, create_app(services), listener, ready)

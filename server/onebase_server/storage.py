@@ -17,6 +17,7 @@ from onebase_adapters.registry import Registry, RegistryError
 from onebase_adapters.store import store
 from onebase_adapters.store.store import GRACE, Store, StoreError
 from onebase_engine.base.identity import BaseIdentityError, base_id
+from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
@@ -123,24 +124,13 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
 
 
 def host_memory(settings: Settings) -> int:
-    """Bytes that versions may take in host memory."""
-    return settings.host_memory or machine_memory() // 4
-
-
-def machine_memory(
-    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")
-) -> int:
-    """Bytes of this machine's memory, or of the container's if that is less. Raises StorageError."""
-    sizes = [
-        int(line.split()[1]) * 1024
-        for line in meminfo.read_text().splitlines()
-        if line.startswith("MemTotal:")
-    ]
-    if cgroup.is_file() and (limit := cgroup.read_text().strip()).isdigit():
-        sizes.append(int(limit))
-    if not sizes:
-        raise StorageError(f"{meminfo} does not say how much memory there is; set --host-memory")
-    return min(sizes)
+    """Bytes that versions may take in host memory. Raises StorageError where the system says no size."""
+    if settings.host_memory:
+        return settings.host_memory
+    total = total_memory()
+    if total == NO_LIMIT:
+        raise StorageError("/proc/meminfo does not say how much memory there is; set --host-memory")
+    return total // 4
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from onebase_engine.base.default_base import ResolvedBase
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.prover import PROBES, Prover
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
-from onebase_server.adapters.service import Library
+from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
-from onebase_server.background import Threads
+from onebase_server.background import RegistryThreads, Threads
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services
@@ -19,7 +20,6 @@ from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import assemble_training
 from onebase_server.processes.supervisor import Companions, EngineSupervisor
 from onebase_server.processes.verifier_link import VerifierLink
-from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
 
@@ -29,18 +29,18 @@ PULL_THREADS = 4
 
 
 class Preparation:
-    """What is done between a base that is loaded and the first request: once, and at each new engine."""
+    """What happens before an engine gets requests: some of it once, some of it for each new engine."""
 
-    def __init__(self, library: Library, folders: Folders, residency: Residency) -> None:
-        self._library = library
+    def __init__(self, adapters: AdapterService, folders: Folders, residency: Residency) -> None:
+        self._adapters = adapters
         self._folders = folders
         self._residency = residency
         self._served = False
 
     async def run(self) -> None:
-        """Serve what was given at start; then load what is pinned. Raises AdapterStartError."""
+        """Once, serve what was given at start; each time, load what is pinned. Raises AdapterStartError."""
         if not self._served:
-            await self._library.resume()
+            await self._adapters.resume()
             await self._folders.serve_given()
             self._served = True
         await self._residency.load_pinned()
@@ -48,7 +48,7 @@ class Preparation:
 
 def assemble(
     settings: Settings,
-    base: Base,
+    base: ResolvedBase,
     storage: Storage,
     given: Sequence[tuple[str, Path]],
     supervisor: EngineSupervisor,
@@ -58,7 +58,7 @@ def assemble(
     """All parts around one supervisor. `given`: the folders to serve before the server is ready."""
     registry, store = storage.registry, storage.store
     tokenizer = BaseTokenizer(str(base.folder))
-    records, disk = Threads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
+    records, disk = RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk)
     residency = Residency(
@@ -67,23 +67,23 @@ def assemble(
         files.fetch,
         supervisor.send,
         settings.queue_limit,
-        on_damaged=lambda damaged: library.begin_again(damaged),
+        on_damaged=lambda damaged: adapters.prove_again(damaged),
     )
     verifier = VerifierLink(verifier_command, proof_timeout=settings.proof_timeout)
     prover = Prover(verifier, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
     activation = Activation(registry, store, catalog, residency, records, disk)
-    library = Library(
+    adapters = AdapterService(
         registry, store, catalog, activation, prover, base_names=base.names, records=records, disk=disk
     )
     pulls = Pulls(store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
-    hub = HubAdapters(library, pulls)
-    folders = Folders(library, activation, given, settings.max_upload)
+    hub = HubAdapters(adapters, pulls)
+    folders = Folders(adapters, activation, given, settings.max_upload)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     training = assemble_training(
-        settings, base, storage, library, supervisor,
+        settings, base, storage, adapters, supervisor,
         command=trainer_command, records=records, disk=disk,
     )  # fmt: skip
-    prepare = Preparation(library, folders, residency).run
+    prepare = Preparation(adapters, folders, residency).run
     supervisor.companions = Companions(residency, prover, training.manager, prepare)
     return Services(
         settings=settings,
@@ -92,11 +92,11 @@ def assemble(
         supervisor=supervisor,
         planner=Planner(supervisor, tokenizer, catalog, hub, limits),
         residency=residency,
-        library=library,
+        adapters=adapters,
         hub=hub,
         activation=activation,
         folders=folders,
-        views=AdapterViews(library, hub, residency),
+        views=AdapterViews(adapters, hub, residency),
         prover=prover,
         training=training,
     )

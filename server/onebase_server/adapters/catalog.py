@@ -23,7 +23,7 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.background import Threads
+from onebase_server.background import RegistryThreads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnavailableError, UnknownAdapterError
 
 SHORT_DIGEST = 12
@@ -53,16 +53,17 @@ class AdapterChoice:
 
 
 class Catalog:
-    """The adapters of one tenant as they were at the last look. Read from the event loop only."""
+    """The adapters of one tenant as they were at the last look. Read from the event loop only.
+
+    It looks after each write through `records`, so that what this server has written it also sees.
+    """
 
     def __init__(
-        self, base_name: str, registry: Registry, threads: Threads, tenant: str = DEFAULT_TENANT
+        self, base_name: str, registry: Registry, records: RegistryThreads, tenant: str = DEFAULT_TENANT
     ) -> None:
         self.base_name = base_name
-        self.on_change: Callable[[], None] = lambda: None
-        """Called after each look that found something new."""
         self._registry = registry
-        self._threads = threads
+        self._calls = records
         self._tenant = tenant
         self._records: dict[str, AdapterRecord] = {}
         self._by_digest: dict[str, list[VersionRecord]] = {}
@@ -70,13 +71,15 @@ class Catalog:
         self._looked_at = -LOOK_SECONDS
         self._looking: asyncio.Task[bool] | None = None
         self._turn = asyncio.Lock()
+        self._subscribers: list[Callable[[], None]] = []
+        records.subscribe(self.refresh)
 
     # ---- keeping up --------------------------------------------------------------------------
 
     async def refresh(self) -> None:
         """Take in what has changed in the registry. Raises RegistryError."""
         async with self._turn:
-            changes = await self._threads.run(self._registry.changes, self._counter)
+            changes = await self._calls.run(self._registry.changes, self._counter)
             if changes.counter == self._counter:
                 return
             names = {name for tenant, name in changes.names if tenant == self._tenant}
@@ -88,7 +91,12 @@ class Catalog:
                 for version in record.versions:
                     self._by_digest.setdefault(version.digest, []).append(version)
             self._counter = changes.counter
-        self.on_change()
+        for subscriber in self._subscribers:
+            subscriber()
+
+    def subscribe(self, subscriber: Callable[[], None]) -> None:
+        """Call it after each look that found something new."""
+        self._subscribers.append(subscriber)
 
     async def watch(self, seconds: float) -> None:
         """Look every `seconds` seconds, for ever. A registry that is away is looked for again."""
@@ -96,7 +104,7 @@ class Catalog:
         while True:
             await asyncio.sleep(seconds)
             try:
-                if await self._threads.run(self._registry.change_counter) != self._counter:
+                if await self._calls.run(self._registry.change_counter) != self._counter:
                     await self.refresh()
             except RegistryError as error:
                 if not away:
@@ -123,7 +131,7 @@ class Catalog:
     async def _look(self) -> bool:
         counter = self._counter
         try:
-            if await self._threads.run(self._registry.change_counter) != counter:
+            if await self._calls.run(self._registry.change_counter) != counter:
                 await self.refresh()
         except RegistryError as error:
             _log.warning("the registry cannot be read: %s", error)

@@ -29,7 +29,7 @@ from onebase_adapters.store.content import ADAPTER_FILES, CONFIG_FILE, VersionFi
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.service import Library, Wishes
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
@@ -98,12 +98,16 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 class Folders:
-    """Brings folders into the library. `given`: those to be served before the server is ready."""
+    """Brings folders into the adapters. `given`: those to be served before the server is ready."""
 
     def __init__(
-        self, library: Library, activation: Activation, given: Sequence[tuple[str, Path]], max_bytes: int
+        self,
+        adapters: AdapterService,
+        activation: Activation,
+        given: Sequence[tuple[str, Path]],
+        max_bytes: int,
     ) -> None:
-        self._library = library
+        self._adapters = adapters
         self._activation = activation
         self._given = list(given)
         self._max_bytes = max_bytes
@@ -113,42 +117,51 @@ class Folders:
         added: list[tuple[str, VersionRecord]] = []
         for name, folder in self._given:
             try:
-                added.append((name, await self.add(name, folder, actor=STARTUP_ACTOR, patient=False)))
+                added.append(
+                    (name, await self.add(name, folder, actor=STARTUP_ACTOR, wait_for_verifier=False))
+                )
             except OneBaseError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
         for name, version in added:
             try:
-                await self._serve(await self._library.wait(name, version.digest))
+                await self._serve(await self._adapters.wait(name, version.digest))
             except OneBaseError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
 
-    async def add(self, name: str, folder: Path, *, actor: str, patient: bool = True) -> VersionRecord:
+    async def add(
+        self, name: str, folder: Path, *, actor: str, wait_for_verifier: bool = True
+    ) -> VersionRecord:
         """Register a folder's content under a name, unless it is known already.
 
         Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
         UnavailableError.
         """
-        record = self._library.catalog.get(name)
+        record = self._adapters.catalog.get(name)
         if record is not None:
             with _readable(name, folder):
-                digest = await self._library.disk.run(_digest, folder)
+                digest = await self._adapters.disk.run(_digest, folder)
             known = record.version(digest)
             if known is not None and known.state == "ready":
                 return known
         with _readable(name, folder):
-            config = await self._library.disk.run(_read_config, folder, self._max_bytes)
+            config = await self._adapters.disk.run(_read_config, folder, self._max_bytes)
         try:
-            await self._library.check_config(name, config, Wishes())
+            await self._adapters.check_config(name, config, VersionOptions())
         except ConflictError as error:
             _log.warning("%s It is served all the same, since its folder was given by name.", error.message)
         with _readable(name, folder), storage_errors(name):
-            files = await self._library.disk.run(self._take, folder)
-        return await self._library.add(
-            name, files, {"kind": "folder"}, Wishes(any_base=True), actor=actor, patient=patient
+            files = await self._adapters.disk.run(self._take, folder)
+        return await self._adapters.add(
+            name,
+            files,
+            {"kind": "folder"},
+            VersionOptions(any_base=True),
+            actor=actor,
+            wait_for_verifier=wait_for_verifier,
         )
 
     def _take(self, folder: Path) -> VersionFiles:
-        config, weights = (self._library.store.add_file(folder / file) for file in ADAPTER_FILES)
+        config, weights = (self._adapters.store.add_file(folder / file) for file in ADAPTER_FILES)
         return VersionFiles(config, weights)
 
     async def _serve(self, version: VersionRecord) -> None:
@@ -159,7 +172,7 @@ class Folders:
             raise _cannot_serve(
                 version.name, "not_proved", "there is no verifier to prove it; the log says why"
             )
-        record = self._library.catalog.adapter(version.name)
+        record = self._adapters.catalog.adapter(version.name)
         if record.active == version.digest:
             return
         history = await self._activation.history(version.name)
@@ -316,7 +329,7 @@ class PendingPull:
 
     name: str
     reference: HubReference
-    wishes: Wishes
+    options: VersionOptions
     actor: str
     transfer: Transfer
     task: asyncio.Task[VersionRecord] | None = None
@@ -340,8 +353,8 @@ class PendingPull:
 class HubAdapters:
     """Turns pulls into versions. Called from one event loop."""
 
-    def __init__(self, library: Library, pulls: Pulls) -> None:
-        self._library = library
+    def __init__(self, adapters: AdapterService, pulls: Pulls) -> None:
+        self._adapters = adapters
         self._pulls = pulls
         self._known: OrderedDict[str, PendingPull] = OrderedDict()
         self._first_uses: dict[str, asyncio.Task[None]] = {}
@@ -370,14 +383,16 @@ class HubAdapters:
             pending.name for pending in self._known.values() if pending.digest is None and not pending.failure
         }
 
-    def pull(self, name: str, reference: HubReference, wishes: Wishes, actor: str = "") -> PendingPull:
+    def pull(
+        self, name: str, reference: HubReference, options: VersionOptions, actor: str = ""
+    ) -> PendingPull:
         """Begin to fetch a version, or join the pull that does so already. Raises UnavailableError."""
         for pending in self._known.values():
             running = pending.task is not None and not pending.task.done()
-            if running and (pending.name, pending.reference, pending.wishes) == (name, reference, wishes):
+            if running and (pending.name, pending.reference, pending.options) == (name, reference, options):
                 return pending
         transfer, fetched = self._pulls.start(reference)
-        pending = PendingPull(name, reference, wishes, actor, transfer)
+        pending = PendingPull(name, reference, options, actor, transfer)
         pending.task = asyncio.get_running_loop().create_task(self._finish(pending, fetched))
         pending.task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._known[pending.id] = pending
@@ -391,7 +406,7 @@ class HubAdapters:
         Concurrent first uses wait for the same pull. Raises OneBaseError saying what is in the way.
         """
         reference = hub_reference(name, param)
-        record = self._library.catalog.get(name)
+        record = self._adapters.catalog.get(name)
         if record is not None and record.active is not None:
             return
         self._pulls.check_allowed(reference, param)
@@ -406,8 +421,8 @@ class HubAdapters:
 
     async def _first_use(self, name: str, reference: HubReference) -> None:
         await self._refuse_if_deactivated(name)
-        arrived = await self.pull(name, reference, Wishes(activate=True), actor="first use").arrived()
-        version = await self._library.wait(name, arrived.digest)
+        arrived = await self.pull(name, reference, VersionOptions(activate=True), actor="first use").arrived()
+        version = await self._adapters.wait(name, arrived.digest)
         if version.error is not None:
             raise VersionFailedError(
                 f"{name} cannot be served: {version.error.message}", code=version.error.code
@@ -415,9 +430,9 @@ class HubAdapters:
 
     async def _refuse_if_deactivated(self, name: str) -> None:
         """What somebody has deactivated stays so until somebody activates it."""
-        if self._library.catalog.get(name) is None:
+        if self._adapters.catalog.get(name) is None:
             return
-        history = await self._library.activation.history(name)
+        history = await self._adapters.activation.history(name)
         if history and history[0].action == "deactivate":
             raise UnknownAdapterError(f"Adapter {name!r} was deactivated: activate one of its versions.")
 
@@ -449,9 +464,9 @@ class HubAdapters:
             raise hub_failure(error.code, str(error)) from error
 
     async def _register(self, pending: PendingPull, fetched: Fetched) -> VersionRecord:
-        library, reference = self._library, pending.reference
-        config = await library.read_config(fetched.files)
-        await library.check_config(pending.name, config, pending.wishes)
+        adapters, reference = self._adapters, pending.reference
+        config = await adapters.read_config(fetched.files)
+        await adapters.check_config(pending.name, config, pending.options)
         source = {
             "kind": "hub",
             "repo": reference.repo,
@@ -459,7 +474,7 @@ class HubAdapters:
             "commit": fetched.commit,
             "subfolder": reference.subfolder,
         }
-        return await library.add(pending.name, fetched.files, source, pending.wishes, actor=pending.actor)
+        return await adapters.add(pending.name, fetched.files, source, pending.options, actor=pending.actor)
 
 
 def hub_reference(text: str, param: str) -> HubReference:

@@ -16,7 +16,7 @@ from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.prover import Prover
 from onebase_server.adapters.residency import Residency
-from onebase_server.adapters.service import Library
+from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.errors import UnavailableError
 from onebase_server.generation.planner import Planner
@@ -45,7 +45,7 @@ class Services:
     supervisor: EngineSupervisor
     planner: Planner
     residency: Residency
-    library: Library
+    adapters: AdapterService
     hub: HubAdapters
     activation: Activation
     folders: Folders

@@ -11,7 +11,7 @@ from onebase_adapters.registry import RegistryError, TrainingJob, VersionRecord
 from onebase_adapters.store.content import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
 from onebase_server.adapters.catalog import label
-from onebase_server.adapters.service import Library, Wishes
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.storage import TrainingHome
@@ -60,7 +60,7 @@ class Delivery:
 
     def __init__(
         self,
-        library: Library,
+        library: AdapterService,
         home: TrainingHome,
         files: TrainingFiles,
         proof_seconds: float,
@@ -124,7 +124,7 @@ class Delivery:
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
         """The version once its proof has ended, or after so long that it must be tried later."""
-        source, wishes = {"kind": "training", "job": job.id}, Wishes(any_base=True)
+        source, wishes = {"kind": "training", "job": job.id}, VersionOptions(any_base=True)
         added = await self._library.add(job.name, files, source, wishes, actor=ACTOR)
         try:
             async with asyncio.timeout(self._proof_seconds):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from onebase_adapters import registry
 from onebase_adapters.registry import TrainingFile, TrainingJob, TrainingRecords
+from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownFileError
@@ -16,7 +17,6 @@ from onebase_server.jobs.notifier import Watchers
 from onebase_server.jobs.storage import TrainingHome
 from onebase_server.jobs.store import JobRecord
 from onebase_server.processes.trainer_protocol import TrainJob
-from onebase_server.served_base import Base
 
 
 class FileGoneError(Exception):
@@ -51,7 +51,7 @@ class Runner:
     home: TrainingHome
     delivery: Delivery
     config: EngineConfig
-    base: Base
+    base: ResolvedBase
     command: Sequence[str]
     share: float
     memory: int
@@ -79,7 +79,7 @@ class Runner:
             folder=str(self.home.job(job.id)),
             base_name=self.base.name,
             base_repo=self.base.repo,
-            base_commit=self.base.commit,
+            base_commit=self.base.revision,
             memory_limit=self.memory,
         )
 

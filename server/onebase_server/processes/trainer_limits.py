@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from onebase_engine.engine.memory import free_memory
+from onebase_engine.machine import free_memory
 
 NICENESS = 19
 _PARALLEL = 1 << 20
@@ -28,10 +28,7 @@ def step_aside() -> None:
 
 def memory_limit(asked: int, device: torch.device) -> int:
     """Bytes that a job may take beside the base: what was asked for, else half of what is free."""
-    if asked or device.type != "cuda":
-        return asked or free_memory(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    return free // 2
+    return asked or free_memory(device) // 2
 
 
 def bound_memory(limit: int, device: torch.device) -> None:

@@ -152,8 +152,8 @@ def _check_names(options: argparse.Namespace) -> None:
 def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks) -> Job:
     import torch
 
-    from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.run import Job
+    from onebase_engine.machine import free_memory
 
     settings = base_settings(options, resolved.folder)
     if settings.device.type == "cuda" and ranks.count > 1:

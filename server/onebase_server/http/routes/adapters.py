@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset
 from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.service import Wishes
+from onebase_server.adapters.service import VersionOptions
 from onebase_server.errors import (
     EngineRestartedError,
     InvalidRequestError,
@@ -105,8 +105,8 @@ async def add_version(
     name = str(reference)
     if body.name is not None and body.name != name:
         name = check_name(body.name, services.catalog.base_name)
-    wishes = Wishes(activate or body.activate, body.allow_noop, body.any_base)
-    pending = services.hub.pull(name, reference, wishes)
+    options = VersionOptions(activate or body.activate, body.allow_noop, body.any_base)
+    pending = services.hub.pull(name, reference, options)
     if not wait:
         return json_response(services.views.pull(pending), 202)
     version = await pending.arrived()
@@ -118,31 +118,31 @@ async def _upload(
 ) -> Response:
     limit = services.settings.max_upload
     check_length(request, limit, "--max-upload")
-    library = services.library
+    adapters = services.adapters
     with storage_errors():
-        form = AdapterForm(library.store, boundary, limit)
+        form = AdapterForm(adapters.store, boundary, limit)
         try:
-            upload = await read_form(request, form, library.disk)
+            upload = await read_form(request, form, adapters.disk)
             name = check_name(upload.name, services.catalog.base_name)
             flags = {flag: upload.flags.get(flag, False) for flag in FLAGS}
-            wishes = Wishes(**flags | {"activate": activate or flags["activate"]})
-            await library.check_config(name, upload.config, wishes)
-            files = await library.disk.run(upload.commit)
+            options = VersionOptions(**flags | {"activate": activate or flags["activate"]})
+            await adapters.check_config(name, upload.config, options)
+            files = await adapters.disk.run(upload.commit)
         finally:
-            await library.disk.run(form.close)
+            await adapters.disk.run(form.close)
     async with _kept(services, name, files.digest):
-        version = await library.add(name, files, {"kind": "upload"}, wishes)
+        version = await adapters.add(name, files, {"kind": "upload"}, options)
     if wait:
         return await _finished(services, name, version.digest)
     if version.finished:
-        version = await library.version(name, version.digest)
+        version = await adapters.version(name, version.digest)
     return json_response(services.views.version(version), 200 if version.finished else 202)
 
 
 async def _finished(services: Services, name: str, digest: str) -> Response:
     """The answer for one who waited: 200, or 422 with the version beside the error."""
     async with _kept(services, name, digest):
-        version = await services.library.wait(name, digest)
+        version = await services.adapters.wait(name, digest)
     shown = services.views.version(version)
     if version.error is not None:
         error = VersionFailedError(version.error.message, code=version.error.code)
@@ -158,7 +158,7 @@ async def _kept(services: Services, name: str, digest: str) -> AsyncIterator[Non
         yield
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
         with suppress(OneBaseError):
-            shown = services.views.version(await services.library.version(name, digest))
+            shown = services.views.version(await services.adapters.version(name, digest))
             if shown["state"] == "ready" and not shown["active"] and not error.beside:
                 error.beside = {"version": shown}
                 error.message = f"{shown['id']} is ready and kept, but not active: {error.message}"
@@ -170,7 +170,7 @@ async def list_versions(name: AdapterName, services: Provided) -> Response:
     """The versions of an adapter, newest first, each with its whole report."""
     data = [services.views.pull(pending) for pending in services.hub.of_name(name)]
     if services.catalog.get(name) is not None or not data:
-        data += [services.views.version(version) for version in await services.library.versions(name)]
+        data += [services.views.version(version) for version in await services.adapters.versions(name)]
     return json_response({"object": "list", "data": data})
 
 
@@ -181,7 +181,7 @@ async def get_version(name: AdapterName, version: str, services: Provided) -> Re
     if pending is not None and pending.digest is None:
         return json_response(services.views.pull(pending))
     wanted = pending.digest if pending is not None and pending.digest else version
-    return json_response(services.views.version(await services.library.version(name, wanted)))
+    return json_response(services.views.version(await services.adapters.version(name, wanted)))
 
 
 @router.delete("/{name}/versions/{version}")
