@@ -70,7 +70,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         leave_torch_out()
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
-            # The engine is told: what it loads and what adapters are bound to is one base.
+            # Decided once, for the engine too: adapters are bound to the base that it loads.
             settings = replace(settings, device=chosen_device(settings.device))
             storage = open_storage(settings, base.name, base.folder)
         except (FolderError, StorageError) as error:
@@ -83,7 +83,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
 
 
 def _check_open_files() -> None:
-    """Raises StartupError here, and not in the middle of whatever opens one file too many."""
+    """Raises StartupError now, rather than let some request fail at one file too many."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= allowed < LEAST_FILES:
         raise StartupError(
@@ -94,7 +94,7 @@ def _check_open_files() -> None:
 
 
 def _stop_with_stdin() -> None:
-    """As by SIGTERM, once whoever holds the other end of standard input has closed it, or is dead."""
+    """Stop as by SIGTERM once standard input ends: its other end was closed, or its process died."""
     with contextlib.suppress(OSError):
         while os.read(0, 1 << 16):
             pass
@@ -115,7 +115,7 @@ def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
 
 @dataclass(frozen=True)
 class _Server:
-    """One server, from what was found out before the event loop began."""
+    """One server, with all that was settled before the event loop began."""
 
     settings: Settings
     base: ResolvedBase

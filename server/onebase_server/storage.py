@@ -100,7 +100,7 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
 
 
 def _identity(settings: Settings) -> dict[str, object]:
-    """What makes another base of the same files. Each device quantizes, and is proved on, by code of its own.
+    """The settings that make another base of the same files; the device too, since each has its own kernels.
 
     The CPU is not named: its registries are older than this rule, and stay valid.
     """

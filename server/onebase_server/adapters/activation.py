@@ -152,7 +152,7 @@ class Activation:
     async def delete_version(self, name: str, version: str, *, force: bool, actor: str = "") -> str:
         """Delete one version; with the last one its name goes too. Returns its digest.
 
-        Raises UnknownAdapterError; ConflictError while it is active or in use, unless forced: then requests
+        Raises UnknownAdapterError, and ConflictError while it is active or in use. With force, the requests
         that use it end with AdapterDeletedError.
         """
         async with self._turn:

@@ -99,7 +99,7 @@ class Catalog:
         self._subscribers.append(subscriber)
 
     async def watch(self, seconds: float) -> None:
-        """Look every `seconds` seconds, for ever. A registry that is away is looked for again."""
+        """Look every `seconds` seconds, for ever, also while the registry cannot be reached."""
         away = False
         while True:
             await asyncio.sleep(seconds)
@@ -116,10 +116,10 @@ class Catalog:
                 away = False
 
     async def look_again(self) -> bool:
-        """Whether the registry holds something new; for a name that is not known, or not ready, here.
+        """Look for a name that is unknown or not ready here. Returns whether there was anything new.
 
-        Looks at most every LOOK_SECONDS, so that made-up names cost the registry nothing. Who asks while a
-        look is under way shares it.
+        Looks at most every LOOK_SECONDS, so that made-up names do not burden the registry. Calls during a
+        look share it.
         """
         if self._looking is None or self._looking.done():
             if time.monotonic() - self._looked_at < LOOK_SECONDS:
@@ -241,7 +241,7 @@ def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
     if version.error is not None:
         reason = f"it failed ({version.error.code}: {version.error.message}). Choose another version."
     else:
-        reason = "it is on its way. Wait until its state is ready."
+        reason = "it is not proved yet. Wait until its state is ready."
     return ConflictError(
         f"Version {version.digest} of adapter {version.name!r} is {version.state}: {reason}",
         code="version_not_ready",

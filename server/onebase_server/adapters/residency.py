@@ -1,7 +1,7 @@
 """Which versions the engine holds in host memory: loaded on demand, the least recently used evicted.
 
 Room is given in order of arrival, and all that one request needs at once, so that two requests never wait
-for what the other one holds. Requests for versions that are loaded already wait for nobody.
+for what the other one holds. A request whose versions are loaded does not wait.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PackedAdapterFile:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Host memory for versions, in bytes, and what has happened to it since the start."""
+    """Host memory for versions, in bytes, and the loads and evictions since the start."""
 
     limit: int
     used: int
@@ -65,7 +65,7 @@ class MemoryUse:
 
 
 class PackedAdapterFiles:
-    """Answers for digests that the catalog knows as ready."""
+    """The packed adapters of the versions that the catalog knows as ready."""
 
     def __init__(self, catalog: Catalog, store: Store, disk: Threads) -> None:
         self._catalog = catalog
@@ -91,7 +91,7 @@ class PackedAdapterFiles:
 class CacheEntry:
     """One version in the engine's memory, or on its way there. `bytes` are reserved from the beginning.
 
-    `packed`: the file that it is loaded from, whatever becomes of the version meanwhile.
+    `packed`: the file that it is loaded from, even if the version gets another one in the meantime.
     """
 
     digest: str
@@ -242,7 +242,7 @@ class Residency:
                 _log.error("pinned version %s cannot be loaded: %s", digest[:12], error)
 
     def keep_only(self, wanted: Callable[[str], bool]) -> None:
-        """Free the memory of versions that nobody can ask for any more, each once nothing runs with it."""
+        """Unload versions that nobody can ask for any more, each when its last request has ended."""
         self._unwanted = {digest for digest in self._entries if not wanted(digest)}
         for digest in list(self._unwanted):
             self._unload_if_unwanted(self._entries[digest])
@@ -275,7 +275,7 @@ class Residency:
             lease.hold(self._begin_load(digest, packed))
 
     def _evict(self, needed: int) -> None:
-        """Tell idle versions to leave until `needed` bytes will be free, if that can be had."""
+        """Unload idle versions, the least recently used first, until `needed` bytes will be free."""
         while needed + sum(entry.bytes for entry in self._entries.values()) > self.limit:
             idle = self._least_recently_used()
             if idle is None:
@@ -350,10 +350,10 @@ class Residency:
         self._leaving[entry.digest] = entry
         self._send(UnloadAdapter(entry.digest))
 
-    # ---- the engine's words ------------------------------------------------------------------
+    # ---- messages from the engine ------------------------------------------------------------
 
     def receive(self, message: AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged) -> None:
-        """What the engine says about versions."""
+        """Take in what the engine says about versions."""
         if isinstance(message, SlotsChanged):
             self._slots = frozenset(message.digests)
         elif isinstance(message, AdapterUnloaded):
@@ -383,7 +383,7 @@ class Residency:
         self._running = True
 
     def engine_gone(self) -> None:
-        """The engine's memory is gone, and everything in it. Whoever waits is told."""
+        """The engine's memory is gone, and everything in it. Leases that wait end with an error."""
         self._running = False
         entries, self._entries = self._entries, {}
         leaving, self._leaving = self._leaving, {}
@@ -424,7 +424,7 @@ class Lease:
             InvalidRequestError: they can never be in memory together.
             QueueFullError: too many requests wait already.
             UnavailableError, EngineRestartedError: one cannot be loaded now.
-            AdapterDeletedError: one was deleted meanwhile.
+            AdapterDeletedError: one was deleted while this waited.
         """
         self._waiting = asyncio.current_task()
         try:

@@ -98,7 +98,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 class Folders:
-    """Brings folders into the adapters. `given`: those to be served before the server is ready."""
+    """Registers folders as versions. `given`: those to be served before the server is ready."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Folders:
         try:
             await self._adapters.check_config(name, config, VersionOptions())
         except ConflictError as error:
-            _log.warning("%s It is served all the same, since its folder was given by name.", error.message)
+            _log.warning("%s It is served anyway, since its folder was given by name.", error.message)
         with _readable(name, folder), storage_errors(name):
             files = await self._adapters.disk.run(self._take, folder)
         return await self._adapters.add(
@@ -165,7 +165,7 @@ class Folders:
         return VersionFiles(config, weights)
 
     async def _serve(self, version: VersionRecord) -> None:
-        """Activate what was given at start, unless somebody has chosen another version since."""
+        """Activate what was given at start, unless another version of the name was chosen since."""
         if version.error is not None:
             raise _cannot_serve(version.name, version.error.code, version.error.message)
         if version.state != "ready":
@@ -190,7 +190,7 @@ class Folders:
 
 
 def _digest(folder: Path) -> str:
-    """The digest of a folder's content, without taking it in."""
+    """The digest of a folder's content, without storing it."""
     sums = []
     for file in ADAPTER_FILES:
         with (folder / file).open("rb") as opened:
@@ -249,7 +249,7 @@ class Transfer:
 
 
 class Pulls:
-    """Transfers in threads of their own. `allow` holds patterns of `org/repo` that requests may name."""
+    """Transfers, one for all who ask for the same reference. `allow`: patterns of `org/repo` for requests."""
 
     def __init__(self, store: Store, threads: Threads, allow: Sequence[str], max_bytes: int) -> None:
         self._store = store
@@ -325,7 +325,7 @@ def _too_large(message: str) -> OneBaseError:
 
 @dataclass(eq=False)
 class PendingPull:
-    """A version whose content is not known yet; `digest` is, once the files are here."""
+    """A version that is being pulled; `digest` is known when its files have arrived."""
 
     name: str
     reference: HubReference
@@ -340,7 +340,7 @@ class PendingPull:
 
     @property
     def error(self) -> VersionError | None:
-        """Why nothing came of it."""
+        """Why it failed, if it did."""
         return None if self.failure is None else VersionError(self.failure.code, self.failure.message)
 
     async def arrived(self) -> VersionRecord:
@@ -351,7 +351,7 @@ class PendingPull:
 
 
 class HubAdapters:
-    """Turns pulls into versions. Called from one event loop."""
+    """Registers what is pulled from the Hub as versions. Called from one event loop."""
 
     def __init__(self, adapters: AdapterService, pulls: Pulls) -> None:
         self._adapters = adapters
@@ -365,7 +365,7 @@ class HubAdapters:
         self._pulls.check_allowed(reference, param)
 
     def get(self, name: str, pull_id: str) -> PendingPull | None:
-        """A pull that runs, or ended not long ago."""
+        """A pull that runs, or one of the last MOST_REMEMBERED."""
         pending = self._known.get(pull_id)
         return pending if pending is not None and pending.name == name else None
 
@@ -401,9 +401,9 @@ class HubAdapters:
         return pending
 
     async def use(self, name: str, *, param: str) -> None:
-        """Make sure that the adapter of this Hub name is active: pulled and proved if it is not known yet.
+        """Make the adapter of this Hub name active: pull and prove it unless it is active already.
 
-        Concurrent first uses wait for the same pull. Raises OneBaseError saying what is in the way.
+        Concurrent first uses wait for the same pull. Raises OneBaseError saying why it cannot be served.
         """
         reference = hub_reference(name, param)
         record = self._adapters.catalog.get(name)
@@ -429,7 +429,7 @@ class HubAdapters:
             )
 
     async def _refuse_if_deactivated(self, name: str) -> None:
-        """What somebody has deactivated stays so until somebody activates it."""
+        """A deactivated adapter stays so until a version of it is activated."""
         if self._adapters.catalog.get(name) is None:
             return
         history = await self._adapters.activation.history(name)

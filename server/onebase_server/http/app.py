@@ -49,7 +49,7 @@ _NO_TELEMETRY: Any = {
 
 
 def create_app(services: Services) -> FastAPI:
-    """The HTTP application. Its lifetime is the server's: starting the engine is not its business."""
+    """The HTTP application. It does not start the engine: `run_server` does."""
     app = FastAPI(
         title="OneBase",
         version=onebase_server.__version__,
@@ -71,7 +71,7 @@ def create_app(services: Services) -> FastAPI:
 
 
 class StoppedRequests:
-    """Says so to whom the server's end has cut off before the answer began; uvicorn would say 500."""
+    """Answers requests that the server's end cancels before their answer began; uvicorn would say 500."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Server-sent events without ceremony, and noticing that the caller has left."""
+"""Server-sent events, and noticing that the caller has left."""
 
 from __future__ import annotations
 

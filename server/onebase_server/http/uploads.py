@@ -35,7 +35,7 @@ ADAPTER_FIELDS = (
 )
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
-"""What a form takes beside its file: boundaries, headers, fields."""
+"""What a form takes besides its file: boundaries, headers, fields."""
 FILE_FIELDS = "Send a field purpose with the value fine-tune, and a part called file, with a file name."
 
 Result = TypeVar("Result", covariant=True)
@@ -76,7 +76,7 @@ class FormReader(ABC, Generic[Result]):
 
     @abstractmethod
     def result(self) -> Result:
-        """What has come. Raises InvalidRequestError when something is missing."""
+        """The form's content. Raises InvalidRequestError when something is missing."""
 
     @abstractmethod
     def close(self) -> None:
@@ -217,7 +217,7 @@ def malformed(reason: str) -> InvalidRequestError:
 
 @dataclass(frozen=True)
 class Upload:
-    """What one upload brought: the fields, the config as it was sent, and the blobs once committed."""
+    """One upload: its fields, its config as it was sent, and its files once they are committed."""
 
     name: str
     flags: dict[str, bool]
@@ -227,7 +227,7 @@ class Upload:
 
 
 class AdapterForm(FormReader[Upload]):
-    """Writes both files as they come. What was not committed is gone after `close`.
+    """Writes both files as they arrive; `close` deletes them unless they were committed.
 
     Raises also StoreFullError, StoreError.
     """
@@ -291,14 +291,14 @@ class AdapterForm(FormReader[Upload]):
 
 @dataclass(frozen=True)
 class FileUpload:
-    """A file that has come, and is not kept yet."""
+    """A file that has arrived, and is not kept yet."""
 
     filename: str
     writer: FileWriter
 
 
 class FileForm(FormReader[FileUpload]):
-    """Writes the file as it comes. Raises also StoreFullError. What was not kept is gone after `close`."""
+    """Writes the file as it arrives; `close` deletes it unless it was kept. Raises also StoreFullError."""
 
     def __init__(self, files: TrainingFiles, boundary: bytes) -> None:
         self._files = files

@@ -140,27 +140,27 @@ async def _upload(
 
 
 async def _finished(services: Services, name: str, digest: str) -> Response:
-    """The answer for one who waited: 200, or 422 with the version beside the error."""
+    """The answer to `wait`: 200, or 422 with the version next to the error."""
     async with _kept(services, name, digest):
         version = await services.adapters.wait(name, digest)
     shown = services.views.version(version)
     if version.error is not None:
         error = VersionFailedError(version.error.message, code=version.error.code)
-        error.beside = {"version": shown}
+        error.body = {"version": shown}
         raise error
     return json_response(shown, 200 if version.finished else 202)
 
 
 @asynccontextmanager
 async def _kept(services: Services, name: str, digest: str) -> AsyncIterator[None]:
-    """Adds the version to the error of its activation, if it is ready: its files need not be sent again."""
+    """Adds a ready version to the error of its activation, so that its files are not sent again."""
     try:
         yield
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
         with suppress(OneBaseError):
             shown = services.views.version(await services.adapters.version(name, digest))
-            if shown["state"] == "ready" and not shown["active"] and not error.beside:
-                error.beside = {"version": shown}
+            if shown["state"] == "ready" and not shown["active"] and not error.body:
+                error.body = {"version": shown}
                 error.message = f"{shown['id']} is ready and kept, but not active: {error.message}"
         raise
 
