@@ -10,7 +10,6 @@ hash is right, and dies when a row asks for one that is not loaded:
     fatal        refuses to start
     die-early    exits before it is ready
     sleep-early  never gets ready
-    die-ready    exits as soon as it has been ready for a moment
     poison       as `words`, but exits in the step after a row came that asks for POISON tokens
 """
 
@@ -21,7 +20,6 @@ import os
 import selectors
 import socket
 import sys
-import time
 from pathlib import Path
 
 from onebase_engine.engine.messages import (
@@ -126,9 +124,6 @@ class ScriptedEngine:
             max_rows=config.max_rows, max_slots=1, max_rank=8, vocab_size=49152, load_seconds=0.0,
         )  # fmt: skip
         self.send(Ready(base))
-        if self.behaviour == "die-ready":
-            time.sleep(0.05)
-            os._exit(9)
 
     def cancel(self, message: Cancel) -> None:
         ended = [key for key in self.rows if key[0] == message.id and message.choice in (None, key[1])]
