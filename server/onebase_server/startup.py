@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from onebase_server.http.deps import Services
 from onebase_server.http.server import bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
 from onebase_server.processes.link import ENGINE_COMMAND
-from onebase_server.processes.supervisor import EngineFailedError
+from onebase_server.processes.supervisor import EngineFailedError, RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import VERIFIER_COMMAND
 from onebase_server.served_base import Base
@@ -51,6 +51,8 @@ class Commands:
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    """Of the engine."""
 
 
 class StartupError(RuntimeError):
@@ -167,6 +169,7 @@ class _Server:
                 self.storage,
                 self.given,
                 engine_command=self.commands.engine,
+                engine_restarts=self.commands.restarts,
                 verifier_command=self.commands.verifier,
                 trainer_command=self.commands.trainer,
                 on_loading=display.loading,

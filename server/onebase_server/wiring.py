@@ -22,7 +22,7 @@ from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import assemble_training
 from onebase_server.processes.link import EngineLink
 from onebase_server.processes.share import BusyFlag
-from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor
+from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
 from onebase_server.processes.verifier_client import PROBES, VerifierClient
 from onebase_server.served_base import Base
 from onebase_server.settings import Settings
@@ -58,6 +58,7 @@ def assemble(
     given: Sequence[tuple[str, Path]],
     *,
     engine_command: Sequence[str],
+    engine_restarts: RestartPolicy,
     verifier_command: Sequence[str],
     trainer_command: Sequence[str],
     on_loading: Callable[[Loading], None],
@@ -104,6 +105,7 @@ def assemble(
         queue_limit=settings.queue_limit,
         stall_timeout=settings.stall_timeout,
         command=engine_command,
+        policy=engine_restarts,
         on_loading=on_loading,
     )
     return Services(

@@ -43,7 +43,7 @@ from onebase_server.storage_errors import storage_errors
 ACTIVATION_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Seconds between tries to record or to activate what is ready: the registry is away, the engine restarts,
 memory is full."""
-WISHES = "wishes"
+WISHES = "options"
 """Key of a version's source that holds what was asked for with it."""
 
 _log = logging.getLogger(__name__)

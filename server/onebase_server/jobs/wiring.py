@@ -1,4 +1,4 @@
-"""The parts of training, put together."""
+"""Puts the parts of training together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from onebase_server.background import Threads
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.manager import Manager
-from onebase_server.jobs.notifier import Watchers
-from onebase_server.jobs.service import Jobs
-from onebase_server.jobs.storage import TrainingHome
-from onebase_server.jobs.trainer_pool import Runner
+from onebase_server.jobs.run import TrainerPool
+from onebase_server.jobs.service import JobService
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobNotifier
 from onebase_server.metrics import Metrics
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineSupervisor
@@ -25,7 +25,7 @@ from onebase_server.settings import Settings
 from onebase_server.storage import Storage
 
 COUNT_SECONDS = 5.0
-"""After which figures are given without the registry's."""
+"""Limit for the registry's figures; after it the others are given alone."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Training:
     """What the routes and the server's life need of training."""
 
     files: TrainingFiles
-    jobs: Jobs
+    jobs: JobService
     manager: Manager
     storage: Storage
     threads: Threads
@@ -60,19 +60,19 @@ def assemble_training(
     records: Threads,
     disk: Threads,
 ) -> Training:
-    """Training next to one engine. Raises DataDirError.
+    """The training of one engine's base. Raises DataDirError.
 
     `command` starts a trainer; `busy` says whether rows run.
     """
-    home = TrainingHome(Path(settings.data_dir).expanduser().absolute())
-    registry, watchers = storage.registry.training, Watchers()
-    files = TrainingFiles(registry, home, records, disk, settings.max_train_file)
-    runner = Runner(
+    folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute())
+    registry, notifier = storage.registry.training, JobNotifier()
+    files = TrainingFiles(registry, folder, records, disk, settings.max_train_file)
+    pool = TrainerPool(
         records=registry,
         threads=records,
-        watchers=watchers,
-        home=home,
-        delivery=Delivery(library, home, files, PROOFS_WAITED * settings.proof_timeout),
+        notifier=notifier,
+        storage=folder,
+        delivery=Delivery(library, folder, files, PROOFS_WAITED * settings.proof_timeout),
         config=settings.engine_config(str(base.folder)),
         base=base,
         command=command,
@@ -80,14 +80,14 @@ def assemble_training(
         memory=settings.train_memory // max(1, settings.train_jobs),
         busy_fd=busy.fd,
     )
-    manager = Manager(runner, most=settings.train_jobs, look_seconds=settings.sync_seconds)
-    jobs = Jobs(
+    manager = Manager(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    jobs = JobService(
         registry,
         records,
         files,
-        home,
+        folder,
         manager,
-        watchers,
+        notifier,
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )

@@ -1,4 +1,4 @@
-"""Training files and jobs in the registry: what was asked for, how far it has come, what was told."""
+"""Training files and jobs in the registry: what was asked for, how far it has come, what was said."""
 
 from __future__ import annotations
 
@@ -9,37 +9,44 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry.database import Database
-from onebase_adapters.registry.errors import FileInUseError, JobStateError, UnknownFileError, UnknownJobError
-from onebase_adapters.registry.mapping import plain
-from onebase_adapters.registry.training_mapping import (
-    checkpoint_of,
-    event_of,
-    event_row,
-    file_of,
-    job_of,
-    job_row,
-    set_facts,
+from onebase_adapters.registry.database import Database, plain, plain_json
+from onebase_adapters.registry.errors import (
+    FileInUseError,
+    JobStateError,
+    RegistryError,
+    UnknownFileError,
+    UnknownJobError,
 )
-from onebase_adapters.registry.training_records import (
+from onebase_adapters.registry.models import (
     ENDED_STATES,
+    JOB_STATES,
     OPEN_STATES,
+    Activate,
     Checkpoint,
+    EventKind,
+    JobError,
+    JobEvent,
     JobState,
-    NewCheckpoint,
-    NewEvent,
+    Level,
     NewJob,
     OpenJob,
-    TrainingEvent,
+    Purpose,
     TrainingFile,
     TrainingJob,
 )
-from onebase_adapters.registry.training_tables import (
+from onebase_adapters.registry.tables import (
     CheckpointRow,
     TrainingEventRow,
     TrainingFileRow,
     TrainingJobRow,
 )
+
+_FACTS = frozenset(
+    {
+        "plan", "progress", "report", "saved_step", "deaths", "death_step", "version", "activated",
+        "result_file",
+    }
+)  # fmt: skip
 
 
 class TrainingRecords:
@@ -58,7 +65,7 @@ class TrainingRecords:
     # ---- files -------------------------------------------------------------------------------
 
     def add_file(self, file: TrainingFile) -> TrainingFile:
-        """Also says so when the file is known already (a job's curve, delivered twice)."""
+        """A file that is known already stays as it is: the curve of a job that is delivered twice."""
         with self._database.beside() as session:
             known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
             if known is None:
@@ -84,7 +91,7 @@ class TrainingRecords:
         limit: int,
         oldest_first: bool = False,
     ) -> list[TrainingFile]:
-        """In order of arrival, newest first unless told otherwise. Raises UnknownFileError for `after`."""
+        """In order of arrival, newest first unless `oldest_first`. Raises UnknownFileError for `after`."""
         number = TrainingFileRow.number
         with self._database.read() as session:
             query = select(TrainingFileRow).where(TrainingFileRow.tenant == tenant)
@@ -94,12 +101,12 @@ class TrainingRecords:
                 place = _file(session, tenant, after).number
                 query = query.where(number > place if oldest_first else number < place)
             query = query.order_by(number if oldest_first else number.desc()).limit(limit)
-            return [file_of(row) for row in session.scalars(query)]
+            return [_file_record(row) for row in session.scalars(query)]
 
     def file(self, tenant: str, file_id: str) -> TrainingFile:
         """Raises UnknownFileError."""
         with self._database.read() as session:
-            return file_of(_file(session, tenant, file_id))
+            return _file_record(_file(session, tenant, file_id))
 
     def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> TrainingFile:
         """Delete a file that no job needs.
@@ -122,7 +129,7 @@ class TrainingRecords:
             )
             if user is not None:
                 raise FileInUseError(f"File {row.id} is in use: job {user} needs it.", user)
-            found = file_of(row)
+            found = _file_record(row)
             session.delete(row)
             return found
 
@@ -133,21 +140,21 @@ class TrainingRecords:
 
     # ---- jobs --------------------------------------------------------------------------------
 
-    def add_job(self, job: NewJob, event: NewEvent) -> TrainingJob:
+    def add_job(self, job: NewJob, event: JobEvent) -> TrainingJob:
         """A new job in state `validating_files`, with its first event. Raises UnknownFileError."""
         with self._database.beside() as session:
             for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
                 _file(session, job.tenant, file_id, lock=True)
-            row = job_row(job, self._base_id, time.time())
+            row = _job_row(job, self._base_id, time.time())
             session.add(row)
             session.flush()
-            session.add(event_row(row.number, event))
-            return job_of(row)
+            session.add(_event_row(row.number, event))
+            return _job_record(row)
 
     def job(self, tenant: str, job_id: str) -> TrainingJob:
         """Raises UnknownJobError."""
         with self._database.read() as session:
-            return job_of(self._job(session, job_id, tenant))
+            return _job_record(self._job(session, job_id, tenant))
 
     def jobs(
         self, tenant: str, *, after: str | None = None, limit: int, labels: Mapping[str, str] | None = None
@@ -160,7 +167,7 @@ class TrainingRecords:
             for key, value in (labels or {}).items():
                 query = query.where(TrainingJobRow.labels[plain(key)].as_string() == plain(value))
             rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
-            return [job_of(row) for row in rows]
+            return [_job_record(row) for row in rows]
 
     def open_jobs(self, server: str) -> list[OpenJob]:
         """What a server has to do, oldest first."""
@@ -198,7 +205,7 @@ class TrainingRecords:
         job_id: str,
         state: JobState,
         among: Collection[JobState],
-        event: NewEvent | None = None,
+        event: JobEvent | None = None,
         *,
         while_delivered: bool = True,
         **facts: Any,
@@ -215,50 +222,50 @@ class TrainingRecords:
             delivered = row.state == "running" and row.report is not None
             if row.state not in among or (delivered and not while_delivered):
                 raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
-            set_facts(row, state, facts, time.time())
+            _set_facts(row, state, facts, time.time())
             if event is not None:
-                session.add(event_row(row.number, event))
+                session.add(_event_row(row.number, event))
             session.flush()
-            return job_of(row)
+            return _job_record(row)
 
     def note(
         self,
         job_id: str,
-        events: Sequence[NewEvent] = (),
-        checkpoints: Iterable[NewCheckpoint] = (),
+        events: Sequence[JobEvent] = (),
+        checkpoints: Iterable[Checkpoint] = (),
         **facts: Any,
     ) -> None:
-        """Add what a run told; `facts`: fields of TrainingJob. Raises UnknownJobError."""
+        """Add what a run said; `facts`: fields of TrainingJob. Raises UnknownJobError."""
         with self._database.beside() as session:
             row = self._job(session, job_id, lock=True)
-            session.add_all(event_row(row.number, event) for event in events)
+            session.add_all(_event_row(row.number, event) for event in events)
             for checkpoint in checkpoints:
                 session.execute(
                     delete(CheckpointRow).where(
                         CheckpointRow.job == row.number, CheckpointRow.step == checkpoint.step
                     )
                 )
-                session.add(CheckpointRow(job=row.number, **vars(checkpoint)))
+                session.add(_checkpoint_row(row.number, checkpoint))
                 row.saved_step = max(row.saved_step, checkpoint.step)
-            set_facts(row, None, facts, time.time())
+            _set_facts(row, None, facts, time.time())
 
-    # ---- what jobs told ----------------------------------------------------------------------
+    # ---- what jobs said ----------------------------------------------------------------------
 
-    def events(self, job: TrainingJob, *, before: int | None = None, limit: int) -> list[TrainingEvent]:
+    def events(self, job: TrainingJob, *, before: int | None = None, limit: int) -> list[JobEvent]:
         """Newest first, older than the event of number `before`."""
         number = TrainingEventRow.number
         with self._database.read() as session:
             query = select(TrainingEventRow).where(TrainingEventRow.job == job.number)
             if before is not None:
                 query = query.where(number < before)
-            return [event_of(row) for row in session.scalars(query.order_by(number.desc()).limit(limit))]
+            return [_event_record(row) for row in session.scalars(query.order_by(number.desc()).limit(limit))]
 
-    def events_since(self, job: TrainingJob, after: int, limit: int) -> list[TrainingEvent]:
+    def events_since(self, job: TrainingJob, after: int, limit: int) -> list[JobEvent]:
         """Oldest first, newer than the event of number `after`."""
         number = TrainingEventRow.number
         with self._database.read() as session:
             query = select(TrainingEventRow).where(TrainingEventRow.job == job.number, number > after)
-            return [event_of(row) for row in session.scalars(query.order_by(number).limit(limit))]
+            return [_event_record(row) for row in session.scalars(query.order_by(number).limit(limit))]
 
     def checkpoints(self, job: TrainingJob) -> list[Checkpoint]:
         """All that were written, newest first."""
@@ -268,7 +275,7 @@ class TrainingRecords:
                 .where(CheckpointRow.job == job.number)
                 .order_by(CheckpointRow.step.desc())
             )
-            return [checkpoint_of(row) for row in rows]
+            return [_checkpoint_record(row) for row in rows]
 
     def _scope(self, tenant: str | None = None) -> list[ColumnElement[bool]]:
         conditions = [TrainingJobRow.base_id == self._base_id]
@@ -292,3 +299,130 @@ def _file(session: Session, tenant: str, file_id: str, *, lock: bool = False) ->
     if row is None:
         raise UnknownFileError(f"There is no file {file_id[:80]!r}.")
     return row
+
+
+# From rows to records and back
+
+
+def _file_record(row: TrainingFileRow) -> TrainingFile:
+    return TrainingFile(
+        row.id,
+        row.tenant,
+        row.server,
+        cast(Purpose, row.purpose),
+        row.filename,
+        row.bytes,
+        row.created_at,
+    )
+
+
+def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
+    return TrainingJobRow(
+        id=job.id,
+        base_id=base_id,
+        tenant=job.tenant,
+        server=job.server,
+        name=job.name,
+        state="validating_files",
+        training_file=job.training_file,
+        validation_file=job.validation_file,
+        activate=job.activate,
+        settings=plain_json(job.settings),
+        labels={plain(key): plain(value) for key, value in job.labels.items()},
+        created_at=now,
+        saved_step=0,
+        deaths=0,
+        death_step=0,
+    )
+
+
+def _job_record(row: TrainingJobRow) -> TrainingJob:
+    error = None
+    if row.error_code is not None:
+        error = JobError(row.error_code, row.error_message or "", row.error_param)
+    return TrainingJob(
+        id=row.id,
+        tenant=row.tenant,
+        server=row.server,
+        name=row.name,
+        training_file=row.training_file,
+        validation_file=row.validation_file,
+        activate=cast(Activate, row.activate),
+        settings=row.settings,
+        labels=row.labels,
+        number=row.number,
+        state=cast(JobState, row.state),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        plan=row.plan,
+        progress=row.progress,
+        report=row.report,
+        error=error,
+        saved_step=row.saved_step,
+        deaths=row.deaths,
+        death_step=row.death_step,
+        version=row.version,
+        activated=row.activated,
+        result_file=row.result_file,
+    )
+
+
+def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, Any], now: float) -> None:
+    """Write fields of TrainingJob into its row. An error leaves with any other state."""
+    error: JobError | None = None
+    for name, value in facts.items():
+        if name == "error":
+            error = value
+        elif name in _FACTS:
+            setattr(row, name, plain_json(value))
+        else:
+            raise RegistryError(f"{name!r} is no fact that a job's row takes.")
+    if state is None:
+        return
+    if state not in JOB_STATES:
+        raise RegistryError(f"{state!r} is no state of a job: those are {', '.join(JOB_STATES)}.")
+    row.state = state
+    row.error_code = error.code if error else None
+    row.error_message = plain(error.message) if error else None
+    row.error_param = error.param if error else None
+    row.finished_at = now if state in ENDED_STATES else None
+    if state == "running" and row.started_at is None:
+        row.started_at = now
+
+
+def _event_row(job: int, event: JobEvent) -> TrainingEventRow:
+    return TrainingEventRow(
+        job=job,
+        at=event.at,
+        level=event.level,
+        kind=event.kind,
+        message=plain(event.message),
+        data=None if event.data is None else plain_json(event.data),
+    )
+
+
+def _event_record(row: TrainingEventRow) -> JobEvent:
+    return JobEvent(
+        at=row.at,
+        message=row.message,
+        level=cast(Level, row.level),
+        kind=cast(EventKind, row.kind),
+        data=row.data,
+        number=row.number,
+    )
+
+
+def _checkpoint_row(job: int, checkpoint: Checkpoint) -> CheckpointRow:
+    return CheckpointRow(
+        job=job,
+        step=checkpoint.step,
+        path=checkpoint.path,
+        at=checkpoint.at,
+        train_loss=checkpoint.train_loss,
+        valid_loss=checkpoint.valid_loss,
+    )
+
+
+def _checkpoint_record(row: CheckpointRow) -> Checkpoint:
+    return Checkpoint(row.step, row.path, row.at, row.train_loss, row.valid_loss, row.number)

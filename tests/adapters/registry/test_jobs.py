@@ -9,11 +9,11 @@ import pytest
 from tests.adapters.registry.conftest import Open
 
 from onebase_adapters.registry import (
+    Checkpoint,
     FileInUseError,
     JobError,
+    JobEvent,
     JobStateError,
-    NewCheckpoint,
-    NewEvent,
     NewJob,
     OpenJob,
     Registry,
@@ -42,8 +42,8 @@ def add_job(registry: Registry, name: str, **changes: Any) -> TrainingJob:
     return registry.training.add_job(NewJob(**facts | changes), event("created"))
 
 
-def event(message: str, **data: Any) -> NewEvent:
-    return NewEvent(time.time(), message, data=data or None)
+def event(message: str, **data: Any) -> JobEvent:
+    return JobEvent(time.time(), message, data=data or None)
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_a_checkpoint_written_again_takes_the_place_of_the_first(
     registry: Registry, jobs: list[TrainingJob]
 ) -> None:
     records, job = registry.training, jobs[0]
-    records.note(job.id, checkpoints=[NewCheckpoint(5, "checkpoints/5", 1.0, 2.5, None)])
-    again = [NewCheckpoint(step, f"checkpoints/{step}", 2.0, 2.25, 2.0) for step in (5, 10)]
+    records.note(job.id, checkpoints=[Checkpoint(5, "checkpoints/5", 1.0, 2.5, None)])
+    again = [Checkpoint(step, f"checkpoints/{step}", 2.0, 2.25, 2.0) for step in (5, 10)]
     records.note(job.id, checkpoints=again)
     found = [(one.step, one.at) for one in records.checkpoints(job)]
     assert found == [(10, 2.0), (5, 2.0)]
