@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -75,3 +75,22 @@ class Threads:
             raise
         value: T = await answer
         return value
+
+
+class RegistryThreads(Threads):
+    """Threads for the registry's calls. A write ends when every subscriber has seen it."""
+
+    def __init__(self, name: str, most: int) -> None:
+        super().__init__(name, most)
+        self._subscribers: list[Callable[[], Awaitable[None]]] = []
+
+    def subscribe(self, subscriber: Callable[[], Awaitable[None]]) -> None:
+        """Call it after each write."""
+        self._subscribers.append(subscriber)
+
+    async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `run`, for a call that changes the registry. Raises also what a subscriber raises."""
+        result = await self.run(call, *args, **kwargs)
+        for subscriber in self._subscribers:
+            await subscriber()
+        return result

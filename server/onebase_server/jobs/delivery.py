@@ -10,13 +10,13 @@ from pathlib import Path
 from onebase_adapters.registry import RegistryError, TrainingJob, VersionRecord
 from onebase_adapters.store.content import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
-from onebase_server.adapters.names import label
-from onebase_server.adapters.service import Library, Wishes
+from onebase_server.adapters.catalog import label
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.storage import TrainingStorage
 from onebase_server.jobs.store import JobStore
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
@@ -61,7 +61,7 @@ class Delivery:
 
     def __init__(
         self,
-        library: Library,
+        library: AdapterService,
         storage: TrainingStorage,
         files: TrainingFiles,
         proof_seconds: float,
@@ -125,8 +125,8 @@ class Delivery:
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
         """The version once its proof has ended. Raises DeliveryError when that takes too long."""
-        source = {"kind": "training", "job": job.id}
-        added = await self._library.add(job.name, files, source, Wishes(any_base=True), actor=ACTOR)
+        source, options = {"kind": "training", "job": job.id}, VersionOptions(any_base=True)
+        added = await self._library.add(job.name, files, source, options, actor=ACTOR)
         try:
             async with asyncio.timeout(self._proof_seconds):
                 await self._library.wait(added.name, added.digest)

@@ -28,7 +28,7 @@ from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, StoreFullError, UnknownFileError
 from onebase_server.jobs.state import RESUMABLE
 from onebase_server.jobs.storage import UPLOADING, TrainingStorage, ending
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that jobs can read."""

@@ -23,6 +23,7 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_adapters.training.events import DataChecked, Reason
+from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownFileError
@@ -51,7 +52,6 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     TrainJob,
 )
-from onebase_server.served_base import Base
 
 RunKind = Literal["check", "train"]
 
@@ -95,7 +95,7 @@ class TrainerPool:
     storage: TrainingStorage
     delivery: Delivery
     config: EngineConfig
-    base: Base
+    base: ResolvedBase
     command: Sequence[str]
     share: float
     memory: int
@@ -123,7 +123,7 @@ class TrainerPool:
             folder=str(self.storage.job(job.id)),
             base_name=self.base.name,
             base_repo=self.base.repo,
-            base_commit=self.base.commit,
+            base_commit=self.base.revision,
             memory_limit=self.memory,
         )
 

@@ -28,7 +28,7 @@ from onebase_server.jobs.manager import Manager
 from onebase_server.jobs.state import PAUSED, Move, cancelled, is_resumable, resumed
 from onebase_server.jobs.storage import TrainingStorage
 from onebase_server.jobs.store import JobNotifier
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 LIFE_SECONDS = 15.0
 """One who follows a job hears from it at least this often."""

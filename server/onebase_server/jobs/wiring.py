@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.adapters.service import Library
+from onebase_engine.base.default_base import ResolvedBase
+from onebase_server.adapters.service import AdapterService
 from onebase_server.background import Threads
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
@@ -20,7 +21,6 @@ from onebase_server.jobs.store import JobNotifier
 from onebase_server.metrics import Metrics
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage
 
@@ -51,9 +51,9 @@ class Training:
 
 def assemble_training(
     settings: Settings,
-    base: Base,
+    base: ResolvedBase,
     storage: Storage,
-    library: Library,
+    library: AdapterService,
     busy: BusyFlag,
     *,
     command: Sequence[str],

@@ -32,8 +32,8 @@ from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory import (
     MemoryBudgetError,
-    free_memory,
     kv_block_count,
+    kv_memory_available,
     slot_bytes,
     staging_bytes,
 )
@@ -190,7 +190,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     )
     block_bytes = model.kv_bytes_per_token * config.block_size
     most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS
-    free = free_memory(device)
+    free = kv_memory_available(device)
     slot_memory = _slot_memory(config, base, free, device)
     if device.type != "cpu":
         free -= 2 * slot_memory + staging_bytes(slot_memory)

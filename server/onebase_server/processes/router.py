@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
 from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
 from onebase_server.processes.suspects import Suspects
 
 _log = logging.getLogger(__name__)

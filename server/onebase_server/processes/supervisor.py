@@ -28,7 +28,7 @@ from onebase_engine.engine.messages import (
 )
 from onebase_server.background import Backoff
 from onebase_server.errors import EngineRestartedError, UnavailableError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 from onebase_server.processes.router import RequestRouter
 

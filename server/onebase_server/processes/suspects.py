@@ -22,7 +22,7 @@ from hashlib import blake2b
 import msgspec
 
 from onebase_server.errors import CrashesEngineError, UnavailableError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
 
 FORGIVEN_AFTER = 600.0
 """Seconds after a request's last death."""

@@ -32,9 +32,8 @@ from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.run import prepare, train
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError
-from onebase_engine.engine.memory import free_memory
 from onebase_engine.engine.messages import EngineConfig
-from onebase_engine.machine import is_out_of_memory, keep_freed_memory
+from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
 from onebase_server.processes.engine import base_settings
 from onebase_server.processes.share import BusyFlag, SharedGate
@@ -263,10 +262,7 @@ def _is_about_space(error: BaseException) -> bool:
 
 def memory_limit(asked: int, device: torch.device) -> int:
     """Bytes that a job may take next to the base: what was asked for, else half of what is free."""
-    if asked or device.type != "cuda":
-        return asked or free_memory(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    return free // 2
+    return asked or free_memory(device) // 2
 
 
 def bound_memory(limit: int, device: torch.device) -> None:

@@ -103,7 +103,7 @@ class CreateJobRequest(Wire):
         for name in _OWN_FIELDS:
             if name in settings:
                 raise InvalidRequestError(
-                    f"{place}.{name}: it is said beside the hyperparameters, not among them.",
+                    f"{place}.{name}: send it next to the hyperparameters, not inside them.",
                     param=f"{place}.{name}",
                 )
         given = {name: value for name, value in settings.items() if value != "auto"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
-from onebase_server.adapters.names import label
+from onebase_server.adapters.catalog import label
 from onebase_server.jobs.state import is_resumable
 
 Json = dict[str, Any]

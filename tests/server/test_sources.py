@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onebase_server.adapters.folders import FolderError, find_adapters
+from onebase_server.adapters.sources import FolderError, find_adapters
 
 from .support import make_folder
 

@@ -1,4 +1,4 @@
-"""How a version gets another prepared file when its own is damaged, with a real registry and store."""
+"""How a version gets another packed adapter when its own is damaged, with a real registry and store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from onebase_adapters.registry import Registry
 from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.packed_files import PackedAdapterFiles
-from onebase_server.adapters.service import Library
-from onebase_server.background import Threads
+from onebase_server.adapters.residency import PackedAdapterFiles
+from onebase_server.adapters.service import AdapterService
+from onebase_server.background import RegistryThreads, Threads
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
 
@@ -49,19 +49,26 @@ class Verifier(VerifierClient):
 
 
 class House:
-    """A library around them, without engine or verifier; made in an event loop."""
+    """The service around them, without engine or verifier; made in an event loop."""
 
     def __init__(self, registry: Registry, folder: Path) -> None:
         store = Store(str(folder / "store"), folder / "cache")
         disk = Threads("disk", 2)
         nobody: Any = None
         self.verifier = Verifier(store, disk)
-        self.catalog = Catalog("base", registry, Threads("records", 2))
+        records = RegistryThreads("records", 2)
+        self.catalog = Catalog("base", registry, records)
         self.files = PackedAdapterFiles(self.catalog, store, disk)
-        self.library = Library(
-            registry, store, self.catalog, nobody, self.verifier,
-            base_names=("base",), records=Threads("records", 2), disk=disk,
-        )  # fmt: skip
+        self.adapters = AdapterService(
+            registry,
+            store,
+            self.catalog,
+            nobody,
+            self.verifier,
+            base_names=("base",),
+            records=records,
+            disk=disk,
+        )
         with store.writer() as config, store.writer() as weights:
             config.write(b"{}")
             weights.write(b"weights")
@@ -73,12 +80,12 @@ class House:
 
     async def make_ready(self) -> None:
         await self.catalog.refresh()
-        await self.library.resume()
+        await self.adapters.resume()
         await self.settled()
 
     async def settled(self) -> None:
         """Wait until nothing is on its way."""
-        while self.library._tasks or self.library._jobs:
+        while self.adapters._tasks or self.adapters._jobs:
             await asyncio.sleep(0.01)
 
     def states(self) -> list[str]:
@@ -94,11 +101,11 @@ def test_a_version_that_was_healed_is_not_opened_again_by_a_late_report_of_the_o
         old = house.files.find(house.digest)
         (await house.files.fetch(old)).unlink()
 
-        house.library.begin_again(old)
+        house.adapters.prove_again(old)
         await house.settled()
         proofs = house.verifier.proofs
         healed = house.files.find(house.digest)
-        house.library.begin_again(old)
+        house.adapters.prove_again(old)
         await house.settled()
 
         assert proofs == house.verifier.proofs == 2
