@@ -44,8 +44,7 @@ PLACE = """
 import os
 from pathlib import Path
 from onebase_server.processes.child import step_aside
-from onebase_server.processes.trainer import NICENESS
-step_aside(NICENESS)
+step_aside(19)
 print(os.nice(0), Path("/proc/self/oom_score_adj").read_text())
 """
 
