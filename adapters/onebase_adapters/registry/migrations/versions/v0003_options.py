@@ -1,12 +1,10 @@
-"""Give a registry an identity, and call what was asked for with a version `options`, not `wishes`.
+"""What was asked for with a version is called `options` in its source, not `wishes`.
 
-No table changes, so servers of release 0.1 that run go on. Until they end they add versions with `wishes`,
+Tables stay as they are, so servers of release 0.1 that run go on. Until they end they add versions with `wishes`,
 which the registry reads as `options`. One that starts on this revision refuses.
 """
 
 from __future__ import annotations
-
-import secrets
 
 import sqlalchemy as sa
 from alembic import op
@@ -21,17 +19,9 @@ _VERSIONS = sa.table("versions", sa.column("id", sa.BigInteger()), sa.column("so
 
 def upgrade() -> None:
     _rename("wishes", "options")
-    identity = op.create_table(
-        "identity",
-        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("value", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_identity"),
-    )
-    op.bulk_insert(identity, [{"id": 1, "value": f"registry-{secrets.token_hex(8)}"}])
 
 
 def downgrade() -> None:
-    op.drop_table("identity")
     _rename("options", "wishes")
 
 
