@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onebase_engine.engine.messages import Loading
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.folders import Folders
 from onebase_server.adapters.hub_adapters import HubAdapters
 from onebase_server.adapters.packed_files import PackedAdapterFiles
-from onebase_server.adapters.prover import PROBES, Prover
 from onebase_server.adapters.pulls import Pulls
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import Library
@@ -20,8 +20,10 @@ from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import assemble_training
-from onebase_server.processes.supervisor import Companions, EngineSupervisor
-from onebase_server.processes.verifier_link import VerifierLink
+from onebase_server.processes.link import EngineLink
+from onebase_server.processes.share import BusyFlag
+from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
+from onebase_server.processes.verifier_client import PROBES, VerifierClient
 from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
@@ -54,36 +56,58 @@ def assemble(
     base: Base,
     storage: Storage,
     given: Sequence[tuple[str, Path]],
-    supervisor: EngineSupervisor,
+    *,
+    engine_command: Sequence[str],
+    engine_restarts: RestartPolicy,
     verifier_command: Sequence[str],
     trainer_command: Sequence[str],
+    on_loading: Callable[[Loading], None],
 ) -> Services:
-    """All parts around one supervisor. `given`: the folders to serve before the server is ready."""
+    """All parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     registry, store = storage.registry, storage.store
     tokenizer = BaseTokenizer(str(base.folder))
     records, disk = Threads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk)
-    residency = Residency(
-        host_memory(settings), files.find, files.fetch, supervisor.send, settings.queue_limit
+    link = EngineLink()
+    residency = Residency(host_memory(settings), files.find, files.fetch, link.send, settings.queue_limit)
+    verifier = VerifierClient(
+        store,
+        disk,
+        base_id=storage.base_id,
+        probes=[tokenizer.encode(probe) for probe in PROBES],
+        command=verifier_command,
+        proof_timeout=settings.proof_timeout,
     )
-    verifier = VerifierLink(verifier_command, proof_timeout=settings.proof_timeout)
-    prover = Prover(verifier, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
     activation = Activation(registry, store, catalog, residency, records, disk)
     library = Library(
-        registry, store, catalog, activation, prover, base_names=base.names, records=records, disk=disk
+        registry, store, catalog, activation, verifier, base_names=base.names, records=records, disk=disk
     )
     pulls = Pulls(store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
     hub = HubAdapters(library, pulls)
     folders = Folders(library, activation, given, settings.max_upload)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     residency.on_damaged = library.begin_again
+    busy = BusyFlag.make()
     training = assemble_training(
-        settings, base, storage, library, supervisor,
-        command=trainer_command, records=records, disk=disk,
-    )  # fmt: skip
-    prepare = Preparation(library, folders, residency).run
-    supervisor.companions = Companions(residency, prover, training.manager, prepare)
+        settings, base, storage, library, busy, command=trainer_command, records=records, disk=disk
+    )
+    listeners = EngineListeners(
+        versions=residency,
+        base=(training.manager, verifier),
+        prepare=Preparation(library, folders, residency).run,
+        busy=busy.set,
+    )
+    supervisor = EngineSupervisor(
+        settings.engine_config(str(base.folder)),
+        link,
+        listeners,
+        queue_limit=settings.queue_limit,
+        stall_timeout=settings.stall_timeout,
+        command=engine_command,
+        policy=engine_restarts,
+        on_loading=on_loading,
+    )
     return Services(
         settings=settings,
         catalog=catalog,
@@ -96,6 +120,6 @@ def assemble(
         activation=activation,
         folders=folders,
         views=AdapterViews(library, hub, residency),
-        prover=prover,
+        verifier=verifier,
         training=training,
     )

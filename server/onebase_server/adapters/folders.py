@@ -79,7 +79,9 @@ class Folders:
         added: list[tuple[str, VersionRecord]] = []
         for name, folder in self._given:
             try:
-                added.append((name, await self.add(name, folder, actor=STARTUP_ACTOR, patient=False)))
+                added.append(
+                    (name, await self.add(name, folder, actor=STARTUP_ACTOR, wait_for_verifier=False))
+                )
             except OneBaseError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
         for name, version in added:
@@ -88,7 +90,9 @@ class Folders:
             except OneBaseError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
 
-    async def add(self, name: str, folder: Path, *, actor: str, patient: bool = True) -> VersionRecord:
+    async def add(
+        self, name: str, folder: Path, *, actor: str, wait_for_verifier: bool = True
+    ) -> VersionRecord:
         """Register a folder's content under a name, unless it is known already.
 
         Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
@@ -110,7 +114,12 @@ class Folders:
         with _readable(name, folder), storage_errors(name):
             files = await self._library.disk.run(self._take, folder)
         return await self._library.add(
-            name, files, {"kind": "folder"}, Wishes(any_base=True), actor=actor, patient=patient
+            name,
+            files,
+            {"kind": "folder"},
+            Wishes(any_base=True),
+            actor=actor,
+            wait_for_verifier=wait_for_verifier,
         )
 
     def _take(self, folder: Path) -> VersionFiles:

@@ -22,8 +22,6 @@ from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.memory_use import PackedAdapterFile
 from onebase_server.adapters.names import same_base
-from onebase_server.adapters.proofs import Proofs
-from onebase_server.adapters.prover import Proof, Prover
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
@@ -33,7 +31,12 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError
+from onebase_server.processes.verifier_client import (
+    Proof,
+    RejectedError,
+    VerifierClient,
+    VerifierGoneError,
+)
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage_errors import storage_errors
 
@@ -86,7 +89,7 @@ class Library:
         store: Store,
         catalog: Catalog,
         activation: Activation,
-        prover: Prover,
+        verifier: VerifierClient,
         *,
         base_names: tuple[str, ...],
         records: Threads,
@@ -97,7 +100,7 @@ class Library:
         self.activation = activation
         self.disk = disk
         self._registry = registry
-        self._proofs = Proofs(registry, store, catalog, prover, records, disk)
+        self._verifier = verifier
         self._base_names = base_names
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,7 +140,7 @@ class Library:
         wishes: Wishes,
         *,
         actor: str = "",
-        patient: bool = True,
+        wait_for_verifier: bool = True,
     ) -> VersionRecord:
         """Register stored files under a name, and begin to make them ready unless that was done before.
 
@@ -153,7 +156,7 @@ class Library:
             if wishes.activate:
                 await self.activation.activate(name, version.digest, actor=actor)
             return version
-        self._begin(version, wishes, patient=patient)
+        self._begin(version, wishes, wait_for_verifier=wait_for_verifier)
         return version
 
     async def resume(self) -> None:
@@ -227,20 +230,20 @@ class Library:
 
     # ---- on the way --------------------------------------------------------------------------
 
-    def _begin(self, version: VersionRecord, wishes: Wishes, *, patient: bool = True) -> None:
+    def _begin(self, version: VersionRecord, wishes: Wishes, *, wait_for_verifier: bool = True) -> None:
         key = (version.name, version.digest)
         job = self._jobs.get(key)
         if job is None:
             job = self._jobs[key] = _Job(wishes)
-            job.task = asyncio.get_running_loop().create_task(self._run(version, job, patient))
+            job.task = asyncio.get_running_loop().create_task(self._run(version, job, wait_for_verifier))
             job.task.add_done_callback(lambda done: self._jobs.pop(key, None))
         job.activate = job.activate or wishes.activate
 
-    async def _run(self, version: VersionRecord, job: _Job, patient: bool) -> None:
+    async def _run(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> None:
         """The whole way of one version; whatever happens is in the registry afterwards."""
         try:
-            proof = await self._proof(version, job, patient)
-            await self._finish(version, "ready", report=proof.report, prepared=proof.prepared)
+            proof = await self._proof(version, job, wait_for_verifier)
+            await self._finish(version, "ready", report=proof.report, prepared=proof.packed)
         except RejectedError as error:
             await self._failed(version, error.code, error.message)
         except StoreFullError:
@@ -307,7 +310,7 @@ class Library:
         )
         await self.catalog.refresh()
 
-    async def _proof(self, version: VersionRecord, job: _Job, patient: bool) -> Proof:
+    async def _proof(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> Proof:
         marked: list[asyncio.Task[None]] = []
 
         def follow(progress: Progress) -> None:
@@ -315,12 +318,33 @@ class Library:
                 marked.append(asyncio.get_running_loop().create_task(self._mark_proving(version)))
             job.progress = progress
 
+        known = await self._known_proof(version, job.wishes.allow_noop)
+        if known is not None:
+            return known
         try:
-            return await self._proofs.of(
-                version, allow_noop=job.wishes.allow_noop, patient=patient, on_progress=follow
+            return await self._verifier.prove(
+                version.files,
+                allow_noop=job.wishes.allow_noop,
+                wait_for_verifier=wait_for_verifier,
+                on_progress=follow,
             )
         finally:
             await asyncio.gather(*marked)
+
+    async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
+        """What was found when this content was proved under another name, if its packed adapter is here."""
+        for other in self.catalog.of_digest(version.digest):
+            if other.state != "ready" or other.prepared is None or other.report is None:
+                continue
+            if other.report["proof"]["modules_changed"] == 0 and not allow_noop:
+                continue
+            if await self.disk.run(self.store.exists, other.prepared.sha256):
+                whole = await self._records.run(
+                    self._registry.version, other.tenant, other.name, other.digest
+                )
+                if whole.report is not None and whole.prepared is not None:
+                    return Proof(dict(whole.report), whole.prepared)
+        return None
 
     async def _mark_proving(self, version: VersionRecord) -> None:
         try:

@@ -41,7 +41,7 @@ from onebase_server.jobs.state import (
 )
 from onebase_server.jobs.storage import TrainingStorage
 from onebase_server.jobs.store import JobNotifier, JobStore
-from onebase_server.processes.trainer_link import Died, Outcome, Trainer
+from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
@@ -146,7 +146,7 @@ class Run:
         self.kind = kind
         self._pool = pool
         self._base = base
-        self._trainer: Trainer | None = None
+        self._trainer: TrainerClient | None = None
         self._stop: tuple[Reason, float] | None = None
         self._interrupted = ""
         self._delivering = False
@@ -311,7 +311,7 @@ class Run:
             if self._stop is not None:
                 return Stopped(self._stop[0])
             self._in_process = True
-            self._trainer = await Trainer.start(self._pool.command, message, fds, self._store.record)
+            self._trainer = await TrainerClient.start(self._pool.command, message, fds, self._store.record)
             if self._stop is not None:
                 self.stop(*self._stop)
             return await self._trainer.outcome()

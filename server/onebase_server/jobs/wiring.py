@@ -35,11 +35,10 @@ class Training:
     files: TrainingFiles
     jobs: JobService
     manager: Manager
-    metrics: Metrics
     storage: Storage
     threads: Threads
 
-    async def metrics_text(self) -> bytes:
+    async def metrics_text(self, supervisor: EngineSupervisor) -> bytes:
         """For Prometheus; without the jobs while the registry is away."""
         try:
             counts = await asyncio.wait_for(
@@ -47,7 +46,7 @@ class Training:
             )
         except (RegistryError, TimeoutError):
             counts = None
-        return await asyncio.to_thread(self.metrics.render, counts)
+        return await asyncio.to_thread(Metrics(supervisor, self.manager).render, counts)
 
 
 def assemble_training(
@@ -55,16 +54,18 @@ def assemble_training(
     base: Base,
     storage: Storage,
     library: Library,
-    supervisor: EngineSupervisor,
+    busy: BusyFlag,
     *,
     command: Sequence[str],
     records: Threads,
     disk: Threads,
 ) -> Training:
-    """The training of one engine's base. `command` starts a trainer. Raises DataDirError."""
+    """The training of one engine's base. Raises DataDirError.
+
+    `command` starts a trainer; `busy` says whether rows run.
+    """
     folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute())
-    registry, notifier, busy = storage.registry.training, JobNotifier(), BusyFlag.make()
-    supervisor.router.on_busy = busy.set
+    registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, folder, records, disk, settings.max_train_file)
     pool = TrainerPool(
         records=registry,
@@ -80,7 +81,6 @@ def assemble_training(
         busy_fd=busy.fd,
     )
     manager = Manager(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
-    metrics = Metrics(supervisor, manager)
     jobs = JobService(
         registry,
         records,
@@ -91,4 +91,4 @@ def assemble_training(
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, manager, metrics, storage, records)
+    return Training(files, jobs, manager, storage, records)

@@ -64,6 +64,6 @@ async def status(services: Provided) -> Response:
             "requests": supervisor.router.open_requests,
             "adapters": len(services.catalog),
             "host_memory": asdict(services.residency.memory),
-            "workshop": {"pid": services.prover.pid},
+            "workshop": {"pid": services.verifier.pid},
         }
     )

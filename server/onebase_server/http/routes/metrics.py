@@ -13,4 +13,4 @@ router = APIRouter(tags=["health"])
 @router.get("/metrics")
 async def metrics(services: Provided) -> Response:
     """Figures of training and serving in Prometheus' text format."""
-    return Response(await services.training.metrics_text(), media_type=CONTENT_TYPE)
+    return Response(await services.training.metrics_text(services.supervisor), media_type=CONTENT_TYPE)

@@ -1,10 +1,11 @@
-"""A child process (the engine, or a verifier) and the socket to it."""
+"""The api's side of a child process: how it is started, talked to and ended."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from onebase_engine.engine.messages import FrameReader, encode
+from onebase_engine.engine.messages import FrameReader, ToEngine, encode
 
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes.engine")
 DEATH_SECONDS = 2.0
@@ -147,6 +148,109 @@ class ChildProcess:
         if status < 0:
             return f"signal {signal.Signals(-status).name}"
         return f"exit status {status}"
+
+
+class EngineLink:
+    """The way to the engine that runs now. What is sent while none runs is lost."""
+
+    def __init__(self) -> None:
+        self.engine: ChildProcess | None = None
+
+    def send(self, message: ToEngine) -> None:
+        """Pass a message to the engine; never blocks."""
+        if self.engine is not None:
+            self.engine.send(message)
+
+
+class AskedProcess(Generic[Received]):
+    """A child that is asked one thing at a time. Made by `spawn`."""
+
+    def __init__(self, take_news: Callable[[Received], bool]) -> None:
+        self.idle = False
+        """It has answered all that it was asked: the next question can be put."""
+        self.lost = False
+        """It has closed its socket, or died."""
+        self._take_news = take_news
+        self._child: ChildProcess | None = None
+        self._heard_at = 0.0
+        self._answer: asyncio.Future[Received | None] | None = None
+
+    @classmethod
+    async def spawn(
+        cls,
+        command: Sequence[str],
+        decoder: msgspec.msgpack.Decoder[Received],
+        take_news: Callable[[Received], bool],
+        fds: Mapping[str, int],
+        environment: Mapping[str, str] | None = None,
+    ) -> AskedProcess[Received]:
+        """As ChildProcess.spawn. `take_news` gets every message, and returns False for one that answers."""
+        process = cls(take_news)
+        process._child = await ChildProcess.spawn(
+            command, decoder, process._receive, process._closed, fds, environment
+        )
+        return process
+
+    @property
+    def pid(self) -> int:
+        """Of the process, also when it is lost."""
+        return 0 if self._child is None else self._child.pid
+
+    def ask(self, frame: bytes) -> None:
+        """Send an encoded message that is to be answered."""
+        loop = asyncio.get_running_loop()
+        self.idle, self._heard_at = False, loop.time()
+        self._answer = loop.create_future()
+        if self.lost:
+            self._answer.set_result(None)
+        self._send(frame)
+
+    async def answer(self, silence: float = math.inf) -> Received | None:
+        """The answer to the last question, or None if the process is lost.
+
+        It is killed when nothing, news included, is heard of it for `silence` seconds.
+        """
+        if self._answer is None:
+            raise RuntimeError("nothing was asked")
+        loop = asyncio.get_running_loop()
+        while not self._answer.done():
+            left = self._heard_at + silence - loop.time()
+            if left <= 0:
+                _log.error("process %s has given no sign of life for %g s and is killed", self.pid, silence)
+                self.kill()
+                return None
+            await asyncio.wait((self._answer,), timeout=None if left == math.inf else left)
+        answer = self._answer.result()
+        self.idle = answer is not None and not self.lost
+        return answer
+
+    def tell(self, message: msgspec.Struct) -> None:
+        """Send a message that is not answered. Lost if the child is gone."""
+        self._send(encode(message))
+
+    def kill(self) -> None:
+        """End it now; `end` is still needed."""
+        self.idle = False
+        if self._child is not None:
+            self._child.signal_group(signal.SIGKILL)
+
+    async def end(self, grace: float) -> str:
+        """As ChildProcess.end."""
+        return "never started" if self._child is None else await self._child.end(grace)
+
+    def _send(self, frame: bytes) -> None:
+        if self._child is not None:
+            self._child.send_frame(frame)
+
+    def _receive(self, message: Received) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        if not self._take_news(message) and self._answer is not None and not self._answer.done():
+            self._answer.set_result(message)
+
+    def _closed(self) -> None:
+        self.lost, self.idle = True, False
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(None)
 
 
 def kill_children() -> list[int]:

@@ -15,12 +15,20 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.verifier.conftest import FAULTY, Bench, Published
+from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 
+from onebase_adapters.store.content import VersionFiles
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_server.background import Backoff
 from onebase_server.processes.scratch import scratch_folder
-from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError, VerifierLink
+from onebase_server.processes.verifier_client import (
+    OnProgress,
+    Proof,
+    RejectedError,
+    VerifierClient,
+    VerifierGoneError,
+)
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
@@ -31,6 +39,7 @@ from onebase_server.processes.verifier_protocol import (
     from_verifier_decoder,
 )
 
+SCRIPTED = Path(__file__).parents[1] / "server" / "scripted_verifier.py"
 PATIENCE = 240
 """Seconds before a test gives up; passing tests never wait for it."""
 
@@ -88,7 +97,7 @@ def test_jobs_are_proven_one_after_the_other_in_their_order(bench: Bench, adapte
     seen: list[str] = []
 
     async def all_at_once() -> list[Proved]:
-        proofs = [bench.verifier.prove(job, lambda progress: seen.append(progress.digest)) for job in jobs]
+        proofs = [bench.verifier.ask(job, lambda progress: seen.append(progress.digest)) for job in jobs]
         return await asyncio.gather(*proofs)
 
     assert [proved.digest for proved in bench.run(all_at_once())] == [job.digest for job in jobs]
@@ -102,9 +111,9 @@ def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, a
     async def cancel_the_first() -> Proved:
         proving = asyncio.Event()
         hanging = bench.job(adapter, fault="hangs")
-        first = asyncio.ensure_future(bench.verifier.prove(hanging, lambda progress: proving.set()))
+        first = asyncio.ensure_future(bench.verifier.ask(hanging, lambda progress: proving.set()))
         await proving.wait()
-        second = asyncio.ensure_future(bench.verifier.prove(bench.job(adapter), lambda progress: None))
+        second = asyncio.ensure_future(bench.verifier.ask(bench.job(adapter), lambda progress: None))
         await asyncio.sleep(0)
         first.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -118,7 +127,7 @@ def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, a
 def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
     published: Published, adapter: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(published, VerifierLink((sys.executable, str(FAULTY)), proof_timeout=8.0), tmp_path)
+    bench = Bench(published, new_client(tmp_path, str(FAULTY), proof_timeout=8.0), tmp_path)
     bench.start()
     pid, job = bench.verifier.pid, bench.job(adapter, fault="hangs")
     with pytest.raises(RejectedError, match="within 8 s") as rejected:
@@ -133,7 +142,7 @@ def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
 def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
     published: Published, adapter: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(published, VerifierLink(silence=10.0), tmp_path)
+    bench = Bench(published, new_client(tmp_path, silence=10.0), tmp_path)
     bench.start()
     stopped = bench.verifier.pid
     assert stopped is not None
@@ -144,7 +153,7 @@ def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
 
     async def both() -> list[Proved]:
         jobs = [bench.job(adapter), bench.job(adapter)]
-        return await asyncio.gather(*(bench.verifier.prove(job, stop) for job in jobs))
+        return await asyncio.gather(*(bench.verifier.ask(job, stop) for job in jobs))
 
     assert [proved.report.proof.exact for proved in bench.run(both())] == [True, True]
     assert gone(stopped)
@@ -164,7 +173,7 @@ def test_a_job_gives_signs_of_life_while_it_computes(
             pass
 
 
-def test_stopping_ends_the_process_and_every_job_at_once_and_starting_begins_anew(
+def test_stopping_ends_the_process_and_every_job_at_once_and_the_next_engine_has_another(
     bench: Bench, adapter: Path
 ) -> None:
     pid = bench.verifier.pid
@@ -173,10 +182,10 @@ def test_stopping_ends_the_process_and_every_job_at_once_and_starting_begins_ane
         proving = asyncio.Event()
         jobs = [bench.job(adapter, fault="hangs"), bench.job(adapter)]
         running = [
-            asyncio.ensure_future(bench.verifier.prove(job, lambda progress: proving.set())) for job in jobs
+            asyncio.ensure_future(bench.verifier.ask(job, lambda progress: proving.set())) for job in jobs
         ]
         await proving.wait()
-        await bench.verifier.stop()
+        await bench.verifier.engine_gone()
         return await asyncio.gather(*running, return_exceptions=True)
 
     assert [type(end) for end in bench.run(stop_while_proving())] == [VerifierGoneError] * 2
@@ -189,23 +198,92 @@ def test_stopping_ends_the_process_and_every_job_at_once_and_starting_begins_ane
 
 
 def test_a_base_that_cannot_be_attached_is_told_with_the_reason(published: Published, tmp_path: Path) -> None:
-    bench = Bench(published, VerifierLink(), tmp_path)
+    bench = Bench(published, new_client(tmp_path), tmp_path)
     plan = wire.decode(published.manifest)
     names = {name: number for name, number in plan.names.items() if "inv_freq" not in name}
     manifest = wire.encode(msgspec.structs.replace(plan, names=names))
     with pytest.raises(VerifierGoneError, match="inv_freq"):
-        bench.run(bench.verifier.start(published.config, manifest, published.fd))
+        bench.run(bench.verifier.attach(published.config, manifest, published.fd))
     assert bench.verifier.pid is None
     bench.close()
 
 
-def test_a_command_that_is_no_verifier_is_given_up(published: Published) -> None:
+def test_a_command_that_is_no_verifier_is_given_up(published: Published, tmp_path: Path) -> None:
     async def start() -> None:
-        verifier = VerifierLink((sys.executable, "-c", "raise SystemExit(7)"))
-        await verifier.start(published.config, published.manifest, published.fd)
+        verifier = new_client(tmp_path, "-c", "raise SystemExit(7)")
+        await verifier.attach(published.config, published.manifest, published.fd)
 
     with pytest.raises(VerifierGoneError, match="exit status 7"):
         asyncio.run(start())
+
+
+# ---- from files to a packed adapter ------------------------------------------------------------
+
+
+def stored_version(client: VerifierClient) -> VersionFiles:
+    with client._store.writer() as config, client._store.writer() as weights:
+        config.write(b"{}")
+        weights.write(b"weights")
+        return VersionFiles(config.commit(), weights.commit())
+
+
+def test_content_that_two_ask_for_is_proved_once_and_both_hear_of_it(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def prove_twice() -> None:
+        client = new_client(tmp_path, str(SCRIPTED), "slow")
+        ask, jobs = client.ask, []
+
+        def counted(job: Prove, on_progress: OnProgress) -> Any:
+            jobs.append(job)
+            return ask(job, on_progress)
+
+        monkeypatch.setattr(client, "ask", counted)
+        files, heard = stored_version(client), ([], [])
+        client.base_ready(published.config, published.manifest, published.fd)
+        proofs = [
+            client.prove(files, allow_noop=False, wait_for_verifier=True, on_progress=stages.append)
+            for stages in heard
+        ]
+        first, second = await asyncio.gather(*proofs)
+        assert first is second
+        assert client._store.local(first.packed.sha256).read_bytes() == b"weights"
+        assert len(jobs) == 1
+        assert [progress.stage for progress in heard[0]] == ["validating", "proving"]
+        assert heard[1] == heard[0]
+        await client.engine_gone()
+
+    asyncio.run(asyncio.wait_for(prove_twice(), PATIENCE))
+
+
+def test_one_who_waits_for_a_verifier_gets_the_proof_of_the_next_engine_whoever_began_it(
+    published: Published, tmp_path: Path
+) -> None:
+    async def lose_the_engine() -> None:
+        client = new_client(tmp_path, str(SCRIPTED), "slow", backoff=Backoff(0.01, 0.01))
+        files, proving = stored_version(client), asyncio.Event()
+
+        def on_progress(progress: Progress) -> None:
+            if progress.stage == "proving":
+                proving.set()
+
+        def prove(*, wait: bool) -> asyncio.Task[Proof]:
+            proof = client.prove(files, allow_noop=False, wait_for_verifier=wait, on_progress=on_progress)
+            return asyncio.ensure_future(proof)
+
+        hasty = prove(wait=False)
+        await asyncio.sleep(0)
+        patient = prove(wait=True)
+        client.base_ready(published.config, published.manifest, published.fd)
+        await proving.wait()
+        await client.engine_gone()
+        with pytest.raises(VerifierGoneError, match="engine ended"):
+            await hasty
+        client.base_ready(published.config, published.manifest, published.fd)
+        assert (await patient).report["rank"] == 8
+        await client.engine_gone()
+
+    asyncio.run(asyncio.wait_for(lose_the_engine(), PATIENCE))
 
 
 # ---- the process's own side ------------------------------------------------------------------

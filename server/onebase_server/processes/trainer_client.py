@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onebase_adapters.training.events import Event, Reason
 from onebase_engine.engine.messages import encode
-from onebase_server.processes.engine_link import ChildProcess
+from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
@@ -41,13 +39,11 @@ class Died:
 Outcome = Checked | Trained | Stopped | Failed | Died
 
 
-class Trainer:
+class TrainerClient:
     """One running trainer process. Made by `start`; `outcome` must be awaited, and ends it in any case."""
 
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._on_event = on_event
-        self._answer: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
-        self._child: ChildProcess | None = None
+    def __init__(self, process: AskedProcess[FromTrainer]) -> None:
+        self._process = process
 
     @classmethod
     async def start(
@@ -56,51 +52,42 @@ class Trainer:
         message: Check | Train,
         fds: Mapping[str, int],
         on_event: Callable[[Event], None],
-    ) -> Trainer:
+    ) -> TrainerClient:
         """`command` gets `--fd N` and an option for each of `fds` appended.
 
         Raises OSError; ValueError, OverflowError: the message cannot be sent.
         """
         frame = encode(message)
-        trainer = cls(on_event)
-        trainer._child = await ChildProcess.spawn(
-            command, from_trainer_decoder(), trainer._receive, trainer._closed, fds, ENVIRONMENT
-        )
-        trainer._child.send_frame(frame)
-        return trainer
+
+        def take_event(message: FromTrainer) -> bool:
+            if isinstance(message, Said):
+                on_event(message.event)
+            return isinstance(message, Said)
+
+        process = await AskedProcess.spawn(command, from_trainer_decoder(), take_event, fds, ENVIRONMENT)
+        process.ask(frame)
+        return cls(process)
 
     @property
     def pid(self) -> int | None:
-        return None if self._child is None else self._child.pid
+        return self._process.pid
 
     def stop(self, reason: Reason) -> None:
         """Ask it to end at its next layer."""
-        if self._child is not None:
-            self._child.send(Stop(reason))
+        self._process.tell(Stop(reason))
 
     def kill(self) -> None:
-        if self._child is not None:
-            self._child.signal_group(signal.SIGKILL)
+        self._process.kill()
 
     async def outcome(self) -> Outcome:
         """What it answered, once the process is gone."""
-        if self._child is None:
-            return Died("never started")
         try:
-            answer = await self._answer
-            how = await self._child.end(LAST_WORDS_SECONDS)
+            answer = await self._process.answer()
+            how = await self._process.end(LAST_WORDS_SECONDS)
         except BaseException:
             self.kill()
-            await self._child.wait()
+            await self._process.end(LAST_WORDS_SECONDS)
             raise
-        return answer or Died(how)
-
-    def _receive(self, message: FromTrainer) -> None:
-        if isinstance(message, Said):
-            self._on_event(message.event)
-        elif not self._answer.done():
-            self._answer.set_result(message)
-
-    def _closed(self) -> None:
-        if not self._answer.done():
-            self._answer.set_result(None)
+        if answer is None or isinstance(answer, Said):
+            return Died(how)
+        return answer
