@@ -1,7 +1,7 @@
 """What was asked for with a version is called `options` in its source, not `wishes`.
 
-Tables stay as they are, so servers of release 0.1 that run go on. Until they end they add versions with `wishes`,
-which the registry reads as `options`. One that starts on this revision refuses.
+Tables stay as they are, so servers of release 0.1 that run go on. Until they end they add versions with
+`wishes`, which the registry reads as `options`. One that starts on this revision refuses.
 """
 
 from __future__ import annotations
