@@ -117,6 +117,27 @@ def test_a_job_that_another_server_cancels_leaves_nothing(
     asyncio.run(followed(registry, storage, gone_once_it_is_cancelled))
 
 
+@pytest.mark.parametrize("others", [[], ["registry-of-another"]])
+def test_a_folder_of_release_0_1_knows_its_registries_again(
+    registry: Registry, storage: TrainingStorage, others: list[str]
+) -> None:
+    records = registry.training
+    mark = TrainingFile("registry-01", "registry", storage.server, "fine-tune-results", "registry-01", 0, 1.0)
+    records.add_file(mark)
+    storage.registries.write_text("\n".join([mark.id, *others]))
+    orphan = storage.job("ftjob-unknown")
+    orphan.mkdir()
+    os.utime(orphan, (1e9, 1e9))
+
+    def swept() -> bool:
+        return mark.id not in records.file_ids(storage.server)
+
+    asyncio.run(followed(registry, storage, swept))
+    asyncio.run(followed(registry, storage, lambda: bool(others) or not orphan.exists()))
+    assert storage.registries.read_text().split() == [*others, records.registry_id()]
+    assert orphan.exists() == bool(others)
+
+
 class _Held:
     """A registry's jobs, whose rows are read only once `goes_on` is set."""
 

@@ -137,7 +137,7 @@ class Registry:
             return [_history_entry(row) for row in rows]
 
     def unfinished(self) -> list[VersionRecord]:
-        """Versions that are neither ready nor failed, oldest first: what a restart has to take up again."""
+        """Versions that are neither ready nor failed, oldest first: the work of a restart."""
         with self._database.read() as session:
             rows = session.scalars(
                 select(VersionRow)

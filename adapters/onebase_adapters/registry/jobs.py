@@ -36,6 +36,7 @@ from onebase_adapters.registry.models import (
 )
 from onebase_adapters.registry.tables import (
     CheckpointRow,
+    IdentityRow,
     TrainingEventRow,
     TrainingFileRow,
     TrainingJobRow,
@@ -61,6 +62,11 @@ class TrainingRecords:
     def __init__(self, database: Database, base_id: str) -> None:
         self._database = database
         self._base_id = base_id
+
+    def registry_id(self) -> str:
+        """Which registry this is, the same for every base and every server."""
+        with self._database.read() as session:
+            return session.scalars(select(IdentityRow.value)).one()
 
     # ---- files -------------------------------------------------------------------------------
 

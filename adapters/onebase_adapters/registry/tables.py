@@ -40,6 +40,15 @@ class ChangeCounter(Table):
     value: Mapped[int] = mapped_column(BigInteger)
 
 
+class IdentityRow(Table):
+    """One row: which registry this is, for those who have used several."""
+
+    __tablename__ = "identity"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    value: Mapped[str] = mapped_column(String)
+
+
 class BaseRow(Table):
     """A base that some server on this registry has served; for people who look at the database."""
 

@@ -231,7 +231,7 @@ class Run:
         except RegistryError as error:
             _log.error("job %s: %s", self.job.id, error)
             if not self.stopping:
-                await asyncio.sleep(BROKEN_SECONDS)  # it is taken up again at once
+                await asyncio.sleep(BROKEN_SECONDS)  # the manager starts it again at once
         except FileGoneError as error:
             with suppress(RegistryError):
                 await self._fail(JobError("file_not_found", error.message, error.param))

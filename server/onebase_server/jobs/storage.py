@@ -17,7 +17,6 @@ from onebase_adapters.registry import (
     ENDED_STATES,
     JobState,
     RegistryError,
-    TrainingFile,
     TrainingRecords,
     UnknownJobError,
 )
@@ -32,7 +31,7 @@ SETTLED_SECONDS = 600.0
 ABANDONED_SECONDS = 86_400.0
 """An upload that was not written to for this long is given up; a slow one writes now and then."""
 MARK_TENANT = "registry"
-"""Owner of the rows that mark registries: no caller sees them."""
+"""Owner of the rows by which release 0.1 knew a registry again: no caller sees them."""
 
 _log = logging.getLogger(__name__)
 
@@ -151,40 +150,33 @@ def _server_id(path: Path) -> str:
 class KnownRegistries:
     """Which registries a training folder was used with: what one does not know may be another's.
 
-    It tells them apart by a mark in each: the row of an empty file, whose id the folder keeps.
-
     Args:
-        path: the folder's list of marks, one a line.
-        server: the folder's id.
+        path: the folder's list of their identities, one a line. Release 0.1 listed the id of a file without
+            content instead, whose row it added to the registry.
     """
 
-    def __init__(self, path: Path, records: TrainingRecords, server: str) -> None:
+    def __init__(self, path: Path, records: TrainingRecords) -> None:
         self.path = path
         self._records = records
-        self._server = server
 
     def at_hand_alone(self, file_ids: Container[str]) -> bool:
         """Whether the folder was only ever used with this registry. Blocks.
 
         Args:
-            file_ids: the files of this server that the registry knows, marks among them.
+            file_ids: the files of this server that the registry knows, those of release 0.1 among them.
 
         Raises RegistryError, OSError.
         """
-        marks = self.path.read_text().split() if self.path.exists() else []
-        if not any(mark in file_ids for mark in marks):
-            marks.append(self._leave_mark())
-            self._keep(marks)
-        return len(marks) == 1
-
-    def _keep(self, marks: Iterable[str]) -> None:
-        # Empty after a power cut, it would know of no other registry.
-        write_atomically(self.path, "".join(f"{mark}\n" for mark in marks))
-
-    def _leave_mark(self) -> str:
-        mark = f"registry-{secrets.token_hex(8)}"
-        row = TrainingFile(mark, MARK_TENANT, self._server, "fine-tune-results", mark, 0, time.time())
-        return self._records.add_file(row).id
+        here = self._records.registry_id()
+        known = self.path.read_text().split() if self.path.exists() else []
+        if here not in known:
+            old = [one for one in known if one in file_ids]
+            known = [*(one for one in known if one not in old), here]
+            # Empty after a power cut, it would know of no other registry.
+            write_atomically(self.path, "".join(f"{one}\n" for one in known))
+            for one in old:
+                self._records.delete_file(MARK_TENANT, one)
+        return len(known) == 1
 
 
 class GarbageCollector:
@@ -194,7 +186,7 @@ class GarbageCollector:
         self._records = records
         self._threads = threads
         self._storage = storage
-        self._registries = KnownRegistries(storage.registries, records, storage.server)
+        self._registries = KnownRegistries(storage.registries, records)
         self._warned = False
 
     async def job_over(self, tenant: str, job_id: str) -> None:

@@ -67,7 +67,7 @@ class JobStore:
     to be followed, seldom enough to cost nothing. `close` writes what is left of it.
 
     Args:
-        silent: kinds of the run's events that are not told.
+        silent: kinds of the run's events that make no event of the job.
     """
 
     def __init__(

@@ -45,6 +45,17 @@ def test_migrating_again_changes_nothing(registry: Registry, open_registry: Open
     assert registry.change_counter() == before
 
 
+def test_a_registry_is_the_same_one_for_all_its_servers_and_no_other(
+    registry: Registry, open_registry: Open, tmp_path: Path
+) -> None:
+    other = Registry(f"sqlite:///{tmp_path / 'other.db'}", base_id="base-1", base_name="base")
+    other.migrate()
+    here = registry.training.registry_id()
+    assert open_registry(base_id="base-2").training.registry_id() == here
+    assert other.training.registry_id() != here
+    other.close()
+
+
 def test_many_servers_that_start_at_once_migrate_once(url: str) -> None:
     start = threading.Barrier(6)
 

@@ -111,6 +111,7 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
             version["source"]["options"] = version["source"].pop("wishes")
     sources = [version["source"] for version in before["versions"] if "options" in version["source"]]
     assert len(sources) == 2
+    assert now.keys() - before.keys() == {"identity"}
     for name in before.keys() - {"alembic_version", "change_counter"}:
         assert by_key(now[name]) == by_key(before[name]), name
     assert now["change_counter"][0]["value"] > before["change_counter"][0]["value"]
