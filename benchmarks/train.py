@@ -62,8 +62,8 @@ class Bench:
         from transformers import AutoTokenizer
 
         from onebase_adapters.training.batches import step_rows
-        from onebase_adapters.training.data import load_dataset
-        from onebase_adapters.training.optimizers import learning_rate
+        from onebase_adapters.training.data.reader import load_dataset
+        from onebase_adapters.training.loop import learning_rate
         from onebase_adapters.training.recipe import Recipe
 
         options = self.options

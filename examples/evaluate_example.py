@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from onebase_adapters.training.data import load_dataset
+from onebase_adapters.training.data.reader import load_dataset
 from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import BaseSettings, load_base

@@ -1,15 +1,34 @@
-"""Calls that wait for a disk, a database or the Hub, kept off the event loop."""
+"""Waiting: for a disk, a database or the Hub off the event loop, and between two tries of anything."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Pauses between tries, in seconds: each is twice the one before it, up to the longest."""
+
+    first: float
+    longest: float
+
+    def pause(self, failures: int) -> float:
+        """What follows so many failures in a row; the first failure is 1."""
+        doublings = min(failures - 1, 64)
+        return min(self.longest, self.first * 2.0**doublings)
+
+    def pauses(self) -> Iterator[float]:
+        """Those after the first failure, the second, and so on without end."""
+        return map(self.pause, itertools.count(1))
 
 
 class Threads:

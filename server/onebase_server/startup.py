@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,10 @@ from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
-from onebase_server.processes.engine_link import ENGINE_COMMAND
-from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
-from onebase_server.processes.trainer_link import TRAINER_COMMAND
-from onebase_server.processes.verifier_link import VERIFIER_COMMAND
+from onebase_server.processes.link import ENGINE_COMMAND
+from onebase_server.processes.supervisor import EngineFailedError, RestartPolicy
+from onebase_server.processes.trainer_client import TRAINER_COMMAND
+from onebase_server.processes.verifier_client import VERIFIER_COMMAND
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
 from onebase_server.wiring import assemble
@@ -50,6 +50,8 @@ class Commands:
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    """Of the engine."""
 
 
 class StartupError(RuntimeError):
@@ -125,14 +127,8 @@ class _Server:
 
     async def serve(self, listener: socket.socket, console: Console, display: LoadingDisplay) -> None:
         settings = self.settings
-        supervisor = EngineSupervisor(
-            settings.engine_config(str(self.base.folder)),
-            queue_limit=settings.queue_limit,
-            stall_timeout=settings.stall_timeout,
-            command=self.commands.engine,
-            on_loading=display.loading,
-        )
-        services = self._services(supervisor)
+        services = self._services(display)
+        supervisor = services.supervisor
 
         def ready() -> None:
             display.close()
@@ -154,16 +150,18 @@ class _Server:
                 task.cancel()
             self.storage.registry.close()
 
-    def _services(self, supervisor: EngineSupervisor) -> Services:
+    def _services(self, display: LoadingDisplay) -> Services:
         try:
             return assemble(
                 self.settings,
                 self.base,
                 self.storage,
                 self.given,
-                supervisor,
-                self.commands.verifier,
-                self.commands.trainer,
+                engine_command=self.commands.engine,
+                engine_restarts=self.commands.restarts,
+                verifier_command=self.commands.verifier,
+                trainer_command=self.commands.trainer,
+                on_loading=display.loading,
             )
         except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onebase_engine.base.default_base import ResolvedBase
+from onebase_engine.engine.messages import Loading
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.prover import PROBES, Prover
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
@@ -18,8 +18,10 @@ from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import assemble_training
-from onebase_server.processes.supervisor import Companions, EngineSupervisor
-from onebase_server.processes.verifier_link import VerifierLink
+from onebase_server.processes.link import EngineLink
+from onebase_server.processes.share import BusyFlag
+from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
+from onebase_server.processes.verifier_client import PROBES, VerifierClient
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
 
@@ -51,40 +53,64 @@ def assemble(
     base: ResolvedBase,
     storage: Storage,
     given: Sequence[tuple[str, Path]],
-    supervisor: EngineSupervisor,
+    *,
+    engine_command: Sequence[str],
+    engine_restarts: RestartPolicy,
     verifier_command: Sequence[str],
     trainer_command: Sequence[str],
+    on_loading: Callable[[Loading], None],
 ) -> Services:
-    """All parts around one supervisor. `given`: the folders to serve before the server is ready."""
+    """All parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     registry, store = storage.registry, storage.store
     tokenizer = BaseTokenizer(str(base.folder))
     records, disk = RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk)
+    link = EngineLink()
     residency = Residency(
         host_memory(settings),
         files.find,
         files.fetch,
-        supervisor.send,
+        link.send,
         settings.queue_limit,
         on_damaged=lambda damaged: adapters.prove_again(damaged),
     )
-    verifier = VerifierLink(verifier_command, proof_timeout=settings.proof_timeout)
-    prover = Prover(verifier, store, disk, storage.base_id, [tokenizer.encode(probe) for probe in PROBES])
+    verifier = VerifierClient(
+        store,
+        disk,
+        base_id=storage.base_id,
+        probes=[tokenizer.encode(probe) for probe in PROBES],
+        command=verifier_command,
+        proof_timeout=settings.proof_timeout,
+    )
     activation = Activation(registry, store, catalog, residency, records, disk)
     adapters = AdapterService(
-        registry, store, catalog, activation, prover, base_names=base.names, records=records, disk=disk
+        registry, store, catalog, activation, verifier, base_names=base.names, records=records, disk=disk
     )
     pulls = Pulls(store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
     hub = HubAdapters(adapters, pulls)
     folders = Folders(adapters, activation, given, settings.max_upload)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
+    busy = BusyFlag.make()
     training = assemble_training(
-        settings, base, storage, adapters, supervisor,
-        command=trainer_command, records=records, disk=disk,
-    )  # fmt: skip
-    prepare = Preparation(adapters, folders, residency).run
-    supervisor.companions = Companions(residency, prover, training.manager, prepare)
+        settings, base, storage, adapters, busy, command=trainer_command, records=records, disk=disk
+    )
+    listeners = EngineListeners(
+        versions=residency,
+        base=(training.manager, verifier),
+        prepare=Preparation(adapters, folders, residency).run,
+        busy=busy.set,
+    )
+    supervisor = EngineSupervisor(
+        settings.engine_config(str(base.folder)),
+        link,
+        listeners,
+        queue_limit=settings.queue_limit,
+        stall_timeout=settings.stall_timeout,
+        command=engine_command,
+        policy=engine_restarts,
+        on_loading=on_loading,
+    )
     return Services(
         settings=settings,
         catalog=catalog,
@@ -97,6 +123,6 @@ def assemble(
         activation=activation,
         folders=folders,
         views=AdapterViews(adapters, hub, residency),
-        prover=prover,
+        verifier=verifier,
         training=training,
     )

@@ -17,8 +17,8 @@ import json, sys
 from onebase_engine.base.default_base import BaseFetchError
 from onebase_engine.base.default_base import resolve_base
 from onebase_adapters.training.base_config import find_config, find_tokenizer
-from onebase_adapters.training.data_problems import DataError
-from onebase_adapters.training.hub_data import fetch, parse_dataset_id
+from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.data.hub import fetch, parse_dataset_id
 
 def data(name):
     return fetch(parse_dataset_id(name), "train")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from onebase_adapters.registry import Registry
 from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.prover import Proof
 from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import AdapterService
 from onebase_server.background import RegistryThreads, Threads
+from onebase_server.processes.verifier_client import VerifierClient
+from onebase_server.processes.verifier_protocol import Prove, Proved
 
-REPORT = {"proof": {"modules_changed": 1}}
+from .scripted_verifier import REPORT
+
+PACKED = b"packed"
 
 
 @pytest.fixture
@@ -29,18 +33,19 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     registry.close()
 
 
-class Prover:
-    """Prepares every version as the same bytes, as the real one does."""
+class Verifier(VerifierClient):
+    """Packs every version as the same bytes, as the real one does, and has no process."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, disk: Threads) -> None:
+        super().__init__(store, disk, base_id="b" * 64, probes=[])
         self.proofs = 0
+        self._base_here.set()
 
-    async def prove(self, _files: VersionFiles, **_how: Any) -> Proof:
+    async def ask(self, job: Prove, on_progress: Any) -> Proved:
         self.proofs += 1
-        with self.store.writer() as writer:
-            writer.write(b"prepared")
-            return Proof(REPORT, writer.commit())
+        Path(job.packed_path).write_bytes(PACKED)
+        sha256 = hashlib.sha256(PACKED).hexdigest()
+        return Proved(digest=job.digest, report=REPORT, sha256=sha256, bytes=len(PACKED))
 
 
 class House:
@@ -50,20 +55,14 @@ class House:
         store = Store(str(folder / "store"), folder / "cache")
         disk = Threads("disk", 2)
         nobody: Any = None
-        self.prover: Any = Prover(store)
+        self.verifier = Verifier(store, disk)
         records = RegistryThreads("records", 2)
         self.catalog = Catalog("base", registry, records)
         self.files = PackedAdapterFiles(self.catalog, store, disk)
         self.adapters = AdapterService(
-            registry,
-            store,
-            self.catalog,
-            nobody,
-            self.prover,
-            base_names=("base",),
-            records=records,
-            disk=disk,
-        )
+            registry, store, self.catalog, nobody, self.verifier,
+            base_names=("base",), records=records, disk=disk,
+        )  # fmt: skip
         with store.writer() as config, store.writer() as weights:
             config.write(b"{}")
             weights.write(b"weights")
@@ -98,14 +97,14 @@ def test_a_version_that_was_healed_is_not_opened_again_by_a_late_report_of_the_o
 
         house.adapters.prove_again(old)
         await house.settled()
-        proofs = house.prover.proofs
+        proofs = house.verifier.proofs
         healed = house.files.find(house.digest)
         house.adapters.prove_again(old)
         await house.settled()
 
-        assert proofs == house.prover.proofs == 2
+        assert proofs == house.verifier.proofs == 2
         assert house.states() == ["ready", "ready"]
         assert (healed.blob, len(healed.versions)) == (old.blob, 2)
-        assert (await house.files.fetch(healed)).read_bytes() == b"prepared"
+        assert (await house.files.fetch(healed)).read_bytes() == PACKED
 
     asyncio.run(asyncio.wait_for(test(), 60))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from onebase_adapters.training.gate import Interrupted, Reason
+from onebase_adapters.training.events import Interrupted, Reason
 from onebase_server.processes.share import NAP_SECONDS, BusyFlag, SharedGate
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from onebase_adapters.training.batches import MicroBatch
+from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.estimate import estimate
-from onebase_adapters.training.gate import OpenGate
-from onebase_adapters.training.optimizers import make_optimizer
+from onebase_adapters.training.events import OpenGate
+from onebase_adapters.training.loop import make_optimizer
 from onebase_adapters.training.recipe import parse_recipe, resolve
-from onebase_adapters.training.samples import Sample
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 from onebase_engine.base.load import BaseSettings, load_base

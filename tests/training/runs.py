@@ -16,13 +16,12 @@ import torch
 from tests.tiny import save_base
 
 from onebase_adapters.training.checkpoint import Checkpoints
-from onebase_adapters.training.events import Event
-from onebase_adapters.training.gate import Gate, OpenGate
+from onebase_adapters.training.data.dataset import Dataset, Preference, Row, Sample
+from onebase_adapters.training.events import Event, Gate, OpenGate
 from onebase_adapters.training.loop import Trainer
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.recipe import Recipe, parse_recipe, resolve
-from onebase_adapters.training.report import Report
-from onebase_adapters.training.samples import Dataset, Preference, Row, Sample
+from onebase_adapters.training.result import Report
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.load import BaseSettings, load_base
 
@@ -70,7 +69,7 @@ def preferences(count: int, seed: int = 0) -> Dataset:
 
 
 def dataset(rows: list[Row] | list[Sample]) -> Dataset:
-    return Dataset(list(rows), (), "digest")
+    return Dataset(list(rows))
 
 
 def recipe_for(data: Dataset, **settings: Any) -> Recipe:

@@ -11,7 +11,7 @@ from tests.tiny import ARCHITECTURES
 from tests.training.runs import dataset, recipe_for, sample, samples, tiny_base
 
 from onebase_adapters.training.batches import pack
-from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.view import view
 

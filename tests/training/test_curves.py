@@ -17,9 +17,9 @@ from tests.training.runs import finished_report, start_at_a_terminal, write_chat
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.progress import Display
 from onebase_adapters.training.curves import open_curves
-from onebase_adapters.training.model_card import sparkline
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.run import Job
+from onebase_adapters.training.result import sparkline
 from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]
@@ -177,7 +177,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     [
         (["--r", "0"], "--r: r is 0: the lowest value is 1"),
         (["--init", "pissa"], "choose from"),
-        (["--metric", "regex:.*"], "is no metric"),
+        (["--metric", "regex:.*"], "is not a metric"),
         (["--memory-limit", "lots"], "is no size: write it as in 20GB"),
         (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
         (["--recipe", "missing.json"], "cannot be read"),

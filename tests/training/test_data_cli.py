@@ -1,4 +1,7 @@
-"""`onebase data check`: what it prints, and its exit status."""
+"""`onebase data check`: what it prints, and its exit status.
+
+Text from anybody on a terminal.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pytest
 from tests.training.data_support import chat, write_rows
 
 from onebase_adapters.training.cli.data import main
+from onebase_adapters.training.cli.printable import printable
 
 
 def test_sound_data_is_reported_with_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +106,17 @@ def test_looking_at_data_loads_no_model(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "character", ["\x1b", "\x07", "\r", "\x7f", "\x9b", "\u202e", "\u2066", "\u2028", "\udce9", "\U000e0041"]
+)
+def test_what_steers_a_terminal_or_cannot_be_encoded_is_replaced(character: str) -> None:
+    shown = printable(f"a{character}b")
+    assert shown == "a\N{REPLACEMENT CHARACTER}b"
+    assert shown.encode()
+
+
+@pytest.mark.parametrize("text", ["two\nlines\tof text", "40\u00a0€", "日本語 עברית नमस्ते", "👩\u200d🔬", ""])
+def test_text_of_any_script_stays_as_it_is(text: str) -> None:
+    assert printable(text) == text

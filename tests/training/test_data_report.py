@@ -21,9 +21,10 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_adapters.training.data import load_dataset, split
-from onebase_adapters.training.data_report import DataReport, render, report
-from onebase_adapters.training.samples import Dataset
+from onebase_adapters.training.cli.data import render
+from onebase_adapters.training.data.dataset import Dataset, split
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.report import DataReport, report
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from onebase_adapters.training import machine
 from onebase_adapters.training.base_config import find_config
 from onebase_adapters.training.batches import MicroBatch
 from onebase_adapters.training.cli.estimate import duration, main
+from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.estimate import Estimate, estimate
-from onebase_adapters.training.gate import OpenGate
+from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve
-from onebase_adapters.training.samples import Sample
 from onebase_adapters.training.targets import resolve_targets
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
@@ -146,8 +146,7 @@ def kept_by_autograd(base: Any, settings: Recipe, tokens: int) -> int:
     ],
 )
 def test_activations_and_logits_are_what_autograd_keeps(base: Any, settings: dict[str, Any]) -> None:
-    from onebase_adapters.training.activations import activations_of
-    from onebase_adapters.training.estimate import ranks_of
+    from onebase_adapters.training.estimate import activations_of, ranks_of
     from onebase_adapters.training.targets import target_layers
 
     tokens = 512
@@ -299,7 +298,11 @@ def test_a_config_is_found_in_a_folder_or_as_a_file_without_any_weights(tmp_path
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{}", "no config of a base"), ('{"model_type": "t5"}', "decoder-only"), ("no json", "no config")],
+    [
+        ("{}", "not the config of a base"),
+        ('{"model_type": "t5"}', "decoder-only"),
+        ("no json", "not the config"),
+    ],
 )
 def test_what_is_no_config_of_a_base_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)

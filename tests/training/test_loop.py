@@ -19,9 +19,9 @@ from tests.training.runs import (
     weights,
 )
 
+from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.events import Evaluated, Event, Saved, StepDone
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.samples import Sample
 from onebase_engine.base.load import fingerprint
 
 
@@ -153,7 +153,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(base: torch.nn.Module,
     with torch.no_grad():
         run.trainable.parameters()[1].fill_(float("inf"))
     with pytest.raises(TrainingDivergedError, match="held-out loss"):
-        run._evaluate(1)
+        run._evaluate(data, 1)
     assert run.state.best_loss is None
 
 

@@ -1,10 +1,10 @@
-"""Metrics on replies: what scores, what does not, and what is no metric."""
+"""Metrics on replies: what scores, what does not, and what is not a metric."""
 
 from __future__ import annotations
 
 import pytest
 
-from onebase_adapters.training.metrics import METRICS, check_metric, describe, mean, score
+from onebase_adapters.training.metrics import METRICS, MetricError, check_metric, describe, mean, score
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 
 SCORES = [
@@ -65,7 +65,7 @@ def test_every_metric_is_tested_and_described() -> None:
     ("name", "words"),
     [
         ("accuracy", ["'accuracy'", "exact_match", "one_of:A|B|C"]),
-        ("", ["no metric"]),
+        ("", ["not a metric"]),
         ("exact_match:Berlin", ["just exact_match"]),
         ("contains:", ["contains:TEXT"]),
         ("contains", ["contains:TEXT"]),
@@ -76,17 +76,21 @@ def test_every_metric_is_tested_and_described() -> None:
     ],
 )
 def test_what_is_no_metric_is_refused_with_the_way_to_write_it(name: str, words: list[str]) -> None:
-    for check in (check_metric, lambda name: score(name, "", "")):
-        with pytest.raises(RecipeError) as refusal:
+    for check in (
+        check_metric,
+        lambda name: score(name, "", ""),
+        lambda name: parse_recipe({"metrics": [name or " "]}),
+    ):
+        with pytest.raises((MetricError, RecipeError)) as refusal:
             check(name)
-        assert refusal.value.field == "metrics"
+        assert getattr(refusal.value, "field", "metrics") == "metrics"
         for word in words:
             assert word in str(refusal.value)
 
 
 def test_a_recipe_refuses_an_unknown_metric() -> None:
     parse_recipe({"metrics": ["json_valid", "contains:a, b"], "best_by": "contains:a, b"})
-    with pytest.raises(RecipeError, match="no metric"):
+    with pytest.raises(RecipeError, match="not a metric"):
         parse_recipe({"metrics": ["bleu"]})
 
 

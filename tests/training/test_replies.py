@@ -21,7 +21,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.training.replies import generate_replies, stop_ids
 from onebase_adapters.training.result import write_adapter
-from onebase_adapters.training.samples import Prompt
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.engine import Engine
@@ -67,12 +66,9 @@ def weights(model: nn.Module) -> AdapterWeights:
     return extract(model, "default")
 
 
-def prompts(lengths: list[int], seed: int = 5) -> list[Prompt]:
+def prompts(lengths: list[int], seed: int = 5) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Prompt(tuple(torch.randint(3, 320, (length,), generator=generator).tolist()), "", line)
-        for line, length in enumerate(lengths, 1)
-    ]
+    return [torch.randint(3, 320, (length,), generator=generator).tolist() for length in lengths]
 
 
 def ids_of(reply: str) -> list[int]:
@@ -89,11 +85,11 @@ def test_replies_are_those_of_transformers_own_generation(
     replies = generate_replies(base, weights(model), tokenizer, asked, 24)
     greedy = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=0)
     for prompt, reply in zip(asked, replies, strict=True):
-        ids = torch.tensor([prompt.ids])
+        ids = torch.tensor([prompt])
         expected = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
         )
-        generated = expected[0, len(prompt.ids) :].tolist()
+        generated = expected[0, len(prompt) :].tolist()
         assert ids_of(reply) == (generated[:-1] if generated[-1] == 2 else generated)
     assert len(set(replies)) == len(replies), "the model only repeats itself: nothing was tested"
 
@@ -133,7 +129,7 @@ def test_replies_are_those_that_the_written_adapter_gives_in_serving_token_by_to
     engine.put_adapter("digest0", load_folder(base, tmp_path / "adapter").weights)
     engine.put_adapter("digest1", weights(adapted(base, seed=9)))
     requests = [
-        Request(prompt.ids, adapter, 24, at=number, ignore_eos=False)
+        Request(prompt, adapter, 24, at=number, ignore_eos=False)
         for number, prompt in enumerate(asked)
         for adapter in (0, None, 1)
     ]
@@ -256,16 +252,10 @@ def test_the_replies_of_the_real_base_make_sense() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = ["What is the capital of France?", "Reply with one word: what colour is the sky?"]
     asked = [
-        Prompt(
-            tuple(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-                )
-            ),
-            "",
-            line,
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
-        for line, question in enumerate(questions, 1)
+        for question in questions
     ]
     replies = generate_replies(load_base(BaseSettings(folder=folder)), None, tokenizer, asked, 24)
     assert replies[0].startswith("The capital of France is Paris")

@@ -18,7 +18,7 @@ from tests.disks import small_disk
 from tests.training.runs import assert_equal, preferences, recipe_for, samples, trainer, weights
 
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
-from onebase_adapters.training.gate import Interrupted, Reason
+from onebase_adapters.training.events import Interrupted, Reason
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -40,6 +40,25 @@ class _Interrupting:
         self.left -= 1
         if self.left == 0:
             raise Interrupted(self._reason)
+
+
+def test_stopped_after_a_step_and_resumed_it_is_the_same_run(base: torch.nn.Module, tmp_path: Path) -> None:
+    data, held_out = samples(12), samples(4, 1)
+    recipe = recipe_for(data, eval_every=2, save_every=5, max_steps=7)
+    whole = trainer(base, recipe, data, tmp_path / "whole", held_out=held_out)
+    expected = whole.run()
+    for until, done in ((3, 3), (2, 3), (4, 4)):
+        part = trainer(base, recipe, data, tmp_path / "parts", held_out=held_out)
+        part.resume()
+        assert part.run(until).step == done
+        assert not part.finished
+        assert (tmp_path / "parts" / "checkpoints" / f"step-{done:08d}").is_dir()
+    last = trainer(base, recipe, data, tmp_path / "parts", held_out=held_out)
+    last.resume()
+    state = last.run(until=9)
+    assert last.finished
+    assert (state.losses, state.held_out) == (expected.losses, expected.held_out)
+    assert_equal(weights(last), weights(whole))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -80,7 +99,6 @@ _SCRIPT = """
 import sys, time
 from pathlib import Path
 import torch
-from tests.disks import small_disk
 from tests.training.runs import *
 torch.set_num_threads(1)
 data = samples(12)

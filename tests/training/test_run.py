@@ -15,12 +15,12 @@ from tests.training.runs import write_chats
 
 from onebase_adapters.training import events
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data_problems import DataError
-from onebase_adapters.training.gate import Interrupted, OpenGate
-from onebase_adapters.training.plan import DoesNotFitError
+from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.events import Interrupted, OpenGate
+from onebase_adapters.training.plan import DoesNotFitError, Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.report import Report
-from onebase_adapters.training.run import Job, train
+from onebase_adapters.training.result import Report
+from onebase_adapters.training.run import train
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 

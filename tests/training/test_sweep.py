@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,12 @@ from transformers import PreTrainedTokenizerFast
 from onebase_adapters.training import events, run, sweep
 from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.cli.sweep import main
-from onebase_adapters.training.errors import TrainingDivergedError
-from onebase_adapters.training.gate import Interrupted, OpenGate
+from onebase_adapters.training.events import Interrupted, OpenGate
+from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import Job
-from onebase_adapters.training.sweep_plot import plot
-from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, render, write
-from onebase_adapters.training.sweep_trials import Grid, Trial
+from onebase_adapters.training.sweep import Grid, Trial
+from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 from onebase_engine.base.load import BaseSettings, fingerprint
 
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
@@ -281,7 +281,7 @@ def test_a_pattern_that_means_no_layer_of_one_choice_is_refused_before_any_run(
 
 def test_a_target_that_the_base_lacks_is_refused_before_any_run(base: torch.nn.Module, job: Job) -> None:
     steps = _Steps()
-    with pytest.raises(RecipeError, match="no linear layer"):
+    with pytest.raises(RecipeError, match="not a linear layer"):
         run_sweep(base, job, Grid(targets=(("attention",), ("c_attn",))), listen=steps)
     assert steps.total == 0
 
@@ -349,9 +349,10 @@ def test_the_plot_is_a_whole_svg_with_a_point_for_each_run(tmp_path: Path, count
     text = "".join(root.itertext())
     assert ("no run has been evaluated" in text) == (count == 0)
     assert "NaN" not in plot(result)
-    for node in root.iter("{http://www.w3.org/2000/svg}circle"):
-        assert 0 <= float(node.attrib["cx"]) <= float(root.attrib["width"])
-        assert 0 <= float(node.attrib["cy"]) <= float(root.attrib["height"])
+    width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
+    for node in root.iter("{http://www.w3.org/2000/svg}use"):
+        assert 0 <= float(node.attrib["x"]) <= width
+        assert 0 <= float(node.attrib["y"]) <= height
 
 
 def test_advice_prefers_a_smaller_run_that_is_as_good(tmp_path: Path) -> None:
@@ -389,6 +390,19 @@ def test_the_command_runs_a_sweep(folder: Path, tmp_path: Path, capfd: pytest.Ca
     printed = capfd.readouterr().err
     assert "Best: r" in printed
     assert (tmp_path / "out" / PLOT).is_file()
+
+
+def test_what_draws_the_picture_is_asked_for_before_anything_is_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "onebase_adapters.training.sweep_report")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    data = str(folder / "train.jsonl")
+    assert main(["--base", str(folder), "--data", data, "--out", str(out), "--device", "cpu"]) == 2
+    assert "matplotlib" in (said := capsys.readouterr().err)
+    assert "onebase[train]" in said
+    assert not out.exists()
 
 
 def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_path: Path) -> None:

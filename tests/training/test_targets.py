@@ -126,11 +126,11 @@ def test_quantized_layers_are_linear_layers(tmp_path: Path) -> None:
     ("architecture", "target", "words"),
     [
         ("llama", "qproj", ["qproj", "attention (k_proj, o_proj, q_proj, v_proj)", "mlp (", "lm_head"]),
-        ("llama", "proj", ["no linear layer"]),
-        ("llama", "q.proj", ["no linear layer"]),
+        ("llama", "proj", ["not a linear layer"]),
+        ("llama", "q.proj", ["not a linear layer"]),
         ("llama", "embed_tokens", ["of type Embedding"]),
         ("phi3", "q_proj", ["qkv_proj"]),
-        ("mixtral", "mlp", ["has none such", "experts"]),
+        ("mixtral", "mlp", ["no linear layers of that kind", "experts"]),
         ("gpt2", "all-linear", ["no linear layers", "Conv1D"]),
     ],
 )

@@ -14,16 +14,16 @@ import pytest
 from tests.training.data_support import base_tokenizer, chat, only, recipe, whole, write_rows
 from tests.training.runs import write_chats
 
-from onebase_adapters.training import events, template_date
+from onebase_adapters.training import events, plan
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data import load_dataset
-from onebase_adapters.training.data_problems import DataError
-from onebase_adapters.training.gate import Interrupted, OpenGate
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.data.tokens import dated_tokenizer
+from onebase_adapters.training.events import Interrupted, OpenGate
+from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, train
-from onebase_adapters.training.sweep import sweep
-from onebase_adapters.training.sweep_trials import Grid, Trial
-from onebase_adapters.training.template_date import dated_tokenizer
+from onebase_adapters.training.run import train
+from onebase_adapters.training.sweep import Grid, Trial, sweep
 from onebase_engine.base.load import BaseSettings, load_base
 
 # As Llama 3.2's: the caller may say the day.
@@ -68,7 +68,7 @@ def tomorrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def today(cls) -> date:
             return date.today() + timedelta(days=1)
 
-    return lambda: monkeypatch.setattr(template_date, "date", Tomorrow)
+    return lambda: monkeypatch.setattr(plan, "date", Tomorrow)
 
 
 def test_the_day_of_the_recipe_is_what_the_template_prints(tmp_path: Path) -> None:

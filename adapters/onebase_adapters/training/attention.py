@@ -7,15 +7,15 @@ for attention alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from onebase_adapters.training.gate import Gate
-from onebase_adapters.training.groups import Group, grouped
-from onebase_adapters.training.short_attention import ShortAttention
+from onebase_adapters.training.events import Gate
+from onebase_adapters.training.kernels import ShortAttention
 from onebase_engine.base.load import UnsupportedBaseError
 from onebase_engine.engine.attention import attention_weights
 
@@ -26,7 +26,7 @@ pass costs three times as much at 100 tokens, and half as much at 600."""
 
 
 class UnsupportedTrainingError(UnsupportedBaseError):
-    """The base's attention asks for something that training does not do."""
+    """The base's attention needs something that training does not do."""
 
 
 class PackedAttention:
@@ -40,7 +40,7 @@ class PackedAttention:
         self._gate = gate
 
     def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
-        """Of the rows of the packed sequence, in order."""
+        """Set the lengths of the packed sequence's rows, in order."""
         self._groups = grouped(lengths, device)
 
     def attach(self, model: nn.Module) -> None:
@@ -87,7 +87,7 @@ def packed_attention(
 
 
 def register() -> None:
-    """Make NAME known to transformers; again is harmless."""
+    """Make NAME known to transformers; calling it again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)
@@ -97,7 +97,7 @@ def register() -> None:
 def _attend(
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], length: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The fastest way: q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
+    """Attend in the fastest way: q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
     q, k, v = states
     window, dropout = options.get("sliding_window"), options.get("dropout") or 0.0
     if options.get("softcap") is not None or (window is not None and window < length):
@@ -114,12 +114,12 @@ def _attend(
 
 
 def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """[n, kv heads, L, d] -> [n, heads, L, d], as grouped queries want it."""
+    """[n, kv heads, L, d] -> [n, heads, L, d], one for each query head."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """As transformers' eager attention: softcap and sliding windows."""
+    """Attend as transformers' eager attention does, with softcap and sliding windows."""
     groups = q.shape[1] // k.shape[1]
     place = torch.arange(q.shape[2], device=q.device)
     hidden = place > place[:, None]
@@ -130,3 +130,81 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[s
     if dropout := options.get("dropout"):
         weights = nn.functional.dropout(weights, dropout)
     return weights @ _repeated(v, groups)
+
+
+STEP = 32
+"""Rows of one group differ by less than this many tokens in length; they are padded to the longest."""
+
+
+class Group:
+    """Rows that lie one after the other in the packed sequence, from token `start` on.
+
+    length: L, tokens that each of the n rows is padded to.
+    """
+
+    def __init__(self, start: int, lengths: Sequence[int], device: torch.device) -> None:
+        self.start, self.tokens = start, sum(lengths)
+        self.count, self.length = len(lengths), max(lengths)
+        self._full = all(length == self.length for length in lengths)
+        starts = [sum(lengths[:number]) for number in range(len(lengths))]
+        # What stands in the padding is the row's last token: a number that is never looked at.
+        taken = [
+            begin + min(place, length - 1)
+            for begin, length in zip(starts, lengths, strict=True)
+            for place in range(self.length)
+        ]
+        kept = [
+            number * self.length + place for number, length in enumerate(lengths) for place in range(length)
+        ]
+        self._taken = torch.tensor(taken, device=device)
+        self._kept = torch.tensor(kept, device=device)
+
+    def padded(self, states: torch.Tensor) -> torch.Tensor:
+        """[heads, T, d] of the whole sequence -> [n, heads, L, d]."""
+        part = states[:, self.start : self.start + self.tokens].transpose(0, 1)
+        if not self._full:
+            part = _Rows.apply(part, self._taken, self._kept)  # type: ignore[no-untyped-call]
+        return part.reshape(self.count, self.length, *part.shape[1:]).transpose(1, 2)
+
+    def packed(self, states: torch.Tensor) -> torch.Tensor:
+        """[n, heads, L, d] -> [tokens of the group, heads, d]."""
+        rows = states.transpose(1, 2).flatten(0, 1)
+        if self._full:
+            return rows
+        kept: torch.Tensor = _Rows.apply(rows, self._kept, None)  # type: ignore[no-untyped-call]
+        return kept
+
+
+def grouped(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]:
+    """Group neighbours of about one length. Groups are few and full where rows are in order of length."""
+    groups: list[Group] = []
+    start, rows = 0, list[int]()
+    for length in lengths:
+        if rows and math.ceil(length / STEP) != math.ceil(rows[0] / STEP):
+            groups.append(Group(start, rows, device))
+            start, rows = start + sum(rows), []
+        rows.append(length)
+    return (*groups, Group(start, rows, device))
+
+
+class _Rows(torch.autograd.Function):
+    """Picks rows by number. Backwards, each row gets its place's gradient; padding gets none.
+
+    torch's own indexing adds gradients up one by one, which on the CPU takes longer than attention does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, taken: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        """states [m, ...] -> [len(taken), ...]. kept: where each row of `states` is in the result; None where
+        `taken` has every row once at most, the rest is padding."""
+        ctx.taken, ctx.kept, ctx.count = taken, kept, len(states)
+        return states.index_select(0, taken)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if ctx.kept is not None:
+            return gradient.index_select(0, ctx.kept), None, None
+        whole = gradient.new_zeros(ctx.count, *gradient.shape[1:])
+        return whole.index_copy_(0, ctx.taken, gradient), None, None

@@ -39,7 +39,7 @@ def find_config(spec: str, cache: Path | None = None) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         check_servable(config)
     except (OSError, ValueError, KeyError, UnsupportedBaseError) as error:
-        raise BaseSpecError(f"{path} is no config of a base that can be trained: {error}") from error
+        raise BaseSpecError(f"{path} is not the config of a base that can be trained: {error}") from error
     return config
 
 

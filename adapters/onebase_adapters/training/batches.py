@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from onebase_adapters.training.samples import Preference, Row, Sample
+from onebase_adapters.training.data.dataset import Row, Sample
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Packed:
-    """ids, positions: [1, T] int64. keep: [n] places whose logits are wanted, each predicts `targets` [n].
+    """ids, positions: [1, T] int64. keep: [n] places whose logits are computed, each predicts `targets` [n].
 
     owner: [n] number of the sample that a target belongs to. lengths: of the samples, T in all.
     """
@@ -68,23 +68,8 @@ class Packed:
     lengths: list[int]
 
 
-def samples_of(row: Row) -> tuple[Sample, ...]:
-    """The sequences of a row: one, or the two of a preference."""
-    return (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)
-
-
-def targets_of(row: Row) -> int:
-    """Supervised tokens of a row."""
-    return sum(sample.targets for sample in samples_of(row))
-
-
-def weight_of(row: Row) -> int:
-    """What a row counts in the mean: its supervised tokens; a preference counts as one."""
-    return 1 if isinstance(row, Preference) else row.targets
-
-
 def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The rows of step `step` (from 0): each epoch is a permutation of its own, cut into batches.
+    """The rows of step `step` (from 0): each epoch is another permutation, cut into batches.
 
     The last batch of an epoch may be smaller. Depends on nothing but the arguments, so that a run that goes
     on sees the rows that an unbroken one would have seen.
@@ -96,13 +81,13 @@ def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bool) -> list[MicroBatch]:
-    """Put rows into as few micro-batches of at most `limit` tokens as first-fit by falling length finds.
+    """Pack rows into micro-batches of at most `limit` tokens: first fit, the longest rows first.
 
     A row that is longer has a micro-batch to itself; without `packing` every row has.
     """
     order = sorted(numbers, key=lambda number: (-len(rows[number]), number))
     if not packing:
-        return [MicroBatch(samples_of(rows[number]), (number,)) for number in order]
+        return [MicroBatch(rows[number].samples, (number,)) for number in order]
     bins: list[list[int]] = []
     room = _Room(len(order), limit)
     for number in order:
@@ -114,7 +99,7 @@ def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bo
         room.take(place, len(rows[number]))
     return [
         MicroBatch(
-            samples=tuple(sample for number in one for sample in samples_of(rows[number])), rows=tuple(one)
+            samples=tuple(sample for number in one for sample in rows[number].samples), rows=tuple(one)
         )
         for one in bins
     ]

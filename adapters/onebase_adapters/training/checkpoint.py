@@ -1,8 +1,8 @@
 """Where a run can go on from: the adapter, the optimizer's state and the place in the data.
 
 A run's folder has `checkpoints/step-00000120/` for the last few steps and `checkpoints/best-00000100/`. A
-checkpoint appears whole or not at all: it is written beside, synced, then renamed. What is random in a run
-follows from its seed and the step's number, so that the number is all that has to be kept of it.
+checkpoint appears whole or not at all: it is written under another name, synced, then renamed. What is random
+in a run follows from its seed and the step's number, so only the number has to be kept.
 """
 
 from __future__ import annotations
@@ -28,12 +28,25 @@ _STEP = re.compile(r"step-(\d{8})")
 class CheckpointError(Exception):
     """The run's folder cannot be used; the message says why and what to do."""
 
+    @classmethod
+    def unreadable(cls, path: Path, error: Exception) -> CheckpointError:
+        """A file without which nothing in its folder can be used."""
+        return cls(f"{path} cannot be read ({error}): remove {path.parent} to start over")
+
+    @classmethod
+    def other_run(cls, folder: Path) -> CheckpointError:
+        """The folder holds the results of another run."""
+        return cls(
+            f"{folder} holds a run with another recipe, other data or another base: go on with the same "
+            "ones, choose another folder, or remove this one"
+        )
+
 
 @dataclass
 class RunState:
-    """What a run knows besides tensors. Losses are nats a supervised token.
+    """What a run knows in addition to tensors. Losses are nats a supervised token.
 
-    identity: SHA-256 of recipe, data and base: a checkpoint is gone on from only by the same run.
+    identity: SHA-256 of recipe, data and base: only the same run resumes from a checkpoint.
     """
 
     identity: str
@@ -73,12 +86,12 @@ class Checkpoints:
         return target
 
     def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
-        """Keep an adapter as the best one; the one before stays until the next `save`. Raises OSError."""
+        """Save an adapter as the best one; the previous one stays until the next `save`. Raises OSError."""
         with atomic_directory(self._best(step)) as work:
             save_file(_plain(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
-        """The adapter that was kept after a step. Raises CheckpointError."""
+        """The adapter that was saved as the best after a step. Raises CheckpointError."""
         try:
             return load_file(self._best(step) / _ADAPTER)
         except Exception as error:
@@ -91,7 +104,7 @@ class Checkpoints:
         return self.folder / f"best-{step:08d}"
 
     def steps(self) -> list[int]:
-        """After which steps there are checkpoints, oldest first."""
+        """The steps after which there are checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
@@ -110,10 +123,7 @@ class Checkpoints:
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
         if state.identity != identity:
-            raise CheckpointError(
-                f"{self.folder.parent} holds a run with another recipe, other data or another base: go on "
-                "with the same ones, choose another folder, or remove this one"
-            )
+            raise CheckpointError.other_run(self.folder.parent)
         state.losses = [(step, loss) for step, loss in state.losses]
         state.held_out = [(step, loss) for step, loss in state.held_out]
         return state

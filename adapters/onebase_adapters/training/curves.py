@@ -6,12 +6,12 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from onebase_adapters.training import events
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.plan import Job
 
 _INSTALL = "pip install 'onebase[track]' installs it"
 
@@ -20,32 +20,27 @@ class CurveError(Exception):
     """A tool that was asked for is not installed, or does not work."""
 
 
-class _Writer(Protocol):
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+Write = Callable[[Mapping[str, float], int], None]
+"""Takes the values of a step."""
 
 
 @contextmanager
-def open_curves(names: Sequence[str], job: Job) -> Iterator[Callable[[events.Event], None]]:
+def open_curves(names: Sequence[str], job: Job) -> Iterator[events.Listen]:
     """A listener that writes events to the named tools (`tensorboard`, `trackio`). Raises CurveError."""
-    kinds: dict[str, Callable[[Job], _Writer]] = {"tensorboard": _TensorBoard, "trackio": _Trackio}
+    openers = {"tensorboard": _tensorboard, "trackio": _trackio}
     with ExitStack() as stack:
-        writers = []
-        for name in dict.fromkeys(names):
-            writers.append(kinds[name](job))
-            stack.callback(writers[-1].close)
+        writers = [stack.enter_context(openers[name](job)) for name in dict.fromkeys(names)]
 
         def listen(event: events.Event) -> None:
             step, values = values_of(event)
-            for writer in writers if values else ():
-                writer.write(step, values)
+            for write in writers if values else ():
+                write(values, step)
 
         yield listen
 
 
 def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
-    """What an event adds to which curves, and at which step."""
+    """The step of an event, and what it adds to which curves."""
     if isinstance(event, events.StepDone):
         rewards = {f"train/{name}": value for name, value in event.rewards.items()}
         return event.step, {
@@ -63,47 +58,38 @@ def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
     return 0, {}
 
 
-class _TensorBoard:
+@contextmanager
+def _tensorboard(job: Job) -> Iterator[Write]:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise CurveError(f"--report-to tensorboard: tensorboard is not installed; {_INSTALL}") from error
+    writer: Any = SummaryWriter(str(job.folder / "tensorboard"))
 
-    def __init__(self, job: Job) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise CurveError(f"--report-to tensorboard: tensorboard is not installed; {_INSTALL}") from error
-        self._writer: Any = SummaryWriter(str(job.folder / "tensorboard"))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    try:
+        yield write
+    finally:
+        writer.close()
 
 
-class _Trackio:
+@contextmanager
+def _trackio(job: Job) -> Iterator[Write]:
     """A local database that `trackio show --project onebase` draws; nothing leaves the machine."""
-
-    def __init__(self, job: Job) -> None:
-        try:
-            import trackio
-        except ImportError as error:
-            raise CurveError(f"--report-to trackio: trackio is not installed; {_INSTALL}") from error
-        self._trackio: Any = trackio
+    try:
+        import trackio
+    except ImportError as error:
+        raise CurveError(f"--report-to trackio: trackio is not installed; {_INSTALL}") from error
+    tool: Any = trackio
+    off = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    with contextlib.redirect_stdout(io.StringIO()):
+        tool.init(project="onebase", name=job.name, config=job.recipe.to_json(), resume="allow", **off)
+    try:
+        yield lambda values, step: tool.log(dict(values), step=step)
+    finally:
         with contextlib.redirect_stdout(io.StringIO()):
-            trackio.init(
-                project="onebase",
-                name=job.name,
-                config=job.recipe.to_json(),
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._trackio.log(dict(values), step=step)
-
-    def close(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._trackio.finish()
+            tool.finish()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.training.activations import Activations, activations_of
+from onebase_adapters.training.attention import SHORT
+from onebase_adapters.training.kernels import CHUNK
 from onebase_adapters.training.recipe import Recipe, RecipeError
 from onebase_adapters.training.targets import target_layers
 from onebase_engine.base.load import Quantization, estimate_memory
@@ -57,14 +58,8 @@ class Estimate:
     @property
     def total(self) -> int:
         """Bytes at the peak."""
-        return (
-            self.base_bytes
-            + self.adapter_memory
-            + self.optimizer_bytes
-            + self.activation_bytes
-            + self.logits_bytes
-            + self.process_bytes
-        )
+        adapter = self.adapter_memory + self.optimizer_bytes
+        return self.base_bytes + adapter + self.activation_bytes + self.logits_bytes + self.process_bytes
 
     @property
     def fits(self) -> bool:
@@ -96,7 +91,7 @@ def estimate(
     base_resident: bool = False,
     rate: float | None = None,
 ) -> Estimate:
-    """What a run with this recipe takes; what is "auto" in it for memory's sake is decided.
+    """What a run with this recipe takes. Decides the settings that are "auto" because of memory.
 
     Args:
         config: the base's, from transformers. recipe: resolved but for memory.
@@ -108,15 +103,15 @@ def estimate(
         rate: FLOP/s of the machine, as `machine.measured_rate`.
 
     Raises:
-        RecipeError: a target is no linear layer of this base.
+        RecipeError: a target is not a linear layer of this base.
     """
-    plan = _Plan.of(config, recipe, quantization, dtype, torch.device(device).type, base_resident)
-    row = max(1, longest_row)
-    found = _decide(plan, recipe, row, supervised_part, memory_limit)
+    shapes = _Shapes.of(config, recipe, quantization, dtype, torch.device(device).type, base_resident)
+    shapes = replace(shapes, row=max(1, longest_row), supervised_part=supervised_part, limit=memory_limit)
+    found = _decide(shapes, recipe)
     seconds = None
     if rate and total_tokens is not None:
-        seconds = total_tokens * plan.flops_per_token(found.gradient_checkpointing, supervised_part) / rate
-    advice = "" if found.fits else _advice(plan, recipe, row, supervised_part, memory_limit or 0)
+        seconds = total_tokens * found.flops_per_token / rate
+    advice = "" if found.fits else _advice(shapes, recipe)
     return replace(found, total_tokens=total_tokens, seconds=seconds, advice=advice)
 
 
@@ -137,7 +132,7 @@ def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]
         for end in getattr(recipe, field):
             if not any(f".{name}".endswith(f".{end}") for name in targets):
                 known = sorted({name.rpartition(".")[2] for name in targets})
-                raise RecipeError(field, f"{field}: {end!r} is no target; there are {', '.join(known)}")
+                raise RecipeError(field, f"{field}: {end!r} is not a target; there are {', '.join(known)}")
     return {
         name: next(
             (rank for end, rank in recipe.rank_pattern.items() if f".{name}".endswith(f".{end}")), recipe.r
@@ -147,8 +142,8 @@ def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All of an estimate that does not depend on the size of a micro-batch."""
+class _Shapes:
+    """All of an estimate but the size of a micro-batch. row: tokens of the longest one. limit: bytes."""
 
     parameters: int
     base_parameters: int
@@ -158,6 +153,9 @@ class _Plan:
     device: str
     linear_weights: int
     head_weights: int
+    row: int = 1
+    supervised_part: float = 1.0
+    limit: int | None = None
 
     @classmethod
     def of(
@@ -168,7 +166,7 @@ class _Plan:
         dtype: torch.dtype,
         device: str,
         base_resident: bool,
-    ) -> _Plan:
+    ) -> _Shapes:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -177,34 +175,22 @@ class _Plan:
         memory = estimate_memory(config, quantization, dtype=dtype)
         targets = target_layers(model, recipe.targets)
         ranks = ranks_of(targets, recipe)
+        fused, on_cpu = quantization == "nf4", device == "cpu"
         head: Any = model.get_output_embeddings()
-        linear = sum(
-            layer.in_features * layer.out_features for layer in target_layers(model, ["all-linear"]).values()
-        )
+        layers = target_layers(model, ["all-linear"]).values()
         return cls(
             parameters=adapter_parameters(targets, ranks, dora=recipe.use_dora),
             base_parameters=memory.parameters,
             base_bytes=0 if base_resident else memory.total,
-            activations=activations_of(
-                model,
-                targets,
-                ranks,
-                recipe,
-                dtype,
-                fused=quantization == "nf4",
-                on_cpu=device == "cpu",
-            ),
+            activations=activations_of(model, targets, ranks, recipe, dtype, fused=fused, on_cpu=on_cpu),
             optimizer=recipe.optimizer,
             device=device,
-            linear_weights=linear,
+            linear_weights=sum(layer.in_features * layer.out_features for layer in layers),
             head_weights=head.weight.numel(),
         )
 
-    def with_micro_batch(
-        self, tokens: int, row: int, checkpointing: bool, supervised_part: float, limit: int | None
-    ) -> Estimate:
-        """The estimate for micro-batches of so many tokens."""
-        supervised = max(1, round(tokens * supervised_part))
+    def with_micro_batch(self, tokens: int, checkpointing: bool) -> Estimate:
+        """The estimate for micro-batches of `tokens` tokens."""
         return Estimate(
             parameters=self.parameters,
             adapter_bytes=4 * self.parameters,
@@ -212,61 +198,56 @@ class _Plan:
             base_bytes=self.base_bytes,
             adapter_memory=8 * self.parameters,
             optimizer_bytes=round(_OPTIMIZER_BYTES[self.optimizer] * self.parameters),
-            activation_bytes=self.activations.kept(tokens, row, checkpointing),
-            logits_bytes=self.activations.of_logits(supervised),
+            activation_bytes=self.activations.kept(tokens, self.row, checkpointing),
+            logits_bytes=self.activations.of_logits(max(1, round(tokens * self.supervised_part))),
             process_bytes=_PROCESS.get(self.device, _PROCESS["cuda"]),
             micro_tokens=tokens,
             gradient_checkpointing=checkpointing,
-            flops_per_token=self.flops_per_token(checkpointing, supervised_part),
-            memory_limit=limit,
+            flops_per_token=self._flops_per_token(checkpointing),
+            memory_limit=self.limit,
         )
 
-    def flops_per_token(self, checkpointing: bool, supervised_part: float) -> int:
+    def _flops_per_token(self, checkpointing: bool) -> int:
         """Two FLOPs a weight forwards, two backwards to the inputs; two more for the adapter's gradients."""
         passes = 3 if checkpointing else 2
-        head = self.head_weights * supervised_part
+        head = self.head_weights * self.supervised_part
         return round(2 * passes * self.linear_weights + 4 * head + 2 * (passes + 1) * self.parameters)
 
+    def choices(self, recipe: Recipe) -> Iterator[tuple[int, bool]]:
+        """From the fastest to the smallest. Keeping activations saves a third of the work: it comes first."""
+        if isinstance(recipe.micro_tokens, int):
+            sizes = [max(recipe.micro_tokens, self.row)]
+        else:
+            rows = recipe.batch_size if isinstance(recipe.batch_size, int) else 16
+            most = _CPU_MICRO_TOKENS if self.device == "cpu" else MICRO_TOKENS[0]
+            most = min(most, max(1024, rows * self.row))
+            given = {max(self.row, size) for size in MICRO_TOKENS if size <= most or size == 1024}
+            sizes = sorted(given, reverse=True)
+        modes = [False, True] if recipe.gradient_checkpointing == "auto" else [recipe.gradient_checkpointing]
+        return ((size, bool(checkpointing)) for checkpointing in modes for size in sizes)
 
-def _decide(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit: int | None) -> Estimate:
+
+def _decide(shapes: _Shapes, recipe: Recipe) -> Estimate:
     """The first plan that fits easily, else the smallest one there is."""
-    found = None
-    for tokens, checkpointing in _choices(plan, recipe, row):
-        found = plan.with_micro_batch(tokens, row, checkpointing, supervised_part, limit)
-        if limit is None or found.total <= _SHARE * limit:
-            return found
-    assert found is not None
+    for tokens, checkpointing in shapes.choices(recipe):
+        found = shapes.with_micro_batch(tokens, checkpointing)
+        if shapes.limit is None or found.total <= _SHARE * shapes.limit:
+            break
     return found
 
 
-def _choices(plan: _Plan, recipe: Recipe, row: int) -> Iterator[tuple[int, bool]]:
-    """From the fastest to the smallest. Keeping activations saves a third of the work: it comes first."""
-    sizes: list[int]
-    if isinstance(recipe.micro_tokens, int):
-        sizes = [max(recipe.micro_tokens, row)]
-    else:
-        rows = recipe.batch_size if isinstance(recipe.batch_size, int) else 16
-        most = min(_CPU_MICRO_TOKENS if plan.device == "cpu" else MICRO_TOKENS[0], max(1024, rows * row))
-        sizes = sorted(
-            {max(row, size) for size in MICRO_TOKENS if size <= most or size == 1024}, reverse=True
-        )
-    modes = [False, True] if recipe.gradient_checkpointing == "auto" else [recipe.gradient_checkpointing]
-    for checkpointing in modes:
-        for size in sizes:
-            yield size, bool(checkpointing)
-
-
-def _advice(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit: int) -> str:
+def _advice(shapes: _Shapes, recipe: Recipe) -> str:
     """What it would take, and the changes of which each makes it fit."""
 
-    def fits(settings: Recipe, longest: int = row, rank: int = recipe.r) -> bool:
-        smaller = replace(plan, parameters=plan.parameters * rank // recipe.r, optimizer=settings.optimizer)
-        return _decide(smaller, settings, longest, supervised_part, limit).fits
+    def fits(settings: Recipe, longest: int = shapes.row, rank: int = recipe.r) -> bool:
+        parameters = shapes.parameters * rank // recipe.r
+        smaller = replace(shapes, parameters=parameters, optimizer=settings.optimizer, row=longest)
+        return _decide(smaller, settings).fits
 
     pinned = []
     if recipe.gradient_checkpointing is False:
         pinned.append("gradient_checkpointing = true")
-    if isinstance(recipe.micro_tokens, int) and recipe.micro_tokens > row:
+    if isinstance(recipe.micro_tokens, int) and recipe.micro_tokens > shapes.row:
         pinned.append("micro_tokens = auto")
     free = replace(recipe, gradient_checkpointing="auto", micro_tokens="auto")
     small = replace(free, optimizer="adamw_8bit")
@@ -274,7 +255,7 @@ def _advice(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit
     if pinned and fits(free):
         ways.append(" and ".join(pinned))
     else:
-        if shorter := next((size for size in _halves(row, 64) if fits(free, size)), None):
+        if shorter := next((size for size in _halves(shapes.row, 64) if fits(free, size)), None):
             ways.append(f"max_length = {shorter}")
         if not recipe.optimizer.endswith("8bit") and fits(small):
             ways.append("optimizer = adamw_8bit")
@@ -283,7 +264,7 @@ def _advice(plan: _Plan, recipe: Recipe, row: int, supervised_part: float, limit
         ways = [" and ".join([*pinned, way]) for way in ways]
         if not ways and fits(small, 64, 1):
             ways.append("a smaller max_length, a smaller r and optimizer = adamw_8bit together")
-    least = _decide(plan, recipe, row, supervised_part, limit).total
+    least, limit = _decide(shapes, recipe).total, shapes.limit or 0
     remedy = f"Set {', or '.join(ways)}" if ways else "Choose a smaller base, or a machine with more memory"
     return f"the run would take {least / 1e9:.1f} GB of memory and may take {limit / 1e9:.1f} GB. {remedy}"
 
@@ -292,3 +273,206 @@ def _halves(value: int, least: int) -> Iterator[int]:
     while value // 2 >= least:
         value //= 2
         yield value
+
+
+_FP32 = 4
+_CHUNK_COPIES = 3
+"""The chunk's logits, their exponentials, and the temporary between."""
+_WORK_COPIES = 6
+"""fp32 copies of a layer's widest states while its gradient is computed, as measured on the CPU."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a step keeps in memory, by cause, from the shapes of the base's layers.
+
+    Counted are the tensors that autograd saves for the backward pass over frozen quantized weights; a frozen
+    product keeps nothing. docs/training-plans.md compares this with what was measured. A micro-batch has T
+    tokens, n of them supervised.
+
+    layers: bytes a token of each decoder layer that takes part in the backward pass, in fp32 and bf16.
+    boundary: bytes a token between two layers, which is all that gradient checkpointing keeps of a layer.
+    pairs: bytes a token and a token of its row, in all layers, where attention keeps its matrix. short: as
+    pairs, but only for rows of at most SHORT tokens.
+    after: bytes a token from the last layer to the head.
+    work: bytes a token while one layer is computed. fixed: bytes whatever T is.
+    logits: bytes a supervised token. chunk: bytes of the loss's fp32 copies of at most CHUNK of them.
+    """
+
+    layers: tuple[int, ...]
+    boundary: int
+    pairs: int
+    short: int
+    after: int
+    work: int
+    fixed: int
+    logits: int
+    chunk: int
+
+    def kept(self, tokens: int, longest_row: int, checkpointing: bool) -> int:
+        """Bytes of a micro-batch, but for the logits."""
+        row = min(longest_row, tokens)
+        one = max(self.layers, default=0)
+        pairs = self.pairs + (self.short if row <= SHORT else 0)
+        if checkpointing and self.layers:
+            per_token = self.boundary * len(self.layers) + one
+            pairs = pairs // len(self.layers)
+        else:
+            per_token = sum(self.layers)
+        per_token += one  # one layer's gradients are there together with what it has kept
+        return tokens * (per_token + self.after + self.work + pairs * row) + self.fixed
+
+    def of_logits(self, supervised: int) -> int:
+        """Bytes of the logits of `supervised` tokens and of the loss's work on them."""
+        return supervised * self.logits + min(supervised, CHUNK) * self.chunk
+
+
+_PROJECTS_OUT = ("o_proj", "out", "dense", "c_proj", "wo")
+"""How the names of attention's last layer begin."""
+
+
+def activations_of(
+    model: Any,
+    targets: Mapping[str, nn.Linear],
+    ranks: Mapping[str, int],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    on_cpu: bool = True,
+) -> Activations:
+    """Of a model on meta with an adapter on `targets`, of these ranks (by the same names).
+
+    fused: the layers are 4-bit ones, of which `kernels.fuse` takes those without dropout and DoRA.
+    on_cpu: where short rows are computed by plain products.
+    """
+    fused = fused and not recipe.dropout and not recipe.use_dora
+    config = model.config.get_text_config()
+    hidden, size = config.hidden_size, dtype.itemsize
+    blocks = _blocks(model)
+    first = next(
+        (at for at, block in enumerate(blocks) if any(_inside(block, name) for name in targets)), None
+    )
+    taking_part = blocks[first:] if first is not None else []
+    head = model.get_output_embeddings()
+    body = [layer for layer in targets.values() if layer is not head]
+    widths = [max(layer.in_features, layer.out_features) for layer in body]
+    logits = size * config.vocab_size
+    if len(body) < len(targets):
+        # PEFT adds to a layer that is not quantized in fp32: the delta, the sum and its gradient.
+        logits += 2 * _FP32 * config.vocab_size
+    return Activations(
+        layers=tuple(
+            _layer_bytes(model, block, targets, ranks, recipe, config, size, fused) for block in taking_part
+        ),
+        boundary=size * hidden,
+        pairs=_pair_bytes(config, recipe, size) * len(taking_part),
+        short=size * config.num_attention_heads * len(taking_part) if on_cpu else 0,
+        after=_FP32 * hidden,
+        work=_WORK_COPIES * _FP32 * max(widths, default=0),
+        fixed=_fixed_bytes(model, targets, recipe, size),
+        logits=logits,
+        chunk=_CHUNK_COPIES * _FP32 * config.vocab_size,
+    )
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder's layers, in order: the longest list of modules in the tree."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
+    inside = {id(module) for module in decoder.modules()}
+    name, found = max(
+        ((name, module) for name, module in lists if id(module) in inside), key=lambda item: len(item[1])
+    )
+    return [f"{name}.{number}" for number in range(len(found))]
+
+
+def _inside(block: str, name: str) -> bool:
+    return name.startswith(f"{block}.")
+
+
+def _layer_bytes(
+    model: nn.Module,
+    block: str,
+    targets: Mapping[str, nn.Linear],
+    ranks: Mapping[str, int],
+    recipe: Recipe,
+    config: Any,
+    size: int,
+    fused: bool,
+) -> int:
+    """Bytes a token that one decoder layer keeps."""
+    heads = config.num_attention_heads
+    queries = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kept: int = 4 * size * queries  # queries, keys and values repeated for the query heads, the output
+    for module in model.get_submodule(block).modules():
+        if "norm" in type(module).__name__.lower():
+            weight = getattr(module, "weight", None)
+            width = weight.numel() if weight is not None else config.hidden_size
+            kept += _FP32 * (queries if width < config.hidden_size else width)
+    inside = {name: layer for name, layer in targets.items() if _inside(block, name)}
+    if fused:
+        kept += _FP32 * sum(ranks[name] for name in inside) + size * _shared_inputs(inside, config)
+    else:
+        kept += sum(_adapted_bytes(layer, ranks[name], recipe, size) for name, layer in inside.items())
+    return kept + _between_bytes(model.get_submodule(block), config, size)
+
+
+def _shared_inputs(layers: Mapping[str, nn.Linear], config: Any) -> int:
+    """Width of the inputs that are kept as they are, once for all layers of a module that get the same one.
+
+    The output projection of attention gets what attention keeps.
+    """
+    found = set()
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        if not ("attn" in parent or "attention" in parent) or not last.startswith(_PROJECTS_OUT):
+            found.add((parent, layer.in_features))
+    return sum(width for _, width in found)
+
+
+def _adapted_bytes(layer: nn.Linear, rank: int, recipe: Recipe, size: int) -> int:
+    """PEFT's own: fp32 copies of the input and of A's product; dropout's mask; DoRA's two products."""
+    kept = _FP32 * (layer.in_features + rank)
+    if recipe.dropout:
+        kept += _FP32 * layer.in_features
+    if recipe.use_dora:
+        kept += (_FP32 + size) * layer.out_features
+    return kept
+
+
+def _between_bytes(block: nn.Module, config: Any, size: int) -> int:
+    """What the MLP keeps between its products: a gate's input and output, and what it is multiplied with."""
+    hidden = config.hidden_size
+    names = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    outside = {name: layer for name, layer in names.items() if "attn" not in name and "attention" not in name}
+    widened = sum(layer.out_features for layer in outside.values() if layer.in_features <= hidden)
+    inner = max((layer.in_features for layer in outside.values()), default=0)
+    kept = size * (3 * inner if inner and widened >= 2 * inner else widened)
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    if experts:
+        each = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        kept += experts * size * (3 * each + 2 * hidden)
+    return kept
+
+
+def _pair_bytes(config: Any, recipe: Recipe, size: int) -> int:
+    """Attention that the fused kernel does not know keeps its weights in fp32 and in the base's type."""
+    window = getattr(config, "sliding_window", None)
+    longest = recipe.max_length if isinstance(recipe.max_length, int) else 2048
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is None and (window is None or window >= longest):
+        return 0
+    heads: int = config.num_attention_heads
+    return heads * (_FP32 + size * (3 if softcap else 1))
+
+
+def _fixed_bytes(model: Any, targets: Mapping[str, nn.Linear], recipe: Recipe, size: int) -> int:
+    """The largest weight, unpacked for its product; DoRA unpacks in fp32 and norms it with the update."""
+    head = model.get_output_embeddings()
+    body = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    largest = max((layer.in_features * layer.out_features for layer in body), default=0)
+    if not recipe.use_dora:
+        return size * largest
+    adapted = max(layer.in_features * layer.out_features for layer in targets.values())
+    return max(size * largest, 3 * _FP32 * adapted)

@@ -1,8 +1,12 @@
-"""What a training run says while it runs. The same values go to a terminal, a file and over a socket."""
+"""What a training run says while it runs, and the gate at which it waits or learns that it must stop.
+
+The same events go to a terminal, a file and over a socket.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -21,7 +25,7 @@ class Phase(Event, frozen=True, kw_only=True, tag="phase"):
 
 
 class DataChecked(Event, frozen=True, kw_only=True, tag="data_checked"):
-    """The files are sound. `report`: data_report.DataReport.to_json()."""
+    """The files are sound. `report`: DataReport.to_json()."""
 
     report: dict[str, Any]
 
@@ -123,3 +127,30 @@ AnyEvent = (
     | Notice
     | Finished
 )
+
+Listen = Callable[[Event], None]
+
+
+Reason = Literal["pause", "cancel"]
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The run must stop: until it is resumed, or for good."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(f"the run was interrupted: {reason}")
+        self.reason = reason
+
+
+class Gate(Protocol):
+    """A run passes through it between two layers of the model, many times in a step."""
+
+    def wait(self) -> None:
+        """Return when the run may compute. Raises Interrupted."""
+
+
+class OpenGate:
+    """For a run that shares the machine with nobody."""
+
+    def wait(self) -> None:
+        return None

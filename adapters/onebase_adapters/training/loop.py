@@ -5,26 +5,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from onebase_adapters.training import events
-from onebase_adapters.training.batches import MicroBatch, pack, step_rows, weight_of
+from onebase_adapters.training.batches import MicroBatch, pack, step_rows
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
-from onebase_adapters.training.errors import TrainingDivergedError as TrainingDivergedError
-from onebase_adapters.training.evaluation import Scores, held_out_scores
-from onebase_adapters.training.gate import Interrupted
+from onebase_adapters.training.data.dataset import Dataset, Row
+from onebase_adapters.training.events import Interrupted
 from onebase_adapters.training.objectives import Objective
-from onebase_adapters.training.optimizers import learning_rate, make_optimizer, set_learning_rate
-from onebase_adapters.training.ranks import Ranks
-from onebase_adapters.training.recipe import Recipe, step_count
-from onebase_adapters.training.samples import Dataset, Row
+from onebase_adapters.training.process_group import ProcessGroup
+from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.machine import peak_memory
 
-Listen = Callable[[events.Event], None]
+
+class TrainingDivergedError(Exception):
+    """A loss or gradient is not finite. `lines`: of the rows in the batch it came from."""
+
+    def __init__(self, step: int, what: str, lines: Sequence[int]) -> None:
+        shown = ", ".join(map(str, lines[:20])) + (" and more" if len(lines) > 20 else "")
+        super().__init__(
+            f"step {step}: {what} is not finite, on the rows of lines {shown}. Look at these rows, or lower "
+            "learning_rate"
+        )
+        self.step = step
+        self.lines = list(lines)
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class Trainer:
         *,
         checkpoints: Checkpoints,
         identity: str,
-        listen: Listen,
-        ranks: Ranks | None = None,
+        listen: events.Listen,
+        processes: ProcessGroup | None = None,
         on_evaluation: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.trainable = trainable
@@ -70,10 +79,10 @@ class Trainer:
         self._held_out = held_out
         self._checkpoints = checkpoints
         self._listen = listen
-        self._ranks = ranks or Ranks()
+        self._processes = processes or ProcessGroup()
         self._on_evaluation = on_evaluation
         self._optimizer = make_optimizer(trainable.model, recipe)
-        # Of this process, which may have gone on from a checkpoint of a slower one.
+        # Done by this process, which may have resumed from the checkpoint of a slower one.
         self._done = self._tokens = 0
         self._seconds = 0.0
 
@@ -87,8 +96,10 @@ class Trainer:
             self.state = state
         return self.state.step
 
-    def run(self) -> RunState:
+    def run(self, until: int | None = None) -> RunState:
         """Train to the end, early stopping included, and leave the best adapter in the model.
+
+        until: stop after this step, if it comes before the end, with a checkpoint to go on from.
 
         Raises:
             TrainingDivergedError: the last checkpoint is from before it.
@@ -98,67 +109,77 @@ class Trainer:
         try:
             self._objective.prepare(self._rows_to_come(), recipe=self.recipe)
             self._evaluate_what_is_due()
-            while self.state.step < self.steps and not self._stops_early():
+            while not self.finished and (until is None or self.state.step < until):
                 started = time.monotonic()
                 step = self.train_step(self.state.step)
                 self._count(step, time.monotonic() - started)
                 self._report(step)
                 loss = self._evaluate_what_is_due()
-                if self._ends() or self.state.step % self.recipe.save_every == 0:
+                done = self.state.step
+                if self.finished or done == until or done % self.recipe.save_every == 0:
                     self._save(loss)
         except Interrupted as interrupt:
             if interrupt.reason == "pause":
                 self._save(None)
             raise
-        if self.state.best_step and self.state.best_step != self.state.step:
+        if self.finished and self.state.best_step and self.state.best_step != self.state.step:
             self._load(self._checkpoints.best(self.state.best_step))
         return self.state
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or no evaluation was better for as long as the recipe waits."""
+        patience = self.recipe.patience
+        return self.state.step >= self.steps or bool(patience and self.state.without_better >= patience)
 
     def train_step(self, number: int) -> Step:
         """One optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
         recipe = self.recipe
         # All that is random in a step follows from its number: dropout is the same after a resumption.
-        torch.manual_seed(hash((recipe.seed, number, self._ranks.rank)))
+        torch.manual_seed(hash((recipe.seed, number, self._processes.rank)))
         numbers = step_rows(len(self._data), recipe.batch_size, number, recipe.seed)
         batches = pack(self._data.rows, numbers, recipe.micro_tokens, packing=recipe.packing)
-        weight = sum(weight_of(self._data.rows[row]) for row in numbers)
         self._optimizer.zero_grad(set_to_none=True)
-        scores = self._scores(number, self._ranks.share(batches), weight)
+        scores = self._scores(self._data, batches, "the loss", step=number + 1, backwards=True)
         parameters = self.trainable.parameters()
         self._share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise TrainingDivergedError(number + 1, "the gradient", self._lines(batches))
+            raise TrainingDivergedError(number + 1, "the gradient", _lines(self._data, batches))
         rate = learning_rate(number, self.steps, recipe.learning_rate, recipe.schedule, recipe.warmup_ratio)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         tokens = sum(batch.tokens for batch in batches)
         return Step(scores.loss, float(norm), rate, tokens, scores.rewards)
 
-    def _scores(self, number: int, batches: Sequence[MicroBatch], weight: int) -> Scores:
-        """Forward and backward passes of this process's micro-batches; sums over all processes."""
+    def _scores(
+        self, data: Dataset, batches: Sequence[MicroBatch], what: str, *, step: int, backwards: bool = False
+    ) -> Scores:
+        """Means over the micro-batches of all processes, of which this one computes its share.
+
+        Raises TrainingDivergedError for `what`, with the lines of the rows.
+        """
+        weight = sum(data.rows[row].weight for batch in batches for row in batch.rows)
         scores = Scores.empty(self.trainable.device)
         bad: list[int] = []
-        for batch in batches:
+        for batch in self._processes.share(batches):
             loss, rewards = self._objective.loss(batch)
             if not torch.isfinite(loss):
-                bad += self._lines([batch])
+                bad += _lines(data, [batch])
                 continue
-            (loss / weight).backward()  # type: ignore[no-untyped-call]
+            if backwards:
+                (loss / weight).backward()  # type: ignore[no-untyped-call]
             scores.add(loss.detach(), rewards)
-        scores.sum_over(self._ranks, number + 1, "the loss", bad)
+        scores.sum_over(self._processes, step, what, bad)
         return scores.over(weight)
 
     def _share_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        if self._ranks.count == 1:
+        if self._processes.count == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._ranks.add([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-    def _lines(self, batches: Sequence[MicroBatch]) -> list[int]:
-        return sorted(self._data.rows[row].line for batch in batches for row in batch.rows)
+        self._processes.add([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def _count(self, step: Step, seconds: float) -> None:
         self.state.step += 1
@@ -193,7 +214,7 @@ class Trainer:
         )
 
     def _evaluate_what_is_due(self) -> float | None:
-        """Also what a run that was interrupted in an evaluation has left out. The held-out loss, if any."""
+        """Evaluate now if it is time, or if an interruption prevented it. The held-out loss, if evaluated."""
         step = self.state.step
         due = step > 0 and (step % self.recipe.eval_every == 0 or step == self.steps)
         if self._held_out is None:
@@ -201,11 +222,11 @@ class Trainer:
                 self._on_evaluation(step)
             return None
         if self.state.base_loss is None:
-            self._evaluate_base()
-        return self._evaluate(step) if due and self.state.held_out[-1][0] != step else None
+            self._evaluate_base(self._held_out)
+        return self._evaluate(self._held_out, step) if due and self.state.held_out[-1][0] != step else None
 
     def _rows_to_come(self) -> list[Row]:
-        """All rows that the run computes, those of the data in its order, each once."""
+        """All rows that the run computes, each once, in the data's order."""
         numbers = range(len(self._data))
         per_epoch = math.ceil(len(numbers) / self.recipe.batch_size)
         rows = self._data.rows
@@ -219,12 +240,9 @@ class Trainer:
             rows = [rows[number] for number in sorted(chosen)]
         return [*rows, *(self._held_out.rows if self._held_out is not None else ())]
 
-    def _ends(self) -> bool:
-        return self.state.step == self.steps or self._stops_early()
-
-    def _evaluate_base(self) -> None:
+    def _evaluate_base(self, held_out: Dataset) -> None:
         with self.trainable.without_adapter():
-            scores = self._held_out_scores()
+            scores = self._held_out_scores(held_out)
         self.state.base_loss = scores.loss
         self.state.held_out.append((0, scores.loss))
         self._listen(
@@ -232,13 +250,13 @@ class Trainer:
         )
         self._on_evaluation(0)
 
-    def _evaluate(self, step: int) -> float:
-        scores = self._held_out_scores()
+    def _evaluate(self, held_out: Dataset, step: int) -> float:
+        scores = self._held_out_scores(held_out)
         state = self.state
         best = state.best_loss is None or scores.loss < state.best_loss
         if best:
             state.best_loss, state.best_step, state.without_better = scores.loss, step, 0
-            if self._ranks.first:
+            if self._processes.first:
                 self._checkpoints.save_best(step, self.trainable.named_parameters())
         else:
             state.without_better += 1
@@ -249,33 +267,135 @@ class Trainer:
         self._on_evaluation(step)
         return scores.loss
 
-    def _held_out_scores(self) -> Scores:
-        assert self._held_out is not None
-        return held_out_scores(
-            self.trainable, self._objective, self.recipe, self._held_out, self._ranks, self.state.step
-        )
-
-    def _stops_early(self) -> bool:
-        return bool(self.recipe.patience) and self.state.without_better >= self.recipe.patience
+    def _held_out_scores(self, data: Dataset) -> Scores:
+        """The mean loss of all held-out rows, nats a supervised token (DPO: a pair)."""
+        limit, packing = self.recipe.micro_tokens, self.recipe.packing
+        batches = pack(data.rows, range(len(data)), limit, packing=packing)
+        with self.trainable.evaluating():
+            return self._scores(data, batches, "the held-out loss", step=self.state.step)
 
     def _save(self, loss: float | None) -> None:
-        if self._ranks.first and self.state.step not in self._checkpoints.steps():
+        if self._processes.first and self.state.step not in self._checkpoints.steps():
             adapter = self.trainable.named_parameters()
             path = self._checkpoints.save(self.state, adapter, self._optimizer.state_dict())
             self._listen(events.Saved(at=time.time(), step=self.state.step, path=path.name, loss=loss))
-        self._ranks.wait()
+        self._processes.wait()
 
     def _load(self, adapter: dict[str, torch.Tensor]) -> None:
         parameters = self.trainable.named_parameters()
         if _shapes(parameters) != _shapes(adapter):
             raise CheckpointError(
                 f"{self._checkpoints.folder} holds an adapter of other ranks than EVA finds now: remove the "
-                "folder to begin anew"
+                "folder to start over"
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(adapter[name])
 
 
+def _lines(data: Dataset, batches: Sequence[MicroBatch]) -> list[int]:
+    return sorted(data.rows[row].line for batch in batches for row in batch.rows)
+
+
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+_NAMES = ("accuracy", "margin")
+
+
+@dataclass
+class Scores:
+    """Sums over micro-batches, then means. sums: [3] fp64: loss, DPO's accuracy and margin."""
+
+    sums: torch.Tensor
+    loss: float = 0.0
+    rewards: dict[str, float] = field(default_factory=dict)
+    _named: bool = False
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Scores:
+        return cls(torch.zeros(1 + len(_NAMES), dtype=torch.float64, device=device))
+
+    def add(self, loss: torch.Tensor, rewards: dict[str, torch.Tensor]) -> None:
+        self.sums[0] += loss
+        for place, name in enumerate(_NAMES, start=1):
+            if name in rewards:
+                self.sums[place] += rewards[name]
+                self._named = True
+
+    def sum_over(self, processes: ProcessGroup, step: int, what: str, bad: list[int]) -> None:
+        """Sum over all processes. `bad`: lines of the rows whose loss was not finite in this one.
+
+        Raises TrainingDivergedError in all processes if there are any in one.
+        """
+        count = self.sums.new_full((1,), len(bad))
+        processes.add([self.sums, count])
+        if count:
+            raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
+
+    def over(self, weight: int) -> Scores:
+        """Divide the sums by the rows' weight."""
+        loss, *rewards = (self.sums / weight).tolist()
+        self.loss = loss
+        self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
+        return self
+
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters.
+
+    With LoRA+ the B matrices learn `lora_plus_ratio` times faster than the rest (Hayou et al. 2024).
+    """
+    ratio = recipe.lora_plus_ratio or 1.0
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (fast if ".lora_B." in name or ".lora_embedding_B." in name else slow).append(parameter)
+    groups = [{"params": slow, "factor": 1.0}, {"params": fast, "factor": ratio}]
+    options: dict[str, Any] = {
+        "lr": decided(recipe.learning_rate),
+        "betas": _BETAS,
+        "eps": _EPSILON,
+        "weight_decay": recipe.weight_decay,
+    }
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    import bitsandbytes as bnb
+
+    paged, plain = (
+        (bnb.optim.PagedAdamW32bit, bnb.optim.PagedAdamW8bit),
+        (torch.optim.AdamW, bnb.optim.AdamW8bit),
+    )
+    # Without a GPU there is nothing to page to: the states are in host memory anyway.
+    on_gpu = slow[0].device.type == "cuda" if slow else False
+    kinds = paged if recipe.optimizer.startswith("paged") and on_gpu else plain
+    optimizer: torch.optim.Optimizer = kinds[recipe.optimizer.endswith("8bit")](groups, **options)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the next step; LoRA+'s groups have their factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
+    """The rate of step `step`, from 0: rises linearly in the warm-up, then falls (cosine, linear) or stays.
+
+    As transformers' schedules with the warm-up rounded up, but the first step of a warm-up is not 0: it would
+    be computed for nothing.
+    """
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    part = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1 - part)

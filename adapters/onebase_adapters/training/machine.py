@@ -40,7 +40,7 @@ Measured on the CPU with the default base: 0.2 to 0.6, on a machine that others 
 
 
 class UnknownMachineError(ValueError):
-    """A GPU that is not in the table."""
+    """The GPU is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Machine:
 
 
 def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = None) -> Machine:
-    """Where this process runs: measures a product for less than a second.
+    """The machine of this process. Takes less than a second, to measure a product.
 
     Args:
         memory: bytes that a run may take; what is free if None.
@@ -66,7 +66,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = 
 
 
 def known_gpu(name: str, memory: int | None = None) -> Machine:
-    """A GPU of the table, which need not be here. Raises UnknownMachineError."""
+    """A GPU of the table; this machine need not have it. Raises UnknownMachineError."""
     if name.lower() not in GPUS:
         raise UnknownMachineError(f"GPU {name!r} is not in the table; there are {', '.join(GPUS)}")
     tflops, gib = GPUS[name.lower()]
@@ -91,7 +91,7 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class _Layer:
-    """A frozen product with an adapter in fp32 beside it, of the size that `_PROBE` gives."""
+    """A frozen product and an adapter in fp32, of the size that `_PROBE` gives."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         rows, size_in, size_out, rank = _PROBE

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
-from onebase_adapters.training.gate import Gate
-from onebase_adapters.training.loop import Listen
+from onebase_adapters.training.data.dataset import Dataset
+from onebase_adapters.training.data.tokens import dated_tokenizer
+from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.metrics import mean
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.replies import generate_replies
-from onebase_adapters.training.samples import Dataset, Prompt
-from onebase_adapters.training.template_date import dated_tokenizer
 from onebase_adapters.training.trainable import Trainable
 
 _FILE = "base_metrics.json"
@@ -39,7 +39,7 @@ class Measuring:
         self._tokenizer = dated_tokenizer(tokenizer, recipe)
         self._recipe = recipe
         self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
-        self._samples = [Prompt(_chat(self._tokenizer, text), "", 0) for text in recipe.sample_prompts]
+        self._samples = [_chat(self._tokenizer, text) for text in recipe.sample_prompts]
         self._file = folder / _FILE
         self._listen = listen
         self._gate = gate
@@ -71,13 +71,14 @@ class Measuring:
         if not self._recipe.metrics or not self._prompts:
             return {}
         self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
-        replies = self._replies(self._prompts, f"measuring {subject}", bare=subject == "base")
+        asked = [prompt.ids.tolist() for prompt in self._prompts]
+        replies = self._replies(asked, f"measuring {subject}", bare=subject == "base")
         references = [prompt.reference for prompt in self._prompts]
         found = {name: mean(name, replies, references) for name in self._recipe.metrics}
         self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
         return found
 
-    def _replies(self, prompts: list[Prompt], name: str, *, bare: bool) -> list[str]:
+    def _replies(self, prompts: Sequence[list[int]], name: str, *, bare: bool) -> list[str]:
         def on_progress(part: float) -> None:
             self._listen(events.Progress(at=time.time(), name=name, part=part))
 
@@ -92,9 +93,9 @@ class Measuring:
         )
 
 
-def _chat(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _chat(tokenizer: Any, text: str) -> list[int]:
     """A user's message as the base's chat template renders it; as it is, if the base has none."""
     if not tokenizer.chat_template:
-        return tuple(tokenizer(text)["input_ids"])
+        return list(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": text}]
-    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

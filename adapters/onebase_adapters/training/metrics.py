@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase_adapters.format.strict_json import parse_json, shown
-from onebase_adapters.training.recipe import RecipeError
 
 Score = Callable[[str, str, str], float]
 """Of reply, reference and the metric's argument."""
+
+
+class MetricError(ValueError):
+    """What is written is not a metric; the message says how to write one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Metric:
 
 
 def check_metric(name: str) -> None:
-    """Raise RecipeError unless `name` is a metric."""
+    """Raise MetricError unless `name` is a metric."""
     _parse(name)
 
 
@@ -40,7 +43,7 @@ def score(name: str, reply: str, reference: str) -> float:
         reference: the reply that the held-out row has.
 
     Raises:
-        RecipeError: there is no such metric.
+        MetricError: there is no such metric.
     """
     metric, argument = _parse(name)
     return float(metric.score(reply.strip(), reference.strip(), argument))
@@ -62,15 +65,15 @@ def _parse(written: str) -> tuple[Metric, str]:
     metric = METRICS.get(name)
     if metric is None:
         known = ", ".join(_written(name) for name in METRICS)
-        raise RecipeError("metrics", f"{shown(written)} is no metric; there are {known}")
+        raise MetricError(f"{shown(written)} is not a metric; there are {known}")
     if colon and not metric.argument:
-        raise RecipeError("metrics", f"{shown(written)}: {name} takes nothing after it; write just {name}")
+        raise MetricError(f"{shown(written)}: {name} takes nothing after it; write just {name}")
     if metric.argument and not argument.strip():
-        raise RecipeError("metrics", f"{shown(written)}: write it as {_written(name)}")
+        raise MetricError(f"{shown(written)}: write it as {_written(name)}")
     if metric.argument == "N" and not (argument.isascii() and argument.isdigit() and len(argument) < 8):
-        raise RecipeError("metrics", f"{shown(written)}: N is a whole number of at most 7 digits")
+        raise MetricError(f"{shown(written)}: N is a whole number of at most 7 digits")
     if metric.argument == "A|B|C" and not all(_choices(argument)):
-        raise RecipeError("metrics", f"{shown(written)}: no choice may be empty")
+        raise MetricError(f"{shown(written)}: no choice may be empty")
     return metric, argument
 
 
@@ -89,7 +92,7 @@ def _one_of(reply: str, reference: str, argument: str) -> bool:
 
 
 def _parsed(text: str) -> tuple[Any, bool]:
-    """The value of strict JSON, and whether it is that."""
+    """The value of a strict JSON text, and whether it is one."""
     try:
         return parse_json(text.encode()), True
     except (ValueError, RecursionError):
@@ -136,9 +139,15 @@ METRICS: dict[str, Metric] = {
     "json_keys": Metric("A|B|C", "the reply is a JSON object with exactly these keys", _json_keys),
     "contains": Metric("TEXT", "TEXT occurs in the reply", lambda reply, _, text: text in reply),
     "lacks": Metric("TEXT", "TEXT does not occur in the reply", lambda reply, _, text: text not in reply),
-    "starts_with": Metric("TEXT", "the reply starts so", lambda reply, _, text: reply.startswith(text)),
-    "ends_with": Metric("TEXT", "the reply ends so", lambda reply, _, text: reply.endswith(text)),
+    "starts_with": Metric(
+        "TEXT", "the reply starts with TEXT", lambda reply, _, text: reply.startswith(text)
+    ),
+    "ends_with": Metric("TEXT", "the reply ends with TEXT", lambda reply, _, text: reply.endswith(text)),
     "one_of": Metric("A|B|C", "the reply is one of these, the reference if that is one", _one_of),
-    "max_characters": Metric("N", "the reply is no longer", lambda reply, _, n: len(reply) <= int(n)),
-    "min_characters": Metric("N", "the reply is no shorter", lambda reply, _, n: len(reply) >= int(n)),
+    "max_characters": Metric(
+        "N", "the reply has at most N characters", lambda reply, _, n: len(reply) <= int(n)
+    ),
+    "min_characters": Metric(
+        "N", "the reply has at least N characters", lambda reply, _, n: len(reply) >= int(n)
+    ),
 }

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from onebase_adapters.training.batches import MicroBatch, pack
-from onebase_adapters.training.loss import dpo_losses
+from onebase_adapters.training.data.dataset import Row
 from onebase_adapters.training.recipe import Recipe, decided
-from onebase_adapters.training.samples import Row
 from onebase_adapters.training.trainable import Trainable
 
 
 class Objective(Protocol):
-    """Gives a micro-batch's summed loss, and sums of what else is of interest by name."""
+    """Computes a micro-batch's summed loss, and sums of other figures by name."""
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
         """Compute what is needed of the rows before the first step, in their order."""
@@ -64,7 +64,7 @@ class Preferences:
         return losses.sum(), rewards
 
     def _likelihoods(self, batch: MicroBatch) -> torch.Tensor:
-        """Of each sample's reply given its prompt, [samples] nats."""
+        """The log-likelihood of each sample's reply given its prompt, [samples] nats."""
         losses, owner = self._trainable.losses(batch)
         return losses.new_zeros(len(batch.samples)).index_add(0, owner, -losses)
 
@@ -79,3 +79,15 @@ class Preferences:
     def _reference(self, batch: MicroBatch) -> torch.Tensor:
         held = [self._references[id(sample)] for sample in batch.samples[0::2]]
         return torch.tensor(held, device=self._trainable.device)
+
+
+def dpo_losses(
+    chosen: torch.Tensor, rejected: torch.Tensor, reference: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
+
+    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the base's log-likelihood of the
+    chosen one minus that of the rejected one, [pairs].
+    """
+    margin = beta * ((chosen - rejected) - reference)
+    return -nn.functional.logsigmoid(margin), margin

@@ -1,19 +1,22 @@
-"""What a run will do, decided before anything is trained: its data, its recipe, whether it fits."""
+"""A run before it computes: what is asked for, its data, its recipe with all decided, and whether it fits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training.batches import targets_of
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints
-from onebase_adapters.training.data import load_dataset
-from onebase_adapters.training.data_split import split
+from onebase_adapters.training.data.dataset import Dataset, split
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.tokens import asks_for_date
 from onebase_adapters.training.estimate import Estimate, estimate
 from onebase_adapters.training.recipe import (
     AUTO_EVAL_SPLIT,
@@ -25,12 +28,36 @@ from onebase_adapters.training.recipe import (
     step_count,
     token_count,
 )
-from onebase_adapters.training.samples import Dataset, Row
 from onebase_engine.base.identity import base_id
 from onebase_engine.base.load import BaseSettings
 
-_FILE = "plan.json"
+_PLAN, _DATE = "plan.json", "template_date"
 _MEMORY = ("micro_tokens", "gradient_checkpointing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, on what, and where to.
+
+    train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: what
+    the two are called, where their paths do not say it. folder: the run's own; a run that is in it goes on.
+    base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may
+    take. base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
+    """
+
+    name: str
+    recipe: Recipe
+    train: str | Path
+    held_out: str | Path | None = None
+    names: tuple[str | None, str | None] = (None, None)
+    folder: Path
+    base: BaseSettings
+    base_name: str
+    base_repo: str | None = None
+    base_commit: str | None = None
+    memory_limit: int | None = None
+    base_resident: bool = False
+    save_dtype: torch.dtype = torch.float32
 
 
 class DoesNotFitError(Exception):
@@ -69,60 +96,52 @@ class Plan:
         return step_count(self.recipe, len(self.data.train))
 
 
-def read_data(
-    train: str | Path,
-    held_out: str | Path | None,
-    tokenizer: Any,
-    recipe: Recipe,
-    *,
-    names: tuple[str | None, str | None] = (None, None),
-    on_progress: Callable[[float], None] | None = None,
-) -> Data:
-    """Both files, or one of which a part is held out.
+def load_tokenizer(base: BaseSettings) -> Any:
+    """The base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+
+
+def read_data(job: Job, tokenizer: Any, on_progress: Callable[[float], None]) -> Data:
+    """Both files of a job, or one of which a part is held out.
+
+    Args:
+        on_progress: gets the part that is read, from 0 to 1. What it raises ends the reading.
 
     Raises:
         DataError: a file has bad lines.
-        RecipeError: nothing is left to train on.
     """
-    half = 0.5 if held_out is not None else 1.0
-    report = on_progress or (lambda part: None)
-    rows = load_dataset(train, tokenizer, recipe, name=names[0], on_progress=lambda part: report(part * half))
-    train_name, held_out_name = names[0] or Path(train).name, names[1] or ""
-    if held_out is not None:
+    recipe, (name, held_out_name) = job.recipe, job.names
+    part = 0.5 if job.held_out is not None else 1.0
+    rows = load_dataset(
+        job.train, tokenizer, recipe, name=name, on_progress=lambda done: on_progress(done * part)
+    )
+    name = name or Path(job.train).name
+    if job.held_out is not None:
         other = load_dataset(
-            held_out,
+            job.held_out,
             tokenizer,
             recipe,
             part="eval",
-            name=names[1],
-            on_progress=lambda part: report(half + part * half),
+            name=held_out_name,
+            on_progress=lambda done: on_progress(part + done * part),
         )
-        return Data(rows, other, train_name, held_out_name or Path(held_out).name, given=len(other))
+        return Data(rows, other, name, held_out_name or Path(job.held_out).name, given=len(other))
     if recipe.eval_split == 0:
-        return Data(rows, None, train_name, "")
+        return Data(rows, None, name, "")
     if recipe.eval_split == "auto":
         rows, other = split(rows, AUTO_EVAL_SPLIT, recipe.seed, limit=MOST_HELD_OUT)
     else:
         rows, other = split(rows, recipe.eval_split, recipe.seed, limit=len(rows))
-    return Data(rows, other if len(other) else None, train_name, f"held out of {train_name}")
+    return Data(rows, other if len(other) else None, name, f"held out of {name}")
 
 
-def make_plan(
-    folder: Path,
-    recipe: Recipe,
-    data: Data,
-    base: BaseSettings,
-    config: Any,
-    *,
-    memory_limit: int | None,
-    base_resident: bool,
-    rate: float | None,
-) -> Plan:
-    """Decide what is "auto", or read what was decided when the run in `folder` began to compute.
+def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> Plan:
+    """Decide what is "auto", or read what was decided when the run in the job's folder began to compute.
 
     Args:
-        config: the base's, from transformers. memory_limit: bytes that the process may take.
-        base_resident: the base is another process's. rate: FLOP/s of the machine, if known.
+        config: the base's, from transformers. rate: FLOP/s of the machine, if known.
 
     Raises:
         DoesNotFitError, RecipeError.
@@ -130,35 +149,43 @@ def make_plan(
     """
     if not len(data.train):
         raise RecipeError("training_file", "no row is left to train on: add rows, or hold out fewer")
-    identity = identity_of(recipe, data, base)
+    identity = identity_of(job, data)
 
     def decide(before: Recipe | None) -> Plan:
-        decided = before or resolved(recipe, data, config)
-        found = estimate(
-            config,
-            decided,
-            quantization=base.quantization,
-            dtype=base.dtype,
-            device=base.device,
-            longest_row=max(map(len, _all_rows(data))),
-            total_tokens=token_count(decided, len(data.train), sum(map(len, data.train.rows))),
-            supervised_part=_supervised_part(data.train),
-            memory_limit=memory_limit,
-            base_resident=base_resident,
-            rate=rate,
-        )
-        return Plan(found.applied_to(decided), data, found, identity)
+        recipe = before or resolved(job.recipe, data, config)
+        found = _estimate(job, recipe, data, config, rate)
+        return Plan(found.applied_to(recipe), data, found, identity)
 
-    before = _read(folder, identity, recipe)
+    before = _read(job, identity)
     plan = decide(before)
-    if not plan.estimate.fits and not Checkpoints(folder / "checkpoints", recipe.keep).steps():
+    if not plan.estimate.fits and not Checkpoints(job.folder / "checkpoints", job.recipe.keep).steps():
         # Nothing was computed yet, perhaps by a plan for another machine.
         plan = decide(None)
         if not plan.estimate.fits:
             raise DoesNotFitError(plan.estimate)
     if plan.recipe != before:
-        _write(folder, identity, plan.recipe)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        held = {"identity": identity, "recipe": plan.recipe.to_json()}
+        write_atomically(job.folder / _PLAN, json.dumps(held, indent=1))
     return plan
+
+
+def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:
+    rows, held_out = data.train.rows, data.held_out.rows if data.held_out is not None else ()
+    tokens = sum(map(len, rows))
+    return estimate(
+        config,
+        recipe,
+        quantization=job.base.quantization,
+        dtype=job.base.dtype,
+        device=job.base.device,
+        longest_row=max(map(len, [*rows, *held_out])),
+        total_tokens=token_count(recipe, len(rows), tokens),
+        supervised_part=sum(row.targets for row in rows) / max(1, tokens),
+        memory_limit=job.memory_limit,
+        base_resident=job.base_resident,
+        rate=rate,
+    )
 
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
@@ -167,48 +194,60 @@ def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
     return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
 
 
-def _all_rows(data: Data) -> list[Row]:
-    return [*data.train.rows, *(data.held_out.rows if data.held_out is not None else ())]
-
-
-def _supervised_part(data: Dataset) -> float:
-    return sum(map(targets_of, data.rows)) / max(1, sum(map(len, data.rows)))
-
-
-def identity_of(recipe: Recipe, data: Data, base: BaseSettings) -> str:
+def identity_of(job: Job, data: Data) -> str:
     """SHA-256 of recipe, data and base, by which a folder knows its run."""
-    settings = {"quantization": base.quantization, "dtype": str(base.dtype)}
+    settings = {"quantization": job.base.quantization, "dtype": str(job.base.dtype)}
     held_out = data.held_out.digest if data.held_out is not None else ""
     # Only what was asked for: a setting that a later release adds makes no other run of it.
-    # How much is computed at once may be asked for otherwise when a run goes on that needed too much memory.
+    # How much is computed at once may change when a run goes on that needed too much memory.
     defaults = Recipe().to_json()
     asked = {
         name: value
-        for name, value in recipe.to_json().items()
+        for name, value in job.recipe.to_json().items()
         if value != defaults.get(name) and name not in _MEMORY
     }
-    parts = [asked, data.train.digest, held_out, base_id(base.folder, settings)]
+    parts = [asked, data.train.digest, held_out, base_id(job.base.folder, settings)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read(folder: Path, identity: str, asked: Recipe) -> Recipe | None:
+def _read(job: Job, identity: str) -> Recipe | None:
     """What was decided when the run in the folder began, with what is asked for now as to memory."""
-    path = folder / _FILE
+    path = job.folder / _PLAN
     if not path.exists():
         return None
     try:
         held = json.loads(path.read_text())
         if held["identity"] == identity:
-            wishes = {name: getattr(asked, name) for name in _MEMORY if getattr(asked, name) != "auto"}
-            return parse_recipe({**held["recipe"], **wishes})
+            asked = {name: value for name in _MEMORY if (value := getattr(job.recipe, name)) != "auto"}
+            return parse_recipe({**held["recipe"], **asked})
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove {folder} to begin anew") from error
-    raise CheckpointError(
-        f"{folder} holds a run with another recipe, other data or another base: go on with the same ones, "
-        "choose another folder, or remove this one"
-    )
+        raise CheckpointError.unreadable(path, error) from error
+    raise CheckpointError.other_run(job.folder)
 
 
-def _write(folder: Path, identity: str, recipe: Recipe) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _FILE, json.dumps({"identity": identity, "recipe": recipe.to_json()}, indent=1))
+def with_template_date(job: Job, tokenizer: Any) -> Job:
+    """The job with the day on which the run in its folder began; as it is, if the template prints none.
+
+    A chat template that asks for today's date, as Llama 3.2's does, would write other rows after midnight.
+    The day is today, until `keep_template_date`. Raises CheckpointError, OSError.
+    """
+    if job.recipe.template_date != "auto" or not asks_for_date(tokenizer):
+        return job
+    path = job.folder / _DATE
+    try:
+        day = date.fromisoformat(path.read_text()).isoformat()
+    except FileNotFoundError:
+        day = date.today().isoformat()
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): remove {job.folder} to start over"
+        ) from error
+    return replace(job, recipe=replace(job.recipe, template_date=day))
+
+
+def keep_template_date(job: Job) -> None:
+    """The run begins: on another day it goes on with this one's date. Raises OSError."""
+    path = job.folder / _DATE
+    if job.recipe.template_date != "auto" and not path.exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, job.recipe.template_date)

@@ -4,23 +4,18 @@ The command line, the jobs of a server and a sweep all read this one table. A fi
 decided by `resolve`, once the data is known; a trainer only takes resolved recipes.
 """
 
+# ruff: noqa: RUF009 - `_setting` is dataclasses.field with a help text
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from datetime import date
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from onebase_adapters.training.recipe_values import (
-    HIGHEST_RANK,
-    about,
-    check_texts,
-    check_value,
-    is_date,
-    shown,
-)
-from onebase_adapters.training.recipe_values import RecipeError as RecipeError
+from onebase_adapters.training.metrics import MetricError, check_metric
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
 Auto = Literal["auto"]
@@ -32,169 +27,231 @@ TooLong = Literal["refuse", "truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
 Init = Literal["true", "gaussian", "false", "eva"]
 
+HIGHEST_RANK = 1024
+MOST_TEXTS = 32
+"""Metrics, and prompts that are answered during a run."""
+
+_REFUSED_INITS = {
+    **dict.fromkeys(
+        ("pissa", "olora", "corda", "loftq", "lora_ga"),
+        "changes the base's weights, which all adapters share",
+    ),
+    **dict.fromkeys(("orthogonal", "mica"), "does not work on 4-bit weights"),
+}
+
+
+class RecipeError(ValueError):
+    """A setting that cannot be used. `field`: its name in the recipe, "" where several conflict."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def _setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = 1e9,
+    above: float | None = None,
+) -> Any:
+    """A field with its help text and limits: `low` and `high` are allowed, `above` is not."""
+    metadata = {"group": group, "help": text, "low": low, "high": high, "above": above}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_value(item: Field[Any], value: Any, kind: Any) -> None:
+    """Raise RecipeError unless `value` is of the type `kind` and within the limits of a recipe's field."""
+    name, limits = item.name, item.metadata
+    if name == "init" and isinstance(value, str) and value in _REFUSED_INITS:
+        raise RecipeError(name, f"init {value!r} {_REFUSED_INITS[value]}; use true, gaussian, false or eva")
+    if not _fits(value, kind):
+        raise RecipeError(name, f"{name} is {shown(value)}: {_expected(kind)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(name, f"{name} is {value}: write a finite number")
+    if limits["above"] is not None and not value > limits["above"]:
+        raise RecipeError(name, f"{name} is {shown(value)}: it must be above {limits['above']:g}")
+    if limits["low"] is not None and value < limits["low"]:
+        raise RecipeError(name, f"{name} is {shown(value)}: the lowest value is {limits['low']:g}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise RecipeError(name, f"{name} is {shown(value)}: the highest value is {limits['high']:g}")
+
+
+def check_texts(field: str, texts: Sequence[str], longest: int) -> None:
+    """Raise RecipeError for too many texts, or one of more than `longest` characters."""
+    if len(texts) > MOST_TEXTS:
+        raise RecipeError(field, f"{field} has {len(texts)} texts: write {MOST_TEXTS} at most")
+    for number, text in enumerate(texts):
+        if len(text) > longest:
+            raise RecipeError(field, f"{field}[{number}] has {len(text)} characters: write {longest} at most")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) and part for part in value)
+    if get_origin(kind) is Mapping:
+        number: Any = int if get_args(kind)[1] is int else int | float
+        most = HIGHEST_RANK if number is int else 1e6
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str)
+            and isinstance(part, number)
+            and not isinstance(part, bool)
+            and 0 < part <= most
+            for key, part in value.items()
+        )
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return any(_fits(value, part) for part in get_args(kind))
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"choose one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "write a list of texts"
+    if get_origin(kind) is Mapping:
+        most = f", {HIGHEST_RANK} at most" if get_args(kind)[1] is int else ""
+        return f"write layer names with positive numbers{most}"
+    plain = {
+        bool: "write true or false",
+        int: "write a whole number",
+        float: "write a number",
+        str: "write a text",
+    }
+    if kind in plain:
+        return plain[kind]
+    first = next(part for part in get_args(kind) if get_origin(part) is not Literal)
+    return f"{plain[first]} or auto"
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut to one line."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_date(text: str) -> bool:
+    """Whether it is a day as in 2026-01-31."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run's settings, checked. Lengths are tokens, batch sizes rows."""
 
-    method: Method = field(
-        default="supervised",
-        metadata=about("method", "supervised: learn the replies; dpo: prefer `chosen` to `rejected`"),
+    method: Method = _setting(
+        "supervised", "method", "supervised: learn the replies; dpo: prefer `chosen` to `rejected`"
     )
-    beta: float | Auto = field(
-        default="auto",
-        metadata=about("method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100),
+    beta: float | Auto = _setting(
+        "auto", "method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100
     )
 
-    r: int = field(
-        default=16, metadata=about("lora", "rank of the update matrices", low=1, high=HIGHEST_RANK)
+    r: int = _setting(16, "lora", "rank of the update matrices", low=1, high=HIGHEST_RANK)
+    alpha: float | Auto = _setting(
+        "auto", "lora", "scaling is alpha / r (auto: twice the rank)", above=0, high=1e6
     )
-    alpha: float | Auto = field(
-        default="auto",
-        metadata=about("lora", "scaling is alpha / r (auto: twice the rank)", above=0, high=1e6),
+    targets: tuple[str, ...] = _setting(
+        ("all-linear",),
+        "lora",
+        "attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
+        "all-linear leaves lm_head out, all-linear,lm_head takes it in",
     )
-    targets: tuple[str, ...] = field(
-        default=("all-linear",),
-        metadata=about(
-            "lora",
-            "attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
-            "all-linear leaves lm_head out, all-linear,lm_head takes it in",
-        ),
-    )
-    rank_pattern: Mapping[str, int] = field(
-        default_factory=dict, metadata=about("lora", "ranks of some layers, as in down_proj=32")
-    )
-    alpha_pattern: Mapping[str, float] = field(
-        default_factory=dict, metadata=about("lora", "alphas of some layers, as in down_proj=64")
-    )
-    dropout: float = field(
-        default=0.0, metadata=about("lora", "dropout of the adapter's inputs", low=0, high=0.95)
-    )
-    use_rslora: bool = field(default=False, metadata=about("lora", "scaling is alpha / sqrt(r)"))
-    use_dora: bool = field(default=False, metadata=about("lora", "train magnitudes as well (DoRA)"))
-    init: Init = field(
-        default="true",
-        metadata=about(
-            "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
-        ),
+    rank_pattern: Mapping[str, int] = _setting({}, "lora", "ranks of some layers, as in down_proj=32")
+    alpha_pattern: Mapping[str, float] = _setting({}, "lora", "alphas of some layers, as in down_proj=64")
+    dropout: float = _setting(0.0, "lora", "dropout of the adapter's inputs", low=0, high=0.95)
+    use_rslora: bool = _setting(False, "lora", "scaling is alpha / sqrt(r)")
+    use_dora: bool = _setting(False, "lora", "train magnitudes as well (DoRA)")
+    init: Init = _setting(
+        "true", "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
     )
 
-    epochs: float | Auto = field(
-        default="auto", metadata=about("training", "passes over the data (auto: 3)", above=0, high=1000)
+    epochs: float | Auto = _setting("auto", "training", "passes over the data (auto: 3)", above=0, high=1000)
+    max_steps: int = _setting(0, "training", "stop after this many steps; 0: after the epochs", low=0)
+    batch_size: int | Auto = _setting(
+        "auto", "training", "rows in one step (auto: 16 or fewer)", low=1, high=4096
     )
-    max_steps: int = field(
-        default=0, metadata=about("training", "stop after so many steps; 0: after the epochs", low=0)
+    learning_rate: float | Auto = _setting(
+        "auto", "training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1
     )
-    batch_size: int | Auto = field(
-        default="auto", metadata=about("training", "rows in one step (auto: 16 or fewer)", low=1, high=4096)
+    learning_rate_multiplier: float | Auto = _setting(
+        "auto", "training", "times the learning rate (auto: 1)", above=0, high=1000
     )
-    learning_rate: float | Auto = field(
-        default="auto",
-        metadata=about("training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1),
+    lora_plus_ratio: float = _setting(
+        0.0, "training", "LoRA+: how many times faster B learns than A; 0: equally fast", low=0, high=1000
     )
-    learning_rate_multiplier: float | Auto = field(
-        default="auto", metadata=about("training", "times the learning rate (auto: 1)", above=0, high=1000)
+    schedule: Schedule = _setting("cosine", "training", "how the learning rate falls after the warm-up")
+    warmup_ratio: float = _setting(0.05, "training", "part of the steps in which it rises", low=0, high=1)
+    optimizer: Optimizer = _setting("adamw", "training", "AdamW, its 8-bit form, either paged on a GPU")
+    weight_decay: float = _setting(0.0, "training", "AdamW's weight decay", low=0, high=10)
+    max_grad_norm: float = _setting(1.0, "training", "gradients are clipped to this norm; 0: never", low=0)
+    seed: int = _setting(0, "training", "seed of everything random", low=0, high=2**31 - 1)
+
+    train_on: TrainOn = _setting("assistant", "data", "which tokens are in the loss: the replies', or all")
+    max_length: int | Auto = _setting(
+        "auto", "data", "most tokens of one row (auto: 2048, or the base's limit)", low=8, high=2**20
     )
-    lora_plus_ratio: float = field(
-        default=0.0,
-        metadata=about(
-            "training", "LoRA+: B learns so many times faster than A; 0: as fast", low=0, high=1000
-        ),
+    too_long: TooLong = _setting("refuse", "data", "what to do with longer rows; truncating cuts the end off")
+    template_date: str = _setting(
+        "auto", "data", "the day that the chat template prints, as in 2026-01-31 (auto: when the run begins)"
     )
-    schedule: Schedule = field(
-        default="cosine", metadata=about("training", "how the learning rate falls after the warm-up")
-    )
-    warmup_ratio: float = field(
-        default=0.05, metadata=about("training", "part of the steps in which it rises", low=0, high=1)
-    )
-    optimizer: Optimizer = field(
-        default="adamw", metadata=about("training", "AdamW, its 8-bit form, either paged on a GPU")
-    )
-    weight_decay: float = field(
-        default=0.0, metadata=about("training", "AdamW's weight decay", low=0, high=10)
-    )
-    max_grad_norm: float = field(
-        default=1.0, metadata=about("training", "gradients are clipped to this norm; 0: never", low=0)
-    )
-    seed: int = field(
-        default=0, metadata=about("training", "seed of everything random", low=0, high=2**31 - 1)
+    packing: bool = _setting(True, "data", "compute several rows in one sequence, without padding")
+    eval_split: float | Auto = _setting(
+        "auto",
+        "data",
+        "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
+        low=0,
+        high=0.9,
     )
 
-    train_on: TrainOn = field(
-        default="assistant", metadata=about("data", "which tokens are in the loss: the replies', or all")
+    micro_tokens: int | Auto = _setting(
+        "auto", "memory", "tokens computed at once (auto: by memory)", low=1, high=2**20
     )
-    max_length: int | Auto = field(
-        default="auto",
-        metadata=about("data", "most tokens of one row (auto: 2048, or the base's limit)", low=8, high=2**20),
-    )
-    too_long: TooLong = field(
-        default="refuse", metadata=about("data", "what to do with longer rows; truncating cuts the end off")
-    )
-    template_date: str = field(
-        default="auto",
-        metadata=about(
-            "data", "the day that the chat template prints, as in 2026-01-31 (auto: when the run begins)"
-        ),
-    )
-    packing: bool = field(
-        default=True, metadata=about("data", "compute several rows in one sequence, without padding")
-    )
-    eval_split: float | Auto = field(
-        default="auto",
-        metadata=about(
-            "data",
-            "part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)",
-            low=0,
-            high=0.9,
-        ),
+    gradient_checkpointing: bool | Auto = _setting(
+        "auto", "memory", "compute activations twice instead of keeping them (auto: if memory requires it)"
     )
 
-    micro_tokens: int | Auto = field(
-        default="auto",
-        metadata=about("memory", "tokens computed at once (auto: by memory)", low=1, high=2**20),
+    eval_every: int | Auto = _setting(
+        "auto", "evaluation", "steps between evaluations (auto: a tenth of all)", low=1
     )
-    gradient_checkpointing: bool | Auto = field(
-        default="auto",
-        metadata=about(
-            "memory", "compute activations twice instead of keeping them (auto: if memory asks for it)"
-        ),
+    save_every: int | Auto = _setting(
+        "auto", "evaluation", "steps between checkpoints (auto: as eval_every)", low=1
     )
-
-    eval_every: int | Auto = field(
-        default="auto",
-        metadata=about("evaluation", "steps between evaluations (auto: a tenth of all)", low=1),
+    keep: int = _setting(2, "evaluation", "checkpoints kept in addition to the best one", low=1, high=100)
+    patience: int = _setting(
+        0, "evaluation", "stop after this many evaluations without a better one; 0: never", low=0
     )
-    save_every: int | Auto = field(
-        default="auto", metadata=about("evaluation", "steps between checkpoints (auto: as eval_every)", low=1)
+    metrics: tuple[str, ...] = _setting(
+        (),
+        "evaluation",
+        "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
+        "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
+        "one_of:A|B|C, min_characters:N, max_characters:N",
     )
-    keep: int = field(
-        default=2, metadata=about("evaluation", "checkpoints kept beside the best one", low=1, high=100)
+    best_by: str = _setting("loss", "evaluation", "loss or one of the metrics: decides if_better")
+    metric_rows: int = _setting(
+        32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
     )
-    patience: int = field(
-        default=0,
-        metadata=about("evaluation", "stop after so many evaluations without a better one; 0: never", low=0),
-    )
-    metrics: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "evaluation",
-            "measured on generated replies, base and adapter: exact_match, json_valid, json_equal, "
-            "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
-            "one_of:A|B|C, min_characters:N, max_characters:N",
-        ),
-    )
-    best_by: str = field(
-        default="loss", metadata=about("evaluation", "loss or one of the metrics: decides if_better")
-    )
-    metric_rows: int = field(
-        default=32,
-        metadata=about("evaluation", "held-out rows that replies are generated for", low=1, high=10_000),
-    )
-    metric_tokens: int = field(
-        default=128, metadata=about("evaluation", "longest generated reply", low=1, high=8192)
-    )
-    sample_prompts: tuple[str, ...] = field(
-        default=(), metadata=about("evaluation", "prompts that are answered at each evaluation")
+    metric_tokens: int = _setting(128, "evaluation", "longest generated reply", low=1, high=8192)
+    sample_prompts: tuple[str, ...] = _setting(
+        (), "evaluation", "prompts that are answered at each evaluation"
     )
 
     def __post_init__(self) -> None:
@@ -203,7 +260,7 @@ class Recipe:
         _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
-        """As `parse` takes it."""
+        """The settings as `parse_recipe` takes them."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
@@ -220,7 +277,7 @@ def parse_recipe(settings: Mapping[str, Any]) -> Recipe:
     known = dict(recipe_fields_by_name())
     for name in settings:
         if name not in known:
-            raise RecipeError(name, f"{name} is no setting of a recipe; there are {', '.join(known)}")
+            raise RecipeError(name, f"{name} is not a setting of a recipe; there are {', '.join(known)}")
     values = {name: _plain(name, value, known[name]) for name, value in settings.items() if value is not None}
     return Recipe(**values)
 
@@ -282,14 +339,12 @@ def held_out_count(recipe: Recipe, rows: int) -> int:
 
 
 def _listed(name: str, text: str) -> tuple[str, ...]:
-    """Names of layers or metrics between commas. A prompt has commas of its own, as a metric's text may."""
+    """Split names of layers or metrics at commas. A prompt contains commas, as a metric's text may."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     if name == "targets":
         return parts
     if name == "metrics":
-        from onebase_adapters.training.metrics import check_metric
-
-        with contextlib.suppress(RecipeError):
+        with contextlib.suppress(MetricError):
             for part in parts:
                 check_metric(part)
             return parts
@@ -330,7 +385,9 @@ def _check_together(recipe: Recipe) -> None:
     for field_name in ("targets", "rank_pattern", "alpha_pattern"):
         for name in getattr(recipe, field_name):
             if not name.replace("-", "_").replace(".", "_").isidentifier():
-                raise RecipeError(field_name, f"{shown(name)} is no layer's name: patterns are not taken")
+                raise RecipeError(
+                    field_name, f"{shown(name)} is not a layer's name: patterns are not allowed"
+                )
     if recipe.use_dora and recipe.init == "eva":
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
     if recipe.rank_pattern and recipe.init == "eva":
@@ -340,10 +397,11 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.template_date != "auto" and not is_date(recipe.template_date):
         reason = "write a day as in 2026-01-31, or auto"
         raise RecipeError("template_date", f"template_date is {shown(recipe.template_date)}: {reason}")
-    from onebase_adapters.training.metrics import check_metric
-
     for metric in recipe.metrics:
-        check_metric(metric)
+        try:
+            check_metric(metric)
+        except MetricError as error:
+            raise RecipeError("metrics", str(error)) from error
     if recipe.best_by != "loss" and recipe.best_by not in recipe.metrics:
         raise RecipeError(
             "best_by", f"best_by is {shown(recipe.best_by)}: write loss or one of the recipe's metrics"

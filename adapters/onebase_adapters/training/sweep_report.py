@@ -1,4 +1,4 @@
-"""What a sweep has found: a table for the terminal, CSV and JSON for programs, advice for people."""
+"""What a sweep has found: a table, a plot and advice for people, CSV and JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+from xml.etree import ElementTree
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training.sweep import SweepResult
-from onebase_adapters.training.sweep_plot import plot
-from onebase_adapters.training.sweep_trials import Trial
+from onebase_adapters.training.sweep import SweepResult, Trial
 
 TABLE, RESULTS, PLOT = "results.csv", "results.json", "sweep.svg"
 _NEAR = 1.01
 """A loss is as good as the best one up to this factor."""
+_COLOURS = ("#3b6fb6", "#d9822b", "#3f9b6d", "#b8487f", "#7a5bb5", "#8a7a2f", "#4aa3b8", "#777777")
+"""Distinct also for colour-blind people (after Okabe and Ito)."""
+_INK, _SOFT, _GRID = "#222831", "#6b7480", "#e6e9ee"
+_SVG, _POINT = "http://www.w3.org/2000/svg", "run-"
 _STYLES = {"finished": "", "failed": "red", "stopped": "dim", "paused": "yellow", "waiting": "yellow"}
 
 
@@ -103,7 +111,7 @@ def _table(result: SweepResult) -> Table:
 
 
 def advice(result: SweepResult) -> list[str]:
-    """Which run to take; a smaller one that is as good; what failed."""
+    """Which run to take, a smaller one that is as good, and what failed."""
     best = result.best
     lines = []
     if best is None or best.loss is None:
@@ -125,7 +133,7 @@ def advice(result: SweepResult) -> list[str]:
 
 
 def _edges(result: SweepResult, best: Trial) -> list[str]:
-    """The best run at the end of what was tried may have a better one beyond it."""
+    """Where the best run is at an end of what was tried, there may be a better one beyond."""
     lines = []
     for name, label in (("learning_rate", "learning rate"), ("r", "rank")):
         values = sorted({getattr(trial, name) for trial in result.trials})
@@ -141,3 +149,147 @@ def seconds(value: float) -> str:
     if value < 100:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+def plot(result: SweepResult) -> str:
+    """Held-out loss against parameters, and against time of training; an SVG document.
+
+    Pointing at a run shows its name.
+    """
+    drawn = [trial for trial in result.trials if trial.loss is not None and math.isfinite(trial.loss)]
+    figure = Figure(figsize=(11.2, 5.6), layout="constrained")
+    figure.suptitle(_title(result), x=0.01, ha="left", color=_SOFT)
+    if drawn:
+        sizes, times = figure.subplots(1, 2, sharey=True)
+        colours = _colours(drawn)
+        _draw_sizes(sizes, drawn, colours)
+        _draw_times(times, drawn, colours, result.best)
+        _mark_best(sizes, result.best)
+        for axes in (sizes, times):
+            axes.set_ylim(*_loss_range(drawn))
+            axes.grid(axis="y", color=_GRID)
+            axes.tick_params(labelleft=True, color=_SOFT, labelcolor=_SOFT)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.set_title("held-out loss", loc="left", fontsize="medium")
+        handles = [Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours.values()]
+        names = [name if len(name) <= 60 else f"{name[:57]}..." for name in colours]
+        figure.legend(handles, names, loc="outside lower left", ncols=min(3, len(names)), frameon=False)
+    else:
+        figure.text(0.5, 0.5, "no run has been evaluated yet", ha="center", color=_SOFT)
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return _with_tooltips(file.getvalue(), result.trials)
+
+
+def _title(result: SweepResult) -> str:
+    whole = sum(trial.status == "finished" for trial in result.trials)
+    stopped = sum(trial.status == "stopped" for trial in result.trials)
+    base = f"base {result.base_loss:.4f}" if math.isfinite(result.base_loss) else "base unknown"
+    return (
+        f"Sweep of {len(result.trials)} runs: {whole} to the end (filled), {stopped} stopped early (hollow); "
+        f"{result.steps} steps; {base}"
+    )
+
+
+def _series(trial: Trial) -> str:
+    return f"{', '.join(trial.targets)}, learning rate {trial.learning_rate:g}"
+
+
+def _colours(trials: Sequence[Trial]) -> dict[str, str]:
+    """By targets and learning rate; the ranks are along the x axis."""
+    names = sorted({(tuple(t.targets), t.learning_rate, _series(t)) for t in trials})
+    return {name: _COLOURS[place % len(_COLOURS)] for place, (_, _, name) in enumerate(names)}
+
+
+def _loss_range(trials: Sequence[Trial]) -> tuple[float, float]:
+    """From the best to the worst of the last losses: first losses would squeeze them together."""
+    ends = [trial.loss_at(trial.step) for trial in trials if math.isfinite(trial.loss_at(trial.step))]
+    low = min(trial.loss or math.inf for trial in trials)
+    high = max([*ends, low * 1.02, low + 1e-4])
+    # Nothing is below the best run but its label.
+    return low - 0.16 * (high - low), high + 0.08 * (high - low)
+
+
+def _draw_sizes(axes: Axes, trials: Sequence[Trial], colours: Mapping[str, str]) -> None:
+    for name, colour in colours.items():
+        whole = sorted(
+            (t.parameters, t.loss or 0.0) for t in trials if _series(t) == name and t.status == "finished"
+        )
+        axes.plot(*zip(*whole, strict=True) if whole else ((), ()), color=colour, alpha=0.5)
+    for trial in trials:
+        _draw_end(axes, trial, max(trial.parameters, 1), trial.loss or 0.0, colours[_series(trial)])
+    sizes = sorted({max(trial.parameters, 1) for trial in trials})
+    ticks = sizes[:1]  # the sizes that there are, as far as their labels have room
+    for size in sizes:
+        if size / ticks[-1] > 1.35:
+            ticks.append(size)
+    axes.set_xscale("log")
+    axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+    axes.set_xticks(ticks, [f"{s / 1e3:.3g} K" if s < 1e6 else f"{s / 1e6:.3g} M" for s in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("parameters of the adapter")
+
+
+def _draw_times(axes: Axes, trials: Sequence[Trial], colours: Mapping[str, str], best: Trial | None) -> None:
+    longest = max(trial.seconds for trial in trials) or 1.0
+    unit, word = (1, "s") if longest < 240 else (60, "min") if longest < 4 * 3600 else (3600, "h")
+    for trial in trials:
+        points = [(at / unit, loss) for _, at, loss in trial.curve if math.isfinite(loss)]
+        whole, colour = trial.status == "finished", colours[_series(trial)]
+        width = 3 if trial is best else 1.8 if whole else 1.2
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, alpha=0.95 if whole else 0.4)
+        if math.isfinite(trial.curve[-1][2]):
+            _draw_end(axes, trial, trial.seconds / unit, trial.curve[-1][2], colour)
+    axes.set_xlim(0, 1.04 * longest / unit)
+    axes.set_xlabel(f"time of training ({word})")
+
+
+def _draw_end(axes: Axes, trial: Trial, x: float, y: float, colour: str) -> None:
+    """Draw a run's end: filled if it finished, hollow if it was stopped."""
+    whole = trial.status == "finished"
+    axes.plot(
+        [x],
+        [y],
+        marker="o",
+        markersize=8 if whole else 5.5,
+        color=colour,
+        markerfacecolor=colour if whole else "white",
+        markeredgecolor="white" if whole else colour,
+        zorder=3,
+        clip_on=False,
+        gid=f"{_POINT}{trial.name}",
+    )
+
+
+def _mark_best(axes: Axes, best: Trial | None) -> None:
+    if best is None or best.loss is None:
+        return
+    at = (max(best.parameters, 1), best.loss)
+    axes.plot(*at, marker="o", markersize=14, markerfacecolor="none", markeredgecolor=_INK, zorder=4)
+    low, high = axes.get_xlim()
+    late = math.log(at[0] / low) > 0.6 * math.log(high / low)
+    axes.annotate(
+        f"best: r {best.r}, {best.loss:.4f}",
+        at,
+        xytext=(7 if late else -7, -22),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        fontweight="bold",
+        color=_INK,
+    )
+
+
+def _with_tooltips(svg: str, trials: Sequence[Trial]) -> str:
+    """The document with a title in each run's points, which matplotlib does not write."""
+    for space in ("", "xlink"):
+        ElementTree.register_namespace(space, _SVG if not space else "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(svg)
+    named = {f"{_POINT}{trial.name}": trial for trial in trials}
+    for node in root.iter(f"{{{_SVG}}}g"):
+        if (trial := named.get(node.get("id", ""))) is not None:
+            title = ElementTree.Element(f"{{{_SVG}}}title")
+            loss = f"{trial.loss:.4f}" if trial.loss is not None else ""
+            title.text = f"{trial.name}: {loss} ({trial.status} after {trial.step} steps)"
+            node.insert(0, title)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -55,7 +55,7 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers that text passes through: the decoder's and the head, not those of other senses."""
+    """All linear layers that text passes through: the decoder's and the head, not an image encoder's."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder else None
     if isinstance(decoder, nn.Module):
@@ -90,7 +90,7 @@ def _mlp(body: dict[str, nn.Linear]) -> set[str]:
 
 
 def _within(name: str, words: tuple[str, ...]) -> bool:
-    """Whether a module around the layer is called so."""
+    """Whether the name of a module around the layer has one of these words."""
     return any(word in part.lower() for part in name.split(".")[:-1] for word in words)
 
 
@@ -113,11 +113,11 @@ def _refusal(model: nn.Module, target: str, body: dict[str, nn.Linear], head: st
         )
     other = [type(module) for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
     if target in _GROUPS:
-        kind = ": this base has none such as linear layers (experts that share one tensor are none)"
+        kind = ": this base has no linear layers of that kind (experts that share one tensor are not)"
     elif other:
-        kind = f" is of type {other[0].__name__}, no linear layer"
+        kind = f" is of type {other[0].__name__}, not a linear layer"
     else:
-        kind = " is no linear layer of this base"
+        kind = " is not a linear layer of this base"
     parts = [
         f"{group} ({', '.join(names)})"
         for group, find in (("attention", _attention), ("mlp", _mlp))

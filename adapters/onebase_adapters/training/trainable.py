@@ -13,9 +13,8 @@ from torch import nn
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
-from onebase_adapters.training.fused_lora import fuse
-from onebase_adapters.training.gate import Gate
-from onebase_adapters.training.loss import token_losses
+from onebase_adapters.training.events import Gate
+from onebase_adapters.training.kernels import fuse, token_losses
 from onebase_adapters.training.recipe import Recipe, decided
 from onebase_adapters.training.targets import resolve_targets
 from onebase_engine.base.view import peft_view
@@ -34,7 +33,7 @@ class Trainable:
         eva: micro-batches that EVA looks at, for `init="eva"`.
 
     Raises:
-        RecipeError: a target is no linear layer of this base.
+        RecipeError: a target is not a linear layer of this base.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Trainable:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base alone, as a reference."""
+        """Turn the adapter off: the base alone, as a reference."""
         with self.model.disable_adapter():
             yield
 
@@ -138,7 +137,7 @@ def _eva_inputs(packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
-    """What a layer got, as [tokens, size]: of the output head fewer tokens than of the others."""
+    """A layer's input as [tokens, size]; the output head gets fewer tokens than other layers."""
     states: torch.Tensor = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     return states.flatten(0, -2)
 
@@ -163,7 +162,7 @@ def _with_adapter(tree: nn.Module, recipe: Recipe) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT advises on what is meant here: a tied head as a target, quantized layers with DoRA."""
+    """Silence PEFT's advice on what is intended here: a tied head as a target, quantized layers with DoRA."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

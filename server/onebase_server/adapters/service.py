@@ -20,8 +20,6 @@ from onebase_adapters.store.content import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog, same_base
-from onebase_server.adapters.proofs import Proofs
-from onebase_server.adapters.prover import Proof, Prover
 from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.errors import (
@@ -32,7 +30,12 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.processes.verifier_link import RejectedError, VerifierGoneError
+from onebase_server.processes.verifier_client import (
+    Proof,
+    RejectedError,
+    VerifierClient,
+    VerifierGoneError,
+)
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage import storage_errors
 
@@ -85,7 +88,7 @@ class AdapterService:
         store: Store,
         catalog: Catalog,
         activation: Activation,
-        prover: Prover,
+        verifier: VerifierClient,
         *,
         base_names: tuple[str, ...],
         records: RegistryThreads,
@@ -96,7 +99,7 @@ class AdapterService:
         self.activation = activation
         self.disk = disk
         self._registry = registry
-        self._proofs = Proofs(registry, store, catalog, prover, records, disk)
+        self._verifier = verifier
         self._base_names = base_names
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
@@ -243,7 +246,7 @@ class AdapterService:
         """Prove and activate one version; the registry holds the outcome afterwards."""
         try:
             proof = await self._proof(version, job, wait_for_verifier)
-            await self._finish(version, "ready", report=proof.report, prepared=proof.prepared)
+            await self._finish(version, "ready", report=proof.report, prepared=proof.packed)
         except RejectedError as error:
             await self._failed(version, error.code, error.message)
         except StoreFullError:
@@ -317,12 +320,33 @@ class AdapterService:
                 marked.append(asyncio.get_running_loop().create_task(self._mark_proving(version)))
             job.progress = progress
 
+        known = await self._known_proof(version, job.options.allow_noop)
+        if known is not None:
+            return known
         try:
-            return await self._proofs.of(
-                version, allow_noop=job.options.allow_noop, patient=wait_for_verifier, on_progress=follow
+            return await self._verifier.prove(
+                version.files,
+                allow_noop=job.options.allow_noop,
+                wait_for_verifier=wait_for_verifier,
+                on_progress=follow,
             )
         finally:
             await asyncio.gather(*marked)
+
+    async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
+        """What was found when this content was proved under another name, if its packed adapter is here."""
+        for other in self.catalog.of_digest(version.digest):
+            if other.state != "ready" or other.prepared is None or other.report is None:
+                continue
+            if other.report["proof"]["modules_changed"] == 0 and not allow_noop:
+                continue
+            if await self.disk.run(self.store.exists, other.prepared.sha256):
+                whole = await self._records.run(
+                    self._registry.version, other.tenant, other.name, other.digest
+                )
+                if whole.report is not None and whole.prepared is not None:
+                    return Proof(dict(whole.report), whole.prepared)
+        return None
 
     async def _mark_proving(self, version: VersionRecord) -> None:
         try:

@@ -14,7 +14,6 @@ from fastapi.routing import APIRoute
 
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.prover import Prover
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
@@ -24,6 +23,7 @@ from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import Training
 from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.settings import Settings
 
 
@@ -50,7 +50,7 @@ class Services:
     activation: Activation
     folders: Folders
     views: AdapterViews
-    prover: Prover
+    verifier: VerifierClient
     training: Training
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 
-from onebase_adapters.training.gate import Interrupted, Reason
+from onebase_adapters.training.events import Interrupted, Reason
 
 NAP_SECONDS = 0.005
 """How soon a run that waits for rows notices that they have ended, or that it is to stop."""

@@ -29,7 +29,7 @@ FORGIVEN_AFTER = 600.0
 MAX_SUSPECTS = 4096
 """The oldest are forgotten beyond that."""
 _DEATHS = 2
-"""With so many a request is refused, or runs only while no other request with so many does."""
+"""From this number on a request is refused, or runs only while no other such request does."""
 _RETRY_AFTER = 5.0
 _log = logging.getLogger(__name__)
 

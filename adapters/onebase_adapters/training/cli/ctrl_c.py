@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from onebase_adapters.training.gate import Interrupted
+from onebase_adapters.training.events import Interrupted
 
 
 class CtrlC:

@@ -158,8 +158,8 @@ def _amount(options: argparse.Namespace) -> _Amount:
 def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
     """Tokenize the data, which needs the base's tokenizer but none of its weights."""
     from onebase_adapters.training.base_config import find_tokenizer
-    from onebase_adapters.training.batches import targets_of
-    from onebase_adapters.training.data import DataError, load_dataset
+    from onebase_adapters.training.data.reader import load_dataset
+    from onebase_adapters.training.data.records import DataError
 
     try:
         rows = load_dataset(options.data, find_tokenizer(options.base), recipe).rows
@@ -168,7 +168,7 @@ def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
     if not rows:
         raise UsageError(f"--data: {options.data} has no rows")
     tokens = sum(map(len, rows))
-    return _Amount(len(rows), tokens, max(map(len, rows)), sum(map(targets_of, rows)) / tokens)
+    return _Amount(len(rows), tokens, max(map(len, rows)), sum(row.targets for row in rows) / tokens)
 
 
 def _dtype(options: argparse.Namespace) -> Any:

@@ -13,8 +13,7 @@ from rich.table import Table
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.common import print_error
 from onebase_adapters.training.cli.printable import shown
-from onebase_adapters.training.model_card import sparkline
-from onebase_adapters.training.report import Report
+from onebase_adapters.training.result import Report, sparkline
 
 _PHASES = {
     "validating_files": "reading the data",

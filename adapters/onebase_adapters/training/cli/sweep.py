@@ -32,10 +32,9 @@ from onebase_adapters.training.cli.printable import shown
 from onebase_engine.base.default_base import BaseFetchError
 
 if TYPE_CHECKING:
+    from onebase_adapters.training.plan import Job
     from onebase_adapters.training.recipe import Recipe
-    from onebase_adapters.training.run import Job
-    from onebase_adapters.training.sweep import SweepResult
-    from onebase_adapters.training.sweep_trials import Grid, Trial
+    from onebase_adapters.training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
 Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
@@ -130,9 +129,14 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
-    from onebase_adapters.training.run import Job
-    from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+    from onebase_adapters.training.plan import Job
     from onebase_engine.machine import free_memory, keep_freed_memory
+
+    try:
+        from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+    except ModuleNotFoundError as error:
+        install = "pip install 'onebase[train]' installs it"
+        raise UsageError(f"the sweep's picture needs {error.name}, which is not here: {install}") from error
 
     keep_freed_memory()
     if options.threads:
@@ -167,8 +171,8 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
     """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
-    from onebase_adapters.training.data import DataError
-    from onebase_adapters.training.gate import Interrupted
+    from onebase_adapters.training.data.records import DataError
+    from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
     from onebase_engine.base.load import UnsupportedBaseError, load_base
@@ -178,7 +182,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
         base = load_base(job.base)
         show.loading("reading the data", 0.0)
         with CtrlC(alone=True) as gate:
-            return sweep(base, job, grid, show.event, gate, survivors=survivors, tell=show.say)
+            return sweep(base, job, grid, show.event, gate, survivors=survivors, report=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:
         show.failed(str(error))
         return None
@@ -188,7 +192,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
 
 def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe) -> Grid:
     """What the options say; failing that, what the recipe's file does; failing that, the usual."""
-    from onebase_adapters.training.sweep_trials import Grid
+    from onebase_adapters.training.sweep import Grid
 
     targets = tuple(
         tuple(part.strip() for part in one.split(",") if part.strip()) for one in options.tried_targets or ()

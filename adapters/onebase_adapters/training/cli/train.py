@@ -32,9 +32,9 @@ from onebase_adapters.training.push import is_repo_name
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.ranks import Ranks
-    from onebase_adapters.training.report import Report
-    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.plan import Job
+    from onebase_adapters.training.process_group import ProcessGroup
+    from onebase_adapters.training.result import Report
 
 _DESCRIPTION = """\
 Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
@@ -120,7 +120,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
     from onebase_adapters.training.cli.progress import Display
-    from onebase_adapters.training.ranks import join_ranks
+    from onebase_adapters.training.process_group import join_processes
     from onebase_engine.machine import keep_freed_memory
 
     if options.threads:
@@ -128,14 +128,14 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
         torch.set_num_threads(options.threads)
     keep_freed_memory()
-    ranks = join_ranks(on_cpu=options.device == "cpu")
-    with Display(console, quiet=not ranks.first) as display:
+    processes = join_processes(on_cpu=options.device == "cpu")
+    with Display(console, quiet=not processes.first) as display:
         resolved = find_base(options, display.loading)
-        job = _job(options, recipe, folder, resolved, ranks)
-        report = _run(job, options.report_to, display, ranks)
+        job = _job(options, recipe, folder, resolved, processes)
+        report = _run(job, options.report_to, display, processes)
     if report is None:
         return _FAILED
-    if ranks.first:
+    if processes.first:
         display.finished(report, job.folder)
         if options.push:
             return _push(options.push, job.folder, console, private=not options.push_public)
@@ -149,14 +149,16 @@ def _check_names(options: argparse.Namespace) -> None:
         raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
 
 
-def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, ranks: Ranks) -> Job:
+def _job(
+    options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, processes: ProcessGroup
+) -> Job:
     import torch
 
-    from onebase_adapters.training.run import Job
+    from onebase_adapters.training.plan import Job
     from onebase_engine.machine import free_memory
 
     settings = base_settings(options, resolved.folder)
-    if settings.device.type == "cuda" and ranks.count > 1:
+    if settings.device.type == "cuda" and processes.count > 1:
         settings = replace(settings, device=_own_gpu())
     limit = options.memory_limit or free_memory(settings.device)
     return Job(
@@ -170,7 +172,7 @@ def _job(options: argparse.Namespace, recipe: Any, folder: Path, resolved: Resol
         base_repo=base_repo(options, resolved),
         base_commit=resolved.revision,
         save_dtype=getattr(torch, options.save_dtype),
-        memory_limit=limit // max(1, ranks.count) if settings.device.type == "cpu" else limit,
+        memory_limit=limit // max(1, processes.count) if settings.device.type == "cpu" else limit,
     )
 
 
@@ -180,16 +182,16 @@ def _own_gpu() -> Any:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report | None:
+def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup) -> Report | None:
     """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.ctrl_c import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
-    from onebase_adapters.training.data_problems import DataError
-    from onebase_adapters.training.errors import TrainingDivergedError
-    from onebase_adapters.training.gate import Interrupted
+    from onebase_adapters.training.data.records import DataError
+    from onebase_adapters.training.events import Interrupted
+    from onebase_adapters.training.loop import TrainingDivergedError
     from onebase_adapters.training.plan import DoesNotFitError
-    from onebase_adapters.training.ranks import OtherProcessError
+    from onebase_adapters.training.process_group import OtherProcessError
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.run import train
     from onebase_engine.base.load import UnsupportedBaseError, load_base
@@ -197,7 +199,10 @@ def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report
 
     told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:
-        with open_curves(writers if ranks.first else (), job) as write, CtrlC(alone=ranks.count == 1) as gate:
+        with (
+            open_curves(writers if processes.first else (), job) as write,
+            CtrlC(alone=processes.count == 1) as gate,
+        ):
             display.loading(f"loading {job.base_name}", 0.0)
             base = load_base(job.base)
 
@@ -205,7 +210,7 @@ def _run(job: Job, writers: Sequence[str], display: Any, ranks: Ranks) -> Report
                 write(event)
                 display.show(event)
 
-            return train(base, job, listen, gate, ranks)
+            return train(base, job, listen, gate, processes)
     except (*told, TrainingDivergedError, OSError) as error:
         display.failed(str(error))
     except OtherProcessError:

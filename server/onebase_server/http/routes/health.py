@@ -65,7 +65,7 @@ async def status(services: Provided) -> Response:
             "requests": supervisor.router.open_requests,
             "adapters": len(services.catalog),
             "host_memory": asdict(services.residency.memory),
-            "workshop": {"pid": services.prover.pid},
+            "workshop": {"pid": services.verifier.pid},
         }
     )
 
@@ -73,4 +73,4 @@ async def status(services: Provided) -> Response:
 @router.get("/metrics")
 async def metrics(services: Provided) -> Response:
     """Figures of training and serving in Prometheus' text format."""
-    return Response(await services.training.metrics_text(), media_type=CONTENT_TYPE)
+    return Response(await services.training.metrics_text(services.supervisor), media_type=CONTENT_TYPE)

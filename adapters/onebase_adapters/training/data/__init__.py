@@ -1,0 +1,1 @@
+"""Training data, from files and data sets on the Hub to tokenized rows."""

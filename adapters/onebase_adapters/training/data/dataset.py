@@ -1,0 +1,250 @@
+"""Tokenized rows as the trainer takes them: where each stands, which say the same, which are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onebase_adapters.training.data.conversation import Choice, Parsed, Text
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One tokenized row.
+
+    ids: [tokens] int32. supervised: [tokens], True where the token is a target of the loss; never the first.
+    line: 1-based number of the row in its file (of the record, where a file has no lines).
+    """
+
+    ids: Ids
+    supervised: Mask
+    line: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The row's sequences."""
+        return (self,)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens."""
+        return int(self.supervised.sum())
+
+    @property
+    def weight(self) -> int:
+        """What the row counts in the mean loss."""
+        return self.targets
+
+
+@dataclass(frozen=True, eq=False)
+class Preference:
+    """Two replies to one prompt, the preferred one first. Both samples begin with the prompt."""
+
+    chosen: Sample
+    rejected: Sample
+
+    @property
+    def line(self) -> int:
+        return self.chosen.line
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The row's sequences."""
+        return (self.chosen, self.rejected)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens."""
+        return self.chosen.targets + self.rejected.targets
+
+    @property
+    def weight(self) -> int:
+        """What the row counts in the mean loss: a pair counts once."""
+        return 1
+
+
+Row = Sample | Preference
+
+
+class Place(NamedTuple):
+    """Where a row stands in its file. row: its number, from 1, which no other row has. line: where it begins,
+    for messages: a `.json` file may have all of its rows on one line."""
+
+    row: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Key:
+    """Equal for two rows that say the same, up to white space.
+
+    prompt: None if the row has none. samples: how many of the data set's rows were made of it, at least one.
+    """
+
+    place: Place
+    content: bytes
+    prompt: bytes | None
+    samples: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prompt:
+    """A row to generate a reply for: parts of its sample's ids, since copies of all would fill the memory.
+
+    reply: the row's own, up to the token that ends its generation, without it. decode: the text of ids; the
+    replies that a model generates must be decoded in the same way.
+    """
+
+    ids: Ids
+    reply: Ids
+    place: Place
+    decode: Callable[[list[int]], str]
+
+    @property
+    def line(self) -> int:
+        return self.place.line
+
+    @property
+    def reference(self) -> str:
+        """The text of the row's own reply."""
+        return self.decode(self.reply.tolist())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of one file, in its order. All are Sample, or all are Preference.
+
+    prompts: one for each row that ends in a reply, for metrics on generated replies.
+    source: the file's name. keys: one for each row of the file that is in the data set, in its order.
+    truncated, dropped: places of rows of the file. lines_shared: several rows begin on one line, so that a
+    line does not identify a row.
+    """
+
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt] = ()
+    source: str = ""
+    keys: Sequence[Key] = ()
+    truncated: Sequence[Place] = ()
+    dropped: Sequence[Place] = ()
+    lines_shared: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over ids and supervision of all rows, hexadecimal: names what was trained on."""
+        total = hashlib.sha256()
+        for row in self.rows:
+            for sample in row.samples:
+                total.update(f"{len(row.samples)} {len(sample)} ".encode())
+                total.update(sample.ids.astype("<i4").tobytes())
+                total.update(sample.supervised.tobytes())
+        return total.hexdigest()
+
+    def places(self) -> list[Place]:
+        """Where each row comes from: a row of the file may have made several."""
+        return [key.place for key in self.keys for _ in range(key.samples)]
+
+
+def row_key(place: Place, row: Parsed, samples: int) -> Key:
+    """The row's key: equal contents have equal digests."""
+    prompt = _prompt(row)
+    return Key(place, _digest(_plain(row)), None if prompt is None else _digest(prompt), samples)
+
+
+def _plain(row: Parsed) -> Any:
+    if isinstance(row, Choice):
+        return [_plain(row.chosen), _plain(row.rejected)]
+    if isinstance(row, Text):
+        return [row.prompt or "", row.reply]
+    return [row.tools, row.messages]
+
+
+def _prompt(row: Parsed) -> Any:
+    """What comes before the last reply."""
+    if isinstance(row, Choice):
+        return _prompt(row.chosen)
+    if isinstance(row, Text):
+        return row.prompt
+    return [row.tools, row.messages[:-1]] if row.messages[-1]["role"] == "assistant" else None
+
+
+def _digest(value: Any) -> bytes:
+    text = json.dumps(_normal(value), ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()[:_DIGEST_BYTES]
+
+
+def _normal(value: Any) -> Any:
+    """With each white space made one space: rows that differ only in it say the same."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, dict):
+        return {key: _normal(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(part) for part in value]
+    return value
+
+
+def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows, both in their order.
+
+    Rows that say the same are on one side, so that nothing held out is trained on word by word. The seed and
+    what the rows say decide which of them are held out, not their order. What was dropped stays on record
+    with the training rows.
+
+    Args:
+        part: of the rows to hold out, 0 to 0.9; above 0 at least one, if there are two different ones.
+        limit: most rows held out, unless even the smallest group of rows that say the same is larger.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for key in dataset.keys:
+        groups.setdefault(key.content, []).append(key.place.row)
+    wanted = min(limit, round(part * len(dataset.keys)))
+    if part > 0 and len(groups) > 1:
+        wanted = max(1, wanted)
+    held = _held_out(groups, wanted, seed)
+    return (
+        _part(dataset, lambda place: place.row not in held, dataset.dropped),
+        _part(dataset, lambda place: place.row in held, ()),
+    )
+
+
+def _held_out(groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int) -> set[int]:
+    """Numbers of at most `wanted` rows, in whole groups; of the smallest group if none is that small."""
+    order = sorted(groups, key=lambda content: hashlib.sha256(f"{seed} {content.hex()}".encode()).digest())
+    held: set[int] = set()
+    for content in order[:-1]:
+        if len(held) + len(groups[content]) <= wanted:
+            held.update(groups[content])
+    if wanted and not held and len(order) > 1:
+        held.update(groups[min(order, key=lambda content: len(groups[content]))])
+    return held
+
+
+def _part(dataset: Dataset, keep: Callable[[Place], bool], dropped: Sequence[Place]) -> Dataset:
+    return replace(
+        dataset,
+        rows=[row for row, place in zip(dataset.rows, dataset.places(), strict=True) if keep(place)],
+        prompts=[prompt for prompt in dataset.prompts if keep(prompt.place)],
+        keys=[key for key in dataset.keys if keep(key.place)],
+        truncated=[place for place in dataset.truncated if keep(place)],
+        dropped=dropped,
+    )

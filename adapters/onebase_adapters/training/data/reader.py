@@ -1,0 +1,207 @@
+"""Training data: a file or a data set on the Hub, read, checked and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onebase_adapters.training.data.conversation import Chat, Choice, Parsed, Text
+from onebase_adapters.training.data.dataset import Dataset, Key, Place, Preference, Prompt, Row, row_key
+from onebase_adapters.training.data.files import read_file
+from onebase_adapters.training.data.hub import fetch, parse_dataset_id
+from onebase_adapters.training.data.records import DataError, Item, Problem, Record, RowError, valid_unicode
+from onebase_adapters.training.data.rows import parse_row, unfold
+from onebase_adapters.training.data.tokens import (
+    BaseTokens,
+    RowTokens,
+    Tokenized,
+    dated_tokenizer,
+    longest_sequence,
+)
+from onebase_adapters.training.recipe import Recipe
+
+DEFAULT_LENGTH = 2048
+"""Tokens of the longest row, where the recipe leaves it open."""
+
+_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 20
+_MOST_PROBLEMS = 100_000
+
+
+def load_dataset(
+    source: str | Path,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    part: str = "train",
+    name: str | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> Dataset:
+    """Read a file (or `org/name[:split][@revision]` on the Hub) and tokenize its rows for a base.
+
+    Args:
+        tokenizer: the base's own, with its chat template.
+        recipe: method, train_on, max_length ("auto": 2048), too_long and template_date ("auto": today) are
+            used. No row is longer than the base can read.
+        part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
+        name: the file's name, where its path does not say it (an upload); its suffix decides the format.
+        on_progress: gets the part that is done, from 0 to 1. What it raises ends the reading.
+
+    Raises:
+        DataError: with every bad line; or the file as a whole cannot be used.
+    """
+    shown = name or (source.name if isinstance(source, Path) else source)
+    builder = _Builder(valid_unicode(shown), tokenizer, recipe)
+    for chunk in _chunks(_records(source, part, name, on_progress), _AT_ONCE):
+        builder.add(chunk)
+    return builder.dataset()
+
+
+def _records(
+    source: str | Path, part: str, name: str | None, on_progress: Callable[[float], None] | None
+) -> Iterator[Item]:
+    dataset = parse_dataset_id(source) if isinstance(source, str) and not Path(source).exists() else None
+    shown = name or str(source)
+    try:
+        if dataset is None:
+            yield from read_file(Path(source), on_progress, name=name)
+        else:
+            yield from _all_files(fetch(dataset, part), on_progress)
+    except OSError as error:
+        raise DataError.of_file(shown, f"cannot be read: {error.strerror or error}") from error
+
+
+def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
+    """The records of several files one after the other; line numbers go on from file to file."""
+    before = 0
+    for index, path in enumerate(paths):
+
+        def on_part(part: float, index: int = index) -> None:
+            if on_progress is not None:
+                on_progress((index + part) / len(paths))
+
+        line = 0
+        for item in read_file(path, on_part):
+            line = item.line
+            yield replace(item, line=before + line) if line else item
+        before += line
+
+
+def _chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += item.size if isinstance(item, Record) else 0
+        if len(chunk) == count or size >= _BYTES_AT_ONCE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Builder:
+    """Collects the rows of records, or their problems."""
+
+    def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
+        self._source = source
+        self._method = recipe.method
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
+        self._tokens = RowTokens(
+            BaseTokens(dated_tokenizer(tokenizer, recipe)),
+            everything=recipe.train_on == "all" and recipe.method == "supervised",
+            limit=_limit(recipe, tokenizer),
+            too_long=recipe.too_long,
+        )
+        self._place = Place(0, 0)
+        self._shared_lines: set[int] = set()
+        self._problems: list[tuple[Place, str, str]] = []
+        self._rows: list[Row] = []
+        self._prompts: list[Prompt] = []
+        self._keys: list[Key] = []
+        self._truncated: list[Place] = []
+        self._dropped: list[Place] = []
+
+    def add(self, items: Sequence[Item]) -> None:
+        parsed: list[tuple[Place, Parsed]] = []
+        for item in items:
+            place = self._next_place(item.line)
+            if isinstance(item, Problem):
+                self._problems.append((place, item.field, item.reason))
+                continue
+            try:
+                parsed.append((place, parse_row(unfold(item.value), self._method)))
+            except RowError as error:
+                self._problems.append((place, error.field, error.reason))
+        flat = [(place.line, side) for place, row in parsed for side in _sides(row)]
+        tokenized = iter(self._tokens.tokenize(flat))
+        for place, row in parsed:
+            self._take(place, row, [next(tokenized) for _ in _sides(row)])
+        if len(self._problems) > _MOST_PROBLEMS:
+            raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
+
+    def dataset(self) -> Dataset:
+        """The data set. Raises DataError if there were problems."""
+        if self._problems:
+            raise self._error()
+        if not self._rows:
+            reason = "every row was dropped as too long" if self._dropped else "the file has no rows"
+            raise DataError.of_file(self._source, reason)
+        return Dataset(
+            self._rows,
+            self._prompts,
+            source=self._source,
+            keys=self._keys,
+            truncated=self._truncated,
+            dropped=self._dropped,
+            lines_shared=bool(self._shared_lines),
+        )
+
+    def _next_place(self, line: int) -> Place:
+        if line == self._place.line:
+            self._shared_lines.add(line)
+        self._place = Place(self._place.row + 1, line)
+        return self._place
+
+    def _error(self, *more: Problem) -> DataError:
+        """The problems, with the row's number where several rows share a line."""
+        problems = []
+        for place, field, reason in self._problems:
+            number = f" (row {place.row})" if place.line in self._shared_lines else ""
+            problems.append(Problem(place.line, field, reason + number))
+        return DataError(self._source, [*problems, *more])
+
+    def _take(self, place: Place, row: Parsed, sides: Sequence[Tokenized | RowError]) -> None:
+        for name, side in zip(("chosen", "rejected"), sides, strict=False):
+            if isinstance(side, RowError):
+                field = f"{name} {side.field}".strip() if isinstance(row, Choice) else side.field
+                self._problems.append((place, field, side.reason))
+                return
+        done = [side for side in sides if isinstance(side, Tokenized)]
+        if not all(side.samples for side in done):
+            self._dropped.append(place)
+            return
+        if any(side.truncated for side in done):
+            self._truncated.append(place)
+        first = done[0]
+        if first.reply is not None:
+            ids = first.samples[-1].ids
+            self._prompts.append(Prompt(ids[: first.reply.start], ids[first.reply], place, self._decode))
+        self._keys.append(row_key(place, row, 1 if isinstance(row, Choice) else len(first.samples)))
+        if isinstance(row, Choice):
+            # A template that rewrites earlier replies makes several samples; the last has the whole.
+            self._rows.append(Preference(done[0].samples[-1], done[1].samples[-1]))
+        else:
+            self._rows.extend(first.samples)
+
+
+def _limit(recipe: Recipe, tokenizer: Any) -> int:
+    wanted = DEFAULT_LENGTH if recipe.max_length == "auto" else recipe.max_length
+    return min(wanted, longest_sequence(tokenizer) or wanted)
+
+
+def _sides(row: Parsed) -> tuple[Chat | Text, ...]:
+    return (row.chosen, row.rejected) if isinstance(row, Choice) else (row,)

@@ -1,0 +1,392 @@
+"""The shapes that a row may have, each brought to a chat, a text, or a choice between two of them.
+
+Every function raises RowError with the field, as in `messages[2].content`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onebase_adapters.training.data.conversation import (
+    Chat,
+    Choice,
+    Message,
+    Parsed,
+    Text,
+    check_messages,
+    check_tools,
+    make_chat,
+)
+from onebase_adapters.training.data.files import KNOWN_FIELDS, misspelled
+from onebase_adapters.training.data.records import RowError, parse_strict
+from onebase_adapters.training.recipe import Method
+
+_REMEDIES = {
+    "system": "put it into the prompt, or give the row as messages",
+    "tools": "give the row as messages",
+}
+
+
+class RowFields:
+    """Fields of one row that are not null. Remembers which ones were read.
+
+    Every method raises RowError with the field. inside: what stands before a field's name there.
+    """
+
+    def __init__(self, row: Mapping[str, Any], inside: str = "") -> None:
+        self.given = {key: value for key, value in row.items() if value is not None}
+        self._inside = inside
+        self._read: list[str] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.given
+
+    def is_text(self, key: str) -> bool:
+        """Whether a field is there and is a text."""
+        return isinstance(self.given.get(key), str)
+
+    def says(self, key: str) -> bool:
+        """Whether a field is there and is more than a blank text."""
+        return key in self.given and not (self.is_text(key) and not self.given[key].strip())
+
+    def read(self, key: str) -> Any:
+        """A field as it is. It must exist."""
+        if key not in self.given:
+            raise RowError(f"{self._inside}{key}", "missing")
+        self._read.append(key)
+        return self.given[key]
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """A text; a blank one only if it may be `empty`."""
+        value = self.read(key)
+        if not isinstance(value, str):
+            raise RowError(f"{self._inside}{key}", f"must be a text, not {type(value).__name__}")
+        if not empty and not value.strip():
+            raise RowError(f"{self._inside}{key}", "the text is empty")
+        return value
+
+    def messages(self, key: str) -> list[Message]:
+        """A list of messages, each of them checked."""
+        return check_messages(self.read(key), f"{self._inside}{key}")
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools, if there are any."""
+        return check_tools(self.read("tools"), f"{self._inside}tools") if "tools" in self else None
+
+    def after_system(self, messages: list[Message]) -> list[Message]:
+        """Messages after the one of `system`, if the row has that field too."""
+        if not self.says("system"):
+            return messages
+        system = self.text("system")
+        if messages and _says_the_same(messages[0], system):
+            return messages
+        if any(message["role"] in ("system", "developer") for message in messages):
+            raise RowError("system", "the messages have a system message already: leave one of the two out")
+        return [{"role": "system", "content": system}, *messages]
+
+    def check_spelling(self, names: Sequence[str]) -> None:
+        """Refuse an unknown field that looks like one of `names`."""
+        for key in self.given:
+            near = misspelled(key, names) if key not in KNOWN_FIELDS else None
+            if near is not None and near not in self:
+                raise RowError(key[:60], f"an unknown field: did you mean {near}?")
+
+    def check_nothing_lost(self, parsed: Parsed) -> None:
+        """Refuse a system message or tools that were not read, unless they are part of what was."""
+        texts = _texts(parsed)
+        for key, remedy in _REMEDIES.items():
+            if key not in self or key in self._read or _is_said(self.given[key], texts):
+                continue
+            if key == "tools" and self.is_text(key):
+                continue  # a column of that name: tools are a list
+            beside = " and ".join(dict.fromkeys(self._read))
+            raise RowError(key, f"would be lost next to {beside}: {remedy}")
+
+
+def _says_the_same(message: Message, system: str) -> bool:
+    text: str = message["content"]
+    return message["role"] in ("system", "developer") and text.strip() == system.strip()
+
+
+def _texts(parsed: Parsed) -> list[str]:
+    if isinstance(parsed, Choice):
+        return [*_texts(parsed.chosen), *_texts(parsed.rejected)]
+    if isinstance(parsed, Chat):
+        return [message["content"] for message in parsed.messages]
+    return [parsed.prompt or "", parsed.reply]
+
+
+def _is_said(value: Any, texts: Sequence[str]) -> bool:
+    """Whether a field is empty, or a text that is part of what was read: a template may have put it there."""
+    if isinstance(value, str):
+        return any(value.strip() in text for text in texts)
+    return not value
+
+
+_SUPERVISED_SHAPES = "messages, prompt and completion, instruction and output, or text"
+_DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and non_preferred_output"
+
+
+def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
+    """What a row means, by its keys.
+
+    Of several shapes in one row the first counts: messages, prompt and completion, instruction, text. Other
+    keys are left alone; misspelled ones are refused, and so is a system message that would be lost, or tools.
+    """
+    fields = RowFields(row)
+    parsed = parse_preference(fields) if method == "dpo" else _supervised(fields)
+    if parsed is None:
+        raise RowError("", _unknown_shape(fields.given, method))
+    fields.check_nothing_lost(parsed)
+    return parsed
+
+
+def _supervised(row: RowFields) -> Parsed | None:
+    if "messages" in row:
+        row.check_spelling(("messages", "tools", "system"))
+        return make_chat(row.after_system(row.messages("messages")), row.tools(), "messages")
+    if "completion" in row or ("prompt" in row and "chosen" not in row):
+        return _completion(row)
+    if "instruction" in row:
+        return _instruction(row)
+    if "text" in row:
+        return Text(None, row.text("text"))
+    return None
+
+
+def _completion(row: RowFields) -> Chat | Text:
+    row.check_spelling(("prompt", "completion", "tools", "system"))
+    prompt, completion = row.read("prompt"), row.read("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = row.after_system(row.messages("prompt"))
+        messages = [*before, *row.messages("completion")]
+        return make_chat(messages, row.tools(), "completion", first=len(before))
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise RowError("completion", "prompt and completion are both texts or both lists of messages")
+    return Text(row.text("prompt", empty=True), row.text("completion"))
+
+
+def _instruction(row: RowFields) -> Chat:
+    row.check_spelling(("instruction", "input", "output", "system", "tools"))
+    question, output = row.text("instruction"), row.text("output")
+    if "input" in row and (more := row.text("input", empty=True)).strip():
+        question = f"{question}\n\n{more}"
+    messages: list[Message] = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": output},
+    ]
+    return make_chat(row.after_system(messages), row.tools(), "output")
+
+
+def _unknown_shape(row: Mapping[str, Any], method: Method) -> str:
+    keys = ", ".join(str(key)[:40] for key in list(row)[:8]) or "nothing"
+    if method == "supervised" and ("chosen" in row or "preferred_output" in row):
+        return "a preference row, but the method is supervised: set method to dpo, or give messages"
+    if method == "dpo" and any(key in row for key in ("messages", "completion", "instruction", "text")):
+        return f"the method is dpo, which takes {_DPO_SHAPES}; for this row set method to supervised"
+    if "conversations" in row:
+        return "conversations is not read: write it as messages, each with role and content"
+    wanted = _DPO_SHAPES if method == "dpo" else _SUPERVISED_SHAPES
+    return f"the row has {keys}; give {wanted}"
+
+
+_NO_PROMPT = "begin differently, and there is no prompt: name it prompt, or question if it is a chat's"
+_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Scripts that put no space between words."""
+
+
+def parse_preference(row: RowFields) -> Choice | None:
+    """The row as a choice; None if it does not have two replies."""
+    if "preferred_output" in row or "non_preferred_output" in row:
+        return _openai_choice(row)
+    if "chosen" not in row and "rejected" not in row:
+        return None
+    asked = () if "prompt" in row else ("question",)
+    row.check_spelling(("prompt", *asked, "system", "chosen", "rejected", "tools"))
+    row.read("chosen")
+    row.read("rejected")
+    if not (row.is_text("chosen") and row.is_text("rejected")):
+        return _chat_choice(row, row.messages("chosen"), row.messages("rejected"))
+    asked_apart = "question" in row and "prompt" not in row
+    if asked_apart or ("prompt" in row and row.says("system")):
+        sides = [[{"role": "assistant", "content": row.text(name)}] for name in ("chosen", "rejected")]
+        return _chat_choice(row, *sides)
+    return _text_choice(row)
+
+
+def _openai_choice(row: RowFields) -> Choice:
+    row.check_spelling(("input", "preferred_output", "non_preferred_output"))
+    given = row.read("input")
+    names = ("preferred_output", "non_preferred_output")
+    for name in names:
+        row.read(name)
+    if not isinstance(given, dict):
+        raise RowError("input", "must be an object with messages")
+    fields = RowFields(given, "input.")
+    prompt, tools = fields.messages("messages"), fields.tools()
+    return _choice(prompt, [row.messages(name) for name in names], tools, names)
+
+
+def _chat_choice(row: RowFields, chosen: list[Message], rejected: list[Message]) -> Choice:
+    shared = _shared_prefix(chosen, rejected)
+    given = _given_prompt(row, shared)
+    prompt = shared if given is None or _ends_in(shared, given) else given
+    sides = [_reply("chosen", chosen, prompt), _reply("rejected", rejected, prompt)]
+    return _choice(row.after_system(prompt) if prompt else [], sides, row.tools(), ("chosen", "rejected"))
+
+
+def _reply(name: str, messages: list[Message], prompt: list[Message]) -> list[Message]:
+    """What follows the prompt, which some data sets repeat in both conversations."""
+    reply = messages[len(prompt) :] if _same(messages[: len(prompt)], prompt) else messages
+    asked = bool(prompt) and prompt[-1]["role"] == "user"
+    if asked and reply and reply[0]["role"] in ("system", "developer", "user"):
+        raise RowError("prompt", f"{name} begins with another one: leave prompt out, or make both the same")
+    return reply
+
+
+def _given_prompt(row: RowFields, shared: Sequence[Message]) -> list[Message] | None:
+    """The prompt given with the replies; a question only where the replies begin with none."""
+    if row.is_text("prompt"):
+        return [{"role": "user", "content": row.text("prompt")}]
+    if "prompt" in row:
+        return row.messages("prompt")
+    if "question" in row and not shared:
+        return [{"role": "user", "content": row.text("question")}]
+    return None
+
+
+def _choice(
+    prompt: list[Message],
+    sides: Sequence[list[Message]],
+    tools: list[dict[str, Any]] | None,
+    names: tuple[str, str],
+) -> Choice:
+    if not prompt:
+        raise RowError("prompt", f"{names[0]} and {names[1]} {_NO_PROMPT}")
+    if sides[0] == sides[1]:
+        raise RowError(names[1], f"the same as {names[0]}: there is nothing to prefer")
+    made = []
+    for name, reply in zip(names, sides, strict=True):
+        if not reply or reply[-1]["role"] != "assistant":
+            raise RowError(name, "the last message must be the assistant's reply to the prompt")
+        made.append(make_chat([*prompt, *reply], tools, name, first=len(prompt)))
+    return Choice(*made)
+
+
+def _text_choice(row: RowFields) -> Choice:
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if chosen == rejected:
+        raise RowError("rejected", "the same as chosen: there is nothing to prefer")
+    if "prompt" in row:
+        prompt = row.text("prompt")
+        if _begins_with(chosen, prompt) and _begins_with(rejected, prompt):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    else:
+        for name in ("input", "instruction"):
+            if row.says(name):
+                raise RowError(name, "would be lost: name it prompt, or question if it is a chat's")
+        cut = _shared_text(chosen, rejected)
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        if not prompt:
+            raise RowError("prompt", f"chosen and rejected {_NO_PROMPT}")
+    for name, reply in (("chosen", chosen), ("rejected", rejected)):
+        if not reply.strip():
+            raise RowError(name, "no reply is left after the prompt")
+    return Choice(Text(prompt, chosen), Text(prompt, rejected))
+
+
+def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    count = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        count += 1
+    # A conversation that goes on from the other still needs a reply of its own.
+    return chosen[: min(count, len(chosen) - 1, len(rejected) - 1)]
+
+
+def _ends_in(messages: Sequence[Message], last: Sequence[Message]) -> bool:
+    return len(last) <= len(messages) and _same(messages[len(messages) - len(last) :], last)
+
+
+def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Whether messages are equal up to white space at their ends."""
+
+    def stripped(message: Message) -> Message:
+        return {**message, "content": message["content"].strip()}
+
+    return list(map(stripped, some)) == list(map(stripped, others))
+
+
+def _begins_with(text: str, prompt: str) -> bool:
+    """Whether a text repeats the prompt: "A" is not the beginning of "Apples"."""
+    if not text.startswith(prompt):
+        return False
+    last, following = prompt[-1:], text[len(prompt) : len(prompt) + 1]
+    return not (last.isalnum() and following.isalnum()) or bool(_NO_SPACES.match(last))
+
+
+def _shared_text(one: str, other: str) -> int:
+    """Where the shared beginning ends: before the first word that differs, and its space."""
+    pairs = zip(one, other, strict=False)
+    cut = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    while cut and not one[cut - 1].isspace():
+        cut -= 1
+    return cut - 1 if cut and one[cut - 1] == " " else cut
+
+
+_NEVER_PROSE = ("messages", "tools", "preferred_output", "non_preferred_output")
+_PROSE_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
+
+
+def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, with JSON texts that mean messages or tools replaced by the lists.
+
+    A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
+    chosen and rejected, and then the prompt that goes with these. A text that is not JSON stays.
+    """
+    made = dict(row)
+    for key in _NEVER_PROSE:
+        if not isinstance(text := made.get(key), str):
+            continue
+        if not text.strip():
+            made[key] = None
+        elif (found := _json(text)) is not None:
+            made[key] = found
+    for pair in _PROSE_OR_MESSAGES:
+        both = {key: _messages(made.get(key)) for key in pair}
+        if all(both.values()):
+            made |= both
+    if isinstance(made.get("chosen"), list) and (prompt := _messages(made.get("prompt"))):
+        made["prompt"] = prompt
+    if "preferred_output" in made and isinstance(given := _json(made.get("input")), dict):
+        made["input"] = unfold(given)
+    return made
+
+
+def _messages(value: Any) -> list[Any] | None:
+    """The messages that a field holds; None if it holds anything else."""
+    found = _json(value)
+    if not isinstance(found, list):
+        return None
+    return found if all(map(_is_message, found)) else None
+
+
+def _is_message(value: Any) -> bool:
+    """Whether it is meant as a message; its role is checked later."""
+    known = isinstance(value, dict) and isinstance(value.get("role"), str)
+    return known and ("content" in value or "tool_calls" in value)
+
+
+def _json(value: Any) -> Any:
+    """The value of a JSON text; None for other text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        return parse_strict(value)
+    except RowError:
+        return None

@@ -1,0 +1,454 @@
+"""Rows into tokens: the base's tokenizer and chat template, and which tokens are learned.
+
+Labels are found by position, never by value. A reply's tokens begin where the prompt that serving would send
+ends, so that the model learns to go on from exactly those ids. They end with the token that stops a
+generation.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onebase_adapters.format.strict_json import parse_json
+from onebase_adapters.training.data.conversation import Chat, Text
+from onebase_adapters.training.data.dataset import Sample
+from onebase_adapters.training.data.records import RowError
+from onebase_adapters.training.recipe import Recipe, TooLong
+
+_ASKS_FOR_IT = "strftime_now"
+
+_FORMATS = [f"%{letter}" for letter in (*"aAbBcdDeFgGHIjmMnpPrRsSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I", "-M")]
+
+_MOST_TAILS = 4096
+_LONGEST_TAIL = 200
+
+
+class BaseTokens:
+    """One base's tokenizer.
+
+    template: its chat template, "" without one. special: finds control tokens in a text.
+    stops: the ids that end a generation; end: the one to put after a text, None if there is none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template = template_of(tokenizer)
+        self._ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.special_ids = frozenset(self._ids.values())
+        self.end: int | None = tokenizer.eos_token_id
+        self.stops = stop_tokens(tokenizer)
+        self._tails: dict[str, list[int]] = {}
+        self._begin = self._first_tokens()
+
+    def is_stop(self, text: str) -> bool:
+        """Whether a control token, by its text, ends a generation."""
+        return self._ids.get(text) in self.stops
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without any special token that is not written in it."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+        )["input_ids"]
+        return ids
+
+    def begin(self, ids: list[int]) -> list[int]:
+        """A plain text's ids after the tokens that the base expects first, unless they are there already."""
+        begun = ids[: len(self._begin)] == self._begin
+        return ids if begun else [*self._begin, *ids]
+
+    def go_on(self, text: str) -> list[int]:
+        """Ids of text that follows other text: some tokenizers put a space before the very first word."""
+        newline, both = self.encode(["\n", "\n" + text])
+        return both[len(newline) :] if both[: len(newline)] == newline else self.encode([text])[0]
+
+    def tail(self, text: str) -> list[int]:
+        """Ids of a text that occurs often, such as the beginning of a turn. They are cached."""
+        known = self._tails.get(text)
+        if known is None:
+            known = self.encode([text])[0]
+            if len(text) <= _LONGEST_TAIL and len(self._tails) < _MOST_TAILS:
+                self._tails[text] = known
+        return known
+
+    def _first_tokens(self) -> list[int]:
+        """What the tokenizer puts before a plain text: most often nothing, or its BOS."""
+        bare = self.encode(["a"])[0]
+        whole: list[int] = self.tokenizer("a")["input_ids"]
+        for count in range(len(whole) - len(bare) + 1):
+            if whole[count : count + len(bare)] == bare:
+                return whole[:count]
+        return []
+
+
+def template_of(tokenizer: Any) -> str:
+    """Its chat template; all of them, if it has several, and "" if it has none."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else "\n".join((template or {}).values())
+
+
+def stop_tokens(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a generation: the tokenizer's own, and those that the base's folder names."""
+    named = _in_folder(tokenizer, "generation_config.json").get("eos_token_id")
+    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def longest_sequence(tokenizer: Any) -> int | None:
+    """The longest sequence that the base can read, in tokens, if its folder says so."""
+    config = _in_folder(tokenizer, "config.json")
+    text = config.get("text_config")
+    limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _in_folder(tokenizer: Any, name: str) -> dict[str, Any]:
+    """A file of the folder that the tokenizer comes from; empty if there is none."""
+    try:
+        found = parse_json((Path(str(tokenizer.name_or_path)) / name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def asks_for_date(tokenizer: Any) -> bool:
+    """Whether its chat template prints today's date, as Llama 3.2's does."""
+    return _ASKS_FOR_IT in template_of(tokenizer)
+
+
+def dated_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
+    """The tokenizer with a chat template that prints the recipe's day; itself, if the recipe has none."""
+    if recipe.template_date == "auto" or not asks_for_date(tokenizer):
+        return tokenizer
+    # transformers hands a template nothing that can be called but its own clock: a macro takes its place.
+    macro = _clock(date.fromisoformat(recipe.template_date))
+    template = tokenizer.chat_template
+    dated = copy.copy(tokenizer)
+    if isinstance(template, str):
+        dated.chat_template = macro + template
+    else:
+        dated.chat_template = {name: macro + text for name, text in template.items()}
+    return dated
+
+
+def _clock(day: date) -> str:
+    """A macro `strftime_now` for Jinja, at midnight. The newline after it is trimmed, as after any tag."""
+    midnight = datetime.combine(day, time())
+    filters = "".join(
+        f" | replace({json.dumps(form)}, {json.dumps(midnight.strftime(form))})" for form in _FORMATS
+    )
+    filters += ' | replace("%%", "%")'
+    return f"{{% macro {_ASKS_FOR_IT}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
+
+
+_NO_TEMPLATE = "the base has no chat template: give prompt and completion, or text, or choose a base with one"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tokenized row, or the part of a conversation up to one reply, where that must be learned alone.
+
+    spans: half-open ranges of positions in `ids` that are learned, ascending.
+    prompt: number of tokens before the last reply; None where the row does not end in one.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    prompt: int | None = None
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """Character positions in a rendered conversation. marked: whether a control token ends the reply."""
+
+    start: int
+    stop: int
+    marked: bool
+
+
+class ChatTokens:
+    """Tokenizes conversations with the base's chat template, which writes all special tokens itself.
+
+    everything: learn every token but the first, not the replies alone.
+    """
+
+    def __init__(self, base: BaseTokens, *, everything: bool = False) -> None:
+        self._base = base
+        self._everything = everything
+
+    def render(self, chat: Chat) -> str:
+        """The whole conversation as text. Raises RowError."""
+        if not self._base.template:
+            raise RowError("messages", _NO_TEMPLATE)
+        self._check(chat)
+        return self._render(chat, len(chat.messages), False)
+
+    def pieces(self, chat: Chat, text: str, ids: list[int]) -> list[Piece]:
+        """What to learn of a conversation, usually one piece. Raises RowError.
+
+        Args:
+            text: of `render`. ids: of the text.
+        """
+        if self._everything:
+            return [Piece(ids, [(1, len(ids))], self._prompt(chat, text, ids))]
+        stable: list[_Reply] = []
+        alone: list[Piece] = []
+        for index in chat.supervised:
+            before, after = self._prefixes(chat, index, text)
+            reply = self._reply(after, len(before))
+            if text.startswith(after):
+                stable.append(reply)
+            else:
+                # The template writes this reply otherwise once more follows, say without its thinking:
+                # it is learned as it was when it was the last.
+                alone.append(self._piece(after, self._base.encode([after])[0], [reply]))
+        return [*alone, self._piece(text, ids, stable)] if stable else alone
+
+    def _check(self, chat: Chat) -> None:
+        """Refuse what the template would drop silently, or read as its own marks."""
+        if chat.tools and "tools" not in self._base.template:
+            raise RowError("tools", "the base's chat template has no place for tools: they would be lost")
+        self._check_plain(chat.tools, "tools")
+        for index, message in enumerate(chat.messages):
+            field = f"messages[{index}]"
+            if "tool_calls" in message and "tool_calls" not in self._base.template:
+                reason = "the base's chat template has no place for tool calls: they would be lost"
+                raise RowError(f"{field}.tool_calls", reason)
+            for key, value in message.items():
+                self._check_plain(value, f"{field}.{key}")
+
+    def _check_plain(self, value: Any, field: str) -> None:
+        """Refuse control tokens in texts, and in keys, which templates write as well."""
+        if isinstance(value, str):
+            if found := self._base.special.search(value):
+                reason = f"holds {found[0]!r}, which the base reads as a control token: remove it"
+                raise RowError(field, f"{reason}, or give the row as text")
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                self._check_plain(key, field)
+                self._check_plain(part, field)
+        elif isinstance(value, list):
+            for part in value:
+                self._check_plain(part, field)
+
+    def _render(self, chat: Chat, count: int, generation: bool) -> str:
+        """The first `count` messages as the template writes them."""
+        try:
+            text: str = self._base.tokenizer.apply_chat_template(
+                chat.messages[:count], tools=chat.tools, tokenize=False, add_generation_prompt=generation
+            )
+        except Exception as error:  # a template is a program and fails in any way
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise RowError("messages", f"the base's chat template refuses them: {said}") from error
+        return text
+
+    def _prefixes(self, chat: Chat, index: int, text: str) -> tuple[str, str]:
+        """The conversation up to a reply, with the generation prompt; and including the reply."""
+        if not index:
+            raise RowError("messages[0]", "a reply to nothing: put a message before it, or give it weight 0")
+        before = self._render(chat, index, True)
+        after = text if index == len(chat.messages) - 1 else self._render(chat, index + 1, False)
+        if not after.startswith(before):
+            reason = "the base's chat template does not write this reply after its own generation prompt"
+            raise RowError(f"messages[{index}]", f"{reason}: it cannot be separated from the prompt")
+        return before, after
+
+    def _prompt(self, chat: Chat, text: str, ids: list[int]) -> int | None:
+        last = len(chat.messages) - 1
+        if not last or chat.messages[last]["role"] != "assistant":
+            return None
+        before, _ = self._prefixes(chat, last, text)
+        return self._piece(text, ids, [self._reply(text, len(before))]).prompt
+
+    def _reply(self, text: str, start: int) -> _Reply:
+        """The reply, up to the last control token that stops a generation, else to the last control token."""
+        marks = list(self._base.special.finditer(text, start))
+        stops = [mark for mark in marks if self._base.is_stop(mark[0])] or marks
+        if stops:
+            return _Reply(start, stops[-1].end(), True)
+        return _Reply(start, max(start, len(text.rstrip())), False)
+
+    def _piece(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> Piece:
+        """The replies' tokens. Where a token reaches over the border of a reply, the text is cut there."""
+        spans = self._spans(text, ids, replies)
+        if spans is None:
+            ids, spans = self._cut(text, replies)
+        if text[replies[-1].stop :].strip():
+            return Piece(ids, spans)
+        start, stop = spans[-1]
+        if not replies[-1].marked and self._base.end is not None:
+            ids = [*ids[:stop], self._base.end]
+            spans = [*spans[:-1], (start, stop + 1)]
+        return Piece(ids, spans, start)
+
+    def _spans(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> list[tuple[int, int]] | None:
+        """The replies' positions in the ids of the whole text; None if a token reaches over a border.
+
+        Control tokens are counted in the text and in the ids. What stands between the last one and a
+        border is tokenized alone, as in serving, and must be there.
+        """
+        marks = [(mark.start(), mark.end()) for mark in self._base.special.finditer(text)]
+        at = [index for index, token in enumerate(ids) if token in self._base.special_ids]
+        if len(marks) != len(at):
+            return None
+        starts = [start for start, _ in marks]
+
+        def position(border: int) -> int | None:
+            count = bisect_left(starts, border)
+            if count and marks[count - 1][1] == border:
+                return at[count - 1] + 1
+            first = at[count - 1] if count else 0
+            tail = self._base.tail(text[starts[count - 1] if count else 0 : border])
+            return first + len(tail) if ids[first : first + len(tail)] == tail else None
+
+        spans = []
+        for reply in replies:
+            start, stop = position(reply.start), position(reply.stop)
+            if start is None or stop is None:
+                return None
+            spans.append((start, stop))
+        return spans
+
+    def _cut(self, text: str, replies: Sequence[_Reply]) -> tuple[list[int], list[tuple[int, int]]]:
+        ids = self._base.encode([text[: replies[0].start]])[0]
+        spans = []
+        ends = [*(reply.start for reply in replies[1:]), len(text)]
+        for reply, following in zip(replies, ends, strict=True):
+            start = len(ids)
+            ids = ids + self._base.go_on(text[reply.start : reply.stop])
+            spans.append((start, len(ids)))
+            ids = ids + self._base.go_on(text[reply.stop : following])
+        return ids, spans
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A row's samples, one unless its chat template rewrites earlier replies; none if it was dropped.
+
+    reply: where in the last sample the reply stands that the row ends in, up to the token that ends its
+    generation; None if the row ends in none, or if it was cut.
+    """
+
+    samples: Sequence[Sample]
+    reply: slice | None
+    truncated: bool
+
+
+class RowTokens:
+    """Turns chats and texts into samples of at most `limit` tokens."""
+
+    def __init__(self, base: BaseTokens, *, everything: bool, limit: int, too_long: TooLong) -> None:
+        self._base = base
+        self._chats = ChatTokens(base, everything=everything)
+        self._everything = everything
+        self._limit = limit
+        self._too_long = too_long
+
+    def tokenize(self, rows: Sequence[tuple[int, Chat | Text]]) -> list[Tokenized | RowError]:
+        """Tokenize rows, each given with its line: samples, or why there are none."""
+        texts: list[str | RowError] = [self._whole(row) for _, row in rows]
+        ids = iter(self._base.encode([text for text in texts if isinstance(text, str)]))
+        prompts = iter(self._base.encode([prompt for _, row in rows if (prompt := _prompt(row)) is not None]))
+        made: list[Tokenized | RowError] = []
+        for (line, row), text in zip(rows, texts, strict=True):
+            if isinstance(text, RowError):
+                made.append(text)
+                continue
+            whole = next(ids)
+            try:
+                if isinstance(row, Text):
+                    pieces = [self._text(row, whole, None if row.prompt is None else next(prompts))]
+                elif self._is_kept(len(whole)):
+                    pieces = self._chats.pieces(row, text, whole)
+                else:
+                    pieces = []
+                made.append(self._bounded(line, pieces))
+            except RowError as error:
+                made.append(error)
+        return made
+
+    def _whole(self, row: Chat | Text) -> str | RowError:
+        if isinstance(row, Text):
+            return (row.prompt or "") + row.reply
+        try:
+            return self._chats.render(row)
+        except RowError as error:
+            return error
+
+    def _text(self, row: Text, ids: list[int], prompt: list[int] | None) -> Piece:
+        """Plain text, and its end. Prompt and completion are tokenized together, as TRL does, unless a
+        token would reach over the border between them: serving sends the prompt alone."""
+        whole = self._base.begin(ids)
+        start = 0
+        if prompt is not None:
+            before = self._base.begin(prompt)
+            if whole[: len(before)] != before:
+                whole = [*before, *self._base.go_on(row.reply)]
+            start = len(before)
+        if self._base.end is not None and whole[-1:] != [self._base.end]:
+            whole = [*whole, self._base.end]
+        first = 1 if self._everything else max(1, start)
+        return Piece(whole, [(first, len(whole))], None if prompt is None else start)
+
+    def _is_kept(self, length: int) -> bool:
+        """Whether the labels of a row are worth finding. Raises RowError for a row that is refused."""
+        if length <= self._limit or self._too_long == "truncate":
+            return True
+        if self._too_long == "drop":
+            return False
+        reason = f"{length:,} tokens, where {self._limit:,} is the most: shorten the row, raise max_length"
+        raise RowError("", f"{reason} (if the base reads more), or set too_long to truncate or drop")
+
+    def _bounded(self, line: int, pieces: Sequence[Piece]) -> Tokenized:
+        samples = []
+        truncated = False
+        dropped = not pieces
+        for piece in pieces:
+            if not self._is_kept(len(piece.ids)):
+                dropped = True
+                continue
+            truncated = truncated or len(piece.ids) > self._limit
+            sample = _sample(piece, self._limit, line)
+            if sample.targets:
+                samples.append(sample)
+        if not samples and not dropped:
+            cut = f" within the first {self._limit} tokens (max_length)" if truncated else ""
+            raise RowError("", f"nothing to learn{cut}: no token of a reply is left")
+        whole = bool(samples) and len(pieces[-1].ids) <= self._limit
+        return Tokenized(samples, self._last_reply(pieces[-1]) if whole else None, truncated)
+
+    def _last_reply(self, piece: Piece) -> slice | None:
+        if piece.prompt is None:
+            return None
+        end = piece.spans[-1][1]
+        places = range(piece.prompt, end)
+        return slice(piece.prompt, next((at for at in places if piece.ids[at] in self._base.stops), end))
+
+
+def _prompt(row: Chat | Text) -> str | None:
+    return row.prompt if isinstance(row, Text) else None
+
+
+def _sample(piece: Piece, limit: int, line: int) -> Sample:
+    ids = np.array(piece.ids[:limit], dtype=np.int32)
+    supervised = np.zeros(len(ids), dtype=np.bool_)
+    for start, stop in piece.spans:
+        supervised[max(1, start) : stop] = True
+    return Sample(ids, supervised, line)

@@ -1,0 +1,194 @@
+"""What training computes by its own autograd functions: LoRA on 4-bit layers, short attention, cross-entropy.
+
+Forwards, LoRA's products stay PEFT's own, in its order, so that a trained adapter gives the logits that it is
+served with. PEFT keeps an fp32 copy of each layer's input for the backward pass; here the input itself is
+kept, which layers with the same input share. The fp32 products of the backward pass are computed by oneDNN on
+the CPU: MKL is half as fast on processors that are not Intel's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from onebase_engine.engine.attention import attention_weights
+
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
+
+
+def fuse(model: nn.Module, adapter: str) -> int:
+    """Fuse the layers of a PeftModel that are plain LoRA on 4-bit weights. Returns how many there are."""
+    count = 0
+    layer: Any
+    for layer in model.modules():
+        if _is_plain(layer, adapter):
+            layer.forward = _Forward(layer, adapter)
+            count += 1
+    return count
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return (
+        isinstance(layer, LoraLayer)
+        and adapter in layer.lora_A
+        and type(layer.get_base_layer()).__name__ == "Linear4bit"
+        and isinstance(layer.lora_dropout[adapter], nn.Identity)
+        and adapter not in layer.lora_variant
+        and layer.lora_A[adapter].bias is None
+        and layer.lora_B[adapter].bias is None
+    )
+
+
+class _Forward:
+    """Replaces a layer's `forward`. Without gradients, or with the adapter off, PEFT's own runs."""
+
+    def __init__(self, layer: Any, adapter: str) -> None:
+        self._layer = layer
+        self._adapter = adapter
+        self._plain = type(layer).forward
+
+    def __call__(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        layer = self._layer
+        if layer.disable_adapters or not torch.is_grad_enabled() or args or options:
+            plain: torch.Tensor = self._plain(layer, x, *args, **options)
+            return plain
+        output: torch.Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
+            x,
+            layer.lora_A[self._adapter].weight,
+            layer.lora_B[self._adapter].weight,
+            layer.scaling[self._adapter],
+            layer.base_layer,
+        )
+        return output
+
+
+class _FusedLora(torch.autograd.Function):
+    """y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, base: Any
+    ) -> torch.Tensor:
+        """x [..., in], a [r, in], b [out, r] -> [..., out] in the base's dtype."""
+        output: torch.Tensor = base(x)
+        hidden = nn.functional.linear(x.to(a.dtype), a)
+        output += (nn.functional.linear(hidden, b) * scale).to(output.dtype)
+        ctx.save_for_backward(x, hidden, a, b)
+        ctx.scale, ctx.weight = scale, base.weight
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, hidden, a, b = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows32 = rows.to(b.dtype)
+        hidden = hidden.view(-1, hidden.shape[-1])
+        x32 = x.reshape(-1, x.shape[-1]).to(a.dtype)
+        hidden_gradient = _product(rows32, (b.T * ctx.scale).contiguous())
+        b_gradient = _product((hidden.T * ctx.scale).contiguous(), rows32.T).T
+        a_gradient = _product(hidden_gradient.T.contiguous(), x32.T)
+        if not ctx.needs_input_grad[0]:
+            return None, a_gradient, b_gradient, None, None
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(ctx.weight.data.view(-1, 1), ctx.weight.quant_state).to(rows.dtype)
+        x_gradient = rows @ weight
+        x_gradient += _product(hidden_gradient, a.T.contiguous()).to(x_gradient.dtype)
+        return x_gradient.view(x.shape), a_gradient, b_gradient, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left [m, k] @ right.T, right [n, k], in fp32."""
+    if _ONEDNN is not None and left.device.type == "cpu":
+        product: torch.Tensor = _ONEDNN(left, right, None, "none", [], "")
+        return product
+    return left @ right.T
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal, by plain products in the order of transformers' eager attention: scores in the model's dtype,
+    softmax in fp32, weights rounded back. Grouped heads share their keys."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """q [n, heads, L, d], k [n, kv heads, L, d], v [n, kv heads, L, e] -> [n, heads, L, e]."""
+        n, heads, length, size = q.shape
+        shared = k.shape[1]
+        groups = heads // shared
+        q = q.reshape(n * shared, groups * length, size)
+        k, v = k.reshape(n * shared, length, size), v.reshape(n * shared, length, -1)
+        raw = torch.bmm(q, k.transpose(1, 2)).view(-1, groups, length, length)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+        weights = attention_weights(raw, hidden, scale).view(n * shared, groups * length, length)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.shape, ctx.scale = (n, heads, length), scale
+        return torch.bmm(weights, v).view(n, heads, length, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        n, heads, length = ctx.shape
+        shared = len(k) // n
+        gradient = gradient.reshape(n * shared, -1, v.shape[-1])
+        v_gradient = torch.bmm(weights.transpose(1, 2), gradient)
+        inner = torch.bmm(gradient, v.transpose(1, 2)).float()
+        weights32 = weights.float()
+        inner = (inner - (inner * weights32).sum(-1, keepdim=True)).mul_(weights32)
+        scores = inner.mul_(ctx.scale).to(q.dtype)
+        q_gradient = torch.bmm(scores, k).view(n, heads, length, -1)
+        k_gradient = torch.bmm(scores.transpose(1, 2), q).view(n, shared, length, -1)
+        return q_gradient, k_gradient, v_gradient.view(n, shared, length, -1), None
+
+
+CHUNK = 256
+"""Rows of logits that are held in fp32 at once."""
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Negative log-likelihood of each target; keeps no fp32 copy of the logits.
+
+    The gradient takes the memory of the logits, which nobody reads afterwards. In fp32 the numbers are those
+    of torch's own cross_entropy up to rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """logits [n, vocabulary], targets [n] -> [n] fp32."""
+        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        sums = torch.empty_like(losses)
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = logits[part].float()
+            sums[part] = torch.logsumexp(chunk, dim=-1)
+            losses[part] = sums[part] - chunk.gather(1, targets[part, None])[:, 0]
+        ctx.save_for_backward(logits, targets, sums)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, sums = ctx.saved_tensors
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = torch.exp(logits[part].float() - sums[part, None])
+            chunk.scatter_add_(1, targets[part, None], chunk.new_full((len(chunk), 1), -1.0))
+            logits[part] = (chunk * gradient[part, None]).to(logits.dtype)
+        return logits, None
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row, [n] fp32. The backward pass overwrites the logits [n, vocabulary]."""
+    if len(logits) != len(targets):
+        raise ValueError(
+            f"{len(logits)} rows of logits for {len(targets)} targets: the base ignores logits_to_keep"
+        )
+    if not logits.requires_grad:
+        parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
+        return torch.cat(
+            [nn.functional.cross_entropy(chunk.float(), part, reduction="none") for chunk, part in parts]
+        )
+    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return losses

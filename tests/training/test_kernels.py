@@ -1,0 +1,148 @@
+"""Cross-entropy without a copy of the logits, and DPO's loss.
+
+What training computes by functions of its own equals what it stands for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from onebase_adapters.training.attention import STEP, grouped
+from onebase_adapters.training.kernels import CHUNK, ShortAttention, fuse, token_losses
+from onebase_adapters.training.objectives import dpo_losses
+from onebase_engine.base.view import peft_view
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+def test_losses_and_gradients_are_those_of_torch(count: int, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(count)
+    logits = (torch.randn(count, 97) * 5).to(dtype)
+    targets, scale = torch.randint(0, 97, (count,)), torch.rand(count)
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    # `* 1`: as in a model, the logits are no leaf, and their memory may be used up.
+    ours, theirs = (
+        token_losses(one * 1, targets),
+        cross_entropy((other * 1).float(), targets, reduction="none"),
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+    (ours * scale).sum().backward()
+    (theirs * scale).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_without_gradients_the_losses_are_the_same() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(CHUNK + 5, 50), torch.randint(0, 50, (CHUNK + 5,))
+    torch.testing.assert_close(
+        token_losses(logits, targets), token_losses(logits.clone().requires_grad_() * 1, targets)
+    )
+
+
+def test_dpo_is_the_papers_formula() -> None:
+    chosen, rejected = torch.tensor([-10.0, -3.0]), torch.tensor([-12.0, -2.0])
+    reference = torch.tensor([1.0, -4.0])
+    losses, margins = dpo_losses(chosen, rejected, reference, 0.5)
+    assert margins.tolist() == [0.5, 1.5]
+    torch.testing.assert_close(losses, torch.log1p(torch.exp(-margins)))
+
+
+CPU = torch.device("cpu")
+
+
+def peft_model(base: torch.nn.Module, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(peft_view(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 32, 100])
+def test_a_fused_layer_is_pefts_bit_for_bit_forwards_and_nearly_so_backwards(
+    base: torch.nn.Module, tokens: int
+) -> None:
+    ids = torch.randint(3, 320, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    outputs, gradients = [], []
+    for fused in (False, True):
+        model = peft_model(base)
+        assert not fused or fuse(model, "default") == 14
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+        outputs.append(logits.detach())
+        gradients.append([one.grad for one in model.parameters() if one.requires_grad])
+    assert torch.equal(outputs[0], outputs[1])
+    for plain, ours in zip(*gradients, strict=True):
+        scale = plain.abs().max()
+        torch.testing.assert_close(ours, plain, atol=float(0.02 * scale), rtol=0.02)
+
+
+def test_in_fp32_the_gradients_are_equal_up_to_rounding(exact_base: torch.nn.Module) -> None:
+    ids = torch.arange(10, 50)[None]
+    gradients = []
+    for fused in (False, True):
+        model = peft_model(exact_base)
+        if fused:
+            fuse(model, "default")
+        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        gradients.append([one.grad for one in model.parameters() if one.requires_grad])
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}],
+    ids=lambda one: next(iter(one)),
+)
+def test_other_kinds_are_left_to_peft(base: torch.nn.Module, settings: dict[str, Any]) -> None:
+    assert fuse(peft_model(base, **settings), "default") == 0
+
+
+def test_with_the_adapter_off_a_fused_model_is_the_base(base: torch.nn.Module) -> None:
+    model = peft_model(base)
+    fuse(model, "default")
+    ids = torch.arange(10, 20)[None]
+    with model.disable_adapter():
+        silent = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.equal(silent, peft_view(base)(input_ids=ids, use_cache=False).logits)
+
+
+@given(lengths=st.lists(st.integers(1, 3 * STEP), min_size=1, max_size=9))
+@settings(deadline=None, max_examples=60)
+def test_rows_come_out_of_their_groups_as_they_went_in(lengths: list[int]) -> None:
+    states = torch.randn(2, sum(lengths), 3, requires_grad=True)
+    groups = grouped(lengths, CPU)
+    packed = torch.cat([group.packed(group.padded(states)) for group in groups])
+    assert torch.equal(packed, states.transpose(0, 1))
+    weights = torch.randn_like(packed)
+    (packed * weights).sum().backward()
+    assert states.grad is not None
+    assert torch.equal(states.grad, weights.transpose(0, 1))
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_of_short_rows_is_torchs(heads: int, shared: int) -> None:
+    torch.manual_seed(heads)
+    q = torch.randn(3, heads, 17, 8, requires_grad=True)
+    k, v = (torch.randn(3, shared, 17, 8, requires_grad=True) for _ in range(2))
+    scale, weights = 8**-0.5, torch.randn(3, heads, 17, 8)
+    ours = ShortAttention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+    )
+    torch.testing.assert_close(ours, theirs)
+    expected = torch.autograd.grad((theirs * weights).sum(), (q, k, v))
+    for mine, other in zip(torch.autograd.grad((ours * weights).sum(), (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(mine, other)
