@@ -15,11 +15,11 @@ from rich.console import Console
 from tests.training.runs import finished_report, start_at_a_terminal, write_chats
 
 from onebase_adapters.training import events
-from onebase_adapters.training.cli.progress import Display
+from onebase_adapters.training.checkpoint import sparkline
+from onebase_adapters.training.cli.train import Display
 from onebase_adapters.training.curves import open_curves
-from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.result import sparkline
+from onebase_adapters.training.run import Job
 from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]

@@ -126,7 +126,8 @@ def push(hub: Uploads, folder: Path, repo: str = "acme/colours", token: str = "h
         "HF_TOKEN": token,
     }
     script = (
-        "import sys; from pathlib import Path; from onebase_adapters.training.push import PushError, push\n"
+        "import sys; from pathlib import Path\n"
+        "from onebase_adapters.training.cli.train import PushError, push\n"
         "try: print(push(Path(sys.argv[1]), sys.argv[2]))\n"
         "except PushError as error: print('error:', error)"
     )

@@ -27,8 +27,8 @@ from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.cli.sweep import main
 from onebase_adapters.training.events import Interrupted, OpenGate
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
+from onebase_adapters.training.run import Job
 from onebase_adapters.training.sweep import Grid, Trial
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 from onebase_engine.base.load import BaseSettings, fingerprint

@@ -28,10 +28,13 @@ from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.estimate import ranks_of
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.plan import (
+from onebase_adapters.training.recipe import Auto, Recipe, RecipeError, decided, step_count
+from onebase_adapters.training.replies import BASE_METRICS
+from onebase_adapters.training.run import (
     Data,
     DoesNotFitError,
     Job,
+    PlannedRun,
     identity_of,
     keep_template_date,
     load_tokenizer,
@@ -40,15 +43,13 @@ from onebase_adapters.training.plan import (
     resolved,
     with_template_date,
 )
-from onebase_adapters.training.recipe import Auto, Recipe, RecipeError, decided, step_count
-from onebase_adapters.training.run import PlannedRun
-from onebase_adapters.training.targets import target_layers
+from onebase_adapters.training.trainable import target_layers
 from onebase_engine.machine import is_out_of_memory
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""
 _EVALUATIONS = 8
-_FILE, _BASE_METRICS = "sweep.json", "base_metrics.json"
+_FILE = "sweep.json"
 
 Status = Literal["waiting", "paused", "stopped", "finished", "failed"]
 
@@ -310,10 +311,10 @@ class _Sweep:
 
     def _share_base_metrics(self, folder: Path) -> None:
         """The base answers the same prompts in all runs: once is enough."""
-        held = next(self._job.folder.glob(f"*/{_BASE_METRICS}"), None)
-        if held is not None and not (folder / _BASE_METRICS).exists():
+        held = next(self._job.folder.glob(f"*/{BASE_METRICS}"), None)
+        if held is not None and not (folder / BASE_METRICS).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(held, folder / _BASE_METRICS)
+            shutil.copyfile(held, folder / BASE_METRICS)
 
     def _recorder(self, trial: Trial) -> Callable[[events.Event], None]:
         """A listener that keeps the run's curve."""

@@ -7,8 +7,7 @@ from typing import Any
 
 from onebase_adapters.training import events
 from onebase_adapters.training.events import Gate, Listen
-from onebase_adapters.training.plan import Job
-from onebase_adapters.training.run import prepare
+from onebase_adapters.training.run import Job, prepare
 
 
 def check(job: Job, listen: Listen, gate: Gate, rate: float | None = None) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import errno
 import torch
 
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.plan import DoesNotFitError
 from onebase_adapters.training.recipe import RecipeError
+from onebase_adapters.training.run import DoesNotFitError
 from onebase_engine.base.attach import AttachError
 from onebase_engine.base.load import BaseChangedError
 from onebase_engine.machine import is_out_of_memory

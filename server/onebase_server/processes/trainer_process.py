@@ -14,11 +14,10 @@ from typing import cast
 
 import torch
 
+from onebase_adapters.training.estimate import measured_rate
 from onebase_adapters.training.events import AnyEvent, Event, Interrupted
-from onebase_adapters.training.machine import measured_rate
-from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import parse_recipe
-from onebase_adapters.training.run import train
+from onebase_adapters.training.run import Job, train
 from onebase_engine.base.attach import attach
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.processes.engine_process import base_settings

@@ -18,13 +18,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.training.cli.common import (
+from onebase_adapters.training.cli.options import (
     UsageError,
     add_recipe_options,
     print_error,
+    printable,
     recipe_from,
 )
-from onebase_adapters.training.cli.printable import printable
 from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
@@ -114,8 +114,8 @@ def _load(
     problems: list[dict[str, Any]],
 ) -> None:
     """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
+    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.data.reader import load_dataset
-    from onebase_adapters.training.data.records import DataError
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
     try:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from onebase_adapters.training import events
-from onebase_adapters.training.cli.common import (
+from onebase_adapters.training.cli.options import (
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -26,14 +26,14 @@ from onebase_adapters.training.cli.common import (
     quiet_libraries,
     recipe_file,
     recipe_from,
+    shown,
     size,
 )
-from onebase_adapters.training.cli.printable import shown
 from onebase_engine.base.default_base import BaseFetchError
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.plan import Job
     from onebase_adapters.training.recipe import Recipe
+    from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
@@ -130,7 +130,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options, given)
     quiet_libraries()
     from onebase_adapters.training.machine import free_memory
-    from onebase_adapters.training.plan import Job
+    from onebase_adapters.training.run import Job
     from onebase_engine.machine import keep_freed_memory
 
     try:
@@ -171,8 +171,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
-    from onebase_adapters.training.cli.ctrl_c import CtrlC
-    from onebase_adapters.training.data.records import DataError
+    from onebase_adapters.training.cli.options import CtrlC
+    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep

@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from onebase_adapters.format.strict_json import parse_json
-from onebase_adapters.training.data.conversation import Chat, Text
-from onebase_adapters.training.data.dataset import Sample
-from onebase_adapters.training.data.records import RowError
+from onebase_adapters.training.data.dataset import Chat, RowError, Sample, Text
 from onebase_adapters.training.recipe import Recipe, TooLong
 
 _ASKS_FOR_IT = "strftime_now"
