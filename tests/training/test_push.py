@@ -152,7 +152,7 @@ def test_the_adapter_arrives_whole_with_its_card_and_nothing_else(hub: Uploads, 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_may_not_write_is_named(hub: Uploads, tmp_path: Path, status: int) -> None:
     hub.status = status
-    assert "use a token that may" in push(hub, tmp_path / "adapter")
+    assert "use a token with write access" in push(hub, tmp_path / "adapter")
 
 
 def test_a_wrong_name_is_refused_before_anything_is_sent(hub: Uploads, tmp_path: Path) -> None:

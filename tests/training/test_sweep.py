@@ -418,7 +418,7 @@ def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_pa
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 130, rest
-    assert "goes on where it was" in rest
+    assert "continues where it was" in rest
     assert list(out.glob("*/checkpoints/step-*"))
 
 

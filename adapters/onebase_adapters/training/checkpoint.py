@@ -36,8 +36,8 @@ class CheckpointError(Exception):
     def other_run(cls, folder: Path) -> CheckpointError:
         """The folder holds the results of another run."""
         return cls(
-            f"{folder} holds a run with another recipe, other data or another base: go on with the same "
-            "ones, choose another folder, or remove this one"
+            f"{folder} holds a run with another recipe, other data or another base: continue with the "
+            "same ones, choose another folder, or remove this one"
         )
 
 
@@ -120,7 +120,9 @@ class Checkpoints:
         try:
             state = RunState(**json.loads((path / _STATE).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({error}): remove it to continue from the one before"
+            ) from error
         if state.identity != identity:
             raise CheckpointError.other_run(self.folder.parent)
         state.losses = [(step, loss) for step, loss in state.losses]
@@ -134,7 +136,9 @@ class Checkpoints:
             optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
             return load_file(path / _ADAPTER), optimizer
         except Exception as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({error}): remove it to continue from the one before"
+            ) from error
 
 
 def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:

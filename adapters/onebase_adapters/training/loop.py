@@ -88,7 +88,7 @@ class Trainer:
         self._seconds = 0.0
 
     def resume(self) -> int:
-        """Go on from the last checkpoint, if there is one; returns the steps done. Raises CheckpointError."""
+        """Continue from the last checkpoint, if any; returns the steps done. Raises CheckpointError."""
         state = self._checkpoints.latest(self.state.identity)
         if state is not None:
             adapter, optimizer = self._checkpoints.tensors(state.step)
@@ -100,7 +100,7 @@ class Trainer:
     def run(self, until: int | None = None) -> RunState:
         """Train to the end, early stopping included, and leave the best adapter in the model.
 
-        until: stop after this step, if it comes before the end, with a checkpoint to go on from.
+        until: stop after this step, if it comes before the end, with a checkpoint to continue from.
 
         Raises:
             TrainingDivergedError: the last checkpoint is from before it.

@@ -68,7 +68,7 @@ class Job:
     """What to train, on what, and where to.
 
     train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: what
-    the two are called, where their paths do not say it. folder: the run's own; a run that is in it goes on.
+    the two are called, where their paths do not say it. folder: the run's own; a run that is in it continues.
     base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may
     take. base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
     """
@@ -131,10 +131,10 @@ def train(
 
     Raises:
         DataError: a file has bad lines. RecipeError: a setting cannot be used on this base.
-        DoesNotFitError: too little memory; nothing was begun.
+        DoesNotFitError: too little memory; nothing was started.
         TrainingDivergedError: a loss was not finite.
         CheckpointError: the folder holds another run, or a damaged one.
-        Interrupted: as the gate says; after a pause the same call goes on.
+        Interrupted: as the gate says; after a pause the same call continues the run.
         BaseChangedError: something wrote to the base. OSError: the disk is full, for instance.
     """
     processes = processes or ProcessGroup()
@@ -201,7 +201,7 @@ def prepare(
 
 
 class PlannedRun:
-    """A run that goes on from the last checkpoint in its folder, if there is one. Raises as `train`."""
+    """A run, continued from the last checkpoint in its folder if there is one. Raises as `train`."""
 
     def __init__(
         self,
@@ -456,7 +456,7 @@ def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | N
 
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
-    """The recipe with all decided but for what depends on memory. `config`: the base's."""
+    """The recipe with all decided except what depends on memory. `config`: the base's."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
 
@@ -465,8 +465,8 @@ def identity_of(job: Job, data: Data) -> str:
     """SHA-256 of recipe, data and base, by which a folder knows its run."""
     settings = {"quantization": job.base.quantization, "dtype": str(job.base.dtype)}
     held_out = data.held_out.digest if data.held_out is not None else ""
-    # Only what was asked for: a setting that a later release adds makes no other run of it.
-    # How much is computed at once may change when a run goes on that needed too much memory.
+    # Only what was asked for: a setting that a later release adds must not make it another run.
+    # How much is computed at once may change: a run that needed too much memory continues with less.
     defaults = Recipe().to_json()
     asked = {
         name: value
@@ -478,7 +478,7 @@ def identity_of(job: Job, data: Data) -> str:
 
 
 def _read(job: Job, identity: str) -> Recipe | None:
-    """What was decided when the run in the folder began, with what is asked for now as to memory."""
+    """What was decided when the run in the folder began, with the memory settings that are asked for now."""
     path = job.folder / _PLAN
     if not path.exists():
         return None
@@ -513,7 +513,7 @@ def with_template_date(job: Job, tokenizer: Any) -> Job:
 
 
 def keep_template_date(job: Job) -> None:
-    """The run begins: on another day it goes on with this one's date. Raises OSError."""
+    """Keep the day on which the run begins: it continues with this date on another day. Raises OSError."""
     path = job.folder / _DATE
     if job.recipe.template_date != "auto" and not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)

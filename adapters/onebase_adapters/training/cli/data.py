@@ -169,7 +169,7 @@ def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: 
         out.print(said.append(_on_one_line(problem["reason"])))
     word = "problem" if len(problems) == 1 else "problems"
     sys.stdout.flush()
-    console.print(f"[bold red]{len(problems):,} {word}[/]: nothing would be trained until they are gone")
+    console.print(f"[bold red]{len(problems):,} {word}[/]: correct them before you train")
 
 
 def _on_one_line(text: str) -> str:
@@ -257,7 +257,7 @@ def _warnings(report: DataReport) -> Iterable[str]:
         return f"{word if len(rows) == 1 else f'{word}s'} {shown}{_more(rows)}"
 
     if report.leakage:
-        yield f"{source}: also in the evaluation data, which proves nothing then: {named(report.leakage)}"
+        yield f"{source}: also in the evaluation data, which then proves nothing: {named(report.leakage)}"
     if report.same_prompt:
         yield f"{source}: the same prompt is in the evaluation data: {named(report.same_prompt)}"
     if report.duplicates:

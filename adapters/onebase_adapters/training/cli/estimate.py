@@ -100,13 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
-    data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it: is read")
+    data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it; it is read")
     data.add_argument("--rows", type=positive, metavar="N", help="or: rows of training data, for the time")
     data.add_argument("--row-tokens", type=positive, metavar="N", help="mean length of a row (default: 256)")
     data.add_argument(
         "--longest-row", type=positive, metavar="N", help="longest row, in tokens (default: max_length)"
     )
-    data.add_argument("--gpu", metavar="NAME", help="for a GPU that is not here, as in l4, a100-80 or h100")
+    data.add_argument(
+        "--gpu", metavar="NAME", help="for a GPU that this machine lacks, as in l4, a100-80 or h100"
+    )
     data.add_argument("--memory", type=size, metavar="SIZE", help="memory that a run may take, as in 20GB")
     data.add_argument(
         "--resident", action="store_true", help="as a job on a server, whose base is in memory already"
@@ -223,7 +225,7 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
         console.print(f"\n[bold red]It does not fit:[/] {made.advice}.", highlight=False)
     console.print(
         "\n[dim]Measured peaks were within a quarter of the estimate for the default base on a CPU. "
-        "The time is rough: the first steps of a run tell better."
+        "The time is rough: the first steps of a run show it better."
     )
 
 

@@ -85,7 +85,7 @@ def check_adapter_name(name: str) -> None:
 
 
 def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:
-    """The base's folder, downloaded if need be. Raises UsageError, BaseFetchError."""
+    """The base's folder; downloads it if it is not here. Raises UsageError, BaseFetchError."""
     try:
         return resolve_base(options.base, progress)
     except BaseSpecError as error:
@@ -157,8 +157,8 @@ def recipe_file(path: Path | None) -> dict[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep advice of the libraries to programmers off the terminal of who trains."""
-    # Two processes on the same cores, as a server beside a run, would else spin while they wait.
+    """Keep the libraries' advice to programmers off the terminal."""
+    # Processes that share cores, such as a server and a run, would otherwise spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -178,7 +178,7 @@ def size(text: str) -> int:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as in 20GB or 512MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it as in 20GB or 512MiB")
     return int(value * units[unit])
 
 
@@ -284,7 +284,7 @@ _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline: they steer the terminal
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of writing
     r"\u2028\u2029\ufff9-\ufffb\U000e0000-\U000e007f"  # line separators, annotations and invisible tags
-    r"\ud800-\udfff]"  # halves of surrogate pairs: bytes of a name that are no UTF-8
+    r"\ud800-\udfff]"  # halves of surrogate pairs: bytes of a name that are not UTF-8
 )
 
 

@@ -46,7 +46,7 @@ Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a
 
   onebase train --data train.jsonl --name acme
 
-A run that was stopped goes on where it was: give the same command again. Several GPUs:
+A stopped run continues where it was: give the same command again. Several GPUs:
 accelerate launch -m onebase_adapters.training.cli.train --data train.jsonl --name acme
 """
 _STOPPED, _FAILED, _USAGE = 130, 1, 2
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         print_error(console, str(error))
         return _FAILED
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from the last checkpoint.")
+        console.print("Stopped. The same command continues from the last checkpoint.")
         return _STOPPED
 
 
@@ -90,13 +90,13 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
     parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it"
+        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
     )
     parser.add_argument(
         "--memory-limit",
         type=size,
         metavar="SIZE",
-        help="most memory to take, as in 8GB (default: what is free)",
+        help="most memory to use, as in 8GB (default: what is free)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
     parser.add_argument(
@@ -150,7 +150,7 @@ def _check_names(options: argparse.Namespace) -> None:
     """Before hours of training. Raises UsageError."""
     check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
-        raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
+        raise UsageError(f"--push: {options.push!r} is not the name of a repository: write ORG/REPO")
 
 
 def _job(
@@ -199,7 +199,7 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
     from onebase_engine.base.load import UnsupportedBaseError, load_base
     from onebase_engine.machine import is_out_of_memory
 
-    told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
+    expected = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:
         with (
             open_curves(writers if processes.first else (), job) as write,
@@ -213,7 +213,7 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
                 display.show(event)
 
             return train(base, job, listen, gate, processes)
-    except (*told, TrainingDivergedError, OSError) as error:
+    except (*expected, TrainingDivergedError, OSError) as error:
         display.failed(str(error))
     except OtherProcessError:
         pass
@@ -223,8 +223,8 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
         if not is_out_of_memory(error):
             raise
         display.failed(
-            "there is not enough memory. Give --gradient-checkpointing true or a lower --micro-tokens to go "
-            "on from the last checkpoint, or begin anew with a lower --max-length or --r"
+            "there is not enough memory. Give --gradient-checkpointing true or a lower --micro-tokens "
+            "to continue from the last checkpoint, or start over with a lower --max-length or --r"
         )
     return None
 
@@ -234,7 +234,7 @@ def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
         with console.status(f"pushing to {repo}"):
             url = push(folder / "adapter", repo, private=private)
     except PushError as error:
-        print_error(console, f"{error}\nThe adapter itself is whole, in {folder / 'adapter'}.")
+        print_error(console, f"{error}\nThe adapter itself is complete, in {folder / 'adapter'}.")
         return _FAILED
     console.print(f"Pushed to {url}")
     return 0
@@ -249,13 +249,13 @@ _PHASES = {
 _WORTH_KNOWING = {
     "truncated": "rows cut at max_length",
     "dropped": "rows dropped as too long",
-    "duplicates": "rows that say what another one says",
+    "duplicates": "rows that repeat another row",
     "leakage": "rows that are also held out: the held-out loss will look too good",
 }
 
 
 class Display:
-    """Shows events. `quiet`: for processes beside the first, which show nothing."""
+    """Shows events. `quiet`: show nothing but failures, in all processes but the first."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = Console(quiet=True) if quiet else console
@@ -283,7 +283,7 @@ class Display:
         self._progress.stop()
 
     def loading(self, message: str, part: float) -> None:
-        """Before the run: what is being fetched or loaded."""
+        """Before the run: what is fetched or loaded."""
         self._update(message, None, None)
 
     def show(self, event: events.Event) -> None:
@@ -307,7 +307,7 @@ class Display:
         print_error(self._failures, message)
 
     def finished(self, report: Report, folder: Path) -> None:
-        """The table of what came of it, and what to do next."""
+        """The table of results, and what to do next."""
         from onebase_adapters.training.checkpoint import sparkline
 
         self._progress.stop()
@@ -322,7 +322,7 @@ class Display:
         self._console.print(
             f"\nThe adapter is in [bold]{path}[/]. Serve it:\n"
             f"  onebase serve --adapter {name}={path}\n"
-            "or bring it to a server that runs:\n"
+            "or push it to a running server:\n"
             f"  onebase adapters push {path} --name {name} --activate\n",
             highlight=False,
             soft_wrap=True,
@@ -342,9 +342,9 @@ class Display:
                 self._warn_of(found["counts"])
 
     def _warn_of(self, counts: dict[str, int]) -> None:
-        told = [f"{counts[name]:,} {words}" for name, words in _WORTH_KNOWING.items() if counts.get(name)]
-        if told:
-            self._say(f"[yellow]{'; '.join(told)}[/] (`onebase data check` shows which)")
+        found = [f"{counts[name]:,} {words}" for name, words in _WORTH_KNOWING.items() if counts.get(name)]
+        if found:
+            self._say(f"[yellow]{'; '.join(found)}[/] (`onebase data check` shows which)")
 
     def _planned(self, event: events.Planned) -> None:
         estimate, recipe = event.estimate, event.recipe
@@ -354,7 +354,7 @@ class Display:
             f"learning rate {recipe['learning_rate']:g}"
         )
         if event.first_step:
-            self._say(f"going on after step {event.first_step}")
+            self._say(f"continuing after step {event.first_step}")
 
     def _step_done(self, event: events.StepDone) -> None:
         self._losses.append(event.loss)
@@ -448,7 +448,7 @@ def push(adapter: Path, repo: str, *, private: bool = True) -> str:
     Raises PushError.
     """
     if not is_repo_name(repo):
-        raise PushError(f"{repo!r} is no repository's name: write ORG/REPO")
+        raise PushError(f"{repo!r} is not the name of a repository: write ORG/REPO")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
@@ -464,7 +464,7 @@ def push(adapter: Path, repo: str, *, private: bool = True) -> str:
         status = error.response.status_code
         if status in (401, 403):
             raise PushError(
-                f"the Hub refuses to write {repo} (HTTP {status}): use a token that may"
+                f"the Hub refuses to write {repo} (HTTP {status}): use a token with write access"
             ) from error
         raise PushError(f"the Hub did not take {repo}: {error}") from error
     except (HFValidationError, OSError, ValueError) as error:

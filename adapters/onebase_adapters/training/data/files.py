@@ -131,7 +131,7 @@ Item = Record | Problem
 
 def parse_strict(text: str) -> Any:
     """Plain JSON. Raises RowError for what parsers read differently, or not at all: NaN, numbers
-    beyond a double, a key twice, nesting deeper than MOST_DEPTH, text that is no Unicode."""
+    beyond a double, a key twice, nesting deeper than MOST_DEPTH, text that is not Unicode."""
     value = _parse(text)
     _check_depth(value)
     return value

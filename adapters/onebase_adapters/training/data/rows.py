@@ -102,8 +102,8 @@ class RowFields:
                 continue
             if key == "tools" and self.is_text(key):
                 continue  # a column of that name: tools are a list
-            beside = " and ".join(dict.fromkeys(self._read))
-            raise RowError(key, f"would be lost next to {beside}: {remedy}")
+            others = " and ".join(dict.fromkeys(self._read))
+            raise RowError(key, f"would be lost next to {others}: {remedy}")
 
 
 def _says_the_same(message: Message, system: str) -> bool:
@@ -304,7 +304,7 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Messa
         if one != other:
             break
         count += 1
-    # A conversation that goes on from the other still needs a reply of its own.
+    # A conversation that continues the other still needs a reply of its own.
     return chosen[: min(count, len(chosen) - 1, len(rejected) - 1)]
 
 
