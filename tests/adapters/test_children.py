@@ -10,8 +10,8 @@ import pytest
 
 from onebase_adapters.hub import pull as hub
 from onebase_adapters.hub.reference import HubError
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.data.files import read_file
-from onebase_adapters.training.data.records import DataError
 from onebase_engine.base import default_base
 from onebase_engine.base.default_base import BaseFetchError
 

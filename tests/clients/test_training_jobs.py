@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import json
+import textwrap
 from collections.abc import Callable
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from tests.clients.registry_double import BASE, NOW, RefusalError
@@ -28,7 +33,7 @@ from onebase import (
     TrainingSettings,
 )
 from onebase._core.training import curve_of_events, parse_event
-from onebase_adapters.training.recipe import recipe_fields_by_name
+from onebase_adapters.training.recipe import recipe_fields, recipe_fields_by_name
 
 pytestmark = pytest.mark.usefixtures("slept")
 ROWS = b'{"prompt": "a", "completion": "b"}\n'
@@ -171,8 +176,35 @@ def test_a_job_that_may_have_begun_is_not_begun_again(call: Any, trainer: Traine
 
 
 def test_every_setting_of_a_recipe_has_its_keyword() -> None:
-    others = {"method", "seed"}  # said beside the settings
+    others = {"method", "seed"}  # given next to the settings
     assert set(TrainingSettings.__annotations__) == dict(recipe_fields_by_name()).keys() - others
+
+
+def test_a_setting_is_described_as_its_option_of_the_command_line_is() -> None:
+    settings = ast.parse(textwrap.dedent(inspect.getsource(TrainingSettings))).body[0]
+    assert isinstance(settings, ast.ClassDef)
+    said = {}
+    for field, text in itertools.pairwise(settings.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(text, ast.Expr), field.target.id
+            said[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    assert said == {item.name: _described(item, kind) for item, kind in recipe_fields() if item.name in said}
+    assert said.keys() == TrainingSettings.__annotations__.keys()
+
+
+def _described(item: Field[Any], kind: Any) -> str:
+    """A setting's help text, and what the command line shows as choices and default."""
+    notes = []
+    if get_origin(kind) is Literal:
+        *first, last = [f"`{choice}`" for choice in get_args(kind)]
+        notes.append(f"{', '.join(first)} or {last}")
+    default = ",".join(item.default) if isinstance(item.default, tuple) else item.default
+    if default is not MISSING and default not in ("auto", ""):
+        shown = default if isinstance(default, str) else json.dumps(default).removesuffix(".0")
+        notes.append(f"default: {shown}")
+    text: str = item.metadata["help"]
+    more = f" ({'; '.join(notes)})" if notes else ""
+    return f"{text[0].upper()}{text[1:]}{more}."
 
 
 # ---- finding them ------------------------------------------------------------------------------------

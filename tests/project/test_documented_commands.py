@@ -288,4 +288,4 @@ def test_through_a_pipe_no_line_is_empty_and_none_is_broken(folder: Path) -> Non
     assert Path(line).is_dir()
     last = shell("unset COLUMNS; onebase estimate --gpu l4", folder, environment).splitlines()[-1]
     assert last.startswith("Measured peaks were")
-    assert last.endswith("tell better.")
+    assert last.endswith("show it better.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onebase_adapters.training.data.records import DataError, Problem
+from onebase_adapters.training.data.dataset import DataError, Problem
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError
 from onebase_server.processes.trainer import failure_of, memory_limit

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from onebase_adapters.training.data.dataset import Dataset, Sample
+from onebase_adapters.training.data.dataset import DataError, Dataset, RowError, Sample
 from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.records import DataError, RowError
 from onebase_adapters.training.data.rows import parse_row
 from onebase_adapters.training.recipe import Recipe, parse_recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base

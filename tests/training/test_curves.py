@@ -15,11 +15,11 @@ from rich.console import Console
 from tests.training.runs import finished_report, start_at_a_terminal, write_chats
 
 from onebase_adapters.training import events
-from onebase_adapters.training.cli.progress import Display
+from onebase_adapters.training.checkpoint import sparkline
+from onebase_adapters.training.cli.train import Display
 from onebase_adapters.training.curves import open_curves
-from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.result import sparkline
+from onebase_adapters.training.run import Job
 from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ def test_the_command_trains_resumes_and_says_what_to_do_next(talking_folder: Pat
     assert (out / "tensorboard").is_dir()
     again = command(*arguments)
     assert again.returncode == 0
-    assert "going on after step 3" in again.stderr
+    assert "continuing after step 3" in again.stderr
     other = command(*arguments, "--r", "8")
     assert other.returncode == 1
     assert "another recipe" in other.stderr
@@ -168,7 +168,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 130, rest
-    assert "goes on from the last checkpoint" in " ".join(rest.split())
+    assert "continues from the last checkpoint" in " ".join(rest.split())
     assert list((out / "checkpoints").glob("step-*"))
 
 
@@ -178,13 +178,13 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
         (["--r", "0"], "--r: r is 0: the lowest value is 1"),
         (["--init", "pissa"], "choose from"),
         (["--metric", "regex:.*"], "is not a metric"),
-        (["--memory-limit", "lots"], "is no size: write it as in 20GB"),
+        (["--memory-limit", "lots"], "is not a size: write it as in 20GB"),
         (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
         (["--recipe", "missing.json"], "cannot be read"),
         (["--threads", "-1"], "is not a whole number above 0"),
         (["--name", "a[/b]"], "cannot be an adapter's name"),
         (["--name", "../x"], "cannot be an adapter's name"),
-        (["--push", "nobody"], "no repository's name"),
+        (["--push", "nobody"], "is not the name of a repository"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str, tmp_path: Path) -> None:

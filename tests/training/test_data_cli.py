@@ -14,7 +14,7 @@ import pytest
 from tests.training.data_support import chat, write_rows
 
 from onebase_adapters.training.cli.data import main
-from onebase_adapters.training.cli.printable import printable
+from onebase_adapters.training.cli.options import printable
 
 
 def test_sound_data_is_reported_with_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

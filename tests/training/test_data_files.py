@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.training.data_support import base_tokenizer, chat, learned, problems, recipe, written
 
-from onebase_adapters.training.data import files, records
+from onebase_adapters.training.data import files
+from onebase_adapters.training.data.dataset import DataError, Problem
 from onebase_adapters.training.data.files import read_file
 from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.records import DataError, Problem
 
 GOOD = b'{"prompt": "q", "completion": " a"}'
 
@@ -160,7 +160,7 @@ def test_any_bytes_give_records_or_problems_and_nothing_else(
     with contextlib.suppress(DataError):
         for item in read_file(path):
             assert 1 <= item.line <= lines
-            assert isinstance(item, Problem | records.Record)
+            assert isinstance(item, Problem | files.Record)
 
 
 def test_progress_grows_to_1_and_may_end_the_reading(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tests.hub_standin import HubStandIn
 
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.data.hub import DatasetId, choose, parse_dataset_id
-from onebase_adapters.training.data.records import DataError
 from onebase_engine.base.default_base import default_cache
 
 SFT = "train_sft-00000-of-00001-b42a775f407cee45.parquet"
@@ -23,7 +23,7 @@ _FETCH = """
 import json, sys
 from onebase_adapters.training.data.files import read_file
 from onebase_engine.base.default_base import default_cache
-from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.data.hub import fetch, parse_dataset_id
 try:
     paths = fetch(parse_dataset_id(sys.argv[1]), sys.argv[2])

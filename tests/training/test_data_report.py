@@ -145,7 +145,7 @@ def test_rows_that_are_in_the_evaluation_data_are_told_and_those_that_only_ask_t
     assert made.leakage == [1, 4]
     assert made.same_prompt == [2]
     shown = printed(made)
-    assert "train.jsonl: also in the evaluation data, which proves nothing then: lines 1, 4" in shown
+    assert "train.jsonl: also in the evaluation data, which then proves nothing: lines 1, 4" in shown
     assert "the same prompt is in the evaluation data: line 2" in shown
 
 

@@ -33,10 +33,9 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_adapters.training.data.conversation import Chat, Choice, Text
-from onebase_adapters.training.data.dataset import Preference
+from onebase_adapters.training.data.dataset import Chat, Choice, DataError, Preference, Text
+from onebase_adapters.training.data.files import Record, json_array
 from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.records import DataError, Record, json_array
 from onebase_adapters.training.data.rows import parse_row
 
 

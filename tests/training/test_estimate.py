@@ -19,16 +19,13 @@ from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from onebase_adapters.training import machine
-from onebase_adapters.training.base_config import find_config
 from onebase_adapters.training.batches import MicroBatch
-from onebase_adapters.training.cli.estimate import duration, main
+from onebase_adapters.training.cli.estimate import duration, find_config, main, this_machine
 from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.estimate import Estimate, estimate
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve
-from onebase_adapters.training.targets import resolve_targets
-from onebase_adapters.training.trainable import Trainable
+from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
 from onebase_engine.base.load import BaseSettings, base_tensors, load_base
 from onebase_engine.base.load import estimate_memory as base_memory
@@ -147,7 +144,7 @@ def kept_by_autograd(base: Any, settings: Recipe, tokens: int) -> int:
 )
 def test_activations_and_logits_are_what_autograd_keeps(base: Any, settings: dict[str, Any]) -> None:
     from onebase_adapters.training.estimate import activations_of, ranks_of
-    from onebase_adapters.training.targets import target_layers
+    from onebase_adapters.training.trainable import target_layers
 
     tokens = 512
     wanted = recipe(**{"gradient_checkpointing": False, **settings})
@@ -274,20 +271,10 @@ def test_a_target_that_the_base_lacks_is_refused() -> None:
 
 
 def test_the_rate_of_this_machine_is_measured() -> None:
-    measured = machine.this_machine(torch.device("cpu"), torch.bfloat16)
+    measured = this_machine(torch.device("cpu"), torch.bfloat16)
     assert 1e6 < measured.rate < 1e15
     assert 0 < measured.memory < 1 << 62
-    assert machine.this_machine(torch.device("cpu"), torch.bfloat16, 5).memory == 5
-
-
-def test_the_memory_of_a_container_counts_its_page_cache_as_free(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 300\nactive_file 150\ninactive_file 250\n")
-    assert machine._container_free(tmp_path) == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine._container_free(tmp_path) == 1 << 62
-    assert machine._container_free(tmp_path / "none") == 1 << 62
+    assert this_machine(torch.device("cpu"), torch.bfloat16, 5).memory == 5
 
 
 def test_a_config_is_found_in_a_folder_or_as_a_file_without_any_weights(tmp_path: Path) -> None:
@@ -394,7 +381,7 @@ def test_the_time_is_that_of_the_steps_that_are_made(
 def test_the_default_base_is_asked_for_its_tokenizer_on_the_hub_if_it_is_not_here(tmp_path: Path) -> None:
     folder = fetch_default_base()
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
-    code = "import sys; from onebase_adapters.training.base_config import find_tokenizer as find; "
+    code = "import sys; from onebase_adapters.training.cli.estimate import find_tokenizer as find; "
     code += "print(len(find(sys.argv[1])))"
     with HubStandIn() as hub:
         hub.add_repo(DEFAULT_REPO, files)

@@ -13,8 +13,8 @@ from tests.training.runs import recipe_for, samples, tiny_base, trainer
 
 from onebase_adapters.proof.loader import load_adapter
 from onebase_adapters.training.batches import pack
+from onebase_adapters.training.checkpoint import write_adapter
 from onebase_adapters.training.recipe import RecipeError
-from onebase_adapters.training.result import write_adapter
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.lora.rows import RowMap, StepRows, Term, Tile

@@ -18,13 +18,12 @@ from torch import nn
 
 from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.batches import pack, step_rows
-from onebase_adapters.training.checkpoint import Checkpoints
+from onebase_adapters.training.checkpoint import Checkpoints, write_adapter
 from onebase_adapters.training.data.dataset import Dataset, Sample
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.loop import Trainer
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.recipe import Recipe, resolve
-from onebase_adapters.training.result import write_adapter
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.attach import attach, publish
 from onebase_engine.base.default_base import fetch_default_base

@@ -126,7 +126,8 @@ def push(hub: Uploads, folder: Path, repo: str = "acme/colours", token: str = "h
         "HF_TOKEN": token,
     }
     script = (
-        "import sys; from pathlib import Path; from onebase_adapters.training.push import PushError, push\n"
+        "import sys; from pathlib import Path\n"
+        "from onebase_adapters.training.cli.train import PushError, push\n"
         "try: print(push(Path(sys.argv[1]), sys.argv[2]))\n"
         "except PushError as error: print('error:', error)"
     )
@@ -151,7 +152,7 @@ def test_the_adapter_arrives_whole_with_its_card_and_nothing_else(hub: Uploads, 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_may_not_write_is_named(hub: Uploads, tmp_path: Path, status: int) -> None:
     hub.status = status
-    assert "use a token that may" in push(hub, tmp_path / "adapter")
+    assert "use a token with write access" in push(hub, tmp_path / "adapter")
 
 
 def test_a_wrong_name_is_refused_before_anything_is_sent(hub: Uploads, tmp_path: Path) -> None:

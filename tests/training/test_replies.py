@@ -19,8 +19,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from onebase_adapters.proof.extract import extract
+from onebase_adapters.training.checkpoint import write_adapter
 from onebase_adapters.training.replies import generate_replies, stop_ids
-from onebase_adapters.training.result import write_adapter
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.engine import Engine

@@ -14,13 +14,11 @@ from safetensors.torch import load_file, save_file
 from tests.training.runs import write_chats
 
 from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.checkpoint import CheckpointError, Report
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.plan import DoesNotFitError, Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.result import Report
-from onebase_adapters.training.run import train
+from onebase_adapters.training.run import DoesNotFitError, Job, train
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 

@@ -27,8 +27,8 @@ from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.cli.sweep import main
 from onebase_adapters.training.events import Interrupted, OpenGate
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
+from onebase_adapters.training.run import Job
 from onebase_adapters.training.sweep import Grid, Trial
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 from onebase_engine.base.load import BaseSettings, fingerprint
@@ -418,7 +418,7 @@ def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_pa
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 130, rest
-    assert "goes on where it was" in rest
+    assert "continues where it was" in rest
     assert list(out.glob("*/checkpoints/step-*"))
 
 

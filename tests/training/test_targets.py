@@ -14,7 +14,7 @@ from tests.tiny import save_base
 from torch import nn
 
 from onebase_adapters.training.recipe import RecipeError
-from onebase_adapters.training.targets import resolve_targets, target_layers
+from onebase_adapters.training.trainable import resolve_targets, target_layers
 from onebase_engine.base.load import BaseSettings, load_base
 
 SIZES = {

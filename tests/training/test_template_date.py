@@ -14,15 +14,14 @@ import pytest
 from tests.training.data_support import base_tokenizer, chat, only, recipe, whole, write_rows
 from tests.training.runs import write_chats
 
-from onebase_adapters.training import events, plan
+from onebase_adapters.training import events, run
 from onebase_adapters.training.checkpoint import CheckpointError
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.records import DataError
 from onebase_adapters.training.data.tokens import dated_tokenizer
 from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.plan import Job
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_adapters.training.run import train
+from onebase_adapters.training.run import Job, train
 from onebase_adapters.training.sweep import Grid, Trial, sweep
 from onebase_engine.base.load import BaseSettings, load_base
 
@@ -68,7 +67,7 @@ def tomorrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def today(cls) -> date:
             return date.today() + timedelta(days=1)
 
-    return lambda: monkeypatch.setattr(plan, "date", Tomorrow)
+    return lambda: monkeypatch.setattr(run, "date", Tomorrow)
 
 
 def test_the_day_of_the_recipe_is_what_the_template_prints(tmp_path: Path) -> None:

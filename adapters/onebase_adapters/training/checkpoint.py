@@ -1,9 +1,4 @@
-"""Where a run can go on from: the adapter, the optimizer's state and the place in the data.
-
-A run's folder has `checkpoints/step-00000120/` for the last few steps and `checkpoints/best-00000100/`. A
-checkpoint appears whole or not at all: it is written under another name, synced, then renamed. What is random
-in a run follows from its seed and the step's number, so only the number has to be kept.
-"""
+"""What a run writes: checkpoints to continue from, and in the end the adapter as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -11,8 +6,10 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.store.atomic_files import atomic_directory
+from onebase_adapters.training.recipe import Recipe, recipe_fields
+from onebase_engine.base.load import Quantization
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 _STEP = re.compile(r"step-(\d{8})")
@@ -37,8 +36,8 @@ class CheckpointError(Exception):
     def other_run(cls, folder: Path) -> CheckpointError:
         """The folder holds the results of another run."""
         return cls(
-            f"{folder} holds a run with another recipe, other data or another base: go on with the same "
-            "ones, choose another folder, or remove this one"
+            f"{folder} holds a run with another recipe, other data or another base: continue with the "
+            "same ones, choose another folder, or remove this one"
         )
 
 
@@ -72,7 +71,7 @@ class Checkpoints:
         """Write the state after `state.step` steps and drop the oldest. Raises OSError."""
         target = self.folder / f"step-{state.step:08d}"
         with atomic_directory(target) as work:
-            save_file(_plain(adapter), work / _ADAPTER)
+            save_file(_on_cpu(adapter), work / _ADAPTER)
             _save_optimizer(optimizer, work / _OPTIMIZER)
             (work / _STATE).write_text(json.dumps(asdict(state)))
         for old in self.steps()[: -self._keep]:
@@ -88,7 +87,7 @@ class Checkpoints:
     def save_best(self, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
         """Save an adapter as the best one; the previous one stays until the next `save`. Raises OSError."""
         with atomic_directory(self._best(step)) as work:
-            save_file(_plain(adapter), work / _ADAPTER)
+            save_file(_on_cpu(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
         """The adapter that was saved as the best after a step. Raises CheckpointError."""
@@ -121,7 +120,9 @@ class Checkpoints:
         try:
             state = RunState(**json.loads((path / _STATE).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({error}): remove it to continue from the one before"
+            ) from error
         if state.identity != identity:
             raise CheckpointError.other_run(self.folder.parent)
         state.losses = [(step, loss) for step, loss in state.losses]
@@ -135,7 +136,9 @@ class Checkpoints:
             optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
             return load_file(path / _ADAPTER), optimizer
         except Exception as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on before it") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({error}): remove it to continue from the one before"
+            ) from error
 
 
 def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
@@ -159,5 +162,236 @@ def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
         raise
 
 
-def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair).
+
+    better: whether the adapter is better than the base by the recipe's `best_by`; None if not measured.
+    metrics_before, metrics_after: base and adapter on the same prompts, each from 0 to 1.
+    losses, held_out: (step, loss).
+    """
+
+    name: str
+    base: str
+    quantization: Quantization
+    steps: int
+    best_step: int
+    tokens: int
+    seconds: float
+    parameters: int
+    adapter_bytes: int
+    loss_before: float | None
+    loss_after: float | None
+    metrics_before: dict[str, float]
+    metrics_after: dict[str, float]
+    better: bool | None
+    losses: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+    recipe: dict[str, Any]
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def is_better(
+    recipe: Recipe,
+    loss: tuple[float | None, float | None],
+    before: dict[str, float],
+    after: dict[str, float],
+) -> bool | None:
+    """By the recipe's `best_by`: a lower held-out loss, or a higher metric. None if it was not measured.
+
+    Args:
+        loss: of the base and of the adapter.
+    """
+    if recipe.best_by == "loss":
+        return None if loss[0] is None or loss[1] is None else loss[1] < loss[0]
+    name = recipe.best_by
+    return after[name] > before[name] if name in before and name in after else None
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_adapter(
+    model: Any,
+    folder: Path,
+    *,
+    base: str,
+    commit: str | None,
+    card: Callable[[int], str],
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Write what `PeftModel.from_pretrained` loads; returns the bytes of the tensors' file.
+
+    The folder appears whole. Base weights are never in it, also when `lm_head` is a target.
+
+    Args:
+        model: a PeftModel with one adapter in fp32.
+        base: what goes into the config as the base's name. commit: of the base, if it has one.
+        card: returns the text of README.md, given the bytes of the tensors' file.
+        dtype: of the tensors in the file; whatever it is, they are loaded as fp32 again.
+    """
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = base
+    config.revision = commit
+    if isinstance(config.target_modules, set):
+        # Each process writes a set in another order: the same adapter would have another digest.
+        config.target_modules = sorted(config.target_modules)
+    with atomic_directory(folder) as work:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model.save_pretrained(work, save_embedding_layers=False)
+        tensors = load_file(work / WEIGHTS)
+        _check(tensors)
+        if dtype != torch.float32:
+            halved = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            save_file(halved, work / WEIGHTS, metadata={"format": "pt"})
+        # safetensors writes files that only their owner may read.
+        (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
+        (work / "README.md").write_text(card((work / WEIGHTS).stat().st_size), encoding="utf-8")
+    return (folder / WEIGHTS).stat().st_size
+
+
+def _check(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of the trained adapter is not finite")
+
+
+_TRAINED_IN = {"nf4": "  # trained on it in 4-bit (NF4)", "int8": "  # trained on it in int8", "none": ""}
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def model_card(report: Report, *, repo: str | None, commit: str | None, data: Sequence[DataLine]) -> str:
+    """Markdown with the Hub's metadata on top.
+
+    Args:
+        repo: the base's name on the Hub, None if it is a folder. commit: of the base.
+        data: what was trained on and evaluated with.
+    """
+    parts = [
+        _metadata(report, repo),
+        f"# {_heading(report.name)}",
+        f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase.",
+        _results(report),
+        _curve(report),
+        _data(data),
+        _settings(report),
+        _use(report, repo),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+class DataLine:
+    """One file: name, rows, tokens, supervised tokens, SHA-256 of what was trained on."""
+
+    def __init__(self, part: str, name: str, rows: int, tokens: int, targets: int, digest: str) -> None:
+        amounts = [f"{amount:,}" for amount in (rows, tokens, targets)]
+        self.cells = [part, f"`{_plain(name)}`", *amounts, f"`{digest[:12]}`"]
+
+
+def _metadata(report: Report, repo: str | None) -> str:
+    base = [f"base_model: {json.dumps(repo)}"] if repo else []
+    tags = "lora, qlora, onebase" if report.quantization == "nf4" else "lora, onebase"
+    lines = ["library_name: peft", *base, "pipeline_tag: text-generation", f"tags: [{tags}]"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base(report: Report, repo: str | None, commit: str | None) -> str:
+    name = f"[{repo}](https://huggingface.co/{repo})" if repo else f"`{_plain(report.base)}`"
+    return f"{name} at commit `{commit}`" if commit else name
+
+
+def _results(report: Report) -> str:
+    rows = []
+    if report.loss_before is not None and report.loss_after is not None:
+        rows.append(["held-out loss", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}"])
+    for name in report.metrics_after:
+        before = report.metrics_before.get(name)
+        shown = "" if before is None else f"{before:.1%}"
+        rows.append([f"`{_plain(name)}`", shown, f"{report.metrics_after[name]:.1%}"])
+    if not rows:
+        return "## Results\n\nNothing was held out, so nothing was measured."
+    return "## Results\n\n" + _table(["", "base", "adapter"], rows)
+
+
+def _curve(report: Report) -> str:
+    losses = [loss for _, loss in report.losses]
+    if not losses:
+        return ""
+    held_out = ", ".join(f"{loss:.4f} after {step}" for step, loss in report.held_out)
+    lines = [f"Training loss, {losses[0]:.4f} to {losses[-1]:.4f}: `{sparkline(losses)}`"]
+    if held_out:
+        lines.append(f"Held-out loss by steps: {held_out}.")
+    lines.append(
+        f"{report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s; the adapter is the one "
+        f"after step {report.best_step}."
+    )
+    return "## Curve\n\n" + "\n\n".join(lines)
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """The means of `width` equal parts, as bars of eight heights."""
+    width = min(width, len(values))
+    cuts = [len(values) * part // width for part in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _data(data: Sequence[DataLine]) -> str:
+    head = ["", "name", "rows", "tokens", "in the loss", "SHA-256 of tokens"]
+    return "## Data\n\n" + _table(head, [line.cells for line in data])
+
+
+def _settings(report: Report) -> str:
+    rows = [
+        [f"`{item.name}`", f"`{_plain(_value(report.recipe[item.name]))}`"]
+        for item, _ in recipe_fields()
+        if item.name in report.recipe and report.recipe[item.name] not in ([], {}, "")
+    ]
+    adapter = f"{report.parameters:,} parameters, {report.adapter_bytes / 1e6:.2f} MB."
+    return f"## Settings\n\n{adapter}\n\n" + _table(["setting", "value"], rows)
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _use(report: Report, repo: str | None) -> str:
+    base = json.dumps(repo or report.base)
+    return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base}){_TRAINED_IN[report.quantization]}
+model = PeftModel.from_pretrained(base, "<this folder or repository>")
+```
+
+```
+onebase serve --base {repo or _plain(report.base)} --adapter {_plain(report.name)}=<this folder>
+```"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _heading(name: str) -> str:
+    """The name as it is, if nothing in it is Markdown or HTML; else as code."""
+    return name if re.fullmatch(r"[\w .-]+", name) else f"`{_plain(name)}`"
+
+
+def _plain(text: str) -> str:
+    """The text without what would end a line or a code span of Markdown."""
+    return " ".join(text.replace("`", "'").split())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onebase_adapters.training import events
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.plan import Job
+    from onebase_adapters.training.run import Job
 
 _INSTALL = "pip install 'onebase[track]' installs it"
 

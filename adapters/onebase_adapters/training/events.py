@@ -1,4 +1,4 @@
-"""What a training run says while it runs, and the gate at which it waits or learns that it must stop.
+"""The events of a training run, and the gate at which it waits or is stopped.
 
 The same events go to a terminal, a file and over a socket.
 """
@@ -37,7 +37,7 @@ class Planned(Event, frozen=True, kw_only=True, tag="planned"):
     estimate: dict[str, Any]
     steps: int
     first_step: int
-    """Steps that an earlier run has done; above 0 when it goes on from a checkpoint."""
+    """Steps that an earlier run has done; above 0 when it continues from a checkpoint."""
 
 
 class StepDone(Event, frozen=True, kw_only=True, tag="step"):
@@ -86,7 +86,7 @@ class Measured(Event, frozen=True, kw_only=True, tag="measured"):
 
 
 class Saved(Event, frozen=True, kw_only=True, tag="saved"):
-    """A checkpoint that a run can go on from. path: its folder's name, in the run's `checkpoints`."""
+    """A checkpoint that a run can continue from. path: its folder's name, in the run's `checkpoints`."""
 
     step: int
     path: str

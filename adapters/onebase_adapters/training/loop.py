@@ -1,12 +1,14 @@
-"""The training loop, from the first step to the last: one readable file."""
+"""The training loop, from the first step to the last, in one process or in several that share the work."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +19,6 @@ from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, R
 from onebase_adapters.training.data.dataset import Dataset, Row
 from onebase_adapters.training.events import Interrupted
 from onebase_adapters.training.objectives import Objective
-from onebase_adapters.training.process_group import ProcessGroup
 from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.machine import peak_memory
@@ -87,7 +88,7 @@ class Trainer:
         self._seconds = 0.0
 
     def resume(self) -> int:
-        """Go on from the last checkpoint, if there is one; returns the steps done. Raises CheckpointError."""
+        """Continue from the last checkpoint, if any; returns the steps done. Raises CheckpointError."""
         state = self._checkpoints.latest(self.state.identity)
         if state is not None:
             adapter, optimizer = self._checkpoints.tensors(state.step)
@@ -99,7 +100,7 @@ class Trainer:
     def run(self, until: int | None = None) -> RunState:
         """Train to the end, early stopping included, and leave the best adapter in the model.
 
-        until: stop after this step, if it comes before the end, with a checkpoint to go on from.
+        until: stop after this step, if it comes before the end, with a checkpoint to continue from.
 
         Raises:
             TrainingDivergedError: the last checkpoint is from before it.
@@ -399,3 +400,78 @@ def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup
         return peak
     part = (step - warmup) / max(1, steps - warmup)
     return peak * (0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1 - part)
+
+
+Item = TypeVar("Item")
+
+
+class OtherProcessError(Exception):
+    """Another process of the run has failed; it reports why."""
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process's place among `count`; alone it is 0 of 1. The first one writes and reports."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's share of `items`, which all processes have in the same order."""
+        return items[self.rank :: self.count]
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+    def all_of(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes."""
+        if self.count == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
+
+    def decide(self, make: Callable[[], Item]) -> Item:
+        """Call `make` in the first process, and return its result in all of them.
+
+        Raises OtherProcessError in the others where it raises in the first.
+        """
+        made: list[Item | None] = [None]
+        try:
+            if self.first:
+                made = [make()]
+        finally:
+            if self.count > 1:
+                torch.distributed.broadcast_object_list(made, src=0)
+        if made[0] is None:
+            raise OtherProcessError("the first process could not begin the run")
+        return made[0]
+
+    def wait(self) -> None:
+        """Return when all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+def join_processes(*, on_cpu: bool = False) -> ProcessGroup:
+    """Join the processes that a launcher started, if there are any. on_cpu: use no GPU."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2:
+        return ProcessGroup()
+    from accelerate import PartialState
+
+    # The first process generates replies and writes while the others wait: longer than the usual ten minutes.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
+    return ProcessGroup(state.process_index, state.num_processes)

@@ -48,7 +48,7 @@ class Preferences:
     """DPO (Rafailov et al. 2023): the reference is the same base with the adapter off, so it costs no memory.
 
     All pairs' references are computed before the first step, packed in the order of the rows: how a pair is
-    packed may move its last bits, and a run that goes on must find the same ones.
+    packed may move its last bits, and a resumed run must find the same ones.
     """
 
     def __init__(self, trainable: Trainable, beta: float) -> None:

@@ -171,14 +171,14 @@ class Recipe:
     targets: tuple[str, ...] = _setting(
         ("all-linear",),
         "lora",
-        "attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
+        "layers to adapt: attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
         "all-linear leaves lm_head out, all-linear,lm_head takes it in",
     )
-    rank_pattern: Mapping[str, int] = _setting({}, "lora", "ranks of some layers, as in down_proj=32")
-    alpha_pattern: Mapping[str, float] = _setting({}, "lora", "alphas of some layers, as in down_proj=64")
+    rank_pattern: Mapping[str, int] = _setting({}, "lora", "ranks of some layers, such as down_proj")
+    alpha_pattern: Mapping[str, float] = _setting({}, "lora", "alphas of some layers, such as down_proj")
     dropout: float = _setting(0.0, "lora", "dropout of the adapter's inputs", low=0, high=0.95)
     use_rslora: bool = _setting(False, "lora", "scaling is alpha / sqrt(r)")
-    use_dora: bool = _setting(False, "lora", "train magnitudes as well (DoRA)")
+    use_dora: bool = _setting(False, "lora", "DoRA: train magnitudes as well")
     init: Init = _setting(
         "true", "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
     )
@@ -192,13 +192,15 @@ class Recipe:
         "auto", "training", "peak learning rate (auto: 5e-4, for DPO 5e-5)", above=0, high=1
     )
     learning_rate_multiplier: float | Auto = _setting(
-        "auto", "training", "times the learning rate (auto: 1)", above=0, high=1000
+        "auto", "training", "factor on the learning rate (auto: 1)", above=0, high=1000
     )
     lora_plus_ratio: float = _setting(
         0.0, "training", "LoRA+: how many times faster B learns than A; 0: equally fast", low=0, high=1000
     )
     schedule: Schedule = _setting("cosine", "training", "how the learning rate falls after the warm-up")
-    warmup_ratio: float = _setting(0.05, "training", "part of the steps in which it rises", low=0, high=1)
+    warmup_ratio: float = _setting(
+        0.05, "training", "part of the steps in which the learning rate rises", low=0, high=1
+    )
     optimizer: Optimizer = _setting("adamw", "training", "AdamW, its 8-bit form, either paged on a GPU")
     weight_decay: float = _setting(0.0, "training", "AdamW's weight decay", low=0, high=10)
     max_grad_norm: float = _setting(1.0, "training", "gradients are clipped to this norm; 0: never", low=0)
@@ -245,7 +247,9 @@ class Recipe:
         "json_keys:A|B|C, word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, "
         "one_of:A|B|C, min_characters:N, max_characters:N",
     )
-    best_by: str = _setting("loss", "evaluation", "loss or one of the metrics: decides if_better")
+    best_by: str = _setting(
+        "loss", "evaluation", "what decides whether the adapter is better: loss or one of the metrics"
+    )
     metric_rows: int = _setting(
         32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
     )
@@ -288,7 +292,7 @@ def recipe_fields_by_name() -> Iterator[tuple[str, Any]]:
 
 
 def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Recipe:
-    """Decide what is "auto", but for what depends on memory (`micro_tokens`, `gradient_checkpointing`).
+    """Decide what is "auto", except for what depends on memory (`micro_tokens`, `gradient_checkpointing`).
 
     Args:
         rows: of training data, after holding out.

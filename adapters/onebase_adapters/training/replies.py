@@ -1,4 +1,4 @@
-"""Greedy replies to held-out prompts in the middle of a run, by the engine that will serve the adapter.
+"""Greedy replies in the middle of a run, by the engine that will serve the adapter: metrics and samples.
 
 A reply is the one that will be served, whatever was asked together with it: bit for bit on the CPU, up to
 rounding on CUDA. The model that is trained is not touched.
@@ -6,14 +6,26 @@ rounding on CUDA. The model that is trained is not touched.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from onebase_adapters.store.atomic_files import write_atomically
+from onebase_adapters.training import events
+from onebase_adapters.training.data.dataset import Dataset
+from onebase_adapters.training.data.tokens import dated_tokenizer
+from onebase_adapters.training.events import Gate, Listen
+from onebase_adapters.training.metrics import mean
+from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
@@ -175,3 +187,85 @@ class _GatedModel(ServedModel):
             return super().forward(batch)
         except Exception as error:
             raise _PassError(error) from error
+
+
+BASE_METRICS = "base_metrics.json"
+
+
+class Measuring:
+    """Replies of the adapter as it is now, and of the base. Does nothing where the recipe asks for none."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        tokenizer: Any,
+        recipe: Recipe,
+        held_out: Dataset | None,
+        folder: Path,
+        listen: Listen,
+        gate: Gate,
+    ) -> None:
+        self._trainable = trainable
+        self._tokenizer = dated_tokenizer(tokenizer, recipe)
+        self._recipe = recipe
+        self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
+        self._samples = [_chat(self._tokenizer, text) for text in recipe.sample_prompts]
+        self._file = folder / BASE_METRICS
+        self._listen = listen
+        self._gate = gate
+
+    def base(self) -> dict[str, float]:
+        """The base's metrics; measured once in a run, however often it is resumed."""
+        if not self._recipe.metrics or not self._prompts:
+            return {}
+        with contextlib.suppress(OSError, ValueError):
+            held: dict[str, float] = json.loads(self._file.read_text())
+            return held
+        found = self._measure("base")
+        write_atomically(self._file, json.dumps(found))
+        return found
+
+    def adapter(self) -> dict[str, float]:
+        """The adapter's metrics, as it is now."""
+        return self._measure("adapter")
+
+    def sample(self, step: int) -> None:
+        """Answer the recipe's prompts; at step 0 the base does."""
+        if not self._samples:
+            return
+        replies = self._replies(self._samples, "samples", bare=not step)
+        for prompt, text in zip(self._recipe.sample_prompts, replies, strict=True):
+            self._listen(events.Sampled(at=time.time(), step=step, prompt=prompt, text=text))
+
+    def _measure(self, subject: str) -> dict[str, float]:
+        if not self._recipe.metrics or not self._prompts:
+            return {}
+        self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
+        asked = [prompt.ids.tolist() for prompt in self._prompts]
+        replies = self._replies(asked, f"measuring {subject}", bare=subject == "base")
+        references = [prompt.reference for prompt in self._prompts]
+        found = {name: mean(name, replies, references) for name in self._recipe.metrics}
+        self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
+        return found
+
+    def _replies(self, prompts: Sequence[list[int]], name: str, *, bare: bool) -> list[str]:
+        def on_progress(part: float) -> None:
+            self._listen(events.Progress(at=time.time(), name=name, part=part))
+
+        return generate_replies(
+            self._trainable.base,
+            None if bare else self._trainable.weights(),
+            self._tokenizer,
+            prompts,
+            self._recipe.metric_tokens,
+            on_progress=on_progress,
+            wait=self._gate.wait,
+        )
+
+
+def _chat(tokenizer: Any, text: str) -> list[int]:
+    """A user's message as the base's chat template renders it; as it is, if the base has none."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

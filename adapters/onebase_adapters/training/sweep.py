@@ -1,9 +1,9 @@
 """Many small runs in turn on one loaded base, to find rank, targets and learning rate for a task.
 
 All runs share the tokenized data. They go by successive halving (Jamieson and Talwalkar 2016): each trains
-for a quarter of the steps, the better half goes on to a half of them, and the better half of those to the
+for a quarter of the steps, the better half continues to a half of them, and the better half of those to the
 end. They are compared by held-out loss after equally many steps of the same schedule. What was computed is in
-the sweep's folder: the same call again goes on, and a larger grid adds runs to those that are there.
+the sweep's folder: the same call again continues it, and a larger grid adds runs to those that are there.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from onebase_adapters.training.checkpoint import CheckpointError
 from onebase_adapters.training.estimate import ranks_of
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.plan import (
+from onebase_adapters.training.recipe import Auto, Recipe, RecipeError, decided, step_count
+from onebase_adapters.training.replies import BASE_METRICS
+from onebase_adapters.training.run import (
     Data,
     DoesNotFitError,
     Job,
+    PlannedRun,
     identity_of,
     keep_template_date,
     load_tokenizer,
@@ -40,15 +43,13 @@ from onebase_adapters.training.plan import (
     resolved,
     with_template_date,
 )
-from onebase_adapters.training.recipe import Auto, Recipe, RecipeError, decided, step_count
-from onebase_adapters.training.run import PlannedRun
-from onebase_adapters.training.targets import target_layers
+from onebase_adapters.training.trainable import target_layers
 from onebase_engine.machine import is_out_of_memory
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""
 _EVALUATIONS = 8
-_FILE, _BASE_METRICS = "sweep.json", "base_metrics.json"
+_FILE = "sweep.json"
 
 Status = Literal["waiting", "paused", "stopped", "finished", "failed"]
 
@@ -162,13 +163,13 @@ def sweep(
 
     Args:
         job: as for `train`; its recipe has what is the same in all runs.
-        survivors: part of the runs that goes on at each rung; 1 runs all to the end.
+        survivors: part of the runs that continues at each rung; 1 runs all to the end.
         report: gets a line at each rung.
 
     Raises:
         DataError: a file has bad lines. CheckpointError: the folder holds another sweep.
         RecipeError: a setting cannot be used on this base, or nothing is held out.
-        Interrupted: as the gate says; the same call goes on.
+        Interrupted: as the gate says; the same call continues the sweep.
     """
     tokenizer = load_tokenizer(job.base)
     job = with_template_date(job, tokenizer)
@@ -188,14 +189,14 @@ def sweep(
         if rung < runs.steps:
             kept = _better([runs.trials[name] for name in active], rung, survivors)
             runs.stop([name for name in active if name not in kept])
-            report(f"step {rung} of {runs.steps}: {len(kept)} of {len(active)} runs go on")
+            report(f"step {rung} of {runs.steps}: {len(kept)} of {len(active)} runs continue")
             active = kept
     ranked = sorted((runs.trials[name] for name in recipes), key=_rank)
     return SweepResult(ranked, runs.base_loss, runs.steps, job.folder)
 
 
 def _better(trials: Sequence[Trial], rung: int, survivors: float) -> list[str]:
-    """The names of the part of the runs that goes on, in their order; none that failed."""
+    """The names of the runs that continue, in their order; none that failed."""
     order = sorted((t for t in trials if t.status != "failed"), key=lambda trial: trial.loss_at(rung))
     chosen = order[: max(1, math.ceil(len(trials) * survivors))]
     return [trial.name for trial in trials if trial in chosen]
@@ -275,7 +276,7 @@ class _Sweep:
         self._write()
 
     def _remove_checkpoints(self, trial: Trial) -> None:
-        """Only a run that goes on needs them, and they take several times the adapter's size."""
+        """Only a run that continues needs them, and they take several times the adapter's size."""
         shutil.rmtree(self._job.folder / trial.name / "checkpoints", ignore_errors=True)
 
     def advance(self, trial: Trial, recipe: Recipe, rung: int) -> None:
@@ -310,10 +311,10 @@ class _Sweep:
 
     def _share_base_metrics(self, folder: Path) -> None:
         """The base answers the same prompts in all runs: once is enough."""
-        held = next(self._job.folder.glob(f"*/{_BASE_METRICS}"), None)
-        if held is not None and not (folder / _BASE_METRICS).exists():
+        held = next(self._job.folder.glob(f"*/{BASE_METRICS}"), None)
+        if held is not None and not (folder / BASE_METRICS).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(held, folder / _BASE_METRICS)
+            shutil.copyfile(held, folder / BASE_METRICS)
 
     def _recorder(self, trial: Trial) -> Callable[[events.Event], None]:
         """A listener that keeps the run's curve."""
@@ -322,7 +323,7 @@ class _Sweep:
         def record(event: events.Event) -> None:
             nonlocal seconds, before
             if isinstance(event, events.Planned):
-                # A run that goes on from a checkpoint repeats what came after it.
+                # A run that continues from a checkpoint repeats what came after it.
                 trial.curve = [point for point in trial.curve if point[0] <= event.first_step]
                 seconds = trial.seconds
             if isinstance(event, events.StepDone):
@@ -331,7 +332,7 @@ class _Sweep:
                 trial.curve = [point for point in trial.curve if point[0] < event.step]
                 trial.curve.append((event.step, seconds, event.loss))
                 self._write()
-            before = event.at  # what is done between two steps, evaluations above all, is no training
+            before = event.at  # what is done between two steps, evaluations above all, is not training
             self._listen(trial, event)
 
         return record

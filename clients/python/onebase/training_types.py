@@ -173,80 +173,84 @@ class TrainingSettings(TypedDict, total=False):
     """How an adapter is trained. What is left out, or "auto", takes the server's default, given here."""
 
     beta: float | str
-    """DPO: how close to stay to the base (0.1)."""
+    """DPO's beta: how close to stay to the base (auto: 0.1)."""
     r: int
-    """Rank of the update matrices (16)."""
+    """Rank of the update matrices (default: 16)."""
     alpha: float | str
-    """The update is scaled by alpha / r (twice the rank)."""
+    """Scaling is alpha / r (auto: twice the rank)."""
     targets: str | Sequence[str]
-    """`attention`, `mlp`, `all-linear` or names of linear layers (`all-linear`: all but `lm_head`)."""
+    """Layers to adapt: attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head;
+    all-linear leaves lm_head out, all-linear,lm_head takes it in (default: all-linear)."""
     rank_pattern: Mapping[str, int]
-    """Ranks of some layers: `{"down_proj": 32}`."""
+    """Ranks of some layers, such as down_proj."""
     alpha_pattern: Mapping[str, float]
-    """Alphas of some layers."""
+    """Alphas of some layers, such as down_proj."""
     dropout: float
-    """Of the adapter's inputs (0)."""
+    """Dropout of the adapter's inputs (default: 0)."""
     use_rslora: bool
-    """Scale by alpha / sqrt(r)."""
+    """Scaling is alpha / sqrt(r) (default: false)."""
     use_dora: bool
-    """Train magnitudes as well (DoRA)."""
+    """DoRA: train magnitudes as well (default: false)."""
     init: str | bool
-    """How A and B begin: `true`, `gaussian`, `false` or `eva` (`true`: B is 0)."""
+    """How A and B begin: true and gaussian with B = 0, false with B random, eva by data (`true`, `gaussian`,
+    `false` or `eva`; default: true)."""
     epochs: float | str
-    """Passes over the data (3)."""
+    """Passes over the data (auto: 3)."""
     max_steps: int
-    """Stop after this number of steps; 0: after the epochs (0)."""
+    """Stop after this many steps; 0: after the epochs (default: 0)."""
     batch_size: int | str
-    """Rows in one step (16 or fewer)."""
+    """Rows in one step (auto: 16 or fewer)."""
     learning_rate: float | str
-    """The highest one (5e-4, for DPO 5e-5)."""
+    """Peak learning rate (auto: 5e-4, for DPO 5e-5)."""
     learning_rate_multiplier: float | str
-    """Times the learning rate (1)."""
+    """Factor on the learning rate (auto: 1)."""
     lora_plus_ratio: float
-    """LoRA+: how many times faster B learns than A; 0: as fast (0)."""
+    """LoRA+: how many times faster B learns than A; 0: equally fast (default: 0)."""
     schedule: str
-    """How the learning rate falls: `cosine`, `linear` or `constant` (`cosine`)."""
+    """How the learning rate falls after the warm-up (`cosine`, `linear` or `constant`; default: cosine)."""
     warmup_ratio: float
-    """Part of the steps in which it rises (0.05)."""
+    """Part of the steps in which the learning rate rises (default: 0.05)."""
     optimizer: str
-    """`adamw`, `adamw_8bit`, `paged_adamw` or `paged_adamw_8bit` (`adamw`)."""
+    """AdamW, its 8-bit form, either paged on a GPU (`adamw`, `adamw_8bit`, `paged_adamw` or
+    `paged_adamw_8bit`; default: adamw)."""
     weight_decay: float
-    """AdamW's (0)."""
+    """AdamW's weight decay (default: 0)."""
     max_grad_norm: float
-    """Gradients are clipped to this norm; 0: never (1)."""
+    """Gradients are clipped to this norm; 0: never (default: 1)."""
     train_on: str
-    """Which tokens are in the loss: `assistant`, the replies, or `all` (`assistant`)."""
+    """Which tokens are in the loss: the replies', or all (`assistant` or `all`; default: assistant)."""
     max_length: int | str
-    """Most tokens of one row (2048, or the base's limit)."""
+    """Most tokens of one row (auto: 2048, or the base's limit)."""
     too_long: str
-    """What to do with longer rows: `refuse`, `truncate` or `drop` (`refuse`)."""
+    """What to do with longer rows; truncating cuts the end off (`refuse`, `truncate` or `drop`; default:
+    refuse)."""
     packing: bool
-    """Compute several rows in one sequence, without padding (true)."""
+    """Compute several rows in one sequence, without padding (default: true)."""
     template_date: str
-    """The day that the chat template prints, as in `2026-01-31` (when the run begins)."""
+    """The day that the chat template prints, as in 2026-01-31 (auto: when the run begins)."""
     eval_split: float | str
-    """Part of the rows to hold out where there is no validation file (0.1, at most 200 rows)."""
+    """Part of the rows to hold out when there is no eval data (auto: 0.1, at most 200 rows)."""
     micro_tokens: int | str
-    """Tokens computed at once (by memory)."""
+    """Tokens computed at once (auto: by memory)."""
     gradient_checkpointing: bool | str
-    """Compute activations twice instead of keeping them (if memory asks for it)."""
+    """Compute activations twice instead of keeping them (auto: if memory requires it)."""
     eval_every: int | str
-    """Steps between evaluations (a tenth of all)."""
+    """Steps between evaluations (auto: a tenth of all)."""
     save_every: int | str
-    """Steps between checkpoints (as `eval_every`)."""
+    """Steps between checkpoints (auto: as eval_every)."""
     keep: int
-    """Checkpoints kept in addition to the best one (2)."""
+    """Checkpoints kept in addition to the best one (default: 2)."""
     patience: int
-    """Stop after this number of evaluations without a better one; 0: never (0)."""
+    """Stop after this many evaluations without a better one; 0: never (default: 0)."""
     metrics: str | Sequence[str]
-    """One or several, measured on the base's replies and the adapter's: `exact_match`, `word_f1`,
-    `json_valid`, `json_equal`, `json_keys:A|B|C`, `contains:TEXT`, `lacks:TEXT`, `starts_with:TEXT`,
-    `ends_with:TEXT`, `one_of:A|B|C`, `min_characters:N`, `max_characters:N` (none)."""
+    """Measured on generated replies, base and adapter: exact_match, json_valid, json_equal, json_keys:A|B|C,
+    word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, min_characters:N,
+    max_characters:N."""
     best_by: str
-    """`loss` or one of the metrics: decides what is better (`loss`)."""
+    """What decides whether the adapter is better: loss or one of the metrics (default: loss)."""
     metric_rows: int
-    """Held-out rows that replies are generated for (32)."""
+    """Held-out rows that replies are generated for (default: 32)."""
     metric_tokens: int
-    """The longest generated reply (128)."""
+    """Longest generated reply (default: 128)."""
     sample_prompts: Sequence[str]
-    """Prompts that are answered at each evaluation (none)."""
+    """Prompts that are answered at each evaluation."""

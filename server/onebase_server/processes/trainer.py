@@ -23,13 +23,12 @@ import torch
 
 from onebase_adapters.training import events
 from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data.records import DataError
+from onebase_adapters.training.data.dataset import DataError
+from onebase_adapters.training.estimate import measured_rate
 from onebase_adapters.training.events import Interrupted, Reason
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.machine import measured_rate
-from onebase_adapters.training.plan import DoesNotFitError, Job
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import prepare, train
+from onebase_adapters.training.run import DoesNotFitError, Job, prepare, train
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError
 from onebase_engine.engine.messages import EngineConfig

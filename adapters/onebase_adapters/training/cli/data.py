@@ -18,13 +18,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.training.cli.common import (
+from onebase_adapters.training.cli.options import (
     UsageError,
     add_recipe_options,
     print_error,
+    printable,
     recipe_from,
 )
-from onebase_adapters.training.cli.printable import printable
 from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
@@ -114,8 +114,8 @@ def _load(
     problems: list[dict[str, Any]],
 ) -> None:
     """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
+    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.data.reader import load_dataset
-    from onebase_adapters.training.data.records import DataError
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
     try:
@@ -169,7 +169,7 @@ def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: 
         out.print(said.append(_on_one_line(problem["reason"])))
     word = "problem" if len(problems) == 1 else "problems"
     sys.stdout.flush()
-    console.print(f"[bold red]{len(problems):,} {word}[/]: nothing would be trained until they are gone")
+    console.print(f"[bold red]{len(problems):,} {word}[/]: correct them before you train")
 
 
 def _on_one_line(text: str) -> str:
@@ -257,7 +257,7 @@ def _warnings(report: DataReport) -> Iterable[str]:
         return f"{word if len(rows) == 1 else f'{word}s'} {shown}{_more(rows)}"
 
     if report.leakage:
-        yield f"{source}: also in the evaluation data, which proves nothing then: {named(report.leakage)}"
+        yield f"{source}: also in the evaluation data, which then proves nothing: {named(report.leakage)}"
     if report.same_prompt:
         yield f"{source}: the same prompt is in the evaluation data: {named(report.same_prompt)}"
     if report.duplicates:

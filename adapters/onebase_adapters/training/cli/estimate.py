@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.training.cli.common import (
+from onebase_adapters.training.cli.options import (
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -23,9 +24,9 @@ from onebase_adapters.training.cli.common import (
     positive,
     print_error,
     recipe_from,
+    shown,
     size,
 )
-from onebase_adapters.training.cli.printable import shown
 from onebase_adapters.training.recipe import (
     Recipe,
     RecipeError,
@@ -34,11 +35,23 @@ from onebase_adapters.training.recipe import (
     resolve,
     token_count,
 )
-from onebase_engine.base.default_base import BaseError
+from onebase_engine.base.default_base import (
+    DEFAULT_BASE,
+    DEFAULT_REPO,
+    HUB_TIMEOUT_S,
+    BaseError,
+    BaseFetchError,
+    BaseSpecError,
+    default_cache,
+    fetch_default_base,
+    parse_repo,
+)
+from onebase_engine.base.hub_access import first_line, hub_silence
 
 if TYPE_CHECKING:
+    import torch
+
     from onebase_adapters.training.estimate import Estimate
-    from onebase_adapters.training.machine import Machine
 
 _ABOUT = """\
 What training an adapter will take: parameters, size of the file, memory by part, time.
@@ -87,13 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
-    data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it: is read")
+    data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it; it is read")
     data.add_argument("--rows", type=positive, metavar="N", help="or: rows of training data, for the time")
     data.add_argument("--row-tokens", type=positive, metavar="N", help="mean length of a row (default: 256)")
     data.add_argument(
         "--longest-row", type=positive, metavar="N", help="longest row, in tokens (default: max_length)"
     )
-    data.add_argument("--gpu", metavar="NAME", help="for a GPU that is not here, as in l4, a100-80 or h100")
+    data.add_argument(
+        "--gpu", metavar="NAME", help="for a GPU that this machine lacks, as in l4, a100-80 or h100"
+    )
     data.add_argument("--memory", type=size, metavar="SIZE", help="memory that a run may take, as in 20GB")
     data.add_argument(
         "--resident", action="store_true", help="as a job on a server, whose base is in memory already"
@@ -104,7 +119,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    from onebase_adapters.training.base_config import find_config
     from onebase_adapters.training.estimate import estimate
 
     recipe = recipe_from(options)
@@ -157,9 +171,8 @@ def _amount(options: argparse.Namespace) -> _Amount:
 
 def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
     """Tokenize the data, which needs the base's tokenizer but none of its weights."""
-    from onebase_adapters.training.base_config import find_tokenizer
+    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.data.reader import load_dataset
-    from onebase_adapters.training.data.records import DataError
 
     try:
         rows = load_dataset(options.data, find_tokenizer(options.base), recipe).rows
@@ -178,10 +191,6 @@ def _dtype(options: argparse.Namespace) -> Any:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    from pathlib import Path
-
-    from onebase_adapters.training.machine import UnknownMachineError, known_gpu, this_machine
-
     if options.gpu:
         try:
             return known_gpu(options.gpu, options.memory)
@@ -216,7 +225,7 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
         console.print(f"\n[bold red]It does not fit:[/] {made.advice}.", highlight=False)
     console.print(
         "\n[dim]Measured peaks were within a quarter of the estimate for the default base on a CPU. "
-        "The time is rough: the first steps of a run tell better."
+        "The time is rough: the first steps of a run show it better."
     )
 
 
@@ -248,3 +257,167 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{round(hours / 24)} days"
+
+
+GIB = 1 << 30
+
+GPUS: dict[str, tuple[float, int]] = {
+    "t4": (65, 15),
+    "l4": (121, 22),
+    "a10": (125, 22),
+    "l40s": (362, 44),
+    "rtx3090": (71, 23),
+    "rtx4090": (165, 23),
+    "rtx5090": (209, 31),
+    "a100-40": (312, 39),
+    "a100-80": (312, 79),
+    "h100": (989, 79),
+    "h200": (989, 139),
+    "b200": (2250, 178),
+}
+"""By name: dense half-precision TFLOP/s of the data sheet, usable memory in GiB."""
+
+_GPU_SHARE = 0.3
+"""Part of a data sheet's rate that a training step on 4-bit weights reaches."""
+
+
+class UnknownMachineError(ValueError):
+    """The GPU is not in the table."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """memory: bytes that a run may take. rate: FLOP/s of products. how: where the rate comes from."""
+
+    name: str
+    kind: str
+    memory: int
+    rate: float
+    how: str
+
+
+def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = None) -> Machine:
+    """The machine of this process. Takes less than a second, to measure a product.
+
+    Args:
+        memory: bytes that a run may take; what is free if None.
+    """
+    import torch
+
+    from onebase_adapters.training.estimate import measured_rate
+    from onebase_engine.machine import free_memory
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
+    free = free_memory(device) if memory is None else memory
+    return Machine(name, device.type, free, measured_rate(device, dtype), "measured on this machine")
+
+
+def known_gpu(name: str, memory: int | None = None) -> Machine:
+    """A GPU of the table; this machine need not have it. Raises UnknownMachineError."""
+    if name.lower() not in GPUS:
+        raise UnknownMachineError(f"GPU {name!r} is not in the table; there are {', '.join(GPUS)}")
+    tflops, gib = GPUS[name.lower()]
+    how = f"{_GPU_SHARE:.0%} of its data sheet's {tflops:g} TFLOP/s"
+    return Machine(name.lower(), "cuda", memory or gib * GIB, tflops * 1e12 * _GPU_SHARE, how)
+
+
+_CONFIG = "config.json"
+
+
+def find_config(spec: str, cache: Path | None = None) -> Any:
+    """transformers' config of a base: of a folder, of a config.json, or of a repository's (only that file).
+
+    Args:
+        spec: as `resolve_base` takes it, or the path of a config.json.
+        cache: the folder that keeps bases; `default_cache()` if None.
+
+    Raises:
+        BaseSpecError: it is none of these, or no config of a base that can be trained.
+        BaseFetchError: the download failed.
+    """
+    from transformers import AutoConfig
+
+    from onebase_engine.base.load import UnsupportedBaseError, check_servable
+
+    path = _config_file(spec, cache)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        check_servable(config)
+    except (OSError, ValueError, KeyError, UnsupportedBaseError) as error:
+        raise BaseSpecError(f"{path} is not the config of a base that can be trained: {error}") from error
+    return config
+
+
+def find_tokenizer(spec: str, cache: Path | None = None) -> Any:
+    """The base's tokenizer; of a repository only its files are downloaded. Raises as `find_config`."""
+    from transformers import AutoTokenizer
+
+    path = _config_file(spec, cache).parent
+    # Of the default base, unless it is kept here, only the config has come from the Hub.
+    local = path == _kept(cache) if spec == DEFAULT_BASE else Path(spec).expanduser().exists()
+    repo = DEFAULT_REPO if spec == DEFAULT_BASE else spec
+    source, revision = (str(path), None) if local else parse_repo(repo)
+    silence = None if local else hub_silence(source)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source,
+            revision=revision or "main",
+            trust_remote_code=False,
+            local_files_only=local or silence is not None,
+        )
+    except Exception as error:  # the client's and the tokenizers' exceptions share no base class
+        reason = (
+            f"is not in the Hub's cache, and {silence}"
+            if silence
+            else f"cannot be loaded ({first_line(error)})"
+        )
+        raise BaseFetchError(f"the tokenizer of {spec!r} {reason}") from error
+
+
+def _config_file(spec: str, cache: Path | None) -> Path:
+    given = Path(spec).expanduser()
+    if given.is_file():
+        return given
+    if given.is_dir() and spec != DEFAULT_BASE:
+        if not (given / _CONFIG).is_file():
+            raise BaseSpecError(f"{given} has no {_CONFIG}")
+        return given / _CONFIG
+    if spec != DEFAULT_BASE:
+        return _download(*parse_repo(spec))
+    kept = _kept(cache) / _CONFIG
+    if kept.is_file():
+        return kept
+    try:
+        return _download(DEFAULT_REPO, None)
+    except BaseFetchError:
+        return fetch_default_base(cache=cache) / _CONFIG
+
+
+def _kept(cache: Path | None) -> Path:
+    return (cache or default_cache()) / "bases" / DEFAULT_BASE
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    silence = hub_silence(repo)
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo,
+                _CONFIG,
+                revision=revision,
+                etag_timeout=HUB_TIMEOUT_S,
+                local_files_only=silence is not None,
+            )
+        )
+    except Exception as error:  # the client's exceptions share no base class
+        if silence:
+            raise BaseFetchError(
+                f"the config of {repo!r} is not on this machine, and {silence}. Check the network, or "
+                "give the path of a config.json"
+            ) from error
+        raise BaseFetchError(
+            f"the config of {repo!r} could not be downloaded ({first_line(error)}). Check the name and, "
+            "for a gated repository, your Hub login; or give the path of a config.json"
+        ) from error

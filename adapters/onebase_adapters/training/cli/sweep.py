@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from onebase_adapters.training import events
-from onebase_adapters.training.cli.common import (
+from onebase_adapters.training.cli.options import (
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -26,14 +26,14 @@ from onebase_adapters.training.cli.common import (
     quiet_libraries,
     recipe_file,
     recipe_from,
+    shown,
     size,
 )
-from onebase_adapters.training.cli.printable import shown
 from onebase_engine.base.default_base import BaseFetchError
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.plan import Job
     from onebase_adapters.training.recipe import Recipe
+    from onebase_adapters.training.run import Job
     from onebase_adapters.training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
@@ -42,8 +42,8 @@ Try ranks, targets and learning rates on one base that is loaded once, and stop 
   onebase sweep --data train.jsonl --name acme
   onebase sweep --data train.jsonl --r 8..64 --targets attention --targets all-linear --learning-rate 5e-4
 
-Ends in a table, results.csv, results.json and a plot, sweep.svg. A sweep that was stopped goes on where it
-was: give the same command again. With longer lists it adds runs.
+Ends in a table, results.csv, results.json and a plot, sweep.svg. A stopped sweep continues where it was:
+give the same command again. With longer lists it adds runs.
 """
 _STOPPED, _FAILED, _USAGE = 130, 1, 2
 _SWEPT = ("r", "alpha", "targets", "learning_rate")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         print_error(console, str(error))
         return _FAILED
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on where it was.")
+        console.print("Stopped. The same command continues where it was.")
         return _STOPPED
 
 
@@ -110,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_part,
         default=0.5,
         metavar="X",
-        help="part of the runs that goes on after a quarter and a half of the steps (default: 0.5; 1: all)",
+        help="part of the runs that continues after a quarter and a half of the steps (default: 0.5; 1: all)",
     )
     parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it"
+        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
     )
     parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most memory, as in 8GB")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
@@ -129,7 +129,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
-    from onebase_adapters.training.plan import Job
+    from onebase_adapters.training.run import Job
     from onebase_engine.machine import free_memory, keep_freed_memory
 
     try:
@@ -170,8 +170,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
-    from onebase_adapters.training.cli.ctrl_c import CtrlC
-    from onebase_adapters.training.data.records import DataError
+    from onebase_adapters.training.cli.options import CtrlC
+    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
@@ -191,7 +191,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
 
 
 def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe) -> Grid:
-    """What the options say; failing that, what the recipe's file does; failing that, the usual."""
+    """What the options say, or else the recipe's file, or else the defaults."""
     from onebase_adapters.training.sweep import Grid
 
     targets = tuple(
@@ -211,7 +211,7 @@ def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe)
 
 
 class _Show:
-    """One live bar for the run that goes on, and a line for each that reached its rung."""
+    """One live bar for the current run, and a line for each run that reached its rung."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
 
-from onebase_adapters.training.cli.common import (
+from onebase_adapters.training import events
+from onebase_adapters.training.cli.options import (
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -26,22 +31,22 @@ from onebase_adapters.training.cli.common import (
     quiet_libraries,
     recipe_file,
     recipe_from,
+    shown,
     size,
 )
-from onebase_adapters.training.push import is_repo_name
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.plan import Job
-    from onebase_adapters.training.process_group import ProcessGroup
-    from onebase_adapters.training.result import Report
+    from onebase_adapters.training.checkpoint import Report
+    from onebase_adapters.training.loop import ProcessGroup
+    from onebase_adapters.training.run import Job
 
 _DESCRIPTION = """\
 Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
 
   onebase train --data train.jsonl --name acme
 
-A run that was stopped goes on where it was: give the same command again. Several GPUs:
+A stopped run continues where it was: give the same command again. Several GPUs:
 accelerate launch -m onebase_adapters.training.cli.train --data train.jsonl --name acme
 """
 _STOPPED, _FAILED, _USAGE = 130, 1, 2
@@ -60,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         print_error(console, str(error))
         return _FAILED
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from the last checkpoint.")
+        console.print("Stopped. The same command continues from the last checkpoint.")
         return _STOPPED
 
 
@@ -85,13 +90,13 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
     parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options go before it"
+        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
     )
     parser.add_argument(
         "--memory-limit",
         type=size,
         metavar="SIZE",
-        help="most memory to take, as in 8GB (default: what is free)",
+        help="most memory to use, as in 8GB (default: what is free)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
     parser.add_argument(
@@ -119,8 +124,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options, recipe_file(options.recipe))
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
-    from onebase_adapters.training.cli.progress import Display
-    from onebase_adapters.training.process_group import join_processes
+    from onebase_adapters.training.loop import join_processes
     from onebase_engine.machine import keep_freed_memory
 
     if options.threads:
@@ -146,7 +150,7 @@ def _check_names(options: argparse.Namespace) -> None:
     """Before hours of training. Raises UsageError."""
     check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
-        raise UsageError(f"--push: {options.push!r} is no repository's name: write ORG/REPO")
+        raise UsageError(f"--push: {options.push!r} is not the name of a repository: write ORG/REPO")
 
 
 def _job(
@@ -154,7 +158,7 @@ def _job(
 ) -> Job:
     import torch
 
-    from onebase_adapters.training.plan import Job
+    from onebase_adapters.training.run import Job
     from onebase_engine.machine import free_memory
 
     settings = base_settings(options, resolved.folder)
@@ -185,19 +189,17 @@ def _own_gpu() -> Any:
 def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup) -> Report | None:
     """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
-    from onebase_adapters.training.cli.ctrl_c import CtrlC
+    from onebase_adapters.training.cli.options import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
-    from onebase_adapters.training.data.records import DataError
+    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.events import Interrupted
-    from onebase_adapters.training.loop import TrainingDivergedError
-    from onebase_adapters.training.plan import DoesNotFitError
-    from onebase_adapters.training.process_group import OtherProcessError
+    from onebase_adapters.training.loop import OtherProcessError, TrainingDivergedError
     from onebase_adapters.training.recipe import RecipeError
-    from onebase_adapters.training.run import train
+    from onebase_adapters.training.run import DoesNotFitError, train
     from onebase_engine.base.load import UnsupportedBaseError, load_base
     from onebase_engine.machine import is_out_of_memory
 
-    told = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
+    expected = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:
         with (
             open_curves(writers if processes.first else (), job) as write,
@@ -211,7 +213,7 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
                 display.show(event)
 
             return train(base, job, listen, gate, processes)
-    except (*told, TrainingDivergedError, OSError) as error:
+    except (*expected, TrainingDivergedError, OSError) as error:
         display.failed(str(error))
     except OtherProcessError:
         pass
@@ -221,23 +223,253 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
         if not is_out_of_memory(error):
             raise
         display.failed(
-            "there is not enough memory. Give --gradient-checkpointing true or a lower --micro-tokens to go "
-            "on from the last checkpoint, or begin anew with a lower --max-length or --r"
+            "there is not enough memory. Give --gradient-checkpointing true or a lower --micro-tokens "
+            "to continue from the last checkpoint, or start over with a lower --max-length or --r"
         )
     return None
 
 
 def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
-    from onebase_adapters.training.push import PushError, push
-
     try:
         with console.status(f"pushing to {repo}"):
             url = push(folder / "adapter", repo, private=private)
     except PushError as error:
-        print_error(console, f"{error}\nThe adapter itself is whole, in {folder / 'adapter'}.")
+        print_error(console, f"{error}\nThe adapter itself is complete, in {folder / 'adapter'}.")
         return _FAILED
     console.print(f"Pushed to {url}")
     return 0
+
+
+_PHASES = {
+    "validating_files": "reading the data",
+    "training": "training",
+    "measuring": "measuring",
+    "saving": "saving",
+}
+_WORTH_KNOWING = {
+    "truncated": "rows cut at max_length",
+    "dropped": "rows dropped as too long",
+    "duplicates": "rows that repeat another row",
+    "leakage": "rows that are also held out: the held-out loss will look too good",
+}
+
+
+class Display:
+    """Shows events. `quiet`: show nothing but failures, in all processes but the first."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = Console(quiet=True) if quiet else console
+        self._failures = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task("starting", total=None, facts="")
+        self._losses: list[float] = []
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def loading(self, message: str, part: float) -> None:
+        """Before the run: what is fetched or loaded."""
+        self._update(message, None, None)
+
+    def show(self, event: events.Event) -> None:
+        """Show one event."""
+        handlers: dict[type[events.Event], Any] = {
+            events.Phase: self._phase,
+            events.Progress: self._progressed,
+            events.DataChecked: self._data_checked,
+            events.Planned: self._planned,
+            events.StepDone: self._step_done,
+            events.Evaluated: self._evaluated,
+            events.Sampled: self._sampled,
+            events.Measured: self._measured,
+            events.Notice: self._notice,
+        }
+        if handler := handlers.get(type(event)):
+            handler(event)
+
+    def failed(self, message: str) -> None:
+        self._progress.stop()
+        print_error(self._failures, message)
+
+    def finished(self, report: Report, folder: Path) -> None:
+        """The table of results, and what to do next."""
+        from onebase_adapters.training.checkpoint import sparkline
+
+        self._progress.stop()
+        self._console.print(
+            f"\n{shown(report.name)}: base against adapter, on held-out rows", highlight=False, style="bold"
+        )
+        self._console.print(_results(report))
+        self._console.print(_figures(report), highlight=False)
+        if self._losses:
+            self._console.print(f"loss {sparkline(self._losses, 48)} {self._losses[-1]:.4f}", highlight=False)
+        path, name = shown(str(folder / "adapter")), shown(report.name)
+        self._console.print(
+            f"\nThe adapter is in [bold]{path}[/]. Serve it:\n"
+            f"  onebase serve --adapter {name}={path}\n"
+            "or push it to a running server:\n"
+            f"  onebase adapters push {path} --name {name} --activate\n",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _phase(self, event: events.Phase) -> None:
+        text = _PHASES.get(event.name, event.name)
+        self._update(f"{text} {event.message}".strip(), None, None)
+
+    def _progressed(self, event: events.Progress) -> None:
+        self._update(_PHASES.get(event.name, event.name), round(100 * event.part), 100)
+
+    def _data_checked(self, event: events.DataChecked) -> None:
+        for part, found in (("to train on", event.report), ("held out", event.report.get("evaluation"))):
+            if found:
+                self._say(f"{part}: {found['rows']:,} rows, {found['tokens']:,} tokens")
+                self._warn_of(found["counts"])
+
+    def _warn_of(self, counts: dict[str, int]) -> None:
+        found = [f"{counts[name]:,} {words}" for name, words in _WORTH_KNOWING.items() if counts.get(name)]
+        if found:
+            self._say(f"[yellow]{'; '.join(found)}[/] (`onebase data check` shows which)")
+
+    def _planned(self, event: events.Planned) -> None:
+        estimate, recipe = event.estimate, event.recipe
+        self._say(
+            f"adapter: {estimate['parameters']:,} parameters, r={recipe['r']} on "
+            f"{', '.join(recipe['targets'])}; {event.steps} steps of {recipe['batch_size']} rows, "
+            f"learning rate {recipe['learning_rate']:g}"
+        )
+        if event.first_step:
+            self._say(f"continuing after step {event.first_step}")
+
+    def _step_done(self, event: events.StepDone) -> None:
+        self._losses.append(event.loss)
+        facts = (
+            f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s  "
+            f"{_duration(event.seconds_left)} left"
+        )
+        if not self._console.is_terminal:
+            if event.step == 1 or event.step % max(1, event.steps // 20) == 0 or event.step == event.steps:
+                self._say(f"step {event.step}/{event.steps}  {facts}")
+            return
+        self._update("training", event.step, event.steps, facts)
+
+    def _evaluated(self, event: events.Evaluated) -> None:
+        who = f"step {event.step}" if event.step else "base"
+        rewards = "".join(f"  {name} {value:.3f}" for name, value in event.rewards.items())
+        best = "  [green]best[/]" if event.best else ""
+        self._say(f"{who}: held-out loss {event.loss:.4f}{rewards}{best}")
+
+    def _sampled(self, event: events.Sampled) -> None:
+        who = f"step {event.step}" if event.step else "base"
+        self._say(f"{who}: {shown(event.prompt)} [dim]->[/] [italic]{shown(event.text)}[/]")
+
+    def _measured(self, event: events.Measured) -> None:
+        found = "  ".join(f"{shown(name)} {value:.1%}" for name, value in event.metrics.items())
+        self._say(f"{event.subject}, {event.rows} held-out rows: {found}")
+
+    def _notice(self, event: events.Notice) -> None:
+        text = shown(event.message)
+        self._say(f"[yellow]{text}[/]" if event.level == "warn" else text)
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
+
+    def _update(self, text: str, done: int | None, total: int | None, facts: str = "") -> None:
+        self._progress.update(
+            self._task, description=shown(text), completed=done or 0, total=total, facts=facts
+        )
+
+
+def _results(report: Report) -> Table:
+    table = Table()
+    table.add_column("")
+    table.add_column("base", justify="right")
+    table.add_column("adapter", justify="right")
+    if report.loss_before is not None and report.loss_after is not None:
+        table.add_row("loss", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}")
+    for name, value in report.metrics_after.items():
+        before = report.metrics_before.get(name)
+        table.add_row(shown(name), "" if before is None else f"{before:.1%}", f"{value:.1%}")
+    if not table.row_count:
+        table.add_row("nothing was held out", "", "")
+    return table
+
+
+def _figures(report: Report) -> str:
+    speed = report.tokens / report.seconds if report.seconds else 0.0
+    return (
+        f"{report.steps} steps, best after {report.best_step}; {report.tokens:,} tokens in "
+        f"{_duration(report.seconds)} ({speed:,.0f} tok/s); {report.adapter_bytes / 1e6:.1f} MB; "
+        f"at most {report.peak_memory_bytes / 1e9:.1f} GB of memory"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    )
+
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether the Hub may have a repository of this name."""
+    return _REPO.fullmatch(name) is not None and ".." not in name
+
+
+class PushError(Exception):
+    """The adapter was not pushed; the message says why and what to do."""
+
+
+def push(adapter: Path, repo: str, *, private: bool = True) -> str:
+    """Upload an adapter's folder as one commit; the repository is made if there is none. Returns its URL.
+
+    The token is the one of `hf auth login`, or HF_TOKEN.
+
+    Raises PushError.
+    """
+    if not is_repo_name(repo):
+        raise PushError(f"{repo!r} is not the name of a repository: write ORG/REPO")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        made = api.upload_folder(
+            repo_id=repo, folder_path=adapter, allow_patterns=list(FILES), commit_message="Add the adapter"
+        )
+    except LocalTokenNotFoundError as error:
+        raise PushError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise PushError(
+                f"the Hub refuses to write {repo} (HTTP {status}): use a token with write access"
+            ) from error
+        raise PushError(f"the Hub did not take {repo}: {error}") from error
+    except (HFValidationError, OSError, ValueError) as error:
+        raise PushError(f"{repo} cannot be pushed: {error}") from error
+    return str(made.repo_url if hasattr(made, "repo_url") else made)
 
 
 if __name__ == "__main__":

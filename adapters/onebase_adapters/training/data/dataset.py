@@ -1,7 +1,11 @@
-"""Tokenized rows as the trainer takes them: where each stands, which say the same, which are held out."""
+"""Rows of training data: the errors of bad ones, what good ones mean, and their tokens for the trainer.
+
+Fields, reasons and names of files in errors are valid Unicode, whatever the data held: they go through JSON.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +16,121 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onebase_adapters.training.data.conversation import Choice, Parsed, Text
-
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 _DIGEST_BYTES = 16
+_SHOWN = 20
+_LIKE = 0.84
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One bad line.
+
+    line: 1-based, as an editor counts; of the record where a file has no lines; 0: the file as a whole.
+    field: as in `messages[2].content`; "" where the whole line is bad.
+    reason: what is wrong, and what to do about it.
+    """
+
+    line: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"line {self.line}: " if self.line else ""
+        return f"{place}{self.field}: {self.reason}" if self.field else f"{place}{self.reason}"
+
+
+class DataError(ValueError):
+    """A file that cannot be trained on. `problems` has every bad line; the text shows the first 20."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        source = self.source = valid_unicode(source)
+        self.problems = [
+            Problem(each.line, valid_unicode(each.field), valid_unicode(each.reason)) for each in problems
+        ]
+        shown = [f"  {problem}" for problem in self.problems[:_SHOWN]]
+        more = len(self.problems) - len(shown)
+        if more:
+            shown.append(f"  and {more} more")
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *shown]))
+
+    @classmethod
+    def of_file(cls, source: str, reason: str) -> DataError:
+        """The file as a whole cannot be used."""
+        return cls(source, [Problem(0, "", reason)])
+
+
+class RowError(ValueError):
+    """A row that cannot be used. Its reader adds the line."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with what UTF-8 cannot encode written out, such as odd bytes of a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+KNOWN_FIELDS = (
+    "messages",
+    "tools",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "text",
+    "question",
+    "chosen",
+    "rejected",
+    "preferred_output",
+    "non_preferred_output",
+)
+"""Every field that some shape has."""
+
+
+def misspelled(key: str, names: Sequence[str]) -> str | None:
+    """Which of `names` a key probably means, if any; `prompt_id` does not mean prompt."""
+    near = difflib.get_close_matches(key, names, n=1, cutoff=_LIKE)
+    return near[0] if near and not key.startswith(f"{near[0]}_") else None
+
+
+Message = dict[str, Any]
+"""role, content, and what the template may read: name, tool_calls, tool_call_id, reasoning_content."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation for the base's chat template. supervised: indices of the replies to learn, ascending."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None
+    supervised: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text without a template. prompt None: everything is to be learned."""
+
+    prompt: str | None
+    reply: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Two replies to the same prompt."""
+
+    chosen: Chat | Text
+    rejected: Chat | Text
+
+
+Parsed = Chat | Text | Choice
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.training.data.conversation import Chat, Choice, Parsed, Text
-from onebase_adapters.training.data.dataset import Dataset, Key, Place, Preference, Prompt, Row, row_key
-from onebase_adapters.training.data.files import read_file
+from onebase_adapters.training.data.dataset import (
+    Chat,
+    Choice,
+    DataError,
+    Dataset,
+    Key,
+    Parsed,
+    Place,
+    Preference,
+    Problem,
+    Prompt,
+    Row,
+    RowError,
+    Text,
+    row_key,
+    valid_unicode,
+)
+from onebase_adapters.training.data.files import Item, Record, read_file
 from onebase_adapters.training.data.hub import fetch, parse_dataset_id
-from onebase_adapters.training.data.records import DataError, Item, Problem, Record, RowError, valid_unicode
 from onebase_adapters.training.data.rows import parse_row, unfold
 from onebase_adapters.training.data.tokens import (
     BaseTokens,

@@ -1,4 +1,4 @@
-"""What a data set holds, for people: counts, lengths, rows said twice, and three rows as they are learned."""
+"""What a data set holds, for people: counts, lengths, repeated rows, and three rows as they are learned."""
 
 from __future__ import annotations
 

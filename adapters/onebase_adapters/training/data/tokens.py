@@ -1,7 +1,7 @@
 """Rows into tokens: the base's tokenizer and chat template, and which tokens are learned.
 
 Labels are found by position, never by value. A reply's tokens begin where the prompt that serving would send
-ends, so that the model learns to go on from exactly those ids. They end with the token that stops a
+ends, so that the model learns to continue exactly those ids. They end with the token that stops a
 generation.
 """
 
@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from onebase_adapters.format.strict_json import parse_json
-from onebase_adapters.training.data.conversation import Chat, Text
-from onebase_adapters.training.data.dataset import Sample
-from onebase_adapters.training.data.records import RowError
+from onebase_adapters.training.data.dataset import Chat, RowError, Sample, Text
 from onebase_adapters.training.recipe import Recipe, TooLong
 
 _ASKS_FOR_IT = "strftime_now"
@@ -89,7 +87,7 @@ class BaseTokens:
         return known
 
     def _first_tokens(self) -> list[int]:
-        """What the tokenizer puts before a plain text: most often nothing, or its BOS."""
+        """What the tokenizer puts before a plain text: usually nothing, or its BOS."""
         bare = self.encode(["a"])[0]
         whole: list[int] = self.tokenizer("a")["input_ids"]
         for count in range(len(whole) - len(bare) + 1):

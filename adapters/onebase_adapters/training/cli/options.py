@@ -1,4 +1,4 @@
-"""What the training commands share: options for the base and for the recipe."""
+"""What the training commands share: options for the base and the recipe, text for a terminal, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import argparse
 import json
 import logging
 import os
+import re
+import signal
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
+from rich.markup import escape
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
-from onebase_adapters.training.cli.printable import shown
+from onebase_adapters.training.events import Interrupted
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
 from onebase_engine.base.default_base import (
     DEFAULT_BASE,
@@ -82,7 +85,7 @@ def check_adapter_name(name: str) -> None:
 
 
 def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:
-    """The base's folder, downloaded if need be. Raises UsageError, BaseFetchError."""
+    """The base's folder; downloads it if it is not here. Raises UsageError, BaseFetchError."""
     try:
         return resolve_base(options.base, progress)
     except BaseSpecError as error:
@@ -154,8 +157,8 @@ def recipe_file(path: Path | None) -> dict[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep advice of the libraries to programmers off the terminal of who trains."""
-    # Two processes on the same cores, as a server beside a run, would else spin while they wait.
+    """Keep the libraries' advice to programmers off the terminal."""
+    # Processes that share cores, such as a server and a run, would otherwise spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -175,7 +178,7 @@ def size(text: str) -> int:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as in 20GB or 512MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it as in 20GB or 512MiB")
     return int(value * units[unit])
 
 
@@ -275,3 +278,54 @@ def _pairs(number: type) -> Callable[[str], dict[str, Any]]:
         return pairs
 
     return convert
+
+
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline: they steer the terminal
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of writing
+    r"\u2028\u2029\ufff9-\ufffb\U000e0000-\U000e007f"  # line separators, annotations and invisible tags
+    r"\ud800-\udfff]"  # halves of surrogate pairs: bytes of a name that are not UTF-8
+)
+
+
+def printable(text: str) -> str:
+    """`text` with U+FFFD in the place of each character that a terminal would act on or cannot show.
+
+    Tabs and newlines stay, as do letters, spaces and emoji of any script: one may print what comes back, but
+    where a line must stay a line, newlines are the caller's.
+    """
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def shown(text: str) -> str:
+    """As `printable`, for a console that reads rich's markup: what looks like some is printed as it is."""
+    return escape(printable(text))
+
+
+class CtrlC:
+    """A gate that Ctrl-C closes: the run writes a checkpoint and ends. The second one ends it at once."""
+
+    def __init__(self, *, alone: bool) -> None:
+        self._alone = alone
+        self._pressed = False
+        self._before: Any = None
+
+    def __enter__(self) -> CtrlC:
+        # A launcher ends its processes itself.
+        if self._alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def wait(self) -> None:
+        """Return when the run may compute. Raises Interrupted."""
+        if self._pressed:
+            raise Interrupted("pause")
+
+    def _press(self, number: int, frame: object) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
