@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onebase_server.cli import serve
 from onebase_server.processes.supervisor import RestartPolicy
-from onebase_server.processes.trainer_link import TRAINER_COMMAND
+from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.startup import Commands
 
 

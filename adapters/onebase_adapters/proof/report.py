@@ -1,7 +1,4 @@
-"""What a proven version turned out to be, as it goes into the registry.
-
-Without torch: a server reads it too.
-"""
+"""What a proven version turned out to be, as it goes into the registry. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Literal
 import msgspec
 
 Stage = Literal["validating", "proving"]
-"""Of a proof."""
+"""How far a version is on its way to its report."""
 
 
 class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):

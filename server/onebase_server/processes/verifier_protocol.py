@@ -1,4 +1,4 @@
-"""What the api and the verifier say to each other, in the frames of `engine.protocol`.
+"""What the api and the verifier say to each other, in the frames of `engine.messages`.
 
 `Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, one job
 at a time.
