@@ -26,6 +26,7 @@ def group_of(file: str) -> str:
     return folder if shared and shared in (ROOT / file).read_text(encoding="utf-8") else file
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not hasattr(config, "workerinput"):
         return

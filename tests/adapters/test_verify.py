@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.kinds import KINDS, TOKENS, peft_adapter, weights_of
+from tests.matrix import matrix
 from tests.oracle import greedy
 from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_base
 from torch import nn
@@ -67,8 +68,7 @@ def prove(base: nn.Module, kind: str, alter: Callable[[AdapterWeights], Any] | N
     return prove_modules(base, reference, alter(weights) if alter else weights)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "precision"), matrix(ARCHITECTURES, PRECISIONS))
 def test_every_kind_is_proven_bit_by_bit_and_the_base_stays_as_it_is(
     load: Callable[[str, str], nn.Module], architecture: str, precision: str
 ) -> None:

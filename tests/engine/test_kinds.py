@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.harness import Lab, Request, requests, run, submission
+from tests.matrix import matrix
 from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
 from torch import nn
 
@@ -104,7 +105,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize(("lab", "kind"), matrix(PRECISIONS, BROKEN), indirect=["lab"])
 def test_an_adapter_of_any_kind_that_overflows_fails_alone(lab: Lab, kind: str, tmp_path: Path) -> None:
     quiet, _ = scored(lab.engine(), ASKED)
     settings = {"r": 4, "lora_alpha": 4, **BROKEN[kind]}

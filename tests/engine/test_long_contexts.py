@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers as tf
+from tests.matrix import matrix
 from torch import nn
 
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
@@ -96,14 +97,14 @@ def together(base: nn.Module) -> dict[int, Scores]:
     return serve(engine(base), [700, 900, 1000, 1021, 1100, 2045, 3990])
 
 
-@pytest.mark.parametrize("length", [700, 1000, 1021, 1100, 2045])
+@pytest.mark.parametrize(("base", "length"), matrix(CASES, [700, 1000, 1021, 1100, 2045]), indirect=["base"])
 def test_a_rows_logprobs_are_its_own_next_to_rows_of_other_lengths(
     base: nn.Module, together: dict[int, Scores], length: int
 ) -> None:
     assert serve(engine(base), [length])[length] == together[length]
 
 
-@pytest.mark.parametrize("step_tokens", [100, 256, 1031])
+@pytest.mark.parametrize(("base", "step_tokens"), matrix(CASES, [100, 256, 1031]), indirect=["base"])
 def test_a_long_prompts_logprobs_do_not_depend_on_its_chunks(
     base: nn.Module, together: dict[int, Scores], step_tokens: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.engine.harness import Lab, Request, requests, run
+from tests.matrix import pairs
 from tests.tiny import ADAPTERS, ARCHITECTURES, save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
@@ -15,7 +16,7 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=[(a, p) for a in ARCHITECTURES for p in PRECISIONS], ids="-".join)
+@pytest.fixture(scope="module", params=pairs(ARCHITECTURES, PRECISIONS))
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     architecture, precision = request.param
     folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")

@@ -18,6 +18,7 @@ several:
     deaf            does not heed Stop
     finishes        when it is to stop, it finishes
     gated           waits at the real gate before each step
+    until-paused    waits after step 5 until it is to stop, unless it has gone on from a checkpoint
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ class ScriptedTrainer:
                 gate.wait()
             self.step(step, steps)
             self.faults(words, folder, step, first)
+            while "until-paused" in words and step == 5 and not first and self.stop is None:
+                self.heed(None)
             if self.stop is not None and "finishes" in words:
                 break
             if self.stop is not None and "deaf" not in words:
@@ -145,10 +148,13 @@ class ScriptedTrainer:
         flag = BusyFlag(self.busy_fd)
         return SharedGate(lambda: bool(flag), share, lambda: None)
 
-    def step(self, step: int, steps: int) -> None:
-        for message in self.messages(STEP_SECONDS):
+    def heed(self, seconds: float | None) -> None:
+        for message in self.messages(seconds):
             if isinstance(message, Stop):
                 self.stop = message
+
+    def step(self, step: int, steps: int) -> None:
+        self.heed(STEP_SECONDS)
         loss = 1.0 / step
         self.say(
             events.StepDone(
@@ -181,9 +187,11 @@ class ScriptedTrainer:
         start = b"broken " if "broken-adapter" in words else b""
         (adapter / "adapter_model.safetensors").write_bytes(start + message.job.id.encode())
         report = {
-            "name": message.job.name, "steps": steps, "tokens": 640, "better": "worse" not in words,
-            "loss_before": 2.0, "loss_after": 1.0, "losses": [[1, 1.0], [2, 0.5]],
-            "held_out": [[0, 2.0], [2, 1.0]],
+            "name": message.job.name, "base": "b", "quantization": "none", "steps": steps, "best_step": steps,
+            "tokens": 640, "seconds": 1.0, "parameters": 64, "adapter_bytes": 64,
+            "loss_before": 2.0, "loss_after": 1.0, "metrics_before": {}, "metrics_after": {},
+            "better": "worse" not in words, "losses": [[1, 1.0], [2, 0.5]], "held_out": [[0, 2.0], [2, 1.0]],
+            "recipe": {}, "peak_memory_bytes": 1,
         }  # fmt: skip
         self.send(Trained(report))
 

@@ -52,23 +52,22 @@ def test_a_killed_or_frozen_engine_is_replaced_and_answers_as_before(
 
 
 def test_an_adapter_that_the_engine_refuses_ends_the_start_with_its_name_and_the_reason(
-    serve_real: Starter, tmp_path: Path
+    serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
     make_folder(tmp_path, "broken")
-    with serve_real(
-        "--adapters-dir", str(tmp_path), "--kv-memory", "50MB", "--threads", "1", ready=False
-    ) as server:
+    options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
+    with serve_real(*options, "--adapters-dir", str(tmp_path), ready=False) as server:
         assert server.exit_status(180) == 1
         assert "adapter broken cannot be served" in server.log
         assert "Traceback" not in server.log
 
 
-def test_a_drain_lets_real_text_end_and_the_engine_exit(serve_real: Starter) -> None:
-    with serve_real("--kv-memory", "50MB", "--threads", "1") as server, server.client() as http:
+def test_a_drain_lets_real_text_end_and_the_engine_exit(serve_real: Starter, small_base: Path) -> None:
+    options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
+    with serve_real(*options) as server, server.client() as http:
         engine = server.engine_pid()
-        with http.stream(
-            "POST", "/generate", json=PROBE | {"adapter": None, "max_tokens": 8, "stream": True}
-        ) as answer:
+        body = PROBE | {"adapter": None, "max_tokens": 8, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/generate", json=body) as answer:
             lines = answer.iter_lines()
             first = next(lines)
             server.signal(signal.SIGTERM)

@@ -14,11 +14,10 @@ from typing import Any
 import openai
 import pytest
 from tests.disks import fill, small_disk
-from tests.training.runs import talking_base, write_chats
+from tests.training.runs import write_chats
 
-from .support import CONFIG, HERE, Starter, serving
+from .support import CONFIG, HERE, Server, Starter, serving
 from .training_support import (
-    BASE,
     add_file,
     ended,
     make_job,
@@ -30,24 +29,22 @@ from .training_support import (
 )
 
 
-def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(serve_scripted: Starter) -> None:
-    with serve_scripted("words") as server:
-        client = openai_client(server)
-        job = run_job(server, client, "full")
-        assert (job.status, job.error.code, job.resumable) == ("failed", "disk_full", True)
-        client.fine_tuning.jobs.resume(job.id)
-        assert wait_job(server, client, job.id, ended).status == "succeeded"
+def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(scripted: Server) -> None:
+    client = openai_client(scripted)
+    job = run_job(scripted, client, "full")
+    assert (job.status, job.error.code, job.resumable) == ("failed", "disk_full", True)
+    client.fine_tuning.jobs.resume(job.id)
+    assert wait_job(scripted, client, job.id, ended).status == "succeeded"
 
 
 def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_its_end(
-    serve_real: Starter, tmp_path: Path
+    serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
     """The registry is on the full disk too."""
-    base = str(talking_base(tmp_path / BASE))
-    settings = {"max_steps": 200, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
+    settings = {"max_steps": 100, "save_every": 10, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
     rows = write_chats(tmp_path / "rows.jsonl", 400).read_text()
-    options = ("--base", base, "--kv-memory", "50MB", "--threads", "1")
+    options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
     with (
         small_disk(tmp_path / "disk", 24_000_000) as disk,
         serve_real(*options, data_dir=disk) as server,
@@ -63,7 +60,7 @@ def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_
         assert (failed.status, failed.error.code, failed.resumable) == ("failed", "disk_full", True)
         client.fine_tuning.jobs.resume(job.id)
         done = wait_job(server, client, job.id, ended)
-        assert (done.status, step_of(done)) == ("succeeded", 200)
+        assert (done.status, step_of(done)) == ("succeeded", 100)
         assert "Going on after" in "\n".join(messages(client, job.id))
 
 
@@ -81,23 +78,22 @@ def test_an_adapter_whose_proof_crashed_is_proved_when_its_job_is_resumed(
 
 
 @pytest.mark.parametrize("content", ["full", "dies-checking"])
-def test_a_resumed_job_whose_file_is_gone_fails_and_says_which(serve_scripted: Starter, content: str) -> None:
-    with serve_scripted("words") as server:
-        client = openai_client(server)
-        job = run_job(server, client, content)
-        assert job.resumable
-        with pytest.raises(openai.ConflictError, match=job.id):
-            client.files.delete(job.training_file)
-        for file in (server.data_dir / "training/files").iterdir():
-            file.unlink()
-        client.fine_tuning.jobs.resume(job.id)
-        again = wait_job(server, client, job.id, ended)
-        assert (again.error.code, again.error.param, again.resumable) == (
-            "file_not_found",
-            "training_file",
-            False,
-        )
-        assert job.training_file in again.error.message
+def test_a_resumed_job_whose_file_is_gone_fails_and_says_which(scripted: Server, content: str) -> None:
+    client = openai_client(scripted)
+    job = run_job(scripted, client, content)
+    assert job.resumable
+    with pytest.raises(openai.ConflictError, match=job.id):
+        client.files.delete(job.training_file)
+    for file in (scripted.data_dir / "training/files").glob(f"{job.training_file}*"):
+        file.unlink()
+    client.fine_tuning.jobs.resume(job.id)
+    again = wait_job(scripted, client, job.id, ended)
+    assert (again.error.code, again.error.param, again.resumable) == (
+        "file_not_found",
+        "training_file",
+        False,
+    )
+    assert job.training_file in again.error.message
 
 
 def test_jobs_outlive_a_server_that_is_killed(serve_scripted: Starter, tmp_path: Path) -> None:
@@ -220,27 +216,25 @@ def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(
 
 
 def test_an_engine_that_dies_ends_the_trainer_and_the_job_goes_on_beside_the_next(
-    serve_scripted: Starter,
+    scripted: Server,
 ) -> None:
-    with serve_scripted("words") as server:
-        client = openai_client(server)
-        job = make_job(client, "slow")
-        running = wait_job(server, client, job.id, lambda job: step_of(job) > 6)
-        (trainer,) = server.trainer_pids()
-        os.kill(server.engine_pid(), signal.SIGKILL)
-        server.wait_for(lambda: not Path(f"/proc/{trainer}").exists())
-        wait_job(server, client, job.id, lambda job: step_of(job) > step_of(running))
-        assert "Interrupted: the engine ended." in "\n".join(messages(client, job.id))
-        client.fine_tuning.jobs.cancel(job.id)
+    client = openai_client(scripted)
+    job = make_job(client, "slow")
+    running = wait_job(scripted, client, job.id, lambda job: step_of(job) > 6)
+    (trainer,) = scripted.trainer_pids()
+    os.kill(scripted.engine_pid(), signal.SIGKILL)
+    scripted.wait_for(lambda: not Path(f"/proc/{trainer}").exists())
+    wait_job(scripted, client, job.id, lambda job: step_of(job) > step_of(running))
+    assert "Interrupted: the engine ended." in "\n".join(messages(client, job.id))
+    client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_a_trainer_that_does_not_stop_is_killed_when_its_job_is_cancelled(serve_scripted: Starter) -> None:
-    with serve_scripted("words") as server:
-        client = openai_client(server)
-        job = make_job(client, "slow deaf")
-        wait_job(server, client, job.id, lambda job: step_of(job) > 0)
-        client.fine_tuning.jobs.cancel(job.id)
-        server.wait_for(lambda: not server.trainer_pids())
+def test_a_trainer_that_does_not_stop_is_killed_when_its_job_is_cancelled(scripted: Server) -> None:
+    client = openai_client(scripted)
+    job = make_job(client, "slow deaf")
+    wait_job(scripted, client, job.id, lambda job: step_of(job) > 0)
+    client.fine_tuning.jobs.cancel(job.id)
+    scripted.wait_for(lambda: not scripted.trainer_pids())
 
 
 def test_an_upload_onto_a_full_disk_is_refused_and_leaves_nothing(

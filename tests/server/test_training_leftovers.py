@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from .support import Starter
+from .support import Server, Starter
 from .training_support import add_file, ended, make_job, messages, openai_client, run_job, step_of, wait_job
 
 
@@ -44,29 +44,27 @@ def test_a_job_that_ended_while_its_server_was_away_leaves_nothing_after_the_sta
         server.wait_for(lambda: not any((tmp_path / "training/jobs").iterdir()))
 
 
-def test_a_failed_job_that_could_go_on_can_be_given_up_and_leaves_nothing(serve_scripted: Starter) -> None:
-    with serve_scripted("words") as server:
-        client = openai_client(server)
-        job = run_job(server, client, "full")
-        folder = server.data_dir / "training/jobs" / job.id
-        assert folder.is_dir()
-        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-        server.wait_for(lambda: not folder.exists())
-        assert client.files.delete(job.training_file).deleted
-        bad = run_job(server, client, "broken")
-        with pytest.raises(openai.ConflictError, match="nothing left to cancel"):
-            client.fine_tuning.jobs.cancel(bad.id)
+def test_a_failed_job_that_could_go_on_can_be_given_up_and_leaves_nothing(scripted: Server) -> None:
+    client = openai_client(scripted)
+    job = run_job(scripted, client, "full")
+    folder = scripted.data_dir / "training/jobs" / job.id
+    assert folder.is_dir()
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    scripted.wait_for(lambda: not folder.exists())
+    assert client.files.delete(job.training_file).deleted
+    bad = run_job(scripted, client, "broken")
+    with pytest.raises(openai.ConflictError, match="nothing left to cancel"):
+        client.fine_tuning.jobs.cancel(bad.id)
 
 
 def test_a_job_that_is_cancelled_while_its_next_trainer_is_awaited_leaves_nothing(
-    serve_scripted: Starter,
+    scripted: Server,
 ) -> None:
-    with serve_scripted("words") as server:
-        client = openai_client(server)
-        job = make_job(client, "dies-at-7")
-        server.wait_for(lambda: any("ended by" in told for told in messages(client, job.id)))
-        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-        server.wait_for(lambda: not (server.data_dir / "training/jobs" / job.id).exists())
+    client = openai_client(scripted)
+    job = make_job(client, "dies-at-7")
+    scripted.wait_for(lambda: any("ended by" in told for told in messages(client, job.id)))
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    scripted.wait_for(lambda: not (scripted.data_dir / "training/jobs" / job.id).exists())
 
 
 def test_a_server_without_jobs_says_so(serve_scripted: Starter, tmp_path: Path) -> None:
