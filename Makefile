@@ -20,9 +20,13 @@ demo: base ## Serve the base and two adapters, watch them answer at once, try yo
 # Several processes share the cores then: threads that spin while they wait would starve each other.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores > 4 ? 4 : cores)))
 
-test: base ## Run every test, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
+# What only repeats a behaviour over more combinations is marked `full`: `make check` runs it too.
+SELECT ?= -m "not full"
+PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: base ## Run the tests, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
 	@echo "==> Running the tests"
-	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(PYTEST) $(SELECT) $(PYTEST_ARGS)
 
 lint: setup ## Check style, types, import rules, shell scripts and the Dockerfile
 	@echo "==> ruff"
@@ -40,9 +44,9 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 	@$(BIN)/hadolint Dockerfile
 
-check: ## Everything that continuous integration checks: lint, then test
+check: ## Everything that continuous integration checks: lint, then every test in all combinations
 	@$(MAKE) lint
-	@$(MAKE) test
+	@$(MAKE) test SELECT=
 
 format: setup ## Rewrite the sources in the project's style, and the synchronous client from the asynchronous one
 	@$(BIN)/ruff check --fix .

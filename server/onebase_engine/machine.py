@@ -1,4 +1,7 @@
-"""How much memory a run has taken."""
+"""The machine's memory: how much there is, is free and was taken, and which errors say that it is short.
+
+torch is imported where it is needed: the api asks for memory too, and loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,70 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+NO_LIMIT = 1 << 62
+"""Bytes, where nothing says how many there are."""
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _ONEDNN = re.compile(r"could not (create a (primitive|memory|memory object)|execute a primitive)")
 """All that oneDNN says when it finds no memory. What it does not support is a "primitive descriptor"."""
 
 
+def total_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the machine's memory, or of the container's if that is less."""
+    return min(_meminfo("MemTotal", proc), _container_limit(cgroup))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device; on the CPU, what both the system and the container leave."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_meminfo("MemAvailable"), container_free())
+
+
+def container_free(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the container may still take (cgroup v2); NO_LIMIT when there is no limit.
+
+    The page cache counts as free: having read the base's files, it may fill the container to its limit.
+    """
+    limit = _container_limit(root)
+    try:
+        used = int((root / "memory.current").read_text())
+        pairs = (line.split() for line in (root / "memory.stat").read_text().splitlines())
+        cached = sum(int(value) for name, value in pairs if name in ("active_file", "inactive_file"))
+    except (OSError, ValueError):
+        return NO_LIMIT
+    return NO_LIMIT if limit == NO_LIMIT else max(limit - max(used - cached, 0), 0)
+
+
+def _container_limit(root: Path) -> int:
+    try:
+        text = (root / "memory.max").read_text().strip()
+    except OSError:
+        return NO_LIMIT
+    return int(text) if text.isdigit() else NO_LIMIT
+
+
+def _meminfo(field: str, proc: Path = Path("/proc")) -> int:
+    """Bytes in a line of /proc/meminfo; NO_LIMIT where there is none."""
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return NO_LIMIT
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), NO_LIMIT)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes until now: allocated on a GPU, else the process's resident set."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage's figure where there is this one: a process begins with its parent's.
     with contextlib.suppress(OSError):
@@ -31,6 +87,8 @@ def peak_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python says that memory is short."""
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -1,15 +1,34 @@
-"""Calls that wait for a disk, a database or the Hub, kept off the event loop."""
+"""Waiting: for a disk, a database or the Hub off the event loop, and between two tries of anything."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Pauses between tries, in seconds: each is twice the one before it, up to the longest."""
+
+    first: float
+    longest: float
+
+    def pause(self, failures: int) -> float:
+        """What follows so many failures in a row; the first failure is 1."""
+        doublings = min(failures - 1, 64)
+        return min(self.longest, self.first * 2.0**doublings)
+
+    def pauses(self) -> Iterator[float]:
+        """Those after the first failure, the second, and so on without end."""
+        return map(self.pause, itertools.count(1))
 
 
 class Threads:
@@ -56,3 +75,22 @@ class Threads:
             raise
         value: T = await answer
         return value
+
+
+class RegistryThreads(Threads):
+    """Threads for the registry's calls. A write ends when every subscriber has seen it."""
+
+    def __init__(self, name: str, most: int) -> None:
+        super().__init__(name, most)
+        self._subscribers: list[Callable[[], Awaitable[None]]] = []
+
+    def subscribe(self, subscriber: Callable[[], Awaitable[None]]) -> None:
+        """Call it after each write."""
+        self._subscribers.append(subscriber)
+
+    async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `run`, for a call that changes the registry. Raises also what a subscriber raises."""
+        result = await self.run(call, *args, **kwargs)
+        for subscriber in self._subscribers:
+            await subscriber()
+        return result

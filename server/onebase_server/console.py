@@ -11,8 +11,7 @@ from rich.table import Table
 
 import onebase_server
 from onebase_engine.engine.messages import BaseInfo, Loading
-from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.names import label
+from onebase_server.adapters.catalog import Catalog, label
 from onebase_server.settings import Settings
 
 _MOST_ADAPTERS = 20

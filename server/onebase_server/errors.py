@@ -43,8 +43,8 @@ class OneBaseError(Exception):
         self.retry_after = retry_after
         self.details: dict[str, Any] = {}
         """More fields for the error's object."""
-        self.beside: dict[str, Any] = {}
-        """More fields for the body, beside the error's object."""
+        self.body: dict[str, Any] = {}
+        """More fields for the body, next to the error's object."""
 
 
 class InvalidRequestError(OneBaseError):
@@ -226,7 +226,7 @@ def error_body(error: OneBaseError) -> dict[str, Any]:
     """`{"error": {...}}`, as OpenAI's clients expect it."""
     body = error_dict(error.message, status_of(error)[1], error.code, error.param)
     body["error"] |= error.details
-    return body | error.beside
+    return body | error.body
 
 
 def error_dict(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: of training, and those of serving that are at hand, as they are when asked for."""
+"""Prometheus' figures of training and serving, collected when they are asked for."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +19,17 @@ import uvloop
 from rich.console import Console
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.adapters.folders import FolderError, find_adapters
+from onebase_server.adapters.sources import FolderError, find_adapters
 from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
-from onebase_server.processes.engine_link import ENGINE_COMMAND
-from onebase_server.processes.supervisor import EngineFailedError, EngineSupervisor
-from onebase_server.processes.trainer_link import TRAINER_COMMAND
-from onebase_server.processes.verifier_link import VERIFIER_COMMAND
-from onebase_server.served_base import Base
+from onebase_server.processes.link import ENGINE_COMMAND
+from onebase_server.processes.supervisor import EngineFailedError, RestartPolicy
+from onebase_server.processes.trainer_client import TRAINER_COMMAND
+from onebase_server.processes.verifier_client import VERIFIER_COMMAND
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
 from onebase_server.wiring import assemble
@@ -51,6 +50,8 @@ class Commands:
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    """Of the engine."""
 
 
 class StartupError(RuntimeError):
@@ -67,12 +68,11 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
     if settings.stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
     with listener, LoadingDisplay(console) as display:
-        resolved = resolve(settings.base, display)
+        base = resolve(settings.base, display)
         leave_torch_out()
-        base = Base(resolved.name, resolved.folder, _repository(settings.base, resolved), resolved.revision)
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
-            # The engine is told: what it loads and what adapters are bound to is one base.
+            # Decided once, for the engine too: adapters are bound to the base that it loads.
             settings = replace(settings, device=chosen_device(settings.device))
             storage = open_storage(settings, base.name, base.folder)
         except (FolderError, StorageError) as error:
@@ -81,11 +81,11 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
         try:
             uvloop.run(server.serve(listener, console, display))
         except EngineFailedError as error:
-            raise StartupError(f"the engine cannot serve {resolved.name}: {error}") from error
+            raise StartupError(f"the engine cannot serve {base.name}: {error}") from error
 
 
 def _check_open_files() -> None:
-    """Raises StartupError here, and not in the middle of whatever opens one file too many."""
+    """Raises StartupError now, rather than let some request fail at one file too many."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= allowed < LEAST_FILES:
         raise StartupError(
@@ -96,7 +96,7 @@ def _check_open_files() -> None:
 
 
 def _stop_with_stdin() -> None:
-    """As by SIGTERM, once whoever holds the other end of standard input has closed it, or is dead."""
+    """Stop as by SIGTERM once standard input ends: its other end was closed, or its process died."""
     with contextlib.suppress(OSError):
         while os.read(0, 1 << 16):
             pass
@@ -115,35 +115,20 @@ def resolve(base: str, display: LoadingDisplay) -> ResolvedBase:
         raise StartupError(f"the base {base!r} cannot be used: {error}") from error
 
 
-def _repository(asked: str, resolved: ResolvedBase) -> str | None:
-    """The base's name on the Hub, if it is from there."""
-    from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO
-
-    if asked == DEFAULT_BASE:
-        return DEFAULT_REPO
-    return asked.partition("@")[0] if resolved.revision is not None else None
-
-
 @dataclass(frozen=True)
 class _Server:
-    """One server, from what was found out before the event loop began."""
+    """One server, with all that was settled before the event loop began."""
 
     settings: Settings
-    base: Base
+    base: ResolvedBase
     storage: Storage
     given: list[tuple[str, Path]]
     commands: Commands
 
     async def serve(self, listener: socket.socket, console: Console, display: LoadingDisplay) -> None:
         settings = self.settings
-        supervisor = EngineSupervisor(
-            settings.engine_config(str(self.base.folder)),
-            queue_limit=settings.queue_limit,
-            stall_timeout=settings.stall_timeout,
-            command=self.commands.engine,
-            on_loading=display.loading,
-        )
-        services = self._services(supervisor)
+        services = self._services(display)
+        supervisor = services.supervisor
 
         def ready() -> None:
             display.close()
@@ -156,7 +141,7 @@ class _Server:
             raise StartupError(f"{error} (--registry)") from error
         upkeep = [
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
-            asyncio.create_task(self.storage.keep_tidy(services.library.disk)),
+            asyncio.create_task(self.storage.keep_tidy(services.adapters.disk)),
         ]
         try:
             await run_server(services, create_app(services), listener, ready)
@@ -165,16 +150,18 @@ class _Server:
                 task.cancel()
             self.storage.registry.close()
 
-    def _services(self, supervisor: EngineSupervisor) -> Services:
+    def _services(self, display: LoadingDisplay) -> Services:
         try:
             return assemble(
                 self.settings,
                 self.base,
                 self.storage,
                 self.given,
-                supervisor,
-                self.commands.verifier,
-                self.commands.trainer,
+                engine_command=self.commands.engine,
+                engine_restarts=self.commands.restarts,
+                verifier_command=self.commands.verifier,
+                trainer_command=self.commands.trainer,
+                on_loading=display.loading,
             )
         except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Opens what outlives the server: the data folder, the registry and the store; and keeps them tidy."""
+"""What outlives the server: the data folder, the registry and the store. Opened, swept, and their errors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase_adapters import registry
 from onebase_adapters.registry import Registry, RegistryError
+from onebase_adapters.store import store
 from onebase_adapters.store.store import GRACE, Store, StoreError
 from onebase_engine.base.identity import BaseIdentityError, base_id
+from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.background import Threads
+from onebase_server.errors import (
+    ConflictError,
+    StaleActivationError,
+    StoreFullError,
+    UnavailableError,
+    UnknownAdapterError,
+    UnknownFileError,
+    UnknownJobError,
+)
 from onebase_server.settings import Device, Settings
 
 SWEEP_SECONDS = 3600.0
@@ -86,7 +100,7 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
 
 
 def _identity(settings: Settings) -> dict[str, object]:
-    """What makes another base of the same files. Each device quantizes, and is proved on, by code of its own.
+    """The settings that make another base of the same files; the device too, since each has its own kernels.
 
     The CPU is not named: its registries are older than this rule, and stay valid.
     """
@@ -110,21 +124,47 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
 
 
 def host_memory(settings: Settings) -> int:
-    """Bytes that versions may take in host memory."""
-    return settings.host_memory or machine_memory() // 4
+    """Bytes that versions may take in host memory. Raises StorageError where the system says no size."""
+    if settings.host_memory:
+        return settings.host_memory
+    total = total_memory()
+    if total == NO_LIMIT:
+        raise StorageError("/proc/meminfo does not say how much memory there is; set --host-memory")
+    return total // 4
 
 
-def machine_memory(
-    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")
-) -> int:
-    """Bytes of this machine's memory, or of the container's if that is less. Raises StorageError."""
-    sizes = [
-        int(line.split()[1]) * 1024
-        for line in meminfo.read_text().splitlines()
-        if line.startswith("MemTotal:")
-    ]
-    if cgroup.is_file() and (limit := cgroup.read_text().strip()).isdigit():
-        sizes.append(int(limit))
-    if not sizes:
-        raise StorageError(f"{meminfo} does not say how much memory there is; set --host-memory")
-    return min(sizes)
+@contextmanager
+def storage_errors(name: str = "") -> Iterator[None]:
+    """RegistryError and StoreError as OneBaseError; `name`: the adapter that it is about."""
+    try:
+        yield
+    except (store.StoreFullError, registry.RegistryFullError) as error:
+        raise StoreFullError from error
+    except registry.UnknownAdapterError as error:
+        raise UnknownAdapterError(str(error), param="name") from error
+    except registry.UnknownVersionError as error:
+        raise UnknownAdapterError(str(error), param="version", code="version_not_found") from error
+    except registry.NotReadyError as error:
+        raise ConflictError(str(error), code="version_not_ready", param="version") from error
+    except registry.StaleActivationError as error:
+        raise StaleActivationError(name, error.current) from error
+    except registry.NothingToRollBackError as error:
+        raise ConflictError(str(error), code="nothing_to_roll_back") from error
+    except registry.UnknownFileError as error:
+        raise UnknownFileError(str(error)) from error
+    except registry.UnknownJobError as error:
+        raise UnknownJobError(str(error)) from error
+    except registry.FileInUseError as error:
+        raise ConflictError(
+            f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"
+        ) from error
+    except registry.RegistryError as error:
+        raise UnavailableError(
+            f"The registry of adapters cannot be used now: {error}",
+            code="registry_unavailable",
+            retry_after=5,
+        ) from error
+    except store.StoreError as error:
+        raise UnavailableError(
+            f"The store of adapters cannot be used now: {error}", code="store_unavailable", retry_after=5
+        ) from error

@@ -24,8 +24,7 @@ from onebase_engine.engine.messages import FrameReader, RowOutput
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.lora.rows import TILE
 from onebase_engine.lora.weights import AdapterWeights
-from onebase_server.processes import engine_process as process
-from onebase_server.processes.engine_channel import Channel
+from onebase_server.processes import engine as process
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +374,7 @@ def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> 
     engine.submit(submit("c", [6]))
     engine.step()
     ours, theirs = socket.socketpair()
-    channel = Channel(theirs)
+    channel = process.EngineChannel(theirs, protocol.to_engine_decoder().decode)
     process._report(engine.take_outputs(), engine.stats(), channel)
     channel.close()
     data = b"".join(iter(lambda: ours.recv(1 << 16), b""))
@@ -396,7 +395,7 @@ def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_wit
     engine = create(base)
     Flaky(engine, once_in(*range(100)))
     ours, theirs = socket.socketpair()
-    channel = Channel(theirs)
+    channel = process.EngineChannel(theirs, protocol.to_engine_decoder().decode)
     failed: list[str] = []
 
     def one_request_after_the_other() -> None:

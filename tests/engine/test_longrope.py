@@ -13,7 +13,7 @@ from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerp
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.scheduler import Limits
-from onebase_server.processes import engine_process as process
+from onebase_server.processes import engine as process
 
 SHORT = 64
 

@@ -13,11 +13,11 @@ from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
 from onebase_engine.engine.memory import (
     MemoryBudgetError,
-    cgroup_available,
-    free_memory,
     kv_block_count,
+    kv_memory_available,
     slot_bytes,
 )
+from onebase_engine.machine import NO_LIMIT, container_free, total_memory
 
 MB = 1_000_000
 
@@ -46,19 +46,28 @@ def test_too_little_memory_is_refused_with_a_remedy(free: int, kv_memory: int, t
 
 def test_the_free_memory_of_the_cpu_is_less_than_the_machine_has() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < free_memory(torch.device("cpu")) < total
+    assert 0 < kv_memory_available(torch.device("cpu")) < total
 
 
-@pytest.mark.parametrize(("limit", "available"), [("1000", 1000 - (900 - 500)), ("max", 1 << 62)])
+@pytest.mark.parametrize(("limit", "available"), [("1000", 1000 - (900 - 500)), ("max", NO_LIMIT)])
 def test_the_page_cache_of_a_container_counts_as_free(tmp_path: Path, limit: str, available: int) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 400\nfile 500\ninactive_file 300\nactive_file 200\nshmem 0\n")
-    assert cgroup_available(tmp_path) == available
+    assert container_free(tmp_path) == available
 
 
 def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
-    assert cgroup_available(tmp_path) == 1 << 62
+    assert container_free(tmp_path) == NO_LIMIT
+
+
+@pytest.mark.parametrize(("limit", "total"), [("1000", 1000), ("999999999", 4_096_000), ("max", 4_096_000)])
+def test_memory_is_the_machines_or_the_containers_if_that_is_less(
+    tmp_path: Path, limit: str, total: int
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:       4000 kB\nMemAvailable:   2000 kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    assert total_memory(proc=tmp_path, cgroup=tmp_path) == total
 
 
 def _resident() -> int:

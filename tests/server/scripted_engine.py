@@ -10,7 +10,8 @@ hash is right, and dies when a row asks for one that is not loaded:
     fatal        refuses to start
     die-early    exits before it is ready
     sleep-early  never gets ready
-    die-ready    exits as soon as it has been ready for a moment
+    paced        as `words`, but takes a byte from the pipe ONEBASE_TEST_PACE before each step
+    die-ready    takes a byte from that pipe once it is ready, and exits
     poison       as `words`, but exits in the step after a row came that asks for POISON tokens
 """
 
@@ -21,7 +22,6 @@ import os
 import selectors
 import socket
 import sys
-import time
 from pathlib import Path
 
 from onebase_engine.engine.messages import (
@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.rows: dict[tuple[str, int], list[object]] = {}
         self.steps = 0
         self.loaded: set[str] = set()
+        self.pace: int | None = None
 
     def send(self, message: ToApi) -> None:
         self.connection.setblocking(True)
@@ -127,7 +128,7 @@ class ScriptedEngine:
         )  # fmt: skip
         self.send(Ready(base))
         if self.behaviour == "die-ready":
-            time.sleep(0.05)
+            self.wait_for_byte()
             os._exit(9)
 
     def cancel(self, message: Cancel) -> None:
@@ -136,7 +137,16 @@ class ScriptedEngine:
             del self.rows[key]
         self.report([RowOutput(id=name, choice=choice, finish="cancelled") for name, choice in ended])
 
+    def wait_for_byte(self) -> None:
+        """Until the test writes one; ends with the test."""
+        if self.pace is None:
+            self.pace = os.open(os.environ["ONEBASE_TEST_PACE"], os.O_RDONLY)
+        if not os.read(self.pace, 1):
+            sys.exit(0)
+
     def step(self) -> None:
+        if self.behaviour == "paced" and self.rows:
+            self.wait_for_byte()
         if self.behaviour == "deaf":
             self.report([])
             return

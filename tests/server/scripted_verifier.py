@@ -19,18 +19,16 @@ import sys
 import time
 from pathlib import Path
 
+from onebase_adapters.proof.report import ModuleReport, ProofReport, VersionReport
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
     FromVerifier,
-    ModuleReport,
     Progress,
-    ProofReport,
     Prove,
     Proved,
     Rejected,
-    VersionReport,
     to_verifier_decoder,
 )
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from onebase_server.cli import serve
-from onebase_server.processes.trainer_link import TRAINER_COMMAND
+from onebase_server.processes.supervisor import RestartPolicy
+from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.startup import Commands
 
 
@@ -22,5 +23,6 @@ if __name__ == "__main__":
         command("scripted_engine.py", engine),
         command("scripted_verifier.py", verifier or "proves"),
         TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
+        RestartPolicy(first_delay=0.02) if engine == "die-ready" else RestartPolicy(),
     )
     sys.exit(serve(sys.argv[2:], commands))

@@ -165,6 +165,22 @@ def serving(
         shutil.rmtree(own_data, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def pace(folder: Path) -> Iterator[tuple[dict[str, str], Callable[[int], None]]]:
+    """The environment of a server whose scripted engine takes a byte a step, and what gives it some."""
+    pipe = folder / "pace"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)  # opened for both ways, it waits for nobody
+    try:
+        yield {"ONEBASE_TEST_PACE": str(pipe)}, lambda steps: allow(end, steps)
+    finally:
+        os.close(end)
+
+
+def allow(pipe: int, steps: int) -> None:
+    os.write(pipe, bytes(steps))
+
+
 Starter = Callable[..., contextlib.AbstractContextManager[Server]]
 
 

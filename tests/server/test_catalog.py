@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import Blob, Registry, VersionFiles
+from onebase_adapters.registry import AdapterRecord, Blob, Registry, VersionFiles
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.names import check_name, same_base
-from onebase_server.background import Threads
+from onebase_server.adapters.catalog import Catalog, check_name, same_base
+from onebase_server.background import RegistryThreads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError
 
 
@@ -43,7 +42,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 def look(registry: Registry) -> Catalog:
     """A catalog that has looked once."""
-    catalog = Catalog("base", registry, Threads("test", 2))
+    catalog = Catalog("base", registry, RegistryThreads("test", 2))
     asyncio.run(catalog.refresh())
     return catalog
 
@@ -146,9 +145,9 @@ def test_a_watching_catalog_sees_what_another_server_writes_and_deletes(
     other = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="b" * 64, base_name="base")
 
     async def follow() -> list[Any]:
-        catalog = Catalog("base", registry, Threads("test", 2))
+        catalog = Catalog("base", registry, RegistryThreads("test", 2))
         changes = asyncio.Event()
-        catalog.on_change = changes.set
+        catalog.subscribe(changes.set)
         watching = asyncio.create_task(catalog.watch(0.01))
         seen: list[Any] = []
         for write in (
@@ -168,6 +167,24 @@ def test_a_watching_catalog_sees_what_another_server_writes_and_deletes(
     assert seen[-1] == ["zeta"]
     assert ["acme", "zeta"] in seen or seen[1] == ["acme"]
     other.close()
+
+
+def test_what_this_server_writes_is_seen_when_the_write_returns(registry: Registry) -> None:
+    digest = register(registry, "acme", "one", active=False)
+
+    async def activate() -> tuple[AdapterRecord | None, AdapterRecord | None]:
+        records = RegistryThreads("test", 2)
+        catalog = Catalog("base", registry, records)
+        await catalog.refresh()
+        before = catalog.get("acme")
+        await records.write(registry.activate, "default", "acme", digest)
+        return before, catalog.get("acme")
+
+    before, after = asyncio.run(activate())
+
+    assert before is not None
+    assert after is not None
+    assert (before.active, after.active) == (None, digest)
 
 
 def test_the_adapters_of_another_base_are_not_seen(registry: Registry, tmp_path: Path) -> None:

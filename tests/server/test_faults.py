@@ -24,7 +24,7 @@ import httpx2
 import pytest
 
 from .scripted_engine import POISON
-from .support import HERE, START_SECONDS, Server, Starter, alive, free_port, make_folder
+from .support import HERE, START_SECONDS, Server, Starter, alive, free_port, make_folder, pace
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
 
@@ -44,7 +44,6 @@ def test_running_requests_end_with_an_error_when_the_engine_dies_and_new_ones_ar
         reader = threading.Thread(target=lambda: events.extend(stream_until_end(server, LONG)))
         reader.start()
         server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
-        time.sleep(0.2)
 
         os.kill(first_pid, signal.SIGKILL)
         reader.join(30)
@@ -140,9 +139,13 @@ def test_an_engine_that_dies_while_starting_ends_the_server(serve_scripted: Star
 
 
 def test_an_engine_that_keeps_dying_ends_the_server_after_a_bounded_number_of_tries(
-    serve_scripted: Starter,
+    serve_scripted: Starter, tmp_path: Path
 ) -> None:
-    with serve_scripted("die-ready", ready=False) as server:
+    with (
+        pace(tmp_path) as (environment, allow),
+        serve_scripted("die-ready", environment=environment) as server,
+    ):
+        allow(6)
         assert server.exit_status(120) == 1
         assert "giving up" in server.log
         assert server.log.count("starting a new one") == 5

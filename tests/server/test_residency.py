@@ -18,7 +18,8 @@ from onebase_engine.engine.messages import (
     SlotsChanged,
     UnloadAdapter,
 )
-from onebase_server.adapters.residency import PackedAdapterFile, Residency, Use
+from onebase_server.adapters.catalog import VersionRef
+from onebase_server.adapters.residency import PackedAdapterFile, Residency
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -41,7 +42,10 @@ class Engine:
         self.orders: list[Any] = []
         self.fails: set[str] = set()
         self.files = dict(SIZES)
-        self.residency = Residency(limit, self.find, self.fetch, self.send, queue_limit)
+        self.damaged: list[PackedAdapterFile] = []
+        self.residency = Residency(
+            limit, self.find, self.fetch, self.send, queue_limit, on_damaged=self.damaged.append
+        )
         self.residency.engine_ready()
 
     def find(self, digest: str) -> PackedAdapterFile:
@@ -73,8 +77,8 @@ class Engine:
             loaded = AdapterLoaded(digest=message.digest, bytes=SIZES[message.digest], load_seconds=0)
             self.residency.receive(loaded)
 
-    def lease(self, *digests: str) -> Any:
-        return self.residency.lease([Use("name", digest) for digest in digests])
+    def lease(self, *digests: str, **how: Any) -> Any:
+        return self.residency.lease([VersionRef("name", digest) for digest in digests], **how)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -127,7 +131,7 @@ def test_what_is_leased_or_pinned_stays_and_who_needs_its_place_waits_for_it() -
         held.release()
         await waiting
         assert set(engine.held) == {"a", "c", "d"}
-        with pytest.raises(InvalidRequestError, match="30 bytes of host memory beside 10 bytes of pinned"):
+        with pytest.raises(InvalidRequestError, match="30 bytes of host memory, pinned adapters take 10"):
             await engine.lease("large").ready()
 
     run(test())
@@ -165,11 +169,9 @@ def test_a_failed_load_fails_those_who_wait_and_takes_no_memory() -> None:
     async def test() -> None:
         engine = Engine()
         engine.fails.add("a")
-        damaged: list[PackedAdapterFile] = []
-        engine.residency.on_damaged = damaged.append
         results = await asyncio.gather(*(engine.lease("a").ready() for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [UnavailableError] * 3
-        assert damaged == [engine.find("a")]
+        assert engine.damaged == [engine.find("a")]
         assert engine.residency.memory.used == 0
         engine.fails.clear()
         await engine.lease("a").ready()
@@ -182,8 +184,6 @@ def test_damage_is_reported_of_the_file_that_was_loaded_not_of_the_one_that_came
     async def test() -> None:
         engine = Engine(slow=True)
         engine.fails.add("a")
-        damaged: list[PackedAdapterFile] = []
-        engine.residency.on_damaged = damaged.append
         old = engine.find("a")
         waiting = asyncio.create_task(engine.lease("a").ready())
         await settle()
@@ -191,7 +191,7 @@ def test_damage_is_reported_of_the_file_that_was_loaded_not_of_the_one_that_came
         engine.answer()
         with pytest.raises(UnavailableError):
             await waiting
-        assert damaged == [old] != [engine.find("a")]
+        assert engine.damaged == [old] != [engine.find("a")]
 
     run(test())
 
@@ -244,27 +244,26 @@ def test_deleting_by_force_ends_the_wait_and_tells_the_one_who_runs() -> None:
     async def test() -> None:
         engine = Engine(slow=True)
         waiting = asyncio.create_task(engine.lease("a").ready())
-        running = engine.lease("b")
         told: list[Any] = []
-        running.on_revoked = told.append
+        running = engine.lease("b", on_revoked=told.append)
         ready = asyncio.create_task(running.ready())
         await settle()
         while engine.orders and engine.orders[0].digest != "b":
             engine.orders.append(engine.orders.pop(0))
         engine.answer()
         await ready
-        assert engine.residency.is_used(Use("name", "a"))
-        engine.residency.revoke(Use("other name", "a"))
+        assert engine.residency.is_used(VersionRef("name", "a"))
+        engine.residency.revoke(VersionRef("other name", "a"))
         await settle()
         assert not waiting.done()
 
         for digest in ("a", "b"):
-            engine.residency.revoke(Use("name", digest))
+            engine.residency.revoke(VersionRef("name", digest))
 
         with pytest.raises(AdapterDeletedError):
             await waiting
         assert [type(error) for error in told] == [AdapterDeletedError]
-        assert not engine.residency.is_used(Use("name", "a"))
+        assert not engine.residency.is_used(VersionRef("name", "a"))
 
     run(test())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
-from .support import Server, Starter
+from .support import Server, Starter, pace
 
 ENDLESS = {"prompt": "word " * 50, "max_tokens": 90_000, "stream": True}
 
@@ -38,11 +39,22 @@ def test_a_reader_that_does_not_read_is_cut_off_and_others_are_served(serve_scri
         assert "Traceback" not in server.log
 
 
-def test_a_reader_that_keeps_up_gets_everything_however_small_the_buffer(serve_scripted: Starter) -> None:
-    with serve_scripted("words", "--stream-buffer", "2") as server, server.client() as http:
+def test_a_reader_that_keeps_up_gets_everything_however_small_the_buffer(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    options = ("--stream-buffer", "2")
+    with (
+        pace(tmp_path) as (environment, allow),
+        serve_scripted("paced", *options, environment=environment) as server,
+        server.client() as http,
+    ):
         body = {"prompt": "word", "max_tokens": 100, "stream": True}
+        allow(2)
+        lines = []
         with http.stream("POST", "/generate", json=body) as answer:
-            lines = [line for line in answer.iter_lines() if line]
+            for line in filter(None, answer.iter_lines()):
+                lines.append(line)
+                allow(1)
 
         assert sum('"text":"word"' in line for line in lines) == 100
         assert lines[-1] == "data: [DONE]"

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, Submit
+from onebase_server.background import Backoff
 from onebase_server.errors import CrashesEngineError, EngineRestartedError, UnavailableError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
+from onebase_server.processes.link import EngineLink
 from onebase_server.processes.supervisor import EngineSupervisor, RestartPolicy
 from onebase_server.processes.suspects import FORGIVEN_AFTER, MAX_SUSPECTS, Suspects, fingerprint
 
@@ -43,10 +45,11 @@ async def supervised() -> AsyncIterator[EngineSupervisor]:
     """A supervisor of engines that poison kills."""
     supervisor = EngineSupervisor(
         EngineConfig(base_folder="none"),
+        EngineLink(),
         queue_limit=100,
         stall_timeout=PATIENCE,
         command=[sys.executable, str(HERE / "scripted_engine.py"), "poison"],
-        policy=RestartPolicy(first_delay=0.01, longest_delay=0.01),
+        policy=RestartPolicy(backoff=Backoff(0.01, 0.01)),
     )
     running = asyncio.create_task(supervisor.run())
     try:

@@ -14,14 +14,12 @@ import torch
 from onebase_adapters.training.data.dataset import DataError, Problem
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError
-from onebase_server.processes.trainer_failures import failure_of
-from onebase_server.processes.trainer_limits import memory_limit
+from onebase_server.processes.trainer import failure_of, memory_limit
 from onebase_server.processes.trainer_protocol import TrainJob
 
 GREEDY = """
 import sys, torch
-from onebase_server.processes.trainer_failures import failure_of
-from onebase_server.processes.trainer_limits import bound_memory, private_bytes
+from onebase_server.processes.trainer import bound_memory, failure_of, private_bytes
 from onebase_server.processes.trainer_protocol import TrainJob
 job = TrainJob(id="j", name="n", recipe={}, train="", train_name="a", held_out=None, held_out_name=None,
                folder="/tmp", base_name="b", memory_limit=0)
@@ -37,7 +35,7 @@ except (RuntimeError, MemoryError) as error:
 """
 THREADS = """
 import torch
-from onebase_server.processes.trainer_limits import bound_memory
+from onebase_server.processes.trainer import bound_memory
 torch.set_num_threads(8)
 bound_memory(20_000_000, torch.device("cpu"))
 print(torch.ones(1 << 20).add_(1.0).sum().item())
@@ -45,8 +43,9 @@ print(torch.ones(1 << 20).add_(1.0).sum().item())
 PLACE = """
 import os
 from pathlib import Path
-from onebase_server.processes.trainer_limits import step_aside
-step_aside()
+from onebase_server.processes.child import step_aside
+from onebase_server.processes.trainer import NICENESS
+step_aside(NICENESS)
 print(os.nice(0), Path("/proc/self/oom_score_adj").read_text())
 """
 

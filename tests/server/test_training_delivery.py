@@ -82,12 +82,12 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("activate", "active"), [("never", False), ("if_better", False), ("always", True)])
-def test_what_is_active_is_as_wished_also_when_the_registry_was_away(
+def test_what_is_active_is_as_asked_also_when_the_registry_was_away(
     deliver: Any, activate: str, active: bool
 ) -> None:
     library = _Library(away=1)
     done = deliver(library, activate)
-    assert (done.activated, done.as_wished) == (active, True)
+    assert (done.activated, done.as_asked) == (active, True)
     assert library.active == (DIGEST if active else None)
 
 
@@ -106,7 +106,7 @@ def test_the_library_is_not_told_to_activate_since_it_would_after_a_restart(deli
 
 def test_an_activation_that_fails_is_told_and_its_job_is_delivered(deliver: Any) -> None:
     done = deliver(_Library(failure=InvalidRequestError("no room in memory")))
-    assert (done.activated, done.as_wished) == (False, False)
+    assert (done.activated, done.as_asked) == (False, False)
     assert "could not be activated: no room in memory" in done.message
 
 

@@ -6,17 +6,17 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 from openai import OpenAI
 
-from onebase_adapters.registry import NewEvent, RegistryBusyError
+from onebase_adapters.registry import JobEvent, RegistryBusyError
 from onebase_adapters.training.events import Notice
 from onebase_server.background import Threads
-from onebase_server.jobs.notifier import Watchers
-from onebase_server.jobs.recorder import Recorder
+from onebase_server.jobs.store import JobNotifier, JobStore
 
 from .support import Server, Starter
 from .training_support import make_job, openai_client, run_job, step_of, wait_job
@@ -163,7 +163,7 @@ class _Away:
         self.times = times
         self.told: list[str] = []
 
-    def note(self, job_id: str, events: list[NewEvent], checkpoints: object, **facts: object) -> None:
+    def note(self, job_id: str, events: list[JobEvent], checkpoints: object, **facts: object) -> None:
         self.times -= 1
         if self.times >= 0:
             raise RegistryBusyError("away")
@@ -175,9 +175,11 @@ def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(patient: bool,
     records: Any = _Away(2)
 
     async def run() -> None:
-        recorder = Recorder("ftjob-1", records, Threads("records", 1), Watchers(), {})
-        recorder.listen(Notice(at=1.0, message="the last words", level="info"))
-        await recorder.close(lambda: patient)
+        job: Any = SimpleNamespace(id="ftjob-1", tenant="default", progress=None)
+        store = JobStore(job, records, Threads("records", 1), JobNotifier())
+        store.patient = patient
+        store.record(Notice(at=1.0, message="the last words", level="info"))
+        await store.close()
 
     asyncio.run(run())
     assert records.told == told

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import (
-    NewEvent,
+    JobEvent,
     NewJob,
     Registry,
     RegistryBusyError,
@@ -22,7 +22,7 @@ from onebase_adapters.registry import (
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, OneBaseError
 from onebase_server.jobs.files import TrainingFiles
-from onebase_server.jobs.storage import TrainingHome
+from onebase_server.jobs.storage import TrainingStorage
 
 
 @pytest.mark.parametrize("refusal", [RegistryFullError, RegistryBusyError])
@@ -47,7 +47,7 @@ def refused_upload(folder: Path, refusal: type[RegistryError], **known: Any) -> 
         raise refusal("no")
 
     async def upload() -> list[Path]:
-        home, threads = TrainingHome(folder), Threads("test", 2)
+        home, threads = TrainingStorage(folder), Threads("test", 2)
         records: Any = SimpleNamespace(add_file=add_file, **known)
         files = TrainingFiles(records, home, threads, threads, 1 << 20)
         writer = files.writer()
@@ -67,18 +67,18 @@ def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_t
         made.migrate()
         return made
 
-    async def delete(home: TrainingHome) -> None:
+    async def delete(home: TrainingStorage) -> None:
         threads = Threads("test", 2)
         await TrainingFiles(here.training, home, threads, threads, 1 << 20).delete("file-1")
 
-    home, here, there = TrainingHome(tmp_path), registry("base"), registry("another")
+    home, here, there = TrainingStorage(tmp_path), registry("base"), registry("another")
     there.training.add_file(TrainingFile("file-1", "default", home.server, "fine-tune", "a.jsonl", 1, 1.0))
     there.training.add_job(
         NewJob(
             id="ftjob-1", tenant="default", server=home.server, name="orders", training_file="file-1",
             validation_file=None, activate="never", settings={}, labels={},
         ),
-        NewEvent(1.0, "made"),
+        JobEvent(1.0, "made"),
     )  # fmt: skip
     with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
         asyncio.run(delete(home))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.processes.trainer_link import Trainer
+from onebase_server.processes.trainer_client import TrainerClient
 from onebase_server.processes.trainer_protocol import Check, TrainJob
 
 from .support import children, command_of
@@ -32,7 +32,7 @@ def trainers() -> list[int]:
 
 def start(message: Check) -> None:
     async def run() -> None:
-        await Trainer.start(COMMAND, message, {}, lambda event: None)
+        await TrainerClient.start(COMMAND, message, {}, lambda event: None)
 
     asyncio.run(run())
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import JobError, NewEvent, NewJob, Registry, TrainingFile
+from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, TrainingFile
 from onebase_server.background import Threads
 from onebase_server.jobs.manager import Manager
-from onebase_server.jobs.notifier import Watchers
-from onebase_server.jobs.storage import TrainingHome
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobNotifier
 
 JOB = "ftjob-1"
 
@@ -31,40 +31,40 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> TrainingHome:
-    return TrainingHome(tmp_path)
+def storage(tmp_path: Path) -> TrainingStorage:
+    return TrainingStorage(tmp_path)
 
 
-def add_job(registry: Registry, home: TrainingHome, state: Any, **facts: Any) -> Path:
+def add_job(registry: Registry, storage: TrainingStorage, state: Any, **facts: Any) -> Path:
     """A job in this state, and the folder that it has written into."""
     records = registry.training
-    records.add_file(TrainingFile("file-1", "default", home.server, "fine-tune", "a.jsonl", 1, 1.0))
+    records.add_file(TrainingFile("file-1", "default", storage.server, "fine-tune", "a.jsonl", 1, 1.0))
     records.add_job(
         NewJob(
-            id=JOB, tenant="default", server=home.server, name="orders", training_file="file-1",
+            id=JOB, tenant="default", server=storage.server, name="orders", training_file="file-1",
             validation_file=None, activate="never", settings={}, labels={},
         ),
-        NewEvent(1.0, "made"),
+        JobEvent(1.0, "made"),
     )  # fmt: skip
     records.move(JOB, state, ("validating_files",), **facts)
-    (home.job(JOB) / "checkpoints" / "5").mkdir(parents=True)
-    return home.job(JOB)
+    (storage.job(JOB) / "checkpoints" / "5").mkdir(parents=True)
+    return storage.job(JOB)
 
 
 async def followed(
     registry: Registry,
-    home: TrainingHome,
+    storage: TrainingStorage,
     until: Callable[[], object],
     *,
     records: Any = None,
     most: int = 0,
 ) -> None:
     """Let a manager that looks and sweeps all the time run until something is so."""
-    threads, watchers = Threads("records", 2), Watchers()
-    runner: Any = SimpleNamespace(
-        records=records or registry.training, threads=threads, watchers=watchers, home=home
+    threads, notifier = Threads("records", 2), JobNotifier()
+    pool: Any = SimpleNamespace(
+        records=records or registry.training, threads=threads, notifier=notifier, storage=storage
     )
-    manager = Manager(runner, most=most, look_seconds=0.01, sweep_seconds=0.0)
+    manager = Manager(pool, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
     manager.base_ready(base, b"", -1)
     task = asyncio.get_running_loop().create_task(manager.follow())
@@ -79,9 +79,9 @@ async def followed(
 
 
 def test_an_upload_that_grows_old_beside_a_running_server_is_swept(
-    registry: Registry, home: TrainingHome
+    registry: Registry, storage: TrainingStorage
 ) -> None:
-    path = home.files / ".0012.part"
+    path = storage.files / ".0012.part"
     path.write_text("still coming")
     looks = 0
 
@@ -92,7 +92,7 @@ def test_an_upload_that_grows_old_beside_a_running_server_is_swept(
             os.utime(path, (1e9, 1e9))
         return not path.exists()
 
-    asyncio.run(followed(registry, home, swept_once_it_is_old))
+    asyncio.run(followed(registry, storage, swept_once_it_is_old))
     assert looks >= 20
 
 
@@ -101,9 +101,9 @@ def test_an_upload_that_grows_old_beside_a_running_server_is_swept(
     [("paused", {}), ("failed", {"error": JobError("disk_full", "no space")})],
 )
 def test_a_job_that_another_server_cancels_leaves_nothing(
-    registry: Registry, home: TrainingHome, state: str, facts: dict[str, Any]
+    registry: Registry, storage: TrainingStorage, state: str, facts: dict[str, Any]
 ) -> None:
-    folder = add_job(registry, home, state, **facts)
+    folder = add_job(registry, storage, state, **facts)
     looks = 0
 
     def gone_once_it_is_cancelled() -> bool:
@@ -114,7 +114,7 @@ def test_a_job_that_another_server_cancels_leaves_nothing(
             registry.training.move(JOB, "cancelled", (state,))  # type: ignore[arg-type]
         return not folder.exists()
 
-    asyncio.run(followed(registry, home, gone_once_it_is_cancelled))
+    asyncio.run(followed(registry, storage, gone_once_it_is_cancelled))
 
 
 class _Held:
@@ -134,17 +134,17 @@ class _Held:
 
 
 def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
-    registry: Registry, home: TrainingHome
+    registry: Registry, storage: TrainingStorage
 ) -> None:
-    add_job(registry, home, "queued")
+    add_job(registry, storage, "queued")
     records = _Held(registry.training)
 
     async def look() -> None:
         base: Any = None
-        runner: Any = SimpleNamespace(
-            records=records, threads=Threads("records", 2), watchers=Watchers(), home=home
+        pool: Any = SimpleNamespace(
+            records=records, threads=Threads("records", 2), notifier=JobNotifier(), storage=storage
         )
-        manager = Manager(runner, most=1, look_seconds=60.0)
+        manager = Manager(pool, most=1, look_seconds=60.0)
         manager.base_ready(base, b"", -1)
         task = asyncio.get_running_loop().create_task(manager.follow())
         await asyncio.to_thread(records.asked.wait, 60)
@@ -180,16 +180,16 @@ class _Failing:
 
 
 def test_a_failure_that_nobody_expects_does_not_end_the_jobs(
-    registry: Registry, home: TrainingHome, caplog: pytest.LogCaptureFixture
+    registry: Registry, storage: TrainingStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    add_job(registry, home, "queued")
+    add_job(registry, storage, "queued")
     records = _Failing(registry.training, times=2)
 
     def told() -> bool:
         job = registry.training.job("default", JOB)
         return any("--train-jobs 0" in event.message for event in registry.training.events(job, limit=5))
 
-    asyncio.run(followed(registry, home, told, records=records))
+    asyncio.run(followed(registry, storage, told, records=records))
     assert told()
     assert "a row that cannot be read" in caplog.text
 
@@ -199,9 +199,9 @@ class _Broken:
 
     kind, delivering, stopping, computes = "train", False, False, False
 
-    def __init__(self, runner: Any, job: Any, kind: str, base: Any) -> None:
+    def __init__(self, pool: Any, job: Any, kind: str, base: Any) -> None:
         self.job = job
-        self._records = runner.records
+        self._records = pool.records
 
     def begin(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -211,16 +211,16 @@ class _Broken:
 
 
 def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
-    registry: Registry, home: TrainingHome, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, storage: TrainingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onebase_server.jobs.manager.Run", _Broken)
-    add_job(registry, home, "running")
+    add_job(registry, storage, "running")
 
     def told() -> list[str]:
         job = registry.training.job("default", JOB)
         return [event.message for event in registry.training.events(job, limit=100)][::-1]
 
-    asyncio.run(followed(registry, home, lambda: len(told()) >= 3, most=1))
+    asyncio.run(followed(registry, storage, lambda: len(told()) >= 3, most=1))
     assert told()[1:3] == [
         "The server was started again; the job goes on from its beginning.",
         "The registry was away; the job goes on from its beginning.",

@@ -19,7 +19,6 @@ from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from onebase_adapters.training import machine
 from onebase_adapters.training.batches import MicroBatch
 from onebase_adapters.training.cli.estimate import duration, find_config, main, this_machine
 from onebase_adapters.training.data.dataset import Sample
@@ -30,6 +29,7 @@ from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
 from onebase_engine.base.load import BaseSettings, base_tensors, load_base
 from onebase_engine.base.load import estimate_memory as base_memory
+from onebase_engine.machine import container_free
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -282,10 +282,10 @@ def test_the_memory_of_a_container_counts_its_page_cache_as_free(tmp_path: Path)
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 300\nactive_file 150\ninactive_file 250\n")
-    assert machine._container_free(tmp_path) == 700
+    assert container_free(tmp_path) == 700
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine._container_free(tmp_path) == 1 << 62
-    assert machine._container_free(tmp_path / "none") == 1 << 62
+    assert container_free(tmp_path) == 1 << 62
+    assert container_free(tmp_path / "none") == 1 << 62
 
 
 def test_a_config_is_found_in_a_folder_or_as_a_file_without_any_weights(tmp_path: Path) -> None:

@@ -16,15 +16,25 @@ from tests.tiny import ADAPTERS, save_adapter, save_base
 from torch import nn
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.store.store import Store
 from onebase_engine.base.attach import publish
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.processes.verifier_link import VerifierLink
+from onebase_server.background import Threads
+from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Progress, Prove, Proved
 
 Result = TypeVar("Result")
 FAULTY = Path(__file__).with_name("faulty_verifier.py")
 BASE_ID = "the-tiny-base"
+
+
+def new_client(folder: Path, *command: str, **options: Any) -> VerifierClient:
+    """A client with a store of its own. Without a `command` it starts the real verifier."""
+    if command:
+        options["command"] = (sys.executable, *command)
+    store = Store(str(folder / "store"), folder / "cache")
+    return VerifierClient(store, Threads("disk", 2), base_id=BASE_ID, probes=[], **options)
 
 
 @dataclass
@@ -43,7 +53,7 @@ class Bench:
     """One verifier and the event loop that it is called from."""
 
     published: Published
-    verifier: VerifierLink
+    verifier: VerifierClient
     scratch: Path
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     progress: list[Progress] = field(default_factory=list)
@@ -55,7 +65,7 @@ class Bench:
 
     def start(self) -> None:
         shared = self.published
-        self.run(self.verifier.start(shared.config, shared.manifest, shared.fd, base_id=BASE_ID))
+        self.run(self.verifier.attach(shared.config, shared.manifest, shared.fd))
         self.started = True
 
     def job(self, folder: Path, *, allow_noop: bool = False, fault: str | None = None) -> Prove:
@@ -73,10 +83,10 @@ class Bench:
 
     def prove(self, job: Prove, on_progress: Callable[[Progress], None] | None = None) -> Proved:
         self.progress = []
-        return self.run(self.verifier.prove(job, on_progress or self.progress.append))
+        return self.run(self.verifier.ask(job, on_progress or self.progress.append))
 
     def close(self) -> None:
-        self.run(self.verifier.stop())
+        self.run(self.verifier.engine_gone())
         self.loop.close()
 
 
@@ -97,8 +107,8 @@ def adapter(published: Published) -> Path:
 
 @pytest.fixture(scope="session")
 def session_bench(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    verifier = VerifierLink((sys.executable, str(FAULTY)))
-    shared = Bench(published, verifier, tmp_path_factory.mktemp("bench"))
+    folder = tmp_path_factory.mktemp("bench")
+    shared = Bench(published, new_client(folder, str(FAULTY)), folder)
     yield shared
     shared.close()
 

@@ -16,8 +16,7 @@ import torch
 from onebase_adapters.proof import verifier as proving
 from onebase_engine.engine.batch import Packer
 from onebase_engine.lora.slots import AdapterSlots
-from onebase_server.processes import verifier_process
-from onebase_server.processes.verifier import main
+from onebase_server.processes import verifier
 from onebase_server.processes.verifier_protocol import Prove, Proved, Rejected
 
 
@@ -74,17 +73,17 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     for fault in (dropped_layer, wrong_positions, written_base, hangs, out_of_memory, stumbles)
 }
 
-answer = verifier_process.answer
+answer = verifier.answer
 
 
-def faulty(verifier: proving.Verifier, job: Prove, on_progress: proving.OnProgress) -> Proved | Rejected:
+def faulty(prover: proving.Verifier, job: Prove, on_progress: proving.OnProgress) -> Proved | Rejected:
     with pytest.MonkeyPatch.context() as patch:
         if job.digest in FAULTS:
             FAULTS[job.digest](patch)
-        return answer(verifier, job, on_progress)
+        return answer(prover, job, on_progress)
 
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as whole_process:
-        whole_process.setattr(verifier_process, "answer", faulty)
-        sys.exit(main())
+        whole_process.setattr(verifier, "answer", faulty)
+        sys.exit(verifier.main())

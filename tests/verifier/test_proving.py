@@ -20,7 +20,7 @@ from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_engine.base.load import base_tensors
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
 from onebase_engine.lora.weights import LoraWeights
-from onebase_server.processes.verifier_link import RejectedError
+from onebase_server.processes.verifier_client import RejectedError
 
 
 def test_a_version_is_proven_and_its_report_says_what_it_is(bench: Bench, adapter: Path) -> None:

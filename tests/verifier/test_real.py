@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.verifier.conftest import BASE_ID, new_client
 from transformers import AutoTokenizer
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
@@ -21,16 +22,17 @@ from onebase_engine.engine.messages import (
     to_api_decoder,
 )
 from onebase_engine.lora.packed_adapter import read_packed_adapter
-from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
-from onebase_server.processes.verifier_link import VerifierLink
+from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess
 from onebase_server.processes.verifier_protocol import Prove, Proved
 
 ORDERS = Path(__file__).parents[2] / "examples" / "adapters" / "orders"
 QUESTIONS = ("Please send three red lamps to Ada Byron in Oslo.", "What is the capital of France?")
 
 
-async def publish_and_prove(job: Callable[[EngineConfig], Prove]) -> tuple[Proved, dict[str, int]]:
-    """Start an engine and a verifier beside it, prove one version; also the verifier's memory, in bytes."""
+async def publish_and_prove(
+    tmp_path: Path, job: Callable[[EngineConfig], Prove]
+) -> tuple[Proved, dict[str, int]]:
+    """Start an engine and its verifier, prove one version; also the verifier's memory, in bytes."""
     config = EngineConfig(
         base_folder=str(resolve_base(DEFAULT_BASE).folder), device="cpu", threads=1, kv_memory=50_000_000
     )
@@ -46,16 +48,16 @@ async def publish_and_prove(job: Callable[[EngineConfig], Prove]) -> tuple[Prove
     engine = await ChildProcess.spawn(
         ENGINE_COMMAND, to_api_decoder(), receive, lambda: None, fds={"--base-fd": fd}
     )
-    verifier = VerifierLink()
+    verifier = new_client(tmp_path)
     try:
         engine.send(Start(config))
         manifest = (await asyncio.wait_for(ready, 240)).manifest
-        await verifier.start(config, manifest, fd, base_id="default")
-        proved = await asyncio.wait_for(verifier.prove(job(config), lambda progress: None), 240)
+        await verifier.attach(config, manifest, fd)
+        proved = await asyncio.wait_for(verifier.ask(job(config), lambda progress: None), 240)
         return proved, _memory(verifier.pid)
     finally:
         os.close(fd)
-        await verifier.stop()
+        await verifier.engine_gone()
         engine.send(Shutdown())
         await engine.end(grace=30)
 
@@ -85,7 +87,7 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
             probe_tokens=8,
         )
 
-    proved, memory = asyncio.run(publish_and_prove(job))
+    proved, memory = asyncio.run(publish_and_prove(tmp_path, job))
     report, proof = proved.report, proved.report.proof
     print(f"proved in {proof.seconds:.1f} s: {proof}; {memory}")
     assert report.kinds == ["lora"]
@@ -97,7 +99,7 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
     assert (proof.texts, proof.tokens_compared) == (2, 16)
     assert proof.texts_changed >= 1
     assert all(module.norm > 0 for module in report.modules)
-    weights = read_packed_adapter(prepared, proved.sha256, base_id="default")
+    weights = read_packed_adapter(prepared, proved.sha256, base_id=BASE_ID)
     assert weights.keys() == {module.name for module in report.modules}
     # It has read the engine's 110 MB, and holds no copy of them beside the libraries and a small KV cache.
     assert memory["RssShmem"] > 50e6

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import torch
 from torch import nn
 
-from onebase_adapters.proof.loader import load_adapter
-from onebase_adapters.proof.report import VersionReport, version_report
-from onebase_adapters.proof.texts import prove_texts
-from onebase_adapters.proof.verify import prove_modules
+from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport
+from onebase_adapters.proof.texts import TextProof, prove_texts
+from onebase_adapters.proof.verify import ModuleProof, prove_modules
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import folded
+from onebase_engine.lora.weights import (
+    AdapterWeights,
+    LoraWeights,
+    ModuleWeights,
+    TokenRows,
+    folded,
+    weights_bytes,
+)
 
-Stage = Literal["validating", "proving"]
 OnProgress = Callable[[Stage, float], None]
 _LOADED, _COMPARED = 0.15, 0.6
 """Parts of the work that are done when PEFT has loaded the version, and when its modules are compared."""
@@ -119,3 +126,65 @@ class Verifier:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def version_report(
+    base: nn.Module,
+    adapter: LoadedAdapter,
+    weights: AdapterWeights,
+    modules: ModuleProof,
+    texts: TextProof,
+    seconds: float,
+) -> VersionReport:
+    spec = adapter.spec
+    return VersionReport(
+        kinds=spec.kinds,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        rslora=spec.rslora,
+        targets=spec.targets,
+        parameters=spec.parameters,
+        bytes=weights_bytes(weights),
+        base_name=spec.base_name,
+        dropped=list(spec.dropped),
+        modules=[
+            ModuleReport(
+                name=module.name,
+                kind=module.kind,
+                rank=module.rank,
+                alpha=module.alpha,
+                parameters=module.parameters,
+                norm=change_norm(weights[module.name], base.get_submodule(module.name)),
+            )
+            for module in spec.modules
+        ],
+        proof=ProofReport(
+            modules_compared=modules.compared,
+            modules_changed=adapter.changed,
+            rows=modules.rows,
+            exact=modules.exact,
+            largest_difference=modules.largest_difference,
+            texts=texts.texts,
+            tokens_compared=texts.tokens,
+            texts_changed=texts.changed,
+            base_unchanged=True,
+            seconds=seconds,
+        ),
+    )
+
+
+@torch.inference_mode()
+def change_norm(weights: ModuleWeights, base: nn.Module) -> float:
+    """Frobenius norm of scale * B @ A, or of the difference from the base's weight.
+
+    Without the product itself, which may be large: |BA|² is the trace of (BᵀB)(AAᵀ), [rank, rank].
+    """
+    if isinstance(weights, LoraWeights):
+        a, b = weights.a.double(), weights.b.double()
+        a = a if a.shape[0] == weights.rank else a.T
+        squared = float(((b.T @ b) * (a @ a.T)).sum())
+        return abs(weights.scale) * math.sqrt(max(squared, 0.0))
+    own = base.weight.detach().cpu()  # type: ignore[operator]
+    if isinstance(weights, TokenRows):
+        return float((weights.rows.double() - own[weights.indices].double()).norm())
+    return float((weights.weight.double() - own.double()).norm())

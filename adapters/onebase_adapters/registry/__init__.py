@@ -1,5 +1,6 @@
 """Which adapters there are, their versions, and which version is active."""
 
+from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
 from onebase_adapters.registry.errors import (
     FileInUseError,
     JobStateError,
@@ -14,35 +15,29 @@ from onebase_adapters.registry.errors import (
     UnknownJobError,
     UnknownVersionError,
 )
-from onebase_adapters.registry.queries import LEAST_PREFIX
-from onebase_adapters.registry.records import (
-    UNSET,
-    AdapterRecord,
-    Changes,
-    HistoryEntry,
-    State,
-    Unset,
-    VersionError,
-    VersionRecord,
-)
-from onebase_adapters.registry.registry import DEFAULT_TENANT, Registry
-from onebase_adapters.registry.training import TrainingRecords
-from onebase_adapters.registry.training_records import (
+from onebase_adapters.registry.jobs import TrainingRecords
+from onebase_adapters.registry.models import (
     ENDED_STATES,
     JOB_STATES,
     OPEN_STATES,
+    UNSET,
     Activate,
+    AdapterRecord,
+    Changes,
     Checkpoint,
+    HistoryEntry,
     JobError,
+    JobEvent,
     JobState,
-    NewCheckpoint,
-    NewEvent,
     NewJob,
     OpenJob,
     Purpose,
-    TrainingEvent,
+    State,
     TrainingFile,
     TrainingJob,
+    Unset,
+    VersionError,
+    VersionRecord,
 )
 from onebase_adapters.store.content import Blob, VersionFiles
 
@@ -61,10 +56,9 @@ __all__ = [
     "FileInUseError",
     "HistoryEntry",
     "JobError",
+    "JobEvent",
     "JobState",
     "JobStateError",
-    "NewCheckpoint",
-    "NewEvent",
     "NewJob",
     "NotReadyError",
     "NothingToRollBackError",
@@ -76,7 +70,6 @@ __all__ = [
     "RegistryFullError",
     "StaleActivationError",
     "State",
-    "TrainingEvent",
     "TrainingFile",
     "TrainingJob",
     "TrainingRecords",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from onebase_adapters.registry.database import plain
 from onebase_adapters.registry.errors import (
     NothingToRollBackError,
     NotReadyError,
     StaleActivationError,
 )
-from onebase_adapters.registry.mapping import plain
-from onebase_adapters.registry.records import Action, Unset
+from onebase_adapters.registry.models import Action, Unset
 from onebase_adapters.registry.tables import AdapterRow, HistoryRow, PreviousRow, VersionRow
 
 

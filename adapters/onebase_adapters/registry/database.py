@@ -1,4 +1,4 @@
-"""The registry's database: connections, transactions, migrations, and what its errors mean."""
+"""The registry's database: connections, transactions, migrations, errors, and what its columns can hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,3 +191,24 @@ def _sqlite_kind(code: int, file: Path) -> type[RegistryError]:
     # What it cannot write beside the database itself, it calls an I/O error.
     full = code == sqlite3.SQLITE_IOERR and shutil.disk_usage(file.parent).free < _LITTLE_SPACE
     return RegistryFullError if full or code == sqlite3.SQLITE_FULL else RegistryError
+
+
+# What columns can hold
+
+
+def plain(value: str) -> str:
+    """Text that every database takes: a NUL or half a surrogate pair (JSON allows both) becomes U+FFFD."""
+    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def plain_json(value: Any) -> Any:
+    """JSON that every database takes: plain texts, and null for numbers that are not finite."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, float):
+        return value if value - value == 0.0 else None
+    if isinstance(value, Mapping):
+        return {plain(str(key)): plain_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(part) for part in value]
+    return value

@@ -1,7 +1,8 @@
 """The tables. What is here and what the migrations make are compared in a test.
 
 `adapters` and `versions` belong to one tenant and one base; blobs are shared by all. `previous_versions` is
-the stack that rolling back walks; a deleted version leaves it by itself.
+the stack that rolling back walks; a deleted version leaves it by itself. Training files lie on the disk of
+one server.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ NAMING = {
 
 # SQLite counts up rows by itself only for a key declared INTEGER.
 ID = BigInteger().with_variant(Integer(), "sqlite")
+_Json = JSON(none_as_null=True)
 
 
 class Table(DeclarativeBase):
@@ -87,8 +89,8 @@ class VersionRow(Table):
     weights_size: Mapped[int] = mapped_column(BigInteger)
     prepared_sha256: Mapped[str | None] = mapped_column(String, index=True)
     prepared_size: Mapped[int | None] = mapped_column(BigInteger)
-    report: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    modules: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+    report: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    modules: Mapped[list[Any] | None] = mapped_column(_Json, deferred=True)
     source: Mapped[dict[str, Any]] = mapped_column(JSON)
     error_code: Mapped[str | None] = mapped_column(String)
     error_message: Mapped[str | None] = mapped_column(Text)
@@ -122,3 +124,83 @@ class HistoryRow(Table):
     previous: Mapped[str | None] = mapped_column(String)
     actor: Mapped[str] = mapped_column(String)
     at: Mapped[float] = mapped_column(DoubleType)
+
+
+class TrainingFileRow(Table):
+    """One uploaded file, or the curve of a job."""
+
+    __tablename__ = "training_files"
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    id: Mapped[str] = mapped_column(String, unique=True)
+    tenant: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String, index=True)
+    purpose: Mapped[str] = mapped_column(String)
+    filename: Mapped[str] = mapped_column(Text)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+
+
+class TrainingJobRow(Table):
+    """One job, of one tenant on one base; `server` is the one that has its files and runs it."""
+
+    __tablename__ = "training_jobs"
+    __table_args__ = (Index(None, "server", "state"),)
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    id: Mapped[str] = mapped_column(String, unique=True)
+    base_id: Mapped[str] = mapped_column(String)
+    tenant: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String)
+    name: Mapped[str] = mapped_column(String)
+    state: Mapped[str] = mapped_column(String)
+    training_file: Mapped[str] = mapped_column(String, index=True)
+    validation_file: Mapped[str | None] = mapped_column(String, index=True)
+    activate: Mapped[str] = mapped_column(String)
+    settings: Mapped[dict[str, Any]] = mapped_column(JSON)
+    labels: Mapped[dict[str, str]] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    started_at: Mapped[float | None] = mapped_column(DoubleType)
+    finished_at: Mapped[float | None] = mapped_column(DoubleType)
+    plan: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    report: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    error_code: Mapped[str | None] = mapped_column(String)
+    error_message: Mapped[str | None] = mapped_column(Text)
+    error_param: Mapped[str | None] = mapped_column(String)
+    saved_step: Mapped[int] = mapped_column(Integer, default=0)
+    deaths: Mapped[int] = mapped_column(Integer, default=0)
+    death_step: Mapped[int] = mapped_column(Integer, default=0)
+    version: Mapped[str | None] = mapped_column(String)
+    activated: Mapped[bool | None] = mapped_column()
+    result_file: Mapped[str | None] = mapped_column(String)
+
+
+class TrainingEventRow(Table):
+    """One event of a job. `number` is what cursors and `Last-Event-ID` hold."""
+
+    __tablename__ = "training_events"
+    __table_args__ = (Index(None, "job", "number"),)
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    job: Mapped[int] = mapped_column(ForeignKey("training_jobs.number", ondelete="CASCADE"))
+    at: Mapped[float] = mapped_column(DoubleType)
+    level: Mapped[str] = mapped_column(String)
+    kind: Mapped[str] = mapped_column(String)
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+
+
+class CheckpointRow(Table):
+    """A checkpoint that was written; whether its folder is still there, the job's server knows."""
+
+    __tablename__ = "training_checkpoints"
+    __table_args__ = (UniqueConstraint("job", "step"),)
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    job: Mapped[int] = mapped_column(ForeignKey("training_jobs.number", ondelete="CASCADE"))
+    step: Mapped[int] = mapped_column(Integer)
+    path: Mapped[str] = mapped_column(Text)
+    at: Mapped[float] = mapped_column(DoubleType)
+    train_loss: Mapped[float | None] = mapped_column(DoubleType)
+    valid_loss: Mapped[float | None] = mapped_column(DoubleType)

@@ -77,17 +77,7 @@ def generate_replies(
     asked = sorted((row for row in rows if row.ids and row.most > 0), key=lambda row: row.blocks)
     if asked:
         blocks = min(sum(row.blocks for row in asked), batch_tokens // _BLOCK)
-        blocks = max(blocks, asked[-1].blocks)
-        engine = Engine(
-            base,
-            name="replies",
-            limits=Limits(_MAX_ROWS, _STEP_TOKENS, asked[-1].blocks * _BLOCK),
-            kv_blocks=blocks + RESERVED_BLOCKS,
-            block_size=_BLOCK,
-            slots=1,
-            eos_ids=stop_ids(base, tokenizer),
-            model=_gated_model(base, wait),
-        )
+        engine = _engine(base, asked[-1].blocks, blocks, stop_ids(base, tokenizer), wait)
         if adapter is not None:
             engine.put_adapter(_VERSION, adapter)
         try:
@@ -153,13 +143,26 @@ def _take(row: _Row, output: RowOutput) -> None:
     row.reply += output.tokens if output.stop_token is None else output.tokens[:-1]
 
 
-def _gated_model(base: nn.Module, wait: Callable[[], None]) -> _GatedModel:
+def _engine(
+    base: nn.Module, longest: int, blocks: int, stops: frozenset[int], wait: Callable[[], None]
+) -> Engine:
+    """`blocks` of keys and values, and at least the `longest` row's."""
     try:
-        return _GatedModel(base, wait)
+        model = _GatedModel(base, wait)
     except UnsupportedBaseError as error:
         raise UnsupportedBaseError(
             f"metrics and sample_prompts need replies, and {error}; leave them out, or choose another base"
         ) from error
+    return Engine(
+        base,
+        name="replies",
+        limits=Limits(_MAX_ROWS, _STEP_TOKENS, longest * _BLOCK),
+        kv_blocks=max(blocks, longest) + RESERVED_BLOCKS,
+        block_size=_BLOCK,
+        slots=1,
+        eos_ids=stops,
+        model=model,
+    )
 
 
 class _PassError(BaseException):

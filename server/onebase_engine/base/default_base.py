@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,15 @@ class ResolvedBase:
     folder: Path
     revision: str | None
     """The commit for a repository on the Hub, otherwise None."""
+    repo: str | None = None
+    """Its repository on the Hub, if it has one: the default base's too, wherever its files came from."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the config of an adapter for it may call it, its own name first."""
+        config = json.loads((self.folder / "config.json").read_text())
+        others = (self.folder.name, self.repo, config.get("_name_or_path"))
+        return (self.name, *(name for name in others if isinstance(name, str) and name))
 
 
 def default_cache(environ: Mapping[str, str] | None = None) -> Path:
@@ -91,14 +101,14 @@ def resolve_base(spec: str, progress: Progress | None = None, cache: Path | None
         BaseFetchError: the download failed.
     """
     if spec == DEFAULT_BASE:
-        return ResolvedBase(DEFAULT_BASE, fetch_default_base(progress, cache), None)
+        return ResolvedBase(DEFAULT_BASE, fetch_default_base(progress, cache), None, DEFAULT_REPO)
     folder = Path(spec).expanduser()
     if spec and folder.is_dir():
         _check_model_folder(folder)
         return ResolvedBase(folder.absolute().name, folder.absolute(), None)
     repo, revision = parse_repo(spec)
     folder = _download_repo(repo, revision, progress or _silent)
-    return ResolvedBase(repo.split("/")[1].lower(), folder, folder.name)
+    return ResolvedBase(repo.split("/")[1].lower(), folder, folder.name, repo)
 
 
 def parse_repo(spec: str) -> tuple[str, str | None]:

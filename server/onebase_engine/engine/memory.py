@@ -1,12 +1,12 @@
-"""How much memory there is, and how many KV blocks fit."""
+"""How much of the free memory the KV cache and the slots take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
+from onebase_engine import machine
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.lora.stacked_weights import bucket
@@ -21,12 +21,15 @@ class MemoryBudgetError(Exception):
     """The KV cache has no room; the message says which setting to change."""
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that the KV cache may take on `device`, before `train_memory` is set aside."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_SHARE)
-    return int(min(_meminfo_available(), cgroup_available()) * CPU_SHARE)
+def kv_memory_available(device: torch.device) -> int:
+    """Bytes that the KV cache may take on `device`, before `train_memory` is set aside.
+
+    Raises MemoryBudgetError where the system does not say.
+    """
+    free = machine.free_memory(device)
+    if free == machine.NO_LIMIT:
+        raise MemoryBudgetError("/proc/meminfo does not say what is available; set --kv-memory")
+    return int(free * (CUDA_SHARE if device.type == "cuda" else CPU_SHARE))
 
 
 def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, train_memory: int) -> int:
@@ -60,25 +63,3 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
 def staging_bytes(slot_memory: int) -> int:
     """Bytes for versions that are being copied to the accelerator, beside those in slots; 0 is no limit."""
     return slot_memory // 4
-
-
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise MemoryBudgetError("/proc/meminfo does not say what is available; set --kv-memory")
-
-
-def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the container may still take (cgroup v2), in bytes; a huge number when there is no limit.
-
-    The page cache counts as free: having read the base's files, it may fill the container to its limit.
-    """
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        pairs = (line.split() for line in (root / "memory.stat").read_text().splitlines())
-        cached = sum(int(value) for name, value in pairs if name in ("active_file", "inactive_file"))
-    except (OSError, ValueError):
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(int(limit) - max(used - cached, 0), 0)

@@ -1,4 +1,4 @@
-"""Which version of a name is active, which names are pinned, and the end of versions."""
+"""Which version of a name is active, which names are pinned, and how versions are deleted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_adapters.store.store import Store, StoreError
-from onebase_server.adapters.catalog import Catalog, not_ready
-from onebase_server.adapters.residency import Residency, Use
-from onebase_server.background import Threads
+from onebase_server.adapters.catalog import Catalog, VersionRef, not_ready
+from onebase_server.adapters.residency import Residency
+from onebase_server.background import RegistryThreads, Threads
 from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 WARM_SECONDS = 5.0
 """How long the answer to a rollback or a pin waits until the version is in memory."""
@@ -29,9 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 class Activation:
-    """Moves pointers. Called from one event loop.
+    """Lets names point at versions, pins names and deletes versions. Called from one event loop.
 
-    What moves or removes a version goes one at a time, so that what was looked at is still so.
+    Changes wait for each other, so that what one of them has checked still holds when it writes.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Activation:
         store: Store,
         catalog: Catalog,
         residency: Residency,
-        records: Threads,
+        records: RegistryThreads,
         disk: Threads,
     ) -> None:
         self._registry = registry
@@ -50,7 +50,7 @@ class Activation:
         self._records = records
         self._disk = disk
         self._turn = asyncio.Lock()
-        catalog.on_change = self._names_changed
+        catalog.subscribe(self._names_changed)
 
     async def activate(
         self, name: str, version: str, *, expected: str | Unset | None = UNSET, actor: str = ""
@@ -67,9 +67,9 @@ class Activation:
         record = self._catalog.adapter(name, param="name")
         if not isinstance(expected, Unset) and expected != record.active:
             raise StaleActivationError(name, record.active)
-        async with self._residency.lease([Use(name, found.digest)]), self._turn:
+        async with self._residency.lease([VersionRef(name, found.digest)]), self._turn:
             with storage_errors(name):
-                await self._records.run(
+                await self._records.write(
                     self._registry.activate,
                     DEFAULT_TENANT,
                     name,
@@ -77,7 +77,6 @@ class Activation:
                     expected=expected,
                     actor=actor,
                 )
-                await self._catalog.refresh()
         return self._catalog.adapter(name, param="name")
 
     async def roll_back(
@@ -89,19 +88,17 @@ class Activation:
         """
         async with self._turn:
             with storage_errors(name):
-                record = await self._records.run(
+                record = await self._records.write(
                     self._registry.rollback, DEFAULT_TENANT, name, expected=expected, actor=actor
                 )
-                await self._catalog.refresh()
         await self._warm(record)
         return self._catalog.adapter(name, param="name")
 
     async def deactivate(self, name: str, *, actor: str = "") -> AdapterRecord:
-        """From now on nobody gets the adapter by its bare name. Raises UnknownAdapterError."""
+        """No version answers to the bare name any more. Raises UnknownAdapterError."""
         async with self._turn:
             with storage_errors(name):
-                await self._records.run(self._registry.deactivate, DEFAULT_TENANT, name, actor=actor)
-                await self._catalog.refresh()
+                await self._records.write(self._registry.deactivate, DEFAULT_TENANT, name, actor=actor)
         return self._catalog.adapter(name, param="name")
 
     async def pin(self, name: str, pinned: bool) -> AdapterRecord:
@@ -116,8 +113,7 @@ class Activation:
                 others = (one.active for one in self._catalog if one.pinned and one.active)
                 self._residency.check_pins([*others, *([record.active] if record.active else [])])
             with storage_errors(name):
-                await self._records.run(self._registry.pin, DEFAULT_TENANT, name, pinned)
-                await self._catalog.refresh()
+                await self._records.write(self._registry.pin, DEFAULT_TENANT, name, pinned)
         if pinned:
             await self._warm(record)
         return self._catalog.adapter(name, param="name")
@@ -128,22 +124,22 @@ class Activation:
             return await self._records.run(self._registry.history, DEFAULT_TENANT, name)
 
     async def _look(self, name: str) -> None:
-        """See what other servers have done meanwhile. Raises UnavailableError."""
+        """Take in what other servers have written. Raises UnavailableError."""
         with storage_errors(name):
             await self._catalog.refresh()
 
     async def _warm(self, record: AdapterRecord) -> None:
         """Load the active version; requests would do it too, only later.
 
-        Never fails, and waits for room for a moment only: what it follows is done, and whoever read an error
-        would do it once more.
+        Never fails, and waits for at most WARM_SECONDS: the rollback or the pin is already done, and after an
+        error its caller would do it again.
         """
         if record.active is None:
             return
         try:
             async with (
                 asyncio.timeout(WARM_SECONDS),
-                self._residency.lease([Use(record.name, record.active)]),
+                self._residency.lease([VersionRef(record.name, record.active)]),
             ):
                 pass
         except TimeoutError:
@@ -151,12 +147,12 @@ class Activation:
         except OneBaseError as error:
             _log.warning("%s is not in memory yet: %s", record.name, error)
 
-    # ---- the end of versions -----------------------------------------------------------------
+    # ---- deleting ----------------------------------------------------------------------------
 
     async def delete_version(self, name: str, version: str, *, force: bool, actor: str = "") -> str:
         """Delete one version; with the last one its name goes too. Returns its digest.
 
-        Raises UnknownAdapterError; ConflictError while it is active or in use, unless forced: then requests
+        Raises UnknownAdapterError, and ConflictError while it is active or in use. With force, the requests
         that use it end with AdapterDeletedError.
         """
         async with self._turn:
@@ -168,7 +164,7 @@ class Activation:
                     raise _in_use(name, f"version {found.digest[:12]} is the active one")
                 self._check_unused([found])
             with storage_errors(name):
-                blobs = await self._records.run(
+                blobs = await self._records.write(
                     self._registry.delete_version, DEFAULT_TENANT, name, found.digest, actor=actor
                 )
             await self._gone([found], blobs)
@@ -182,19 +178,17 @@ class Activation:
             if not force:
                 self._check_unused(record.versions)
             with storage_errors(name):
-                blobs = await self._records.run(self._registry.delete_adapter, DEFAULT_TENANT, name)
+                blobs = await self._records.write(self._registry.delete_adapter, DEFAULT_TENANT, name)
             await self._gone(record.versions, blobs)
 
     def _check_unused(self, versions: Iterable[VersionRecord]) -> None:
         for version in versions:
-            if self._residency.is_used(Use(version.name, version.digest)):
+            if self._residency.is_used(VersionRef(version.name, version.digest)):
                 raise _in_use(version.name, f"requests run with version {version.digest[:12]}")
 
     async def _gone(self, versions: Iterable[VersionRecord], blobs: Iterable[str]) -> None:
-        with storage_errors():
-            await self._catalog.refresh()
         for version in versions:
-            self._residency.revoke(Use(version.name, version.digest))
+            self._residency.revoke(VersionRef(version.name, version.digest))
         for sha256 in blobs:
             try:
                 await self._disk.run(self._store.delete, sha256)
@@ -202,7 +196,7 @@ class Activation:
                 _log.warning("blob %s stays until the next sweep: %s", sha256[:12], error)
 
     def _names_changed(self) -> None:
-        """The catalog has seen something new: what nobody can name any more leaves memory."""
+        """After the catalog has changed: versions that nobody can name any more leave memory."""
         self._residency.pin(record.active for record in self._catalog if record.pinned and record.active)
         self._residency.keep_only(lambda digest: bool(self._catalog.of_digest(digest)))
 

@@ -11,7 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry import (
     DEFAULT_TENANT,
     LEAST_PREFIX,
@@ -21,11 +23,12 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.names import label
-from onebase_server.adapters.residency import Use
-from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, UnavailableError, UnknownAdapterError
+from onebase_server.background import RegistryThreads
+from onebase_server.errors import ConflictError, InvalidRequestError, UnavailableError, UnknownAdapterError
 
+SHORT_DIGEST = 12
+HUB_PREFIX = "hub:"
+"""Names of adapters that a request named by their Hub repository."""
 LOOK_SECONDS = 0.05
 """Least time between two looks at the registry on behalf of requests."""
 _SHOWN = 20
@@ -33,26 +36,34 @@ _SHOWN = 20
 _log = logging.getLogger(__name__)
 
 
+class VersionRef(NamedTuple):
+    """A version by the name that a request has called it."""
+
+    name: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class AdapterChoice:
     """What one request runs with: the engine's terms, the names they were called by, words for the answer."""
 
     refs: tuple[AdapterRef, ...] = ()
-    uses: tuple[Use, ...] = ()
+    uses: tuple[VersionRef, ...] = ()
     label: str | list[dict[str, str | float]] | None = None
 
 
 class Catalog:
-    """The adapters of one tenant as they were at the last look. Read from the event loop only."""
+    """The adapters of one tenant as they were at the last look. Read from the event loop only.
+
+    It looks after each write through `records`, so that what this server has written it also sees.
+    """
 
     def __init__(
-        self, base_name: str, registry: Registry, threads: Threads, tenant: str = DEFAULT_TENANT
+        self, base_name: str, registry: Registry, records: RegistryThreads, tenant: str = DEFAULT_TENANT
     ) -> None:
         self.base_name = base_name
-        self.on_change: Callable[[], None] = lambda: None
-        """Called after each look that found something new."""
         self._registry = registry
-        self._threads = threads
+        self._calls = records
         self._tenant = tenant
         self._records: dict[str, AdapterRecord] = {}
         self._by_digest: dict[str, list[VersionRecord]] = {}
@@ -60,13 +71,15 @@ class Catalog:
         self._looked_at = -LOOK_SECONDS
         self._looking: asyncio.Task[bool] | None = None
         self._turn = asyncio.Lock()
+        self._subscribers: list[Callable[[], None]] = []
+        records.subscribe(self.refresh)
 
     # ---- keeping up --------------------------------------------------------------------------
 
     async def refresh(self) -> None:
         """Take in what has changed in the registry. Raises RegistryError."""
         async with self._turn:
-            changes = await self._threads.run(self._registry.changes, self._counter)
+            changes = await self._calls.run(self._registry.changes, self._counter)
             if changes.counter == self._counter:
                 return
             names = {name for tenant, name in changes.names if tenant == self._tenant}
@@ -78,15 +91,20 @@ class Catalog:
                 for version in record.versions:
                     self._by_digest.setdefault(version.digest, []).append(version)
             self._counter = changes.counter
-        self.on_change()
+        for subscriber in self._subscribers:
+            subscriber()
+
+    def subscribe(self, subscriber: Callable[[], None]) -> None:
+        """Call it after each look that found something new."""
+        self._subscribers.append(subscriber)
 
     async def watch(self, seconds: float) -> None:
-        """Look every `seconds` seconds, for ever. A registry that is away is looked for again."""
+        """Look every `seconds` seconds, for ever, also while the registry cannot be reached."""
         away = False
         while True:
             await asyncio.sleep(seconds)
             try:
-                if await self._threads.run(self._registry.change_counter) != self._counter:
+                if await self._calls.run(self._registry.change_counter) != self._counter:
                     await self.refresh()
             except RegistryError as error:
                 if not away:
@@ -98,10 +116,10 @@ class Catalog:
                 away = False
 
     async def look_again(self) -> bool:
-        """Whether the registry holds something new; for a name that is not known, or not ready, here.
+        """Look for a name that is unknown or not ready here. Returns whether there was anything new.
 
-        Looks at most every LOOK_SECONDS, so that made-up names cost the registry nothing. Who asks while a
-        look is under way shares it.
+        Looks at most every LOOK_SECONDS, so that made-up names do not burden the registry. Calls during a
+        look share it.
         """
         if self._looking is None or self._looking.done():
             if time.monotonic() - self._looked_at < LOOK_SECONDS:
@@ -113,7 +131,7 @@ class Catalog:
     async def _look(self) -> bool:
         counter = self._counter
         try:
-            if await self._threads.run(self._registry.change_counter) != counter:
+            if await self._calls.run(self._registry.change_counter) != counter:
                 await self.refresh()
         except RegistryError as error:
             _log.warning("the registry cannot be read: %s", error)
@@ -202,7 +220,7 @@ class Catalog:
 
     def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
         version = self.find(reference, param=param)
-        use = Use(version.name, version.digest)
+        use = VersionRef(version.name, version.digest)
         return AdapterChoice((AdapterRef(version.digest),), (use,), label(*use))
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
@@ -213,7 +231,7 @@ class Catalog:
         ]
         return AdapterChoice(
             tuple(AdapterRef(version.digest, weight) for version, weight in found),
-            tuple(Use(version.name, version.digest) for version, _ in found),
+            tuple(VersionRef(version.name, version.digest) for version, _ in found),
             [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
         )
 
@@ -223,9 +241,38 @@ def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
     if version.error is not None:
         reason = f"it failed ({version.error.code}: {version.error.message}). Choose another version."
     else:
-        reason = "it is on its way. Wait until its state is ready."
+        reason = "it is not proved yet. Wait until its state is ready."
     return ConflictError(
         f"Version {version.digest} of adapter {version.name!r} is {version.state}: {reason}",
         code="version_not_ready",
         param=param,
     )
+
+
+def check_name(name: str, base_name: str) -> str:
+    """The name, if an adapter may have it. Raises InvalidRequestError."""
+    if not is_adapter_name(name):
+        raise InvalidRequestError(
+            f"name: {name[:80]!r} cannot be an adapter's name. VersionRef {NAME_RULE}.", param="name"
+        )
+    if name == base_name:
+        raise InvalidRequestError(f"name: {name!r} is the base's own name. Choose another.", param="name")
+    return name
+
+
+def label(name: str, digest: str) -> str:
+    """How answers call a version: `name@` and the first digits of its digest."""
+    return f"{name}@{digest[:SHORT_DIGEST]}"
+
+
+def same_base(wanted: str | None, *own: str | None) -> bool:
+    """Whether a config's `base_model_name_or_path` may mean the base that goes by the names in `own`.
+
+    Only the last part of each path counts, in any case: the same base lies in many places. None and "" mean
+    any base.
+    """
+    return not wanted or _last_part(wanted) in {_last_part(name) for name in own if name}
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()

@@ -1,7 +1,7 @@
 """Which versions the engine holds in host memory: loaded on demand, the least recently used evicted.
 
 Room is given in order of arrival, and all that one request needs at once, so that two requests never wait
-for what the other one holds. Requests for versions that are loaded already wait for nobody.
+for what the other one holds. A request whose versions are loaded does not wait.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
 
-from onebase_adapters.store.store import BlobDamagedError, BlobMissingError
+from onebase_adapters.registry import VersionRecord
+from onebase_adapters.store.content import Blob
+from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -22,8 +27,8 @@ from onebase_engine.engine.messages import (
     ToEngine,
     UnloadAdapter,
 )
-from onebase_server.adapters.lease import Held, Lease, Use
-from onebase_server.adapters.memory_use import MemoryUse, PackedAdapterFile, Tier
+from onebase_server.adapters.catalog import Catalog, VersionRef
+from onebase_server.background import Threads
 from onebase_server.errors import (
     AdapterDeletedError,
     EngineRestartedError,
@@ -31,12 +36,75 @@ from onebase_server.errors import (
     OneBaseError,
     QueueFullError,
     UnavailableError,
+    UnknownAdapterError,
 )
 
-__all__ = ["Lease", "MemoryUse", "PackedAdapterFile", "Residency", "Tier", "Use"]
-
+Tier = Literal["slot", "host", "disk"]
 _QUEUE_RETRY_AFTER = 2.0
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackedAdapterFile:
+    """The file with a proven version's tensors. `versions`: those that have it, as they were seen then."""
+
+    blob: Blob
+    versions: tuple[VersionRecord, ...]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Host memory for versions, in bytes, and the loads and evictions since the start."""
+
+    limit: int
+    used: int
+    versions: int
+    pinned: int
+    loads: int
+    evictions: int
+
+
+class PackedAdapterFiles:
+    """The packed adapters of the versions that the catalog knows as ready."""
+
+    def __init__(self, catalog: Catalog, store: Store, disk: Threads) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._disk = disk
+
+    def find(self, digest: str) -> PackedAdapterFile:
+        """The version's file. Its size is the tensors' and a header's. Raises UnknownAdapterError."""
+        ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
+        for version in ready:
+            if (blob := version.prepared) is not None:
+                return PackedAdapterFile(blob, tuple(one for one in ready if one.prepared == blob))
+        raise UnknownAdapterError(
+            f"Version {digest[:12]} of the adapter is gone: it was deleted.", code="version_not_found"
+        )
+
+    async def fetch(self, packed: PackedAdapterFile) -> Path:
+        """A local file; one from a remote store is fetched first. Raises StoreError."""
+        return await self._disk.run(self._store.local, packed.blob.sha256)
+
+
+@dataclass(eq=False)
+class CacheEntry:
+    """One version in the engine's memory, or on its way there. `bytes` are reserved from the beginning.
+
+    `packed`: the file that it is loaded from, even if the version gets another one in the meantime.
+    """
+
+    digest: str
+    packed: PackedAdapterFile
+    bytes: int
+    loaded: asyncio.Future[None]
+    leases: int = 0
+    last_used: int = 0
+    unloaded: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.loaded.done() and not self.loaded.cancelled() and self.loaded.exception() is None
 
 
 class Residency:
@@ -48,6 +116,8 @@ class Residency:
         fetch: a local path of it; may take long (a remote store).
         send: passes a message to the engine without blocking.
         queue_limit: requests that may wait until their versions are loaded.
+        on_damaged: called when a file is lost or is not what was proved; its versions may have another one
+            by then.
     """
 
     def __init__(
@@ -57,17 +127,17 @@ class Residency:
         fetch: Callable[[PackedAdapterFile], Awaitable[Path]],
         send: Callable[[ToEngine], None],
         queue_limit: int = 256,
+        on_damaged: Callable[[PackedAdapterFile], None] = lambda damaged: None,
     ) -> None:
         self.limit = limit
-        self._queue_limit = queue_limit
-        self._waiting = 0
-        self.on_damaged: Callable[[PackedAdapterFile], None] = lambda prepared: None
-        """Called when a file is lost or not what was proved; the version may have another one by then."""
         self._find = find
         self._fetch = fetch
         self._send = send
-        self._held: dict[str, Held] = {}
-        self._leaving: dict[str, Held] = {}
+        self._queue_limit = queue_limit
+        self._on_damaged = on_damaged
+        self._waiting = 0
+        self._entries: dict[str, CacheEntry] = {}
+        self._leaving: dict[str, CacheEntry] = {}
         self._leases: set[Lease] = set()
         self._pinned: frozenset[str] = frozenset()
         self._slots: frozenset[str] = frozenset()
@@ -82,18 +152,25 @@ class Residency:
 
     # ---- for requests ------------------------------------------------------------------------
 
-    def lease(self, uses: Iterable[Use]) -> Lease:
-        """A hold on these versions; it counts as a use of them from now on. Must be released."""
-        lease = Lease(self, list(uses))
+    def lease(
+        self,
+        uses: Iterable[VersionRef],
+        on_revoked: Callable[[OneBaseError], None] = lambda error: None,
+    ) -> Lease:
+        """A hold on these versions; it counts as a use of them from now on. Must be released.
+
+        on_revoked: called when one of them is deleted by force while the loaded lease is held.
+        """
+        lease = Lease(self, uses, on_revoked)
         self._leases.add(lease)
         return lease
 
     async def obtain(self, lease: Lease) -> None:
         """Load what the lease lacks and hold all of it. Raises what Lease.ready says."""
         digests = lease.digests
-        if all(digest in self._held for digest in digests):
+        if all(digest in self._entries for digest in digests):
             for digest in digests:
-                lease.hold(self._held[digest])
+                lease.hold(self._entries[digest])
         else:
             if self._waiting > self._queue_limit:
                 raise QueueFullError(self._waiting, self._queue_limit, _QUEUE_RETRY_AFTER)
@@ -103,24 +180,24 @@ class Residency:
                     await self._make_room(lease, digests)
             finally:
                 self._waiting -= 1
-        for held in lease.held:
-            held.last_used = next(self._clock)
-            await asyncio.shield(held.loaded)
+        for entry in lease.entries:
+            entry.last_used = next(self._clock)
+            await asyncio.shield(entry.loaded)
 
     def release(self, lease: Lease) -> None:
         self._leases.discard(lease)
-        for held in lease.held:
-            held.leases -= 1
-            held.last_used = next(self._clock)
-            if self._held.get(held.digest) is held:
-                self._unload_if_unwanted(held)
+        for entry in lease.entries:
+            entry.leases -= 1
+            entry.last_used = next(self._clock)
+            if self._entries.get(entry.digest) is entry:
+                self._unload_if_unwanted(entry)
         self._changed.set()
 
-    def is_used(self, use: Use) -> bool:
+    def is_used(self, use: VersionRef) -> bool:
         """Whether a request runs with the version under this name, or waits for it."""
         return any(use in lease.uses for lease in self._leases)
 
-    def revoke(self, use: Use) -> None:
+    def revoke(self, use: VersionRef) -> None:
         """End every request that uses the version under this name."""
         for lease in [lease for lease in self._leases if use in lease.uses]:
             lease.revoke(AdapterDeletedError(use.name))
@@ -129,15 +206,15 @@ class Residency:
 
     def tier(self, digest: str) -> Tier:
         """Where the version is now."""
-        held = self._held.get(digest)
-        if held is None or not held.is_loaded:
+        entry = self._entries.get(digest)
+        if entry is None or not entry.is_loaded:
             return "disk"
         return "slot" if digest in self._slots else "host"
 
     @property
     def memory(self) -> MemoryUse:
-        pinned = sum(self._held[digest].bytes for digest in self._pinned if digest in self._held)
-        return MemoryUse(self.limit, self._used, len(self._held), pinned, self._loads, self._evictions)
+        pinned = sum(self._entries[digest].bytes for digest in self._pinned if digest in self._entries)
+        return MemoryUse(self.limit, self._used, len(self._entries), pinned, self._loads, self._evictions)
 
     def pin(self, digests: Iterable[str]) -> None:
         """From now on exactly these versions are never evicted."""
@@ -159,47 +236,47 @@ class Residency:
         """Bring the pinned versions into memory, after an engine's start. Failures are logged."""
         for digest in sorted(self._pinned):
             try:
-                async with self.lease([Use("", digest)]):
+                async with self.lease([VersionRef("", digest)]):
                     pass
             except OneBaseError as error:
                 _log.error("pinned version %s cannot be loaded: %s", digest[:12], error)
 
     def keep_only(self, wanted: Callable[[str], bool]) -> None:
-        """Free the memory of versions that nobody can ask for any more, each once nothing runs with it."""
-        self._unwanted = {digest for digest in self._held if not wanted(digest)}
+        """Unload versions that nobody can ask for any more, each when its last request has ended."""
+        self._unwanted = {digest for digest in self._entries if not wanted(digest)}
         for digest in list(self._unwanted):
-            self._unload_if_unwanted(self._held[digest])
+            self._unload_if_unwanted(self._entries[digest])
 
-    def _unload_if_unwanted(self, held: Held) -> None:
-        if held.digest in self._unwanted and held.is_loaded and not held.leases:
-            self._unload(held)
+    def _unload_if_unwanted(self, entry: CacheEntry) -> None:
+        if entry.digest in self._unwanted and entry.is_loaded and not entry.leases:
+            self._unload(entry)
 
     @property
     def _used(self) -> int:
-        return sum(held.bytes for held in (*self._held.values(), *self._leaving.values()))
+        return sum(entry.bytes for entry in (*self._entries.values(), *self._leaving.values()))
 
     async def _make_room(self, lease: Lease, digests: Sequence[str]) -> None:
         """Reserve memory for all that is missing, in one go, and begin to load it."""
         for digest in digests:
-            if digest in self._held:
-                lease.hold(self._held[digest])
+            if digest in self._entries:
+                lease.hold(self._entries[digest])
         while True:
             if not self._running:
                 raise EngineRestartedError
-            missing = {one: self._find(one) for one in digests if one not in self._held}
-            needed = sum(prepared.blob.size for prepared in missing.values())
+            missing = {one: self._find(one) for one in digests if one not in self._entries}
+            needed = sum(packed.blob.size for packed in missing.values())
             self._check_possible(digests)
             self._evict(needed)
             if self._used + needed <= self.limit:
                 break
             self._changed.clear()
             await self._changed.wait()
-        for digest, prepared in missing.items():
-            lease.hold(self._begin_load(digest, prepared))
+        for digest, packed in missing.items():
+            lease.hold(self._begin_load(digest, packed))
 
     def _evict(self, needed: int) -> None:
-        """Tell idle versions to leave until `needed` bytes will be free, if that can be had."""
-        while needed + sum(held.bytes for held in self._held.values()) > self.limit:
+        """Unload idle versions, the least recently used first, until `needed` bytes will be free."""
+        while needed + sum(entry.bytes for entry in self._entries.values()) > self.limit:
             idle = self._least_recently_used()
             if idle is None:
                 return
@@ -209,74 +286,74 @@ class Residency:
     def _check_possible(self, digests: Sequence[str]) -> None:
         others = self._pinned - set(digests)
         needed = sum(self._find(digest).blob.size for digest in digests)
-        pinned = sum(self._held[digest].bytes for digest in others if digest in self._held)
+        pinned = sum(self._entries[digest].bytes for digest in others if digest in self._entries)
         if needed + pinned > self.limit:
-            beside = f" beside {pinned} bytes of pinned adapters" if pinned else ""
+            others_take = f", pinned adapters take {pinned}," if pinned else ""
             raise InvalidRequestError(
-                f"adapter: it takes {needed} bytes of host memory{beside} and the limit is {self.limit} "
+                f"adapter: it takes {needed} bytes of host memory{others_take} and the limit is {self.limit} "
                 "(--host-memory). Raise the limit, or unpin others.",
                 param="adapter",
                 code="host_memory_exceeded",
             )
 
-    def _least_recently_used(self) -> Held | None:
+    def _least_recently_used(self) -> CacheEntry | None:
         idle = [
-            held
-            for held in self._held.values()
-            if not held.leases and held.is_loaded and held.digest not in self._pinned
+            entry
+            for entry in self._entries.values()
+            if not entry.leases and entry.is_loaded and entry.digest not in self._pinned
         ]
-        return min(idle, key=lambda held: held.last_used, default=None)
+        return min(idle, key=lambda entry: entry.last_used, default=None)
 
     # ---- loading -----------------------------------------------------------------------------
 
-    def _begin_load(self, digest: str, prepared: PackedAdapterFile) -> Held:
+    def _begin_load(self, digest: str, packed: PackedAdapterFile) -> CacheEntry:
         loaded = asyncio.get_running_loop().create_future()
-        held = Held(digest, prepared, prepared.blob.size, loaded, last_used=next(self._clock))
-        held.loaded.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._held[digest] = held
+        entry = CacheEntry(digest, packed, packed.blob.size, loaded, last_used=next(self._clock))
+        entry.loaded.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._entries[digest] = entry
         self._unwanted.discard(digest)
-        task = asyncio.get_running_loop().create_task(self._load(held))
+        task = asyncio.get_running_loop().create_task(self._load(entry))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return held
+        return entry
 
-    async def _load(self, held: Held) -> None:
-        """Ask the engine to load; its answer ends `held.loaded`."""
+    async def _load(self, entry: CacheEntry) -> None:
+        """Ask the engine to load; its answer ends `entry.loaded`."""
         try:
-            path = await self._fetch(held.prepared)
-            leaving = self._leaving.get(held.digest)
+            path = await self._fetch(entry.packed)
+            leaving = self._leaving.get(entry.digest)
             if leaving is not None:
                 await leaving.unloaded.wait()
         except OneBaseError as error:
-            self._load_failed(held, error)
+            self._load_failed(entry, error)
             return
         except Exception as error:
-            _log.error("version %s cannot be read: %s", held.digest[:12], error)
-            self._load_failed(held, _unavailable(held.digest, str(error)))
+            _log.error("version %s cannot be read: %s", entry.digest[:12], error)
+            self._load_failed(entry, _unavailable(entry.digest, str(error)))
             if isinstance(error, BlobMissingError | BlobDamagedError):
-                self.on_damaged(held.prepared)
+                self._on_damaged(entry.packed)
             return
-        if self._held.get(held.digest) is held:
+        if self._entries.get(entry.digest) is entry:
             self._loads += 1
-            self._send(LoadAdapter(held.digest, str(path), held.prepared.blob.sha256))
+            self._send(LoadAdapter(entry.digest, str(path), entry.packed.blob.sha256))
 
-    def _load_failed(self, held: Held, error: OneBaseError) -> None:
-        if self._held.get(held.digest) is held:
-            del self._held[held.digest]
-        if not held.loaded.done():
-            held.loaded.set_exception(error)
+    def _load_failed(self, entry: CacheEntry, error: OneBaseError) -> None:
+        if self._entries.get(entry.digest) is entry:
+            del self._entries[entry.digest]
+        if not entry.loaded.done():
+            entry.loaded.set_exception(error)
         self._changed.set()
 
-    def _unload(self, held: Held) -> None:
-        del self._held[held.digest]
-        self._unwanted.discard(held.digest)
-        self._leaving[held.digest] = held
-        self._send(UnloadAdapter(held.digest))
+    def _unload(self, entry: CacheEntry) -> None:
+        del self._entries[entry.digest]
+        self._unwanted.discard(entry.digest)
+        self._leaving[entry.digest] = entry
+        self._send(UnloadAdapter(entry.digest))
 
-    # ---- the engine's words ------------------------------------------------------------------
+    # ---- messages from the engine ------------------------------------------------------------
 
     def receive(self, message: AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged) -> None:
-        """What the engine says about versions."""
+        """Take in what the engine says about versions."""
         if isinstance(message, SlotsChanged):
             self._slots = frozenset(message.digests)
         elif isinstance(message, AdapterUnloaded):
@@ -288,17 +365,17 @@ class Residency:
             self._load_answered(message)
 
     def _load_answered(self, message: AdapterLoaded | AdapterFailed) -> None:
-        held = self._held.get(message.digest)
-        if held is None or held.loaded.done():
+        entry = self._entries.get(message.digest)
+        if entry is None or entry.loaded.done():
             return
         if isinstance(message, AdapterFailed):
             _log.error("version %s cannot be loaded: %s", message.digest[:12], message.message)
-            self._load_failed(held, _unavailable(message.digest, message.message))
+            self._load_failed(entry, _unavailable(message.digest, message.message))
             if message.code == "damaged":
-                self.on_damaged(held.prepared)
+                self._on_damaged(entry.packed)
             return
-        held.bytes = message.bytes
-        held.loaded.set_result(None)
+        entry.bytes = message.bytes
+        entry.loaded.set_result(None)
         self._changed.set()
 
     def engine_ready(self) -> None:
@@ -306,17 +383,91 @@ class Residency:
         self._running = True
 
     def engine_gone(self) -> None:
-        """The engine's memory is gone, and everything in it. Whoever waits is told."""
+        """The engine's memory is gone, and everything in it. Leases that wait end with an error."""
         self._running = False
-        held, self._held = self._held, {}
+        entries, self._entries = self._entries, {}
         leaving, self._leaving = self._leaving, {}
         self._slots = frozenset()
-        for one in held.values():
-            if not one.loaded.done():
-                one.loaded.set_exception(EngineRestartedError())
-        for one in leaving.values():
-            one.unloaded.set()
+        for entry in entries.values():
+            if not entry.loaded.done():
+                entry.loaded.set_exception(EngineRestartedError())
+        for entry in leaving.values():
+            entry.unloaded.set()
         self._changed.set()
+
+
+class Lease:
+    """A request's hold on its versions: they stay in memory until `release`.
+
+    A context manager: entering waits until everything is loaded.
+    """
+
+    def __init__(
+        self, residency: Residency, uses: Iterable[VersionRef], on_revoked: Callable[[OneBaseError], None]
+    ) -> None:
+        self.uses = frozenset(uses)
+        self.entries: list[CacheEntry] = []
+        self._residency = residency
+        self._on_revoked = on_revoked
+        self._waiting: asyncio.Task[object] | None = None
+        self._revoked: OneBaseError | None = None
+        self._released = False
+
+    @property
+    def digests(self) -> list[str]:
+        return sorted({use.digest for use in self.uses})
+
+    async def ready(self) -> None:
+        """Wait until every version is loaded. On any error the lease is released.
+
+        Raises:
+            InvalidRequestError: they can never be in memory together.
+            QueueFullError: too many requests wait already.
+            UnavailableError, EngineRestartedError: one cannot be loaded now.
+            AdapterDeletedError: one was deleted while this waited.
+        """
+        self._waiting = asyncio.current_task()
+        try:
+            await self._residency.obtain(self)
+        except asyncio.CancelledError:
+            self.release()
+            if self._revoked is not None:
+                task = asyncio.current_task()
+                if task is not None and task.uncancel() == 0:
+                    raise self._revoked from None
+            raise
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            self._waiting = None
+
+    def release(self) -> None:
+        """May be called more than once."""
+        if not self._released:
+            self._released = True
+            self._residency.release(self)
+
+    def hold(self, entry: CacheEntry) -> None:
+        entry.leases += 1
+        self.entries.append(entry)
+
+    def revoke(self, error: OneBaseError) -> None:
+        """End what uses the lease, or waits for it, with an error."""
+        self._revoked = error
+        if self._waiting is not None:
+            self._waiting.cancel()
+        else:
+            self._on_revoked(error)
+
+    async def __aenter__(self) -> Self:
+        await self.ready()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 def _unavailable(digest: str, reason: str) -> UnavailableError:

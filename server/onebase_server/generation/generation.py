@@ -6,15 +6,14 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from onebase_engine.engine.messages import RowOutput, Sampling, Submit, TokenLogprob
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.errors import ClientGoneError, OneBaseError, RowFailedError, UnavailableError
-from onebase_server.generation.choice import Choice, Piece, TokenInfo, prompt_token_infos
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Choice, Inflight, Piece, TokenInfo, prompt_token_infos
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
 
@@ -77,8 +76,10 @@ def new_id(kind: str) -> str:
 class Generation:
     """A running job. `pieces` yields what became certain, step by step; `cancel` ends it early.
 
-    `stream_limit` bounds the outputs that wait for a slow reader, per choice; None is for callers
-    that are always read (answers in one piece).
+    Args:
+        stream_limit: outputs per choice that may wait for a slow reader; None is for callers that are always
+            read (answers in one piece).
+        on_cut: called when a slow reader is cut off.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Generation:
         tokenizer: BaseTokenizer,
         job: Job,
         stream_limit: int | None = None,
+        on_cut: Callable[[], None] = lambda: None,
     ) -> None:
         self.job = job
         self.usage = Usage(prompt=sum(len(prompt.tokens) for prompt in job.prompts))
@@ -98,13 +100,14 @@ class Generation:
         submits = [self._submit(index, prompt) for index, prompt in enumerate(job.prompts)]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
         limit = (stream_limit or 2**31) * job.choices
-        self.inflight = Inflight(submits, limit)
+        self._inflight = Inflight(submits, limit, on_cut=on_cut, on_ended=self._release_adapters)
         self._choices = [self._choice(index) for index in range(job.choices)]
         self._open = job.choices
         self._cached_known: set[int] = set()
         self._echoed: set[int] = set()
         self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         self._deadline: asyncio.TimerHandle | None = None
+        self._lease: Lease | None = None
 
     async def start(self, residency: Residency) -> None:
         """Have the adapters loaded, then submit to the engine, which keeps them until the last row has ended.
@@ -113,29 +116,29 @@ class Generation:
         AdapterDeletedError, CrashesEngineError.
         """
         if self.job.adapter.uses:
-            await self._hold_adapters(residency.lease(self.job.adapter.uses))
+            self._lease = residency.lease(self.job.adapter.uses, on_revoked=self._fail)
+            async with in_time(self.job.deadline):
+                await self._lease.ready()
         try:
-            self._supervisor.submit(self.inflight)
+            self._supervisor.submit(self._inflight)
         except BaseException:
-            self.inflight.on_ended()
+            self._release_adapters()
             raise
         if self.job.deadline is not None:
             loop = asyncio.get_running_loop()
-            self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self.inflight)
+            self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self._inflight)
 
-    async def _hold_adapters(self, lease: Lease) -> None:
-        lease.on_revoked = self._fail
-        async with in_time(self.job.deadline):
-            await lease.ready()
-        self.inflight.on_ended = lease.release
+    def _release_adapters(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
 
     def cancel(self) -> None:
         """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
     def _fail(self, error: OneBaseError) -> None:
-        self.inflight.fail(error)
-        self._supervisor.router.cancel(self.inflight)
+        self._inflight.fail(error)
+        self._supervisor.router.cancel(self._inflight)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Pieces of all choices, one list per engine step.
@@ -146,7 +149,7 @@ class Generation:
         """
         try:
             while self._open:
-                pieces = [piece for output in await self.inflight.take() for piece in self._feed(output)]
+                pieces = [piece for output in await self._inflight.take() for piece in self._feed(output)]
                 if pieces:
                     yield pieces
         finally:
@@ -205,7 +208,7 @@ class Generation:
         if choice.finish_reason is not None:
             self._open -= 1
             if choice.stopped_here and output.finish is None:
-                self._supervisor.router.cancel(self.inflight, output.id, output.choice)
+                self._supervisor.router.cancel(self._inflight, output.id, output.choice)
         if self.job.echo:
             return self._with_echo(choice, prompt, output, piece)
         return [piece] if piece else []

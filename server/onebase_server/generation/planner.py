@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import AdapterChoice, Catalog
-from onebase_server.adapters.hub_adapters import HubAdapters
-from onebase_server.adapters.names import HUB_PREFIX
+from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
+from onebase_server.adapters.sources import HubAdapters
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError, UnknownModelError
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
 from onebase_server.generation.tokenization import BaseTokenizer

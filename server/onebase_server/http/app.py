@@ -24,20 +24,17 @@ from onebase_server.errors import (
     status_of,
 )
 from onebase_server.http.deps import Services, server_stopping
-from onebase_server.http.multipart import is_form
 from onebase_server.http.routes import (
     adapters,
-    chat,
-    completions,
     files,
     fine_tuning,
-    generate,
+    generation,
     health,
-    metrics,
     models,
     vllm,
 )
 from onebase_server.http.schemas.generation import validation_error
+from onebase_server.http.uploads import is_form
 
 _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
@@ -52,7 +49,7 @@ _NO_TELEMETRY: Any = {
 
 
 def create_app(services: Services) -> FastAPI:
-    """The HTTP application. Its lifetime is the server's: starting the engine is not its business."""
+    """The HTTP application. It does not start the engine: `run_server` does."""
     app = FastAPI(
         title="OneBase",
         version=onebase_server.__version__,
@@ -60,7 +57,7 @@ def create_app(services: Services) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     app.state.services = services
-    routes = (generate, completions, chat, models, adapters, vllm, files, fine_tuning, health, metrics)
+    routes = (generation, models, adapters, vllm, files, fine_tuning, health)
     for route in routes:
         app.include_router(route.router)
     app.add_exception_handler(OneBaseError, _answer_error)
@@ -74,7 +71,7 @@ def create_app(services: Services) -> FastAPI:
 
 
 class StoppedRequests:
-    """Says so to whom the server's end has cut off before the answer began; uvicorn would say 500."""
+    """Answers requests that the server's end cancels before their answer began; uvicorn would say 500."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app

@@ -14,18 +14,16 @@ from fastapi.routing import APIRoute
 
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
-from onebase_server.adapters.folders import Folders
-from onebase_server.adapters.hub_adapters import HubAdapters
-from onebase_server.adapters.prover import Prover
 from onebase_server.adapters.residency import Residency
-from onebase_server.adapters.service import Library
+from onebase_server.adapters.service import AdapterService
+from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.errors import UnavailableError
-from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.wiring import Training
 from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.settings import Settings
 
 
@@ -47,12 +45,12 @@ class Services:
     supervisor: EngineSupervisor
     planner: Planner
     residency: Residency
-    library: Library
+    adapters: AdapterService
     hub: HubAdapters
     activation: Activation
     folders: Folders
     views: AdapterViews
-    prover: Prover
+    verifier: VerifierClient
     training: Training
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
@@ -60,14 +58,6 @@ class Services:
     def refuse_if_draining(self) -> None:
         if self.draining:
             raise server_stopping()
-
-    async def begin(self, job: Job, *, streamed: bool) -> Generation:
-        """Submit a job once its adapters are in memory. Raises what Generation.start raises."""
-        self.refuse_if_draining()
-        limit = self.settings.stream_buffer if streamed else None
-        generation = Generation(self.supervisor, self.tokenizer, job, limit)
-        await generation.start(self.residency)
-        return generation
 
 
 def _services(request: Request) -> Services:

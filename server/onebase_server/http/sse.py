@@ -1,14 +1,14 @@
-"""Server-sent events without ceremony, and noticing that the caller has left."""
+"""Server-sent events, and noticing that the caller has left."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgspec
-from fastapi import Request, Response
+from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, error_body
@@ -34,6 +34,14 @@ def identified_event(data: Any, *, identity: str = "", event: str = "") -> bytes
     return (head + kind).encode() + b"data: " + _encode(data) + b"\n\n"
 
 
+def connection_abort(scope: Scope) -> Callable[[], None]:
+    """What drops the caller's connection and its unsent bytes; does nothing where the server cannot."""
+    abort: Callable[[], None] = (
+        scope.get("extensions", {}).get(ABORT_EXTENSION, {}).get("abort", lambda: None)
+    )
+    return abort
+
+
 class EventStream(Response):
     """Streams a generation's events.
 
@@ -50,13 +58,11 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        abort = scope.get("extensions", {}).get(ABORT_EXTENSION, {}).get("abort", lambda: None)
-        self._generation.inflight.on_cut = abort
         limit = asyncio.get_running_loop().call_later(
-            (self._generation.job.timeout_s or 0.0) + _READ_GRACE_SECONDS, abort
+            (self._generation.job.timeout_s or 0.0) + _READ_GRACE_SECONDS, connection_abort(scope)
         )
         try:
-            with _cancelled_when_gone(receive, self._generation):
+            with cancelled_when_gone(receive, self._generation):
                 async with contextlib.aclosing(self._events):
                     await self._send_all(send)
         finally:
@@ -89,7 +95,9 @@ async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
 
 
 @contextlib.contextmanager
-def _cancelled_when_gone(receive: Receive, generation: Generation) -> Iterator[None]:
+def cancelled_when_gone(receive: Receive, generation: Generation) -> Iterator[None]:
+    """While this is open, a caller who closes the connection cancels the generation."""
+
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -100,8 +108,3 @@ def _cancelled_when_gone(receive: Receive, generation: Generation) -> Iterator[N
         yield
     finally:
         task.cancel()
-
-
-def cancelled_when_gone(request: Request, generation: Generation) -> contextlib.AbstractContextManager[None]:
-    """While this is open, a caller who closes the connection cancels the generation."""
-    return _cancelled_when_gone(request.receive, generation)

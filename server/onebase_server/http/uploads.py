@@ -1,25 +1,223 @@
-"""An adapter's two files and some fields as multipart/form-data, straight into the store."""
+"""multipart/form-data, piece by piece: files go straight to disk, never whole into memory."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from onebase_adapters.format.config import MAX_CONFIG_BYTES
 from onebase_adapters.store.content import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
 from onebase_adapters.store.store import BlobWriter, Store
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http.multipart import FormReader, Write
+from onebase_server.background import Threads
+from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
+from onebase_server.jobs.files import FileWriter, TrainingFiles, check_filename
 from onebase_server.settings import SettingsError, parse_bool
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_FIELD_BYTES = 1000
+MAX_PARTS = 8
+MAX_HEADERS = 8
+MAX_HEADER_BYTES = 4096
+_FORM = b"multipart/form-data"
+_BATCH_BYTES = 1 << 20
+"""Read before a thread parses and writes it."""
+
 FLAGS = ("activate", "allow_noop", "any_base")
 _FILES_FIELD = "files"
-HOW = f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}."
+ADAPTER_FIELDS = (
+    f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}."
+)
+FILE_OPTION = "--max-train-file"
+FORM_BYTES = 64 << 10
+"""What a form takes besides its file: boundaries, headers, fields."""
+FILE_FIELDS = "Send a field purpose with the value fine-tune, and a part called file, with a file name."
+
+Result = TypeVar("Result", covariant=True)
+Write = Callable[[memoryview], None]
+
+
+class FormReader(ABC, Generic[Result]):
+    """Takes the body's pieces, in any number. For one thread at a time.
+
+    Raises InvalidRequestError or PayloadTooLargeError as soon as something is wrong, and what writing the
+    files raises. `close` in any case.
+
+    Args:
+        limit: bytes of the whole body; `option`: the server's option that sets it.
+        how: one sentence that says what the form holds; ends every complaint.
+    """
+
+    def __init__(self, boundary: bytes, *, limit: int, option: str, how: str) -> None:
+        self.fields: dict[str, bytes] = {}
+        self._limit = limit
+        self._option = option
+        self._how = how
+        self._size = 0
+        self._parts = 0
+        self._header: list[bytearray] = []
+        self._write: Write = lambda data: None
+        self._complete = False
+        try:
+            self._parser = MultipartParser(
+                boundary, self._callbacks(), max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER_BYTES
+            )
+        except FormParserError as error:
+            raise self.malformed(str(error)) from error
+
+    @abstractmethod
+    def begin_part(self, field: str, filename: str | None) -> Write | None:
+        """What takes the part's content: a file's writer or `plain_field(field)`; None: no such field."""
+
+    @abstractmethod
+    def result(self) -> Result:
+        """The form's content. Raises InvalidRequestError when something is missing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove what was not committed."""
+
+    def feed(self, data: bytes) -> None:
+        """The next piece of the body."""
+        self._size += len(data)
+        if self._size > self._limit:
+            raise PayloadTooLargeError(self._limit, self._option)
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise self.malformed(str(error)) from error
+
+    def finish(self) -> Result:
+        """After the last piece. Raises InvalidRequestError."""
+        if not self._complete:
+            raise self.malformed("it ends before its last boundary")
+        return self.result()
+
+    def plain_field(self, field: str) -> Write:
+        """Keeps a short field in `fields`."""
+        if field in self.fields:
+            raise InvalidRequestError(f"{field}: it is given twice. Give it once.", param=field)
+        self.fields[field] = b""
+
+        def write(data: memoryview) -> None:
+            if len(self.fields[field]) + len(data) > MAX_FIELD_BYTES:
+                raise InvalidRequestError(
+                    f"{field}: it is over {MAX_FIELD_BYTES} bytes. Send less.", param=field
+                )
+            self.fields[field] += data
+
+        return write
+
+    def text(self, field: str) -> str:
+        """A field as text. Raises InvalidRequestError when it is missing or is not UTF-8."""
+        if field not in self.fields:
+            raise InvalidRequestError(f"{field}: it is missing. {self._how}", param=field)
+        try:
+            return self.fields[field].decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(f"{field}: it is not UTF-8.", param=field) from error
+
+    def malformed(self, reason: str) -> InvalidRequestError:
+        """The body cannot be read."""
+        return malformed(f"{reason}. {self._how}")
+
+    # ---- the parser's events -----------------------------------------------------------------
+
+    def _callbacks(self) -> Any:
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_begin": lambda: self._header.extend((bytearray(), bytearray())),
+            "on_header_field": lambda data, start, end: self._header[-2].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[-1].extend(data[start:end]),
+            "on_headers_finished": self._begin_data,
+            "on_part_data": lambda data, start, end: self._write(memoryview(data)[start:end]),
+            "on_end": self._end,
+        }
+
+    def _begin_part(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise self.malformed(f"it has more than {MAX_PARTS} parts")
+        self._header = []
+
+    def _begin_data(self) -> None:
+        pairs = zip(self._header[::2], self._header[1::2], strict=True)
+        headers = {bytes(name).lower(): bytes(value) for name, value in pairs}
+        kind, options = parse_options_header(headers.get(b"content-disposition", b"").decode("latin-1"))
+        field = options.get(b"name", b"").decode("utf-8", "replace")
+        if kind != b"form-data" or not field:
+            raise self.malformed("a part has no Content-Disposition: form-data with a name")
+        filename = options.get(b"filename")
+        write = self.begin_part(field, None if filename is None else filename.decode("utf-8", "replace"))
+        if write is None:
+            raise InvalidRequestError(
+                f"{field[:80]}: an upload has no such field. {self._how}", param=field[:80]
+            )
+        self._write = write
+
+    def _end(self) -> None:
+        self._complete = True
+
+
+def is_form(content_type: bytes) -> bool:
+    """Whether a body of this Content-Type is read as multipart/form-data."""
+    return parse_options_header(content_type)[0] == _FORM
+
+
+def boundary_of(request: Request, how: str = "") -> bytes | None:
+    """The boundary of a multipart body; None when the body is something else. Raises InvalidRequestError."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != _FORM:
+        return None
+    boundary = options.get(b"boundary", b"")
+    if not boundary:
+        raise malformed(f"its Content-Type names no boundary. {how}")
+    return boundary
+
+
+def check_length(request: Request, limit: int, option: str) -> None:
+    """Refuse a body by its announced length. Raises PayloadTooLargeError."""
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise PayloadTooLargeError(limit, option)
+
+
+async def read_form(request: Request, form: FormReader[Result], threads: Threads) -> Result:
+    """Feed the request's body to the form, a piece at a time, in threads.
+
+    Raises ClientGoneError, and what the form raises.
+    """
+    batch = bytearray()
+    try:
+        async for chunk in request.stream():
+            batch += chunk
+            if len(batch) >= _BATCH_BYTES:
+                await threads.run(form.feed, bytes(batch))
+                batch.clear()
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
+    await threads.run(form.feed, bytes(batch))
+    return form.finish()
+
+
+def malformed(reason: str) -> InvalidRequestError:
+    """A multipart body that cannot be read."""
+    return InvalidRequestError(
+        f"The multipart body cannot be read: {reason}".rstrip(), code="invalid_multipart"
+    )
+
+
+# ---- an adapter -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What one upload brought: the fields, the config as it was sent, and the blobs once committed."""
+    """One upload: its fields, its config as it was sent, and its files once they are committed."""
 
     name: str
     flags: dict[str, bool]
@@ -28,8 +226,8 @@ class Upload:
     """Makes the files part of the store; call it in a thread. Raises StoreFullError, StoreError."""
 
 
-class Form(FormReader[Upload]):
-    """Writes both files as they come. What was not committed is gone after `close`.
+class AdapterForm(FormReader[Upload]):
+    """Writes both files as they arrive; `close` deletes them unless they were committed.
 
     Raises also StoreFullError, StoreError.
     """
@@ -38,7 +236,7 @@ class Form(FormReader[Upload]):
         self._store = store
         self._config = bytearray()
         self._writers: dict[str, BlobWriter] = {}
-        super().__init__(boundary, limit=limit, option="--max-upload", how=HOW)
+        super().__init__(boundary, limit=limit, option="--max-upload", how=ADAPTER_FIELDS)
 
     def begin_part(self, field: str, filename: str | None) -> Write | None:
         if field == _FILES_FIELD:
@@ -48,7 +246,7 @@ class Form(FormReader[Upload]):
     def result(self) -> Upload:
         missing = [name for name in ADAPTER_FILES if name not in self._writers]
         if missing:
-            raise InvalidRequestError(f"files: {missing[0]} is missing. {HOW}", param=_FILES_FIELD)
+            raise InvalidRequestError(f"files: {missing[0]} is missing. {ADAPTER_FIELDS}", param=_FILES_FIELD)
         name = self.text("name")
         flags = {flag: self._flag(flag) for flag in FLAGS if flag in self.fields}
         return Upload(name, flags, bytes(self._config), self._commit)
@@ -64,7 +262,8 @@ class Form(FormReader[Upload]):
     def _begin_file(self, name: str) -> Write:
         if name not in ADAPTER_FILES:
             raise InvalidRequestError(
-                f"files: {name[:80]!r} is not one of the two files of an adapter. {HOW}", param=_FILES_FIELD
+                f"files: {name[:80]!r} is not one of the two files of an adapter. {ADAPTER_FIELDS}",
+                param=_FILES_FIELD,
             )
         if name in self._writers:
             raise InvalidRequestError(f"files: {name} is there twice. Send it once.", param=_FILES_FIELD)
@@ -85,3 +284,52 @@ class Form(FormReader[Upload]):
             return parse_bool(self.text(field))
         except SettingsError as error:
             raise InvalidRequestError(f"{field}: {error}.", param=field) from error
+
+
+# ---- a training file ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileUpload:
+    """A file that has arrived, and is not kept yet."""
+
+    filename: str
+    writer: FileWriter
+
+
+class FileForm(FormReader[FileUpload]):
+    """Writes the file as it arrives; `close` deletes it unless it was kept. Raises also StoreFullError."""
+
+    def __init__(self, files: TrainingFiles, boundary: bytes) -> None:
+        self._files = files
+        self._writer: FileWriter | None = None
+        self._filename = ""
+        super().__init__(boundary, limit=files.limit + FORM_BYTES, option=FILE_OPTION, how=FILE_FIELDS)
+
+    def begin_part(self, field: str, filename: str | None) -> Write | None:
+        if field == "purpose":
+            return self.plain_field(field)
+        if field != "file":
+            return None
+        if self._writer is not None:
+            raise InvalidRequestError("file: there are two. Send one.", param="file")
+        self._filename = check_filename(filename or "")
+        self._writer = self._files.writer()
+        return self._writer.write
+
+    def result(self) -> FileUpload:
+        purpose = self.text("purpose")
+        if purpose != "fine-tune":
+            raise InvalidRequestError(
+                f"purpose: {purpose[:80]!r} is not served here; files are for jobs: write fine-tune.",
+                param="purpose",
+            )
+        if self._writer is None:
+            raise InvalidRequestError(f"file: it is missing. {FILE_FIELDS}", param="file")
+        if self._writer.size == 0:
+            raise InvalidRequestError("file: it is empty.", param="file")
+        return FileUpload(self._filename, self._writer)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()

@@ -1,4 +1,4 @@
-"""From a finished run to a version of its adapter: taken in, proved, and activated if that was wished."""
+"""From a finished run to a version of its adapter: added, proved, and activated if that was asked for."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from onebase_adapters.registry import RegistryError, TrainingJob, VersionRecord
 from onebase_adapters.store.content import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
-from onebase_server.adapters.names import label
-from onebase_server.adapters.service import Library, Wishes
+from onebase_server.adapters.catalog import label
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
-from onebase_server.jobs.storage import TrainingHome
-from onebase_server.jobs.store import JobRecord
-from onebase_server.storage_errors import storage_errors
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobStore
+from onebase_server.storage import storage_errors
 
 ACTOR = "training"
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
 """Seconds before another try, while the store or the registry is away."""
 PROOFS_WAITED = 6
-"""For so many proofs as long as may be a version is waited for: others may be before it."""
+"""A version is waited for as long as this many proofs may take: others may be before it."""
 LOST = "adapter_lost"
-"""Nothing is left to deliver: the job has to be trained again."""
+"""The trained files are gone: the job has to be trained again."""
 _CODES = {"store_full": "disk_full"}
 """What a version's error is called as a job's."""
 
@@ -42,45 +42,46 @@ class DeliveryError(Exception):
 
 @dataclass(frozen=True)
 class Delivered:
-    """What became of a job. `as_wished`: False when it should be active and is not."""
+    """What became of a job. `as_asked`: False when its version should be active and is not."""
 
     version: str
     activated: bool
     result_file: str
     message: str
-    as_wished: bool
+    as_asked: bool
 
 
 class Delivery:
-    """Brings what jobs trained into the library, as an upload would be.
+    """Adds what jobs trained to the library, as an upload would be.
 
-    The library is not told of a job's wish to activate: it would grant it after a restart, whatever the job
-    is by then. `proof_seconds`: from the version's files being there to its proof.
+    The library is never asked to activate: after a restart it would, even if the job was cancelled since.
+
+    proof_seconds: limit for a version's proof, the wait for others included.
     """
 
     def __init__(
         self,
-        library: Library,
-        home: TrainingHome,
+        library: AdapterService,
+        storage: TrainingStorage,
         files: TrainingFiles,
         proof_seconds: float,
     ) -> None:
         self.files = files
         self._library = library
-        self._home = home
+        self._storage = storage
         self._proof_seconds = proof_seconds
 
-    async def deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
-        """May be asked for again after a crash: the same content is the same version.
+    async def deliver(self, job: TrainingJob, store: JobStore) -> Delivered:
+        """Safe to repeat after a crash: the same content is the same version.
 
         Args:
-            record: tells whether the job still runs; only then is its version activated.
+            store: tells whether the job still runs; only then is its version activated.
 
         Raises DeliveryError.
         """
         for pause in (*PAUSES, None):
             try:
-                return await self._deliver(job, record)
+                return await self._deliver(job, store)
             except StoreFullError as error:
                 raise DeliveryError("disk_full", error.message) from error
             except (UnavailableError, RegistryError, StoreError, OSError) as error:
@@ -92,10 +93,10 @@ class Delivery:
             await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    async def _deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
+    async def _deliver(self, job: TrainingJob, store: JobStore) -> Delivered:
         report = job.report or {}
-        wished = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
-        folder = self._home.job(job.id) / "adapter"
+        asked = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
+        folder = self._storage.job(job.id) / "adapter"
         if not all((folder / file).is_file() for file in ADAPTER_FILES):
             raise DeliveryError(
                 LOST,
@@ -111,21 +112,21 @@ class Delivery:
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
-        problem = await self._activate(version, record) if wished else ""
+        problem = await self._activate(version, store) if asked else ""
         adapter = self._library.catalog.get(job.name)
         active = adapter is not None and adapter.active == version.digest
         return Delivered(
             version=version.digest,
             activated=active,
             result_file=result_file,
-            message=_message(job, version.digest, active=active, wished=wished, problem=problem),
-            as_wished=active or not wished,
+            message=_message(job, version.digest, active=active, asked=asked, problem=problem),
+            as_asked=active or not asked,
         )
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
-        """The version once its proof has ended, or after so long that it must be tried later."""
-        source, wishes = {"kind": "training", "job": job.id}, Wishes(any_base=True)
-        added = await self._library.add(job.name, files, source, wishes, actor=ACTOR)
+        """The version once its proof has ended. Raises DeliveryError when that takes too long."""
+        source, options = {"kind": "training", "job": job.id}, VersionOptions(any_base=True)
+        added = await self._library.add(job.name, files, source, options, actor=ACTOR)
         try:
             async with asyncio.timeout(self._proof_seconds):
                 await self._library.wait(added.name, added.digest)
@@ -133,15 +134,15 @@ class Delivery:
             raise DeliveryError(
                 "delivery_failed",
                 f"The adapter was not proved within {self._proof_seconds:g} s: others are before it, or no "
-                "verifier can be had; the server's log may say why. Resume the job to wait on.",
+                "verifier can be had; the server's log may say why. Resume the job to wait again.",
             ) from error
-        except OneBaseError as error:
-            _log.info("version %s of %s: %s", added.digest[:12], added.name, error)  # the wish of an upload
+        except OneBaseError as error:  # an upload of the same content asked to activate it, and that failed
+            _log.info("version %s of %s: %s", added.digest[:12], added.name, error)
         return await self._library.version(added.name, added.digest)
 
-    async def _activate(self, version: VersionRecord, record: JobRecord) -> str:
-        """Let requests for the name get it, unless the job was stopped. Returns why it failed, or ""."""
-        if (await record.current()).state != "running":
+    async def _activate(self, version: VersionRecord, store: JobStore) -> str:
+        """Activate the version, unless the job was stopped. Returns why that failed, or ""."""
+        if (await store.current()).state != "running":
             return ""
         failure = await self._library.activate_patiently(version)
         return failure.message if failure else ""
@@ -151,14 +152,14 @@ class Delivery:
         return VersionFiles(config, weights)
 
 
-def _message(job: TrainingJob, digest: str, *, active: bool, wished: bool, problem: str) -> str:
+def _message(job: TrainingJob, digest: str, *, active: bool, asked: bool, problem: str) -> str:
     model = label(job.name, digest)
     if active:
         return f"{model} is proved and active: requests for {job.name} get it."
-    if wished:
+    if asked:
         return f"{model} is proved, but could not be activated: {problem or 'another version was chosen'}."
     if job.activate == "never":
-        return f"{model} is proved. It is not active, as it was wished."
+        return f"{model} is proved. The job asked not to activate it."
     better = (job.report or {}).get("better")
     reason = "nothing was held out to compare it on" if better is None else "it is no better on held-out data"
-    return f"{model} is proved. It is not active, since {reason}."
+    return f"{model} is proved. It is not activated: {reason}."

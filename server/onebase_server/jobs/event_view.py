@@ -1,4 +1,4 @@
-"""What a run says, as OpenAI's events for those who follow the job."""
+"""What a run says, as the events that those who follow the job read (OpenAI's)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import msgspec
 
-from onebase_adapters.registry import NewEvent
+from onebase_adapters.registry import JobEvent
 from onebase_adapters.training import events
 from onebase_server.processes.trainer_protocol import Failed
 
 PROBLEMS_IN_ONE = 500
-"""Bad lines told in one event."""
+"""Bad lines in one event."""
 _LONG = ("losses", "held_out", "recipe")
 """Parts of a report that the result file and the job have."""
 
 
-def told(event: events.Event) -> NewEvent | None:
-    """The event for a job's list; None for those that only move the progress."""
+def job_event(event: events.Event) -> JobEvent | None:
+    """The event of the job that it makes; None when it only changes the progress."""
     if isinstance(event, events.StepDone):
         return _metrics(event, f"Step {event.step}/{event.steps}: training loss {event.loss:.4f}", {
             "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
@@ -39,23 +39,23 @@ def told(event: events.Event) -> NewEvent | None:
         )
     if isinstance(event, events.Progress):
         return None
-    return NewEvent(event.at, _message(event), level=_level(event), data=_data(event))
+    return JobEvent(event.at, _message(event), level=_level(event), data=_data(event))
 
 
-def problems_told(failed: Failed) -> list[NewEvent]:
-    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), in as many events as that takes."""
+def problem_events(failed: Failed) -> list[JobEvent]:
+    """The bad lines that the trainer named (protocol.MAX_PROBLEMS), PROBLEMS_IN_ONE to an event."""
     now = time.time()
     made = []
     for start in range(0, len(failed.problems), PROBLEMS_IN_ONE):
         part = failed.problems[start : start + PROBLEMS_IN_ONE]
         message = f"{failed.param}: bad lines {start + 1} to {start + len(part)} of {failed.problem_count}"
         data = {"param": failed.param, "problems": [msgspec.to_builtins(problem) for problem in part]}
-        made.append(NewEvent(now, message, level="error", data=data))
+        made.append(JobEvent(now, message, level="error", data=data))
     return made
 
 
-def _metrics(event: events.Event, message: str, data: dict[str, Any]) -> NewEvent:
-    return NewEvent(event.at, message, kind="metrics", data={k: v for k, v in data.items() if v is not None})
+def _metrics(event: events.Event, message: str, data: dict[str, Any]) -> JobEvent:
+    return JobEvent(event.at, message, kind="metrics", data={k: v for k, v in data.items() if v is not None})
 
 
 def _rewards(rewards: dict[str, float]) -> dict[str, float]:

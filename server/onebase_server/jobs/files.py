@@ -1,4 +1,4 @@
-"""Training files: in by upload, on this server's disk, out again; and the curves that jobs leave."""
+"""Training files on this server's disk: uploaded, read and deleted; and the loss curves that jobs leave."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from onebase_adapters.registry import (
 from onebase_adapters.store.atomic_files import replace_synced
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, StoreFullError, UnknownFileError
-from onebase_server.jobs.outcomes import RESUMABLE
-from onebase_server.jobs.storage import UPLOADING, TrainingHome, ending
-from onebase_server.storage_errors import storage_errors
+from onebase_server.jobs.state import RESUMABLE
+from onebase_server.jobs.storage import UPLOADING, TrainingStorage, ending
+from onebase_server.storage import storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that jobs can read."""
@@ -71,25 +71,25 @@ class TrainingFiles:
     """The files of this server. `limit`: bytes of one."""
 
     def __init__(
-        self, records: TrainingRecords, home: TrainingHome, threads: Threads, disk: Threads, limit: int
+        self, records: TrainingRecords, storage: TrainingStorage, threads: Threads, disk: Threads, limit: int
     ) -> None:
         self.disk = disk
         self.limit = limit
         self._records = records
-        self._home = home
+        self._storage = storage
         self._threads = threads
 
     def writer(self) -> FileWriter:
         """Blocks. Raises StoreFullError."""
         try:
-            return FileWriter(self._home.files)
+            return FileWriter(self._storage.files)
         except OSError as error:
             raise _disk_error(error) from error
 
     async def keep(self, writer: FileWriter, filename: str, purpose: Purpose) -> TrainingFile:
-        """Make what came in a file that jobs can name. Raises StoreFullError, UnavailableError."""
+        """Make what was uploaded a file that jobs can name. Raises StoreFullError, UnavailableError."""
         file = self._made(f"file-{secrets.token_hex(12)}", filename, purpose, writer.size)
-        path = self._home.file(file.id, filename)
+        path = self._storage.file(file.id, filename)
         with storage_errors():
             try:
                 # The row comes last: a file without one is swept, a row without a file would be a lie.
@@ -102,7 +102,7 @@ class TrainingFiles:
                 raise
 
     async def _may_be_known(self, file: TrainingFile) -> bool:
-        """Whether there is a row of it, though adding that failed: its answer may have been lost."""
+        """Whether the file may have its row, though adding it failed: only the answer may be lost."""
         try:
             await self._threads.run(self._records.file, file.tenant, file.id)
         except registry.UnknownFileError:
@@ -148,12 +148,12 @@ class TrainingFiles:
 
     def content_path(self, file: TrainingFile) -> Path:
         """Where the content lies. Raises UnknownFileError when that is another server's disk."""
-        if file.server != self._home.server:
+        if file.server != self._storage.server:
             raise UnknownFileError(
                 f"File {file.id} lies on the disk of another server, which shares the registry. Ask that "
                 "one, or upload it here."
             )
-        return self._home.file(file.id, file.filename)
+        return self._storage.file(file.id, file.filename)
 
     async def delete(self, file_id: str) -> None:
         """Raises UnknownFileError, ConflictError while a job needs it, UnavailableError."""
@@ -164,7 +164,7 @@ class TrainingFiles:
             except FileInUseError as error:
                 await self._raise_if_elsewhere(error)
                 raise
-        await self.disk.run(self._home.file(file.id, file.filename).unlink, True)
+        await self.disk.run(self._storage.file(file.id, file.filename).unlink, True)
 
     async def _raise_if_elsewhere(self, used: FileInUseError) -> None:
         """Raises ConflictError when the job that needs a file is not to be found on this server."""
@@ -179,14 +179,14 @@ class TrainingFiles:
             ) from error
 
     async def keep_curve(self, job_id: str, report: Mapping[str, Any]) -> str:
-        """The losses of a run as a CSV file; the same one when it is asked for again. Returns its id."""
+        """Keep the losses of a run as a CSV file, under the same id each time. Returns the id."""
         file_id = f"file-{job_id.removeprefix('ftjob-')}"
         filename = f"{job_id}-metrics.csv"
         content = curve_csv(report)
         writer = await self.disk.run(self.writer)
         try:
             await self.disk.run(writer.write, content)
-            await self.disk.run(writer.commit, self._home.file(file_id, filename))
+            await self.disk.run(writer.commit, self._storage.file(file_id, filename))
         except BaseException:
             writer.abort()
             raise
@@ -196,7 +196,7 @@ class TrainingFiles:
 
     def _made(self, file_id: str, filename: str, purpose: Purpose, size: int) -> TrainingFile:
         return TrainingFile(
-            file_id, DEFAULT_TENANT, self._home.server, purpose, filename, size, float(int(time.time()))
+            file_id, DEFAULT_TENANT, self._storage.server, purpose, filename, size, float(int(time.time()))
         )
 
 

@@ -1,7 +1,7 @@
-"""Follows the jobs in the registry: starts what waits, ends what was stopped, takes up what was interrupted.
+"""Follows the jobs in the registry: starts what waits, stops what was stopped, resumes what was interrupted.
 
-The registry says what is to be; this makes it so. A pause, a cancellation or a new job, whichever server it
-came through, is first written there, and is seen here at once or at the next look.
+The registry says what is to be; the manager makes it so. A new job, a pause or a cancellation, whichever
+server took it, is written there first, and seen here at once or at the next look.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from onebase_adapters.registry import (
-    JobState,
+    JobEvent,
     JobStateError,
-    NewEvent,
     OpenJob,
     RegistryError,
     UnknownJobError,
 )
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.jobs.gc import Tidying
-from onebase_server.jobs.outcomes import place_of
-from onebase_server.jobs.run import Run, RunKind
-from onebase_server.jobs.trainer_pool import AttachedBase, Runner
+from onebase_server.jobs.run import AttachedBase, Run, RunKind, TrainerPool
+from onebase_server.jobs.state import REQUEUED, STARTED, Move, resume_point
+from onebase_server.jobs.storage import GarbageCollector
 
 _log = logging.getLogger(__name__)
 
 STOP_SECONDS = 60.0
-"""A trainer that has not written its checkpoint by then is killed; the one before is whole."""
+"""A trainer that has not written its checkpoint by then is killed; the checkpoint before it is whole."""
 SHUTDOWN_SECONDS = 15.0
-"""The same when the server ends."""
+"""The same limit, when the server stops."""
 SWEEP_SECONDS = 3600.0
-"""From one look at what is left over in the training folder to the next."""
+"""From one sweep of the training folder to the next."""
 
 
 class Manager:
@@ -43,22 +41,22 @@ class Manager:
     """
 
     def __init__(
-        self, runner: Runner, *, most: int, look_seconds: float, sweep_seconds: float = SWEEP_SECONDS
+        self, pool: TrainerPool, *, most: int, look_seconds: float, sweep_seconds: float = SWEEP_SECONDS
     ) -> None:
-        self._runner = runner
-        self._records = runner.records
-        self._threads = runner.threads
+        self._pool = pool
+        self._records = pool.records
+        self._threads = pool.threads
         self._most = most
         self._look_seconds = look_seconds
         self._sweep_seconds = sweep_seconds
         self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
-        self._tidying = Tidying(self._records, self._threads, runner.home)
+        self._garbage = GarbageCollector(self._records, self._threads, pool.storage)
         self._known: dict[str, str] = {}
-        """Tenants of the jobs that were open, or had a process, at the last look, by their ids."""
+        """Tenants, by job id, of the jobs that were open or had a process at the last look."""
         self._begun: set[str] = set()
-        """Jobs that had a run since the server was started."""
-        self._told_off: set[str] = set()
+        """Jobs that had a run since the server started."""
+        self._noted_disabled: set[str] = set()
         self._base: AttachedBase | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -66,12 +64,12 @@ class Manager:
     # ---- the base ----------------------------------------------------------------------------
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
-        """There is a base to train on; `base_fd` stays the caller's, and open until `engine_gone`."""
+        """There is a base to train on. The caller owns `base_fd` and keeps it open until `engine_gone`."""
         self._base = AttachedBase(config, manifest, base_fd)
         self.look()
 
     async def engine_gone(self) -> None:
-        """End the trainers, whose base is the engine's memory; their jobs wait for the next one."""
+        """End the trainers: their base is the engine's memory. Their jobs wait for the next engine."""
         self._base = None
         runs = [run for run in self._runs.values() if run.holds_base]
         for run in runs:
@@ -85,16 +83,16 @@ class Manager:
         self._changed.set()
 
     async def follow(self) -> None:
-        """Do what the registry says, for ever, whatever fails. Cancelled by the server's end."""
+        """Do what the registry says, whatever fails, until cancelled."""
         while not self._own():
             await asyncio.sleep(self._look_seconds)
         while not self._ending:
             self._changed.clear()
             try:
                 await self._sweep_if_due()
-                jobs = await self._threads.run(self._records.open_jobs, self._runner.home.server)
+                jobs = await self._threads.run(self._records.open_jobs, self._pool.storage.server)
                 await self._reconcile(jobs)
-                await self._tidy(jobs)
+                await self._collect_garbage(jobs)
             except RegistryError as error:
                 _log.warning("training jobs cannot be followed: %s", error)
             except Exception:
@@ -104,10 +102,10 @@ class Manager:
                     await self._changed.wait()
 
     def _own(self) -> bool:
-        """Whether the jobs of the folder are this process's to run; the log says why not."""
-        root = self._runner.home.root
+        """Whether this process runs the jobs of the folder; the log says why not."""
+        root = self._pool.storage.root
         try:
-            if self._runner.home.own():
+            if self._pool.storage.own():
                 return True
             _log.warning("another process runs the training jobs of %s; waiting", root)
         except OSError as error:
@@ -117,7 +115,7 @@ class Manager:
     async def _sweep_if_due(self) -> None:
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + self._sweep_seconds
-            await self._tidying.sweep(self._runs)
+            await self._garbage.sweep(self._runs)
 
     async def stop(self) -> None:
         """Let trainers write a checkpoint and end; their jobs are queued for the next start."""
@@ -129,12 +127,12 @@ class Manager:
 
     @property
     def deaths(self) -> int:
-        """Trainers that died by themselves."""
-        return self._runner.deaths
+        """Trainers that died without being stopped."""
+        return self._pool.deaths
 
     @property
     def running(self) -> Sequence[Run]:
-        """The runs that there are now."""
+        """The runs of now."""
         return list(self._runs.values())
 
     def has_run(self, job_id: str) -> bool:
@@ -149,13 +147,13 @@ class Manager:
             if job is None:
                 await self._stop_run(job_id, run)
             elif job.state == "queued" and run.computes:
-                await self._move_on(job, "running")  # paused and resumed before anybody saw it
+                await self._move(job, STARTED)  # paused and resumed before the manager looked
         waiting = [job for job in jobs if job.id not in self._runs]
         for job in waiting:
             if job.state == "running":
-                await self._take_up(job)
+                await self._requeue(job)
         if any(job.state == "running" for job in waiting):
-            return  # they go first, as they did before
+            return  # they keep their place before the jobs that wait
         if self._most == 0:
             await self._note_disabled(waiting)
             return
@@ -168,21 +166,21 @@ class Manager:
                 await self._begin(job, "train")
 
     async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
-        """Say once of each job why nothing happens."""
+        """Tell each job once why nothing happens."""
         text = "The server was started with --train-jobs 0: the job waits until it is started with more."
         for job in waiting:
-            if job.id not in self._told_off:
-                await self._threads.run(self._records.note, job.id, [NewEvent(time.time(), text, "warn")])
-                self._told_off.add(job.id)
-                self._runner.watchers.notify(job.id)
+            if job.id not in self._noted_disabled:
+                await self._threads.run(self._records.note, job.id, [JobEvent(time.time(), text, "warn")])
+                self._noted_disabled.add(job.id)
+                self._pool.notifier.notify(job.id)
 
-    async def _tidy(self, jobs: Sequence[OpenJob]) -> None:
-        """What jobs that have come to an end leave, however and through whichever server they did."""
+    async def _collect_garbage(self, jobs: Sequence[OpenJob]) -> None:
+        """Delete what jobs leave that have ended since the last look, whichever server ended them."""
         open_jobs = {run.job.id: run.job.tenant for run in self._runs.values()}
         open_jobs |= {job.id: job.tenant for job in jobs}
         self._known |= open_jobs
         for job_id in self._known.keys() - open_jobs.keys():
-            await self._tidying.job_over(self._known[job_id], job_id)
+            await self._garbage.job_over(self._known[job_id], job_id)
             del self._known[job_id]
 
     async def _begin(self, seen: OpenJob, kind: RunKind) -> None:
@@ -190,12 +188,12 @@ class Manager:
         if job.state != seen.state or self._ending or (kind == "train" and self._base is None):
             return
         self._begun.add(job.id)
-        run = self._runs[job.id] = Run(self._runner, job, kind, self._base)
+        run = self._runs[job.id] = Run(self._pool, job, kind, self._base)
         run.begin()
 
         def forget(_task: asyncio.Task[None]) -> None:
             self._runs.pop(job.id, None)
-            self._runner.watchers.notify(job.id)
+            self._pool.notifier.notify(job.id)
             self.look()
 
         run.task.add_done_callback(forget)
@@ -213,15 +211,15 @@ class Manager:
             elif job.state == "cancelled":
                 run.stop("cancel", 0.0)
 
-    async def _take_up(self, job: OpenJob) -> None:
-        """A job whose run has ended without having written what becomes of it."""
+    async def _requeue(self, job: OpenJob) -> None:
+        """Let a job go on whose run ended without writing how."""
         began_here = job.id in self._begun
         why = "The registry was away" if began_here else "The server was started again"
-        event = NewEvent(time.time(), f"{why}; the job goes on {place_of(job)}.")
-        await self._move_on(job, "queued", event)
+        event = JobEvent(time.time(), f"{why}; the job goes on {resume_point(job)}.")
+        await self._move(job, REQUEUED, event)
         self.look()
 
-    async def _move_on(self, job: OpenJob, state: JobState, event: NewEvent | None = None) -> None:
+    async def _move(self, job: OpenJob, move: Move, event: JobEvent | None = None) -> None:
         with suppress(JobStateError, UnknownJobError):
-            await self._threads.run(self._records.move, job.id, state, (job.state,), event)
-            self._runner.watchers.notify(job.id)
+            await self._threads.run(self._records.move, job.id, move.to, move.among, event)
+            self._pool.notifier.notify(job.id)

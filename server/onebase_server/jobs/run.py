@@ -5,57 +5,156 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from onebase_adapters import registry
 from onebase_adapters.registry import (
-    OPEN_STATES,
     JobError,
+    JobEvent,
     JobState,
     JobStateError,
-    NewEvent,
     RegistryError,
+    TrainingFile,
     TrainingJob,
+    TrainingRecords,
     UnknownJobError,
 )
 from onebase_adapters.training.events import DataChecked, Reason
-from onebase_server.jobs.deaths import Death
-from onebase_server.jobs.delivery import LOST, DeliveryError
-from onebase_server.jobs.event_view import problems_told
-from onebase_server.jobs.outcomes import place_of
-from onebase_server.jobs.recorder import Recorder
-from onebase_server.jobs.store import JobRecord
-from onebase_server.jobs.trainer_pool import AttachedBase, FileGoneError, Runner
-from onebase_server.processes.trainer_link import Died, Outcome, Trainer
-from onebase_server.processes.trainer_protocol import Check, Checked, Failed, Stopped, Train, Trained
+from onebase_engine.base.default_base import ResolvedBase
+from onebase_engine.engine.messages import EngineConfig
+from onebase_server.background import Threads
+from onebase_server.errors import UnknownFileError
+from onebase_server.jobs.delivery import LOST, Delivery, DeliveryError
+from onebase_server.jobs.event_view import problem_events
+from onebase_server.jobs.state import (
+    CHECKED,
+    DELIVERED,
+    FAILED,
+    RECHECK,
+    REQUEUED,
+    STARTED,
+    Death,
+    Move,
+    resume_point,
+)
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobNotifier, JobStore
+from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
+from onebase_server.processes.trainer_protocol import (
+    Check,
+    Checked,
+    Failed,
+    Stopped,
+    Train,
+    Trained,
+    TrainJob,
+)
 
 RunKind = Literal["check", "train"]
 
 BROKEN_SECONDS = 2.0
-"""Before a job is taken up whose run ended since the registry was away."""
+"""Before a job goes on whose run ended because the registry was away."""
 PASSING = ("device_error", "base_unavailable", "base_changed")
-"""Failures that an engine which is about to die causes: the next one may be well."""
+"""Failures of an engine that is about to die: the next engine may be well."""
 
 _log = logging.getLogger(__name__)
+
+
+class FileGoneError(Exception):
+    """A file that the job needs is gone. `param`: the job's field that names it."""
+
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(reason)
+        self.param = param
+        self.message = f"{param}: {reason} Upload it again and make a new job."
+
+
+@dataclass(frozen=True)
+class AttachedBase:
+    """What a trainer attaches. `fd`: of the memory that holds the base."""
+
+    config: EngineConfig
+    manifest: bytes
+    fd: int
+
+
+@dataclass
+class TrainerPool:
+    """What all runs of a server share.
+
+    command: starts a trainer. share: part of the time for jobs while rows run. busy_fd: of the byte that
+    says whether rows run. memory: bytes for one job, 0 for a part of what is free.
+    """
+
+    records: TrainingRecords
+    threads: Threads
+    notifier: JobNotifier
+    storage: TrainingStorage
+    delivery: Delivery
+    config: EngineConfig
+    base: ResolvedBase
+    command: Sequence[str]
+    share: float
+    memory: int
+    busy_fd: int
+    deaths: int = 0
+    """Trainers that died without being stopped."""
+
+    async def train_job(self, job: TrainingJob, store: JobStore) -> TrainJob:
+        """The job as a trainer takes it. Raises FileGoneError, and RegistryError."""
+        train, train_path = await self._file(store, job.training_file, "training_file")
+        held_out_name = held_out_path = None
+        if job.validation_file:
+            held_out, held_out_path = await self._file(store, job.validation_file, "validation_file")
+            # Errors name the file, so two files need two names.
+            same = held_out.filename == train.filename
+            held_out_name = f"validation-{held_out.filename}" if same else held_out.filename
+        return TrainJob(
+            id=job.id,
+            name=job.name,
+            recipe=dict(job.settings),
+            train=train_path,
+            train_name=train.filename,
+            held_out=held_out_path,
+            held_out_name=held_out_name,
+            folder=str(self.storage.job(job.id)),
+            base_name=self.base.name,
+            base_repo=self.base.repo,
+            base_commit=self.base.revision,
+            memory_limit=self.memory,
+        )
+
+    async def _file(self, store: JobStore, file_id: str, param: str) -> tuple[TrainingFile, str]:
+        try:
+            file = await store.file(file_id)
+            path = self.delivery.files.content_path(file)
+        except (registry.UnknownFileError, UnknownFileError) as error:
+            raise FileGoneError(param, str(error)) from error
+        if not await asyncio.to_thread(path.is_file):
+            raise FileGoneError(param, f"File {file_id} is gone from --data-dir.")
+        return file, str(path)
 
 
 class Run:
     """One process for one job: the check of its files, or its training and the delivery of what came out."""
 
-    def __init__(self, runner: Runner, job: TrainingJob, kind: RunKind, base: AttachedBase | None) -> None:
+    def __init__(self, pool: TrainerPool, job: TrainingJob, kind: RunKind, base: AttachedBase | None) -> None:
         self.job = job
         self.kind = kind
-        self.recorder: Recorder | None = None
-        self._runner = runner
+        self._pool = pool
         self._base = base
-        self._trainer: Trainer | None = None
+        self._trainer: TrainerClient | None = None
         self._stop: tuple[Reason, float] | None = None
         self._interrupted = ""
         self._delivering = False
         self._in_process = False
         self._released = asyncio.Event()
-        self._record = JobRecord(job, runner.records, runner.threads, runner.watchers)
+        # A run reads the files once more, but their check has said what there is to say of them.
+        silent = (DataChecked,) if kind == "train" else ()
+        self._store = JobStore(job, pool.records, pool.threads, pool.notifier, silent=silent)
 
     def begin(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -69,12 +168,12 @@ class Run:
 
     @property
     def delivering(self) -> bool:
-        """It has trained: others may train while its adapter is proved."""
+        """Whether it has trained: others may train while its adapter is proved."""
         return self._delivering
 
     @property
     def stopping(self) -> bool:
-        """Somebody wants it to end: what its process says of that is no failure."""
+        """Whether somebody wants it to end: what its process says of that is no failure."""
         return self._stop is not None
 
     @property
@@ -89,14 +188,14 @@ class Run:
     @property
     def progress(self) -> Mapping[str, Any]:
         """The newest figures."""
-        return self.recorder.progress if self.recorder is not None else {}
+        return self._store.progress
 
     async def ended(self) -> None:
         """Wait until it is over, however it ends."""
         await asyncio.gather(self.task, return_exceptions=True)
 
     async def released(self) -> None:
-        """Wait until it has no process any more; what it delivers then is another matter."""
+        """Wait until its process is gone; it may still deliver what it trained."""
         await self._released.wait()
 
     def stop(self, reason: Reason, seconds: float) -> None:
@@ -111,12 +210,12 @@ class Run:
             self._released.set()  # and none will be started
 
     def interrupt(self, why: str, seconds: float) -> None:
-        """As `stop`, although the job is to go on: it waits for its turn again."""
+        """As `stop`, but the job goes on: it waits for its turn again."""
         self._interrupted = why
-        self._record.patient = False
+        self._store.patient = False
         self.stop("pause", seconds)
 
-    # ---- the way -----------------------------------------------------------------------------
+    # ---- from start to end -------------------------------------------------------------------
 
     async def _run(self) -> None:
         try:
@@ -143,22 +242,21 @@ class Run:
                 await self._fail(internal)
 
     async def _check(self) -> None:
-        runner = self._runner
+        pool = self._pool
         outcome = await self._process(
-            Check(config=runner.config, job=await runner.train_job(self.job, self._record)), {}
+            Check(config=pool.config, job=await pool.train_job(self.job, self._store)), {}
         )
         if isinstance(outcome, Checked):
-            event = NewEvent(time.time(), "The job waits for its turn.")
-            told: dict[str, Any] = {"plan": outcome.plan, "deaths": 0, "death_step": 0}
-            await self._record.move("queued", ("validating_files",), event, **told)
+            event = JobEvent(time.time(), "The job waits for its turn.")
+            await self._store.move(CHECKED, event, plan=outcome.plan, deaths=0, death_step=0)
         else:
             await self._ended_early(outcome)
 
     async def _train_and_deliver(self) -> None:
-        self.job = job = await self._record.move("running", ("queued",))
+        self.job = job = await self._store.move(STARTED)
         if not job.trained:
             if self._base is None:
-                await self._record.move("queued", ("running",))
+                await self._store.move(REQUEUED)
                 return
             outcome = await self._train(self._base)
             if not isinstance(outcome, Trained):
@@ -175,34 +273,33 @@ class Run:
             await self._deliver(job)
 
     async def _train(self, base: AttachedBase) -> Outcome:
-        runner = self._runner
-        job = await runner.train_job(self.job, self._record)
-        message = Train(config=base.config, manifest=base.manifest, job=job, share=runner.share)
-        return await self._process(message, {"--base-fd": base.fd, "--busy-fd": runner.busy_fd})
+        pool = self._pool
+        job = await pool.train_job(self.job, self._store)
+        message = Train(config=base.config, manifest=base.manifest, job=job, share=pool.share)
+        return await self._process(message, {"--base-fd": base.fd, "--busy-fd": pool.busy_fd})
 
     async def _keep_report(self, report: Mapping[str, Any]) -> TrainingJob:
-        """The job with what training found. If it runs still, nobody stops its delivery."""
+        """The job with its report. If it still runs, its delivery can no longer be stopped."""
         state: JobState = "running"
         while True:
             try:
-                return await self._record.move(state, (state,), report=report)
+                return await self._store.move(Move((state,), state), report=report)
             except JobStateError as error:
                 if error.state not in ("running", "queued", "paused"):
                     raise
                 state = cast(JobState, error.state)
 
     async def _deliver(self, job: TrainingJob) -> None:
-        await self._record.tell(NewEvent(time.time(), "The adapter is being proved."))
+        await self._store.tell(JobEvent(time.time(), "The adapter is being proved."))
         try:
-            done = await self._runner.delivery.deliver(job, self._record)
+            done = await self._pool.delivery.deliver(job, self._store)
         except DeliveryError as error:
             lost = {"report": None} if error.code == LOST else {}
             await self._fail(JobError(error.code, error.message), **lost)
             return
-        await self._record.move(
-            "succeeded",
-            ("running",),
-            NewEvent(time.time(), done.message, level="info" if done.as_wished else "warn"),
+        await self._store.move(
+            DELIVERED,
+            JobEvent(time.time(), done.message, level="info" if done.as_asked else "warn"),
             version=done.version,
             activated=done.activated,
             result_file=done.result_file,
@@ -210,17 +307,11 @@ class Run:
 
     async def _process(self, message: Check | Train, fds: dict[str, int]) -> Outcome:
         """Run a trainer to its end, and write down what it says."""
-        runner = self._runner
-        self.recorder = recorder = Recorder(
-            self.job.id, runner.records, runner.threads, runner.watchers, self.job.progress or {}
-        )
-        # A run reads the files once more, but what there is to say of them was said by their check.
-        recorder.silent = (DataChecked,) if self.kind == "train" else ()
         try:
             if self._stop is not None:
                 return Stopped(self._stop[0])
             self._in_process = True
-            self._trainer = await Trainer.start(runner.command, message, fds, recorder.listen)
+            self._trainer = await TrainerClient.start(self._pool.command, message, fds, self._store.record)
             if self._stop is not None:
                 self.stop(*self._stop)
             return await self._trainer.outcome()
@@ -229,16 +320,16 @@ class Run:
         finally:
             self._trainer, self._in_process = None, False
             self._released.set()  # what is left to write must not keep an engine waiting
-            await recorder.close(lambda: self._record.patient)
+            await self._store.close()
 
     # ---- other ends --------------------------------------------------------------------------
 
     async def _ended_early(self, outcome: Outcome) -> None:
-        """The process has ended without having done what it was for."""
+        """The process has ended before its work was done."""
         if self._interrupted:
             await self._interrupted_for_now()
         elif isinstance(outcome, Failed) and self.stopping:
-            await self._record.tell(NewEvent(time.time(), outcome.message, level="warn"))
+            await self._store.tell(JobEvent(time.time(), outcome.message, level="warn"))
         elif isinstance(outcome, Failed) and outcome.code not in PASSING:
             await self._failed(outcome)
         elif self.stopping:
@@ -249,28 +340,30 @@ class Run:
             await self._died(outcome.how if isinstance(outcome, Died) else type(outcome).__name__)
 
     async def _failed(self, failed: Failed) -> None:
-        for event in problems_told(failed):
-            await self._record.tell(event)
+        for event in problem_events(failed):
+            await self._store.tell(event)
         await self._fail(JobError(failed.code, failed.message, failed.param))
 
     async def _fail(self, error: JobError, **facts: Any) -> None:
-        event = NewEvent(time.time(), error.message, level="error", data={"code": error.code})
-        await self._record.move("failed", OPEN_STATES, event, error=error, **facts)
+        event = JobEvent(time.time(), error.message, level="error", data={"code": error.code})
+        await self._store.move(FAILED, event, error=error, **facts)
 
     async def _interrupted_for_now(self) -> None:
-        job = await self._record.current()
-        event = NewEvent(time.time(), f"Interrupted: {self._interrupted}. The job goes on {place_of(job)}.")
+        job = await self._store.current()
+        message = f"Interrupted: {self._interrupted}. The job goes on {resume_point(job)}."
         if job.state == "running":
-            await self._record.move("queued", ("running",), event)
+            await self._store.move(REQUEUED, JobEvent(time.time(), message))
 
     async def _stopped(self) -> None:
-        job = await self._record.current()
+        job = await self._store.current()
         if job.state == "paused":
-            await self._record.tell(NewEvent(time.time(), f"Paused. A resumed job goes on {place_of(job)}."))
+            await self._store.tell(
+                JobEvent(time.time(), f"Paused. A resumed job goes on {resume_point(job)}.")
+            )
 
     async def _died(self, how: str) -> None:
-        self._runner.deaths += 1
-        death = Death.of(await self._record.current(), how)
+        self._pool.deaths += 1
+        death = Death.of(await self._store.current(), how)
         _log.error(
             "the trainer of job %s died (%s), %d times since its last checkpoint",
             self.job.id,
@@ -280,9 +373,9 @@ class Run:
         if death.last:
             await self._fail(JobError("trainer_died", death.message), **death.facts)
             return
-        event = NewEvent(time.time(), death.message, level="warn")
+        event = JobEvent(time.time(), death.message, level="warn")
         if self.kind == "check":
-            await self._record.move("validating_files", ("validating_files",), event, **death.facts)
+            await self._store.move(RECHECK, event, **death.facts)
         else:
-            await self._record.move("queued", ("running",), event, **death.facts)
+            await self._store.move(REQUEUED, event, **death.facts)
         await asyncio.sleep(death.pause)

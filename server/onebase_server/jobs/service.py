@@ -1,4 +1,4 @@
-"""What callers may do with jobs: make them, look at them, and say how they go on."""
+"""What users do with jobs: create, read, pause, resume and cancel them, and follow their events."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from onebase_adapters.registry import (
     OPEN_STATES,
     Activate,
     Checkpoint,
-    JobState,
+    JobEvent,
     JobStateError,
-    NewEvent,
     NewJob,
-    TrainingEvent,
     TrainingJob,
     TrainingRecords,
 )
@@ -27,20 +25,20 @@ from onebase_server.background import Threads
 from onebase_server.errors import ConflictError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.manager import Manager
-from onebase_server.jobs.notifier import Watchers
-from onebase_server.jobs.outcomes import resumable
-from onebase_server.jobs.storage import TrainingHome
-from onebase_server.storage_errors import storage_errors
+from onebase_server.jobs.state import PAUSED, Move, cancelled, is_resumable, resumed
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobNotifier
+from onebase_server.storage import storage_errors
 
 LIFE_SECONDS = 15.0
-"""One who follows a job hears at least so often that it is still there."""
+"""One who follows a job hears from it at least this often."""
 LET_GO_SECONDS = 30.0
-"""For so long the answer to a pause waits until the job's process has ended."""
+"""The answer to a pause waits this long for the end of the job's process."""
 MOST_EVENTS = 500
-"""Read at once by one who follows a job."""
+"""Read at once for one who follows a job."""
 
 
-class Jobs:
+class JobService:
     """The jobs of this server's registry. For one event loop. Every method may raise UnavailableError."""
 
     def __init__(
@@ -48,9 +46,9 @@ class Jobs:
         records: TrainingRecords,
         threads: Threads,
         files: TrainingFiles,
-        home: TrainingHome,
+        storage: TrainingStorage,
         manager: Manager,
-        watchers: Watchers,
+        notifier: JobNotifier,
         *,
         most: int,
         look_seconds: float,
@@ -58,9 +56,9 @@ class Jobs:
         self._records = records
         self._threads = threads
         self._files = files
-        self._home = home
+        self._storage = storage
         self._manager = manager
-        self._watchers = watchers
+        self._notifier = notifier
         self._most = most
         self._look_seconds = look_seconds
 
@@ -74,10 +72,10 @@ class Jobs:
         activate: Activate,
         labels: Mapping[str, str],
     ) -> TrainingJob:
-        """A new job; it is begun when its turn comes, also after a restart.
+        """A new job. It begins when its turn comes, also after a restart.
 
         Args:
-            name: of the adapter that will have what comes out as a version; None: made from the job's id.
+            name: of the adapter that gets the result as a version; None: made from the job's id.
 
         Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here).
         """
@@ -89,7 +87,7 @@ class Jobs:
         job = NewJob(
             id=f"ftjob-{number}",
             tenant=DEFAULT_TENANT,
-            server=self._home.server,
+            server=self._storage.server,
             name=name or f"ft-{number[:8]}",
             training_file=training_file,
             validation_file=validation_file,
@@ -97,7 +95,7 @@ class Jobs:
             settings=recipe.to_json(),
             labels=labels,
         )
-        event = NewEvent(time.time(), "The job is created; its files are checked.")
+        event = JobEvent(time.time(), "The job is created; its files are checked.")
         with storage_errors():
             made = await self._threads.run(self._records.add_job, job, event)
         self._manager.look()
@@ -120,11 +118,11 @@ class Jobs:
         job = await self.get(job_id)
         with storage_errors():
             found = await self._threads.run(self._records.checkpoints, job)
-        if not (job.state in OPEN_STATES or resumable(job)):
+        if not (job.state in OPEN_STATES or is_resumable(job.state, job.error_code)):
             return []  # it does not go on, and nothing is kept for that
-        if job.server != self._home.server:
+        if job.server != self._storage.server:
             return found
-        return [one for one in found if self._home.checkpoint(job.id, one.path).is_dir()]
+        return [one for one in found if self._storage.checkpoint(job.id, one.path).is_dir()]
 
     # ---- how they go on ----------------------------------------------------------------------
 
@@ -133,28 +131,23 @@ class Jobs:
 
         Raises UnknownJobError, ConflictError when it has ended or is being delivered.
         """
-        failed: tuple[JobState, ...] = ("failed",) if resumable(await self.get(job_id)) else ()
+        found = await self.get(job_id)
         job = await self._move(
-            job_id,
-            "cancelled",
-            ("validating_files", "queued", "running", "paused", *failed),
-            "The job is cancelled.",
-            "there is nothing left to cancel",
+            found, cancelled(found), "The job is cancelled.", "there is nothing left to cancel"
         )
-        if job.server == self._home.server and not self._manager.has_run(job.id):
-            await self._threads.run(self._home.forget, job.id)
+        if job.server == self._storage.server and not self._manager.has_run(job.id):
+            await self._threads.run(self._storage.forget, job.id)
         return job
 
     async def pause(self, job_id: str) -> TrainingJob:
-        """Let go of the machine within a step; the job keeps its place. Raises as `cancel`.
+        """Stop the job within a step; it keeps its place. Raises as `cancel`.
 
-        Returns when the process has ended and its last step and checkpoint are in the registry, if the job
-        runs here and the process ends within LET_GO_SECONDS; the pause itself holds from the beginning.
+        The pause holds at once. If the job runs here, the answer waits, LET_GO_SECONDS at most, until its
+        process has ended and its last step and checkpoint are in the registry.
         """
         job = await self._move(
-            job_id,
-            "paused",
-            ("queued", "running"),
+            await self.get(job_id),
+            PAUSED,
             "The job is to pause.",
             "only one that is queued or running can be paused",
         )
@@ -164,8 +157,8 @@ class Jobs:
         return job
 
     async def _let_go(self, job: TrainingJob) -> TrainingJob:
-        """The job once it has no run here any more, or somebody has resumed it."""
-        with self._watchers.watch(job.id) as news:
+        """The job once its run here has ended, or somebody has resumed it."""
+        with self._notifier.watch(job.id) as news:
             while job.state == "paused" and self._manager.has_run(job.id):
                 await news.wait()
                 news.clear()
@@ -178,37 +171,36 @@ class Jobs:
         job = await self.get(job_id)
         if job.state in ("queued", "running", "validating_files"):
             return job
-        if not resumable(job):
+        if not is_resumable(job.state, job.error_code):
             raise _conflict(job, "only a paused one, or one that failed for a passing reason, can be resumed")
-        state: JobState = "queued" if job.plan else "validating_files"
         return await self._move(
-            job_id, state, (job.state,), "The job is resumed.", "somebody else was faster", deaths=0
+            job, resumed(job), "The job is resumed.", "its state has just changed; look at it again", deaths=0
         )
 
     async def _move(
-        self,
-        job_id: str,
-        state: JobState,
-        among: tuple[JobState, ...],
-        said: str,
-        otherwise: str,
-        **facts: Any,
+        self, job: TrainingJob, move: Move, said: str, otherwise: str, **facts: Any
     ) -> TrainingJob:
-        job = await self.get(job_id)
-        if job.state == state:
+        """Make the move, which a user asked for. `otherwise`: why it is not possible in another state."""
+        if job.state == move.to:
             return job  # asked for twice
-        event = NewEvent(time.time(), said)
+        event = JobEvent(time.time(), said)
         with storage_errors():
             try:
                 moved = await self._threads.run(
-                    self._records.move, job_id, state, among, event, while_delivered=False, **facts
+                    self._records.move,
+                    job.id,
+                    move.to,
+                    move.among,
+                    event,
+                    while_delivered=move.while_delivered,
+                    **facts,
                 )
             except JobStateError as error:
-                if error.state == "running" and "running" in among:
+                if error.state == "running" and "running" in move.among:
                     otherwise = "its adapter is trained and being proved, which takes a moment"
                 raise _conflict(job, otherwise, error.state) from error
         self._manager.look()
-        self._watchers.notify(job_id)
+        self._notifier.notify(job.id)
         return moved
 
     def _check_on(self) -> None:
@@ -218,25 +210,25 @@ class Jobs:
                 code="training_off",
             )
 
-    # ---- what they tell ----------------------------------------------------------------------
+    # ---- what they say ----------------------------------------------------------------------
 
-    async def events(self, job_id: str, *, before: int | None, limit: int) -> list[TrainingEvent]:
+    async def events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
         """Newest first. Raises UnknownJobError."""
         job = await self.get(job_id)
         with storage_errors():
             return await self._threads.run(self._records.events, job, before=before, limit=limit)
 
-    async def follow(self, job: TrainingJob, after: int) -> AsyncIterator[TrainingEvent | TrainingJob | None]:
+    async def follow(self, job: TrainingJob, after: int) -> AsyncIterator[JobEvent | TrainingJob | None]:
         """Every event newer than number `after`, oldest first, then the live ones; at the end the job itself.
 
         None comes when there was nothing for a while.
         """
-        with self._watchers.watch(job.id) as news:
+        with self._notifier.watch(job.id) as news:
             while True:
                 news.clear()
-                # The state first: what is told before an end is read after it. A run that is being ended
-                # may still tell something, though its job is cancelled.
-                telling = self._manager.has_run(job.id)
+                # The state first: what is said before an end is read after it. A run that is being ended may
+                # still say something, though its job is cancelled.
+                speaking = self._manager.has_run(job.id)
                 current = await self.get(job.id)
                 with storage_errors():
                     found = await self._threads.run(self._records.events_since, job, after, MOST_EVENTS)
@@ -245,7 +237,7 @@ class Jobs:
                     yield event
                 if len(found) == MOST_EVENTS:
                     continue
-                if current.ended and not telling:
+                if current.ended and not speaking:
                     yield current
                     return
                 if not found:

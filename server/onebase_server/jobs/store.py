@@ -1,16 +1,17 @@
-"""One job's row in the registry, for the run that changes it: patient, and heard by those who follow."""
+"""One job's row in the registry, for the run that changes it, and those who follow the job."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from onebase_adapters.registry import (
-    JobState,
+    Checkpoint,
+    JobEvent,
     JobStateError,
-    NewEvent,
     RegistryError,
     TrainingFile,
     TrainingJob,
@@ -18,49 +19,106 @@ from onebase_adapters.registry import (
     UnknownFileError,
     UnknownJobError,
 )
+from onebase_adapters.training import events
 from onebase_server.background import Threads
-from onebase_server.jobs.notifier import Watchers
+from onebase_server.jobs.event_view import job_event
+from onebase_server.jobs.state import Move
 
 PAUSE_SECONDS = 1.0
 """Before another try while the registry is away."""
+FLUSH_SECONDS = 0.5
+"""From one write of what a run says to the next."""
+MAX_WAITING = 10_000
+"""Events that wait while the registry cannot be written; older ones are lost."""
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
-class JobRecord:
-    """Reads and writes one job. While the registry is away it waits: nobody else knows what has happened."""
+class JobNotifier:
+    """Wakes those who follow a job. For one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+
+    def notify(self, job_id: str) -> None:
+        """Something new about the job is in the registry."""
+        for event in self._waiting.get(job_id, ()):
+            event.set()
+
+    @contextmanager
+    def watch(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that each `notify` of this job sets."""
+        event = asyncio.Event()
+        self._waiting.setdefault(job_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiting[job_id].discard(event)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
+
+
+class JobStore:
+    """Reads and writes one job, for one run of it. Each write wakes those who follow the job.
+
+    `current`, `file`, `tell` and `move` act at once. While the registry is away they wait: nobody else knows
+    what has happened. What the run says is collected by `record` and written every FLUSH_SECONDS: soon enough
+    to be followed, seldom enough to cost nothing. `close` writes what is left of it.
+
+    Args:
+        silent: kinds of the run's events that are not told.
+    """
 
     def __init__(
-        self, job: TrainingJob, records: TrainingRecords, threads: Threads, watchers: Watchers
+        self,
+        job: TrainingJob,
+        records: TrainingRecords,
+        threads: Threads,
+        notifier: JobNotifier,
+        *,
+        silent: tuple[type[events.Event], ...] = (),
     ) -> None:
         self.patient = True
-        """When False, an error of the registry is raised."""
+        """When False, an error of the registry is raised, and `close` tries only once."""
+        self.progress = dict(job.progress or {})
+        """The newest figures of the run."""
         self._id = job.id
         self._tenant = job.tenant
         self._records = records
         self._threads = threads
-        self._watchers = watchers
+        self._notifier = notifier
+        self._silent = silent
+        self._events: list[JobEvent] = []
+        self._checkpoints: list[Checkpoint] = []
+        self._changed, self._closing = asyncio.Event(), asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
 
     async def current(self) -> TrainingJob:
-        """As it is now. Raises UnknownJobError."""
+        """The job as it is now. Raises UnknownJobError."""
         return await self._try(self._records.job, self._tenant, self._id)
 
     async def file(self, file_id: str) -> TrainingFile:
         """One of the files that the job names. Raises RegistryError."""
         return await self._try(self._records.file, self._tenant, file_id)
 
-    async def tell(self, *events: NewEvent, **facts: Any) -> None:
-        """Add events, and change fields of TrainingJob. Raises UnknownJobError."""
-        await self._try(self._records.note, self._id, events, **facts)
-        self._watchers.notify(self._id)
+    async def tell(self, *said: JobEvent) -> None:
+        """Add events. Raises UnknownJobError."""
+        await self._try(self._records.note, self._id, said)
+        self._notifier.notify(self._id)
 
-    async def move(
-        self, state: JobState, among: Sequence[JobState], event: NewEvent | None = None, **facts: Any
-    ) -> TrainingJob:
-        """Raises JobStateError: somebody has moved it meanwhile."""
-        job: TrainingJob = await self._try(self._records.move, self._id, state, among, event, **facts)
-        self._watchers.notify(self._id)
+    async def move(self, move: Move, event: JobEvent | None = None, **facts: Any) -> TrainingJob:
+        """Change the job's state, and fields of TrainingJob with it. Raises JobStateError: it has changed."""
+        job: TrainingJob = await self._try(
+            self._records.move,
+            self._id,
+            move.to,
+            move.among,
+            event,
+            while_delivered=move.while_delivered,
+            **facts,
+        )
+        self._notifier.notify(self._id)
         return job
 
     async def _try(self, call: Callable[..., T], *args: Any, **facts: Any) -> T:
@@ -74,3 +132,83 @@ class JobRecord:
                     raise
                 _log.warning("job %s waits: %s", self._id, error)
             await asyncio.sleep(PAUSE_SECONDS)
+
+    # ---- what the run says -------------------------------------------------------------------
+
+    def record(self, event: events.Event) -> None:
+        """Take an event of the run; `close` must follow."""
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._keep_writing())
+        self.progress |= progress_of(event)
+        said = None if isinstance(event, self._silent) else job_event(event)
+        if said is not None:
+            self._events.append(said)
+        if isinstance(event, events.Saved):
+            loss = self.progress.get("loss")
+            self._checkpoints.append(Checkpoint(event.step, event.path, event.at, loss, event.loss))
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Write what is left. While the registry cannot be written it tries again, as long as `patient`."""
+        if self._writer is None:
+            return
+        self._closing.set()
+        self._changed.set()
+        await self._writer
+        while not await self._write() and self.patient:
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _keep_writing(self) -> None:
+        while not self._closing.is_set():
+            await self._changed.wait()
+            self._changed.clear()
+            await self._write()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
+
+    async def _write(self) -> bool:
+        """Whether nothing is left to write."""
+        waiting, saved = len(self._events), len(self._checkpoints)
+        if not waiting and not saved and not self.progress:
+            return True
+        try:
+            await self._threads.run(
+                self._records.note,
+                self._id,
+                self._events[:waiting],
+                self._checkpoints[:saved],
+                progress=dict(self.progress),
+            )
+        except UnknownJobError:
+            pass
+        except RegistryError as error:
+            _log.warning("job %s: %s", self._id, error)
+            del self._events[:-MAX_WAITING]
+            self._changed.set()
+            return False
+        del self._events[:waiting], self._checkpoints[:saved]
+        self._notifier.notify(self._id)
+        return True
+
+
+def progress_of(event: events.Event) -> dict[str, Any]:
+    """The figures of a job's progress that an event changes."""
+    if isinstance(event, events.StepDone):
+        return {
+            "step": event.step,
+            "steps": event.steps,
+            "loss": event.loss,
+            "tokens": event.total_tokens,
+            "tokens_per_second": event.tokens_per_second,
+            "seconds_left": event.seconds_left,
+            "memory_bytes": event.memory_bytes,
+        }
+    if isinstance(event, events.Evaluated):
+        return {"eval_loss": event.loss}
+    if isinstance(event, events.Planned):
+        return {"step": event.first_step, "steps": event.steps}
+    if isinstance(event, events.Phase):
+        return {"phase": event.name, "part": None}
+    if isinstance(event, events.Progress):
+        return {"phase": event.name, "part": event.part}
+    return {}

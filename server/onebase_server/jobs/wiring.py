@@ -1,4 +1,4 @@
-"""The parts of training, put together."""
+"""Puts the parts of training together."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.adapters.service import Library
+from onebase_engine.base.default_base import ResolvedBase
+from onebase_server.adapters.service import AdapterService
 from onebase_server.background import Threads
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.manager import Manager
-from onebase_server.jobs.notifier import Watchers
-from onebase_server.jobs.service import Jobs
-from onebase_server.jobs.storage import TrainingHome
-from onebase_server.jobs.trainer_pool import Runner
+from onebase_server.jobs.run import TrainerPool
+from onebase_server.jobs.service import JobService
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobNotifier
 from onebase_server.metrics import Metrics
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.served_base import Base
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage
 
 COUNT_SECONDS = 5.0
-"""After which figures are given without the registry's."""
+"""Limit for the registry's figures; after it the others are given alone."""
 
 
 @dataclass
@@ -33,13 +33,12 @@ class Training:
     """What the routes and the server's life need of training."""
 
     files: TrainingFiles
-    jobs: Jobs
+    jobs: JobService
     manager: Manager
-    metrics: Metrics
     storage: Storage
     threads: Threads
 
-    async def metrics_text(self) -> bytes:
+    async def metrics_text(self, supervisor: EngineSupervisor) -> bytes:
         """For Prometheus; without the jobs while the registry is away."""
         try:
             counts = await asyncio.wait_for(
@@ -47,31 +46,33 @@ class Training:
             )
         except (RegistryError, TimeoutError):
             counts = None
-        return await asyncio.to_thread(self.metrics.render, counts)
+        return await asyncio.to_thread(Metrics(supervisor, self.manager).render, counts)
 
 
 def assemble_training(
     settings: Settings,
-    base: Base,
+    base: ResolvedBase,
     storage: Storage,
-    library: Library,
-    supervisor: EngineSupervisor,
+    library: AdapterService,
+    busy: BusyFlag,
     *,
     command: Sequence[str],
     records: Threads,
     disk: Threads,
 ) -> Training:
-    """Training beside one engine. `command` starts a trainer. Raises DataDirError."""
-    home = TrainingHome(Path(settings.data_dir).expanduser().absolute())
-    registry, watchers, busy = storage.registry.training, Watchers(), BusyFlag.make()
-    supervisor.router.on_busy = busy.set
-    files = TrainingFiles(registry, home, records, disk, settings.max_train_file)
-    runner = Runner(
+    """The training of one engine's base. Raises DataDirError.
+
+    `command` starts a trainer; `busy` says whether rows run.
+    """
+    folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute())
+    registry, notifier = storage.registry.training, JobNotifier()
+    files = TrainingFiles(registry, folder, records, disk, settings.max_train_file)
+    pool = TrainerPool(
         records=registry,
         threads=records,
-        watchers=watchers,
-        home=home,
-        delivery=Delivery(library, home, files, PROOFS_WAITED * settings.proof_timeout),
+        notifier=notifier,
+        storage=folder,
+        delivery=Delivery(library, folder, files, PROOFS_WAITED * settings.proof_timeout),
         config=settings.engine_config(str(base.folder)),
         base=base,
         command=command,
@@ -79,16 +80,15 @@ def assemble_training(
         memory=settings.train_memory // max(1, settings.train_jobs),
         busy_fd=busy.fd,
     )
-    manager = Manager(runner, most=settings.train_jobs, look_seconds=settings.sync_seconds)
-    metrics = Metrics(supervisor, manager)
-    jobs = Jobs(
+    manager = Manager(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    jobs = JobService(
         registry,
         records,
         files,
-        home,
+        folder,
         manager,
-        watchers,
+        notifier,
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, manager, metrics, storage, records)
+    return Training(files, jobs, manager, storage, records)

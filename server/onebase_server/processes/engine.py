@@ -1,32 +1,314 @@
-"""`python -m onebase_server.engine --fd N`: started by the api, never by hand."""
+"""The engine process: how it starts, and the loop of its steps.
+
+The api runs it as `python -m onebase_server.processes.engine --fd N [--base-fd M]`.
+"""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import signal
 import socket
 import sys
-import warnings
+import time
+from pathlib import Path
+from typing import Any
 
-import transformers
+import torch
+from torch import nn
 
-from onebase_server.processes.engine_process import run
+from onebase_engine.base.attach import AttachError, publish
+from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.load import (
+    BaseChangedError,
+    BaseSettings,
+    UnsupportedBaseError,
+    base_bytes,
+    eos_ids,
+    load_base,
+    longest_row,
+    parameter_count,
+)
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Counters, Engine
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.memory import (
+    MemoryBudgetError,
+    kv_block_count,
+    kv_memory_available,
+    slot_bytes,
+    staging_bytes,
+)
+from onebase_engine.engine.messages import EngineConfig, RowOutput
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
+from onebase_engine.lora.rows import TILE
+from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
+
+logger = logging.getLogger(__name__)
+
+Received = protocol.ToEngine | Arrived | protocol.AdapterFailed
+"""What the stepping thread takes: messages from the api, and what the loader's thread has read."""
+EngineChannel = Channel[Received]
+
+IDLE_SECONDS = 1.0
+"""How often an idle engine says that it lives."""
+CHECK_STEPS = 256
+"""Steps between two looks at whether the base is unchanged."""
+MAX_FAILED_STEPS = 5
+"""Steps failing one after the other before the process gives up and is restarted."""
+DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="OneBase engine process; the api starts it.")
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
-    parser.add_argument("--base-fd", type=int, help="memfd to publish the base in, for verifiers")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(message)s", stream=sys.stderr)
-    # Advice for people who call the libraries themselves; here nobody could follow it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.disable_progress_bar()
-    # Ctrl-C in a terminal reaches both processes; the api decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return run(socket.socket(fileno=arguments.fd), arguments.base_fd)
+    inherited = begin("engine")
+    return run(inherited.sock, inherited.base_fd)
+
+
+def run(sock: socket.socket, base_fd: int | None = None) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status.
+
+    `base_fd` is a memfd into which the base is published, for verifiers to attach.
+    """
+    channel = EngineChannel(sock, protocol.to_engine_decoder().decode, leave_within=GOODBYE_SECONDS)
+    try:
+        start = channel.receive()
+        if not isinstance(start, protocol.Start):
+            raise ApiGoneError(f"expected Start, got {type(start).__name__}")
+        try:
+            engine = _start(start.config, channel, base_fd)
+        except Exception as error:
+            logger.exception("the engine cannot start")
+            explained = isinstance(error, UnsupportedBaseError | MemoryBudgetError)
+            prefix = "" if explained else f"the engine cannot start: {type(error).__name__}: "
+            channel.send(protocol.Fatal(message=f"{prefix}{error}"))
+            return 2
+        return _serve(engine, channel)
+    except ApiGoneError as error:
+        logger.info("engine ends: %s", error)
+        return 0
+    except BaseChangedError as error:
+        logger.critical("%s; the process ends", error)
+        return 3
+    finally:
+        channel.close()
+
+
+def _serve(engine: Engine, channel: EngineChannel) -> int:
+    loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post)
+    failures = 0
+    while True:
+        for message in channel.arrived(0 if engine.busy else IDLE_SECONDS):
+            if isinstance(message, protocol.Shutdown):
+                return 0
+            _handle(engine, channel, loader, message)
+        steps, failed = engine.counters.steps, engine.counters.failed_steps
+        engine.step()
+        _report_versions(engine, channel)
+        outputs = engine.take_outputs()
+        if outputs or engine.counters.steps != steps or not engine.busy:
+            _report(outputs, engine.stats(), channel)
+        if engine.counters.failed_steps != failed:
+            failures += 1
+        elif engine.counters.steps != steps:
+            # Idle time between two failing steps proves nothing.
+            failures = 0
+        if failures >= MAX_FAILED_STEPS:
+            logger.critical("%d steps failed in a row; the process ends", failures)
+            return 4
+        if engine.counters.steps != steps and engine.counters.steps % CHECK_STEPS == 0:
+            engine.check_base()
+
+
+def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChannel) -> None:
+    """Say what a step gave. Prompt logprobs go alone: two long prompts may not fit in one message."""
+    small = [output for output in outputs if output.prompt_logprobs is None]
+    for output in outputs:
+        if output.prompt_logprobs is not None:
+            channel.send(protocol.StepDone(rows=[output], stats=stats))
+    if small or not outputs:
+        channel.send(protocol.StepDone(rows=small, stats=stats))
+
+
+def _report_versions(engine: Engine, channel: EngineChannel) -> None:
+    """Say which versions have left memory, and which sit in slots when that has changed."""
+    for digest in engine.versions.take_dropped():
+        channel.send(protocol.AdapterUnloaded(digest))
+    if engine.slots_changed():
+        channel.send(protocol.SlotsChanged(sorted(engine.slots.slot_of)))
+
+
+def _handle(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader, message: Received) -> None:
+    if isinstance(message, protocol.Submit):
+        engine.submit(message)
+    elif isinstance(message, protocol.Cancel):
+        engine.cancel(message)
+    elif isinstance(message, protocol.LoadAdapter):
+        loader.load(message)
+    elif isinstance(message, Arrived):
+        _take_in(engine, channel, loader, message)
+    elif isinstance(message, protocol.AdapterFailed):
+        loader.forget(message.digest)
+        channel.send(message)
+    elif isinstance(message, protocol.UnloadAdapter):
+        loader.forget(message.digest)
+        engine.unload_adapter(message.digest)
+    else:
+        logger.error("unexpected message %s", type(message).__name__)
+
+
+def _take_in(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader, arrived: Arrived) -> None:
+    digest = arrived.answer.digest
+    if loader.wanted(digest):
+        engine.put_adapter(digest, arrived.weights)
+        channel.send(arrived.answer)
+    else:
+        channel.send(protocol.AdapterUnloaded(digest))
+
+
+def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) -> Engine:
+    """Load the base, publish it, size the KV cache, warm up, and say Ready."""
+    started = time.monotonic()
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic and device.type != "cpu":
+        raise UnsupportedBaseError(
+            "--deterministic is kept on the CPU only, where it always holds; on CUDA rows agree up to "
+            "rounding. Leave it out, or use --device cpu"
+        )
+    channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
+    base = load_base(base_settings(config, device))
+    # Before anything holds on to its tensors: they move into the memory that verifiers attach.
+    manifest = _publish(base, base_fd, device)
+    channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
+    model = ServedModel(base, config.max_slots)
+    max_length = _max_length(config, base)
+    limits = Limits(
+        max_rows=config.max_rows,
+        step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
+        max_length=max_length,
+    )
+    block_bytes = model.kv_bytes_per_token * config.block_size
+    most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS
+    free = kv_memory_available(device)
+    slot_memory = _slot_memory(config, base, free, device)
+    if device.type != "cpu":
+        free -= 2 * slot_memory + staging_bytes(slot_memory)
+    blocks = kv_block_count(
+        block_bytes, most, free, kv_memory=config.kv_memory, train_memory=config.train_memory
+    )
+    engine = Engine(
+        base,
+        name=config.base_folder,
+        limits=limits,
+        kv_blocks=blocks,
+        block_size=config.block_size,
+        slots=config.max_slots,
+        slot_memory=slot_memory,
+        eos_ids=eos_ids(base),
+        model=model,
+    )
+    channel.send(protocol.Loading(stage="warming up", fraction=0.9))
+    warm_up(engine)
+    info = _base_info(config, base, engine, blocks * block_bytes, time.monotonic() - started)
+    channel.send(protocol.Ready(base=info, manifest=manifest))
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """One short request, so that the first user does not pay for lazy initialisation."""
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
+    most = min(engine.scheduler.limits.max_length, engine.pool.capacity * engine.pool.block_size)
+    prompt = [0] * max(min(TILE + 1, most - sampling.max_tokens), 1)
+    engine.submit(protocol.Submit(id="warm-up", prompt=prompt, sampling=sampling, tenant="warm-up"))
+    while engine.busy:
+        engine.step()
+    failed = [output.error_message for output in engine.take_outputs() if output.finish == "error"]
+    if failed:
+        raise UnsupportedBaseError(f"the base cannot generate: {failed[0]}")
+    engine.counters = Counters()
+
+
+def base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
+    return BaseSettings(
+        folder=Path(config.base_folder),
+        quantization=config.quantization,
+        blocksize=config.blocksize,
+        double_quant=config.double_quant,
+        compute_dtype=getattr(torch, config.compute_dtype),
+        dtype=getattr(torch, config.dtype),
+        device=device,
+    )
+
+
+def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> bytes:
+    """The manifest for verifiers; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
+    if base_fd is None and device.type == "cpu":
+        return b""
+    try:
+        return publish(base, base_fd)
+    except AttachError as error:
+        if device.type == "cpu":
+            raise
+        logger.error("the base cannot be shared, so that no new version can be proven: %s", error)
+        return b""
+
+
+def _slot_memory(config: EngineConfig, base: nn.Module, free: int, device: torch.device) -> int:
+    """Bytes of versions in slots; 0 is no limit.
+
+    On the CPU slots point at what host memory holds anyway, next to at most MAX_TILED_COLUMNS columns of
+    stacks a layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by
+    default a tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
+    """
+    if config.slot_memory or device.type == "cpu":
+        return config.slot_memory
+    return min(free // 10, slot_bytes(adaptable_layers(base).values(), config.max_slots, config.max_rank))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedBaseError("--device cuda, but torch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def _max_length(config: EngineConfig, base: Any) -> int:
+    own = longest_row(base.config) or 0
+    # Shorter than what the config promises: longrope is the only reason.
+    cut = own != (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0)
+    if cut:
+        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", own)
+    if config.max_length and own and config.max_length > own:
+        raise UnsupportedBaseError(
+            f"--max-length {config.max_length} is over the base's own limit of {own} tokens"
+            + (", at which its longrope switches frequencies for all rows of a step" if cut else "")
+        )
+    return config.max_length or own or 4096
+
+
+def _base_info(
+    config: EngineConfig, base: nn.Module, engine: Engine, kv_bytes: int, seconds: float
+) -> protocol.BaseInfo:
+    limits = engine.scheduler.limits
+    return protocol.BaseInfo(
+        architecture=type(base).__name__,
+        parameters=parameter_count(base),
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=str(engine.model.device),
+        base_bytes=base_bytes(base),
+        kv_bytes=kv_bytes,
+        kv_blocks=engine.pool.capacity,
+        block_size=config.block_size,
+        max_length=limits.max_length,
+        max_rows=limits.max_rows,
+        max_slots=config.max_slots,
+        max_rank=config.max_rank,
+        vocab_size=int(base.config.get_text_config().vocab_size),  # type: ignore[union-attr, operator]
+        load_seconds=seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
 from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
 from onebase_server.processes.suspects import Suspects
 
 _log = logging.getLogger(__name__)
@@ -17,16 +17,24 @@ _SMOOTHING = 0.1
 
 
 class RequestRouter:
-    """The requests that the engine works on. `send` passes a message to it without blocking."""
+    """The requests that the engine works on.
 
-    def __init__(self, queue_limit: int, send: Callable[[ToEngine], None]) -> None:
+    `send` passes a message to it without blocking. `on_busy` is called when the first row begins and when the
+    last one has ended.
+    """
+
+    def __init__(
+        self,
+        queue_limit: int,
+        send: Callable[[ToEngine], None],
+        on_busy: Callable[[bool], None] = lambda busy: None,
+    ) -> None:
         self.stats: Stats | None = None
         """The engine's newest counts; None before its first step, and when it is gone."""
         self.open_rows = 0
-        self.on_busy: Callable[[bool], None] = lambda busy: None
-        """Called when the first row begins and when the last one has ended."""
         self._queue_limit = queue_limit
         self._send = send
+        self._on_busy = on_busy
         self._requests: dict[str, Inflight] = {}
         self._suspects = Suspects()
         self._last_progress = time.monotonic()
@@ -57,7 +65,7 @@ class RequestRouter:
         self._suspects.admit(request)
         if self.open_rows == 0:
             self.note_progress()
-            self.on_busy(True)
+            self._on_busy(True)
         self.open_rows += request.rows
         for message in request.submits:
             self._requests[message.id] = request
@@ -102,12 +110,12 @@ class RequestRouter:
         self._requests.clear()
         self.stats = None
         self.open_rows = 0
-        self.on_busy(False)
+        self._on_busy(False)
         for request in ended.values():
             request.on_ended()
 
     def note_progress(self) -> None:
-        """Start the clock of `stalled_for` anew."""
+        """Restart the clock of `stalled_for`."""
         self._last_progress = time.monotonic()
 
     def stalled_for(self) -> float:
@@ -117,7 +125,7 @@ class RequestRouter:
     def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
         self.open_rows -= 1
         if not self.open_rows:
-            self.on_busy(False)
+            self._on_busy(False)
         if request_id not in request.open_rows:
             del self._requests[request_id]
         if not request.open_rows:

@@ -24,19 +24,20 @@ from onebase_engine.engine.messages import (
     Start,
     StepDone,
     ToApi,
-    ToEngine,
     to_api_decoder,
 )
-from onebase_server.adapters.prover import Prover
-from onebase_server.adapters.residency import Residency
+from onebase_server.background import Backoff
 from onebase_server.errors import EngineRestartedError, UnavailableError
-from onebase_server.generation.inflight import Inflight
-from onebase_server.processes.engine_link import ENGINE_COMMAND, ChildProcess
+from onebase_server.generation.stream import Inflight
+from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 from onebase_server.processes.router import RequestRouter
 
 _LEAST_RETRY_AFTER = 2.0
+RESTARTS = Backoff(0.5, 30.0)
 _LAST_WORDS_SECONDS = 1.0
 """An engine that has closed its socket is about to exit, with a status that says why."""
+AboutVersions = AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,25 +49,44 @@ class AdapterStartError(RuntimeError):
     """An adapter that was given at start cannot be served; the message names it and says why."""
 
 
-class Trainers(Protocol):
-    """Those who train on an engine's base."""
+class VersionListener(Protocol):
+    """Whoever keeps account of the versions in the engine's memory."""
+
+    def engine_ready(self) -> None:
+        """From now on versions can be loaded."""
+
+    def receive(self, message: AboutVersions) -> None:
+        """What the engine says about versions."""
+
+    def engine_gone(self) -> None:
+        """The engine's memory is gone, and everything in it."""
+
+
+class BaseListener(Protocol):
+    """Whoever has processes on the engine's base."""
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
-        """There is a base to train on; `base_fd` is open until `engine_gone` has returned."""
+        """There is a base to attach; `base_fd` is open until `engine_gone` has returned."""
 
     async def engine_gone(self) -> None:
         """There is none any more: nobody holds on to it when this returns."""
 
 
-@dataclass(frozen=True)
-class Companions:
-    """What lives and dies with an engine: its adapters in memory, and the processes on its base."""
+async def _nothing() -> None:
+    """There is nothing to prepare."""
 
-    residency: Residency
-    prover: Prover
-    trainers: Trainers
-    prepare: Callable[[], Awaitable[None]]
+
+@dataclass(frozen=True)
+class EngineListeners:
+    """Those who follow the life of the engine."""
+
+    versions: VersionListener | None = None
+    base: Sequence[BaseListener] = ()
+    """Told in this order, of the base and of its end."""
+    prepare: Callable[[], Awaitable[None]] = _nothing
     """What must be in place before a new engine gets requests. May raise AdapterStartError."""
+    busy: Callable[[bool], None] = lambda busy: None
+    """Called when the first row begins and when the last one has ended."""
 
 
 class EngineState(enum.Enum):
@@ -83,28 +103,26 @@ class EngineState(enum.Enum):
 class RestartPolicy:
     """When to try again after an engine's death. All times in seconds."""
 
-    first_delay: float = 0.5
-    longest_delay: float = 30.0
+    backoff: Backoff = RESTARTS
     rapid_restarts: int = 5
     """More deaths than this, each after less than `healthy_after`, and the server gives up."""
     healthy_after: float = 60.0
     shutdown_grace: float = 5.0
 
-    def delay(self, deaths: int) -> float:
-        """Doubles with each death in a row."""
-        return float(min(self.longest_delay, self.first_delay * 2 ** (deaths - 1)))
-
 
 class EngineSupervisor:
-    """The api's only way to the engine.
+    """Starts the engine and watches it.
 
     `run` is a task for the server's lifetime; everything else is called from the same event loop and
-    returns at once. `command` starts an engine process and gets `--fd N` appended.
+    returns at once. `command` starts an engine process and gets `--fd N` appended. `link` leads to the engine
+    that runs now; without `listeners` the engine has no adapters.
     """
 
     def __init__(
         self,
         config: EngineConfig,
+        link: EngineLink,
+        listeners: EngineListeners | None = None,
         *,
         queue_limit: int,
         stall_timeout: float,
@@ -114,19 +132,18 @@ class EngineSupervisor:
     ) -> None:
         self.state = EngineState.STARTING
         self.base: BaseInfo | None = None
-        self.router = RequestRouter(queue_limit, self.send)
+        self._listeners = listeners or EngineListeners()
+        self.router = RequestRouter(queue_limit, link.send, self._listeners.busy)
         """The requests that are running."""
         self.restarts = 0
         self.ready = asyncio.Event()
         """Set while requests can be submitted."""
-        self.companions: Companions | None = None
-        """Set before `run`; without them the engine has no adapters."""
         self._config = config
+        self._link = link
         self._stall_timeout = stall_timeout
         self._command = tuple(command)
         self._policy = policy or RestartPolicy()
         self._on_loading = on_loading
-        self._engine: ChildProcess | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._restart_delay = 0.0
         self._stopping = False
@@ -176,7 +193,7 @@ class EngineSupervisor:
                     raise EngineFailedError(
                         f"the engine died {deaths} times in a row, the last time by {reason}; giving up"
                     )
-                self._restart_delay = self._policy.delay(deaths)
+                self._restart_delay = self._policy.backoff.pause(deaths)
                 _log.error(
                     "the engine is gone (%s); starting a new one in %.1f s", reason, self._restart_delay
                 )
@@ -191,10 +208,10 @@ class EngineSupervisor:
         self._stopping = True
         self.state = EngineState.STOPPED
         self.ready.clear()
-        if self._engine is not None:
-            self._engine.send(Shutdown())
-            await self._engine.end(self._policy.shutdown_grace)
-        await self._companions_gone()
+        if self._link.engine is not None:
+            self._link.send(Shutdown())
+            await self._link.engine.end(self._policy.shutdown_grace)
+        await self._base_gone()
 
     async def _run_one(self) -> str:
         """One engine from start to death. Returns why it ended, in words."""
@@ -217,7 +234,7 @@ class EngineSupervisor:
             if not ended.done():
                 self._receive(message, base_fd, end)
 
-        self._engine = engine = await ChildProcess.spawn(
+        self._link.engine = engine = await ChildProcess.spawn(
             self._command, to_api_decoder(), receive, lambda: end(""), fds={"--base-fd": base_fd}
         )
         watch = loop.create_task(self._watch(end))
@@ -227,18 +244,18 @@ class EngineSupervisor:
         finally:
             watch.cancel()
             self._engine_gone()
-            await self._companions_gone()
+            await self._base_gone()
             if not self._stopping:
                 status = await engine.end(0.0 if self.state is EngineState.STALLED else _LAST_WORDS_SECONDS)
-                self._engine = None
+                self._link.engine = None
         if self._stopping:
             return reason
         return reason or status
 
     def _engine_gone(self) -> None:
         self.ready.clear()
-        if self.companions is not None:
-            self.companions.residency.engine_gone()
+        if self._listeners.versions is not None:
+            self._listeners.versions.engine_gone()
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
         if not self._stopping:
@@ -246,13 +263,12 @@ class EngineSupervisor:
         self.router.fail_all(EngineRestartedError())
         self.router.forget_all()
 
-    async def _companions_gone(self) -> None:
-        """The verifier and trainers end before a new engine starts: they hold on to the old one's memory."""
+    async def _base_gone(self) -> None:
+        """Processes on the base end before a new engine starts: they hold on to the old one's memory."""
         if self._preparing is not None:
             self._preparing.cancel()
-        if self.companions is not None:
-            await self.companions.trainers.engine_gone()
-            await self.companions.prover.engine_gone()
+        for listener in self._listeners.base:
+            await listener.engine_gone()
 
     async def _watch(self, end: Callable[[str], None]) -> None:
         """Proves progress: rows in the engine and no step for the stall timeout is a stall."""
@@ -273,25 +289,23 @@ class EngineSupervisor:
             self._on_loading(message)
         elif isinstance(message, Ready):
             self._base_ready(message, base_fd, end)
-        elif isinstance(message, AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged):
-            if self.companions is not None:
-                self.companions.residency.receive(message)
+        elif isinstance(message, AboutVersions):
+            if self._listeners.versions is not None:
+                self._listeners.versions.receive(message)
         else:
             end(message.message)
 
     def _base_ready(self, message: Ready, base_fd: int, end: Callable[[str], None]) -> None:
         self.base = message.base
-        if self.companions is None:
-            self._become_ready()
-            return
-        self.companions.residency.engine_ready()
-        self.companions.prover.base_ready(self._config, message.manifest, base_fd)
-        self.companions.trainers.base_ready(self._config, message.manifest, base_fd)
-        self._preparing = asyncio.get_running_loop().create_task(self._prepare(self.companions, end))
+        if self._listeners.versions is not None:
+            self._listeners.versions.engine_ready()
+        for listener in self._listeners.base:
+            listener.base_ready(self._config, message.manifest, base_fd)
+        self._preparing = asyncio.get_running_loop().create_task(self._prepare(end))
 
-    async def _prepare(self, companions: Companions, end: Callable[[str], None]) -> None:
+    async def _prepare(self, end: Callable[[str], None]) -> None:
         try:
-            await companions.prepare()
+            await self._listeners.prepare()
         except AdapterStartError as error:
             end(str(error))
         except Exception as error:
@@ -307,8 +321,3 @@ class EngineSupervisor:
         self.router.note_progress()
         self.state = EngineState.READY
         self.ready.set()
-
-    def send(self, message: ToEngine) -> None:
-        """Pass a message to the engine without blocking; lost when there is none."""
-        if self._engine is not None:
-            self._engine.send(message)

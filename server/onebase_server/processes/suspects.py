@@ -22,14 +22,14 @@ from hashlib import blake2b
 import msgspec
 
 from onebase_server.errors import CrashesEngineError, UnavailableError
-from onebase_server.generation.inflight import Inflight
+from onebase_server.generation.stream import Inflight
 
 FORGIVEN_AFTER = 600.0
 """Seconds after a request's last death."""
 MAX_SUSPECTS = 4096
 """The oldest are forgotten beyond that."""
 _DEATHS = 2
-"""With so many a request is refused, or runs only while no other request with so many does."""
+"""From this number on a request is refused, or runs only while no other such request does."""
 _RETRY_AFTER = 5.0
 _log = logging.getLogger(__name__)
 

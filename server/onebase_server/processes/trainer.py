@@ -1,37 +1,290 @@
-"""`python -m onebase_server.trainer --fd N [--base-fd M] [--busy-fd K]`: the api starts it, nobody else."""
+"""A trainer process: does one job, or the check of one, and then it ends.
+
+The api runs it as `python -m onebase_server.processes.trainer --fd N [--base-fd M] [--busy-fd K]`.
+"""
 
 from __future__ import annotations
 
-import argparse
+import errno
+import fcntl
+import importlib
 import logging
-import signal
+import os
+import resource
 import socket
 import sys
-import warnings
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
 
-import transformers
+import torch
 
-from onebase_engine.machine import keep_freed_memory
-from onebase_server.processes.trainer_limits import step_aside
-from onebase_server.processes.trainer_process import run
+from onebase_adapters.training import events
+from onebase_adapters.training.checkpoint import CheckpointError
+from onebase_adapters.training.data.dataset import DataError
+from onebase_adapters.training.estimate import measured_rate
+from onebase_adapters.training.events import Interrupted, Reason
+from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.recipe import RecipeError, parse_recipe
+from onebase_adapters.training.run import DoesNotFitError, Job, prepare, train
+from onebase_engine.base.attach import AttachError, attach
+from onebase_engine.base.load import BaseChangedError
+from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_memory
+from onebase_server.processes.child import Channel, begin
+from onebase_server.processes.engine import base_settings
+from onebase_server.processes.share import BusyFlag, SharedGate
+from onebase_server.processes.trainer_protocol import (
+    MAX_PROBLEMS,
+    Check,
+    Checked,
+    Failed,
+    Problem,
+    Said,
+    Stop,
+    Stopped,
+    ToTrainer,
+    Train,
+    Trained,
+    TrainJob,
+    to_trainer_decoder,
+)
+
+logger = logging.getLogger(__name__)
+
+NICENESS = 19
+CPU = torch.device("cpu")
+LOCK_FILE = ".lock"
+CHECK_BYTES = 2 << 30
+"""What the check of a job may take at least: libraries and rows, also where training may take less."""
+UNEXPECTED = ("trainer_failed", "device_error", "base_unavailable", "base_changed")
+"""Codes of failures whose traceback goes into the server's log."""
+_NO_SPACE = ("No space left on device", "Disk quota exceeded")
+_EXPLAINED: dict[type[Exception], str] = {
+    DoesNotFitError: "does_not_fit",
+    TrainingDivergedError: "training_diverged",
+    CheckpointError: "checkpoint_damaged",
+    AttachError: "base_unavailable",
+    BaseChangedError: "base_changed",
+    torch.AcceleratorError: "device_error",
+}
+"""Errors whose messages are made for people."""
+_PARALLEL = 1 << 20
+"""Elements of an operation that takes all threads."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="OneBase trainer process; the api starts it.")
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
-    parser.add_argument("--base-fd", type=int, help="file descriptor of the memory that holds the base")
-    parser.add_argument("--busy-fd", type=int, help="file descriptor of the byte that says whether rows run")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s trainer %(message)s", stream=sys.stderr)
-    # Advice for people who call the libraries themselves; here nobody could follow it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.disable_progress_bar()
-    # Ctrl-C in a terminal reaches every process; the api decides when a trainer ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    step_aside()
+    inherited = begin("trainer", niceness=NICENESS)
     keep_freed_memory()
-    return run(socket.socket(fileno=arguments.fd), arguments.base_fd, arguments.busy_fd)
+    return run(inherited.sock, inherited.base_fd, inherited.busy_fd)
+
+
+def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> int:
+    """Do what the api asks for first; returns the process's exit status.
+
+    When the api goes, the process ends at once: nobody waits for it, and what it has saved is whole.
+    """
+    channel = Channel[ToTrainer](sock, to_trainer_decoder().decode, leave_within=0.0)
+    try:
+        return Work(channel, base_fd, busy_fd).do()
+    finally:
+        channel.close()
+
+
+class Work:
+    """What one process is for, and what it may take."""
+
+    def __init__(self, channel: Channel[ToTrainer], base_fd: int | None, busy_fd: int | None) -> None:
+        self._channel = channel
+        self._base_fd = base_fd
+        self._busy_fd = busy_fd
+        self._limit = 0
+        self._reason: Reason | None = None
+
+    def do(self) -> int:
+        message = self._channel.receive()
+        if isinstance(message, Stop):
+            self._channel.send(Stopped(message.reason))
+            return 0
+        try:
+            answer = self._check(message) if isinstance(message, Check) else self._train(message)
+            self._channel.send(answer)
+        except Interrupted as interrupt:
+            self._channel.send(Stopped(interrupt.reason))
+        except Exception as error:
+            failure = failure_of(error, message.job, limit=self._limit)
+            if failure.code in UNEXPECTED:
+                logger.exception("job %s failed", message.job.id)
+            self._channel.send(failure)
+        return 0
+
+    def _check(self, message: Check) -> Checked:
+        """Decide everything that is "auto", and keep it in the job's folder: the run reads it there.
+
+        Needs the base's folder, but nothing of it in memory, and no accelerator.
+        """
+        from transformers import AutoConfig
+
+        job, config = message.job, message.config
+        with alone(Path(job.folder)):
+            on_gpu = config.device != "cpu" and torch.cuda.is_available()
+            device = torch.device("cuda" if on_gpu else "cpu")
+            torch.set_num_threads(_threads(config))
+            rate = None if on_gpu else measured_rate(device, base_settings(config, device).dtype)
+            torch.set_num_threads(1)
+            # It computes on the CPU whatever the base lives on, and must not begin to use a GPU.
+            self._limit = memory_limit(job.memory_limit, CPU)
+            bound_memory(max(self._limit, CHECK_BYTES), CPU)
+            budget = (job.memory_limit or None) if on_gpu else self._limit
+            run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
+            self._listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
+            folder = run_job.base.folder
+            base = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            plan = prepare(base, run_job, self._listen, gate, rate=rate)
+            recipe, estimate = plan.recipe.to_json(), plan.estimate.to_json()
+            return Checked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
+
+    def _train(self, message: Train) -> Trained:
+        job, config = message.job, message.config
+        with alone(Path(job.folder)):
+            torch.set_num_threads(_threads(config))
+            base = attach(base_settings(config, CPU), message.manifest, self._base_fd)
+            device = next(base.parameters()).device
+            importlib.import_module("peft")  # before the limit, which is for what the job takes
+            self._limit = memory_limit(job.memory_limit, device)
+            bound_memory(self._limit, device)
+            run_job = _run_job(job, config, device, self._limit)
+            report = train(base, run_job, self._listen, self._gate(message.share, device))
+            return Trained(report.to_json())
+
+    def _gate(self, share: float, device: torch.device) -> SharedGate:
+        flag = None if self._busy_fd is None else BusyFlag(self._busy_fd)
+        finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else _done
+        return SharedGate(lambda: bool(flag), share, self._stopping, finish=finish)
+
+    def _stopping(self) -> Reason | None:
+        """Why the run is to stop, once it is."""
+        for message in self._channel.arrived():
+            if isinstance(message, Stop):
+                self._reason = message.reason
+        return self._reason
+
+    def _listen(self, event: events.Event) -> None:
+        self._channel.send(Said(cast(events.AnyEvent, event)))
+
+
+def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: int | None) -> Job:
+    return Job(
+        name=job.name,
+        recipe=parse_recipe(job.recipe),
+        train=Path(job.train),
+        held_out=None if job.held_out is None else Path(job.held_out),
+        names=(job.train_name, job.held_out_name),
+        folder=Path(job.folder),
+        base=base_settings(config, device),
+        base_name=job.base_name,
+        base_repo=job.base_repo,
+        base_commit=job.base_commit,
+        memory_limit=limit,
+        base_resident=True,
+    )
+
+
+def _threads(config: EngineConfig) -> int:
+    return config.threads or len(os.sched_getaffinity(0))
+
+
+def _done() -> None:
+    """On the CPU nothing is left to wait for."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process writes into the run's folder: one of a server that was killed may be about to end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
+    """Any error of a run, for the one who made the job. `limit`: bytes that it may take."""
+    if isinstance(error, RecipeError):
+        return Failed(code="invalid_value", message=str(error), param=error.field or None)
+    if isinstance(error, DataError):
+        return _bad_data(error, job)
+    if is_out_of_memory(error):
+        return Failed(
+            code="out_of_memory",
+            message=f"The job needed more than the {limit / 1e6:.0f} MB of memory that it may take. Set "
+            "gradient_checkpointing to true, lower micro_tokens, max_length or r, or send fewer rows, in a "
+            "new job; or let the server give jobs more (--train-memory) and resume this one.",
+        )
+    if _is_about_space(error):
+        return Failed(
+            code="disk_full",
+            message="The server's disk is full: the job stands at its last checkpoint. Free some space in "
+            "--data-dir and resume it.",
+        )
+    for kind, code in _EXPLAINED.items():
+        if isinstance(error, kind):
+            return Failed(code=code, message=str(error))
+    return Failed(code="trainer_failed", message=f"The trainer failed: {type(error).__name__}: {error}")
+
+
+def _bad_data(error: DataError, job: TrainJob) -> Failed:
+    return Failed(
+        code="invalid_file",
+        message=str(error),
+        param="validation_file" if error.source == job.held_out_name else "training_file",
+        problems=[Problem(one.line, one.field, one.reason) for one in error.problems[:MAX_PROBLEMS]],
+        problem_count=len(error.problems),
+    )
+
+
+def _is_about_space(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(part in str(error) for part in _NO_SPACE)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def memory_limit(asked: int, device: torch.device) -> int:
+    """Bytes that a job may take next to the base: what was asked for, else half of what is free."""
+    return asked or free_memory(device) // 2
+
+
+def bound_memory(limit: int, device: torch.device) -> None:
+    """From now on this process may take `limit` bytes more; beyond that allocations fail, here alone.
+
+    On the CPU by RLIMIT_DATA, which counts private writable memory, mapped or not from a file: the base is
+    counted already when this is called.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        return
+    torch.ones(_PARALLEL).add_(1.0)  # the threads' stacks are not what a job takes
+    most = private_bytes() + limit
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def private_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Private writable memory of this process, as RLIMIT_DATA counts it."""
+    for line in status.read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the api and a trainer say to each other, in the frames of `engine.protocol`.
+"""What the api and a trainer say to each other, in the frames of `engine.messages`.
 
 `Check` → `Said`… → `Checked`, `Stopped` or `Failed`; `Train` → `Said`… → `Trained`, `Stopped` or `Failed`.
 One process does one of them and ends; `Stop` may come at any time.
@@ -14,7 +14,7 @@ from onebase_adapters.training.events import AnyEvent, Reason
 from onebase_engine.engine.messages import EngineConfig
 
 MAX_PROBLEMS = 10_000
-"""Bad lines that are told one by one; their number is told in any case."""
+"""Bad lines that are listed; all of them are counted."""
 
 
 class TrainJob(msgspec.Struct, frozen=True, kw_only=True):

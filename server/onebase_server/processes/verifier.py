@@ -1,42 +1,213 @@
-"""`python -m onebase_server.processes.verifier --fd N [--base-fd M]`: started by the api, never by hand."""
+"""The verifier process: attaches the base that an engine published, and proves versions on it.
+
+The api runs it as `python -m onebase_server.processes.verifier --fd N [--base-fd M]`.
+"""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import errno
+import importlib
 import logging
+import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-import warnings
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
-import transformers
+import torch
 
+from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_adapters.proof.report import Stage
+from onebase_adapters.proof.verifier import OnProgress, Verifier
+from onebase_adapters.proof.verify import ProofError
+from onebase_engine.base.attach import AttachError, attach
+from onebase_engine.base.load import BaseChangedError, BaseSettings
+from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
+from onebase_engine.machine import is_out_of_memory
+from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 from onebase_server.processes.scratch import make_scratch
-from onebase_server.processes.verifier_process import run, step_aside
+from onebase_server.processes.verifier_protocol import (
+    Alive,
+    Attach,
+    Attached,
+    Progress,
+    Prove,
+    Proved,
+    Rejected,
+    ToVerifier,
+    to_verifier_decoder,
+)
+
+logger = logging.getLogger(__name__)
+
+VerifierChannel = Channel[ToVerifier]
+
+NICENESS = 10
+ALIVE_SECONDS = 1.0
+"""Time between two signs of life of a job."""
+PROGRESS_SECONDS = 0.1
+"""Time between two progress messages of one stage."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="OneBase verifier process; the api starts it.")
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
-    parser.add_argument("--base-fd", type=int, help="file descriptor of the memory that holds the base")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s verifier %(message)s", stream=sys.stderr)
-    # Advice for people who call the libraries themselves; here nobody could follow it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.disable_progress_bar()
-    # Ctrl-C in a terminal reaches every process; the api decides when the verifier ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    step_aside()
+    inherited = begin("verifier", niceness=NICENESS)
     scratch = make_scratch()
     # All temporary files of this process, so that the api finds them when it had to be killed.
     tempfile.tempdir = str(scratch)
     try:
-        return run(socket.socket(fileno=arguments.fd), arguments.base_fd, scratch)
+        return run(inherited.sock, inherited.base_fd, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run(sock: socket.socket, base_fd: int | None, scratch: Path) -> int:
+    """Serve one api until it closes the socket; returns the process's exit status.
+
+    `scratch`: a folder that is removed if the process has to end in the middle of a computation.
+    """
+
+    def remove_scratch() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    channel = VerifierChannel(
+        sock, to_verifier_decoder().decode, leave_within=GOODBYE_SECONDS, on_leave=remove_scratch
+    )
+    try:
+        message = channel.receive()
+        if not isinstance(message, Attach):
+            logger.error("expected Attach, got %s", type(message).__name__)
+            return 0
+        try:
+            verifier = _attach(message, base_fd, channel)
+        except Exception as error:
+            logger.exception("the base cannot be attached")
+            explained = isinstance(error, AttachError)
+            channel.send(Fatal(message=str(error) if explained else f"{type(error).__name__}: {error}"))
+            return 2
+        return _serve(verifier, channel)
+    except ApiGoneError:
+        return 0
+    finally:
+        channel.close()
+
+
+def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> Verifier:
+    started = time.monotonic()
+    config = message.config
+    torch.set_num_threads(_threads(config))
+    settings = BaseSettings(folder=Path(config.base_folder), dtype=getattr(torch, config.dtype))
+    base = attach(settings, message.manifest, base_fd)
+    importlib.import_module("peft")  # so that the first version does not wait for it
+    verifier = Verifier(base, max_rank=config.max_rank, base_id=message.base_id)
+    channel.send(Attached(seconds=time.monotonic() - started))
+    return verifier
+
+
+def _threads(config: EngineConfig) -> int:
+    """As many as the engine was given, or half the cores."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _serve(verifier: Verifier, channel: VerifierChannel) -> int:
+    while not isinstance(message := channel.receive(), Shutdown):
+        if not isinstance(message, Prove):
+            logger.error("unexpected message %s", type(message).__name__)
+            continue
+        try:
+            with _signs_of_life(channel):
+                reply = answer(verifier, message, _Reporter(message.digest, channel).report)
+            channel.send(reply)
+        except BaseChangedError as error:
+            logger.critical("%s; the process ends", error)
+            channel.send(Rejected(digest=message.digest, code="base_changed", message=str(error)))
+            return 3
+        except torch.AcceleratorError as error:
+            logger.critical("%s; the process ends", error)
+            channel.send(Rejected(digest=message.digest, code="device_error", message=str(error)))
+            return 3
+    return 0
+
+
+@contextlib.contextmanager
+def _signs_of_life(channel: VerifierChannel) -> Iterator[None]:
+    """Says from a thread of its own that the process lives, however long one product takes."""
+    over = threading.Event()
+
+    def say() -> None:
+        while not over.wait(ALIVE_SECONDS):
+            channel.send(Alive())
+
+    thread = threading.Thread(target=say, name="verifier-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def answer(verifier: Verifier, job: Prove, on_progress: OnProgress) -> Proved | Rejected:
+    """Prove a version, or say why it is not served; then no packed adapter is left.
+
+    Raises:
+        BaseChangedError, torch.AcceleratorError: nothing more can be proved in this process.
+        ApiGoneError: from `on_progress`.
+    """
+    try:
+        proven = verifier.prove(
+            Path(job.config_path),
+            Path(job.weights_path),
+            Path(job.packed_path),
+            probes=job.probes,
+            probe_tokens=job.probe_tokens,
+            allow_noop=job.allow_noop,
+            on_progress=on_progress,
+        )
+    except (BaseChangedError, torch.AcceleratorError, ApiGoneError):
+        raise
+    except Exception as error:
+        code = _code(error)
+        if code == "proof_error":
+            logger.exception("the proof of %s failed", job.digest[:12])
+        known = isinstance(error, AdapterFormatError | ProofError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        return Rejected(digest=job.digest, code=code, message=message)
+    return Proved(digest=job.digest, report=proven.report, sha256=proven.sha256, bytes=proven.bytes)
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, AdapterFormatError):
+        return error.code
+    if isinstance(error, ProofError):
+        return "proof_failed"
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return "store_full"
+    if is_out_of_memory(error):
+        return "no_memory"
+    return "proof_error"
+
+
+class _Reporter:
+    """Sends a job's progress, not too often, and ends the job when the api has gone."""
+
+    def __init__(self, digest: str, channel: VerifierChannel) -> None:
+        self._digest = digest
+        self._channel = channel
+        self._stage: Stage | None = None
+        self._sent_at = 0.0
+
+    def report(self, stage: Stage, fraction: float) -> None:
+        self._channel.check()
+        now = time.monotonic()
+        if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
+            self._stage, self._sent_at = stage, now
+            self._channel.send(Progress(digest=self._digest, stage=stage, fraction=fraction))
 
 
 if __name__ == "__main__":

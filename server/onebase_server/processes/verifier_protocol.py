@@ -1,4 +1,4 @@
-"""What the api and the verifier say to each other, in the frames of `engine.protocol`.
+"""What the api and the verifier say to each other, in the frames of `engine.messages`.
 
 `Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, one job
 at a time.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from onebase_adapters.proof.report import VersionReport
-from onebase_adapters.proof.verifier import Stage
+from onebase_adapters.proof.report import Stage, VersionReport
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 
 # ---- api -> verifier -------------------------------------------------------------------------

@@ -305,7 +305,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = 
     import torch
 
     from onebase_adapters.training.estimate import measured_rate
-    from onebase_adapters.training.machine import free_memory
+    from onebase_engine.machine import free_memory
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
     free = free_memory(device) if memory is None else memory

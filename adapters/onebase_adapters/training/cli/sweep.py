@@ -129,9 +129,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
-    from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.run import Job
-    from onebase_engine.machine import keep_freed_memory
+    from onebase_engine.machine import free_memory, keep_freed_memory
 
     try:
         from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write

@@ -158,8 +158,8 @@ def _job(
 ) -> Job:
     import torch
 
-    from onebase_adapters.training.machine import free_memory
     from onebase_adapters.training.run import Job
+    from onebase_engine.machine import free_memory
 
     settings = base_settings(options, resolved.folder)
     if settings.device.type == "cuda" and processes.count > 1:

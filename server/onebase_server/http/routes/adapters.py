@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset
-from onebase_server.adapters.names import check_name
-from onebase_server.adapters.service import Wishes
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.service import VersionOptions
 from onebase_server.errors import (
     EngineRestartedError,
     InvalidRequestError,
@@ -23,7 +23,6 @@ from onebase_server.errors import (
     VersionFailedError,
 )
 from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
-from onebase_server.http.multipart import boundary_of, check_length, read_form
 from onebase_server.http.schemas.adapters import (
     ActivateRequest,
     EmptyRequest,
@@ -31,8 +30,15 @@ from onebase_server.http.schemas.adapters import (
     PinRequest,
     PullRequest,
 )
-from onebase_server.http.uploads import FLAGS, HOW, Form
-from onebase_server.storage_errors import storage_errors
+from onebase_server.http.uploads import (
+    ADAPTER_FIELDS,
+    FLAGS,
+    AdapterForm,
+    boundary_of,
+    check_length,
+    read_form,
+)
+from onebase_server.storage import storage_errors
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
 
@@ -88,7 +94,7 @@ async def add_version(
     perhaps `activate`, `allow_noop`, `any_base`. The same content is the same version.
     """
     services.refuse_if_draining()
-    boundary = boundary_of(request, HOW)
+    boundary = boundary_of(request, ADAPTER_FIELDS)
     if boundary is not None:
         return await _upload(request, services, boundary, activate, wait)
     body = await _json(request, PullRequest)
@@ -99,8 +105,8 @@ async def add_version(
     name = str(reference)
     if body.name is not None and body.name != name:
         name = check_name(body.name, services.catalog.base_name)
-    wishes = Wishes(activate or body.activate, body.allow_noop, body.any_base)
-    pending = services.hub.pull(name, reference, wishes)
+    options = VersionOptions(activate or body.activate, body.allow_noop, body.any_base)
+    pending = services.hub.pull(name, reference, options)
     if not wait:
         return json_response(services.views.pull(pending), 202)
     version = await pending.arrived()
@@ -112,49 +118,49 @@ async def _upload(
 ) -> Response:
     limit = services.settings.max_upload
     check_length(request, limit, "--max-upload")
-    library = services.library
+    adapters = services.adapters
     with storage_errors():
-        form = Form(library.store, boundary, limit)
+        form = AdapterForm(adapters.store, boundary, limit)
         try:
-            upload = await read_form(request, form, library.disk)
+            upload = await read_form(request, form, adapters.disk)
             name = check_name(upload.name, services.catalog.base_name)
             flags = {flag: upload.flags.get(flag, False) for flag in FLAGS}
-            wishes = Wishes(**flags | {"activate": activate or flags["activate"]})
-            await library.check_config(name, upload.config, wishes)
-            files = await library.disk.run(upload.commit)
+            options = VersionOptions(**flags | {"activate": activate or flags["activate"]})
+            await adapters.check_config(name, upload.config, options)
+            files = await adapters.disk.run(upload.commit)
         finally:
-            await library.disk.run(form.close)
+            await adapters.disk.run(form.close)
     async with _kept(services, name, files.digest):
-        version = await library.add(name, files, {"kind": "upload"}, wishes)
+        version = await adapters.add(name, files, {"kind": "upload"}, options)
     if wait:
         return await _finished(services, name, version.digest)
     if version.finished:
-        version = await library.version(name, version.digest)
+        version = await adapters.version(name, version.digest)
     return json_response(services.views.version(version), 200 if version.finished else 202)
 
 
 async def _finished(services: Services, name: str, digest: str) -> Response:
-    """The answer for one who waited: 200, or 422 with the version beside the error."""
+    """The answer to `wait`: 200, or 422 with the version next to the error."""
     async with _kept(services, name, digest):
-        version = await services.library.wait(name, digest)
+        version = await services.adapters.wait(name, digest)
     shown = services.views.version(version)
     if version.error is not None:
         error = VersionFailedError(version.error.message, code=version.error.code)
-        error.beside = {"version": shown}
+        error.body = {"version": shown}
         raise error
     return json_response(shown, 200 if version.finished else 202)
 
 
 @asynccontextmanager
 async def _kept(services: Services, name: str, digest: str) -> AsyncIterator[None]:
-    """Adds the version to the error of its activation, if it is ready: its files need not be sent again."""
+    """Adds a ready version to the error of its activation, so that its files are not sent again."""
     try:
         yield
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
         with suppress(OneBaseError):
-            shown = services.views.version(await services.library.version(name, digest))
-            if shown["state"] == "ready" and not shown["active"] and not error.beside:
-                error.beside = {"version": shown}
+            shown = services.views.version(await services.adapters.version(name, digest))
+            if shown["state"] == "ready" and not shown["active"] and not error.body:
+                error.body = {"version": shown}
                 error.message = f"{shown['id']} is ready and kept, but not active: {error.message}"
         raise
 
@@ -164,7 +170,7 @@ async def list_versions(name: AdapterName, services: Provided) -> Response:
     """The versions of an adapter, newest first, each with its whole report."""
     data = [services.views.pull(pending) for pending in services.hub.of_name(name)]
     if services.catalog.get(name) is not None or not data:
-        data += [services.views.version(version) for version in await services.library.versions(name)]
+        data += [services.views.version(version) for version in await services.adapters.versions(name)]
     return json_response({"object": "list", "data": data})
 
 
@@ -175,7 +181,7 @@ async def get_version(name: AdapterName, version: str, services: Provided) -> Re
     if pending is not None and pending.digest is None:
         return json_response(services.views.pull(pending))
     wanted = pending.digest if pending is not None and pending.digest else version
-    return json_response(services.views.version(await services.library.version(name, wanted)))
+    return json_response(services.views.version(await services.adapters.version(name, wanted)))
 
 
 @router.delete("/{name}/versions/{version}")

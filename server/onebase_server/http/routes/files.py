@@ -9,10 +9,17 @@ from fastapi.responses import FileResponse
 
 from onebase_server.errors import InvalidRequestError, UnknownFileError
 from onebase_server.http.deps import Provided, StrictRoute, json_response
-from onebase_server.http.file_form import FORM_BYTES, HOW, OPTION, FileForm
-from onebase_server.http.multipart import boundary_of, check_length, read_form
+from onebase_server.http.uploads import (
+    FILE_FIELDS,
+    FILE_OPTION,
+    FORM_BYTES,
+    FileForm,
+    boundary_of,
+    check_length,
+    read_form,
+)
 from onebase_server.http.views.jobs import file_view, page
-from onebase_server.storage_errors import storage_errors
+from onebase_server.storage import storage_errors
 
 router = APIRouter(prefix="/v1/files", route_class=StrictRoute, tags=["training"])
 
@@ -39,11 +46,13 @@ _BODY: dict[str, Any] = {
 async def add_file(request: Request, services: Provided) -> Response:
     """Upload rows: a field `purpose` (fine-tune) and a part `file` (.jsonl, .json, .csv, .parquet)."""
     services.refuse_if_draining()
-    boundary = boundary_of(request, HOW)
+    boundary = boundary_of(request, FILE_FIELDS)
     if boundary is None:
-        raise InvalidRequestError(f"Send the file as multipart/form-data. {HOW}", code="invalid_multipart")
+        raise InvalidRequestError(
+            f"Send the file as multipart/form-data. {FILE_FIELDS}", code="invalid_multipart"
+        )
     files = services.training.files
-    check_length(request, files.limit + FORM_BYTES, OPTION)
+    check_length(request, files.limit + FORM_BYTES, FILE_OPTION)
     with storage_errors():
         form = FileForm(files, boundary)
         try:

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME
 from onebase_adapters.registry import TrainingJob
-from onebase_server.adapters.names import check_name
+from onebase_server.adapters.catalog import check_name
 from onebase_server.errors import InvalidRequestError, OneBaseError
 from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem
@@ -38,7 +38,7 @@ Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 @router.post("")
 async def create_job(body: CreateJobRequest, services: Provided) -> Response:
-    """Train an adapter on the base that is served. What comes out is proved, and activated as wished."""
+    """Train an adapter on the base that is served. The result is proved, and activated as `activate` says."""
     services.refuse_if_draining()
     base = services.catalog.base_name
     if body.model != base:
@@ -102,7 +102,7 @@ async def list_events(
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """What the job told, newest first; or, with `Accept: text/event-stream`, as it happens."""
+    """The job's events, newest first; or, with `Accept: text/event-stream`, as it happens."""
     if stream or "text/event-stream" in accept:
         job = await services.training.jobs.get(job_id)
         known = last_event_id or after

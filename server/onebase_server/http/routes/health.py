@@ -1,4 +1,4 @@
-"""GET /health, /ready, /version and /status: for probes and for people."""
+"""GET /health, /ready, /version, /status and /metrics: for probes, for people and for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastapi import APIRouter, Response
 
 import onebase_server
 from onebase_server.http.deps import Provided, json_response
+from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
 router = APIRouter(tags=["health"])
@@ -64,6 +65,12 @@ async def status(services: Provided) -> Response:
             "requests": supervisor.router.open_requests,
             "adapters": len(services.catalog),
             "host_memory": asdict(services.residency.memory),
-            "workshop": {"pid": services.prover.pid},
+            "workshop": {"pid": services.verifier.pid},
         }
     )
+
+
+@router.get("/metrics")
+async def metrics(services: Provided) -> Response:
+    """Figures of training and serving in Prometheus' text format."""
+    return Response(await services.training.metrics_text(services.supervisor), media_type=CONTENT_TYPE)

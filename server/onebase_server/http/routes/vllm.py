@@ -8,10 +8,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
-from onebase_server.adapters.folders import FolderError, check_folder
-from onebase_server.adapters.hub_adapters import hub_reference
-from onebase_server.adapters.names import HUB_PREFIX, check_name
-from onebase_server.adapters.service import Wishes
+from onebase_server.adapters.catalog import HUB_PREFIX, check_name
+from onebase_server.adapters.service import VersionOptions
+from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
 from onebase_server.errors import (
     ForbiddenError,
     InvalidRequestError,
@@ -43,7 +42,7 @@ async def load_lora_adapter(body: LoadLoraRequest, services: Provided) -> Respon
         if folder is None
         else services.folders.add(name, folder, actor=_ACTOR)
     )
-    finished = await services.library.wait(name, version.digest)
+    finished = await services.adapters.wait(name, version.digest)
     if finished.error is not None:
         raise VersionFailedError(f"lora_path: {finished.error.message}", code=finished.error.code)
     await services.activation.activate(name, version.digest, actor=_ACTOR)
@@ -93,4 +92,4 @@ def _allowed_folder(services: Services, path: str) -> Path | None:
 async def _from_hub(services: Services, name: str, path: str) -> VersionRecord:
     reference = hub_reference(HUB_PREFIX + path.removeprefix(HUB_PREFIX), "lora_path")
     services.hub.check_allowed(reference, "lora_path")
-    return await services.hub.pull(name, reference, Wishes(), _ACTOR).arrived()
+    return await services.hub.pull(name, reference, VersionOptions(), _ACTOR).arrived()

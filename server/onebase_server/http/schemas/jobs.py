@@ -11,7 +11,6 @@ from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.schemas.generation import FieldError, Name, Wire
 from onebase_server.http.views.jobs import wire_name
-from onebase_server.jobs.rank_limit import check_rank
 
 MAX_LABELS = 16
 MAX_SUFFIX = 64
@@ -19,6 +18,9 @@ _NO_KEY = frozenset('"\\')
 """What databases do not find in a key of metadata."""
 _OWN_FIELDS = ("method", "seed")
 """Fields of a recipe that a request sets elsewhere."""
+
+EVA_GROWTH = 2
+"""EVA moves rank between layers: one may get up to this many times `r`."""
 
 FileId = Annotated[str, Field(min_length=1, max_length=100)]
 Settings = dict[str, Any]
@@ -101,7 +103,7 @@ class CreateJobRequest(Wire):
         for name in _OWN_FIELDS:
             if name in settings:
                 raise InvalidRequestError(
-                    f"{place}.{name}: it is said beside the hyperparameters, not among them.",
+                    f"{place}.{name}: send it next to the hyperparameters, not inside them.",
                     param=f"{place}.{name}",
                 )
         given = {name: value for name, value in settings.items() if value != "auto"}
@@ -109,7 +111,7 @@ class CreateJobRequest(Wire):
             given["seed"] = self.seed
         try:
             recipe = parse_recipe({**given, "method": kind})
-            check_rank(recipe, max_rank)
+            _check_rank(recipe, max_rank)
         except RecipeError as error:
             param = f"{place}.{wire_name(error.field)}" if error.field else place
             raise InvalidRequestError(f"{param}: {error}.", param=param) from error
@@ -121,3 +123,18 @@ def label_problem(key: str) -> str:
     if key.isprintable() and _NO_KEY.isdisjoint(key):
         return ""
     return f'a key is {key[:80]!r}: write it without ", \\ and characters that cannot be printed'
+
+
+def _check_rank(recipe: Recipe, max_rank: int) -> None:
+    """Refuse an adapter that would not be served, before it is trained. Raises RecipeError."""
+    eva = recipe.init == "eva"
+    growth = EVA_GROWTH if eva else 1
+    why = f", and init eva gives some layers up to {EVA_GROWTH} times that" if eva else ""
+    layers = [("rank_pattern", f" of {layer[:80]}", rank) for layer, rank in recipe.rank_pattern.items()]
+    for field, of, rank in [("r", "", recipe.r), *layers]:
+        if rank * growth > max_rank:
+            raise RecipeError(
+                field,
+                f"{field}{of} is {rank}{why}: this server serves adapters up to rank {max_rank}. Write "
+                f"{max_rank // growth} or less, or raise its --max-rank",
+            )

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from onebase_adapters.registry import DEFAULT_TENANT, AdapterRecord, VersionError, VersionRecord
-from onebase_server.adapters.hub_adapters import HubAdapters, PendingPull
-from onebase_server.adapters.names import label
+from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
-from onebase_server.adapters.service import WISHES, Library
+from onebase_server.adapters.service import OPTIONS, AdapterService
+from onebase_server.adapters.sources import HubAdapters, PendingPull
 
 Json = dict[str, Any]
 _REPORTED = ("rank", "alpha", "parameters", "bytes")
@@ -18,9 +18,9 @@ _REPORTED = ("rank", "alpha", "parameters", "bytes")
 class AdapterViews:
     """What is known of adapters, from everywhere that knows it."""
 
-    def __init__(self, library: Library, hub: HubAdapters, residency: Residency) -> None:
-        self._library = library
-        self._catalog = library.catalog
+    def __init__(self, adapters: AdapterService, hub: HubAdapters, residency: Residency) -> None:
+        self._adapters = adapters
+        self._catalog = adapters.catalog
         self._hub = hub
         self._residency = residency
 
@@ -87,7 +87,7 @@ class AdapterViews:
     def version(self, version: VersionRecord) -> Json:
         """One version; its report is as whole as the record's."""
         record = self._catalog.get(version.name)
-        progress = None if version.finished else self._library.progress(version.name, version.digest)
+        progress = None if version.finished else self._adapters.progress(version.name, version.digest)
         return {
             "object": "adapter.version",
             "id": label(version.name, version.digest),
@@ -98,7 +98,7 @@ class AdapterViews:
             "error": _error(version.error),
             "base": self._catalog.base_name,
             "source": {
-                key: value for key, value in version.source.items() if key != WISHES and value is not None
+                key: value for key, value in version.source.items() if key != OPTIONS and value is not None
             },
             "created_at": version.created_at,
             "created_by": version.created_by,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from onebase_server.generation.choice import Piece, TokenInfo
 from onebase_server.generation.generation import Generation, Usage
+from onebase_server.generation.stream import Piece, TokenInfo
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.sse import event
 
@@ -17,7 +19,7 @@ Json = dict[str, Any]
 
 
 def flat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> Json:
-    """Parallel lists, as in OpenAI's completions, and the ids besides."""
+    """Parallel lists, as in OpenAI's completions, and the token ids."""
     name = tokenizer.token_text
     return {
         "tokens": [name(info.token) for info in tokens],
@@ -52,10 +54,62 @@ def _chat_token(token: int, logprob: float | None, tokenizer: BaseTokenizer) -> 
     return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
 
+class GenerationView(ABC):
+    """One route's answers: whole, or as server-sent events."""
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @abstractmethod
+    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+        """The whole answer."""
+
+    @abstractmethod
+    def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        """The answer as it comes, until the generation has ended. Raises what `Generation.pieces` raises."""
+
+
 # ---- POST /generate --------------------------------------------------------------------------
 
 
-def generate_summary(generation: Generation) -> Json:
+class GenerateView(GenerationView):
+    """Answers of POST /generate."""
+
+    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+        wanted = generation.job.sampling.logprobs is not None
+        return {
+            "id": generation.job.id,
+            "object": "generation",
+            "choices": [
+                {
+                    "index": piece.index,
+                    "text": piece.text,
+                    "finish_reason": piece.finish_reason,
+                    "logprobs": flat_logprobs(piece.tokens, self._tokenizer) if wanted else None,
+                }
+                for piece in choices
+            ],
+            **_summary(generation),
+        }
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        job_id = generation.job.id
+        async for pieces in generation.pieces():
+            chunk = b""
+            for piece in pieces:
+                head: Json = {"id": job_id, "index": piece.index}
+                if piece.text or piece.tokens:
+                    data = {**head, "text": piece.text}
+                    if piece.tokens:
+                        data["logprobs"] = flat_logprobs(piece.tokens, self._tokenizer)
+                    chunk += event(data)
+                if piece.finish_reason:
+                    chunk += event({**head, "text": "", "finish_reason": piece.finish_reason})
+            yield chunk
+        yield event({"id": job_id, "done": True, **_summary(generation)})
+
+
+def _summary(generation: Generation) -> Json:
     usage = generation.usage
     return {
         "adapter": generation.job.adapter.label,
@@ -68,42 +122,65 @@ def generate_summary(generation: Generation) -> Json:
     }
 
 
-def generate_answer(generation: Generation, choices: Sequence[Piece], tokenizer: BaseTokenizer) -> Json:
-    wanted = generation.job.sampling.logprobs is not None
-    return {
-        "id": generation.job.id,
-        "object": "generation",
-        "choices": [
-            {
-                "index": piece.index,
-                "text": piece.text,
-                "finish_reason": piece.finish_reason,
-                "logprobs": flat_logprobs(piece.tokens, tokenizer) if wanted else None,
-            }
-            for piece in choices
-        ],
-        **generate_summary(generation),
-    }
-
-
-async def generate_events(generation: Generation, tokenizer: BaseTokenizer) -> AsyncIterator[bytes]:
-    job_id = generation.job.id
-    async for pieces in generation.pieces():
-        chunk = b""
-        for piece in pieces:
-            if piece.text or piece.tokens:
-                data: Json = {"id": job_id, "index": piece.index, "text": piece.text}
-                if piece.tokens:
-                    data["logprobs"] = flat_logprobs(piece.tokens, tokenizer)
-                chunk += event(data)
-            if piece.finish_reason:
-                end = {"id": job_id, "index": piece.index, "text": "", "finish_reason": piece.finish_reason}
-                chunk += event(end)
-        yield chunk
-    yield event({"id": job_id, "done": True, **generate_summary(generation)})
-
-
 # ---- OpenAI ----------------------------------------------------------------------------------
+
+
+class OpenAIView(GenerationView):
+    """What the answers of both OpenAI routes share. `include_usage`: a stream ends with the usage."""
+
+    object: str
+    chunk_object: str
+
+    def __init__(self, tokenizer: BaseTokenizer, model: str, include_usage: bool) -> None:
+        super().__init__(tokenizer)
+        self._model = model
+        self._created = int(time.time())
+        self._include_usage = include_usage
+
+    @abstractmethod
+    def whole(self, piece: Piece, with_logprobs: bool) -> Json:
+        """One choice of a whole answer."""
+
+    @abstractmethod
+    def opening(self, choices: int) -> list[Json]:
+        """What a stream begins with, before any text."""
+
+    @abstractmethod
+    def part(self, piece: Piece, with_logprobs: bool) -> Json:
+        """One choice's next text."""
+
+    @abstractmethod
+    def end(self, piece: Piece) -> Json:
+        """How one choice ended."""
+
+    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+        wanted = generation.job.sampling.logprobs is not None
+        return {
+            **self._head(generation, self.object),
+            "choices": [self.whole(piece, wanted) for piece in choices],
+            "usage": openai_usage(generation.usage),
+        }
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        head = self._head(generation, self.chunk_object)
+        if self._include_usage:
+            head["usage"] = None
+        wanted = generation.job.sampling.logprobs is not None
+        opening = self.opening(generation.job.choices)
+        chunk = b"".join(event({**head, "choices": [choice]}) for choice in opening)
+        async for pieces in generation.pieces():
+            for piece in pieces:
+                if piece.text or piece.tokens:
+                    chunk += event({**head, "choices": [self.part(piece, wanted and bool(piece.tokens))]})
+                if piece.finish_reason:
+                    chunk += event({**head, "choices": [self.end(piece)]})
+            yield chunk
+            chunk = b""
+        if self._include_usage:
+            yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
+
+    def _head(self, generation: Generation, kind: str) -> Json:
+        return {"id": generation.job.id, "object": kind, "created": self._created, "model": self._model}
 
 
 def openai_usage(usage: Usage) -> Json:
@@ -115,37 +192,31 @@ def openai_usage(usage: Usage) -> Json:
     }
 
 
-class CompletionWire:
+class CompletionView(OpenAIView):
     """Answers of POST /v1/completions."""
 
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: BaseTokenizer) -> None:
-        self._tokenizer = tokenizer
-
     def whole(self, piece: Piece, with_logprobs: bool) -> Json:
-        return self.part(piece, piece.text, with_logprobs) | {"finish_reason": piece.finish_reason}
+        return self.part(piece, with_logprobs) | {"finish_reason": piece.finish_reason}
 
     def opening(self, choices: int) -> list[Json]:
         return []
 
-    def part(self, piece: Piece, text: str, with_logprobs: bool) -> Json:
+    def part(self, piece: Piece, with_logprobs: bool) -> Json:
         logprobs = flat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
-        return {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
 
     def end(self, piece: Piece) -> Json:
         return {"index": piece.index, "text": "", "logprobs": None, "finish_reason": piece.finish_reason}
 
 
-class ChatWire:
+class ChatView(OpenAIView):
     """Answers of POST /v1/chat/completions."""
 
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-
-    def __init__(self, tokenizer: BaseTokenizer) -> None:
-        self._tokenizer = tokenizer
 
     def whole(self, piece: Piece, with_logprobs: bool) -> Json:
         return {
@@ -156,56 +227,17 @@ class ChatWire:
         }
 
     def opening(self, choices: int) -> list[Json]:
-        """The role, once per choice, before its text."""
+        """The role, once per choice."""
         delta = {"role": "assistant", "content": ""}
         return [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             for index in range(choices)
         ]
 
-    def part(self, piece: Piece, text: str, with_logprobs: bool) -> Json:
+    def part(self, piece: Piece, with_logprobs: bool) -> Json:
         logprobs = chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
-        return {"index": piece.index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
+        delta = {"content": piece.text}
+        return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def end(self, piece: Piece) -> Json:
         return {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}
-
-
-OpenAIWire = CompletionWire | ChatWire
-
-
-def openai_answer(
-    generation: Generation, choices: Sequence[Piece], wire: OpenAIWire, model: str, created: int
-) -> Json:
-    """`created` is in seconds since 1970."""
-    wanted = generation.job.sampling.logprobs is not None
-    return {
-        "id": generation.job.id,
-        "object": wire.object,
-        "created": created,
-        "model": model,
-        "choices": [wire.whole(piece, wanted) for piece in choices],
-        "usage": openai_usage(generation.usage),
-    }
-
-
-async def openai_events(
-    generation: Generation, wire: OpenAIWire, model: str, created: int, include_usage: bool
-) -> AsyncIterator[bytes]:
-    head: Json = {"id": generation.job.id, "object": wire.chunk_object, "created": created, "model": model}
-    if include_usage:
-        head["usage"] = None
-    wanted = generation.job.sampling.logprobs is not None
-    chunk = b"".join(event({**head, "choices": [choice]}) for choice in wire.opening(generation.job.choices))
-    async for pieces in generation.pieces():
-        for piece in pieces:
-            if piece.text or piece.tokens:
-                chunk += event(
-                    {**head, "choices": [wire.part(piece, piece.text, wanted and bool(piece.tokens))]}
-                )
-            if piece.finish_reason:
-                chunk += event({**head, "choices": [wire.end(piece)]})
-        yield chunk
-        chunk = b""
-    if include_usage:
-        yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from onebase_adapters.registry import Checkpoint, TrainingEvent, TrainingFile, TrainingJob
-from onebase_server.adapters.names import label
-from onebase_server.jobs.outcomes import resumable
+from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
+from onebase_server.adapters.catalog import label
+from onebase_server.jobs.state import is_resumable
 
 Json = dict[str, Any]
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
@@ -69,11 +69,11 @@ def job_view(job: TrainingJob, base_name: str) -> Json:
         "progress": job.progress,
         "estimate": (job.plan or {}).get("estimate"),
         "report": {key: report.get(key) for key in _SHORT} if report else None,
-        "resumable": resumable(job),
+        "resumable": is_resumable(job.state, job.error_code),
     }
 
 
-def event_view(event: TrainingEvent) -> Json:
+def event_view(event: JobEvent) -> Json:
     return {
         "object": "fine_tuning.job.event",
         "id": event_id(event.number),

@@ -1,0 +1,514 @@
+"""Names, versions and which of them is active, in a database that several servers may share."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, select, union_all
+from sqlalchemy.orm import Session, joinedload, selectinload, undefer
+
+from onebase_adapters.registry import activation
+from onebase_adapters.registry.database import Database, plain
+from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
+from onebase_adapters.registry.jobs import TrainingRecords
+from onebase_adapters.registry.models import (
+    MODULES,
+    STATES,
+    UNFINISHED,
+    UNSET,
+    Action,
+    AdapterRecord,
+    Changes,
+    HistoryEntry,
+    State,
+    Unset,
+    VersionError,
+    VersionRecord,
+)
+from onebase_adapters.registry.tables import AdapterRow, BaseRow, HistoryRow, VersionRow
+from onebase_adapters.store.content import Blob, VersionFiles
+
+DEFAULT_TENANT = "default"
+LEAST_PREFIX = 8
+"""Hexadecimal digits that a shortened digest must have at least."""
+_NAME_LIMIT = 512
+_PREFIX = re.compile(r"[0-9a-f]+")
+_BLOBS = (VersionRow.config_sha256, VersionRow.weights_sha256, VersionRow.prepared_sha256)
+
+
+class Registry:
+    """What adapters there are on one base. All methods block and may be called from any thread.
+
+    Each write is one transaction; when it has returned, it outlives `kill -9` and a power cut. Writes wait
+    for each other, also those of other servers, so that of two activations with the same `expected` one
+    fails.
+
+    Args:
+        url: `sqlite:///path` or `postgresql://user:password@host/database`.
+        base_id: the base's identity; adapters of other bases on the same registry are not seen.
+        base_name: what people call it.
+
+    All methods raise RegistryBusyError when the database cannot be reached, the writing ones
+    RegistryFullError when it has no space. No error holds the URL's password.
+    """
+
+    def __init__(self, url: str, *, base_id: str, base_name: str) -> None:
+        self._database = Database(url)
+        self.base_id = base_id
+        self.base_name = base_name
+        self.training = TrainingRecords(self._database, base_id)
+        """Training files and jobs, in the same database."""
+
+    def close(self) -> None:
+        """Let go of the connections; the registry cannot be used any more."""
+        self._database.close()
+
+    def migrate(self) -> None:
+        """Create or update the tables; safe while other servers start too. Call it before anything else."""
+        self._database.migrate()
+        name = plain(self.base_name)
+        with self._database.read() as session:
+            known = session.scalar(select(BaseRow.name).where(BaseRow.id == self.base_id))
+        if known != name:
+            with self._database.write() as (session, _):
+                session.merge(BaseRow(id=self.base_id, name=name))
+
+    # ---- what can be asked: each answer is of one moment -------------------------------------
+
+    def change_counter(self) -> int:
+        """A number that every write raises, whichever server made it; cheap to ask for."""
+        return self._database.counter()
+
+    def snapshot(self, tenant: str | None = None) -> list[AdapterRecord]:
+        """All adapters of this base by name, of one tenant or of all; reports without their modules."""
+        with self._database.read() as session:
+            return [_adapter_record(row) for row in _find_adapters(session, _scope(self.base_id, tenant))]
+
+    def changes(self, since: int = -1) -> Changes:
+        """What is new since the counter was `since`: little work, even with thousands of adapters."""
+        with self._database.read() as session:
+            counter = self._database.counter(session)
+            here = _scope(self.base_id)
+            changed = _find_adapters(session, [*here, AdapterRow.changed > since])
+            names = session.execute(select(AdapterRow.tenant, AdapterRow.name).where(*here))
+            return Changes(
+                counter,
+                tuple(map(_adapter_record, changed)),
+                frozenset((tenant, name) for tenant, name in names),
+            )
+
+    def adapter(self, tenant: str, name: str) -> AdapterRecord:
+        """One adapter; reports without their modules. Raises UnknownAdapterError."""
+        with self._database.read() as session:
+            return _adapter_record(_require_adapter(session, self.base_id, tenant, name))
+
+    def versions(self, tenant: str, name: str) -> list[VersionRecord]:
+        """Newest first, with whole reports. Raises UnknownAdapterError."""
+        with self._database.read() as session:
+            adapter = _require_adapter(session, self.base_id, tenant, name)
+            rows = session.scalars(
+                select(VersionRow)
+                .options(undefer(VersionRow.modules))
+                .where(VersionRow.adapter_id == adapter.id)
+                .order_by(VersionRow.id.desc())
+            )
+            return [_version_record(row, adapter) for row in rows]
+
+    def version(self, tenant: str, name: str, digest_or_prefix: str) -> VersionRecord:
+        """One version by its digest or by at least its first 8 digits.
+
+        Raises UnknownAdapterError; UnknownVersionError, also when several begin like that.
+        """
+        with self._database.read() as session:
+            adapter = _require_adapter(session, self.base_id, tenant, name)
+            return _version_record(_require_version(session, adapter, digest_or_prefix), adapter)
+
+    def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+        """What was active when, newest first. Raises UnknownAdapterError."""
+        with self._database.read() as session:
+            adapter = _require_adapter(session, self.base_id, tenant, name)
+            rows = session.scalars(
+                select(HistoryRow).where(HistoryRow.adapter_id == adapter.id).order_by(HistoryRow.id.desc())
+            )
+            return [_history_entry(row) for row in rows]
+
+    def unfinished(self) -> list[VersionRecord]:
+        """Versions that are neither ready nor failed, oldest first: what a restart has to take up again."""
+        with self._database.read() as session:
+            rows = session.scalars(
+                select(VersionRow)
+                .options(joinedload(VersionRow.adapter), undefer(VersionRow.modules))
+                .join(VersionRow.adapter)
+                .where(*_scope(self.base_id), VersionRow.state.in_(UNFINISHED))
+                .order_by(VersionRow.id)
+            )
+            return [_version_record(row, row.adapter) for row in rows]
+
+    def referenced_blobs(self) -> set[str]:
+        """The SHA-256 sums of all blobs that any version of any tenant on any base needs."""
+        with self._database.read() as session:
+            return _referenced(session)
+
+    # ---- what can be changed -----------------------------------------------------------------
+
+    def add_version(
+        self,
+        name: str,
+        digest: str,
+        files: VersionFiles,
+        source: Mapping[str, Any],
+        *,
+        tenant: str = DEFAULT_TENANT,
+        actor: str = "",
+        state: State = "validating",
+    ) -> tuple[VersionRecord, bool]:
+        """Register content under a name; the adapter is made with its first version.
+
+        The same content under the same name is the same version, in whatever state it is: it is returned with
+        False. Only a failed one begins again in `state`, and is returned with True. The files' blobs must be
+        in the store by now. Raises RegistryError for a name that cannot be stored.
+        """
+        _check_name(name)
+        now = time.time()
+        with self._database.write() as (session, counter):
+            adapter = _find_adapter(session, self.base_id, tenant, name)
+            if adapter is None:
+                adapter = _new_adapter(self.base_id, tenant, name, now)
+                session.add(adapter)
+            version = session.scalar(
+                select(VersionRow).where(VersionRow.adapter_id == adapter.id, VersionRow.digest == digest)
+            )
+            created = version is None or version.state == "failed"
+            if version is None:
+                version = _new_version(digest, files, source, actor, now)
+                adapter.versions.insert(0, version)
+            if created:
+                _set_state(version, state, now)
+                adapter.changed, adapter.updated_at = counter, now
+                session.flush()
+            return _version_record(version, adapter), created
+
+    def set_state(
+        self,
+        tenant: str,
+        name: str,
+        digest: str,
+        state: State,
+        *,
+        error: tuple[str, str] | None = None,
+        report: Mapping[str, Any] | None = None,
+        prepared: Blob | None = None,
+    ) -> VersionRecord:
+        """Say how far a version has come: `error` (code, message) with `failed`, `report` and `prepared` with
+        `ready`. A ready version stays as it is, whatever a slower server says; look at what is returned.
+
+        Raises UnknownAdapterError, UnknownVersionError: it was deleted meanwhile.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            if version.state != "ready":
+                _set_state(version, state, now, error=error, report=report, prepared=prepared)
+            return _version_record(version, adapter)
+
+    def reopen(
+        self, tenant: str, name: str, digest: str, *, seen: VersionRecord | None = None
+    ) -> VersionRecord:
+        """Prove a ready version once more (its prepared file is lost or of an older kind): `validating`.
+
+        It stays active if it is. `seen`: the version whose file that is; one that has been proved again since
+        has another file and stays `ready`, so look at what is returned.
+
+        Raises UnknownAdapterError, UnknownVersionError.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            # Not by the file's hash alone: the same version is prepared as the same bytes each time.
+            if seen is None or version.finished_at == seen.finished_at:
+                _set_state(version, "validating", now)
+            return _version_record(version, adapter)
+
+    def activate(
+        self,
+        tenant: str,
+        name: str,
+        digest: str,
+        *,
+        expected: str | Unset | None = UNSET,
+        actor: str = "",
+    ) -> AdapterRecord:
+        """Make a ready version (by digest or prefix) the one that requests by name get.
+
+        Args:
+            expected: the digest that must be active now, None for none; not given: whatever is.
+
+        Raises NotReadyError, StaleActivationError, UnknownAdapterError, UnknownVersionError.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            activation.check_expected(adapter, expected)
+            activation.activate(session, adapter, _require_version(session, adapter, digest), actor, now)
+            return _adapter_record(adapter)
+
+    def rollback(
+        self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+    ) -> AdapterRecord:
+        """Activate the version that was active before the current one was activated; once more: the one
+        before that. Deleted ones are passed over; after `deactivate` it is the one active until then.
+
+        Raises NothingToRollBackError, StaleActivationError, UnknownAdapterError.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            activation.check_expected(adapter, expected)
+            activation.roll_back(session, adapter, actor, now)
+            return _adapter_record(adapter)
+
+    def deactivate(
+        self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+    ) -> AdapterRecord:
+        """No version is active from now on. Raises StaleActivationError, UnknownAdapterError."""
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            activation.check_expected(adapter, expected)
+            activation.deactivate(session, adapter, actor, now)
+            return _adapter_record(adapter)
+
+    def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
+        """Whether the active version is to stay in memory. Raises UnknownAdapterError."""
+        with self._changing(tenant, name, time.time()) as (_, adapter):
+            adapter.pinned = pinned
+            return _adapter_record(adapter)
+
+    def delete_version(self, tenant: str, name: str, digest: str, *, actor: str = "") -> set[str]:
+        """Delete a version (by digest or prefix), deactivating it if it is active; with the last one its
+        adapter goes too. Returns the blobs that nothing references any more.
+
+        Raises UnknownAdapterError, UnknownVersionError.
+        """
+        now = time.time()
+        with self._changing(tenant, name, now) as (session, adapter):
+            version = _require_version(session, adapter, digest)
+            if version.digest == adapter.active:
+                activation.deactivate(session, adapter, actor, now)
+            blobs = _blobs_of(version)
+            last = len(adapter.versions) == 1
+            session.flush()
+            session.delete(adapter if last else version)
+            session.flush()
+            return blobs - _referenced(session, blobs)
+
+    def delete_adapter(self, tenant: str, name: str) -> set[str]:
+        """Delete a name, its versions and its history. Returns the blobs that nothing references any more.
+
+        Raises UnknownAdapterError.
+        """
+        with self._changing(tenant, name, time.time()) as (session, adapter):
+            blobs = set().union(*map(_blobs_of, adapter.versions))
+            session.delete(adapter)
+            session.flush()
+            return blobs - _referenced(session, blobs)
+
+    @contextmanager
+    def _changing(self, tenant: str, name: str, now: float) -> Iterator[tuple[Session, AdapterRow]]:
+        """A write transaction on one adapter, which is marked as changed. Raises UnknownAdapterError."""
+        with self._database.write() as (session, counter):
+            adapter = _require_adapter(session, self.base_id, tenant, name)
+            adapter.changed = counter
+            adapter.updated_at = now
+            yield session, adapter
+            session.flush()
+
+
+# Looking rows up, within one tenant and one base
+
+
+def _scope(base_id: str, tenant: str | None = None) -> list[ColumnElement[bool]]:
+    """The conditions for adapters of one base, of one tenant or of all."""
+    conditions = [AdapterRow.base_id == base_id]
+    if tenant is not None:
+        conditions.append(AdapterRow.tenant == tenant)
+    return conditions
+
+
+def _find_adapters(session: Session, conditions: Collection[ColumnElement[bool]]) -> list[AdapterRow]:
+    """With their versions, by name."""
+    rows = session.scalars(
+        select(AdapterRow)
+        .options(selectinload(AdapterRow.versions))
+        .where(*conditions)
+        .order_by(AdapterRow.name, AdapterRow.tenant)
+    )
+    return list(rows)
+
+
+def _find_adapter(session: Session, base_id: str, tenant: str, name: str) -> AdapterRow | None:
+    """The adapter with its versions, or None."""
+    if (plain(tenant), plain(name)) != (tenant, name):
+        return None  # A database would refuse even to look for such a name.
+    rows = _find_adapters(session, [*_scope(base_id, tenant), AdapterRow.name == name])
+    return rows[0] if rows else None
+
+
+def _require_adapter(session: Session, base_id: str, tenant: str, name: str) -> AdapterRow:
+    """Raises UnknownAdapterError."""
+    adapter = _find_adapter(session, base_id, tenant, name)
+    if adapter is None:
+        raise UnknownAdapterError(f"There is no adapter {name[:80]!r} on this base.")
+    return adapter
+
+
+def _require_version(session: Session, adapter: AdapterRow, digest: str) -> VersionRow:
+    """The version of a digest or of a beginning of one, with its whole report.
+
+    Raises UnknownVersionError, also when several begin like that.
+    """
+    whole = select(VersionRow).options(undefer(VersionRow.modules)).where(VersionRow.adapter_id == adapter.id)
+    if _PREFIX.fullmatch(digest) is None or len(digest) < LEAST_PREFIX:
+        raise UnknownVersionError(
+            f"{digest[:80]!r} names no version of {adapter.name!r}: give its digest, or at least the first "
+            f"{LEAST_PREFIX} of its hexadecimal digits."
+        )
+    found = session.scalars(whole.where(VersionRow.digest.startswith(digest)).limit(2)).all()
+    if len(found) > 1:
+        raise UnknownVersionError(
+            f"Several versions of {adapter.name!r} begin with {digest}: give more digits."
+        )
+    if not found:
+        raise UnknownVersionError(f"{adapter.name!r} has no version {digest[:80]}.")
+    return found[0]
+
+
+def _blobs_of(version: VersionRow) -> set[str]:
+    """The SHA-256 sums that a version needs."""
+    wanted = (version.config_sha256, version.weights_sha256, version.prepared_sha256)
+    return {digest for digest in wanted if digest is not None}
+
+
+def _referenced(session: Session, among: Collection[str] | None = None) -> set[str]:
+    """The blobs that any version on any base needs: all of them, or those of `among`."""
+    parts = [select(column) for column in _BLOBS]
+    if among is not None:
+        parts = [part.where(column.in_(among)) for part, column in zip(parts, _BLOBS, strict=True)]
+    return {digest for digest in session.scalars(union_all(*parts)) if digest is not None}
+
+
+# From records to rows and back
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name) <= _NAME_LIMIT or not name.isprintable():
+        raise RegistryError(
+            f"adapter name {name[:80]!r}: use 1 to {_NAME_LIMIT} characters that can be printed."
+        )
+
+
+def _new_adapter(base_id: str, tenant: str, name: str, now: float) -> AdapterRow:
+    return AdapterRow(
+        base_id=base_id,
+        tenant=tenant,
+        name=name,
+        active=None,
+        pinned=False,
+        created_at=now,
+        updated_at=now,
+        changed=0,
+        versions=[],
+    )
+
+
+def _new_version(
+    digest: str, files: VersionFiles, source: Mapping[str, Any], actor: str, now: float
+) -> VersionRow:
+    return VersionRow(
+        digest=digest,
+        config_sha256=files.config.sha256,
+        config_size=files.config.size,
+        weights_sha256=files.weights.sha256,
+        weights_size=files.weights.size,
+        source=dict(source),
+        created_at=now,
+        created_by=plain(actor),
+    )
+
+
+def _set_state(
+    version: VersionRow,
+    state: State,
+    now: float,
+    *,
+    error: tuple[str, str] | None = None,
+    report: Mapping[str, Any] | None = None,
+    prepared: Blob | None = None,
+) -> None:
+    if state not in STATES:
+        raise RegistryError(f"{state!r} is no state of a version: those are {', '.join(STATES)}.")
+    version.state = state
+    version.error_code, version.error_message = map(plain, error) if error else (None, None)
+    _set_report(version, report)
+    version.prepared_sha256 = prepared.sha256 if prepared else None
+    version.prepared_size = prepared.size if prepared else None
+    version.finished_at = None if state in UNFINISHED else now
+
+
+def _adapter_record(row: AdapterRow) -> AdapterRecord:
+    return AdapterRecord(
+        tenant=row.tenant,
+        name=row.name,
+        active=row.active,
+        pinned=row.pinned,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        versions=tuple(_version_record(version, row, whole=False) for version in row.versions),
+    )
+
+
+def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True) -> VersionRecord:
+    """`whole`: with the report's modules, which cost a query of their own unless undeferred."""
+    report = row.report
+    if report is not None and whole:
+        report = {**report, MODULES: row.modules or []}
+    prepared = None
+    if row.prepared_sha256 is not None:
+        prepared = Blob(row.prepared_sha256, row.prepared_size or 0)
+    error = None
+    if row.error_code is not None:
+        error = VersionError(row.error_code, row.error_message or "")
+    return VersionRecord(
+        tenant=adapter.tenant,
+        name=adapter.name,
+        digest=row.digest,
+        state=cast(State, row.state),
+        files=VersionFiles(
+            Blob(row.config_sha256, row.config_size), Blob(row.weights_sha256, row.weights_size)
+        ),
+        prepared=prepared,
+        report=report,
+        source=_source(row.source),
+        error=error,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        finished_at=row.finished_at,
+    )
+
+
+def _source(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With `options`, also of a version that a server of release 0.1 has added since the migration."""
+    return {"options" if key == "wishes" else key: value for key, value in stored.items()}
+
+
+def _history_entry(row: HistoryRow) -> HistoryEntry:
+    return HistoryEntry(cast(Action, row.action), row.version, row.previous, row.actor, row.at)
+
+
+def _set_report(row: VersionRow, report: Mapping[str, Any] | None) -> None:
+    if report is None:
+        row.report = row.modules = None
+        return
+    row.report = {key: value for key, value in report.items() if key != MODULES}
+    row.modules = list(report.get(MODULES, ()))

@@ -1,0 +1,428 @@
+"""Training files and jobs in the registry: what was asked for, how far it has come, what was said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.database import Database, plain, plain_json
+from onebase_adapters.registry.errors import (
+    FileInUseError,
+    JobStateError,
+    RegistryError,
+    UnknownFileError,
+    UnknownJobError,
+)
+from onebase_adapters.registry.models import (
+    ENDED_STATES,
+    JOB_STATES,
+    OPEN_STATES,
+    Activate,
+    Checkpoint,
+    EventKind,
+    JobError,
+    JobEvent,
+    JobState,
+    Level,
+    NewJob,
+    OpenJob,
+    Purpose,
+    TrainingFile,
+    TrainingJob,
+)
+from onebase_adapters.registry.tables import (
+    CheckpointRow,
+    TrainingEventRow,
+    TrainingFileRow,
+    TrainingJobRow,
+)
+
+_FACTS = frozenset(
+    {
+        "plan", "progress", "report", "saved_step", "deaths", "death_step", "version", "activated",
+        "result_file",
+    }
+)  # fmt: skip
+
+
+class TrainingRecords:
+    """Jobs of one base, and files. All methods block, may be called from any thread, and are one transaction.
+
+    A job belongs to the server that made it: its files are there, and it alone runs it. Any server on the
+    registry may move a job's state (pause, cancel, resume); the owner follows what is written here.
+
+    Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database, base_id: str) -> None:
+        self._database = database
+        self._base_id = base_id
+
+    # ---- files -------------------------------------------------------------------------------
+
+    def add_file(self, file: TrainingFile) -> TrainingFile:
+        """A file that is known already stays as it is: the curve of a job that is delivered twice."""
+        with self._database.beside() as session:
+            known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
+            if known is None:
+                session.add(
+                    TrainingFileRow(
+                        id=file.id,
+                        tenant=file.tenant,
+                        server=file.server,
+                        purpose=file.purpose,
+                        filename=plain(file.filename),
+                        bytes=file.bytes,
+                        created_at=file.created_at,
+                    )
+                )
+        return file
+
+    def files(
+        self,
+        tenant: str,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int,
+        oldest_first: bool = False,
+    ) -> list[TrainingFile]:
+        """In order of arrival, newest first unless `oldest_first`. Raises UnknownFileError for `after`."""
+        number = TrainingFileRow.number
+        with self._database.read() as session:
+            query = select(TrainingFileRow).where(TrainingFileRow.tenant == tenant)
+            if purpose is not None:
+                query = query.where(TrainingFileRow.purpose == plain(purpose))
+            if after is not None:
+                place = _file(session, tenant, after).number
+                query = query.where(number > place if oldest_first else number < place)
+            query = query.order_by(number if oldest_first else number.desc()).limit(limit)
+            return [_file_record(row) for row in session.scalars(query)]
+
+    def file(self, tenant: str, file_id: str) -> TrainingFile:
+        """Raises UnknownFileError."""
+        with self._database.read() as session:
+            return _file_record(_file(session, tenant, file_id))
+
+    def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> TrainingFile:
+        """Delete a file that no job needs.
+
+        Args:
+            passing: errors after which a failed job may go on, and needs its files.
+
+        Raises UnknownFileError, FileInUseError.
+        """
+        with self._database.beside() as session:
+            row = _file(session, tenant, file_id, lock=True)
+            user = session.scalar(
+                select(TrainingJobRow.id).where(
+                    or_(TrainingJobRow.training_file == row.id, TrainingJobRow.validation_file == row.id),
+                    or_(
+                        TrainingJobRow.state.not_in(ENDED_STATES),
+                        and_(TrainingJobRow.state == "failed", TrainingJobRow.error_code.in_(passing)),
+                    ),
+                )
+            )
+            if user is not None:
+                raise FileInUseError(f"File {row.id} is in use: job {user} needs it.", user)
+            found = _file_record(row)
+            session.delete(row)
+            return found
+
+    def file_ids(self, server: str) -> set[str]:
+        """All files of one server, of any tenant."""
+        with self._database.read() as session:
+            return set(session.scalars(select(TrainingFileRow.id).where(TrainingFileRow.server == server)))
+
+    # ---- jobs --------------------------------------------------------------------------------
+
+    def add_job(self, job: NewJob, event: JobEvent) -> TrainingJob:
+        """A new job in state `validating_files`, with its first event. Raises UnknownFileError."""
+        with self._database.beside() as session:
+            for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
+                _file(session, job.tenant, file_id, lock=True)
+            row = _job_row(job, self._base_id, time.time())
+            session.add(row)
+            session.flush()
+            session.add(_event_row(row.number, event))
+            return _job_record(row)
+
+    def job(self, tenant: str, job_id: str) -> TrainingJob:
+        """Raises UnknownJobError."""
+        with self._database.read() as session:
+            return _job_record(self._job(session, job_id, tenant))
+
+    def jobs(
+        self, tenant: str, *, after: str | None = None, limit: int, labels: Mapping[str, str] | None = None
+    ) -> list[TrainingJob]:
+        """Newest first; `labels`: only those that have all of these. Raises UnknownJobError for `after`."""
+        with self._database.read() as session:
+            query = select(TrainingJobRow).where(*self._scope(tenant))
+            if after is not None:
+                query = query.where(TrainingJobRow.number < self._job(session, after, tenant).number)
+            for key, value in (labels or {}).items():
+                query = query.where(TrainingJobRow.labels[plain(key)].as_string() == plain(value))
+            rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
+            return [_job_record(row) for row in rows]
+
+    def open_jobs(self, server: str) -> list[OpenJob]:
+        """What a server has to do, oldest first."""
+        row = TrainingJobRow
+        with self._database.read() as session:
+            rows = session.execute(
+                select(row.id, row.tenant, row.state, row.saved_step, row.report.is_not(None))
+                .where(*self._scope(), row.server == server, row.state.in_(OPEN_STATES))
+                .order_by(row.number)
+            )
+            return [OpenJob(one[0], one[1], cast(JobState, one[2]), one[3], one[4]) for one in rows]
+
+    def job_ends(self, server: str) -> dict[str, tuple[JobState, str | None]]:
+        """State and error code of all jobs of one server by their ids, on any base and of any tenant."""
+        with self._database.read() as session:
+            rows = session.execute(
+                select(TrainingJobRow.id, TrainingJobRow.state, TrainingJobRow.error_code).where(
+                    TrainingJobRow.server == server
+                )
+            )
+            return {row[0]: (cast(JobState, row[1]), row[2]) for row in rows}
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs of this base there are in each state."""
+        with self._database.read() as session:
+            rows = session.execute(
+                select(TrainingJobRow.state, func.count())
+                .where(*self._scope())
+                .group_by(TrainingJobRow.state)
+            )
+            return {row[0]: row[1] for row in rows}
+
+    def move(
+        self,
+        job_id: str,
+        state: JobState,
+        among: Collection[JobState],
+        event: JobEvent | None = None,
+        *,
+        while_delivered: bool = True,
+        **facts: Any,
+    ) -> TrainingJob:
+        """Change a job's state, if it is one of `among`, and other fields of TrainingJob with it.
+
+        Args:
+            while_delivered: also when it is running and has its report already.
+
+        Raises UnknownJobError; JobStateError when it is in another state.
+        """
+        with self._database.beside() as session:
+            row = self._job(session, job_id, lock=True)
+            delivered = row.state == "running" and row.report is not None
+            if row.state not in among or (delivered and not while_delivered):
+                raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
+            _set_facts(row, state, facts, time.time())
+            if event is not None:
+                session.add(_event_row(row.number, event))
+            session.flush()
+            return _job_record(row)
+
+    def note(
+        self,
+        job_id: str,
+        events: Sequence[JobEvent] = (),
+        checkpoints: Iterable[Checkpoint] = (),
+        **facts: Any,
+    ) -> None:
+        """Add what a run said; `facts`: fields of TrainingJob. Raises UnknownJobError."""
+        with self._database.beside() as session:
+            row = self._job(session, job_id, lock=True)
+            session.add_all(_event_row(row.number, event) for event in events)
+            for checkpoint in checkpoints:
+                session.execute(
+                    delete(CheckpointRow).where(
+                        CheckpointRow.job == row.number, CheckpointRow.step == checkpoint.step
+                    )
+                )
+                session.add(_checkpoint_row(row.number, checkpoint))
+                row.saved_step = max(row.saved_step, checkpoint.step)
+            _set_facts(row, None, facts, time.time())
+
+    # ---- what jobs said ----------------------------------------------------------------------
+
+    def events(self, job: TrainingJob, *, before: int | None = None, limit: int) -> list[JobEvent]:
+        """Newest first, older than the event of number `before`."""
+        number = TrainingEventRow.number
+        with self._database.read() as session:
+            query = select(TrainingEventRow).where(TrainingEventRow.job == job.number)
+            if before is not None:
+                query = query.where(number < before)
+            return [_event_record(row) for row in session.scalars(query.order_by(number.desc()).limit(limit))]
+
+    def events_since(self, job: TrainingJob, after: int, limit: int) -> list[JobEvent]:
+        """Oldest first, newer than the event of number `after`."""
+        number = TrainingEventRow.number
+        with self._database.read() as session:
+            query = select(TrainingEventRow).where(TrainingEventRow.job == job.number, number > after)
+            return [_event_record(row) for row in session.scalars(query.order_by(number).limit(limit))]
+
+    def checkpoints(self, job: TrainingJob) -> list[Checkpoint]:
+        """All that were written, newest first."""
+        with self._database.read() as session:
+            rows = session.scalars(
+                select(CheckpointRow)
+                .where(CheckpointRow.job == job.number)
+                .order_by(CheckpointRow.step.desc())
+            )
+            return [_checkpoint_record(row) for row in rows]
+
+    def _scope(self, tenant: str | None = None) -> list[ColumnElement[bool]]:
+        conditions = [TrainingJobRow.base_id == self._base_id]
+        return conditions if tenant is None else [*conditions, TrainingJobRow.tenant == tenant]
+
+    def _job(
+        self, session: Session, job_id: str, tenant: str | None = None, *, lock: bool = False
+    ) -> TrainingJobRow:
+        query = select(TrainingJobRow).where(*self._scope(tenant), TrainingJobRow.id == plain(job_id))
+        row = session.scalar(query.with_for_update() if lock else query)
+        if row is None:
+            raise UnknownJobError(f"There is no job {job_id[:80]!r} on this base.")
+        return row
+
+
+def _file(session: Session, tenant: str, file_id: str, *, lock: bool = False) -> TrainingFileRow:
+    query = select(TrainingFileRow).where(
+        TrainingFileRow.tenant == tenant, TrainingFileRow.id == plain(file_id)
+    )
+    row = session.scalar(query.with_for_update() if lock else query)
+    if row is None:
+        raise UnknownFileError(f"There is no file {file_id[:80]!r}.")
+    return row
+
+
+# From rows to records and back
+
+
+def _file_record(row: TrainingFileRow) -> TrainingFile:
+    return TrainingFile(
+        row.id,
+        row.tenant,
+        row.server,
+        cast(Purpose, row.purpose),
+        row.filename,
+        row.bytes,
+        row.created_at,
+    )
+
+
+def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
+    return TrainingJobRow(
+        id=job.id,
+        base_id=base_id,
+        tenant=job.tenant,
+        server=job.server,
+        name=job.name,
+        state="validating_files",
+        training_file=job.training_file,
+        validation_file=job.validation_file,
+        activate=job.activate,
+        settings=plain_json(job.settings),
+        labels={plain(key): plain(value) for key, value in job.labels.items()},
+        created_at=now,
+        saved_step=0,
+        deaths=0,
+        death_step=0,
+    )
+
+
+def _job_record(row: TrainingJobRow) -> TrainingJob:
+    error = None
+    if row.error_code is not None:
+        error = JobError(row.error_code, row.error_message or "", row.error_param)
+    return TrainingJob(
+        id=row.id,
+        tenant=row.tenant,
+        server=row.server,
+        name=row.name,
+        training_file=row.training_file,
+        validation_file=row.validation_file,
+        activate=cast(Activate, row.activate),
+        settings=row.settings,
+        labels=row.labels,
+        number=row.number,
+        state=cast(JobState, row.state),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        plan=row.plan,
+        progress=row.progress,
+        report=row.report,
+        error=error,
+        saved_step=row.saved_step,
+        deaths=row.deaths,
+        death_step=row.death_step,
+        version=row.version,
+        activated=row.activated,
+        result_file=row.result_file,
+    )
+
+
+def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, Any], now: float) -> None:
+    """Write fields of TrainingJob into its row. An error leaves with any other state."""
+    error: JobError | None = None
+    for name, value in facts.items():
+        if name == "error":
+            error = value
+        elif name in _FACTS:
+            setattr(row, name, plain_json(value))
+        else:
+            raise RegistryError(f"{name!r} is no fact that a job's row takes.")
+    if state is None:
+        return
+    if state not in JOB_STATES:
+        raise RegistryError(f"{state!r} is no state of a job: those are {', '.join(JOB_STATES)}.")
+    row.state = state
+    row.error_code = error.code if error else None
+    row.error_message = plain(error.message) if error else None
+    row.error_param = error.param if error else None
+    row.finished_at = now if state in ENDED_STATES else None
+    if state == "running" and row.started_at is None:
+        row.started_at = now
+
+
+def _event_row(job: int, event: JobEvent) -> TrainingEventRow:
+    return TrainingEventRow(
+        job=job,
+        at=event.at,
+        level=event.level,
+        kind=event.kind,
+        message=plain(event.message),
+        data=None if event.data is None else plain_json(event.data),
+    )
+
+
+def _event_record(row: TrainingEventRow) -> JobEvent:
+    return JobEvent(
+        at=row.at,
+        message=row.message,
+        level=cast(Level, row.level),
+        kind=cast(EventKind, row.kind),
+        data=row.data,
+        number=row.number,
+    )
+
+
+def _checkpoint_row(job: int, checkpoint: Checkpoint) -> CheckpointRow:
+    return CheckpointRow(
+        job=job,
+        step=checkpoint.step,
+        path=checkpoint.path,
+        at=checkpoint.at,
+        train_loss=checkpoint.train_loss,
+        valid_loss=checkpoint.valid_loss,
+    )
+
+
+def _checkpoint_record(row: CheckpointRow) -> Checkpoint:
+    return Checkpoint(row.step, row.path, row.at, row.train_loss, row.valid_loss, row.number)

@@ -1,0 +1,239 @@
+"""What the registry hands out: adapters and jobs as plain values. Times are Unix seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, get_args
+
+from onebase_adapters.store.content import Blob, VersionFiles
+
+State = Literal["pulling", "validating", "proving", "ready", "failed"]
+Action = Literal["activate", "rollback", "deactivate"]
+
+STATES: Final[tuple[State, ...]] = get_args(State)
+UNFINISHED: Final[tuple[State, ...]] = ("pulling", "validating", "proving")
+
+MODULES = "modules"
+"""The long part of a report, one entry a module. Lists of adapters leave it out."""
+
+
+class Unset:
+    """The type of UNSET: tells "not given" from None, which means "nothing is active"."""
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset()
+
+
+@dataclass(frozen=True)
+class VersionError:
+    """Why a version failed: a stable code and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """One version of one adapter.
+
+    `report`: what the proof found. In an AdapterRecord it lacks its `modules`, of which there may be
+    hundreds; the registry's `version`, `versions` and `unfinished` give it whole.
+    """
+
+    tenant: str
+    name: str
+    digest: str
+    state: State
+    files: VersionFiles
+    prepared: Blob | None
+    report: Mapping[str, Any] | None = field(hash=False)
+    source: Mapping[str, Any] = field(hash=False)
+    error: VersionError | None
+    created_at: float
+    created_by: str
+    finished_at: float | None
+
+    @property
+    def finished(self) -> bool:
+        return self.state not in UNFINISHED
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One name. `active`: the digest of the version that requests by name get; `versions`: newest first."""
+
+    tenant: str
+    name: str
+    active: str | None
+    pinned: bool
+    created_at: float
+    updated_at: float
+    versions: tuple[VersionRecord, ...]
+
+    def version(self, digest: str) -> VersionRecord | None:
+        """The version of this whole digest."""
+        return next((version for version in self.versions if version.digest == digest), None)
+
+    @property
+    def active_version(self) -> VersionRecord | None:
+        return None if self.active is None else self.version(self.active)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One change of what is active: `version` from then on, `previous` until then; None: nothing."""
+
+    action: Action
+    version: str | None
+    previous: str | None
+    actor: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What `Registry.changes` saw: the counter then, the adapters changed since, and the names of all
+    adapters there are (`(tenant, name)`), so that one who follows can drop the others."""
+
+    counter: int
+    changed: tuple[AdapterRecord, ...]
+    names: frozenset[tuple[str, str]]
+
+
+# ---- training --------------------------------------------------------------------------------
+
+JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Purpose = Literal["fine-tune", "fine-tune-results"]
+Level = Literal["info", "warn", "error"]
+EventKind = Literal["message", "metrics"]
+Activate = Literal["always", "if_better", "never"]
+
+JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)
+OPEN_STATES: Final[tuple[JobState, ...]] = ("validating_files", "queued", "running")
+"""A server has something to do for these."""
+ENDED_STATES: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """A file on the disk of one server. `bytes`: its size."""
+
+    id: str
+    tenant: str
+    server: str
+    purpose: Purpose
+    filename: str
+    bytes: int
+    created_at: float
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed: a stable code, a sentence, and the field or file that it is about."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What a job is made of. `settings`: the recipe as it was asked for; `server`: the one that runs it."""
+
+    id: str
+    tenant: str
+    server: str
+    name: str
+    training_file: str
+    validation_file: str | None
+    activate: Activate
+    settings: Mapping[str, Any] = field(hash=False)
+    labels: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class TrainingJob(NewJob):
+    """One job. `number` counts up in the order of creation.
+
+    plan: the resolved recipe and its estimate, once the files are checked.
+    progress: the newest figures of the run.
+    report: what training found, once the adapter is written; what is left then is to deliver it.
+    saved_step: of the newest checkpoint; 0 is none.
+    deaths: of its trainers since the checkpoint `death_step`.
+    version: the digest of what came out; `activated`: whether requests by name get it.
+    """
+
+    number: int
+    state: JobState
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    plan: Mapping[str, Any] | None = field(hash=False)
+    progress: Mapping[str, Any] | None = field(hash=False)
+    report: Mapping[str, Any] | None = field(hash=False)
+    error: JobError | None
+    saved_step: int
+    deaths: int
+    death_step: int
+    version: str | None
+    activated: bool | None
+    result_file: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED_STATES
+
+    @property
+    def error_code(self) -> str | None:
+        return self.error.code if self.error else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether what is left is to deliver it."""
+        return self.report is not None
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """The part of a TrainingJob that its server reads every second: without plan, progress and report."""
+
+    id: str
+    tenant: str
+    state: JobState
+    saved_step: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """What those who follow a job read.
+
+    data: figures, or more than the message holds.
+    number: set by the registry. Of two events of a job the later one has the greater number.
+    """
+
+    at: float
+    message: str
+    level: Level = "info"
+    kind: EventKind = "message"
+    data: Mapping[str, Any] | None = field(default=None, hash=False)
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step that a job can go on from.
+
+    path: the name of its folder. Losses are in nats a supervised token. number: set by the registry.
+    """
+
+    step: int
+    path: str
+    at: float
+    train_loss: float | None
+    valid_loss: float | None
+    number: int = 0

@@ -1,0 +1,485 @@
+"""Where versions come from: folders of this machine, and repositories on the Hub."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from onebase_adapters.format.config import MAX_CONFIG_BYTES
+from onebase_adapters.hub.pull import (
+    HubError,
+    HubReference,
+    PullCancelledError,
+    parse_hub_reference,
+    pull,
+    resolve,
+)
+from onebase_adapters.registry import VersionError, VersionRecord
+from onebase_adapters.store.content import ADAPTER_FILES, CONFIG_FILE, VersionFiles, version_digest
+from onebase_adapters.store.store import Store
+from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.background import Threads
+from onebase_server.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidRequestError,
+    OneBaseError,
+    PayloadTooLargeError,
+    UnavailableError,
+    UnknownAdapterError,
+    VersionFailedError,
+)
+from onebase_server.processes.supervisor import AdapterStartError
+from onebase_server.storage import storage_errors
+
+STARTUP_ACTOR = "startup"
+"""Who activates what was given at start."""
+MOST_REMEMBERED = 1000
+"""Pulls that have ended and can still be asked about."""
+FAILED_SECONDS = 60.0
+"""A repository whose adapter was not served is not pulled again for a request within this time."""
+MOST_TRANSFERS = 64
+"""Transfers that run or wait."""
+_LONGEST_SECONDS = 3600.0
+_RETRY_AFTER = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class FolderError(ValueError):
+    """A folder that holds no adapter, or a name that cannot be used; the message says which and why."""
+
+
+def find_adapters(named: Sequence[tuple[str, str]], parent: str, base_name: str) -> list[tuple[str, Path]]:
+    """`(name, folder)` of the adapters given by name and of those in subfolders of `parent`.
+
+    Raises FolderError for a name that is not allowed or is given twice, and for a folder that lacks a file.
+    """
+    found = [(name, Path(folder).expanduser()) for name, folder in named]
+    if parent:
+        root = Path(parent).expanduser()
+        if not root.is_dir():
+            raise FolderError(f"--adapters-dir: {root} is not a folder")
+        found += [(path.parent.name, path.parent) for path in sorted(root.glob("*/adapter_config.json"))]
+    names: set[str] = set()
+    for name, folder in found:
+        try:
+            check_name(name, base_name)
+        except InvalidRequestError as error:
+            raise FolderError(f"adapter {error.message}") from error
+        if name in names:
+            raise FolderError(f"adapter name {name!r} is given twice: each name stands for one adapter")
+        names.add(name)
+        check_folder(name, folder)
+    return found
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises FolderError unless the folder has both files."""
+    if not folder.is_dir():
+        raise FolderError(f"adapter {name!r}: {folder} is not a folder")
+    for file in ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise FolderError(
+                f"{folder} has no {file}: a PEFT adapter folder holds {' and '.join(ADAPTER_FILES)}"
+            )
+
+
+class Folders:
+    """Registers folders as versions. `given`: those to be served before the server is ready."""
+
+    def __init__(
+        self,
+        adapters: AdapterService,
+        activation: Activation,
+        given: Sequence[tuple[str, Path]],
+        max_bytes: int,
+    ) -> None:
+        self._adapters = adapters
+        self._activation = activation
+        self._given = list(given)
+        self._max_bytes = max_bytes
+
+    async def serve_given(self) -> None:
+        """Import, prove and activate the folders given at start. Raises AdapterStartError."""
+        added: list[tuple[str, VersionRecord]] = []
+        for name, folder in self._given:
+            try:
+                added.append(
+                    (name, await self.add(name, folder, actor=STARTUP_ACTOR, wait_for_verifier=False))
+                )
+            except OneBaseError as error:
+                raise _cannot_serve(name, error.code, error.message) from error
+        for name, version in added:
+            try:
+                await self._serve(await self._adapters.wait(name, version.digest))
+            except OneBaseError as error:
+                raise _cannot_serve(name, error.code, error.message) from error
+
+    async def add(
+        self, name: str, folder: Path, *, actor: str, wait_for_verifier: bool = True
+    ) -> VersionRecord:
+        """Register a folder's content under a name, unless it is known already.
+
+        Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
+        UnavailableError.
+        """
+        record = self._adapters.catalog.get(name)
+        if record is not None:
+            with _readable(name, folder):
+                digest = await self._adapters.disk.run(_digest, folder)
+            known = record.version(digest)
+            if known is not None and known.state == "ready":
+                return known
+        with _readable(name, folder):
+            config = await self._adapters.disk.run(_read_config, folder, self._max_bytes)
+        try:
+            await self._adapters.check_config(name, config, VersionOptions())
+        except ConflictError as error:
+            _log.warning("%s It is served anyway, since its folder was given by name.", error.message)
+        with _readable(name, folder), storage_errors(name):
+            files = await self._adapters.disk.run(self._take, folder)
+        return await self._adapters.add(
+            name,
+            files,
+            {"kind": "folder"},
+            VersionOptions(any_base=True),
+            actor=actor,
+            wait_for_verifier=wait_for_verifier,
+        )
+
+    def _take(self, folder: Path) -> VersionFiles:
+        config, weights = (self._adapters.store.add_file(folder / file) for file in ADAPTER_FILES)
+        return VersionFiles(config, weights)
+
+    async def _serve(self, version: VersionRecord) -> None:
+        """Activate what was given at start, unless another version of the name was chosen since."""
+        if version.error is not None:
+            raise _cannot_serve(version.name, version.error.code, version.error.message)
+        if version.state != "ready":
+            raise _cannot_serve(
+                version.name, "not_proved", "there is no verifier to prove it; the log says why"
+            )
+        record = self._adapters.catalog.adapter(version.name)
+        if record.active == version.digest:
+            return
+        history = await self._activation.history(version.name)
+        chosen = bool(history) and history[0].actor != STARTUP_ACTOR
+        known_before = any(entry.version == version.digest for entry in history)
+        if chosen and known_before:
+            _log.warning(
+                "adapter %s: the version in its folder is %s, but %s was chosen since and stays active",
+                version.name,
+                version.digest[:12],
+                record.active or "none",
+            )
+            return
+        await self._activation.activate(version.name, version.digest, actor=STARTUP_ACTOR)
+
+
+def _digest(folder: Path) -> str:
+    """The digest of a folder's content, without storing it."""
+    sums = []
+    for file in ADAPTER_FILES:
+        with (folder / file).open("rb") as opened:
+            sums.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return version_digest(*sums)
+
+
+def _read_config(folder: Path, max_bytes: int) -> bytes:
+    config = folder / CONFIG_FILE
+    if sum((folder / file).stat().st_size for file in ADAPTER_FILES) > max_bytes:
+        raise PayloadTooLargeError(max_bytes, "--max-upload")
+    if config.stat().st_size > MAX_CONFIG_BYTES:
+        raise InvalidRequestError(f"{config} is over {MAX_CONFIG_BYTES} bytes, which no PEFT config is.")
+    return config.read_bytes()
+
+
+@contextmanager
+def _readable(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequestError(f"Adapter {name!r} in {folder} cannot be read: {error}.") from error
+
+
+def _cannot_serve(name: str, code: str, message: str) -> AdapterStartError:
+    return AdapterStartError(f"adapter {name} cannot be served ({code}): {message}")
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a transfer brought: the files, in the store, and the commit that they are from."""
+
+    files: VersionFiles
+    commit: str
+
+
+class Transfer:
+    """One transfer from the Hub. `fraction` is 0 to 1, of the bytes."""
+
+    def __init__(self, reference: HubReference) -> None:
+        self.reference = reference
+        self.fraction = 0.0
+        self.cancel = threading.Event()
+
+    def run(self, store: Store, max_bytes: int) -> Fetched:
+        """Block until everything is here. Raises HubError, PullCancelledError, StoreError."""
+        reference = self.reference
+        commit = resolve(reference.repo, reference.revision, cancel=self.cancel)
+        return Fetched(pull(reference, commit, store, max_bytes, self._advance, cancel=self.cancel), commit)
+
+    def _advance(self, done: int, total: int) -> None:
+        self.fraction = min(1.0, done / total) if total else 0.0
+
+
+class Pulls:
+    """Transfers, one for all who ask for the same reference. `allow`: patterns of `org/repo` for requests."""
+
+    def __init__(self, store: Store, threads: Threads, allow: Sequence[str], max_bytes: int) -> None:
+        self._store = store
+        self._threads = threads
+        self._allow = tuple(allow)
+        self._max_bytes = max_bytes
+        self._running: dict[HubReference, tuple[Transfer, asyncio.Task[Fetched]]] = {}
+
+    def check_allowed(self, reference: HubReference, param: str) -> None:
+        """Raises ForbiddenError unless requests may make this server pull from the repository."""
+        if any(fnmatchcase(reference.repo, pattern) for pattern in self._allow):
+            return
+        allowed = ", ".join(self._allow) or "none"
+        raise ForbiddenError(
+            f"{param}: for requests, this server pulls from these Hub repositories only: {allowed}. Its "
+            f"operator may add --hub-allow '{reference.repo}'.",
+            code="hub_not_allowed",
+            param=param,
+        )
+
+    def start(self, reference: HubReference) -> tuple[Transfer, asyncio.Task[Fetched]]:
+        """The transfer of this reference: the one that runs, or a new one. Raises UnavailableError."""
+        if reference not in self._running:
+            if len(self._running) >= MOST_TRANSFERS:
+                raise UnavailableError(
+                    f"{MOST_TRANSFERS} pulls from the Hub are running or waiting. Try again later.",
+                    code="pulls_busy",
+                    retry_after=_RETRY_AFTER,
+                )
+            transfer = Transfer(reference)
+            task = asyncio.get_running_loop().create_task(self._run(transfer))
+            self._running[reference] = transfer, task
+            task.add_done_callback(lambda done: self._ended(reference, done))
+        return self._running[reference]
+
+    async def _run(self, transfer: Transfer) -> Fetched:
+        limit = asyncio.get_running_loop().call_later(_LONGEST_SECONDS, transfer.cancel.set)
+        try:
+            return await self._threads.run(transfer.run, self._store, self._max_bytes)
+        except PullCancelledError:
+            raise HubError(
+                "hub_unreachable", f"{transfer.reference} did not arrive within {_LONGEST_SECONDS:g} s"
+            ) from None
+        finally:
+            limit.cancel()
+
+    def _ended(self, reference: HubReference, task: asyncio.Task[Fetched]) -> None:
+        del self._running[reference]
+        if not task.cancelled():
+            task.exception()
+
+
+def hub_failure(code: str, message: str) -> OneBaseError:
+    """A failed transfer, for a caller who waited for it."""
+    if code == "hub_not_found":
+        return UnknownAdapterError(message, code=code)
+    if code == "hub_gated":
+        return ForbiddenError(message, code=code, param="adapter")
+    if code == "hub_invalid":
+        return InvalidRequestError(message, code=code, param="adapter")
+    if code == "hub_no_adapter":
+        return VersionFailedError(message, code=code)
+    if code == "hub_too_large":
+        return _too_large(message)
+    return UnavailableError(message, code=code, retry_after=_RETRY_AFTER)
+
+
+def _too_large(message: str) -> OneBaseError:
+    error = PayloadTooLargeError(0, "--max-upload")
+    error.message, error.code = message, "hub_too_large"
+    return error
+
+
+@dataclass(eq=False)
+class PendingPull:
+    """A version that is being pulled; `digest` is known when its files have arrived."""
+
+    name: str
+    reference: HubReference
+    options: VersionOptions
+    actor: str
+    transfer: Transfer
+    task: asyncio.Task[VersionRecord] | None = None
+    id: str = field(default_factory=lambda: f"pull-{secrets.token_hex(12)}")
+    created_at: float = field(default_factory=time.time)
+    digest: str | None = None
+    failure: OneBaseError | None = None
+
+    @property
+    def error(self) -> VersionError | None:
+        """Why it failed, if it did."""
+        return None if self.failure is None else VersionError(self.failure.code, self.failure.message)
+
+    async def arrived(self) -> VersionRecord:
+        """The registered version. Raises what the pull ended with."""
+        if self.task is None:
+            raise RuntimeError("a pull without a task")
+        return await asyncio.shield(self.task)
+
+
+class HubAdapters:
+    """Registers what is pulled from the Hub as versions. Called from one event loop."""
+
+    def __init__(self, adapters: AdapterService, pulls: Pulls) -> None:
+        self._adapters = adapters
+        self._pulls = pulls
+        self._known: OrderedDict[str, PendingPull] = OrderedDict()
+        self._first_uses: dict[str, asyncio.Task[None]] = {}
+        self._failed: dict[str, tuple[float, OneBaseError]] = {}
+
+    def check_allowed(self, reference: HubReference, param: str) -> None:
+        """Raises ForbiddenError unless requests may make this server pull from the repository."""
+        self._pulls.check_allowed(reference, param)
+
+    def get(self, name: str, pull_id: str) -> PendingPull | None:
+        """A pull that runs, or one of the last MOST_REMEMBERED."""
+        pending = self._known.get(pull_id)
+        return pending if pending is not None and pending.name == name else None
+
+    def of_name(self, name: str) -> list[PendingPull]:
+        """Pulls of a name that have no digest (yet), newest first."""
+        return [
+            pending
+            for pending in reversed(self._known.values())
+            if pending.name == name and not pending.digest
+        ]
+
+    def running_names(self) -> set[str]:
+        """Names that something is being pulled for."""
+        return {
+            pending.name for pending in self._known.values() if pending.digest is None and not pending.failure
+        }
+
+    def pull(
+        self, name: str, reference: HubReference, options: VersionOptions, actor: str = ""
+    ) -> PendingPull:
+        """Begin to fetch a version, or join the pull that does so already. Raises UnavailableError."""
+        for pending in self._known.values():
+            running = pending.task is not None and not pending.task.done()
+            if running and (pending.name, pending.reference, pending.options) == (name, reference, options):
+                return pending
+        transfer, fetched = self._pulls.start(reference)
+        pending = PendingPull(name, reference, options, actor, transfer)
+        pending.task = asyncio.get_running_loop().create_task(self._finish(pending, fetched))
+        pending.task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._known[pending.id] = pending
+        while len(self._known) > MOST_REMEMBERED:
+            self._known.popitem(last=False)
+        return pending
+
+    async def use(self, name: str, *, param: str) -> None:
+        """Make the adapter of this Hub name active: pull and prove it unless it is active already.
+
+        Concurrent first uses wait for the same pull. Raises OneBaseError saying why it cannot be served.
+        """
+        reference = hub_reference(name, param)
+        record = self._adapters.catalog.get(name)
+        if record is not None and record.active is not None:
+            return
+        self._pulls.check_allowed(reference, param)
+        since, failure = self._failed.get(name, (0.0, None))
+        if failure is not None and time.monotonic() - since < FAILED_SECONDS:
+            raise failure
+        if name not in self._first_uses:
+            task = asyncio.get_running_loop().create_task(self._first_use(name, reference))
+            self._first_uses[name] = task
+            task.add_done_callback(lambda done: self._first_use_ended(name, done))
+        await asyncio.shield(self._first_uses[name])
+
+    async def _first_use(self, name: str, reference: HubReference) -> None:
+        await self._refuse_if_deactivated(name)
+        arrived = await self.pull(name, reference, VersionOptions(activate=True), actor="first use").arrived()
+        version = await self._adapters.wait(name, arrived.digest)
+        if version.error is not None:
+            raise VersionFailedError(
+                f"{name} cannot be served: {version.error.message}", code=version.error.code
+            )
+
+    async def _refuse_if_deactivated(self, name: str) -> None:
+        """A deactivated adapter stays so until a version of it is activated."""
+        if self._adapters.catalog.get(name) is None:
+            return
+        history = await self._adapters.activation.history(name)
+        if history and history[0].action == "deactivate":
+            raise UnknownAdapterError(f"Adapter {name!r} was deactivated: activate one of its versions.")
+
+    def _first_use_ended(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._first_uses[name]
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, VersionFailedError):
+            now = time.monotonic()
+            fresh = {key: (at, old) for key, (at, old) in self._failed.items() if now - at < FAILED_SECONDS}
+            self._failed = {**fresh, name: (now, error)}
+
+    async def _finish(self, pending: PendingPull, fetched: asyncio.Task[Fetched]) -> VersionRecord:
+        """Wait for the transfer, then register what came. Raises OneBaseError."""
+        try:
+            arrived = await self._arrived(fetched)
+            version = await self._register(pending, arrived)
+        except OneBaseError as error:
+            _log.warning("pulling %s for %s: %s", pending.reference, pending.name, error)
+            pending.failure = error
+            raise
+        pending.digest = version.digest
+        return version
+
+    async def _arrived(self, fetched: asyncio.Task[Fetched]) -> Fetched:
+        try:
+            with storage_errors():
+                return await asyncio.shield(fetched)
+        except HubError as error:
+            raise hub_failure(error.code, str(error)) from error
+
+    async def _register(self, pending: PendingPull, fetched: Fetched) -> VersionRecord:
+        adapters, reference = self._adapters, pending.reference
+        config = await adapters.read_config(fetched.files)
+        await adapters.check_config(pending.name, config, pending.options)
+        source = {
+            "kind": "hub",
+            "repo": reference.repo,
+            "revision": reference.revision,
+            "commit": fetched.commit,
+            "subfolder": reference.subfolder,
+        }
+        return await adapters.add(pending.name, fetched.files, source, pending.options, actor=pending.actor)
+
+
+def hub_reference(text: str, param: str) -> HubReference:
+    """`hub:org/repo[@revision][:subfolder]` taken apart. Raises InvalidRequestError."""
+    try:
+        return parse_hub_reference(text)
+    except HubError as error:
+        raise InvalidRequestError(f"{param}: {error}", param=param, code=error.code) from error

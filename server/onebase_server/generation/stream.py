@@ -1,0 +1,210 @@
+"""One request's outputs as they come: from the engine's socket to the answering task, and tokens to text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from onebase_engine.engine.messages import FinishReason, RowOutput, Submit, TokenLogprob
+from onebase_server.errors import OneBaseError, SlowReaderError
+from onebase_server.generation.text import PieceDecoder, StopStrings
+
+
+class Inflight:
+    """A bounded mailbox: the engine's side never waits, the reader's side may.
+
+    One request is one or more submits (prompts) of `n` rows each. `buffer_limit` counts outputs that
+    the reader has not taken yet; one more, and the request fails with SlowReaderError.
+
+    Args:
+        on_cut: called when the request is cut off, to free a reader's connection at once.
+        on_ended: called once the engine has ended the last row, or is gone with all of them.
+    """
+
+    def __init__(
+        self,
+        submits: Sequence[Submit],
+        buffer_limit: int,
+        *,
+        on_cut: Callable[[], None] = lambda: None,
+        on_ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.submits = tuple(submits)
+        self.open_rows = {submit.id: submit.n for submit in submits}
+        self.given_up = False
+        """Nobody waits for it any more: its rows end before their time."""
+        self.on_ended = on_ended
+        self._on_cut = on_cut
+        self._limit = buffer_limit
+        self._pending: list[RowOutput] = []
+        self._failure: OneBaseError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows that the engine has not ended yet."""
+        return sum(self.open_rows.values())
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def push(self, output: RowOutput) -> bool:
+        """Deliver one output. False: the reader is too slow and the request has just been cut off."""
+        if output.finish is not None:
+            left = self.open_rows[output.id] - 1
+            if left:
+                self.open_rows[output.id] = left
+            else:
+                del self.open_rows[output.id]
+        if self._failure is not None:
+            return True
+        if len(self._pending) >= self._limit:
+            self._pending.clear()
+            self.fail(SlowReaderError())
+            self._on_cut()
+            return False
+        self._pending.append(output)
+        self._wake()
+        return True
+
+    def fail(self, error: OneBaseError) -> None:
+        """End the request: outputs already here are still taken, then `error` is raised."""
+        if self._failure is None:
+            self._failure = error
+            self._wake()
+
+    async def take(self) -> list[RowOutput]:
+        """All outputs since the last call, at least one. Raises what the request failed with."""
+        while not self._pending:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        batch, self._pending = self._pending, []
+        return batch
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class TokenInfo:
+    """One token with its log-probability (natural), and where its text begins in the choice's text."""
+
+    token: int
+    offset: int
+    logprob: float | None
+    top: Sequence[tuple[int, float]] | None
+
+
+@dataclass(slots=True)
+class Piece:
+    """What became certain about one choice at once. The last piece has a finish reason."""
+
+    index: int
+    text: str
+    tokens: list[TokenInfo] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Choice:
+    """Turns one row's outputs into pieces.
+
+    A token's logprobs leave with the piece in which its text begins, so that held-back text (an
+    incomplete character, or what may become a stop string) holds its tokens back too.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        decoder: PieceDecoder,
+        stops: Sequence[str],
+        *,
+        min_tokens: int = 0,
+        offset: int = 0,
+        discard_tokens: bool = False,
+    ) -> None:
+        self.index = index
+        self.completion_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._decoder = decoder
+        self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens if stops else 0
+        self._decoded = offset
+        self._released = offset
+        self._waiting: list[TokenInfo] = []
+        self._discard_tokens = discard_tokens
+
+    @property
+    def stopped_here(self) -> bool:
+        """A stop string ended the choice: the engine does not know yet."""
+        return self._stops.matched
+
+    def feed(self, output: RowOutput) -> Piece | None:
+        """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
+        text = "" if self._discard_tokens else self._read_tokens(output)
+        if output.finish is not None and not self._stops.matched:
+            tail = self._decoder.flush()
+            self._decoded += len(tail)
+            text += self._stops.push(tail)
+            if not self._stops.matched:
+                text += self._stops.flush()
+        if self._stops.matched:
+            self.finish_reason = "stop"
+        elif output.finish is not None:
+            self.finish_reason = "length" if self._discard_tokens else output.finish
+        self._released += len(text)
+        tokens = self._release_tokens()
+        if not text and not tokens and self.finish_reason is None:
+            return None
+        return Piece(self.index, text, tokens, self.finish_reason)
+
+    def _read_tokens(self, output: RowOutput) -> str:
+        text = ""
+        last = len(output.tokens) - 1
+        for position, token in enumerate(output.tokens):
+            self.completion_tokens += 1
+            if position == last and output.stop_token is not None:
+                break
+            if output.logprobs is not None:
+                self._waiting.append(_token_info(output.logprobs[position], self._decoded))
+            piece = self._decoder.push(token)
+            self._decoded += len(piece)
+            text += piece if self.completion_tokens < self._min_tokens else self._stops.push(piece)
+            if self._stops.matched:
+                break
+        return text
+
+    def _release_tokens(self) -> list[TokenInfo]:
+        waiting = self._waiting
+        if not waiting:
+            return []
+        if self.finish_reason is not None and not self._stops.matched:
+            ready, self._waiting = waiting, []
+            return ready
+        count = 0
+        while count < len(waiting) and waiting[count].offset < self._released:
+            count += 1
+        ready, self._waiting = waiting[:count], waiting[count:]
+        return ready
+
+
+def _token_info(value: TokenLogprob, offset: int) -> TokenInfo:
+    return TokenInfo(value.token, offset, value.logprob, value.top)
+
+
+def prompt_token_infos(
+    prompt: Sequence[int], logprobs: Sequence[TokenLogprob], decoder: PieceDecoder
+) -> list[TokenInfo]:
+    """The prompt's tokens for `echo`; the first has no logprob, since nothing comes before it."""
+    infos: list[TokenInfo] = []
+    offset = 0
+    for position, token in enumerate(prompt):
+        known = logprobs[position - 1] if 0 < position <= len(logprobs) else None
+        infos.append(TokenInfo(token, offset, known.logprob if known else None, known.top if known else None))
+        offset += len(decoder.push(token))
+    return infos

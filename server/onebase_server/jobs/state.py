@@ -1,0 +1,123 @@
+"""The states of a job: which may follow which, by what, and where a job goes on.
+
+    from                              by          to
+    validating_files                  CHECKED     queued            its files are sound
+    validating_files                  RECHECK     validating_files  the process that checked them died
+    queued                            STARTED     running
+    running                           REQUEUED    queued            interrupted, or its trainer died
+    running                           DELIVERED   succeeded
+    validating_files, queued, running FAILED      failed
+    queued, running                   PAUSED      paused
+    those of FAILED, and paused       cancelled   cancelled         also failed, if it is resumable
+    paused, and failed if resumable   resumed     queued            without a plan: validating_files
+
+Nothing follows `succeeded`, `cancelled`, or `failed` by an error that is not in RESUMABLE. An interrupted job
+has no state of its own: it is queued, and goes on after its last checkpoint. A job whose adapter is being
+delivered is `running`; users can neither pause nor cancel it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from onebase_adapters.registry import OPEN_STATES, JobState, OpenJob, TrainingJob
+
+RESUMABLE = frozenset(
+    {
+        "adapter_lost", "base_changed", "delivery_failed", "device_error", "disk_full",
+        "internal_error", "no_memory", "out_of_memory", "prepared_damaged", "proof_crashed", "proof_timeout",
+        "store_unavailable", "trainer_died", "trainer_failed",
+    }
+)  # fmt: skip
+"""Errors that may not come again: the job stands at its last checkpoint, or is delivered once more."""
+
+MAX_DEATHS = 3
+"""Trainers that may die without a checkpoint in between; with the next one the job fails."""
+PAUSES = (0.5, 1.0, 2.0)
+"""Seconds before the next trainer is started, by the number of deaths."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """From any state of `among` to the state `to`.
+
+    while_delivered: whether it is allowed while the job's adapter is being delivered.
+    """
+
+    among: tuple[JobState, ...]
+    to: JobState
+    while_delivered: bool = True
+
+
+CHECKED = Move(("validating_files",), "queued")
+RECHECK = Move(("validating_files",), "validating_files")
+STARTED = Move(("queued",), "running")
+REQUEUED = Move(("running",), "queued")
+DELIVERED = Move(("running",), "succeeded")
+FAILED = Move(OPEN_STATES, "failed")
+PAUSED = Move(("queued", "running"), "paused", while_delivered=False)
+
+
+def cancelled(job: TrainingJob) -> Move:
+    """Ends a job for good, also one that failed and could go on."""
+    failed: tuple[JobState, ...] = ("failed",) if is_resumable("failed", job.error_code) else ()
+    return Move((*OPEN_STATES, "paused", *failed), "cancelled", while_delivered=False)
+
+
+def resumed(job: TrainingJob) -> Move:
+    """Lets a resumable job go on. Without a plan its files have not been checked yet."""
+    return Move((job.state,), "queued" if job.plan else "validating_files", while_delivered=False)
+
+
+def is_resumable(state: JobState, error_code: str | None) -> bool:
+    """Whether `resume` lets a job go on that is in this state, by this error."""
+    return state == "paused" or (state == "failed" and error_code in RESUMABLE)
+
+
+def resume_point(job: TrainingJob | OpenJob) -> str:
+    """Where a job goes on, as the end of a sentence."""
+    if job.trained:
+        return "with the proof of its adapter"
+    return f"after step {job.saved_step}" if job.saved_step else "from its beginning"
+
+
+@dataclass(frozen=True)
+class Death:
+    """A death of a job's trainer. `how`: `signal SIGKILL`; `count`: deaths since a checkpoint, with this."""
+
+    job: TrainingJob
+    how: str
+    count: int
+
+    @classmethod
+    def of(cls, job: TrainingJob, how: str) -> Death:
+        """The newest death of a job, whose row does not count it yet."""
+        return cls(job, how, job.deaths + 1 if job.saved_step <= job.death_step else 1)
+
+    @property
+    def last(self) -> bool:
+        """Whether the job fails by it; else another trainer is started."""
+        return self.count > MAX_DEATHS
+
+    @property
+    def pause(self) -> float:
+        """Seconds before the next trainer is started."""
+        return PAUSES[min(self.count, len(PAUSES)) - 1]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the job's row."""
+        return {"deaths": self.count, "death_step": self.job.saved_step}
+
+    @property
+    def message(self) -> str:
+        """For the job's owner."""
+        killed = " The kernel also ends a process by SIGKILL when memory is short."
+        hint = killed if "SIGKILL" in self.how else ""
+        if self.last:
+            return (
+                f"The trainer's process ended {self.count} times without reaching a checkpoint, the last "
+                f"time by {self.how}.{hint} The server's log may say more. The job can be resumed."
+            )
+        return f"The trainer's process ended by {self.how}.{hint} The job goes on {resume_point(self.job)}."

@@ -1,0 +1,183 @@
+"""What the engine, the verifier and a trainer have in common: their start, and their end of the socket."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from onebase_engine.engine.messages import FrameReader, encode
+
+GOODBYE_SECONDS = 5.0
+"""From the api's end until a child is gone, whatever it computes."""
+
+Received = TypeVar("Received")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What the api hands to a child when it starts it."""
+
+    sock: socket.socket
+    base_fd: int | None
+    busy_fd: int | None
+
+
+def begin(name: str, *, niceness: int = 0) -> Inherited:
+    """Set up this process as the api's child of that name, and take what it inherits.
+
+    With a `niceness` it leaves the processor to others, and is the first to be killed when memory is short.
+    """
+    parser = argparse.ArgumentParser(description=f"OneBase {name} process; the api starts it.")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
+    parser.add_argument("--base-fd", type=int, help="file descriptor of the memory that holds the base")
+    parser.add_argument("--busy-fd", type=int, help="file descriptor of the byte that says whether rows run")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s {name} %(message)s", stream=sys.stderr)
+    _silence_libraries()
+    # Ctrl-C in a terminal reaches every process; the api decides when a child ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if niceness:
+        step_aside(niceness)
+    return Inherited(socket.socket(fileno=arguments.fd), arguments.base_fd, arguments.busy_fd)
+
+
+def _silence_libraries() -> None:
+    """Drop advice for people who call the libraries themselves; here nobody could follow it."""
+    import transformers
+
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.disable_progress_bar()
+
+
+def step_aside(niceness: int) -> None:
+    """Leave the processor to whoever else wants it, and be the first to be killed when memory is short.
+
+    SCHED_IDLE spared serving no more than a niceness of 19 in measurements, and could leave a job without
+    any time.
+    """
+    os.nice(niceness)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+class ApiGoneError(Exception):
+    """The api has closed the socket, or sent something that is no message: the process ends."""
+
+
+class Channel(Generic[Received]):
+    """The socket to the api. Reading and writing have threads of their own: nothing that computes waits for
+    either, and an api that ends is noticed in the middle of a computation.
+
+    Args:
+        decode: makes a message of one frame's payload.
+        leave_within: seconds from the api's end until the process ends by force; None: it ends by itself.
+        on_leave: what must be done before that.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        decode: Callable[[bytes], Received],
+        *,
+        leave_within: float | None = None,
+        on_leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._socket = sock
+        self._decode = decode
+        self._leave_within = leave_within
+        self._on_leave = on_leave
+        self._inbox: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._gone = threading.Event()
+        self._closing = False
+        self._writer = threading.Thread(target=self._write, name="channel-writer", daemon=True)
+        threading.Thread(target=self._read, name="channel-reader", daemon=True).start()
+        self._writer.start()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue a message; callable from any thread. Lost if the api has gone."""
+        self._outbox.put(encode(message))
+
+    def post(self, message: Received) -> None:
+        """Add a message of this process's own to those of the api; callable from any thread."""
+        self._inbox.put(message)
+
+    def receive(self) -> Received:
+        """The next message, whenever it comes. Raises ApiGoneError."""
+        return next(self.arrived(None))
+
+    def arrived(self, timeout: float | None = 0.0) -> Iterator[Received]:
+        """The messages that are here; waits up to `timeout` seconds (None: for ever) for the first.
+
+        Raises ApiGoneError.
+        """
+        with contextlib.suppress(queue.Empty):
+            message = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
+            while True:
+                if message is None:
+                    raise ApiGoneError("the api closed the socket")
+                yield message
+                message = self._inbox.get_nowait()
+
+    def check(self) -> None:
+        """Raise ApiGoneError if nobody waits for what is being computed."""
+        if self._gone.is_set():
+            raise ApiGoneError("the api closed the socket")
+
+    def close(self) -> None:
+        """Send what is queued, then close."""
+        self._closing = True
+        self._outbox.put(None)
+        self._writer.join(timeout=GOODBYE_SECONDS)
+        with contextlib.suppress(OSError):
+            # Ends the reader's recv too, which would otherwise keep the socket open.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read(self) -> None:
+        reader = FrameReader()
+        try:
+            while data := self._socket.recv(1 << 16):
+                for payload in reader.feed(data):
+                    self._inbox.put(self._decode(payload))
+        except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
+            if not self._closing:
+                logger.error("reading from the api failed: %s", error)
+        if self._leave_within is not None and not self._closing:
+            self._leave_soon(self._leave_within)
+        self._gone.set()
+        self._inbox.put(None)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            while (frame := self._outbox.get()) is not None:
+                self._socket.sendall(frame)
+
+    def _leave_soon(self, seconds: float) -> None:
+        if not seconds:
+            self._leave()
+        timer = threading.Timer(seconds, self._leave)
+        timer.daemon = True
+        timer.start()
+
+    def _leave(self) -> None:
+        """End the process although it computes: nobody waits for the result."""
+        self._on_leave()
+        os._exit(0)

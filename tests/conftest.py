@@ -1,0 +1,71 @@
+"""Which tests run in one process, and in which order: the slowest begin, so that no worker ends late."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).with_name("seconds.json")
+"""Seconds of each file; ONEBASE_SECONDS=write in the environment writes what a run took."""
+SECONDS: dict[str, float] = json.loads(TABLE.read_text())
+UNKNOWN_SECONDS = 10.0
+SHARED = {"tests/server": "api: Any", "tests/clients": "server: Server", "tests/verifier": "bench: Bench"}
+"""What a whole folder shares takes many seconds to start: its files that use it run in one process."""
+
+
+def group_of(file: str) -> str:
+    """What runs in one process: the file, or what it shares with others."""
+    folder = file.rpartition("/")[0]
+    shared = SHARED.get(folder)
+    return folder if shared and shared in (ROOT / file).read_text(encoding="utf-8") else file
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {file: group_of(file) for file in {file_of(item.nodeid) for item in items}}
+    seconds: Counter[str] = Counter()
+    for file, group in groups.items():
+        seconds[group] += SECONDS.get(file, UNKNOWN_SECONDS)
+    items.sort(key=lambda item: (-seconds[groups[file_of(item.nodeid)]], groups[file_of(item.nodeid)]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(file_of(nodeid))
+
+    return Groups(config, log)
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+class Stopwatch:
+    """Writes TABLE."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[file_of(report.nodeid)] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        found = {file: round(seconds, 1) for file, seconds in (SECONDS | self.seconds).items()}
+        kept = {file: found[file] for file in sorted(found) if (ROOT / file).exists()}
+        TABLE.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("ONEBASE_SECONDS") == "write" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Stopwatch())

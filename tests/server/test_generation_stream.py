@@ -1,0 +1,120 @@
+"""One choice's pieces: stop strings across tokens, logprobs that go with their text, endings."""
+
+from __future__ import annotations
+
+from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_server.generation.stream import Choice, Piece, prompt_token_infos
+from onebase_server.generation.text import BytePieces
+from onebase_server.generation.tokenization import BaseTokenizer
+
+
+def letters() -> BytePieces:
+    """Token ids are bytes."""
+    return BytePieces(lambda token: bytes([token]))
+
+
+def outputs(text: str | bytes, *, logprobs: bool = False, finish: str | None = "length") -> list[RowOutput]:
+    """One output per byte; the last one ends the row."""
+    raw = text.encode() if isinstance(text, str) else text
+    return [
+        RowOutput(
+            id="r",
+            tokens=[byte],
+            logprobs=[TokenLogprob(byte, -0.5, [(byte, -0.5)])] if logprobs else None,
+            finish=finish if position == len(raw) - 1 else None,  # type: ignore[arg-type]
+        )
+        for position, byte in enumerate(raw)
+    ]
+
+
+def run(choice: Choice, rows: list[RowOutput]) -> list[Piece]:
+    pieces = []
+    for row in rows:
+        piece = choice.feed(row)
+        if piece is not None:
+            pieces.append(piece)
+        if choice.finish_reason is not None:
+            break
+    return pieces
+
+
+def test_a_stop_string_over_several_tokens_never_shows_and_ends_the_choice() -> None:
+    choice = Choice(0, letters(), ["STOP"])
+
+    pieces = run(choice, outputs("say STO or STOP now"))
+
+    assert "".join(piece.text for piece in pieces) == "say STO or "
+    assert pieces[-1].finish_reason == "stop"
+    assert choice.stopped_here
+    assert choice.completion_tokens == len("say STO or STOP")
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end_when_it_was_none() -> None:
+    choice = Choice(0, letters(), ["STOP"])
+
+    pieces = run(choice, outputs("go STO"))
+
+    assert "".join(piece.text for piece in pieces) == "go STO"
+    assert pieces[-1].finish_reason == "length"
+
+
+def test_a_stop_string_before_min_tokens_does_not_stop() -> None:
+    choice = Choice(0, letters(), ["x"], min_tokens=3)
+
+    pieces = run(choice, outputs("xaxa"))
+
+    assert "".join(piece.text for piece in pieces) == "xa"
+    assert choice.completion_tokens == 3
+
+
+def test_the_token_that_ended_the_row_counts_but_is_not_text() -> None:
+    choice = Choice(0, letters(), [])
+
+    piece = choice.feed(RowOutput(id="r", tokens=[104, 105, 33], finish="stop", stop_token=33))
+
+    assert piece is not None
+    assert piece.text == "hi"
+    assert piece.finish_reason == "stop"
+    assert choice.completion_tokens == 3
+
+
+def test_a_row_that_ends_inside_a_character_ends_with_a_replacement_character() -> None:
+    choice = Choice(0, letters(), [])
+
+    pieces = run(choice, outputs("ok 🎉".encode()[:-1]))
+
+    assert "".join(piece.text for piece in pieces) == "ok \ufffd"
+
+
+def test_logprobs_leave_with_the_text_of_their_token() -> None:
+    choice = Choice(0, letters(), ["bc"])
+
+    pieces = run(choice, outputs("abdbc", logprobs=True))
+
+    assert [(piece.text, [chr(info.token) for info in piece.tokens]) for piece in pieces] == [
+        ("a", ["a"]),
+        ("bd", ["b", "d"]),
+        ("", []),
+    ]
+    assert [info.offset for piece in pieces for info in piece.tokens] == [0, 1, 2]
+
+
+def test_all_tokens_of_one_character_keep_their_logprobs() -> None:
+    choice = Choice(0, letters(), [])
+
+    pieces = run(choice, outputs("é!", logprobs=True))
+
+    tokens = [info.token for piece in pieces for info in piece.tokens]
+    assert bytes(tokens).decode() == "é!"
+    assert [info.offset for piece in pieces for info in piece.tokens] == [0, 0, 1]
+
+
+def test_prompt_tokens_have_offsets_and_the_first_no_logprob(tokenizer: BaseTokenizer) -> None:
+    prompt = tokenizer.encode("Hello big world")
+    logprobs = [TokenLogprob(token, -1.0, [(token, -1.0)]) for token in prompt[1:]]
+
+    infos = prompt_token_infos(prompt, logprobs, tokenizer.pieces())
+
+    assert [info.token for info in infos] == prompt
+    assert [info.logprob for info in infos] == [None, -1.0, -1.0]
+    assert [info.offset for info in infos] == [0, 5, 9]

@@ -1,0 +1,56 @@
+"""The states of a job: what may follow each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from onebase_adapters.registry import JOB_STATES, JobError, JobState, TrainingJob
+from onebase_server.jobs import state as states
+from onebase_server.jobs.state import Move, cancelled, is_resumable, resumed
+
+MOVES = [move for move in vars(states).values() if isinstance(move, Move)]
+FOLLOWING = {
+    "validating_files": {"validating_files", "queued", "failed", "cancelled"},
+    "queued": {"running", "paused", "failed", "cancelled"},
+    "running": {"queued", "paused", "succeeded", "failed", "cancelled"},
+    "paused": {"queued", "cancelled"},
+    "succeeded": set(),
+    "failed": set(),
+    "cancelled": set(),
+}
+
+
+def made(state: JobState, error_code: str | None = None, **facts: Any) -> TrainingJob:
+    error = JobError(error_code, "why") if error_code else None
+    given = {
+        "id": "ftjob-1", "tenant": "default", "server": "s", "name": "orders", "training_file": "file-1",
+        "validation_file": None, "activate": "never", "settings": {}, "labels": {}, "number": 1,
+        "state": state, "created_at": 1.0, "started_at": None, "finished_at": None, "plan": {"steps": 3},
+        "progress": None, "report": None, "error": error, "saved_step": 0, "deaths": 0, "death_step": 0,
+        "version": None, "activated": None, "result_file": None,
+    }  # fmt: skip
+    return TrainingJob(**given | facts)
+
+
+def following(job: TrainingJob) -> set[str]:
+    """The states that the server or a user may move a job to."""
+    by_users = [cancelled(job)]
+    if is_resumable(job.state, job.error_code):
+        by_users.append(resumed(job))
+    return {move.to for move in (*MOVES, *by_users) if job.state in move.among}
+
+
+@pytest.mark.parametrize("state", JOB_STATES)
+def test_only_these_states_follow(state: JobState) -> None:
+    assert following(made(state, "invalid_file" if state == "failed" else None)) == FOLLOWING[state]
+
+
+def test_a_job_that_failed_for_a_passing_reason_can_go_on_or_be_given_up() -> None:
+    assert following(made("failed", "disk_full")) == {"queued", "cancelled"}
+    assert following(made("failed", "disk_full", plan=None)) == {"validating_files", "cancelled"}
+
+
+def test_a_job_that_never_ran_can_be_resumed_only_if_it_is_paused() -> None:
+    assert [state for state in JOB_STATES if is_resumable(state, None)] == ["paused"]

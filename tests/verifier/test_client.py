@@ -1,0 +1,389 @@
+"""What becomes of jobs and processes when a verifier dies, hangs, is stopped or loses its api."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.verifier.conftest import FAULTY, Bench, Published, new_client
+
+from onebase_adapters.store.content import VersionFiles
+from onebase_engine.base import manifest as wire
+from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_server.background import Backoff
+from onebase_server.processes.scratch import scratch_folder
+from onebase_server.processes.verifier_client import (
+    OnProgress,
+    Proof,
+    RejectedError,
+    VerifierClient,
+    VerifierGoneError,
+)
+from onebase_server.processes.verifier_protocol import (
+    Alive,
+    Attach,
+    Attached,
+    Progress,
+    Prove,
+    Proved,
+    from_verifier_decoder,
+)
+
+SCRIPTED = Path(__file__).parents[1] / "server" / "scripted_verifier.py"
+PATIENCE = 240
+"""Seconds before a test gives up; passing tests never wait for it."""
+
+
+def killer(bench: Bench, times: int) -> Callable[[Progress], None]:
+    """Kill the process, `times` in all, when it says that it is proving."""
+    killed: list[int] = []
+
+    def on_progress(progress: Progress) -> None:
+        pid = bench.verifier.pid
+        if progress.stage == "proving" and pid is not None and pid not in killed and len(killed) < times:
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+    return on_progress
+
+
+def gone(pid: int | None) -> bool:
+    assert pid is not None
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_a_job_whose_process_is_killed_is_proven_by_the_next_one(bench: Bench, adapter: Path) -> None:
+    first, deaths = bench.verifier.pid, bench.verifier.deaths
+    assert first is not None
+    assert scratch_folder(first).exists()
+    assert bench.prove(bench.job(adapter), killer(bench, times=1)).report.proof.exact
+    assert bench.verifier.deaths == deaths + 1
+    assert gone(first)
+    assert not scratch_folder(first).exists()
+
+
+def test_a_job_that_ends_its_process_twice_is_rejected_and_the_next_one_is_proven(
+    bench: Bench, adapter: Path
+) -> None:
+    job, deaths = bench.job(adapter), bench.verifier.deaths
+    with pytest.raises(RejectedError, match="SIGKILL") as rejected:
+        bench.prove(job, killer(bench, times=2))
+    assert rejected.value.code == "proof_crashed"
+    assert not Path(job.packed_path).exists()
+    assert bench.verifier.deaths == deaths + 2
+    assert bench.prove(bench.job(adapter)).report.proof.exact
+
+
+def test_a_process_that_died_while_nobody_asked_is_replaced(bench: Bench, adapter: Path) -> None:
+    pid = bench.verifier.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert bench.prove(bench.job(adapter)).report.proof.exact
+    assert bench.verifier.pid != pid
+
+
+def test_jobs_are_proven_one_after_the_other_in_their_order(bench: Bench, adapter: Path) -> None:
+    jobs = [bench.job(adapter) for _ in range(3)]
+    seen: list[str] = []
+
+    async def all_at_once() -> list[Proved]:
+        proofs = [bench.verifier.ask(job, lambda progress: seen.append(progress.digest)) for job in jobs]
+        return await asyncio.gather(*proofs)
+
+    assert [proved.digest for proved in bench.run(all_at_once())] == [job.digest for job in jobs]
+    assert list(dict.fromkeys(seen)) == [job.digest for job in jobs]
+    assert seen == sorted(seen)
+
+
+def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, adapter: Path) -> None:
+    pid = bench.verifier.pid
+
+    async def cancel_the_first() -> Proved:
+        proving = asyncio.Event()
+        hanging = bench.job(adapter, fault="hangs")
+        first = asyncio.ensure_future(bench.verifier.ask(hanging, lambda progress: proving.set()))
+        await proving.wait()
+        second = asyncio.ensure_future(bench.verifier.ask(bench.job(adapter), lambda progress: None))
+        await asyncio.sleep(0)
+        first.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await first
+        return await second
+
+    assert bench.run(cancel_the_first()).report.proof.exact
+    assert gone(pid)
+
+
+def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
+    published: Published, adapter: Path, tmp_path: Path
+) -> None:
+    bench = Bench(published, new_client(tmp_path, str(FAULTY), proof_timeout=8.0), tmp_path)
+    bench.start()
+    pid, job = bench.verifier.pid, bench.job(adapter, fault="hangs")
+    with pytest.raises(RejectedError, match="within 8 s") as rejected:
+        bench.prove(job)
+    assert rejected.value.code == "proof_timeout"
+    assert gone(pid)
+    assert not Path(job.packed_path).exists()
+    assert bench.prove(bench.job(adapter)).report.proof.exact
+    bench.close()
+
+
+def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
+    published: Published, adapter: Path, tmp_path: Path
+) -> None:
+    bench = Bench(published, new_client(tmp_path, silence=10.0), tmp_path)
+    bench.start()
+    stopped = bench.verifier.pid
+    assert stopped is not None
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "proving" and bench.verifier.pid == stopped:
+            os.kill(stopped, signal.SIGSTOP)
+
+    async def both() -> list[Proved]:
+        jobs = [bench.job(adapter), bench.job(adapter)]
+        return await asyncio.gather(*(bench.verifier.ask(job, stop) for job in jobs))
+
+    assert [proved.report.proof.exact for proved in bench.run(both())] == [True, True]
+    assert gone(stopped)
+    assert not scratch_folder(stopped).exists()
+    assert bench.verifier.deaths == 1
+    bench.close()
+
+
+def test_a_job_gives_signs_of_life_while_it_computes(
+    new_api: NewApi, session_bench: Bench, adapter: Path
+) -> None:
+    api = new_api(str(FAULTY))
+    api.send(session_bench.job(adapter, fault="hangs"))
+    api.wait_until_proving()
+    for _ in range(3):
+        while not isinstance(api.receive(), Alive):
+            pass
+
+
+def test_stopping_ends_the_process_and_every_job_at_once_and_the_next_engine_has_another(
+    bench: Bench, adapter: Path
+) -> None:
+    pid = bench.verifier.pid
+
+    async def stop_while_proving() -> list[Any]:
+        proving = asyncio.Event()
+        jobs = [bench.job(adapter, fault="hangs"), bench.job(adapter)]
+        running = [
+            asyncio.ensure_future(bench.verifier.ask(job, lambda progress: proving.set())) for job in jobs
+        ]
+        await proving.wait()
+        await bench.verifier.engine_gone()
+        return await asyncio.gather(*running, return_exceptions=True)
+
+    assert [type(end) for end in bench.run(stop_while_proving())] == [VerifierGoneError] * 2
+    assert gone(pid)
+    assert bench.verifier.pid is None
+    with pytest.raises(VerifierGoneError, match="no verifier"):
+        bench.prove(bench.job(adapter))
+    bench.start()
+    assert bench.prove(bench.job(adapter)).report.proof.exact
+
+
+def test_a_base_that_cannot_be_attached_is_told_with_the_reason(published: Published, tmp_path: Path) -> None:
+    bench = Bench(published, new_client(tmp_path), tmp_path)
+    plan = wire.decode(published.manifest)
+    names = {name: number for name, number in plan.names.items() if "inv_freq" not in name}
+    manifest = wire.encode(msgspec.structs.replace(plan, names=names))
+    with pytest.raises(VerifierGoneError, match="inv_freq"):
+        bench.run(bench.verifier.attach(published.config, manifest, published.fd))
+    assert bench.verifier.pid is None
+    bench.close()
+
+
+def test_a_command_that_is_no_verifier_is_given_up(published: Published, tmp_path: Path) -> None:
+    async def start() -> None:
+        verifier = new_client(tmp_path, "-c", "raise SystemExit(7)")
+        await verifier.attach(published.config, published.manifest, published.fd)
+
+    with pytest.raises(VerifierGoneError, match="exit status 7"):
+        asyncio.run(start())
+
+
+# ---- from files to a packed adapter ------------------------------------------------------------
+
+
+def stored_version(client: VerifierClient) -> VersionFiles:
+    with client._store.writer() as config, client._store.writer() as weights:
+        config.write(b"{}")
+        weights.write(b"weights")
+        return VersionFiles(config.commit(), weights.commit())
+
+
+def test_content_that_two_ask_for_is_proved_once_and_both_hear_of_it(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def prove_twice() -> None:
+        client = new_client(tmp_path, str(SCRIPTED), "slow")
+        ask, jobs = client.ask, []
+
+        def counted(job: Prove, on_progress: OnProgress) -> Any:
+            jobs.append(job)
+            return ask(job, on_progress)
+
+        monkeypatch.setattr(client, "ask", counted)
+        files, heard = stored_version(client), ([], [])
+        client.base_ready(published.config, published.manifest, published.fd)
+        proofs = [
+            client.prove(files, allow_noop=False, wait_for_verifier=True, on_progress=stages.append)
+            for stages in heard
+        ]
+        first, second = await asyncio.gather(*proofs)
+        assert first is second
+        assert client._store.local(first.packed.sha256).read_bytes() == b"weights"
+        assert len(jobs) == 1
+        assert [progress.stage for progress in heard[0]] == ["validating", "proving"]
+        assert heard[1] == heard[0]
+        await client.engine_gone()
+
+    asyncio.run(asyncio.wait_for(prove_twice(), PATIENCE))
+
+
+def test_one_who_waits_for_a_verifier_gets_the_proof_of_the_next_engine_whoever_began_it(
+    published: Published, tmp_path: Path
+) -> None:
+    async def lose_the_engine() -> None:
+        client = new_client(tmp_path, str(SCRIPTED), "slow", backoff=Backoff(0.01, 0.01))
+        files, proving = stored_version(client), asyncio.Event()
+
+        def on_progress(progress: Progress) -> None:
+            if progress.stage == "proving":
+                proving.set()
+
+        def prove(*, wait: bool) -> asyncio.Task[Proof]:
+            proof = client.prove(files, allow_noop=False, wait_for_verifier=wait, on_progress=on_progress)
+            return asyncio.ensure_future(proof)
+
+        hasty = prove(wait=False)
+        await asyncio.sleep(0)
+        patient = prove(wait=True)
+        client.base_ready(published.config, published.manifest, published.fd)
+        await proving.wait()
+        await client.engine_gone()
+        with pytest.raises(VerifierGoneError, match="engine ended"):
+            await hasty
+        client.base_ready(published.config, published.manifest, published.fd)
+        assert (await patient).report["rank"] == 8
+        await client.engine_gone()
+
+    asyncio.run(asyncio.wait_for(lose_the_engine(), PATIENCE))
+
+
+# ---- the process's own side ------------------------------------------------------------------
+
+
+class Api:
+    """The api's end of a socket to a verifier process, without the link."""
+
+    def __init__(self, published: Published, *command: str) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(PATIENCE)
+        options = ["--fd", str(theirs.fileno()), "--base-fd", str(published.fd)]
+        self.process = subprocess.Popen(
+            [sys.executable, *(command or ("-m", "onebase_server.processes.verifier")), *options],
+            pass_fds=[theirs.fileno(), published.fd],
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._frames, self._decoder = FrameReader(), from_verifier_decoder()
+        self._messages: list[Any] = []
+        self.send(Attach(config=published.config, manifest=published.manifest))
+
+    def send(self, message: Attach | Prove | Shutdown) -> None:
+        self.send_bytes(encode(message))
+
+    def send_bytes(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def receive(self) -> Any:
+        while not self._messages:
+            data = self._socket.recv(1 << 16)
+            assert data, "the verifier hung up"
+            self._messages += [self._decoder.decode(payload) for payload in self._frames.feed(data)]
+        return self._messages.pop(0)
+
+    def wait_until_proving(self) -> None:
+        while not (isinstance(message := self.receive(), Progress) and message.stage == "proving"):
+            pass
+
+    def hang_up(self) -> None:
+        self._socket.close()
+
+    def end(self) -> int:
+        return self.process.wait(PATIENCE)
+
+
+NewApi = Callable[..., Api]
+
+
+@pytest.fixture
+def new_api(published: Published) -> Iterator[NewApi]:
+    made: list[Api] = []
+
+    def new(*command: str) -> Api:
+        made.append(Api(published, *command))
+        return made[-1]
+
+    yield new
+    for api in made:
+        api.process.kill()
+        api.process.wait()
+
+
+def test_the_verifier_steps_aside_while_it_lives_and_obeys_a_shutdown(new_api: NewApi) -> None:
+    api = new_api()
+    assert isinstance(api.receive(), Attached)
+    pid = api.process.pid
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+    assert scratch_folder(pid).is_dir()
+    api.send(Shutdown())
+    assert api.end() == 0
+    assert not scratch_folder(pid).exists()
+
+
+def test_the_verifier_ends_in_the_middle_of_a_proof_when_its_api_hangs_up(
+    new_api: NewApi, session_bench: Bench, adapter: Path
+) -> None:
+    api, job = new_api(), session_bench.job(adapter)
+    api.send(job)
+    api.wait_until_proving()
+    api.hang_up()
+    assert api.end() == 0
+    assert not Path(job.packed_path).exists()
+    assert not scratch_folder(api.process.pid).exists()
+
+
+def test_the_verifier_ends_even_if_its_proof_hangs(
+    new_api: NewApi, session_bench: Bench, adapter: Path
+) -> None:
+    api = new_api(str(FAULTY))
+    api.send(session_bench.job(adapter, fault="hangs"))
+    api.wait_until_proving()
+    assert scratch_folder(api.process.pid).is_dir()
+    api.hang_up()
+    assert api.end() == 0
+    assert not scratch_folder(api.process.pid).exists()
+
+
+def test_bytes_that_are_no_message_end_the_process(new_api: NewApi) -> None:
+    api = new_api()
+    api.send_bytes(b"\x03\0\0\0\xc1\xc1\xc1")
+    assert api.end() == 0
