@@ -179,7 +179,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
         (["--init", "pissa"], "choose from"),
         (["--metric", "regex:.*"], "is not a metric"),
         (["--memory-limit", "lots"], "is not a size: write it as in 20GB"),
-        (["--base", "no/such/base"], "the base 'no/such/base' cannot be used"),
+        (["--base", "no/such/base"], "base 'no/such/base' is neither a folder that exists nor a repository"),
         (["--recipe", "missing.json"], "cannot be read"),
         (["--threads", "-1"], "is not a whole number above 0"),
         (["--name", "a[/b]"], "cannot be an adapter's name"),
