@@ -93,7 +93,7 @@ def test_the_accelerators_way_of_serving_is_compared_within_its_tolerance(
         assert proof.rows == 3 * 32
     _stack_in_another_order(monkeypatch)
     reference = peft_adapter(base, "lora", seed=1)
-    with pytest.raises(ProofError, match="beside another adapter's rows") as found:
+    with pytest.raises(ProofError, match="next to another adapter's rows") as found:
         prove_modules(base, reference, weights_of(reference), exact=False)
     assert found.value.difference > 1e-2
 

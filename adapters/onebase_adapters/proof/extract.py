@@ -95,6 +95,6 @@ def _tokens(layer: Any, adapter: str, shared: dict[int, torch.Tensor]) -> TokenR
 
 
 def _in_host_memory(tensor: torch.Tensor, shared: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-    """PEFT puts matrices beside the base; on an accelerator only those in slots may stay there."""
+    """PEFT puts matrices next to the base; on an accelerator only those in slots may stay there."""
     copy = tensor.detach().cpu().contiguous()
     return copy if shared is None else shared.setdefault(id(tensor), copy)

@@ -192,10 +192,10 @@ def _batch_mixes(device: torch.device, *, tiled: bool) -> Iterator[_BatchMix]:
     stack = Stack(0, TILE, weight, plain=True)
     terms = (Term(_OTHER, mask=~even), Term(_VERSION, mask=even))
     rows = RowMap((Tile(0, TILE, terms, stack),)) if tiled else RowMap(stack=stack)
-    yield _BatchMix("beside another adapter's rows", rows, even)
+    yield _BatchMix("next to another adapter's rows", rows, even)
     if tiled:
         # Without the stack, which the engine uses only where it is exact.
-        yield _BatchMix("beside another adapter's rows", RowMap((Tile(0, TILE, terms),)), even)
+        yield _BatchMix("next to another adapter's rows", RowMap((Tile(0, TILE, terms),)), even)
     lonely = Stack(0, TILE, torch.cat([~even, torch.zeros_like(even)], dim=1).float(), plain=True)
     rows = RowMap((Tile(0, TILE, (Term(_VERSION, mask=~even),)),)) if tiled else RowMap(stack=lonely)
-    yield _BatchMix("beside rows without an adapter", rows, ~even, others_bare=True)
+    yield _BatchMix("next to rows without an adapter", rows, ~even, others_bare=True)

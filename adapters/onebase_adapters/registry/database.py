@@ -83,7 +83,7 @@ class Database:
             yield session, counter
 
     @contextmanager
-    def beside(self) -> Iterator[Session]:
+    def write_uncounted(self) -> Iterator[Session]:
         """A writing transaction that leaves the change counter alone: for what no catalog follows."""
         with self.errors("writing"), Session(self.engine) as session, session.begin():
             yield session
@@ -188,7 +188,7 @@ def _kind(error: Exception, cause: BaseException, file: Path | None) -> type[Reg
 def _sqlite_kind(code: int, file: Path) -> type[RegistryError]:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return RegistryBusyError
-    # What it cannot write beside the database itself, it calls an I/O error.
+    # SQLite calls it an I/O error when it cannot write the files next to the database.
     full = code == sqlite3.SQLITE_IOERR and shutil.disk_usage(file.parent).free < _LITTLE_SPACE
     return RegistryFullError if full or code == sqlite3.SQLITE_FULL else RegistryError
 

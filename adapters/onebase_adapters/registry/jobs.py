@@ -72,7 +72,7 @@ class TrainingRecords:
 
     def add_file(self, file: TrainingFile) -> TrainingFile:
         """A file that is known already stays as it is: the curve of a job that is delivered twice."""
-        with self._database.beside() as session:
+        with self._database.write_uncounted() as session:
             known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
             if known is None:
                 session.add(
@@ -122,7 +122,7 @@ class TrainingRecords:
 
         Raises UnknownFileError, FileInUseError.
         """
-        with self._database.beside() as session:
+        with self._database.write_uncounted() as session:
             row = _file(session, tenant, file_id, lock=True)
             user = session.scalar(
                 select(TrainingJobRow.id).where(
@@ -148,7 +148,7 @@ class TrainingRecords:
 
     def add_job(self, job: NewJob, event: JobEvent) -> TrainingJob:
         """A new job in state `validating_files`, with its first event. Raises UnknownFileError."""
-        with self._database.beside() as session:
+        with self._database.write_uncounted() as session:
             for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
                 _file(session, job.tenant, file_id, lock=True)
             row = _job_row(job, self._base_id, time.time())
@@ -223,7 +223,7 @@ class TrainingRecords:
 
         Raises UnknownJobError; JobStateError when it is in another state.
         """
-        with self._database.beside() as session:
+        with self._database.write_uncounted() as session:
             row = self._job(session, job_id, lock=True)
             delivered = row.state == "running" and row.report is not None
             if row.state not in among or (delivered and not while_delivered):
@@ -242,7 +242,7 @@ class TrainingRecords:
         **facts: Any,
     ) -> None:
         """Add what a run said; `facts`: fields of TrainingJob. Raises UnknownJobError."""
-        with self._database.beside() as session:
+        with self._database.write_uncounted() as session:
             row = self._job(session, job_id, lock=True)
             session.add_all(_event_row(row.number, event) for event in events)
             for checkpoint in checkpoints:

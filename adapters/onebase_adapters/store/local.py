@@ -122,7 +122,7 @@ class PartFile:
 
 
 class LocalBlobs:
-    """A folder of blobs named by their SHA-256, with a folder beside it for what is not finished."""
+    """A folder of blobs named by their SHA-256, with a folder next to it for what is not finished."""
 
     def __init__(self, root: Path, files: FileSystem) -> None:
         self.blobs = root / "blobs"
@@ -156,7 +156,7 @@ class LocalBlobs:
 
     def publish(self, part: PartFile, blob: Blob) -> None:
         """Give a finished file its name. An older file of that name is replaced: its content is the same, or
-        it is damaged; and its age begins anew, so that `sweep` leaves it to whoever wrote it last."""
+        it is damaged; and its age begins again, so that `sweep` leaves it to whoever wrote it last."""
         try:
             with store_errors("naming a blob"):
                 with self._locked(fcntl.LOCK_SH):

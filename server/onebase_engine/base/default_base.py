@@ -159,7 +159,7 @@ def fetch_default_base(progress: Progress | None = None, cache: Path | None = No
 
 
 def _fetch_into(target: Path, report: Progress) -> None:
-    """Fetch the default base beside `target` and rename it there. The caller holds the lock."""
+    """Fetch the default base next to `target` and rename it there. The caller holds the lock."""
     work = target.with_name(f".{target.name}.partial")
     for leftover in (work, target):  # of a run that was killed; an incomplete target has no other origin
         shutil.rmtree(leftover, ignore_errors=True)

@@ -410,7 +410,7 @@ def estimate_memory(
 
 
 def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
-    """Bytes beside a 4-bit weight of `count` values: its absmax and the 16 fp32 of its code.
+    """Bytes that come with a 4-bit weight of `count` values: its absmax and the 16 fp32 of its code.
 
     Double quantization: one byte an absmax, their own fp32 absmax, the fp32 offset and a code of 256 fp32.
     """

@@ -61,7 +61,7 @@ class TensorPlace(msgspec.Struct, frozen=True):
 
 
 class QuantizedLayer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a bitsandbytes layer has beside its tensors."""
+    """What a bitsandbytes layer has besides its tensors."""
 
     kind: Literal["Linear4bit", "Linear8bitLt"]
     size_in: int

@@ -61,5 +61,5 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
 
 
 def staging_bytes(slot_memory: int) -> int:
-    """Bytes for versions that are being copied to the accelerator, beside those in slots; 0 is no limit."""
+    """Bytes for versions that are being copied to the accelerator, besides those in slots; 0 is no limit."""
     return slot_memory // 4

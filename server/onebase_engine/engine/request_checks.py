@@ -18,7 +18,7 @@ MAX_SCORE_BYTES = protocol.MAX_MESSAGE_BYTES * 3 // 4
 """Of one row's prompt logprobs on the socket, which travel in one message."""
 SCORED_TOKEN_BYTES = 32
 ALTERNATIVE_BYTES = 15
-"""The most that a scored token takes in msgpack, and each alternative beside it."""
+"""The most that a scored token takes in msgpack, and each alternative next to it."""
 
 
 def check_tokens(request: protocol.Submit, vocabulary: int) -> None:

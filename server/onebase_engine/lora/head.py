@@ -20,7 +20,7 @@ class TokenHead:
     """Logits of `n` tokens from rows of the adapter's own, the others as the base gave them.
 
     PEFT copies the whole head and writes the rows into it. Here only the product with the replaced rows is
-    made anew, where a trial on the base's own rows shows it to be bit-equal; else, on the CPU, as PEFT does.
+    made again, where a trial on the base's own rows shows it to be bit-equal; else, on the CPU, as PEFT does.
     """
 
     def __init__(
