@@ -45,7 +45,7 @@ class RemoteBlobs:
         return f"{self._blobs}/{sha256}"
 
     def put(self, source: Path, blob: Blob) -> None:
-        """Send a finished file. One that is there is sent again: its age begins again and damage is mended."""
+        """Send a finished file. One that is there is sent again: its age begins again, and it is whole."""
         with self._errors(f"sending {blob.sha256}"):
             if self._atomic:
                 self._fs.put_file(str(source), self._path(blob.sha256), **self._limits)
