@@ -133,7 +133,7 @@ def test_what_else_fails_while_the_server_is_set_up_is_not_called_a_tokenizer(
     error: Exception,
     sentence: str,
 ) -> None:
-    def fail(*_parts: object) -> None:
+    def fail(*_parts: object, **_named: object) -> None:
         raise error
 
     monkeypatch.setattr("onebase_server.startup.assemble", fail)
