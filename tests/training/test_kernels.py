@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from onebase_adapters.training.attention import STEP, grouped
-from onebase_adapters.training.kernels import CHUNK, ShortAttention, fuse, token_losses
-from onebase_adapters.training.objectives import dpo_losses
+from onebase_adapters.training.kernels import ShortAttention, fuse
+from onebase_adapters.training.objectives import CHUNK, dpo_losses, token_losses
 from onebase_engine.base.view import peft_view
 
 

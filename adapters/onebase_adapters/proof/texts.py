@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from onebase_adapters.proof.verify import ProofError
+from onebase_adapters.proof.modules import ProofError
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS

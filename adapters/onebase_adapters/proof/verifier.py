@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_adapters.proof.modules import ModuleProof, prove_modules
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport
 from onebase_adapters.proof.texts import TextProof, prove_texts
-from onebase_adapters.proof.verify import ModuleProof, prove_modules
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 from onebase_engine.lora.weights import (

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.training.attention import SHORT
-from onebase_adapters.training.kernels import CHUNK
+from onebase_adapters.training.objectives import CHUNK
 from onebase_adapters.training.recipe import Recipe, RecipeError
 from onebase_adapters.training.trainable import target_layers
 from onebase_engine.base.load import Quantization, estimate_memory

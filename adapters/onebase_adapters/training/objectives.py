@@ -1,9 +1,9 @@
-"""What a run makes smaller: the loss of the replies, or DPO's."""
+"""The loss that a run makes smaller: cross-entropy of the replies, or DPO's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -11,7 +11,12 @@ from torch import nn
 from onebase_adapters.training.batches import MicroBatch, pack
 from onebase_adapters.training.data.dataset import Row
 from onebase_adapters.training.recipe import Recipe, decided
-from onebase_adapters.training.trainable import Trainable
+
+if TYPE_CHECKING:
+    from onebase_adapters.training.trainable import Trainable
+
+CHUNK = 256
+"""Rows of logits that are held in fp32 at once."""
 
 
 class Objective(Protocol):
@@ -91,3 +96,49 @@ def dpo_losses(
     """
     margin = beta * ((chosen - rejected) - reference)
     return -nn.functional.logsigmoid(margin), margin
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Negative log-likelihood of each target; keeps no fp32 copy of the logits.
+
+    The gradient takes the memory of the logits, which nobody reads afterwards. In fp32 the numbers are those
+    of torch's own cross_entropy up to rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """logits [n, vocabulary], targets [n] -> [n] fp32."""
+        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        sums = torch.empty_like(losses)
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = logits[part].float()
+            sums[part] = torch.logsumexp(chunk, dim=-1)
+            losses[part] = sums[part] - chunk.gather(1, targets[part, None])[:, 0]
+        ctx.save_for_backward(logits, targets, sums)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, sums = ctx.saved_tensors
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = torch.exp(logits[part].float() - sums[part, None])
+            chunk.scatter_add_(1, targets[part, None], chunk.new_full((len(chunk), 1), -1.0))
+            logits[part] = (chunk * gradient[part, None]).to(logits.dtype)
+        return logits, None
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row, [n] fp32. The backward pass overwrites the logits [n, vocabulary]."""
+    if len(logits) != len(targets):
+        raise ValueError(
+            f"{len(logits)} rows of logits for {len(targets)} targets: the base ignores logits_to_keep"
+        )
+    if not logits.requires_grad:
+        parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
+        return torch.cat(
+            [nn.functional.cross_entropy(chunk.float(), part, reduction="none") for chunk, part in parts]
+        )
+    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return losses

@@ -16,7 +16,8 @@ from onebase_adapters.proof.extract import extract
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
-from onebase_adapters.training.kernels import fuse, token_losses
+from onebase_adapters.training.kernels import fuse
+from onebase_adapters.training.objectives import token_losses
 from onebase_adapters.training.recipe import Recipe, RecipeError, decided
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import AdapterWeights

@@ -20,7 +20,7 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.jobs.run import AttachedBase, Run, RunKind, TrainerPool
+from onebase_server.jobs.job_run import AttachedBase, Run, RunKind, TrainerPool
 from onebase_server.jobs.state import REQUEUED, STARTED, Move, resume_point
 from onebase_server.jobs.storage import GarbageCollector
 

@@ -13,8 +13,8 @@ from onebase_server.adapters.service import AdapterService
 from onebase_server.background import Threads
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.job_run import TrainerPool
 from onebase_server.jobs.manager import Manager
-from onebase_server.jobs.run import TrainerPool
 from onebase_server.jobs.service import JobService
 from onebase_server.jobs.storage import TrainingStorage
 from onebase_server.jobs.store import JobNotifier

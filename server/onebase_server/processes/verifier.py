@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_adapters.proof.modules import ProofError
 from onebase_adapters.proof.report import Stage
 from onebase_adapters.proof.verifier import OnProgress, Verifier
-from onebase_adapters.proof.verify import ProofError
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown

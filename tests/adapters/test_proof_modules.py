@@ -16,8 +16,8 @@ from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_
 from torch import nn
 from torch.nn import functional
 
+from onebase_adapters.proof.modules import ModuleProof, ProofError, prove_modules
 from onebase_adapters.proof.texts import regrets
-from onebase_adapters.proof.verify import ModuleProof, ProofError, prove_modules
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.lora import linear as slot_linear
