@@ -60,7 +60,6 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"accelerate launch$", "only named"),
     (r"for name in orders pirate; do\n", PARSE),  # an hour of training
     (r"python benchmarks/\w+\.py", PARSE),  # minutes each, and other programs to compare with
-    (r"python -m onebase_server\.\w+$", "a child process, started by the server"),
     # What others made, or what changes the machine, is not run at all.
     (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),
     (r"git clone <this repository> onebase && cd onebase$", "has no address yet"),
