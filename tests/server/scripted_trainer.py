@@ -18,6 +18,7 @@ several:
     deaf            does not heed Stop
     finishes        when it is to stop, it finishes
     gated           waits at the real gate before each step
+    until-full      saves after step 5 until the disk is full, unless it has gone on from a checkpoint
     until-paused    waits after step 5 until it is to stop, unless it has gone on from a checkpoint
 """
 
@@ -133,6 +134,9 @@ class ScriptedTrainer:
             self.faults(words, folder, step, first)
             while "until-paused" in words and step == 5 and not first and self.stop is None:
                 self.heed(None)
+            while "until-full" in words and step == 5 and not first:
+                self.save(folder, step)
+                self.heed(STEP_SECONDS)
             if self.stop is not None and "finishes" in words:
                 break
             if self.stop is not None and "deaf" not in words:
@@ -177,7 +181,14 @@ class ScriptedTrainer:
             sys.exit(0)
 
     def save(self, folder: Path, step: int) -> None:
-        (folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / "checkpoints" / str(step)
+        try:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "new").write_bytes(bytes(100_000))
+            (checkpoint / "new").replace(checkpoint / "weights")
+        except OSError as error:
+            self.send(Failed(code="disk_full", message=str(error)))
+            sys.exit(0)
         self.say(events.Saved(at=time.time(), step=step, path=f"checkpoints/{step}", loss=None))
 
     def finish(self, message: Train, words: list[str], steps: int) -> None:

@@ -38,10 +38,17 @@ def test_a_full_disk_fails_the_job_and_not_more_and_it_goes_on_when_resumed(scri
 
 
 def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_its_end(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 8_000_000) as disk, serve_scripted("words", data_dir=disk) as server:
+        fill_the_disk_and_resume(server, make_job(openai_client(server), "until-full"), steps=10)
+
+
+@pytest.mark.full
+def test_a_real_trainer_whose_disk_filled_up_is_resumed_to_its_end_too(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
-    """The registry is on the full disk too."""
-    settings = {"max_steps": 100, "save_every": 10, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
+    settings = {"max_steps": 200, "save_every": 20, "batch_size": 2, "r": 4, "targets": ["q_proj"]}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
     rows = write_chats(tmp_path / "rows.jsonl", 400).read_text()
     options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
@@ -49,19 +56,23 @@ def test_a_job_whose_disk_filled_up_fails_once_there_is_space_and_is_resumed_to_
         small_disk(tmp_path / "disk", 24_000_000) as disk,
         serve_real(*options, data_dir=disk) as server,
     ):
-        client = openai_client(server)
-        job = make_job(client, rows, method=method)
-        checkpoints = disk / "training/jobs" / job.id / "checkpoints"
-        server.wait_for(lambda: any(checkpoints.glob("step-*")))
-        filler = fill(disk)
-        server.wait_for(lambda: not server.trainer_pids())
-        filler.unlink()
-        failed = wait_job(server, client, job.id, ended)
-        assert (failed.status, failed.error.code, failed.resumable) == ("failed", "disk_full", True)
-        client.fine_tuning.jobs.resume(job.id)
-        done = wait_job(server, client, job.id, ended)
-        assert (done.status, step_of(done)) == ("succeeded", 100)
-        assert "Going on after" in "\n".join(messages(client, job.id))
+        fill_the_disk_and_resume(server, make_job(openai_client(server), rows, method=method), steps=200)
+
+
+def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
+    """Once there is a checkpoint. The registry is on the full disk too."""
+    client = openai_client(server)
+    checkpoints = server.data_dir / "training/jobs" / job.id / "checkpoints"
+    server.wait_for(lambda: any(checkpoints.glob("[!.]*")))
+    filler = fill(server.data_dir)
+    server.wait_for(lambda: not server.trainer_pids())
+    filler.unlink()
+    failed = wait_job(server, client, job.id, ended)
+    assert (failed.status, failed.error.code, failed.resumable) == ("failed", "disk_full", True)
+    client.fine_tuning.jobs.resume(job.id)
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, step_of(done)) == ("succeeded", steps)
+    assert "Going on after" in "\n".join(messages(client, job.id))
 
 
 def test_an_adapter_whose_proof_crashed_is_proved_when_its_job_is_resumed(
