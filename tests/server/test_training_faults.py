@@ -16,7 +16,7 @@ import pytest
 from tests.disks import fill, small_disk
 from tests.training.runs import write_chats
 
-from .support import CONFIG, HERE, Server, Starter, serving
+from .support import CONFIG, HERE, Server, Starter, alive, serving
 from .training_support import (
     add_file,
     ended,
@@ -124,7 +124,7 @@ def test_jobs_outlive_a_server_that_is_killed(serve_scripted: Starter, tmp_path:
         client = openai_client(server)
         again = wait_job(server, client, first.id, lambda job: step_of(job) > step_of(running))
         assert again.status == "running"
-        assert not any(Path(f"/proc/{pid}").exists() for pid in trainers)
+        server.wait_for(lambda: not any(map(alive, trainers)), seconds=30)
         told = "\n".join(messages(client, first.id))
         assert "The server was started again; the job goes on after step" in told
         assert client.fine_tuning.jobs.retrieve(paused.id).status == "paused"
