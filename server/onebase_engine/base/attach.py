@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base import manifest as wire
-from onebase_engine.base.load import BaseSettings, freeze, quantized_statistics
+from onebase_engine.base.load import BaseSettings, freeze, import_bitsandbytes, quantized_statistics
 from onebase_engine.base.manifest import Manifest, ManifestError, QuantizedLayer
 from onebase_engine.base.shared_memory import SharedMemoryError, open_tensors, share
 
@@ -75,6 +75,7 @@ def attach(settings: BaseSettings, manifest: bytes, fd: int | None) -> nn.Module
     Raises:
         AttachError: what was published does not fit the folder, or cannot be mapped.
     """
+    import_bitsandbytes()
     try:
         plan = wire.decode(manifest)
         tensors = open_tensors(plan.storages, plan.tensors, fd)

@@ -156,6 +156,24 @@ def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[flo
     return sum(p.numel() for p in plain.values()) / parameter_count(model), f"{largest} ({shape})"
 
 
+def import_bitsandbytes() -> None:
+    """Import it without the compiler of torch that it asks for.
+
+    bitsandbytes compiles only what has no kernel for a device; ours all have. To import the compiler takes a
+    second of CPU and 40 MB in every process that works on the base.
+    """
+    compiler = torch.compile
+    # It takes the function, or settings and then the function.
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+            logging.ERROR
+        )  # advice to install kernels
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compiler
+
+
 def load_base(settings: BaseSettings) -> nn.Module:
     """The frozen base in eval mode, on its device, with eager attention.
 
@@ -164,6 +182,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import_bitsandbytes()
     try:
         config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -61,7 +61,6 @@ def _silence_libraries() -> None:
     """Drop advice for people who call the libraries themselves; here nobody could follow it."""
     import transformers
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import signal
@@ -160,7 +159,6 @@ def quiet_libraries() -> None:
     """Keep the libraries' advice to programmers off the terminal."""
     # Processes that share cores, such as a server and a run, would otherwise spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import transformers
 
