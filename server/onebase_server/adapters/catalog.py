@@ -253,7 +253,7 @@ def check_name(name: str, base_name: str) -> str:
     """The name, if an adapter may have it. Raises InvalidRequestError."""
     if not is_adapter_name(name):
         raise InvalidRequestError(
-            f"name: {name[:80]!r} cannot be an adapter's name. VersionRef {NAME_RULE}.", param="name"
+            f"name: {name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}.", param="name"
         )
     if name == base_name:
         raise InvalidRequestError(f"name: {name!r} is the base's own name. Choose another.", param="name")
