@@ -30,6 +30,10 @@ class Backoff:
         """Those after the first failure, the second, and so on without end."""
         return map(self.pause, itertools.count(1))
 
+    def tries(self, most: int) -> Iterator[float | None]:
+        """For each of `most` tries the pause that follows its failure; None for the last."""
+        return itertools.chain(itertools.islice(self.pauses(), most - 1), (None,))
+
 
 class Threads:
     """At most `most` calls at once, each in a daemon thread of its own: none holds up the process's end.

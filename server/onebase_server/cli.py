@@ -22,7 +22,7 @@ from onebase_server.settings import (
 )
 
 if TYPE_CHECKING:
-    from onebase_server.startup import Commands
+    from onebase_server.wiring import Commands
 
 _SERVE = """\
 Serve one base model, and LoRA adapters on it, over HTTP.

@@ -10,8 +10,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +25,10 @@ from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
-from onebase_server.processes.link import ENGINE_COMMAND
-from onebase_server.processes.supervisor import EngineFailedError, RestartPolicy
-from onebase_server.processes.trainer_client import TRAINER_COMMAND
-from onebase_server.processes.verifier_client import VERIFIER_COMMAND
+from onebase_server.processes.supervisor import EngineFailedError
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
-from onebase_server.wiring import assemble
+from onebase_server.wiring import Commands, assemble
 
 if TYPE_CHECKING:
     from onebase_engine.base.default_base import ResolvedBase
@@ -41,17 +37,6 @@ _log = logging.getLogger(__name__)
 
 LEAST_FILES = 64
 """Open files that the server works with: about thirty of its own, and one for each connection."""
-
-
-@dataclass(frozen=True)
-class Commands:
-    """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
-
-    engine: Sequence[str] = ENGINE_COMMAND
-    verifier: Sequence[str] = VERIFIER_COMMAND
-    trainer: Sequence[str] = TRAINER_COMMAND
-    restarts: RestartPolicy = field(default_factory=RestartPolicy)
-    """Of the engine."""
 
 
 class StartupError(RuntimeError):
@@ -153,15 +138,7 @@ class _Server:
     def _services(self, display: LoadingDisplay) -> Services:
         try:
             return assemble(
-                self.settings,
-                self.base,
-                self.storage,
-                self.given,
-                engine_command=self.commands.engine,
-                engine_restarts=self.commands.restarts,
-                verifier_command=self.commands.verifier,
-                trainer_command=self.commands.trainer,
-                on_loading=display.loading,
+                self.settings, self.base, self.storage, self.given, self.commands, display.loading
             )
         except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error

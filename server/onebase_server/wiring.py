@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import Loading
@@ -15,19 +17,55 @@ from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.tokenization import BaseTokenizer
-from onebase_server.http.deps import Services
+from onebase_server.http.deps import Services, Training
 from onebase_server.http.views.adapters import AdapterViews
-from onebase_server.jobs.wiring import assemble_training
-from onebase_server.processes.link import EngineLink
+from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
+from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.job_run import TrainerPool
+from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.service import JobService
+from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.store import JobNotifier
+from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
-from onebase_server.processes.verifier_client import PROBES, VerifierClient
+from onebase_server.processes.trainer_client import TRAINER_COMMAND
+from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
 
 RECORD_THREADS = 4
 DISK_THREADS = 8
 PULL_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
+
+    engine: Sequence[str] = ENGINE_COMMAND
+    verifier: Sequence[str] = VERIFIER_COMMAND
+    trainer: Sequence[str] = TRAINER_COMMAND
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    """Of the engine."""
+
+
+class _Threads(NamedTuple):
+    """For the registry's calls and for the store's."""
+
+    records: RegistryThreads
+    disk: Threads
+
+
+@dataclass(frozen=True)
+class _AdapterParts:
+    """From a version's files to its being served."""
+
+    catalog: Catalog
+    residency: Residency
+    verifier: VerifierClient
+    activation: Activation
+    service: AdapterService
 
 
 class Preparation:
@@ -53,76 +91,138 @@ def assemble(
     base: ResolvedBase,
     storage: Storage,
     given: Sequence[tuple[str, Path]],
-    *,
-    engine_command: Sequence[str],
-    engine_restarts: RestartPolicy,
-    verifier_command: Sequence[str],
-    trainer_command: Sequence[str],
+    commands: Commands,
     on_loading: Callable[[Loading], None],
 ) -> Services:
     """All parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
-    registry, store = storage.registry, storage.store
-    tokenizer = BaseTokenizer(str(base.folder))
-    records, disk = RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS)
+    threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
+    tokenizer, link, busy = BaseTokenizer(str(base.folder)), EngineLink(), BusyFlag.make()
+    parts = _adapter_parts(settings, base, storage, tokenizer, link, threads, commands.verifier)
+    adapters, residency = parts.service, parts.residency
+    folders = Folders(adapters, parts.activation, given, settings.max_upload)
+    pulls = Pulls(storage.store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
+    hub = HubAdapters(adapters, pulls)
+    training = _training(settings, base, storage, adapters, busy, threads, commands.trainer)
+    listeners = EngineListeners(
+        versions=residency,
+        base=(training.manager, parts.verifier),
+        prepare=Preparation(adapters, folders, residency).run,
+        busy=busy.set,
+    )
+    supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
+    limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
+    return Services(
+        settings=settings,
+        catalog=parts.catalog,
+        tokenizer=tokenizer,
+        supervisor=supervisor,
+        planner=Planner(supervisor, tokenizer, parts.catalog, hub, limits),
+        residency=residency,
+        adapters=adapters,
+        hub=hub,
+        activation=parts.activation,
+        folders=folders,
+        views=AdapterViews(adapters, hub, residency),
+        verifier=parts.verifier,
+        training=training,
+    )
+
+
+def _adapter_parts(
+    settings: Settings,
+    base: ResolvedBase,
+    storage: Storage,
+    tokenizer: BaseTokenizer,
+    link: EngineLink,
+    threads: _Threads,
+    command: Sequence[str],
+) -> _AdapterParts:
+    """`command` starts the verifier."""
+    registry, store, (records, disk) = storage.registry, storage.store, threads
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk)
-    link = EngineLink()
     residency = Residency(
         host_memory(settings),
         files.find,
         files.fetch,
         link.send,
         settings.queue_limit,
-        on_damaged=lambda damaged: adapters.prove_again(damaged),
+        on_damaged=lambda damaged: service.prove_again(damaged),
     )
     verifier = VerifierClient(
         store,
         disk,
         base_id=storage.base_id,
         probes=[tokenizer.encode(probe) for probe in PROBES],
-        command=verifier_command,
+        command=command,
         proof_timeout=settings.proof_timeout,
     )
     activation = Activation(registry, store, catalog, residency, records, disk)
-    adapters = AdapterService(
+    service = AdapterService(
         registry, store, catalog, activation, verifier, base_names=base.names, records=records, disk=disk
     )
-    pulls = Pulls(store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
-    hub = HubAdapters(adapters, pulls)
-    folders = Folders(adapters, activation, given, settings.max_upload)
-    limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    busy = BusyFlag.make()
-    training = assemble_training(
-        settings, base, storage, adapters, busy, command=trainer_command, records=records, disk=disk
-    )
-    listeners = EngineListeners(
-        versions=residency,
-        base=(training.manager, verifier),
-        prepare=Preparation(adapters, folders, residency).run,
-        busy=busy.set,
-    )
-    supervisor = EngineSupervisor(
+    return _AdapterParts(catalog, residency, verifier, activation, service)
+
+
+def _supervisor(
+    settings: Settings,
+    base: ResolvedBase,
+    link: EngineLink,
+    listeners: EngineListeners,
+    commands: Commands,
+    on_loading: Callable[[Loading], None],
+) -> EngineSupervisor:
+    return EngineSupervisor(
         settings.engine_config(str(base.folder)),
         link,
         listeners,
         queue_limit=settings.queue_limit,
         stall_timeout=settings.stall_timeout,
-        command=engine_command,
-        policy=engine_restarts,
+        command=commands.engine,
+        policy=commands.restarts,
         on_loading=on_loading,
     )
-    return Services(
-        settings=settings,
-        catalog=catalog,
-        tokenizer=tokenizer,
-        supervisor=supervisor,
-        planner=Planner(supervisor, tokenizer, catalog, hub, limits),
-        residency=residency,
-        adapters=adapters,
-        hub=hub,
-        activation=activation,
-        folders=folders,
-        views=AdapterViews(adapters, hub, residency),
-        verifier=verifier,
-        training=training,
+
+
+def _training(
+    settings: Settings,
+    base: ResolvedBase,
+    storage: Storage,
+    adapters: AdapterService,
+    busy: BusyFlag,
+    threads: _Threads,
+    command: Sequence[str],
+) -> Training:
+    """The training of one engine's base. Raises DataDirError.
+
+    `command` starts a trainer; `busy` says whether rows run.
+    """
+    records, disk = threads
+    folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute())
+    registry, notifier = storage.registry.training, JobNotifier()
+    files = TrainingFiles(registry, folder, records, disk, settings.max_train_file)
+    pool = TrainerPool(
+        records=registry,
+        threads=records,
+        notifier=notifier,
+        storage=folder,
+        delivery=Delivery(adapters, folder, files, PROOFS_WAITED * settings.proof_timeout),
+        config=settings.engine_config(str(base.folder)),
+        base=base,
+        command=command,
+        share=settings.train_share,
+        memory=settings.train_memory // max(1, settings.train_jobs),
+        busy_fd=busy.fd,
     )
+    manager = Manager(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    jobs = JobService(
+        registry,
+        records,
+        files,
+        folder,
+        manager,
+        notifier,
+        most=settings.train_jobs,
+        look_seconds=settings.sync_seconds,
+    )
+    return Training(files, jobs, manager, storage, records)

@@ -13,8 +13,7 @@ from typing import Any
 from sqlalchemy import Engine, event
 
 from onebase_adapters.registry import Registry
-from onebase_adapters.store.content import Blob, VersionFiles
-from onebase_adapters.store.errors import store_errors
+from onebase_adapters.store.blobs import Blob, VersionFiles, store_errors
 from onebase_adapters.store.local import FileSystem
 from onebase_adapters.store.store import Store
 

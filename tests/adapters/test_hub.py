@@ -21,7 +21,7 @@ from onebase_adapters.hub.pull import (
     pull,
     resolve,
 )
-from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store, StoreFullError
 
 CONFIG = b'{"peft_type": "LORA"}'

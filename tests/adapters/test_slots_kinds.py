@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
-from onebase_engine.lora import head as token_head
-from onebase_engine.lora.head import TokenHead
+from onebase_engine.lora import linear as token_head
+from onebase_engine.lora.linear import TokenHead
 from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
 from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
 from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, composable

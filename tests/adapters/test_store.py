@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters.store.content import Blob, version_digest
+from onebase_adapters.store.blobs import Blob, version_digest
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError
 
 CONTENT = bytes(range(256)) * 100

@@ -14,7 +14,7 @@ from tests.adapters.life import CONTENTS, Life, check, observe, states
 from tests.disks import fill, small_disk
 
 from onebase_adapters.registry import RegistryFullError
-from onebase_adapters.store.content import Blob
+from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.local import FileSystem
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 

@@ -18,7 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from tests.disks import fill, small_disk
 
-from onebase_adapters.store.content import Blob
+from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.local import FileSystem
 from onebase_adapters.store.remote import RemoteBlobs
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError, StoreFullError

@@ -16,8 +16,8 @@ from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 from torch import nn
 
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import engine as engine_module
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine import request_checks
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import FrameReader, RowOutput
@@ -353,9 +353,9 @@ def test_prompt_logprobs_that_fit_in_no_message_are_refused(
 ) -> None:
     top = [(2**31 - 1, -0.1)] * 20
     longest = protocol.RowOutput(id="r", prompt_logprobs=[protocol.TokenLogprob(2**31 - 1, -0.1, top)] * 1000)
-    per_token = request_checks.SCORED_TOKEN_BYTES + 20 * request_checks.ALTERNATIVE_BYTES
+    per_token = engine_module.SCORED_TOKEN_BYTES + 20 * engine_module.ALTERNATIVE_BYTES
     assert len(msgspec.msgpack.encode(longest)) <= 1000 * per_token
-    monkeypatch.setattr(request_checks, "MAX_SCORE_BYTES", 10 * per_token)
+    monkeypatch.setattr(engine_module, "MAX_SCORE_BYTES", 10 * per_token)
     engine = create(base)
     engine.submit(submit("fits", [3] * 10, prompt_logprobs=20))
     engine.submit(submit("longer", [3] * 11, prompt_logprobs=20))

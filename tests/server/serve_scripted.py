@@ -11,7 +11,7 @@ from onebase_server.background import Backoff
 from onebase_server.cli import serve
 from onebase_server.processes.supervisor import RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
-from onebase_server.startup import Commands
+from onebase_server.wiring import Commands
 
 
 def command(script: str, *behaviour: str) -> tuple[str, ...]:

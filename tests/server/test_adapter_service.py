@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import Registry
-from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from onebase_server.background import Threads
+from onebase_server.background import Backoff, Threads
 
 
 def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +24,8 @@ def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.Monk
             return await threads.run(lambda: 2)
 
     assert asyncio.run(run()) == 2
+
+
+def test_a_bounded_number_of_tries_pauses_after_each_but_the_last() -> None:
+    assert list(Backoff(0.5, 2.0).tries(5)) == [0.5, 1.0, 2.0, 2.0, None]
+    assert list(Backoff(0.5, 2.0).tries(1)) == [None]

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from onebase_server.processes.scratch import scratch_folder
+from onebase_server.processes.verifier_protocol import scratch_folder
 
 from .support import Server, Starter, alive, children, command_of, make_folder
 from .training_support import make_job, openai_client

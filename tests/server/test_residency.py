@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.store.content import Blob
+from onebase_adapters.store.blobs import Blob
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,

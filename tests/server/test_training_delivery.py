@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.store.content import ADAPTER_FILES
-from onebase_server.background import Threads
+from onebase_adapters.store.blobs import ADAPTER_FILES
+from onebase_server.background import Backoff, Threads
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError
 from onebase_server.jobs import delivery
 from onebase_server.jobs.delivery import Delivered, Delivery, DeliveryError
@@ -51,7 +51,7 @@ class _Library:
     async def version(self, name: str, digest: str) -> Any:
         return self.known
 
-    async def activate_patiently(self, version: Any) -> OneBaseError | None:
+    async def activate_with_retries(self, version: Any) -> OneBaseError | None:
         if self.failure is None:
             self.active = version.digest
         return self.failure
@@ -60,7 +60,7 @@ class _Library:
 @pytest.fixture
 def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Delivers a job with this wish to a library, while its row says this state."""
-    monkeypatch.setattr(delivery, "PAUSES", (0.0,))
+    monkeypatch.setattr(delivery, "BACKOFF", Backoff(0.0, 0.0))
     for file in ADAPTER_FILES:
         (tmp_path / "adapter").mkdir(exist_ok=True)
         (tmp_path / "adapter" / file).write_text("x")

@@ -170,14 +170,14 @@ class _Away:
         self.told += [event.message for event in events]
 
 
-@pytest.mark.parametrize(("patient", "told"), [(True, ["the last words"]), (False, [])])
-def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(patient: bool, told: list[str]) -> None:
+@pytest.mark.parametrize(("retries", "told"), [(True, ["the last words"]), (False, [])])
+def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(retries: bool, told: list[str]) -> None:
     records: Any = _Away(2)
 
     async def run() -> None:
         job: Any = SimpleNamespace(id="ftjob-1", tenant="default", progress=None)
         store = JobStore(job, records, Threads("records", 1), JobNotifier())
-        store.patient = patient
+        store.retries = retries
         store.record(Notice(at=1.0, message="the last words", level="info"))
         await store.close()
 

@@ -17,11 +17,10 @@ import msgspec
 import pytest
 from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 
-from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.blobs import VersionFiles
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.background import Backoff
-from onebase_server.processes.scratch import scratch_folder
 from onebase_server.processes.verifier_client import (
     OnProgress,
     Proof,
@@ -37,6 +36,7 @@ from onebase_server.processes.verifier_protocol import (
     Prove,
     Proved,
     from_verifier_decoder,
+    scratch_folder,
 )
 
 SCRIPTED = Path(__file__).parents[1] / "server" / "scripted_verifier.py"

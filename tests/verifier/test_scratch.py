@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onebase_server.processes.scratch import make_scratch, scratch_folder
+from onebase_server.processes.verifier_protocol import make_scratch, scratch_folder
 
 NOBODY, NOBODY_ELSE, LINK = (1 << 22) + 1, (1 << 22) + 2, (1 << 22) + 3
 """Process ids beyond what Linux gives."""

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from onebase_adapters.store.content import ADAPTER_FILES
+from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_engine.base.hub_access import hub_silence
 from onebase_engine.redaction import redacted
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from onebase_adapters.hub.reference import HubError, HubReference, is_commit, parse_hub_reference
-from onebase_adapters.store.content import ADAPTER_FILES, Blob, VersionFiles
+from onebase_adapters.store.blobs import ADAPTER_FILES, Blob, VersionFiles
 from onebase_adapters.store.store import Store, StoreFullError
 
 __all__ = [

@@ -39,7 +39,7 @@ from onebase_adapters.registry.models import (
     VersionError,
     VersionRecord,
 )
-from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.blobs import Blob, VersionFiles
 
 __all__ = [
     "DEFAULT_TENANT",

@@ -30,7 +30,7 @@ from onebase_adapters.registry.models import (
     VersionRecord,
 )
 from onebase_adapters.registry.tables import AdapterRow, BaseRow, HistoryRow, VersionRow
-from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.blobs import Blob, VersionFiles
 
 DEFAULT_TENANT = "default"
 LEAST_PREFIX = 8

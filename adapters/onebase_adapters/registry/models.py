@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.blobs import Blob, VersionFiles
 
 State = Literal["pulling", "validating", "proving", "ready", "failed"]
 Action = Literal["activate", "rollback", "deactivate"]

@@ -1,13 +1,26 @@
-"""What is named by its content: one blob, and the two files that make a version."""
+"""What the store keeps, named by its content: blobs, and the two files that make a version.
+
+What can go wrong with them:
+
+StoreError
+├── StoreFullError       no space, or the quota is used up; nothing that was stored is lost
+├── BlobMissingError     no such blob
+└── BlobDamagedError     the content is not what its name says
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""`EFBIG` too: the limit on a file's size (RLIMIT_FSIZE, or the disk's own) ends a write in the same way."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +53,31 @@ def version_digest(config_sha: str, weights_sha: str) -> str:
     for name, digest in zip(ADAPTER_FILES, (config_sha, weights_sha), strict=True):
         total.update(name.encode() + b"\0" + bytes.fromhex(digest))
     return total.hexdigest()
+
+
+class StoreError(Exception):
+    """The store could not do it; the message says what and where, without credentials."""
+
+
+class StoreFullError(StoreError):
+    """No space is left where blobs are kept. What was stored before is whole; later writes work again
+    once there is space."""
+
+
+class BlobMissingError(StoreError):
+    """The store has no blob of that name."""
+
+
+class BlobDamagedError(StoreError):
+    """A stored file whose content does not have the SHA-256 that it is named by."""
+
+
+@contextmanager
+def store_errors(doing: str) -> Iterator[None]:
+    """Turn what the operating system says into StoreError or StoreFullError. `doing`: for the message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise StoreFullError(f"No space is left while {doing}: free some, then try again.") from error
+        raise StoreError(f"The store failed while {doing}: {error}") from error

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from onebase_adapters.store.atomic_files import sync
-from onebase_adapters.store.content import Blob
-from onebase_adapters.store.errors import BlobDamagedError, StoreError, store_errors
+from onebase_adapters.store.blobs import Blob, BlobDamagedError, StoreError, store_errors
 
 _PART = ".part"
 _CHUNK = 1 << 20

@@ -12,8 +12,7 @@ from typing import Any
 
 import fsspec
 
-from onebase_adapters.store.content import Blob
-from onebase_adapters.store.errors import FULL, BlobMissingError, StoreError, StoreFullError
+from onebase_adapters.store.blobs import FULL, Blob, BlobMissingError, StoreError, StoreFullError
 from onebase_adapters.store.local import is_sha256
 from onebase_engine.redaction import redacted, without_secrets
 

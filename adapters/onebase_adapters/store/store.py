@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
-from onebase_adapters.store.content import Blob
-from onebase_adapters.store.errors import (
+from onebase_adapters.store.blobs import (
+    Blob,
     BlobDamagedError,
     BlobMissingError,
     StoreError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.memory import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.request_checks import check_scores, check_tokens, check_weights
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import Drawn, draw_apart, score_prompt
 from onebase_engine.engine.scheduler import Limits, NeverFitsError, Scheduler
@@ -31,6 +31,15 @@ from onebase_engine.lora.weights import AdapterWeights, weights_bytes
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+MAX_WEIGHT = 1e9
+"""Of one adapter in a row's sum; far beyond it fp32, in which weights are applied, has no number."""
+
+MAX_SCORE_BYTES = protocol.MAX_MESSAGE_BYTES * 3 // 4
+"""Of one row's prompt logprobs on the socket, which travel in one message."""
+SCORED_TOKEN_BYTES = 32
+ALTERNATIVE_BYTES = 15
+"""The most that a scored token takes in msgpack, and each alternative next to it."""
 
 
 @dataclass
@@ -417,3 +426,49 @@ def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
         # The next step goes on from there.
         return [Plan([], [Segment(segment.row, segment.start, segment.start + segment.length // 2)])]
     return []
+
+
+# ---- what is checked of a request, since a value that fails a step takes its neighbours along -----------
+# The api checks the same and more, with the user's own field names; here are the last lines of defence.
+
+
+def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
+    """Raise NeverFitsError for a token id that the base does not have; on CUDA it would end the process."""
+    sampling = request.sampling
+    groups = {
+        "prompt": request.prompt,
+        "logit_bias": sampling.logit_bias,
+        "stop_token_ids": sampling.stop_token_ids,
+    }
+    for param, tokens in groups.items():
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise NeverFitsError(
+                    "token_out_of_range",
+                    param,
+                    f"{param}: token id {token} is not in the vocabulary (0 to {vocabulary - 1})",
+                )
+
+
+def check_weights(mix: AdapterMix) -> None:
+    """Raise NeverFitsError for an adapter weight that fp32 cannot hold."""
+    for _, weight in mix.terms:
+        if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+            raise NeverFitsError(
+                "weight_out_of_range", "adapter", f"adapter weight {weight} is not within ±{MAX_WEIGHT:g}"
+            )
+
+
+def check_scores(request: protocol.Submit) -> None:
+    """Raise NeverFitsError for prompt logprobs that no message to the api could hold."""
+    top = request.sampling.prompt_logprobs
+    if top is None:
+        return
+    most = MAX_SCORE_BYTES // (SCORED_TOKEN_BYTES + ALTERNATIVE_BYTES * top)
+    if len(request.prompt) > most:
+        raise NeverFitsError(
+            "prompt_logprobs_too_large",
+            "logprobs",
+            f"echo with logprobs {top} holds at most {most} prompt tokens, this prompt has "
+            f"{len(request.prompt)}; lower logprobs or shorten the prompt",
+        )

@@ -15,10 +15,9 @@ from torch import nn
 from onebase_engine.base.layers import hidden_norms, input_embedding, output_head
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
-from onebase_engine.lora.module import SlotModule
-from onebase_engine.lora.norm import SlotNorm
+from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
 from onebase_engine.lora.rows import StepRows
-from onebase_engine.lora.weights import AdapterWeights, moved
+from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, moved
 
 __all__ = [
     "AdapterSlots",
@@ -28,6 +27,26 @@ __all__ = [
     "SlotNorm",
     "wrap_layers",
 ]
+
+
+class SlotNorm(SlotModule):
+    """A norm over the hidden size; rows whose adapter saved it (`modules_to_save`) get that weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        if not self.filled:
+            return y
+        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for start, stop, terms in self.rows.parts(self.stack_terms):
+            some = out[start:stop]
+            self.replace(flat[start:stop], some, some, terms)
+        return y
+
+    def replacement(self, weights: ModuleWeights) -> Replacement:
+        if not isinstance(weights, SavedModule):
+            raise self.unfit(weights)
+        twin = saved_twin(self.base, weights)
+        return lambda x, bare: twin(x)
 
 
 def wrap_layers(model: nn.Module, step: StepRows, *, slots: int, tiled: bool) -> dict[str, SlotModule]:

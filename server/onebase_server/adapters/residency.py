@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from onebase_adapters.registry import VersionRecord
-from onebase_adapters.store.content import Blob
+from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store
 from onebase_engine.engine.messages import (
     AdapterFailed,

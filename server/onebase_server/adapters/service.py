@@ -10,18 +10,17 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, repeat
 from typing import Any
 
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_adapters.registry import DEFAULT_TENANT, Registry, VersionRecord
-from onebase_adapters.store.content import VersionFiles
+from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
-from onebase_server.background import RegistryThreads, Threads
+from onebase_server.background import Backoff, RegistryThreads, Threads
 from onebase_server.errors import (
     ConflictError,
     EngineRestartedError,
@@ -39,9 +38,11 @@ from onebase_server.processes.verifier_client import (
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage import storage_errors
 
-ACTIVATION_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
-"""Seconds between tries to record or to activate what is ready, while the registry is away, the engine
-restarts or memory is full."""
+BACKOFF = Backoff(0.5, 30.0)
+"""Between tries to record or to activate what is ready, while the registry is away, the engine restarts or
+memory is full."""
+ACTIVATION_TRIES = 8
+"""Of one activation: over about a minute."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
 
@@ -265,7 +266,7 @@ class AdapterService:
         else:
             await self._activate_if_asked(version, job)
 
-    async def activate_patiently(self, version: VersionRecord) -> OneBaseError | None:
+    async def activate_with_retries(self, version: VersionRecord) -> OneBaseError | None:
         """Activate a ready version, with several tries. Returns why the last one failed, or None."""
         job = _Job(VersionOptions(activate=True), activate=True)
         await self._activate_if_asked(version, job)
@@ -274,7 +275,7 @@ class AdapterService:
     async def _activate_if_asked(self, version: VersionRecord, job: _Job) -> None:
         if not job.activate:
             return
-        for pause in (*ACTIVATION_PAUSES, None):
+        for pause in BACKOFF.tries(ACTIVATION_TRIES):
             try:
                 await self.activation.activate(version.name, version.digest, actor=version.created_by)
                 return
@@ -297,7 +298,7 @@ class AdapterService:
 
         Raises UnknownAdapterError, UnknownVersionError.
         """
-        for pause in chain(ACTIVATION_PAUSES, repeat(ACTIVATION_PAUSES[-1])):
+        for pause in BACKOFF.pauses():
             try:
                 await self._set_state(version, state, **facts)
                 return

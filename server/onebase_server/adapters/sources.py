@@ -25,7 +25,7 @@ from onebase_adapters.hub.pull import (
     resolve,
 )
 from onebase_adapters.registry import VersionError, VersionRecord
-from onebase_adapters.store.content import ADAPTER_FILES, CONFIG_FILE, VersionFiles, version_digest
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, VersionFiles, version_digest
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import check_name

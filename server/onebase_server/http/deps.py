@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
@@ -12,19 +13,28 @@ import msgspec
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
+from onebase_adapters.registry import RegistryError
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
+from onebase_server.background import Threads
 from onebase_server.errors import UnavailableError
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.views.adapters import AdapterViews
-from onebase_server.jobs.wiring import Training
+from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.service import JobService
+from onebase_server.metrics import Metrics
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.settings import Settings
+from onebase_server.storage import Storage
+
+COUNT_SECONDS = 5.0
+"""Limit for the registry's figures; after it the others are given alone."""
 
 
 def server_stopping() -> UnavailableError:
@@ -33,6 +43,27 @@ def server_stopping() -> UnavailableError:
         code="server_stopping",
         retry_after=5.0,
     )
+
+
+@dataclass
+class Training:
+    """What the routes and the server's life need of training."""
+
+    files: TrainingFiles
+    jobs: JobService
+    manager: Manager
+    storage: Storage
+    threads: Threads
+
+    async def metrics_text(self, supervisor: EngineSupervisor) -> bytes:
+        """For Prometheus; without the jobs while the registry is away."""
+        try:
+            counts = await asyncio.wait_for(
+                self.threads.run(self.storage.registry.training.counts), COUNT_SECONDS
+            )
+        except (RegistryError, TimeoutError):
+            counts = None
+        return await asyncio.to_thread(Metrics(supervisor, self.manager).render, counts)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from onebase_server.http.deps import Services, server_stopping
 from onebase_server.http.sse import ABORT_EXTENSION
 from onebase_server.processes.link import kill_children
-from onebase_server.processes.scratch import scratch_folder
+from onebase_server.processes.verifier_protocol import scratch_folder
 from onebase_server.settings import Settings
 
 _log = logging.getLogger(__name__)

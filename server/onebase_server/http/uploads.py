@@ -13,7 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from onebase_adapters.format.config import MAX_CONFIG_BYTES
-from onebase_adapters.store.content import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
 from onebase_adapters.store.store import BlobWriter, Store
 from onebase_server.background import Threads
 from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError

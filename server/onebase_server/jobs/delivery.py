@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_adapters.registry import RegistryError, TrainingJob, VersionRecord
-from onebase_adapters.store.content import ADAPTER_FILES, VersionFiles
+from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.background import Backoff
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.storage import TrainingStorage
@@ -19,8 +20,10 @@ from onebase_server.jobs.store import JobStore
 from onebase_server.storage import storage_errors
 
 ACTOR = "training"
-PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
-"""Seconds before another try, while the store or the registry is away."""
+BACKOFF = Backoff(4.0, 60.0)
+"""Between tries, while the store or the registry is away."""
+TRIES = 6
+"""Of one delivery: over about two minutes."""
 PROOFS_WAITED = 6
 """A version is waited for as long as this many proofs may take: others may be before it."""
 LOST = "adapter_lost"
@@ -79,7 +82,7 @@ class Delivery:
 
         Raises DeliveryError.
         """
-        for pause in (*PAUSES, None):
+        for pause in BACKOFF.tries(TRIES):
             try:
                 return await self._deliver(job, store)
             except StoreFullError as error:
@@ -144,7 +147,7 @@ class Delivery:
         """Activate the version, unless the job was stopped. Returns why that failed, or ""."""
         if (await store.current()).state != "running":
             return ""
-        failure = await self._library.activate_patiently(version)
+        failure = await self._library.activate_with_retries(version)
         return failure.message if failure else ""
 
     def _take(self, folder: Path) -> VersionFiles:

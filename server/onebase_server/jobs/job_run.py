@@ -212,7 +212,7 @@ class Run:
     def interrupt(self, why: str, seconds: float) -> None:
         """As `stop`, but the job goes on: it waits for its turn again."""
         self._interrupted = why
-        self._store.patient = False
+        self._store.retries = False
         self.stop("pause", seconds)
 
     # ---- from start to end -------------------------------------------------------------------

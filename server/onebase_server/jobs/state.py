@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase_adapters.registry import OPEN_STATES, JobState, OpenJob, TrainingJob
+from onebase_server.background import Backoff
 
 RESUMABLE = frozenset(
     {
@@ -34,8 +35,8 @@ RESUMABLE = frozenset(
 
 MAX_DEATHS = 3
 """Trainers that may die without a checkpoint in between; with the next one the job fails."""
-PAUSES = (0.5, 1.0, 2.0)
-"""Seconds before the next trainer is started, by the number of deaths."""
+BACKOFF = Backoff(0.5, 2.0)
+"""Before the next trainer is started, by the number of deaths."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Death:
     @property
     def pause(self) -> float:
         """Seconds before the next trainer is started."""
-        return PAUSES[min(self.count, len(PAUSES)) - 1]
+        return BACKOFF.pause(self.count)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_adapters.training import events
-from onebase_server.background import Threads
+from onebase_server.background import Backoff, Threads
 from onebase_server.jobs.event_view import job_event
 from onebase_server.jobs.state import Move
 
-PAUSE_SECONDS = 1.0
-"""Before another try while the registry is away."""
+BACKOFF = Backoff(0.5, 2.0)
+"""Between tries, while the registry is away."""
 FLUSH_SECONDS = 0.5
 """From one write of what a run says to the next."""
 MAX_WAITING = 10_000
@@ -79,8 +79,9 @@ class JobStore:
         *,
         silent: tuple[type[events.Event], ...] = (),
     ) -> None:
-        self.patient = True
-        """When False, an error of the registry is raised, and `close` tries only once."""
+        self.retries = True
+        """Whether to try again while the registry is away. If not, its error is raised, and `close` tries
+        only once."""
         self.progress = dict(job.progress or {})
         """The newest figures of the run."""
         self._id = job.id
@@ -122,16 +123,17 @@ class JobStore:
         return job
 
     async def _try(self, call: Callable[..., T], *args: Any, **facts: Any) -> T:
-        while True:
+        for pause in BACKOFF.pauses():
             try:
                 return await self._threads.run(call, *args, **facts)
             except (JobStateError, UnknownJobError, UnknownFileError):
                 raise
             except RegistryError as error:
-                if not self.patient:
+                if not self.retries:
                     raise
                 _log.warning("job %s waits: %s", self._id, error)
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(pause)
+        raise AssertionError("there is a pause after each try")
 
     # ---- what the run says -------------------------------------------------------------------
 
@@ -149,14 +151,15 @@ class JobStore:
         self._changed.set()
 
     async def close(self) -> None:
-        """Write what is left. While the registry cannot be written it tries again, as long as `patient`."""
+        """Write what is left. Tries again while the registry cannot be written, if `retries`."""
         if self._writer is None:
             return
         self._closing.set()
         self._changed.set()
         await self._writer
-        while not await self._write() and self.patient:
-            await asyncio.sleep(PAUSE_SECONDS)
+        pauses = BACKOFF.pauses()
+        while not await self._write() and self.retries:
+            await asyncio.sleep(next(pauses))
 
     async def _keep_writing(self) -> None:
         while not self._closing.is_set():

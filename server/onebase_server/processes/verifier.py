@@ -30,7 +30,6 @@ from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 from onebase_engine.machine import is_out_of_memory
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
-from onebase_server.processes.scratch import make_scratch
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
@@ -40,6 +39,7 @@ from onebase_server.processes.verifier_protocol import (
     Proved,
     Rejected,
     ToVerifier,
+    make_scratch,
     to_verifier_decoder,
 )
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import msgspec
 
-from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.blobs import Blob, VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_server.background import Backoff, Threads
 from onebase_server.processes.link import AskedProcess
-from onebase_server.processes.scratch import scratch_folder
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
@@ -33,6 +32,7 @@ from onebase_server.processes.verifier_protocol import (
     Proved,
     Rejected,
     from_verifier_decoder,
+    scratch_folder,
 )
 
 VERIFIER_COMMAND = (sys.executable, "-m", "onebase_server.processes.verifier")

@@ -10,7 +10,7 @@ import pytest
 from tests.postgres import PostgresServer, postgres_server
 
 from onebase_adapters.registry import Registry
-from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.blobs import Blob, VersionFiles
 
 Open = Callable[..., Registry]
 

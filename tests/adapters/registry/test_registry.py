@@ -17,7 +17,7 @@ from onebase_adapters.registry import (
     UnknownVersionError,
     VersionError,
 )
-from onebase_adapters.store.content import Blob, VersionFiles
+from onebase_adapters.store.blobs import Blob, VersionFiles
 
 HERE = ("default", "a")
 REPORT = {
