@@ -249,7 +249,9 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
     if job.status == "running":
         out.print(line(f"  {doing(job)}  {figures(job)}".rstrip()), soft_wrap=True)
     if job.error is not None:
-        out.print(line(f"  {job.error.message} ({job.error.code})", "red"), soft_wrap=True)
+        out.print(
+            line(f"  {job.error.code}: {job.error.message}".replace("\n", "\n  "), "red"), soft_wrap=True
+        )
     _print_curve(out, curve)
     if job.report is not None:
         _print_report(out, job.report)

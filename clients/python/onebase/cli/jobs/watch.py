@@ -7,7 +7,7 @@ from typing import Final
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
 from ...errors import TrainingFailedError, TrainingStoppedError
-from ..command import OK, perform, print_json, report
+from ..command import INTERRUPTED, OK, perform, print_json, report
 from ..ui import console, note
 from .show import find, job_parser, print_job, short
 
@@ -44,7 +44,7 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
     except KeyboardInterrupt:
         note(f"\nThe job goes on. To watch it again: onebase jobs watch {short(job.id)}")
         note(f"To end it: onebase jobs cancel {short(job.id)}")
-        raise
+        return INTERRUPTED
     except TrainingStoppedError as error:
         if as_json:
             print_json(error.job)
