@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from tests.training.data_support import chat, write_rows
 
+from onebase_adapters.training.cli import sweep, train
 from onebase_adapters.training.cli.data import main
 from onebase_adapters.training.cli.options import printable
+from onebase_engine.base import load
 
 
 def test_sound_data_is_reported_with_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +27,34 @@ def test_sound_data_is_reported_with_examples(tmp_path: Path, capsys: pytest.Cap
     assert "«a<|im_end|>»" in out
     assert "also in the evaluation data" in out
     assert "held.jsonl" in out
+
+
+def test_a_pipe_gets_whole_lines_with_tabs_and_neither_rules_nor_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat("q" * n, "word " * 60) for n in (1, 200, 400)]
+    train, held = write_rows(tmp_path / "train.jsonl", rows), write_rows(tmp_path / "held.jsonl", rows)
+    assert main(["check", str(train), "--eval-data", str(held)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["\ttrain\tevaluation", f"source\t{train}\t{held}", "rows\t3\t3"]
+    assert not [line for line in lines if line != line.rstrip(" ") or "─" in line or "█" in line]
+    assert any("word " * 60 in line + " " for line in lines)
+
+
+@pytest.mark.parametrize("command", [["train", "--name", "x"], ["sweep"]], ids=["train", "sweep"])
+def test_bad_data_ends_a_run_before_the_base_is_loaded(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(load, "load_base", loaded.append)
+    run = {"train": train, "sweep": sweep}[command[0]].main
+    bad = write_rows(tmp_path / "train.jsonl", [{}])
+    assert run([*command[1:], "--data", str(bad), "--out", str(tmp_path / "run")]) == 1
+    assert "the row has nothing" in capsys.readouterr().err
+    assert not loaded
 
 
 def test_every_problem_of_both_files_is_printed_as_editors_read_it(

@@ -343,16 +343,24 @@ def test_a_base_of_experts_gets_a_sentence_instead_of_an_estimate(
         (["--rows", "0"], "above 0"),
         (["--r", "0"], "--r: r is 0"),
         (["--targets", "nothing"], "targets"),
-        (["--data", "missing.jsonl"], "--data"),
     ],
 )
 def test_wrong_options_are_named(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
+    try:
+        status: object = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
     assert words in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_read_is_named_without_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", "missing.jsonl"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("onebase: missing.jsonl: ")
+    assert "usage" not in said
 
 
 def test_real_data_is_read_for_its_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,24 +189,46 @@ def _bar(console: Console) -> Progress:
 
 
 def render(report: DataReport, console: Console) -> None:
-    """Print the report: a table, the lengths, what is odd, and the examples."""
+    """Print the report: a table, the lengths, what is odd, and the examples.
+
+    A pipe gets whole lines, their columns separated by tabs, and no bars.
+    """
     both = [report, *([report.evaluation] if report.evaluation else [])]
-    console.print(_table(both))
+    _print_table(both, console)
     for each, title in zip(both, ("Lengths, in tokens", "Lengths of the evaluation data"), strict=False):
         if len(each.histogram) > 1:
             console.print(Text(f"\n{title}", "bold"))
-            console.print(_histogram(each, _unicode(console)))
+            _print_histogram(each, console)
     for each in both:
         for line in _warnings(each):
-            console.print(Text(f"! {line}", "yellow"))
+            console.print(Text(f"! {line}", "yellow"), soft_wrap=not console.is_terminal)
     _print_examples(report, console)
 
 
-def _table(reports: Sequence[DataReport]) -> Table:
+def _print_table(reports: Sequence[DataReport], console: Console) -> None:
+    titles = ("train", "evaluation")[: len(reports)]
+    if not console.is_terminal:
+        _print_line(console, "", *titles)
+        _print_line(console, "source", *(_on_one_line(each.source) for each in reports))
+        for name, cells in _facts(reports).items():
+            _print_line(console, name, *cells)
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column("")
-    for each, title in zip(reports, ("train", "evaluation"), strict=False):
+    for each, title in zip(reports, titles, strict=True):
         table.add_column(Text(f"{title}\n{printable(each.source)}"), justify="right", overflow="fold")
+    for name, cells in _facts(reports).items():
+        table.add_row(Text(name, "dim"), *(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def _print_line(console: Console, *cells: str) -> None:
+    """For a pipe: rich would expand the tabs."""
+    print(*cells, sep="\t", file=console.file)
+
+
+def _facts(reports: Sequence[DataReport]) -> dict[str, list[str]]:
+    """By the name of a row of the table, what it says of each of the reports."""
     rows = {
         "rows": [f"{each.rows:,}" for each in reports],
         "samples": [f"{each.samples:,}" for each in reports],
@@ -223,9 +245,7 @@ def _table(reports: Sequence[DataReport]) -> Table:
         rows["same prompt there"] = [_count(reports[0].same_prompt), ""]
     if all(each.samples == each.rows for each in reports):
         del rows["samples"]
-    for name, cells in rows.items():
-        table.add_row(Text(name, "dim"), *(Text(cell) for cell in cells))
-    return table
+    return rows
 
 
 def _share(report: DataReport) -> str:
@@ -236,17 +256,21 @@ def _count(lines: Sequence[object]) -> str:
     return f"{len(lines):,}" if lines else "none"
 
 
-def _histogram(report: DataReport, unicode: bool) -> Table:
+def _print_histogram(report: DataReport, console: Console) -> None:
     most = max(count for _, _, count in report.histogram)
+    dash, block = ("–", "█") if _unicode(console) else ("-", "#")
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="right", style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
-    dash, block = ("–", "█") if unicode else ("-", "#")
     for low, high, count in report.histogram:
         length = round(_BAR * count / most) or (1 if count else 0)
         label = f"{low:,}{dash}{high:,}" if high > low else f"{low:,}"
+        if not console.is_terminal:
+            _print_line(console, label, f"{count:,}")
+            continue
         table.add_row(label, Text(block * length, "cyan").append(f" {count:,}" if count else "", "default"))
-    return table
+    if console.is_terminal:
+        console.print(table)
 
 
 def _warnings(report: DataReport) -> Iterable[str]:
@@ -283,8 +307,14 @@ def _print_examples(report: DataReport, console: Console) -> None:
         side = f", {example.side}" if example.side else ""
         number = example.row if report.named_by == "row" else example.line
         title = Text(f"{report.named_by} {number}{side}", "bold")
-        console.print(Rule(title, align="left", style="dim", characters="─" if unicode else "-"))
-        console.print(Padding(_example(example, marks, unicode), (0, 0, 0, 2)), soft_wrap=False)
+        text = _example(example, marks, unicode)
+        if console.is_terminal:
+            console.print(Rule(title, align="left", style="dim", characters="─" if unicode else "-"))
+            console.print(Padding(text, (0, 0, 0, 2)), soft_wrap=False)
+            continue
+        console.print(title)
+        for line in text.plain.splitlines():
+            _print_line(console, f"  {line}")
 
 
 def _example(example: Example, marks: tuple[str, str], unicode: bool) -> Text:

@@ -21,12 +21,14 @@ from onebase_adapters.training.cli.options import (
     add_recipe_options,
     base_settings,
     open_console,
+    option_name,
     positive,
     print_error,
     recipe_from,
     shown,
     size,
 )
+from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.recipe import (
     Recipe,
     RecipeError,
@@ -73,18 +75,19 @@ _PARTS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """`onebase estimate`. Exit status: 0 it fits, 1 it does not or the base is unknown, 2 wrong options."""
-    parser = _parser()
-    options = parser.parse_args(list(argv))
+    """`onebase estimate`. Exit status: 0 it fits, 1 it does not or cannot be said, 2 wrong options."""
+    options = _parser().parse_args(list(argv))
     # As `onebase train` sets it, so that the speed is measured as it will be.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return _estimate(options)
     except UsageError as error:
-        parser.error(str(error))
+        print_error(open_console(stderr=True), str(error))
+        return 2
     except RecipeError as error:
-        parser.error(f"{error.field}: {error}")
-    except BaseError as error:
+        print_error(open_console(stderr=True), f"{option_name(error.field)}: {error}")
+        return 2
+    except (BaseError, DataError) as error:
         print_error(open_console(stderr=True), str(error))
         return 1
 
@@ -170,14 +173,10 @@ def _amount(options: argparse.Namespace) -> _Amount:
 
 
 def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
-    """Tokenize the data, which needs the base's tokenizer but none of its weights."""
-    from onebase_adapters.training.data.dataset import DataError
+    """Tokenize the data, which needs the base's tokenizer but none of its weights. Raises DataError."""
     from onebase_adapters.training.data.reader import load_dataset
 
-    try:
-        rows = load_dataset(options.data, find_tokenizer(options.base), recipe).rows
-    except DataError as error:
-        raise UsageError(f"--data: {error}") from error
+    rows = load_dataset(options.data, find_tokenizer(options.base), recipe).rows
     if not rows:
         raise UsageError(f"--data: {options.data} has no rows")
     tokens = sum(map(len, rows))

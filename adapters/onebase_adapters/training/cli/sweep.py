@@ -19,6 +19,7 @@ from onebase_adapters.training.cli.options import (
     base_repo,
     base_settings,
     check_adapter_name,
+    check_data,
     find_base,
     open_console,
     positive,
@@ -80,6 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/NAME-sweep, or runs/sweep)"
     )
+    _add_tried_options(parser)
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
+    )
+    parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most memory, as in 8GB")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    add_base_options(parser)
+    add_recipe_options(parser, leave_out=_SWEPT)
+    return parser
+
+
+def _add_tried_options(parser: argparse.ArgumentParser) -> None:
     tried = parser.add_argument_group("what is tried, in every combination")
     tried.add_argument(
         "--r", dest="tried_r", type=_ranks, metavar="R,...", help="ranks; 8..64 doubles (default: 8..64)"
@@ -112,14 +125,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="part of the runs that continues after a quarter and a half of the steps (default: 0.5; 1: all)",
     )
-    parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
-    )
-    parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most memory, as in 8GB")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
-    add_base_options(parser)
-    add_recipe_options(parser, leave_out=_SWEPT)
-    return parser
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
@@ -178,10 +183,12 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
     from onebase_engine.base.load import UnsupportedBaseError, load_base
 
     try:
-        show.loading(f"loading {job.base_name}", 0.0)
-        base = load_base(job.base)
-        show.loading("reading the data", 0.0)
         with CtrlC(alone=True) as gate:
+            show.loading("reading the data", 0.0)
+            check_data(job, gate)
+            show.loading(f"loading {job.base_name}", 0.0)
+            base = load_base(job.base)
+            show.loading("reading the data", 0.0)
             return sweep(base, job, grid, show.event, gate, survivors=survivors, report=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:
         show.failed(str(error))
