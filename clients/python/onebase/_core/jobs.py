@@ -111,7 +111,7 @@ def check(info: TrainingJobInfo) -> None:
         raise TrainingFailedError(
             f"{what} failed ({error.code}): {error.message}", code=error.code, param=error.param, job=info
         )
-    hint = ": resume() continues it" if info.status == "paused" else ""
+    hint = ": resume it to continue" if info.status == "paused" else ""
     raise TrainingStoppedError(f"{what} is {info.status}{hint}", code=info.status, job=info)
 
 
