@@ -96,7 +96,9 @@ class TrainingFiles:
         """A file that a job of this server may be given. Raises InvalidRequestError, UnavailableError."""
         try:
             file = await self.get(file_id)
-            await self.local(file)  # the first thing that the job does is to read it
+            with storage_errors():
+                if file.sha256 is None or not await self.disk.run(self.store.exists, file.sha256):
+                    await self.disk.run(self.content, file)  # it says what is wrong
         except UnknownFileError as error:
             raise InvalidRequestError(
                 f"{param}: {error.message} POST /v1/files uploads one.", param=param, code="file_not_found"
