@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +46,28 @@ class StorageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Where adapters are kept. `base_id`: the identity of the base that they are bound to."""
+    """Where adapters and training files are kept.
+
+    base_id: the identity of the base that adapters are bound to. registry_id: that of the registry.
+    """
 
     registry: Registry
     store: Store
     base_id: str
+    registry_id: str
 
     def sweep(self) -> int:
         """Delete blobs that nothing references, and left-over temporary files. Returns how many.
 
         Blocks. Raises RegistryError, StoreError.
         """
+        if self.store.is_shared():
+            _log.warning(
+                "%s was used with several registries (--registry): what this one does not need is kept, as "
+                "another may. Once only this one is in use, delete all but %s in its folder registries.",
+                self.store.place,
+                self.registry_id,
+            )
         return self.store.sweep(self.registry.referenced_blobs(), GRACE)
 
     async def keep_tidy(self, disk: Threads) -> None:
@@ -82,10 +93,12 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         identity = base_id(base_folder, _identity(settings))
-        store = Store(settings.store or str(data / "store"), data / "cache")
         url = settings.registry or f"sqlite:///{data / 'registry.db'}"
         registry = Registry(url, base_id=identity, base_name=base_name)
         registry.migrate()
+        known_as = registry.training.registry_id()
+        store = Store(settings.store or str(data / "store"), data / "cache", registry=known_as)
+        return Storage(registry, store, identity, known_as)
     except OSError as error:
         raise StorageError(
             f"the data folder {data} cannot be used ({error}): choose another --data-dir"
@@ -96,7 +109,15 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
         raise StorageError(f"{error} (--registry, --data-dir)") from error
     except StoreError as error:
         raise StorageError(f"{error} (--store, --data-dir)") from error
-    return Storage(registry, store, identity)
+
+
+async def delete_blobs(store: Store, disk: Threads, blobs: Iterable[str]) -> None:
+    """Delete what nothing references any more; a blob that cannot be deleted now is left to the sweep."""
+    for sha256 in blobs:
+        try:
+            await disk.run(store.delete, sha256)
+        except StoreError as error:
+            _log.warning("blob %s stays until the next sweep: %s", sha256[:12], error)
 
 
 def _identity(settings: Settings) -> dict[str, object]:

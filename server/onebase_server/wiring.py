@@ -198,13 +198,14 @@ def _training(
     `command` starts a trainer; `busy` says whether rows run.
     """
     records, disk = threads
-    folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute())
+    folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
     registry, notifier = storage.registry.training, JobNotifier()
-    files = TrainingFiles(registry, folder, records, disk, settings.max_train_file)
+    files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
     pool = TrainerPool(
         records=registry,
         threads=records,
         notifier=notifier,
+        files=files,
         storage=folder,
         delivery=Delivery(adapters, folder, files, PROOFS_WAITED * settings.proof_timeout),
         config=settings.engine_config(str(base.folder)),

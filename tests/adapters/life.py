@@ -1,4 +1,5 @@
-"""One adapter's life as a list of operations on a store and a registry, and what must hold at any moment.
+"""The life of an adapter and of a training file as a list of operations on a store and a registry, and what
+must hold at any moment.
 
 The tests that kill processes and fill disks run it, stop it somewhere, and look at what is left.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from onebase_adapters.registry import Registry
+from onebase_adapters.registry import Registry, TrainingFile
 from onebase_adapters.store.blobs import Blob, VersionFiles, store_errors
 from onebase_adapters.store.local import FileSystem
 from onebase_adapters.store.store import Store
@@ -48,7 +49,9 @@ class Life:
             lambda: self.prove(2),
             lambda: self.registry.activate("default", "a", self.files[2].digest),
             lambda: self.registry.rollback("default", "a"),
+            lambda: self.add_file(self.files[2].weights),
             lambda: self.remove(2),
+            lambda: self.remove_file(),
             lambda: self.put(CONTENTS["weights2"]),
             lambda: self.store.sweep(self.registry.referenced_blobs(), 0.0),
         ]
@@ -82,6 +85,16 @@ class Life:
         for sha256 in self.registry.delete_version("default", "a", self.files[number].digest):
             self.store.delete(sha256, older_than=0.0)
 
+    def add_file(self, blob: Blob) -> None:
+        """Its content is that of the second version's weights: one blob."""
+        self.registry.training.add_file(
+            TrainingFile("file-1", "default", "s1", "fine-tune", "a.jsonl", blob.size, 1.0, blob.sha256)
+        )
+
+    def remove_file(self) -> None:
+        for sha256 in self.registry.training.delete_file("default", "file-1"):
+            self.store.delete(sha256, older_than=0.0)
+
     def close(self) -> None:
         self.registry.close()
 
@@ -109,7 +122,8 @@ def _call_at_writes(engine: Engine, step: Callable[..., None]) -> None:
 
 def observe(registry: Registry) -> Observed:
     """What the registry says, without times, as JSON would hold it."""
-    return [
+    files = [[file.id, file.sha256] for file in registry.training.files("default", limit=9)]
+    return files + [
         [
             record.name,
             record.active,

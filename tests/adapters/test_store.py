@@ -145,6 +145,25 @@ def test_a_sweep_takes_old_orphans_and_leaves_the_rest(store: Store, tmp_path: P
     assert foreign.exists()
 
 
+def test_a_store_of_several_registries_keeps_what_one_of_them_does_not_need(tmp_path: Path) -> None:
+    for url in (str(tmp_path / "store"), "memory://of-several-registries"):
+        first, second = (Store(url, tmp_path / "cache", registry=name, grace=0.0) for name in ("a", "b"))
+        kept = put(first)
+        assert first.delete(put(first, b"alone").sha256)
+        put(second, b"of the second")
+        assert not first.delete(kept.sha256)
+        for store in (first, second, Store(url, tmp_path / "cache", registry="a")):
+            assert store.sweep(set(), 0.0) == 0
+        assert first.exists(kept.sha256)
+
+
+def test_what_is_held_of_a_local_store_is_the_blob_itself(store: Store, tmp_path: Path) -> None:
+    put(store)
+    assert store.hold(SHA256, tmp_path / "job" / "file") == store.local(SHA256)
+    with pytest.raises(BlobMissingError):
+        store.hold(ABSENT, tmp_path / "job" / "file")
+
+
 def test_a_sweep_leaves_what_a_living_process_writes(store: Store, tmp_path: Path) -> None:
     with store.writer() as writer:
         writer.write(CONTENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -136,6 +137,33 @@ def test_a_sweep_takes_old_orphans_of_the_bucket_and_leaves_the_rest(s3: Any, tm
     assert not store.exists(kept)
     with pytest.raises(BlobMissingError):
         store.local(kept)
+
+
+def test_a_bucket_of_two_registries_loses_nothing_to_either(s3: Any, tmp_path: Path) -> None:
+    first, second = (open_store(tmp_path, name, registry=f"registry-{name}") for name in ("one", "two"))
+    put(first)
+    assert "prefix/registries/registry-one" in keys(s3)
+    assert not first.is_shared()
+    assert second.sweep(set(), 0.0) == 0
+    assert not first.delete(SHA256, older_than=0.0)
+    assert second.exists(SHA256)
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_what_is_held_outlives_the_cache(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_disk: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    if not same_disk:
+        monkeypatch.setattr(os, "link", refuse)
+    store, target = open_store(tmp_path), tmp_path / "job" / "file"
+    put(store)
+    for _ in range(2):
+        assert store.hold(SHA256, target) == target
+        (tmp_path / "cache" / "blobs" / SHA256).unlink()
+        assert target.read_bytes() == CONTENT
 
 
 def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(s3: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from onebase_server.background import Threads
 from onebase_server.jobs.store import JobNotifier, JobStore
 
 from .support import Server, Starter
-from .training_support import make_job, openai_client, run_job, step_of, wait_job
+from .training_support import job_folder, make_job, openai_client, run_job, step_of, wait_job
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_stream_of_a_cancelled_job_has_all_that_its_run_told(server: Server, c
     client.fine_tuning.jobs.cancel(job.id)
     server.wait_for(lambda: not server.trainer_pids())
     thread.join()
-    folder = server.data_dir / "training/jobs" / job.id
+    folder = job_folder(server.data_dir, job.id)
     server.wait_for(lambda: not folder.exists())  # its run has ended
     listed = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
     assert told == listed[::-1]

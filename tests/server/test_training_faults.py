@@ -19,11 +19,14 @@ from tests.training.runs import write_chats
 from .support import CONFIG, HERE, Server, Starter, alive, serving
 from .training_support import (
     add_file,
+    blobs,
     ended,
+    job_folder,
     make_job,
     messages,
     openai_client,
     run_job,
+    sha256,
     step_of,
     wait_job,
 )
@@ -62,7 +65,7 @@ def test_a_real_trainer_whose_disk_filled_up_is_resumed_to_its_end_too(
 def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
     """Once there is a checkpoint. The registry is on the full disk too."""
     client = openai_client(server)
-    checkpoints = server.data_dir / "training/jobs" / job.id / "checkpoints"
+    checkpoints = job_folder(server.data_dir, job.id) / "checkpoints"
     server.wait_for(lambda: any(checkpoints.glob("[!.]*")))
     filler = fill(server.data_dir)
     server.wait_for(lambda: not server.trainer_pids())
@@ -91,12 +94,11 @@ def test_an_adapter_whose_proof_crashed_is_proved_when_its_job_is_resumed(
 @pytest.mark.parametrize("content", ["full", "dies-checking"])
 def test_a_resumed_job_whose_file_is_gone_fails_and_says_which(scripted: Server, content: str) -> None:
     client = openai_client(scripted)
-    job = run_job(scripted, client, content)
+    job = run_job(scripted, client, f"{content} of-a-file-that-goes")
     assert job.resumable
     with pytest.raises(openai.ConflictError, match=job.id):
         client.files.delete(job.training_file)
-    for file in (scripted.data_dir / "training/files").glob(f"{job.training_file}*"):
-        file.unlink()
+    blobs(scripted.data_dir)[sha256(f"{content} of-a-file-that-goes")].unlink()
     client.fine_tuning.jobs.resume(job.id)
     again = wait_job(scripted, client, job.id, ended)
     assert (again.error.code, again.error.param, again.resumable) == (
@@ -142,7 +144,7 @@ def test_a_server_that_stops_lets_jobs_save_and_says_that_they_go_on(
         wait_job(server, client, job.id, lambda job: step_of(job) > 6)
         server.process.terminate()
         assert server.exit_status() == 0
-    saved = max(int(path.name) for path in (tmp_path / "training/jobs" / job.id / "checkpoints").iterdir())
+    saved = max(int(path.name) for path in (job_folder(tmp_path, job.id) / "checkpoints").iterdir())
     with serve_scripted("words", data_dir=tmp_path) as server:
         client = openai_client(server)
         wait_job(server, client, job.id, lambda job: step_of(job) > saved)
@@ -201,7 +203,7 @@ def test_a_ready_version_that_cannot_be_activated_is_told_and_its_job_succeeds_e
             assert len(told) == 1 + delivery
         with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
             database.execute("UPDATE training_jobs SET state = 'running'")
-        folder = tmp_path / "training/jobs" / job.id / "adapter"
+        folder = job_folder(tmp_path, job.id) / "adapter"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "adapter_config.json").write_text(CONFIG)
         (folder / "adapter_model.safetensors").write_bytes(job.id.encode())
@@ -216,7 +218,7 @@ def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(
         server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
         server.process.kill()
         server.exit_status()
-    shutil.rmtree(tmp_path / "training/jobs" / job.id / "adapter")
+    shutil.rmtree(job_folder(tmp_path, job.id) / "adapter")
     with serve_scripted("words", data_dir=tmp_path) as server:
         client = openai_client(server)
         lost = wait_job(server, client, job.id, ended)
@@ -258,7 +260,7 @@ def test_an_upload_onto_a_full_disk_is_refused_and_leaves_nothing(
             add_file(client, "x" * 3_000_000)
         assert refused.value.status_code == 507
         filler.unlink()
-        assert not any((disk / "training/files").iterdir())
+        assert not blobs(disk)
         assert run_job(server, client, "rows").status == "succeeded"
 
 

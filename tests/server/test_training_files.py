@@ -1,8 +1,10 @@
-"""Training files on the disk and in the registry: what one of them does not take is in neither."""
+"""Training files, in the store and in the registry: what one of them does not take is swept."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,71 +19,221 @@ from onebase_adapters.registry import (
     RegistryError,
     RegistryFullError,
     TrainingFile,
-    UnknownFileError,
 )
+from onebase_adapters.store.store import Store, StoreFullError
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, OneBaseError
+from onebase_server.errors import ConflictError, InvalidRequestError, OneBaseError, UnknownFileError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.storage import TrainingStorage
 
+ROWS = b'{"text": "rows"}'
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    made = open_registry(tmp_path, "base")
+    yield made
+    made.close()
+
+
+def open_registry(folder: Path, base: str) -> Registry:
+    made = Registry(f"sqlite:///{folder / 'registry.db'}", base_id=base, base_name=base)
+    made.migrate()
+    return made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """It deletes at once what it is told to delete."""
+    return Store(str(tmp_path / "store"), tmp_path / "cache", grace=0.0)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> TrainingStorage:
+    return TrainingStorage(tmp_path, "registry-1")
+
+
+def using(
+    records: Any, store: Any, storage: TrainingStorage, use: Callable[[TrainingFiles], Awaitable[Any]]
+) -> Any:
+    """What a use of a server's training files returns."""
+
+    async def run() -> Any:
+        threads = Threads("test", 2)
+        return await use(TrainingFiles(records, store, storage, threads, threads, 1 << 20))
+
+    return asyncio.run(run())
+
+
+async def upload(files: TrainingFiles) -> TrainingFile:
+    writer = files.store.writer()
+    writer.write(ROWS)
+    return await files.keep(writer, "a.jsonl", "fine-tune")
+
+
+def old_file(registry: Registry, storage: TrainingStorage, name: str = "file-1") -> TrainingFile:
+    """A file as earlier releases kept it, on the disk of its server."""
+    file = TrainingFile(name, "default", storage.server, "fine-tune", "a.JSONL", len(ROWS), 1.0)
+    path = storage.old_file(file)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(ROWS)
+    return registry.training.add_file(file)
+
 
 @pytest.mark.parametrize("refusal", [RegistryFullError, RegistryBusyError])
-def test_an_upload_that_the_registry_does_not_take_leaves_nothing_on_the_disk(
-    tmp_path: Path, refusal: type[RegistryError]
+def test_an_upload_that_the_registry_does_not_take_leaves_what_the_next_sweep_deletes(
+    registry: Registry, store: Store, storage: TrainingStorage, refusal: type[RegistryError]
 ) -> None:
-    def unknown(tenant: str, file_id: str) -> None:
-        raise UnknownFileError(file_id)
-
-    assert refused_upload(tmp_path, refusal, file=unknown) == []
-
-
-def test_an_upload_whose_row_is_there_although_that_was_not_told_keeps_its_content(tmp_path: Path) -> None:
-    (left,) = refused_upload(tmp_path, RegistryBusyError, file=lambda tenant, file_id: file_id)
-    assert left.read_bytes() == b"rows"
-
-
-def refused_upload(folder: Path, refusal: type[RegistryError], **known: Any) -> list[Path]:
-    """What an upload leaves on the disk whose row cannot be written."""
-
     def add_file(file: object) -> None:
         raise refusal("no")
 
-    async def upload() -> list[Path]:
-        home, threads = TrainingStorage(folder), Threads("test", 2)
-        records: Any = SimpleNamespace(add_file=add_file, **known)
-        files = TrainingFiles(records, home, threads, threads, 1 << 20)
-        writer = files.writer()
-        writer.write(b"rows")
-        with pytest.raises(OneBaseError):
-            await files.keep(writer, "a.jsonl", "fine-tune")
-        return list(home.files.iterdir())
+    with pytest.raises(OneBaseError):
+        using(SimpleNamespace(add_file=add_file), store, storage, upload)
+    assert store.sweep(registry.referenced_blobs(), 0.0) == 1
 
-    return asyncio.run(upload())
+
+def test_an_upload_whose_row_is_there_although_that_was_not_told_keeps_its_content(
+    registry: Registry, store: Store, storage: TrainingStorage
+) -> None:
+    def add_file(file: TrainingFile) -> None:
+        registry.training.add_file(file)
+        raise RegistryBusyError("the answer is lost")
+
+    with pytest.raises(OneBaseError):
+        using(SimpleNamespace(add_file=add_file), store, storage, upload)
+    assert store.sweep(registry.referenced_blobs(), 0.0) == 0
+    (kept,) = registry.training.files("default", limit=9)
+    assert using(registry.training, store, storage, lambda files: files.local(kept)).read_bytes() == ROWS
+
+
+def test_content_goes_with_the_last_file_that_has_it(
+    registry: Registry, store: Store, storage: TrainingStorage
+) -> None:
+    first, second = (using(registry.training, store, storage, upload) for _ in range(2))
+    assert first.sha256 == second.sha256
+    for file, left in ((first, True), (second, False)):
+        using(registry.training, store, storage, lambda files, file=file: files.delete(file.id))
+        assert store.exists(first.sha256) == left
+
+
+def test_a_file_is_used_and_deleted_by_every_server_that_shares_registry_and_store(
+    registry: Registry, store: Store, storage: TrainingStorage, tmp_path: Path
+) -> None:
+    other = TrainingStorage(tmp_path / "other", "registry-1")
+    file = using(registry.training, store, storage, upload)
+    assert (
+        using(registry.training, store, other, lambda files: files.usable(file.id, "training_file")) == file
+    )
+    own = Store(str(tmp_path / "other/store"), tmp_path / "cache")
+    with pytest.raises(InvalidRequestError, match="share a store") as refused:
+        using(registry.training, own, other, lambda files: files.usable(file.id, "training_file"))
+    assert (refused.value.code, refused.value.param) == ("file_not_found", "training_file")
+    using(registry.training, store, other, lambda files: files.delete(file.id))
+    assert not store.exists(file.sha256)
+
+
+def test_a_job_reads_its_file_also_when_the_cache_of_a_remote_store_has_given_it_up(
+    registry: Registry, storage: TrainingStorage, tmp_path: Path
+) -> None:
+    store = Store("memory://training", tmp_path / "cache")
+    file = using(registry.training, store, storage, upload)
+
+    async def held(files: TrainingFiles) -> Path:
+        return files.content(file, storage.job("ftjob-1") / "training_file")
+
+    for _ in range(2):  # each run of the job anew
+        path = using(registry.training, store, storage, held)
+        store.local(file.sha256).unlink()
+        assert path.read_bytes() == ROWS
+        assert path.parent == storage.job("ftjob-1")
+
+
+# ---- files of an earlier release -----------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("step", ["before the blob", "before the row", "before the end", "at the end"])
+def test_a_move_into_the_store_that_is_killed_at_any_step_loses_nothing_and_is_ended_by_the_next_start(
+    registry: Registry,
+    store: Store,
+    storage: TrainingStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    file = old_file(registry, storage)
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if step == "before the blob":
+            patch.setattr(store, "publish", die)
+        elif step == "before the row":
+            patch.setattr(registry.training, "set_content", die)
+        elif step == "before the end":
+            patch.setattr(Path, "unlink", die)
+        if step == "at the end":
+            using(registry.training, store, storage, lambda files: files.take_over())
+        else:
+            with pytest.raises(Killed):
+                using(registry.training, store, storage, lambda files: files.take_over())
+    store.sweep(registry.referenced_blobs(), 0.0)
+    for _ in range(2):
+        now = registry.training.file("default", file.id)
+        path = using(registry.training, store, storage, lambda files, now=now: files.local(now))
+        assert path.read_bytes() == ROWS
+        using(registry.training, store, storage, lambda files: files.take_over())
+    assert now.sha256 is not None
+    assert replace(now, sha256=None) == file
+    assert not (storage.root / "files").exists()
+
+
+def test_a_file_that_the_store_does_not_take_is_used_and_deleted_where_it_lies(
+    registry: Registry, store: Store, storage: TrainingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreFullError("no space")
+
+    monkeypatch.setattr(store, "add_file", full)
+    file = old_file(registry, storage)
+    using(registry.training, store, storage, lambda files: files.take_over())
+    assert using(registry.training, store, storage, lambda files: files.local(file)).read_bytes() == ROWS
+    using(registry.training, store, storage, lambda files: files.delete(file.id))
+    assert not storage.old_file(file).exists()
+
+
+def test_an_old_file_of_another_server_or_that_is_gone_is_not_found(
+    registry: Registry, store: Store, storage: TrainingStorage, tmp_path: Path
+) -> None:
+    other = TrainingStorage(tmp_path / "other", "registry-1")
+    file = old_file(registry, storage)
+    for use in (lambda files: files.local(file), lambda files: files.delete(file.id)):
+        with pytest.raises(UnknownFileError, match="on the disk of another server"):
+            using(registry.training, store, other, use)
+    storage.old_file(file).unlink()
+    with pytest.raises(UnknownFileError, match="gone from the server's --data-dir"):
+        using(registry.training, store, storage, lambda files: files.local(file))
+    using(registry.training, store, storage, lambda files: files.take_over())
+    assert registry.training.files("default", limit=9) == [file]
 
 
 def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_that_job_is(
-    tmp_path: Path,
+    registry: Registry, store: Store, storage: TrainingStorage, tmp_path: Path
 ) -> None:
-    def registry(base: str) -> Registry:
-        made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id=base, base_name=base)
-        made.migrate()
-        return made
-
-    async def delete(home: TrainingStorage) -> None:
-        threads = Threads("test", 2)
-        await TrainingFiles(here.training, home, threads, threads, 1 << 20).delete("file-1")
-
-    home, here, there = TrainingStorage(tmp_path), registry("base"), registry("another")
-    there.training.add_file(TrainingFile("file-1", "default", home.server, "fine-tune", "a.jsonl", 1, 1.0))
+    there = open_registry(tmp_path, "another")
+    file = using(there.training, store, storage, upload)
     there.training.add_job(
         NewJob(
-            id="ftjob-1", tenant="default", server=home.server, name="orders", training_file="file-1",
+            id="ftjob-1", tenant="default", server=storage.server, name="orders", training_file=file.id,
             validation_file=None, activate="never", settings={}, labels={},
         ),
         JobEvent(1.0, "made"),
     )  # fmt: skip
-    with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
-        asyncio.run(delete(home))
-    assert refused.value.code == "file_in_use"
-    here.close()
     there.close()
+    with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
+        using(registry.training, store, storage, lambda files: files.delete(file.id))
+    assert refused.value.code == "file_in_use"
+    assert store.exists(file.sha256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,21 +12,19 @@ import openai
 import pytest
 
 from .support import Server, Starter
-from .training_support import add_file, ended, make_job, messages, openai_client, run_job, step_of, wait_job
-
-
-def test_what_nothing_speaks_of_is_swept_at_the_next_start_unless_it_is_new(
-    serve_scripted: Starter, tmp_path: Path
-) -> None:
-    files, jobs = tmp_path / "training/files", tmp_path / "training/jobs"
-    files.mkdir(parents=True)
-    (files / ".0011.part").write_text("half")
-    (files / ".0012.part").write_text("still coming")
-    (jobs / "ftjob-gone").mkdir(parents=True)
-    for path in (files / ".0011.part", jobs / "ftjob-gone"):
-        os.utime(path, (1e9, 1e9))
-    with serve_scripted("words", data_dir=tmp_path) as server:
-        server.wait_for(lambda: [*files.iterdir(), *jobs.iterdir()] == [files / ".0012.part"])
+from .training_support import (
+    BASE,
+    add_file,
+    blobs,
+    ended,
+    job_folder,
+    make_job,
+    messages,
+    openai_client,
+    run_job,
+    step_of,
+    wait_job,
+)
 
 
 def test_a_job_that_ended_while_its_server_was_away_leaves_nothing_after_the_start(
@@ -37,17 +36,17 @@ def test_a_job_that_ended_while_its_server_was_away_leaves_nothing_after_the_sta
         wait_job(server, client, job.id, lambda job: step_of(job) > 6)
         server.process.kill()
         server.exit_status()
-    assert (tmp_path / "training/jobs" / job.id / "checkpoints").is_dir()
+    assert (job_folder(tmp_path, job.id) / "checkpoints").is_dir()
     with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
         database.execute("UPDATE training_jobs SET state = 'cancelled'")
     with serve_scripted("words", data_dir=tmp_path) as server:
-        server.wait_for(lambda: not any((tmp_path / "training/jobs").iterdir()))
+        server.wait_for(lambda: not job_folder(tmp_path, job.id).exists())
 
 
 def test_a_failed_job_that_could_go_on_can_be_given_up_and_leaves_nothing(scripted: Server) -> None:
     client = openai_client(scripted)
     job = run_job(scripted, client, "full")
-    folder = scripted.data_dir / "training/jobs" / job.id
+    folder = job_folder(scripted.data_dir, job.id)
     assert folder.is_dir()
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     scripted.wait_for(lambda: not folder.exists())
@@ -64,7 +63,7 @@ def test_a_job_that_is_cancelled_while_its_next_trainer_is_awaited_leaves_nothin
     job = make_job(client, "dies-at-7")
     scripted.wait_for(lambda: any("ended by" in told for told in messages(client, job.id)))
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    scripted.wait_for(lambda: not (scripted.data_dir / "training/jobs" / job.id).exists())
+    scripted.wait_for(lambda: not job_folder(scripted.data_dir, job.id).exists())
 
 
 def test_a_server_without_jobs_says_so(serve_scripted: Starter, tmp_path: Path) -> None:
@@ -104,28 +103,78 @@ def test_a_start_with_another_registry_deletes_nothing_that_the_first_one_knows(
         client.fine_tuning.jobs.pause(job.id)
         server.wait_for(lambda: not server.trainer_pids())
     kept = _age(tmp_path)
+    assert len(kept) == 2
     with serve_scripted("words", *other, data_dir=tmp_path) as server:
         client = openai_client(server)
-        run_job(server, client, "rows")  # begun once the folder is swept
+        theirs = add_file(client, "theirs")
+        run_job(server, client, "rows")  # begun once the jobs' folders are swept
+        server.wait_for(lambda: "several registries" in server.log)
         assert all(path.exists() for path in kept)
-        theirs = add_file(client, "rows")
-        assert "several registries" in server.log
     _age(tmp_path)
     with serve_scripted("words", data_dir=tmp_path) as server:
         client = openai_client(server)
         client.fine_tuning.jobs.resume(job.id)
         assert wait_job(server, client, job.id, ended).status == "succeeded"
-        assert (tmp_path / f"training/files/{theirs}.jsonl").exists()
+        server.wait_for(lambda: "several registries" in server.log)
         (curve,) = client.files.list(purpose="fine-tune-results").data
         assert curve.filename == f"{job.id}-metrics.csv"
+    with serve_scripted("words", *other, data_dir=tmp_path) as server:
+        assert openai_client(server).files.content(theirs).text == "theirs"
 
 
 def _age(data_dir: Path) -> list[Path]:
-    """Make all files and folders of training old; returns them."""
-    found = [*(data_dir / "training/files").iterdir(), *(data_dir / "training/jobs").iterdir()]
+    """Make all blobs and all folders of jobs old; returns them."""
+    found = [*blobs(data_dir).values(), *(data_dir / "training").glob("registry-*/*")]
     for path in found:
         os.utime(path, (1e9, 1e9))
     return found
+
+
+def test_files_and_jobs_of_an_earlier_release_are_listed_downloaded_and_trained_on(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        paused, done = make_job(client, "long"), make_job(client, "rows")
+        wait_job(server, client, paused.id, lambda job: step_of(job) > 6)
+        client.fine_tuning.jobs.pause(paused.id)
+        assert wait_job(server, client, done.id, ended).status == "succeeded"
+        before = {file.id: (file, client.files.content(file.id).text) for file in client.files.list()}
+    lay_out_as_before(tmp_path)
+    unknown = [tmp_path / "training/files/file-0.jsonl", tmp_path / "training/jobs/ftjob-0"]
+    unknown[0].write_text("of another registry")
+    unknown[1].mkdir()
+    (tmp_path / "training/files/.0011.part").write_text("half of an upload")
+    with serve_scripted("words", data_dir=tmp_path) as server:
+        client = openai_client(server)
+        server.wait_for(lambda: set((tmp_path / "training").glob("[fj]*/*")) == set(unknown))
+        assert f"{len(before)} training files move" in server.log
+        assert {file.id: (file, client.files.content(file.id).text) for file in client.files.list()} == before
+        client.fine_tuning.jobs.resume(paused.id)
+        again = client.fine_tuning.jobs.create(model=BASE, training_file=done.training_file)
+        for job in (paused, again):
+            assert wait_job(server, client, job.id, ended).status == "succeeded"
+        assert any(told.startswith("Going on after step") for told in messages(client, paused.id))
+        assert client.files.delete(done.training_file).deleted
+
+
+def lay_out_as_before(data_dir: Path) -> None:
+    """What training keeps, as it was at revision 0004 of the registry: by the names of files and jobs."""
+    training = data_dir / "training"
+    (registry,) = training.glob("registry-*")
+    registry.rename(training / "jobs")
+    (training / "files").mkdir()
+    with closing(sqlite3.connect(data_dir / "registry.db")) as database, database:
+        for file, name, blob in database.execute(
+            "SELECT id, filename, sha256 FROM training_files"
+        ).fetchall():
+            shutil.copyfile(
+                data_dir / "store/blobs" / blob, training / "files" / f"{file}{Path(name).suffix}"
+            )
+            (data_dir / "store/blobs" / blob).unlink()
+        database.execute("DROP INDEX ix_training_files_sha256")
+        database.execute("ALTER TABLE training_files DROP COLUMN sha256")
+        database.execute("UPDATE alembic_version SET version_num = '0004'")
 
 
 def test_a_lock_that_cannot_be_opened_is_named_and_jobs_begin_once_it_can(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,9 +12,14 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, TrainingFile
+from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, TrainingFile, TrainingJob
+from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.background import Threads
+from onebase_server.jobs import job_run
+from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.job_run import FileGoneError, Run
 from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.state import is_resumable
 from onebase_server.jobs.storage import TrainingStorage
 from onebase_server.jobs.store import JobNotifier
 
@@ -32,7 +36,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> TrainingStorage:
-    return TrainingStorage(tmp_path)
+    return TrainingStorage(tmp_path, "registry-1")
 
 
 def add_job(registry: Registry, storage: TrainingStorage, state: Any, **facts: Any) -> Path:
@@ -51,6 +55,11 @@ def add_job(registry: Registry, storage: TrainingStorage, state: Any, **facts: A
     return storage.job(JOB)
 
 
+def _files(registry: Registry, storage: TrainingStorage, threads: Threads) -> TrainingFiles:
+    store = Store(str(storage.root / "store"), storage.root / "cache")
+    return TrainingFiles(registry.training, store, storage, threads, threads, 1 << 20)
+
+
 async def followed(
     registry: Registry,
     storage: TrainingStorage,
@@ -62,7 +71,11 @@ async def followed(
     """Let a manager that looks and sweeps all the time run until something is so."""
     threads, notifier = Threads("records", 2), JobNotifier()
     pool: Any = SimpleNamespace(
-        records=records or registry.training, threads=threads, notifier=notifier, storage=storage
+        records=records or registry.training,
+        threads=threads,
+        notifier=notifier,
+        storage=storage,
+        files=_files(registry, storage, threads),
     )
     manager = Manager(pool, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
@@ -78,22 +91,12 @@ async def followed(
             await task
 
 
-def test_an_upload_that_grows_old_beside_a_running_server_is_swept(
-    registry: Registry, storage: TrainingStorage
-) -> None:
-    path = storage.files / ".0012.part"
-    path.write_text("still coming")
-    looks = 0
-
-    def swept_once_it_is_old() -> bool:
-        nonlocal looks
-        looks += 1
-        if looks == 20:
-            os.utime(path, (1e9, 1e9))
-        return not path.exists()
-
-    asyncio.run(followed(registry, storage, swept_once_it_is_old))
-    assert looks >= 20
+def test_the_folder_of_a_job_without_a_row_is_swept(registry: Registry, storage: TrainingStorage) -> None:
+    kept = add_job(registry, storage, "paused")
+    orphan = storage.job("ftjob-unknown")
+    (orphan / "checkpoints").mkdir(parents=True)
+    asyncio.run(followed(registry, storage, lambda: not orphan.exists()))
+    assert kept.exists()
 
 
 @pytest.mark.parametrize(
@@ -115,27 +118,6 @@ def test_a_job_that_another_server_cancels_leaves_nothing(
         return not folder.exists()
 
     asyncio.run(followed(registry, storage, gone_once_it_is_cancelled))
-
-
-@pytest.mark.parametrize("others", [[], ["registry-of-another"]])
-def test_a_folder_of_release_0_1_knows_its_registries_again(
-    registry: Registry, storage: TrainingStorage, others: list[str]
-) -> None:
-    records = registry.training
-    mark = TrainingFile("registry-01", "registry", storage.server, "fine-tune-results", "registry-01", 0, 1.0)
-    records.add_file(mark)
-    storage.registries.write_text("\n".join([mark.id, *others]))
-    orphan = storage.job("ftjob-unknown")
-    orphan.mkdir()
-    os.utime(orphan, (1e9, 1e9))
-
-    def swept() -> bool:
-        return mark.id not in records.file_ids(storage.server)
-
-    asyncio.run(followed(registry, storage, swept))
-    asyncio.run(followed(registry, storage, lambda: bool(others) or not orphan.exists()))
-    assert storage.registries.read_text().split() == [*others, records.registry_id()]
-    assert orphan.exists() == bool(others)
 
 
 class _Held:
@@ -162,8 +144,13 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
 
     async def look() -> None:
         base: Any = None
+        threads = Threads("records", 2)
         pool: Any = SimpleNamespace(
-            records=records, threads=Threads("records", 2), notifier=JobNotifier(), storage=storage
+            records=records,
+            threads=threads,
+            notifier=JobNotifier(),
+            storage=storage,
+            files=_files(registry, storage, threads),
         )
         manager = Manager(pool, most=1, look_seconds=60.0)
         manager.base_ready(base, b"", -1)
@@ -246,3 +233,60 @@ def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
         "The server was started again; the job goes on from its beginning.",
         "The registry was away; the job goes on from its beginning.",
     ]
+
+
+async def checked(
+    registry: Registry, *problems: Exception, stop: bool = False, pauses: tuple[float, ...] = (0.0, 0.0)
+) -> tuple[TrainingJob, list[str]]:
+    """A job whose check finds these problems, one each time that it asks for its files; and what it told."""
+    left, asked = list(problems), asyncio.Event()
+
+    async def train_job(job: Any, store: Any) -> Any:
+        asked.set()
+        raise left.pop(0) if len(left) > 1 else left[0]
+
+    records = registry.training
+    pool: Any = SimpleNamespace(
+        records=records, threads=Threads("records", 2), notifier=JobNotifier(), train_job=train_job
+    )
+    run = Run(pool, records.job("default", JOB), "check", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_run, "PAUSES", pauses)
+        run.begin()
+        if stop:
+            await asked.wait()
+            records.move(JOB, "paused", ("validating_files",))
+            run.stop("pause", 60.0)
+        await run.ended()
+    job = records.job("default", JOB)
+    return job, [event.message for event in records.events(job, limit=9)]
+
+
+def test_a_job_waits_for_a_store_that_is_away_for_a_moment(
+    registry: Registry, storage: TrainingStorage
+) -> None:
+    add_job(registry, storage, "validating_files")
+    away = StoreError("the bucket does not answer")
+    job, _ = asyncio.run(checked(registry, away, away, FileGoneError("training_file", "It is gone.")))
+    assert job.error is not None
+    assert (job.error.code, job.error.param) == ("file_not_found", "training_file")
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"),
+    [(StoreError("the bucket does not answer"), "store_unavailable"), (StoreFullError("no"), "disk_full")],
+)
+def test_a_job_whose_files_the_store_does_not_give_fails_and_can_be_resumed(
+    registry: Registry, storage: TrainingStorage, problem: StoreError, code: str
+) -> None:
+    add_job(registry, storage, "validating_files")
+    job, _ = asyncio.run(checked(registry, problem))
+    assert (job.state, job.error_code) == ("failed", code)
+    assert is_resumable(job.state, job.error_code)
+
+
+def test_a_job_that_waits_for_the_store_can_be_paused(registry: Registry, storage: TrainingStorage) -> None:
+    add_job(registry, storage, "validating_files")
+    job, told = asyncio.run(checked(registry, StoreError("away"), stop=True, pauses=(3600.0,)))
+    assert job.state == "paused"
+    assert told[0].startswith("Paused.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
@@ -12,6 +14,21 @@ from openai import OpenAI
 from .support import Server
 
 BASE = "smollm2-135m-instruct"
+
+
+def job_folder(data_dir: Path, job_id: str) -> Path:
+    """Where a job's run writes, on a data folder that was used with one registry."""
+    (registry,) = (data_dir / "training").glob("registry-*")
+    return registry / job_id
+
+
+def blobs(data_dir: Path) -> dict[str, Path]:
+    """What the store of a data folder holds, and its temporary files."""
+    return {path.name: path for part in ("blobs", "tmp") for path in (data_dir / "store" / part).iterdir()}
+
+
+def sha256(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def openai_client(server: Server) -> OpenAI:

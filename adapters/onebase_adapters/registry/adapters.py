@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, select, union_all
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
 from onebase_adapters.registry import activation
-from onebase_adapters.registry.database import Database, plain
+from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.models import (
@@ -37,7 +37,6 @@ LEAST_PREFIX = 8
 """Hexadecimal digits that a shortened digest must have at least."""
 _NAME_LIMIT = 512
 _PREFIX = re.compile(r"[0-9a-f]+")
-_BLOBS = (VersionRow.config_sha256, VersionRow.weights_sha256, VersionRow.prepared_sha256)
 
 
 class Registry:
@@ -149,9 +148,9 @@ class Registry:
             return [_version_record(row, row.adapter) for row in rows]
 
     def referenced_blobs(self) -> set[str]:
-        """The SHA-256 sums of all blobs that any version of any tenant on any base needs."""
+        """The SHA-256 sums of all blobs that versions and training files need, of any tenant on any base."""
         with self._database.read() as session:
-            return _referenced(session)
+            return referenced_blobs(session)
 
     # ---- what can be changed -----------------------------------------------------------------
 
@@ -301,7 +300,7 @@ class Registry:
             session.flush()
             session.delete(adapter if last else version)
             session.flush()
-            return blobs - _referenced(session, blobs)
+            return blobs - referenced_blobs(session, blobs)
 
     def delete_adapter(self, tenant: str, name: str) -> set[str]:
         """Delete a name, its versions and its history. Returns the blobs that nothing references any more.
@@ -312,7 +311,7 @@ class Registry:
             blobs = set().union(*map(_blobs_of, adapter.versions))
             session.delete(adapter)
             session.flush()
-            return blobs - _referenced(session, blobs)
+            return blobs - referenced_blobs(session, blobs)
 
     @contextmanager
     def _changing(self, tenant: str, name: str, now: float) -> Iterator[tuple[Session, AdapterRow]]:
@@ -388,14 +387,6 @@ def _blobs_of(version: VersionRow) -> set[str]:
     """The SHA-256 sums that a version needs."""
     wanted = (version.config_sha256, version.weights_sha256, version.prepared_sha256)
     return {digest for digest in wanted if digest is not None}
-
-
-def _referenced(session: Session, among: Collection[str] | None = None) -> set[str]:
-    """The blobs that any version on any base needs: all of them, or those of `among`."""
-    parts = [select(column) for column in _BLOBS]
-    if among is not None:
-        parts = [part.where(column.in_(among)) for part, column in zip(parts, _BLOBS, strict=True)]
-    return {digest for digest in session.scalars(union_all(*parts)) if digest is not None}
 
 
 # From records to rows and back

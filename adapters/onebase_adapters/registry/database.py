@@ -1,4 +1,5 @@
-"""The registry's database: connections, transactions, migrations, errors, and what its columns can hold."""
+"""The registry's database: connections, transactions, migrations, errors, what its columns can hold, and the
+blobs that they name."""
 
 from __future__ import annotations
 
@@ -7,16 +8,28 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, select, text, update
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    exc,
+    make_url,
+    select,
+    text,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.errors import RegistryBusyError, RegistryError, RegistryFullError
-from onebase_adapters.registry.tables import ChangeCounter
+from onebase_adapters.registry.tables import ChangeCounter, TrainingFileRow, VersionRow
 from onebase_engine.redaction import redacted, without_secrets
 
 _WAIT_SECONDS = 30.0
@@ -191,6 +204,22 @@ def _sqlite_kind(code: int, file: Path) -> type[RegistryError]:
     # SQLite calls it an I/O error when it cannot write the files next to the database.
     full = code == sqlite3.SQLITE_IOERR and shutil.disk_usage(file.parent).free < _LITTLE_SPACE
     return RegistryFullError if full or code == sqlite3.SQLITE_FULL else RegistryError
+
+
+_BLOBS = (
+    VersionRow.config_sha256,
+    VersionRow.weights_sha256,
+    VersionRow.prepared_sha256,
+    TrainingFileRow.sha256,
+)
+
+
+def referenced_blobs(session: Session, among: Collection[str] | None = None) -> set[str]:
+    """The blobs that any version or training file needs: all of them, or those of `among`."""
+    parts = [select(column) for column in _BLOBS]
+    if among is not None:
+        parts = [part.where(column.in_(among)) for part, column in zip(parts, _BLOBS, strict=True)]
+    return {digest for digest in session.scalars(union_all(*parts)) if digest is not None}
 
 
 # What columns can hold

@@ -6,10 +6,10 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry.database import Database, plain, plain_json
+from onebase_adapters.registry.database import Database, plain, plain_json, referenced_blobs
 from onebase_adapters.registry.errors import (
     FileInUseError,
     JobStateError,
@@ -53,8 +53,8 @@ _FACTS = frozenset(
 class TrainingRecords:
     """Jobs of one base, and files. All methods block, may be called from any thread, and are one transaction.
 
-    A job belongs to the server that made it: its files are there, and it alone runs it. Any server on the
-    registry may move a job's state (pause, cancel, resume); the owner follows what is written here.
+    A job belongs to the server that made it, which alone runs it. Any server on the registry may move a job's
+    state (pause, cancel, resume); the owner follows what is written here.
 
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
@@ -71,10 +71,15 @@ class TrainingRecords:
     # ---- files -------------------------------------------------------------------------------
 
     def add_file(self, file: TrainingFile) -> TrainingFile:
-        """A file that is known already stays as it is: the curve of a job that is delivered twice."""
+        """Register a file, whose blob must be in the store by now.
+
+        One that is known already gets the new content: the curve of a job that is delivered twice.
+        """
         with self._database.write_uncounted() as session:
             known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
-            if known is None:
+            if known is not None:
+                known.bytes, known.sha256 = file.bytes, file.sha256
+            else:
                 session.add(
                     TrainingFileRow(
                         id=file.id,
@@ -84,6 +89,7 @@ class TrainingRecords:
                         filename=plain(file.filename),
                         bytes=file.bytes,
                         created_at=file.created_at,
+                        sha256=file.sha256,
                     )
                 )
         return file
@@ -114,8 +120,14 @@ class TrainingRecords:
         with self._database.read() as session:
             return _file_record(_file(session, tenant, file_id))
 
-    def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> TrainingFile:
-        """Delete a file that no job needs.
+    def set_content(self, file_id: str, sha256: str) -> None:
+        """The blob of a file that has none; nothing happens if the file was deleted meanwhile."""
+        without = (TrainingFileRow.id == file_id, TrainingFileRow.sha256.is_(None))
+        with self._database.write_uncounted() as session:
+            session.execute(update(TrainingFileRow).where(*without).values(sha256=sha256))
+
+    def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> set[str]:
+        """Delete a file that no job needs. Returns its blob if nothing references that any more.
 
         Args:
             passing: errors after which a failed job may go on, and needs its files.
@@ -135,14 +147,16 @@ class TrainingRecords:
             )
             if user is not None:
                 raise FileInUseError(f"File {row.id} is in use: job {user} needs it.", user)
-            found = _file_record(row)
+            blobs = set() if row.sha256 is None else {row.sha256}
             session.delete(row)
-            return found
+            session.flush()
+            return blobs - referenced_blobs(session, blobs)
 
-    def file_ids(self, server: str) -> set[str]:
-        """All files of one server, of any tenant."""
+    def server_files(self, server: str) -> list[TrainingFile]:
+        """All files that one server took in, of any tenant."""
         with self._database.read() as session:
-            return set(session.scalars(select(TrainingFileRow.id).where(TrainingFileRow.server == server)))
+            rows = session.scalars(select(TrainingFileRow).where(TrainingFileRow.server == server))
+            return [_file_record(row) for row in rows]
 
     # ---- jobs --------------------------------------------------------------------------------
 
@@ -319,6 +333,7 @@ def _file_record(row: TrainingFileRow) -> TrainingFile:
         row.filename,
         row.bytes,
         row.created_at,
+        row.sha256,
     )
 
 

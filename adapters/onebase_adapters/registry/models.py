@@ -120,7 +120,11 @@ ENDED_STATES: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """A file on the disk of one server. `bytes`: its size."""
+    """A file that jobs read, or the curve of one.
+
+    server: the one that took it in. bytes: its size. sha256: the blob with its content; None: it lies on that
+    server's disk, where earlier releases kept it.
+    """
 
     id: str
     tenant: str
@@ -129,6 +133,7 @@ class TrainingFile:
     filename: str
     bytes: int
     created_at: float
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

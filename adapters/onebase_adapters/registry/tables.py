@@ -1,8 +1,7 @@
 """The tables. What is here and what the migrations make are compared in a test.
 
 `adapters` and `versions` belong to one tenant and one base; blobs are shared by all. `previous_versions` is
-the stack that rolling back walks; a deleted version leaves it by itself. Training files lie on the disk of
-one server.
+the stack that rolling back walks; a deleted version leaves it by itself.
 """
 
 from __future__ import annotations
@@ -136,7 +135,8 @@ class HistoryRow(Table):
 
 
 class TrainingFileRow(Table):
-    """One uploaded file, or the curve of a job."""
+    """One uploaded file, or the curve of a job. Without `sha256` it is where earlier releases kept it: on the
+    disk of `server`."""
 
     __tablename__ = "training_files"
 
@@ -148,10 +148,11 @@ class TrainingFileRow(Table):
     filename: Mapped[str] = mapped_column(Text)
     bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[float] = mapped_column(DoubleType)
+    sha256: Mapped[str | None] = mapped_column(String, index=True)
 
 
 class TrainingJobRow(Table):
-    """One job, of one tenant on one base; `server` is the one that has its files and runs it."""
+    """One job, of one tenant on one base; `server` is the one that runs it."""
 
     __tablename__ = "training_jobs"
     __table_args__ = (Index(None, "server", "state"),)

@@ -186,6 +186,16 @@ class LocalBlobs:
             self._files.unlink(self.path(sha256))
             return True
 
+    def claim(self, registry: str) -> bool:
+        """Note that a registry uses the folder; whether no other does."""
+        with store_errors("noting the registry"):
+            folder = self.blobs.parent / "registries"
+            folder.mkdir(exist_ok=True)
+            if not (folder / registry).exists():
+                (folder / registry).touch()
+                self._files.sync_folder(folder)
+            return len(list(folder.iterdir())) == 1
+
     def names(self) -> list[str]:
         """The blobs' SHA-256 sums; a file of another name is not ours to touch."""
         with store_errors("listing the store"), os.scandir(self.blobs) as entries:

@@ -36,6 +36,7 @@ class RemoteBlobs:
             raise StoreError(f"{redacted(url)} names no bucket or folder to keep blobs in.")
         self._blobs = f"{root}/blobs"
         self._parts = f"{root}/tmp"
+        self._registries = f"{root}/registries"
         scheme = url.partition("://")[0]
         self._atomic = scheme in _ATOMIC_PUT
         self._limits = _S3_LIMITS if scheme in ("s3", "s3a") else {}
@@ -102,6 +103,15 @@ class RemoteBlobs:
                 with suppress(FileNotFoundError):
                     self._fs.rm_file(name)
         return len(orphans)
+
+    def claim(self, registry: str) -> bool:
+        """Note that a registry uses the place; whether no other does."""
+        with self._errors("noting the registry"):
+            if registry not in map(_name, self._listing(self._registries)):
+                if not self._atomic:
+                    self._fs.makedirs(self._registries, exist_ok=True)
+                self._fs.pipe_file(f"{self._registries}/{registry}", registry.encode())
+            return len(self._listing(self._registries)) == 1
 
     def _listing(self, folder: str) -> list[dict[str, Any]]:
         self._fs.invalidate_cache(folder)

@@ -1,4 +1,4 @@
-"""The files of all versions, each blob stored once under the SHA-256 of its content.
+"""The files of all versions and of training, each blob stored once under the SHA-256 of its content.
 
 The store is a folder, or any place that fsspec can reach (`s3://bucket/prefix`); a remote one has a local
 cache. Several processes and several servers may use one store at once.
@@ -93,6 +93,8 @@ class Store:
         url: a local path, `file://` or any fsspec URL.
         cache: a local folder for what a remote store's blobs are read from; unused for a local store.
         cache_bytes: what the cache may hold. Blobs asked for in the last five minutes stay beyond that.
+        registry: the identity of the one whose blobs are kept. A store that was ever used with others, too,
+            deletes no blob: what this one does not need may be theirs.
         grace: seconds in which an unreferenced blob is not deleted (`delete`).
         files: the file system's calls; replaced in tests of faults.
 
@@ -105,6 +107,7 @@ class Store:
         cache: Path,
         cache_bytes: int = 20 << 30,
         *,
+        registry: str = "",
         grace: float = GRACE,
         files: FileSystem | None = None,
     ) -> None:
@@ -115,6 +118,14 @@ class Store:
         folder = _local_folder(url)
         self._remote = RemoteBlobs(url) if folder is None else None
         self._local = LocalBlobs(cache if folder is None else folder, files or FileSystem())
+        self._registry = registry
+        self._is_noted = not registry
+
+    def is_shared(self) -> bool:
+        """Whether several registries were used with the store; this one is noted there. Raises StoreError."""
+        shared = bool(self._registry) and not (self._remote or self._local).claim(self._registry)
+        self._is_noted = True
+        return shared
 
     def writer(self) -> BlobWriter:
         """A writer for one new blob. Raises StoreFullError, StoreError."""
@@ -144,12 +155,14 @@ class Store:
     def publish(self, part: PartFile) -> Blob:
         """Make a blob of what was written: fsync, the remote store first, then the name on this disk."""
         blob = part.finish()
-        if self._remote is not None:
-            try:
+        try:
+            if not self._is_noted:
+                self.is_shared()  # before another registry could find the blob and take it for an orphan
+            if self._remote is not None:
                 self._remote.put(part.path, blob)
-            except StoreError:
-                part.discard()
-                raise
+        except StoreError:
+            part.discard()
+            raise
         self._local.publish(part, blob)
         self._evict(blob.sha256)
         return blob
@@ -169,6 +182,24 @@ class Store:
             os.utime(path)
             return path
         return self._fetch(sha256, self._remote)
+
+    def hold(self, sha256: str, target: Path) -> Path:
+        """As `local`, for one who reads later or slowly: what is returned outlives eviction from the cache.
+
+        It is the blob itself in a local store, which evicts nothing; else a link to it, or on another disk a
+        copy, in place of `target`.
+        """
+        path = self.local(sha256)
+        if self._remote is None:
+            return path
+        with store_errors(f"holding {sha256} in {target}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+        return target
 
     def _fetch(self, sha256: str, remote: RemoteBlobs) -> Path:
         part = self._local.new_part()
@@ -212,6 +243,8 @@ class Store:
         """
         age = self._grace if older_than is None else older_than
         _checked(sha256)
+        if self.is_shared():
+            return False
         if self._remote is None:
             return self._local.remove(sha256, age)
         removed = self._remote.remove(sha256, age)
@@ -225,6 +258,8 @@ class Store:
 
         Ask the registry for `keep` just before: a blob registered later is younger than `older_than`.
         """
+        if self.is_shared():
+            return self._local.sweep_scratch(older_than)
         kept = frozenset(keep)
         if self._remote is None:
             return self._local.sweep(kept, older_than)

@@ -15,12 +15,12 @@ from onebase_adapters.registry import (
     Unset,
     VersionRecord,
 )
-from onebase_adapters.store.store import Store, StoreError
+from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog, VersionRef, not_ready
 from onebase_server.adapters.residency import Residency
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
-from onebase_server.storage import storage_errors
+from onebase_server.storage import delete_blobs, storage_errors
 
 WARM_SECONDS = 5.0
 """How long the answer to a rollback or a pin waits until the version is in memory."""
@@ -189,11 +189,7 @@ class Activation:
     async def _gone(self, versions: Iterable[VersionRecord], blobs: Iterable[str]) -> None:
         for version in versions:
             self._residency.revoke(VersionRef(version.name, version.digest))
-        for sha256 in blobs:
-            try:
-                await self._disk.run(self._store.delete, sha256)
-            except StoreError as error:
-                _log.warning("blob %s stays until the next sweep: %s", sha256[:12], error)
+        await delete_blobs(self._store, self._disk, blobs)
 
     def _names_changed(self) -> None:
         """After the catalog has changed: versions that nobody can name any more leave memory."""

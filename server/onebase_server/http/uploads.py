@@ -17,7 +17,7 @@ from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FIL
 from onebase_adapters.store.store import BlobWriter, Store
 from onebase_server.background import Threads
 from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
-from onebase_server.jobs.files import FileWriter, TrainingFiles, check_filename
+from onebase_server.jobs.files import TrainingFiles, check_filename
 from onebase_server.settings import SettingsError, parse_bool
 
 MAX_FIELD_BYTES = 1000
@@ -294,15 +294,15 @@ class FileUpload:
     """A file that has arrived, and is not kept yet."""
 
     filename: str
-    writer: FileWriter
+    writer: BlobWriter
 
 
 class FileForm(FormReader[FileUpload]):
-    """Writes the file as it arrives; `close` deletes it unless it was kept. Raises also StoreFullError."""
+    """Writes the file as it arrives; `close` deletes it unless it was kept. Raises also StoreError."""
 
     def __init__(self, files: TrainingFiles, boundary: bytes) -> None:
         self._files = files
-        self._writer: FileWriter | None = None
+        self._writer: BlobWriter | None = None
         self._filename = ""
         super().__init__(boundary, limit=files.limit + FORM_BYTES, option=FILE_OPTION, how=FILE_FIELDS)
 
@@ -314,7 +314,7 @@ class FileForm(FormReader[FileUpload]):
         if self._writer is not None:
             raise InvalidRequestError("file: there are two. Send one.", param="file")
         self._filename = check_filename(filename or "")
-        self._writer = self._files.writer()
+        self._writer = self._files.store.writer()
         return self._writer.write
 
     def result(self) -> FileUpload:

@@ -69,8 +69,8 @@ class Delivery:
         files: TrainingFiles,
         proof_seconds: float,
     ) -> None:
-        self.files = files
         self._library = library
+        self._files = files
         self._storage = storage
         self._proof_seconds = proof_seconds
 
@@ -106,7 +106,7 @@ class Delivery:
                 "The trained adapter is gone from --data-dir. Resume the job: it trains on from its last "
                 "checkpoint, or from its beginning if that is gone as well.",
             )
-        result_file = await self.files.keep_curve(job.id, report)
+        result_file = await self._files.keep_curve(job.id, report)
         with storage_errors(job.name):
             files = await self._library.disk.run(self._take, folder)
         version = await self._proved(job, files)

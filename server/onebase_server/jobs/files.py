@@ -1,115 +1,77 @@
-"""Training files on this server's disk: uploaded, read and deleted; and the loss curves that jobs leave."""
+"""Training files: uploaded, read and deleted; and the loss curves that jobs leave."""
 
 from __future__ import annotations
 
 import csv
-import errno
 import io
-import os
+import logging
 import secrets
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters import registry
 from onebase_adapters.registry import (
     DEFAULT_TENANT,
     FileInUseError,
     Purpose,
-    RegistryError,
     TrainingFile,
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.atomic_files import replace_synced
+from onebase_adapters.store.store import BlobMissingError, BlobWriter, Store, StoreError
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, InvalidRequestError, StoreFullError, UnknownFileError
+from onebase_server.errors import ConflictError, InvalidRequestError, UnknownFileError
 from onebase_server.jobs.state import RESUMABLE
-from onebase_server.jobs.storage import UPLOADING, TrainingStorage, ending
-from onebase_server.storage import storage_errors
+from onebase_server.jobs.storage import TrainingStorage, ending
+from onebase_server.storage import delete_blobs, storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that jobs can read."""
 MAX_FILENAME = 200
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-
-class FileWriter:
-    """A file that is coming in. Blocks. Raises StoreFullError; `abort` in any case, unless committed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.size = 0
-        self._path = folder / f".{secrets.token_hex(8)}{UPLOADING}"
-        self._file = self._path.open("xb", buffering=0)
-
-    def write(self, data: memoryview | bytes) -> None:
-        left = memoryview(data)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise _disk_error(error) from error
-        self.size += len(data)
-
-    def commit(self, target: Path) -> None:
-        """The content is at `target`, whole and synced, when this has returned."""
-        try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            replace_synced(self._path, target)
-        except OSError as error:
-            raise _disk_error(error) from error
-
-    def abort(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+_log = logging.getLogger(__name__)
 
 
 class TrainingFiles:
-    """The files of this server. `limit`: bytes of one."""
+    """Blobs of the store, each with a row in the registry. `limit`: bytes of one."""
 
     def __init__(
-        self, records: TrainingRecords, storage: TrainingStorage, threads: Threads, disk: Threads, limit: int
+        self,
+        records: TrainingRecords,
+        store: Store,
+        storage: TrainingStorage,
+        threads: Threads,
+        disk: Threads,
+        limit: int,
     ) -> None:
+        self.store = store
         self.disk = disk
         self.limit = limit
         self._records = records
         self._storage = storage
         self._threads = threads
 
-    def writer(self) -> FileWriter:
-        """Blocks. Raises StoreFullError."""
-        try:
-            return FileWriter(self._storage.files)
-        except OSError as error:
-            raise _disk_error(error) from error
-
-    async def keep(self, writer: FileWriter, filename: str, purpose: Purpose) -> TrainingFile:
-        """Make what was uploaded a file that jobs can name. Raises StoreFullError, UnavailableError."""
-        file = self._made(f"file-{secrets.token_hex(12)}", filename, purpose, writer.size)
-        path = self._storage.file(file.id, filename)
+    async def keep(
+        self, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
+    ) -> TrainingFile:
+        """Make what was written a file that jobs can name. Raises StoreFullError, UnavailableError."""
+        name, server = file_id or f"file-{secrets.token_hex(12)}", self._storage.server
         with storage_errors():
-            try:
-                # The row comes last: a file without one is swept, a row without a file would be a lie.
-                await self.disk.run(writer.commit, path)
-                return await self._threads.run(self._records.add_file, file)
-            except Exception:
-                if not await self._may_be_known(file):
-                    with suppress(OSError):
-                        await self.disk.run(path.unlink, True)
-                raise
+            # The row comes last: a blob without one is swept, a row without a blob would be a lie.
+            blob = await self.disk.run(writer.commit)
+            made = float(int(time.time()))
+            file = TrainingFile(name, DEFAULT_TENANT, server, purpose, filename, blob.size, made, blob.sha256)
+            return await self._threads.run(self._records.add_file, file)
 
-    async def _may_be_known(self, file: TrainingFile) -> bool:
-        """Whether the file may have its row, though adding it failed: only the answer may be lost."""
-        try:
-            await self._threads.run(self._records.file, file.tenant, file.id)
-        except registry.UnknownFileError:
-            return False
-        except RegistryError:
-            pass
-        return True
+    async def keep_curve(self, job_id: str, report: Mapping[str, Any]) -> str:
+        """Keep the losses of a run as a CSV file, under one id each time. Returns it. Raises as `keep`."""
+        file_id = f"file-{job_id.removeprefix('ftjob-')}"
+        with storage_errors():
+            writer = await self.disk.run(self.store.writer)
+            await self.disk.run(writer.write, curve_csv(report))
+        await self.keep(writer, f"{job_id}-metrics.csv", "fine-tune-results", file_id)
+        return file_id
 
     async def find(
         self, *, purpose: str | None, after: str | None, limit: int, oldest_first: bool
@@ -131,10 +93,12 @@ class TrainingFiles:
             return await self._threads.run(self._records.file, DEFAULT_TENANT, file_id)
 
     async def usable(self, file_id: str, param: str) -> TrainingFile:
-        """A file that a job of this server may be given. Raises InvalidRequestError."""
+        """A file that a job of this server may be given. Raises InvalidRequestError, UnavailableError."""
         try:
             file = await self.get(file_id)
-            self.content_path(file)
+            with storage_errors():
+                if file.sha256 is None or not await self.disk.run(self.store.exists, file.sha256):
+                    await self.disk.run(self.content, file)  # it says what is wrong
         except UnknownFileError as error:
             raise InvalidRequestError(
                 f"{param}: {error.message} POST /v1/files uploads one.", param=param, code="file_not_found"
@@ -146,25 +110,19 @@ class TrainingFiles:
             )
         return file
 
-    def content_path(self, file: TrainingFile) -> Path:
-        """Where the content lies. Raises UnknownFileError when that is another server's disk."""
-        if file.server != self._storage.server:
-            raise UnknownFileError(
-                f"File {file.id} lies on the disk of another server, which shares the registry. Ask that "
-                "one, or upload it here."
-            )
-        return self._storage.file(file.id, file.filename)
-
     async def delete(self, file_id: str) -> None:
         """Raises UnknownFileError, ConflictError while a job needs it, UnavailableError."""
-        self.content_path(await self.get(file_id))
+        file = await self.get(file_id)
+        old = self._old_path(file) if file.sha256 is None else None
         with storage_errors():
             try:
-                file = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id, RESUMABLE)
+                blobs = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id, RESUMABLE)
             except FileInUseError as error:
                 await self._raise_if_elsewhere(error)
                 raise
-        await self.disk.run(self._storage.file(file.id, file.filename).unlink, True)
+        await delete_blobs(self.store, self.disk, blobs)
+        if old is not None:
+            await self.disk.run(old.unlink, True)
 
     async def _raise_if_elsewhere(self, used: FileInUseError) -> None:
         """Raises ConflictError when the job that needs a file is not to be found on this server."""
@@ -178,26 +136,65 @@ class TrainingFiles:
                 param="file_id",
             ) from error
 
-    async def keep_curve(self, job_id: str, report: Mapping[str, Any]) -> str:
-        """Keep the losses of a run as a CSV file, under the same id each time. Returns the id."""
-        file_id = f"file-{job_id.removeprefix('ftjob-')}"
-        filename = f"{job_id}-metrics.csv"
-        content = curve_csv(report)
-        writer = await self.disk.run(self.writer)
-        try:
-            await self.disk.run(writer.write, content)
-            await self.disk.run(writer.commit, self._storage.file(file_id, filename))
-        except BaseException:
-            writer.abort()
-            raise
-        file = self._made(file_id, filename, "fine-tune-results", len(content))
-        await self._threads.run(self._records.add_file, file)
-        return file_id
+    # ---- content -----------------------------------------------------------------------------
 
-    def _made(self, file_id: str, filename: str, purpose: Purpose, size: int) -> TrainingFile:
-        return TrainingFile(
-            file_id, DEFAULT_TENANT, self._storage.server, purpose, filename, size, float(int(time.time()))
-        )
+    async def local(self, file: TrainingFile) -> Path:
+        """A local file with the content, to be read at once. Raises UnknownFileError, UnavailableError."""
+        with storage_errors():
+            return await self.disk.run(self.content, file)
+
+    def content(self, file: TrainingFile, held: Path | None = None) -> Path:
+        """A local file with the content. Blocks. Raises UnknownFileError, StoreError.
+
+        Args:
+            held: a place for it, as `Store.hold` takes one; without it the file must be read at once.
+        """
+        if file.sha256 is None:
+            path = self._old_path(file)
+            if not path.is_file():
+                raise UnknownFileError(f"The content of file {file.id} is gone from the server's --data-dir.")
+            return path
+        try:
+            return self.store.local(file.sha256) if held is None else self.store.hold(file.sha256, held)
+        except BlobMissingError as error:
+            raise UnknownFileError(
+                f"The content of file {file.id} is not in this server's store; another server may have it. "
+                "Servers that share a registry (--registry) should share a store (--store). Upload it here."
+            ) from error
+
+    # ---- what earlier releases kept on the disk of one server --------------------------------
+
+    def _old_path(self, file: TrainingFile) -> Path:
+        """Raises UnknownFileError when that is another server's disk."""
+        if file.server != self._storage.server:
+            raise UnknownFileError(
+                f"File {file.id} lies on the disk of another server, which shares the registry. Ask that "
+                "one, or start it with this release, which moves it into the store, or upload it here."
+            )
+        return self._storage.old_file(file)
+
+    async def take_over(self) -> None:
+        """Move this server's files into the store. A break at any point loses nothing: the next call goes on.
+
+        Those that cannot be moved are served from where they lie. Raises RegistryError, OSError.
+        """
+        left = await self.disk.run(self._storage.old_files)
+        if not left:
+            return
+        rows = await self._threads.run(self._records.server_files, self._storage.server)
+        files = {file.id: file for file in rows}
+        known = {path: files[name] for path in left if (name := path.name.partition(".")[0]) in files}
+        if known:
+            _log.info("%d training files move from %s into the store", len(known), left[0].parent)
+        for path, file in known.items():
+            try:
+                if file.sha256 is None:
+                    blob = await self.disk.run(self.store.add_file, path)
+                    await self._threads.run(self._records.set_content, file.id, blob.sha256)
+                await self.disk.run(path.unlink, True)
+            except (StoreError, OSError) as error:
+                _log.warning("training files stay in %s for now: %s", path.parent, error)
+                return
 
 
 def curve_csv(report: Mapping[str, Any]) -> bytes:
@@ -222,7 +219,3 @@ def check_filename(filename: str) -> str:
             param="file",
         )
     return name
-
-
-def _disk_error(error: OSError) -> Exception:
-    return StoreFullError() if error.errno in _FULL else error

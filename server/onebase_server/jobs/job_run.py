@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,13 +22,15 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
+from onebase_adapters.store.store import StoreError, StoreFullError
 from onebase_adapters.training.events import DataChecked, Reason
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownFileError
-from onebase_server.jobs.delivery import LOST, Delivery, DeliveryError
+from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events
+from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,
@@ -92,6 +94,7 @@ class TrainerPool:
     records: TrainingRecords
     threads: Threads
     notifier: JobNotifier
+    files: TrainingFiles
     storage: TrainingStorage
     delivery: Delivery
     config: EngineConfig
@@ -104,11 +107,11 @@ class TrainerPool:
     """Trainers that died without being stopped."""
 
     async def train_job(self, job: TrainingJob, store: JobStore) -> TrainJob:
-        """The job as a trainer takes it. Raises FileGoneError, and RegistryError."""
-        train, train_path = await self._file(store, job.training_file, "training_file")
+        """The job as a trainer takes it. Raises FileGoneError, StoreError, RegistryError."""
+        train, train_path = await self._file(job, store, job.training_file, "training_file")
         held_out_name = held_out_path = None
         if job.validation_file:
-            held_out, held_out_path = await self._file(store, job.validation_file, "validation_file")
+            held_out, held_out_path = await self._file(job, store, job.validation_file, "validation_file")
             # Errors name the file, so two files need two names.
             same = held_out.filename == train.filename
             held_out_name = f"validation-{held_out.filename}" if same else held_out.filename
@@ -127,14 +130,14 @@ class TrainerPool:
             memory_limit=self.memory,
         )
 
-    async def _file(self, store: JobStore, file_id: str, param: str) -> tuple[TrainingFile, str]:
+    async def _file(
+        self, job: TrainingJob, store: JobStore, file_id: str, param: str
+    ) -> tuple[TrainingFile, str]:
         try:
             file = await store.file(file_id)
-            path = self.delivery.files.content_path(file)
+            path = await self.files.disk.run(self.files.content, file, self.storage.job(job.id) / param)
         except (registry.UnknownFileError, UnknownFileError) as error:
             raise FileGoneError(param, str(error)) from error
-        if not await asyncio.to_thread(path.is_file):
-            raise FileGoneError(param, f"File {file_id} is gone from --data-dir.")
         return file, str(path)
 
 
@@ -232,9 +235,6 @@ class Run:
             _log.error("job %s: %s", self.job.id, error)
             if not self.stopping:
                 await asyncio.sleep(BROKEN_SECONDS)  # the manager starts it again at once
-        except FileGoneError as error:
-            with suppress(RegistryError):
-                await self._fail(JobError("file_not_found", error.message, error.param))
         except Exception:
             _log.exception("job %s failed", self.job.id)
             internal = JobError("internal_error", "The server failed on this job; its log says why.")
@@ -243,9 +243,7 @@ class Run:
 
     async def _check(self) -> None:
         pool = self._pool
-        outcome = await self._process(
-            Check(config=pool.config, job=await pool.train_job(self.job, self._store)), {}
-        )
+        outcome = await self._process(lambda job: Check(config=pool.config, job=job), {})
         if isinstance(outcome, Checked):
             event = JobEvent(time.time(), "The job waits for its turn.")
             await self._store.move(CHECKED, event, plan=outcome.plan, deaths=0, death_step=0)
@@ -274,9 +272,10 @@ class Run:
 
     async def _train(self, base: AttachedBase) -> Outcome:
         pool = self._pool
-        job = await pool.train_job(self.job, self._store)
-        message = Train(config=base.config, manifest=base.manifest, job=job, share=pool.share)
-        return await self._process(message, {"--base-fd": base.fd, "--busy-fd": pool.busy_fd})
+        return await self._process(
+            lambda job: Train(config=base.config, manifest=base.manifest, job=job, share=pool.share),
+            {"--base-fd": base.fd, "--busy-fd": pool.busy_fd},
+        )
 
     async def _keep_report(self, report: Mapping[str, Any]) -> TrainingJob:
         """The job with its report. If it still runs, its delivery can no longer be stopped."""
@@ -305,22 +304,49 @@ class Run:
             result_file=done.result_file,
         )
 
-    async def _process(self, message: Check | Train, fds: dict[str, int]) -> Outcome:
+    async def _process(self, message: Callable[[TrainJob], Check | Train], fds: dict[str, int]) -> Outcome:
         """Run a trainer to its end, and write down what it says."""
         try:
+            job = await self._train_job()
             if self._stop is not None:
                 return Stopped(self._stop[0])
             self._in_process = True
-            self._trainer = await TrainerClient.start(self._pool.command, message, fds, self._store.record)
+            self._trainer = await TrainerClient.start(
+                self._pool.command, message(job), fds, self._store.record
+            )
             if self._stop is not None:
                 self.stop(*self._stop)
             return await self._trainer.outcome()
+        except FileGoneError as error:
+            return Failed(code="file_not_found", message=error.message, param=error.param)
+        except StoreError as error:
+            if self._stop is not None:
+                return Stopped(self._stop[0])
+            code = "disk_full" if isinstance(error, StoreFullError) else "store_unavailable"
+            return Failed(code=code, message=f"The job's files cannot be read: {error} Resume the job later.")
         except OSError as error:
             return Failed(code="trainer_failed", message=f"The trainer cannot be started: {error}")
         finally:
             self._trainer, self._in_process = None, False
             self._released.set()  # what is left to write must not keep an engine waiting
             await self._store.close()
+
+    async def _train_job(self) -> TrainJob:
+        """What the trainer is given. While the store is away it is asked again, unless the job is stopped.
+
+        Raises FileGoneError, StoreError, RegistryError.
+        """
+        for pause in BACKOFF.tries(TRIES):
+            try:
+                return await self._pool.train_job(self.job, self._store)
+            except StoreError as error:
+                if pause is None or self._stop is not None or isinstance(error, StoreFullError):
+                    raise
+                _log.warning("job %s waits: %s", self.job.id, error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._released.wait()
+        raise AssertionError("the last try returns or raises")
 
     # ---- other ends --------------------------------------------------------------------------
 

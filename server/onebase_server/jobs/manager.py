@@ -31,7 +31,7 @@ STOP_SECONDS = 60.0
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
 SWEEP_SECONDS = 3600.0
-"""From one sweep of the training folder to the next."""
+"""From one sweep of the jobs' folders to the next."""
 
 
 class Manager:
@@ -51,7 +51,7 @@ class Manager:
         self._sweep_seconds = sweep_seconds
         self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
-        self._garbage = GarbageCollector(self._records, self._threads, pool.storage)
+        self._garbage = GarbageCollector(self._records, self._threads, pool.files.disk, pool.storage)
         self._known: dict[str, str] = {}
         """Tenants, by job id, of the jobs that were open or had a process at the last look."""
         self._begun: set[str] = set()
@@ -93,7 +93,7 @@ class Manager:
                 jobs = await self._threads.run(self._records.open_jobs, self._pool.storage.server)
                 await self._reconcile(jobs)
                 await self._collect_garbage(jobs)
-            except RegistryError as error:
+            except (RegistryError, OSError) as error:
                 _log.warning("training jobs cannot be followed: %s", error)
             except Exception:
                 _log.exception("training jobs cannot be followed")
@@ -114,8 +114,9 @@ class Manager:
 
     async def _sweep_if_due(self) -> None:
         if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + self._sweep_seconds
             await self._garbage.sweep(self._runs)
+            await self._pool.files.take_over()
+            self._next_sweep = time.monotonic() + self._sweep_seconds
 
     async def stop(self) -> None:
         """Let trainers write a checkpoint and end; their jobs are queued for the next start."""

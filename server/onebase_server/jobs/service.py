@@ -136,7 +136,7 @@ class JobService:
             found, cancelled(found), "The job is cancelled.", "there is nothing left to cancel"
         )
         if job.server == self._storage.server and not self._manager.has_run(job.id):
-            await self._threads.run(self._storage.forget, job.id)
+            await self._files.disk.run(self._storage.forget, job.id)
         return job
 
     async def pause(self, job_id: str) -> TrainingJob:

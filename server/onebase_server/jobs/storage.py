@@ -1,39 +1,25 @@
-"""Where training keeps its files on this server's disk, whose they are, and when they are deleted."""
+"""The folders of jobs on this server's disk: where they are, and when they are deleted."""
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
 from onebase_adapters.registry import (
     ENDED_STATES,
     JobState,
-    RegistryError,
+    TrainingFile,
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.atomic_files import sync, write_atomically
+from onebase_adapters.store.atomic_files import replace_synced, sync
 from onebase_server.background import Threads
 from onebase_server.jobs.state import is_resumable
-
-UPLOADING = ".part"
-"""Ending of a file that is coming in."""
-SETTLED_SECONDS = 600.0
-"""Anything younger may be about to get its row in the registry."""
-ABANDONED_SECONDS = 86_400.0
-"""An upload that was not written to for this long is given up; a slow one writes now and then."""
-MARK_TENANT = "registry"
-"""Owner of the rows by which release 0.1 knew a registry again: no caller sees them."""
-
-_log = logging.getLogger(__name__)
 
 
 class DataDirError(Exception):
@@ -41,21 +27,20 @@ class DataDirError(Exception):
 
 
 class TrainingStorage:
-    """The folder `training` of a data folder: `files/<file-id>.<ending>` and `jobs/<job-id>/`.
+    """The folder `training` of a data folder, with `<registry>/<job-id>` for each job. Raises DataDirError.
 
-    Raises DataDirError.
+    Args:
+        registry: the registry's identity. What is in its folder is its own: a data folder may be used with
+            several registries, and each deletes only what it knows.
 
-    `server`: an id that lies there too; jobs and files in the registry that have it are this folder's.
-    `registries`: the file that lists which registries the folder was used with.
+    `server`: an id that lies there too; jobs in the registry that have it are this folder's.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, registry: str) -> None:
         self.root = data_dir / "training"
-        self.files = self.root / "files"
-        self.jobs = self.root / "jobs"
-        self.registries = self.root / "registries"
+        self._jobs = self.root / registry
         try:
-            for folder in (self.root, self.files, self.jobs):
+            for folder in (self.root, self._jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.server = _server_id(self.root / "server-id")
         except OSError as error:
@@ -77,54 +62,50 @@ class TrainingStorage:
 
     def job(self, job_id: str) -> Path:
         """The folder of a job's run."""
-        return self.jobs / job_id
+        return self._jobs / job_id
 
     def checkpoint(self, job_id: str, path: str) -> Path:
         """The folder of one of a run's checkpoints."""
         return self.job(job_id) / "checkpoints" / Path(path).name
 
-    def file(self, file_id: str, filename: str) -> Path:
-        """Where a file's content lies."""
-        return self.files / f"{file_id}{ending(filename)}"
+    def job_ids(self) -> list[str]:
+        """The jobs that have a folder. Raises OSError."""
+        return [path.name for path in self._jobs.iterdir()]
 
     def forget(self, job_id: str) -> None:
         """Delete what a run has written."""
         shutil.rmtree(self.job(job_id), ignore_errors=True)
 
-    def uploads(self, left: Iterable[Path]) -> list[Path]:
-        """Those of a `listing` that are half of an upload: they have no row in any registry."""
-        return [path for path in left if path.parent == self.files and path.name.endswith(UPLOADING)]
+    # ---- what earlier releases left, in `files` and `jobs` -----------------------------------
 
-    def listing(self) -> list[Path]:
-        """Files and folders of jobs that are no longer being made. Raises OSError."""
-        now, found = time.time(), []
-        for path in chain(self.files.iterdir(), self.jobs.iterdir()):
-            settled = ABANDONED_SECONDS if path.name.endswith(UPLOADING) else SETTLED_SECONDS
-            with suppress(FileNotFoundError):  # an upload has just ended
-                if path.lstat().st_mtime < now - settled:
-                    found.append(path)
-        return found
+    def take_over(self, job_ids: Container[str]) -> None:
+        """Bring in the old folders of these jobs. Others may be another registry's. Raises OSError."""
+        for path in _left_in(self.root / "jobs"):
+            if path.name in job_ids and not self.job(path.name).exists():
+                replace_synced(path, self.job(path.name))
 
-    def sweep(self, left: Iterable[Path], file_ids: Container[str], job_ids: Container[str]) -> int:
-        """Delete what has no row in the registry. Returns how many were deleted. Raises OSError.
+    def old_files(self) -> list[Path]:
+        """Training files that are not in the store, of any registry. Raises OSError."""
+        left = _left_in(self.root / "files")
+        for half in [path for path in left if path.suffix == ".part"]:
+            half.unlink(missing_ok=True)  # an upload that broke off
+            left.remove(half)
+        return left
 
-        Args:
-            left: a `listing` that is older than the ids.
-        """
-        removed = 0
-        for path in left:
-            if path.parent == self.files and path.name.partition(".")[0] not in file_ids:
-                path.unlink(missing_ok=True)
-                removed += 1
-            elif path.parent == self.jobs and path.name not in job_ids:
-                shutil.rmtree(path, ignore_errors=True)
-                removed += 1
-        return removed
+    def old_file(self, file: TrainingFile) -> Path:
+        """Where the content of a file lies that is not in the store."""
+        return self.root / "files" / f"{file.id}{ending(file.filename)}"
 
 
 def ending(filename: str) -> str:
     """The ending of a file's name, in lower case, with its dot; "" if it has none."""
     return Path(filename).suffix.lower()
+
+
+def _left_in(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        folder.rmdir()  # once it is empty
+    return list(folder.iterdir()) if folder.exists() else []
 
 
 def _server_id(path: Path) -> str:
@@ -147,93 +128,38 @@ def _server_id(path: Path) -> str:
     return made
 
 
-class KnownRegistries:
-    """Which registries a training folder was used with: what one does not know may be another's.
-
-    Args:
-        path: the folder's list of their identities, one a line. Release 0.1 listed the id of a file without
-            content instead, whose row it added to the registry.
-    """
-
-    def __init__(self, path: Path, records: TrainingRecords) -> None:
-        self.path = path
-        self._records = records
-
-    def at_hand_alone(self, file_ids: Container[str]) -> bool:
-        """Whether the folder was only ever used with this registry. Blocks.
-
-        Args:
-            file_ids: the files of this server that the registry knows, those of release 0.1 among them.
-
-        Raises RegistryError, OSError.
-        """
-        here = self._records.registry_id()
-        known = self.path.read_text().split() if self.path.exists() else []
-        if here not in known:
-            old = [one for one in known if one in file_ids]
-            known = [*(one for one in known if one not in old), here]
-            # Empty after a power cut, it would know of no other registry.
-            write_atomically(self.path, "".join(f"{one}\n" for one in known))
-            for one in old:
-                self._records.delete_file(MARK_TENANT, one)
-        return len(known) == 1
-
-
 class GarbageCollector:
-    """Deletes what no job needs any more. No process may be writing into a job's folder."""
+    """Deletes the folders that no job needs any more. No process may be writing into a job's folder."""
 
-    def __init__(self, records: TrainingRecords, threads: Threads, storage: TrainingStorage) -> None:
+    def __init__(
+        self, records: TrainingRecords, threads: Threads, disk: Threads, storage: TrainingStorage
+    ) -> None:
         self._records = records
         self._threads = threads
+        self._disk = disk
         self._storage = storage
-        self._registries = KnownRegistries(storage.registries, records)
-        self._warned = False
 
     async def job_over(self, tenant: str, job_id: str) -> None:
         """Delete the folder of a job that has ended and does not go on. Raises RegistryError."""
         with suppress(UnknownJobError):
             job = await self._threads.run(self._records.job, tenant, job_id)
-            await self._threads.run(self._forget, job_id, job.state, job.error_code)
+            if _is_over(job.state, job.error_code):
+                await self._disk.run(self._storage.forget, job_id)
 
-    async def sweep(self, running: Collection[str]) -> None:
-        """Delete what a power cut left, and the folders of jobs that another server ended, or nobody saw end.
+    async def sweep(self, running: Container[str]) -> None:
+        """Delete the folders of jobs that another server ended, that nobody saw end, or that have no row.
 
         Args:
             running: jobs whose process may still write.
+
+        Raises RegistryError, OSError.
         """
-        storage = self._storage
-        try:
-            left = await self._threads.run(storage.listing)
-            files = await self._threads.run(self._records.file_ids, storage.server)
-            jobs = await self._threads.run(self._records.job_ends, storage.server)
-            left = await self._threads.run(self._orphans_among, left, files)
-            removed = await self._threads.run(storage.sweep, left, files, jobs)
-            over = {job_id: end for job_id, end in jobs.items() if job_id not in running}
-            await self._threads.run(self._forget_all, over)
-        except (RegistryError, OSError) as error:
-            _log.warning("the training folder was not swept: %s", error)
-        else:
-            if removed:
-                _log.info("swept %d left-over files and folders of training", removed)
+        ends = await self._threads.run(self._records.job_ends, self._storage.server)
+        await self._disk.run(self._storage.take_over, ends)
+        for job_id in await self._disk.run(self._storage.job_ids):
+            if job_id not in running and (job_id not in ends or _is_over(*ends[job_id])):
+                await self._disk.run(self._storage.forget, job_id)
 
-    def _orphans_among(self, left: list[Path], file_ids: Collection[str]) -> list[Path]:
-        """The part of `left` that may be deleted if it has no row."""
-        if self._registries.at_hand_alone(file_ids):
-            return left
-        if not self._warned:
-            self._warned = True
-            _log.warning(
-                "%s was used with several registries (--registry): files and jobs that this one does not "
-                "know are kept, they may be another one's. Delete %s once only this one is in use.",
-                self._storage.root,
-                self._registries.path,
-            )
-        return self._storage.uploads(left)
 
-    def _forget_all(self, ends: Mapping[str, tuple[JobState, str | None]]) -> None:
-        for job_id, (state, code) in ends.items():
-            self._forget(job_id, state, code)
-
-    def _forget(self, job_id: str, state: JobState, code: str | None) -> None:
-        if state in ENDED_STATES and not is_resumable(state, code):
-            self._storage.forget(job_id)
+def _is_over(state: JobState, code: str | None) -> bool:
+    return state in ENDED_STATES and not is_resumable(state, code)

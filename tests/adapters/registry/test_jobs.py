@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from tests.adapters.registry.conftest import Open
+from tests.adapters.registry.conftest import Open, add, blob
 
 from onebase_adapters.registry import (
     Checkpoint,
@@ -168,10 +168,10 @@ def test_a_file_stays_while_a_job_needs_it(registry: Registry, jobs: list[Traini
     assert refused.value.job in {job.id for job in jobs}
     for job in jobs:
         records.move(job.id, "cancelled", ("validating_files",))
-    assert records.delete_file(TENANT, "file-a").filename == "a.jsonl"
+    records.delete_file(TENANT, "file-a")
     with pytest.raises(UnknownFileError):
         add_job(registry, "late")
-    assert records.file_ids("s1") == set()
+    assert records.server_files("s1") == []
 
 
 def test_a_file_stays_while_a_failed_job_may_go_on(registry: Registry, jobs: list[TrainingJob]) -> None:
@@ -180,7 +180,45 @@ def test_a_file_stays_while_a_failed_job_may_go_on(registry: Registry, jobs: lis
         records.move(job.id, "failed", ("validating_files",), error=JobError("disk_full", "it is full"))
     with pytest.raises(FileInUseError):
         records.delete_file(TENANT, "file-a", ("disk_full", "trainer_died"))
-    assert records.delete_file(TENANT, "file-a", ("trainer_died",)).id == "file-a"
+    records.delete_file(TENANT, "file-a", ("trainer_died",))
+    assert records.files(TENANT, limit=9) == []
+
+
+def test_a_files_blob_is_needed_whoever_has_the_file_and_given_up_with_the_last_that_needs_it(
+    registry: Registry, open_registry: Open
+) -> None:
+    records, content = registry.training, blob("weights shared")
+    for name, owner in (("a", {}), ("b", {"server": "s2"}), ("c", {"tenant": "acme"})):
+        add_file(registry, name, sha256=content.sha256, **owner)
+    other = open_registry(base_id="base-2")
+    assert other.referenced_blobs() == {content.sha256}
+    for tenant, file_id in ((TENANT, "file-a"), (TENANT, "file-b")):
+        assert records.delete_file(tenant, file_id) == set()
+    digest = add(registry, "of-the-same-content", "shared")
+    assert records.delete_file("acme", "file-c") == set()
+    add_file(registry, "d", sha256=content.sha256)
+    assert content.sha256 not in registry.delete_version(TENANT, "of-the-same-content", digest)
+    assert records.delete_file(TENANT, "file-d") == {content.sha256}
+
+
+def test_a_curve_that_is_kept_again_has_its_new_content(registry: Registry) -> None:
+    old, new = blob("old"), blob("newer")
+    for content in (old, new):
+        add_file(registry, "curve", sha256=content.sha256, bytes=content.size)
+    kept = registry.training.file(TENANT, "file-curve")
+    assert (kept.sha256, kept.bytes) == (new.sha256, new.size)
+    assert registry.referenced_blobs() == {new.sha256}
+
+
+def test_a_file_of_an_earlier_release_gets_its_blob_once_and_is_not_brought_back(registry: Registry) -> None:
+    records = registry.training
+    add_file(registry, "a")
+    records.set_content("file-a", "1" * 64)
+    records.set_content("file-a", "2" * 64)
+    assert records.file(TENANT, "file-a").sha256 == "1" * 64
+    records.delete_file(TENANT, "file-a")
+    records.set_content("file-a", "1" * 64)
+    assert records.files(TENANT, limit=9) == []
 
 
 def test_numbers_and_texts_that_no_database_takes_are_made_plain(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from onebase_server.errors import InvalidRequestError, UnknownFileError
+from onebase_server.errors import InvalidRequestError
 from onebase_server.http.deps import Provided, StrictRoute, json_response
 from onebase_server.http.uploads import (
     FILE_FIELDS,
@@ -89,9 +89,7 @@ async def get_content(file_id: str, services: Provided) -> Response:
     """What is in it."""
     files = services.training.files
     file = await files.get(file_id)
-    path = files.content_path(file)
-    if not path.is_file():
-        raise UnknownFileError(f"The content of file {file.id} is gone from the server's --data-dir.")
+    path = await files.local(file)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 

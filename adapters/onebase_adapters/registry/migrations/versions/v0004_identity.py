@@ -1,4 +1,4 @@
-"""A registry has an identity, by which a training folder tells one registry from another.
+"""A registry has an identity, by which a data folder tells the jobs of one registry from those of another.
 
 It is a table that servers of release 0.1 do not look at: those that run go on.
 """
