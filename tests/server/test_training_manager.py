@@ -14,7 +14,7 @@ import pytest
 
 from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, TrainingFile, TrainingJob
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
-from onebase_server.background import Threads
+from onebase_server.background import Backoff, Threads
 from onebase_server.jobs import job_run
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.job_run import FileGoneError, Run
@@ -236,7 +236,7 @@ def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
 
 
 async def checked(
-    registry: Registry, *problems: Exception, stop: bool = False, pauses: tuple[float, ...] = (0.0, 0.0)
+    registry: Registry, *problems: Exception, stop: bool = False, pause: float = 0.0
 ) -> tuple[TrainingJob, list[str]]:
     """A job whose check finds these problems, one each time that it asks for its files; and what it told."""
     left, asked = list(problems), asyncio.Event()
@@ -251,7 +251,7 @@ async def checked(
     )
     run = Run(pool, records.job("default", JOB), "check", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_run, "PAUSES", pauses)
+        patch.setattr(job_run, "BACKOFF", Backoff(pause, pause))
         run.begin()
         if stop:
             await asked.wait()
@@ -287,6 +287,6 @@ def test_a_job_whose_files_the_store_does_not_give_fails_and_can_be_resumed(
 
 def test_a_job_that_waits_for_the_store_can_be_paused(registry: Registry, storage: TrainingStorage) -> None:
     add_job(registry, storage, "validating_files")
-    job, told = asyncio.run(checked(registry, StoreError("away"), stop=True, pauses=(3600.0,)))
+    job, told = asyncio.run(checked(registry, StoreError("away"), stop=True, pause=3600.0))
     assert job.state == "paused"
     assert told[0].startswith("Paused.")
