@@ -117,7 +117,9 @@ def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
     os.kill(trainer, signal.SIGKILL)
     done = wait_job(server, client, job.id, ended)
     assert done.status == "succeeded"
-    assert any("signal SIGKILL" in message for message in messages(client, job.id))
+    said = messages(client, job.id)
+    assert any("signal SIGKILL" in message for message in said)
+    assert sum("The files are sound" in message for message in said) == 1  # only the check read them
     assert done.version == unbroken.version  # by its content
 
 

@@ -28,7 +28,7 @@ from onebase_adapters.training.cli.sweep import main
 from onebase_adapters.training.events import Interrupted, OpenGate
 from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import Job
+from onebase_adapters.training.run import Job, load_tokenizer
 from onebase_adapters.training.sweep import Grid, Trial
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 from onebase_engine.base.load import BaseSettings, fingerprint
@@ -135,6 +135,7 @@ def test_all_runs_see_one_reading_of_the_data(
     monkeypatch.setattr(run, "read_data", lambda *a, **k: pytest.fail("read again"))
     run_sweep(base, job, survivors=1.0)
     assert readings == [1]
+    assert read(job, load_tokenizer(job.base), lambda part: None).kept
 
 
 def test_metrics_of_the_base_are_measured_once_and_of_each_finished_adapter(

@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,9 +35,10 @@ from onebase_adapters.training.checkpoint import (
     write_adapter,
 )
 from onebase_adapters.training.data.dataset import Dataset, split
-from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.data.reader import find_files, load_dataset
 from onebase_adapters.training.data.report import report as data_report
-from onebase_adapters.training.data.tokens import asks_for_date
+from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
+from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
 from onebase_adapters.training.estimate import Estimate, estimate, measured_rate
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.loop import ProcessGroup, Trainer
@@ -59,7 +61,7 @@ from onebase_engine.machine import peak_memory
 
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
 _EVA_ROWS = 256
-_PLAN, _DATE = "plan.json", "template_date"
+_PLAN, _DATE, _ROWS = "plan.json", "template_date", "rows"
 _MEMORY = ("micro_tokens", "gradient_checkpointing")
 
 
@@ -98,9 +100,11 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized rows. `held_out` is None if nothing is held out. Names are for people.
+    """Tokenized rows, without `prompts` where they are trained on. `held_out` is None if nothing is held out.
+    Names are for people.
 
-    given: rows of a file of held-out data; 0 if there was none.
+    given: rows of a file of held-out data; 0 if there was none. key: of the rows in the job's folder; None if
+    they cannot be kept there. kept: whether they are mapped from there.
     """
 
     train: Dataset
@@ -108,6 +112,8 @@ class Data:
     train_name: str
     held_out_name: str
     given: int = 0
+    key: str | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,13 +175,17 @@ def prepare(
     processes: ProcessGroup | None = None,
     *,
     rate: float | None,
+    reread: bool = False,
 ) -> Plan:
     """Check the files and decide everything that is "auto"; it is kept in the job's folder for the run.
 
-    Needs the base's folder, but nothing of it in memory. Raises as `train`.
+    The first call in a folder reads the files and says what is in them (DataChecked). It keeps their rows,
+    which later calls map: nothing is read, tokenized or said twice. Needs the base's folder, but nothing of
+    it in memory. Raises as `train`.
 
     Args:
-        config: the base's, from transformers. rate: FLOP/s of the machine, if known.
+        config: the base's, from transformers. rate: FLOP/s of the machine, if known. reread: read the files
+            whatever was kept: a check that was killed may not have been heard.
     """
     processes = processes or ProcessGroup()
     tokenizer = load_tokenizer(job.base)
@@ -187,16 +197,26 @@ def prepare(
     # The first process decides for all: on one day also at midnight, and by the memory that it has, since
     # all must cut steps alike.
     job = replace(job, recipe=processes.decide(lambda: with_template_date(job, tokenizer).recipe))
-    data = read_data(job, tokenizer, on_progress)
-    checked = data_report(data.train, data.held_out, tokenizer)
-    listen(events.DataChecked(at=time.time(), report=checked.to_json()))
+    here: list[Data] = []
 
     def decide() -> tuple[Any, ...]:
+        data = read_data(job, tokenizer, on_progress, reread=reread)
+        if not data.kept:
+            checked = data_report(data.train, data.held_out, tokenizer)
+            listen(events.DataChecked(at=time.time(), report=checked.to_json()))
         plan = make_plan(job, data, config, rate)
         keep_template_date(job)
-        return plan.recipe, plan.estimate, plan.identity
+        if data.kept or not keep_rows(job, data):
+            here.append(data)
+        return plan.recipe, plan.estimate, plan.identity, data.key
 
-    recipe, estimate, identity = processes.decide(decide)
+    recipe, estimate, identity, key = processes.decide(decide)
+    # All processes train on the rows that the first has checked, and none holds them twice.
+    data = here.pop() if here else _kept_data(job, key, tokenizer)
+    if data is None:  # on another machine than the first
+        data = read_data(job, tokenizer, on_progress)
+        if identity_of(job, data) != identity:
+            raise CheckpointError.other_run(job.folder)
     return Plan(recipe, data, estimate, identity)
 
 
@@ -370,38 +390,90 @@ def load_tokenizer(base: BaseSettings) -> Any:
     return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
 
 
-def read_data(job: Job, tokenizer: Any, on_progress: Callable[[float], None]) -> Data:
-    """Both files of a job, or one of which a part is held out.
+def read_data(
+    job: Job, tokenizer: Any, on_progress: Callable[[float], None], *, reread: bool = False
+) -> Data:
+    """Both files of a job, or one of which a part is held out; as `keep_rows` kept them, if it did.
 
     Args:
         on_progress: gets the part that is read, from 0 to 1. What it raises ends the reading.
+        reread: read the files whatever was kept.
 
     Raises:
         DataError: a file has bad lines.
     """
-    recipe, (name, held_out_name) = job.recipe, job.names
-    part = 0.5 if job.held_out is not None else 1.0
-    rows = load_dataset(
-        job.train, tokenizer, recipe, name=name, on_progress=lambda done: on_progress(done * part)
-    )
-    name = name or Path(job.train).name
+    files = [find_files(job.train, "train")]
     if job.held_out is not None:
-        other = load_dataset(
+        files.append(find_files(job.held_out, "eval"))
+    key = _rows_key(job, files)
+    if not reread and (kept := _kept_data(job, key, tokenizer)) is not None:
+        return kept
+    rows = _read_rows(job, tokenizer, files, on_progress)
+    if key != _rows_key(job, files):
+        key = None  # a file was written to while it was read
+    return _data(job, rows, key, kept=False)
+
+
+_TRAIN, _HELD_OUT = "train", "held_out"
+
+
+def _kept_data(job: Job, key: str | None, tokenizer: Any) -> Data | None:
+    """What `keep_rows` kept under this key, if it did."""
+    rows = None if key is None else map_rows(job.folder / _ROWS, key, reply_decoder(tokenizer))
+    return None if rows is None else _data(job, rows, key, kept=True)
+
+
+def _data(job: Job, rows: Mapping[str, Dataset], key: str | None, *, kept: bool) -> Data:
+    held_out, name = rows.get(_HELD_OUT), job.names[0] or Path(job.train).name
+    if job.held_out is None or held_out is None:
+        return Data(rows[_TRAIN], held_out, name, f"held out of {name}", key=key, kept=kept)
+    held_out_name = job.names[1] or Path(job.held_out).name
+    return Data(rows[_TRAIN], held_out, name, held_out_name, len(held_out), key, kept)
+
+
+def _read_rows(
+    job: Job, tokenizer: Any, files: Sequence[Sequence[Path]], on_progress: Callable[[float], None]
+) -> dict[str, Dataset]:
+    """The rows to train on, and those held out, if there are any."""
+    recipe, (name, held_out_name) = job.recipe, job.names
+    load = partial(load_dataset, tokenizer=tokenizer, recipe=recipe)
+    part = 1 / len(files)
+    rows = load(job.train, name=name, files=files[0], on_progress=lambda done: on_progress(done * part))
+    if job.held_out is not None:
+        held_out = load(
             job.held_out,
-            tokenizer,
-            recipe,
             part="eval",
             name=held_out_name,
+            files=files[1],
             on_progress=lambda done: on_progress(part + done * part),
         )
-        return Data(rows, other, name, held_out_name or Path(job.held_out).name, given=len(other))
-    if recipe.eval_split == 0:
-        return Data(rows, None, name, "")
-    if recipe.eval_split == "auto":
-        rows, other = split(rows, AUTO_EVAL_SPLIT, recipe.seed, limit=MOST_HELD_OUT)
+    elif recipe.eval_split == "auto":
+        rows, held_out = split(rows, AUTO_EVAL_SPLIT, recipe.seed, limit=MOST_HELD_OUT)
     else:
-        rows, other = split(rows, recipe.eval_split, recipe.seed, limit=len(rows))
-    return Data(rows, other if len(other) else None, name, f"held out of {name}")
+        rows, held_out = split(rows, recipe.eval_split, recipe.seed, limit=len(rows))
+    parts = {_TRAIN: replace(rows, prompts=())}
+    return parts | {_HELD_OUT: held_out} if len(held_out) else parts
+
+
+def keep_rows(job: Job, data: Data) -> bool:
+    """Write rows into the job's folder, where `read_data` finds them. Returns whether they are there.
+
+    A run can do without: one that is out of disk space says so when it writes what it needs.
+    """
+    if data.key is None:
+        return False
+    parts = {_TRAIN: data.train} | ({} if data.held_out is None else {_HELD_OUT: data.held_out})
+    try:
+        write_rows(job.folder / _ROWS, data.key, parts)
+    except OSError:
+        return False
+    return True
+
+
+def _rows_key(job: Job, files: Sequence[Sequence[Path]]) -> str | None:
+    """As in Data. Of the recipe all counts but the memory, which a run may continue with more or less of."""
+    settings = {name: value for name, value in job.recipe.to_json().items() if name not in _MEMORY}
+    return rows_key(settings, job.base.folder, files)
 
 
 def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> Plan:

@@ -36,6 +36,7 @@ from onebase_adapters.training.run import (
     Job,
     PlannedRun,
     identity_of,
+    keep_rows,
     keep_template_date,
     load_tokenizer,
     make_plan,
@@ -182,6 +183,8 @@ def sweep(
     runs = _Sweep(base, job, data, listen, gate)
     runs.open(recipes)
     keep_template_date(job)
+    if not data.kept:
+        keep_rows(job, data)
     active = list(recipes)
     for rung in runs.rungs(len(active), survivors):
         for name in active:

@@ -23,7 +23,7 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_adapters.store.store import StoreError, StoreFullError
-from onebase_adapters.training.events import DataChecked, Reason
+from onebase_adapters.training.events import Reason
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
@@ -155,9 +155,7 @@ class Run:
         self._delivering = False
         self._in_process = False
         self._released = asyncio.Event()
-        # A run reads the files once more, but their check has said what there is to say of them.
-        silent = (DataChecked,) if kind == "train" else ()
-        self._store = JobStore(job, pool.records, pool.threads, pool.notifier, silent=silent)
+        self._store = JobStore(job, pool.records, pool.threads, pool.notifier)
 
     def begin(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run())

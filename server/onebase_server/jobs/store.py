@@ -65,19 +65,10 @@ class JobStore:
     `current`, `file`, `tell` and `move` act at once. While the registry is away they wait: nobody else knows
     what has happened. What the run says is collected by `record` and written every FLUSH_SECONDS: soon enough
     to be followed, seldom enough to cost nothing. `close` writes what is left of it.
-
-    Args:
-        silent: kinds of the run's events that make no event of the job.
     """
 
     def __init__(
-        self,
-        job: TrainingJob,
-        records: TrainingRecords,
-        threads: Threads,
-        notifier: JobNotifier,
-        *,
-        silent: tuple[type[events.Event], ...] = (),
+        self, job: TrainingJob, records: TrainingRecords, threads: Threads, notifier: JobNotifier
     ) -> None:
         self.retries = True
         """Whether to try again while the registry is away. If not, its error is raised, and `close` tries
@@ -89,7 +80,6 @@ class JobStore:
         self._records = records
         self._threads = threads
         self._notifier = notifier
-        self._silent = silent
         self._events: list[JobEvent] = []
         self._checkpoints: list[Checkpoint] = []
         self._changed, self._closing = asyncio.Event(), asyncio.Event()
@@ -142,7 +132,7 @@ class JobStore:
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._keep_writing())
         self.progress |= progress_of(event)
-        said = None if isinstance(event, self._silent) else job_event(event)
+        said = job_event(event)
         if said is not None:
             self._events.append(said)
         if isinstance(event, events.Saved):

@@ -142,7 +142,7 @@ class Work:
             self._listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
             folder = run_job.base.folder
             base = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            plan = prepare(base, run_job, self._listen, gate, rate=rate)
+            plan = prepare(base, run_job, self._listen, gate, rate=rate, reread=True)
             recipe, estimate = plan.recipe.to_json(), plan.estimate.to_json()
             return Checked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
 

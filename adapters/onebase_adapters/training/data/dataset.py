@@ -133,7 +133,7 @@ class Choice:
 Parsed = Chat | Text | Choice
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sample:
     """One tokenized row.
 
@@ -164,7 +164,7 @@ class Sample:
         return self.targets
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Preference:
     """Two replies to one prompt, the preferred one first. Both samples begin with the prompt."""
 
@@ -220,16 +220,26 @@ class Key:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Prompt:
-    """A row to generate a reply for: parts of its sample's ids, since copies of all would fill the memory.
+    """A row to generate a reply for.
 
-    reply: the row's own, up to the token that ends its generation, without it. decode: the text of ids; the
-    replies that a model generates must be decoded in the same way.
+    sample: the row's last one. own: where the row's own reply stands in it, up to the token that ends its
+    generation, without it. decode: the text of ids; the replies that a model generates must be decoded in the
+    same way.
     """
 
-    ids: Ids
-    reply: Ids
+    sample: Sample
+    own: slice
     place: Place
     decode: Callable[[list[int]], str]
+
+    @property
+    def ids(self) -> Ids:
+        """What comes before the reply."""
+        return self.sample.ids[: self.own.start]
+
+    @property
+    def reply(self) -> Ids:
+        return self.sample.ids[self.own]
 
     @property
     def line(self) -> int:
@@ -246,9 +256,9 @@ class Dataset:
     """Rows of one file, in its order. All are Sample, or all are Preference.
 
     prompts: one for each row that ends in a reply, for metrics on generated replies.
-    source: the file's name. keys: one for each row of the file that is in the data set, in its order.
-    truncated, dropped: places of rows of the file. lines_shared: several rows begin on one line, so that a
-    line does not identify a row.
+    What only a report on the file needs is not kept with the rows (see `row_store`). source: the file's name.
+    keys: one for each row of the file that is in the data set, in its order. truncated, dropped: places of
+    rows of the file. lines_shared: several rows begin on one line, so that a line does not identify a row.
     """
 
     rows: Sequence[Row]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from onebase_adapters.training.data.tokens import (
     Tokenized,
     dated_tokenizer,
     longest_sequence,
+    reply_decoder,
 )
 from onebase_adapters.training.recipe import Recipe
 
@@ -53,6 +53,7 @@ def load_dataset(
     part: str = "train",
     name: str | None = None,
     on_progress: Callable[[float], None] | None = None,
+    files: Sequence[Path] | None = None,
 ) -> Dataset:
     """Read a file (or `org/name[:split][@revision]` on the Hub) and tokenize its rows for a base.
 
@@ -63,29 +64,38 @@ def load_dataset(
         part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
         name: the file's name, where its path does not say it (an upload); its suffix decides the format.
         on_progress: gets the part that is done, from 0 to 1. What it raises ends the reading.
+        files: what `find_files` gave for the source, if it was asked.
 
     Raises:
         DataError: with every bad line; or the file as a whole cannot be used.
     """
     shown = name or (source.name if isinstance(source, Path) else source)
     builder = _Builder(valid_unicode(shown), tokenizer, recipe)
-    for chunk in _chunks(_records(source, part, name, on_progress), _AT_ONCE):
+    files = find_files(source, part) if files is None else files
+    for chunk in _chunks(_records(source, files, name, on_progress), _AT_ONCE):
         builder.add(chunk)
     return builder.dataset()
 
 
-def _records(
-    source: str | Path, part: str, name: str | None, on_progress: Callable[[float], None] | None
-) -> Iterator[Item]:
+def find_files(source: str | Path, part: str) -> list[Path]:
+    """The files of a source: itself, or those that the Hub has of it, which are fetched. Raises DataError."""
     dataset = parse_dataset_id(source) if isinstance(source, str) and not Path(source).exists() else None
-    shown = name or str(source)
+    return [Path(source)] if dataset is None else fetch(dataset, part)
+
+
+def _records(
+    source: str | Path,
+    files: Sequence[Path],
+    name: str | None,
+    on_progress: Callable[[float], None] | None,
+) -> Iterator[Item]:
     try:
-        if dataset is None:
-            yield from read_file(Path(source), on_progress, name=name)
+        if list(files) == [Path(source)]:
+            yield from read_file(files[0], on_progress, name=name)
         else:
-            yield from _all_files(fetch(dataset, part), on_progress)
+            yield from _all_files(files, on_progress)
     except OSError as error:
-        raise DataError.of_file(shown, f"cannot be read: {error.strerror or error}") from error
+        raise DataError.of_file(name or str(source), f"cannot be read: {error.strerror or error}") from error
 
 
 def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
@@ -123,7 +133,7 @@ class _Builder:
     def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
         self._source = source
         self._method = recipe.method
-        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
+        self._decode = reply_decoder(tokenizer)
         self._tokens = RowTokens(
             BaseTokens(dated_tokenizer(tokenizer, recipe)),
             everything=recipe.train_on == "all" and recipe.method == "supervised",
@@ -202,8 +212,7 @@ class _Builder:
             self._truncated.append(place)
         first = done[0]
         if first.reply is not None:
-            ids = first.samples[-1].ids
-            self._prompts.append(Prompt(ids[: first.reply.start], ids[first.reply], place, self._decode))
+            self._prompts.append(Prompt(first.samples[-1], first.reply, place, self._decode))
         self._keys.append(row_key(place, row, 1 if isinstance(row, Choice) else len(first.samples)))
         if isinstance(row, Choice):
             # A template that rewrites earlier replies makes several samples; the last has the whole.

@@ -11,9 +11,10 @@ import copy
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ def stop_tokens(tokenizer: Any) -> frozenset[int]:
     named = _in_folder(tokenizer, "generation_config.json").get("eos_token_id")
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return frozenset(token for token in found if isinstance(token, int))
+
+
+def reply_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """The text of a reply's ids, without special tokens."""
+    return partial(tokenizer.decode, skip_special_tokens=True)
 
 
 def longest_sequence(tokenizer: Any) -> int | None:

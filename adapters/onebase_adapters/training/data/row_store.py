@@ -1,0 +1,122 @@
+"""The tokenized rows of a run, in a folder: the first to read the data writes them, later processes map them.
+
+They stand in flat arrays, one file each: about 5 bytes a token, 16 a row and 40 a prompt. It is a cache: a
+checksum over the key and all files tells what is damaged, incomplete or of other data, which
+counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onebase_adapters.store.atomic_files import atomic_directory
+from onebase_adapters.training.data.dataset import Dataset, Place, Preference, Prompt, Row, Sample
+
+_FORMAT = 1
+_CHECKSUM = "sha256"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def rows_key(settings: Mapping[str, Any], base: Path, sources: Sequence[Sequence[Path]]) -> str | None:
+    """SHA-256 of all that decides which rows data makes; None if a source is no plain file that can be read.
+
+    Files count by their content: size and time may be those of before when the content is not.
+
+    Args:
+        settings: what the rows depend on. base: its folder, of which all counts that is not weights: the
+            tokenizer, its chat template, the tokens that end a generation. sources: the files of each.
+    """
+    try:
+        folder = sorted(path for path in base.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+        parts = [
+            _FORMAT,
+            settings,
+            [[path.name, _sha256(path)] for path in folder],
+            # The end of a file's name decides its format.
+            [[[path.suffix.lower(), _sha256(path)] for path in files] for files in sources],
+        ]
+    except OSError:
+        return None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
+    """Keep the rows and prompts of data sets, in place of what was kept there. Raises OSError."""
+    with atomic_directory(folder) as work:
+        for name, data in parts.items():
+            samples = [sample for row in data.rows for sample in row.samples]
+            tokens = sum(map(len, samples))
+            _write(work / f"{name}.ids.npy", "<i4", tokens, (sample.ids for sample in samples))
+            _write(work / f"{name}.supervised.npy", "|b1", tokens, (sample.supervised for sample in samples))
+            facts = np.array([*map(len, samples), *(sample.line for sample in samples)], "<i8")
+            sides = len(data.rows[0].samples) if data.rows else 1
+            np.save(work / f"{name}.samples.npy", facts.reshape(2, -1).T.reshape(-1, sides, 2))
+            number = {id(sample): index for index, sample in enumerate(samples)} if data.prompts else {}
+            prompts = [(number[id(p.sample)], p.own.start, p.own.stop, *p.place) for p in data.prompts]
+            np.save(work / f"{name}.prompts.npy", np.array(prompts, "<i8").reshape(-1, 5))
+        (work / _CHECKSUM).write_text(_checksum(work, key))
+
+
+def map_rows(folder: Path, key: str, decode: Callable[[list[int]], str]) -> dict[str, Dataset] | None:
+    """The data sets that `write_rows` kept under this key, over memory that all processes share; else None.
+
+    decode: as in Prompt.
+    """
+    try:
+        if (folder / _CHECKSUM).read_text() != _checksum(folder, key):
+            return None
+        names = [path.name.removesuffix(".samples.npy") for path in folder.glob("*.samples.npy")]
+        return {name: _mapped(folder, name, decode) for name in names}
+    except (OSError, ValueError):
+        return None
+
+
+def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Dataset:
+    ids, supervised = (
+        np.asarray(np.load(folder / f"{name}.{kind}.npy", mmap_mode="r")) for kind in ("ids", "supervised")
+    )
+    facts = np.load(folder / f"{name}.samples.npy")
+    samples: list[Sample] = []
+    start = 0
+    for length, line in facts.reshape(-1, 2).tolist():
+        part = slice(start, start + length)
+        samples.append(Sample(ids[part], supervised[part], line))
+        start += length
+    pairs = facts.shape[1] == 2
+    rows: Sequence[Row] = list(map(Preference, samples[::2], samples[1::2])) if pairs else samples
+    prompts = [
+        Prompt(samples[sample], slice(first, stop), Place(row, line), decode)
+        for sample, first, stop, row, line in np.load(folder / f"{name}.prompts.npy").tolist()
+    ]
+    return Dataset(rows, prompts)
+
+
+def _checksum(folder: Path, key: str) -> str:
+    """SHA-256 of the key and of each array's name and content."""
+    total = hashlib.sha256(key.encode())
+    for path in sorted(folder.glob("*.npy")):
+        total.update(f" {path.name} {_sha256(path)}".encode())
+    return total.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    """Of a plain file's content. Raises OSError."""
+    if not path.is_file():  # a pipe can be read once
+        raise FileNotFoundError(f"{path} is no file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, kind: str, count: int, parts: Iterable[np.ndarray[Any, Any]]) -> None:
+    """One array of many parts, without a copy of all in memory."""
+    with path.open("wb") as file:
+        header = {"descr": kind, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, kind).data)
