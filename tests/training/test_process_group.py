@@ -1,4 +1,4 @@
-"""`accelerate launch` on two CPU processes reaches what one process reaches."""
+"""A run in two processes, as `accelerate launch` starts them, reaches what one process reaches."""
 
 from __future__ import annotations
 
@@ -29,8 +29,17 @@ def test_two_processes_have_the_loss_curve_of_one(talking_folder: Path, tmp_path
     data = write_chats(tmp_path / "train.jsonl", 40)
     program = "onebase_adapters.training.cli.train"
     start(talking_folder, tmp_path / "one", data, [program])
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", program]
+    # The second process has no data but the rows that the first keeps.
+    blind = tmp_path / "blind.py"
+    blind.write_text(
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv[sys.argv.index('--data') + 1] = 'gone.jsonl'\n"
+        f"from {program} import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    # What `accelerate launch` runs on GPUs; on the CPU it starts a single process.
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(blind)]
     start(talking_folder, tmp_path / "two", data, launch)
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
     assert len(one["losses"]) == 5

@@ -473,5 +473,6 @@ def join_processes(*, on_cpu: bool = False) -> ProcessGroup:
     from accelerate import PartialState
 
     # The first process generates replies and writes while the others wait: longer than the usual ten minutes.
-    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
+    # Without a GPU accelerate has to be told, or each process would take itself for the only one.
+    state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=timedelta(hours=12))
     return ProcessGroup(state.process_index, state.num_processes)
