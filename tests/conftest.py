@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -68,5 +69,7 @@ class Stopwatch:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup it is ignored, and every server that a test starts would inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.environ.get("ONEBASE_SECONDS") == "write" and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Stopwatch())

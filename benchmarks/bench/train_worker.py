@@ -70,7 +70,7 @@ def main() -> None:
         base=settings,
         base_name=settings.folder.name,
     )
-    report = train(load_base(settings), job, listen, OpenGate())
+    report = train(lambda: load_base(settings), job, listen, OpenGate())
     answer = {
         "ends": ends,
         "cpu": cpu,

@@ -316,7 +316,7 @@ def test_mapped_or_in_memory_it_is_the_same_adapter(job: Job) -> None:
     (other.folder / ".rows.part").touch()  # in the place of the folder that is written into
     files = []
     for each in (job, other):
-        train(base, each, lambda event: None, OpenGate())
+        train(lambda: base, each, lambda event: None, OpenGate())
         files.append((each.folder / "adapter" / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert (job.folder / "rows").is_dir()

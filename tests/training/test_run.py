@@ -54,7 +54,7 @@ def job(talking_folder: Path, tmp_path: Path) -> Job:
 
 
 def run(base: torch.nn.Module, job: Job, seen: list[events.Event] | None = None) -> Report:
-    return train(base, job, (seen if seen is not None else []).append, OpenGate())
+    return train(lambda: base, job, (seen if seen is not None else []).append, OpenGate())
 
 
 def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
@@ -118,7 +118,7 @@ def test_paused_and_started_again_it_is_the_same_adapter(base: torch.nn.Module, 
     pauses = 0
     while pauses < 20:
         try:
-            train(base, broken, lambda event: None, gate)
+            train(lambda: base, broken, lambda event: None, gate)
             break
         except Interrupted:
             pauses, gate.left = pauses + 1, 150
@@ -211,7 +211,7 @@ def test_a_run_that_needed_too_much_memory_goes_on_with_less(base: torch.nn.Modu
             raise Interrupted("pause")
 
     with pytest.raises(Interrupted):
-        train(base, job, stop, OpenGate())
+        train(lambda: base, job, stop, OpenGate())
     seen: list[events.Event] = []
     run(base, replace(job, recipe=replace(job.recipe, micro_tokens=64, gradient_checkpointing=True)), seen)
     (planned,) = [event for event in seen if isinstance(event, events.Planned)]
@@ -229,7 +229,7 @@ def test_eva_finds_the_same_ranks_when_a_run_goes_on_with_less_memory(
     recipe = replace(job.recipe, init="eva", micro_tokens=256, metrics=(), sample_prompts=())
     job = replace(job, recipe=recipe, train=write_chats(job.folder.with_name("more.jsonl"), 60))
     with pytest.raises(Interrupted):
-        train(base, job, stop, OpenGate())
+        train(lambda: base, job, stop, OpenGate())
     assert run(base, replace(job, recipe=replace(recipe, micro_tokens=64))).steps == 8
 
 

@@ -104,7 +104,7 @@ class _Steps:
 
 
 def run_sweep(base: torch.nn.Module, job: Job, grid: Grid = GRID, **options: Any) -> sweep.SweepResult:
-    return sweep.sweep(base, job, grid, options.pop("listen", _Steps()), OpenGate(), **options)
+    return sweep.sweep(lambda: base, job, grid, options.pop("listen", _Steps()), OpenGate(), **options)
 
 
 def test_losers_stop_early_and_the_best_run_leaves_an_adapter(base: torch.nn.Module, job: Job) -> None:
@@ -200,7 +200,7 @@ def test_a_gate_that_closes_ends_the_sweep_and_not_just_a_run(base: torch.nn.Mod
                 raise Interrupted("pause")
 
     with pytest.raises(Interrupted):
-        sweep.sweep(base, job, GRID, _Steps(), Closing())
+        sweep.sweep(lambda: base, job, GRID, _Steps(), Closing())
     assert run_sweep(base, job).best is not None
 
 

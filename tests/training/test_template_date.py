@@ -105,13 +105,13 @@ def test_a_run_goes_on_the_next_day_to_the_same_adapter(job: Job, tomorrow: Call
             raise Interrupted("pause")
 
     whole_run = replace(job, folder=job.folder.with_name("whole"))
-    report = train(base, whole_run, lambda event: None, OpenGate())
+    report = train(lambda: base, whole_run, lambda event: None, OpenGate())
     assert report.recipe["template_date"] == date.today().isoformat()
     with pytest.raises(Interrupted):
-        train(base, job, stop, OpenGate())
+        train(lambda: base, job, stop, OpenGate())
     tomorrow()
     seen: list[events.Event] = []
-    again = train(base, job, seen.append, OpenGate())
+    again = train(lambda: base, job, seen.append, OpenGate())
     assert next(event.first_step for event in seen if isinstance(event, events.Planned)) == 2
     assert again.recipe["template_date"] == report.recipe["template_date"]
     files = [folder / "adapter" / "adapter_model.safetensors" for folder in (job.folder, whole_run.folder)]
@@ -136,16 +136,16 @@ def test_a_sweep_goes_on_the_next_day(job: Job, tomorrow: Callable[[], None]) ->
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(base, job, grid, listen, OpenGate(), survivors=1.0)
+        sweep(lambda: base, job, grid, listen, OpenGate(), survivors=1.0)
     tomorrow()
-    result = sweep(base, job, grid, listen, OpenGate(), survivors=1.0)
+    result = sweep(lambda: base, job, grid, listen, OpenGate(), survivors=1.0)
     assert [trial.status for trial in result.trials] == ["finished", "finished"]
     assert len(steps) <= 9
 
 
 def test_a_template_without_a_date_pins_none(job: Job, talking_folder: Path) -> None:
     plain = replace(job, base=BaseSettings(folder=talking_folder))
-    report = train(load_base(plain.base), plain, lambda event: None, OpenGate())
+    report = train(lambda: load_base(plain.base), plain, lambda event: None, OpenGate())
     assert report.recipe["template_date"] == "auto"
     assert not (job.folder / "template_date").exists()
 
@@ -155,9 +155,9 @@ def test_a_refused_run_has_not_begun(job: Job, tomorrow: Callable[[], None]) -> 
     bad = job.folder.with_name("bad.jsonl")
     bad.write_text("no row")
     with pytest.raises(DataError):
-        train(base, replace(job, train=bad), lambda event: None, OpenGate())
+        train(lambda: base, replace(job, train=bad), lambda event: None, OpenGate())
     tomorrow()
-    report = train(base, job, lambda event: None, OpenGate())
+    report = train(lambda: base, job, lambda event: None, OpenGate())
     assert report.recipe["template_date"] == (date.today() + timedelta(days=1)).isoformat()
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_day_is_told(job: Job) -> None:
     job.folder.mkdir()
     (job.folder / "template_date").write_text("yesterday")
     with pytest.raises(CheckpointError, match="template_date cannot be read"):
-        train(load_base(job.base), job, lambda event: None, OpenGate())
+        train(lambda: load_base(job.base), job, lambda event: None, OpenGate())
 
 
 @pytest.mark.parametrize("day", ["yesterday", "2026-13-01", "20260131", "2026-W01-1", ""])

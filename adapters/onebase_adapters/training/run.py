@@ -56,7 +56,7 @@ from onebase_adapters.training.recipe import (
 from onebase_adapters.training.replies import Measuring
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.identity import base_id
-from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint
+from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint, load_config
 from onebase_engine.machine import peak_memory
 
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
@@ -131,11 +131,19 @@ class Plan:
 
 
 def train(
-    base: nn.Module, job: Job, listen: Listen, gate: Gate, processes: ProcessGroup | None = None
+    load: Callable[[], nn.Module],
+    job: Job,
+    listen: Listen,
+    gate: Gate,
+    processes: ProcessGroup | None = None,
 ) -> Report:
-    """Train an adapter on `base`; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
+    """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
+
+    Args:
+        load: gives the base; it is called once the data is checked.
 
     Raises:
+        UnsupportedBaseError: the base cannot be trained, besides what `load` raises.
         DataError: a file has bad lines. RecipeError: a setting cannot be used on this base.
         DoesNotFitError: too little memory; nothing was started.
         TrainingDivergedError: a loss was not finite.
@@ -144,14 +152,15 @@ def train(
         BaseChangedError: something wrote to the base. OSError: the disk is full, for instance.
     """
     processes = processes or ProcessGroup()
-    before = fingerprint(base)
     with _recorded(job.folder, listen, processes) as record, torch.random.fork_rng(devices=[]):
+        record(events.Phase(at=time.time(), name="validating_files"))
+        rate = measured_rate(job.base.device, job.base.dtype) if processes.first else None
+        plan = prepare(load_config(job.base.folder), job, record, gate, processes, rate=rate)
+        if plan.data.held_out is None and (job.recipe.metrics or job.recipe.patience):
+            record(events.Notice(at=time.time(), level="warn", message=_NOTHING_HELD_OUT))
+        base = load()
+        before = fingerprint(base)
         try:
-            record(events.Phase(at=time.time(), name="validating_files"))
-            rate = measured_rate(job.base.device, job.base.dtype) if processes.first else None
-            plan = prepare(base.config, job, record, gate, processes, rate=rate)
-            if plan.data.held_out is None and (job.recipe.metrics or job.recipe.patience):
-                record(events.Notice(at=time.time(), level="warn", message=_NOTHING_HELD_OUT))
             run = PlannedRun(base, job, plan, record, gate, processes)
             run.train()
             report = run.finish()

@@ -151,7 +151,7 @@ class SweepResult:
 
 
 def sweep(
-    base: nn.Module,
+    load: Callable[[], nn.Module],
     job: Job,
     grid: Grid,
     listen: Listen,
@@ -160,9 +160,10 @@ def sweep(
     survivors: float = 0.5,
     report: Callable[[str], None] = lambda message: None,
 ) -> SweepResult:
-    """Run what the grid says on a loaded base, in `job.folder`; each run has its own folder there.
+    """Run what the grid says on one base, in `job.folder`; each run has its own folder there.
 
     Args:
+        load: gives the base; it is called once the data is read.
         job: as for `train`; its recipe has what is the same in all runs.
         survivors: part of the runs that continues at each rung; 1 runs all to the end.
         report: gets a line at each rung.
@@ -175,11 +176,12 @@ def sweep(
     tokenizer = load_tokenizer(job.base)
     job = with_template_date(job, tokenizer)
     recipes = {name_of(recipe): recipe for recipe in grid.recipes(job.recipe)}
-    for recipe in recipes.values():
-        ranks_of(target_layers(base, recipe.targets), recipe)
     data = read_data(job, tokenizer, lambda part: gate.wait())
     if data.held_out is None:
         raise RecipeError("eval_split", "a sweep compares held-out losses: set eval_split above 0")
+    base = load()
+    for recipe in recipes.values():
+        ranks_of(target_layers(base, recipe.targets), recipe)
     runs = _Sweep(base, job, data, listen, gate)
     runs.open(recipes)
     keep_template_date(job)

@@ -174,22 +174,28 @@ def import_bitsandbytes() -> None:
         torch.compile = compiler
 
 
+def load_config(folder: Path) -> Any:
+    """transformers' config of the base in a folder. Raises UnsupportedBaseError if it cannot be served."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedBaseError(f"{folder} holds no base that transformers knows: {error}") from None
+    check_servable(config)
+    return config
+
+
 def load_base(settings: BaseSettings) -> nn.Module:
     """The frozen base in eval mode, on its device, with eager attention.
 
     Raises:
         UnsupportedBaseError: the model cannot be served, or its files are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import_bitsandbytes()
-    try:
-        config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UnsupportedBaseError(
-            f"{settings.folder} holds no base that transformers knows: {error}"
-        ) from None
-    check_servable(config)
+    config = load_config(settings.folder)
     by_hand = settings.quantization == "nf4" and settings.blocksize != 64
     quantization = None if by_hand else _quantization_config(settings)
     if settings.quantization == "int8":

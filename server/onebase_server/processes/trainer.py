@@ -30,7 +30,7 @@ from onebase_adapters.training.loop import TrainingDivergedError
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.run import DoesNotFitError, Job, prepare, train
 from onebase_engine.base.attach import AttachError, attach
-from onebase_engine.base.load import BaseChangedError
+from onebase_engine.base.load import BaseChangedError, load_config
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
@@ -125,8 +125,6 @@ class Work:
 
         Needs the base's folder, but nothing of it in memory, and no accelerator.
         """
-        from transformers import AutoConfig
-
         job, config = message.job, message.config
         with alone(Path(job.folder)):
             on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -140,9 +138,9 @@ class Work:
             budget = (job.memory_limit or None) if on_gpu else self._limit
             run_job, gate = _run_job(job, config, device, budget), self._gate(1.0, CPU)
             self._listen(events.Phase(at=time.time(), name="validating_files", message="Reading the files."))
-            folder = run_job.base.folder
-            base = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            plan = prepare(base, run_job, self._listen, gate, rate=rate, reread=True)
+            plan = prepare(
+                load_config(run_job.base.folder), run_job, self._listen, gate, rate=rate, reread=True
+            )
             recipe, estimate = plan.recipe.to_json(), plan.estimate.to_json()
             return Checked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
 
@@ -156,7 +154,7 @@ class Work:
             self._limit = memory_limit(job.memory_limit, device)
             bound_memory(self._limit, device)
             run_job = _run_job(job, config, device, self._limit)
-            report = train(base, run_job, self._listen, self._gate(message.share, device))
+            report = train(lambda: base, run_job, self._listen, self._gate(message.share, device))
             return Trained(report.to_json())
 
     def _gate(self, share: float, device: torch.device) -> SharedGate:

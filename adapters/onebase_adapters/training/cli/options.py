@@ -28,8 +28,6 @@ from onebase_engine.base.default_base import (
 )
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.events import Gate
-    from onebase_adapters.training.run import Job
     from onebase_engine.base.load import BaseSettings
 
 _GROUPS = {
@@ -131,17 +129,6 @@ def add_recipe_options(
         group = item.metadata["group"]
         if group in made and item.name not in leave_out:
             made[group].add_argument(option_name(item.name), **_argument(item, kind))
-
-
-def check_data(job: Job, gate: Gate) -> None:
-    """Read the data before the base is loaded: a bad line is named at once.
-
-    Raises DataError, CheckpointError, OSError, and Interrupted.
-    """
-    from onebase_adapters.training.run import load_tokenizer, read_data, with_template_date
-
-    tokenizer = load_tokenizer(job.base)
-    read_data(with_template_date(job, tokenizer), tokenizer, lambda part: gate.wait())
 
 
 def recipe_from(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> Recipe:

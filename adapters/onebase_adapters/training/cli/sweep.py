@@ -19,7 +19,6 @@ from onebase_adapters.training.cli.options import (
     base_repo,
     base_settings,
     check_adapter_name,
-    check_data,
     find_base,
     open_console,
     positive,
@@ -185,11 +184,12 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
     try:
         with CtrlC(alone=True) as gate:
             show.loading("reading the data", 0.0)
-            check_data(job, gate)
-            show.loading(f"loading {job.base_name}", 0.0)
-            base = load_base(job.base)
-            show.loading("reading the data", 0.0)
-            return sweep(base, job, grid, show.event, gate, survivors=survivors, report=show.say)
+
+            def load() -> Any:
+                show.loading(f"loading {job.base_name}", 0.0)
+                return load_base(job.base)
+
+            return sweep(load, job, grid, show.event, gate, survivors=survivors, report=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:
         show.failed(str(error))
         return None

@@ -24,7 +24,6 @@ from onebase_adapters.training.cli.options import (
     base_repo,
     base_settings,
     check_adapter_name,
-    check_data,
     find_base,
     open_console,
     positive,
@@ -206,17 +205,16 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
             open_curves(writers if processes.first else (), job) as write,
             CtrlC(alone=processes.count == 1) as gate,
         ):
-            if processes.count == 1:  # several read the data together, in their run
-                display.loading("reading the data", 0.0)
-                check_data(job, gate)
-            display.loading(f"loading {job.base_name}", 0.0)
-            base = load_base(job.base)
+
+            def load() -> Any:
+                display.loading(f"loading {job.base_name}", 0.0)
+                return load_base(job.base)
 
             def listen(event: Any) -> None:
                 write(event)
                 display.show(event)
 
-            return train(base, job, listen, gate, processes)
+            return train(load, job, listen, gate, processes)
     except (*expected, TrainingDivergedError, OSError) as error:
         display.failed(str(error))
     except OtherProcessError:
