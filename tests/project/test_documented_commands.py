@@ -177,8 +177,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with what the pages speak of."""
+    """A folder with what the pages speak of, and one topic of pirates: the base answers each of its questions."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    words = tmp_path / "examples/data/pirate_words.json"
+    content = json.loads(words.read_text())
+    one = {name: values[:1] for name, values in content["topics"][0].items()}
+    words.write_text(json.dumps(content | {"topics": [one]}))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     for file in (EXAMPLES / "orders").iterdir():
         shutil.copy(file, tmp_path)
