@@ -177,7 +177,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with what the pages speak of, and one topic of pirates: the base answers each of its questions."""
+    """A folder with what the pages speak of; of pirates one topic, since the base answers each question."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     words = tmp_path / "examples/data/pirate_words.json"
     content = json.loads(words.read_text())
