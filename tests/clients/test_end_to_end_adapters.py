@@ -57,6 +57,7 @@ def name(server: Server, request: pytest.FixtureRequest) -> Any:
             client.adapters.delete(made, force=True)
 
 
+@pytest.mark.parametrize("sdk", ["async", pytest.param("sync", marks=pytest.mark.full)], indirect=True)
 def test_an_adapter_lives_from_upload_to_deletion(
     sdk: Any, server: Server, name: str, tmp_path: Path
 ) -> None:

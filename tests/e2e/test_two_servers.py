@@ -13,9 +13,10 @@ import httpx2
 import pytest
 from moto.server import ThreadedMotoServer
 from tests.postgres import postgres_server
-from tests.server.support import ROOT, Server, serving, upload_folder
+from tests.server.conftest import make_adapter
+from tests.server.support import Server, serving, upload_folder
+from tests.training.runs import talking_base
 
-EXAMPLES = ROOT / "examples" / "adapters"
 PROMPT = "Three jars of honey for Anna in Lisbon, please."
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "id",
@@ -25,7 +26,13 @@ CREDENTIALS = {
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[tuple[list[str], dict[str, str]]]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small one: what is stored and shared is the same for any."""
+    return talking_base(tmp_path_factory.mktemp("base") / "small")
+
+
+@pytest.fixture(scope="module")
+def shared(base: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Options and environment of a server on the shared registry and store."""
     with postgres_server() as postgres:
         bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -40,7 +47,8 @@ def shared() -> Iterator[tuple[list[str], dict[str, str]]]:
             region_name="us-east-1",
         ).create_bucket(Bucket="onebase")
         options = ["--registry", postgres.database(), "--store", "s3://onebase/adapters"]
-        options += ["--sync-seconds", "1", "--kv-memory", "200MB", "--max-rows", "4", "--threads", "1"]
+        options += ["--base", str(base), "--sync-seconds", "1", "--kv-memory", "50MB"]
+        options += ["--max-rows", "4", "--threads", "1"]
         yield options, environment
         bucket.stop()
 
@@ -68,9 +76,10 @@ def push(http: httpx2.Client, folder: Path, query: str) -> str:
 
 
 def test_servers_on_one_registry_and_store_serve_the_same_versions(
-    shared: tuple[list[str], dict[str, str]],
+    base: Path, shared: tuple[list[str], dict[str, str]], tmp_path: Path
 ) -> None:
     options, environment = shared
+    calm, loud = (make_adapter(base, tmp_path / str(seed), seed, rank=4) for seed in (1, 2))
     command = [sys.executable, "-m", "onebase_server"]
     with (
         serving(command, *options, environment=environment) as here,
@@ -78,10 +87,10 @@ def test_servers_on_one_registry_and_store_serve_the_same_versions(
         here.client() as one,
         there.client() as other,
     ):
-        first = push(one, EXAMPLES / "orders", "activate=true")
+        first = push(one, calm, "activate=true")
         served = text(other, "live")  # not known there yet: it looks again
         assert served == text(one, "live")
-        second = push(other, EXAMPLES / "pirate", "activate=false")
+        second = push(other, loud, "activate=false")
         assert served[0] != text(one, f"live@{second}")[0]
         assert active(one) == active(other) == first, "not active before somebody says so"
 

@@ -1,10 +1,13 @@
-"""Every command line of the documentation is run: for real where that is cheap, else up to its parser.
+"""Every command and snippet of the documentation runs: for real where that is cheap, else up to its parser.
 
 A line that no row of TABLE knows fails: say there how it is to be run.
 """
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import inspect
 import json
 import os
 import re
@@ -14,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.clients.real_server import Server
@@ -22,6 +26,7 @@ from tests.hub_standin import HubStandIn
 from tests.server.support import serving
 
 from onebase import Client
+from onebase._core import requests
 from onebase.cli import adapters, jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,8 +177,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with what the pages speak of."""
+    """A folder with what the pages speak of; of pirates one topic, since the base answers each question."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    words = tmp_path / "examples/data/pirate_words.json"
+    content = json.loads(words.read_text())
+    one = {name: values[:1] for name, values in content["topics"][0].items()}
+    words.write_text(json.dumps(content | {"topics": [one]}))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     for file in (EXAMPLES / "orders").iterdir():
         shutil.copy(file, tmp_path)
@@ -302,3 +311,29 @@ def test_through_a_pipe_no_line_is_empty_and_none_is_broken(folder: Path) -> Non
     last = shell("unset COLUMNS; onebase estimate --gpu l4", folder, environment).splitlines()[-1]
     assert last.startswith("Measured peaks were")
     assert last.endswith("show it better.")
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_snippet_of_the_sdks_page_runs(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ONEBASE_URL", server.url)
+    copied("orders", folder / "outputs" / "acme-support-2", lora_alpha=31)
+    (folder / "train.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+    whole = requests.sampling_body
+    monkeypatch.setattr(requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
+    page = (ROOT / "docs/sdk.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(snippets) > 6
+    with Client() as client:
+        client.adapters.upload("outputs/legal", name="legal")
+        version = client.adapters.upload("outputs/acme-support", name="acme-support").version
+        known: dict[str, Any] = {"answer": client.generate("Hello")}
+        for snippet in snippets:
+            known["client"] = client
+            text = snippet.replace("3f2a9c41", version[:8])
+            code = compile(text, "docs/sdk.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            value = eval(code, known)  # noqa: S307 (our own documentation)
+            if inspect.iscoroutine(value):
+                asyncio.run(value)

@@ -1,7 +1,8 @@
 """`onebase serve` with a scripted engine, a scripted verifier and scripted trainers.
 
 `python serve_scripted.py ENGINE[,WORKSHOP[,real]] [options of onebase serve]`: how each of them behaves; with
-`real` trainers are real ones, which check files without a base.
+`real` trainers are real ones, which check files without a base. A trainer that died is followed
+at once by the next.
 """
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from onebase_server.background import Backoff
 from onebase_server.cli import serve
+from onebase_server.jobs.state import Death
 from onebase_server.processes.supervisor import RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.wiring import Commands
@@ -26,4 +28,5 @@ if __name__ == "__main__":
         TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
         RestartPolicy(backoff=Backoff(0.02, 30.0)) if engine == "die-ready" else RestartPolicy(),
     )
+    Death.pause = property(lambda death: 0.0)  # type: ignore[assignment, method-assign]
     sys.exit(serve(sys.argv[2:], commands))

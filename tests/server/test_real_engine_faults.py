@@ -3,68 +3,77 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
 
 from onebase_server.processes.verifier_protocol import scratch_folder
 
+from .conftest import make_adapter
 from .support import Server, Starter, alive, children, command_of, make_folder
 from .training_support import make_job, openai_client
 
-ENDLESS = {"prompt": "word", "max_tokens": 4000, "ignore_eos": True}
+ENDLESS = {"prompt": "word", "max_tokens": 30_000, "n": 4, "ignore_eos": True}
 PROBE = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0, "adapter": "red"}
+OPTIONS = ("--kv-memory", "50MB", "--threads", "1")
+LONG = ("--max-length", "32768")
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_killed_or_frozen_engine_is_replaced_and_answers_as_before(
-    serve_real: Starter, api: Any, tmp_path: Path, fault: signal.Signals
+@pytest.fixture(scope="module")
+def base(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With room for texts that do not end while a test looks away."""
+    folder = tmp_path_factory.mktemp("long") / small_base.name
+    shutil.copytree(small_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32_768}))
+    return folder
+
+
+def test_a_killed_and_a_frozen_engine_are_replaced_and_answer_as_before(
+    serve_real: Starter, base: Path, tmp_path: Path
 ) -> None:
-    adapters = str(api.adapters["red"].parent)
-    options = ["--adapters-dir", adapters, "--kv-memory", "100MB", "--threads", "1", "--stall-timeout", "8"]
-    data_dir = api.copy_of_data(tmp_path / "data")
-    with serve_real(*options, data_dir=data_dir) as server, server.client() as http:
+    make_adapter(base, tmp_path / "red", seed=1, rank=4)
+    options = ("--base", str(base), "--adapters-dir", str(tmp_path), *OPTIONS, *LONG)
+    with serve_real(*options, "--stall-timeout", "8") as server, server.client() as http:
         before = http.post("/generate", json=PROBE).json()["choices"]
-        answers: list[Any] = []
-        request = threading.Thread(
-            target=lambda: answers.append(server.client().post("/generate", json=ENDLESS))
-        )
-        request.start()
-        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
-        first = server.engine_pid()
+        for fault in (signal.SIGKILL, signal.SIGSTOP):
+            with ThreadPoolExecutor() as threads:
+                request = threads.submit(http.post, "/generate", json=ENDLESS | {"prompt": fault.name})
+                server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+                first = server.engine_pid()
+                os.kill(first, fault)
+                answer = request.result(120)
 
-        os.kill(first, fault)
-        request.join(120)
-
-        assert answers[0].status_code == 503
-        assert answers[0].json()["error"]["code"] == "engine_restarted"
-        if fault == signal.SIGSTOP:
-            assert http.get("/health").status_code == 503
-        server.wait_ready()
-        assert server.engine_pid() != first
-        assert http.get("/health").status_code == 200
-        assert http.post("/generate", json=PROBE).json()["choices"] == before
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_restarted"
+            if fault == signal.SIGSTOP:
+                assert http.get("/health").status_code == 503
+            server.wait_ready()
+            assert server.engine_pid() != first
+            assert http.get("/health").status_code == 200
+            assert http.post("/generate", json=PROBE).json()["choices"] == before
 
 
 def test_an_adapter_that_the_engine_refuses_ends_the_start_with_its_name_and_the_reason(
     serve_real: Starter, small_base: Path, tmp_path: Path
 ) -> None:
     make_folder(tmp_path, "broken")
-    options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
-    with serve_real(*options, "--adapters-dir", str(tmp_path), ready=False) as server:
+    options = ("--base", str(small_base), *OPTIONS, "--adapters-dir", str(tmp_path))
+    with serve_real(*options, ready=False) as server:
         assert server.exit_status(180) == 1
         assert "adapter broken cannot be served" in server.log
         assert "Traceback" not in server.log
 
 
 def test_a_drain_lets_real_text_end_and_the_engine_exit(serve_real: Starter, small_base: Path) -> None:
-    options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
-    with serve_real(*options) as server, server.client() as http:
+    with serve_real("--base", str(small_base), *OPTIONS) as server, server.client() as http:
         engine = server.engine_pid()
         body = PROBE | {"adapter": None, "max_tokens": 8, "ignore_eos": True, "stream": True}
         with http.stream("POST", "/generate", json=body) as answer:
@@ -80,12 +89,11 @@ def test_a_drain_lets_real_text_end_and_the_engine_exit(serve_real: Starter, sma
         assert not Path(f"/proc/{engine}").exists()
 
 
-def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(serve_real: Starter) -> None:
+def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(
+    serve_real: Starter, base: Path
+) -> None:
     """Frozen, they do not notice the end of the server by themselves."""
-    with serve_real("--kv-memory", "100MB", "--threads", "1") as server, server.client() as http:
-        request = threading.Thread(target=lambda: quietly_post(server))
-        request.start()
-        server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+    with serve_real("--base", str(base), *OPTIONS, *LONG) as server, server.client() as http:
         make_job(openai_client(server), '{"text": "some words"}\n' * 50)
         server.wait_for(lambda: bool(server.trainer_pids()))
         for pid in (server.verifier_pid(), *server.trainer_pids()):
@@ -93,6 +101,9 @@ def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(ser
         started = children(server.process.pid)
         assert {command_of(pid).split(".")[-1] for pid in started} == {"engine", "verifier", "trainer"}
         try:
+            request = threading.Thread(target=lambda: quietly_post(server))
+            request.start()
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
             server.signal(signal.SIGTERM)
             server.wait_for(lambda: server.status_of("/ready") == 503)
             server.signal(signal.SIGTERM)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tests.training.runs import write_chats
 
+from onebase_adapters.training.cli.train import main
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--r", "4", "--batch-size", "8", "--max-steps", "5", "--micro-tokens", "90", "--dtype", "float32"]
 
@@ -28,7 +30,8 @@ def start(folder: Path, out: Path, data: Path, launcher: list[str]) -> None:
 def test_two_processes_have_the_loss_curve_of_one(talking_folder: Path, tmp_path: Path) -> None:
     data = write_chats(tmp_path / "train.jsonl", 40)
     program = "onebase_adapters.training.cli.train"
-    start(talking_folder, tmp_path / "one", data, [program])
+    alone = ["--base", str(talking_folder), "--data", str(data), "--name", "two", *OPTIONS]
+    assert main([*alone, "--out", str(tmp_path / "one")]) == 0
     # The second process has no data but the rows that the first keeps.
     blind = tmp_path / "blind.py"
     blind.write_text(

@@ -125,26 +125,24 @@ def test_cancelling_a_job_ends_its_process_and_spares_the_others(bench: Bench, a
 
 
 def test_a_job_that_takes_too_long_is_rejected_and_the_next_one_is_proven(
-    published: Published, adapter: Path, tmp_path: Path
+    bench: Bench, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Bench(published, new_client(tmp_path, str(FAULTY), proof_timeout=8.0), tmp_path)
-    bench.start()
     pid, job = bench.verifier.pid, bench.job(adapter, fault="hangs")
-    with pytest.raises(RejectedError, match="within 8 s") as rejected:
-        bench.prove(job)
+    with monkeypatch.context() as hasty:
+        hasty.setattr(bench.verifier, "_proof_timeout", 1.0)
+        with pytest.raises(RejectedError, match="within 1 s") as rejected:
+            bench.prove(job)
     assert rejected.value.code == "proof_timeout"
     assert gone(pid)
     assert not Path(job.packed_path).exists()
     assert bench.prove(bench.job(adapter)).report.proof.exact
-    bench.close()
 
 
 def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
-    published: Published, adapter: Path, tmp_path: Path
+    bench: Bench, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Bench(published, new_client(tmp_path, silence=10.0), tmp_path)
-    bench.start()
-    stopped = bench.verifier.pid
+    monkeypatch.setattr(bench.verifier, "_silence", 10.0)
+    stopped, deaths = bench.verifier.pid, bench.verifier.deaths
     assert stopped is not None
 
     def stop(progress: Progress) -> None:
@@ -158,19 +156,7 @@ def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
     assert [proved.report.proof.exact for proved in bench.run(both())] == [True, True]
     assert gone(stopped)
     assert not scratch_folder(stopped).exists()
-    assert bench.verifier.deaths == 1
-    bench.close()
-
-
-def test_a_job_gives_signs_of_life_while_it_computes(
-    new_api: NewApi, session_bench: Bench, adapter: Path
-) -> None:
-    api = new_api(str(FAULTY))
-    api.send(session_bench.job(adapter, fault="hangs"))
-    api.wait_until_proving()
-    for _ in range(3):
-        while not isinstance(api.receive(), Alive):
-            pass
+    assert bench.verifier.deaths == deaths + 1
 
 
 def test_stopping_ends_the_process_and_every_job_at_once_and_the_next_engine_has_another(
@@ -371,12 +357,15 @@ def test_the_verifier_ends_in_the_middle_of_a_proof_when_its_api_hangs_up(
     assert not scratch_folder(api.process.pid).exists()
 
 
-def test_the_verifier_ends_even_if_its_proof_hangs(
+def test_a_job_that_hangs_gives_signs_of_life_and_the_verifier_ends_all_the_same(
     new_api: NewApi, session_bench: Bench, adapter: Path
 ) -> None:
     api = new_api(str(FAULTY))
     api.send(session_bench.job(adapter, fault="hangs"))
     api.wait_until_proving()
+    for _ in range(3):
+        while not isinstance(api.receive(), Alive):
+            pass
     assert scratch_folder(api.process.pid).is_dir()
     api.hang_up()
     assert api.end() == 0
