@@ -17,7 +17,6 @@ from onebase_server.settings import (
     load_settings,
     option_name,
     parse_adapter,
-    parse_patterns,
     setting_fields,
 )
 
@@ -39,6 +38,7 @@ _GROUPS = {
     "base": "the base model",
     "adapters": "adapters",
     "server": "server",
+    "connections": "connections",
     "engine": "engine (tokens, memory, threads)",
     "training": "training jobs",
     "limits": "limits",
@@ -125,8 +125,12 @@ def _argument(item: Any, kind: Any) -> dict[str, Any]:
     argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
     if item.name == "adapter":
         return argument | {"action": "append", "type": _checked(parse_adapter), "metavar": "NAME=FOLDER"}
-    if item.name == "hub_allow":
-        return argument | {"action": "extend", "type": _checked(parse_patterns), "metavar": "PATTERN"}
+    if get_origin(kind) is tuple:
+        return argument | {
+            "action": "extend",
+            "type": _checked(item.metadata["parse"]),
+            "metavar": item.metadata["metavar"],
+        }
     if kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:

@@ -3,6 +3,8 @@
 OneBaseError
 ├── InvalidRequestError        the request names a field that must change
 ├── PayloadTooLargeError       the body is over the limit
+├── HeadersTooLargeError       the address and headers are over the limit
+├── TooSlowError               the request did not arrive in time
 ├── ForbiddenError             this server's operator does not allow it
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
@@ -60,6 +62,22 @@ class PayloadTooLargeError(OneBaseError):
             f"The request body is over {limit} bytes. Send less, or raise {option}.",
             code="payload_too_large",
         )
+
+
+class HeadersTooLargeError(OneBaseError):
+    def __init__(self, size: int, lines: int) -> None:
+        super().__init__(
+            f"The request's address and headers are over {size} bytes (--max-header) or {lines} lines "
+            "(--max-header-lines). Send less.",
+            code="headers_too_large",
+        )
+
+
+class TooSlowError(OneBaseError):
+    """`reason` names what did not arrive, and the limit."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The request's {reason}. Send it faster.", code="request_timeout")
 
 
 class ForbiddenError(OneBaseError):
@@ -195,6 +213,8 @@ CALLER_CODES = {
 _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
     PayloadTooLargeError: (413, "invalid_request_error"),
+    HeadersTooLargeError: (431, "invalid_request_error"),
+    TooSlowError: (408, "invalid_request_error"),
     ForbiddenError: (403, "permission_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),

@@ -21,6 +21,7 @@ FloatType = Literal["bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -71,6 +72,20 @@ def parse_patterns(text: str) -> tuple[str, ...]:
         if pattern.count("/") != 1 or pattern.startswith("/") or pattern.endswith("/"):
             raise SettingsError(f"{pattern!r} is not ORG/REPO, as in --hub-allow 'acme/*'")
     return patterns
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names or addresses, separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Origins of web pages, separated by commas."""
+    origins = parse_names(text)
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise SettingsError(f"{origin!r} is not SCHEME://HOST[:PORT], as in https://tools.example.com")
+    return origins
 
 
 def default_data_dir(environ: Mapping[str, str]) -> Path:
@@ -143,6 +158,109 @@ class Settings:
         default=False,
         metadata=about(
             "server", "stop when standard input ends: for a program that starts the server through a pipe"
+        ),
+    )
+
+    allowed_host: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "connections",
+            "a name by which clients call this server (the Host header), besides localhost; may be repeated; "
+            "'*' takes any, for a gateway that checks them",
+            parse=parse_names,
+            metavar="NAME",
+        ),
+    )
+    allowed_origin: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "connections",
+            "another site whose pages may use this server from a browser, as in https://tools.example.com; "
+            "may be repeated",
+            parse=parse_origins,
+            metavar="ORIGIN",
+        ),
+    )
+    trusted_proxy: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "connections",
+            "address of a reverse proxy, besides loopback: its X-Forwarded-For is believed, and it may open "
+            "any number of connections; may be repeated",
+            parse=parse_names,
+            metavar="ADDRESS",
+        ),
+    )
+    max_connections: int = field(
+        default=4096,
+        metadata=about(
+            "connections",
+            "connections at once; fewer where fewer files may be open (ulimit -n)",
+            low=1,
+            high=1_000_000,
+        ),
+    )
+    max_connections_per_host: int = field(
+        default=256,
+        metadata=about(
+            "connections",
+            "connections at once from one address (IPv6: one /64), but for loopback and --trusted-proxy",
+            low=1,
+            high=1_000_000,
+        ),
+    )
+    max_header: int = field(
+        default=64 << 10,
+        metadata=about(
+            "connections",
+            "size of a request's address and headers, as in 64KiB",
+            parse=parse_size,
+            metavar="SIZE",
+            low=1000,
+            high=16 << 20,
+        ),
+    )
+    max_header_lines: int = field(
+        default=200, metadata=about("connections", "headers of one request", low=10, high=10_000)
+    )
+    header_timeout: float = field(
+        default=20.0,
+        metadata=about(
+            "connections", "seconds that a request's headers may take to arrive", low=0.1, high=3600
+        ),
+    )
+    body_timeout: float = field(
+        default=30.0,
+        metadata=about(
+            "connections",
+            "seconds in which a body must bring its share of --min-body-rate",
+            low=0.1,
+            high=3600,
+        ),
+    )
+    min_body_rate: int = field(
+        default=1000,
+        metadata=about(
+            "connections",
+            "bytes a second that a body must bring while it is read, over each --body-timeout",
+            parse=parse_size,
+            metavar="SIZE",
+            low=1,
+        ),
+    )
+    keep_alive_timeout: float = field(
+        default=20.0,
+        metadata=about(
+            "connections", "seconds that a connection may wait for its next request", low=0.1, high=86400
+        ),
+    )
+    write_timeout: float = field(
+        default=30.0,
+        metadata=about(
+            "connections",
+            "seconds in which a client must read something of what waits for it, or it is cut off",
+            low=0.1,
+            high=86400,
         ),
     )
 
@@ -328,9 +446,13 @@ class Settings:
         ),
     )
     max_body: int = field(
-        default=8_000_000,
+        default=2_000_000,
         metadata=about(
-            "limits", "largest request body, as in 8MB", parse=parse_size, metavar="SIZE", low=1000
+            "limits",
+            "largest JSON body, as in 2MB; files have their own",
+            parse=parse_size,
+            metavar="SIZE",
+            low=1000,
         ),
     )
     max_choices: int = field(

@@ -23,7 +23,7 @@ from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
-from onebase_server.http.server import bind, run_server, url_of
+from onebase_server.http.server import LEAST_FILES, bind, run_server, url_of
 from onebase_server.jobs.storage import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
 from onebase_server.settings import Settings
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from onebase_engine.base.default_base import ResolvedBase
 
 _log = logging.getLogger(__name__)
-
-LEAST_FILES = 64
-"""Open files that the server works with: about thirty of its own, and one for each connection."""
 
 
 class StartupError(RuntimeError):

@@ -123,7 +123,7 @@ def test_an_upload_cut_by_a_kill_leaves_nothing_that_a_later_start_does_not_swee
 ) -> None:
     data_dir = tmp_path / "data"
     head = (
-        "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+        "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
         'Content-Length: 9000000\r\n\r\n--B\r\nContent-Disposition: form-data; name="files"; '
         'filename="adapter_model.safetensors"\r\n\r\n'
     )

@@ -18,7 +18,7 @@ def open_and_do_not_read(server: Server) -> socket.socket:
     connection.connect(("127.0.0.1", server.port))
     body = json.dumps(ENDLESS).encode()
     head = (
-        "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     connection.sendall(head.encode() + body)

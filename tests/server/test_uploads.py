@@ -152,7 +152,8 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: Server
     before = stored(server)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = (
-            "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+            "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\n"
+            "Content-Type: multipart/form-data; boundary=B\r\n"
             "Content-Length: 1900000\r\n\r\n"
         )
         connection.sendall(head.encode() + NAME + CONFIG_PART + WEIGHTS_PART[:-2] + b"w" * 1_200_000)
@@ -200,7 +201,7 @@ def begun(server: Server, more: int) -> socket.socket:
     before = stored(server)
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     head = (
-        "POST /v1/adapters?wait=true HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        "POST /v1/adapters?wait=true HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         f"Content-Type: multipart/form-data; boundary=B\r\nContent-Length: {len(first) + more}\r\n\r\n"
     )
     connection.sendall(head.encode() + first)

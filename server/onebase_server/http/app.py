@@ -19,11 +19,9 @@ from onebase_server.errors import (
     OneBaseError,
     PayloadTooLargeError,
     error_dict,
-    error_headers,
-    error_json,
-    status_of,
 )
 from onebase_server.http.deps import Services, server_stopping
+from onebase_server.http.door import refusal
 from onebase_server.http.routes import (
     adapters,
     files,
@@ -31,6 +29,7 @@ from onebase_server.http.routes import (
     generation,
     health,
     models,
+    reference,
     vllm,
 )
 from onebase_server.http.schemas.generation import validation_error
@@ -55,9 +54,12 @@ def create_app(services: Services) -> FastAPI:
         version=onebase_server.__version__,
         summary=onebase_server.SUMMARY,
         telemetry=_NO_TELEMETRY,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.services = services
-    routes = (generation, models, adapters, vllm, files, fine_tuning, health)
+    routes = (generation, models, adapters, vllm, files, fine_tuning, health, reference)
     for route in routes:
         app.include_router(route.router)
     app.add_exception_handler(OneBaseError, _answer_error)
@@ -90,7 +92,7 @@ class StoppedRequests:
         except asyncio.CancelledError:
             if answering or not self._services.draining:
                 raise
-            await _response(server_stopping())(scope, receive, send)
+            await refusal(server_stopping())(scope, receive, send)
 
 
 class BodyLimit:
@@ -109,7 +111,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         if _announced_length(scope) > self._limit:
-            await _response(PayloadTooLargeError(self._limit))(scope, receive, send)
+            await refusal(PayloadTooLargeError(self._limit))(scope, receive, send)
             return
         size = 0
 
@@ -159,28 +161,22 @@ def _announced_length(scope: Scope) -> int:
     return 0
 
 
-def _response(error: OneBaseError) -> Response:
-    return Response(
-        error_json(error), status_of(error)[0], media_type="application/json", headers=error_headers(error)
-    )
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, OneBaseError):
         raise error
-    return _response(error)
+    return refusal(error)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
     message, param = validation_error(error.errors())
-    return _response(InvalidRequestError(message, param=param))
+    return refusal(InvalidRequestError(message, param=param))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     if isinstance(error, _BodyTooLarge):
-        return _response(error.error)
+        return refusal(error.error)
     if not isinstance(error, HTTPException):
         raise error
     messages = {

@@ -6,34 +6,30 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
 from collections.abc import Callable, Generator
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from onebase_server.http.deps import Services, server_stopping
-from onebase_server.http.sse import ABORT_EXTENSION
+from onebase_server.http.door import Door
+from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.processes.link import kill_children
 from onebase_server.processes.verifier_protocol import scratch_folder
 from onebase_server.settings import Settings
 
 _log = logging.getLogger(__name__)
+LEAST_FILES = 64
+"""Open files that the server works with: about thirty of its own, and one for each connection."""
 _LAST_BYTES_SECONDS = 5
 """After the drain, for what is already written but not yet sent."""
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, which lets a stream drop its connection with the unsent bytes."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
 
 
 class _Server(uvicorn.Server):
@@ -51,6 +47,7 @@ def bind(settings: Settings) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
+        limit_unread(listener, settings.write_timeout)
         listener.listen(1024)
     except OSError:
         listener.close()
@@ -149,14 +146,26 @@ def _end_at_once(status: int) -> None:
 
 
 def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    protocol: Any = partial(LimitedProtocol, connections=Connections(_connection_limits(settings)))
     return uvicorn.Config(
-        app,
-        http=_Protocol,
+        Door(app, settings),
+        http=protocol,
         lifespan="off",
         ws="none",
         log_level="warning",
         access_log=settings.access_log,
         server_header=False,
+        forwarded_allow_ips=["127.0.0.1", "::1", *settings.trusted_proxy],
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # given to `call_later` only
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         log_config=None,
     )
+
+
+def _connection_limits(settings: Settings) -> ConnectionLimits:
+    """The settings', with fewer connections where fewer files may be open."""
+    values = {item.name: getattr(settings, item.name) for item in fields(ConnectionLimits)}
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files >= 0:
+        values["max_connections"] = max(1, min(settings.max_connections, files - LEAST_FILES))
+    return ConnectionLimits(**values)

@@ -1,0 +1,148 @@
+"""Who may ask: what a web page sends from its reader's browser is refused before anything looks at it.
+
+A browser sends requests on behalf of any page: to a name that the page's owner has pointed at this machine
+(DNS rebinding: `Host` gives it away), or straight to localhost (`Origin` and `Sec-Fetch-Site` do). Programs
+that are not browsers send neither of the latter.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from fastapi import Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from onebase_server.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    OneBaseError,
+    error_headers,
+    error_json,
+    status_of,
+)
+from onebase_server.settings import Settings
+
+PAGES = ("/docs", "/redoc")
+"""What a link on another site may open: pages that do nothing by being opened."""
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""On every answer; a page brings a Content-Security-Policy of its own."""
+_ANY = "*"
+_EXPOSED = ("Retry-After",)
+_SHOWN = 200
+"""Characters of a header that an error repeats."""
+
+
+class Door:
+    """The outermost part of the app: refuses foreign hosts and pages, and adds the security headers."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._hosts = {name.lower().rstrip(".") for name in (*settings.allowed_host, settings.host)}
+        self._any_address = not is_loopback(settings.host)
+        self._origins = {origin.lower() for origin in settings.allowed_origin}
+        if self._origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=sorted(self._origins),
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=_EXPOSED,
+            )
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            self._check(scope)
+        except OneBaseError as error:
+            await refusal(error)(scope, receive, with_headers)
+            return
+        await self._app(scope, receive, with_headers)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises ForbiddenError, InvalidRequestError."""
+        headers = Headers(scope=scope)
+        host = self._checked_host(scope, headers.getlist("host"))
+        origins = headers.getlist("origin")
+        for origin in origins:
+            if origin.lower() not in self._origins and origin.lower().partition("://")[2] != host:
+                raise ForbiddenError(
+                    f"Origin: pages of {origin[:_SHOWN]!r} may not use this server. If they should, start it "
+                    "with --allowed-origin and that site.",
+                    code="origin_not_allowed",
+                )
+        site = headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") and not origins and not _opens_page(scope, headers):
+            raise ForbiddenError(
+                f"Sec-Fetch-Site: a page of another site asks ({site[:_SHOWN]}), and may not. If it should, "
+                "start the server with --allowed-origin and that site, and let the page send an Origin.",
+                code="origin_not_allowed",
+            )
+
+    def _checked_host(self, scope: Scope, given: list[str]) -> str:
+        """The name and port by which this server was called; "" where HTTP/1.0 leaves it out."""
+        if len(given) != 1:
+            if not given and scope["http_version"] == "1.0":
+                return ""
+            raise InvalidRequestError(
+                f"Host: it is given {len(given)} times. Send it once.", code="host_not_allowed"
+            )
+        name = host_name(given[0])
+        allowed = name in self._hosts or _ANY in self._hosts or is_loopback(name)
+        if not allowed and not (self._any_address and _address(name) is not None):
+            raise ForbiddenError(
+                f"Host: this server does not go by the name of {given[0][:_SHOWN]!r}. Call it localhost, or "
+                "start it with --allowed-host and that name.",
+                code="host_not_allowed",
+            )
+        return given[0].lower()
+
+
+def refusal(error: OneBaseError) -> Response:
+    """An error as an answer."""
+    return Response(
+        error_json(error), status_of(error)[0], media_type="application/json", headers=error_headers(error)
+    )
+
+
+def host_name(host: str) -> str:
+    """`localhost` from `LocalHost.:8000`, `::1` from `[::1]:8000`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower().rstrip(".")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is this machine's own, and no other's."""
+    address = _address(name)
+    return name == "localhost" if address is None else address.is_loopback
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _opens_page(scope: Scope, headers: Headers) -> bool:
+    """Whether the reader follows a link to one of the server's own pages, in a tab of its own."""
+    return (
+        scope["method"] in ("GET", "HEAD")
+        and scope["path"] in PAGES
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    )

@@ -1,0 +1,396 @@
+"""One connection: uvicorn's protocol, with limits on what a client may send, hold open and leave unread.
+
+httptools takes headers of any size, and uvicorn waits for ever for whatever a client has begun. Here each
+wait has an end, and what is refused is answered once, as every other error, before the connection closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import logging
+import socket
+import sys
+import termios
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from onebase_server.errors import (
+    HeadersTooLargeError,
+    InvalidRequestError,
+    OneBaseError,
+    TooSlowError,
+    UnavailableError,
+    error_headers,
+    error_json,
+    status_of,
+)
+from onebase_server.http.door import SECURITY_HEADERS
+from onebase_server.http.sse import ABORT_EXTENSION
+
+_log = logging.getLogger(__name__)
+_CHUNK_LINE_BYTES = 32
+"""What a chunk of a body takes besides its content: its length, line ends, and a little more."""
+_PIPELINED = 16
+"""Requests that may wait on one connection while an earlier one is answered."""
+_RESERVE = 16
+"""Connections from loopback beyond the limit, so that probes are answered when it is reached."""
+_LINGER_SECONDS = 2.0
+"""A refused client is still read so long: closed at once, its kernel would throw the answer away."""
+_LOG_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """Sizes in bytes, times in seconds. The settings' help texts say what each is for."""
+
+    max_header: int
+    max_header_lines: int
+    header_timeout: float
+    body_timeout: float
+    min_body_rate: float
+    write_timeout: float
+    max_connections: int
+    max_connections_per_host: int
+    trusted_proxy: tuple[str, ...] = ()
+
+
+@dataclass
+class Connections:
+    """Who is connected to one server: shared by its protocols."""
+
+    limits: ConnectionLimits
+    by_host: Counter[str] = field(default_factory=Counter)
+    _logged: float = -_LOG_SECONDS
+
+    def open(self, address: str) -> OneBaseError | None:
+        """Count a connection. The error, if it is one too many: it counts all the same, until `close`."""
+        host, exempt = self._host(address)
+        self.by_host[host] += 1
+        limits = self.limits
+        if self.by_host.total() > limits.max_connections + (_RESERVE if exempt else 0):
+            return self._refusal(f"{limits.max_connections} connections are open (--max-connections)")
+        if not exempt and self.by_host[host] > limits.max_connections_per_host:
+            return self._refusal(
+                f"{limits.max_connections_per_host} connections from {host} are open "
+                "(--max-connections-per-host; --trusted-proxy for a proxy)"
+            )
+        return None
+
+    def close(self, address: str) -> None:
+        host, _ = self._host(address)
+        self.by_host[host] -= 1
+        if not self.by_host[host]:
+            del self.by_host[host]
+
+    def _host(self, address: str) -> tuple[str, bool]:
+        """What connections are counted by, and whether it is loopback or a proxy."""
+        try:
+            ip = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:  # a local socket
+            return address, True
+        if isinstance(ip, ipaddress.IPv6Address):
+            ip = ip.ipv4_mapped or ip
+        exempt = ip.is_loopback or str(ip) in self.limits.trusted_proxy
+        if isinstance(ip, ipaddress.IPv6Address) and not exempt:
+            return str(ipaddress.ip_network((ip, 64), strict=False)), False
+        return str(ip), exempt
+
+    def _refusal(self, reason: str) -> OneBaseError:
+        if time.monotonic() - self._logged > _LOG_SECONDS:
+            self._logged = time.monotonic()
+            _log.warning("connections are refused: %s", reason)
+        return UnavailableError(f"{reason}. Try again later.", code="too_many_connections", retry_after=5.0)
+
+
+class _Reading(Enum):
+    NOTHING = "between two requests"
+    HEAD = "the address and headers"
+    BODY = "the body, and what follows it"
+
+
+class _Flow(FlowControl):
+    """Remembers that the server made the client wait."""
+
+    resumed = False
+
+    def resume_reading(self) -> None:
+        self.resumed = self.resumed or self.read_paused
+        super().resume_reading()
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol within `connections.limits`; streams can drop it with the unsent bytes."""
+
+    flow: _Flow
+
+    def __init__(self, *args: Any, connections: Connections, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clients = connections
+        self._limits = connections.limits
+        self._reading = _Reading.NOTHING
+        self._refusal: OneBaseError | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._message_ended = False
+        """While the last piece of data was read."""
+        self._head_bytes = self._head_lines = self._head_pieces = 0
+        self._body_bytes = self._chunks = self._between_chunks = 0
+        self._brought = 0
+
+    # ---- the connection ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport)
+        refusal = self._clients.open(self._address)
+        if refusal is not None:
+            self._refusal = refusal
+            transport.write(_answer(refusal))
+            transport.close()
+            return
+        self._expect(self._limits.header_timeout, self._head_too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clients.close(self._address)
+        self._expect_nothing()
+        self._all_is_written()
+        self._unset_keepalive_if_required()
+        for cycle, _ in self.pipeline:
+            cycle.disconnected = True
+        super().connection_lost(exc)
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def eof_received(self) -> None:
+        """The transport closes itself."""
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        before, self._message_ended, self._body_bytes = self._reading, False, 0
+        try:
+            self.parser.feed_data(data)
+            self._check_unparsed(before, len(data))
+        except httptools.HttpParserUpgrade:
+            return  # answered as if it had not asked for another protocol
+        except (httptools.HttpParserError, HeadersTooLargeError) as error:
+            own = error if isinstance(error, HeadersTooLargeError) else error.__context__
+            self._refuse(own if isinstance(own, OneBaseError) else _malformed())
+            return
+        if self._reading is _Reading.BODY and self._read_timer is None:
+            self._expect_body()
+
+    def _check_unparsed(self, before: _Reading, size: int) -> None:
+        """Count what no callback has seen: a line that has not ended. Raises HeadersTooLargeError."""
+        if self._message_ended:
+            return
+        if self._reading is _Reading.HEAD:
+            self._head_pieces += size
+        elif self._reading is _Reading.BODY:
+            head = 0 if before is _Reading.BODY else self._head_bytes
+            self._between_chunks += max(0, size - head - self._body_bytes)
+        if max(self._head_pieces, self._between_chunks - _CHUNK_LINE_BYTES * self._chunks) > (
+            self._limits.max_header
+        ):
+            raise self._too_large()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
+        self._unset_keepalive_if_required()
+        self._reading = _Reading.HEAD
+        self._head_bytes = self._head_lines = self._head_pieces = 0
+        self._chunks = self._between_chunks = 0
+        self._expect(self._limits.header_timeout, self._head_too_slow)
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url), 0)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(": \r\n"), 1)
+        if self._reading is _Reading.HEAD:  # nobody looks at trailers
+            super().on_header(name, value)
+
+    def _count_head(self, size: int, lines: int) -> None:
+        self._head_bytes += size
+        self._head_lines += lines
+        if self._head_bytes > self._limits.max_header or self._head_lines > self._limits.max_header_lines:
+            raise self._too_large()
+
+    def _too_large(self) -> HeadersTooLargeError:
+        return HeadersTooLargeError(self._limits.max_header, self._limits.max_header_lines)
+
+    def on_headers_complete(self) -> None:
+        self._expect_nothing()
+        if len(self.pipeline) >= _PIPELINED:
+            raise InvalidRequestError(
+                f"over {_PIPELINED} requests wait on this connection. Read their answers first.",
+                code="invalid_http",
+            )
+        super().on_headers_complete()
+        self._reading = _Reading.BODY
+
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        self._brought += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._message_ended = True
+        self._reading = _Reading.NOTHING
+        self._expect_nothing()
+        super().on_message_complete()
+
+    # ---- refusing ------------------------------------------------------------------------------
+
+    def _refuse(self, error: OneBaseError) -> None:
+        """Answer with an error once earlier requests have theirs, and close. Nothing more is read."""
+        if self.transport.is_closing():
+            return
+        self._refusal = error
+        self._expect_nothing()
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._send_refusal()
+        elif self._reading is _Reading.BODY:  # of this very request
+            if cycle.response_started or self.pipeline:
+                self.transport.abort()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._send_refusal()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._refusal is not None and self.cycle.response_complete and not self.transport.is_closing():
+            self._send_refusal()
+
+    def _send_refusal(self) -> None:
+        if self._refusal is None:
+            return
+        self._unset_keepalive_if_required()
+        self.flow.resume_reading()
+        self.transport.write(_answer(self._refusal))
+        self.transport.write_eof()
+        self._expect(_LINGER_SECONDS, self.transport.abort)
+
+    # ---- waiting -------------------------------------------------------------------------------
+
+    def _expect(self, seconds: float, otherwise: Any) -> None:
+        self._expect_nothing()
+        self._read_timer = self.loop.call_later(seconds, otherwise)
+
+    def _expect_nothing(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _head_too_slow(self) -> None:
+        if self._reading is _Reading.NOTHING:
+            self.transport.close()
+        else:
+            seconds = self._limits.header_timeout
+            self._refuse(TooSlowError(f"headers did not end within {seconds:g} seconds (--header-timeout)"))
+
+    def _expect_body(self) -> None:
+        self._brought = 0
+        self.flow.resumed = False
+        self._expect(self._limits.body_timeout, self._check_body)
+
+    def _check_body(self) -> None:
+        """A client is as slow as it likes while the server makes it wait."""
+        limits = self._limits
+        least = limits.min_body_rate * limits.body_timeout
+        if self.flow.read_paused or self.flow.resumed or self._brought >= least:
+            self._expect_body()
+            return
+        self._refuse(
+            TooSlowError(
+                f"body brought {self._brought} bytes in {limits.body_timeout:g} seconds (--body-timeout), "
+                f"and the least is {limits.min_body_rate:g} a second (--min-body-rate)"
+            )
+        )
+
+    # ---- writing -------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reader(_unread(self.transport))
+
+    def resume_writing(self) -> None:
+        self._all_is_written()
+        super().resume_writing()
+
+    def _expect_reader(self, unread: int) -> None:
+        self._all_is_written()
+        self._write_timer = self.loop.call_later(self._limits.write_timeout, self._check_reader, unread)
+
+    def _check_reader(self, before: int) -> None:
+        unread = _unread(self.transport)
+        if unread < before:
+            self._expect_reader(unread)
+        else:
+            self.transport.abort()
+
+    def _all_is_written(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+def limit_unread(listener: socket.socket, seconds: float) -> None:
+    """Let the kernel drop connections whose peer takes nothing of what was sent for so long.
+
+    The protocol sees only what the kernel no longer takes, which is megabytes later. Where the system cannot,
+    that is all.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None:
+        listener.setsockopt(socket.IPPROTO_TCP, option, round(seconds * 1000))
+
+
+def _unread(transport: asyncio.Transport) -> int:
+    """Bytes that were sent and did not arrive yet: with us, and with the kernel where it tells."""
+    unsent = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError, AttributeError):
+        answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
+        unsent += int.from_bytes(answer, sys.byteorder)
+    return unsent
+
+
+def _malformed() -> InvalidRequestError:
+    return InvalidRequestError(
+        "This is not a request in HTTP/1.1, or its parts contradict each other.", code="invalid_http"
+    )
+
+
+def _answer(error: OneBaseError) -> bytes:
+    body = error_json(error)
+    headers = {
+        **SECURITY_HEADERS,
+        **error_headers(error),
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+    }
+    lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers.items())
+    return STATUS_LINE[status_of(error)[0]] + lines.encode() + b"\r\n" + body

@@ -1,0 +1,397 @@
+"""What one connection may send, hold open and leave unread, on real sockets and with short limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.types import Message, Receive, Scope, Send
+
+from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
+from onebase_server.http.server import _Server
+
+LONG = 30.0
+LIMITS = ConnectionLimits(
+    max_header=64 << 10,
+    max_header_lines=200,
+    header_timeout=LONG,
+    body_timeout=LONG,
+    min_body_rate=1000,
+    write_timeout=LONG,
+    max_connections=50,
+    max_connections_per_host=10,
+)
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@dataclass
+class App:
+    """Reads the body, then answers with its length; `/endless` streams until its caller is gone."""
+
+    seen: list[Scope] = field(default_factory=list)
+    gone: threading.Event = field(default_factory=threading.Event)
+    read: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    slow: threading.Event = field(default_factory=threading.Event)
+    """While it is not set, bodies sent to `/slow` are not read."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.seen.append(scope)
+        if scope["path"] == "/endless":
+            await self._stream(receive, send)
+            return
+        while scope["path"] == "/slow" and not self.slow.is_set():
+            await asyncio.sleep(0.01)
+        size, message = 0, {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()  # type: ignore[assignment]
+            size += len(message.get("body", b""))  # type: ignore[arg-type]
+            self.read.release()
+            if message.get("type") == "http.disconnect":
+                self.gone.set()
+                return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]})
+        await send({"type": "http.response.body", "body": b"%8d" % size})
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        async def until_gone() -> None:
+            message: Message = {"type": ""}
+            while message["type"] != "http.disconnect":
+                message = await receive()
+
+        gone = asyncio.ensure_future(until_gone())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done():
+            await send({"type": "http.response.body", "body": b"x" * 1000, "more_body": True})
+            await asyncio.sleep(0)
+        self.gone.set()
+
+
+@dataclass
+class Running:
+    app: App
+    port: int
+    server: uvicorn.Server
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=LONG)
+
+    def answer(self, data: bytes) -> tuple[list[int], bytes]:
+        """What a connection is told until it is closed: the statuses, and all of it."""
+        with self.connect() as connection:
+            send(connection, data)
+            received = until_closed(connection)
+        return statuses(received), received
+
+
+@contextlib.contextmanager
+def running(limits: ConnectionLimits = LIMITS, keep_alive: float = LONG) -> Iterator[Running]:
+    app = App()
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    limit_unread(listener, limits.write_timeout)
+    protocol: Any = partial(LimitedProtocol, connections=Connections(limits))
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=0
+    )
+    config.timeout_keep_alive = keep_alive  # type: ignore[assignment]
+    server = _Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield Running(app, listener.getsockname()[1], server)
+    finally:
+        server.should_exit = True
+        app.slow.set()
+        thread.join(LONG)
+        listener.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LONG
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.01)
+
+
+def send(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+        connection.sendall(data)
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while data := connection.recv(1 << 16):
+            received += data
+    return received
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", received)]
+
+
+def next_answer(connection: socket.socket) -> bytes:
+    """The next of the app's answers."""
+    received = b""
+    while not re.search(rb"\r\n\r\n.{8}$", received):
+        received += connection.recv(1 << 16)
+    return received
+
+
+def error_of(received: bytes) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(received[received.rindex(b'{"error"') :])["error"]
+    return error
+
+
+# ---- headers --------------------------------------------------------------------------------------
+
+TOO_LARGE = {
+    "a header": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000,
+    "the address": b"GET /" + b"x" * 100_000,
+    "a name": b"GET / HTTP/1.1\r\nHost: x\r\n" + b"x" * 100_000,
+    "all headers": b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: " + b"x" * 40_000 + b"\r\nY: " + b"x" * 40_000,
+    "lines": b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 201 + b"\r\n",
+    "the trailer": CHUNKED + b"1\r\nx\r\n0\r\nX: " + b"x" * 100_000,
+    "lines of the trailer": CHUNKED + b"0\r\n" + b"X: y\r\n" * 201 + b"\r\n",
+    "a chunk's extension": CHUNKED + b"1;x=" + b"x" * 100_000,
+}
+
+
+@pytest.fixture(scope="module")
+def lenient() -> Iterator[Running]:
+    """For tests in which no time limit is reached."""
+    with running() as server:
+        yield server
+
+
+@pytest.mark.parametrize("what", TOO_LARGE)
+def test_headers_over_the_limit_are_refused_and_the_connection_closes(lenient: Running, what: str) -> None:
+    answered, received = lenient.answer(TOO_LARGE[what])
+
+    assert answered == [431]
+    assert error_of(received)["code"] == "headers_too_large"
+    assert "--max-header" in error_of(received)["message"]
+    assert b"x-content-type-options: nosniff" in received
+
+
+def test_headers_that_come_in_pieces_are_counted_together(lenient: Running) -> None:
+    with lenient.connect() as connection:
+        send(connection, b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+        for _ in range(100):
+            send(connection, b"x" * 1000)
+        assert statuses(until_closed(connection)) == [431]
+
+
+def test_an_earlier_request_is_answered_before_one_with_too_large_headers_is_refused(
+    lenient: Running,
+) -> None:
+    assert lenient.answer(GET + GET + TOO_LARGE["lines"])[0] == [200, 200, 431]
+
+
+def test_a_connection_may_be_used_for_any_number_of_usual_requests(lenient: Running) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: " + b"x" * 1000 + b"\r\n" * 2
+    with lenient.connect() as connection:
+        for _ in range(100):
+            connection.sendall(head)
+            assert next_answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_chunked_body_of_single_bytes_is_read(lenient: Running) -> None:
+    body = b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
+
+    answered, received = lenient.answer(
+        CHUNKED + body + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    )
+
+    assert answered == [200, 200]
+    assert b"   50000" in received
+
+
+def test_a_trailer_is_no_header(lenient: Running) -> None:
+    with lenient.connect() as connection:
+        connection.sendall(CHUNKED + b"1\r\nx\r\n0\r\nOrigin: http://evil.example\r\n\r\n")
+        assert next_answer(connection).startswith(b"HTTP/1.1 200")
+
+    assert b"origin" not in dict(lenient.app.seen[-1]["headers"])
+
+
+def test_more_requests_than_may_wait_on_a_connection_are_not_taken(lenient: Running) -> None:
+    before = len(lenient.app.seen)
+
+    answered, _ = lenient.answer(GET * 5000)
+
+    assert answered[-1] == 400
+    assert len(lenient.app.seen) - before < 30
+
+
+def test_what_is_no_http_is_answered_in_the_usual_shape(lenient: Running) -> None:
+    answered, received = lenient.answer(b"EHLO there\r\n\r\n")
+
+    assert answered == [400]
+    assert error_of(received)["code"] == "invalid_http"
+
+
+# ---- time -----------------------------------------------------------------------------------------
+
+BRIEF = 0.3
+
+
+def test_a_connection_on_which_nothing_is_asked_is_closed() -> None:
+    with running(replace(LIMITS, header_timeout=BRIEF)) as server, server.connect() as connection:
+        assert until_closed(connection) == b""
+
+
+def test_a_connection_is_closed_when_no_other_request_follows() -> None:
+    with running(keep_alive=BRIEF) as server:
+        assert server.answer(GET)[0] == [200]
+        assert server.answer(GET + b"\r\n" * 100)[0] == [200]
+
+
+def test_headers_that_do_not_end_in_time_are_refused_however_they_trickle() -> None:
+    with running(replace(LIMITS, header_timeout=BRIEF)) as server, server.connect() as connection:
+        received = trickle(connection, b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+
+        assert statuses(received) == [408]
+        assert "--header-timeout" in error_of(received)["message"]
+
+
+@pytest.mark.parametrize("head", [POST + b"Content-Length: 100000\r\n\r\n", CHUNKED + b"186a0\r\n"])
+def test_a_body_that_trickles_is_refused_and_its_request_ends(head: bytes) -> None:
+    with running(replace(LIMITS, body_timeout=BRIEF)) as server, server.connect() as connection:
+        received = trickle(connection, head)
+
+        assert statuses(received) == [408]
+        assert "--body-timeout" in error_of(received)["message"]
+        assert "--min-body-rate" in error_of(received)["message"]
+        assert server.app.gone.wait(LONG)
+
+
+def test_a_body_that_keeps_to_the_least_rate_may_take_longer_than_the_timeout() -> None:
+    limits = replace(LIMITS, body_timeout=BRIEF, min_body_rate=1)
+    with running(limits) as server, server.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 40\r\n\r\n")
+        for _ in range(40):
+            time.sleep(2 * BRIEF / 40)
+            connection.sendall(b"x")
+
+        assert next_answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_the_server_makes_wait_is_not_too_slow() -> None:
+    body = b"x" * 20_000_000
+    with running(replace(LIMITS, body_timeout=BRIEF)) as server, server.connect() as connection:
+        connection.sendall(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+        sender = threading.Thread(target=send, args=(connection, body))
+        sender.start()
+        time.sleep(3 * BRIEF)
+        server.app.slow.set()
+
+        assert next_answer(connection).startswith(b"HTTP/1.1 200")
+        sender.join()
+
+
+def test_a_stream_that_says_nothing_for_long_is_not_cut_off() -> None:
+    limits = replace(LIMITS, header_timeout=BRIEF, body_timeout=BRIEF, write_timeout=BRIEF)
+    with running(limits, keep_alive=BRIEF) as server, server.connect() as connection:
+        connection.sendall(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
+        time.sleep(3 * BRIEF)
+        server.app.slow.set()
+
+        assert next_answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_stream_that_nobody_reads_ends() -> None:
+    with running(replace(LIMITS, write_timeout=BRIEF)) as server, server.connect() as connection:
+        connection.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+
+        assert server.app.gone.wait(LONG)
+        wait_for(lambda: not server.server.server_state.connections)
+
+
+def test_a_stream_that_is_read_slowly_goes_on() -> None:
+    with running(replace(LIMITS, write_timeout=3.0)) as server, server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        for _ in range(40):
+            time.sleep(0.1)
+            connection.recv(1 << 20)
+
+        assert not server.app.gone.is_set()
+
+
+def trickle(connection: socket.socket, head: bytes) -> bytes:
+    """Send one byte after another until the server has had enough; what it says."""
+    connection.sendall(head)
+    connection.settimeout(0.02)
+    received, end = b"", time.monotonic() + LONG
+    while time.monotonic() < end:
+        try:
+            data = connection.recv(1 << 16)
+        except TimeoutError:
+            send(connection, b"x")
+            continue
+        if not data:
+            break
+        received += data
+    return received
+
+
+# ---- how many -------------------------------------------------------------------------------------
+
+
+def test_one_connection_too_many_is_told_so_and_another_is_taken_when_one_ends() -> None:
+    with running(replace(LIMITS, max_connections=0)) as server, contextlib.ExitStack() as stack:
+        open_ones = [stack.enter_context(server.connect()) for _ in range(16)]
+        for connection in open_ones:
+            connection.sendall(GET)
+            assert next_answer(connection).startswith(b"HTTP/1.1 200")
+
+        answered, received = server.answer(GET)
+
+        assert answered == [503]
+        assert b"retry-after" in received
+        assert "--max-connections" in error_of(received)["message"]
+        open_ones[0].close()
+        wait_for(lambda: server.answer(GET.replace(b"1.1", b"1.0"))[0] == [200])
+
+
+@pytest.mark.parametrize(
+    ("address", "other", "refused"),
+    [
+        ("203.0.113.7", "203.0.113.7", True),
+        ("203.0.113.7", "203.0.113.8", False),
+        ("2001:db8::1", "2001:db8::2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:203.0.113.7", "203.0.113.7", True),
+        ("127.0.0.1", "127.0.0.1", False),
+        ("::1", "::1", False),
+        ("10.0.0.1", "10.0.0.1", False),
+        ("", "", False),
+    ],
+)
+def test_connections_are_counted_by_address_but_for_loopback_and_proxies(
+    address: str, other: str, refused: bool
+) -> None:
+    connections = Connections(replace(LIMITS, max_connections_per_host=1, trusted_proxy=("10.0.0.1",)))
+
+    assert connections.open(address) is None
+    assert (connections.open(other) is not None) is refused
+    connections.close(address)
+    connections.close(other)
+
+    assert not connections.by_host
