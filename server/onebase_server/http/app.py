@@ -20,7 +20,7 @@ from onebase_server.errors import (
     PayloadTooLargeError,
     error_dict,
 )
-from onebase_server.http.deps import Services, server_stopping
+from onebase_server.http.deps import BodyError, Services, server_stopping
 from onebase_server.http.door import refusal
 from onebase_server.http.routes import (
     adapters,
@@ -120,18 +120,10 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._limit:
-                raise _BodyTooLarge(self._limit)
+                raise BodyError(PayloadTooLargeError(self._limit))
             return message
 
         await self._app(scope, counted, send)
-
-
-class _BodyTooLarge(HTTPException):
-    """Passes through FastAPI's body reader, which hides every other exception."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(413)
-        self.error = PayloadTooLargeError(limit)
 
 
 class QuotedNames:
@@ -175,7 +167,7 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
-    if isinstance(error, _BodyTooLarge):
+    if isinstance(error, BodyError):
         return refusal(error.error)
     if not isinstance(error, HTTPException):
         raise error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from onebase_adapters.registry import RegistryError
 from onebase_server.adapters.activation import Activation
@@ -20,9 +20,10 @@ from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.background import Threads
-from onebase_server.errors import UnavailableError
+from onebase_server.errors import OneBaseError, UnavailableError, status_of
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.http import strict_json
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.manager import Manager
@@ -99,17 +100,24 @@ def _services(request: Request) -> Services:
 Provided = Annotated[Services, Depends(_services)]
 
 
+class BodyError(HTTPException):
+    """A body that is refused while it is read: FastAPI's reader hides every other exception."""
+
+    def __init__(self, error: OneBaseError) -> None:
+        super().__init__(status_of(error)[0])
+        self.error = error
+
+
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        """As JSON says it: no NaN, no infinity, no number that a double cannot hold."""
         try:
-            return msgspec.json.decode(await self.body())
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise json.JSONDecodeError(str(error), "", 0) from error
+            return strict_json.decode(await self.body(), _services(self).settings.max_body)
+        except OneBaseError as error:
+            raise BodyError(error) from error
 
 
 class StrictRoute(APIRoute):
-    """Reads bodies strictly: Python's own JSON reader takes NaN, 1e999 and any depth."""
+    """Reads bodies strictly: Python's own JSON reader takes NaN, 1e999, fields given twice and any depth."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()

@@ -46,6 +46,7 @@ SLASH = "%2F"
 """What the app leaves encoded in a path, so that a name with a slash is one segment."""
 
 
+_INLINE = "#/paths/~1v1~1adapters/post/requestBody/content/application~1json/schema/$defs/{model}"
 _FLAG = {"type": "boolean", "default": False}
 _ADD_BODY: dict[str, Any] = {
     "required": True,
@@ -61,7 +62,7 @@ _ADD_BODY: dict[str, Any] = {
                 },
             }
         },
-        "application/json": {"schema": PullRequest.model_json_schema()},
+        "application/json": {"schema": PullRequest.model_json_schema(ref_template=_INLINE)},
     },
 }
 """For the reference at /docs: the route reads its body by itself."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 MAX_N = 128
 MAX_STOPS = 16
@@ -21,12 +29,28 @@ MAX_PROMPT_TOKENS = 4_000_000
 MAX_TOKENS = 1_000_000
 MAX_NAME = 200
 SEED_BITS = 63
+UNKNOWN_FIELD = "this server does not know this field. Remove it"
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)]
+
+
+def _few_entries(bias: Any) -> Any:
+    """Before they are looked at one by one."""
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"should have at most {MAX_LOGIT_BIAS} entries, and has {len(bias)}")
+    return bias
+
+
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_entries)]
+
+
+_ONE, _LIST = Tag("one-value"), Tag("a-list")
+"""Parts of an error's location that name no field: they are no identifiers."""
+_BY_KIND = Discriminator(lambda value: (_LIST if isinstance(value, list) else _ONE).tag)
+"""A plain union would try both kinds, and collect an error for each item of a list under each."""
 
 
 class Wire(BaseModel):
@@ -34,12 +58,25 @@ class Wire(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        """At the first one: pydantic would collect an error for each of a hundred thousand."""
+        if isinstance(value, dict):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
+        return value
+
 
 class AdapterTerm(Wire):
     """One adapter of a weighted sum."""
 
     name: Name
     weight: float = Field(default=1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+AdapterTerms = Annotated[list[AdapterTerm], Field(min_length=1, max_length=MAX_ADAPTER_TERMS, fail_fast=True)]
 
 
 class SamplingFields(Wire):
@@ -59,8 +96,8 @@ class SamplingFields(Wire):
         default=None, description="token id (as text) to what is added to its logit"
     )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: str | Stops | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop: Annotated[Annotated[str, _ONE] | Annotated[Stops, _LIST], _BY_KIND] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     ignore_eos: bool | None = None
@@ -69,9 +106,7 @@ class SamplingFields(Wire):
     timeout_s: float | None = Field(
         default=None, gt=0, description="seconds; then finish_reason is cancelled"
     )
-    adapter: Name | Annotated[list[AdapterTerm], Field(min_length=1, max_length=MAX_ADAPTER_TERMS)] | None = (
-        None
-    )
+    adapter: Annotated[Annotated[Name, _ONE] | Annotated[AdapterTerms, _LIST], _BY_KIND] | None = None
 
     @model_validator(mode="after")
     def _check_shared(self) -> Self:
@@ -114,7 +149,11 @@ class Message(Wire):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+    content: Annotated[
+        Annotated[str, _ONE]
+        | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True), _LIST],
+        _BY_KIND,
+    ]
 
     @model_validator(mode="before")
     @classmethod
@@ -131,11 +170,14 @@ class Message(Wire):
         return {"role": role, "content": "".join(parts)}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class GenerateRequest(SamplingFields):
     """Body of POST /generate: a prompt or messages, an adapter or none, and how to sample."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     logprobs: int | None = Field(
         default=None, ge=0, le=MAX_LOGPROBS, description="alternatives per token, besides the chosen one"
     )
@@ -157,8 +199,6 @@ def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
     if isinstance(cause, FieldError):
         param = f"{param}.{cause.param}" if param else cause.param
         return f"{param}: {cause}.", param
-    if first["type"] == "extra_forbidden":
-        return f"{param}: this server does not know this field. Remove it.", param
     if first["type"] == "json_invalid":
         return f"The body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}.", None
     if not path:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from onebase_server.http.schemas.generation import (
     MAX_LOGPROBS,
-    MAX_MESSAGES,
+    MAX_NAME,
     MAX_PROMPT_TOKENS,
     MAX_PROMPTS,
+    UNKNOWN_FIELD,
     FieldError,
-    Message,
+    Messages,
     Name,
     SamplingFields,
     TokenId,
     Wire,
 )
 
-TokenList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+TokenList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenLists = Annotated[list[TokenList], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 IGNORED = frozenset(
     {
         "user",
@@ -36,6 +39,20 @@ IGNORED = frozenset(
     }
 )
 """Bookkeeping and hints of OpenAI's own service: the text is the same without them."""
+
+
+def _prompt_kind(prompt: Any) -> str:
+    """Which of the four it is, by its first item: the others need not be tried."""
+    if not isinstance(prompt, list):
+        return "a-text"
+    first = prompt[0] if prompt else 0
+    return (
+        "some-texts"
+        if isinstance(first, str)
+        else "some-token-ids"
+        if isinstance(first, list)
+        else "token-ids"
+    )
 
 
 class StreamOptions(Wire):
@@ -72,7 +89,7 @@ class OpenAIRequest(SamplingFields):
                 hint = cls.reasons.get(key, "leave it out")
                 raise FieldError(key, f"this server does not support {key} here: {hint}")
             else:
-                kept[key] = item
+                raise FieldError(key[:MAX_NAME], UNKNOWN_FIELD)
         return kept
 
     @model_validator(mode="after")
@@ -89,12 +106,13 @@ class OpenAIRequest(SamplingFields):
 class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | TokenList
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenList], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("a-text")]
+        | Annotated[Texts, Tag("some-texts")]
+        | Annotated[TokenList, Tag("token-ids")]
+        | Annotated[TokenLists, Tag("some-token-ids")],
+        Discriminator(_prompt_kind),
+    ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
 
@@ -116,7 +134,7 @@ class CompletionRequest(OpenAIRequest):
 class ChatRequest(OpenAIRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

@@ -1,0 +1,62 @@
+"""JSON as the standard says it, and no more of it than a request can need.
+
+Everything is decided before a model looks at the values: a validator's work for a wrong value is many times
+the parser's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+from onebase_server.errors import InvalidRequestError
+
+MAX_FIELDS = 50_000
+"""Objects and their fields in one body: a long conversation has about four a message."""
+BYTES_PER_VALUE = 4
+"""How many of the bytes that `--max-body` allows there are for each value: a usual token id takes more."""
+
+
+def decode(body: bytes, max_body: int) -> Any:
+    """The body's value. Raises json.JSONDecodeError, and InvalidRequestError for JSON that is not taken."""
+    most = max(1000, max_body // BYTES_PER_VALUE)
+    if sum(map(body.count, b",[{")) > most:
+        raise InvalidRequestError(
+            f"The body holds over {most} values. Send fewer, or raise --max-body.", code="too_many_values"
+        )
+    _check_fields(body)
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+def _check_fields(body: bytes) -> None:
+    """Raises InvalidRequestError for a field that is given twice, and for too many of them.
+
+    Only Python's reader shows the former. It keeps nothing here, and what is no JSON the other one refuses.
+    """
+    left = MAX_FIELDS
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal left
+        left -= 1 + len(pairs)
+        if left < 0:
+            raise InvalidRequestError(
+                f"The body holds over {MAX_FIELDS} fields, which no request needs. Send fewer.",
+                code="too_many_values",
+            )
+        if len(pairs) == len(dict(pairs)):
+            return
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidRequestError(f"{name[:80]}: it is given twice. Give it once.", param=name[:80])
+            seen.add(name)
+
+    try:
+        json.loads(body, object_pairs_hook=check)
+    except (ValueError, RecursionError):
+        return
