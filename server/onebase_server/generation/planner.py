@@ -11,9 +11,10 @@ from typing import TypeVar
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
+from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError, UnknownModelError
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
-from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tokenization import BaseTokenizer, and_give_memory_back
 from onebase_server.http.schemas.generation import SEED_BITS, GenerateRequest, Message, SamplingFields
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.processes.supervisor import EngineSupervisor
@@ -24,6 +25,9 @@ GENERATE_TOKENS = 256
 COMPLETION_TOKENS = 16
 _INLINE_CHARACTERS = 8_000
 """Longer texts are tokenized in a thread, so that they do not hold up the streams (about 3 ms)."""
+_LONG_CHARACTERS = 100_000
+"""Longer ones wait for each other, so that shorter ones have their turn and memory is taken for one."""
+_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Planner:
         self._catalog = catalog
         self._hub = hub
         self._limits = limits
+        self._threads = Threads("tokenize", _THREADS)
+        self._one_thread = Threads("tokenize-long", 1)
 
     async def generate(self, body: GenerateRequest) -> Job:
         base = self._base()
@@ -170,15 +176,29 @@ class Planner:
                     await self._hub.use(name, param=param)
 
     async def _text(self, text: str) -> Prompt:
-        if len(text) <= _INLINE_CHARACTERS:
-            return Prompt(self._tokenizer.encode(text), text)
-        return Prompt(await asyncio.to_thread(self._tokenizer.encode, text), text)
+        return Prompt(await self._tokens("prompt", len(text), self._tokenizer.encode, text), text)
 
     async def _chat(self, messages: Sequence[Message]) -> Prompt:
         rendered = [message.rendered() for message in messages]
-        if sum(len(message["content"]) for message in rendered) <= _INLINE_CHARACTERS:
-            return Prompt(self._tokenizer.encode_chat(rendered))
-        return Prompt(await asyncio.to_thread(self._tokenizer.encode_chat, rendered))
+        size = sum(len(message["content"]) for message in rendered)
+        return Prompt(await self._tokens("messages", size, self._tokenizer.encode_chat, rendered))
+
+    async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:
+        """What `encode` makes of a text of `size` characters, in its turn."""
+        length = self._base().max_length
+        most = length * self._tokenizer.longest_token
+        if size > most:
+            raise InvalidRequestError(
+                f"{param}: has {size} characters; this server's longest prompt plus completion is {length} "
+                f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if size <= _INLINE_CHARACTERS:
+            return encode(text)
+        if size <= _LONG_CHARACTERS:
+            return await self._threads.run(encode, text)
+        return await self._one_thread.run(and_give_memory_back, encode, text)
 
     def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo) -> Job:
         n = body.n or 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
 
+T = TypeVar("T")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -30,6 +33,8 @@ class BaseTokenizer:
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters of a text that one token can stand for, at most."""
 
     @property
     def has_chat_template(self) -> bool:
@@ -126,6 +131,15 @@ def leave_torch_out() -> None:
         import transformers  # noqa: F401  (it looks for torch when it is imported)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def and_give_memory_back(encode: Callable[[T], list[int]], text: T) -> list[int]:
+    """`encode(text)`. A tokenizer takes hundreds of bytes for each character for a moment, and the C library
+    would keep them for the next text."""
+    ids = encode(text)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+    return ids
 
 
 def _load(folder: str) -> Any:
