@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import struct
 from pathlib import Path
 
 from .support import Server, Starter, pace
@@ -69,3 +71,34 @@ def is_cut_off(connection: socket.socket) -> bool:
     except ConnectionResetError:
         return True
     return b"[DONE]" not in received
+
+
+def test_a_stream_that_nobody_reads_gives_its_rows_back(serve_scripted: Starter) -> None:
+    with (
+        serve_scripted("words", "--stream-buffer", "1000000", "--write-timeout", "1") as server,
+        server.client() as http,
+        open_and_do_not_read(server),
+    ):
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 1, 60)
+
+        server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 120)
+
+
+def test_connections_that_are_reset_in_mid_stream_leave_no_descriptor(scripted: Server) -> None:
+    with scripted.client() as http:
+        before = open_sockets(scripted)
+        for _ in range(100):
+            with open_and_do_not_read(scripted) as connection:
+                connection.recv(100)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        scripted.wait_for(lambda: http.get("/status").json()["requests"] == 0, 60)
+        scripted.wait_for(lambda: open_sockets(scripted) <= before + 1, 60)  # and the client's own
+
+
+def open_sockets(server: Server) -> int:
+    found = 0
+    for entry in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += entry.readlink().name.startswith("socket:")
+    return found

@@ -1,0 +1,187 @@
+"""A small body costs little: it is refused by size, values or fields before they are looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from onebase_server.errors import InvalidRequestError
+from onebase_server.generation.planner import Limits, Planner
+from onebase_server.http.schemas.generation import GenerateRequest, Wire
+from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.strict_json import MAX_FIELDS, decode
+
+from .support import Server
+
+MANY = 100_000
+LIMIT = 2_000_000
+
+
+def refused(body: bytes) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        decode(body, LIMIT)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"adapter": "a", "prompt": "p", "adapter": "b"}', "adapter"),
+        (b'{"messages": [{"role": "user", "role": "system"}]}', "role"),
+        (b'{"a": 1, "\\u0061": 1}', "a"),
+        (b'{"a": NaN, "b": {"c": 1, "c": 1}}', "c"),
+    ],
+)
+def test_a_field_that_is_given_twice_is_refused_by_name(body: bytes, name: str) -> None:
+    assert refused(body).param == name
+
+
+def test_equal_fields_of_different_objects_are_taken() -> None:
+    body = b'{"a": [{"a": 1}, {"a": 2}], "b": {"a": "a"}}'
+
+    assert decode(body, LIMIT) == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"NaN", b"[1e999]", b"[" * 1000, b'{"a": "\\ud800"}', b"{'a': 1}", b"\xff", b"", b"9" * 5000 + b"x"],
+)
+def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        decode(body, LIMIT)
+
+
+@pytest.mark.parametrize("unit", [b"1,", b"[],", b"{},", b"["])
+def test_more_values_than_a_body_has_room_for_are_not_read(unit: bytes) -> None:
+    body = b"[" + unit * (LIMIT // len(unit))
+
+    assert refused(body).code == "too_many_values"
+    assert "--max-body" in str(refused(body))
+
+
+def test_more_fields_than_any_request_has_are_not_kept() -> None:
+    fields = b",".join(b'"%d":1' % number for number in range(MAX_FIELDS))
+    objects = b"[" + b",".join([b"{}"] * (MAX_FIELDS + 1)) + b"]"
+
+    assert refused(b"{" + fields + b"}").code == "too_many_values"
+    assert refused(objects).code == "too_many_values"
+
+
+def test_the_token_ids_of_a_long_context_and_the_largest_bias_are_read() -> None:
+    body = {
+        "prompt": [100_000 + number for number in range(131_072)],
+        "logit_bias": {str(number): -100.0 for number in range(1024)},
+    }
+
+    assert decode(json.dumps(body, separators=(",", ":")).encode(), LIMIT) == body
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [-1] * MANY}),
+        (CompletionRequest, {"prompt": [1.5] * MANY}),
+        (CompletionRequest, {"prompt": [1, "a"] * MANY}),
+        (CompletionRequest, {"prompt": [[-1] * MANY] * 10}),
+        (CompletionRequest, {"prompt": ["a", 1] * 30}),
+        (CompletionRequest, {"prompt": "a", **{f"field{number}": 1 for number in range(MANY)}}),
+        (GenerateRequest, {"prompt": "a", **{f"field{number}": 1 for number in range(MANY)}}),
+        (GenerateRequest, {"prompt": "a", "logit_bias": {str(number): "x" for number in range(MANY)}}),
+        (GenerateRequest, {"prompt": "a", "stop": [1] * MANY}),
+        (GenerateRequest, {"prompt": "a", "stop_token_ids": [-1] * MANY}),
+        (GenerateRequest, {"prompt": "a", "adapter": [{}] * MANY}),
+        (ChatRequest, {"messages": [{"role": 1, "content": [1]}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image"}] * 1000}]}),
+        (ChatRequest, {"messages": [{"role": "user", **{f"field{number}": 1 for number in range(MANY)}}]}),
+    ],
+)
+def test_validation_ends_at_the_first_wrong_item(model: type[Wire], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body if model is GenerateRequest else {"model": "m", **body})
+
+    assert caught.value.error_count() <= 3
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ('{"prompt": "a", "adapter": "a", "adapter": "b"}', "invalid_value", "adapter"),
+        ('{"prompt": "a", "stop": [' + "1," * 600_000 + "1]}", "too_many_values", None),
+        ('{"prompt": "' + "word " * 390_000 + '"}', "context_length_exceeded", "prompt"),
+    ],
+    ids=["twice", "values", "text"],
+)
+def test_the_server_refuses_such_bodies_and_says_why(
+    scripted: Server, body: str, code: str, param: str | None
+) -> None:
+    with scripted.client() as http:
+        answer = http.post("/generate", content=body, headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == 400
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (code, param)
+
+
+# ---- long texts ---------------------------------------------------------------------------------
+
+
+class SlowTokenizer:
+    """A tokenizer that makes no ids until it may, and counts who waits."""
+
+    longest_token = 10
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.running: list[int] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.running.append(len(text))
+        if len(text) > 100_000:
+            self.may.wait(60)
+        return [1]
+
+
+def planner_of(tokenizer: SlowTokenizer, max_length: int) -> Planner:
+    base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
+    supervisor: Any = SimpleNamespace(unavailable=lambda: None, base=base)
+    nothing: Any = None
+    return Planner(supervisor, tokenizer, nothing, nothing, Limits(1, 60.0))  # type: ignore[arg-type]
+
+
+def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() -> None:
+    tokenizer = SlowTokenizer()
+
+    async def play() -> None:
+        planner = planner_of(tokenizer, 1_000_000)
+        long = [asyncio.create_task(planner.generate(request(200_000))) for _ in range(3)]
+        while not tokenizer.running:
+            await asyncio.sleep(0.01)
+        for size in (10, 20_000, 90_000):
+            await planner.generate(request(size))
+        assert tokenizer.running.count(200_000) == 1
+        tokenizer.may.set()
+        await asyncio.gather(*long)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def test_a_text_that_no_number_of_tokens_could_hold_is_not_tokenized() -> None:
+    tokenizer = SlowTokenizer()
+
+    async def play() -> None:
+        with pytest.raises(InvalidRequestError, match="--max-length") as caught:
+            await planner_of(tokenizer, 100).generate(request(1001))
+        assert caught.value.code == "context_length_exceeded"
+
+    asyncio.run(play())
+
+    assert not tokenizer.running
+
+
+def request(characters: int) -> GenerateRequest:
+    return GenerateRequest(prompt="x" * characters, max_tokens=1)
