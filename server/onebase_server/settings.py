@@ -6,6 +6,7 @@ other file reads the environment.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,17 @@ def parse_origins(text: str) -> tuple[str, ...]:
         if not _ORIGIN.fullmatch(origin):
             raise SettingsError(f"{origin!r} is not SCHEME://HOST[:PORT], as in https://tools.example.com")
     return origins
+
+
+def parse_addresses(text: str) -> tuple[str, ...]:
+    """Addresses or networks, separated by commas."""
+    addresses = parse_names(text)
+    for address in addresses:
+        try:
+            ipaddress.ip_network(address, strict=False)
+        except ValueError as error:
+            raise SettingsError(f"{address!r} is not an address, as in 10.0.0.7 or 10.0.0.0/24") from error
+    return addresses
 
 
 def default_data_dir(environ: Mapping[str, str]) -> Path:
@@ -185,9 +197,9 @@ class Settings:
         default=(),
         metadata=about(
             "connections",
-            "address of a reverse proxy, besides loopback: its X-Forwarded-For is believed, and it may open "
-            "any number of connections; may be repeated",
-            parse=parse_names,
+            "address or network of a reverse proxy, besides loopback: its X-Forwarded-For is believed, and "
+            "it may open any number of connections; may be repeated",
+            parse=parse_addresses,
             metavar="ADDRESS",
         ),
     )

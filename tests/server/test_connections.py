@@ -149,7 +149,10 @@ def next_answer(connection: socket.socket) -> bytes:
     """The next of the app's answers."""
     received = b""
     while not re.search(rb"\r\n\r\n.{8}$", received):
-        received += connection.recv(1 << 16)
+        data = connection.recv(1 << 16)
+        if not data:
+            raise EOFError(received)
+        received += data
     return received
 
 
@@ -334,6 +337,17 @@ def test_a_stream_that_is_read_slowly_goes_on() -> None:
         assert not server.app.gone.is_set()
 
 
+def test_a_head_that_arrives_while_an_earlier_request_is_answered_starts_a_request_of_its_own() -> None:
+    with running(keep_alive=BRIEF) as server, server.connect() as connection:
+        connection.sendall(GET + POST)
+        next_answer(connection)
+        connection.sendall(b"Content-Length: 1\r\n\r\n")
+        time.sleep(3 * BRIEF)
+        connection.sendall(b"x")
+
+        assert next_answer(connection).startswith(b"HTTP/1.1 200")
+
+
 def trickle(connection: socket.socket, head: bytes) -> bytes:
     """Send one byte after another until the server has had enough; what it says."""
     connection.sendall(head)
@@ -381,13 +395,14 @@ def test_one_connection_too_many_is_told_so_and_another_is_taken_when_one_ends()
         ("127.0.0.1", "127.0.0.1", False),
         ("::1", "::1", False),
         ("10.0.0.1", "10.0.0.1", False),
+        ("10.0.1.1", "10.0.1.1", True),
         ("", "", False),
     ],
 )
 def test_connections_are_counted_by_address_but_for_loopback_and_proxies(
     address: str, other: str, refused: bool
 ) -> None:
-    connections = Connections(replace(LIMITS, max_connections_per_host=1, trusted_proxy=("10.0.0.1",)))
+    connections = Connections(replace(LIMITS, max_connections_per_host=1, trusted_proxy=("10.0.0.0/24",)))
 
     assert connections.open(address) is None
     assert (connections.open(other) is not None) is refused

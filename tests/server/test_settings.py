@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.settings import Settings, SettingsError, load_settings, parse_size
+from onebase_server.settings import Settings, SettingsError, environment_name, load_settings, parse_size
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,34 @@ def test_every_engine_setting_reaches_the_engine() -> None:
     )
     missing = set(EngineConfig.__struct_fields__) - set(vars(settings)) - {"base_folder", "block_size"}
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("allowed_host", "gpu.example, *", ("gpu.example", "*")),
+        (
+            "allowed_origin",
+            "https://a.example,http://b.example:8080",
+            ("https://a.example", "http://b.example:8080"),
+        ),
+        ("trusted_proxy", "10.0.0.7,10.1.0.0/16,fd00::/8", ("10.0.0.7", "10.1.0.0/16", "fd00::/8")),
+    ],
+)
+def test_who_may_ask_is_a_list_in_the_environment(name: str, text: str, expected: tuple[str, ...]) -> None:
+    settings = load_settings({}, {environment_name(name): text})
+
+    assert getattr(settings, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("allowed_origin", "tools.example"),
+        ("allowed_origin", "https://a.example/"),
+        ("trusted_proxy", "proxy.lan"),
+    ],
+)
+def test_a_site_or_an_address_in_another_form_is_refused_with_an_example(name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match="as in"):
+        load_settings({}, {environment_name(name): text})

@@ -72,6 +72,9 @@ class Connections:
     by_host: Counter[str] = field(default_factory=Counter)
     _logged: float = -_LOG_SECONDS
 
+    def __post_init__(self) -> None:
+        self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in self.limits.trusted_proxy]
+
     def open(self, address: str) -> OneBaseError | None:
         """Count a connection. The error, if it is one too many: it counts all the same, until `close`."""
         host, exempt = self._host(address)
@@ -100,7 +103,7 @@ class Connections:
             return address, True
         if isinstance(ip, ipaddress.IPv6Address):
             ip = ip.ipv4_mapped or ip
-        exempt = ip.is_loopback or str(ip) in self.limits.trusted_proxy
+        exempt = ip.is_loopback or any(ip in network for network in self._proxies)
         if isinstance(ip, ipaddress.IPv6Address) and not exempt:
             return str(ipaddress.ip_network((ip, 64), strict=False)), False
         return str(ip), exempt
@@ -238,6 +241,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._expect_nothing()
+        self._unset_keepalive_if_required()  # set by an earlier request, if its answer ended within this head
         if len(self.pipeline) >= _PIPELINED:
             raise InvalidRequestError(
                 f"over {_PIPELINED} requests wait on this connection. Read their answers first.",
