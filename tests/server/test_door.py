@@ -83,6 +83,8 @@ def test_a_name_may_be_allowed(open_to_friends: Server) -> None:
         (Settings(host="0.0.0.0"), "evil.example", 403),
         (Settings(host="gpu.lan"), "gpu.lan", 200),
         (Settings(host="127.0.0.1", allowed_host=("*",)), "evil.example", 200),
+        (Settings(allowed_host=("GPU.example:8000", "fd00::5")), "gpu.example", 200),
+        (Settings(allowed_host=("GPU.example:8000", "fd00::5")), "[fd00::5]:1", 200),
     ],
 )
 def test_a_server_for_the_network_goes_by_its_addresses_too(
@@ -103,6 +105,7 @@ def test_a_server_for_the_network_goes_by_its_addresses_too(
         ("GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n", 400),
         ("GET http://evil.example/health HTTP/1.1\r\nHost: evil.example\r\n", 403),
         ("GET /health HTTP/1.0\r\n", 200),
+        ("GET /health HTTP/1.0\r\nOrigin: null\r\n", 403),
     ],
 )
 def test_a_request_says_once_whom_it_is_for(scripted: Server, head: str, status: int) -> None:

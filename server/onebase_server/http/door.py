@@ -44,7 +44,8 @@ class Door:
     """The outermost part of the app: refuses foreign hosts and pages, and adds the security headers."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._hosts = {name.lower().rstrip(".") for name in (*settings.allowed_host, settings.host)}
+        names = (*settings.allowed_host, settings.host)
+        self._hosts = {name if _address(name) else host_name(name) for name in names}
         self._any_address = not is_loopback(settings.host)
         self._origins = {origin.lower() for origin in settings.allowed_origin}
         if self._origins:
@@ -78,7 +79,8 @@ class Door:
         host = self._checked_host(scope, headers.getlist("host"))
         origins = headers.getlist("origin")
         for origin in origins:
-            if origin.lower() not in self._origins and origin.lower().partition("://")[2] != host:
+            own = bool(host) and origin.lower().partition("://")[2] == host
+            if not own and origin.lower() not in self._origins:
                 raise ForbiddenError(
                     f"Origin: pages of {origin[:_SHOWN]!r} may not use this server. If they should, start it "
                     "with --allowed-origin and that site.",
