@@ -8,7 +8,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,10 +18,12 @@ from tests.training.runs import finished_report, start_at_a_terminal, write_chat
 
 from onebase_adapters.training import events
 from onebase_adapters.training.checkpoint import sparkline
+from onebase_adapters.training.cli import sweep
 from onebase_adapters.training.cli.train import Display, main
 from onebase_adapters.training.curves import open_curves
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.run import Job
+from onebase_engine.base import load
 from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +132,16 @@ def test_the_terminal_tells_the_run_in_lines_where_there_is_no_terminal(tmp_path
         assert part in shown
 
 
+def test_a_bar_whose_end_is_not_known_shows_no_end_of_what_was_before() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with Display(console) as display:
+        display.show(events.Progress(at=0, name="validating_files", part=1.0))
+        display.loading("loading the base", 0.0)
+    last = console.file.getvalue().rpartition("loading the base")[2]  # type: ignore[attr-defined]
+    assert "0/?" in last
+    assert "100" not in last
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -170,6 +184,32 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     assert process.returncode == 130, rest
     assert "continues from the last checkpoint" in " ".join(rest.split())
     assert list((out / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("run", [main, sweep.main])
+def test_ctrl_c_ends_the_loading_of_a_base_at_once(
+    talking_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    run: Callable[[list[str]], int],
+) -> None:
+    loaded = []
+
+    def load_base(settings: BaseSettings) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        loaded.append(settings)
+
+    monkeypatch.setattr(load, "load_base", load_base)
+    data = write_chats(tmp_path / "train.jsonl", 20)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        arguments = ["--base", str(talking_folder), "--data", str(data), "--name", "colours"]
+        assert run([*arguments, "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not loaded
+    assert "Stopped. The same command continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

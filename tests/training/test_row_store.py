@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.disks import small_disk
 from tests.training.runs import preferences, samples, write_chats
 from transformers import AutoConfig
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from onebase_adapters.training import events
 from onebase_adapters.training.checkpoint import CheckpointError
@@ -232,12 +233,18 @@ def edit(path: Path, old: str, new: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def template(base: Path, name: str, text: str) -> None:
+    (base / CHAT_TEMPLATE_DIR).mkdir()
+    (base / CHAT_TEMPLATE_DIR / f"{name}.jinja").write_text(text)
+
+
 CHANGES: dict[str, Callable[[Job], Any]] = {
     "the training file": lambda job: edit(Path(job.train), "red", "tan"),
     "the held-out file": lambda job: edit(Path(str(job.held_out)), "red", "tan"),
     "the tokenizer": lambda job: edit(job.base.folder / "tokenizer.json", '"Ġthe"', '"Ġthf"'),
     "the stop tokens": lambda job: edit(job.base.folder / "generation_config.json", "2", "3"),
     "the chat template": lambda job: (job.base.folder / "chat_template.jinja").open("a").write(" "),
+    "a template with a name": lambda job: template(job.base.folder, "tool_use", "{{ tools }}"),
     "no held-out file": lambda job: replace(job, held_out=None),
     **{
         f"{name} {value}": lambda job, name=name, value=value: replace(

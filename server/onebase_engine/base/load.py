@@ -166,9 +166,8 @@ def import_bitsandbytes() -> None:
     # It takes the function, or settings and then the function.
     torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-            logging.ERROR
-        )  # advice to install kernels
+        # Its warning is advice to install kernels.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compiler

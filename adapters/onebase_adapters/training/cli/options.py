@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -305,7 +306,7 @@ class CtrlC:
 
     def __init__(self, *, alone: bool) -> None:
         self._alone = alone
-        self._pressed = False
+        self._pressed = self._at_once = False
         self._before: Any = None
 
     def __enter__(self) -> CtrlC:
@@ -323,7 +324,17 @@ class CtrlC:
         if self._pressed:
             raise Interrupted("pause")
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Meanwhile the first Ctrl-C ends the run at once: there is nothing to save. Raises Interrupted."""
+        self._at_once = True
+        try:
+            self.wait()
+            yield
+        finally:
+            self._at_once = False
+
     def _press(self, number: int, frame: object) -> None:
-        if self._pressed:
+        if self._pressed or self._at_once:
             raise KeyboardInterrupt
         self._pressed = True

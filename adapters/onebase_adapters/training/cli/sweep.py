@@ -187,7 +187,8 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
 
             def load() -> Any:
                 show.loading(f"loading {job.base_name}", 0.0)
-                return load_base(job.base)
+                with gate.at_once():
+                    return load_base(job.base)
 
             return sweep(load, job, grid, show.event, gate, survivors=survivors, report=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:

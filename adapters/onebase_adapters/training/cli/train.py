@@ -208,7 +208,8 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
 
             def load() -> Any:
                 display.loading(f"loading {job.base_name}", 0.0)
-                return load_base(job.base)
+                with gate.at_once():
+                    return load_base(job.base)
 
             def listen(event: Any) -> None:
                 write(event)
@@ -392,9 +393,8 @@ class Display:
         self._progress.console.print(text, highlight=False)
 
     def _update(self, text: str, done: int | None, total: int | None, facts: str = "") -> None:
-        self._progress.update(
-            self._task, description=shown(text), completed=done or 0, total=total, facts=facts
-        )
+        self._progress.tasks[0].total = total  # `update` would keep the total of before in place of None
+        self._progress.update(self._task, description=shown(text), completed=done or 0, facts=facts)
 
 
 def _results(report: Report) -> Table:

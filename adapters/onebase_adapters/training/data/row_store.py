@@ -20,6 +20,8 @@ from onebase_adapters.training.data.dataset import Dataset, Place, Preference, P
 
 _FORMAT = 1
 _CHECKSUM = "sha256"
+CHAT_TEMPLATE_DIR = "additional_chat_templates"
+"""As in transformers: templates with a name, such as that for rows with tools."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
@@ -33,7 +35,8 @@ def rows_key(settings: Mapping[str, Any], base: Path, sources: Sequence[Sequence
             tokenizer, its chat template, the tokens that end a generation. sources: the files of each.
     """
     try:
-        folder = sorted(path for path in base.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+        files = [*base.iterdir(), *(base / CHAT_TEMPLATE_DIR).glob("*")]
+        folder = sorted(path for path in files if path.is_file() and path.suffix not in _WEIGHTS)
         parts = [
             _FORMAT,
             settings,
