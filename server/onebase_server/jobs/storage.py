@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -17,7 +18,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.atomic_files import replace_synced, sync
+from onebase_adapters.store.atomic_files import atomic_directory, replace_synced, sync
 from onebase_server.background import Threads
 from onebase_server.jobs.state import is_resumable
 
@@ -82,7 +83,7 @@ class TrainingStorage:
         """Bring in the old folders of these jobs. Others may be another registry's. Raises OSError."""
         for path in _left_in(self.root / "jobs"):
             if path.name in job_ids and not self.job(path.name).exists():
-                replace_synced(path, self.job(path.name))
+                _move(path, self.job(path.name))
 
     def old_files(self) -> list[Path]:
         """Training files that are not in the store, of any registry. Raises OSError."""
@@ -106,6 +107,18 @@ def _left_in(folder: Path) -> list[Path]:
     with suppress(OSError):
         folder.rmdir()  # once it is empty
     return list(folder.iterdir()) if folder.exists() else []
+
+
+def _move(folder: Path, target: Path) -> None:
+    try:
+        replace_synced(folder, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with atomic_directory(target) as work:  # of two disks
+            shutil.copytree(folder, work, dirs_exist_ok=True)
+            os.sync()
+        shutil.rmtree(folder)
 
 
 def _server_id(path: Path) -> str:
