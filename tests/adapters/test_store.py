@@ -101,6 +101,19 @@ def test_a_name_that_is_no_blob_is_missing_and_leads_nowhere(store: Store, name:
             look(name)
 
 
+def test_a_store_whose_folder_is_away_has_not_lost_its_blobs(store: Store, tmp_path: Path) -> None:
+    put(store)
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    (tmp_path / "store").mkdir()  # where it is mounted
+    for use in (store.local, store.exists, store.size, store.check):
+        with pytest.raises(StoreError, match="failed while looking") as away:
+            use(SHA256)
+        assert not isinstance(away.value, BlobMissingError)
+    (tmp_path / "store").rmdir()
+    (tmp_path / "unmounted").rename(tmp_path / "store")
+    store.check(SHA256)
+
+
 def test_damage_is_found_and_mended_by_the_same_content(store: Store) -> None:
     put(store)
     store.local(SHA256).write_bytes(b"damaged")

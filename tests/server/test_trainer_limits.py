@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from onebase_adapters.training.data.dataset import DataError, Problem
+from onebase_adapters.training.data.reader import load_dataset
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.recipe import RecipeError
+from onebase_adapters.training.recipe import Recipe, RecipeError
+from onebase_adapters.training.run import load_tokenizer
+from onebase_engine.base.default_base import fetch_default_base
+from onebase_engine.base.load import BaseSettings
 from onebase_server.processes.trainer import failure_of, memory_limit
 from onebase_server.processes.trainer_protocol import TrainJob
 
@@ -94,6 +98,15 @@ def test_bad_lines_are_told_with_the_file_that_they_are_in() -> None:
         assert (failed.code, failed.param, failed.problem_count) == ("invalid_file", param, 30)
         assert [problem.line for problem in failed.problems] == list(range(1, 31))
         assert "line 1: messages" in failed.message
+
+
+def test_a_file_that_went_away_with_its_disk_is_no_bad_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as gone:
+        load_dataset(tmp_path / "a.jsonl", load_tokenizer(BaseSettings(fetch_default_base())), Recipe())
+    failed = failure_of(gone.value, job(), limit=0)
+    assert failed.code == "store_unavailable"
+    assert "cannot be read: No such file" in failed.message
+    assert failed.message.endswith("Resume the job later.")
 
 
 @pytest.mark.parametrize(

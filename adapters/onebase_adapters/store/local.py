@@ -167,11 +167,12 @@ class LocalBlobs:
         part.close()
 
     def size(self, sha256: str) -> int | None:
-        """Bytes; None when there is no such blob."""
+        """Bytes; None when there is no such blob. While the folder is away, StoreError: nothing is known."""
         with store_errors(f"looking for {sha256}"):
             try:
                 return self.path(sha256).stat().st_size
             except FileNotFoundError:
+                self._lock.stat()  # gone too where a disk is not mounted
                 return None
 
     def remove(self, sha256: str, older_than: float) -> bool:

@@ -175,8 +175,7 @@ class Store:
         """
         path = self._local.path(_checked(sha256))
         if self._remote is None:
-            if not path.is_file():
-                raise BlobMissingError(f"{self.place} has no blob {sha256}.")
+            self.size(sha256)
             return path
         with suppress(FileNotFoundError):
             os.utime(path)

@@ -159,7 +159,7 @@ class TrainingFiles:
         except BlobMissingError as error:
             raise UnknownFileError(
                 f"The content of file {file.id} is not in this server's store; another server may have it. "
-                "Servers that share a registry (--registry) should share a store (--store). Upload it here."
+                "Servers that share a registry (--registry) should share a store (--store)."
             ) from error
 
     # ---- what earlier releases kept on the disk of one server --------------------------------

@@ -217,6 +217,9 @@ def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
     """Any error of a run, for the one who made the job. `limit`: bytes that it may take."""
     if isinstance(error, RecipeError):
         return Failed(code="invalid_value", message=str(error), param=error.field or None)
+    if isinstance(error, DataError) and isinstance(error.__cause__, OSError):
+        # It was there when the job began: the disk that it lies on is away.
+        return Failed(code="store_unavailable", message=f"{error} Resume the job later.")
     if isinstance(error, DataError):
         return _bad_data(error, job)
     if is_out_of_memory(error):
