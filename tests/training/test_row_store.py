@@ -132,6 +132,23 @@ def test_what_is_added_or_under_another_name_leaves_nothing_to_map(rows: Path) -
     assert mapped(rows) is not None
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link", "a link to nothing"])
+def test_what_has_the_place_of_the_folder_is_replaced_without_a_trace(rows: Path, kind: str) -> None:
+    other = rows.with_name("other")
+    rows.rename(other)
+    if kind == "a file":
+        rows.touch()
+    else:
+        rows.symlink_to(other if kind == "a link" else "nowhere")
+    for _ in range(2):
+        write_rows(rows, KEY, {"train": preferences(3)})
+        assert {path.name for path in rows.parent.iterdir()} == {"rows", "other"}
+    found = mapped(rows)
+    assert found is not None
+    assert len(found["train"]) == 3
+    assert mapped(other) is not None
+
+
 def test_rows_of_another_key_are_not_mapped(rows: Path) -> None:
     assert mapped(rows, "another key") is None
 

@@ -57,8 +57,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         raise
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    _remove(old)
+    if os.path.lexists(target):
         target.rename(old)
     replace_synced(work, target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """A folder with what is in it, or a file, or a link, but not what that leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

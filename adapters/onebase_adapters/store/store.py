@@ -269,11 +269,6 @@ class Store:
         `add_file(move=True)` takes. `sweep` clears what is left in it."""
         return self._local.scratch
 
-    def free_bytes(self) -> int:
-        """Bytes free on the local disk that uploads are written to."""
-        with store_errors("asking for free space"):
-            return shutil.disk_usage(self._local.scratch).free
-
     def _evict(self, newest: str) -> None:
         """Bring a remote store's cache back under its limit, least recently used first."""
         if self._remote is None:
