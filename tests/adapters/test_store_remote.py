@@ -166,6 +166,19 @@ def test_what_is_held_outlives_the_cache(
         assert target.read_bytes() == CONTENT
 
 
+def test_a_cache_on_a_disk_that_fails_is_an_error_of_the_store(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    store = open_store(tmp_path)
+    put(store)
+    monkeypatch.setattr(os, "utime", fail)
+    with pytest.raises(StoreError, match="failed while looking for .* read-only"):
+        store.local(SHA256)
+
+
 def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(s3: Any, tmp_path: Path) -> None:
     store = open_store(tmp_path, cache_bytes=35_000)
     blobs = [put(store, bytes([number]) * 10_000).sha256 for number in range(3)]

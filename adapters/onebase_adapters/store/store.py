@@ -177,7 +177,7 @@ class Store:
         if self._remote is None:
             self.size(sha256)
             return path
-        with suppress(FileNotFoundError):
+        with store_errors(f"looking for {sha256}"), suppress(FileNotFoundError):
             os.utime(path)
             return path
         return self._fetch(sha256, self._remote)
