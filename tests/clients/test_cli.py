@@ -149,12 +149,13 @@ def test_without_a_server_every_command_says_how_to_start_one(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["generate", "--temperature", "warm", "x"], "--temperature: invalid float value"),
+        (["generate", "--temperature", "warm", "x"], "--temperature: 'warm' is not a number\n"),
         (["generate", "--temperature", "nan", "x"], "temperature cannot be sent"),
         (["generate", "--adapter", "a=heavy", "x"], "write NAME=WEIGHT"),
         (["generate", "--raw", "--system", "s", "x"], "--system does not go with --raw"),
         (["generate", "--url", "nowhere", "x"], "url must look like"),
-        (["models", "--timeout", "0"], "timeout"),
+        (["models", "--timeout", "0"], "--timeout: '0' is not a number of seconds above 0\n"),
+        (["models", "--no-such"], "--no-such"),
         (["chat", "--adapter", "a=heavy"], "write NAME=WEIGHT"),
     ],
 )
@@ -164,7 +165,10 @@ def test_wrong_arguments_exit_with_2_and_name_the_option(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said
+    assert "usage:" not in said
+    assert said.endswith(f"`onebase {arguments[0]} --help` explains the command.\n")
 
 
 def test_chat_keeps_the_conversation_across_adapters(

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase_adapters.training.cli.options import (
+    Parser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -94,29 +95,32 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """The options: those of the base and of a recipe, the amount of data, the machine."""
-    parser = argparse.ArgumentParser(
-        prog="onebase estimate",
-        usage="onebase estimate [options]",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="onebase estimate", usage="onebase estimate [options]", description=_ABOUT)
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
-    data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it; it is read")
-    data.add_argument("--rows", type=positive, metavar="N", help="or: rows of training data, for the time")
-    data.add_argument("--row-tokens", type=positive, metavar="N", help="mean length of a row (default: 256)")
+    data.add_argument("--data", metavar="FILE", help="examples, as for `onebase train`; they are read")
+    data.add_argument("--rows", type=positive, metavar="N", help="or: the number of examples, for the time")
     data.add_argument(
-        "--longest-row", type=positive, metavar="N", help="longest row, in tokens (default: max_length)"
+        "--row-tokens", type=positive, metavar="N", help="tokens of a mean example (default: 256)"
     )
     data.add_argument(
-        "--gpu", metavar="NAME", help="for a GPU that this machine lacks, as in l4, a100-80 or h100"
+        "--longest-row",
+        type=positive,
+        metavar="N",
+        help="tokens of the longest example (default: max_length)",
     )
-    data.add_argument("--memory", type=size, metavar="SIZE", help="memory that a run may take, as in 20GB")
     data.add_argument(
-        "--resident", action="store_true", help="as a job on a server, whose base is in memory already"
+        "--gpu",
+        metavar="NAME",
+        help="a GPU to ask about, as in l4, a100-80 or h100 (default: this machine)",
     )
-    data.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    data.add_argument(
+        "--memory", type=size, metavar="SIZE", help="most memory, as in 20GB (default: what is free)"
+    )
+    data.add_argument(
+        "--resident", action="store_true", help="a job on a server, whose base is in memory already"
+    )
+    data.add_argument("--json", action="store_true", help="print the result as JSON, sizes in bytes")
     add_recipe_options(parser, ("method", "lora", "training", "data", "memory"))
     return parser
 

@@ -20,9 +20,9 @@ _DESCRIPTIONS: Final = {
     "pin": "Keep an adapter in memory even if others are used more recently.",
     "unpin": "No longer keep an adapter in memory when others are used more recently.",
     "rm": """\
-Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses while
-requests run on it, and for the active version; --force deletes it anyway, and those requests end with an
-error.
+Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses
+while requests run on it, and for the active version; --force deletes it anyway, and those requests
+end with an error.
 """,
 }
 _EXAMPLES: Final = {

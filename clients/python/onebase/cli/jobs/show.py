@@ -13,7 +13,7 @@ from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
 from ...training_types import CurvePoint, TrainingCheckpoint, TrainingEvent, TrainingJobInfo, TrainingReport
-from ..command import OK, action_parser, perform, print_json
+from ..command import OK, action_parser, count, perform, print_json
 from ..ui import (
     ROOMY,
     WIDE,
@@ -65,7 +65,7 @@ def run(action: str, argv: list[str]) -> int:
     """Run the action. Gives its exit status."""
     made = job_parser(action, _DESCRIPTIONS[action], _EXAMPLES.get(action, ""), one=action != "list")
     if action == "list":
-        made.add_argument("--limit", type=int, default=50, metavar="N", help="the newest N (default: 50)")
+        made.add_argument("--limit", type=count, default=50, metavar="N", help="the newest N (default: 50)")
     elif action == "events":
         made.add_argument(
             "--limit", type=int, default=100, metavar="N", help="the newest N (default: 100); 0: all"
