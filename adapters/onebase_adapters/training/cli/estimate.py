@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ from onebase_adapters.training.cli.options import (
     option_name,
     positive,
     print_error,
+    printable,
     recipe_from,
-    shown,
     size,
 )
 from onebase_adapters.training.data.dataset import DataError
@@ -65,8 +65,10 @@ Only the base's config is read; a repository on the Hub gives config.json and no
   onebase estimate --rows 2000 --row-tokens 300
 """
 _BAR = 24
+_BARS_FROM = 72
+"""Width of a terminal, in characters, from which bars have room."""
 _PARTS = (
-    ("base", "base_bytes"),
+    ("weights", "base_bytes"),
     ("adapter, with gradients", "adapter_memory"),
     ("optimizer", "optimizer_bytes"),
     ("activations", "activation_bytes"),
@@ -204,26 +206,19 @@ def _machine(options: argparse.Namespace) -> Machine:
 
 
 def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, base: str) -> None:
-    """Print the estimate as a table."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_row("base", f"{made.base_parameters:,}", f"parameters ({shown(base)})")
-    targets = ", ".join(recipe.targets)
-    table.add_row("adapter", f"[bold]{made.parameters:,}", f"parameters (r={recipe.r} on {targets})")
-    table.add_row("file", f"{made.adapter_bytes / 1e6:,.2f} MB", "fp32")
-    table.add_section()
-    for label, name in _PARTS:
-        part = getattr(made, name)
-        table.add_row(label, f"{part / 1e9:.2f} GB", _bar(part, max(made.total, 1)))
-    style = "bold green" if made.fits else "bold red"
-    table.add_row("[bold]peak", Text(f"{made.total / 1e9:.2f} GB", style), _verdict(made, machine))
-    table.add_section()
-    twice = ", computing activations twice" if made.gradient_checkpointing else ""
-    table.add_row("micro-batch", f"{made.micro_tokens:,}", f"tokens{twice}")
-    table.add_row("time", *_time(made, machine))
-    console.print(table)
+    """Print the estimate as a table; through a pipe as lines, their columns separated by tabs."""
+    rows = _rows(made, recipe, machine, base, bars=console.is_terminal and console.width >= _BARS_FROM)
+    if console.is_terminal:
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim")
+        table.add_column(justify="right")
+        table.add_column()
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for label, value, words in rows:
+            print(label, value, words, sep="\t", file=console.file)
     if made.advice:
         console.print(f"\n[bold red]It does not fit:[/] {made.advice}.", highlight=False)
     console.print(
@@ -232,7 +227,28 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
     )
 
 
-def _bar(part: int, total: int) -> Text:
+def _rows(
+    made: Estimate, recipe: Recipe, machine: Machine, base: str, *, bars: bool
+) -> Iterator[tuple[str, Text, Text]]:
+    """What is estimated, its value, and words about it."""
+    targets = printable(", ".join(recipe.targets))
+    twice = ", computing activations twice" if made.gradient_checkpointing else ""
+    yield "base", Text(f"{made.base_parameters:,}"), Text(f"parameters ({printable(base)})")
+    yield "adapter", Text(f"{made.parameters:,}", "bold"), Text(f"parameters (r={recipe.r} on {targets})")
+    yield "file", Text(f"{made.adapter_bytes / 1e6:,.2f} MB"), Text("fp32")
+    for label, name in _PARTS:
+        part = getattr(made, name)
+        yield label, Text(f"{part / 1e9:.2f} GB"), _share(part, max(made.total, 1), bars=bars)
+    style = "bold green" if made.fits else "bold red"
+    yield "peak memory", Text(f"{made.total / 1e9:.2f} GB", style), _verdict(made, machine)
+    yield "micro-batch", Text(f"{made.micro_tokens:,}"), Text(f"tokens{twice}")
+    time, words = _time(made, machine)
+    yield "time", Text(time), Text(words)
+
+
+def _share(part: int, total: int, *, bars: bool) -> Text:
+    if not bars:
+        return Text(f"{part / total:.0%}")
     filled = round(_BAR * part / total)
     return Text("█" * filled, "cyan").append("·" * (_BAR - filled), "dim").append(f" {part / total:4.0%}")
 

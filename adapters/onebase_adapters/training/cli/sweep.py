@@ -170,7 +170,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _FAILED
     write(result)
     render(result, console)
-    console.print(f"Plot: {shown(str(folder / PLOT))}  Table: {shown(str(folder / TABLE))}")
+    plot, results = shown(str(folder / PLOT)), shown(str(folder / TABLE))
+    console.print(f"Plot: {plot}  Table: {results}", highlight=False, soft_wrap=True)
     return 0 if result.best else _FAILED
 
 
@@ -264,7 +265,8 @@ class _Show:
                 description=shown(trial.name),
                 completed=event.step,
                 total=event.steps,
-                facts=f"{event.step}/{event.steps}  loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s",
+                facts=f"{event.step}/{event.steps}  loss {event.loss:.4f}  "
+                f"{event.tokens_per_second:,.0f} tok/s",
             )
         elif isinstance(event, events.Evaluated) and event.step:
             self._progress.console.print(

@@ -47,12 +47,12 @@ _DESCRIPTIONS: Final = {
     "list": "List the jobs of a server, the newest first. Losses are of held-out rows, base and adapter.",
     "show": "Show one job: its progress or its end, its losses, and base against adapter on held-out rows.",
     "checkpoints": """\
-List the checkpoints of a job, the newest first. `resume` continues from the newest one. A job that has
-succeeded keeps none.
+List the checkpoints of a job, the newest first. `resume` continues from the newest one. A job that
+has succeeded keeps none.
 """,
     "events": """\
-Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the job ends;
-with --json too, each event is one line. Ctrl-C stops following, not the job.
+Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the
+job ends; with --json too, each event is one line. Ctrl-C stops following, not the job.
 """,
 }
 _EXAMPLES: Final = {
