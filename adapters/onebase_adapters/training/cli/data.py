@@ -166,10 +166,10 @@ def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: 
     out = Console(soft_wrap=True, highlight=False)
     for problem in problems:
         line = f":{problem['line']}" if problem["line"] else ""
-        said = Text().append(f"{_on_one_line(problem['file'])}{line}", "cyan").append(": ")
+        text = Text().append(f"{_on_one_line(problem['file'])}{line}", "cyan").append(": ")
         if problem["field"]:
-            said.append(_on_one_line(problem["field"]), "bold").append(": ")
-        out.print(said.append(_on_one_line(problem["reason"])))
+            text.append(_on_one_line(problem["field"]), "bold").append(": ")
+        out.print(text.append(_on_one_line(problem["reason"])))
     word = "problem" if len(problems) == 1 else "problems"
     sys.stdout.flush()
     console.print(f"[bold red]{len(problems):,} {word}[/]: correct them before you train")

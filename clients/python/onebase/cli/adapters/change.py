@@ -88,7 +88,7 @@ def _change(action: str, client: Client, args: argparse.Namespace) -> int:
     if args.json:
         print_json(adapter)
     else:
-        print(_said(action, adapter))
+        print(_sentence(action, adapter))
         if action == "activate":
             note(f"To go back: onebase adapters rollback {adapter.name}")
     return OK
@@ -103,7 +103,7 @@ def _expected(client: Client, args: argparse.Namespace) -> str | Unset | None:
     return client.adapters.version(args.name, args.expected).version
 
 
-def _said(action: str, adapter: Adapter) -> str:
+def _sentence(action: str, adapter: Adapter) -> str:
     if action in ("pin", "unpin"):
         return f"{adapter.name} {'stays' if adapter.pinned else 'no longer stays'} in memory."
     if adapter.version is None:
