@@ -147,7 +147,9 @@ def _default(item: Any) -> str:
     if isinstance(item.default, bool):
         return f" (default: {'on' if item.default else 'off'})"
     if item.metadata["parse"] is parse_size and item.default:
-        return f" (default: {item.default / 1e9:g}GB)"
+        units = (("GB", 10**9), ("MB", 10**6), ("KiB", 1024), ("", 1))
+        unit, size = next(one for one in units if item.default % one[1] == 0)
+        return f" (default: {item.default // size}{unit})"
     if isinstance(item.default, int | float):
         return f" (default: {item.default:g})"
     if "by default" in item.metadata["help"]:
