@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
+from onebase_adapters.training.cli.options import Parser
 from onebase_server.settings import (
     Settings,
     SettingsError,
     load_settings,
     option_name,
     parse_adapter,
+    parse_size,
     setting_fields,
 )
 
@@ -76,10 +78,8 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
 
 def base(argv: Sequence[str]) -> int:
     """`onebase base fetch`: get a base model ready and print its folder as the last line."""
-    parser = argparse.ArgumentParser(
-        prog="onebase base", description="Get base models ready before serving them."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="onebase base", description="Get base models ready before serving them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ACTION")
     fetch = commands.add_parser(
         "fetch",
         help="download a base model once and print its folder",
@@ -87,7 +87,12 @@ def base(argv: Sequence[str]) -> int:
     )
     default = Settings().base
     fetch.add_argument(
-        "base", nargs="?", default=default, help=f"{default} (default), org/repo[@revision] or a folder"
+        "base",
+        nargs="?",
+        default=default,
+        metavar="BASE",
+        help="the base model: the default's name, org/repo[@revision] on the Hub, or a folder "
+        f"(default: {default})",
     )
     arguments = parser.parse_args(list(argv))
     from onebase_server.console import LoadingDisplay, print_failure
@@ -106,13 +111,11 @@ def base(argv: Sequence[str]) -> int:
 
 def serve_parser() -> argparse.ArgumentParser:
     """The options of `onebase serve`, one per field of Settings."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onebase serve",
         usage="onebase serve [options]",
         description=_SERVE,
         epilog="Each option can also be set in the environment: --kv-memory 2GB is ONEBASE_KV_MEMORY=2GB.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
     for item, kind in setting_fields():
@@ -141,7 +144,17 @@ def _argument(item: Any, kind: Any) -> dict[str, Any]:
 
 
 def _default(item: Any) -> str:
-    return f" (default: {item.default})" if item.default not in ((), "", False) else ""
+    if isinstance(item.default, bool):
+        return f" (default: {'on' if item.default else 'off'})"
+    if item.metadata["parse"] is parse_size and item.default:
+        units = (("GB", 10**9), ("MB", 10**6), ("KiB", 1024), ("", 1))
+        unit, size = next(one for one in units if item.default % one[1] == 0)
+        return f" (default: {item.default // size}{unit})"
+    if isinstance(item.default, int | float):
+        return f" (default: {item.default:g})"
+    if "by default" in item.metadata["help"]:
+        return ""
+    return f" (default: {item.default or 'none'})"
 
 
 def _checked(parse: Any) -> Any:

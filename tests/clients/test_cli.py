@@ -5,9 +5,11 @@ What is said is in `golden/`; here is what is sent, what scripts get, and what i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from tests.clients.golden import Transcript
 
 from onebase import __version__
 from onebase._core.adapters import parse_adapter
-from onebase.cli import COMMANDS, EXTRA_COMMANDS, HELP, PLUGINS, find_plugin, main, run_plugin
+from onebase.cli import COMMANDS, EXTRA_COMMANDS, HELP, PLUGINS, adapters, find_plugin, jobs, main, run_plugin
 from onebase.cli.command import adapter_of
 from onebase.cli.server import table_rows
 from onebase.cli.ui import printable
@@ -149,12 +151,13 @@ def test_without_a_server_every_command_says_how_to_start_one(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["generate", "--temperature", "warm", "x"], "--temperature: invalid float value"),
+        (["generate", "--temperature", "warm", "x"], "--temperature: 'warm' is not a number\n"),
         (["generate", "--temperature", "nan", "x"], "temperature cannot be sent"),
         (["generate", "--adapter", "a=heavy", "x"], "write NAME=WEIGHT"),
         (["generate", "--raw", "--system", "s", "x"], "--system does not go with --raw"),
         (["generate", "--url", "nowhere", "x"], "url must look like"),
-        (["models", "--timeout", "0"], "timeout"),
+        (["models", "--timeout", "0"], "--timeout: '0' is not a number of seconds above 0\n"),
+        (["models", "--no-such"], "--no-such"),
         (["chat", "--adapter", "a=heavy"], "write NAME=WEIGHT"),
     ],
 )
@@ -164,7 +167,10 @@ def test_wrong_arguments_exit_with_2_and_name_the_option(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said
+    assert "usage:" not in said
+    assert said.endswith(f"`onebase {arguments[0]} --help` explains the command.\n")
 
 
 def test_chat_keeps_the_conversation_across_adapters(
@@ -261,6 +267,39 @@ def test_help_names_every_command(shell: Transcript, capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", HELP)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"onebase {__version__}\n"
+
+
+HELPS = [
+    *([command] for command in sorted({**COMMANDS, **EXTRA_COMMANDS})),
+    *(["adapters", action] for action in adapters.ACTIONS),
+    *(["jobs", action] for action in jobs.ACTIONS),
+    ["base", "fetch"],
+    ["data", "check"],
+]
+
+
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
+def test_each_help_fits_a_terminal_of_100_columns_and_says_every_default(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if len(line) > 100] == []
+    options = re.findall(r"^  (--[a-z-]+ [^a-z\s]\S*)\s+((?:.*\n)(?: {6,}\S.*\n)*)", out, re.MULTILINE)
+    assert [name for name, text in options if "default" not in text] == NO_DEFAULT.get(" ".join(command), [])
+
+
+NO_DEFAULT = {
+    "chat": ["--system TEXT", "--stop TEXT"],
+    "generate": ["--system TEXT", "--stop TEXT"],
+    "jobs create": ["--set NAME=VALUE", "--metadata KEY=VALUE"],
+    "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
+    "sweep": ["--data FILE"],
+    "estimate": ["--data FILE", "--rows N"],
+}
+"""Options that are required, or without which there is nothing of the kind."""
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"adapters", "jobs"}))

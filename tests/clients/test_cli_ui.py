@@ -172,7 +172,7 @@ def test_modules_are_told_by_target_and_layers() -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_comparison_fits_the_terminal_and_draws_each_layer(found: Diff, width: int) -> None:
-    out = screen(width)
+    out = screen(width, force_terminal=True)
     print_diff(out, found)
     lines = seen(out)
     assert max(map(len, lines)) <= width
@@ -189,7 +189,7 @@ def test_a_comparison_fits_the_terminal_and_draws_each_layer(found: Diff, width:
 
 def test_long_names_are_cut_and_break_no_line() -> None:
     one = parse_version(version("hub:an-organization/a-rather-long-name-of-a-repository@main", "1"))
-    out = screen(80)
+    out = screen(80, force_terminal=True)
     print_diff(out, diff(one, one))
     assert max(map(len, seen(out))) <= 80
 

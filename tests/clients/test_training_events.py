@@ -331,7 +331,7 @@ def test_figures_come_with_the_events_and_cost_no_further_request(
         ),
         ({"status": "failed"}, TrainingFailedError, "does not say why"),
         ({"status": "cancelled"}, TrainingStoppedError, "is cancelled"),
-        ({"status": "paused", "resumable": True}, TrainingStoppedError, r"paused: resume\(\) continues it"),
+        ({"status": "paused", "resumable": True}, TrainingStoppedError, "paused: resume it to continue"),
     ],
 )
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

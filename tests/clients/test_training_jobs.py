@@ -90,7 +90,7 @@ def test_a_path_is_uploaded_and_trained_on(call: Any, trainer: Trainer, train: P
     assert (made.id, made.name, made.status) == (job_id(1), "acme", "validating_files")
     assert trainer.files["file-1"] == (trainer.files["file-1"][0], ROWS)
     assert trainer.files["file-1"][0]["filename"] == "train.jsonl"
-    (body,) = [body for method, target, body in trainer.asked if target == "/v1/fine_tuning/jobs"]
+    *_, body = [body for method, target, body in trainer.asked if target == "/v1/fine_tuning/jobs"]
     settings = {"r": 8, "targets": ["q_proj", "v_proj"], "rank_pattern": {"o_proj": 4}, "epochs": "auto"}
     assert body == {
         "model": BASE,
@@ -116,7 +116,8 @@ def test_ids_are_used_as_they_are_and_all_else_is_said(call: Any, trainer: Train
             progress=told.append,
         )
     )
-    assert [target for _, target, _ in trainer.asked] == ["/v1/files", "/v1/fine_tuning/jobs"]
+    jobs = "/v1/fine_tuning/jobs"
+    assert [target for _, target, _ in trainer.asked] == [jobs, "/v1/files", jobs]
     assert trainer.asked[-1][2] == {
         "model": "another",
         "training_file": "file-abc",
@@ -152,26 +153,47 @@ def test_a_wrong_argument_is_told_before_anything_is_sent(
     assert trainer.asked == []
 
 
-def test_what_was_uploaded_for_a_refused_job_is_deleted(call: Any, trainer: Trainer, train: Path) -> None:
-    trainer.refusal = RefusalError(
-        400, "invalid_value", "r is 0", param="method.supervised.hyperparameters.r"
-    )
-    trainer.add_file("file-mine", ROWS)
+REFUSAL = RefusalError(400, "invalid_value", "r is 0", param="method.supervised.hyperparameters.r")
+
+
+def test_a_job_is_refused_before_its_file_is_sent(call: Any, trainer: Trainer, train: Path) -> None:
+    trainer.refusal = REFUSAL
     with pytest.raises(BadRequestError, match="r is 0") as caught:
-        call(lambda client: client.training.create(train, validation_file=str(train), r=0))
+        call(lambda client: client.training.create("file-mine", validation_file=str(train), r=0))
     assert caught.value.param == "method.supervised.hyperparameters.r"
+    assert trainer.forms == []
+
+
+def test_what_was_uploaded_for_a_refused_job_is_deleted(call: Any, trainer: Trainer, train: Path) -> None:
+    def upload_and_refuse(request: Any) -> None:
+        request.reply(200, trainer._upload(request))
+        trainer.refusal = REFUSAL
+
+    trainer.add_file("file-mine", ROWS)
+    trainer.first = [models, no_file, upload_and_refuse]
+    with pytest.raises(BadRequestError, match="r is 0"):
+        call(lambda client: client.training.create(train, r=0))
+    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "POST", "POST", "DELETE"]
     with pytest.raises(BadRequestError):
         call(lambda client: client.training.create("file-mine", r=0))
     assert list(trainer.files) == ["file-mine"]
 
 
+def models(request: Any) -> None:
+    request.reply(200, {"data": [{"id": BASE}]})
+
+
+def no_file(request: Any) -> None:
+    error = {"message": "There is no file.", "code": "file_not_found", "param": "training_file"}
+    request.reply(400, {"error": error | {"type": "invalid_request_error"}})
+
+
 def test_a_job_that_may_have_begun_is_not_begun_again(call: Any, trainer: Trainer, train: Path) -> None:
-    models = {"data": [{"id": BASE}]}
-    trainer.first = [lambda request: request.reply(200, models), lambda request: request.reply(
+    trainer.first = [models, no_file, lambda request: request.reply(
         200, trainer._upload(request)), lambda request: request.hang_up()]  # fmt: skip
     with pytest.raises(APIConnectionError):
         call(lambda client: client.training.create(train))
-    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "POST"]
+    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "POST", "POST"]
     assert list(trainer.files) == ["file-1"]
 
 

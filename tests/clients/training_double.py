@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.clients.registry_double import BASE, NOW, RefusalError
 
+from onebase._core.training import NO_FILE
+
 Json = dict[str, Any]
 REPORT: Json = {
     "name": "acme", "steps": 4, "best_step": 3, "tokens": 4000, "seconds": 8.0, "parameters": 230_400,
@@ -159,6 +161,8 @@ class Trainer:
     def _create(self, body: Json) -> Json:
         if self.refusal is not None:
             raise self.refusal
+        if body["training_file"] == NO_FILE:
+            raise RefusalError(400, "file_not_found", "There is no file 'file-none'.", param="training_file")
         number = len(self.jobs) + 1
         made = {key: body[key] for key in ("name", "training_file", "activate", "metadata") if key in body}
         return self.jobs[self.add(number, "validating_files", event(1, "The job is created."), **made)]

@@ -43,7 +43,7 @@ from onebase_server.processes.trainer_protocol import (
     Failed,
     FromTrainer,
     Problem,
-    Said,
+    RunEvent,
     Stop,
     Stopped,
     Train,
@@ -71,7 +71,7 @@ class ScriptedTrainer:
         self.connection.sendall(encode(message))
 
     def say(self, event: events.AnyEvent) -> None:
-        self.send(Said(event))
+        self.send(RunEvent(event))
 
     def messages(self, seconds: float | None) -> list[object]:
         """What has come; waits so long for the first."""

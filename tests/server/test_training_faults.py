@@ -75,7 +75,7 @@ def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
     client.fine_tuning.jobs.resume(job.id)
     done = wait_job(server, client, job.id, ended)
     assert (done.status, step_of(done)) == ("succeeded", steps)
-    assert "Going on after" in "\n".join(messages(client, job.id))
+    assert "Continuing after" in "\n".join(messages(client, job.id))
 
 
 def test_an_adapter_whose_proof_crashed_is_proved_when_its_job_is_resumed(
@@ -150,7 +150,7 @@ def test_a_server_that_stops_lets_jobs_save_and_says_that_they_go_on(
         wait_job(server, client, job.id, lambda job: step_of(job) > saved)
         told = "\n".join(messages(client, job.id))
         assert f"Interrupted: the server stops. The job goes on after step {saved}." in told
-        assert f"Going on after step {saved} of 3000." in told
+        assert f"Continuing after step {saved} of 3000." in told
 
 
 def test_a_job_whose_adapter_is_being_proved_is_delivered_after_a_restart(
@@ -187,7 +187,7 @@ def test_a_job_that_is_trained_while_the_server_stops_is_only_delivered_after_it
         done = wait_job(server, client, job.id, ended)
         assert (done.status, done.activated) == ("succeeded", True)
         assert last <= step_of(done) < 3000
-        assert "Going on after" not in "\n".join(messages(client, job.id))
+        assert "Continuing after" not in "\n".join(messages(client, job.id))
 
 
 def test_a_ready_version_that_cannot_be_activated_is_told_and_its_job_succeeds_each_time(
@@ -225,7 +225,7 @@ def test_a_job_whose_adapter_is_lost_trains_on_when_it_is_resumed(
         assert (lost.error.code, lost.resumable, lost.report) == ("adapter_lost", True, None)
         client.fine_tuning.jobs.resume(job.id)
         assert wait_job(server, client, job.id, ended).status == "succeeded"
-        assert "Going on after step 10 of 10." in messages(client, job.id)
+        assert "Continuing after step 10 of 10." in messages(client, job.id)
 
 
 def test_an_engine_that_dies_ends_the_trainer_and_the_job_goes_on_beside_the_next(
@@ -298,7 +298,7 @@ def test_a_job_that_is_trained_while_a_pause_is_on_its_way_is_not_delivered_befo
         assert (paused.status, step_of(paused), paused.version) == ("paused", 100, None)
         here.fine_tuning.jobs.resume(job.id)
         assert wait_job(one, here, job.id, ended).status == "succeeded"
-        assert "Going on after" not in "\n".join(messages(here, job.id))
+        assert "Continuing after" not in "\n".join(messages(here, job.id))
 
 
 def test_of_two_processes_on_one_data_folder_one_runs_the_jobs(

@@ -154,7 +154,7 @@ def test_files_and_jobs_of_an_earlier_release_are_listed_downloaded_and_trained_
         again = client.fine_tuning.jobs.create(model=BASE, training_file=done.training_file)
         for job in (paused, again):
             assert wait_job(server, client, job.id, ended).status == "succeeded"
-        assert any(told.startswith("Going on after step") for told in messages(client, paused.id))
+        assert any(told.startswith("Continuing after step") for told in messages(client, paused.id))
         assert client.files.delete(done.training_file).deleted
 
 

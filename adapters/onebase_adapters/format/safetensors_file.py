@@ -210,7 +210,7 @@ def _entry(name: str, value: Any, data: int) -> TensorEntry:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether it is a list of integers from 0 to what an address can be: beyond lies no file."""
+    """Whether it is a list of integers from 0 to the largest size that a file can have."""
     return isinstance(value, list) and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
 
 

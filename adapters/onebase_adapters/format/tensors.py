@@ -109,9 +109,9 @@ def _sorted_in(
 
 
 def _taken_apart(name: str, saved: set[str]) -> tuple[str, str | None, bool | None]:
-    """The module that a tensor belongs to, what it is of it, and whether that is for embeddings only.
+    """The module that a tensor belongs to, its part there, and whether that part is for embeddings only.
 
-    What it is is None for a parameter of the base, whose own name comes back instead of a module's.
+    The part is None for a parameter of the base, whose own name is returned instead of a module's.
     """
     if not name.startswith(PREFIX):
         raise _foreign(name)

@@ -189,7 +189,7 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
     if _is_missing_file(error):
         folder = request.get("subfolder") or "its main folder"
         return "hub_no_adapter", f"{at} has no {' and '.join(ADAPTER_FILES)} in {folder}."
-    return "hub_unreachable", f"{redacted(constants.ENDPOINT)} gave no {at}: {_said(error)}"
+    return "hub_unreachable", f"{redacted(constants.ENDPOINT)} gave no {at}: {_first_line(error)}"
 
 
 def _status(error: Exception) -> int | None:
@@ -211,7 +211,7 @@ def _is_offline(error: BaseException) -> bool:
     return constants.is_offline_mode() or isinstance(error, OfflineModeIsEnabled)
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """The first line of an error, without what may be secret: queries of addresses, and tokens."""
     first = (str(error).strip() or "no details").splitlines()[0]
     first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)

@@ -189,12 +189,12 @@ def prepare(
     """Check the files and decide everything that is "auto"; it is kept in the job's folder for the run.
 
     The first call in a folder reads the files and says what is in them (DataChecked). It keeps their rows,
-    which later calls map: nothing is read, tokenized or said twice. Needs the base's folder, but nothing of
-    it in memory. Raises as `train`.
+    which later calls map: nothing is read, tokenized or reported twice. Needs the base's folder, but nothing
+    of it in memory. Raises as `train`.
 
     Args:
         config: the base's, from transformers. rate: FLOP/s of the machine, if known. reread: read the files
-            whatever was kept: a check that was killed may not have been heard.
+            whatever was kept: a check that was killed may not have reported them.
     """
     processes = processes or ProcessGroup()
     tokenizer = load_tokenizer(job.base)
@@ -480,7 +480,7 @@ def keep_rows(job: Job, data: Data) -> bool:
 
 
 def _rows_key(job: Job, files: Sequence[Sequence[Path]]) -> str | None:
-    """As in Data. Of the recipe all counts but the memory, which a run may continue with more or less of."""
+    """As in Data. All of the recipe counts but its memory settings, which may change when a run continues."""
     settings = {name: value for name, value in job.recipe.to_json().items() if name not in _MEMORY}
     return rows_key(settings, job.base.folder, files)
 

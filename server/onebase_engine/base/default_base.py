@@ -92,7 +92,7 @@ def resolve_base(spec: str, progress: Progress | None = None, cache: Path | None
     Args:
         spec: the default base's name, a folder, or `org/repo[@revision]` on the Hub. A folder that
             exists wins over a repository of the same name.
-        progress: told what is being done.
+        progress: called with what is being done.
         cache: where the default base is kept; `default_cache()` if None. Repositories go to the
             Hub's own cache, so that what other programs have downloaded is used.
 
@@ -139,7 +139,7 @@ def fetch_default_base(progress: Progress | None = None, cache: Path | None = No
     two processes that ask at once fetch it once.
 
     Args:
-        progress: told what is being done.
+        progress: called with what is being done.
         cache: the folder that keeps bases; `default_cache()` if None.
 
     Raises:

@@ -18,7 +18,7 @@ _LARGEST_HEADER = 100_000_000
 
 
 class BaseIdentityError(Exception):
-    """The folder holds no base whose identity could be told; the message says why."""
+    """The folder holds no base whose identity can be computed; the message says why."""
 
 
 def base_id(folder: Path, settings: Mapping[str, object]) -> str:

@@ -133,7 +133,7 @@ class Engine:
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's rows, or report at once why it can never run."""
         if request.id in self._rows or request.n < 1:
-            # Its events could not be told from the first one's, which goes on undisturbed.
+            # Its events could not be distinguished from the first one's, which continues.
             logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
             return
         mix = AdapterMix.of(request.adapters)

@@ -11,7 +11,7 @@ from onebase_engine.lora.weights import AdapterWeights, composable, folded, weig
 
 
 class Versions:
-    """Finished tensors by digest. A version that is told to leave stays until its last row has ended."""
+    """Finished tensors by digest. A version that is unloaded stays until its last row has ended."""
 
     def __init__(self, size_in_slot: Callable[[AdapterWeights], int] = weights_bytes) -> None:
         """`size_in_slot`: bytes that a version takes of the slots' memory."""

@@ -45,7 +45,7 @@ class VersionRef(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """What one request runs with: the engine's terms, the names they were called by, words for the answer."""
+    """What one request runs with: the engine's terms, the request's names for it, words for the answer."""
 
     refs: tuple[AdapterRef, ...] = ()
     uses: tuple[VersionRef, ...] = ()

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedAdapterFile:
-    """The file with a proven version's tensors. `versions`: those that have it, as they were seen then."""
+    """The file with a proven version's tensors. `versions`: those that had it at that time."""
 
     blob: Blob
     versions: tuple[VersionRecord, ...]

@@ -251,8 +251,8 @@ async def in_time(deadline: float | None) -> AsyncIterator[None]:
             yield
     except TimeoutError as error:
         raise UnavailableError(
-            "adapter: it was not ready in memory before the request's time was over (timeout_s). It goes on "
-            "being fetched: send the request again in a moment, or allow it more time.",
+            "adapter: it was not in memory before the request's time was over (timeout_s). It is still being "
+            "loaded: send the request again in a moment, or raise timeout_s.",
             code="adapter_timeout",
             retry_after=2.0,
         ) from error

@@ -56,7 +56,7 @@ class Planner:
     """Makes jobs.
 
     Every method raises InvalidRequestError, UnknownAdapterError, UnavailableError, and what pulling an
-    adapter from the Hub raises. Adapters are looked up last: what is returned is still so.
+    adapter from the Hub raises. Adapters are looked up last, so that the result is up to date.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Planner:
         return await self._known(lambda: self._catalog.choose_sum(terms))
 
     async def _known(self, choose: Callable[[], AdapterChoice]) -> AdapterChoice:
-        """What `choose` finds; where it finds nothing, another server may have brought it a moment ago."""
+        """What `choose` finds, now or after a look at the registry: another server may just have added it."""
         try:
             return choose()
         except (UnknownAdapterError, ConflictError):

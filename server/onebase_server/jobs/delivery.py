@@ -25,11 +25,11 @@ BACKOFF = Backoff(4.0, 60.0)
 TRIES = 6
 """Of one delivery: over about two minutes."""
 PROOFS_WAITED = 6
-"""A version is waited for as long as this many proofs may take: others may be before it."""
+"""The wait for a version's proof lasts as long as this many proofs may take: others may be ahead of it."""
 LOST = "adapter_lost"
 """The trained files are gone: the job has to be trained again."""
 _CODES = {"store_full": "disk_full"}
-"""What a version's error is called as a job's."""
+"""A job's error code, by that of its version."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Delivered:
 
 
 class Delivery:
-    """Adds what jobs trained to the library, as an upload would be.
+    """Adds what jobs trained to the adapter service, as an upload would be.
 
     The library is never asked to activate: after a restart it would, even if the job was cancelled since.
 
@@ -136,8 +136,8 @@ class Delivery:
         except TimeoutError as error:
             raise DeliveryError(
                 "delivery_failed",
-                f"The adapter was not proved within {self._proof_seconds:g} s: others are before it, or no "
-                "verifier can be had; the server's log may say why. Resume the job to wait again.",
+                f"The adapter was not proved within {self._proof_seconds:g} s: others are ahead of it, or no "
+                "verifier runs; the server's log may say why. Resume the job to wait again.",
             ) from error
         except OneBaseError as error:  # an upload of the same content asked to activate it, and that failed
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)

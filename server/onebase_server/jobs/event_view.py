@@ -73,7 +73,7 @@ def _message(event: events.Event) -> str:
         return f"The files are sound: {_sizes(event)}."
     if isinstance(event, events.Planned):
         if event.first_step:
-            return f"Going on after step {event.first_step} of {event.steps}."
+            return f"Continuing after step {event.first_step} of {event.steps}."
         return f"{event.steps} steps are planned."
     if isinstance(event, events.Sampled):
         return f"Step {event.step}: a sample."

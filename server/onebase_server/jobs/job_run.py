@@ -58,9 +58,9 @@ from onebase_server.processes.trainer_protocol import (
 RunKind = Literal["check", "train"]
 
 BROKEN_SECONDS = 2.0
-"""Before a job goes on whose run ended because the registry was away."""
+"""Pause before a job continues whose run ended because the registry could not be reached."""
 PASSING = ("device_error", "base_unavailable", "base_changed")
-"""Failures of an engine that is about to die: the next engine may be well."""
+"""Failures that an engine causes when it is about to die: the next one may work."""
 
 _log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody wants it to end: what its process says of that is no failure."""
+        """Whether somebody asked it to end: what its process then reports is no failure."""
         return self._stop is not None
 
     @property
@@ -200,7 +200,7 @@ class Run:
         await self._released.wait()
 
     def stop(self, reason: Reason, seconds: float) -> None:
-        """End the process: asked first, killed after `seconds`. The job's new state is written already."""
+        """End the process: ask it to, and kill it after `seconds`. The job's new state is already written."""
         self._stop = (reason, seconds)
         if self._delivering:
             self.task.cancel()
@@ -287,7 +287,7 @@ class Run:
                 state = cast(JobState, error.state)
 
     async def _deliver(self, job: TrainingJob) -> None:
-        await self._store.tell(JobEvent(time.time(), "The adapter is being proved."))
+        await self._store.add(JobEvent(time.time(), "The adapter is being proved."))
         try:
             done = await self._pool.delivery.deliver(job, self._store)
         except DeliveryError as error:
@@ -330,7 +330,7 @@ class Run:
             await self._store.close()
 
     async def _train_job(self) -> TrainJob:
-        """What the trainer is given. While the store is away it is asked again, unless the job is stopped.
+        """What the trainer is given. Tries again while the store cannot be reached, unless the job stops.
 
         Raises FileGoneError, StoreError, RegistryError.
         """
@@ -353,7 +353,7 @@ class Run:
         if self._interrupted:
             await self._interrupted_for_now()
         elif isinstance(outcome, Failed) and self.stopping:
-            await self._store.tell(JobEvent(time.time(), outcome.message, level="warn"))
+            await self._store.add(JobEvent(time.time(), outcome.message, level="warn"))
         elif isinstance(outcome, Failed) and outcome.code not in PASSING:
             await self._failed(outcome)
         elif self.stopping:
@@ -365,7 +365,7 @@ class Run:
 
     async def _failed(self, failed: Failed) -> None:
         for event in problem_events(failed):
-            await self._store.tell(event)
+            await self._store.add(event)
         await self._fail(JobError(failed.code, failed.message, failed.param))
 
     async def _fail(self, error: JobError, **facts: Any) -> None:
@@ -381,7 +381,7 @@ class Run:
     async def _stopped(self) -> None:
         job = await self._store.current()
         if job.state == "paused":
-            await self._store.tell(
+            await self._store.add(
                 JobEvent(time.time(), f"Paused. A resumed job goes on {resume_point(job)}.")
             )
 

@@ -31,11 +31,11 @@ from onebase_server.jobs.store import JobNotifier
 from onebase_server.storage import storage_errors
 
 LIFE_SECONDS = 15.0
-"""One who follows a job hears from it at least this often."""
+"""Seconds within which a follower of a job always gets something."""
 LET_GO_SECONDS = 30.0
 """The answer to a pause waits this long for the end of the job's process."""
 MOST_EVENTS = 500
-"""Read at once for one who follows a job."""
+"""Events that are read at once for a follower."""
 
 
 class JobService:
@@ -127,7 +127,7 @@ class JobService:
     # ---- how they go on ----------------------------------------------------------------------
 
     async def cancel(self, job_id: str) -> TrainingJob:
-        """End it for good, also one that has failed and could go on.
+        """End a job for good, even one that has failed and could be resumed.
 
         Raises UnknownJobError, ConflictError when it has ended or is being delivered.
         """
@@ -178,12 +178,12 @@ class JobService:
         )
 
     async def _move(
-        self, job: TrainingJob, move: Move, said: str, otherwise: str, **facts: Any
+        self, job: TrainingJob, move: Move, message: str, otherwise: str, **facts: Any
     ) -> TrainingJob:
         """Make the move, which a user asked for. `otherwise`: why it is not possible in another state."""
         if job.state == move.to:
             return job  # asked for twice
-        event = JobEvent(time.time(), said)
+        event = JobEvent(time.time(), message)
         with storage_errors():
             try:
                 moved = await self._threads.run(
@@ -228,7 +228,7 @@ class JobService:
                 news.clear()
                 # The state first: what is said before an end is read after it. A run that is being ended may
                 # still say something, though its job is cancelled.
-                speaking = self._manager.has_run(job.id)
+                has_run = self._manager.has_run(job.id)
                 current = await self.get(job.id)
                 with storage_errors():
                     found = await self._threads.run(self._records.events_since, job, after, MOST_EVENTS)
@@ -237,7 +237,7 @@ class JobService:
                     yield event
                 if len(found) == MOST_EVENTS:
                     continue
-                if current.ended and not speaking:
+                if current.ended and not has_run:
                     yield current
                     return
                 if not found:

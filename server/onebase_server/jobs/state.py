@@ -31,7 +31,7 @@ RESUMABLE = frozenset(
         "store_unavailable", "trainer_died", "trainer_failed",
     }
 )  # fmt: skip
-"""Errors that may not come again: the job stands at its last checkpoint, or is delivered once more."""
+"""Errors that may not happen again: the job can continue from its last checkpoint, or be delivered again."""
 
 MAX_DEATHS = 3
 """Trainers that may die without a checkpoint in between; with the next one the job fails."""
@@ -72,7 +72,7 @@ def resumed(job: TrainingJob) -> Move:
 
 
 def is_resumable(state: JobState, error_code: str | None) -> bool:
-    """Whether `resume` lets a job go on that is in this state, by this error."""
+    """Whether `resume` continues a job in this state, with this error."""
     return state == "paused" or (state == "failed" and error_code in RESUMABLE)
 
 

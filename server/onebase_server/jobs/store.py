@@ -62,7 +62,7 @@ class JobNotifier:
 class JobStore:
     """Reads and writes one job, for one run of it. Each write wakes those who follow the job.
 
-    `current`, `file`, `tell` and `move` act at once. While the registry is away they wait: nobody else knows
+    `current`, `file`, `add` and `move` act at once. While the registry is away they wait: nobody else knows
     what has happened. What the run says is collected by `record` and written every FLUSH_SECONDS: soon enough
     to be followed, seldom enough to cost nothing. `close` writes what is left of it.
     """
@@ -93,9 +93,9 @@ class JobStore:
         """One of the files that the job names. Raises RegistryError."""
         return await self._try(self._records.file, self._tenant, file_id)
 
-    async def tell(self, *said: JobEvent) -> None:
+    async def add(self, *events: JobEvent) -> None:
         """Add events. Raises UnknownJobError."""
-        await self._try(self._records.note, self._id, said)
+        await self._try(self._records.note, self._id, events)
         self._notifier.notify(self._id)
 
     async def move(self, move: Move, event: JobEvent | None = None, **facts: Any) -> TrainingJob:
@@ -132,9 +132,9 @@ class JobStore:
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._keep_writing())
         self.progress |= progress_of(event)
-        said = job_event(event)
-        if said is not None:
-            self._events.append(said)
+        made = job_event(event)
+        if made is not None:
+            self._events.append(made)
         if isinstance(event, events.Saved):
             loss = self.progress.get("loss")
             self._checkpoints.append(Checkpoint(event.step, event.path, event.at, loss, event.loss))

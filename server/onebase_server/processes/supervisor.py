@@ -82,7 +82,7 @@ class EngineListeners:
 
     versions: VersionListener | None = None
     base: Sequence[BaseListener] = ()
-    """Told in this order, of the base and of its end."""
+    """Called in this order when there is a base, and when it is gone."""
     prepare: Callable[[], Awaitable[None]] = _nothing
     """What must be in place before a new engine gets requests. May raise AdapterStartError."""
     busy: Callable[[bool], None] = lambda busy: None

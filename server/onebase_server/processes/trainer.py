@@ -42,7 +42,7 @@ from onebase_server.processes.trainer_protocol import (
     Checked,
     Failed,
     Problem,
-    Said,
+    RunEvent,
     Stop,
     Stopped,
     ToTrainer,
@@ -58,7 +58,7 @@ NICENESS = 19
 CPU = torch.device("cpu")
 LOCK_FILE = ".lock"
 CHECK_BYTES = 2 << 30
-"""What the check of a job may take at least: libraries and rows, also where training may take less."""
+"""Least memory that the check of a job may take, for libraries and rows; training may have less."""
 UNEXPECTED = ("trainer_failed", "device_error", "base_unavailable", "base_changed")
 """Codes of failures whose traceback goes into the server's log."""
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
@@ -170,7 +170,7 @@ class Work:
         return self._reason
 
     def _listen(self, event: events.Event) -> None:
-        self._channel.send(Said(cast(events.AnyEvent, event)))
+        self._channel.send(RunEvent(cast(events.AnyEvent, event)))
 
 
 def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: int | None) -> Job:
@@ -200,7 +200,7 @@ def _done() -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other process writes into the run's folder: one of a server that was killed may be about to end."""
+    """Wait until no other process writes into the run's folder: a killed server's trainer may still end."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:

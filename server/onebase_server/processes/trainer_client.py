@@ -14,7 +14,7 @@ from onebase_server.processes.trainer_protocol import (
     Checked,
     Failed,
     FromTrainer,
-    Said,
+    RunEvent,
     Stop,
     Stopped,
     Train,
@@ -60,9 +60,9 @@ class TrainerClient:
         frame = encode(message)
 
         def take_event(message: FromTrainer) -> bool:
-            if isinstance(message, Said):
+            if isinstance(message, RunEvent):
                 on_event(message.event)
-            return isinstance(message, Said)
+            return isinstance(message, RunEvent)
 
         process = await AskedProcess.spawn(command, from_trainer_decoder(), take_event, fds, ENVIRONMENT)
         process.ask(frame)
@@ -88,6 +88,6 @@ class TrainerClient:
             self.kill()
             await self._process.end(LAST_WORDS_SECONDS)
             raise
-        if answer is None or isinstance(answer, Said):
+        if answer is None or isinstance(answer, RunEvent):
             return Died(how)
         return answer

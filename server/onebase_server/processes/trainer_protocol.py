@@ -1,6 +1,7 @@
 """What the api and a trainer say to each other, in the frames of `engine.messages`.
 
-`Check` → `Said`… → `Checked`, `Stopped` or `Failed`; `Train` → `Said`… → `Trained`, `Stopped` or `Failed`.
+`Check` → `RunEvent`… → `Checked`, `Stopped` or `Failed`;
+`Train` → `RunEvent`… → `Trained`, `Stopped` or `Failed`.
 One process does one of them and ends; `Stop` may come at any time.
 """
 
@@ -72,7 +73,7 @@ ToTrainer = Check | Train | Stop
 # ---- trainer -> api --------------------------------------------------------------------------
 
 
-class Said(msgspec.Struct, frozen=True, tag=True):
+class RunEvent(msgspec.Struct, frozen=True, tag=True):
     event: AnyEvent
 
 
@@ -112,7 +113,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     problem_count: int = 0
 
 
-FromTrainer = Said | Checked | Trained | Stopped | Failed
+FromTrainer = RunEvent | Checked | Trained | Stopped | Failed
 
 
 def to_trainer_decoder() -> msgspec.msgpack.Decoder[ToTrainer]:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase_adapters.training.cli.options import (
+    Parser,
     UsageError,
     add_recipe_options,
     print_error,
@@ -40,9 +41,9 @@ _CONTROL_TOKEN = re.compile(
 )
 
 _EPILOG = """\
-Files end in .jsonl, .json, .csv, .tsv or .parquet; org/name[:split][@revision] is a data set on the Hub.
-A row is a chat (messages), prompt and completion, instruction and output, or text; with --method dpo
-chosen and rejected. The formats: docs/training-data.md.
+Files end in .jsonl, .json, .csv, .tsv or .parquet; org/name[:split][@revision] is a data set on the
+Hub. A row is a chat (messages), prompt and completion, instruction and output, or text; with
+--method dpo chosen and rejected. The formats: docs/training-data.md.
 
 Exit status: 0 sound, 1 problems found, 2 wrong options.
 """
@@ -60,22 +61,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="onebase data", description="Look at training data.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="onebase data", description="Look at training data.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ACTION")
     check = commands.add_parser(
         "check",
         help="find every bad line, count tokens, show what would be learned",
         description="Read training data as a training run would: name every bad line, count the tokens,\n"
         "find duplicates and leakage, and show three rows with what is learned of them.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("data", metavar="FILE", help="training data: a file, or a data set on the Hub")
-    check.add_argument("--eval-data", metavar="FILE", help="data for evaluation, to compare with")
+    check.add_argument("data", metavar="FILE", help="examples: a file, or a data set on the Hub")
+    check.add_argument(
+        "--eval-data", metavar="FILE", help="held-out examples to compare with (default: none)"
+    )
     check.add_argument(
         "--base",
         default=DEFAULT_BASE,
-        help=f"whose tokenizer and chat template to use: {DEFAULT_BASE} (default), org/repo or a folder",
+        help="whose tokenizer and chat template to use: the default's name, org/repo[@revision] on the Hub, "
+        f"or a folder (default: {DEFAULT_BASE})",
     )
     check.add_argument("--json", action="store_true", help="print the report, or the problems, as JSON")
     add_recipe_options(check, ("method", "data"), leave_out=("beta", "packing", "eval_split"))
@@ -163,10 +166,10 @@ def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: 
     out = Console(soft_wrap=True, highlight=False)
     for problem in problems:
         line = f":{problem['line']}" if problem["line"] else ""
-        said = Text().append(f"{_on_one_line(problem['file'])}{line}", "cyan").append(": ")
+        text = Text().append(f"{_on_one_line(problem['file'])}{line}", "cyan").append(": ")
         if problem["field"]:
-            said.append(_on_one_line(problem["field"]), "bold").append(": ")
-        out.print(said.append(_on_one_line(problem["reason"])))
+            text.append(_on_one_line(problem["field"]), "bold").append(": ")
+        out.print(text.append(_on_one_line(problem["reason"])))
     word = "problem" if len(problems) == 1 else "problems"
     sys.stdout.flush()
     console.print(f"[bold red]{len(problems):,} {word}[/]: correct them before you train")

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase_adapters.training.cli.options import (
+    Parser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -24,8 +25,8 @@ from onebase_adapters.training.cli.options import (
     option_name,
     positive,
     print_error,
+    printable,
     recipe_from,
-    shown,
     size,
 )
 from onebase_adapters.training.data.dataset import DataError
@@ -64,8 +65,10 @@ Only the base's config is read; a repository on the Hub gives config.json and no
   onebase estimate --rows 2000 --row-tokens 300
 """
 _BAR = 24
+_BARS_FROM = 72
+"""Width of a terminal, in characters, from which bars have room."""
 _PARTS = (
-    ("base", "base_bytes"),
+    ("weights", "base_bytes"),
     ("adapter, with gradients", "adapter_memory"),
     ("optimizer", "optimizer_bytes"),
     ("activations", "activation_bytes"),
@@ -94,29 +97,32 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """The options: those of the base and of a recipe, the amount of data, the machine."""
-    parser = argparse.ArgumentParser(
-        prog="onebase estimate",
-        usage="onebase estimate [options]",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="onebase estimate", usage="onebase estimate [options]", description=_ABOUT)
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
-    data.add_argument("--data", metavar="FILE", help="training data, as `onebase train` takes it; it is read")
-    data.add_argument("--rows", type=positive, metavar="N", help="or: rows of training data, for the time")
-    data.add_argument("--row-tokens", type=positive, metavar="N", help="mean length of a row (default: 256)")
+    data.add_argument("--data", metavar="FILE", help="examples, as for `onebase train`; they are read")
+    data.add_argument("--rows", type=positive, metavar="N", help="or: the number of examples, for the time")
     data.add_argument(
-        "--longest-row", type=positive, metavar="N", help="longest row, in tokens (default: max_length)"
+        "--row-tokens", type=positive, metavar="N", help="tokens of a mean example (default: 256)"
     )
     data.add_argument(
-        "--gpu", metavar="NAME", help="for a GPU that this machine lacks, as in l4, a100-80 or h100"
+        "--longest-row",
+        type=positive,
+        metavar="N",
+        help="tokens of the longest example (default: max_length)",
     )
-    data.add_argument("--memory", type=size, metavar="SIZE", help="memory that a run may take, as in 20GB")
     data.add_argument(
-        "--resident", action="store_true", help="as a job on a server, whose base is in memory already"
+        "--gpu",
+        metavar="NAME",
+        help="a GPU to ask about, as in l4, a100-80 or h100 (default: this machine)",
     )
-    data.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    data.add_argument(
+        "--memory", type=size, metavar="SIZE", help="most memory, as in 20GB (default: what is free)"
+    )
+    data.add_argument(
+        "--resident", action="store_true", help="a job on a server, whose base is in memory already"
+    )
+    data.add_argument("--json", action="store_true", help="print the result as JSON, sizes in bytes")
     add_recipe_options(parser, ("method", "lora", "training", "data", "memory"))
     return parser
 
@@ -200,26 +206,19 @@ def _machine(options: argparse.Namespace) -> Machine:
 
 
 def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, base: str) -> None:
-    """Print the estimate as a table."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_row("base", f"{made.base_parameters:,}", f"parameters ({shown(base)})")
-    targets = ", ".join(recipe.targets)
-    table.add_row("adapter", f"[bold]{made.parameters:,}", f"parameters (r={recipe.r} on {targets})")
-    table.add_row("file", f"{made.adapter_bytes / 1e6:,.2f} MB", "fp32")
-    table.add_section()
-    for label, name in _PARTS:
-        part = getattr(made, name)
-        table.add_row(label, f"{part / 1e9:.2f} GB", _bar(part, max(made.total, 1)))
-    style = "bold green" if made.fits else "bold red"
-    table.add_row("[bold]peak", Text(f"{made.total / 1e9:.2f} GB", style), _verdict(made, machine))
-    table.add_section()
-    twice = ", computing activations twice" if made.gradient_checkpointing else ""
-    table.add_row("micro-batch", f"{made.micro_tokens:,}", f"tokens{twice}")
-    table.add_row("time", *_time(made, machine))
-    console.print(table)
+    """Print the estimate as a table; through a pipe as lines, their columns separated by tabs."""
+    rows = _rows(made, recipe, machine, base, bars=console.is_terminal and console.width >= _BARS_FROM)
+    if console.is_terminal:
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim")
+        table.add_column(justify="right")
+        table.add_column()
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for label, value, words in rows:
+            print(label, value, words, sep="\t", file=console.file)
     if made.advice:
         console.print(f"\n[bold red]It does not fit:[/] {made.advice}.", highlight=False)
     console.print(
@@ -228,7 +227,28 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
     )
 
 
-def _bar(part: int, total: int) -> Text:
+def _rows(
+    made: Estimate, recipe: Recipe, machine: Machine, base: str, *, bars: bool
+) -> Iterator[tuple[str, Text, Text]]:
+    """What is estimated, its value, and words about it."""
+    targets = printable(", ".join(recipe.targets))
+    twice = ", computing activations twice" if made.gradient_checkpointing else ""
+    yield "base", Text(f"{made.base_parameters:,}"), Text(f"parameters ({printable(base)})")
+    yield "adapter", Text(f"{made.parameters:,}", "bold"), Text(f"parameters (r={recipe.r} on {targets})")
+    yield "file", Text(f"{made.adapter_bytes / 1e6:,.2f} MB"), Text("fp32")
+    for label, name in _PARTS:
+        part = getattr(made, name)
+        yield label, Text(f"{part / 1e9:.2f} GB"), _share(part, max(made.total, 1), bars=bars)
+    style = "bold green" if made.fits else "bold red"
+    yield "peak memory", Text(f"{made.total / 1e9:.2f} GB", style), _verdict(made, machine)
+    yield "micro-batch", Text(f"{made.micro_tokens:,}"), Text(f"tokens{twice}")
+    time, words = _time(made, machine)
+    yield "time", Text(time), Text(words)
+
+
+def _share(part: int, total: int, *, bars: bool) -> Text:
+    if not bars:
+        return Text(f"{part / total:.0%}")
     filled = round(_BAR * part / total)
     return Text("█" * filled, "cyan").append("·" * (_BAR - filled), "dim").append(f" {part / total:4.0%}")
 

@@ -7,11 +7,13 @@ import json
 import os
 import re
 import signal
+import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from rich.console import Console
 from rich.markup import escape
@@ -48,6 +50,25 @@ class UsageError(Exception):
     """An option that cannot be used; the message names it."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports wrong options as every command of `onebase` reports a failure: a sentence, the next step."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        text = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        text = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", text)
+        text = re.sub(r"invalid float value: (.*)", r"\1 is not a number", text)
+        print(f"onebase: {text}\n`{self.prog} --help` explains the command.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # all-linear is one word
+
+
 def option_name(name: str) -> str:
     """The command-line flag of a recipe's field."""
     return "--" + {"sample_prompts": "sample_prompt", "metrics": "metric"}.get(name, name).replace("_", "-")
@@ -59,13 +80,14 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base",
         default=DEFAULT_BASE,
-        help=f"the default's name ({DEFAULT_BASE}), org/repo[@revision] on the Hub, or a folder",
+        help="the base model: the default's name, org/repo[@revision] on the Hub, or a folder "
+        f"(default: {DEFAULT_BASE})",
     )
     group.add_argument(
         "--quantization",
         default="nf4",
         choices=("nf4", "int8", "none"),
-        help="how it is stored (default: nf4)",
+        help="how the base's linear layers are stored (default: nf4)",
     )
     group.add_argument(
         "--dtype",
@@ -74,7 +96,10 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         help="type of what is not quantized, and of activations (default: bfloat16)",
     )
     group.add_argument(
-        "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto takes a GPU if there is one"
+        "--device",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+        help="auto takes a GPU if there is one (default: auto)",
     )
 
 
@@ -206,8 +231,13 @@ def print_error(console: Console, message: str) -> None:
 
 
 def _argument(item: Any, kind: Any) -> dict[str, Any]:
-    text = item.metadata["help"].replace("%", "%%")
-    argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
+    text = item.metadata["help"].replace("%", "%%").replace("(auto: ", "(default: auto, ")
+    repeated = "; may be repeated" if item.name in _REPEATED else ""
+    argument: dict[str, Any] = {
+        "dest": item.name,
+        "default": None,
+        "help": f"{text}{repeated}{_default(item)}",
+    }
     if item.name in _REPEATED:
         return argument | {"action": "append", "metavar": "METRIC" if item.name == "metrics" else "TEXT"}
     if kind is bool:
@@ -222,14 +252,13 @@ def _argument(item: Any, kind: Any) -> dict[str, Any]:
 def _default(item: Any) -> str:
     if item.name == "targets":
         return " (default: all-linear)"
-    if item.default is True:
-        return " (default: on)"
-    shown = item.default
-    return (
-        f" (default: {shown})"
-        if isinstance(shown, int | float | str) and shown not in ("auto", "", False)
-        else ""
-    )
+    if isinstance(item.default, bool):
+        return f" (default: {'on' if item.default else 'off'})"
+    if isinstance(item.default, int | float):
+        return f" (default: {item.default:g})"
+    if isinstance(item.default, str):
+        return "" if item.default == "auto" else f" (default: {item.default})"
+    return " (default: none)"
 
 
 def _metavar(kind: Any) -> str:

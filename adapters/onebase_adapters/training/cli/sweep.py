@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.options import (
+    Parser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -40,10 +41,10 @@ _ABOUT = """\
 Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
 
   onebase sweep --data train.jsonl --name acme
-  onebase sweep --data train.jsonl --r 8..64 --targets attention --targets all-linear --learning-rate 5e-4
+  onebase sweep --data train.jsonl --r 8..64 --targets attention --targets all-linear
 
-Ends in a table, results.csv, results.json and a plot, sweep.svg. A stopped sweep continues where it was:
-give the same command again. With longer lists it adds runs.
+Ends in a table, results.csv, results.json and a plot, sweep.svg. A stopped sweep continues where it
+was: give the same command again. With longer lists it adds runs.
 """
 _STOPPED, _FAILED, _USAGE = 130, 1, 2
 _SWEPT = ("r", "alpha", "targets", "learning_rate")
@@ -67,25 +68,27 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="onebase sweep",
-        usage="onebase sweep --data FILE [options]",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="onebase sweep", usage="onebase sweep --data FILE [options]", description=_ABOUT)
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, as for `onebase train`")
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples; else a part of --data is")
-    parser.add_argument("--name", help="the adapter's name; the folder is then runs/NAME-sweep")
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
+    parser.add_argument("--name", help="the adapter's name (default: sweep)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/NAME-sweep, or runs/sweep)"
     )
     _add_tried_options(parser)
     parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
+        "--recipe",
+        metavar="FILE",
+        type=Path,
+        help="JSON file of settings; options go first (default: none)",
     )
-    parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most memory, as in 8GB")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--memory-limit",
+        type=size,
+        metavar="SIZE",
+        help="most memory to use, as in 8GB (default: what is free)",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
     add_base_options(parser)
     add_recipe_options(parser, leave_out=_SWEPT)
     return parser
@@ -122,7 +125,7 @@ def _add_tried_options(parser: argparse.ArgumentParser) -> None:
         type=_part,
         default=0.5,
         metavar="X",
-        help="part of the runs that continues after a quarter and a half of the steps (default: 0.5; 1: all)",
+        help="part of the runs that continues after a quarter and a half of the steps; 1: all (default: 0.5)",
     )
 
 
@@ -167,7 +170,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _FAILED
     write(result)
     render(result, console)
-    console.print(f"Plot: {shown(str(folder / PLOT))}  Table: {shown(str(folder / TABLE))}")
+    plot, results = shown(str(folder / PLOT)), shown(str(folder / TABLE))
+    console.print(f"Plot: {plot}  Table: {results}", highlight=False, soft_wrap=True)
     return 0 if result.best else _FAILED
 
 
@@ -227,7 +231,6 @@ class _Show:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             console=console,
             transient=True,
@@ -245,7 +248,8 @@ class _Show:
         self._progress.stop()
 
     def loading(self, message: str, part: float) -> None:
-        self._progress.update(self._task, description=shown(message), total=None)
+        self._progress.tasks[0].total = None  # `update` takes None for "as it is"
+        self._progress.update(self._task, description=shown(message), facts="")
 
     def say(self, message: str) -> None:
         self._progress.console.print(f"[bold]{shown(message)}[/]", highlight=False)
@@ -262,7 +266,8 @@ class _Show:
                 description=shown(trial.name),
                 completed=event.step,
                 total=event.steps,
-                facts=f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s",
+                facts=f"{event.step}/{event.steps}  loss {event.loss:.4f}  "
+                f"{event.tokens_per_second:,.0f} tok/s",
             )
         elif isinstance(event, events.Evaluated) and event.step:
             self._progress.console.print(

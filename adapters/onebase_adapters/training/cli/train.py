@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.options import (
+    Parser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -71,12 +72,10 @@ def main(argv: Sequence[str]) -> int:
 
 def train_parser() -> argparse.ArgumentParser:
     """The options of `onebase train`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onebase train",
         usage="onebase train --data FILE --name NAME [options]",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--data",
@@ -84,13 +83,14 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="examples: JSONL, JSON, CSV, Parquet, or a Hub data set org/name[:split][@revision]",
     )
-    parser.add_argument(
-        "--eval-data", metavar="FILE", help="held-out examples; else a part of --data is held out"
-    )
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
     parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="JSON file of settings; options override it"
+        "--recipe",
+        metavar="FILE",
+        type=Path,
+        help="JSON file of settings; options go first (default: none)",
     )
     parser.add_argument(
         "--memory-limit",
@@ -104,16 +104,18 @@ def train_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         choices=("tensorboard", "trackio"),
-        help="also write the curves there; may be repeated",
+        help="also write the curves there; may be repeated (default: nowhere)",
     )
     parser.add_argument(
         "--save-dtype",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="type of the tensors in the adapter's file (default: float32); bfloat16 halves it, rounded",
+        help="type of the tensors in the adapter's file; bfloat16 halves it, rounded (default: float32)",
     )
     parser.add_argument("--push", metavar="ORG/REPO", help="push the finished adapter to the Hub")
-    parser.add_argument("--push-public", action="store_true", help="make the pushed repository public")
+    parser.add_argument(
+        "--push-public", action="store_true", help="make what is pushed public (default: private)"
+    )
     add_base_options(parser)
     add_recipe_options(parser)
     return parser
@@ -267,7 +269,6 @@ class Display:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             console=self._console,
             transient=True,
@@ -287,7 +288,7 @@ class Display:
 
     def loading(self, message: str, part: float) -> None:
         """Before the run: what is fetched or loaded."""
-        self._update(message, None, None)
+        self._update(message, 0, None)
 
     def show(self, event: events.Event) -> None:
         """Show one event."""
@@ -333,10 +334,10 @@ class Display:
 
     def _phase(self, event: events.Phase) -> None:
         text = _PHASES.get(event.name, event.name)
-        self._update(f"{text} {event.message}".strip(), None, None)
+        self._update(f"{text} {event.message}".strip(), 0, None)
 
     def _progressed(self, event: events.Progress) -> None:
-        self._update(_PHASES.get(event.name, event.name), round(100 * event.part), 100)
+        self._update(_PHASES.get(event.name, event.name), event.part, 1, f"{event.part:.0%}")
 
     def _data_checked(self, event: events.DataChecked) -> None:
         for part, found in (("to train on", event.report), ("held out", event.report.get("evaluation"))):
@@ -362,12 +363,12 @@ class Display:
     def _step_done(self, event: events.StepDone) -> None:
         self._losses.append(event.loss)
         facts = (
-            f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s  "
+            f"{event.step}/{event.steps}  loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tok/s  "
             f"{_duration(event.seconds_left)} left"
         )
         if not self._console.is_terminal:
             if event.step == 1 or event.step % max(1, event.steps // 20) == 0 or event.step == event.steps:
-                self._say(f"step {event.step}/{event.steps}  {facts}")
+                self._say(f"step {facts}")
             return
         self._update("training", event.step, event.steps, facts)
 
@@ -392,9 +393,9 @@ class Display:
     def _say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)
 
-    def _update(self, text: str, done: int | None, total: int | None, facts: str = "") -> None:
-        self._progress.tasks[0].total = total  # `update` would keep the total of before in place of None
-        self._progress.update(self._task, description=shown(text), completed=done or 0, facts=facts)
+    def _update(self, text: str, done: float, total: float | None, facts: str = "") -> None:
+        self._progress.tasks[0].total = total  # `update` takes None for "as it is"
+        self._progress.update(self._task, description=shown(text), completed=done, facts=facts)
 
 
 def _results(report: Report) -> Table:

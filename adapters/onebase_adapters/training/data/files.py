@@ -101,9 +101,9 @@ def _check_beginning(path: Path, shown: str, suffix: str) -> None:
         if not first.startswith(b"PAR1"):
             raise DataError.of_file(shown, "this is not a Parquet file: it does not begin with PAR1")
         return
-    for magic, said in _MAGIC.items():
+    for magic, kind in _MAGIC.items():
         if first.startswith(magic):
-            raise DataError.of_file(shown, f"this is {said}")
+            raise DataError.of_file(shown, f"this is {kind}")
     if b"\0" in first:
         raise DataError.of_file(shown, "this is a binary file, not text")
 

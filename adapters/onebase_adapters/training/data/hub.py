@@ -79,7 +79,7 @@ def fetch(dataset: DatasetId, part: str) -> list[Path]:
         raise
     except Exception as error:  # the client's exceptions share no base class
         if silence is None:
-            raise _error(dataset, f"the Hub did not give it: {_said(error)}") from error
+            raise _error(dataset, f"the Hub did not give it: {_first_line(error)}") from error
     raise _error(dataset, f"it is not on this machine, and {silence}")
 
 
@@ -206,7 +206,7 @@ def _base(name: str) -> str:
     return PurePosixPath(name).name
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """The first line of an error, without secrets: queries of URLs, and tokens."""
     first = (str(error).strip() or "no details").splitlines()[0]
     first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)

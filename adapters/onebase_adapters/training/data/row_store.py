@@ -28,7 +28,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".ms
 def rows_key(settings: Mapping[str, Any], base: Path, sources: Sequence[Sequence[Path]]) -> str | None:
     """SHA-256 of all that decides which rows data makes; None if a source is no plain file that can be read.
 
-    Files count by their content: size and time may be those of before when the content is not.
+    Files count by their content, which may change while size and time do not.
 
     Args:
         settings: what the rows depend on. base: its folder, of which all counts that is not weights: the

@@ -95,10 +95,10 @@ class RowFields:
                 raise RowError(key[:60], f"an unknown field: did you mean {near}?")
 
     def check_nothing_lost(self, parsed: Parsed) -> None:
-        """Refuse a system message or tools that were not read, unless they are part of what was."""
+        """Refuse a system message or tools that were not read, unless they are part of what was read."""
         texts = _texts(parsed)
         for key, remedy in _REMEDIES.items():
-            if key not in self or key in self._read or _is_said(self.given[key], texts):
+            if key not in self or key in self._read or _is_part_of(self.given[key], texts):
                 continue
             if key == "tools" and self.is_text(key):
                 continue  # a column of that name: tools are a list
@@ -119,7 +119,7 @@ def _texts(parsed: Parsed) -> list[str]:
     return [parsed.prompt or "", parsed.reply]
 
 
-def _is_said(value: Any, texts: Sequence[str]) -> bool:
+def _is_part_of(value: Any, texts: Sequence[str]) -> bool:
     """Whether a field is empty, or a text that is part of what was read: a template may have put it there."""
     if isinstance(value, str):
         return any(value.strip() in text for text in texts)

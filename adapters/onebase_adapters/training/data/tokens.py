@@ -259,8 +259,8 @@ class ChatTokens:
                 chat.messages[:count], tools=chat.tools, tokenize=False, add_generation_prompt=generation
             )
         except Exception as error:  # a template is a program and fails in any way
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise RowError("messages", f"the base's chat template refuses them: {said}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise RowError("messages", f"the base's chat template refuses them: {reason}") from error
         return text
 
     def _prefixes(self, chat: Chat, index: int, text: str) -> tuple[str, str]:

@@ -33,6 +33,10 @@ from .requests import Body, Call, Form, encode
 FILES: Final = "/v1/files"
 JOBS: Final = "/v1/fine_tuning/jobs"
 
+NO_FILE: Final = "file-none"
+"""The id of no file: a server's ids are hexadecimal."""
+FILE_NOT_FOUND: Final = "file_not_found"
+
 _FILE_ID: Final = re.compile(r"file-[A-Za-z0-9_-]+")
 
 
@@ -122,10 +126,8 @@ def was_refused(error: BaseException | None) -> bool:
     return isinstance(error, APIStatusError | TypeError | ValueError)
 
 
-def create(
+def job_body(
     model: str,
-    training_file: str,
-    validation_file: str | None,
     *,
     name: str | None,
     activate: Activate,
@@ -133,19 +135,22 @@ def create(
     seed: int | None,
     metadata: Mapping[str, str] | None,
     settings: Body,
-) -> Call:
-    """The call that makes a job. It is not idempotent: sent twice, it makes two jobs."""
-    body: Body = {
+) -> Body:
+    """What is sent about a job, without its files."""
+    return {
         "model": model,
-        "training_file": training_file,
-        "validation_file": validation_file,
         "name": name,
         "activate": activate,
         "method": {"type": method, method: {"hyperparameters": settings}},
         "seed": seed,
         "metadata": None if metadata is None else dict(metadata),
     }
-    return Call("POST", JOBS, encode({key: value for key, value in body.items() if value is not None}))
+
+
+def create(body: Body, training_file: str, validation_file: str | None) -> Call:
+    """The call that makes a job. It is not idempotent: sent twice, it makes two jobs."""
+    whole = {**body, "training_file": training_file, "validation_file": validation_file}
+    return Call("POST", JOBS, encode({key: value for key, value in whole.items() if value is not None}))
 
 
 def list_jobs(metadata: Mapping[str, str] | None, after: str | None, limit: int) -> Call:

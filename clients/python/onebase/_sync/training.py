@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Unpack
 
 from .._core import parse, requests, training
+from .._core.requests import Body
 from ..adapter_types import ProgressCallback
-from ..errors import OneBaseError
+from ..errors import APIStatusError, OneBaseError
 from ..training_types import Activate, TrainingFile, TrainingJobInfo, TrainingMethod, TrainingSettings
 from .http import Http
 from .jobs import TrainingJob
@@ -118,27 +119,40 @@ class Training:
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was sent.
-            BadRequestError: the server does not accept a setting (`param` names it). What was uploaded is
-                deleted again.
+            BadRequestError: the server does not accept a setting (`param` names it). It is asked before a
+                file is sent.
             ConflictError: the server does not train.
         """
         plain = training.check_settings(settings)
         train = training.source(training_file, "training_file")
         validation = None if validation_file is None else training.source(validation_file, "validation_file")
-        model = self._base() if model is None else model
+        body = training.job_body(
+            self._base() if model is None else model,
+            name=name,
+            activate=activate,
+            method=method,
+            seed=seed,
+            metadata=metadata,
+            settings=plain,
+        )
+        if isinstance(train, Path) or isinstance(validation, Path):
+            self._refuse_early(body)
         with _Uploads(Files(self._http), progress) as uploads:
-            call = training.create(
-                model,
-                uploads.id_of(train),
-                None if validation is None else uploads.id_of(validation),
-                name=name,
-                activate=activate,
-                method=method,
-                seed=seed,
-                metadata=metadata,
-                settings=plain,
-            )
+            train_id = uploads.id_of(train)
+            validation_id = None if validation is None else uploads.id_of(validation)
+            call = training.create(body, train_id, validation_id)
             return self._job(self._http.ask(call, training.parse_job))
+
+    def _refuse_early(self, body: Body) -> None:
+        """Raise what the server refuses about a job, before a file is sent for it.
+
+        The server looks for the file last, so a job with a file that no server has asks about the rest.
+        """
+        try:
+            self._http.ask(training.create(body, training.NO_FILE, None), training.parse_job)
+        except APIStatusError as error:
+            if error.code != training.FILE_NOT_FOUND:
+                raise
 
     def list(
         self, *, limit: int | None = None, metadata: Mapping[str, str] | None = None

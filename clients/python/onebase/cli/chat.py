@@ -38,14 +38,14 @@ HELP: Final = """\
 BASE_WORDS: Final = ("base", "none")
 
 _DESCRIPTION = f"""\
-Have a conversation with the base or with an adapter on it. The adapter can be changed at any time; the
-conversation continues.
+Have a conversation with the base or with an adapter on it. The adapter can be changed at any
+time; the conversation continues.
 
 inside the conversation:
 {HELP}
 
-Ctrl-C stops an answer, Ctrl-D leaves. Through a pipe, each line of stdin is one message, and stdout gets
-only the answers.
+Ctrl-C stops an answer, Ctrl-D leaves. Through a pipe, each line of stdin is one message, and
+stdout gets only the answers.
 """
 _EXAMPLES = """\
   onebase chat

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, cast
+from typing import Final, NoReturn, cast
 
 from .._core.config import Timeout
 from .._sync.client import Client
@@ -33,30 +36,74 @@ INTERRUPTED: Final = 130
 
 _SAMPLING: tuple[tuple[str, type, str, str], ...] = (
     ("temperature", float, "T", "0 always takes the likeliest word; higher is more varied (default: 1)"),
-    ("top-p", float, "P", "choose among the likeliest tokens that together have this probability"),
-    ("top-k", int, "K", "choose among the K likeliest tokens only"),
-    ("min-p", float, "P", "drop tokens less likely than this fraction of the likeliest one"),
-    ("repetition-penalty", float, "X", "above 1 discourages repetition"),
+    (
+        "top-p",
+        float,
+        "P",
+        "choose among the likeliest tokens of this total probability (default: 1, all)",
+    ),
+    ("top-k", int, "K", "choose among the K likeliest tokens only (default: 0, all)"),
+    (
+        "min-p",
+        float,
+        "P",
+        "drop tokens below this fraction of the likeliest one (default: 0, none)",
+    ),
+    ("repetition-penalty", float, "X", "above 1 discourages repetition (default: 1)"),
     ("max-tokens", int, "N", "stop after N tokens (default: 256)"),
-    ("seed", int, "N", "the same seed gives the same answer"),
+    ("seed", int, "N", "the same seed gives the same answer (default: a new seed for each answer)"),
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as the commands report every failure: a sentence, then the next step."""
+
+    def error(self, message: str) -> NoReturn:
+        text = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        text = re.sub(r"invalid (?:int|float) value: (.*)", _kind_of_number, text)
+        print(f"onebase: {text}\n`{self.prog} --help` explains the command.", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def _kind_of_number(found: re.Match[str]) -> str:
+    return f"{found[1]} is not a {'whole ' if ' int ' in found[0] else ''}number"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # all-linear is one word
 
 
 def parser(command: str, description: str, examples: str = "") -> argparse.ArgumentParser:
     """A parser for one command, with the options that name the server."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=f"onebase {command}",
         description=description,
         epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     group = made.add_argument_group("server")
     group.add_argument("--url", help="where the server is (default: $ONEBASE_URL, or http://127.0.0.1:8000)")
     group.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="how long the server may be silent (default: 600)"
+        "--timeout", type=seconds, metavar="SECONDS", help="how long the server may be silent (default: 600)"
     )
     return made
+
+
+def seconds(text: str) -> float:
+    """The value of an option that takes a time: a number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def count(text: str) -> int:
+    """The value of an option that takes a whole number above 0."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
 def add_answer_options(made: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from .ui import note, show, speed
 _DESCRIPTION = """\
 Answer one prompt. The answer goes to stdout as it is written, a line about its speed to stderr.
 
-The prompt is your message in a conversation, laid out by the base's chat template. With --raw the model
-continues the text as it is.
+The prompt is your message in a conversation, laid out by the base's chat template. With --raw the
+model continues the text as it is.
 """
 _EXAMPLES = """\
   onebase generate "What is the capital of France?"
@@ -51,7 +51,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     made = parser(command, _DESCRIPTION, _EXAMPLES)
     made.add_argument("prompt", nargs="?", help="what to ask (default: read from stdin)")
     made.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
-    made.add_argument("--json", action="store_true", help="print the complete result as JSON")
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
     add_answer_options(made)
     return made
 

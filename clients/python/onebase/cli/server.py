@@ -14,7 +14,7 @@ from .command import OK, parser, perform, print_json
 from .ui import Column, print_table, size
 
 _DESCRIPTIONS: Final = {
-    "models": "List the server's base and adapters. Each of the names can be given to --adapter.",
+    "models": "List the server's base and adapters. Each name can be given to --adapter.",
     "version": "Show the version of this command and of the server.",
 }
 _TITLES: Final = ("name", "kind", "version", "rank", "parameters", "size", "changes")
@@ -24,7 +24,7 @@ _NUMBERS: Final = ("rank", "parameters", "size")
 def run(command: str, argv: list[str]) -> int:
     """Run the command. Gives its exit status."""
     made = parser(command, _DESCRIPTIONS[command])
-    made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
     args = made.parse_args(argv)
     work = _models if command == "models" else _version
     return perform(made, args, lambda client: work(client.with_options(max_retries=0), args.json))

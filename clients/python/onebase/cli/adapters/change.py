@@ -20,9 +20,9 @@ _DESCRIPTIONS: Final = {
     "pin": "Keep an adapter in memory even if others are used more recently.",
     "unpin": "No longer keep an adapter in memory when others are used more recently.",
     "rm": """\
-Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses while
-requests run on it, and for the active version; --force deletes it anyway, and those requests end with an
-error.
+Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses
+while requests run on it, and for the active version; --force deletes it anyway, and those requests
+end with an error.
 """,
 }
 _EXAMPLES: Final = {
@@ -88,7 +88,7 @@ def _change(action: str, client: Client, args: argparse.Namespace) -> int:
     if args.json:
         print_json(adapter)
     else:
-        print(_said(action, adapter))
+        print(_sentence(action, adapter))
         if action == "activate":
             note(f"To go back: onebase adapters rollback {adapter.name}")
     return OK
@@ -103,7 +103,7 @@ def _expected(client: Client, args: argparse.Namespace) -> str | Unset | None:
     return client.adapters.version(args.name, args.expected).version
 
 
-def _said(action: str, adapter: Adapter) -> str:
+def _sentence(action: str, adapter: Adapter) -> str:
     if action in ("pin", "unpin"):
         return f"{adapter.name} {'stays' if adapter.pinned else 'no longer stays'} in memory."
     if adapter.version is None:

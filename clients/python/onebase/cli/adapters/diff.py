@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _DESCRIPTION = """\
-Put two adapters, or two versions of one, side by side: kind, ranks, targets, and how much each changes in
-which layer (the Frobenius norm of what is added to the weights). NAME alone is its active version.
+Put two adapters, or two versions of one, side by side: kind, ranks, targets, and how much each
+changes in which layer (the Frobenius norm of what is added to the weights). NAME alone is its
+active version.
 """
 _EXAMPLES = """\
   onebase adapters diff acme-support legal
@@ -180,14 +181,28 @@ def _ranks(mine: dict[str, ModuleReport], yours: dict[str, ModuleReport]) -> Ite
 
 
 def print_diff(out: Console, found: Diff) -> None:
-    """The facts, then the layers with their bars, then what only one of them changes."""
-    out.print(_facts(found))
-    out.print()
-    out.print(_chart(out, found))
+    """The facts, then the layers with their bars, then what only one of them changes.
+
+    A pipe gets the columns separated by tabs, and no bars.
+    """
+    if out.is_terminal:
+        out.print(_facts(found))
+        out.print()
+        out.print(_chart(out, found))
+    else:
+        _print_lines(out, found)
     _print_ranks(out, found.ranks)
     for name, style, modules in ((found.a, _A, found.only_a), (found.b, _B, found.only_b)):
         if modules:
             _print_list(out, f"only in {name}", style, grouped(modules))
+
+
+def _print_lines(out: Console, found: Diff) -> None:
+    rows = [("", found.a, found.b, "")]
+    rows += [(fact.title, fact.a, fact.b, "differs" * fact.differs) for fact in found.facts]
+    layers = [(pair.layer, *_norms(found.largest, pair)) for pair in found.layers]
+    for row in (*rows, ("",), ("layer", found.a, found.b), *layers):
+        print(*map(printable, row), sep="\t", file=out.file)  # rich would expand the tabs
 
 
 def _facts(found: Diff) -> Table:

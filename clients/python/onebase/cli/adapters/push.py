@@ -16,12 +16,12 @@ from .versions import SHORT, short, summary
 
 _DESCRIPTIONS: Final = {
     "push": """\
-Send a folder that PEFT saved (adapter_config.json and adapter_model.safetensors), and wait until the server
-has proven it. The same content is the same version, so sending it again does no harm.
+Send a folder that PEFT saved (adapter_config.json and adapter_model.safetensors), and wait until
+the server has proven it. The same content is the same version, so sending it again does no harm.
 """,
     "pull": """\
-Let the server fetch an adapter from the Hugging Face Hub, and wait until it is proven. The version records
-the commit. For gated repositories the server needs HF_TOKEN in its environment.
+Let the server fetch an adapter from the Hugging Face Hub, and wait until it is proven. The version
+records the commit. For gated repositories the server needs HF_TOKEN in its environment.
 """,
 }
 _EXAMPLES: Final = {
@@ -48,7 +48,7 @@ def _parser(action: str) -> argparse.ArgumentParser:
         made.add_argument("folder", metavar="FOLDER", type=Path)
     else:
         made.add_argument("repo", metavar="ORG/REPO[@REVISION]")
-        made.add_argument("--subfolder", metavar="PATH", help="where in the repository the adapter is")
+        made.add_argument("--subfolder", metavar="PATH", help="the adapter's folder there (default: the top)")
     made.add_argument("--name", help="what requests ask for (default: the folder's or repository's name)")
     made.add_argument("--activate", action="store_true", help="activate it as soon as it is ready")
     made.add_argument("--no-wait", action="store_true", help="do not wait until it is proven")

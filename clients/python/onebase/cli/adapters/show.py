@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 
 _DESCRIPTIONS: Final = {
     "list": """\
-List the adapters of a server. An adapter answers while one of its versions is active. Column "in" says where
-that version is: slot (on the accelerator), host (in memory) or disk.
+List the adapters of a server. An adapter answers while one of its versions is active. Column "in"
+says where that version is: slot (on the accelerator), host (in memory) or disk.
 """,
     "show": """\
 NAME: its active version, all versions (the newest first), and its history.
-NAME@VERSION: what that version is, where it is from, how it was proven, and what it changes in which modules.
+NAME@VERSION: what that version is, where it is from, how it was proven, and what it changes in
+which modules.
 """,
 }
 _EXAMPLES: Final = {

@@ -111,10 +111,10 @@ def proof(proof: ProofReport) -> str:
     """One sentence about the proof."""
     how = "bit for bit" if proof.exact else f"within {number(proof.largest_difference)}"
     equal = f"{proof.modules_compared} modules equal PEFT's {how}, {proof.modules_changed} of them changed"
-    said = f"proven in {proof.seconds:.1f} s: {equal}"
+    text = f"proven in {proof.seconds:.1f} s: {equal}"
     if proof.texts:
-        said += f"; {proof.texts_changed} of {proof.texts} texts differ from the base's"
-    return said
+        text += f"; {proof.texts_changed} of {proof.texts} texts differ from the base's"
+    return text
 
 
 def came_from(version: AdapterVersion) -> str:

@@ -26,15 +26,16 @@ _SETTINGS: Final = textwrap.fill(
     ", ".join(TrainingSettings.__annotations__), 100, initial_indent="  ", subsequent_indent="  "
 )
 _DESCRIPTION = f"""\
-Send a file of examples (.jsonl, .json, .csv or .parquet) and begin to train an adapter on them. The server
-checks every line first. With --watch, the command stays and shows the job.
+Send a file of examples (.jsonl, .json, .csv or .parquet) and begin to train an adapter on them.
+The server checks every line first. With --watch, the command stays and shows the job.
 
 settings for --set (those left out have the server's defaults):
 {_SETTINGS}
 """
 _EXAMPLES = """\
   onebase jobs create train.jsonl --name acme-support --watch
-  onebase jobs create train.jsonl --validation eval.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
+  onebase jobs create train.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
+  onebase jobs create train.jsonl --name acme --validation eval.jsonl
   onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
 """
 
@@ -54,20 +55,35 @@ def _parser(action: str) -> argparse.ArgumentParser:
     made = job_parser(action, _DESCRIPTION, _EXAMPLES, one=False)
     made.add_argument("file", metavar="FILE", help="examples, or the id of an uploaded file (file-...)")
     made.add_argument("--name", help="the adapter's name (default: the server makes one up)")
-    made.add_argument("--validation", metavar="FILE", help="rows to measure on (default: some are held out)")
+    made.add_argument(
+        "--validation", metavar="FILE", help="examples to measure on (default: some are held out)"
+    )
     made.add_argument(
         "--activate",
         choices=("always", "if_better", "never"),
         default="if_better",
         help="activate the version once it is proven (default: if it is better on held-out rows)",
     )
-    made.add_argument("--method", choices=("supervised", "dpo"), default="supervised")
-    made.add_argument("--seed", type=int, metavar="N", help="of everything random (default: 0)")
     made.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as r=8; repeatable"
+        "--method",
+        choices=("supervised", "dpo"),
+        default="supervised",
+        help="supervised: learn the replies; dpo: prefer `chosen` to `rejected` (default: supervised)",
+    )
+    made.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting, such as r=8; may be repeated",
     )
     made.add_argument(
-        "--metadata", action="append", default=[], metavar="KEY=VALUE", help="a label of the job; repeatable"
+        "--metadata",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a label of the job; may be repeated",
     )
     made.add_argument("--watch", action="store_true", help="stay until the job ends, and show it meanwhile")
     return made

@@ -132,10 +132,10 @@ def lines_of(event: TrainingEvent) -> Iterator[tuple[str, str]]:
     elif data.get("kind") == "sampled":
         yield f"{_who(data)}: {data.get('prompt', '')} -> {data.get('text', '')}", "italic"
     elif data.get("kind") not in _SILENT:
-        said = event.message
+        text = event.message
         if data.get("code") == "invalid_file":
-            said = said.partition("\n")[0]  # the events before it have the lines
-        yield said, {"warn": "yellow", "error": "red"}.get(event.level, "")
+            text = text.partition("\n")[0]  # the events before it have the lines
+        yield text, {"warn": "yellow", "error": "red"}.get(event.level, "")
         problems = data.get("problems") or ()
         for problem in problems[:MOST_PROBLEMS]:
             yield f"  {_problem(problem)}", "red"

@@ -13,7 +13,7 @@ from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
 from ...training_types import CurvePoint, TrainingCheckpoint, TrainingEvent, TrainingJobInfo, TrainingReport
-from ..command import OK, action_parser, perform, print_json
+from ..command import OK, action_parser, count, perform, print_json
 from ..ui import (
     ROOMY,
     WIDE,
@@ -47,12 +47,12 @@ _DESCRIPTIONS: Final = {
     "list": "List the jobs of a server, the newest first. Losses are of held-out rows, base and adapter.",
     "show": "Show one job: its progress or its end, its losses, and base against adapter on held-out rows.",
     "checkpoints": """\
-List the checkpoints of a job, the newest first. `resume` continues from the newest one. A job that has
-succeeded keeps none.
+List the checkpoints of a job, the newest first. `resume` continues from the newest one. A job that
+has succeeded keeps none.
 """,
     "events": """\
-Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the job ends;
-with --json too, each event is one line. Ctrl-C stops following, not the job.
+Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the
+job ends; with --json too, each event is one line. Ctrl-C stops following, not the job.
 """,
 }
 _EXAMPLES: Final = {
@@ -65,7 +65,7 @@ def run(action: str, argv: list[str]) -> int:
     """Run the action. Gives its exit status."""
     made = job_parser(action, _DESCRIPTIONS[action], _EXAMPLES.get(action, ""), one=action != "list")
     if action == "list":
-        made.add_argument("--limit", type=int, default=50, metavar="N", help="the newest N (default: 50)")
+        made.add_argument("--limit", type=count, default=50, metavar="N", help="the newest N (default: 50)")
     elif action == "events":
         made.add_argument(
             "--limit", type=int, default=100, metavar="N", help="the newest N (default: 100); 0: all"

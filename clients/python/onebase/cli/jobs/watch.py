@@ -13,9 +13,9 @@ from .show import find, job_parser, print_job, short
 
 _DESCRIPTIONS: Final = {
     "watch": """\
-Show a job while it runs: a bar with loss, tokens per second and time left, and above it what is measured.
-Ctrl-C stops watching, not the job. The exit status is 0 if the job has succeeded, 1 if it failed, was
-cancelled or is paused.
+Show a job while it runs: a bar with loss, tokens per second and time left, and above it what is
+measured. Ctrl-C stops watching, not the job. The exit status is 0 if the job has succeeded, 1 if it
+failed, was cancelled or is paused.
 """,
     "pause": "Stop a job within a step and free the machine. `resume` continues it from there.",
     "resume": "Continue a job from its last checkpoint: a paused one, or a failed one that is resumable.",
