@@ -8,6 +8,7 @@ RegistryError
 ├── NotReadyError             the version has not been proved, or failed
 ├── StaleActivationError      another version is active than the caller expects
 ├── NothingToRollBackError    no earlier version is left
+├── UnknownKeyError           no API key of that id
 ├── UnknownFileError          no training file of that id
 ├── FileInUseError            a training job needs the file
 ├── UnknownJobError           no training job of that id
@@ -55,6 +56,10 @@ class StaleActivationError(RegistryError):
 
 class NothingToRollBackError(RegistryError):
     """No version was active before this one, or those that were are deleted."""
+
+
+class UnknownKeyError(RegistryError):
+    """There is no API key of this id."""
 
 
 class UnknownFileError(RegistryError):
