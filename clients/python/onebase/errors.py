@@ -132,11 +132,12 @@ class BadRequestError(APIStatusError):
 
 
 class AuthenticationError(APIStatusError):
-    """401: no API key, or a wrong one."""
+    """401: no API key, or one that is unknown, expired or revoked."""
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the server does not allow this, such as `adapter="hub:org/repo"` outside its `--hub-allow`."""
+    """403: the server does not allow this: the API key lacks a scope (code `insufficient_scope`), or, for
+    instance, `adapter="hub:org/repo"` is outside its `--hub-allow`."""
 
 
 class NotFoundError(APIStatusError):
