@@ -60,6 +60,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/data/make_\w+\.py$", RUN),
     (r"make ", PARSE),  # sets up, or runs every test
     (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
+    (r"onebase serve --host ", PARSE),  # the whole network
+    (r"onebase keys ", PARSE),  # the other lines have none; tests/server/test_keys_command.py runs it
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
     (r"accelerate launch -m onebase_adapters\.training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
@@ -68,7 +70,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     # What others made, or what changes the machine, is not run at all.
     (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),
     (r"git clone <this repository> onebase && cd onebase$", "has no address yet"),
-    (r"docker build ", "Docker; test_container.py reads the Dockerfile"),
+    (r"docker (build|run) ", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
     (r"(cd ~/vllm/lib/|sed -i 's/\^Name)", "vLLM's installed files"),
