@@ -14,21 +14,29 @@ from onebase_adapters.registry import AdapterRecord, Blob, Registry, VersionFile
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.adapters.catalog import Catalog, Names, check_name, same_base
 from onebase_server.background import RegistryThreads
-from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError
+from onebase_server.errors import ConflictError, ForbiddenError, InvalidRequestError, UnknownAdapterError
 
 
 def blob(text: str) -> Blob:
     return Blob(hashlib.sha256(text.encode()).hexdigest(), len(text))
 
 
-def register(registry: Registry, name: str, content: str, *, active: bool = True, ready: bool = True) -> str:
+def register(
+    registry: Registry,
+    name: str,
+    content: str,
+    *,
+    active: bool = True,
+    ready: bool = True,
+    tenant: str = "default",
+) -> str:
     """A version of this content, as if it had been proved. Returns its digest."""
     files = VersionFiles(blob("{}"), blob(content))
-    registry.add_version(name, files.digest, files, {"kind": "upload"})
+    registry.add_version(name, files.digest, files, {"kind": "upload"}, tenant=tenant)
     if ready:
-        registry.set_state("default", name, files.digest, "ready", report={}, prepared=blob(content + "!"))
+        registry.set_state(tenant, name, files.digest, "ready", report={}, prepared=blob(content + "!"))
     if active:
-        registry.activate("default", name, files.digest)
+        registry.activate(tenant, name, files.digest)
     return files.digest
 
 
@@ -217,3 +225,40 @@ def test_a_name_that_is_not_allowed_is_refused(name: str) -> None:
 )
 def test_bases_are_the_same_when_the_last_parts_of_their_names_are(wanted: str | None, same: bool) -> None:
     assert same_base(wanted, "smollm2-135m-instruct", None) is same
+
+
+# ---- tenants ------------------------------------------------------------------------------------
+
+
+def test_a_tenant_finds_its_own_adapters_and_learns_of_no_other(registry: Registry) -> None:
+    own = register(registry, "acme", "one", tenant="a")
+    other = register(registry, "acme", "two", tenant="b")
+    register(registry, "private", "three", tenant="b")
+
+    assert look(registry, "a").choose("acme").uses == (("a", "acme", own),)
+    assert look(registry, "b").choose("acme").uses == (("b", "acme", other),)
+    with pytest.raises(UnknownAdapterError, match=r"no adapter 'private'. Known: acme\.$"):
+        look(registry, "a").choose("private")
+    with pytest.raises(UnknownAdapterError, match="has no version"):
+        look(registry, "a").choose(f"acme@{other}")
+    with pytest.raises(UnknownAdapterError, match=r"Known: none\.$"):
+        look(registry, "nobody").choose("acme")
+
+
+def test_a_shared_adapter_is_found_by_all_after_their_own(registry: Registry) -> None:
+    shared = register(registry, "acme", "one", tenant="operator")
+    own = register(registry, "acme", "two", tenant="a")
+    registry.share("operator", "acme", True)
+
+    assert look(registry, "a").choose("acme").uses == (("a", "acme", own),)
+    names = look(registry, "b")
+    assert names.choose("acme").uses == (("operator", "acme", shared),)
+    assert [record.tenant for record in names] == ["operator"]
+    with pytest.raises(ForbiddenError, match="only its owner may change it"):
+        names.check_own("acme")
+    look(registry, "a").check_own("acme")
+    look(registry, "operator").check_own("acme")
+
+    registry.share("operator", "acme", False)
+    with pytest.raises(UnknownAdapterError):
+        look(registry, "b").choose("acme")

@@ -66,9 +66,7 @@ class ClientOptions:
     def __post_init__(self) -> None:
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):
             # Without the key itself: errors end in logs.
-            raise ValueError(
-                "api_key has a character that no key has, such as a space or a line break"
-            )
+            raise ValueError("api_key has a character that no key has, such as a space or a line break")
         if (
             isinstance(self.max_retries, bool)
             or not isinstance(self.max_retries, int)
