@@ -185,6 +185,26 @@ def test_two_tenants_have_adapters_of_one_name_and_each_gets_its_own(tenants: Te
     assert tenants.other.get("/v1/adapters/support").json()["version"] == digests["other"]
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_a_prefix_that_another_tenant_sent_is_not_in_the_cache(tenants: Tenants, path: str) -> None:
+    """The real engine's keys are tested in tests/engine; here: that the tenant gets there."""
+    text = f"something secret for {path}"
+
+    def cached(http: httpx2.Client) -> int:
+        body: dict[str, Any] = {"prompt": text, "max_tokens": 1, "model": BASE}
+        if path == "/generate":
+            del body["model"]
+        if path == "/v1/chat/completions":
+            body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+        usage = http.post(path, json=body).json()["usage"]
+        return int(usage.get("cached_tokens", usage.get("prompt_tokens_details", {}).get("cached_tokens")))
+
+    assert cached(tenants.one) == 0
+    assert cached(tenants.other) == 0
+    assert cached(tenants.operator) == 0
+    assert cached(tenants.one) > 0
+
+
 def test_changes_are_written_down_with_the_key_that_made_them(tenants: Tenants) -> None:
     version = upload(tenants.other, "noted", b"noted", query="wait=true&activate=true").json()
     history = tenants.other.get("/v1/adapters/noted/history").json()["data"]
