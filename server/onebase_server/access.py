@@ -83,7 +83,7 @@ class KeyRing:
         self._threads = threads
         self._open_without_keys = open_without_keys
         self._keys: dict[str, ApiKey] = {}
-        self._counter = -1
+        self._newest = -1
         self._looked_at = self._changed_at = -math.inf
         self._looking: asyncio.Task[None] | None = None
         self._used: dict[str, float] = {}
@@ -117,7 +117,7 @@ class KeyRing:
             await self.refresh()
         except UnavailableError:
             # Who has no keys has nothing to revoke: names stay as they are, and so does this.
-            if self._keys or self._counter < 0 or not self._open_without_keys:
+            if self._keys or self._newest < 0 or not self._open_without_keys:
                 raise
         return self._open_without_keys and not self._keys
 
@@ -185,7 +185,7 @@ class KeyRing:
         began = time.monotonic()
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                counter, keys = await self._threads.run(self._registry.state, self._counter)
+                newest, keys = await self._threads.run(self._registry.since, self._newest)
         except (RegistryError, TimeoutError) as error:
             _log.warning("the registry's API keys cannot be read: %s", error or "no answer in time")
             raise UnavailableError(
@@ -193,8 +193,8 @@ class KeyRing:
                 code="registry_unavailable",
                 retry_after=_ANSWER_SECONDS,
             ) from error
-        if keys is not None and counter >= self._counter:
-            self._keys, self._counter = {key.id: key for key in keys}, counter
+        if keys is not None:
+            self._keys, self._newest = {key.id: key for key in keys}, newest
         self._looked_at = max(self._looked_at, began)
 
     def _note_use(self, record: ApiKey) -> None:

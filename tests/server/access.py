@@ -33,8 +33,12 @@ class Keys:
 
     def expire(self, key: str) -> str:
         with closing(sqlite3.connect(self.file)) as database, database:
-            database.execute("UPDATE api_keys SET expires_at = 1.0 WHERE id = ?", (self.record(key).id,))
             database.execute("UPDATE change_counter SET value = value + 1")
+            database.execute(
+                "UPDATE api_keys SET expires_at = 1.0, changed = (SELECT value FROM change_counter) "
+                "WHERE id = ?",
+                (self.record(key).id,),
+            )
         return key
 
     def revoke(self, key: str) -> str:

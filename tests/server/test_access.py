@@ -311,7 +311,7 @@ def test_no_key_is_taken_while_the_registry_cannot_be_read(serve_scripted: Start
     with serve_scripted("words", data_dir=tmp_path) as server, client_with(server, key) as http:
         assert http.get("/version").status_code == 200
         with closing(sqlite3.connect(keys.file)) as database:
-            database.execute("ALTER TABLE change_counter RENAME TO away")
+            database.execute("ALTER TABLE api_keys RENAME TO away")
 
         server.wait_for(lambda: http.get("/version").status_code == 503)
 

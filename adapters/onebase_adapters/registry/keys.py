@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Collection
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
@@ -58,16 +58,17 @@ class ApiKeys:
             raise RegistryError("expires: the key would have expired already. Choose a later time.")
         key_id = f"ob-{secrets.token_hex(8)}"
         key = f"{key_id}-{secrets.token_urlsafe(32)}"
-        row = ApiKeyRow(
-            id=key_id,
-            tenant=tenant,
-            name=plain(name),
-            scopes=list(chosen),
-            sha256=_sha256(key),
-            created_at=now,
-            expires_at=expires_at,
-        )
-        with self._database.write() as (session, _):
+        with self._database.write() as (session, counter):
+            row = ApiKeyRow(
+                id=key_id,
+                tenant=tenant,
+                name=plain(name),
+                scopes=list(chosen),
+                sha256=_sha256(key),
+                created_at=now,
+                expires_at=expires_at,
+                changed=counter,
+            )
             session.add(row)
             session.flush()
             return _record(row), key
@@ -78,19 +79,19 @@ class ApiKeys:
             rows = session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id))
             return [_record(row) for row in rows]
 
-    def state(self, known: int) -> tuple[int, list[ApiKey] | None]:
-        """The registry's change counter, and all keys unless the counter is `known`."""
+    def since(self, known: int) -> tuple[int, list[ApiKey] | None]:
+        """The number of the last change of any key, 0 before the first; and all keys unless it is `known`."""
         with self._database.read() as session:
-            counter = self._database.counter(session)
-            if counter == known:
-                return counter, None
-            return counter, [_record(row) for row in session.scalars(select(ApiKeyRow))]
+            newest = session.scalar(select(func.max(ApiKeyRow.changed))) or 0
+            if newest == known:
+                return newest, None
+            return newest, [_record(row) for row in session.scalars(select(ApiKeyRow))]
 
     def revoke(self, key_id: str) -> ApiKey:
         """From now on nobody can use the key. Repeating it changes nothing. Raises UnknownKeyError."""
-        with self._database.write() as (session, _):
+        with self._database.write() as (session, counter):
             row = _row(session, key_id)
-            row.revoked_at = row.revoked_at or time.time()
+            row.revoked_at, row.changed = row.revoked_at or time.time(), counter
             session.flush()
             return _record(row)
 

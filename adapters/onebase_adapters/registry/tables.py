@@ -82,6 +82,7 @@ class ApiKeyRow(Table):
     expires_at: Mapped[float | None] = mapped_column(DoubleType)
     revoked_at: Mapped[float | None] = mapped_column(DoubleType)
     last_used_at: Mapped[float | None] = mapped_column(DoubleType)
+    changed: Mapped[int] = mapped_column(BigInteger, index=True)
 
 
 class AdapterRow(Table):

@@ -97,18 +97,22 @@ def test_what_no_key_can_have_is_refused_by_its_name(
     assert registry.keys.all() == []
 
 
-def test_servers_read_the_keys_again_only_after_a_change(registry: Registry, open_registry: Open) -> None:
+def test_servers_read_the_keys_again_only_after_a_change_of_one(
+    registry: Registry, open_registry: Open
+) -> None:
     other = open_registry().keys
-    counter, keys = other.state(-1)
-    assert keys == []
-    assert other.state(counter) == (counter, None)
+    assert other.since(-1) == (0, [])
+    assert other.since(0) == (0, None)
 
     made, _ = registry.keys.create("acme", ["train"])
-    counter, keys = other.state(counter)
+    newest, keys = other.since(0)
     assert keys == [made]
+    add(registry, "acme", "1")
+    assert other.since(newest) == (newest, None)
 
     registry.keys.revoke(made.id)
-    counter, keys = other.state(counter)
+    later, keys = other.since(newest)
+    assert later > newest
     assert keys is not None
     assert keys[0].revoked_at is not None
 

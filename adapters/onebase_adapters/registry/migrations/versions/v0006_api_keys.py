@@ -26,8 +26,10 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.Double(), nullable=True),
         sa.Column("revoked_at", sa.Double(), nullable=True),
         sa.Column("last_used_at", sa.Double(), nullable=True),
+        sa.Column("changed", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_api_keys"),
     )
+    op.create_index("ix_api_keys_changed", "api_keys", ["changed"])
     op.add_column("adapters", sa.Column("shared", sa.Boolean(), nullable=False, server_default=sa.false()))
 
 
