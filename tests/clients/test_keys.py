@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -29,6 +30,10 @@ KEY = ApiKey(**{**FACTS, "scopes": ("generate", "train")})  # type: ignore[arg-t
 def secret() -> str:
     """A key that no name in a test's own frame holds."""
     return "-".join(("ob", "0123456789abcdef", "s3cret"))
+
+
+def unreadable(path: Path) -> Any:
+    raise OSError(f"{path} cannot be read")
 
 
 def test_keys_are_made_listed_and_revoked(sdk: Any) -> None:
@@ -82,7 +87,11 @@ def test_a_redirect_is_an_error_and_the_key_does_not_follow_it(sdk: Any, place: 
     assert len(script.requests) == 1
 
 
-def test_no_repr_log_or_traceback_tells_the_key(sdk: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_repr_log_or_traceback_tells_the_key(
+    sdk: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+
     def fail(request: httpx2.Request) -> httpx2.Response:
         if request.method == "GET":
             raise httpx2.ReadError("it broke")
@@ -93,7 +102,10 @@ def test_no_repr_log_or_traceback_tells_the_key(sdk: Any, caplog: pytest.LogCapt
         for kind, action in (
             (APIConnectionError, lambda client: client.keys.list()),
             (APIStatusError, lambda client: client.keys.create(["train"])),
+            (OSError, lambda client: client.files.upload(tmp_path / "rows.jsonl")),
         ):
+            if kind is OSError:
+                monkeypatch.setattr("onebase._http._AnnouncedFile", unreadable)
             with pytest.raises(kind) as failed:
                 sdk.call(action, httpx2.MockTransport(fail), api_key=secret(), max_retries=0)
             frames = traceback.TracebackException.from_exception(failed.value, capture_locals=True).stack
@@ -102,7 +114,7 @@ def test_no_repr_log_or_traceback_tells_the_key(sdk: Any, caplog: pytest.LogCapt
     with Client(api_key=secret()) as client:
         said += [repr(client), repr(client._http), repr(client._http.options)]
 
-    assert any("/v1/keys" in one for one in said)
+    assert any("User-Agent" in one for one in said)
     assert "s3cret" not in "".join(said) + caplog.text
 
 

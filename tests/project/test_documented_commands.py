@@ -61,7 +61,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"make ", PARSE),  # sets up, or runs every test
     (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
     (r"onebase serve --host ", PARSE),  # the whole network
-    (r"onebase keys (?!.*--help$)", PARSE),  # the other lines have none; tests/server/test_keys_command.py runs it
+    (
+        r"onebase keys (?!.*--help$)",
+        PARSE,
+    ),  # the other lines have none
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
     (r"accelerate launch -m onebase_adapters\.training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
@@ -232,7 +235,10 @@ def test_no_row_of_the_table_is_left_over() -> None:
 
 def test_every_action_is_documented() -> None:
     words = [line.text.split() for line in lines("docs/sdk.md") if line.text.startswith("onebase ")]
-    assert {word[2] for word in words if word[1] == "adapters"} >= adapters.ACTIONS.keys() - {"unpin", "unshare"}
+    assert {word[2] for word in words if word[1] == "adapters"} >= adapters.ACTIONS.keys() - {
+        "unpin",
+        "unshare",
+    }
     assert {word[2] for word in words if word[1] == "jobs"} >= jobs.ACTIONS.keys()
 
 

@@ -214,15 +214,6 @@ def test_changes_are_written_down_with_the_key_that_made_them(tenants: Tenants) 
     assert history[0]["actor"] == version["created_by"]
 
 
-def test_content_that_another_tenant_has_proved_is_proved_again(tenants: Tenants) -> None:
-    """Else the time until it is ready would tell that somebody has it."""
-    ready = upload(tenants.one, "twin", b"the same").json()
-    again = upload(tenants.other, "twin", b"the same", query="").json()
-
-    assert again["version"] == ready["version"]
-    assert again["state"] != "ready"
-
-
 def test_only_the_operator_loads_the_folders_and_private_repositories_of_the_server(
     tenants: Tenants,
 ) -> None:
