@@ -15,6 +15,7 @@ import openai
 import pytest
 from fastapi import APIRouter
 
+from onebase import AuthenticationError, Client, PermissionDeniedError
 from onebase_adapters.registry import SCOPES
 from onebase_server.http.app import create_app
 from onebase_server.http.guard import access_of
@@ -205,6 +206,25 @@ def test_the_openai_client_works_with_a_key_and_says_what_is_wrong_without(
     ):
         client.models.list()
     assert wrong.value.code == "invalid_api_key"
+
+
+def test_the_sdk_works_with_a_key_and_an_operator_makes_others_through_it(server: Server, admin: str) -> None:
+    with Client(server.url, api_key=admin) as operator:
+        made = operator.keys.create(["generate"], tenant="sdk", name="from the SDK", expires_in=60)
+        assert made.id in [key.id for key in operator.keys.list()]
+        with Client(server.url, api_key=made.key, max_retries=0) as client:
+            assert client.generate("hello there", max_tokens=2).text
+            with pytest.raises(PermissionDeniedError) as refused_scope:
+                client.adapters.list()
+            assert refused_scope.value.code == "insufficient_scope"
+            operator.keys.revoke(made.id)
+            with pytest.raises(AuthenticationError, match="was revoked"):
+                client.generate("hello there", max_tokens=2)
+    with Client(server.url, max_retries=0) as client:
+        with pytest.raises(AuthenticationError, match="needs an API key"):
+            client.models.list()
+        assert client.health().ok
+        assert client.ready().ok
 
 
 # ---- keys over HTTP -----------------------------------------------------------------------------
