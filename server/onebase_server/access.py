@@ -20,12 +20,7 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.keys import USED_SECONDS, id_of, is_key_of
 from onebase_server.background import Threads
-from onebase_server.errors import (
-    ForbiddenError,
-    InvalidRequestError,
-    UnauthenticatedError,
-    UnavailableError,
-)
+from onebase_server.errors import ForbiddenError, UnauthenticatedError, UnavailableError
 from onebase_server.storage import storage_errors
 
 Access = Scope | Literal["any", "open"]
@@ -84,6 +79,7 @@ class KeyRing:
         self._open_without_keys = open_without_keys
         self._keys: dict[str, ApiKey] = {}
         self._newest = -1
+        self._away = False
         self._looked_at = self._changed_at = -math.inf
         self._looking: asyncio.Task[None] | None = None
         self._used: dict[str, float] = {}
@@ -148,15 +144,9 @@ class KeyRing:
                 code="first_key",
             )
         with storage_errors():
-            try:
-                made = await self._threads.run(
-                    self._registry.create, tenant, scopes, name=name, expires_at=expires_at
-                )
-            except RegistryError as error:
-                if type(error) is not RegistryError:
-                    raise
-                field = str(error).partition(":")[0]
-                raise InvalidRequestError(str(error), param=field) from error
+            made = await self._threads.run(
+                self._registry.create, tenant, scopes, name=name, expires_at=expires_at
+            )
         self._changed_at = time.monotonic()
         return made
 
@@ -187,7 +177,9 @@ class KeyRing:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 newest, keys = await self._threads.run(self._registry.since, self._newest)
         except (RegistryError, TimeoutError) as error:
-            _log.warning("the registry's API keys cannot be read: %s", error or "no answer in time")
+            if not self._away:
+                _log.error("the registry's API keys cannot be read: %s", error or "no answer in time")
+            self._away = True
             raise UnavailableError(
                 "The registry cannot be read now, so no API key can be checked. Try again in a moment.",
                 code="registry_unavailable",
@@ -195,7 +187,7 @@ class KeyRing:
             ) from error
         if keys is not None:
             self._keys, self._newest = {key.id: key for key in keys}, newest
-        self._looked_at = max(self._looked_at, began)
+        self._looked_at, self._away = max(self._looked_at, began), False
 
     def _note_use(self, record: ApiKey) -> None:
         """Write down, now and then, that a key is in use. Nobody waits for that."""

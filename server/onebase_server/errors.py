@@ -106,8 +106,8 @@ class InsufficientScopeError(ForbiddenError):
 
     def __init__(self, scope: str, key: str) -> None:
         super().__init__(
-            f"This needs the scope {scope!r}, which the API key {key} lacks. Use a key that has it: "
-            f"onebase keys create --scope {scope}.",
+            f"This needs the scope {scope!r}, which the API key {key} lacks. Use one that has it: this "
+            "server's operator makes them (onebase keys create).",
             code="insufficient_scope",
         )
         self.headers = {

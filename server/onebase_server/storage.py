@@ -22,6 +22,7 @@ from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
+    InvalidRequestError,
     StaleActivationError,
     StoreFullError,
     UnavailableError,
@@ -194,6 +195,8 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise StaleActivationError(name, error.current) from error
     except registry.NothingToRollBackError as error:
         raise ConflictError(str(error), code="nothing_to_roll_back") from error
+    except registry.InvalidKeyError as error:
+        raise InvalidRequestError(str(error), param=error.field) from error
     except registry.UnknownKeyError as error:
         raise UnknownKeyError(str(error)) from error
     except registry.UnknownFileError as error:

@@ -3,6 +3,7 @@
 from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
 from onebase_adapters.registry.errors import (
     FileInUseError,
+    InvalidKeyError,
     JobStateError,
     NothingToRollBackError,
     NotReadyError,
@@ -63,6 +64,7 @@ __all__ = [
     "Checkpoint",
     "FileInUseError",
     "HistoryEntry",
+    "InvalidKeyError",
     "JobError",
     "JobEvent",
     "JobState",

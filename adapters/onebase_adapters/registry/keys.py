@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry.database import Database, plain
-from onebase_adapters.registry.errors import RegistryError, UnknownKeyError
+from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
 from onebase_adapters.registry.models import SCOPES, ApiKey, Scope
 from onebase_adapters.registry.tables import ApiKeyRow
 
@@ -46,16 +46,16 @@ class ApiKeys:
     ) -> tuple[ApiKey, str]:
         """A new key: its record, and the key itself, which nobody can read again.
 
-        Raises RegistryError for a tenant, a scope, a name or a time that no key can have.
+        Raises InvalidKeyError.
         """
         if not is_adapter_name(tenant) or tenant in RESERVED_TENANTS:
-            raise RegistryError(f"tenant: {tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
+            raise InvalidKeyError("tenant", f"{tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
         if len(name) > MAX_NAME or not (name == "" or name.isprintable()):
-            raise RegistryError(f"name: use up to {MAX_NAME} characters that can be printed.")
+            raise InvalidKeyError("name", f"use up to {MAX_NAME} characters that can be printed.")
         chosen = _checked_scopes(scopes)
         now = time.time()
         if expires_at is not None and expires_at <= now:
-            raise RegistryError("expires: the key would have expired already. Choose a later time.")
+            raise InvalidKeyError("expires", "the key would have expired already. Choose a later time.")
         key_id = f"ob-{secrets.token_hex(8)}"
         key = f"{key_id}-{secrets.token_urlsafe(32)}"
         with self._database.write() as (session, counter):
@@ -123,12 +123,12 @@ def _sha256(key: str) -> str:
 
 
 def _checked_scopes(scopes: Collection[str]) -> tuple[Scope, ...]:
-    """In their usual order. Raises RegistryError."""
+    """In their usual order. Raises InvalidKeyError."""
     chosen = tuple(scope for scope in SCOPES if scope in scopes)
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown or not chosen:
         wrong = f"{unknown[0][:80]!r} is none" if unknown else "there is none"
-        raise RegistryError(f"scopes: {wrong}; choose among {', '.join(SCOPES)}.")
+        raise InvalidKeyError("scopes", f"{wrong}; choose among {', '.join(SCOPES)}.")
     return chosen
 
 

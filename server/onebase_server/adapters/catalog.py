@@ -7,10 +7,13 @@ not known yet.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
@@ -181,9 +184,9 @@ class Names:
         self._shared = shared
 
     def __iter__(self) -> Iterator[AdapterRecord]:
-        """By name."""
-        both = {**self._shared, **self._own}
-        return iter([both[name] for name in sorted(both)])
+        """By name, as both parts are."""
+        shared = (record for name, record in self._shared.items() if name not in self._own)
+        return heapq.merge(self._own.values(), shared, key=attrgetter("name"))
 
     def get(self, name: str) -> AdapterRecord | None:
         return self._own.get(name) or self._shared.get(name)
@@ -215,7 +218,7 @@ class Names:
         """The adapter of this name. Raises UnknownAdapterError, saying what is known."""
         record = self.get(name)
         if record is None:
-            names = [one.name for one in self]
+            names = [one.name for one in islice(self, _SHOWN + 1)]
             known = ", ".join(names[:_SHOWN]) or "none"
             more = ", ..." if len(names) > _SHOWN else ""
             raise UnknownAdapterError(
