@@ -93,6 +93,15 @@ def test_the_routes_are_the_ones_that_are_meant_and_health_and_ready_alone_are_o
         assert {access for _, other, access in ROUTES if other == path} == {"admin"}
 
 
+def test_the_openapi_file_says_which_requests_need_a_key() -> None:
+    schema = create_app(NOBODY).openapi()
+
+    (name,) = schema["security"][0]
+    assert schema["components"]["securitySchemes"][name] == {"type": "http", "scheme": "bearer"}
+    free = {path for path, methods in schema["paths"].items() if methods.get("get", {}).get("security") == []}
+    assert free == OPEN
+
+
 def test_a_route_that_declares_nothing_is_for_admins_however_it_came_to_the_app() -> None:
     app, router = create_app(NOBODY), APIRouter(prefix="/later")
     app.get("/new")(lambda: "secret")

@@ -22,7 +22,7 @@ from onebase_server.errors import (
 )
 from onebase_server.http.deps import BodyError, Services, server_stopping
 from onebase_server.http.door import refusal
-from onebase_server.http.guard import Guard
+from onebase_server.http.guard import Guard, describe_keys
 from onebase_server.http.routes import (
     adapters,
     files,
@@ -64,6 +64,7 @@ def create_app(services: Services) -> FastAPI:
     routes = (generation, models, adapters, vllm, files, fine_tuning, keys, health, reference)
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
+    describe_keys(app)
     app.add_exception_handler(OneBaseError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)

@@ -14,6 +14,8 @@ from onebase_server.errors import InsufficientScopeError, OneBaseError
 from onebase_server.http.deps import CALLER, Services
 from onebase_server.http.door import refusal
 
+NO_KEY: Any = {"security": []}
+"""`openapi_extra` of a route that needs none."""
 _ACCESS = "onebase_access"
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -36,6 +38,19 @@ def access_of(app: FastAPI, scope: Scope) -> Access:
             declared: Access = getattr(getattr(route, "endpoint", None), _ACCESS, "admin")
             return declared
     return "any"
+
+
+def describe_keys(app: FastAPI) -> None:
+    """Say in the OpenAPI file that requests carry a key. Open routes say `security: []` themselves."""
+    plain = app.openapi
+
+    def with_keys() -> dict[str, Any]:
+        schema = plain()
+        schema["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"api_key": []}]
+        return schema
+
+    app.openapi = with_keys  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
 class Guard:

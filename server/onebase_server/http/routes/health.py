@@ -11,7 +11,7 @@ from fastapi import APIRouter, Response
 
 import onebase_server
 from onebase_server.http.deps import Provided, json_response
-from onebase_server.http.guard import needs
+from onebase_server.http.guard import NO_KEY, needs
 from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
@@ -25,7 +25,7 @@ def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
     return Response(body, status_code=503, media_type="application/json", headers=headers)
 
 
-@router.get("/health")
+@router.get("/health", openapi_extra=NO_KEY)
 @needs("open")
 async def health(services: Provided) -> Response:
     """200 while the server makes progress, also when the engine is still loading; 503 after a stall."""
@@ -35,7 +35,7 @@ async def health(services: Provided) -> Response:
     return json_response({"status": "ok", "engine": state.value})
 
 
-@router.get("/ready")
+@router.get("/ready", openapi_extra=NO_KEY)
 @needs("open")
 async def ready(services: Provided) -> Response:
     """200 when a request sent now would be served; 503 while loading, restarting or stopping."""
