@@ -9,6 +9,10 @@
 #
 # /var/lib/onebase holds the adapters and what is active; /var/cache/onebase can be made again.
 #
+# It listens on the whole network, so it needs an API key before its first start:
+#
+#   docker run --rm -v onebase-data:/var/lib/onebase --entrypoint onebase onebase:cpu keys create --scope admin
+#
 # Arguments after the image's name go to `onebase serve`. PyTorch's wheels on PyPI carry the CUDA
 # libraries, so the CUDA image needs only the driver, which NVIDIA's container toolkit brings in.
 ARG PYTHON_VERSION=3.12

@@ -1,4 +1,4 @@
-"""`onebase serve` and `onebase base`: the commands that need the server's packages."""
+"""`onebase serve`, `base` and `keys`: the commands that need the server's packages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
+from onebase_adapters.registry import DEFAULT_TENANT, SCOPES, RegistryError
 from onebase_adapters.training.cli.options import Parser
 from onebase_server.settings import (
     Settings,
@@ -18,6 +20,7 @@ from onebase_server.settings import (
     load_settings,
     option_name,
     parse_adapter,
+    parse_duration,
     parse_size,
     setting_fields,
 )
@@ -107,6 +110,79 @@ def base(argv: Sequence[str]) -> int:
         return 1
     sys.stdout.write(f"{resolved.folder}\n")
     return 0
+
+
+_KEYS = """\
+Say who may use the servers of a registry. Run it on the machine of one of them,
+as the user that it runs as, and with the same --data-dir and --registry.
+
+As soon as there is a key, every request needs one, on every server of the
+registry and on this machine too. A change holds within a second.
+"""
+
+
+def keys(argv: Sequence[str]) -> int:
+    """`onebase keys create | list | revoke`: works on the registry itself, whether or not a server runs."""
+    arguments = keys_parser().parse_args(list(argv))
+    from onebase_server.console import print_failure, print_keys
+    from onebase_server.storage import StorageError, open_keys
+
+    console, output = Console(stderr=True), Console()
+    if not output.is_terminal:
+        output.width = _LOG_WIDTH
+    try:
+        settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
+        with open_keys(settings) as registry:
+            if arguments.action == "create":
+                expires_at = None if arguments.expires is None else time.time() + arguments.expires
+                made, key = registry.create(
+                    arguments.tenant, arguments.scope, name=arguments.name, expires_at=expires_at
+                )
+                print_keys(console, [made])
+                console.print("This is the key. It is shown this once, and cannot be read again:")
+                sys.stdout.write(f"{key}\n")
+            elif arguments.action == "revoke":
+                print_keys(output, [registry.revoke(arguments.id)])
+            else:
+                print_keys(output, registry.all())
+    except (SettingsError, StorageError, RegistryError) as error:
+        print_failure(console, str(error))
+        return 1
+    return 0
+
+
+def keys_parser() -> argparse.ArgumentParser:
+    """The options of `onebase keys`."""
+    parser = Parser(prog="onebase keys", description=_KEYS)
+    actions = parser.add_subparsers(dest="action", required=True)
+    create = actions.add_parser("create", help="make a key, and print it once as the last line")
+    create.add_argument("--tenant", default=DEFAULT_TENANT, help="whose key it is (default: default)")
+    create.add_argument(
+        "--scope",
+        type=_scopes,
+        required=True,
+        metavar="SCOPE,...",
+        help=f"what it allows: {', '.join(SCOPES)}; admin allows everything, and operating the servers",
+    )
+    create.add_argument(
+        "--expires",
+        type=_checked(parse_duration),
+        metavar="TIME",
+        help="when it ends, as in 90d or 12h (default: never)",
+    )
+    create.add_argument("--name", default="", help="for people, in lists")
+    listing = actions.add_parser("list", help="all keys that there ever were, the newest first")
+    revoke = actions.add_parser("revoke", help="end a key for good")
+    revoke.add_argument("id", metavar="ID", help="as `list` shows it: ob-...")
+    fields = {item.name: (item, kind) for item, kind in setting_fields()}
+    for action in (create, listing, revoke):
+        for name in ("data_dir", "registry"):
+            action.add_argument(option_name(name), **_argument(*fields[name]))
+    return parser
+
+
+def _scopes(text: str) -> list[str]:
+    return [scope.strip() for scope in text.split(",") if scope.strip()]
 
 
 def serve_parser() -> argparse.ArgumentParser:

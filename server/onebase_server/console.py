@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import onebase_server
+from onebase_adapters.registry import ApiKey
 from onebase_engine.engine.messages import BaseInfo, Loading
+from onebase_server.access import is_loopback
 from onebase_server.adapters.catalog import Catalog, label
 from onebase_server.settings import Settings
 
 _MOST_ADAPTERS = 20
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 def readable_bytes(count: float) -> str:
@@ -72,8 +76,10 @@ class LoadingDisplay:
         self.update(message.stage, message.fraction)
 
 
-def print_summary(console: Console, settings: Settings, base: BaseInfo, catalog: Catalog, url: str) -> None:
-    """The base and its memory, the adapters, and where to send requests."""
+def print_summary(
+    console: Console, settings: Settings, base: BaseInfo, catalog: Catalog, url: str, *, keys: bool
+) -> None:
+    """The base and its memory, the adapters, and where to send requests. `keys`: whether there are any."""
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "base", f"{catalog.base_name} ({base.architecture}, {base.parameters / 1e6:,.0f} M parameters)"
@@ -90,12 +96,15 @@ def print_summary(console: Console, settings: Settings, base: BaseInfo, catalog:
     for title, text in zip(["adapters", *[""] * len(lines)], lines, strict=False):
         table.add_row(title, text)
     table.add_row("listening", f"{url}   (API reference: {url}/docs)")
+    if keys:
+        table.add_row("API keys", "each request needs one: onebase keys list")
     console.print()
     console.print(f"OneBase {onebase_server.__version__} is ready", style="bold", highlight=False)
     console.print(table, highlight=False)
-    if not settings.host.startswith(_LOOPBACK):
+    if not keys and not is_loopback(settings.host):
         console.print(
-            f"anyone who reaches {settings.host} can use this server: it checks no keys", style="yellow"
+            f"anyone who reaches {settings.host} may do everything here: there is no API key (--insecure)",
+            style="yellow",
         )
     console.print()
 
@@ -110,6 +119,23 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
     if len(active) > _MOST_ADAPTERS:
         lines.append(f"and {len(active) - _MOST_ADAPTERS} more")
     return lines or ["none yet: start with --adapter NAME=FOLDER, or upload one to /v1/adapters"]
+
+
+def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
+    """A line for each key, without what is secret."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("id", "tenant", "scopes", "state", "expires", "last used", "name"):
+        table.add_column(title, no_wrap=title == "id", overflow="fold")
+    now = time.time()
+    for key in keys:
+        state = "valid" if key.valid_at(now) else "revoked" if key.revoked_at is not None else "expired"
+        times = (_day(key.expires_at), _day(key.last_used_at))
+        table.add_row(*map(escape, (key.id, key.tenant, ",".join(key.scopes), state, *times, key.name)))
+    console.print(table, highlight=False)
+
+
+def _day(at: float | None) -> str:
+    return "never" if at is None else time.strftime("%Y-%m-%d", time.gmtime(at))
 
 
 def print_failure(console: Console, message: str) -> None:

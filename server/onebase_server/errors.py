@@ -5,9 +5,12 @@ OneBaseError
 ├── PayloadTooLargeError       the body is over the limit
 ├── HeadersTooLargeError       the address and headers are over the limit
 ├── TooSlowError               the request did not arrive in time
+├── UnauthenticatedError       no API key, or none that is valid
 ├── ForbiddenError             this server's operator does not allow it
+│   └── InsufficientScopeError the API key lacks the scope that the route needs
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
+├── UnknownKeyError            no such API key
 ├── UnknownFileError           no such training file
 ├── UnknownJobError            no such training job
 ├── ConflictError              it collides with the state of what it names
@@ -47,6 +50,7 @@ class OneBaseError(Exception):
         """More fields for the error's object."""
         self.body: dict[str, Any] = {}
         """More fields for the body, next to the error's object."""
+        self.headers: dict[str, str] = {}
 
 
 class InvalidRequestError(OneBaseError):
@@ -80,8 +84,35 @@ class TooSlowError(OneBaseError):
         super().__init__(f"The request's {reason}. Send it faster.", code="request_timeout")
 
 
+class UnauthenticatedError(OneBaseError):
+    """`given`: whether the request had an Authorization header."""
+
+    def __init__(self, problem: str, *, given: bool = True) -> None:
+        super().__init__(
+            f"{problem} Send `Authorization: Bearer ob-...` with a key from this server's operator "
+            "(onebase keys create).",
+            code="invalid_api_key",
+        )
+        error = ', error="invalid_token"' if given else ""
+        self.headers = {"WWW-Authenticate": f'Bearer realm="onebase"{error}'}
+
+
 class ForbiddenError(OneBaseError):
     """The operator does not allow it; the message names the option that would."""
+
+
+class InsufficientScopeError(ForbiddenError):
+    """`scope`: what the route needs; `key`: the id of the key that lacks it."""
+
+    def __init__(self, scope: str, key: str) -> None:
+        super().__init__(
+            f"This needs the scope {scope!r}, which the API key {key} lacks. Use one that has it: this "
+            "server's operator makes them (onebase keys create).",
+            code="insufficient_scope",
+        )
+        self.headers = {
+            "WWW-Authenticate": f'Bearer realm="onebase", error="insufficient_scope", scope="{scope}"'
+        }
 
 
 class UnknownAdapterError(OneBaseError):
@@ -94,6 +125,11 @@ class UnknownAdapterError(OneBaseError):
 class UnknownModelError(OneBaseError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="model_not_found", param="model")
+
+
+class UnknownKeyError(OneBaseError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="key_not_found", param="key_id")
 
 
 class UnknownFileError(OneBaseError):
@@ -215,7 +251,10 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     PayloadTooLargeError: (413, "invalid_request_error"),
     HeadersTooLargeError: (431, "invalid_request_error"),
     TooSlowError: (408, "invalid_request_error"),
+    UnauthenticatedError: (401, "invalid_request_error"),
     ForbiddenError: (403, "permission_error"),
+    InsufficientScopeError: (403, "permission_error"),
+    UnknownKeyError: (404, "invalid_request_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),
     UnknownFileError: (404, "invalid_request_error"),
@@ -254,10 +293,10 @@ def error_dict(message: str, kind: str, code: str | None, param: str | None = No
 
 
 def error_headers(error: OneBaseError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, rounded up, where waiting helps."""
+    """The error's own, and `Retry-After` in whole seconds, rounded up, where waiting helps."""
     if error.retry_after is None:
-        return {}
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return error.headers
+    return {**error.headers, "Retry-After": str(max(1, math.ceil(error.retry_after)))}
 
 
 def error_json(error: OneBaseError) -> bytes:

@@ -23,6 +23,8 @@ Device = Literal["auto", "cuda", "cpu"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
+_DURATION = re.compile(r"(\d{1,6})([dhms])")
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -41,6 +43,14 @@ def parse_size(text: str) -> int:
         raise SettingsError(f"{text!r} is not a size: write bytes or a suffix, as in 2GB or 512MiB")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from text such as `90d`, `12h`, `30m` or `45s`. Raises SettingsError for anything else."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"{text!r} is not a time: write days, hours or minutes, as in 90d, 12h or 30m")
+    return int(match[1]) * _SECONDS[match[2]]
 
 
 def parse_bool(text: str) -> bool:
@@ -151,7 +161,17 @@ class Settings:
 
     host: str = field(
         default="127.0.0.1",
-        metadata=about("server", "address to listen on; 0.0.0.0 serves the whole network"),
+        metadata=about(
+            "server",
+            "address to listen on; 0.0.0.0 serves the whole network, to those who have an API key",
+        ),
+    )
+    insecure: bool = field(
+        default=False,
+        metadata=about(
+            "server",
+            "listen on another --host though there is no API key: whoever reaches it may do everything",
+        ),
     )
     port: int = field(
         default=8000, metadata=about("server", "port to listen on; 0 takes any free one", low=0, high=65535)

@@ -18,8 +18,10 @@ import uvloop
 from rich.console import Console
 
 from onebase_adapters.registry import RegistryError
+from onebase_server.access import is_loopback
 from onebase_server.adapters.sources import FolderError, find_adapters
 from onebase_server.console import LoadingDisplay, address_error, print_summary
+from onebase_server.errors import UnavailableError
 from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
@@ -57,6 +59,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
             # Decided once, for the engine too: adapters are bound to the base that it loads.
             settings = replace(settings, device=chosen_device(settings.device))
             storage = open_storage(settings, base.name, base.folder)
+            check_keys(settings, storage)
         except (FolderError, StorageError) as error:
             raise StartupError(str(error)) from error
         server = _Server(settings, base, storage, given, commands or Commands())
@@ -74,6 +77,22 @@ def _check_open_files() -> None:
             f"only {allowed} files may be open at once (ulimit -n), and the server needs at least "
             f"{LEAST_FILES}, and one more for each further connection: run `ulimit -n 1024` first, or raise "
             "the limit of the service (LimitNOFILE=1024) or of the container (--ulimit nofile=1024)"
+        )
+
+
+def check_keys(settings: Settings, storage: Storage) -> None:
+    """Raises StartupError where everybody on a network could do everything; StorageError."""
+    if settings.insecure or is_loopback(settings.host):
+        return
+    try:
+        keys = storage.registry.keys.all()
+    except RegistryError as error:
+        raise StorageError(f"{error} (--registry, --data-dir)") from error
+    if not keys:
+        raise StartupError(
+            f"--host {settings.host} lets others reach this server, and there is no API key yet: make one "
+            "with `onebase keys create --scope admin`, with the same --data-dir and --registry, or pass "
+            "--insecure to let everybody do everything"
         )
 
 
@@ -115,11 +134,19 @@ class _Server:
         def ready() -> None:
             display.close()
             if supervisor.base is not None:
-                print_summary(console, settings, supervisor.base, services.catalog, url_of(listener))
+                print_summary(
+                    console,
+                    settings,
+                    supervisor.base,
+                    services.catalog,
+                    url_of(listener),
+                    keys=services.keys.known,
+                )
 
         try:
             await services.catalog.refresh()
-        except RegistryError as error:
+            await services.keys.refresh()
+        except (RegistryError, UnavailableError) as error:
             raise StartupError(f"{error} (--registry)") from error
         upkeep = [
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_adapters import registry
-from onebase_adapters.registry import Registry, RegistryError
+from onebase_adapters.registry import ApiKeys, Registry, RegistryError
+from onebase_adapters.registry.database import Database
 from onebase_adapters.store import store
 from onebase_adapters.store.store import GRACE, Store, StoreError
 from onebase_engine.base.identity import BaseIdentityError, base_id
@@ -21,12 +22,14 @@ from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
+    InvalidRequestError,
     StaleActivationError,
     StoreFullError,
     UnavailableError,
     UnknownAdapterError,
     UnknownFileError,
     UnknownJobError,
+    UnknownKeyError,
 )
 from onebase_server.settings import Device, Settings
 
@@ -87,14 +90,35 @@ class Storage:
             await asyncio.sleep(SWEEP_SECONDS)
 
 
+@contextmanager
+def open_keys(settings: Settings) -> Iterator[ApiKeys]:
+    """The API keys of the registry alone, for a command. Blocks. Raises StorageError."""
+    try:
+        database = Database(_registry_url(settings))
+        try:
+            database.migrate()
+            yield ApiKeys(database)
+        finally:
+            database.close()
+    except OSError as error:
+        raise StorageError(f"the registry cannot be opened ({error}): choose another --data-dir") from error
+
+
+def _registry_url(settings: Settings) -> str:
+    """Of the registry; a SQLite file's folder is made. Raises OSError."""
+    data = Path(settings.data_dir).expanduser().absolute()
+    if not settings.registry:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return settings.registry or f"sqlite:///{data / 'registry.db'}"
+
+
 def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Storage:
     """Create what is missing and bring the registry's tables up to date. Blocks. Raises StorageError."""
     data = Path(settings.data_dir).expanduser().absolute()
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         identity = base_id(base_folder, _identity(settings))
-        url = settings.registry or f"sqlite:///{data / 'registry.db'}"
-        registry = Registry(url, base_id=identity, base_name=base_name)
+        registry = Registry(_registry_url(settings), base_id=identity, base_name=base_name)
         registry.migrate()
         known_as = registry.training.registry_id()
         store = Store(settings.store or str(data / "store"), data / "cache", registry=known_as)
@@ -171,6 +195,10 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise StaleActivationError(name, error.current) from error
     except registry.NothingToRollBackError as error:
         raise ConflictError(str(error), code="nothing_to_roll_back") from error
+    except registry.InvalidKeyError as error:
+        raise InvalidRequestError(str(error), param=error.field) from error
+    except registry.UnknownKeyError as error:
+        raise UnknownKeyError(str(error)) from error
     except registry.UnknownFileError as error:
         raise UnknownFileError(str(error)) from error
     except registry.UnknownJobError as error:

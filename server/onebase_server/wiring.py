@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import Loading
+from onebase_server.access import KeyRing, is_loopback
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
@@ -35,6 +36,7 @@ from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
 
 RECORD_THREADS = 4
+KEY_THREADS = 2
 DISK_THREADS = 8
 PULL_THREADS = 4
 
@@ -111,8 +113,14 @@ def assemble(
     )
     supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
+    keys = KeyRing(
+        storage.registry.keys,
+        Threads("keys", KEY_THREADS),
+        open_without_keys=settings.insecure or is_loopback(settings.host),
+    )
     return Services(
         settings=settings,
+        keys=keys,
         catalog=parts.catalog,
         tokenizer=tokenizer,
         supervisor=supervisor,

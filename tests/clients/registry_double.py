@@ -104,6 +104,7 @@ class Registry:
         self.versions: dict[str, list[Json]] = {}
         self.history: dict[str, list[Json]] = {}
         self.pinned: set[str] = set()
+        self.shared: set[str] = set()
         self.busy: set[str] = set()
         """Names that requests run on."""
         self.uploads: list[tuple[dict[str, str], dict[str, bytes]]] = []
@@ -166,6 +167,9 @@ class Registry:
             case "POST", [name, "pin"]:
                 (self.pinned.add if body["pinned"] else self.pinned.discard)(name)
                 return self.adapter(name)
+            case "POST", [name, "share"]:
+                (self.shared.add if body["shared"] else self.shared.discard)(name)
+                return self.adapter(name)
             case "DELETE", [name, *rest]:
                 return self._delete(name, rest[1] if rest else None, force)
         raise RefusalError(404, "not_found", f"no such path: {path}")
@@ -187,6 +191,7 @@ class Registry:
         body = {"object": "adapter", "id": name, "name": name, "active": active is not None}
         body |= {"version": active["version"] if active else None, "base": BASE, "tenant": "default"}
         body |= {"state": (active or versions[-1])["state"], "pinned": name in self.pinned}
+        body |= {"shared": name in self.shared}
         body |= {"tier": "slot" if active else None, "versions": len(versions)}
         return body | {"created_at": NOW, "updated_at": NOW} | facts | lists
 

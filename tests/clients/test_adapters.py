@@ -145,17 +145,23 @@ def test_a_race_lost_to_nobody_has_no_current_version(sdk: Any, registry: Regist
     assert (caught.value.code, caught.value.current) == ("stale_activation", None)
 
 
-def test_rollback_deactivate_and_pin_give_the_adapter_as_it_is_then(sdk: Any, registry: Registry) -> None:
+def test_rollback_deactivate_pin_and_share_give_the_adapter_as_it_then_is(
+    sdk: Any, registry: Registry
+) -> None:
     registry.activate(NAME, registry.versions[NAME][1])
     transport = registry.transport
     assert sdk.call(lambda client: client.adapters.rollback(NAME), transport).version == digest("1")
     assert sdk.call(lambda client: client.adapters.pin(NAME), transport).pinned
     assert not sdk.call(lambda client: client.adapters.pin(NAME, False), transport).pinned
+    assert sdk.call(lambda client: client.adapters.share(NAME), transport).shared
+    assert not sdk.call(lambda client: client.adapters.share(NAME, False), transport).shared
     assert sdk.call(lambda client: client.adapters.deactivate(NAME), transport).version is None
     assert [body for method, _, body in registry.asked if method == "POST"] == [
         {},
         {"pinned": True},
         {"pinned": False},
+        {"shared": True},
+        {"shared": False},
         {},
     ]
 

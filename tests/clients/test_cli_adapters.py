@@ -156,6 +156,8 @@ def test_what_a_name_answers_with_is_said_after_each_change(
     shell.run("adapters", "deactivate", NAME)
     shell.run("adapters", "pin", NAME)
     shell.run("adapters", "unpin", NAME)
+    shell.run("adapters", "share", NAME)
+    shell.run("adapters", "unshare", NAME)
     shell.run("adapters", "activate", NAME, ONE, "--expected", ONE[:8])
     shell.run("adapters", "activate", NAME, "ffffffff")
     shell.run("adapters", "activate", "broken", digest("3"))

@@ -60,6 +60,11 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/data/make_\w+\.py$", RUN),
     (r"make ", PARSE),  # sets up, or runs every test
     (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
+    (r"onebase serve --host ", PARSE),  # the whole network
+    (
+        r"onebase keys (?!.*--help$)",
+        PARSE,
+    ),  # the other lines have none
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
     (r"accelerate launch -m onebase_adapters\.training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
@@ -68,7 +73,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     # What others made, or what changes the machine, is not run at all.
     (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),
     (r"git clone <this repository> onebase && cd onebase$", "has no address yet"),
-    (r"docker build ", "Docker; test_container.py reads the Dockerfile"),
+    (r"docker (build|run|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
     (r"(cd ~/vllm/lib/|sed -i 's/\^Name)", "vLLM's installed files"),
@@ -230,7 +235,10 @@ def test_no_row_of_the_table_is_left_over() -> None:
 
 def test_every_action_is_documented() -> None:
     words = [line.text.split() for line in lines("docs/sdk.md") if line.text.startswith("onebase ")]
-    assert {word[2] for word in words if word[1] == "adapters"} >= adapters.ACTIONS.keys() - {"unpin"}
+    assert {word[2] for word in words if word[1] == "adapters"} >= adapters.ACTIONS.keys() - {
+        "unpin",
+        "unshare",
+    }
     assert {word[2] for word in words if word[1] == "jobs"} >= jobs.ACTIONS.keys()
 
 

@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.rows: dict[tuple[str, int], list[object]] = {}
         self.steps = 0
         self.loaded: set[str] = set()
+        self.seen: set[tuple[str, tuple[int, ...]]] = set()
         self.pace: int | None = None
 
     def send(self, message: ToApi) -> None:
@@ -160,12 +161,21 @@ class ScriptedEngine:
             state[1] = count + 1
             finish = "length" if count + 1 >= submit.sampling.max_tokens else None
             token = submit.prompt[count % len(submit.prompt)]
-            outputs.append(RowOutput(id=name, choice=choice, tokens=[token], finish=finish))
+            cached = self.cached(submit) if count == 0 else None
+            row = RowOutput(id=name, choice=choice, tokens=[token], finish=finish, cached_tokens=cached)
+            outputs.append(row)
             if finish:
                 del self.rows[name, choice]
         self.steps += bool(outputs)
         if outputs:
             self.report(outputs)
+
+    def cached(self, submit: Submit) -> int:
+        """Tokens of a prompt that come from the cache, it says: of one that the tenant sent before."""
+        key = submit.tenant, tuple(submit.prompt)
+        known = key in self.seen
+        self.seen.add(key)
+        return len(submit.prompt) if known else 0
 
     def poisonous(self, submit: object) -> bool:
         return isinstance(submit, Submit) and submit.sampling.max_tokens == POISON

@@ -15,7 +15,7 @@ from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
-from onebase_server.adapters.service import AdapterService
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
@@ -73,7 +73,7 @@ class House:
             config.write(b"{}")
             weights.write(b"weights")
             files = VersionFiles(config.commit(), weights.commit())
-        self.digest = files.digest
+        self.digest, self.both = files.digest, files
         for name in ("acme", "other"):
             registry.add_version(name, files.digest, files, {"kind": "upload"})
         self.store = store
@@ -114,3 +114,28 @@ def test_a_version_that_was_healed_is_not_opened_again_by_a_late_report_of_the_o
         assert (await house.files.fetch(healed)).read_bytes() == PACKED
 
     asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_content_that_another_tenant_has_proved_is_proved_again_unless_it_is_shared(
+    registry: Registry, tmp_path: Path
+) -> None:
+    """Else the time until it is ready would tell that somebody has it."""
+
+    async def test() -> None:
+        house = House(registry, tmp_path)
+        await house.make_ready()
+
+        async def proofs_for(tenant: str) -> int:
+            before = house.verifier.proofs
+            await house.adapters.add(tenant, "mine", house.both, {"kind": "upload"}, VersionOptions())
+            await house.settled()
+            assert (await house.adapters.version(tenant, "mine", house.digest)).state == "ready"
+            return house.verifier.proofs - before
+
+        assert await proofs_for("default") == 0
+        assert await proofs_for("stranger") == 1
+        registry.share("default", "acme", True)
+        await house.catalog.refresh()
+        assert await proofs_for("guest") == 0
+
+    asyncio.run(test())

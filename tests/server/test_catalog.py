@@ -12,23 +12,31 @@ import pytest
 
 from onebase_adapters.registry import AdapterRecord, Blob, Registry, VersionFiles
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.catalog import Catalog, check_name, same_base
+from onebase_server.adapters.catalog import Catalog, Names, check_name, same_base
 from onebase_server.background import RegistryThreads
-from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError
+from onebase_server.errors import ConflictError, ForbiddenError, InvalidRequestError, UnknownAdapterError
 
 
 def blob(text: str) -> Blob:
     return Blob(hashlib.sha256(text.encode()).hexdigest(), len(text))
 
 
-def register(registry: Registry, name: str, content: str, *, active: bool = True, ready: bool = True) -> str:
+def register(
+    registry: Registry,
+    name: str,
+    content: str,
+    *,
+    active: bool = True,
+    ready: bool = True,
+    tenant: str = "default",
+) -> str:
     """A version of this content, as if it had been proved. Returns its digest."""
     files = VersionFiles(blob("{}"), blob(content))
-    registry.add_version(name, files.digest, files, {"kind": "upload"})
+    registry.add_version(name, files.digest, files, {"kind": "upload"}, tenant=tenant)
     if ready:
-        registry.set_state("default", name, files.digest, "ready", report={}, prepared=blob(content + "!"))
+        registry.set_state(tenant, name, files.digest, "ready", report={}, prepared=blob(content + "!"))
     if active:
-        registry.activate("default", name, files.digest)
+        registry.activate(tenant, name, files.digest)
     return files.digest
 
 
@@ -40,31 +48,31 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     registry.close()
 
 
-def look(registry: Registry) -> Catalog:
-    """A catalog that has looked once."""
+def look(registry: Registry, tenant: str = "default") -> Names:
+    """What a tenant may name, after one look."""
     catalog = Catalog("base", registry, RegistryThreads("test", 2))
     asyncio.run(catalog.refresh())
-    return catalog
+    return catalog.of(tenant)
 
 
 def test_a_name_a_version_and_a_beginning_of_it_all_find_the_adapter(registry: Registry) -> None:
     digest = register(registry, "acme", "one")
-    catalog = look(registry)
+    names = look(registry)
 
     for reference in ("acme", f"acme@{digest}", f"acme@{digest[:8]}"):
-        choice = catalog.choose(reference)
+        choice = names.choose(reference)
         assert choice.refs == (AdapterRef(digest),)
-        assert choice.uses == (("acme", digest),)
+        assert choice.uses == (("default", "acme", digest),)
         assert choice.label == f"acme@{digest[:12]}"
 
 
 def test_the_bare_name_is_the_active_version_and_others_can_be_named(registry: Registry) -> None:
     first = register(registry, "acme", "one")
     second = register(registry, "acme", "two", active=False)
-    catalog = look(registry)
+    names = look(registry)
 
-    assert catalog.choose("acme").refs == (AdapterRef(first),)
-    assert catalog.choose(f"acme@{second[:8]}").refs == (AdapterRef(second),)
+    assert names.choose("acme").refs == (AdapterRef(first),)
+    assert names.choose(f"acme@{second[:8]}").refs == (AdapterRef(second),)
 
 
 @pytest.mark.parametrize("reference", ["nobody", "acme@", "acme@0123", "acme@ffffffffffffffff", "ACME", ""])
@@ -91,24 +99,24 @@ def test_too_short_a_beginning_of_a_version_is_refused_even_when_it_fits(registr
 
 def test_a_name_without_an_active_version_says_how_to_get_one(registry: Registry) -> None:
     digest = register(registry, "acme", "one", active=False)
-    catalog = look(registry)
+    names = look(registry)
 
     with pytest.raises(UnknownAdapterError, match="no active version"):
-        catalog.choose("acme")
-    assert catalog.choose(f"acme@{digest}").refs == (AdapterRef(digest),)
+        names.choose("acme")
+    assert names.choose(f"acme@{digest}").refs == (AdapterRef(digest),)
 
 
 def test_a_version_that_is_not_ready_is_refused_by_its_state_and_its_error(registry: Registry) -> None:
     failed = register(registry, "acme", "one", active=False, ready=False)
     registry.set_state("default", "acme", failed, "failed", error=("no_effect", "it changes nothing"))
     waiting = register(registry, "acme", "two", active=False, ready=False)
-    catalog = look(registry)
+    names = look(registry)
 
     with pytest.raises(ConflictError, match="no_effect: it changes nothing") as caught:
-        catalog.choose(f"acme@{failed}")
+        names.choose(f"acme@{failed}")
     assert caught.value.code == "version_not_ready"
     with pytest.raises(ConflictError, match="validating"):
-        catalog.choose(f"acme@{waiting}")
+        names.choose(f"acme@{waiting}")
 
 
 def test_a_weighted_sum_keeps_order_and_weights(registry: Registry) -> None:
@@ -131,12 +139,12 @@ def test_the_unknown_term_of_a_sum_is_named_by_its_place(registry: Registry) -> 
 def test_a_hub_name_is_found_whole_although_it_holds_an_at_sign(registry: Registry) -> None:
     name = "hub:acme/support@main"
     digest = register(registry, name, "one")
-    catalog = look(registry)
+    names = look(registry)
 
-    assert catalog.choose(name).refs == (AdapterRef(digest),)
-    assert catalog.choose(f"{name}@{digest[:9]}").refs == (AdapterRef(digest),)
-    assert not catalog.names_version(name)
-    assert catalog.names_version(f"{name}@{digest[:9]}")
+    assert names.choose(name).refs == (AdapterRef(digest),)
+    assert names.choose(f"{name}@{digest[:9]}").refs == (AdapterRef(digest),)
+    assert not names.names_version(name)
+    assert names.names_version(f"{name}@{digest[:9]}")
 
 
 def test_a_watching_catalog_sees_what_another_server_writes_and_deletes(
@@ -176,9 +184,9 @@ def test_what_this_server_writes_is_seen_when_the_write_returns(registry: Regist
         records = RegistryThreads("test", 2)
         catalog = Catalog("base", registry, records)
         await catalog.refresh()
-        before = catalog.get("acme")
+        before = catalog.of("default").get("acme")
         await records.write(registry.activate, "default", "acme", digest)
-        return before, catalog.get("acme")
+        return before, catalog.of("default").get("acme")
 
     before, after = asyncio.run(activate())
 
@@ -191,8 +199,8 @@ def test_the_adapters_of_another_base_are_not_seen(registry: Registry, tmp_path:
     register(registry, "acme", "one")
     other = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="c" * 64, base_name="base")
 
-    assert len(look(registry)) == 1
-    assert len(look(other)) == 0
+    assert len(list(look(registry))) == 1
+    assert not list(look(other))
     other.close()
 
 
@@ -217,3 +225,40 @@ def test_a_name_that_is_not_allowed_is_refused(name: str) -> None:
 )
 def test_bases_are_the_same_when_the_last_parts_of_their_names_are(wanted: str | None, same: bool) -> None:
     assert same_base(wanted, "smollm2-135m-instruct", None) is same
+
+
+# ---- tenants ------------------------------------------------------------------------------------
+
+
+def test_a_tenant_finds_its_own_adapters_and_learns_of_no_other(registry: Registry) -> None:
+    own = register(registry, "acme", "one", tenant="a")
+    other = register(registry, "acme", "two", tenant="b")
+    register(registry, "private", "three", tenant="b")
+
+    assert look(registry, "a").choose("acme").uses == (("a", "acme", own),)
+    assert look(registry, "b").choose("acme").uses == (("b", "acme", other),)
+    with pytest.raises(UnknownAdapterError, match=r"no adapter 'private'. Known: acme\.$"):
+        look(registry, "a").choose("private")
+    with pytest.raises(UnknownAdapterError, match="has no version"):
+        look(registry, "a").choose(f"acme@{other}")
+    with pytest.raises(UnknownAdapterError, match=r"Known: none\.$"):
+        look(registry, "nobody").choose("acme")
+
+
+def test_a_shared_adapter_is_found_by_all_after_their_own(registry: Registry) -> None:
+    shared = register(registry, "acme", "one", tenant="operator")
+    own = register(registry, "acme", "two", tenant="a")
+    registry.share("operator", "acme", True)
+
+    assert look(registry, "a").choose("acme").uses == (("a", "acme", own),)
+    names = look(registry, "b")
+    assert names.choose("acme").uses == (("operator", "acme", shared),)
+    assert [record.tenant for record in names] == ["operator"]
+    with pytest.raises(ForbiddenError, match="only its owner may change it"):
+        names.check_own("acme")
+    look(registry, "a").check_own("acme")
+    look(registry, "operator").check_own("acme")
+
+    registry.share("operator", "acme", False)
+    with pytest.raises(UnknownAdapterError):
+        look(registry, "b").choose("acme")

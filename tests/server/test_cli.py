@@ -24,7 +24,7 @@ def test_the_commands_are_found_by_the_sdk() -> None:
     found = {entry.name: entry.load() for entry in entry_points(group="onebase.commands")}
 
     assert (found["serve"], found["base"]) == (serve, base)
-    assert found.keys() == {"serve", "base", "train", "data", "estimate", "sweep"}
+    assert found.keys() == {"serve", "base", "keys", "train", "data", "estimate", "sweep"}
 
 
 def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,12 +174,12 @@ def test_the_summary_tells_memory_adapters_and_address(serve_scripted: Starter, 
         assert "smollm2-135m-instruct" in server.log
         assert "for the base" in server.log
         assert "acme@" in server.log
-        assert "checks no keys" not in server.log
+        assert "may do everything" not in server.log
 
 
 def test_listening_on_every_address_is_said_aloud(serve_scripted: Starter) -> None:
-    with serve_scripted("words", "--host", "0.0.0.0") as server:
-        server.wait_for(lambda: "checks no keys" in server.log, 30)
+    with serve_scripted("words", "--host", "0.0.0.0", "--insecure") as server:
+        server.wait_for(lambda: "anyone who reaches 0.0.0.0 may do everything" in server.log, 30)
 
 
 def test_the_environment_configures_the_server(

@@ -78,7 +78,7 @@ class Engine:
             self.residency.receive(loaded)
 
     def lease(self, *digests: str, **how: Any) -> Any:
-        return self.residency.lease([VersionRef("name", digest) for digest in digests], **how)
+        return self.residency.lease([VersionRef("default", "name", digest) for digest in digests], **how)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -252,18 +252,18 @@ def test_deleting_by_force_ends_the_wait_and_tells_the_one_who_runs() -> None:
             engine.orders.append(engine.orders.pop(0))
         engine.answer()
         await ready
-        assert engine.residency.is_used(VersionRef("name", "a"))
-        engine.residency.revoke(VersionRef("other name", "a"))
+        assert engine.residency.is_used(VersionRef("default", "name", "a"))
+        engine.residency.revoke(VersionRef("default", "other name", "a"))
         await settle()
         assert not waiting.done()
 
         for digest in ("a", "b"):
-            engine.residency.revoke(VersionRef("name", digest))
+            engine.residency.revoke(VersionRef("default", "name", digest))
 
         with pytest.raises(AdapterDeletedError):
             await waiting
         assert [type(error) for error in told] == [AdapterDeletedError]
-        assert not engine.residency.is_used(VersionRef("name", "a"))
+        assert not engine.residency.is_used(VersionRef("default", "name", "a"))
 
     run(test())
 

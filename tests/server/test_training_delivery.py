@@ -30,25 +30,24 @@ class _Library:
         self.failure = failure
         self.wishes: list[Any] = []
         self.active: str | None = None
-        self.known = SimpleNamespace(name="orders", digest=DIGEST, state="ready", error=None)
-        self.catalog = SimpleNamespace(
-            of_digest=lambda digest: [self.known], get=lambda name: SimpleNamespace(active=self.active)
-        )
+        self.known = SimpleNamespace(tenant="acme", name="orders", digest=DIGEST, state="ready", error=None)
+        names = {"acme": SimpleNamespace(own=lambda name: SimpleNamespace(active=self.active))}
+        self.catalog = SimpleNamespace(of_digest=lambda digest: [self.known], of=names.__getitem__)
         self.disk = Threads("disk", 1)
         self.store = SimpleNamespace(add_file=lambda path: SimpleNamespace(sha256="0" * 64, size=1))
 
-    async def add(self, name: str, files: Any, source: Any, wishes: Any, *, actor: str) -> Any:
+    async def add(self, tenant: str, name: str, files: Any, source: Any, wishes: Any, *, actor: str) -> Any:
         self.wishes.append(wishes)
         self.away -= 1
         if self.away >= 0:
             raise UnavailableError("locked for a moment", code="registry_unavailable", retry_after=5)
         return self.known
 
-    async def wait(self, name: str, digest: str) -> Any:
+    async def wait(self, tenant: str, name: str, digest: str) -> Any:
         if not self.proved:
             await asyncio.Event().wait()
 
-    async def version(self, name: str, digest: str) -> Any:
+    async def version(self, tenant: str, name: str, digest: str) -> Any:
         return self.known
 
     async def activate_with_retries(self, version: Any) -> OneBaseError | None:
@@ -65,7 +64,7 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "adapter").mkdir(exist_ok=True)
         (tmp_path / "adapter" / file).write_text("x")
 
-    async def keep_curve(job_id: str, report: Any) -> str:
+    async def keep_curve(tenant: str, job_id: str, report: Any) -> str:
         return "file-1"
 
     def run(library: Any, activate: str = "always", state: str = "running") -> Delivered:
@@ -74,7 +73,9 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         home: Any = SimpleNamespace(job=lambda job_id: tmp_path)
         files: Any = SimpleNamespace(keep_curve=keep_curve)
-        job: Any = SimpleNamespace(id="ftjob-1", name="orders", activate=activate, report={"better": False})
+        job: Any = SimpleNamespace(
+            id="ftjob-1", tenant="acme", name="orders", activate=activate, report={"better": False}
+        )
         record: Any = SimpleNamespace(current=current)
         return asyncio.run(Delivery(library, home, files, proof_seconds=0.05).deliver(job, record))
 

@@ -27,6 +27,7 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.storage import TrainingStorage
 
 ROWS = b'{"text": "rows"}'
+HERE = "default"
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def using(
 async def upload(files: TrainingFiles) -> TrainingFile:
     writer = files.store.writer()
     writer.write(ROWS)
-    return await files.keep(writer, "a.jsonl", "fine-tune")
+    return await files.keep(HERE, writer, "a.jsonl", "fine-tune")
 
 
 def old_file(registry: Registry, storage: TrainingStorage, name: str = "file-1") -> TrainingFile:
@@ -112,7 +113,7 @@ def test_content_goes_with_the_last_file_that_has_it(
     first, second = (using(registry.training, store, storage, upload) for _ in range(2))
     assert first.sha256 == second.sha256
     for file, left in ((first, True), (second, False)):
-        using(registry.training, store, storage, lambda files, file=file: files.delete(file.id))
+        using(registry.training, store, storage, lambda files, file=file: files.delete(HERE, file.id))
         assert store.exists(first.sha256) == left
 
 
@@ -122,13 +123,14 @@ def test_a_file_is_used_and_deleted_by_every_server_that_shares_registry_and_sto
     other = TrainingStorage(tmp_path / "other", "registry-1")
     file = using(registry.training, store, storage, upload)
     assert (
-        using(registry.training, store, other, lambda files: files.usable(file.id, "training_file")) == file
+        using(registry.training, store, other, lambda files: files.usable(HERE, file.id, "training_file"))
+        == file
     )
     own = Store(str(tmp_path / "other/store"), tmp_path / "cache")
     with pytest.raises(InvalidRequestError, match="share a store") as refused:
-        using(registry.training, own, other, lambda files: files.usable(file.id, "training_file"))
+        using(registry.training, own, other, lambda files: files.usable(HERE, file.id, "training_file"))
     assert (refused.value.code, refused.value.param) == ("file_not_found", "training_file")
-    using(registry.training, store, other, lambda files: files.delete(file.id))
+    using(registry.training, store, other, lambda files: files.delete(HERE, file.id))
     assert not store.exists(file.sha256)
 
 
@@ -201,7 +203,7 @@ def test_a_file_that_the_store_does_not_take_is_used_and_deleted_where_it_lies(
     file = old_file(registry, storage)
     using(registry.training, store, storage, lambda files: files.take_over())
     assert using(registry.training, store, storage, lambda files: files.local(file)).read_bytes() == ROWS
-    using(registry.training, store, storage, lambda files: files.delete(file.id))
+    using(registry.training, store, storage, lambda files: files.delete(HERE, file.id))
     assert not storage.old_file(file).exists()
 
 
@@ -210,7 +212,7 @@ def test_an_old_file_of_another_server_or_that_is_gone_is_not_found(
 ) -> None:
     other = TrainingStorage(tmp_path / "other", "registry-1")
     file = old_file(registry, storage)
-    for use in (lambda files: files.local(file), lambda files: files.delete(file.id)):
+    for use in (lambda files: files.local(file), lambda files: files.delete(HERE, file.id)):
         with pytest.raises(UnknownFileError, match="on the disk of another server"):
             using(registry.training, store, other, use)
     storage.old_file(file).unlink()
@@ -234,6 +236,6 @@ def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_t
     )  # fmt: skip
     there.close()
     with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
-        using(registry.training, store, storage, lambda files: files.delete(file.id))
+        using(registry.training, store, storage, lambda files: files.delete(HERE, file.id))
     assert refused.value.code == "file_in_use"
     assert store.exists(file.sha256)

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from alembic import command
+from alembic.config import Config
+
+from onebase_adapters.registry.database import Database
 
 from .support import Server, Starter
 from .training_support import (
@@ -172,9 +176,12 @@ def lay_out_as_before(data_dir: Path) -> None:
                 data_dir / "store/blobs" / blob, training / "files" / f"{file}{Path(name).suffix}"
             )
             (data_dir / "store/blobs" / blob).unlink()
-        database.execute("DROP INDEX ix_training_files_sha256")
-        database.execute("ALTER TABLE training_files DROP COLUMN sha256")
-        database.execute("UPDATE alembic_version SET version_num = '0004'")
+    config, opened = Config(), Database(f"sqlite:///{data_dir / 'registry.db'}")
+    config.set_main_option("script_location", "onebase_adapters.registry:migrations")
+    with opened.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0004")
+    opened.close()
 
 
 def test_a_lock_that_cannot_be_opened_is_named_and_jobs_begin_once_it_can(

@@ -15,6 +15,7 @@ from onebase_adapters.registry import activation
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
+from onebase_adapters.registry.keys import ApiKeys
 from onebase_adapters.registry.models import (
     MODULES,
     STATES,
@@ -61,6 +62,8 @@ class Registry:
         self.base_name = base_name
         self.training = TrainingRecords(self._database, base_id)
         """Training files and jobs, in the same database."""
+        self.keys = ApiKeys(self._database)
+        """API keys, for every base."""
 
     def close(self) -> None:
         """Let go of the connections; the registry cannot be used any more."""
@@ -284,6 +287,12 @@ class Registry:
             adapter.pinned = pinned
             return _adapter_record(adapter)
 
+    def share(self, tenant: str, name: str, shared: bool) -> AdapterRecord:
+        """Whether all tenants may use the adapter and look at it. Raises UnknownAdapterError."""
+        with self._changing(tenant, name, time.time()) as (_, adapter):
+            adapter.shared = shared
+            return _adapter_record(adapter)
+
     def delete_version(self, tenant: str, name: str, digest: str, *, actor: str = "") -> set[str]:
         """Delete a version (by digest or prefix), deactivating it if it is active; with the last one its
         adapter goes too. Returns the blobs that nothing references any more.
@@ -406,6 +415,7 @@ def _new_adapter(base_id: str, tenant: str, name: str, now: float) -> AdapterRow
         name=name,
         active=None,
         pinned=False,
+        shared=False,
         created_at=now,
         updated_at=now,
         changed=0,
@@ -453,6 +463,7 @@ def _adapter_record(row: AdapterRow) -> AdapterRecord:
         name=row.name,
         active=row.active,
         pinned=row.pinned,
+        shared=row.shared,
         created_at=row.created_at,
         updated_at=row.updated_at,
         versions=tuple(_version_record(version, row, whole=False) for version in row.versions),

@@ -8,6 +8,8 @@ RegistryError
 ├── NotReadyError             the version has not been proved, or failed
 ├── StaleActivationError      another version is active than the caller expects
 ├── NothingToRollBackError    no earlier version is left
+├── UnknownKeyError           no API key of that id
+├── InvalidKeyError           no API key can have such a tenant, scope, name or end
 ├── UnknownFileError          no training file of that id
 ├── FileInUseError            a training job needs the file
 ├── UnknownJobError           no training job of that id
@@ -55,6 +57,18 @@ class StaleActivationError(RegistryError):
 
 class NothingToRollBackError(RegistryError):
     """No version was active before this one, or those that were are deleted."""
+
+
+class UnknownKeyError(RegistryError):
+    """There is no API key of this id."""
+
+
+class InvalidKeyError(RegistryError):
+    """No API key can be like this. `field`: what must change."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
 
 
 class UnknownFileError(RegistryError):

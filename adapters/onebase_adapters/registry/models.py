@@ -64,12 +64,16 @@ class VersionRecord:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One name. `active`: the digest of the version that requests by name get; `versions`: newest first."""
+    """One name. `active`: the digest of the version that requests by name get; `versions`: newest first.
+
+    `shared`: whether all tenants may use it and look at it.
+    """
 
     tenant: str
     name: str
     active: str | None
     pinned: bool
+    shared: bool
     created_at: float
     updated_at: float
     versions: tuple[VersionRecord, ...]
@@ -102,6 +106,31 @@ class Changes:
     counter: int
     changed: tuple[AdapterRecord, ...]
     names: frozenset[tuple[str, str]]
+
+
+# ---- keys ------------------------------------------------------------------------------------
+
+Scope = Literal["generate", "adapters", "train", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """What is known of a key. `id`: its public beginning; `sha256`: of the whole key."""
+
+    id: str
+    tenant: str
+    name: str
+    scopes: tuple[Scope, ...]
+    sha256: str = field(repr=False)
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used_at: float | None
+
+    def valid_at(self, now: float) -> bool:
+        """Whether it may be used."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
 # ---- training --------------------------------------------------------------------------------

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy import Double as DoubleType
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -57,6 +68,23 @@ class BaseRow(Table):
     name: Mapped[str] = mapped_column(Text)
 
 
+class ApiKeyRow(Table):
+    """One API key, as a hash. Rows stay when a key is revoked or has expired."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    tenant: Mapped[str] = mapped_column(String)
+    name: Mapped[str] = mapped_column(Text)
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    sha256: Mapped[str] = mapped_column(String)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    expires_at: Mapped[float | None] = mapped_column(DoubleType)
+    revoked_at: Mapped[float | None] = mapped_column(DoubleType)
+    last_used_at: Mapped[float | None] = mapped_column(DoubleType)
+    changed: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
 class AdapterRow(Table):
     """One name of one tenant on one base."""
 
@@ -69,6 +97,7 @@ class AdapterRow(Table):
     name: Mapped[str] = mapped_column(String)
     active: Mapped[str | None] = mapped_column(String)
     pinned: Mapped[bool] = mapped_column(default=False)
+    shared: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[float] = mapped_column(DoubleType)
     updated_at: Mapped[float] = mapped_column(DoubleType)
     changed: Mapped[int] = mapped_column(BigInteger)

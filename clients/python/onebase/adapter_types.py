@@ -42,6 +42,8 @@ class Adapter:
     created_at: float
     """Unix time in seconds, as `updated_at`."""
     updated_at: float
+    shared: bool = False
+    """Whether all tenants may use it and look at it; only its owner changes it."""
 
 
 @dataclass(frozen=True)

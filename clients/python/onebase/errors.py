@@ -5,8 +5,8 @@
   x APITimeoutError             a timeout passed before the answer was complete
   x APIStatusError              the server answered with an error status
     + BadRequestError           400: a field is missing or wrong (`param` names it)
-    + AuthenticationError       401: no API key, or a wrong one
-    + PermissionDeniedError     403: the server does not allow this
+    + AuthenticationError       401: no API key, or one that is unknown, expired or revoked
+    + PermissionDeniedError     403: the server does not allow this, or the key lacks the scope
     + NotFoundError             404: no such adapter, version, model or path
     + ConflictError             409: it collides with the state of what it names (`current` says which)
     + PayloadTooLargeError      413: the body is over the server's limit
@@ -132,11 +132,12 @@ class BadRequestError(APIStatusError):
 
 
 class AuthenticationError(APIStatusError):
-    """401: no API key, or a wrong one."""
+    """401: no API key, or one that is unknown, expired or revoked."""
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the server does not allow this, such as `adapter="hub:org/repo"` outside its `--hub-allow`."""
+    """403: the server does not allow this: the API key lacks a scope (code `insufficient_scope`), or, for
+    instance, `adapter="hub:org/repo"` is outside its `--hub-allow`."""
 
 
 class NotFoundError(APIStatusError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypedDict
 
 
@@ -173,6 +173,31 @@ class Model:
     owned_by: str | None = None
     created: int | None = None
     """Unix time in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey:
+    """What the server knows of an API key. Times are Unix seconds."""
+
+    id: str
+    """The public beginning of the key."""
+    tenant: str
+    name: str
+    scopes: tuple[str, ...]
+    """What it allows: `generate`, `adapters`, `train`, `admin`."""
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used_at: float | None
+    """To the hour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewApiKey(ApiKey):
+    """A key that was just made."""
+
+    key: str = field(repr=False)
+    """The key itself, which nobody can read again."""
 
 
 @dataclass(frozen=True)

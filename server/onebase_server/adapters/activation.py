@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable
 
 from onebase_adapters.registry import (
-    DEFAULT_TENANT,
     UNSET,
     AdapterRecord,
     HistoryEntry,
@@ -16,7 +15,7 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_adapters.store.store import Store
-from onebase_server.adapters.catalog import Catalog, VersionRef, not_ready
+from onebase_server.adapters.catalog import Catalog, Names, VersionRef, not_ready
 from onebase_server.adapters.residency import Residency
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
@@ -29,9 +28,10 @@ _log = logging.getLogger(__name__)
 
 
 class Activation:
-    """Lets names point at versions, pins names and deletes versions. Called from one event loop.
+    """Lets names point at versions, pins, shares and deletes. Called from one event loop.
 
-    Changes wait for each other, so that what one of them has checked still holds when it writes.
+    What another tenant shares may only be used and looked at: changing it raises ForbiddenError. Changes
+    wait for each other, so that what one of them has checked still holds when it writes.
     """
 
     def __init__(
@@ -53,80 +53,94 @@ class Activation:
         catalog.subscribe(self._names_changed)
 
     async def activate(
-        self, name: str, version: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+        self, tenant: str, name: str, version: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
         """Load the version, then let the name point at it; requests see either the old one or the new one.
 
         Raises UnknownAdapterError, ConflictError (not ready), StaleActivationError, InvalidRequestError (no
         room for it in memory), UnavailableError.
         """
-        await self._look(name)
-        found = self._catalog.version(name, version, param="version")
+        names = await self._look(tenant, name)
+        found = names.version(name, version, param="version")
         if found.state != "ready":
             raise not_ready(found, "version")
-        record = self._catalog.adapter(name, param="name")
+        record = names.adapter(name, param="name")
         if not isinstance(expected, Unset) and expected != record.active:
             raise StaleActivationError(name, record.active)
-        async with self._residency.lease([VersionRef(name, found.digest)]), self._turn:
+        async with self._residency.lease([VersionRef.of(found)]), self._turn:
             with storage_errors(name):
                 await self._records.write(
                     self._registry.activate,
-                    DEFAULT_TENANT,
+                    tenant,
                     name,
                     found.digest,
                     expected=expected,
                     actor=actor,
                 )
-        return self._catalog.adapter(name, param="name")
+        return self._catalog.of(tenant).adapter(name, param="name")
 
     async def roll_back(
-        self, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
+        self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
         """Back to the version that was active before, also while it cannot be loaded.
 
         Raises UnknownAdapterError, StaleActivationError, UnavailableError, ConflictError (there is none).
         """
+        self._catalog.of(tenant).check_own(name)
         async with self._turn:
             with storage_errors(name):
                 record = await self._records.write(
-                    self._registry.rollback, DEFAULT_TENANT, name, expected=expected, actor=actor
+                    self._registry.rollback, tenant, name, expected=expected, actor=actor
                 )
         await self._warm(record)
-        return self._catalog.adapter(name, param="name")
+        return self._catalog.of(tenant).adapter(name, param="name")
 
-    async def deactivate(self, name: str, *, actor: str = "") -> AdapterRecord:
+    async def deactivate(self, tenant: str, name: str, *, actor: str = "") -> AdapterRecord:
         """No version answers to the bare name any more. Raises UnknownAdapterError."""
+        self._catalog.of(tenant).check_own(name)
         async with self._turn:
             with storage_errors(name):
-                await self._records.write(self._registry.deactivate, DEFAULT_TENANT, name, actor=actor)
-        return self._catalog.adapter(name, param="name")
+                await self._records.write(self._registry.deactivate, tenant, name, actor=actor)
+        return self._catalog.of(tenant).adapter(name, param="name")
 
-    async def pin(self, name: str, pinned: bool) -> AdapterRecord:
+    async def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
         """Keep the active version in host memory, or no longer.
 
         Raises UnknownAdapterError, InvalidRequestError (more than fits), UnavailableError.
         """
         async with self._turn:
-            await self._look(name)
-            record = self._catalog.adapter(name, param="name")
+            record = (await self._look(tenant, name)).adapter(name, param="name")
             if pinned:
                 others = (one.active for one in self._catalog if one.pinned and one.active)
                 self._residency.check_pins([*others, *([record.active] if record.active else [])])
             with storage_errors(name):
-                await self._records.write(self._registry.pin, DEFAULT_TENANT, name, pinned)
+                await self._records.write(self._registry.pin, tenant, name, pinned)
         if pinned:
             await self._warm(record)
-        return self._catalog.adapter(name, param="name")
+        return self._catalog.of(tenant).adapter(name, param="name")
 
-    async def history(self, name: str) -> list[HistoryEntry]:
+    async def share(self, tenant: str, name: str, shared: bool) -> AdapterRecord:
+        """Let all tenants use the adapter and look at it, or no longer. Requests that run go on.
+
+        Raises UnknownAdapterError, UnavailableError.
+        """
+        self._catalog.of(tenant).check_own(name)
+        with storage_errors(name):
+            await self._records.write(self._registry.share, tenant, name, shared)
+        return self._catalog.of(tenant).adapter(name, param="name")
+
+    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
         """What was active when, newest first. Raises UnknownAdapterError."""
         with storage_errors(name):
-            return await self._records.run(self._registry.history, DEFAULT_TENANT, name)
+            return await self._records.run(self._registry.history, tenant, name)
 
-    async def _look(self, name: str) -> None:
-        """Take in what other servers have written. Raises UnavailableError."""
+    async def _look(self, tenant: str, name: str) -> Names:
+        """What the tenant may name now. Raises ForbiddenError for what is another's, UnavailableError."""
         with storage_errors(name):
             await self._catalog.refresh()
+        names = self._catalog.of(tenant)
+        names.check_own(name)
+        return names
 
     async def _warm(self, record: AdapterRecord) -> None:
         """Load the active version; requests would do it too, only later.
@@ -139,7 +153,7 @@ class Activation:
         try:
             async with (
                 asyncio.timeout(WARM_SECONDS),
-                self._residency.lease([VersionRef(record.name, record.active)]),
+                self._residency.lease([VersionRef(record.tenant, record.name, record.active)]),
             ):
                 pass
         except TimeoutError:
@@ -149,46 +163,47 @@ class Activation:
 
     # ---- deleting ----------------------------------------------------------------------------
 
-    async def delete_version(self, name: str, version: str, *, force: bool, actor: str = "") -> str:
+    async def delete_version(
+        self, tenant: str, name: str, version: str, *, force: bool, actor: str = ""
+    ) -> str:
         """Delete one version; with the last one its name goes too. Returns its digest.
 
         Raises UnknownAdapterError, and ConflictError while it is active or in use. With force, the requests
         that use it end with AdapterDeletedError.
         """
         async with self._turn:
-            await self._look(name)
-            found = self._catalog.version(name, version, param="version")
-            record = self._catalog.adapter(name, param="name")
+            names = await self._look(tenant, name)
+            found = names.version(name, version, param="version")
+            record = names.adapter(name, param="name")
             if not force:
                 if record.active == found.digest:
                     raise _in_use(name, f"version {found.digest[:12]} is the active one")
                 self._check_unused([found])
             with storage_errors(name):
                 blobs = await self._records.write(
-                    self._registry.delete_version, DEFAULT_TENANT, name, found.digest, actor=actor
+                    self._registry.delete_version, tenant, name, found.digest, actor=actor
                 )
             await self._gone([found], blobs)
         return found.digest
 
-    async def delete(self, name: str, *, force: bool) -> None:
+    async def delete(self, tenant: str, name: str, *, force: bool) -> None:
         """Delete a name with all its versions, also the active one. Raises as `delete_version`."""
         async with self._turn:
-            await self._look(name)
-            record = self._catalog.adapter(name, param="name")
+            record = (await self._look(tenant, name)).adapter(name, param="name")
             if not force:
                 self._check_unused(record.versions)
             with storage_errors(name):
-                blobs = await self._records.write(self._registry.delete_adapter, DEFAULT_TENANT, name)
+                blobs = await self._records.write(self._registry.delete_adapter, tenant, name)
             await self._gone(record.versions, blobs)
 
     def _check_unused(self, versions: Iterable[VersionRecord]) -> None:
         for version in versions:
-            if self._residency.is_used(VersionRef(version.name, version.digest)):
+            if self._residency.is_used(VersionRef.of(version)):
                 raise _in_use(version.name, f"requests run with version {version.digest[:12]}")
 
     async def _gone(self, versions: Iterable[VersionRecord], blobs: Iterable[str]) -> None:
         for version in versions:
-            self._residency.revoke(VersionRef(version.name, version.digest))
+            self._residency.revoke(VersionRef.of(version))
         await delete_blobs(self._store, self._disk, blobs)
 
     def _names_changed(self) -> None:

@@ -7,15 +7,17 @@ not known yet.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry import (
-    DEFAULT_TENANT,
     LEAST_PREFIX,
     AdapterRecord,
     Registry,
@@ -24,7 +26,13 @@ from onebase_adapters.registry import (
 )
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.background import RegistryThreads
-from onebase_server.errors import ConflictError, InvalidRequestError, UnavailableError, UnknownAdapterError
+from onebase_server.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidRequestError,
+    UnavailableError,
+    UnknownAdapterError,
+)
 
 SHORT_DIGEST = 12
 HUB_PREFIX = "hub:"
@@ -37,10 +45,15 @@ _log = logging.getLogger(__name__)
 
 
 class VersionRef(NamedTuple):
-    """A version by the name that a request has called it."""
+    """A version by the name that a request has called it, and by whose name that is."""
 
+    tenant: str
     name: str
     digest: str
+
+    @classmethod
+    def of(cls, version: VersionRecord) -> VersionRef:
+        return cls(version.tenant, version.name, version.digest)
 
 
 @dataclass(frozen=True)
@@ -53,19 +66,17 @@ class AdapterChoice:
 
 
 class Catalog:
-    """The adapters of one tenant as they were at the last look. Read from the event loop only.
+    """The adapters of all tenants as they were at the last look. Read from the event loop only.
 
     It looks after each write through `records`, so that what this server has written it also sees.
     """
 
-    def __init__(
-        self, base_name: str, registry: Registry, records: RegistryThreads, tenant: str = DEFAULT_TENANT
-    ) -> None:
+    def __init__(self, base_name: str, registry: Registry, records: RegistryThreads) -> None:
         self.base_name = base_name
         self._registry = registry
         self._calls = records
-        self._tenant = tenant
-        self._records: dict[str, AdapterRecord] = {}
+        self._tenants: dict[str, dict[str, AdapterRecord]] = {}
+        self._shared: dict[str, AdapterRecord] = {}
         self._by_digest: dict[str, list[VersionRecord]] = {}
         self._counter = -1
         self._looked_at = -LOOK_SECONDS
@@ -73,6 +84,10 @@ class Catalog:
         self._turn = asyncio.Lock()
         self._subscribers: list[Callable[[], None]] = []
         records.subscribe(self.refresh)
+
+    def of(self, tenant: str) -> Names:
+        """What this tenant may name: its own adapters, and those that are shared with all."""
+        return Names(tenant, self._tenants.get(tenant, {}), self._shared)
 
     # ---- keeping up --------------------------------------------------------------------------
 
@@ -82,17 +97,21 @@ class Catalog:
             changes = await self._calls.run(self._registry.changes, self._counter)
             if changes.counter == self._counter:
                 return
-            names = {name for tenant, name in changes.names if tenant == self._tenant}
-            kept = {name: record for name, record in self._records.items() if name in names}
-            new = {record.name: record for record in changes.changed if record.tenant == self._tenant}
-            self._records = dict(sorted((kept | new).items()))
-            self._by_digest = {}
-            for record in self._records.values():
-                for version in record.versions:
-                    self._by_digest.setdefault(version.digest, []).append(version)
+            kept = {(one.tenant, one.name): one for one in self if (one.tenant, one.name) in changes.names}
+            new = {(one.tenant, one.name): one for one in changes.changed}
+            self._sort((kept | new).values())
             self._counter = changes.counter
         for subscriber in self._subscribers:
             subscriber()
+
+    def _sort(self, records: Iterable[AdapterRecord]) -> None:
+        self._tenants, self._shared, self._by_digest = {}, {}, {}
+        for record in sorted(records, key=lambda one: (one.name, one.created_at)):
+            self._tenants.setdefault(record.tenant, {})[record.name] = record
+            if record.shared:
+                self._shared.setdefault(record.name, record)
+            for version in record.versions:
+                self._by_digest.setdefault(version.digest, []).append(version)
 
     def subscribe(self, subscriber: Callable[[], None]) -> None:
         """Call it after each look that found something new."""
@@ -137,27 +156,71 @@ class Catalog:
             _log.warning("the registry cannot be read: %s", error)
         return self._counter != counter
 
-    # ---- reading -----------------------------------------------------------------------------
+    # ---- reading, for the server itself ----------------------------------------------------------
 
     def __iter__(self) -> Iterator[AdapterRecord]:
-        return iter(self._records.values())
+        """All adapters, of all tenants."""
+        return iter([record for records in self._tenants.values() for record in records.values()])
 
     def __len__(self) -> int:
-        return len(self._records)
-
-    def get(self, name: str) -> AdapterRecord | None:
-        return self._records.get(name)
+        return sum(map(len, self._tenants.values()))
 
     def of_digest(self, digest: str) -> Sequence[VersionRecord]:
         """The versions of this content, whatever their names."""
         return self._by_digest.get(digest, ())
 
+
+class Names:
+    """The adapters that one tenant may name, at this moment. Its own come before shared ones of that name.
+
+    An adapter of another tenant that is not shared is as unknown as one that does not exist.
+    """
+
+    def __init__(
+        self, tenant: str, own: Mapping[str, AdapterRecord], shared: Mapping[str, AdapterRecord]
+    ) -> None:
+        self.tenant = tenant
+        self._own = own
+        self._shared = shared
+
+    def __iter__(self) -> Iterator[AdapterRecord]:
+        """By name, as both parts are."""
+        shared = (record for name, record in self._shared.items() if name not in self._own)
+        return heapq.merge(self._own.values(), shared, key=attrgetter("name"))
+
+    def get(self, name: str) -> AdapterRecord | None:
+        return self._own.get(name) or self._shared.get(name)
+
+    def own(self, name: str) -> AdapterRecord | None:
+        """The tenant's own adapter of this name."""
+        return self._own.get(name)
+
+    def owner(self, name: str) -> str:
+        """The tenant whose adapter this name means; that of what is unknown is the tenant itself."""
+        record = self.get(name)
+        return self.tenant if record is None else record.tenant
+
+    def sees(self, version: VersionRecord) -> bool:
+        """Whether the version is of the tenant itself, or is shared."""
+        shared = self._shared.get(version.name)
+        return version.tenant == self.tenant or (shared is not None and shared.tenant == version.tenant)
+
+    def check_own(self, name: str) -> None:
+        """Raises ForbiddenError for what may be used and looked at only. What is unknown passes."""
+        if name not in self._own and name in self._shared:
+            raise ForbiddenError(
+                f"Adapter {name!r} is shared with all tenants, and only its owner may change it. "
+                "Upload one of your own under this name, or under another.",
+                code="adapter_read_only",
+            )
+
     def adapter(self, name: str, *, param: str | None = "adapter") -> AdapterRecord:
         """The adapter of this name. Raises UnknownAdapterError, saying what is known."""
-        record = self._records.get(name)
+        record = self.get(name)
         if record is None:
-            known = ", ".join(list(self._records)[:_SHOWN]) or "none"
-            more = ", ..." if len(self._records) > _SHOWN else ""
+            names = [one.name for one in islice(self, _SHOWN + 1)]
+            known = ", ".join(names[:_SHOWN]) or "none"
+            more = ", ..." if len(names) > _SHOWN else ""
             raise UnknownAdapterError(
                 f"There is no adapter {name[:80]!r}. Known: {known}{more}.", param=param
             )
@@ -202,8 +265,7 @@ class Catalog:
             version = self.version(reference, record.active, param=param)
         if version.state == "ready":
             return version
-        record = self._records[version.name]
-        if record.active == version.digest and not version.finished:
+        if self.adapter(version.name).active == version.digest and not version.finished:
             raise UnavailableError(
                 f"The active version of {version.name!r} is being prepared again. Try again in a moment.",
                 code="adapter_unavailable",
@@ -214,14 +276,14 @@ class Catalog:
     def names_version(self, reference: str) -> bool:
         """Whether it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@` too."""
         name, separator, _ = reference.rpartition("@")
-        return bool(separator) and name in self._records and reference not in self._records
+        return bool(separator) and self.get(name) is not None and self.get(reference) is None
 
     # ---- for requests ------------------------------------------------------------------------
 
     def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
         version = self.find(reference, param=param)
-        use = VersionRef(version.name, version.digest)
-        return AdapterChoice((AdapterRef(version.digest),), (use,), label(*use))
+        chosen = label(version.name, version.digest)
+        return AdapterChoice((AdapterRef(version.digest),), (VersionRef.of(version),), chosen)
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
         """The weighted sum of several adapters' deltas; the engine adds up duplicates."""
@@ -231,7 +293,7 @@ class Catalog:
         ]
         return AdapterChoice(
             tuple(AdapterRef(version.digest, weight) for version, weight in found),
-            tuple(VersionRef(version.name, version.digest) for version, _ in found),
+            tuple(VersionRef.of(version) for version, _ in found),
             [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
         )
 

@@ -236,7 +236,7 @@ class Residency:
         """Bring the pinned versions into memory, after an engine's start. Failures are logged."""
         for digest in sorted(self._pinned):
             try:
-                async with self.lease([VersionRef("", digest)]):
+                async with self.lease([VersionRef("", "", digest)]):
                     pass
             except OneBaseError as error:
                 _log.error("pinned version %s cannot be loaded: %s", digest[:12], error)

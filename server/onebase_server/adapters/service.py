@@ -14,11 +14,11 @@ from typing import Any
 
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.config import AdapterFormatError, check_config
-from onebase_adapters.registry import DEFAULT_TENANT, Registry, VersionRecord
+from onebase_adapters.registry import Registry, VersionRecord
 from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
-from onebase_server.adapters.catalog import Catalog, same_base
+from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.background import Backoff, RegistryThreads, Threads
 from onebase_server.errors import (
@@ -104,7 +104,7 @@ class AdapterService:
         self._base_names = base_names
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
-        self._jobs: dict[tuple[str, str], _Job] = {}
+        self._jobs: dict[VersionRef, _Job] = {}
 
     # ---- registering --------------------------------------------------------------------------
 
@@ -134,6 +134,7 @@ class AdapterService:
 
     async def add(
         self,
+        tenant: str,
         name: str,
         files: VersionFiles,
         source: Mapping[str, Any],
@@ -142,7 +143,7 @@ class AdapterService:
         actor: str = "",
         wait_for_verifier: bool = True,
     ) -> VersionRecord:
-        """Register stored files under a name, and begin to make them ready unless they are.
+        """Register stored files under a tenant's name, and begin to make them ready unless they are.
 
         wait_for_verifier: without a verifier, wait for one; else leave the version unfinished.
 
@@ -151,11 +152,11 @@ class AdapterService:
         stored = {**source, OPTIONS: asdict(options)}
         with storage_errors(name):
             version, _ = await self._records.write(
-                self._registry.add_version, name, files.digest, files, stored, actor=actor
+                self._registry.add_version, name, files.digest, files, stored, tenant=tenant, actor=actor
             )
         if version.state == "ready":
             if options.activate:
-                await self.activation.activate(name, version.digest, actor=actor)
+                await self.activation.activate(tenant, name, version.digest, actor=actor)
             return version
         self._begin(version, options, wait_for_verifier=wait_for_verifier)
         return version
@@ -163,8 +164,7 @@ class AdapterService:
     async def resume(self) -> None:
         """Go on with what a restart interrupted. Raises RegistryError."""
         for version in await self._records.run(self._registry.unfinished):
-            if version.tenant == DEFAULT_TENANT:
-                self._begin(version, VersionOptions.of(version.source))
+            self._begin(version, VersionOptions.of(version.source))
         for record in self.catalog:
             newest = record.versions[0]
             if newest.state == "ready" and newest.digest != record.active:
@@ -203,31 +203,31 @@ class AdapterService:
         for version in reopened:
             self._begin(version, replace(VersionOptions.of(version.source), activate=False))
 
-    async def wait(self, name: str, digest: str) -> VersionRecord:
+    async def wait(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """The version once it is finished, and activated if that was asked for.
 
         Raises what the activation raised, and UnknownAdapterError when the version was deleted meanwhile.
         """
-        job = self._jobs.get((name, digest))
+        job = self._jobs.get(VersionRef(tenant, name, digest))
         if job is not None and job.task is not None:
             await asyncio.shield(job.task)
             if job.failure is not None:
                 raise job.failure
-        return await self.version(name, digest)
+        return await self.version(tenant, name, digest)
 
-    async def version(self, name: str, digest: str) -> VersionRecord:
+    async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """One version with its whole report, by digest or a beginning of it. Raises UnknownAdapterError."""
         with storage_errors(name):
-            return await self._records.run(self._registry.version, DEFAULT_TENANT, name, digest)
+            return await self._records.run(self._registry.version, tenant, name, digest)
 
-    async def versions(self, name: str) -> list[VersionRecord]:
+    async def versions(self, tenant: str, name: str) -> list[VersionRecord]:
         """Newest first, with their whole reports. Raises UnknownAdapterError."""
         with storage_errors(name):
-            return await self._records.run(self._registry.versions, DEFAULT_TENANT, name)
+            return await self._records.run(self._registry.versions, tenant, name)
 
-    def progress(self, name: str, digest: str) -> Progress | None:
+    def progress(self, version: VersionRecord) -> Progress | None:
         """How far this server has come with an unfinished version."""
-        job = self._jobs.get((name, digest))
+        job = self._jobs.get(VersionRef.of(version))
         return None if job is None else job.progress
 
     # ---- making ready ------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class AdapterService:
     def _begin(
         self, version: VersionRecord, options: VersionOptions, *, wait_for_verifier: bool = True
     ) -> None:
-        key = (version.name, version.digest)
+        key = VersionRef.of(version)
         job = self._jobs.get(key)
         if job is None:
             job = self._jobs[key] = _Job(options)
@@ -277,7 +277,9 @@ class AdapterService:
             return
         for pause in BACKOFF.tries(ACTIVATION_TRIES):
             try:
-                await self.activation.activate(version.name, version.digest, actor=version.created_by)
+                await self.activation.activate(
+                    version.tenant, version.name, version.digest, actor=version.created_by
+                )
                 return
             except OneBaseError as error:
                 passing = isinstance(error, EngineRestartedError | UnavailableError | QueueFullError)
@@ -335,8 +337,14 @@ class AdapterService:
             await asyncio.gather(*marked)
 
     async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
-        """What was found when this content was proved under another name, if its packed adapter is here."""
+        """What was found when this content was proved under another name, if its packed adapter is here.
+
+        Only names that the tenant may know: how fast a version is ready must not tell what others have.
+        """
+        known = self.catalog.of(version.tenant)
         for other in self.catalog.of_digest(version.digest):
+            if not known.sees(other):
+                continue
             if other.state != "ready" or other.prepared is None or other.report is None:
                 continue
             if other.report["proof"]["modules_changed"] == 0 and not allow_noop:

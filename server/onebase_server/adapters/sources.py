@@ -24,7 +24,7 @@ from onebase_adapters.hub.pull import (
     pull,
     resolve,
 )
-from onebase_adapters.registry import VersionError, VersionRecord
+from onebase_adapters.registry import DEFAULT_TENANT, VersionError, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, VersionFiles, version_digest
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.activation import Activation
@@ -118,25 +118,30 @@ class Folders:
         for name, folder in self._given:
             try:
                 added.append(
-                    (name, await self.add(name, folder, actor=STARTUP_ACTOR, wait_for_verifier=False))
+                    (
+                        name,
+                        await self.add(
+                            DEFAULT_TENANT, name, folder, actor=STARTUP_ACTOR, wait_for_verifier=False
+                        ),
+                    )
                 )
             except OneBaseError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
         for name, version in added:
             try:
-                await self._serve(await self._adapters.wait(name, version.digest))
+                await self._serve(await self._adapters.wait(version.tenant, name, version.digest))
             except OneBaseError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
 
     async def add(
-        self, name: str, folder: Path, *, actor: str, wait_for_verifier: bool = True
+        self, tenant: str, name: str, folder: Path, *, actor: str, wait_for_verifier: bool = True
     ) -> VersionRecord:
         """Register a folder's content under a name, unless it is known already.
 
         Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
         UnavailableError.
         """
-        record = self._adapters.catalog.get(name)
+        record = self._adapters.catalog.of(tenant).own(name)
         if record is not None:
             with _readable(name, folder):
                 digest = await self._adapters.disk.run(_digest, folder)
@@ -152,6 +157,7 @@ class Folders:
         with _readable(name, folder), storage_errors(name):
             files = await self._adapters.disk.run(self._take, folder)
         return await self._adapters.add(
+            tenant,
             name,
             files,
             {"kind": "folder"},
@@ -172,10 +178,10 @@ class Folders:
             raise _cannot_serve(
                 version.name, "not_proved", "there is no verifier to prove it; the log says why"
             )
-        record = self._adapters.catalog.adapter(version.name)
+        record = self._adapters.catalog.of(version.tenant).adapter(version.name)
         if record.active == version.digest:
             return
-        history = await self._activation.history(version.name)
+        history = await self._activation.history(version.tenant, version.name)
         chosen = bool(history) and history[0].actor != STARTUP_ACTOR
         known_before = any(entry.version == version.digest for entry in history)
         if chosen and known_before:
@@ -186,7 +192,7 @@ class Folders:
                 record.active or "none",
             )
             return
-        await self._activation.activate(version.name, version.digest, actor=STARTUP_ACTOR)
+        await self._activation.activate(version.tenant, version.name, version.digest, actor=STARTUP_ACTOR)
 
 
 def _digest(folder: Path) -> str:
@@ -327,6 +333,7 @@ def _too_large(message: str) -> OneBaseError:
 class PendingPull:
     """A version that is being pulled; `digest` is known when its files have arrived."""
 
+    tenant: str
     name: str
     reference: HubReference
     options: VersionOptions
@@ -337,6 +344,11 @@ class PendingPull:
     created_at: float = field(default_factory=time.time)
     digest: str | None = None
     failure: OneBaseError | None = None
+
+    @property
+    def adapter(self) -> tuple[str, str]:
+        """Tenant and name of the adapter that gets the version."""
+        return self.tenant, self.name
 
     @property
     def error(self) -> VersionError | None:
@@ -357,42 +369,45 @@ class HubAdapters:
         self._adapters = adapters
         self._pulls = pulls
         self._known: OrderedDict[str, PendingPull] = OrderedDict()
-        self._first_uses: dict[str, asyncio.Task[None]] = {}
-        self._failed: dict[str, tuple[float, OneBaseError]] = {}
+        self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._failed: dict[tuple[str, str], tuple[float, OneBaseError]] = {}
 
     def check_allowed(self, reference: HubReference, param: str) -> None:
         """Raises ForbiddenError unless requests may make this server pull from the repository."""
         self._pulls.check_allowed(reference, param)
 
-    def get(self, name: str, pull_id: str) -> PendingPull | None:
+    def get(self, tenant: str, name: str, pull_id: str) -> PendingPull | None:
         """A pull that runs, or one of the last MOST_REMEMBERED."""
         pending = self._known.get(pull_id)
-        return pending if pending is not None and pending.name == name else None
+        return pending if pending is not None and pending.adapter == (tenant, name) else None
 
-    def of_name(self, name: str) -> list[PendingPull]:
+    def of_name(self, tenant: str, name: str) -> list[PendingPull]:
         """Pulls of a name that have no digest (yet), newest first."""
         return [
             pending
             for pending in reversed(self._known.values())
-            if pending.name == name and not pending.digest
+            if pending.adapter == (tenant, name) and not pending.digest
         ]
 
-    def running_names(self) -> set[str]:
-        """Names that something is being pulled for."""
+    def running_names(self, tenant: str) -> set[str]:
+        """Names of the tenant that something is being pulled for."""
         return {
-            pending.name for pending in self._known.values() if pending.digest is None and not pending.failure
+            pending.name
+            for pending in self._known.values()
+            if pending.tenant == tenant and pending.digest is None and not pending.failure
         }
 
     def pull(
-        self, name: str, reference: HubReference, options: VersionOptions, actor: str = ""
+        self, tenant: str, name: str, reference: HubReference, options: VersionOptions, actor: str = ""
     ) -> PendingPull:
         """Begin to fetch a version, or join the pull that does so already. Raises UnavailableError."""
         for pending in self._known.values():
             running = pending.task is not None and not pending.task.done()
-            if running and (pending.name, pending.reference, pending.options) == (name, reference, options):
+            same = pending.adapter == (tenant, name) and pending.reference == reference
+            if running and same and pending.options == options:
                 return pending
         transfer, fetched = self._pulls.start(reference)
-        pending = PendingPull(name, reference, options, actor, transfer)
+        pending = PendingPull(tenant, name, reference, options, actor, transfer)
         pending.task = asyncio.get_running_loop().create_task(self._finish(pending, fetched))
         pending.task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._known[pending.id] = pending
@@ -400,49 +415,51 @@ class HubAdapters:
             self._known.popitem(last=False)
         return pending
 
-    async def use(self, name: str, *, param: str) -> None:
-        """Make the adapter of this Hub name active: pull and prove it unless it is active already.
+    async def use(self, tenant: str, name: str, *, param: str) -> None:
+        """Make the tenant's adapter of this Hub name active: pull and prove it unless it is active already.
 
         Concurrent first uses wait for the same pull. Raises OneBaseError saying why it cannot be served.
         """
         reference = hub_reference(name, param)
-        record = self._adapters.catalog.get(name)
+        record = self._adapters.catalog.of(tenant).get(name)
         if record is not None and record.active is not None:
             return
         self._pulls.check_allowed(reference, param)
-        since, failure = self._failed.get(name, (0.0, None))
+        adapter = tenant, name
+        since, failure = self._failed.get(adapter, (0.0, None))
         if failure is not None and time.monotonic() - since < FAILED_SECONDS:
             raise failure
-        if name not in self._first_uses:
-            task = asyncio.get_running_loop().create_task(self._first_use(name, reference))
-            self._first_uses[name] = task
-            task.add_done_callback(lambda done: self._first_use_ended(name, done))
-        await asyncio.shield(self._first_uses[name])
+        if adapter not in self._first_uses:
+            task = asyncio.get_running_loop().create_task(self._first_use(tenant, name, reference))
+            self._first_uses[adapter] = task
+            task.add_done_callback(lambda done: self._first_use_ended(adapter, done))
+        await asyncio.shield(self._first_uses[adapter])
 
-    async def _first_use(self, name: str, reference: HubReference) -> None:
-        await self._refuse_if_deactivated(name)
-        arrived = await self.pull(name, reference, VersionOptions(activate=True), actor="first use").arrived()
-        version = await self._adapters.wait(name, arrived.digest)
+    async def _first_use(self, tenant: str, name: str, reference: HubReference) -> None:
+        await self._refuse_if_deactivated(tenant, name)
+        options = VersionOptions(activate=True)
+        arrived = await self.pull(tenant, name, reference, options, actor="first use").arrived()
+        version = await self._adapters.wait(tenant, name, arrived.digest)
         if version.error is not None:
             raise VersionFailedError(
                 f"{name} cannot be served: {version.error.message}", code=version.error.code
             )
 
-    async def _refuse_if_deactivated(self, name: str) -> None:
+    async def _refuse_if_deactivated(self, tenant: str, name: str) -> None:
         """A deactivated adapter stays so until a version of it is activated."""
-        if self._adapters.catalog.get(name) is None:
+        if self._adapters.catalog.of(tenant).own(name) is None:
             return
-        history = await self._adapters.activation.history(name)
+        history = await self._adapters.activation.history(tenant, name)
         if history and history[0].action == "deactivate":
             raise UnknownAdapterError(f"Adapter {name!r} was deactivated: activate one of its versions.")
 
-    def _first_use_ended(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._first_uses[name]
+    def _first_use_ended(self, adapter: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._first_uses[adapter]
         error = None if task.cancelled() else task.exception()
         if isinstance(error, VersionFailedError):
             now = time.monotonic()
             fresh = {key: (at, old) for key, (at, old) in self._failed.items() if now - at < FAILED_SECONDS}
-            self._failed = {**fresh, name: (now, error)}
+            self._failed = {**fresh, adapter: (now, error)}
 
     async def _finish(self, pending: PendingPull, fetched: asyncio.Task[Fetched]) -> VersionRecord:
         """Wait for the transfer, then register what came. Raises OneBaseError."""
@@ -474,7 +491,9 @@ class HubAdapters:
             "commit": fetched.commit,
             "subfolder": reference.subfolder,
         }
-        return await adapters.add(pending.name, fetched.files, source, pending.options, actor=pending.actor)
+        return await adapters.add(
+            pending.tenant, pending.name, fetched.files, source, pending.options, actor=pending.actor
+        )
 
 
 def hub_reference(text: str, param: str) -> HubReference:

@@ -28,9 +28,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be generated. Choice `p * n + c` is completion `c` of prompt `p`."""
+    """What is to be generated, and for which tenant. Choice `p * n + c` is completion `c` of prompt `p`."""
 
     id: str
+    tenant: str
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     adapter: AdapterChoice = field(default_factory=AdapterChoice)
@@ -177,6 +178,7 @@ class Generation:
             sampling=job.sampling,
             adapters=list(job.adapter.refs),
             n=job.n,
+            tenant=job.tenant,
         )
 
     def _choice(self, index: int) -> Choice:

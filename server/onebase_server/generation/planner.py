@@ -75,7 +75,7 @@ class Planner:
         self._threads = Threads("tokenize", _THREADS)
         self._one_thread = Threads("tokenize-long", 1)
 
-    async def generate(self, body: GenerateRequest) -> Job:
+    async def generate(self, body: GenerateRequest, tenant: str) -> Job:
         base = self._base()
         prompt = await (self._chat(body.messages) if body.messages else self._text(body.prompt or ""))
         wanted = _Wanted(
@@ -87,10 +87,10 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
         )
-        job = self._job(wanted, body, base)
+        job = self._job(wanted, body, base, tenant)
         return replace(job, adapter=await self._adapter(body, job))
 
-    async def completion(self, body: CompletionRequest) -> Job:
+    async def completion(self, body: CompletionRequest, tenant: str) -> Job:
         base = self._base()
         self._check_model(body.model, body)
         prompts = [
@@ -106,10 +106,10 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
         )
-        job = self._job(wanted, body, base)
+        job = self._job(wanted, body, base, tenant)
         return replace(job, adapter=await self._model(body.model, body, job))
 
-    async def chat(self, body: ChatRequest) -> Job:
+    async def chat(self, body: ChatRequest, tenant: str) -> Job:
         base = self._base()
         self._check_model(body.model, body)
         wanted = _Wanted(
@@ -121,7 +121,7 @@ class Planner:
             logprobs=body.logprob_count,
             echo=False,
         )
-        job = self._job(wanted, body, base)
+        job = self._job(wanted, body, base, tenant)
         return replace(job, adapter=await self._model(body.model, body, job))
 
     # ---- parts -------------------------------------------------------------------------------
@@ -138,10 +138,10 @@ class Planner:
         if isinstance(body.adapter, str):
             await self._pull({"adapter": body.adapter}, job)
             reference = body.adapter
-            return await self._known(lambda: self._catalog.choose(reference))
+            return await self._known(lambda: self._catalog.of(job.tenant).choose(reference))
         terms = [(term.name, term.weight) for term in body.adapter]
         await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
-        return await self._known(lambda: self._catalog.choose_sum(terms))
+        return await self._known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
 
     async def _known(self, choose: Callable[[], AdapterChoice]) -> AdapterChoice:
         """What `choose` finds, now or after a look at the registry: another server may just have added it."""
@@ -164,16 +164,17 @@ class Planner:
             return await self._adapter(body, job)
         await self._pull({"model": model}, job)
         try:
-            return await self._known(lambda: self._catalog.choose(model, param="model"))
+            return await self._known(lambda: self._catalog.of(job.tenant).choose(model, param="model"))
         except UnknownAdapterError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
     async def _pull(self, names: dict[str, str], job: Job) -> None:
         """Fetch what is named by its Hub repository and not known yet. `names`: by the request's field."""
+        known = self._catalog.of(job.tenant)
         for param, name in names.items():
-            if name.startswith(HUB_PREFIX) and not self._catalog.names_version(name):
+            if name.startswith(HUB_PREFIX) and not known.names_version(name):
                 async with in_time(job.deadline):
-                    await self._hub.use(name, param=param)
+                    await self._hub.use(job.tenant, name, param=param)
 
     async def _text(self, text: str) -> Prompt:
         return Prompt(await self._tokens("prompt", len(text), self._tokenizer.encode, text), text)
@@ -200,7 +201,7 @@ class Planner:
             return await self._threads.run(encode, text)
         return await self._one_thread.run(and_give_memory_back, encode, text)
 
-    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo) -> Job:
+    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, tenant: str) -> Job:
         n = body.n or 1
         self._check_limits(n * len(wanted.prompts), body.timeout_s)
         _check_prompts(wanted.prompts, base, wanted.prompt_param)
@@ -212,6 +213,7 @@ class Planner:
             )
         return Job(
             id=new_id(wanted.kind),
+            tenant=tenant,
             prompts=wanted.prompts,
             sampling=_sampling(body, base, wanted),
             n=n,

@@ -22,12 +22,14 @@ from onebase_server.errors import (
 )
 from onebase_server.http.deps import BodyError, Services, server_stopping
 from onebase_server.http.door import refusal
+from onebase_server.http.guard import Guard, describe_keys
 from onebase_server.http.routes import (
     adapters,
     files,
     fine_tuning,
     generation,
     health,
+    keys,
     models,
     reference,
     vllm,
@@ -59,14 +61,16 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    routes = (generation, models, adapters, vllm, files, fine_tuning, health, reference)
+    routes = (generation, models, adapters, vllm, files, fine_tuning, keys, health, reference)
     for route in routes:
-        app.include_router(route.router)
+        app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
+    describe_keys(app)
     app.add_exception_handler(OneBaseError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unexpected)
     app.add_middleware(BodyLimit, limit=services.settings.max_body)
+    app.add_middleware(Guard, api=app, services=services)
     app.add_middleware(QuotedNames)
     app.add_middleware(StoppedRequests, services=services)
     return app

@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from onebase_adapters.registry import RegistryError
+from onebase_server.access import Caller, KeyRing
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import Residency
@@ -36,6 +37,9 @@ from onebase_server.storage import Storage
 
 COUNT_SECONDS = 5.0
 """Limit for the registry's figures; after it the others are given alone."""
+
+CALLER = "onebase.caller"
+"""Key of a request's Caller in its ASGI scope."""
 
 
 def server_stopping() -> UnavailableError:
@@ -72,6 +76,7 @@ class Services:
     """One server's parts. `draining` is set by SIGTERM: what runs may end, nothing new begins."""
 
     settings: Settings
+    keys: KeyRing
     catalog: Catalog
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
@@ -97,7 +102,14 @@ def _services(request: Request) -> Services:
     return services
 
 
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.scope[CALLER]
+    return caller
+
+
 Provided = Annotated[Services, Depends(_services)]
+Calling = Annotated[Caller, Depends(_caller)]
+"""Whom the request comes from."""
 
 
 class BodyError(HTTPException):

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onebase_server.access import is_loopback
 from onebase_server.errors import (
     ForbiddenError,
     InvalidRequestError,
@@ -125,12 +126,6 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower().rstrip(".")
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address is this machine's own, and no other's."""
-    address = _address(name)
-    return name == "localhost" if address is None else address.is_loopback
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

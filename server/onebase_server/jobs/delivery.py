@@ -106,7 +106,7 @@ class Delivery:
                 "The trained adapter is gone from --data-dir. Resume the job: it trains on from its last "
                 "checkpoint, or from its beginning if that is gone as well.",
             )
-        result_file = await self._files.keep_curve(job.id, report)
+        result_file = await self._files.keep_curve(job.tenant, job.id, report)
         with storage_errors(job.name):
             files = await self._library.disk.run(self._take, folder)
         version = await self._proved(job, files)
@@ -116,7 +116,7 @@ class Delivery:
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
         problem = await self._activate(version, store) if asked else ""
-        adapter = self._library.catalog.get(job.name)
+        adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
         return Delivered(
             version=version.digest,
@@ -129,10 +129,10 @@ class Delivery:
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
         """The version once its proof has ended. Raises DeliveryError when that takes too long."""
         source, options = {"kind": "training", "job": job.id}, VersionOptions(any_base=True)
-        added = await self._library.add(job.name, files, source, options, actor=ACTOR)
+        added = await self._library.add(job.tenant, job.name, files, source, options, actor=ACTOR)
         try:
             async with asyncio.timeout(self._proof_seconds):
-                await self._library.wait(added.name, added.digest)
+                await self._library.wait(added.tenant, added.name, added.digest)
         except TimeoutError as error:
             raise DeliveryError(
                 "delivery_failed",
@@ -141,7 +141,7 @@ class Delivery:
             ) from error
         except OneBaseError as error:  # an upload of the same content asked to activate it, and that failed
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)
-        return await self._library.version(added.name, added.digest)
+        return await self._library.version(added.tenant, added.name, added.digest)
 
     async def _activate(self, version: VersionRecord, store: JobStore) -> str:
         """Activate the version, unless the job was stopped. Returns why that failed, or ""."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from onebase_adapters.registry import (
-    DEFAULT_TENANT,
     FileInUseError,
     Purpose,
     TrainingFile,
@@ -53,7 +52,7 @@ class TrainingFiles:
         self._threads = threads
 
     async def keep(
-        self, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
+        self, tenant: str, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
     ) -> TrainingFile:
         """Make what was written a file that jobs can name. Raises StoreFullError, UnavailableError."""
         name, server = file_id or f"file-{secrets.token_hex(12)}", self._storage.server
@@ -61,41 +60,41 @@ class TrainingFiles:
             # The row comes last: a blob without one is swept, a row without a blob would be a lie.
             blob = await self.disk.run(writer.commit)
             made = float(int(time.time()))
-            file = TrainingFile(name, DEFAULT_TENANT, server, purpose, filename, blob.size, made, blob.sha256)
+            file = TrainingFile(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
             return await self._threads.run(self._records.add_file, file)
 
-    async def keep_curve(self, job_id: str, report: Mapping[str, Any]) -> str:
+    async def keep_curve(self, tenant: str, job_id: str, report: Mapping[str, Any]) -> str:
         """Keep the losses of a run as a CSV file, under one id each time. Returns it. Raises as `keep`."""
         file_id = f"file-{job_id.removeprefix('ftjob-')}"
         with storage_errors():
             writer = await self.disk.run(self.store.writer)
             await self.disk.run(writer.write, curve_csv(report))
-        await self.keep(writer, f"{job_id}-metrics.csv", "fine-tune-results", file_id)
+        await self.keep(tenant, writer, f"{job_id}-metrics.csv", "fine-tune-results", file_id)
         return file_id
 
     async def find(
-        self, *, purpose: str | None, after: str | None, limit: int, oldest_first: bool
+        self, tenant: str, *, purpose: str | None, after: str | None, limit: int, oldest_first: bool
     ) -> list[TrainingFile]:
         """Raises UnknownFileError (`after`), UnavailableError."""
         with storage_errors():
             return await self._threads.run(
                 self._records.files,
-                DEFAULT_TENANT,
+                tenant,
                 purpose=purpose,
                 after=after,
                 limit=limit,
                 oldest_first=oldest_first,
             )
 
-    async def get(self, file_id: str) -> TrainingFile:
+    async def get(self, tenant: str, file_id: str) -> TrainingFile:
         """Raises UnknownFileError, UnavailableError."""
         with storage_errors():
-            return await self._threads.run(self._records.file, DEFAULT_TENANT, file_id)
+            return await self._threads.run(self._records.file, tenant, file_id)
 
-    async def usable(self, file_id: str, param: str) -> TrainingFile:
+    async def usable(self, tenant: str, file_id: str, param: str) -> TrainingFile:
         """A file that a job of this server may be given. Raises InvalidRequestError, UnavailableError."""
         try:
-            file = await self.get(file_id)
+            file = await self.get(tenant, file_id)
             with storage_errors():
                 if file.sha256 is None or not await self.disk.run(self.store.exists, file.sha256):
                     await self.disk.run(self.content, file)  # it says what is wrong
@@ -110,24 +109,24 @@ class TrainingFiles:
             )
         return file
 
-    async def delete(self, file_id: str) -> None:
+    async def delete(self, tenant: str, file_id: str) -> None:
         """Raises UnknownFileError, ConflictError while a job needs it, UnavailableError."""
-        file = await self.get(file_id)
+        file = await self.get(tenant, file_id)
         old = self._old_path(file) if file.sha256 is None else None
         with storage_errors():
             try:
-                blobs = await self._threads.run(self._records.delete_file, DEFAULT_TENANT, file_id, RESUMABLE)
+                blobs = await self._threads.run(self._records.delete_file, tenant, file_id, RESUMABLE)
             except FileInUseError as error:
-                await self._raise_if_elsewhere(error)
+                await self._raise_if_elsewhere(tenant, error)
                 raise
         await delete_blobs(self.store, self.disk, blobs)
         if old is not None:
             await self.disk.run(old.unlink, True)
 
-    async def _raise_if_elsewhere(self, used: FileInUseError) -> None:
+    async def _raise_if_elsewhere(self, tenant: str, used: FileInUseError) -> None:
         """Raises ConflictError when the job that needs a file is not to be found on this server."""
         try:
-            await self._threads.run(self._records.job, DEFAULT_TENANT, used.job)
+            await self._threads.run(self._records.job, tenant, used.job)
         except UnknownJobError as error:
             raise ConflictError(
                 f"{used} It is a job on another base: wait for its end, or cancel it through a server of "

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 from onebase_adapters.registry import (
-    DEFAULT_TENANT,
     OPEN_STATES,
     Activate,
     Checkpoint,
@@ -64,6 +63,7 @@ class JobService:
 
     async def create(
         self,
+        tenant: str,
         recipe: Recipe,
         *,
         training_file: str,
@@ -80,13 +80,13 @@ class JobService:
         Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here).
         """
         self._check_on()
-        await self._files.usable(training_file, "training_file")
+        await self._files.usable(tenant, training_file, "training_file")
         if validation_file is not None:
-            await self._files.usable(validation_file, "validation_file")
+            await self._files.usable(tenant, validation_file, "validation_file")
         number = secrets.token_hex(12)
         job = NewJob(
             id=f"ftjob-{number}",
-            tenant=DEFAULT_TENANT,
+            tenant=tenant,
             server=self._storage.server,
             name=name or f"ft-{number[:8]}",
             training_file=training_file,
@@ -101,21 +101,23 @@ class JobService:
         self._manager.look()
         return made
 
-    async def get(self, job_id: str) -> TrainingJob:
+    async def get(self, tenant: str, job_id: str) -> TrainingJob:
         """Raises UnknownJobError."""
         with storage_errors():
-            return await self._threads.run(self._records.job, DEFAULT_TENANT, job_id)
+            return await self._threads.run(self._records.job, tenant, job_id)
 
-    async def find(self, *, after: str | None, limit: int, labels: Mapping[str, str]) -> list[TrainingJob]:
+    async def find(
+        self, tenant: str, *, after: str | None, limit: int, labels: Mapping[str, str]
+    ) -> list[TrainingJob]:
         """Newest first. Raises UnknownJobError (`after`)."""
         with storage_errors():
             return await self._threads.run(
-                self._records.jobs, DEFAULT_TENANT, after=after, limit=limit, labels=labels
+                self._records.jobs, tenant, after=after, limit=limit, labels=labels
             )
 
-    async def checkpoints(self, job_id: str) -> list[Checkpoint]:
+    async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Those that are there, newest first. Raises UnknownJobError."""
-        job = await self.get(job_id)
+        job = await self.get(tenant, job_id)
         with storage_errors():
             found = await self._threads.run(self._records.checkpoints, job)
         if not (job.state in OPEN_STATES or is_resumable(job.state, job.error_code)):
@@ -126,12 +128,12 @@ class JobService:
 
     # ---- how they go on ----------------------------------------------------------------------
 
-    async def cancel(self, job_id: str) -> TrainingJob:
+    async def cancel(self, tenant: str, job_id: str) -> TrainingJob:
         """End a job for good, even one that has failed and could be resumed.
 
         Raises UnknownJobError, ConflictError when it has ended or is being delivered.
         """
-        found = await self.get(job_id)
+        found = await self.get(tenant, job_id)
         job = await self._move(
             found, cancelled(found), "The job is cancelled.", "there is nothing left to cancel"
         )
@@ -139,14 +141,14 @@ class JobService:
             await self._files.disk.run(self._storage.forget, job.id)
         return job
 
-    async def pause(self, job_id: str) -> TrainingJob:
+    async def pause(self, tenant: str, job_id: str) -> TrainingJob:
         """Stop the job within a step; it keeps its place. Raises as `cancel`.
 
         The pause holds at once. If the job runs here, the answer waits, LET_GO_SECONDS at most, until its
         process has ended and its last step and checkpoint are in the registry.
         """
         job = await self._move(
-            await self.get(job_id),
+            await self.get(tenant, job_id),
             PAUSED,
             "The job is to pause.",
             "only one that is queued or running can be paused",
@@ -162,13 +164,13 @@ class JobService:
             while job.state == "paused" and self._manager.has_run(job.id):
                 await news.wait()
                 news.clear()
-                job = await self.get(job.id)
-            return await self.get(job.id)
+                job = await self.get(job.tenant, job.id)
+            return await self.get(job.tenant, job.id)
 
-    async def resume(self, job_id: str) -> TrainingJob:
+    async def resume(self, tenant: str, job_id: str) -> TrainingJob:
         """Go on from the last checkpoint. Raises UnknownJobError, ConflictError."""
         self._check_on()
-        job = await self.get(job_id)
+        job = await self.get(tenant, job_id)
         if job.state in ("queued", "running", "validating_files"):
             return job
         if not is_resumable(job.state, job.error_code):
@@ -212,9 +214,9 @@ class JobService:
 
     # ---- what they say ----------------------------------------------------------------------
 
-    async def events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
+    async def events(self, tenant: str, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
         """Newest first. Raises UnknownJobError."""
-        job = await self.get(job_id)
+        job = await self.get(tenant, job_id)
         with storage_errors():
             return await self._threads.run(self._records.events, job, before=before, limit=limit)
 
@@ -229,7 +231,7 @@ class JobService:
                 # The state first: what is said before an end is read after it. A run that is being ended may
                 # still say something, though its job is cancelled.
                 has_run = self._manager.has_run(job.id)
-                current = await self.get(job.id)
+                current = await self.get(job.tenant, job.id)
                 with storage_errors():
                     found = await self._threads.run(self._records.events_since, job, after, MOST_EVENTS)
                 for event in found:

@@ -190,12 +190,22 @@ class AsyncAdapters:
         return await self._http.ask(adapters.deactivate(name), adapters.parse_adapter)
 
     async def pin(self, name: str, pinned: bool = True) -> Adapter:
-        """Keep an adapter in memory even if others are used more recently; False ends that.
+        """Keep an adapter in memory even if others are used more recently; False ends that. For operators.
 
         Raises:
             NotFoundError: there is no such adapter.
+            PermissionDeniedError: the API key lacks the scope `admin`.
         """
         return await self._http.ask(adapters.pin(name, pinned), adapters.parse_adapter)
+
+    async def share(self, name: str, shared: bool = True) -> Adapter:
+        """Let all tenants use an adapter and look at it; False ends that. For operators.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+            PermissionDeniedError: the API key lacks the scope `admin`.
+        """
+        return await self._http.ask(adapters.share(name, shared), adapters.parse_adapter)
 
     async def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
         """Delete one version, or the adapter with all of them. It cannot be undone.

@@ -12,6 +12,7 @@ from .._http import AsyncPool, AsyncTransport
 from ..types import AdapterSpec, Generation, Health, Messages, Model, SamplingFields, ServerVersion
 from .adapters import AsyncAdapters
 from .http import AsyncHttp
+from .keys import AsyncKeys
 from .streams import AsyncStream
 from .training import AsyncFiles, AsyncTraining
 
@@ -26,7 +27,7 @@ class AsyncClient:
 
     Args:
         url: Where the server is; else $ONEBASE_URL, else http://127.0.0.1:8000.
-        api_key: Sent as a bearer token; else $ONEBASE_API_KEY, else none.
+        api_key: Sent as a bearer token to this server alone; else $ONEBASE_API_KEY, else none.
         timeout: Seconds that the server may be silent, or a Timeout for each kind of wait, or None for
             no limit. By default 5 seconds to connect and 600 for an answer.
         max_retries: How many times a request is sent again after a failure that another attempt cannot make
@@ -86,6 +87,11 @@ class AsyncClient:
     def training(self) -> AsyncTraining:
         """Jobs that train adapters on the server's base."""
         return AsyncTraining(self._http)
+
+    @property
+    def keys(self) -> AsyncKeys:
+        """API keys, for operators: make, list, revoke."""
+        return AsyncKeys(self._http)
 
     @property
     def models(self) -> AsyncModels:

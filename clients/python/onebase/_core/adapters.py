@@ -170,6 +170,11 @@ def pin(name: str, pinned: bool) -> Call:
     return Call("POST", _path(name, "pin"), encode({"pinned": pinned}), idempotent=True)
 
 
+def share(name: str, shared: bool) -> Call:
+    """Idempotent, as `pin`."""
+    return Call("POST", _path(name, "share"), encode({"shared": shared}), idempotent=True)
+
+
 def delete(name: str, digest: str | None, *, force: bool) -> Call:
     path = _path(name) if digest is None else _path(name, "versions", digest)
     return Call("DELETE", f"{path}?{urlencode({'force': 'true'})}" if force else path)
@@ -202,7 +207,13 @@ def _sent(done: int, total: int) -> Progress:
 
 
 def parse_adapter(value: Json) -> Adapter:
-    return flat(Adapter, value, kinds=tuple(value["kinds"]), targets=tuple(value["targets"]))
+    return flat(
+        Adapter,
+        value,
+        kinds=tuple(value["kinds"]),
+        targets=tuple(value["targets"]),
+        shared=bool(value.get("shared")),  # no server of release 0.1 says it
+    )
 
 
 def parse_adapters(value: Json) -> tuple[Adapter, ...]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from typing import Final, Literal, TypeAlias
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+_KEY: Final = re.compile(r"[!-~]+")
 
 
 class _Unset(enum.Enum):
@@ -55,11 +59,14 @@ class Timeout:
 class ClientOptions:
     """What `with_options` can change: everything but the connection pool and its URL."""
 
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     timeout: Timeout
     max_retries: int
 
     def __post_init__(self) -> None:
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            # Without the key itself: errors end in logs.
+            raise ValueError("api_key has a character that no key has, such as a space or a line break")
         if (
             isinstance(self.max_retries, bool)
             or not isinstance(self.max_retries, int)
@@ -97,7 +104,7 @@ def url_or_default(url: str | None) -> str:
 
 def api_key_or_default(api_key: str | None) -> str | None:
     """`api_key`, else $ONEBASE_API_KEY, else none."""
-    return api_key or os.environ.get("ONEBASE_API_KEY") or None
+    return api_key or os.environ.get("ONEBASE_API_KEY", "").strip() or None
 
 
 @cache

@@ -13,6 +13,7 @@ from .._http import Pool, Transport
 from ..types import AdapterSpec, Generation, Health, Messages, Model, SamplingFields, ServerVersion
 from .adapters import Adapters
 from .http import Http
+from .keys import Keys
 from .streams import Stream
 from .training import Files, Training
 
@@ -27,7 +28,7 @@ class Client:
 
     Args:
         url: Where the server is; else $ONEBASE_URL, else http://127.0.0.1:8000.
-        api_key: Sent as a bearer token; else $ONEBASE_API_KEY, else none.
+        api_key: Sent as a bearer token to this server alone; else $ONEBASE_API_KEY, else none.
         timeout: Seconds that the server may be silent, or a Timeout for each kind of wait, or None for
             no limit. By default 5 seconds to connect and 600 for an answer.
         max_retries: How many times a request is sent again after a failure that another attempt cannot make
@@ -87,6 +88,11 @@ class Client:
     def training(self) -> Training:
         """Jobs that train adapters on the server's base."""
         return Training(self._http)
+
+    @property
+    def keys(self) -> Keys:
+        """API keys, for operators: make, list, revoke."""
+        return Keys(self._http)
 
     @property
     def models(self) -> Models:

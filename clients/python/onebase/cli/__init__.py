@@ -22,6 +22,7 @@ One base model in memory, and a LoRA adapter of its own for every request.
 A server (needs: pip install 'onebase[server]')
   serve      load a base and serve it, with its adapters, over HTTP
   base       download a base ahead of time: onebase base fetch
+  keys       make, list and revoke API keys, on the server's machine
 
 Training (needs: pip install 'onebase[train]')
   train      make an adapter from examples, in a process of its own
@@ -65,6 +66,7 @@ The SDK itself imports neither server nor torch."""
 EXTRA_COMMANDS: Final[Mapping[str, str]] = {
     "serve": "server",
     "base": "server",
+    "keys": "server",
     "train": "train",
     "data": "train",
     "estimate": "train",

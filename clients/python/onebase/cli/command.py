@@ -254,6 +254,7 @@ _HINTS: Final[Mapping[str, str]] = {
     "base_mismatch": "If you are sure that it fits this base: --any-base",
     "version_not_ready": "See its state, or why it failed: onebase adapters show NAME",
     "adapter_in_use": "To delete it anyway: --force",
+    "insufficient_scope": "Ask the server's operator for a key with this scope.",
     "no_effect": "If that is intended: --allow-noop",
 }
 """The next step, by the code of an error."""
@@ -271,7 +272,7 @@ def _hint(error: OneBaseError) -> str | None:
 
 _HINTS_BY_KIND: Final[tuple[tuple[type[OneBaseError], str], ...]] = (
     (APITimeoutError, "Allow more time with --timeout SECONDS."),
-    (AuthenticationError, "Set your API key in the environment: export ONEBASE_API_KEY=..."),
+    (AuthenticationError, "Set your API key in the environment: export ONEBASE_API_KEY=ob-..."),
     (NotFoundError, "Is this a OneBase server? Check --url or ONEBASE_URL."),
 )
 

@@ -11,7 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
-from onebase_adapters.registry import UNSET, Unset
+from onebase_adapters.registry import UNSET, Unset, VersionRecord
+from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.errors import (
@@ -22,13 +23,15 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.guard import needs
 from onebase_server.http.schemas.adapters import (
     ActivateRequest,
     EmptyRequest,
     ExpectedRequest,
     PinRequest,
     PullRequest,
+    ShareRequest,
 )
 from onebase_server.http.uploads import (
     ADAPTER_FIELDS,
@@ -77,15 +80,18 @@ Force = Annotated[bool, Query(description="end the requests that use it, with an
 
 
 @router.get("")
-async def list_adapters(services: Provided) -> Response:
+@needs("adapters")
+async def list_adapters(services: Provided, caller: Calling) -> Response:
     """Every adapter: its active version, what that is made of, and where it is."""
-    return json_response({"object": "list", "data": services.views.adapters()})
+    return json_response({"object": "list", "data": services.views.adapters(caller.tenant)})
 
 
 @router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202)
+@needs("adapters")
 async def add_version(
     request: Request,
     services: Provided,
+    caller: Calling,
     activate: Annotated[bool, Query(description="let the name point at it once it is ready")] = False,
     wait: Annotated[bool, Query(description="answer when it is ready or has failed")] = False,
 ) -> Response:
@@ -97,25 +103,27 @@ async def add_version(
     services.refuse_if_draining()
     boundary = boundary_of(request, ADAPTER_FIELDS)
     if boundary is not None:
-        return await _upload(request, services, boundary, activate, wait)
+        return await _upload(request, services, caller, boundary, activate, wait)
     body = await _json(request, PullRequest)
     try:
         reference = HubReference(body.hub.repo, body.hub.revision, body.hub.subfolder)
     except HubError as error:
         raise InvalidRequestError(f"hub: {error}", param="hub", code=error.code) from error
+    if not caller.is_admin:  # the Hub's token here is the operator's
+        services.hub.check_allowed(reference, "hub")
     name = str(reference)
     if body.name is not None and body.name != name:
         name = check_name(body.name, services.catalog.base_name)
     options = VersionOptions(activate or body.activate, body.allow_noop, body.any_base)
-    pending = services.hub.pull(name, reference, options)
+    pending = services.hub.pull(caller.tenant, name, reference, options, caller.key)
     if not wait:
         return json_response(services.views.pull(pending), 202)
     version = await pending.arrived()
-    return await _finished(services, name, version.digest)
+    return await _finished(services, version)
 
 
 async def _upload(
-    request: Request, services: Services, boundary: bytes, activate: bool, wait: bool
+    request: Request, services: Services, caller: Caller, boundary: bytes, activate: bool, wait: bool
 ) -> Response:
     limit = services.settings.max_upload
     check_length(request, limit, "--max-upload")
@@ -131,19 +139,21 @@ async def _upload(
             files = await adapters.disk.run(upload.commit)
         finally:
             await adapters.disk.run(form.close)
-    async with _kept(services, name, files.digest):
-        version = await adapters.add(name, files, {"kind": "upload"}, options)
+    async with _kept(services, caller.tenant, name, files.digest):
+        version = await adapters.add(
+            caller.tenant, name, files, {"kind": "upload"}, options, actor=caller.key
+        )
     if wait:
-        return await _finished(services, name, version.digest)
+        return await _finished(services, version)
     if version.finished:
-        version = await adapters.version(name, version.digest)
+        version = await adapters.version(caller.tenant, name, version.digest)
     return json_response(services.views.version(version), 200 if version.finished else 202)
 
 
-async def _finished(services: Services, name: str, digest: str) -> Response:
+async def _finished(services: Services, added: VersionRecord) -> Response:
     """The answer to `wait`: 200, or 422 with the version next to the error."""
-    async with _kept(services, name, digest):
-        version = await services.adapters.wait(name, digest)
+    async with _kept(services, added.tenant, added.name, added.digest):
+        version = await services.adapters.wait(added.tenant, added.name, added.digest)
     shown = services.views.version(version)
     if version.error is not None:
         error = VersionFailedError(version.error.message, code=version.error.code)
@@ -153,13 +163,13 @@ async def _finished(services: Services, name: str, digest: str) -> Response:
 
 
 @asynccontextmanager
-async def _kept(services: Services, name: str, digest: str) -> AsyncIterator[None]:
+async def _kept(services: Services, tenant: str, name: str, digest: str) -> AsyncIterator[None]:
     """Adds a ready version to the error of its activation, so that its files are not sent again."""
     try:
         yield
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
         with suppress(OneBaseError):
-            shown = services.views.version(await services.adapters.version(name, digest))
+            shown = services.views.version(await services.adapters.version(tenant, name, digest))
             if shown["state"] == "ready" and not shown["active"] and not error.body:
                 error.body = {"version": shown}
                 error.message = f"{shown['id']} is ready and kept, but not active: {error.message}"
@@ -167,38 +177,47 @@ async def _kept(services: Services, name: str, digest: str) -> AsyncIterator[Non
 
 
 @router.get("/{name}/versions")
-async def list_versions(name: AdapterName, services: Provided) -> Response:
+@needs("adapters")
+async def list_versions(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """The versions of an adapter, newest first, each with its whole report."""
-    data = [services.views.pull(pending) for pending in services.hub.of_name(name)]
-    if services.catalog.get(name) is not None or not data:
-        data += [services.views.version(version) for version in await services.adapters.versions(name)]
+    names = services.catalog.of(caller.tenant)
+    data = [services.views.pull(pending) for pending in services.hub.of_name(caller.tenant, name)]
+    if names.get(name) is not None or not data:
+        found = await services.adapters.versions(names.owner(name), name)
+        data += [services.views.version(version) for version in found]
     return json_response({"object": "list", "data": data})
 
 
 @router.get("/{name}/versions/{version}")
-async def get_version(name: AdapterName, version: str, services: Provided) -> Response:
+@needs("adapters")
+async def get_version(name: AdapterName, version: str, services: Provided, caller: Calling) -> Response:
     """One version, by its digest, a beginning of at least 8 digits, or the id of its pull."""
-    pending = services.hub.get(name, version)
+    owner = services.catalog.of(caller.tenant).owner(name)
+    pending = services.hub.get(caller.tenant, name, version)
     if pending is not None and pending.digest is None:
         return json_response(services.views.pull(pending))
     wanted = pending.digest if pending is not None and pending.digest else version
-    return json_response(services.views.version(await services.adapters.version(name, wanted)))
+    return json_response(services.views.version(await services.adapters.version(owner, name, wanted)))
 
 
 @router.delete("/{name}/versions/{version}")
+@needs("adapters")
 async def delete_version(
-    name: AdapterName, version: str, services: Provided, force: Force = False
+    name: AdapterName, version: str, services: Provided, caller: Calling, force: Force = False
 ) -> Response:
     """Delete a version; 409 while it is active or in use, unless forced."""
     services.refuse_if_draining()
-    digest = await services.activation.delete_version(name, version, force=force)
+    digest = await services.activation.delete_version(
+        caller.tenant, name, version, force=force, actor=caller.key
+    )
     return json_response({"id": f"{name}@{digest}", "object": "adapter.deleted", "deleted": True})
 
 
 @router.get("/{name}/history")
-async def get_history(name: AdapterName, services: Provided) -> Response:
+@needs("adapters")
+async def get_history(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """What was active when, newest first."""
-    history = await services.activation.history(name)
+    history = await services.activation.history(services.catalog.of(caller.tenant).owner(name), name)
     data = [
         {
             "action": entry.action,
@@ -213,47 +232,74 @@ async def get_history(name: AdapterName, services: Provided) -> Response:
 
 
 @router.post("/{name}/activate")
-async def activate(name: AdapterName, body: ActivateRequest, services: Provided) -> Response:
+@needs("adapters")
+async def activate(name: AdapterName, body: ActivateRequest, services: Provided, caller: Calling) -> Response:
     """Let the name point at a version. With `expected`: only if that one is active now, else 409."""
     services.refuse_if_draining()
-    async with _kept(services, name, body.version):
-        record = await services.activation.activate(name, body.version, expected=_expected(body))
+    async with _kept(services, caller.tenant, name, body.version):
+        record = await services.activation.activate(
+            caller.tenant, name, body.version, expected=_expected(body), actor=caller.key
+        )
     return json_response(services.views.adapter(record))
 
 
 @router.post("/{name}/rollback")
-async def roll_back(name: AdapterName, services: Provided, body: ExpectedRequest | None = None) -> Response:
+@needs("adapters")
+async def roll_back(
+    name: AdapterName, services: Provided, caller: Calling, body: ExpectedRequest | None = None
+) -> Response:
     """Back to the version that was active before this one."""
     services.refuse_if_draining()
-    record = await services.activation.roll_back(name, expected=_expected(body))
+    record = await services.activation.roll_back(
+        caller.tenant, name, expected=_expected(body), actor=caller.key
+    )
     return json_response(services.views.adapter(record))
 
 
 @router.post("/{name}/deactivate")
-async def deactivate(name: AdapterName, services: Provided, body: EmptyRequest | None = None) -> Response:
+@needs("adapters")
+async def deactivate(
+    name: AdapterName, services: Provided, caller: Calling, body: EmptyRequest | None = None
+) -> Response:
     """No version is active from now on; its versions stay, and can be named as `name@digest`."""
     services.refuse_if_draining()
-    return json_response(services.views.adapter(await services.activation.deactivate(name)))
+    record = await services.activation.deactivate(caller.tenant, name, actor=caller.key)
+    return json_response(services.views.adapter(record))
 
 
 @router.post("/{name}/pin")
-async def pin(name: AdapterName, body: PinRequest, services: Provided) -> Response:
-    """Keep the active version in host memory, whatever else is used, or no longer."""
+@needs("admin")
+async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: Calling) -> Response:
+    """Keep the active version in host memory, which all tenants share, or no longer."""
     services.refuse_if_draining()
-    return json_response(services.views.adapter(await services.activation.pin(name, body.pinned)))
+    record = await services.activation.pin(caller.tenant, name, body.pinned)
+    return json_response(services.views.adapter(record))
+
+
+@router.post("/{name}/share")
+@needs("admin")
+async def share(name: AdapterName, body: ShareRequest, services: Provided, caller: Calling) -> Response:
+    """Let all tenants use the adapter and look at it, or no longer. Their own of that name comes first."""
+    services.refuse_if_draining()
+    record = await services.activation.share(caller.tenant, name, body.shared)
+    return json_response(services.views.adapter(record))
 
 
 @router.get("/{name}")
-async def get_adapter(name: AdapterName, services: Provided) -> Response:
+@needs("adapters")
+async def get_adapter(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """One adapter."""
-    return json_response(services.views.named(name))
+    return json_response(services.views.named(caller.tenant, name))
 
 
 @router.delete("/{name}")
-async def delete_adapter(name: AdapterName, services: Provided, force: Force = False) -> Response:
+@needs("adapters")
+async def delete_adapter(
+    name: AdapterName, services: Provided, caller: Calling, force: Force = False
+) -> Response:
     """Delete a name with all its versions; 409 while requests use one of them, unless forced."""
     services.refuse_if_draining()
-    await services.activation.delete(name, force=force)
+    await services.activation.delete(caller.tenant, name, force=force)
     return json_response({"id": name, "object": "adapter.deleted", "deleted": True})
 
 

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.http.deps import Provided, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
+from onebase_server.http.guard import needs
 from onebase_server.http.uploads import (
     FILE_FIELDS,
     FILE_OPTION,
@@ -43,7 +44,8 @@ _BODY: dict[str, Any] = {
 
 
 @router.post("", openapi_extra={"requestBody": _BODY})
-async def add_file(request: Request, services: Provided) -> Response:
+@needs("train")
+async def add_file(request: Request, services: Provided, caller: Calling) -> Response:
     """Upload rows: a field `purpose` (fine-tune) and a part `file` (.jsonl, .json, .csv, .parquet)."""
     services.refuse_if_draining()
     boundary = boundary_of(request, FILE_FIELDS)
@@ -57,15 +59,17 @@ async def add_file(request: Request, services: Provided) -> Response:
         form = FileForm(files, boundary)
         try:
             upload = await read_form(request, form, files.disk)
-            kept = await files.keep(upload.writer, upload.filename, "fine-tune")
+            kept = await files.keep(caller.tenant, upload.writer, upload.filename, "fine-tune")
         finally:
             await files.disk.run(form.close)
     return json_response(file_view(kept))
 
 
 @router.get("")
+@needs("train")
 async def list_files(
     services: Provided,
+    caller: Calling,
     purpose: Annotated[str | None, Query(max_length=64)] = None,
     after: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=MOST)] = MOST,
@@ -73,29 +77,32 @@ async def list_files(
 ) -> Response:
     """The files, newest first unless `order` is asc."""
     found = await services.training.files.find(
-        purpose=purpose, after=after, limit=limit + 1, oldest_first=order == "asc"
+        caller.tenant, purpose=purpose, after=after, limit=limit + 1, oldest_first=order == "asc"
     )
     return json_response(page([file_view(file) for file in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/{file_id}")
-async def get_file(file_id: str, services: Provided) -> Response:
+@needs("train")
+async def get_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """One file's name, size and purpose."""
-    return json_response(file_view(await services.training.files.get(file_id)))
+    return json_response(file_view(await services.training.files.get(caller.tenant, file_id)))
 
 
 @router.get("/{file_id}/content")
-async def get_content(file_id: str, services: Provided) -> Response:
+@needs("train")
+async def get_content(file_id: str, services: Provided, caller: Calling) -> Response:
     """What is in it."""
     files = services.training.files
-    file = await files.get(file_id)
+    file = await files.get(caller.tenant, file_id)
     path = await files.local(file)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
 @router.delete("/{file_id}")
-async def delete_file(file_id: str, services: Provided) -> Response:
+@needs("train")
+async def delete_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """Delete it; 409 while a job that has not ended needs it."""
     services.refuse_if_draining()
-    await services.training.files.delete(file_id)
+    await services.training.files.delete(caller.tenant, file_id)
     return json_response({"id": file_id, "object": "file", "deleted": True})

@@ -11,9 +11,11 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME
 from onebase_adapters.registry import TrainingJob
+from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name
 from onebase_server.errors import InvalidRequestError, OneBaseError
-from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.guard import needs
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
@@ -37,7 +39,8 @@ Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
 @router.post("")
-async def create_job(body: CreateJobRequest, services: Provided) -> Response:
+@needs("train")
+async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
     """Train an adapter on the base that is served. The result is proved, and activated as `activate` says."""
     services.refuse_if_draining()
     base = services.catalog.base_name
@@ -46,6 +49,7 @@ async def create_job(body: CreateJobRequest, services: Provided) -> Response:
             f"model: {body.model!r} cannot be trained on; this server's base is {base!r}.", param="model"
         )
     job = await services.training.jobs.create(
+        caller.tenant,
         body.recipe(services.settings.max_rank),
         training_file=body.training_file,
         validation_file=body.validation_file,
@@ -57,45 +61,54 @@ async def create_job(body: CreateJobRequest, services: Provided) -> Response:
 
 
 @router.get("")
-async def list_jobs(request: Request, services: Provided, after: After = None, limit: Limit = 20) -> Response:
+@needs("train")
+async def list_jobs(
+    request: Request, services: Provided, caller: Calling, after: After = None, limit: Limit = 20
+) -> Response:
     """Newest first; `metadata[key]=value` picks those with that metadata."""
     labels = _labels(request.query_params)
-    found = await services.training.jobs.find(after=after, limit=limit + 1, labels=labels)
+    found = await services.training.jobs.find(caller.tenant, after=after, limit=limit + 1, labels=labels)
     base = services.catalog.base_name
     return json_response(page([job_view(job, base) for job in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/{job_id}")
-async def get_job(job_id: str, services: Provided) -> Response:
+@needs("train")
+async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """One job."""
-    return _shown(await services.training.jobs.get(job_id), services)
+    return _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/cancel")
-async def cancel_job(job_id: str, services: Provided) -> Response:
+@needs("train")
+async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """End it for good."""
     services.refuse_if_draining()
-    return _shown(await services.training.jobs.cancel(job_id), services)
+    return _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/pause")
-async def pause_job(job_id: str, services: Provided) -> Response:
+@needs("train")
+async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Let go of the machine within a step; `resume` goes on from there."""
     services.refuse_if_draining()
-    return _shown(await services.training.jobs.pause(job_id), services)
+    return _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/resume")
-async def resume_job(job_id: str, services: Provided) -> Response:
+@needs("train")
+async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Go on from the last checkpoint."""
     services.refuse_if_draining()
-    return _shown(await services.training.jobs.resume(job_id), services)
+    return _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
 @router.get("/{job_id}/events")
+@needs("train")
 async def list_events(
     job_id: str,
     services: Provided,
+    caller: Calling,
     after: After = None,
     limit: Limit = 20,
     stream: Annotated[bool, Query(description="as server-sent events, oldest first, until the end")] = False,
@@ -104,25 +117,26 @@ async def list_events(
 ) -> Response:
     """The job's events, newest first; or, with `Accept: text/event-stream`, as it happens."""
     if stream or "text/event-stream" in accept:
-        job = await services.training.jobs.get(job_id)
+        job = await services.training.jobs.get(caller.tenant, job_id)
         known = last_event_id or after
         return StreamingResponse(
-            _followed(services, job, _number(known, EVENT, "Last-Event-ID") if known else 0),
+            _followed(services, caller, job, _number(known, EVENT, "Last-Event-ID") if known else 0),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
     before = None if after is None else _number(after, EVENT, "after")
-    found = await services.training.jobs.events(job_id, before=before, limit=limit + 1)
+    found = await services.training.jobs.events(caller.tenant, job_id, before=before, limit=limit + 1)
     return json_response(page([event_view(event) for event in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/{job_id}/checkpoints")
+@needs("train")
 async def list_checkpoints(
-    job_id: str, services: Provided, after: After = None, limit: Limit = 10
+    job_id: str, services: Provided, caller: Calling, after: After = None, limit: Limit = 10
 ) -> Response:
     """The places that it could go on from, newest first."""
     jobs = services.training.jobs
-    job, found = await jobs.get(job_id), await jobs.checkpoints(job_id)
+    job, found = await jobs.get(caller.tenant, job_id), await jobs.checkpoints(caller.tenant, job_id)
     if after is not None:
         last = _number(after, CHECKPOINT, "after")
         steps = [one.step for one in found if one.number == last]
@@ -131,10 +145,14 @@ async def list_checkpoints(
     return json_response(page(views, more=len(found) > limit))
 
 
-async def _followed(services: Services, job: TrainingJob, after: int) -> AsyncGenerator[bytes]:
-    """A job's events as they come; ends with the job, or with the server."""
+async def _followed(
+    services: Services, caller: Caller, job: TrainingJob, after: int
+) -> AsyncGenerator[bytes]:
+    """A job's events as they come; ends with the job, with the caller's key, or with the server."""
     try:
         async for news in services.training.jobs.follow(job, after):
+            if not await services.keys.still_valid(caller):
+                return
             if isinstance(news, TrainingJob):
                 yield identified_event(job_view(news, services.catalog.base_name), event="done")
             elif news is None:

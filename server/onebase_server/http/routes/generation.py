@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from onebase_server.generation.generation import Generation, Job
-from onebase_server.http.deps import Provided, Services, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.guard import needs
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.sse import EventStream, cancelled_when_gone, connection_abort, guarded
@@ -15,27 +16,32 @@ router = APIRouter(route_class=StrictRoute)
 
 
 @router.post("/generate", tags=["generate"])
-async def generate(body: GenerateRequest, request: Request, services: Provided) -> Response:
+@needs("generate")
+async def generate(body: GenerateRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
-    job = await services.planner.generate(body)
+    job = await services.planner.generate(body, caller.tenant)
     return await _answer(request, services, job, GenerateView(services.tokenizer), body.stream)
 
 
 @router.post("/v1/completions", tags=["openai"])
-async def complete(body: CompletionRequest, request: Request, services: Provided) -> Response:
+@needs("generate")
+async def complete(
+    body: CompletionRequest, request: Request, services: Provided, caller: Calling
+) -> Response:
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.completion(body)
+    job = await services.planner.completion(body, caller.tenant)
     view = CompletionView(services.tokenizer, body.model, body.include_usage)
     return await _answer(request, services, job, view, body.stream)
 
 
 @router.post("/v1/chat/completions", tags=["openai"])
-async def chat(body: ChatRequest, request: Request, services: Provided) -> Response:
+@needs("generate")
+async def chat(body: ChatRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.chat(body)
+    job = await services.planner.chat(body, caller.tenant)
     view = ChatView(services.tokenizer, body.model, body.include_usage)
     return await _answer(request, services, job, view, body.stream)
 

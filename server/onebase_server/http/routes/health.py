@@ -11,6 +11,7 @@ from fastapi import APIRouter, Response
 
 import onebase_server
 from onebase_server.http.deps import Provided, json_response
+from onebase_server.http.guard import NO_KEY, needs
 from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
@@ -24,7 +25,8 @@ def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
     return Response(body, status_code=503, media_type="application/json", headers=headers)
 
 
-@router.get("/health")
+@router.get("/health", openapi_extra=NO_KEY)
+@needs("open")
 async def health(services: Provided) -> Response:
     """200 while the server makes progress, also when the engine is still loading; 503 after a stall."""
     state = services.supervisor.state
@@ -33,7 +35,8 @@ async def health(services: Provided) -> Response:
     return json_response({"status": "ok", "engine": state.value})
 
 
-@router.get("/ready")
+@router.get("/ready", openapi_extra=NO_KEY)
+@needs("open")
 async def ready(services: Provided) -> Response:
     """200 when a request sent now would be served; 503 while loading, restarting or stopping."""
     state = services.supervisor.state
@@ -45,6 +48,7 @@ async def ready(services: Provided) -> Response:
 
 
 @router.get("/version")
+@needs("any")
 async def version() -> Response:
     """The server's version."""
     return json_response(
@@ -53,6 +57,7 @@ async def version() -> Response:
 
 
 @router.get("/status")
+@needs("admin")
 async def status(services: Provided) -> Response:
     """What the base is and takes (bytes, tokens), and what the engine has done so far."""
     supervisor = services.supervisor
@@ -71,6 +76,7 @@ async def status(services: Provided) -> Response:
 
 
 @router.get("/metrics")
+@needs("admin")
 async def metrics(services: Provided) -> Response:
     """Figures of training and serving in Prometheus' text format."""
     return Response(await services.training.metrics_text(services.supervisor), media_type=CONTENT_TYPE)

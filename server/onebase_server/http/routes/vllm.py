@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
+from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, check_name
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
@@ -17,7 +18,8 @@ from onebase_server.errors import (
     UnknownAdapterError,
     VersionFailedError,
 )
-from onebase_server.http.deps import Provided, Services, StrictRoute
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute
+from onebase_server.http.guard import needs
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["vllm"])
@@ -25,49 +27,53 @@ _ACTOR = "load_lora_adapter"
 
 
 @router.post("/load_lora_adapter")
-async def load_lora_adapter(body: LoadLoraRequest, services: Provided) -> Response:
+@needs("adapters")
+async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter: a folder under --adapters-dir, or a Hub repository that --hub-allow permits."""
     services.refuse_if_draining()
     name = check_name(body.lora_name, services.catalog.base_name)
-    record = services.catalog.get(name)
+    record = services.catalog.of(caller.tenant).own(name)
     if record is not None and record.active is not None and not body.load_inplace:
         raise InvalidRequestError(
             f"lora_name: the lora adapter {name!r} has already been loaded. Send load_inplace to replace it.",
             param="lora_name",
             code="adapter_exists",
         )
-    folder = _allowed_folder(services, body.lora_path)
+    folder = _allowed_folder(services, caller, body.lora_path)
     version = await (
-        _from_hub(services, name, body.lora_path)
+        _from_hub(services, caller.tenant, name, body.lora_path)
         if folder is None
-        else services.folders.add(name, folder, actor=_ACTOR)
+        else services.folders.add(caller.tenant, name, folder, actor=_ACTOR)
     )
-    finished = await services.adapters.wait(name, version.digest)
+    finished = await services.adapters.wait(caller.tenant, name, version.digest)
     if finished.error is not None:
         raise VersionFailedError(f"lora_path: {finished.error.message}", code=finished.error.code)
-    await services.activation.activate(name, version.digest, actor=_ACTOR)
+    await services.activation.activate(caller.tenant, name, version.digest, actor=_ACTOR)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter")
-async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided) -> Response:
+@needs("adapters")
+async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}."""
     services.refuse_if_draining()
-    record = services.catalog.get(body.lora_name)
+    record = services.catalog.of(caller.tenant).own(body.lora_name)
     if record is None or record.active is None:
         raise UnknownAdapterError(
             f"lora_name: the lora adapter {body.lora_name[:80]!r} cannot be found.", param="lora_name"
         )
-    await services.activation.deactivate(body.lora_name, actor="unload_lora_adapter")
+    await services.activation.deactivate(caller.tenant, body.lora_name, actor="unload_lora_adapter")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _allowed_folder(services: Services, path: str) -> Path | None:
+def _allowed_folder(services: Services, caller: Caller, path: str) -> Path | None:
     """The folder, if it lies under --adapters-dir; None when the path is no folder here.
+
+    The folders are the operator's: other callers are told the same whether there is one or not.
 
     Raises ForbiddenError, InvalidRequestError.
     """
-    parent = services.settings.adapters_dir
+    parent = services.settings.adapters_dir if caller.is_admin else None
     root = Path(parent).expanduser().resolve() if parent else None
     try:
         folder = (root / path if root is not None else Path(path)).resolve()
@@ -89,7 +95,7 @@ def _allowed_folder(services: Services, path: str) -> Path | None:
     return None
 
 
-async def _from_hub(services: Services, name: str, path: str) -> VersionRecord:
+async def _from_hub(services: Services, tenant: str, name: str, path: str) -> VersionRecord:
     reference = hub_reference(HUB_PREFIX + path.removeprefix(HUB_PREFIX), "lora_path")
     services.hub.check_allowed(reference, "lora_path")
-    return await services.hub.pull(name, reference, VersionOptions(), _ACTOR).arrived()
+    return await services.hub.pull(tenant, name, reference, VersionOptions(), _ACTOR).arrived()

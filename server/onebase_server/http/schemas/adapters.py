@@ -52,6 +52,10 @@ class PinRequest(Wire):
     pinned: bool
 
 
+class ShareRequest(Wire):
+    shared: bool
+
+
 class LoadLoraRequest(Wire):
     """Body of vLLM's POST /v1/load_lora_adapter."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from onebase_adapters.registry import DEFAULT_TENANT, AdapterRecord, VersionError, VersionRecord
+from onebase_adapters.registry import AdapterRecord, VersionError, VersionRecord
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import OPTIONS, AdapterService
@@ -24,20 +24,21 @@ class AdapterViews:
         self._hub = hub
         self._residency = residency
 
-    def adapters(self) -> list[Json]:
-        """All of them, by name; also those whose first version is still being pulled."""
-        known = {record.name: self.adapter(record) for record in self._catalog}
-        for name in self._hub.running_names():
+    def adapters(self, tenant: str) -> list[Json]:
+        """All that a tenant may name; also those whose first version is still being pulled."""
+        known = {record.name: self.adapter(record) for record in self._catalog.of(tenant)}
+        for name in self._hub.running_names(tenant):
             if name not in known:
-                known[name] = self.pulled_adapter(self._hub.of_name(name))
+                known[name] = self.pulled_adapter(self._hub.of_name(tenant, name))
         return [known[name] for name in sorted(known)]
 
-    def named(self, name: str) -> Json:
+    def named(self, tenant: str, name: str) -> Json:
         """One adapter. Raises UnknownAdapterError."""
-        pending = self._hub.of_name(name)
-        if self._catalog.get(name) is None and pending:
+        pending = self._hub.of_name(tenant, name)
+        names = self._catalog.of(tenant)
+        if names.get(name) is None and pending:
             return self.pulled_adapter(pending)
-        return self.adapter(self._catalog.adapter(name, param="name"))
+        return self.adapter(names.adapter(name, param="name"))
 
     def adapter(self, record: AdapterRecord) -> Json:
         active = record.active_version
@@ -55,6 +56,7 @@ class AdapterViews:
             **{key: report[key] if report else None for key in _REPORTED},
             "base": self._catalog.base_name,
             "tenant": record.tenant,
+            "shared": record.shared,
             "pinned": record.pinned,
             "tier": self._residency.tier(record.active) if record.active else None,
             "versions": len(record.versions),
@@ -76,7 +78,8 @@ class AdapterViews:
             "targets": [],
             **dict.fromkeys(_REPORTED),
             "base": self._catalog.base_name,
-            "tenant": DEFAULT_TENANT,
+            "tenant": newest.tenant,
+            "shared": False,
             "pinned": False,
             "tier": None,
             "versions": 0,
@@ -86,8 +89,8 @@ class AdapterViews:
 
     def version(self, version: VersionRecord) -> Json:
         """One version; its report is as whole as the record's."""
-        record = self._catalog.get(version.name)
-        progress = None if version.finished else self._adapters.progress(version.name, version.digest)
+        record = self._catalog.of(version.tenant).own(version.name)
+        progress = None if version.finished else self._adapters.progress(version)
         return {
             "object": "adapter.version",
             "id": label(version.name, version.digest),
@@ -129,7 +132,7 @@ class AdapterViews:
             "source": {key: value for key, value in source.items() if value is not None},
             "created_at": pending.created_at,
             "created_by": pending.actor,
-            "tenant": DEFAULT_TENANT,
+            "tenant": pending.tenant,
             "progress": {"stage": "pulling", "fraction": pending.transfer.fraction} if running else None,
             "report": None,
         }

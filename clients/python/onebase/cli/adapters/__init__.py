@@ -28,6 +28,7 @@ Change
   rollback NAME         go back to the version that was active before
   deactivate NAME       leave the name without an active version
   pin NAME, unpin NAME  keep it in memory, or no longer
+  share NAME            let all tenants use it; unshare NAME ends that
   rm NAME[@VERSION]     delete one version, or the adapter with all of them
 
 VERSION is a digest as `show` prints it; its first 8 digits are enough.
@@ -45,6 +46,8 @@ ACTIONS: Final[Mapping[str, str]] = {
     "deactivate": "change",
     "pin": "change",
     "unpin": "change",
+    "share": "change",
+    "unshare": "change",
     "rm": "change",
 }
 """The module of each action."""

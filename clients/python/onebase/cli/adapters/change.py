@@ -1,4 +1,4 @@
-"""`onebase adapters activate | rollback | deactivate | pin | unpin | rm`."""
+"""`onebase adapters activate | rollback | deactivate | pin | unpin | share | unshare | rm`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _DESCRIPTIONS: Final = {
     "deactivate": "Leave the name without an active version. NAME@VERSION still reaches its versions.",
     "pin": "Keep an adapter in memory even if others are used more recently.",
     "unpin": "No longer keep an adapter in memory when others are used more recently.",
+    "share": "Let all tenants use an adapter and look at it. Their own adapters of that name come first.",
+    "unshare": "Keep an adapter to its own tenant again. Requests that have begun end on it.",
     "rm": """\
 Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses
 while requests run on it, and for the active version; --force deletes it anyway, and those requests
@@ -83,6 +85,8 @@ def _change(action: str, client: Client, args: argparse.Namespace) -> int:
         "deactivate": lambda: client.adapters.deactivate(args.name),
         "pin": lambda: client.adapters.pin(args.name),
         "unpin": lambda: client.adapters.pin(args.name, False),
+        "share": lambda: client.adapters.share(args.name),
+        "unshare": lambda: client.adapters.share(args.name, False),
     }
     adapter = actions[action]()
     if args.json:
@@ -106,6 +110,8 @@ def _expected(client: Client, args: argparse.Namespace) -> str | Unset | None:
 def _sentence(action: str, adapter: Adapter) -> str:
     if action in ("pin", "unpin"):
         return f"{adapter.name} {'stays' if adapter.pinned else 'no longer stays'} in memory."
+    if action in ("share", "unshare"):
+        return f"{adapter.name} is {'shared with all tenants' if adapter.shared else 'no longer shared'}."
     if adapter.version is None:
         return f"{adapter.name} has no active version now. Its versions are kept."
     return f"The active version of {adapter.name} is {short(adapter.version)} now."

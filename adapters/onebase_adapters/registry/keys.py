@@ -1,0 +1,153 @@
+"""API keys: who may do what, for whom. The registry holds their hashes, never the keys.
+
+A key is `ob-<id>-<secret>`. The secret has 256 random bits, so that one SHA-256 protects it: there is no
+dictionary to try, and a slow hash would only slow down each request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Collection
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from onebase_adapters.names import NAME_RULE, is_adapter_name
+from onebase_adapters.registry.database import Database, plain
+from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
+from onebase_adapters.registry.models import SCOPES, ApiKey, Scope
+from onebase_adapters.registry.tables import ApiKeyRow
+
+USED_SECONDS = 3600.0
+"""`last_used_at` is as exact as this: one write an hour for a key in use."""
+RESERVED_TENANTS = ("registry",)
+"""Owner of rows by which release 0.1 knew a registry again."""
+MAX_NAME = 200
+_KEY = re.compile(r"(ob-[0-9a-f]{16})-[A-Za-z0-9_-]{43}")
+_NOBODY = "0" * 64
+
+
+class ApiKeys:
+    """The keys of a registry. All methods block, and may be called from any thread.
+
+    A key's row is never deleted, only marked as revoked: a registry that had a key once never opens again.
+    Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(
+        self, tenant: str, scopes: Collection[str], *, name: str = "", expires_at: float | None = None
+    ) -> tuple[ApiKey, str]:
+        """A new key: its record, and the key itself, which nobody can read again.
+
+        Raises InvalidKeyError.
+        """
+        if not is_adapter_name(tenant) or tenant in RESERVED_TENANTS:
+            raise InvalidKeyError("tenant", f"{tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
+        if len(name) > MAX_NAME or not (name == "" or name.isprintable()):
+            raise InvalidKeyError("name", f"use up to {MAX_NAME} characters that can be printed.")
+        chosen = _checked_scopes(scopes)
+        now = time.time()
+        if expires_at is not None and expires_at <= now:
+            raise InvalidKeyError("expires", "the key would have expired already. Choose a later time.")
+        key_id = f"ob-{secrets.token_hex(8)}"
+        key = f"{key_id}-{secrets.token_urlsafe(32)}"
+        with self._database.write() as (session, counter):
+            row = ApiKeyRow(
+                id=key_id,
+                tenant=tenant,
+                name=plain(name),
+                scopes=list(chosen),
+                sha256=_sha256(key),
+                created_at=now,
+                expires_at=expires_at,
+                changed=counter,
+            )
+            session.add(row)
+            session.flush()
+            return _record(row), key
+
+    def all(self) -> list[ApiKey]:
+        """All keys that there ever were, the newest first."""
+        with self._database.read() as session:
+            rows = session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id))
+            return [_record(row) for row in rows]
+
+    def since(self, known: int) -> tuple[int, list[ApiKey] | None]:
+        """The number of the last change of any key, 0 before the first; and all keys unless it is `known`."""
+        with self._database.read() as session:
+            newest = session.scalar(select(func.max(ApiKeyRow.changed))) or 0
+            if newest == known:
+                return newest, None
+            return newest, [_record(row) for row in session.scalars(select(ApiKeyRow))]
+
+    def revoke(self, key_id: str) -> ApiKey:
+        """From now on nobody can use the key. Repeating it changes nothing. Raises UnknownKeyError."""
+        with self._database.write() as (session, counter):
+            row = _row(session, key_id)
+            row.revoked_at, row.changed = row.revoked_at or time.time(), counter
+            session.flush()
+            return _record(row)
+
+    def note_use(self, key_id: str) -> None:
+        """The key was used just now."""
+        now = time.time()
+        with self._database.write_uncounted() as session:
+            session.execute(
+                update(ApiKeyRow)
+                .where(ApiKeyRow.id == key_id)
+                .where(or_(ApiKeyRow.last_used_at.is_(None), ApiKeyRow.last_used_at < now - USED_SECONDS))
+                .values(last_used_at=now)
+            )
+
+
+def id_of(key: str) -> str | None:
+    """The id that a key names; None for what is no key."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else match[1]
+
+
+def is_key_of(key: str, record: ApiKey | None) -> bool:
+    """Whether `key` is the one of this record. Takes the same time for a wrong secret and for no record."""
+    return hmac.compare_digest(_sha256(key), _NOBODY if record is None else record.sha256)
+
+
+def _sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _checked_scopes(scopes: Collection[str]) -> tuple[Scope, ...]:
+    """In their usual order. Raises InvalidKeyError."""
+    chosen = tuple(scope for scope in SCOPES if scope in scopes)
+    unknown = sorted(set(scopes) - set(SCOPES))
+    if unknown or not chosen:
+        wrong = f"{unknown[0][:80]!r} is none" if unknown else "there is none"
+        raise InvalidKeyError("scopes", f"{wrong}; choose among {', '.join(SCOPES)}.")
+    return chosen
+
+
+def _row(session: Session, key_id: str) -> ApiKeyRow:
+    row = session.get(ApiKeyRow, plain(key_id))
+    if row is None:
+        raise UnknownKeyError(f"There is no API key {key_id[:80]!r}.")
+    return row
+
+
+def _record(row: ApiKeyRow) -> ApiKey:
+    return ApiKey(
+        id=row.id,
+        tenant=row.tenant,
+        name=row.name,
+        scopes=tuple(scope for scope in SCOPES if scope in row.scopes),
+        sha256=row.sha256,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
+    )

@@ -1,0 +1,217 @@
+"""Whom a request comes from, by its API key, and what that caller may do."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    ApiKey,
+    ApiKeys,
+    RegistryError,
+    Scope,
+)
+from onebase_adapters.registry.keys import USED_SECONDS, id_of, is_key_of
+from onebase_server.background import Threads
+from onebase_server.errors import ForbiddenError, UnauthenticatedError, UnavailableError
+from onebase_server.storage import storage_errors
+
+Access = Scope | Literal["any", "open"]
+"""What a route needs: a scope, any valid key, or nothing."""
+KEY_SECONDS = 1.0
+"""A server knows of a new, a revoked or another key after this time at the latest."""
+_ANSWER_SECONDS = 5.0
+"""Limit for one look at the registry's keys."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whom a request comes from. `key`: the key's id; "" where no keys are needed."""
+
+    key: str
+    tenant: str
+    scopes: frozenset[Scope]
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it operates this server; an admin may do everything that other scopes allow, too."""
+        return "admin" in self.scopes
+
+    def may(self, access: Access) -> bool:
+        return self.is_admin or access in ("any", "open") or access in self.scopes
+
+
+LOCAL = Caller("", DEFAULT_TENANT, frozenset({"admin"}))
+"""Who calls a server that needs no keys."""
+NOBODY = Caller("", "", frozenset())
+"""Who asks an open route."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class KeyRing:
+    """The registry's keys, in memory, as they were at most KEY_SECONDS ago. For one event loop.
+
+    While the registry cannot be read no key is taken, since it may have been revoked elsewhere.
+
+    Args:
+        open_without_keys: whether all may do everything while there has never been a key.
+    """
+
+    def __init__(self, keys: ApiKeys, threads: Threads, *, open_without_keys: bool) -> None:
+        self._registry = keys
+        self._threads = threads
+        self._open_without_keys = open_without_keys
+        self._keys: dict[str, ApiKey] = {}
+        self._newest = -1
+        self._away = False
+        self._looked_at = self._changed_at = -math.inf
+        self._looking: asyncio.Task[None] | None = None
+        self._used: dict[str, float] = {}
+        self._notes: set[asyncio.Task[None]] = set()
+
+    async def caller(self, authorization: list[str]) -> Caller:
+        """Whom the Authorization headers of a request name. Raises UnauthenticatedError, UnavailableError."""
+        if await self._is_open():
+            return LOCAL
+        key = _bearer(authorization)
+        record = self._keys.get(id_of(key) or "")
+        if not is_key_of(key, record) or record is None:
+            raise UnauthenticatedError("This API key is not known here.")
+        if not record.valid_at(time.time()):
+            ended = "was revoked" if record.revoked_at is not None else "has expired"
+            raise UnauthenticatedError(f"The API key {record.id} {ended}.")
+        self._note_use(record)
+        return Caller(record.id, record.tenant, frozenset(record.scopes))
+
+    async def still_valid(self, caller: Caller) -> bool:
+        """Whether a caller whose answer takes long may have the rest of it. Raises UnavailableError."""
+        if caller.key == "":
+            return await self._is_open()
+        await self.refresh()
+        record = self._keys.get(caller.key)
+        return record is not None and record.valid_at(time.time())
+
+    async def _is_open(self) -> bool:
+        """Whether no key is needed, since there has never been one. Raises UnavailableError."""
+        try:
+            await self.refresh()
+        except UnavailableError:
+            # Who has no keys has nothing to revoke: names stay as they are, and so does this.
+            if self._keys or self._newest < 0 or not self._open_without_keys:
+                raise
+        return self._open_without_keys and not self._keys
+
+    @property
+    def known(self) -> bool:
+        """Whether there has ever been a key, as of the last look."""
+        return bool(self._keys)
+
+    # ---- for operators -----------------------------------------------------------------------
+
+    async def all(self) -> list[ApiKey]:
+        """All keys that there ever were, the newest first. Raises UnavailableError."""
+        with storage_errors():
+            return await self._threads.run(self._registry.all)
+
+    async def create(
+        self, tenant: str, scopes: Collection[str], *, name: str, expires_at: float | None
+    ) -> tuple[ApiKey, str]:
+        """A new key, and its text, which is not kept.
+
+        Raises ForbiddenError for the first one: over HTTP anyone who reaches the port could lock the owner
+        out. Raises InvalidRequestError, UnavailableError.
+        """
+        await self.refresh()
+        if not self._keys:
+            raise ForbiddenError(
+                "The first key is made on the server's machine: onebase keys create --scope admin.",
+                code="first_key",
+            )
+        with storage_errors():
+            made = await self._threads.run(
+                self._registry.create, tenant, scopes, name=name, expires_at=expires_at
+            )
+        self._changed_at = time.monotonic()
+        return made
+
+    async def revoke(self, key_id: str) -> ApiKey:
+        """Raises UnknownKeyError, UnavailableError."""
+        with storage_errors():
+            revoked = await self._threads.run(self._registry.revoke, key_id)
+        self._changed_at = time.monotonic()
+        return revoked
+
+    # ---- keeping up --------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Know the keys as they were at most KEY_SECONDS ago, and after the last change made here.
+
+        Raises UnavailableError.
+        """
+        oldest = max(self._changed_at, time.monotonic() - KEY_SECONDS)
+        while self._looked_at < oldest:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.get_running_loop().create_task(self._read())
+                self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.shield(self._looking)
+
+    async def _read(self) -> None:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                newest, keys = await self._threads.run(self._registry.since, self._newest)
+        except (RegistryError, TimeoutError) as error:
+            if not self._away:
+                _log.error("the registry's API keys cannot be read: %s", error or "no answer in time")
+            self._away = True
+            raise UnavailableError(
+                "The registry cannot be read now, so no API key can be checked. Try again in a moment.",
+                code="registry_unavailable",
+                retry_after=_ANSWER_SECONDS,
+            ) from error
+        if keys is not None:
+            self._keys, self._newest = {key.id: key for key in keys}, newest
+        self._looked_at, self._away = max(self._looked_at, began), False
+
+    def _note_use(self, record: ApiKey) -> None:
+        """Write down, now and then, that a key is in use. Nobody waits for that."""
+        now = time.monotonic()
+        written = time.time() - (record.last_used_at or 0.0) < USED_SECONDS
+        if written or now - self._used.get(record.id, -math.inf) < USED_SECONDS:
+            return
+        self._used[record.id] = now
+        task = asyncio.get_running_loop().create_task(self._write_use(record.id))
+        self._notes.add(task)
+        task.add_done_callback(self._notes.discard)
+
+    async def _write_use(self, key_id: str) -> None:
+        try:
+            await self._threads.run(self._registry.note_use, key_id)
+        except RegistryError:
+            del self._used[key_id]
+
+
+def _bearer(authorization: list[str]) -> str:
+    """The key in a request's Authorization header. Raises UnauthenticatedError."""
+    if not authorization:
+        raise UnauthenticatedError("This server needs an API key.", given=False)
+    scheme, _, key = authorization[0].strip().partition(" ")
+    if len(authorization) > 1 or scheme.lower() != "bearer" or not key.strip():
+        raise UnauthenticatedError("The Authorization header cannot be read.")
+    return key.strip()

@@ -1,0 +1,66 @@
+"""/v1/keys: who may use this registry's servers. The first key is made by `onebase keys create`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
+from onebase_server.http.deps import Provided, StrictRoute, json_response
+from onebase_server.http.guard import needs
+from onebase_server.http.schemas.generation import Wire
+
+router = APIRouter(prefix="/v1/keys", route_class=StrictRoute, tags=["keys"])
+
+
+class CreateKeyRequest(Wire):
+    """Body of POST /v1/keys."""
+
+    tenant: Annotated[str, Field(max_length=200)] = DEFAULT_TENANT
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=8)]
+    name: Annotated[str, Field(max_length=1000)] = Field(default="", description="for people, in lists")
+    expires_in_s: Annotated[float, Field(gt=0, le=3e9)] | None = Field(
+        default=None, description="seconds from now; null: it does not expire"
+    )
+
+
+@router.post("")
+@needs("admin")
+async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
+    """A new key. Its text is in this answer alone."""
+    expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
+    made, key = await services.keys.create(body.tenant, body.scopes, name=body.name, expires_at=expires_at)
+    answer = json_response({**_view(made), "key": key})
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
+
+
+@router.get("")
+@needs("admin")
+async def list_keys(services: Provided) -> Response:
+    """All keys that there ever were, of all tenants, the newest first."""
+    return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
+
+
+@router.delete("/{key_id}")
+@needs("admin")
+async def revoke_key(key_id: str, services: Provided) -> Response:
+    """Nobody can use the key any more: here at once, on other servers within a second."""
+    return json_response(_view(await services.keys.revoke(key_id)))
+
+
+def _view(key: ApiKey) -> dict[str, Any]:
+    return {
+        "object": "api_key",
+        "id": key.id,
+        "tenant": key.tenant,
+        "name": key.name,
+        "scopes": key.scopes,
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "revoked_at": key.revoked_at,
+        "last_used_at": key.last_used_at,
+    }

@@ -1,0 +1,390 @@
+"""Every route is closed: who has no key, or not the right one, is told so, and nothing is done."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from fastapi import APIRouter
+
+from onebase import AuthenticationError, Client, PermissionDeniedError
+from onebase_adapters.registry import SCOPES
+from onebase_server.http.app import create_app
+from onebase_server.http.guard import access_of
+
+from .access import Keys, bearer, client_with
+from .support import Server, Starter
+
+NOBODY: Any = SimpleNamespace(settings=SimpleNamespace(max_body=1000), keys=None)
+APP = create_app(NOBODY)
+OPEN = {"/health", "/ready"}
+
+
+def request_of(method: str, path: str) -> dict[str, Any]:
+    return {"type": "http", "method": method, "path": path, "headers": [], "root_path": ""}
+
+
+def routes() -> list[tuple[str, str, str]]:
+    """Method, path and scope of every route of the app."""
+    found = []
+    for route in APP.routes:
+        path = re.sub(r"{[^}]*}", "thing", route.path)  # type: ignore[attr-defined]
+        for method in sorted(route.methods or ()):  # type: ignore[attr-defined]
+            found.append((method, path, access_of(APP, request_of(method, path))))
+    return found
+
+
+ROUTES = routes()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
+    made = Keys(tmp_path_factory.mktemp("data"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def admin(keys: Keys) -> str:
+    return keys.make("admin")
+
+
+@pytest.fixture(scope="module")
+def server(serve_scripted: Starter, keys: Keys, admin: str) -> Iterator[Server]:
+    with serve_scripted("words", data_dir=keys.file.parent) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def refused(answer: httpx2.Response, status: int, code: str) -> str:
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+    assert answer.headers["www-authenticate"].startswith("Bearer ")
+    return str(answer.json()["error"]["message"])
+
+
+# ---- every route --------------------------------------------------------------------------------
+
+
+def test_the_routes_are_the_ones_that_are_meant_and_health_and_ready_alone_are_open() -> None:
+    assert len(ROUTES) > 45
+    assert {path for _, path, access in ROUTES if access == "open"} == OPEN
+    any_key = {path for _, path, access in ROUTES if access == "any"}
+    assert any_key == {"/version", "/v1/models", "/v1/models/thing"}
+    for scope, beginnings in {
+        "generate": ("/generate", "/v1/completions", "/v1/chat/completions"),
+        "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        "train": ("/v1/files", "/v1/fine_tuning"),
+    }.items():
+        assert all(path.startswith(beginnings) for _, path, access in ROUTES if access == scope)
+    for path in ("/status", "/metrics", "/v1/keys", "/v1/adapters/thing/pin", "/v1/adapters/thing/share"):
+        assert {access for _, other, access in ROUTES if other == path} == {"admin"}
+
+
+def test_the_openapi_file_says_which_requests_need_a_key() -> None:
+    schema = create_app(NOBODY).openapi()
+
+    (name,) = schema["security"][0]
+    assert schema["components"]["securitySchemes"][name] == {"type": "http", "scheme": "bearer"}
+    free = {path for path, methods in schema["paths"].items() if methods.get("get", {}).get("security") == []}
+    assert free == OPEN
+
+
+def test_a_route_that_declares_nothing_is_for_admins_however_it_came_to_the_app() -> None:
+    app, router = create_app(NOBODY), APIRouter(prefix="/later")
+    app.get("/new")(lambda: "secret")
+    router.get("/new")(lambda: "secret")
+    app.include_router(router)
+
+    for path in ("/new", "/later/new", "/docs", "/openapi.json"):
+        assert access_of(app, request_of("GET", path)) == "admin", path
+
+
+@pytest.mark.parametrize(
+    ("headers", "problem"),
+    [
+        ({}, "needs an API key"),
+        ({"Authorization": "Basic dXNlcjpwYXNz"}, "cannot be read"),
+        ({"Authorization": "Bearer"}, "cannot be read"),
+        ({"Authorization": "Bearer one two"}, "not known"),
+        ({"Authorization": "Bearer ob-0123456789abcdef-" + "A" * 43}, "not known"),
+        ({"Authorization": "Bearer " + "k" * 4000}, "not known"),
+        ({"Authorization": "Bearer ob-\xff"}, "not known"),
+    ],
+    ids=["none", "another scheme", "no key", "two words", "a made-up key", "a long one", "not ASCII"],
+)
+def test_without_a_key_that_is_known_every_route_but_two_answers_401(
+    http: httpx2.Client, headers: dict[str, str], problem: str
+) -> None:
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    for method, path, access in ROUTES:
+        answer = http.request(method, path, headers=raw)
+        if access == "open":
+            assert answer.status_code == 200
+        elif method == "HEAD":
+            assert answer.status_code == 401
+        else:
+            assert problem in refused(answer, 401, "invalid_api_key"), (method, path)
+    assert http.get("/nothing/there", headers=raw).status_code == 401
+
+
+def test_a_key_whose_secret_is_wrong_gets_the_answer_of_a_key_that_does_not_exist(
+    http: httpx2.Client, admin: str
+) -> None:
+    wrong = admin[:-3] + ("AAA" if not admin.endswith("AAA") else "BBB")
+    unknown = "ob-0123456789abcdef" + admin[len("ob-0123456789abcdef") :]
+    for method, path, access in ROUTES:
+        if access != "open":
+            one, other = (http.request(method, path, headers=bearer(key)) for key in (wrong, unknown))
+            assert one.status_code == other.status_code == 401
+            assert one.content == other.content
+
+
+def test_an_expired_and_a_revoked_key_open_nothing(http: httpx2.Client, keys: Keys, server: Server) -> None:
+    expired, revoked = keys.make("admin"), keys.make("admin")
+    server.wait_for(lambda: http.get("/version", headers=bearer(revoked)).status_code == 200)
+    keys.expire(expired)
+    keys.revoke(revoked)
+    server.wait_for(lambda: http.get("/version", headers=bearer(revoked)).status_code == 401)
+
+    for key, problem in ((expired, "has expired"), (revoked, "was revoked")):
+        for method, path, access in ROUTES:
+            if access != "open" and method != "HEAD":
+                answer = http.request(method, path, headers=bearer(key))
+                assert problem in refused(answer, 401, "invalid_api_key"), (method, path)
+
+
+def test_a_key_without_the_scope_of_a_route_is_told_which_one_it_lacks(
+    http: httpx2.Client, keys: Keys, server: Server
+) -> None:
+    lacking = {scope: keys.make(*(one for one in SCOPES if one not in (scope, "admin"))) for scope in SCOPES}
+    server.wait_for(lambda: http.get("/version", headers=bearer(lacking["admin"])).status_code == 200)
+    for method, path, access in ROUTES:
+        if access in SCOPES and method != "HEAD":
+            answer = http.request(method, path, headers=bearer(lacking[access]))
+            assert f"scope {access!r}" in refused(answer, 403, "insufficient_scope"), (method, path)
+            assert f'scope="{access}"' in answer.headers["www-authenticate"]
+        else:
+            assert http.request(method, path, headers=bearer(lacking["admin"])).status_code in (200, 404, 403)
+
+
+def test_a_key_with_the_scope_or_with_admin_gets_past_the_door(
+    http: httpx2.Client, keys: Keys, server: Server, admin: str
+) -> None:
+    narrow = {scope: keys.make(scope) for scope in SCOPES}
+    server.wait_for(lambda: http.get("/version", headers=bearer(narrow["admin"])).status_code == 200)
+    for method, path, access in ROUTES:
+        for key in (admin, narrow.get(access, narrow["generate"])):
+            answer = http.request(method, path, headers=bearer(key))
+            assert answer.status_code not in (401, 403), (method, path, answer.text)
+
+
+def test_nothing_of_a_body_is_read_before_the_key_is_checked(http: httpx2.Client) -> None:
+    for body in (b"{", b'{"prompt": 3}', b"x" * 9_000_000):
+        headers = {"Content-Type": "application/json"}
+        refused(http.post("/generate", content=body, headers=headers), 401, "invalid_api_key")
+
+
+def test_two_authorization_headers_are_refused(http: httpx2.Client, admin: str) -> None:
+    headers = [("Authorization", f"Bearer {admin}"), ("Authorization", f"Bearer {admin}")]
+    refused(http.get("/version", headers=headers), 401, "invalid_api_key")
+
+
+def test_the_openai_client_works_with_a_key_and_says_what_is_wrong_without(
+    server: Server, admin: str
+) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=admin, max_retries=0) as client:
+        answer = client.completions.create(model="smollm2-135m-instruct", prompt="hello there", max_tokens=4)
+        assert answer.choices[0].text
+        assert "smollm2-135m-instruct" in [model.id for model in client.models.list()]
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as wrong,
+    ):
+        client.models.list()
+    assert wrong.value.code == "invalid_api_key"
+
+
+def test_the_sdk_works_with_a_key_and_an_operator_makes_others_through_it(server: Server, admin: str) -> None:
+    with Client(server.url, api_key=admin) as operator:
+        made = operator.keys.create(["generate"], tenant="sdk", name="from the SDK", expires_in=60)
+        assert made.id in [key.id for key in operator.keys.list()]
+        with Client(server.url, api_key=made.key, max_retries=0) as client:
+            assert client.generate("hello there", max_tokens=2).text
+            with pytest.raises(PermissionDeniedError) as refused_scope:
+                client.adapters.list()
+            assert refused_scope.value.code == "insufficient_scope"
+            operator.keys.revoke(made.id)
+            with pytest.raises(AuthenticationError, match="was revoked"):
+                client.generate("hello there", max_tokens=2)
+    with Client(server.url, max_retries=0) as client:
+        with pytest.raises(AuthenticationError, match="needs an API key"):
+            client.models.list()
+        assert client.health().ok
+        assert client.ready().ok
+
+
+# ---- keys over HTTP -----------------------------------------------------------------------------
+
+
+def test_an_admin_makes_lists_and_revokes_keys_and_nothing_tells_their_secrets(
+    http: httpx2.Client, server: Server, admin: str
+) -> None:
+    body = {"tenant": "acme", "scopes": ["train", "generate"], "name": "ci", "expires_in_s": 3600}
+    answer = http.post("/v1/keys", headers=bearer(admin), json=body)
+    made = answer.json()
+    key = made.pop("key")
+
+    assert answer.headers["cache-control"] == "no-store"
+    assert (made["tenant"], made["scopes"], made["name"]) == ("acme", ["generate", "train"], "ci")
+    assert made["expires_at"] - made["created_at"] == pytest.approx(3600, abs=5)
+    assert http.get("/version", headers=bearer(key)).status_code == 200
+    listed = http.get("/v1/keys", headers=bearer(admin))
+    assert made["id"] in [one["id"] for one in listed.json()["data"]]
+    assert key not in listed.text
+    assert key not in server.log
+
+    gone = http.delete(f"/v1/keys/{made['id']}", headers=bearer(admin))
+    assert gone.json()["revoked_at"] is not None
+    refused(http.get("/version", headers=bearer(key)), 401, "invalid_api_key")
+    unknown = http.delete("/v1/keys/ob-0", headers=bearer(admin))
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "key_not_found")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tenant": "registry"},
+        {"tenant": "../etc"},
+        {"tenant": ""},
+        {"scopes": []},
+        {"scopes": ["root"]},
+        {"name": "a\nb"},
+        {"expires_in_s": 0},
+        {"expires_in_s": -1},
+        {"key": "mine"},
+    ],
+)
+def test_a_key_that_cannot_be_made_is_refused_by_the_field(
+    http: httpx2.Client, admin: str, change: dict[str, Any]
+) -> None:
+    answer = http.post("/v1/keys", headers=bearer(admin), json={"scopes": ["train"], **change})
+
+    assert answer.status_code == 400
+    assert next(iter(change)) in answer.json()["error"]["message"]
+
+
+def test_the_registry_says_when_a_key_was_last_used(http: httpx2.Client, keys: Keys, server: Server) -> None:
+    key = keys.make("generate")
+    assert keys.record(key).last_used_at is None
+
+    server.wait_for(lambda: http.get("/version", headers=bearer(key)).status_code == 200)
+
+    server.wait_for(lambda: keys.record(key).last_used_at is not None)
+
+
+# ---- with and without keys ----------------------------------------------------------------------
+
+
+def test_a_key_holds_on_every_server_of_the_registry_and_ends_there_too(
+    server: Server, serve_scripted: Starter, keys: Keys
+) -> None:
+    other = serve_scripted("words", "--registry", f"sqlite:///{keys.file}")
+    with other as second, httpx2.Client(timeout=60) as http:
+        key = keys.make("generate")
+        places = [f"{one.url}/version" for one in (server, second)]
+
+        def statuses() -> list[int]:
+            return [http.get(place, headers=bearer(key)).status_code for place in places]
+
+        server.wait_for(lambda: statuses() == [200, 200])
+        keys.revoke(key)
+        server.wait_for(lambda: statuses() == [401, 401])
+
+
+def test_the_first_key_closes_a_server_that_runs_and_is_not_made_over_http(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server, server.client() as http:
+        assert http.get("/status").status_code == 200
+        body = {"scopes": ["admin"]}
+        assert http.post("/v1/keys", json=body).json()["error"]["code"] == "first_key"
+        assert http.get("/status", headers=bearer("none")).status_code == 200
+
+        keys = Keys(tmp_path)
+        key = keys.make("admin")
+
+        server.wait_for(lambda: http.get("/status").status_code == 401)
+        assert http.get("/status", headers=bearer(key)).status_code == 200
+        keys.revoke(key)
+        server.wait_for(lambda: http.get("/status", headers=bearer(key)).status_code == 401)
+        assert http.get("/status").status_code == 401  # what was closed once stays closed
+        keys.close()
+
+
+def test_no_key_is_taken_while_the_registry_cannot_be_read(serve_scripted: Starter, tmp_path: Path) -> None:
+    keys = Keys(tmp_path)
+    key = keys.make("admin")
+    with serve_scripted("words", data_dir=tmp_path) as server, client_with(server, key) as http:
+        assert http.get("/version").status_code == 200
+        with closing(sqlite3.connect(keys.file)) as database:
+            database.execute("ALTER TABLE api_keys RENAME TO away")
+
+        server.wait_for(lambda: http.get("/version").status_code == 503)
+
+        answer = http.get("/version")
+        assert answer.json()["error"]["code"] == "registry_unavailable"
+        assert "retry-after" in answer.headers
+        assert http.get("/health").status_code == 200
+    keys.close()
+
+
+def test_another_host_needs_a_key_or_insecure(serve_scripted: Starter, tmp_path: Path) -> None:
+    with serve_scripted("words", "--host", "0.0.0.0", data_dir=tmp_path, ready=False) as server:
+        assert server.exit_status() == 1
+        assert "onebase keys create --scope admin" in server.log
+        assert "--insecure" in server.log
+
+    keys = Keys(tmp_path)
+    key = keys.make("admin")
+    keys.close()
+    with serve_scripted("words", "--host", "0.0.0.0", data_dir=tmp_path) as server:
+        assert server.status_of("/version") == 401
+        with client_with(server, key) as http:
+            assert http.get("/version").status_code == 200
+        server.wait_for(lambda: "each request needs one" in server.log, 30)
+
+
+def test_a_stream_of_a_job_ends_when_its_key_is_revoked_and_an_answer_goes_on(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    keys = Keys(tmp_path)
+    key = keys.make("generate", "train")
+    with serve_scripted("words", data_dir=tmp_path) as server, client_with(server, key) as http:
+        file = http.post(
+            "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", b"slow")}
+        ).json()
+        body = {"model": "smollm2-135m-instruct", "training_file": file["id"]}
+        job = http.post("/v1/fine_tuning/jobs", json={**body, "seed": 1}).json()
+        long = {"prompt": "word", "max_tokens": 60, "stream": True}
+        with (
+            http.stream("GET", f"/v1/fine_tuning/jobs/{job['id']}/events?stream=true") as events,
+            http.stream("POST", "/generate", json=long) as answer,
+        ):
+            assert events.status_code == answer.status_code == 200
+            keys.revoke(key)
+            assert "[DONE]" in answer.read().decode()
+            assert "event: done" not in list(events.iter_lines())  # the job trains on
+    keys.close()

@@ -1,0 +1,89 @@
+"""`onebase keys`: on the machine of a server, with or without one that runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from onebase.cli import main
+from onebase_server.cli import keys
+from onebase_server.settings import SettingsError, parse_duration
+
+from .access import Keys
+
+
+def test_a_key_is_made_shown_once_listed_and_revoked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path / "data"))
+    assert main(["keys", "create", "--scope", "admin,train", "--expires", "90d", "--name", "[b]mine"]) == 0
+    made = capsys.readouterr()
+    (key,) = made.out.splitlines()
+    assert key not in made.err
+    assert "shown this once" in made.err
+
+    assert main(["keys", "list"]) == 0
+    listed = capsys.readouterr().out
+    record = Keys(tmp_path / "data").record(key)
+    assert (record.tenant, record.scopes) == ("default", ("train", "admin"))
+    assert (record.expires_at or 0) - time.time() == pytest.approx(90 * 86400, abs=600)
+    for part in (record.id, "default", "train,admin", "valid", "[b]mine", "never"):
+        assert part in listed
+    assert key not in listed
+
+    assert main(["keys", "revoke", record.id]) == 0
+    assert "revoked" in capsys.readouterr().out
+    assert main(["keys", "create", "--scope", "generate", "--tenant", "acme"]) == 0
+    assert main(["keys", "list"]) == 0
+    last, first = capsys.readouterr().out.splitlines()[-2:]
+    assert ("acme" in last, "revoked" in first) == (True, True)
+
+
+def test_the_registry_and_the_data_folder_are_named_as_for_serve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    assert keys(["create", "--scope", "train", "--registry", url]) == 0
+    capsys.readouterr()
+    assert keys(["list", "--registry", url, "--data-dir", str(tmp_path / "unused")]) == 0
+    assert "train" in capsys.readouterr().out
+    assert keys(["list", "--data-dir", str(tmp_path / "other")]) == 0
+    assert "train" not in capsys.readouterr().out
+    assert (tmp_path / "other").stat().st_mode & 0o77 == 0
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["create", "--scope", "root"], "'root' is none; choose among generate, adapters, train, admin"),
+        (["create", "--scope", ","], "there is none; choose among"),
+        (["create", "--scope", "train", "--tenant", "a b"], "'a b' cannot be a tenant's name"),
+        (["revoke", "ob-nobody"], "There is no API key 'ob-nobody'"),
+        (["list", "--registry", "mysql://host/name"], "a sqlite:/// or a postgresql:// URL"),
+        (["list", "--registry", "sqlite:////proc/none/registry.db"], "registry"),
+    ],
+)
+def test_what_cannot_be_done_is_said_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert keys([*arguments, "--data-dir", str(tmp_path)]) == 1
+    written = capsys.readouterr()
+    assert said in written.err
+    assert "Traceback" not in written.err
+    assert written.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90d", 90 * 86400), ("12h", 43200), ("30m", 1800), (" 45s ", 45)]
+)
+def test_a_time_is_written_with_its_unit(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "d", "-1d", "1.5h", "1d2h", "1w", "9999999d"])
+def test_another_time_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="write days, hours or minutes"):
+        parse_duration(text)

@@ -1,0 +1,269 @@
+"""What one tenant has, another neither sees, uses nor changes: it is told what it is told of nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import pytest
+
+from .access import Keys, client_with
+from .support import Server, Starter, upload
+
+BASE = "smollm2-135m-instruct"
+SCOPES = ("generate", "adapters", "train")
+NOTHING = {
+    "acme-private": "acme-missing",
+    "digest": "f" * 64,
+    "file": "file-" + "f" * 24,
+    "job": "ftjob-" + "f" * 24,
+}
+"""What a tenant has, and what nobody has, which looks alike."""
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """Two tenants of one server, with the same scopes, and its operator."""
+
+    server: Server
+    keys: Keys
+    one: httpx2.Client
+    other: httpx2.Client
+    operator: httpx2.Client
+
+
+@pytest.fixture(scope="module")
+def tenants(serve_scripted: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
+    keys = Keys(tmp_path_factory.mktemp("data"))
+    made = [keys.make(*SCOPES, tenant=name) for name in ("one", "other")]
+    operator = keys.make("admin")
+    with serve_scripted("words", data_dir=keys.file.parent) as server:
+        clients = [client_with(server, key) for key in (*made, operator)]
+        yield Tenants(server, keys, *clients)
+        for client in clients:
+            client.close()
+    keys.close()
+
+
+@pytest.fixture(scope="module")
+def private(tenants: Tenants) -> dict[str, str]:
+    """What tenant `one` has: an adapter with two versions, a file, and a job that has ended."""
+    http = tenants.one
+    upload(http, "acme-private", b"first", query="wait=true&activate=true")
+    digest = upload(http, "acme-private", b"second", query="wait=true").json()["version"]
+    file = http.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", b'{"text": "rows"}')}
+    ).json()["id"]
+    body = {"model": BASE, "training_file": file, "name": "acme-trained"}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+    status = f"/v1/fine_tuning/jobs/{job}"
+    tenants.server.wait_for(lambda: http.get(status).json()["status"] == "succeeded")
+    return {"acme-private": "acme-private", "digest": digest, "file": file, "job": job}
+
+
+REQUESTS: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/adapters/{acme-private}", None),
+    ("GET", "/v1/adapters/{acme-private}/versions", None),
+    ("GET", "/v1/adapters/{acme-private}/versions/{digest}", None),
+    ("GET", "/v1/adapters/{acme-private}/history", None),
+    ("POST", "/v1/adapters/{acme-private}/activate", {"version": "{digest}"}),
+    ("POST", "/v1/adapters/{acme-private}/activate", {"version": "{digest}", "expected": None}),
+    ("POST", "/v1/adapters/{acme-private}/rollback", None),
+    ("POST", "/v1/adapters/{acme-private}/deactivate", None),
+    ("DELETE", "/v1/adapters/{acme-private}/versions/{digest}", None),
+    ("DELETE", "/v1/adapters/{acme-private}/versions/{digest}?force=true", None),
+    ("DELETE", "/v1/adapters/{acme-private}", None),
+    ("DELETE", "/v1/adapters/{acme-private}?force=true", None),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "{acme-private}"}),
+    ("GET", "/v1/models/{acme-private}", None),
+    ("GET", "/v1/models/{acme-private}@{digest}", None),
+    ("POST", "/generate", {"prompt": "hello", "max_tokens": 2, "adapter": "{acme-private}"}),
+    ("POST", "/generate", {"prompt": "hello", "max_tokens": 2, "adapter": "{acme-private}@{digest}"}),
+    (
+        "POST",
+        "/generate",
+        {"prompt": "hello", "max_tokens": 2, "adapter": [{"name": "{acme-private}", "weight": 1}]},
+    ),
+    (
+        "POST",
+        "/generate",
+        {"prompt": "hello", "max_tokens": 2, "adapter": "{acme-private}", "stream": True},
+    ),
+    ("POST", "/v1/completions", {"model": "{acme-private}", "prompt": "hello"}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"model": "{acme-private}", "messages": [{"role": "user", "content": "hello"}]},
+    ),
+    ("GET", "/v1/files/{file}", None),
+    ("GET", "/v1/files/{file}/content", None),
+    ("GET", "/v1/files?after={file}", None),
+    ("DELETE", "/v1/files/{file}", None),
+    ("POST", "/v1/fine_tuning/jobs", {"model": BASE, "training_file": "{file}"}),
+    ("GET", "/v1/fine_tuning/jobs/{job}", None),
+    ("GET", "/v1/fine_tuning/jobs?after={job}", None),
+    ("POST", "/v1/fine_tuning/jobs/{job}/cancel", None),
+    ("POST", "/v1/fine_tuning/jobs/{job}/pause", None),
+    ("POST", "/v1/fine_tuning/jobs/{job}/resume", None),
+    ("GET", "/v1/fine_tuning/jobs/{job}/events", None),
+    ("GET", "/v1/fine_tuning/jobs/{job}/events?stream=true", None),
+    ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints", None),
+]
+
+
+def sent(http: httpx2.Client, request: tuple[str, str, Any], things: dict[str, str]) -> httpx2.Response:
+    """The answer to a request about these things."""
+    method, path, body = request
+    text = json.dumps(body)
+    for name, thing in things.items():
+        path, text = path.replace(f"{{{name}}}", thing), text.replace(f"{{{name}}}", thing)
+    return http.request(method, path, json=None if body is None else json.loads(text))
+
+
+def neutral(answer: httpx2.Response, things: dict[str, str]) -> tuple[int, str, list[str]]:
+    """Status, body and the headers' names, with the names of the things left out."""
+    text = answer.text
+    for name, thing in things.items():
+        text = text.replace(thing[:80], f"<{name}>")
+    return answer.status_code, text, sorted(answer.headers)
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda one: f"{one[0]} {one[1]} {sorted(one[2] or {})}")
+def test_another_tenants_thing_and_one_that_does_not_exist_get_the_same_answer(
+    tenants: Tenants, private: dict[str, str], request_: tuple[str, str, Any]
+) -> None:
+    theirs = neutral(sent(tenants.other, request_, private), private)
+    nothing = neutral(sent(tenants.other, request_, NOTHING), NOTHING)
+
+    assert theirs == nothing
+    assert 400 <= theirs[0] < 500
+    assert neutral(sent(tenants.operator, request_, private), private)[0] == theirs[0]
+
+
+def test_after_all_that_was_tried_the_owner_still_has_everything(
+    tenants: Tenants, private: dict[str, str]
+) -> None:
+    http = tenants.one
+    adapter = http.get("/v1/adapters/acme-private").json()
+    assert (adapter["tenant"], adapter["active"], adapter["versions"]) == ("one", True, 2)
+    assert http.get(f"/v1/files/{private['file']}/content").text == '{"text": "rows"}'
+    assert http.get(f"/v1/fine_tuning/jobs/{private['job']}").json()["status"] == "succeeded"
+    events = http.get(f"/v1/fine_tuning/jobs/{private['job']}/events?stream=true").text
+    assert "event: done" in events
+    assert http.get("/v1/adapters/acme-trained").json()["active"] is True
+    job = http.get(f"/v1/fine_tuning/jobs/{private['job']}").json()
+    assert http.get(f"/v1/files/{job['result_files'][0]}/content").text.startswith("step,")
+    assert tenants.other.get(f"/v1/files/{job['result_files'][0]}").status_code == 404
+
+
+def test_lists_show_what_is_the_tenants_own(tenants: Tenants, private: dict[str, str]) -> None:
+    for path in ("/v1/adapters", "/v1/models", "/v1/files", "/v1/fine_tuning/jobs"):
+        mine, theirs = tenants.one.get(path), tenants.other.get(path)
+        assert any(thing in mine.text for thing in private.values()), path
+        for thing in (*private.values(), "acme-trained"):
+            assert thing not in theirs.text, path
+
+
+def test_two_tenants_have_adapters_of_one_name_and_each_gets_its_own(tenants: Tenants) -> None:
+    digests = {}
+    for tenant, http in (("one", tenants.one), ("other", tenants.other), ("default", tenants.operator)):
+        answer = upload(http, "support", f"of {tenant}".encode(), query="wait=true&activate=true")
+        digests[tenant] = answer.json()["version"]
+        assert answer.json()["tenant"] == tenant
+    assert len(set(digests.values())) == 3
+
+    for tenant, http in (("one", tenants.one), ("other", tenants.other), ("default", tenants.operator)):
+        body = {"prompt": "hello", "max_tokens": 1, "adapter": "support"}
+        assert http.post("/generate", json=body).json()["adapter"] == f"support@{digests[tenant][:12]}"
+        assert http.get("/v1/adapters/support").json()["version"] == digests[tenant]
+
+    assert tenants.one.delete("/v1/adapters/support").status_code == 200
+    assert tenants.one.get("/v1/adapters/support").status_code == 404
+    assert tenants.other.get("/v1/adapters/support").json()["version"] == digests["other"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_a_prefix_that_another_tenant_sent_is_not_in_the_cache(tenants: Tenants, path: str) -> None:
+    """The real engine's keys are tested in tests/engine; here: that the tenant gets there."""
+    text = f"something secret for {path}"
+
+    def cached(http: httpx2.Client) -> int:
+        body: dict[str, Any] = {"prompt": text, "max_tokens": 1, "model": BASE}
+        if path == "/generate":
+            del body["model"]
+        if path == "/v1/chat/completions":
+            body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+        usage = http.post(path, json=body).json()["usage"]
+        return int(usage.get("cached_tokens", usage.get("prompt_tokens_details", {}).get("cached_tokens")))
+
+    assert cached(tenants.one) == 0
+    assert cached(tenants.other) == 0
+    assert cached(tenants.operator) == 0
+    assert cached(tenants.one) > 0
+
+
+def test_changes_are_written_down_with_the_key_that_made_them(tenants: Tenants) -> None:
+    version = upload(tenants.other, "noted", b"noted", query="wait=true&activate=true").json()
+    history = tenants.other.get("/v1/adapters/noted/history").json()["data"]
+
+    key = tenants.other.headers["authorization"].removeprefix("Bearer ")
+    assert key.startswith(version["created_by"] + "-")
+    assert history[0]["actor"] == version["created_by"]
+
+
+def test_only_the_operator_loads_the_folders_and_private_repositories_of_the_server(
+    tenants: Tenants,
+) -> None:
+    for path in ("/etc", "./anything", "acme/private-repo"):
+        body = {"lora_name": "mine", "lora_path": path}
+        assert tenants.other.post("/v1/load_lora_adapter", json=body).status_code == 403
+    answer = tenants.other.post("/v1/adapters", json={"name": "mine", "hub": {"repo": "acme/private-repo"}})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "hub_not_allowed")
+
+
+# ---- shared adapters ----------------------------------------------------------------------------
+
+
+def test_a_shared_adapter_is_used_and_read_by_all_and_changed_by_its_owner_alone(tenants: Tenants) -> None:
+    digest = upload(tenants.operator, "house", b"house", query="wait=true&activate=true").json()["version"]
+    assert tenants.one.post("/v1/adapters/house/share", json={"shared": True}).status_code == 403
+    shared = tenants.operator.post("/v1/adapters/house/share", json={"shared": True}).json()
+    assert shared["shared"] is True
+
+    for http in (tenants.one, tenants.other):
+        body = {"prompt": "hello", "max_tokens": 1, "adapter": "house"}
+        assert http.post("/generate", json=body).json()["adapter"] == f"house@{digest[:12]}"
+        assert "house" in [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert http.get("/v1/adapters/house").json()["version"] == digest
+        assert http.get("/v1/adapters/house/versions").json()["data"][0]["version"] == digest
+        assert http.get(f"/v1/adapters/house/versions/{digest[:9]}").json()["active"] is True
+        assert http.get("/v1/adapters/house/history").json()["data"]
+    for method, path, body in (
+        ("POST", "activate", {"version": digest}),
+        ("POST", "rollback", None),
+        ("POST", "deactivate", None),
+        ("DELETE", f"versions/{digest}?force=true", None),
+        ("DELETE", "?force=true", None),
+    ):
+        place = f"/v1/adapters/house/{path}".replace("/?", "?")
+        answer = tenants.one.request(method, place, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "adapter_read_only"), place
+
+
+def test_a_tenants_own_adapter_comes_before_a_shared_one_of_its_name(tenants: Tenants) -> None:
+    theirs = upload(tenants.operator, "both", b"shared", query="wait=true&activate=true").json()["version"]
+    tenants.operator.post("/v1/adapters/both/share", json={"shared": True})
+    own = upload(tenants.one, "both", b"own", query="wait=true&activate=true").json()["version"]
+
+    body = {"prompt": "hello", "max_tokens": 1, "adapter": "both"}
+    assert tenants.one.post("/generate", json=body).json()["adapter"] == f"both@{own[:12]}"
+    assert tenants.other.post("/generate", json=body).json()["adapter"] == f"both@{theirs[:12]}"
+    names = [one["name"] for one in tenants.one.get("/v1/adapters").json()["data"]]
+    assert names.count("both") == 1
+
+    tenants.operator.post("/v1/adapters/both/share", json={"shared": False})
+    assert tenants.other.post("/generate", json=body).status_code == 404
+    assert tenants.one.post("/generate", json=body).json()["adapter"] == f"both@{own[:12]}"
