@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from onebase_adapters.registry import JOB_STATES
-from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.processes.supervisor import EngineSupervisor
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,9 +38,9 @@ _SERVED = (
 class Metrics:
     """Collects when asked; keeps nothing."""
 
-    def __init__(self, supervisor: EngineSupervisor, manager: Manager) -> None:
+    def __init__(self, supervisor: EngineSupervisor, scheduler: JobScheduler) -> None:
         self._supervisor = supervisor
-        self._manager = manager
+        self._scheduler = scheduler
 
     def render(self, job_counts: Mapping[str, int] | None) -> bytes:
         """Prometheus' text. job_counts: how many jobs there are in each state, if that is known."""
@@ -65,8 +65,8 @@ class Metrics:
             for state in JOB_STATES:
                 jobs.add_metric([state], job_counts.get(state, 0))
             yield jobs
-        yield _counter("onebase_trainer_deaths", "Trainers that died by themselves.", self._manager.deaths)
-        runs = [run for run in self._manager.running if run.kind == "train"]
+        yield _counter("onebase_trainer_deaths", "Trainers that died by themselves.", self._scheduler.deaths)
+        runs = [run for run in self._scheduler.running if run.kind == "train"]
         for field, name, text in _PROGRESS:
             figures = GaugeMetricFamily(name, text, labels=["job"])
             for run in runs:

@@ -26,7 +26,7 @@ from onebase_server.generation.tokenization import TokenizerError, leave_torch_o
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import LEAST_FILES, bind, run_server, url_of
-from onebase_server.jobs.storage import DataDirError
+from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, open_storage

@@ -22,11 +22,11 @@ from onebase_server.http.deps import Services, Training
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
-from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
-from onebase_server.jobs.storage import TrainingStorage
-from onebase_server.jobs.store import JobNotifier
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
@@ -107,7 +107,7 @@ def assemble(
     training = _training(settings, base, storage, adapters, busy, threads, commands.trainer)
     listeners = EngineListeners(
         versions=residency,
-        base=(training.manager, parts.verifier),
+        base=(training.scheduler, parts.verifier),
         prepare=Preparation(adapters, folders, residency).run,
         busy=busy.set,
     )
@@ -206,7 +206,7 @@ def _training(
     `command` starts a trainer; `busy` says whether rows run.
     """
     records, disk = threads
-    folder = TrainingStorage(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
+    folder = JobFolders(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
     registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
     pool = TrainerPool(
@@ -214,7 +214,7 @@ def _training(
         threads=records,
         notifier=notifier,
         files=files,
-        storage=folder,
+        folders=folder,
         delivery=Delivery(adapters, folder, files, PROOFS_WAITED * settings.proof_timeout),
         config=settings.engine_config(str(base.folder)),
         base=base,
@@ -223,15 +223,15 @@ def _training(
         memory=settings.train_memory // max(1, settings.train_jobs),
         busy_fd=busy.fd,
     )
-    manager = Manager(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    scheduler = JobScheduler(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(
         registry,
         records,
         files,
         folder,
-        manager,
+        scheduler,
         notifier,
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, manager, storage, records)
+    return Training(files, jobs, scheduler, storage, records)

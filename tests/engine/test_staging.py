@@ -24,7 +24,7 @@ from tests.tiny import save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.memory import staging_bytes
+from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.staging import Staging
 from onebase_engine.lora.stacked_weights import RankGroup
 from onebase_engine.lora.weights import AdapterWeights, tensors_of, weights_bytes

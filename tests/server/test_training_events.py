@@ -16,7 +16,7 @@ from openai import OpenAI
 from onebase_adapters.registry import JobEvent, RegistryBusyError
 from onebase_adapters.training.events import Notice
 from onebase_server.background import Threads
-from onebase_server.jobs.store import JobNotifier, JobStore
+from onebase_server.jobs.job_record import JobNotifier, JobRecord
 
 from .support import Server, Starter
 from .training_support import job_folder, make_job, openai_client, run_job, step_of, wait_job
@@ -176,10 +176,10 @@ def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(retries: bool,
 
     async def run() -> None:
         job: Any = SimpleNamespace(id="ftjob-1", tenant="default", progress=None)
-        store = JobStore(job, records, Threads("records", 1), JobNotifier())
-        store.retries = retries
-        store.record(Notice(at=1.0, message="the last words", level="info"))
-        await store.close()
+        record = JobRecord(job, records, Threads("records", 1), JobNotifier())
+        record.retries = retries
+        record.take(Notice(at=1.0, message="the last words", level="info"))
+        await record.close()
 
     asyncio.run(run())
     assert records.told == told

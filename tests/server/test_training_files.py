@@ -24,7 +24,7 @@ from onebase_adapters.store.store import Store, StoreFullError
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, OneBaseError, UnknownFileError
 from onebase_server.jobs.files import TrainingFiles
-from onebase_server.jobs.storage import TrainingStorage
+from onebase_server.jobs.folders import JobFolders
 
 ROWS = b'{"text": "rows"}'
 HERE = "default"
@@ -50,12 +50,12 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> TrainingStorage:
-    return TrainingStorage(tmp_path, "registry-1")
+def storage(tmp_path: Path) -> JobFolders:
+    return JobFolders(tmp_path, "registry-1")
 
 
 def using(
-    records: Any, store: Any, storage: TrainingStorage, use: Callable[[TrainingFiles], Awaitable[Any]]
+    records: Any, store: Any, storage: JobFolders, use: Callable[[TrainingFiles], Awaitable[Any]]
 ) -> Any:
     """What a use of a server's training files returns."""
 
@@ -72,7 +72,7 @@ async def upload(files: TrainingFiles) -> TrainingFile:
     return await files.keep(HERE, writer, "a.jsonl", "fine-tune")
 
 
-def old_file(registry: Registry, storage: TrainingStorage, name: str = "file-1") -> TrainingFile:
+def old_file(registry: Registry, storage: JobFolders, name: str = "file-1") -> TrainingFile:
     """A file as earlier releases kept it, on the disk of its server."""
     file = TrainingFile(name, "default", storage.server, "fine-tune", "a.JSONL", len(ROWS), 1.0)
     path = storage.old_file(file)
@@ -83,7 +83,7 @@ def old_file(registry: Registry, storage: TrainingStorage, name: str = "file-1")
 
 @pytest.mark.parametrize("refusal", [RegistryFullError, RegistryBusyError])
 def test_an_upload_that_the_registry_does_not_take_leaves_what_the_next_sweep_deletes(
-    registry: Registry, store: Store, storage: TrainingStorage, refusal: type[RegistryError]
+    registry: Registry, store: Store, storage: JobFolders, refusal: type[RegistryError]
 ) -> None:
     def add_file(file: object) -> None:
         raise refusal("no")
@@ -94,7 +94,7 @@ def test_an_upload_that_the_registry_does_not_take_leaves_what_the_next_sweep_de
 
 
 def test_an_upload_whose_row_is_there_although_that_was_not_told_keeps_its_content(
-    registry: Registry, store: Store, storage: TrainingStorage
+    registry: Registry, store: Store, storage: JobFolders
 ) -> None:
     def add_file(file: TrainingFile) -> None:
         registry.training.add_file(file)
@@ -108,7 +108,7 @@ def test_an_upload_whose_row_is_there_although_that_was_not_told_keeps_its_conte
 
 
 def test_content_goes_with_the_last_file_that_has_it(
-    registry: Registry, store: Store, storage: TrainingStorage
+    registry: Registry, store: Store, storage: JobFolders
 ) -> None:
     first, second = (using(registry.training, store, storage, upload) for _ in range(2))
     assert first.sha256 == second.sha256
@@ -118,9 +118,9 @@ def test_content_goes_with_the_last_file_that_has_it(
 
 
 def test_a_file_is_used_and_deleted_by_every_server_that_shares_registry_and_store(
-    registry: Registry, store: Store, storage: TrainingStorage, tmp_path: Path
+    registry: Registry, store: Store, storage: JobFolders, tmp_path: Path
 ) -> None:
-    other = TrainingStorage(tmp_path / "other", "registry-1")
+    other = JobFolders(tmp_path / "other", "registry-1")
     file = using(registry.training, store, storage, upload)
     assert (
         using(registry.training, store, other, lambda files: files.usable(HERE, file.id, "training_file"))
@@ -135,7 +135,7 @@ def test_a_file_is_used_and_deleted_by_every_server_that_shares_registry_and_sto
 
 
 def test_a_job_reads_its_file_also_when_the_cache_of_a_remote_store_has_given_it_up(
-    registry: Registry, storage: TrainingStorage, tmp_path: Path
+    registry: Registry, storage: JobFolders, tmp_path: Path
 ) -> None:
     store = Store("memory://training", tmp_path / "cache")
     file = using(registry.training, store, storage, upload)
@@ -161,7 +161,7 @@ class Killed(BaseException):
 def test_a_move_into_the_store_that_is_killed_at_any_step_loses_nothing_and_is_ended_by_the_next_start(
     registry: Registry,
     store: Store,
-    storage: TrainingStorage,
+    storage: JobFolders,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
 ) -> None:
@@ -194,7 +194,7 @@ def test_a_move_into_the_store_that_is_killed_at_any_step_loses_nothing_and_is_e
 
 
 def test_a_file_that_the_store_does_not_take_is_used_and_deleted_where_it_lies(
-    registry: Registry, store: Store, storage: TrainingStorage, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, store: Store, storage: JobFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise StoreFullError("no space")
@@ -208,9 +208,9 @@ def test_a_file_that_the_store_does_not_take_is_used_and_deleted_where_it_lies(
 
 
 def test_an_old_file_of_another_server_or_that_is_gone_is_not_found(
-    registry: Registry, store: Store, storage: TrainingStorage, tmp_path: Path
+    registry: Registry, store: Store, storage: JobFolders, tmp_path: Path
 ) -> None:
-    other = TrainingStorage(tmp_path / "other", "registry-1")
+    other = JobFolders(tmp_path / "other", "registry-1")
     file = old_file(registry, storage)
     for use in (lambda files: files.local(file), lambda files: files.delete(HERE, file.id)):
         with pytest.raises(UnknownFileError, match="on the disk of another server"):
@@ -223,7 +223,7 @@ def test_an_old_file_of_another_server_or_that_is_gone_is_not_found(
 
 
 def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_that_job_is(
-    registry: Registry, store: Store, storage: TrainingStorage, tmp_path: Path
+    registry: Registry, store: Store, storage: JobFolders, tmp_path: Path
 ) -> None:
     there = open_registry(tmp_path, "another")
     file = using(there.training, store, storage, upload)

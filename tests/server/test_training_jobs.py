@@ -318,8 +318,8 @@ def test_figures_for_prometheus(server: Server, client: OpenAI) -> None:
 
 def test_without_a_registry_nobody_is_told_that_there_are_no_jobs() -> None:
     supervisor: Any = SimpleNamespace(restarts=0, router=SimpleNamespace(stats=None))
-    manager: Any = SimpleNamespace(deaths=0, running=[])
-    metrics = Metrics(supervisor, manager)
+    scheduler: Any = SimpleNamespace(deaths=0, running=[])
+    metrics = Metrics(supervisor, scheduler)
     assert b'onebase_training_jobs{state="running"} 0.0' in metrics.render({})
     assert b"onebase_training_jobs" not in metrics.render(None)
 

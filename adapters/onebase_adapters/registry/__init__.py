@@ -19,7 +19,7 @@ from onebase_adapters.registry.errors import (
 )
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
-from onebase_adapters.registry.models import (
+from onebase_adapters.registry.records import (
     ENDED_STATES,
     JOB_STATES,
     OPEN_STATES,

@@ -11,7 +11,7 @@ from onebase_adapters.registry.errors import (
     NotReadyError,
     StaleActivationError,
 )
-from onebase_adapters.registry.models import Action, Unset
+from onebase_adapters.registry.records import Action, Unset
 from onebase_adapters.registry.tables import AdapterRow, HistoryRow, PreviousRow, VersionRow
 
 

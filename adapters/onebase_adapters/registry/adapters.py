@@ -16,7 +16,7 @@ from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
-from onebase_adapters.registry.models import (
+from onebase_adapters.registry.records import (
     MODULES,
     STATES,
     UNFINISHED,

@@ -17,7 +17,7 @@ from onebase_adapters.registry.errors import (
     UnknownFileError,
     UnknownJobError,
 )
-from onebase_adapters.registry.models import (
+from onebase_adapters.registry.records import (
     ENDED_STATES,
     JOB_STATES,
     OPEN_STATES,

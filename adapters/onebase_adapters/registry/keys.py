@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
-from onebase_adapters.registry.models import SCOPES, ApiKey, Scope
+from onebase_adapters.registry.records import SCOPES, ApiKey, Scope
 from onebase_adapters.registry.tables import ApiKeyRow
 
 USED_SECONDS = 3600.0

@@ -17,7 +17,7 @@ from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import BlockPool
-from onebase_engine.engine.memory import staging_bytes
+from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment

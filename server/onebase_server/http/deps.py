@@ -27,7 +27,7 @@ from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.files import TrainingFiles
-from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.metrics import Metrics
 from onebase_server.processes.supervisor import EngineSupervisor
@@ -56,7 +56,7 @@ class Training:
 
     files: TrainingFiles
     jobs: JobService
-    manager: Manager
+    scheduler: JobScheduler
     storage: Storage
     threads: Threads
 
@@ -68,7 +68,7 @@ class Training:
             )
         except (RegistryError, TimeoutError):
             counts = None
-        return await asyncio.to_thread(Metrics(supervisor, self.manager).render, counts)
+        return await asyncio.to_thread(Metrics(supervisor, self.scheduler).render, counts)
 
 
 @dataclass

@@ -76,7 +76,7 @@ async def run_server(
     _install_signals(services, stop)
     loop = asyncio.get_running_loop()
     engine = loop.create_task(services.supervisor.run())
-    jobs = loop.create_task(services.training.manager.follow())
+    jobs = loop.create_task(services.training.scheduler.follow())
     http = loop.create_task(server.serve(sockets=[listener]))
     first_ready = loop.create_task(_when_ready(services, on_ready))
     stopped = loop.create_task(stop.wait())
@@ -90,7 +90,7 @@ async def run_server(
         stopped.cancel()
         server.should_exit = True
         await http
-        await services.training.manager.stop()
+        await services.training.scheduler.stop()
         await services.supervisor.stop()
         engine.cancel()
         jobs.cancel()

@@ -15,8 +15,8 @@ from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.background import Backoff
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
-from onebase_server.jobs.storage import TrainingStorage
-from onebase_server.jobs.store import JobStore
+from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.job_record import JobRecord
 from onebase_server.storage import storage_errors
 
 ACTOR = "training"
@@ -65,26 +65,26 @@ class Delivery:
     def __init__(
         self,
         library: AdapterService,
-        storage: TrainingStorage,
+        folders: JobFolders,
         files: TrainingFiles,
         proof_seconds: float,
     ) -> None:
         self._library = library
         self._files = files
-        self._storage = storage
+        self._folders = folders
         self._proof_seconds = proof_seconds
 
-    async def deliver(self, job: TrainingJob, store: JobStore) -> Delivered:
+    async def deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
         """Safe to repeat after a crash: the same content is the same version.
 
         Args:
-            store: tells whether the job still runs; only then is its version activated.
+            record: tells whether the job still runs; only then is its version activated.
 
         Raises DeliveryError.
         """
         for pause in BACKOFF.tries(TRIES):
             try:
-                return await self._deliver(job, store)
+                return await self._deliver(job, record)
             except StoreFullError as error:
                 raise DeliveryError("disk_full", error.message) from error
             except (UnavailableError, RegistryError, StoreError, OSError) as error:
@@ -96,10 +96,10 @@ class Delivery:
             await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    async def _deliver(self, job: TrainingJob, store: JobStore) -> Delivered:
+    async def _deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
         report = job.report or {}
         asked = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
-        folder = self._storage.job(job.id) / "adapter"
+        folder = self._folders.job(job.id) / "adapter"
         if not all((folder / file).is_file() for file in ADAPTER_FILES):
             raise DeliveryError(
                 LOST,
@@ -115,7 +115,7 @@ class Delivery:
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
-        problem = await self._activate(version, store) if asked else ""
+        problem = await self._activate(version, record) if asked else ""
         adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
         return Delivered(
@@ -143,9 +143,9 @@ class Delivery:
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)
         return await self._library.version(added.tenant, added.name, added.digest)
 
-    async def _activate(self, version: VersionRecord, store: JobStore) -> str:
+    async def _activate(self, version: VersionRecord, record: JobRecord) -> str:
         """Activate the version, unless the job was stopped. Returns why that failed, or ""."""
-        if (await store.current()).state != "running":
+        if (await record.current()).state != "running":
             return ""
         failure = await self._library.activate_with_retries(version)
         return failure.message if failure else ""

@@ -21,8 +21,8 @@ from onebase_adapters.registry import (
 from onebase_adapters.store.store import BlobMissingError, BlobWriter, Store, StoreError
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownFileError
+from onebase_server.jobs.folders import JobFolders, ending
 from onebase_server.jobs.state import RESUMABLE
-from onebase_server.jobs.storage import TrainingStorage, ending
 from onebase_server.storage import delete_blobs, storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -39,7 +39,7 @@ class TrainingFiles:
         self,
         records: TrainingRecords,
         store: Store,
-        storage: TrainingStorage,
+        folders: JobFolders,
         threads: Threads,
         disk: Threads,
         limit: int,
@@ -48,14 +48,14 @@ class TrainingFiles:
         self.disk = disk
         self.limit = limit
         self._records = records
-        self._storage = storage
+        self._folders = folders
         self._threads = threads
 
     async def keep(
         self, tenant: str, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
     ) -> TrainingFile:
         """Make what was written a file that jobs can name. Raises StoreFullError, UnavailableError."""
-        name, server = file_id or f"file-{secrets.token_hex(12)}", self._storage.server
+        name, server = file_id or f"file-{secrets.token_hex(12)}", self._folders.server
         with storage_errors():
             # The row comes last: a blob without one is swept, a row without a blob would be a lie.
             blob = await self.disk.run(writer.commit)
@@ -165,22 +165,22 @@ class TrainingFiles:
 
     def _old_path(self, file: TrainingFile) -> Path:
         """Raises UnknownFileError when that is another server's disk."""
-        if file.server != self._storage.server:
+        if file.server != self._folders.server:
             raise UnknownFileError(
                 f"File {file.id} lies on the disk of another server, which shares the registry. Ask that "
                 "one, or start it with this release, which moves it into the store, or upload it here."
             )
-        return self._storage.old_file(file)
+        return self._folders.old_file(file)
 
     async def take_over(self) -> None:
         """Move this server's files into the store. A break at any point loses nothing: the next call goes on.
 
         Those that cannot be moved are served from where they lie. Raises RegistryError, OSError.
         """
-        left = await self.disk.run(self._storage.old_files)
+        left = await self.disk.run(self._folders.old_files)
         if not left:
             return
-        rows = await self._threads.run(self._records.server_files, self._storage.server)
+        rows = await self._threads.run(self._records.server_files, self._folders.server)
         files = {file.id: file for file in rows}
         known = {path: files[name] for path in left if (name := path.name.partition(".")[0]) in files}
         if known:

@@ -31,6 +31,8 @@ from onebase_server.errors import UnknownFileError
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events
 from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.job_record import JobNotifier, JobRecord
 from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,
@@ -42,8 +44,6 @@ from onebase_server.jobs.state import (
     Move,
     resume_point,
 )
-from onebase_server.jobs.storage import TrainingStorage
-from onebase_server.jobs.store import JobNotifier, JobStore
 from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import (
     Check,
@@ -95,7 +95,7 @@ class TrainerPool:
     threads: Threads
     notifier: JobNotifier
     files: TrainingFiles
-    storage: TrainingStorage
+    folders: JobFolders
     delivery: Delivery
     config: EngineConfig
     base: ResolvedBase
@@ -106,12 +106,12 @@ class TrainerPool:
     deaths: int = 0
     """Trainers that died without being stopped."""
 
-    async def train_job(self, job: TrainingJob, store: JobStore) -> TrainJob:
+    async def train_job(self, job: TrainingJob, record: JobRecord) -> TrainJob:
         """The job as a trainer takes it. Raises FileGoneError, StoreError, RegistryError."""
-        train, train_path = await self._file(job, store, job.training_file, "training_file")
+        train, train_path = await self._file(job, record, job.training_file, "training_file")
         held_out_name = held_out_path = None
         if job.validation_file:
-            held_out, held_out_path = await self._file(job, store, job.validation_file, "validation_file")
+            held_out, held_out_path = await self._file(job, record, job.validation_file, "validation_file")
             # Errors name the file, so two files need two names.
             same = held_out.filename == train.filename
             held_out_name = f"validation-{held_out.filename}" if same else held_out.filename
@@ -123,7 +123,7 @@ class TrainerPool:
             train_name=train.filename,
             held_out=held_out_path,
             held_out_name=held_out_name,
-            folder=str(self.storage.job(job.id)),
+            folder=str(self.folders.job(job.id)),
             base_name=self.base.name,
             base_repo=self.base.repo,
             base_commit=self.base.revision,
@@ -131,11 +131,11 @@ class TrainerPool:
         )
 
     async def _file(
-        self, job: TrainingJob, store: JobStore, file_id: str, param: str
+        self, job: TrainingJob, record: JobRecord, file_id: str, param: str
     ) -> tuple[TrainingFile, str]:
         try:
-            file = await store.file(file_id)
-            path = await self.files.disk.run(self.files.content, file, self.storage.job(job.id) / param)
+            file = await record.file(file_id)
+            path = await self.files.disk.run(self.files.content, file, self.folders.job(job.id) / param)
         except (registry.UnknownFileError, UnknownFileError) as error:
             raise FileGoneError(param, str(error)) from error
         return file, str(path)
@@ -155,7 +155,7 @@ class Run:
         self._delivering = False
         self._in_process = False
         self._released = asyncio.Event()
-        self._store = JobStore(job, pool.records, pool.threads, pool.notifier)
+        self._record = JobRecord(job, pool.records, pool.threads, pool.notifier)
 
     def begin(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -189,7 +189,7 @@ class Run:
     @property
     def progress(self) -> Mapping[str, Any]:
         """The newest figures."""
-        return self._store.progress
+        return self._record.progress
 
     async def ended(self) -> None:
         """Wait until it is over, however it ends."""
@@ -213,7 +213,7 @@ class Run:
     def interrupt(self, why: str, seconds: float) -> None:
         """As `stop`, but the job goes on: it waits for its turn again."""
         self._interrupted = why
-        self._store.retries = False
+        self._record.retries = False
         self.stop("pause", seconds)
 
     # ---- from start to end -------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Run:
         except RegistryError as error:
             _log.error("job %s: %s", self.job.id, error)
             if not self.stopping:
-                await asyncio.sleep(BROKEN_SECONDS)  # the manager starts it again at once
+                await asyncio.sleep(BROKEN_SECONDS)  # the scheduler starts it again at once
         except Exception:
             _log.exception("job %s failed", self.job.id)
             internal = JobError("internal_error", "The server failed on this job; its log says why.")
@@ -244,15 +244,15 @@ class Run:
         outcome = await self._process(lambda job: Check(config=pool.config, job=job), {})
         if isinstance(outcome, Checked):
             event = JobEvent(time.time(), "The job waits for its turn.")
-            await self._store.move(CHECKED, event, plan=outcome.plan, deaths=0, death_step=0)
+            await self._record.move(CHECKED, event, plan=outcome.plan, deaths=0, death_step=0)
         else:
             await self._ended_early(outcome)
 
     async def _train_and_deliver(self) -> None:
-        self.job = job = await self._store.move(STARTED)
+        self.job = job = await self._record.move(STARTED)
         if not job.trained:
             if self._base is None:
-                await self._store.move(REQUEUED)
+                await self._record.move(REQUEUED)
                 return
             outcome = await self._train(self._base)
             if not isinstance(outcome, Trained):
@@ -280,21 +280,21 @@ class Run:
         state: JobState = "running"
         while True:
             try:
-                return await self._store.move(Move((state,), state), report=report)
+                return await self._record.move(Move((state,), state), report=report)
             except JobStateError as error:
                 if error.state not in ("running", "queued", "paused"):
                     raise
                 state = cast(JobState, error.state)
 
     async def _deliver(self, job: TrainingJob) -> None:
-        await self._store.add(JobEvent(time.time(), "The adapter is being proved."))
+        await self._record.add(JobEvent(time.time(), "The adapter is being proved."))
         try:
-            done = await self._pool.delivery.deliver(job, self._store)
+            done = await self._pool.delivery.deliver(job, self._record)
         except DeliveryError as error:
             lost = {"report": None} if error.code == LOST else {}
             await self._fail(JobError(error.code, error.message), **lost)
             return
-        await self._store.move(
+        await self._record.move(
             DELIVERED,
             JobEvent(time.time(), done.message, level="info" if done.as_asked else "warn"),
             version=done.version,
@@ -310,7 +310,7 @@ class Run:
                 return Stopped(self._stop[0])
             self._in_process = True
             self._trainer = await TrainerClient.start(
-                self._pool.command, message(job), fds, self._store.record
+                self._pool.command, message(job), fds, self._record.take
             )
             if self._stop is not None:
                 self.stop(*self._stop)
@@ -327,7 +327,7 @@ class Run:
         finally:
             self._trainer, self._in_process = None, False
             self._released.set()  # what is left to write must not keep an engine waiting
-            await self._store.close()
+            await self._record.close()
 
     async def _train_job(self) -> TrainJob:
         """What the trainer is given. Tries again while the store cannot be reached, unless the job stops.
@@ -336,7 +336,7 @@ class Run:
         """
         for pause in BACKOFF.tries(TRIES):
             try:
-                return await self._pool.train_job(self.job, self._store)
+                return await self._pool.train_job(self.job, self._record)
             except StoreError as error:
                 if pause is None or self._stop is not None or isinstance(error, StoreFullError):
                     raise
@@ -353,7 +353,7 @@ class Run:
         if self._interrupted:
             await self._interrupted_for_now()
         elif isinstance(outcome, Failed) and self.stopping:
-            await self._store.add(JobEvent(time.time(), outcome.message, level="warn"))
+            await self._record.add(JobEvent(time.time(), outcome.message, level="warn"))
         elif isinstance(outcome, Failed) and outcome.code not in PASSING:
             await self._failed(outcome)
         elif self.stopping:
@@ -365,29 +365,29 @@ class Run:
 
     async def _failed(self, failed: Failed) -> None:
         for event in problem_events(failed):
-            await self._store.add(event)
+            await self._record.add(event)
         await self._fail(JobError(failed.code, failed.message, failed.param))
 
     async def _fail(self, error: JobError, **facts: Any) -> None:
         event = JobEvent(time.time(), error.message, level="error", data={"code": error.code})
-        await self._store.move(FAILED, event, error=error, **facts)
+        await self._record.move(FAILED, event, error=error, **facts)
 
     async def _interrupted_for_now(self) -> None:
-        job = await self._store.current()
+        job = await self._record.current()
         message = f"Interrupted: {self._interrupted}. The job goes on {resume_point(job)}."
         if job.state == "running":
-            await self._store.move(REQUEUED, JobEvent(time.time(), message))
+            await self._record.move(REQUEUED, JobEvent(time.time(), message))
 
     async def _stopped(self) -> None:
-        job = await self._store.current()
+        job = await self._record.current()
         if job.state == "paused":
-            await self._store.add(
+            await self._record.add(
                 JobEvent(time.time(), f"Paused. A resumed job goes on {resume_point(job)}.")
             )
 
     async def _died(self, how: str) -> None:
         self._pool.deaths += 1
-        death = Death.of(await self._store.current(), how)
+        death = Death.of(await self._record.current(), how)
         _log.error(
             "the trainer of job %s died (%s), %d times since its last checkpoint",
             self.job.id,
@@ -399,7 +399,7 @@ class Run:
             return
         event = JobEvent(time.time(), death.message, level="warn")
         if self.kind == "check":
-            await self._store.move(RECHECK, event, **death.facts)
+            await self._record.move(RECHECK, event, **death.facts)
         else:
-            await self._store.move(REQUEUED, event, **death.facts)
+            await self._record.move(REQUEUED, event, **death.facts)
         await asyncio.sleep(death.pause)

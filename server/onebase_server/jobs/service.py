@@ -23,10 +23,10 @@ from onebase_adapters.training.recipe import Recipe
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError
 from onebase_server.jobs.files import TrainingFiles
-from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.job_record import JobNotifier
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import PAUSED, Move, cancelled, is_resumable, resumed
-from onebase_server.jobs.storage import TrainingStorage
-from onebase_server.jobs.store import JobNotifier
 from onebase_server.storage import storage_errors
 
 LIFE_SECONDS = 15.0
@@ -45,8 +45,8 @@ class JobService:
         records: TrainingRecords,
         threads: Threads,
         files: TrainingFiles,
-        storage: TrainingStorage,
-        manager: Manager,
+        folders: JobFolders,
+        scheduler: JobScheduler,
         notifier: JobNotifier,
         *,
         most: int,
@@ -55,8 +55,8 @@ class JobService:
         self._records = records
         self._threads = threads
         self._files = files
-        self._storage = storage
-        self._manager = manager
+        self._folders = folders
+        self._scheduler = scheduler
         self._notifier = notifier
         self._most = most
         self._look_seconds = look_seconds
@@ -87,7 +87,7 @@ class JobService:
         job = NewJob(
             id=f"ftjob-{number}",
             tenant=tenant,
-            server=self._storage.server,
+            server=self._folders.server,
             name=name or f"ft-{number[:8]}",
             training_file=training_file,
             validation_file=validation_file,
@@ -98,7 +98,7 @@ class JobService:
         event = JobEvent(time.time(), "The job is created; its files are checked.")
         with storage_errors():
             made = await self._threads.run(self._records.add_job, job, event)
-        self._manager.look()
+        self._scheduler.look()
         return made
 
     async def get(self, tenant: str, job_id: str) -> TrainingJob:
@@ -122,9 +122,9 @@ class JobService:
             found = await self._threads.run(self._records.checkpoints, job)
         if not (job.state in OPEN_STATES or is_resumable(job.state, job.error_code)):
             return []  # it does not go on, and nothing is kept for that
-        if job.server != self._storage.server:
+        if job.server != self._folders.server:
             return found
-        return [one for one in found if self._storage.checkpoint(job.id, one.path).is_dir()]
+        return [one for one in found if self._folders.checkpoint(job.id, one.path).is_dir()]
 
     # ---- how they go on ----------------------------------------------------------------------
 
@@ -137,8 +137,8 @@ class JobService:
         job = await self._move(
             found, cancelled(found), "The job is cancelled.", "there is nothing left to cancel"
         )
-        if job.server == self._storage.server and not self._manager.has_run(job.id):
-            await self._files.disk.run(self._storage.forget, job.id)
+        if job.server == self._folders.server and not self._scheduler.has_run(job.id):
+            await self._files.disk.run(self._folders.forget, job.id)
         return job
 
     async def pause(self, tenant: str, job_id: str) -> TrainingJob:
@@ -161,7 +161,7 @@ class JobService:
     async def _let_go(self, job: TrainingJob) -> TrainingJob:
         """The job once its run here has ended, or somebody has resumed it."""
         with self._notifier.watch(job.id) as news:
-            while job.state == "paused" and self._manager.has_run(job.id):
+            while job.state == "paused" and self._scheduler.has_run(job.id):
                 await news.wait()
                 news.clear()
                 job = await self.get(job.tenant, job.id)
@@ -201,7 +201,7 @@ class JobService:
                 if error.state == "running" and "running" in move.among:
                     otherwise = "its adapter is trained and being proved, which takes a moment"
                 raise _conflict(job, otherwise, error.state) from error
-        self._manager.look()
+        self._scheduler.look()
         self._notifier.notify(job.id)
         return moved
 
@@ -230,7 +230,7 @@ class JobService:
                 news.clear()
                 # The state first: what is said before an end is read after it. A run that is being ended may
                 # still say something, though its job is cancelled.
-                has_run = self._manager.has_run(job.id)
+                has_run = self._scheduler.has_run(job.id)
                 current = await self.get(job.tenant, job.id)
                 with storage_errors():
                     found = await self._threads.run(self._records.events_since, job, after, MOST_EVENTS)

@@ -30,7 +30,7 @@ from onebase_engine.base.load import (
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.memory import (
+from onebase_engine.engine.memory_budget import (
     MemoryBudgetError,
     kv_block_count,
     kv_memory_available,

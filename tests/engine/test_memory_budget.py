@@ -11,7 +11,7 @@ import torch
 
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
-from onebase_engine.engine.memory import (
+from onebase_engine.engine.memory_budget import (
     MemoryBudgetError,
     kv_block_count,
     kv_memory_available,

@@ -59,11 +59,11 @@ class JobNotifier:
                 del self._waiting[job_id]
 
 
-class JobStore:
+class JobRecord:
     """Reads and writes one job, for one run of it. Each write wakes those who follow the job.
 
     `current`, `file`, `add` and `move` act at once. While the registry is away they wait: nobody else knows
-    what has happened. What the run says is collected by `record` and written every FLUSH_SECONDS: soon enough
+    what has happened. What the run says is collected by `take` and written every FLUSH_SECONDS: soon enough
     to be followed, seldom enough to cost nothing. `close` writes what is left of it.
     """
 
@@ -127,7 +127,7 @@ class JobStore:
 
     # ---- what the run says -------------------------------------------------------------------
 
-    def record(self, event: events.Event) -> None:
+    def take(self, event: events.Event) -> None:
         """Take an event of the run; `close` must follow."""
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._keep_writing())

@@ -1,6 +1,6 @@
 """Follows the jobs in the registry: starts what waits, stops what was stopped, resumes what was interrupted.
 
-The registry says what is to be; the manager makes it so. A new job, a pause or a cancellation, whichever
+The registry says what is to be; the scheduler makes it so. A new job, a pause or a cancellation, whichever
 server took it, is written there first, and seen here at once or at the next look.
 """
 
@@ -20,9 +20,9 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_engine.engine.messages import EngineConfig
+from onebase_server.jobs.folders import GarbageCollector
 from onebase_server.jobs.job_run import AttachedBase, Run, RunKind, TrainerPool
 from onebase_server.jobs.state import REQUEUED, STARTED, Move, resume_point
-from onebase_server.jobs.storage import GarbageCollector
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ SWEEP_SECONDS = 3600.0
 """From one sweep of the jobs' folders to the next."""
 
 
-class Manager:
+class JobScheduler:
     """Runs this server's jobs, `most` at a time, oldest first. Called from one event loop.
 
     Files are checked by processes of their own, one at a time, also while jobs run.
@@ -51,7 +51,7 @@ class Manager:
         self._sweep_seconds = sweep_seconds
         self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
-        self._garbage = GarbageCollector(self._records, self._threads, pool.files.disk, pool.storage)
+        self._garbage = GarbageCollector(self._records, self._threads, pool.files.disk, pool.folders)
         self._known: dict[str, str] = {}
         """Tenants, by job id, of the jobs that were open or had a process at the last look."""
         self._begun: set[str] = set()
@@ -90,7 +90,7 @@ class Manager:
             self._changed.clear()
             try:
                 await self._sweep_if_due()
-                jobs = await self._threads.run(self._records.open_jobs, self._pool.storage.server)
+                jobs = await self._threads.run(self._records.open_jobs, self._pool.folders.server)
                 await self._reconcile(jobs)
                 await self._collect_garbage(jobs)
             except (RegistryError, OSError) as error:
@@ -103,9 +103,9 @@ class Manager:
 
     def _own(self) -> bool:
         """Whether this process runs the jobs of the folder; the log says why not."""
-        root = self._pool.storage.root
+        root = self._pool.folders.root
         try:
-            if self._pool.storage.own():
+            if self._pool.folders.own():
                 return True
             _log.warning("another process runs the training jobs of %s; waiting", root)
         except OSError as error:
@@ -148,7 +148,7 @@ class Manager:
             if job is None:
                 await self._stop_run(job_id, run)
             elif job.state == "queued" and run.computes:
-                await self._move(job, STARTED)  # paused and resumed before the manager looked
+                await self._move(job, STARTED)  # paused and resumed before the scheduler looked
         waiting = [job for job in jobs if job.id not in self._runs]
         for job in waiting:
             if job.state == "running":

@@ -27,7 +27,7 @@ class DataDirError(Exception):
     """Training cannot keep its files; the message says where and why."""
 
 
-class TrainingStorage:
+class JobFolders:
     """The folder `training` of a data folder, with `<registry>/<job-id>` for each job. Raises DataDirError.
 
     Args:
@@ -145,19 +145,19 @@ class GarbageCollector:
     """Deletes the folders that no job needs any more. No process may be writing into a job's folder."""
 
     def __init__(
-        self, records: TrainingRecords, threads: Threads, disk: Threads, storage: TrainingStorage
+        self, records: TrainingRecords, threads: Threads, disk: Threads, folders: JobFolders
     ) -> None:
         self._records = records
         self._threads = threads
         self._disk = disk
-        self._storage = storage
+        self._folders = folders
 
     async def job_over(self, tenant: str, job_id: str) -> None:
         """Delete the folder of a job that has ended and does not go on. Raises RegistryError."""
         with suppress(UnknownJobError):
             job = await self._threads.run(self._records.job, tenant, job_id)
             if _is_over(job.state, job.error_code):
-                await self._disk.run(self._storage.forget, job_id)
+                await self._disk.run(self._folders.forget, job_id)
 
     async def sweep(self, running: Container[str]) -> None:
         """Delete the folders of jobs that another server ended, that nobody saw end, or that have no row.
@@ -167,11 +167,11 @@ class GarbageCollector:
 
         Raises RegistryError, OSError.
         """
-        ends = await self._threads.run(self._records.job_ends, self._storage.server)
-        await self._disk.run(self._storage.take_over, ends)
-        for job_id in await self._disk.run(self._storage.job_ids):
+        ends = await self._threads.run(self._records.job_ends, self._folders.server)
+        await self._disk.run(self._folders.take_over, ends)
+        for job_id in await self._disk.run(self._folders.job_ids):
             if job_id not in running and (job_id not in ends or _is_over(*ends[job_id])):
-                await self._disk.run(self._storage.forget, job_id)
+                await self._disk.run(self._folders.forget, job_id)
 
 
 def _is_over(state: JobState, code: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""The manager by itself, on a registry of its own: it goes on whatever fails, and keeps the disk tidy."""
+"""The scheduler by itself, on a registry of its own: it goes on whatever fails, and keeps the disk tidy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.background import Backoff, Threads
 from onebase_server.jobs import job_run
 from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import FileGoneError, Run
-from onebase_server.jobs.manager import Manager
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import is_resumable
-from onebase_server.jobs.storage import TrainingStorage
-from onebase_server.jobs.store import JobNotifier
 
 JOB = "ftjob-1"
 
@@ -36,11 +36,11 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> TrainingStorage:
-    return TrainingStorage(tmp_path, "registry-1")
+def storage(tmp_path: Path) -> JobFolders:
+    return JobFolders(tmp_path, "registry-1")
 
 
-def add_job(registry: Registry, storage: TrainingStorage, state: Any, **facts: Any) -> Path:
+def add_job(registry: Registry, storage: JobFolders, state: Any, **facts: Any) -> Path:
     """A job in this state, and the folder that it has written into."""
     records = registry.training
     records.add_file(TrainingFile("file-1", "default", storage.server, "fine-tune", "a.jsonl", 1, 1.0))
@@ -56,32 +56,32 @@ def add_job(registry: Registry, storage: TrainingStorage, state: Any, **facts: A
     return storage.job(JOB)
 
 
-def _files(registry: Registry, storage: TrainingStorage, threads: Threads) -> TrainingFiles:
+def _files(registry: Registry, storage: JobFolders, threads: Threads) -> TrainingFiles:
     store = Store(str(storage.root / "store"), storage.root / "cache")
     return TrainingFiles(registry.training, store, storage, threads, threads, 1 << 20)
 
 
 async def followed(
     registry: Registry,
-    storage: TrainingStorage,
+    storage: JobFolders,
     until: Callable[[], object],
     *,
     records: Any = None,
     most: int = 0,
 ) -> None:
-    """Let a manager that looks and sweeps all the time run until something is so."""
+    """Let a scheduler that looks and sweeps all the time run until something is so."""
     threads, notifier = Threads("records", 2), JobNotifier()
     pool: Any = SimpleNamespace(
         records=records or registry.training,
         threads=threads,
         notifier=notifier,
-        storage=storage,
+        folders=storage,
         files=_files(registry, storage, threads),
     )
-    manager = Manager(pool, most=most, look_seconds=0.01, sweep_seconds=0.0)
+    scheduler = JobScheduler(pool, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
-    manager.base_ready(base, b"", -1)
-    task = asyncio.get_running_loop().create_task(manager.follow())
+    scheduler.base_ready(base, b"", -1)
+    task = asyncio.get_running_loop().create_task(scheduler.follow())
     try:
         async with asyncio.timeout(60):
             while not until() and not task.done():
@@ -92,7 +92,7 @@ async def followed(
             await task
 
 
-def test_the_folder_of_a_job_without_a_row_is_swept(registry: Registry, storage: TrainingStorage) -> None:
+def test_the_folder_of_a_job_without_a_row_is_swept(registry: Registry, storage: JobFolders) -> None:
     kept = add_job(registry, storage, "paused")
     orphan = storage.job("ftjob-unknown")
     (orphan / "checkpoints").mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_the_folder_of_a_job_without_a_row_is_swept(registry: Registry, storage:
 
 
 def test_the_folder_of_a_job_of_an_earlier_release_comes_from_another_disk_too(
-    storage: TrainingStorage,
+    storage: JobFolders,
 ) -> None:
     with small_disk(storage.root / "jobs", 1 << 20) as before:
         for job_id in ("ftjob-1", "ftjob-of-another-registry"):
@@ -118,7 +118,7 @@ def test_the_folder_of_a_job_of_an_earlier_release_comes_from_another_disk_too(
     [("paused", {}), ("failed", {"error": JobError("disk_full", "no space")})],
 )
 def test_a_job_that_another_server_cancels_leaves_nothing(
-    registry: Registry, storage: TrainingStorage, state: str, facts: dict[str, Any]
+    registry: Registry, storage: JobFolders, state: str, facts: dict[str, Any]
 ) -> None:
     folder = add_job(registry, storage, state, **facts)
     looks = 0
@@ -151,7 +151,7 @@ class _Held:
 
 
 def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
-    registry: Registry, storage: TrainingStorage
+    registry: Registry, storage: JobFolders
 ) -> None:
     add_job(registry, storage, "queued")
     records = _Held(registry.training)
@@ -163,19 +163,19 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
             records=records,
             threads=threads,
             notifier=JobNotifier(),
-            storage=storage,
+            folders=storage,
             files=_files(registry, storage, threads),
         )
-        manager = Manager(pool, most=1, look_seconds=60.0)
-        manager.base_ready(base, b"", -1)
-        task = asyncio.get_running_loop().create_task(manager.follow())
+        scheduler = JobScheduler(pool, most=1, look_seconds=60.0)
+        scheduler.base_ready(base, b"", -1)
+        task = asyncio.get_running_loop().create_task(scheduler.follow())
         await asyncio.to_thread(records.asked.wait, 60)
-        await manager.engine_gone()
+        await scheduler.engine_gone()
         records.goes_on.set()
-        manager.look()
+        scheduler.look()
         for _ in range(20):
             await asyncio.sleep(0.01)
-            assert not manager.running
+            assert not scheduler.running
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
@@ -202,7 +202,7 @@ class _Failing:
 
 
 def test_a_failure_that_nobody_expects_does_not_end_the_jobs(
-    registry: Registry, storage: TrainingStorage, caplog: pytest.LogCaptureFixture
+    registry: Registry, storage: JobFolders, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_job(registry, storage, "queued")
     records = _Failing(registry.training, times=2)
@@ -233,9 +233,9 @@ class _Broken:
 
 
 def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
-    registry: Registry, storage: TrainingStorage, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, storage: JobFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_server.jobs.manager.Run", _Broken)
+    monkeypatch.setattr("onebase_server.jobs.scheduler.Run", _Broken)
     add_job(registry, storage, "running")
 
     def told() -> list[str]:
@@ -276,9 +276,7 @@ async def checked(
     return job, [event.message for event in records.events(job, limit=9)]
 
 
-def test_a_job_waits_for_a_store_that_is_away_for_a_moment(
-    registry: Registry, storage: TrainingStorage
-) -> None:
+def test_a_job_waits_for_a_store_that_is_away_for_a_moment(registry: Registry, storage: JobFolders) -> None:
     add_job(registry, storage, "validating_files")
     away = StoreError("the bucket does not answer")
     job, _ = asyncio.run(checked(registry, away, away, FileGoneError("training_file", "It is gone.")))
@@ -291,7 +289,7 @@ def test_a_job_waits_for_a_store_that_is_away_for_a_moment(
     [(StoreError("the bucket does not answer"), "store_unavailable"), (StoreFullError("no"), "disk_full")],
 )
 def test_a_job_whose_files_the_store_does_not_give_fails_and_can_be_resumed(
-    registry: Registry, storage: TrainingStorage, problem: StoreError, code: str
+    registry: Registry, storage: JobFolders, problem: StoreError, code: str
 ) -> None:
     add_job(registry, storage, "validating_files")
     job, _ = asyncio.run(checked(registry, problem))
@@ -299,7 +297,7 @@ def test_a_job_whose_files_the_store_does_not_give_fails_and_can_be_resumed(
     assert is_resumable(job.state, job.error_code)
 
 
-def test_a_job_that_waits_for_the_store_can_be_paused(registry: Registry, storage: TrainingStorage) -> None:
+def test_a_job_that_waits_for_the_store_can_be_paused(registry: Registry, storage: JobFolders) -> None:
     add_job(registry, storage, "validating_files")
     job, told = asyncio.run(checked(registry, StoreError("away"), stop=True, pause=3600.0))
     assert job.state == "paused"
