@@ -21,12 +21,11 @@ from onebase_adapters.proof.texts import regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.lora import linear as slot_linear
-from onebase_engine.lora import norm as slot_norm
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import SlotModule
 from onebase_engine.lora.rows import Term
-from onebase_engine.lora.slots import AdapterSlots
+from onebase_engine.lora.slots import AdapterSlots, SlotNorm
 from onebase_engine.lora.stacked_weights import RankGroup
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, TokenRows
 
@@ -274,7 +273,7 @@ def test_a_norm_that_acts_on_its_neighbours_is_found(
                 y.copy_(self.replacements[term.slot](x, bare))
 
     prove(base, "saved norms")
-    monkeypatch.setattr(slot_norm.SlotNorm, "replace", greedy_norm)
+    monkeypatch.setattr(SlotNorm, "replace", greedy_norm)
     with pytest.raises(ProofError, match=r"layernorm|norm"):
         prove(base, "saved norms")
 
