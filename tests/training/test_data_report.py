@@ -91,7 +91,7 @@ def test_rows_on_one_line_are_told_apart(tmp_path: Path) -> None:
     assert len(made.leakage) == 4
     shown = printed(made)
     assert "rows.json: duplicates: row 41 repeats 3" in shown
-    assert "row 21 ─" in printed(made, force_terminal=True)
+    assert "row 21 ─" in printed(made, force_terminal=True, color_system=None)
     assert made.to_json()["named_by"] == "row"
 
 
