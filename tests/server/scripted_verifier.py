@@ -6,6 +6,7 @@ the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd 
     proves    everything is proved, unless its weights begin with the word `broken`
     slow      as `proves`, after a second
     dies      exits at every job
+    hangs     never answers a job
     unattached  cannot attach the base
 """
 
@@ -74,8 +75,8 @@ class ScriptedVerifier:
             os._exit(11)
         self.send(Progress(job.digest, "validating", 0.1))
         self.send(Progress(job.digest, "proving", 0.5))
-        if self.behaviour == "slow":
-            time.sleep(1.0)
+        if self.behaviour in ("slow", "hangs"):
+            time.sleep(1.0 if self.behaviour == "slow" else 3600.0)
         content = Path(job.weights_path).read_bytes()
         if content.startswith(b"broken"):
             self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))

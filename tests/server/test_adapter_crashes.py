@@ -161,12 +161,15 @@ def test_a_verifier_that_is_killed_is_replaced_and_the_version_still_gets_ready(
         assert server.verifier_pid() != first
 
 
-def test_a_version_that_kills_the_verifier_each_time_fails_by_itself(serve_scripted: Starter) -> None:
-    with serve_scripted("words,dies") as server, server.client() as http:
+@pytest.mark.parametrize(("behaviour", "code"), [("dies", "proof_crashed"), ("hangs", "proof_timeout")])
+def test_a_version_whose_proof_never_ends_well_fails_by_itself(
+    serve_scripted: Starter, behaviour: str, code: str
+) -> None:
+    with serve_scripted(f"words,{behaviour}", "--proof-timeout", "1") as server, server.client() as http:
         answer = upload(http, "acme", b"acme")
 
         assert answer.status_code == 422
-        assert answer.json()["error"]["code"] == "proof_crashed"
+        assert answer.json()["error"]["code"] == code
         assert http.post("/generate", json=BODY).status_code == 200
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from onebase_adapters.registry import JOB_STATES, JobError, JobState, TrainingJob
 from onebase_server.jobs import state as states
-from onebase_server.jobs.state import Move, cancelled, is_resumable, resumed
+from onebase_server.jobs.state import MAX_DEATHS, Death, Move, cancelled, is_resumable, resumed
 
 MOVES = [move for move in vars(states).values() if isinstance(move, Move)]
 FOLLOWING = {
@@ -54,3 +54,9 @@ def test_a_job_that_failed_for_a_passing_reason_can_go_on_or_be_given_up() -> No
 
 def test_a_job_that_never_ran_can_be_resumed_only_if_it_is_paused() -> None:
     assert [state for state in JOB_STATES if is_resumable(state, None)] == ["paused"]
+
+
+def test_the_next_trainer_is_started_later_after_each_death_until_the_job_fails() -> None:
+    deaths = [Death.of(made("running", deaths=before), "signal SIGKILL") for before in range(MAX_DEATHS + 1)]
+    assert [death.pause for death in deaths[:3]] == [0.5, 1.0, 2.0]
+    assert [death.last for death in deaths] == [False] * MAX_DEATHS + [True]
