@@ -321,6 +321,16 @@ def test_figures_come_with_the_events_and_cost_no_further_request(
     assert len(trainer.asked) == 4
 
 
+def test_progress_never_falls_behind_what_the_server_has_answered_since(
+    wait: Callable[..., Any], trainer: Trainer
+) -> None:
+    trainer.add(1, "running", event(1, "created"), progress={"step": 3, "steps": 6})
+    trainer.live = [*((step(1 + at, at, 6), {}) for at in range(2, 7)), (None, succeeded())]
+    seen: list[TrainingJobInfo] = []
+    wait(seen.append)
+    assert [one.progress.step for one in seen[:-1] if one.progress] == [3, 3, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [

@@ -233,7 +233,10 @@ def parse_checkpoint(value: Json) -> TrainingCheckpoint:
 
 
 def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> TrainingProgress | None:
-    """The progress after an event: figures in the event replace those that were known."""
+    """The progress after an event: its figures replace those that were known, unless they are older.
+
+    They are where the job was looked at since: the server's answer has what later events will say.
+    """
     names = {
         "step": "step",
         "total_steps": "steps",
@@ -243,7 +246,7 @@ def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> Train
         "seconds_left": "seconds_left",
     }
     new = {ours: event.data[theirs] for theirs, ours in names.items() if event.data.get(theirs) is not None}
-    if event.type != "metrics" or not new:
+    if event.type != "metrics" or not new or (progress and new.get("step", progress.step) < progress.step):
         return progress
     return dataclasses.replace(progress or TrainingProgress(), **new)
 
