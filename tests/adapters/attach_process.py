@@ -17,6 +17,8 @@ from onebase_engine.base.attach import attach, publish
 from onebase_engine.base.load import BaseSettings, base_bytes, base_tensors, load_base
 
 TOKENS = torch.arange(3, 40)[None]
+COMPILER = "torch._inductor.compile_fx"
+"""Comes with torch.compile, and takes a second to import."""
 
 
 def memory() -> dict[str, int]:
@@ -61,6 +63,7 @@ def publisher(folder: str) -> None:
         "grown": {name: after[name] - before[name] for name in after},
         "checksums": [loaded, published, checksum(base)],
         "unchanged": all(torch.equal(value, tensors[name]) for name, value in values.items()),
+        "compiler": COMPILER in sys.modules,
         "child": json.loads(child.stdout),
     }
     print(json.dumps(report))
@@ -81,6 +84,7 @@ def attacher(folder: str, fd: str, manifest: str) -> None:
         "attaching": {name: attached[name] - before[name] for name in before},
         "forward": {name: used[name] - before[name] for name in before},
         "checksums": [first, checksum(base)],
+        "compiler": COMPILER in sys.modules,
     }
     print(json.dumps(report))
 

@@ -154,6 +154,8 @@ def test_two_processes_hold_one_base_and_no_write_of_the_second_reaches_the_firs
     loaded, published, at_last = report["checksums"]
     assert loaded == published == at_last == child["checksums"][0] != child["checksums"][1]
     assert report["unchanged"]
+    assert not report["compiler"], "bitsandbytes brings the compiler of torch"
+    assert not child["compiler"]
 
 
 def test_both_sides_go_on_when_the_file_descriptor_is_closed(folders: dict[str, Path]) -> None:

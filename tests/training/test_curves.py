@@ -137,6 +137,7 @@ def test_a_bar_whose_end_is_not_known_shows_no_end_of_what_was_before() -> None:
     with Display(console) as display:
         display.show(events.Progress(at=0, name="validating_files", part=1.0))
         display.loading("loading the base", 0.0)
+        assert [task.total for task in display._progress.tasks] == [None]
     last = console.file.getvalue().rpartition("loading the base")[2]  # type: ignore[attr-defined]
     assert "100" not in last
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.training.events import Interrupted
@@ -101,6 +103,23 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "cuda", "cpu"),
         help="auto takes a GPU if there is one (default: auto)",
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """--recipe, --memory-limit and --threads: what one run and a sweep of many have in common."""
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        type=Path,
+        help="JSON file of settings; options go first (default: none)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=size,
+        metavar="SIZE",
+        help="most memory to use, as in 8GB (default: what is free)",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
 
 
 def check_adapter_name(name: str) -> None:
@@ -328,6 +347,19 @@ def printable(text: str) -> str:
 def shown(text: str) -> str:
     """As `printable`, for a console that reads rich's markup: what looks like some is printed as it is."""
     return escape(printable(text))
+
+
+def run_progress(console: Console) -> Bar:
+    """A bar with what a run does and, in the field `facts`, its figures; nothing in a pipe."""
+    return Bar(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[facts]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 class CtrlC:

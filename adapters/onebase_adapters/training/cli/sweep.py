@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.options import (
@@ -17,18 +16,18 @@ from onebase_adapters.training.cli.options import (
     UsageError,
     add_base_options,
     add_recipe_options,
+    add_run_options,
     base_repo,
     base_settings,
     check_adapter_name,
     find_base,
     open_console,
-    positive,
     print_error,
     quiet_libraries,
     recipe_file,
     recipe_from,
+    run_progress,
     shown,
-    size,
 )
 from onebase_engine.base.default_base import BaseFetchError
 
@@ -76,19 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/NAME-sweep, or runs/sweep)"
     )
     _add_tried_options(parser)
-    parser.add_argument(
-        "--recipe",
-        metavar="FILE",
-        type=Path,
-        help="JSON file of settings; options go first (default: none)",
-    )
-    parser.add_argument(
-        "--memory-limit",
-        type=size,
-        metavar="SIZE",
-        help="most memory to use, as in 8GB (default: what is free)",
-    )
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
+    add_run_options(parser)
     add_base_options(parser)
     add_recipe_options(parser, leave_out=_SWEPT)
     return parser
@@ -227,15 +214,7 @@ class _Show:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[facts]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = run_progress(console)
         self._task = self._progress.add_task("starting", total=None, facts="")
 
     def __enter__(self) -> _Show:

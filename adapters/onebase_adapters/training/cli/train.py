@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_adapters.training import events
@@ -22,18 +22,18 @@ from onebase_adapters.training.cli.options import (
     UsageError,
     add_base_options,
     add_recipe_options,
+    add_run_options,
     base_repo,
     base_settings,
     check_adapter_name,
     find_base,
     open_console,
-    positive,
     print_error,
     quiet_libraries,
     recipe_file,
     recipe_from,
+    run_progress,
     shown,
-    size,
 )
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
@@ -86,19 +86,7 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
-    parser.add_argument(
-        "--recipe",
-        metavar="FILE",
-        type=Path,
-        help="JSON file of settings; options go first (default: none)",
-    )
-    parser.add_argument(
-        "--memory-limit",
-        type=size,
-        metavar="SIZE",
-        help="most memory to use, as in 8GB (default: what is free)",
-    )
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: every core)")
+    add_run_options(parser)
     parser.add_argument(
         "--report-to",
         action="append",
@@ -265,15 +253,7 @@ class Display:
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = Console(quiet=True) if quiet else console
         self._failures = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[facts]}"),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
+        self._progress = run_progress(self._console)
         self._task: TaskID = self._progress.add_task("starting", total=None, facts="")
         self._losses: list[float] = []
 
