@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import Any
 
 import pytest
@@ -32,7 +33,10 @@ from onebase.cli.adapters.versions import (
 from onebase.cli.jobs.display import JobDisplay
 from onebase.cli.jobs.show import COLUMNS as JOB_COLUMNS
 from onebase.cli.jobs.show import print_job
+from onebase.cli.server import COLUMNS as MODEL_COLUMNS
+from onebase.cli.server import table_rows
 from onebase.cli.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
+from onebase.types import Model
 
 
 def screen(width: int, **options: Any) -> Console:
@@ -220,6 +224,18 @@ def test_the_list_fits_and_shows_more_where_there_is_room(
     assert not any("…" in line for line in lines)
     assert "slot pinned" in lines[1]
     assert lines[3].split()[:2] == ["fresh", "proving"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_the_models_fit_and_no_number_is_cut(registry: Registry, width: int) -> None:
+    found = [parse_adapter(registry.adapter(name)) for name in registry.versions]
+    models = [Model("smollm2-135m-instruct"), *(Model(adapter.name) for adapter in found)]
+    out = screen(width)
+    out.print(table(MODEL_COLUMNS, table_rows(models, found), width))
+    lines = seen(out)
+    assert max(map(len, lines)) <= width
+    assert not re.search(r"\s\d[.,\d]*…", "\n".join(lines))
+    assert len(lines) == 2 + len(found)
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -206,8 +206,10 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
                 display.show(event)
 
             return train(load, job, listen, gate, processes)
-    except (*expected, TrainingDivergedError, OSError) as error:
+    except (*expected, TrainingDivergedError) as error:
         display.failed(str(error))
+    except OSError as error:
+        display.failed(f"{error.filename or job.folder}: {error.strerror or error}")
     except OtherProcessError:
         pass
     except Interrupted:
@@ -220,6 +222,10 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
             "to continue from the last checkpoint, or start over with a lower --max-length or --r"
         )
     return None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _push(repo: str, folder: Path, console: Console, *, private: bool) -> int:
@@ -334,7 +340,8 @@ class Display:
         estimate, recipe = event.estimate, event.recipe
         self._say(
             f"adapter: {estimate['parameters']:,} parameters, r={recipe['r']} on "
-            f"{', '.join(recipe['targets'])}; {event.steps} steps of {recipe['batch_size']} rows, "
+            f"{', '.join(recipe['targets'])}; {_count(event.steps, 'step')} of "
+            f"{_count(recipe['batch_size'], 'row')}, "
             f"learning rate {recipe['learning_rate']:g}"
         )
         if event.first_step:

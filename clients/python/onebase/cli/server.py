@@ -19,6 +19,8 @@ _DESCRIPTIONS: Final = {
 }
 _TITLES: Final = ("name", "kind", "version", "rank", "parameters", "size", "changes")
 _NUMBERS: Final = ("rank", "parameters", "size")
+_FROM: Final = {"size": 56, "version": 76, "parameters": 90, "changes": 100}
+"""Narrower terminals leave the column out."""
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -46,12 +48,21 @@ def _models(client: Client, as_json: bool) -> int:
         print_json(tuple(models))
         return OK
     rows = table_rows(models, client.adapters.list())
-    print_table([_column(place, title) for place, title in enumerate(_TITLES)], rows)
+    print_table(COLUMNS, rows)
     return OK
 
 
 def _column(place: int, title: str) -> Column[tuple[str, ...]]:
-    return Column(title, lambda row: row[place], right=title in _NUMBERS, shrink=title == "changes")
+    return Column(
+        title,
+        lambda row: row[place],
+        right=title in _NUMBERS,
+        at=_FROM.get(title, 0),
+        shrink=title in ("name", "changes"),
+    )
+
+
+COLUMNS: Final = tuple(_column(place, title) for place, title in enumerate(_TITLES))
 
 
 def table_rows(models: Sequence[Model], adapters: Sequence[Adapter]) -> list[tuple[str, ...]]:
