@@ -116,6 +116,10 @@ def url(serve: Callable[..., Any], wire: Any, hung_up: queue.Queue[bool]) -> str
             request.begin_stream()
             request.send(wire.sse(wire.piece("on and \x1b[31mon"), done=False))
             hung_up.put(request.wait_for_hang_up())
+        elif request.body["messages"][-1]["content"] == "broken":
+            request.begin_stream()
+            request.send(wire.sse(wire.piece("on and"), done=False))
+            request.hang_up()
         else:
             turns = [turn["content"] for turn in request.body["messages"]]
             request.begin_stream()
@@ -166,6 +170,10 @@ def test_a_failed_command_leaves_the_conversation_open(person: Callable[..., Per
     one.sees("base> ")
     one.types("hello\n")
     one.sees("hello\r\n.*hello")
+    one.types("broken\n")
+    one.sees(r"on and\r\n.*the connection to .* broke")
+    one.types("again\n")
+    one.sees(r"hello \| hello \| again")
     one.types("/quit\n")
     assert one.process.wait(timeout=30) == 0
 

@@ -196,6 +196,10 @@ class Conversation:
             if not interruptible:
                 raise
             note("\n(stopped)")
+        except OneBaseError:
+            if stream.text:
+                note("")  # what went wrong begins a line
+            raise
         if stream.text:
             self._turns += [question, Message("assistant", stream.text)]
 
