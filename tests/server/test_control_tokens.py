@@ -34,7 +34,8 @@ PHI = (
 )
 MISTRAL = (
     "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
 )
 JOINED = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
 CORPUS = ["The capital of France is Paris. im_start im_end user system", "naïve café\n\ttabs  <|x|> end"] * 20
