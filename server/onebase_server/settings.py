@@ -20,6 +20,7 @@ ENVIRONMENT_PREFIX = "ONEBASE_"
 Quantization = Literal["nf4", "int8", "none"]
 FloatType = Literal["bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
+RawControlTokens = Literal["allow", "letters"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
@@ -494,6 +495,14 @@ class Settings:
     max_timeout: float = field(
         default=3600.0,
         metadata=about("limits", "seconds after which any request is ended", low=1, high=7 * 86400),
+    )
+    raw_control_tokens: RawControlTokens = field(
+        default="allow",
+        metadata=about(
+            "limits",
+            "what <|im_end|> and the like are in the text of a plain prompt: control tokens (allow), or text "
+            "(letters). In messages they are always text",
+        ),
     )
     stream_buffer: int = field(
         default=1024,

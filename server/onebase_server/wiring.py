@@ -98,7 +98,8 @@ def assemble(
 ) -> Services:
     """All parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
-    tokenizer, link, busy = BaseTokenizer(str(base.folder)), EngineLink(), BusyFlag.make()
+    tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
+    link, busy = EngineLink(), BusyFlag.make()
     parts = _adapter_parts(settings, base, storage, tokenizer, link, threads, commands.verifier)
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)

@@ -281,19 +281,85 @@ def bomb(path: Path, each: int, rows: int) -> Path:
     return write_parquet(path, {"text": column})
 
 
-def test_a_parquet_file_that_unfolds_without_end_is_stopped(
+def test_a_small_parquet_file_that_unfolds_to_100_gb_is_refused_before_its_rows_are_read(
+    tmp_path: Path,
+) -> None:
+    path = bomb(tmp_path / "long.parquet", 1 << 20, 100_000)
+    chunk = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    assert path.stat().st_size < 1 << 20
+    assert chunk.total_uncompressed_size < 2 << 20  # what it declares is no more than the one text
+    read: list[object] = []
+    with pytest.raises(
+        DataError, match=r"it unfolds to over 64 MB, the most .*: split it into several files"
+    ):
+        read.extend(read_file(path))
+    assert read == []
+
+
+def test_texts_that_repeat_the_beginning_of_the_one_before_are_bounded_too(tmp_path: Path) -> None:
+    path = tmp_path / "prefixes.parquet"
+    table = pyarrow.table({"text": ["y" * (1 << 20)] * 500})
+    parquet.write_table(table, path, use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match="it unfolds to over 64 MB"):
+        list(read_file(path))
+
+
+def test_a_parquet_file_is_refused_by_what_it_declares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = bomb(tmp_path / "long.parquet", 20 << 20, 10_000)
-    assert path.stat().st_size < 4 << 20
+    path = tmp_path / "plain.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": ["z" * (1 << 20)] * 100}), path, use_dictionary=False, compression="zstd"
+    )
+    monkeypatch.setattr(files, "_ROWS_A_BATCH", "never read")
+    with pytest.raises(DataError, match="it declares over 64 MB"):
+        list(read_file(path))
+    one_row = pyarrow.ListArray.from_arrays(
+        pyarrow.array([0, 50_000_000], pyarrow.int32()), pyarrow.nulls(50_000_000)
+    )
+    path = write_parquet(tmp_path / "values.parquet", {"messages": one_row})
+    with pytest.raises(DataError, match="it declares over 64 MB"):
+        list(read_file(path))
+
+
+def test_a_parquet_file_with_more_rows_than_it_says_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bomb(tmp_path / "many.parquet", 10, 100_000)
+    monkeypatch.setattr(files, "MOST_ROWS", 50)
+    with pytest.raises(DataError, match="100000 rows are too many: at most 50 are read; split it"):
+        list(read_file(path))
+    whole = path.read_bytes()
+    footer = whole[-8 - int.from_bytes(whole[-8:-4], "little") :]
+    said = b"\xc0\x9a\x0c"  # 100,000 as Thrift writes it: first as the rows of the file, then of its group
+    path.write_bytes(whole.removesuffix(footer) + footer.replace(said, b"\x82\x80\x00", 1))
+    assert parquet.ParquetFile(path).metadata.num_rows == 1
+    with pytest.raises(DataError, match="100000 rows are too many"):
+        list(read_file(path))
+
+
+def test_a_parquet_row_or_all_rows_together_may_be_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "long.parquet", {"text": ["x" * (5 << 20)]})
     assert "row 1 is longer than 4 MB" in problems(path)[0][2]
     monkeypatch.setattr(files, "MOST_PARQUET_BYTES", 10 << 20)
-    many = bomb(tmp_path / "many.parquet", 1 << 20, 100)
-    with pytest.raises(DataError, match="all are too long together"):
-        list(read_file(many))
-    monkeypatch.setattr(files, "MOST_ROWS", 50)
-    with pytest.raises(DataError, match="100 rows are too many: at most 50 are read"):
-        list(read_file(many))
+    with pytest.raises(DataError, match="it unfolds to over 10 MB"):
+        list(read_file(bomb(tmp_path / "many.parquet", 1 << 20, 50)))
+    words = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 50, pyarrow.int32()), ["x" * (1 << 20)])
+    one = pyarrow.ListArray.from_arrays(pyarrow.array([0, 50], pyarrow.int32()), words)
+    with pytest.raises(DataError, match="it unfolds to over 10 MB"):
+        list(read_file(write_parquet(tmp_path / "one.parquet", {"messages": one})))
+
+
+def test_a_parquet_file_that_takes_too_long_to_unfold_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_COUNTING_SECONDS", 0)
+    path = write_parquet(tmp_path / "r.parquet", {"text": ["x"]})
+    with pytest.raises(DataError, match="unfolding it takes over 0 seconds of the processor: split it"):
+        list(read_file(path))
 
 
 def test_the_reading_of_parquet_has_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +371,7 @@ def test_the_reading_of_parquet_has_bounded_memory(tmp_path: Path, monkeypatch: 
     )
     row = pyarrow.ListArray.from_arrays(pyarrow.array([0, 500], pyarrow.int32()), column)
     parquet.write_table(pyarrow.table({"messages": row}), path)
-    with pytest.raises(DataError, match=r"unfolds to more|not a sound Parquet|damaged"):
+    with pytest.raises(DataError, match=r"unfolds to (more|over)|not a sound Parquet|damaged"):
         list(read_file(path))
 
 

@@ -324,10 +324,11 @@ def test_both_sides_of_a_preference_begin_with_the_prompt_and_only_the_replies_a
 
 
 def test_a_problem_of_one_side_names_the_side(tmp_path: Path) -> None:
-    row = {"prompt": "q", "chosen": [{**GOOD, "content": "<|im_end|>"}], "rejected": [BAD]}
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    row = {"prompt": "q", "chosen": [{**GOOD, "tool_calls": calls}], "rejected": [BAD]}
     with pytest.raises(DataError) as caught:
         load_dataset(write_rows(tmp_path / "r.jsonl", [row]), base_tokenizer(), recipe(method="dpo"))
-    assert caught.value.problems[0].field == "chosen messages[1].content"
+    assert caught.value.problems[0].field == "chosen messages[1].tool_calls"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.metrics import mean
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.trainable import Trainable
+from onebase_engine.base.chat import ChatTokenizer
 from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
@@ -267,5 +268,4 @@ def _chat(tokenizer: Any, text: str) -> list[int]:
     """A user's message as the base's chat template renders it; as it is, if the base has none."""
     if not tokenizer.chat_template:
         return list(tokenizer(text)["input_ids"])
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return ChatTokenizer(tokenizer).encode_messages([{"role": "user", "content": text}])

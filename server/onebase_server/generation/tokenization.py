@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
+from onebase_server.settings import RawControlTokens
 
 T = TypeVar("T")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -24,12 +26,16 @@ class TokenizerError(Exception):
 class BaseTokenizer:
     """One base's tokenizer and chat template. Nothing here comes from an adapter. Raises TokenizerError."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, raw_control_tokens: RawControlTokens = "allow") -> None:
+        """`raw_control_tokens`: what `<|im_end|>` and the like are in the text of a plain prompt."""
         self._tokenizer = _load(folder)
         self._special = frozenset(
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
         _never_cut_or_pad(self._tokenizer)
+        self._chat = ChatTokenizer(self._tokenizer)
+        self._letters = raw_control_tokens == "letters"
+        self._before, self._after = _around(self._tokenizer)
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
@@ -41,15 +47,24 @@ class BaseTokenizer:
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with the special tokens that the base expects around it."""
+        """Ids of a plain prompt, with the special tokens that the base expects around it.
+
+        Raises InvalidRequestError where control tokens are to be letters, and this base cannot write them.
+        """
+        if self._letters:
+            try:
+                return [*self._before, *self._chat.encode_letters(text), *self._after]
+            except ControlTokenError as error:
+                raise _control_token("prompt", error) from error
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation, ready for the assistant's next words.
 
-        The template writes all special tokens itself, so that none is there twice. Raises
-        InvalidRequestError when the base has no template or the template refuses the messages.
+        The template writes all special tokens itself, so that none is there twice; in a message they are
+        letters. Raises InvalidRequestError when the base has no template, the template refuses the messages,
+        or a message cannot be kept from writing control tokens.
         """
         if not self.has_chat_template:
             raise InvalidRequestError(
@@ -60,17 +75,13 @@ class BaseTokenizer:
         from jinja2 import TemplateError
 
         try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=False,
-            )
+            return self._chat.encode_messages(messages)
+        except ControlTokenError as error:
+            raise _control_token(error.field or "messages", error) from error
         except TemplateError as error:
             raise InvalidRequestError(
                 f"The base's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of all tokens together, special ones skipped."""
@@ -117,6 +128,12 @@ class BaseTokenizer:
         return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()
 
 
+def _control_token(param: str, error: ControlTokenError) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{param}: {error}. Remove it, or write it otherwise.", param=param, code="control_token"
+    )
+
+
 def leave_torch_out() -> None:
     """Keep torch out of this process for good: tokenizers do not need it, and it takes 250 MB.
 
@@ -158,6 +175,16 @@ def _never_cut_or_pad(tokenizer: Any) -> None:
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after any text of its own accord, such as its BOS."""
+    bare: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    whole: list[int] = tokenizer.encode("a")
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,12 +30,22 @@ MOST_FILE_BYTES = 4 << 30
 MOST_ROWS = 5_000_000
 MOST_PARQUET_BYTES = 4 << 30
 """Of a Parquet file's rows, written out."""
+MOST_PARQUET_COLUMNS = 10_000
+UNFOLDING = 1000
+"""How many times its own size a Parquet file may unfold to, beyond UNFOLDED_ANYWAY bytes. Repeated texts make
+real ones unfold to tens or hundreds of times their size."""
+UNFOLDED_ANYWAY = 64 << 20
 
 _PARQUET_MEMORY = 8 << 30
+_COUNTING_SECONDS = 120
+_READING_SECONDS = 1800
+"""Of the processor, for unfolding a Parquet file once to see its size, and for all the reading."""
 _REPORTS = 500
 """How many times progress is reported."""
 _ROWS_A_REPORT = 1000
 _ROWS_A_BATCH = 64
+_NAMES_A_LEVEL = 3
+"""Names in a Parquet column's path for a list: its own, the repeated group's and the element's."""
 _NOT_UTF8 = "not UTF-8: save the file as UTF-8"
 _NEVER_ALONE = {"tools", "input", "system", "question"}
 """Columns that make no row without another."""
@@ -455,15 +466,27 @@ def parquet_rows(
     imported from the current folder, where a data set may come with anybody's code.
     """
     command = [sys.executable, "-P", "-m", "onebase_adapters.training.data.files", str(path)]
-    limits = [str(_PARQUET_MEMORY), str(MOST_ROWS), *columns]
+    limits = [str(_PARQUET_MEMORY), str(_COUNTING_SECONDS), str(MOST_ROWS), str(MOST_PARQUET_BYTES)]
     with subprocess.Popen(
-        [*command, *limits], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*command, *limits, *columns],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     ) as child:
         try:
             if child.stdout is not None:
                 yield from _child_rows(child.stdout, on_part, source)
+            if child.wait() == -signal.SIGXCPU:
+                reason = f"unfolding it takes over {_COUNTING_SECONDS} seconds of the processor: {_SPLIT}"
+                raise DataError.of_file(source, reason)
+            if child.returncode:
+                reason = "reading stopped: the file is damaged, or unfolds to more than the memory allowed"
+                raise DataError.of_file(source, reason)
         finally:
             child.kill()
+
+
+_SPLIT = "split it into several files, or write it as JSON Lines"
 
 
 def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str) -> Iterator[Item]:
@@ -487,10 +510,6 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
             yield Record(line, parse_strict(raw.decode()), len(raw))
         except RowError as error:
             yield Problem(line, error.field, error.reason)
-    reason = (
-        f"reading stopped after row {line}: the file is damaged, or unfolds to more than the memory allowed"
-    )
-    raise DataError.of_file(source, reason)
 
 
 def main() -> None:
@@ -498,40 +517,130 @@ def main() -> None:
 
     `#N` comes first: there are N rows. `!"reason"` instead of rows: it cannot be read. `.` is the end.
     """
-    path, memory, most_rows, *columns = sys.argv[1:]
+    path, memory, seconds, most_rows, most_bytes, *columns = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _allow_seconds(int(seconds))
     try:
-        for line in _lines(path, int(most_rows), columns):
+        for line in _lines(path, int(most_rows), int(most_bytes), columns):
             sys.stdout.write(line)
         sys.stdout.write(".\n")
     except ModuleNotFoundError:
         _refuse("Parquet files need the package pyarrow: pip install 'onebase[train]'")
+    except _TooMuchError as error:
+        _refuse(str(error))
     except MemoryError:
         _refuse("the file unfolds to more than the memory allowed")
     except Exception as error:  # pyarrow's exceptions share no base class
         _refuse(f"not a sound Parquet file: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
 
 
-def _lines(path: str, most_rows: int, columns: list[str]) -> Iterator[str]:
+def _allow_seconds(seconds: int) -> None:
+    """End this process once it has taken so many seconds of the processor."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _lines(path: str, most_rows: int, most_bytes: int, columns: list[str]) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     pyarrow.set_cpu_count(1)
     with pyarrow.parquet.ParquetFile(path) as file:
-        rows = file.metadata.num_rows
-        if rows > most_rows:
-            raise ValueError(f"{rows} rows are too many: at most {most_rows} are read")
-        names = file.schema_arrow.names
-        known = [name for name in columns if name in names]
-        if not set(known) - _NEVER_ALONE:
-            shown = ", ".join(name[:40] for name in names[:8])
-            raise ValueError(f"its columns are {shown}: give messages, or prompt and completion")
-        # A name that was meant as one of the columns must come to light in the rows.
-        odd = [name for name in names if name not in known and misspelled(name, columns)]
-        yield f"#{rows}\n"
-        for batch in file.iter_batches(_ROWS_A_BATCH, columns=[*known, *odd], use_threads=False):
+        read = _columns_read(file, columns)
+        by_size = max(UNFOLDED_ANYWAY, Path(path).stat().st_size * UNFOLDING)
+        limits = _Limits(most_rows, min(most_bytes, by_size))
+        _check_declared(file.metadata, read, limits)
+        _check_unfolded(file, read, limits)
+        _allow_seconds(_READING_SECONDS)
+        yield f"#{file.metadata.num_rows}\n"
+        for batch in file.iter_batches(_ROWS_A_BATCH, columns=read, use_threads=False):
             for row in batch.to_pylist():
                 yield json.dumps(row, default=_other, ensure_ascii=False) + "\n"
+
+
+class _TooMuchError(Exception):
+    """A sound file that is too large for its reader; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Of a Parquet file: its rows, and what they may take unfolded."""
+
+    rows: int
+    bytes: int
+
+    def check_rows(self, rows: int) -> None:
+        if rows > self.rows:
+            raise _TooMuchError(f"{rows} rows are too many: at most {self.rows} are read; {_SPLIT}")
+
+    def check_bytes(self, what: str, size: int) -> None:
+        if size > self.bytes:
+            most = f"{self.bytes >> 20} MB, the most that is read of a file of its size"
+            raise _TooMuchError(f"it {what} over {most}: {_SPLIT}")
+
+
+def _columns_read(file: Any, columns: list[str]) -> list[str]:
+    """The columns that make rows, and those that look like misspelled ones.
+
+    Raises ValueError and _TooMuchError.
+    """
+    if (count := file.metadata.num_columns) > MOST_PARQUET_COLUMNS:
+        raise _TooMuchError(f"{count} columns are too many: at most {MOST_PARQUET_COLUMNS} are read")
+    names = file.schema_arrow.names
+    known = [name for name in columns if name in names]
+    if not set(known) - _NEVER_ALONE:
+        shown = ", ".join(name[:40] for name in names[:8])
+        raise ValueError(f"its columns are {shown}: give messages, or prompt and completion")
+    # A name that was meant as one of the columns must come to light in the rows.
+    return known + [name for name in names if name not in known and misspelled(name, columns)]
+
+
+def _check_declared(metadata: Any, columns: list[str], limits: _Limits) -> None:
+    """Refuse, by what the file says of itself, one that is too large or too deep. Raises _TooMuchError."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    limits.check_rows(max(metadata.num_rows, sum(group.num_rows for group in groups)))
+    size = 0
+    for group in groups:
+        for index in range(metadata.num_columns):
+            chunk = group.column(index)
+            names = chunk.path_in_schema.split(".")
+            if names[0] not in columns:
+                continue
+            if len(names) > _NAMES_A_LEVEL * MOST_DEPTH:
+                raise _TooMuchError(f"{names[0][:40]} is nested deeper than {MOST_DEPTH} levels")
+            # Written out, each value takes a character and a comma at least.
+            size += max(chunk.total_uncompressed_size, 2 * chunk.num_values)
+    limits.check_bytes("declares", size)
+
+
+def _check_unfolded(file: Any, columns: list[str], limits: _Limits) -> None:
+    """Refuse a file that unfolds to more than it declares, as repeated texts do. Raises _TooMuchError.
+
+    A few rows at a time are held.
+    """
+    rows = size = 0
+    for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns, use_threads=False):
+        rows += batch.num_rows
+        size += sum(map(_unfolded_bytes, batch.columns))
+        limits.check_rows(rows)
+        limits.check_bytes("unfolds to", size)
+
+
+def _unfolded_bytes(array: Any) -> int:
+    """What an Arrow array takes when each value stands where a dictionary or a list refers to it."""
+    import pyarrow.compute
+    from pyarrow import types
+
+    if types.is_dictionary(array.type):
+        words = array.dictionary
+        if not (types.is_string(words.type) or types.is_large_string(words.type)):
+            return int(array.dictionary_decode().nbytes)
+        lengths = pyarrow.compute.binary_length(words).cast("int64").take(array.indices)
+        return int(pyarrow.compute.sum(lengths).as_py() or 0)
+    if types.is_nested(array.type):
+        inner = array.flatten()
+        return sum(map(_unfolded_bytes, inner if isinstance(inner, list) else [inner]))
+    return int(array.nbytes)
 
 
 def _other(value: Any) -> dict[str, str]:

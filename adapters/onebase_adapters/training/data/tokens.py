@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from onebase_adapters.format.strict_json import parse_json
 from onebase_adapters.training.data.dataset import Chat, RowError, Sample, Text
 from onebase_adapters.training.recipe import Recipe, TooLong
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
 
 _ASKS_FOR_IT = "strftime_now"
 
@@ -35,25 +35,17 @@ _LONGEST_TAIL = 200
 class BaseTokens:
     """One base's tokenizer.
 
-    template: its chat template, "" without one. special: finds control tokens in a text.
+    template: its chat template, "" without one. chat: tokenizes what the template writes.
     stops: the ids that end a generation; end: the one to put after a text, None if there is none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = template_of(tokenizer)
-        self._ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.special_ids = frozenset(self._ids.values())
+        self.chat = ChatTokenizer(tokenizer)
         self.end: int | None = tokenizer.eos_token_id
         self.stops = stop_tokens(tokenizer)
-        self._tails: dict[str, list[int]] = {}
         self._begin = self._first_tokens()
-
-    def is_stop(self, text: str) -> bool:
-        """Whether a control token, by its text, ends a generation."""
-        return self._ids.get(text) in self.stops
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any special token that is not written in it."""
@@ -75,17 +67,7 @@ class BaseTokens:
 
     def go_on(self, text: str) -> list[int]:
         """Ids of text that follows other text: some tokenizers put a space before the very first word."""
-        newline, both = self.encode(["\n", "\n" + text])
-        return both[len(newline) :] if both[: len(newline)] == newline else self.encode([text])[0]
-
-    def tail(self, text: str) -> list[int]:
-        """Ids of a text that occurs often, such as the beginning of a turn. They are cached."""
-        known = self._tails.get(text)
-        if known is None:
-            known = self.encode([text])[0]
-            if len(text) <= _LONGEST_TAIL and len(self._tails) < _MOST_TAILS:
-                self._tails[text] = known
-        return known
+        return _go_on(text, self.encode)
 
     def _first_tokens(self) -> list[int]:
         """What the tokenizer puts before a plain text: usually nothing, or its BOS."""
@@ -95,6 +77,11 @@ class BaseTokens:
             if whole[count : count + len(bare)] == bare:
                 return whole[:count]
         return []
+
+
+def _go_on(text: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> list[int]:
+    newline, both = encode(["\n", "\n" + text])
+    return both[len(newline) :] if both[: len(newline)] == newline else encode([text])[0]
 
 
 def template_of(tokenizer: Any) -> str:
@@ -190,12 +177,22 @@ class _Reply:
 class ChatTokens:
     """Tokenizes conversations with the base's chat template, which writes all special tokens itself.
 
+    Its texts are those of `ChatTokenizer`, in which control tokens of the template have other names.
     everything: learn every token but the first, not the replies alone.
     """
 
     def __init__(self, base: BaseTokens, *, everything: bool = False) -> None:
         self._base = base
+        self._chat = base.chat
         self._everything = everything
+        self._tails: dict[str, list[int]] = {}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of conversations from `render`, or of parts of them. Raises RowError."""
+        try:
+            return self._chat.encode(texts)
+        except ControlTokenError as error:
+            raise RowError(error.field or "messages", str(error)) from error
 
     def render(self, chat: Chat) -> str:
         """The whole conversation as text. Raises RowError."""
@@ -222,46 +219,28 @@ class ChatTokens:
             else:
                 # The template writes this reply otherwise once more follows, say without its thinking:
                 # it is learned as it was when it was the last.
-                alone.append(self._piece(after, self._base.encode([after])[0], [reply]))
+                alone.append(self._piece(after, self.encode([after])[0], [reply]))
         return [*alone, self._piece(text, ids, stable)] if stable else alone
 
     def _check(self, chat: Chat) -> None:
-        """Refuse what the template would drop silently, or read as its own marks."""
+        """Refuse what the template would drop silently."""
         if chat.tools and "tools" not in self._base.template:
             raise RowError("tools", "the base's chat template has no place for tools: they would be lost")
-        self._check_plain(chat.tools, "tools")
         for index, message in enumerate(chat.messages):
             field = f"messages[{index}]"
             if "tool_calls" in message and "tool_calls" not in self._base.template:
                 reason = "the base's chat template has no place for tool calls: they would be lost"
                 raise RowError(f"{field}.tool_calls", reason)
-            for key, value in message.items():
-                self._check_plain(value, f"{field}.{key}")
-
-    def _check_plain(self, value: Any, field: str) -> None:
-        """Refuse control tokens in texts, and in keys, which templates write as well."""
-        if isinstance(value, str):
-            if found := self._base.special.search(value):
-                reason = f"holds {found[0]!r}, which the base reads as a control token: remove it"
-                raise RowError(field, f"{reason}, or give the row as text")
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                self._check_plain(key, field)
-                self._check_plain(part, field)
-        elif isinstance(value, list):
-            for part in value:
-                self._check_plain(part, field)
 
     def _render(self, chat: Chat, count: int, generation: bool) -> str:
         """The first `count` messages as the template writes them."""
         try:
-            text: str = self._base.tokenizer.apply_chat_template(
-                chat.messages[:count], tools=chat.tools, tokenize=False, add_generation_prompt=generation
-            )
+            return self._chat.render(chat.messages[:count], chat.tools, generation=generation)
+        except ControlTokenError as error:
+            raise RowError(error.field, f"{error}: remove it, or give the row as text") from error
         except Exception as error:  # a template is a program and fails in any way
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise RowError("messages", f"the base's chat template refuses them: {reason}") from error
-        return text
 
     def _prefixes(self, chat: Chat, index: int, text: str) -> tuple[str, str]:
         """The conversation up to a reply, with the generation prompt; and including the reply."""
@@ -283,8 +262,8 @@ class ChatTokens:
 
     def _reply(self, text: str, start: int) -> _Reply:
         """The reply, up to the last control token that stops a generation, else to the last control token."""
-        marks = list(self._base.special.finditer(text, start))
-        stops = [mark for mark in marks if self._base.is_stop(mark[0])] or marks
+        marks = list(self._chat.special.finditer(text, start))
+        stops = [mark for mark in marks if self._chat.token(mark[0]) in self._base.stops] or marks
         if stops:
             return _Reply(start, stops[-1].end(), True)
         return _Reply(start, max(start, len(text.rstrip())), False)
@@ -308,8 +287,8 @@ class ChatTokens:
         Control tokens are counted in the text and in the ids. What stands between the last one and a
         border is tokenized alone, as in serving, and must be there.
         """
-        marks = [(mark.start(), mark.end()) for mark in self._base.special.finditer(text)]
-        at = [index for index, token in enumerate(ids) if token in self._base.special_ids]
+        marks = [(mark.start(), mark.end()) for mark in self._chat.special.finditer(text)]
+        at = [index for index, token in enumerate(ids) if token in self._chat.special_ids]
         if len(marks) != len(at):
             return None
         starts = [start for start, _ in marks]
@@ -319,7 +298,7 @@ class ChatTokens:
             if count and marks[count - 1][1] == border:
                 return at[count - 1] + 1
             first = at[count - 1] if count else 0
-            tail = self._base.tail(text[starts[count - 1] if count else 0 : border])
+            tail = self._tail(text[starts[count - 1] if count else 0 : border])
             return first + len(tail) if ids[first : first + len(tail)] == tail else None
 
         spans = []
@@ -330,15 +309,24 @@ class ChatTokens:
             spans.append((start, stop))
         return spans
 
+    def _tail(self, text: str) -> list[int]:
+        """Ids of a text that occurs often, such as the beginning of a turn. They are cached."""
+        known = self._tails.get(text)
+        if known is None:
+            known = self.encode([text])[0]
+            if len(text) <= _LONGEST_TAIL and len(self._tails) < _MOST_TAILS:
+                self._tails[text] = known
+        return known
+
     def _cut(self, text: str, replies: Sequence[_Reply]) -> tuple[list[int], list[tuple[int, int]]]:
-        ids = self._base.encode([text[: replies[0].start]])[0]
+        ids = self.encode([text[: replies[0].start]])[0]
         spans = []
         ends = [*(reply.start for reply in replies[1:]), len(text)]
         for reply, following in zip(replies, ends, strict=True):
             start = len(ids)
-            ids = ids + self._base.go_on(text[reply.start : reply.stop])
+            ids = ids + _go_on(text[reply.start : reply.stop], self.encode)
             spans.append((start, len(ids)))
-            ids = ids + self._base.go_on(text[reply.stop : following])
+            ids = ids + _go_on(text[reply.stop : following], self.encode)
         return ids, spans
 
 
@@ -367,34 +355,45 @@ class RowTokens:
 
     def tokenize(self, rows: Sequence[tuple[int, Chat | Text]]) -> list[Tokenized | RowError]:
         """Tokenize rows, each given with its line: samples, or why there are none."""
-        texts: list[str | RowError] = [self._whole(row) for _, row in rows]
-        ids = iter(self._base.encode([text for text in texts if isinstance(text, str)]))
+        texts = iter(
+            self._base.encode([(row.prompt or "") + row.reply for _, row in rows if isinstance(row, Text)])
+        )
         prompts = iter(self._base.encode([prompt for _, row in rows if (prompt := _prompt(row)) is not None]))
+        chats = iter(self._rendered([row for _, row in rows if isinstance(row, Chat)]))
         made: list[Tokenized | RowError] = []
-        for (line, row), text in zip(rows, texts, strict=True):
-            if isinstance(text, RowError):
-                made.append(text)
-                continue
-            whole = next(ids)
+        for line, row in rows:
             try:
                 if isinstance(row, Text):
-                    pieces = [self._text(row, whole, None if row.prompt is None else next(prompts))]
-                elif self._is_kept(len(whole)):
-                    pieces = self._chats.pieces(row, text, whole)
+                    pieces = [self._text(row, next(texts), None if row.prompt is None else next(prompts))]
                 else:
-                    pieces = []
+                    pieces = self._chat(row, next(chats))
                 made.append(self._bounded(line, pieces))
             except RowError as error:
                 made.append(error)
         return made
 
-    def _whole(self, row: Chat | Text) -> str | RowError:
-        if isinstance(row, Text):
-            return (row.prompt or "") + row.reply
+    def _rendered(self, chats: Sequence[Chat]) -> list[tuple[str, list[int]] | RowError]:
+        """Text and ids of each conversation, or why it has none."""
+        texts: list[str | RowError] = []
+        for chat in chats:
+            try:
+                texts.append(self._chats.render(chat))
+            except RowError as error:
+                texts.append(error)
+        good = [text for text in texts if isinstance(text, str)]
         try:
-            return self._chats.render(row)
+            ids = iter(self._chats.encode(good))
         except RowError as error:
-            return error
+            if len(chats) == 1:
+                return [error]
+            return [self._rendered([chat])[0] for chat in chats]
+        return [(text, next(ids)) if isinstance(text, str) else text for text in texts]
+
+    def _chat(self, chat: Chat, rendered: tuple[str, list[int]] | RowError) -> list[Piece]:
+        if isinstance(rendered, RowError):
+            raise rendered
+        text, ids = rendered
+        return self._chats.pieces(chat, text, ids) if self._is_kept(len(ids)) else []
 
     def _text(self, row: Text, ids: list[int], prompt: list[int] | None) -> Piece:
         """Plain text, and its end. Prompt and completion are tokenized together, as TRL does, unless a

@@ -1,0 +1,400 @@
+"""Conversations into tokens: control tokens come from the base's chat template, never from a message.
+
+`<|im_start|>` in a message is text about a control token, and is tokenized letter by letter. What the
+template writes is told from what a message says by rendering with a mark inside each occurrence in a message.
+The whole rendered text is then tokenized at once, so that nothing changes at the seams, by a twin of the
+base's tokenizer which knows the control tokens by secret names only. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+_PRIVATE = [chr(point) for point in range(0xE000, 0xF900)]
+"""Unicode's private use area: no normalizer, filter or JSON writer of a template changes these."""
+_SECRET_CHARACTERS = 8
+_ROLES_OF_THE_APPLICATION = ("assistant", "system")
+_SPOKEN = ("content", "reasoning_content")
+_PADDING = " \t\n\r▁"
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Any] | None
+
+
+class ControlTokenError(ValueError):
+    """A message would become a control token, and this base's tokenizer has no other way to read it.
+
+    field: where it stands, as in `messages[0].content`.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class _Controls:
+    """The texts of some control tokens, and how they can be found in another text, whole or in part."""
+
+    def __init__(self, texts: Sequence[str], normalize: Callable[[str], str] | None) -> None:
+        """`normalize`: of the tokenizer, if it looks for one of them in normalized text too."""
+        self._normalize = normalize
+        self._needles = set(texts)
+        if normalize is not None:
+            self._needles |= {normalize(text).strip(_PADDING) or text for text in texts}
+        self.pattern = re.compile(_any_of(texts))
+        self._any = re.compile(_any_of(self._needles))
+        self._beginnings = {needle[:2] for needle in self._needles}
+        self._first = frozenset(needle[0] for needle in self._needles)
+        self._last = frozenset(needle[-1] for needle in self._needles)
+        self._longest = max(map(len, self._needles), default=0)
+        self._prefixes = {needle[:end] for needle in self._needles for end in range(1, len(needle))}
+        self._suffixes = {needle[start:] for needle in self._needles for start in range(1, len(needle))}
+        self._joined = "\0".join(sorted(self._needles))
+
+    def look(self, text: str) -> Literal["none", "part", "whole"]:
+        """Whether a text holds a control token, or could be a part of one that its surroundings complete."""
+        for form in (text,) if self._normalize is None else (text, self._normalize(text)):
+            if any(beginning in form for beginning in self._beginnings) and self._any.search(form):
+                return "whole"
+            if self._is_part(form.strip(_PADDING)):
+                return "part"
+        return "none"
+
+    def _is_part(self, text: str) -> bool:
+        longest = self._longest
+        head, tail = text[:longest], text[-longest:]
+        if not self._first.isdisjoint(tail) and any(tail[-n:] in self._prefixes for n in range(1, longest)):
+            return True
+        if not self._last.isdisjoint(head) and any(head[:n] in self._suffixes for n in range(1, longest)):
+            return True
+        return 0 < len(text) <= longest and text in self._joined
+
+    def marked(self, text: str, mark: str) -> str:
+        """The text with a mark in each control token and, where it could be a part of one, at its ends."""
+        kind = self.look(text)
+        if kind == "none":
+            return text
+        while self.pattern.search(text):
+            text = self.pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+        inner = text.strip()
+        return text.replace(inner, f"{mark}{inner}{mark}", 1) if self._is_part(inner) else text
+
+    def inert(self, text: str) -> str:
+        """The text with other letters in the place of control tokens, and of parts at its ends."""
+        while self.pattern.search(text):
+            text = self.pattern.sub(lambda found: "x" * len(found[0]), text)
+        return re.sub(r"\S", "x", text) if self.look(text) != "none" else text
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A tokenizer like the base's in which control tokens have other names. ids: of the base, by its own."""
+
+    backend: Any
+    ids: Mapping[int, int]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        made = [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [[self.ids.get(token, token) for token in ids] for ids in made] if self.ids else made
+
+
+class ChatTokenizer:
+    """A base's tokenizer and chat template, for messages that anybody may have written.
+
+    In all messages and tools, the tokenizer's special tokens are letters. So are added tokens that the chat
+    template names (`<tool_response>`, `<think>`), except in what the application itself says: the content of
+    messages of the assistant and the system, where a reply that was generated comes back as it was.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._mark = _secret()
+        added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content}
+        special = {t.content: i for i, t in added.items() if t.special}
+        named = {t.content: i for i, t in added.items() if _is_named(t.content, tokenizer)}
+        self._ids = special | named
+        normalize = _normalizer(self._backend, [added[i] for i in self._ids.values()])
+        self._everywhere = _Controls(list(special), normalize)
+        self._of_others = _Controls(list(self._ids), normalize)
+        secret = _secret()
+        names = {text: secret + _digits(index) for index, text in enumerate(self._ids)}
+        self._twin = _twin(self._backend, names)
+        if self._twin is not None and not self._agree(names):
+            self._twin = None
+        self._names = names if self._twin is not None else {text: text for text in names}
+        self._id_of: dict[str, int] = {self._names[text]: token for text, token in self._ids.items()}
+        self._secret = secret
+        self._all = re.compile(_any_of(self._id_of))
+        self._checked = frozenset(self._ids.values()) - {tokenizer.unk_token_id}
+        self.special_ids = frozenset(special.values())
+        """Ids of the tokenizer's special tokens."""
+        self.special = re.compile(_any_of([self._names[text] for text in special]))
+        """Finds them in what `render` gives."""
+
+    def token(self, name: str) -> int:
+        """The id of a control token, by its name in what `render` gives."""
+        return self._id_of[name]
+
+    def is_plain(self, messages: Messages, tools: Tools = None) -> bool:
+        """Whether no text in them holds a control token, or could be a part of one."""
+        return all(self._look(text, trusted) == "none" for _, text, trusted in _texts(messages, tools))
+
+    def encode_messages(self, messages: Messages) -> list[int]:
+        """Ids of a conversation, ready for the assistant's next words.
+
+        The template writes all control tokens itself, so that none is there twice. Raises ControlTokenError,
+        and what the template raises.
+        """
+        if self.is_plain(messages):
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+            return ids
+        return self.encode([self.render(messages, generation=True)])[0]
+
+    def render(self, messages: Messages, tools: Tools = None, *, generation: bool) -> str:
+        """The conversation as the template writes it, for `encode` alone: control tokens have other names.
+
+        Raises ControlTokenError where the template's control tokens cannot be told from a message's text, and
+        what the template raises.
+        """
+
+        def write(change: Callable[[_Controls, str], str] | None) -> str:
+            return self._write(*self._changed(messages, tools, change), generation)
+
+        found = [each for each in _texts(messages, tools) if self._look(each[1], each[2]) != "none"]
+        if not found:
+            return self._renamed(write(None))
+        text = write(lambda controls, part: controls.marked(part, self._mark))
+        whole = [each for each in found if self._look(each[1], each[2]) == "whole"]
+        if not whole:
+            plain = write(None)
+            if self._count(plain) == self._count(text):
+                return self._renamed(plain)
+        field = (whole or found)[0][0]
+        if self._twin is None or any(self._secret in part or self._mark in part for _, part, _ in found):
+            raise ControlTokenError(field, f"{self._shown(found)}, which this base reads as a control token")
+        if self._count(text) != self._count(write(lambda controls, part: controls.inert(part))):
+            raise ControlTokenError(field, f"{self._shown(found)}, which the chat template makes more of")
+        return self._renamed(text).replace(self._mark, "")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts from `render`, or of parts of such. Raises ControlTokenError."""
+        if self._twin is None:
+            return self._plainly(texts)
+        made = self._twin.encode(texts)
+        for text, ids in zip(texts, made, strict=True):
+            wanted = [
+                token for name in self._all.findall(text) if (token := self._id_of[name]) in self._checked
+            ]
+            if wanted != [token for token in ids if token in self._checked]:
+                raise ControlTokenError("", "this base's tokenizer makes a control token of other letters")
+        return made
+
+    def encode_letters(self, text: str) -> list[int]:
+        """Ids of a plain text in which nothing is a control token, without any around it.
+
+        Raises ControlTokenError.
+        """
+        if self._twin is None and self._of_others.look(text) == "whole":
+            raise ControlTokenError("", "it holds what this base reads as a control token")
+        (ids,) = self.encode([text])
+        return ids
+
+    def _same_controls(self, wanted: Sequence[int], ids: Sequence[int]) -> bool:
+        checked = self._checked
+        return [one for one in wanted if one in checked] == [one for one in ids if one in checked]
+
+    def _plainly(self, texts: Sequence[str]) -> list[list[int]]:
+        made: list[list[int]] = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+        )["input_ids"]
+        return made
+
+    def _look(self, text: str, trusted: bool) -> Literal["none", "part", "whole"]:
+        return (self._everywhere if trusted else self._of_others).look(text)
+
+    def _changed(
+        self, messages: Messages, tools: Tools, change: Callable[[_Controls, str], str] | None
+    ) -> tuple[list[Any], list[Any] | None]:
+        if change is None:
+            return list(messages), None if tools is None else list(tools)
+
+        of_others = partial(change, self._of_others)
+        of_application = partial(change, self._everywhere)
+
+        made: list[Any] = []
+        for message in messages:
+            new = dict(message)
+            for key in new.keys() - {"role"}:
+                new[key] = _mapped(new[key], of_application if _is_trusted(message, key) else of_others)
+            made.append(new)
+        return made, None if tools is None else _mapped(list(tools), of_others)
+
+    def _write(self, messages: list[Any], tools: list[Any] | None, generation: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+        )
+        return text
+
+    def _count(self, text: str) -> Counter[str]:
+        return Counter(self._of_others.pattern.findall(text))
+
+    def _renamed(self, text: str) -> str:
+        if self._twin is None:
+            return text
+        return self._of_others.pattern.sub(lambda found: self._names[found[0]], text)
+
+    def _shown(self, found: Sequence[tuple[str, str, bool]]) -> str:
+        """What a text holds, for an error about it."""
+        whole = (self._of_others.pattern.search(text) for _, text, _ in found)
+        first = next((each[0] for each in whole if each), None)
+        return f"it holds {first!r}" if first else "it holds, with what stands next to it, a piece of text"
+
+    def _agree(self, names: Mapping[str, str]) -> bool:
+        """Whether the twin makes the same of a text as the tokenizer, and letters of the control tokens."""
+        if self._twin is None:
+            return False
+        mine = "".join(f"{text}user\nIt is {text} 1{text}{text}\n" for text in names)
+        twins = "".join(f"{name}user\nIt is {name} 1{name}{name}\n" for name in names.values())
+        letters = self._twin.encode(["x".join(names), " ".join(names), *names])
+        control = frozenset(self._ids.values()) - {self._tokenizer.unk_token_id}
+        same = self._twin.encode([twins, "It is\n\n1"]) == self._plainly([mine, "It is\n\n1"])
+        return same and not any(token in control for ids in letters for token in ids)
+
+
+def _texts(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, bool]]:
+    """Field, text and whether the application itself says it, of every text that a template may write."""
+    for index, message in enumerate(messages):
+        for key, value in message.items():
+            if key == "role":
+                continue
+            trusted = _is_trusted(message, key)
+            for text in (value,) if isinstance(value, str) else _strings(value):
+                yield f"messages[{index}].{key}", text, trusted
+    for text in _strings(tools):
+        yield "tools", text, False
+
+
+def _is_trusted(message: Mapping[str, Any], key: str) -> bool:
+    return key in _SPOKEN and message.get("role") in _ROLES_OF_THE_APPLICATION
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _strings(key)
+            yield from _strings(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(part, change) for part in value]
+    return value
+
+
+def _is_named(text: str, tokenizer: Any) -> bool:
+    """Whether the chat template knows an added token; white space such as Gemma's is no control token."""
+    chosen = getattr(tokenizer, "chat_control_tokens", None)
+    if chosen is not None:
+        return text in chosen
+    template = tokenizer.chat_template
+    templates = [template] if isinstance(template, str) else list((template or {}).values())
+    return bool(text.strip()) and any(text in one for one in templates)
+
+
+def _any_of(texts: Any) -> str:
+    """A pattern for the longest of several texts that begins at a place."""
+    return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or "(?!)"
+
+
+def _secret() -> str:
+    return "".join(secrets.choice(_PRIVATE) for _ in range(_SECRET_CHARACTERS))
+
+
+def _digits(index: int) -> str:
+    """Two private characters for a number."""
+    return _PRIVATE[index // len(_PRIVATE)] + _PRIVATE[index % len(_PRIVATE)]
+
+
+def _normalizer(backend: Any, tokens: Sequence[Any]) -> Callable[[str], str] | None:
+    if backend is None or backend.normalizer is None or not any(token.normalized for token in tokens):
+        return None
+    normalize: Callable[[str], str] = backend.normalizer.normalize_str
+    return normalize
+
+
+def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
+    """The tokenizer under other names for its control tokens; None if there is no such thing."""
+    if backend is None:
+        return None
+    from tokenizers import Tokenizer, models
+
+    model, added = backend.model, sorted(backend.get_added_tokens_decoder().items())
+    if any(token.single_word for _, token in added if token.content in names):
+        return None
+    known = any(model.token_to_id(text) is not None for text in names)
+    if isinstance(model, models.BPE) and not (known and model.ignore_merges):
+        # Its merges make no control token of letters (`_agree` looks), so the model itself can be shared.
+        twin = Tokenizer(model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if getattr(backend, part) is not None:
+                setattr(twin, part, getattr(backend, part))
+        for _, token in added:
+            (twin.add_special_tokens if token.special else twin.add_tokens)([_renamed_token(token, names)])
+    else:
+        twin = Tokenizer.from_str(_renamed_json(json.loads(backend.to_str()), names))
+    ids = {twin.token_to_id(names.get(token.content, token.content)): i for i, token in added}
+    return _Twin(twin, {own: token for own, token in ids.items() if own is not None and own != token})
+
+
+def _renamed_token(token: Any, names: Mapping[str, str]) -> Any:
+    from tokenizers import AddedToken
+
+    return AddedToken(
+        names.get(token.content, token.content),
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
+
+
+def _renamed_json(data: dict[str, Any], names: Mapping[str, str]) -> str:
+    """A tokenizer's file in which the model itself does not know the control tokens' texts either."""
+    data.update(post_processor=None, truncation=None, padding=None)
+    for token in data["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = data["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): token for text, token in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    return json.dumps(data)
