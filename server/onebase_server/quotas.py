@@ -11,12 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from onebase_adapters.registry import Quotas
 from onebase_server.access import Caller
 from onebase_server.errors import OneBaseError, QuotaExceededError, RateLimitError
-from onebase_server.generation.generation import Job
 
 WINDOW_SECONDS = 60.0
 ROWS_RETRY_SECONDS = 1.0
@@ -64,15 +62,12 @@ class Window:
 
     def seconds_until(self, most: int, now: float) -> float:
         """Until the total is at most that, if nothing else is let in or given back."""
-        left = self.total
+        left, ends = self.total, now
         for charge in self._charges:
             if left <= most:
                 break
-            left -= charge.amount
-            ends = charge.at + WINDOW_SECONDS
-        else:
-            return 0.0 if not self._charges else self._charges[-1].at + WINDOW_SECONDS - now
-        return 0.0 if left == self.total else ends - now
+            left, ends = left - charge.amount, charge.at + WINDOW_SECONDS
+        return max(0.0, ends - now)
 
 
 @dataclass
@@ -161,14 +156,14 @@ class Ticket:
             self._check_rows(owner, 1)
         self._requests = [owner.account.requests.add(1, now) for owner in self._owners]
 
-    def admit(self, job: Job) -> None:
-        """Set aside what the job may need. Raises RateLimitError, QuotaExceededError: nothing is, then."""
+    def admit(self, tokens: int, rows: int) -> None:
+        """Set aside what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
         now = self._clock()
         for owner in self._owners:
-            self._check_rate(owner, "tokens", job.tokens_set_aside, now)
-            self._check_rows(owner, job.choices)
-        self._tokens = [owner.account.tokens.add(job.tokens_set_aside, now) for owner in self._owners]
-        self._rows = job.choices
+            self._check_rate(owner, "tokens", tokens, now)
+            self._check_rows(owner, rows)
+        self._tokens = [owner.account.tokens.add(tokens, now) for owner in self._owners]
+        self._rows = rows
         for owner in self._owners:
             owner.account.rows += self._rows
 
@@ -206,17 +201,16 @@ class Ticket:
         """OpenAI's, of the key's or the tenant's quota: whichever has less left."""
         now, told = self._clock(), {}
         for rate in _RATES:
-            rooms = [
-                (max(0, limit - owner.account.window(rate).total), limit, owner.account.window(rate))
-                for owner in self._owners
-                if (limit := owner.limit(rate)) is not None
-            ]
-            for _, _, window in rooms:
-                window.forget(now)
+            rooms = []
+            for owner in self._owners:
+                limit, window = owner.limit(rate), owner.account.window(rate)
+                if limit is not None:
+                    window.forget(now)
+                    rooms.append((max(0, limit - window.total), limit, window))
             if rooms:
-                _, limit, window = min(rooms, key=lambda room: room[:2])
+                left, limit, window = min(rooms, key=lambda room: room[:2])
                 told[f"x-ratelimit-limit-{rate}"] = str(limit)
-                told[f"x-ratelimit-remaining-{rate}"] = str(max(0, limit - window.total))
+                told[f"x-ratelimit-remaining-{rate}"] = str(left)
                 told[f"x-ratelimit-reset-{rate}"] = duration(window.seconds_until(0, now))
         return told
 
@@ -230,10 +224,8 @@ class Ticket:
             raise self._refusal(owner, rate, limit, f"this request alone counts {wanted}", hint)
         if window.total + wanted > limit:
             used = f"{window.total} are used, and this request counts {wanted}"
-            error = self._refusal(
-                owner, rate, limit, used, "", max(0.001, window.seconds_until(limit - wanted, now))
-            )
-            raise error
+            wait = window.seconds_until(limit - wanted, now)
+            raise self._refusal(owner, rate, limit, used, "", wait)
 
     def _check_rows(self, owner: _Owner, wanted: int) -> None:
         limit = owner.limit("rows")
@@ -255,11 +247,11 @@ class Ticket:
         of = {"quota": quota, "limit": limit, "of": owner.kind}
         error: OneBaseError
         if wait is None:
-            error = QuotaExceededError(f"{message} {hint + ', or ask' if hint else 'Ask'} {_MORE[owner.kind]}.", of)
+            remedy = f"{hint}, or ask" if hint else "Ask"
+            error = QuotaExceededError(f"{message} {remedy} {_MORE[owner.kind]}.", of)
         else:
-            error = RateLimitError(
-                f"{message} Try again in {duration(wait)}, or ask {_MORE[owner.kind]}.", of, retry_after=wait
-            )
+            said = f"{message} Try again in {duration(wait)}, or ask {_MORE[owner.kind]}."
+            error = RateLimitError(said, of, retry_after=wait)
         error.headers = {**error.headers, **self.headers()}
         return error
 

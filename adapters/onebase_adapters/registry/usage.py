@@ -88,5 +88,5 @@ def _values(key: UsageKey, figures: Figures) -> dict[str, object]:
 
 def _figures(sums: Sequence[Any]) -> Figures:
     """PostgreSQL gives sums of whole numbers as Decimal."""
-    kinds = (type(item.default) for item in fields(Figures))
-    return Figures(*(kind(value) for kind, value in zip(kinds, sums, strict=True)))
+    requests, prompt, cached, completion, seconds, tokens = sums
+    return Figures(int(requests), int(prompt), int(cached), int(completion), float(seconds), int(tokens))
