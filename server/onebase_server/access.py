@@ -191,6 +191,12 @@ class KeyRing:
                 return await self._threads.run(self._tenants.all)
             return [await self._threads.run(self._tenants.one, caller.tenant)]
 
+    async def check_room(self, caller: Caller, more: int) -> None:
+        """Whether its tenant may keep so many bytes more. Raises QuotaExceededError, UnavailableError."""
+        if self.quotas_of(caller)[1].bytes is not None:
+            with storage_errors():
+                await self._threads.run(self._tenants.check_bytes, caller.tenant, more)
+
     async def set_quotas(self, tenant: str, changes: Mapping[str, int | None]) -> TenantRecord:
         """As Tenants.set_quotas. Raises InvalidRequestError, UnavailableError."""
         with storage_errors():

@@ -148,7 +148,7 @@ def test_an_admin_sees_all_tenants_and_others_see_their_own(server: Server, admi
         ({"end": "26-11-2026"}, "end"),
         ({"start": "2026-11-26", "end": "2026-11-25"}, "start"),
         ({"start": "2020-01-01", "end": "2026-11-25"}, "start"),
-        ({"format": "xml"}, "format"),
+        ({"format": "xml"}, "query.format"),
     ],
 )
 def test_what_cannot_be_told_is_refused_by_its_name(

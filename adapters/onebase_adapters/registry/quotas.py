@@ -75,6 +75,11 @@ class Tenants:
         with self._database.read() as session:
             return _record(session, tenant, session.get(TenantRow, tenant))
 
+    def check_bytes(self, tenant: str, more: int) -> None:
+        """Raises QuotaError when so many bytes more would be too many, as of now."""
+        with self._database.read() as session:
+            check_bytes(session, tenant, more, lock=False)
+
     def check_training(self, tenant: str) -> None:
         """Raises QuotaError when the tenant has trained as long as it may this month."""
         with self._database.read() as session:
@@ -129,9 +134,9 @@ def check_adapters(session: Session, tenant: str) -> None:
         )
 
 
-def check_bytes(session: Session, tenant: str, more: int) -> None:
+def check_bytes(session: Session, tenant: str, more: int, *, lock: bool = True) -> None:
     """Whether the tenant may keep so many bytes more. Raises QuotaError."""
-    limit = _limits(session, tenant).bytes
+    limit = _limits(session, tenant, lock=lock).bytes
     if limit is None:
         return
     kept = _bytes(session, tenant)

@@ -110,6 +110,8 @@ def test_versions_and_files_of_a_tenant_are_within_its_bytes(registry: Registry)
     assert f"it keeps {size + 10}" in refused("bytes", size + 10, add_file, registry, "file-2", 1)
     refused("bytes", size + 10, add, registry, "one", "2", tenant="acme")
 
+    refused("bytes", size + 10, registry.tenants.check_bytes, "acme", 1)
+    registry.tenants.check_bytes("other", 10**6)
     assert registry.tenants.one("acme").bytes == size + 10
     add(registry, "one", "1", tenant="acme")  # the same content again
     add_file(registry, "file-3", 5, purpose="fine-tune-results")  # the curve of a job is always kept
