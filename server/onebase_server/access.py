@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +15,13 @@ from onebase_adapters.registry import (
     DEFAULT_TENANT,
     ApiKey,
     ApiKeys,
+    Quotas,
     RegistryError,
     Scope,
+    TenantRecord,
+    Tenants,
 )
-from onebase_adapters.registry.keys import USED_SECONDS, id_of, is_key_of
+from onebase_adapters.registry.keys import USED_SECONDS, Callers, id_of, is_key_of
 from onebase_server.background import Threads
 from onebase_server.errors import ForbiddenError, UnauthenticatedError, UnavailableError
 from onebase_server.storage import storage_errors
@@ -40,6 +43,8 @@ class Caller:
     key: str
     tenant: str
     scopes: frozenset[Scope]
+    priority: int = 0
+    """Of its requests among all that wait: the highest first."""
 
     @property
     def is_admin(self) -> bool:
@@ -65,7 +70,7 @@ def is_loopback(host: str) -> bool:
 
 
 class KeyRing:
-    """The registry's keys, in memory, as they were at most KEY_SECONDS ago. For one event loop.
+    """The registry's keys and quotas, in memory, as they were at most KEY_SECONDS ago. For one event loop.
 
     While the registry cannot be read no key is taken, since it may have been revoked elsewhere.
 
@@ -73,11 +78,13 @@ class KeyRing:
         open_without_keys: whether all may do everything while there has never been a key.
     """
 
-    def __init__(self, keys: ApiKeys, threads: Threads, *, open_without_keys: bool) -> None:
+    def __init__(self, keys: ApiKeys, tenants: Tenants, threads: Threads, *, open_without_keys: bool) -> None:
         self._registry = keys
+        self._tenants = tenants
         self._threads = threads
         self._open_without_keys = open_without_keys
         self._keys: dict[str, ApiKey] = {}
+        self._quotas: dict[str, Quotas] = {}
         self._newest = -1
         self._away = False
         self._looked_at = self._changed_at = -math.inf
@@ -97,7 +104,12 @@ class KeyRing:
             ended = "was revoked" if record.revoked_at is not None else "has expired"
             raise UnauthenticatedError(f"The API key {record.id} {ended}.")
         self._note_use(record)
-        return Caller(record.id, record.tenant, frozenset(record.scopes))
+        return Caller(record.id, record.tenant, frozenset(record.scopes), record.priority)
+
+    def quotas_of(self, caller: Caller) -> tuple[Quotas, Quotas]:
+        """Those of the caller's key and of its tenant, as of the last look."""
+        record = self._keys.get(caller.key)
+        return Quotas() if record is None else record.quotas, self._quotas.get(caller.tenant, Quotas())
 
     async def still_valid(self, caller: Caller) -> bool:
         """Whether a caller whose answer takes long may have the rest of it. Raises UnavailableError."""
@@ -130,7 +142,14 @@ class KeyRing:
             return await self._threads.run(self._registry.all)
 
     async def create(
-        self, tenant: str, scopes: Collection[str], *, name: str, expires_at: float | None
+        self,
+        tenant: str,
+        scopes: Collection[str],
+        *,
+        name: str,
+        expires_at: float | None,
+        quotas: Mapping[str, int | None],
+        priority: int,
     ) -> tuple[ApiKey, str]:
         """A new key, and its text, which is not kept.
 
@@ -145,10 +164,45 @@ class KeyRing:
             )
         with storage_errors():
             made = await self._threads.run(
-                self._registry.create, tenant, scopes, name=name, expires_at=expires_at
+                self._registry.create,
+                tenant,
+                scopes,
+                name=name,
+                expires_at=expires_at,
+                quotas=quotas,
+                priority=priority,
             )
         self._changed_at = time.monotonic()
         return made
+
+    async def change(
+        self, key_id: str, quotas: Mapping[str, int | None] | None, priority: int | None
+    ) -> ApiKey:
+        """As ApiKeys.change. Raises UnknownKeyError, InvalidRequestError, UnavailableError."""
+        with storage_errors():
+            changed = await self._threads.run(self._registry.change, key_id, quotas, priority)
+        self._changed_at = time.monotonic()
+        return changed
+
+    async def tenants(self, caller: Caller) -> list[TenantRecord]:
+        """All tenants, for an admin; for others their own. Raises UnavailableError."""
+        with storage_errors():
+            if caller.is_admin:
+                return await self._threads.run(self._tenants.all)
+            return [await self._threads.run(self._tenants.one, caller.tenant)]
+
+    async def check_room(self, caller: Caller, more: int) -> None:
+        """Whether its tenant may keep so many bytes more. Raises QuotaExceededError, UnavailableError."""
+        if self.quotas_of(caller)[1].bytes is not None:
+            with storage_errors():
+                await self._threads.run(self._tenants.check_bytes, caller.tenant, more)
+
+    async def set_quotas(self, tenant: str, changes: Mapping[str, int | None]) -> TenantRecord:
+        """As Tenants.set_quotas. Raises InvalidRequestError, UnavailableError."""
+        with storage_errors():
+            changed = await self._threads.run(self._tenants.set_quotas, tenant, changes)
+        self._changed_at = time.monotonic()
+        return changed
 
     async def revoke(self, key_id: str) -> ApiKey:
         """Raises UnknownKeyError, UnavailableError."""
@@ -175,7 +229,7 @@ class KeyRing:
         began = time.monotonic()
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                newest, keys = await self._threads.run(self._registry.since, self._newest)
+                newest, callers = await self._threads.run(self._registry.since, self._newest)
         except (RegistryError, TimeoutError) as error:
             if not self._away:
                 _log.error("the registry's API keys cannot be read: %s", error or "no answer in time")
@@ -185,9 +239,13 @@ class KeyRing:
                 code="registry_unavailable",
                 retry_after=_ANSWER_SECONDS,
             ) from error
-        if keys is not None:
-            self._keys, self._newest = {key.id: key for key in keys}, newest
+        if callers is not None:
+            self._take(newest, callers)
         self._looked_at, self._away = max(self._looked_at, began), False
+
+    def _take(self, newest: int, callers: Callers) -> None:
+        self._keys, self._newest = {key.id: key for key in callers.keys}, newest
+        self._quotas = callers.tenants
 
     def _note_use(self, record: ApiKey) -> None:
         """Write down, now and then, that a key is in use. Nobody waits for that."""

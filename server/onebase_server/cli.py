@@ -1,4 +1,4 @@
-"""`onebase serve`, `base` and `keys`: the commands that need the server's packages."""
+"""`onebase serve`, `base`, `keys` and `tenants`: the commands that need the server's packages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from onebase_adapters.registry import DEFAULT_TENANT, SCOPES, RegistryError
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    KEY_QUOTAS,
+    SCOPES,
+    TENANT_QUOTAS,
+    ApiKeys,
+    RegistryError,
+    Tenants,
+)
+from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_adapters.training.cli.options import Parser
 from onebase_server.settings import (
     Settings,
@@ -21,6 +30,7 @@ from onebase_server.settings import (
     option_name,
     parse_adapter,
     parse_duration,
+    parse_quotas,
     parse_size,
     setting_fields,
 )
@@ -119,12 +129,60 @@ as the user that it runs as, and with the same --data-dir and --registry.
 As soon as there is a key, every request needs one, on every server of the
 registry and on this machine too. A change holds within a second.
 """
+_TENANTS = """\
+Say how much tenants may ask for and keep. Run it on the machine of a server,
+as the user that it runs as, and with the same --data-dir and --registry.
+A change holds within a second, on every server of the registry.
+"""
 
 
 def keys(argv: Sequence[str]) -> int:
-    """`onebase keys create | list | revoke`: works on the registry itself, whether or not a server runs."""
+    """`onebase keys create | list | set | revoke`: on the registry itself, whether or not a server runs."""
     arguments = keys_parser().parse_args(list(argv))
-    from onebase_server.console import print_failure, print_keys
+    from onebase_server.console import print_keys
+
+    def work(registry: ApiKeys, _: Tenants, console: Console, output: Console) -> None:
+        if arguments.action == "create":
+            made, key = registry.create(
+                arguments.tenant,
+                arguments.scope,
+                name=arguments.name,
+                expires_at=None if arguments.expires is None else time.time() + arguments.expires,
+                quotas=arguments.quota,
+                priority=arguments.priority or 0,
+            )
+            print_keys(console, [made])
+            console.print("This is the key. It is shown this once, and cannot be read again:")
+            sys.stdout.write(f"{key}\n")
+        elif arguments.action == "set":
+            print_keys(output, [registry.change(arguments.id, arguments.quota, arguments.priority)])
+        elif arguments.action == "revoke":
+            print_keys(output, [registry.revoke(arguments.id)])
+        else:
+            print_keys(output, registry.all())
+
+    return _on_registry(arguments, work)
+
+
+def tenants(argv: Sequence[str]) -> int:
+    """`onebase tenants set | list`: on the registry itself, whether or not a server runs."""
+    arguments = tenants_parser().parse_args(list(argv))
+    from onebase_server.console import print_tenants
+
+    def work(_: ApiKeys, registry: Tenants, console: Console, output: Console) -> None:
+        if arguments.action == "set":
+            print_tenants(output, [registry.set_quotas(arguments.tenant, arguments.quota)])
+        else:
+            print_tenants(output, registry.all())
+
+    return _on_registry(arguments, work)
+
+
+def _on_registry(
+    arguments: argparse.Namespace, work: Callable[[ApiKeys, Tenants, Console, Console], None]
+) -> int:
+    """Do it, given the terminal and what results go to. The exit status: 0, or 1 with the reason."""
+    from onebase_server.console import print_failure
     from onebase_server.storage import StorageError, open_keys
 
     console, output = Console(stderr=True), Console()
@@ -132,19 +190,8 @@ def keys(argv: Sequence[str]) -> int:
         output.width = _LOG_WIDTH
     try:
         settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
-        with open_keys(settings) as registry:
-            if arguments.action == "create":
-                expires_at = None if arguments.expires is None else time.time() + arguments.expires
-                made, key = registry.create(
-                    arguments.tenant, arguments.scope, name=arguments.name, expires_at=expires_at
-                )
-                print_keys(console, [made])
-                console.print("This is the key. It is shown this once, and cannot be read again:")
-                sys.stdout.write(f"{key}\n")
-            elif arguments.action == "revoke":
-                print_keys(output, [registry.revoke(arguments.id)])
-            else:
-                print_keys(output, registry.all())
+        with open_keys(settings) as (of_keys, of_tenants):
+            work(of_keys, of_tenants, console, output)
     except (SettingsError, StorageError, RegistryError) as error:
         print_failure(console, str(error))
         return 1
@@ -172,13 +219,53 @@ def keys_parser() -> argparse.ArgumentParser:
     )
     create.add_argument("--name", default="", help="for people, in lists")
     listing = actions.add_parser("list", help="all keys that there ever were, the newest first")
+    setting = actions.add_parser("set", help="change a key's quotas and priority")
     revoke = actions.add_parser("revoke", help="end a key for good")
-    revoke.add_argument("id", metavar="ID", help="as `list` shows it: ob-...")
-    fields = {item.name: (item, kind) for item, kind in setting_fields()}
-    for action in (create, listing, revoke):
-        for name in ("data_dir", "registry"):
-            action.add_argument(option_name(name), **_argument(*fields[name]))
+    for action in (setting, revoke):
+        action.add_argument("id", metavar="ID", help="as `list` shows it: ob-...")
+    for action in (create, setting):
+        _add_quota(action, KEY_QUOTAS)
+        action.add_argument(
+            "--priority",
+            type=int,
+            metavar="N",
+            help=f"-{MAX_PRIORITY} to {MAX_PRIORITY}: requests of a higher one are served first (default: 0)",
+        )
+    for action in (create, listing, setting, revoke):
+        _add_registry(action)
     return parser
+
+
+def tenants_parser() -> argparse.ArgumentParser:
+    """The options of `onebase tenants`."""
+    parser = Parser(prog="onebase tenants", description=_TENANTS)
+    actions = parser.add_subparsers(dest="action", required=True)
+    setting = actions.add_parser("set", help="change a tenant's quotas")
+    setting.add_argument("tenant", metavar="TENANT", help="as its keys have it (--tenant)")
+    _add_quota(setting, TENANT_QUOTAS, required=True)
+    listing = actions.add_parser("list", help="all tenants, their quotas, and what they keep and trained")
+    for action in (setting, listing):
+        _add_registry(action)
+    return parser
+
+
+def _add_quota(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = False) -> None:
+    kept = "; bytes as in 10GB, training_seconds (a calendar month's) as in 20h" if "bytes" in names else ""
+    parser.add_argument(
+        "--quota",
+        type=_checked(parse_quotas),
+        default={},
+        required=required,
+        metavar="NAME=LIMIT,...",
+        help=f"{', '.join(names)}: requests and tokens in any 60 seconds, rows at once{kept}; NAME=none: no "
+        "limit. What is not named stays as it is",
+    )
+
+
+def _add_registry(parser: argparse.ArgumentParser) -> None:
+    fields = {item.name: (item, kind) for item, kind in setting_fields()}
+    for name in ("data_dir", "registry"):
+        parser.add_argument(option_name(name), **_argument(*fields[name]))
 
 
 def _scopes(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import onebase_server
-from onebase_adapters.registry import ApiKey
+from onebase_adapters.registry import ApiKey, Quotas, TenantRecord
 from onebase_engine.engine.messages import BaseInfo, Loading
 from onebase_server.access import is_loopback
 from onebase_server.adapters.catalog import Catalog, label
@@ -124,14 +124,31 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
 def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
     """A line for each key, without what is secret."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("id", "tenant", "scopes", "state", "expires", "last used", "name"):
-        table.add_column(title, no_wrap=title == "id", overflow="fold")
+    for title in ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name"):
+        table.add_column(title, no_wrap=title in ("id", "tenant"), overflow="fold")
     now = time.time()
     for key in keys:
         state = "valid" if key.valid_at(now) else "revoked" if key.revoked_at is not None else "expired"
         times = (_day(key.expires_at), _day(key.last_used_at))
-        table.add_row(*map(escape, (key.id, key.tenant, ",".join(key.scopes), state, *times, key.name)))
+        limits = _quotas(key.quotas) + (f" priority={key.priority}" if key.priority else "")
+        cells = (key.id, key.tenant, ",".join(key.scopes), state, *times, limits, key.name)
+        table.add_row(*map(escape, cells))
     console.print(table, highlight=False)
+
+
+def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
+    """A line for each tenant: what it may, and what it has."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("tenant", "quotas", "adapters", "bytes", "trained this month"):
+        table.add_column(title, overflow="fold")
+    for one in tenants:
+        kept = (str(one.adapters), readable_bytes(one.bytes), f"{one.training_seconds:.0f} s")
+        table.add_row(*map(escape, (one.tenant, _quotas(one.quotas), *kept)))
+    console.print(table, highlight=False)
+
+
+def _quotas(quotas: Quotas) -> str:
+    return ",".join(f"{name}={limit}" for name, limit in quotas.given().items()) or "none"
 
 
 def _day(at: float | None) -> str:

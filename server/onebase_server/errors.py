@@ -19,6 +19,8 @@ OneBaseError
 ├── VersionFailedError         a version that is not served, and why
 ├── StoreFullError             no space for an upload
 ├── QueueFullError             come back later
+├── RateLimitError             a quota of its key or tenant is used up for a moment
+├── QuotaExceededError         more than a quota allows, and waiting does not help
 ├── UnavailableError           the engine is starting, restarting or stopping
 ├── EngineRestartedError       the engine died under a running request
 ├── CrashesEngineError         the engine died under it again and again: it is not run
@@ -189,6 +191,23 @@ class QueueFullError(OneBaseError):
         )
 
 
+class RateLimitError(OneBaseError):
+    """`of`: the `quota`, its `limit`, and whether it is `of` a key or a tenant. retry_after: seconds."""
+
+    def __init__(self, message: str, of: dict[str, Any], *, retry_after: float) -> None:
+        super().__init__(message, code="rate_limit_exceeded", retry_after=retry_after)
+        self.details = of
+
+
+class QuotaExceededError(OneBaseError):
+    """As RateLimitError, but the same request will be refused again: clients are told not to repeat it."""
+
+    def __init__(self, message: str, of: dict[str, Any]) -> None:
+        super().__init__(message, code="insufficient_quota")
+        self.details = of
+        self.headers = {"x-should-retry": "false"}
+
+
 class UnavailableError(OneBaseError):
     """Nothing can be generated now; `retry_after` is in seconds."""
 
@@ -265,6 +284,8 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     VersionFailedError: (422, "invalid_request_error"),
     StoreFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
+    RateLimitError: (429, "rate_limit_error"),
+    QuotaExceededError: (429, "insufficient_quota"),
     UnavailableError: (503, "service_unavailable"),
     EngineRestartedError: (503, "service_unavailable"),
     CrashesEngineError: (422, "invalid_request_error"),

@@ -54,6 +54,37 @@ def parse_duration(text: str) -> float:
     return int(match[1]) * _SECONDS[match[2]]
 
 
+def parse_quotas(text: str) -> dict[str, int | None]:
+    """`{"requests": 60, "rows": None}` from `requests=60,rows=none`.
+
+    Bytes may have a suffix (10GB), training_seconds be a time (20h). Raises SettingsError for anything else;
+    which names there are, the registry knows.
+    """
+    quotas: dict[str, int | None] = {}
+    for part in text.split(","):
+        name, _, limit = (piece.strip() for piece in part.partition("="))
+        if name in quotas:
+            raise SettingsError(f"{name} is given twice")
+        try:
+            quotas[name] = _quota(name, limit)
+        except (ValueError, SettingsError):
+            raise SettingsError(
+                f"{part.strip()!r} is no quota: write NAME=LIMIT, a whole number or none, as in requests=60, "
+                "bytes=10GB or training_seconds=20h"
+            ) from None
+    return quotas
+
+
+def _quota(name: str, limit: str) -> int | None:
+    if limit == "none":
+        return None
+    if name == "bytes":
+        return parse_size(limit)
+    if name == "training_seconds" and not limit.isdecimal():
+        return int(parse_duration(limit))
+    return int(limit)
+
+
 def parse_bool(text: str) -> bool:
     """True for 1, true, yes, on; False for 0, false, no, off and the empty text."""
     lowered = text.strip().lower()

@@ -151,12 +151,14 @@ class _Server:
         upkeep = [
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
             asyncio.create_task(self.storage.keep_tidy(services.adapters.disk)),
+            asyncio.create_task(services.usage.keep_writing()),
         ]
         try:
             await run_server(services, create_app(services), listener, ready)
         finally:
             for task in upkeep:
                 task.cancel()
+            await services.usage.close()
             self.storage.registry.close()
 
     def _services(self, display: LoadingDisplay) -> Services:

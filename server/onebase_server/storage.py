@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_adapters import registry
-from onebase_adapters.registry import ApiKeys, Registry, RegistryError
+from onebase_adapters.registry import ApiKeys, Registry, RegistryError, Tenants
 from onebase_adapters.registry.database import Database
 from onebase_adapters.store import store
 from onebase_adapters.store.store import GRACE, Store, StoreError
@@ -23,6 +23,7 @@ from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
     InvalidRequestError,
+    QuotaExceededError,
     StaleActivationError,
     StoreFullError,
     UnavailableError,
@@ -91,13 +92,13 @@ class Storage:
 
 
 @contextmanager
-def open_keys(settings: Settings) -> Iterator[ApiKeys]:
-    """The API keys of the registry alone, for a command. Blocks. Raises StorageError."""
+def open_keys(settings: Settings) -> Iterator[tuple[ApiKeys, Tenants]]:
+    """The API keys and tenants of the registry alone, for a command. Blocks. Raises StorageError."""
     try:
         database = Database(_registry_url(settings))
         try:
             database.migrate()
-            yield ApiKeys(database)
+            yield ApiKeys(database), Tenants(database)
         finally:
             database.close()
     except OSError as error:
@@ -197,6 +198,9 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise ConflictError(str(error), code="nothing_to_roll_back") from error
     except registry.InvalidKeyError as error:
         raise InvalidRequestError(str(error), param=error.field) from error
+    except registry.QuotaError as error:
+        of = {"quota": error.quota, "limit": error.limit, "of": "tenant"}
+        raise QuotaExceededError(str(error), of) from error
     except registry.UnknownKeyError as error:
         raise UnknownKeyError(str(error)) from error
     except registry.UnknownFileError as error:

@@ -32,8 +32,10 @@ from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
+from onebase_server.quotas import Limiter
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
+from onebase_server.usage import UsageMeter
 
 RECORD_THREADS = 4
 KEY_THREADS = 2
@@ -105,7 +107,8 @@ def assemble(
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
     pulls = Pulls(storage.store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
     hub = HubAdapters(adapters, pulls)
-    training = _training(settings, base, storage, adapters, busy, threads, commands.trainer)
+    usage = UsageMeter(storage.registry.usage, threads.records, base.name)
+    training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer)
     listeners = EngineListeners(
         versions=residency,
         base=(training.scheduler, parts.verifier),
@@ -116,12 +119,15 @@ def assemble(
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     keys = KeyRing(
         storage.registry.keys,
+        storage.registry.tenants,
         Threads("keys", KEY_THREADS),
         open_without_keys=settings.insecure or is_loopback(settings.host),
     )
     return Services(
         settings=settings,
         keys=keys,
+        limiter=Limiter(keys.quotas_of),
+        usage=usage,
         catalog=parts.catalog,
         tokenizer=tokenizer,
         supervisor=supervisor,
@@ -200,6 +206,7 @@ def _training(
     adapters: AdapterService,
     busy: BusyFlag,
     threads: _Threads,
+    usage: UsageMeter,
     command: Sequence[str],
 ) -> Training:
     """The training of one engine's base. Raises DataDirError.
@@ -223,10 +230,13 @@ def _training(
         share=settings.train_share,
         memory=settings.train_memory // max(1, settings.train_jobs),
         busy_fd=busy.fd,
+        tenants=storage.registry.tenants,
+        usage=usage,
     )
     scheduler = JobScheduler(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(
         registry,
+        storage.registry.tenants,
         records,
         files,
         folder,

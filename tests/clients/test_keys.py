@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,42 @@ def test_keys_are_made_listed_and_revoked(sdk: Any) -> None:
         ("GET", "/v1/keys"),
         ("DELETE", f"/v1/keys/{KEY.id}"),
     ]
+    assert (KEY.quotas, KEY.priority) == ({}, 0)  # of a server of release 0.1
     assert json.loads(script.requests[0].content) == {
         "scopes": ["generate", "train"],
         "tenant": "acme",
         "name": "ci",
         "expires_in_s": 3600,
     }
+
+
+def test_quotas_and_priorities_of_keys_and_tenants_are_changed(sdk: Any) -> None:
+    limited = {**FACTS, "quotas": {"rows": 3}, "priority": 5}
+    tenant = {"tenant": "acme", "quotas": {"bytes": 9}, "adapters": 1, "bytes": 4, "training_seconds": 1.5}
+    script = Script(
+        ok({**limited, "key": "ob-new"}), ok(limited), ok(tenant), ok({"data": [tenant]}), ok({"data": []})
+    )
+    actions: list[Any] = [
+        lambda client: client.keys.create(["train"], quotas={"rows": 3}, priority=5),
+        lambda client: client.keys.update(KEY.id, quotas={"tokens": None}),
+        lambda client: client.tenants.set_quotas("a/b", {"bytes": 9}),
+        lambda client: client.tenants.list(),
+        lambda client: client.usage(start=date(2026, 11, 1), end="2026-11-26", group_by=["day", "base"]),
+    ]
+    made, changed, one, every, nothing = (sdk.call(action, script.transport) for action in actions)
+
+    assert (made.quotas, made.priority) == (changed.quotas, changed.priority) == ({"rows": 3}, 5)
+    assert every == (one,)
+    assert (one.quotas, one.training_seconds) == ({"bytes": 9}, 1.5)
+    assert nothing == ()
+    sent = [(one.method, one.url.raw_path.decode(), one.content) for one in script.requests]
+    assert {"quotas": {"rows": 3}, "priority": 5}.items() <= json.loads(sent[0][2]).items()
+    assert sent[1:] == [
+        ("POST", f"/v1/keys/{KEY.id}", b'{"quotas": {"tokens": null}, "priority": null}'),
+        ("POST", "/v1/tenants/a%2Fb", b'{"quotas": {"bytes": 9}}'),
+        ("GET", "/v1/tenants", b""),
+        ("GET", "/v1/usage?start=2026-11-01&end=2026-11-26&group_by=day%2Cbase", b""),
+    ]
 
 
 def test_a_key_comes_from_the_environment_unless_one_is_given(

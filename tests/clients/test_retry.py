@@ -21,8 +21,8 @@ GENERATE = generate("hi", None, None, {}, stream=True)
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 
 
-def status(code: int, retry_after: float | None = None) -> OneBaseError:
-    return status_error(code, ErrorDetail("no"), retry_after=retry_after)
+def status(status: int, retry_after: float | None = None, code: str | None = None) -> OneBaseError:
+    return status_error(status, ErrorDetail("no", code=code), retry_after=retry_after)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,9 @@ def status(code: int, retry_after: float | None = None) -> OneBaseError:
         (MODELS, status(500), False),
         (MODELS, status(404), False),
         (HEALTH, status(429), True),
+        (HEALTH, status(429, code="insufficient_quota"), False),
+        (GENERATE, status(429, code="insufficient_quota"), False),
+        (GENERATE, status(429, code="rate_limit_exceeded"), True),
     ],
 )
 def test_only_what_cannot_do_harm_twice_is_sent_again(

@@ -50,7 +50,7 @@ PARSE = "parse"
 TABLE: tuple[tuple[str, str], ...] = (
     (r"curl http://127\.0\.0\.1:8000/", RUN),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
-    (r"onebase (generate|models|version)( (?!--help)|$)", RUN),
+    (r"onebase (generate|models|version|usage)( (?!--help)|$)", RUN),
     (r"onebase (adapters|jobs) \w+( [^-]|$)", RUN),
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
@@ -62,7 +62,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
     (r"onebase serve --host ", PARSE),  # the whole network
     (
-        r"onebase keys (?!.*--help$)",
+        r"onebase (keys|tenants) (?!.*--help$)",
         PARSE,
     ),  # the other lines have none
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
-from onebase_adapters.registry import ApiKey, ApiKeys
+from onebase_adapters.registry import ApiKey, ApiKeys, Tenants
 from onebase_adapters.registry.database import Database
 
 from .support import Server
@@ -23,9 +24,10 @@ class Keys:
         self.database = Database(f"sqlite:///{self.file}")
         self.database.migrate()
         self.registry = ApiKeys(self.database)
+        self.tenants = Tenants(self.database)
 
-    def make(self, *scopes: str, tenant: str = "default") -> str:
-        return self.registry.create(tenant, scopes)[1]
+    def make(self, *scopes: str, tenant: str = "default", **limits: Any) -> str:
+        return self.registry.create(tenant, scopes, **limits)[1]
 
     def record(self, key: str) -> ApiKey:
         (found,) = (one for one in self.registry.all() if key.startswith(one.id))

@@ -23,7 +23,7 @@ from onebase_server.http.guard import access_of
 from .access import Keys, bearer, client_with
 from .support import Server, Starter
 
-NOBODY: Any = SimpleNamespace(settings=SimpleNamespace(max_body=1000), keys=None)
+NOBODY: Any = SimpleNamespace(settings=SimpleNamespace(max_body=1000))
 APP = create_app(NOBODY)
 OPEN = {"/health", "/ready"}
 
@@ -82,14 +82,22 @@ def test_the_routes_are_the_ones_that_are_meant_and_health_and_ready_alone_are_o
     assert len(ROUTES) > 45
     assert {path for _, path, access in ROUTES if access == "open"} == OPEN
     any_key = {path for _, path, access in ROUTES if access == "any"}
-    assert any_key == {"/version", "/v1/models", "/v1/models/thing"}
+    assert any_key == {"/version", "/v1/models", "/v1/models/thing", "/v1/usage", "/v1/tenants"}
     for scope, beginnings in {
         "generate": ("/generate", "/v1/completions", "/v1/chat/completions"),
         "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
         "train": ("/v1/files", "/v1/fine_tuning"),
     }.items():
         assert all(path.startswith(beginnings) for _, path, access in ROUTES if access == scope)
-    for path in ("/status", "/metrics", "/v1/keys", "/v1/adapters/thing/pin", "/v1/adapters/thing/share"):
+    for path in (
+        "/status",
+        "/metrics",
+        "/v1/keys",
+        "/v1/keys/thing",
+        "/v1/tenants/thing",
+        "/v1/adapters/thing/pin",
+        "/v1/adapters/thing/share",
+    ):
         assert {access for _, other, access in ROUTES if other == path} == {"admin"}
 
 

@@ -7,6 +7,7 @@ from onebase_adapters.registry.errors import (
     JobStateError,
     NothingToRollBackError,
     NotReadyError,
+    QuotaError,
     RegistryBusyError,
     RegistryError,
     RegistryFullError,
@@ -19,6 +20,7 @@ from onebase_adapters.registry.errors import (
 )
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
+from onebase_adapters.registry.quotas import KEY_QUOTAS, TENANT_QUOTAS, Tenants
 from onebase_adapters.registry.records import (
     ENDED_STATES,
     JOB_STATES,
@@ -30,6 +32,7 @@ from onebase_adapters.registry.records import (
     ApiKey,
     Changes,
     Checkpoint,
+    Figures,
     HistoryEntry,
     JobError,
     JobEvent,
@@ -37,23 +40,29 @@ from onebase_adapters.registry.records import (
     NewJob,
     OpenJob,
     Purpose,
+    Quotas,
     Scope,
     State,
+    TenantRecord,
     TrainingFile,
     TrainingJob,
     Unset,
+    UsageKey,
     VersionError,
     VersionRecord,
 )
+from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
 __all__ = [
     "DEFAULT_TENANT",
     "ENDED_STATES",
     "JOB_STATES",
+    "KEY_QUOTAS",
     "LEAST_PREFIX",
     "OPEN_STATES",
     "SCOPES",
+    "TENANT_QUOTAS",
     "UNSET",
     "Activate",
     "AdapterRecord",
@@ -62,6 +71,7 @@ __all__ = [
     "Blob",
     "Changes",
     "Checkpoint",
+    "Figures",
     "FileInUseError",
     "HistoryEntry",
     "InvalidKeyError",
@@ -74,6 +84,8 @@ __all__ = [
     "NothingToRollBackError",
     "OpenJob",
     "Purpose",
+    "QuotaError",
+    "Quotas",
     "Registry",
     "RegistryBusyError",
     "RegistryError",
@@ -81,6 +93,8 @@ __all__ = [
     "Scope",
     "StaleActivationError",
     "State",
+    "TenantRecord",
+    "Tenants",
     "TrainingFile",
     "TrainingJob",
     "TrainingRecords",
@@ -90,6 +104,8 @@ __all__ = [
     "UnknownKeyError",
     "UnknownVersionError",
     "Unset",
+    "UsageKey",
+    "UsageRecords",
     "VersionError",
     "VersionFiles",
     "VersionRecord",

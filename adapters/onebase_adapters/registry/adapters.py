@@ -16,6 +16,7 @@ from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
+from onebase_adapters.registry.quotas import Tenants, check_adapters, check_bytes
 from onebase_adapters.registry.records import (
     MODULES,
     STATES,
@@ -31,6 +32,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.tables import AdapterRow, BaseRow, HistoryRow, VersionRow
+from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
 DEFAULT_TENANT = "default"
@@ -64,6 +66,10 @@ class Registry:
         """Training files and jobs, in the same database."""
         self.keys = ApiKeys(self._database)
         """API keys, for every base."""
+        self.tenants = Tenants(self._database)
+        """Their quotas, and what they have, on every base."""
+        self.usage = UsageRecords(self._database)
+        """Who used how much, of every base."""
 
     def close(self) -> None:
         """Let go of the connections; the registry cannot be used any more."""
@@ -172,13 +178,14 @@ class Registry:
 
         The same content under the same name is the same version, in whatever state it is: it is returned with
         False. Only a failed one begins again in `state`, and is returned with True. The files' blobs must be
-        in the store by now. Raises RegistryError for a name that cannot be stored.
+        in the store by now. Raises RegistryError for a name that cannot be stored, and QuotaError.
         """
         _check_name(name)
         now = time.time()
         with self._database.write() as (session, counter):
             adapter = _find_adapter(session, self.base_id, tenant, name)
             if adapter is None:
+                check_adapters(session, tenant)
                 adapter = _new_adapter(self.base_id, tenant, name, now)
                 session.add(adapter)
             version = session.scalar(
@@ -186,6 +193,7 @@ class Registry:
             )
             created = version is None or version.state == "failed"
             if version is None:
+                check_bytes(session, tenant, files.config.size + files.weights.size)
                 version = _new_version(digest, files, source, actor, now)
                 adapter.versions.insert(0, version)
             if created:

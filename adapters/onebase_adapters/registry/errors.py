@@ -9,7 +9,8 @@ RegistryError
 ├── StaleActivationError      another version is active than the caller expects
 ├── NothingToRollBackError    no earlier version is left
 ├── UnknownKeyError           no API key of that id
-├── InvalidKeyError           no API key can have such a tenant, scope, name or end
+├── InvalidKeyError           no API key or tenant can have such a name, scope, quota, priority or end
+├── QuotaError                the tenant has as much as its quota allows
 ├── UnknownFileError          no training file of that id
 ├── FileInUseError            a training job needs the file
 ├── UnknownJobError           no training job of that id
@@ -64,11 +65,20 @@ class UnknownKeyError(RegistryError):
 
 
 class InvalidKeyError(RegistryError):
-    """No API key can be like this. `field`: what must change."""
+    """No API key or tenant can be like this. `field`: what must change."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
+
+
+class QuotaError(RegistryError):
+    """A tenant would get more than its quota allows. `quota`: its name; `limit`: what it allows."""
+
+    def __init__(self, message: str, quota: str, limit: int) -> None:
+        super().__init__(message)
+        self.quota = quota
+        self.limit = limit
 
 
 class UnknownFileError(RegistryError):

@@ -17,6 +17,7 @@ from onebase_adapters.registry.errors import (
     UnknownFileError,
     UnknownJobError,
 )
+from onebase_adapters.registry.quotas import check_adapters, check_bytes, check_training
 from onebase_adapters.registry.records import (
     ENDED_STATES,
     JOB_STATES,
@@ -35,6 +36,7 @@ from onebase_adapters.registry.records import (
     TrainingJob,
 )
 from onebase_adapters.registry.tables import (
+    AdapterRow,
     CheckpointRow,
     IdentityRow,
     TrainingEventRow,
@@ -73,13 +75,16 @@ class TrainingRecords:
     def add_file(self, file: TrainingFile) -> TrainingFile:
         """Register a file, whose blob must be in the store by now.
 
-        One that is known already gets the new content: the curve of a job that is delivered twice.
+        One that is known already gets the new content: the curve of a job that is delivered twice. Raises
+        QuotaError for one that a user sends.
         """
         with self._database.write_uncounted() as session:
             known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
             if known is not None:
                 known.bytes, known.sha256 = file.bytes, file.sha256
             else:
+                if file.purpose == "fine-tune":
+                    check_bytes(session, file.tenant, file.bytes)
                 session.add(
                     TrainingFileRow(
                         id=file.id,
@@ -161,8 +166,19 @@ class TrainingRecords:
     # ---- jobs --------------------------------------------------------------------------------
 
     def add_job(self, job: NewJob, event: JobEvent) -> TrainingJob:
-        """A new job in state `validating_files`, with its first event. Raises UnknownFileError."""
+        """A new job in state `validating_files`, with its first event.
+
+        Raises UnknownFileError; QuotaError when it could not train, or its adapter would be one too many.
+        """
         with self._database.write_uncounted() as session:
+            check_training(session, job.tenant)
+            names = select(AdapterRow.id).where(
+                AdapterRow.base_id == self._base_id,
+                AdapterRow.tenant == job.tenant,
+                AdapterRow.name == job.name,
+            )
+            if session.scalar(names) is None:
+                check_adapters(session, job.tenant)
             for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
                 _file(session, job.tenant, file_id, lock=True)
             row = _job_row(job, self._base_id, time.time())

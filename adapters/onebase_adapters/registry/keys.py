@@ -11,24 +11,33 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
-from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
-from onebase_adapters.registry.records import SCOPES, ApiKey, Scope
-from onebase_adapters.registry.tables import ApiKeyRow
+from onebase_adapters.registry.quotas import KEY_QUOTAS, changed_quotas, check_tenant, quotas_of
+from onebase_adapters.registry.records import SCOPES, ApiKey, Quotas, Scope
+from onebase_adapters.registry.tables import ApiKeyRow, TenantRow
 
 USED_SECONDS = 3600.0
 """`last_used_at` is as exact as this: one write an hour for a key in use."""
-RESERVED_TENANTS = ("registry",)
-"""Owner of rows by which release 0.1 knew a registry again."""
 MAX_NAME = 200
+MAX_PRIORITY = 10
+"""Priorities are whole numbers from its negative to this; a key has 0 unless it is given another."""
 _KEY = re.compile(r"(ob-[0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 _NOBODY = "0" * 64
+
+
+@dataclass(frozen=True)
+class Callers:
+    """All keys that there ever were, and the quotas of the tenants that have any."""
+
+    keys: list[ApiKey]
+    tenants: dict[str, Quotas]
 
 
 class ApiKeys:
@@ -42,14 +51,22 @@ class ApiKeys:
         self._database = database
 
     def create(
-        self, tenant: str, scopes: Collection[str], *, name: str = "", expires_at: float | None = None
+        self,
+        tenant: str,
+        scopes: Collection[str],
+        *,
+        name: str = "",
+        expires_at: float | None = None,
+        quotas: Mapping[str, int | None] | None = None,
+        priority: int = 0,
     ) -> tuple[ApiKey, str]:
         """A new key: its record, and the key itself, which nobody can read again.
 
         Raises InvalidKeyError.
         """
-        if not is_adapter_name(tenant) or tenant in RESERVED_TENANTS:
-            raise InvalidKeyError("tenant", f"{tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
+        check_tenant(tenant)
+        _check_priority(priority)
+        limits = changed_quotas({}, quotas or {}, KEY_QUOTAS)
         if len(name) > MAX_NAME or not (name == "" or name.isprintable()):
             raise InvalidKeyError("name", f"use up to {MAX_NAME} characters that can be printed.")
         chosen = _checked_scopes(scopes)
@@ -67,6 +84,8 @@ class ApiKeys:
                 sha256=_sha256(key),
                 created_at=now,
                 expires_at=expires_at,
+                quotas=limits,
+                priority=priority,
                 changed=counter,
             )
             session.add(row)
@@ -79,13 +98,34 @@ class ApiKeys:
             rows = session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id))
             return [_record(row) for row in rows]
 
-    def since(self, known: int) -> tuple[int, list[ApiKey] | None]:
-        """The number of the last change of any key, 0 before the first; and all keys unless it is `known`."""
+    def change(
+        self, key_id: str, quotas: Mapping[str, int | None] | None = None, priority: int | None = None
+    ) -> ApiKey:
+        """Change the quotas that `quotas` names (None: no limit), and the priority unless it is None.
+
+        Raises UnknownKeyError, InvalidKeyError.
+        """
+        if priority is not None:
+            _check_priority(priority)
+        with self._database.write() as (session, counter):
+            row = _row(session, key_id)
+            row.quotas = changed_quotas(row.quotas, quotas or {}, KEY_QUOTAS)
+            row.priority = row.priority if priority is None else priority
+            row.changed = counter
+            session.flush()
+            return _record(row)
+
+    def since(self, known: int) -> tuple[int, Callers | None]:
+        """The number of the last change of any key or tenant, 0 before the first; and all of them unless it
+        is `known`."""
+        newest_of = union_all(select(func.max(ApiKeyRow.changed)), select(func.max(TenantRow.changed)))
         with self._database.read() as session:
-            newest = session.scalar(select(func.max(ApiKeyRow.changed))) or 0
+            newest = max((changed or 0 for changed in session.scalars(newest_of)), default=0)
             if newest == known:
                 return newest, None
-            return newest, [_record(row) for row in session.scalars(select(ApiKeyRow))]
+            keys = [_record(row) for row in session.scalars(select(ApiKeyRow))]
+            tenants = {row.tenant: quotas_of(row.quotas) for row in session.scalars(select(TenantRow))}
+            return newest, Callers(keys, tenants)
 
     def revoke(self, key_id: str) -> ApiKey:
         """From now on nobody can use the key. Repeating it changes nothing. Raises UnknownKeyError."""
@@ -132,6 +172,13 @@ def _checked_scopes(scopes: Collection[str]) -> tuple[Scope, ...]:
     return chosen
 
 
+def _check_priority(priority: int) -> None:
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidKeyError(
+            "priority", f"use a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}; higher is served first."
+        )
+
+
 def _row(session: Session, key_id: str) -> ApiKeyRow:
     row = session.get(ApiKeyRow, plain(key_id))
     if row is None:
@@ -150,4 +197,6 @@ def _record(row: ApiKeyRow) -> ApiKey:
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
         last_used_at=row.last_used_at,
+        quotas=quotas_of(row.quotas),
+        priority=row.priority,
     )

@@ -108,6 +108,71 @@ class Changes:
     names: frozenset[tuple[str, str]]
 
 
+# ---- quotas and usage ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """What a key or a tenant may ask for; None: no limit. All but the first three are a tenant's alone."""
+
+    requests: int | None = None
+    """Requests for text, in any 60 seconds."""
+    tokens: int | None = None
+    """Tokens of prompts and completions, in any 60 seconds."""
+    rows: int | None = None
+    """Completions at once: each of a request's prompts counts `n`."""
+    adapters: int | None = None
+    """Names, on all bases of the registry."""
+    bytes: int | None = None
+    """Of versions, as they were sent or trained, and of training files."""
+    training_seconds: int | None = None
+    """In a calendar month (UTC)."""
+
+    def given(self) -> dict[str, int]:
+        """The limits that there are."""
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
+
+
+@dataclass(frozen=True)
+class TenantRecord:
+    """One tenant: its quotas, and what it has now of what is kept.
+
+    adapters: names. bytes: of versions and training files. training_seconds: in this calendar month (UTC).
+    """
+
+    tenant: str
+    quotas: Quotas
+    adapters: int
+    bytes: int
+    training_seconds: float
+
+
+@dataclass(frozen=True, order=True)
+class UsageKey:
+    """Whose use it is, and when. day: 2026-11-26, in UTC. adapter: "" is the base; a sum is `a+b`."""
+
+    tenant: str
+    day: str
+    base: str
+    adapter: str
+
+
+@dataclass
+class Figures:
+    """What was used. cached_tokens: those of prompt_tokens that the prefix cache had."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    training_seconds: float = 0.0
+    training_tokens: int = 0
+
+    def add(self, other: Figures) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
 # ---- keys ------------------------------------------------------------------------------------
 
 Scope = Literal["generate", "adapters", "train", "admin"]
@@ -127,6 +192,9 @@ class ApiKey:
     expires_at: float | None
     revoked_at: float | None
     last_used_at: float | None
+    quotas: Quotas = Quotas()
+    priority: int = 0
+    """Of its requests among all that wait: the highest first."""
 
     def valid_at(self, now: float) -> bool:
         """Whether it may be used."""

@@ -82,7 +82,46 @@ class ApiKeyRow(Table):
     expires_at: Mapped[float | None] = mapped_column(DoubleType)
     revoked_at: Mapped[float | None] = mapped_column(DoubleType)
     last_used_at: Mapped[float | None] = mapped_column(DoubleType)
+    quotas: Mapped[dict[str, int]] = mapped_column(JSON, default=dict, server_default="{}")
+    priority: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     changed: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class TenantRow(Table):
+    """A tenant's quotas. One that never had any has no row."""
+
+    __tablename__ = "tenants"
+
+    tenant: Mapped[str] = mapped_column(String, primary_key=True)
+    quotas: Mapped[dict[str, int]] = mapped_column(JSON)
+    changed: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class UsageRow(Table):
+    """What one tenant used of one adapter in one day (UTC, as 2026-11-26). adapter: "" is the base."""
+
+    __tablename__ = "usage"
+
+    tenant: Mapped[str] = mapped_column(String, primary_key=True)
+    day: Mapped[str] = mapped_column(String, primary_key=True, index=True)
+    base: Mapped[str] = mapped_column(String, primary_key=True)
+    adapter: Mapped[str] = mapped_column(String, primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    cached_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+    training_seconds: Mapped[float] = mapped_column(DoubleType)
+    training_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+class UsageWriterRow(Table):
+    """A server process that writes usage, and its newest batch: one that comes twice counts once."""
+
+    __tablename__ = "usage_writers"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    batch: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[float] = mapped_column(DoubleType)
 
 
 class AdapterRow(Table):

@@ -76,6 +76,8 @@ from .types import (
     Piece,
     SamplingFields,
     ServerVersion,
+    Tenant,
+    TenantUsage,
     Timing,
     Usage,
 )
@@ -131,6 +133,8 @@ __all__ = [
     "StorageFullError",
     "Stream",
     "StreamError",
+    "Tenant",
+    "TenantUsage",
     "Timeout",
     "Timing",
     "TrainingCallback",

@@ -166,7 +166,9 @@ class UnprocessableError(APIStatusError):
 
 
 class RateLimitError(APIStatusError):
-    """429: the server's queue is full; `retry_after` says when to come back."""
+    """429: the server's queue is full (code `queue_full`), or a quota of your key or tenant is used up for a
+    moment (`rate_limit_exceeded`): `retry_after` says when to come back. With `insufficient_quota` waiting
+    does not help: the message says what does."""
 
 
 class ServerUnavailableError(APIStatusError):

@@ -190,6 +190,10 @@ class ApiKey:
     revoked_at: float | None
     last_used_at: float | None
     """To the hour."""
+    quotas: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
+    priority: int = 0
+    """-10 to 10: requests of a higher one are served first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,40 @@ class NewApiKey(ApiKey):
 
     key: str = field(repr=False)
     """The key itself, which nobody can read again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """Whom keys belong to: what it may, and what it has."""
+
+    tenant: str
+    quotas: Mapping[str, int] = field(hash=False)
+    """As those of a key, and `adapters`, `bytes`, and `training_seconds` in a calendar month (UTC)."""
+    adapters: int
+    bytes: int
+    """Of its versions, as they were sent or trained, and of its training files."""
+    training_seconds: float
+    """In this calendar month (UTC)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantUsage:
+    """What was used, by what was grouped. What was not is None, and summed."""
+
+    day: str | None = None
+    """In UTC, as 2026-11-26."""
+    tenant: str | None = None
+    base: str | None = None
+    adapter: str | None = None
+    """`""` is the base itself, `a+b` a sum of adapters."""
+    requests: int
+    prompt_tokens: int
+    """With those that the prefix cache had."""
+    cached_tokens: int
+    """Those of `prompt_tokens` that the prefix cache had."""
+    completion_tokens: int
+    training_seconds: float
+    training_tokens: int
 
 
 @dataclass(frozen=True)

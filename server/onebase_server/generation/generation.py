@@ -8,12 +8,13 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from onebase_engine.engine.messages import RowOutput, Sampling, Submit, TokenLogprob
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.errors import ClientGoneError, OneBaseError, RowFailedError, UnavailableError
-from onebase_server.generation.stream import Choice, Inflight, Piece, TokenInfo, prompt_token_infos
+from onebase_server.generation.stream import Choice, Inflight, Piece, TokenInfo, Usage, prompt_token_infos
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
 
@@ -43,19 +44,17 @@ class Job:
     timeout_s: float | None = None
     deadline: float | None = None
     """When `timeout_s` is over, on the event loop's clock: it began before the job was made."""
+    expected_tokens: int = 0
+    """Of a choice: max_tokens, or what is usual where the caller set none. Quotas set it aside."""
 
     @property
     def choices(self) -> int:
         return len(self.prompts) * self.n
 
-
-@dataclass
-class Usage:
-    """Tokens: `cached` of the prompts' came from the prefix cache."""
-
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
+    @property
+    def tokens_set_aside(self) -> int:
+        """What it counts in a quota of tokens until it has ended."""
+        return sum(len(prompt.tokens) for prompt in self.prompts) + self.choices * self.expected_tokens
 
 
 @dataclass
@@ -74,6 +73,16 @@ def new_id(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(12)}"
 
 
+class Meter(Protocol):
+    """Whoever counts what a request takes."""
+
+    def rows_ended(self) -> None:
+        """The engine has none of its rows any more."""
+
+    def used(self, usage: Usage) -> None:
+        """It is over. Called once, if it was submitted."""
+
+
 class Generation:
     """A running job. `pieces` yields what became certain, step by step; `cancel` ends it early.
 
@@ -81,6 +90,7 @@ class Generation:
         stream_limit: outputs per choice that may wait for a slow reader; None is for callers that are always
             read (answers in one piece).
         on_cut: called when a slow reader is cut off.
+        meter: told what it took: what its answer says, or what was computed if that was not read to its end.
     """
 
     def __init__(
@@ -90,8 +100,13 @@ class Generation:
         job: Job,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
+        *,
+        meter: Meter,
     ) -> None:
         self.job = job
+        self._meter = meter
+        self._with_engine = self._with_reader = False
+        self._metered = True
         self.usage = Usage(prompt=sum(len(prompt.tokens) for prompt in job.prompts))
         self.timing = Timing()
         self._supervisor = supervisor
@@ -101,7 +116,7 @@ class Generation:
         submits = [self._submit(index, prompt) for index, prompt in enumerate(job.prompts)]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
         limit = (stream_limit or 2**31) * job.choices
-        self._inflight = Inflight(submits, limit, on_cut=on_cut, on_ended=self._release_adapters)
+        self._inflight = Inflight(submits, limit, on_cut=on_cut, on_ended=self._rows_ended)
         self._choices = [self._choice(index) for index in range(job.choices)]
         self._open = job.choices
         self._cached_known: set[int] = set()
@@ -125,6 +140,8 @@ class Generation:
         except BaseException:
             self._release_adapters()
             raise
+        self._with_engine = self._with_reader = True
+        self._metered = False
         if self.job.deadline is not None:
             loop = asyncio.get_running_loop()
             self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self._inflight)
@@ -132,6 +149,25 @@ class Generation:
     def _release_adapters(self) -> None:
         if self._lease is not None:
             self._lease.release()
+
+    def _rows_ended(self) -> None:
+        self._release_adapters()
+        self._with_engine = False
+        self._meter.rows_ended()
+        self._tell_meter()
+
+    def leave(self) -> None:
+        """Nobody reads it any more."""
+        self._with_reader = False
+        self._tell_meter()
+
+    def _tell_meter(self) -> None:
+        """Once neither the reader nor, unless all was read, the engine adds to it."""
+        whole = not self._open
+        if self._metered or self._with_reader or (self._with_engine and not whole):
+            return
+        self._metered = True
+        self._meter.used(self.usage if whole else self._inflight.computed)
 
     def cancel(self) -> None:
         """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
@@ -158,6 +194,7 @@ class Generation:
                 self._deadline.cancel()
             if self._open:
                 self.cancel()
+            self.leave()
 
     async def collect(self) -> list[Piece]:
         """The whole of each choice, in order."""

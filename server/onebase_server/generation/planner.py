@@ -211,11 +211,14 @@ class Planner:
             raise InvalidRequestError(
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
+        sampling = _sampling(body, base, wanted)
+        expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return Job(
             id=new_id(wanted.kind),
             tenant=tenant,
             prompts=wanted.prompts,
-            sampling=_sampling(body, base, wanted),
+            sampling=sampling,
+            expected_tokens=0 if scores_only else expected,
             n=n,
             stops=body.stops,
             echo=wanted.echo,

@@ -11,6 +11,15 @@ from onebase_server.errors import OneBaseError, SlowReaderError
 from onebase_server.generation.text import PieceDecoder, StopStrings
 
 
+@dataclass
+class Usage:
+    """Tokens: `cached` of the prompts' came from the prefix cache."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
 class Inflight:
     """A bounded mailbox: the engine's side never waits, the reader's side may.
 
@@ -32,6 +41,9 @@ class Inflight:
     ) -> None:
         self.submits = tuple(submits)
         self.open_rows = {submit.id: submit.n for submit in submits}
+        self._unseen = {submit.id: len(submit.prompt) for submit in submits}
+        self.computed = Usage()
+        """What the engine has done for it, also what nobody read."""
         self.given_up = False
         """Nobody waits for it any more: its rows end before their time."""
         self.on_ended = on_ended
@@ -52,6 +64,7 @@ class Inflight:
 
     def push(self, output: RowOutput) -> bool:
         """Deliver one output. False: the reader is too slow and the request has just been cut off."""
+        self._count(output)
         if output.finish is not None:
             left = self.open_rows[output.id] - 1
             if left:
@@ -68,6 +81,13 @@ class Inflight:
         self._pending.append(output)
         self._wake()
         return True
+
+    def _count(self, output: RowOutput) -> None:
+        computed = self.computed
+        if output.tokens and output.id in self._unseen:
+            computed.prompt += self._unseen.pop(output.id)
+            computed.cached += output.cached_tokens or 0
+        computed.completion += len(output.tokens)
 
     def fail(self, error: OneBaseError) -> None:
         """End the request: outputs already here are still taken, then `error` is raised."""

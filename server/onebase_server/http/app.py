@@ -32,6 +32,7 @@ from onebase_server.http.routes import (
     keys,
     models,
     reference,
+    usage,
     vllm,
 )
 from onebase_server.http.schemas.generation import validation_error
@@ -61,7 +62,7 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    routes = (generation, models, adapters, vllm, files, fine_tuning, keys, health, reference)
+    routes = (generation, models, adapters, vllm, files, fine_tuning, keys, usage, health, reference)
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
     describe_keys(app)

@@ -32,14 +32,18 @@ from onebase_server.jobs.service import JobService
 from onebase_server.metrics import Metrics
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
+from onebase_server.quotas import Limiter, Ticket
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage
+from onebase_server.usage import UsageMeter
 
 COUNT_SECONDS = 5.0
 """Limit for the registry's figures; after it the others are given alone."""
 
 CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
+TICKET = "onebase.ticket"
+"""Key of a Ticket there, of a request for text."""
 
 
 def server_stopping() -> UnavailableError:
@@ -77,6 +81,8 @@ class Services:
 
     settings: Settings
     keys: KeyRing
+    limiter: Limiter
+    usage: UsageMeter
     catalog: Catalog
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
@@ -107,9 +113,16 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
+def _ticket(request: Request) -> Ticket:
+    ticket: Ticket = request.scope[TICKET]
+    return ticket
+
+
 Provided = Annotated[Services, Depends(_services)]
 Calling = Annotated[Caller, Depends(_caller)]
 """Whom the request comes from."""
+Admitted = Annotated[Ticket, Depends(_ticket)]
+"""What it may take, where a route needs the scope `generate`."""
 
 
 class BodyError(HTTPException):

@@ -36,7 +36,11 @@ SECURITY_HEADERS = {
 }
 """On every answer; a page brings a Content-Security-Policy of its own."""
 _ANY = "*"
-_EXPOSED = ("Retry-After",)
+_EXPOSED = (
+    "Retry-After",
+    *(f"x-ratelimit-{fact}-requests" for fact in ("limit", "remaining", "reset")),
+    *(f"x-ratelimit-{fact}-tokens" for fact in ("limit", "remaining", "reset")),
+)
 _SHOWN = 200
 """Characters of a header that an error repeats."""
 

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
 from starlette.routing import Match
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.access import NOBODY, Access, Caller
 from onebase_server.errors import InsufficientScopeError, OneBaseError
-from onebase_server.http.deps import CALLER, Services
+from onebase_server.http.deps import CALLER, TICKET, Services
 from onebase_server.http.door import refusal
+from onebase_server.quotas import Ticket
 
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs none."""
 _ACCESS = "onebase_access"
+_NOT_ITS_FAULT = (429, 503)
+"""Statuses of answers after which a request counts as none."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -59,25 +63,47 @@ class Guard:
     def __init__(self, app: ASGIApp, api: FastAPI, services: Services) -> None:
         self._app = app
         self._api = api
-        self._keys = services.keys
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
         try:
-            scope[CALLER] = await self._caller(scope)
+            access = access_of(self._api, scope)
+            scope[CALLER] = caller = await self._caller(scope, access)
+            ticket = self._services.limiter.enter(caller) if access == "generate" else None
         except OneBaseError as error:
             await refusal(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        if ticket is None:
+            await self._app(scope, receive, send)
+        else:
+            await self._metered(ticket, scope, receive, send)
 
-    async def _caller(self, scope: Scope) -> Caller:
+    async def _metered(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request for text: its answer tells what its quotas leave."""
+        scope[TICKET] = ticket
+
+        async def telling(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] in _NOT_ITS_FAULT:
+                    ticket.give_back()
+                headers = MutableHeaders(scope=message)
+                for name, value in ticket.headers().items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, telling)
+        finally:
+            ticket.close()
+
+    async def _caller(self, scope: Scope, access: Access) -> Caller:
         """Raises UnauthenticatedError, InsufficientScopeError, UnavailableError."""
-        access = access_of(self._api, scope)
         if access == "open":
             return NOBODY
         headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
-        caller = await self._keys.caller(headers)
+        caller = await self._services.keys.caller(headers)
         if not caller.may(access):
             raise InsufficientScopeError(access, caller.key)
         return caller

@@ -180,11 +180,17 @@ def boundary_of(request: Request, how: str = "") -> bytes | None:
     return boundary
 
 
-def check_length(request: Request, limit: int, option: str) -> None:
-    """Refuse a body by its announced length. Raises PayloadTooLargeError."""
+def check_length(request: Request, limit: int, option: str) -> int:
+    """Refuse a body by its announced length. Returns what it may hold, without the form around it.
+
+    Raises PayloadTooLargeError.
+    """
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
+    if not length.isdigit():
+        return limit
+    if int(length) > limit:
         raise PayloadTooLargeError(limit, option)
+    return max(1, int(length) - FORM_BYTES)
 
 
 async def read_form(request: Request, form: FormReader[Result], threads: Threads) -> Result:

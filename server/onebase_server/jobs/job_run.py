@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,14 +16,16 @@ from onebase_adapters.registry import (
     JobEvent,
     JobState,
     JobStateError,
+    QuotaError,
     RegistryError,
+    Tenants,
     TrainingFile,
     TrainingJob,
     TrainingRecords,
     UnknownJobError,
 )
 from onebase_adapters.store.store import StoreError, StoreFullError
-from onebase_adapters.training.events import Reason
+from onebase_adapters.training.events import Event, Reason, StepDone
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
@@ -37,6 +39,7 @@ from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,
     FAILED,
+    OUT_OF_QUOTA,
     RECHECK,
     REQUEUED,
     STARTED,
@@ -54,11 +57,16 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     TrainJob,
 )
+from onebase_server.usage import UsageMeter
 
 RunKind = Literal["check", "train"]
 
 BROKEN_SECONDS = 2.0
 """Pause before a job continues whose run ended because the registry could not be reached."""
+STOP_SECONDS = 60.0
+"""A trainer that has not written its checkpoint by then is killed; the checkpoint before it is whole."""
+METER_SECONDS = 5.0
+"""From one look at the quota of training to the next: a job trains so much longer than allowed, at most."""
 PASSING = ("device_error", "base_unavailable", "base_changed")
 """Failures that an engine causes when it is about to die: the next one may work."""
 
@@ -103,6 +111,8 @@ class TrainerPool:
     share: float
     memory: int
     busy_fd: int
+    tenants: Tenants
+    usage: UsageMeter
     deaths: int = 0
     """Trainers that died without being stopped."""
 
@@ -154,6 +164,7 @@ class Run:
         self._interrupted = ""
         self._delivering = False
         self._in_process = False
+        self._tokens = 0
         self._released = asyncio.Event()
         self._record = JobRecord(job, pool.records, pool.threads, pool.notifier)
 
@@ -270,6 +281,7 @@ class Run:
 
     async def _train(self, base: AttachedBase) -> Outcome:
         pool = self._pool
+        await self._check_quota()
         return await self._process(
             lambda job: Train(config=base.config, manifest=base.manifest, job=job, share=pool.share),
             {"--base-fd": base.fd, "--busy-fd": pool.busy_fd},
@@ -309,12 +321,11 @@ class Run:
             if self._stop is not None:
                 return Stopped(self._stop[0])
             self._in_process = True
-            self._trainer = await TrainerClient.start(
-                self._pool.command, message(job), fds, self._record.take
-            )
+            self._trainer = await TrainerClient.start(self._pool.command, message(job), fds, self._take)
             if self._stop is not None:
                 self.stop(*self._stop)
-            return await self._trainer.outcome()
+            async with self._metered():
+                return await self._trainer.outcome()
         except FileGoneError as error:
             return Failed(code="file_not_found", message=error.message, param=error.param)
         except StoreError as error:
@@ -345,6 +356,52 @@ class Run:
                 async with asyncio.timeout(pause):
                     await self._released.wait()
         raise AssertionError("the last try returns or raises")
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._tokens += event.tokens
+        self._record.take(event)
+
+    # ---- what it takes -----------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _metered(self) -> AsyncIterator[None]:
+        """Count the seconds and tokens of training meanwhile."""
+        if self.kind == "check":
+            yield
+            return
+        meter = asyncio.get_running_loop().create_task(self._meter())
+        try:
+            yield
+        finally:
+            meter.cancel()
+            await asyncio.gather(meter, return_exceptions=True)
+
+    async def _meter(self) -> None:
+        counted = time.monotonic()
+        while True:
+            try:
+                await asyncio.sleep(METER_SECONDS)
+            finally:
+                now, tokens = time.monotonic(), self._tokens
+                self._tokens -= tokens
+                self._pool.usage.trained(self.job.tenant, self.job.name, now - counted, tokens)
+                counted = now
+            await self._check_quota()
+
+    async def _check_quota(self) -> None:
+        """End the run when its tenant has trained long enough; the job fails, and can be resumed."""
+        try:
+            await self._pool.usage.flush()
+            await self._pool.threads.run(self._pool.tenants.check_training, self.job.tenant)
+        except QuotaError as error:
+            with suppress(JobStateError, RegistryError):
+                failed = JobError("insufficient_quota", str(error))
+                event = JobEvent(time.time(), str(error), level="error", data={"code": failed.code})
+                await self._record.move(OUT_OF_QUOTA, event, error=failed)
+                self.stop("pause", STOP_SECONDS)
+        except RegistryError as error:
+            _log.warning("the quota of job %s cannot be checked now: %s", self.job.id, error)
 
     # ---- other ends --------------------------------------------------------------------------
 

@@ -21,13 +21,11 @@ from onebase_adapters.registry import (
 )
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.jobs.folders import GarbageCollector
-from onebase_server.jobs.job_run import AttachedBase, Run, RunKind, TrainerPool
+from onebase_server.jobs.job_run import STOP_SECONDS, AttachedBase, Run, RunKind, TrainerPool
 from onebase_server.jobs.state import REQUEUED, STARTED, Move, resume_point
 
 _log = logging.getLogger(__name__)
 
-STOP_SECONDS = 60.0
-"""A trainer that has not written its checkpoint by then is killed; the checkpoint before it is whole."""
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
 SWEEP_SECONDS = 3600.0

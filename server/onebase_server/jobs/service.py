@@ -16,6 +16,7 @@ from onebase_adapters.registry import (
     JobEvent,
     JobStateError,
     NewJob,
+    Tenants,
     TrainingJob,
     TrainingRecords,
 )
@@ -43,6 +44,7 @@ class JobService:
     def __init__(
         self,
         records: TrainingRecords,
+        tenants: Tenants,
         threads: Threads,
         files: TrainingFiles,
         folders: JobFolders,
@@ -53,6 +55,7 @@ class JobService:
         look_seconds: float,
     ) -> None:
         self._records = records
+        self._tenants = tenants
         self._threads = threads
         self._files = files
         self._folders = folders
@@ -77,7 +80,8 @@ class JobService:
         Args:
             name: of the adapter that gets the result as a version; None: made from the job's id.
 
-        Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here).
+        Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here),
+        QuotaExceededError.
         """
         self._check_on()
         await self._files.usable(tenant, training_file, "training_file")
@@ -168,13 +172,16 @@ class JobService:
             return await self.get(job.tenant, job.id)
 
     async def resume(self, tenant: str, job_id: str) -> TrainingJob:
-        """Go on from the last checkpoint. Raises UnknownJobError, ConflictError."""
+        """Go on from the last checkpoint. Raises UnknownJobError, ConflictError, QuotaExceededError."""
         self._check_on()
         job = await self.get(tenant, job_id)
         if job.state in ("queued", "running", "validating_files"):
             return job
         if not is_resumable(job.state, job.error_code):
             raise _conflict(job, "only a paused one, or one that failed for a passing reason, can be resumed")
+        if not job.trained:
+            with storage_errors():
+                await self._threads.run(self._tenants.check_training, tenant)
         return await self._move(
             job, resumed(job), "The job is resumed.", "its state has just changed; look at it again", deaths=0
         )

@@ -7,6 +7,7 @@
     running                           REQUEUED    queued            interrupted, or its trainer died
     running                           DELIVERED   succeeded
     validating_files, queued, running FAILED      failed
+    running                           OUT_OF_QUOTA failed         its tenant has trained long enough
     queued, running                   PAUSED      paused
     those of FAILED, and paused       cancelled   cancelled         also failed, if it is resumable
     paused, and failed if resumable   resumed     queued            without a plan: validating_files
@@ -27,8 +28,8 @@ from onebase_server.background import Backoff
 RESUMABLE = frozenset(
     {
         "adapter_lost", "base_changed", "delivery_failed", "device_error", "disk_full",
-        "internal_error", "no_memory", "out_of_memory", "prepared_damaged", "proof_crashed", "proof_timeout",
-        "store_unavailable", "trainer_died", "trainer_failed",
+        "insufficient_quota", "internal_error", "no_memory", "out_of_memory", "prepared_damaged",
+        "proof_crashed", "proof_timeout", "store_unavailable", "trainer_died", "trainer_failed",
     }
 )  # fmt: skip
 """Errors that may not happen again: the job can continue from its last checkpoint, or be delivered again."""
@@ -57,6 +58,7 @@ STARTED = Move(("queued",), "running")
 REQUEUED = Move(("running",), "queued")
 DELIVERED = Move(("running",), "succeeded")
 FAILED = Move(OPEN_STATES, "failed")
+OUT_OF_QUOTA = Move(("running",), "failed", while_delivered=False)
 PAUSED = Move(("queued", "running"), "paused", while_delivered=False)
 
 

@@ -9,8 +9,14 @@ import pytest
 from sqlalchemy import text
 from tests.adapters.registry.conftest import Open, add
 
-from onebase_adapters.registry import Registry, RegistryError, UnknownAdapterError, UnknownKeyError
-from onebase_adapters.registry.keys import USED_SECONDS, id_of, is_key_of
+from onebase_adapters.registry import (
+    Quotas,
+    Registry,
+    RegistryError,
+    UnknownAdapterError,
+    UnknownKeyError,
+)
+from onebase_adapters.registry.keys import USED_SECONDS, Callers, id_of, is_key_of
 
 
 def test_a_key_is_known_again_and_the_registry_holds_nothing_of_its_secret(
@@ -86,6 +92,10 @@ def test_a_key_ends_when_it_is_revoked_or_expires_and_its_row_stays(registry: Re
         ({"name": "a\tb"}, "name"),
         ({"name": "n" * 201}, "name"),
         ({"expires_at": 1.0}, "expires"),
+        ({"quotas": {"rows": -1}}, "quotas.rows"),
+        ({"quotas": {"bytes": 1}}, "quotas.bytes"),
+        ({"quotas": {"wishes": 1}}, "quotas.wishes"),
+        ({"priority": 11}, "priority"),
     ],
 )
 def test_what_no_key_can_have_is_refused_by_its_name(
@@ -101,20 +111,26 @@ def test_servers_read_the_keys_again_only_after_a_change_of_one(
     registry: Registry, open_registry: Open
 ) -> None:
     other = open_registry().keys
-    assert other.since(-1) == (0, [])
+    assert other.since(-1) == (0, Callers([], {}))
     assert other.since(0) == (0, None)
 
     made, _ = registry.keys.create("acme", ["train"])
-    newest, keys = other.since(0)
-    assert keys == [made]
+    newest, callers = other.since(0)
+    assert callers == Callers([made], {})
     add(registry, "acme", "1")
     assert other.since(newest) == (newest, None)
 
     registry.keys.revoke(made.id)
-    later, keys = other.since(newest)
+    later, callers = other.since(newest)
     assert later > newest
-    assert keys is not None
-    assert keys[0].revoked_at is not None
+    assert callers is not None
+    assert callers.keys[0].revoked_at is not None
+
+    registry.tenants.set_quotas("acme", {"rows": 4})
+    last, callers = other.since(later)
+    assert last > later
+    assert callers is not None
+    assert callers.tenants == {"acme": Quotas(rows=4)}
 
 
 def test_the_use_of_a_key_is_written_down_once_an_hour_and_is_no_change(registry: Registry) -> None:

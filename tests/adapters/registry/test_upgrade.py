@@ -114,7 +114,7 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
             version["source"]["options"] = version["source"].pop("wishes")
     sources = [version["source"] for version in before["versions"] if "options" in version["source"]]
     assert len(sources) == 2
-    assert now.keys() - before.keys() == {"identity", "api_keys"}
+    assert now.keys() - before.keys() == {"identity", "api_keys", "tenants", "usage", "usage_writers"}
     # Files lie where they were until their server starts; the row by which 0.1 knew its registry is gone.
     before["training_files"] = [
         {**row, "sha256": None} for row in before["training_files"] if row["tenant"] != "registry"

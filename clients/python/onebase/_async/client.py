@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from datetime import date
 from types import TracebackType
 from typing import Unpack
 
 from .._core import parse, requests
+from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._http import AsyncPool, AsyncTransport
-from ..types import AdapterSpec, Generation, Health, Messages, Model, SamplingFields, ServerVersion
+from ..types import (
+    AdapterSpec,
+    Generation,
+    Health,
+    Messages,
+    Model,
+    SamplingFields,
+    ServerVersion,
+    TenantUsage,
+)
 from .adapters import AsyncAdapters
 from .http import AsyncHttp
-from .keys import AsyncKeys
+from .keys import AsyncKeys, AsyncTenants
 from .streams import AsyncStream
 from .training import AsyncFiles, AsyncTraining
 
@@ -90,8 +102,13 @@ class AsyncClient:
 
     @property
     def keys(self) -> AsyncKeys:
-        """API keys, for operators: make, list, revoke."""
+        """API keys, for operators: make, list, change, revoke."""
         return AsyncKeys(self._http)
+
+    @property
+    def tenants(self) -> AsyncTenants:
+        """Tenants: their quotas, and what they have."""
+        return AsyncTenants(self._http)
 
     @property
     def models(self) -> AsyncModels:
@@ -158,6 +175,41 @@ class AsyncClient:
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return AsyncStream(lambda: self._http.open(call))
+
+    async def usage(
+        self,
+        *,
+        start: date | str | None = None,
+        end: date | str | None = None,
+        group_by: Sequence[str] = ("day", "tenant", "adapter"),
+        tenant: str | None = None,
+    ) -> tuple[TenantUsage, ...]:
+        """Requests, tokens and training of all tenants for a key with the scope `admin`, for others theirs.
+
+        Args:
+            start, end: The first and the last day, in UTC: a date, or as "2026-11-26". By default the last
+                30 days.
+            group_by: Of `day`, `tenant`, `base`, `adapter`. The rest is summed.
+            tenant: Only this one.
+
+        Raises:
+            BadRequestError: no such day or column, or too much for one answer.
+            PermissionDeniedError: `tenant` is another one, and the key lacks the scope `admin`.
+        """
+        call = usage_calls.usage(start, end, group_by, tenant)
+        return await self._http.ask(call, usage_calls.parse_usage)
+
+    async def usage_csv(
+        self,
+        *,
+        start: date | str | None = None,
+        end: date | str | None = None,
+        group_by: Sequence[str] = ("day", "tenant", "adapter"),
+        tenant: str | None = None,
+    ) -> str:
+        """As `usage`, as CSV with a line of titles. A spreadsheet takes no name in it for a formula."""
+        reply = await self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
+        return reply.body.decode()
 
     async def health(self) -> Health:
         """Whether the server makes progress. A server that answers that it is unwell raises nothing.

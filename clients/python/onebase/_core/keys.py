@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 from urllib.parse import quote
 
 from ..types import ApiKey, NewApiKey
@@ -13,26 +13,55 @@ from .requests import Body, Call, encode
 LIST: Final = Call("GET", "/v1/keys")
 
 
-def create(scopes: Sequence[str], tenant: str, name: str, expires_in: float | None) -> Call:
+def create(
+    scopes: Sequence[str],
+    tenant: str,
+    name: str,
+    expires_in: float | None,
+    quotas: Mapping[str, int] | None,
+    priority: int,
+) -> Call:
     """Not idempotent: sent twice, it makes two keys."""
     if isinstance(scopes, str):
         raise ValueError(f"scopes must be a list, such as ['generate'], not {scopes!r}")
     body: Body = {"scopes": list(scopes), "tenant": tenant, "name": name, "expires_in_s": expires_in}
+    if quotas:
+        body["quotas"] = dict(quotas)
+    if priority:
+        body["priority"] = priority
     return Call("POST", "/v1/keys", encode(body))
 
 
+def update(key_id: str, quotas: Mapping[str, int | None] | None, priority: int | None) -> Call:
+    body: Body = {"quotas": dict(quotas or {}), "priority": priority}
+    return Call("POST", _place(key_id), encode(body), idempotent=True)
+
+
 def revoke(key_id: str) -> Call:
+    return Call("DELETE", _place(key_id), idempotent=True)
+
+
+def _place(key_id: str) -> str:
     if not key_id:
         raise ValueError("the id of a key is empty")
-    return Call("DELETE", f"/v1/keys/{quote(key_id, safe='')}", idempotent=True)
+    return f"/v1/keys/{quote(key_id, safe='')}"
 
 
 def parse_key(value: Json) -> ApiKey:
-    return flat(ApiKey, value, scopes=tuple(value["scopes"]))
+    return flat(ApiKey, value, **_parts(value))
 
 
 def parse_new_key(value: Json) -> NewApiKey:
-    return flat(NewApiKey, value, scopes=tuple(value["scopes"]))
+    return flat(NewApiKey, value, **_parts(value))
+
+
+def _parts(value: Json) -> dict[str, Any]:
+    """What is no plain field, or one that servers of release 0.1 lack."""
+    return {
+        "scopes": tuple(value["scopes"]),
+        "quotas": value.get("quotas", {}),
+        "priority": value.get("priority", 0),
+    }
 
 
 def parse_keys(value: Json) -> tuple[ApiKey, ...]:

@@ -55,8 +55,8 @@ class Call:
     def retry_statuses(self) -> frozenset[int]:
         """Error statuses after which it may be sent again.
 
-        The server answers 429 and 503 before any work: its queue is full, or its engine starts, drains or
-        restarts. 502 and 504 come from a proxy, which cannot know whether the server began.
+        The server answers 429 and 503 before any work: its queue is full or a quota used up, or its engine
+        starts, drains or restarts. 502 and 504 come from a proxy, which cannot know whether the server began.
         """
         return _ALWAYS | _FROM_A_PROXY if self.repeatable else _ALWAYS
 

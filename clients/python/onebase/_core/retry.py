@@ -15,6 +15,8 @@ FIRST_DELAY_S: Final = 0.5
 LONGEST_DELAY_S: Final = 8.0
 LONGEST_RETRY_AFTER_S: Final = 60.0
 """A server that asks for more than this gets no retry: better an error than a client that seems to hang."""
+EXHAUSTED: Final = "insufficient_quota"
+"""The code of a 429 that stays one, however long one waits."""
 RECONNECTS: Final = 10
 """Failed attempts in a row before a Backoff gives up: about a minute, enough to restart a server."""
 
@@ -41,7 +43,7 @@ def retry_delay(
 
 def _may_repeat(error: OneBaseError, call: Call) -> bool:
     if isinstance(error, APIStatusError):
-        return error.status in call.retry_statuses
+        return error.status in call.retry_statuses and error.code != EXHAUSTED
     if isinstance(error, APIConnectionError | APITimeoutError):
         return call.repeatable or not error.sent
     return False
@@ -74,7 +76,7 @@ class Backoff:
 def _may_pass(error: OneBaseError, call: Call) -> bool:
     """Whether the error may be over soon, as a restart of the server is."""
     if isinstance(error, APIStatusError):
-        return error.status in call.retry_statuses
+        return error.status in call.retry_statuses and error.code != EXHAUSTED
     return isinstance(error, APIConnectionError | APITimeoutError)
 
 

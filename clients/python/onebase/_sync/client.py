@@ -4,16 +4,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from datetime import date
 from types import TracebackType
 from typing import Unpack
 
 from .._core import parse, requests
+from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._http import Pool, Transport
-from ..types import AdapterSpec, Generation, Health, Messages, Model, SamplingFields, ServerVersion
+from ..types import (
+    AdapterSpec,
+    Generation,
+    Health,
+    Messages,
+    Model,
+    SamplingFields,
+    ServerVersion,
+    TenantUsage,
+)
 from .adapters import Adapters
 from .http import Http
-from .keys import Keys
+from .keys import Keys, Tenants
 from .streams import Stream
 from .training import Files, Training
 
@@ -91,8 +103,13 @@ class Client:
 
     @property
     def keys(self) -> Keys:
-        """API keys, for operators: make, list, revoke."""
+        """API keys, for operators: make, list, change, revoke."""
         return Keys(self._http)
+
+    @property
+    def tenants(self) -> Tenants:
+        """Tenants: their quotas, and what they have."""
+        return Tenants(self._http)
 
     @property
     def models(self) -> Models:
@@ -159,6 +176,41 @@ class Client:
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return Stream(lambda: self._http.open(call))
+
+    def usage(
+        self,
+        *,
+        start: date | str | None = None,
+        end: date | str | None = None,
+        group_by: Sequence[str] = ("day", "tenant", "adapter"),
+        tenant: str | None = None,
+    ) -> tuple[TenantUsage, ...]:
+        """Requests, tokens and training of all tenants for a key with the scope `admin`, for others theirs.
+
+        Args:
+            start, end: The first and the last day, in UTC: a date, or as "2026-11-26". By default the last
+                30 days.
+            group_by: Of `day`, `tenant`, `base`, `adapter`. The rest is summed.
+            tenant: Only this one.
+
+        Raises:
+            BadRequestError: no such day or column, or too much for one answer.
+            PermissionDeniedError: `tenant` is another one, and the key lacks the scope `admin`.
+        """
+        call = usage_calls.usage(start, end, group_by, tenant)
+        return self._http.ask(call, usage_calls.parse_usage)
+
+    def usage_csv(
+        self,
+        *,
+        start: date | str | None = None,
+        end: date | str | None = None,
+        group_by: Sequence[str] = ("day", "tenant", "adapter"),
+        tenant: str | None = None,
+    ) -> str:
+        """As `usage`, as CSV with a line of titles. A spreadsheet takes no name in it for a formula."""
+        reply = self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
+        return reply.body.decode()
 
     def health(self) -> Health:
         """Whether the server makes progress. A server that answers that it is unwell raises nothing.

@@ -1,12 +1,12 @@
 # Generated from _async/keys.py by tools/generate_sync.py; do not edit.
-"""`client.keys`."""
+"""`client.keys` and `client.tenants`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .._core import keys
-from ..types import ApiKey, NewApiKey
+from .._core import keys, usage
+from ..types import ApiKey, NewApiKey, Tenant
 from .http import Http
 
 
@@ -26,6 +26,8 @@ class Keys:
         tenant: str = "default",
         name: str = "",
         expires_in: float | None = None,
+        quotas: Mapping[str, int] | None = None,
+        priority: int = 0,
     ) -> NewApiKey:
         """A new key. Its text is in the result's `key`, and nowhere else: keep it.
 
@@ -34,12 +36,30 @@ class Keys:
             tenant: Whose adapters, files and jobs it sees.
             name: For people, in lists.
             expires_in: Seconds until it ends; None is never.
+            quotas: Its limits: `requests` and `tokens` in any 60 seconds, `rows` at once.
+            priority: -10 to 10. Requests of a higher one are served first.
 
         Raises:
             BadRequestError: no key can have such a tenant, scope, name or end.
             PermissionDeniedError: there is no key yet, or yours lacks the scope `admin`.
         """
-        return self._http.ask(keys.create(scopes, tenant, name, expires_in), keys.parse_new_key)
+        call = keys.create(scopes, tenant, name, expires_in, quotas, priority)
+        return self._http.ask(call, keys.parse_new_key)
+
+    def update(
+        self, key_id: str, *, quotas: Mapping[str, int | None] | None = None, priority: int | None = None
+    ) -> ApiKey:
+        """Change a key: at once on this server, within a second on the others.
+
+        Args:
+            quotas: Those to change; None as a value: no limit. What it does not name stays.
+            priority: None leaves it as it is.
+
+        Raises:
+            BadRequestError: no key can have such a quota or priority.
+            NotFoundError: there is no key of this id.
+        """
+        return self._http.ask(keys.update(key_id, quotas, priority), keys.parse_key)
 
     def list(self) -> tuple[ApiKey, ...]:
         """All keys that there ever were, of all tenants, the newest first."""
@@ -52,3 +72,27 @@ class Keys:
             NotFoundError: there is no key of this id.
         """
         return self._http.ask(keys.revoke(key_id), keys.parse_key)
+
+
+class Tenants:
+    """`client.tenants`: whom keys belong to, what they may and what they have."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def list(self) -> tuple[Tenant, ...]:
+        """All tenants, for a key with the scope `admin`; for others their own."""
+        return self._http.ask(usage.TENANTS, usage.parse_tenants)
+
+    def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:
+        """Change a tenant's quotas: at once on this server, within a second on the others.
+
+        Args:
+            quotas: Those to change; None as a value: no limit. What it does not name stays. There are
+                `requests` and `tokens` in any 60 seconds, `rows` at once, `adapters`, `bytes`, and
+                `training_seconds` in a calendar month (UTC).
+
+        Raises:
+            BadRequestError: no tenant can have such a name or quota.
+        """
+        return self._http.ask(usage.set_quotas(tenant, quotas), usage.parse_tenant)

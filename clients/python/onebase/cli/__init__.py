@@ -22,7 +22,8 @@ One base model in memory, and a LoRA adapter of its own for every request.
 A server (needs: pip install 'onebase[server]')
   serve      load a base and serve it, with its adapters, over HTTP
   base       download a base ahead of time: onebase base fetch
-  keys       make, list and revoke API keys, on the server's machine
+  keys       make, list, change and revoke API keys, on the server's machine
+  tenants    limit what tenants may ask for and keep, on the server's machine
 
 Training (needs: pip install 'onebase[train]')
   train      make an adapter from examples, in a process of its own
@@ -35,6 +36,7 @@ Talking to a server
   chat       have a conversation; change the adapter at any time
   adapters   send adapters to the server, look at them, activate them, roll back
   jobs       let the server train adapters; watch, pause, resume, cancel
+  usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
   version    show the version of this command and of the server
 
@@ -54,6 +56,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "chat": "chat",
     "adapters": "adapters",
     "jobs": "jobs",
+    "usage": "usage",
     "models": "server",
     "version": "server",
 }
@@ -67,6 +70,7 @@ EXTRA_COMMANDS: Final[Mapping[str, str]] = {
     "serve": "server",
     "base": "server",
     "keys": "server",
+    "tenants": "server",
     "train": "train",
     "data": "train",
     "estimate": "train",

@@ -126,7 +126,7 @@ async def _upload(
     request: Request, services: Services, caller: Caller, boundary: bytes, activate: bool, wait: bool
 ) -> Response:
     limit = services.settings.max_upload
-    check_length(request, limit, "--max-upload")
+    await services.keys.check_room(caller, check_length(request, limit, "--max-upload"))
     adapters = services.adapters
     with storage_errors():
         form = AdapterForm(adapters.store, boundary, limit)

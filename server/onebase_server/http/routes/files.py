@@ -54,7 +54,8 @@ async def add_file(request: Request, services: Provided, caller: Calling) -> Res
             f"Send the file as multipart/form-data. {FILE_FIELDS}", code="invalid_multipart"
         )
     files = services.training.files
-    check_length(request, files.limit + FORM_BYTES, FILE_OPTION)
+    length = check_length(request, files.limit + FORM_BYTES, FILE_OPTION)
+    await services.keys.check_room(caller, length)
     with storage_errors():
         form = FileForm(files, boundary)
         try:

@@ -2,63 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fastapi import APIRouter, Request, Response
 
 from onebase_server.generation.generation import Generation, Job
-from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.generation.stream import Usage
+from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.sse import EventStream, cancelled_when_gone, connection_abort, guarded
 from onebase_server.http.views.generation import ChatView, CompletionView, GenerateView, GenerationView
+from onebase_server.quotas import Ticket
+from onebase_server.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
 
 
 @router.post("/generate", tags=["generate"])
 @needs("generate")
-async def generate(body: GenerateRequest, request: Request, services: Provided, caller: Calling) -> Response:
+async def generate(
+    body: GenerateRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
     job = await services.planner.generate(body, caller.tenant)
-    return await _answer(request, services, job, GenerateView(services.tokenizer), body.stream)
+    return await _answer(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
 
 
 @router.post("/v1/completions", tags=["openai"])
 @needs("generate")
 async def complete(
-    body: CompletionRequest, request: Request, services: Provided, caller: Calling
+    body: CompletionRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     job = await services.planner.completion(body, caller.tenant)
     view = CompletionView(services.tokenizer, body.model, body.include_usage)
-    return await _answer(request, services, job, view, body.stream)
+    return await _answer(request, services, ticket, job, view, body.stream)
 
 
 @router.post("/v1/chat/completions", tags=["openai"])
 @needs("generate")
-async def chat(body: ChatRequest, request: Request, services: Provided, caller: Calling) -> Response:
+async def chat(
+    body: ChatRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     job = await services.planner.chat(body, caller.tenant)
     view = ChatView(services.tokenizer, body.model, body.include_usage)
-    return await _answer(request, services, job, view, body.stream)
+    return await _answer(request, services, ticket, job, view, body.stream)
+
+
+@dataclass(frozen=True)
+class _Meter:
+    """What one job takes, for the quotas of its caller and for the usage of its tenant."""
+
+    ticket: Ticket
+    usage: UsageMeter
+    job: Job
+
+    def rows_ended(self) -> None:
+        self.ticket.rows_ended()
+
+    def used(self, usage: Usage) -> None:
+        self.ticket.settle(usage.prompt + usage.completion)
+        names = [use.name for use in self.job.adapter.uses]
+        self.usage.generated(self.job.tenant, names, usage)
 
 
 async def _answer(
-    request: Request, services: Services, job: Job, view: GenerationView, stream: bool | None
+    request: Request,
+    services: Services,
+    ticket: Ticket,
+    job: Job,
+    view: GenerationView,
+    stream: bool | None,
 ) -> Response:
-    """Run the job, in one piece or streamed. Raises what Generation.start and `pieces` raise."""
+    """Run the job, in one piece or streamed.
+
+    Raises what Ticket.admit, Generation.start and `pieces` raise.
+    """
     services.refuse_if_draining()
+    ticket.admit(job.tokens_set_aside, job.choices)
     generation = Generation(
         services.supervisor,
         services.tokenizer,
         job,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
+        meter=_Meter(ticket, services.usage, job),
     )
     await generation.start(services.residency)
+    ticket.leave = generation.leave
     if stream:
         return EventStream(generation, guarded(view.events(generation)))
     with cancelled_when_gone(request.receive, generation):

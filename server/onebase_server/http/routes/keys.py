@@ -6,11 +6,12 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import Field
+from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
 from onebase_server.http.deps import Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.routes.usage import Limits
 from onebase_server.http.schemas.generation import Wire
 
 router = APIRouter(prefix="/v1/keys", route_class=StrictRoute, tags=["keys"])
@@ -25,6 +26,15 @@ class CreateKeyRequest(Wire):
     expires_in_s: Annotated[float, Field(gt=0, le=3e9)] | None = Field(
         default=None, description="seconds from now; null: it does not expire"
     )
+    quotas: Limits = Field(default={}, description="requests, tokens (in any 60 seconds), rows (at once)")
+    priority: StrictInt = Field(default=0, description="-10 to 10; higher is served first")
+
+
+class ChangeKeyRequest(Wire):
+    """Body of POST /v1/keys/{key_id}. What is not named stays; a quota that is null: no limit."""
+
+    quotas: Limits = Field(default={})
+    priority: StrictInt | None = None
 
 
 @router.post("")
@@ -32,7 +42,14 @@ class CreateKeyRequest(Wire):
 async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     """A new key. Its text is in this answer alone."""
     expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
-    made, key = await services.keys.create(body.tenant, body.scopes, name=body.name, expires_at=expires_at)
+    made, key = await services.keys.create(
+        body.tenant,
+        body.scopes,
+        name=body.name,
+        expires_at=expires_at,
+        quotas=body.quotas,
+        priority=body.priority,
+    )
     answer = json_response({**_view(made), "key": key})
     answer.headers["Cache-Control"] = "no-store"
     return answer
@@ -43,6 +60,13 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
 async def list_keys(services: Provided) -> Response:
     """All keys that there ever were, of all tenants, the newest first."""
     return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
+
+
+@router.post("/{key_id}")
+@needs("admin")
+async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
+    """Change a key's quotas and priority: here they hold at once, on other servers within a second."""
+    return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
 @router.delete("/{key_id}")
@@ -63,4 +87,6 @@ def _view(key: ApiKey) -> dict[str, Any]:
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
         "last_used_at": key.last_used_at,
+        "quotas": key.quotas.given(),
+        "priority": key.priority,
     }

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from onebase_server.generation.generation import Generation, Usage
-from onebase_server.generation.stream import Piece, TokenInfo
+from onebase_server.generation.generation import Generation
+from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.sse import event
 

@@ -1,0 +1,200 @@
+"""What tenants may have: their quotas, and whether one more of what is kept is within them.
+
+Limits on what is kept are checked in the transaction that adds to it. It holds the tenant's row, so that of
+two servers that add the last one, one is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from onebase_adapters.names import NAME_RULE, is_adapter_name
+from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.errors import InvalidKeyError, QuotaError
+from onebase_adapters.registry.records import Quotas, TenantRecord
+from onebase_adapters.registry.tables import (
+    AdapterRow,
+    ApiKeyRow,
+    TenantRow,
+    TrainingFileRow,
+    UsageRow,
+    VersionRow,
+)
+
+RESERVED_TENANTS = ("registry",)
+"""Owner of rows by which release 0.1 knew a registry again."""
+KEY_QUOTAS = ("requests", "tokens", "rows")
+"""What a key can have a quota of; the rest is kept for its tenant, not for it."""
+TENANT_QUOTAS = tuple(item.name for item in fields(Quotas))
+MOST = 10**15
+"""The highest limit."""
+_ASK = "ask this server's operator for more (onebase tenants set)"
+
+
+class Tenants:
+    """The tenants of a registry. All methods block, and may be called from any thread.
+
+    Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def set_quotas(self, tenant: str, changes: Mapping[str, int | None]) -> TenantRecord:
+        """Change the quotas that `changes` names; None: no limit. A tenant need not have anything yet.
+
+        Raises InvalidKeyError.
+        """
+        check_tenant(tenant)
+        with self._database.write() as (session, counter):
+            row = session.get(TenantRow, tenant)
+            if row is None:
+                row = TenantRow(tenant=tenant, quotas={})
+                session.add(row)
+            row.quotas = changed_quotas(row.quotas, changes, TENANT_QUOTAS)
+            row.changed = counter
+            session.flush()
+            return _record(session, tenant, row)
+
+    def all(self) -> list[TenantRecord]:
+        """Those that have a key, a quota, an adapter, a file or used anything, by name."""
+        with self._database.read() as session:
+            rows = {row.tenant: row for row in session.scalars(select(TenantRow))}
+            names = set(rows)
+            for table in (ApiKeyRow, AdapterRow, TrainingFileRow, UsageRow):
+                names |= set(session.scalars(select(table.tenant).distinct()))
+            return [_record(session, name, rows.get(name)) for name in sorted(names - {*RESERVED_TENANTS})]
+
+    def one(self, tenant: str) -> TenantRecord:
+        """A tenant's record; all of it is empty where nobody knows it."""
+        with self._database.read() as session:
+            return _record(session, tenant, session.get(TenantRow, tenant))
+
+    def check_bytes(self, tenant: str, more: int) -> None:
+        """Raises QuotaError when so many bytes more would be too many, as of now."""
+        with self._database.read() as session:
+            check_bytes(session, tenant, more, lock=False)
+
+    def check_training(self, tenant: str) -> None:
+        """Raises QuotaError when the tenant has trained as long as it may this month."""
+        with self._database.read() as session:
+            check_training(session, tenant)
+
+
+def quotas_of(stored: Mapping[str, int] | None) -> Quotas:
+    """What a row holds; names of a later release are left out."""
+    return Quotas(**{name: limit for name, limit in (stored or {}).items() if name in TENANT_QUOTAS})
+
+
+def changed_quotas(
+    stored: Mapping[str, int], changes: Mapping[str, int | None], names: tuple[str, ...]
+) -> dict[str, int]:
+    """What a row then holds. Raises InvalidKeyError."""
+    for name, limit in changes.items():
+        if name not in names:
+            raise InvalidKeyError(f"quotas.{name[:80]}", _no_such_quota(name, names))
+        if limit is not None and not 0 <= limit <= MOST:
+            raise InvalidKeyError(f"quotas.{name}", f"use a whole number from 0 to {MOST}, or none.")
+    new = {**stored, **changes}
+    return {name: limit for name, limit in new.items() if limit is not None}
+
+
+def _no_such_quota(name: str, names: tuple[str, ...]) -> str:
+    if name in TENANT_QUOTAS:
+        return (
+            "what is kept belongs to a tenant, not to a key. Set it for the tenant (onebase tenants set, "
+            "POST /v1/tenants/{tenant})."
+        )
+    return f"there is no such quota; choose among {', '.join(names)}."
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises InvalidKeyError."""
+    if not is_adapter_name(tenant) or tenant in RESERVED_TENANTS:
+        raise InvalidKeyError("tenant", f"{tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
+
+
+# ---- what is kept: to be called in the transaction that adds to it ----------------------------
+
+
+def check_adapters(session: Session, tenant: str) -> None:
+    """Whether the tenant may have one name more. Raises QuotaError."""
+    limit = _limits(session, tenant).adapters
+    if limit is not None and _adapters(session, tenant) >= limit:
+        raise QuotaError(
+            f"Tenant {tenant!r} has as many adapters as it may: {limit} (its quota `adapters`). Delete one, "
+            f"or {_ASK}.",
+            "adapters",
+            limit,
+        )
+
+
+def check_bytes(session: Session, tenant: str, more: int, *, lock: bool = True) -> None:
+    """Whether the tenant may keep so many bytes more. Raises QuotaError."""
+    limit = _limits(session, tenant, lock=lock).bytes
+    if limit is None:
+        return
+    kept = _bytes(session, tenant)
+    if kept + more > limit:
+        raise QuotaError(
+            f"Tenant {tenant!r} may keep {limit} bytes (its quota `bytes`): it keeps {kept}, and this is "
+            f"{more} more. Delete versions or training files, or {_ASK}.",
+            "bytes",
+            limit,
+        )
+
+
+def check_training(session: Session, tenant: str) -> None:
+    """Whether the tenant may train on in this month. Raises QuotaError."""
+    limit = _limits(session, tenant, lock=False).training_seconds
+    if limit is not None and _trained(session, tenant) >= limit:
+        raise QuotaError(
+            f"Tenant {tenant!r} has trained for {limit} seconds in this calendar month (UTC), as long as it "
+            f"may (its quota `training_seconds`). Train on next month, or {_ASK}.",
+            "training_seconds",
+            limit,
+        )
+
+
+def _limits(session: Session, tenant: str, *, lock: bool = True) -> Quotas:
+    """The tenant's quotas. lock: no other transaction does so or changes them until this one has ended."""
+    query = select(TenantRow).where(TenantRow.tenant == tenant)
+    row = session.scalar(query.with_for_update() if lock else query)
+    return quotas_of(None if row is None else row.quotas)
+
+
+def _adapters(session: Session, tenant: str) -> int:
+    found = select(func.count()).select_from(AdapterRow).where(AdapterRow.tenant == tenant)
+    return session.scalar(found) or 0
+
+
+def _bytes(session: Session, tenant: str) -> int:
+    """Of versions without what the server makes of them, and of files."""
+    versions = (
+        select(func.sum(VersionRow.config_size + VersionRow.weights_size))
+        .join(VersionRow.adapter)
+        .where(AdapterRow.tenant == tenant)
+    )
+    files = select(func.sum(TrainingFileRow.bytes)).where(TrainingFileRow.tenant == tenant)
+    return int(session.scalar(versions) or 0) + int(session.scalar(files) or 0)
+
+
+def _trained(session: Session, tenant: str) -> float:
+    month = time.strftime("%Y-%m-01", time.gmtime())
+    found = select(func.sum(UsageRow.training_seconds))
+    return session.scalar(found.where(UsageRow.tenant == tenant, UsageRow.day >= month)) or 0.0
+
+
+def _record(session: Session, tenant: str, row: TenantRow | None) -> TenantRecord:
+    return TenantRecord(
+        tenant=tenant,
+        quotas=quotas_of(None if row is None else row.quotas),
+        adapters=_adapters(session, tenant),
+        bytes=_bytes(session, tenant),
+        training_seconds=_trained(session, tenant),
+    )

@@ -1,0 +1,83 @@
+"""/v1/usage and /v1/tenants: what tenants use, and what they may."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import Field, StrictInt
+
+from onebase_adapters.registry import TenantRecord
+from onebase_server.errors import ForbiddenError
+from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
+from onebase_server.http.guard import needs
+from onebase_server.http.schemas.generation import Wire
+from onebase_server.usage import usage_csv
+
+router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["usage"])
+CSV = "text/csv"
+Limits = Annotated[dict[str, StrictInt | None], Field(max_length=16)]
+
+
+class QuotasRequest(Wire):
+    """Body of POST /v1/tenants/{tenant}. What is not named stays; null: no limit."""
+
+    quotas: Limits
+
+
+@router.get("/tenants")
+@needs("any")
+async def list_tenants(services: Provided, caller: Calling) -> Response:
+    """Tenants, their quotas and what they have: all of them for an admin, for others their own."""
+    found = await services.keys.tenants(caller)
+    return json_response({"object": "list", "data": [_tenant_view(record) for record in found]})
+
+
+@router.post("/tenants/{tenant}")
+@needs("admin")
+async def set_quotas(
+    tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided
+) -> Response:
+    """Change a tenant's quotas: here they hold at once, on other servers within a second."""
+    return json_response(_tenant_view(await services.keys.set_quotas(tenant, body.quotas)))
+
+
+@router.get("/usage")
+@needs("any")
+async def get_usage(
+    request: Request,
+    services: Provided,
+    caller: Calling,
+    start: Annotated[str | None, Query(max_length=32)] = None,
+    end: Annotated[str | None, Query(max_length=32)] = None,
+    group_by: Annotated[str, Query(max_length=100)] = "day,tenant,adapter",
+    tenant: Annotated[str | None, Query(max_length=200)] = None,
+    format: Literal["json", "csv"] | None = None,
+) -> Response:
+    """Requests, tokens and training of all tenants for an admin, for others of their own."""
+    if not caller.is_admin:
+        if tenant not in (None, caller.tenant):
+            raise ForbiddenError(
+                "tenant: only a key with the scope 'admin' may see the usage of other tenants. Leave it out.",
+                code="insufficient_scope",
+                param="tenant",
+            )
+        tenant = caller.tenant
+    columns, rows = await services.usage.find(start, end, group_by, tenant=tenant)
+    wants_csv = CSV in request.headers.get("accept", "") if format is None else format == "csv"
+    if wants_csv:
+        return Response(usage_csv(columns, rows), media_type=CSV, headers={"Cache-Control": "no-store"})
+    data: list[dict[str, Any]] = [{**names, **asdict(figures)} for names, figures in rows]
+    return json_response({"object": "list", "group_by": columns, "data": data})
+
+
+def _tenant_view(record: TenantRecord) -> dict[str, Any]:
+    return {
+        "object": "tenant",
+        "tenant": record.tenant,
+        "quotas": record.quotas.given(),
+        "adapters": record.adapters,
+        "bytes": record.bytes,
+        "training_seconds": record.training_seconds,
+    }

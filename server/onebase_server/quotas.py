@@ -1,0 +1,274 @@
+"""How much one key and one tenant may ask for at once and in a minute, counted by this server.
+
+A minute is any 60 seconds, not one that begins with the clock's: what was let in counts for 60 seconds from
+then on. A request is charged its prompt and the most that it may generate; when it ends, its charge becomes
+what was computed, as if that had been known from the beginning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from onebase_adapters.registry import Quotas
+from onebase_server.access import Caller
+from onebase_server.errors import OneBaseError, QuotaExceededError, RateLimitError
+
+WINDOW_SECONDS = 60.0
+ROWS_RETRY_SECONDS = 1.0
+"""When rows will be free is not known: others' requests end when they end."""
+_RATES = ("requests", "tokens")
+
+
+@dataclass
+class Charge:
+    """What one request counts, from when on. counted: whether its window still has it."""
+
+    at: float
+    amount: int
+    counted: bool = True
+
+
+class Window:
+    """What was let in during the last 60 seconds. Times are seconds of one clock, and never go back."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._charges: deque[Charge] = deque()
+
+    def forget(self, now: float) -> None:
+        """Let go of what is 60 seconds old."""
+        while self._charges and self._charges[0].at <= now - WINDOW_SECONDS:
+            charge = self._charges.popleft()
+            charge.counted = False
+            self.total -= charge.amount
+
+    def add(self, amount: int, now: float) -> Charge:
+        charge = Charge(now, amount)
+        self._charges.append(charge)
+        self.total += amount
+        return charge
+
+    def correct(self, charge: Charge, amount: int, now: float) -> None:
+        """The request used `amount`. What is given back was never charged; what is more counts from now."""
+        more = amount - charge.amount
+        if more > 0:
+            self.add(more, now)
+        elif charge.counted:
+            charge.amount = amount
+            self.total += more
+
+    def seconds_until(self, most: int, now: float) -> float:
+        """Until the total is at most that, if nothing else is let in or given back."""
+        left, ends = self.total, now
+        for charge in self._charges:
+            if left <= most:
+                break
+            left, ends = left - charge.amount, charge.at + WINDOW_SECONDS
+        return max(0.0, ends - now)
+
+
+@dataclass
+class Account:
+    """What one key or one tenant has going."""
+
+    requests: Window = field(default_factory=Window)
+    tokens: Window = field(default_factory=Window)
+    rows: int = 0
+
+    def window(self, rate: str) -> Window:
+        return self.requests if rate == "requests" else self.tokens
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Whose quotas they are. kind: `key` or `tenant`; name: the key's id or the tenant's name."""
+
+    kind: str
+    name: str
+    quotas: Quotas
+    account: Account
+
+    def limit(self, quota: str) -> int | None:
+        limit: int | None = getattr(self.quotas, quota)
+        return limit
+
+    @property
+    def words(self) -> str:
+        return f"API key {self.name}" if self.kind == "key" else f"tenant {self.name!r}"
+
+
+class Limiter:
+    """Lets requests for text in. For one event loop.
+
+    quotas_of: the quotas of a caller's key and of its tenant, as they are now. clock: seconds.
+    """
+
+    def __init__(
+        self,
+        quotas_of: Callable[[Caller], tuple[Quotas, Quotas]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._quotas_of = quotas_of
+        self._clock = clock
+        self._accounts: dict[tuple[str, str], Account] = {}
+
+    def enter(self, caller: Caller) -> Ticket:
+        """Before anything of a request is read. It counts as one request until its ticket says otherwise.
+
+        Raises RateLimitError, QuotaExceededError.
+        """
+        ticket = Ticket(self._owners(caller), self._clock)
+        ticket.enter()
+        return ticket
+
+    def _owners(self, caller: Caller) -> list[_Owner]:
+        """Those that have a quota that is counted here."""
+        of_key, of_tenant = self._quotas_of(caller)
+        owners = []
+        for kind, name, quotas in (("key", caller.key, of_key), ("tenant", caller.tenant, of_tenant)):
+            if not (quotas.requests is quotas.tokens is quotas.rows is None):
+                account = self._accounts.setdefault((kind, name), Account())
+                owners.append(_Owner(kind, name, quotas, account))
+        return owners
+
+
+class Ticket:
+    """One request's place in the accounts of its key and its tenant, from the door to its end."""
+
+    def __init__(self, owners: Sequence[_Owner], clock: Callable[[], float]) -> None:
+        self.leave: Callable[[], None] | None = None
+        """Set once the request runs: what `close` is to call then."""
+        self._owners = owners
+        self._clock = clock
+        self._requests: list[Charge] = []
+        self._tokens: list[Charge] = []
+        self._rows = 0
+
+    def enter(self) -> None:
+        """Raises RateLimitError, QuotaExceededError: nothing is charged then."""
+        now = self._clock()
+        for owner in self._owners:
+            self._check_rate(owner, "requests", 1, now)
+            self._check_rate(owner, "tokens", 1, now)
+            self._check_rows(owner, 1)
+        self._requests = [owner.account.requests.add(1, now) for owner in self._owners]
+
+    def admit(self, tokens: int, rows: int) -> None:
+        """Set aside what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
+        now = self._clock()
+        for owner in self._owners:
+            self._check_rate(owner, "tokens", tokens, now)
+            self._check_rows(owner, rows)
+        self._tokens = [owner.account.tokens.add(tokens, now) for owner in self._owners]
+        self._rows = rows
+        for owner in self._owners:
+            owner.account.rows += self._rows
+
+    def rows_ended(self) -> None:
+        """The engine has none of its rows any more."""
+        for owner in self._owners:
+            owner.account.rows -= self._rows
+        self._rows = 0
+
+    def settle(self, tokens: int) -> None:
+        """The request is over, and took so many tokens. Once."""
+        now = self._clock()
+        for owner, charge in zip(self._owners, self._tokens, strict=False):
+            owner.account.tokens.correct(charge, tokens, now)
+        self._tokens = []
+
+    def give_back(self) -> None:
+        """It was refused for a reason that is not its own, and counts as no request."""
+        now = self._clock()
+        for owner, charge in zip(self._owners, self._requests, strict=False):
+            owner.account.requests.correct(charge, 0, now)
+        self._requests = []
+
+    def close(self) -> None:
+        """Its connection has nothing more to say or to hear. What never ran gives back all that it had."""
+        if self.leave is not None:
+            self.leave()
+        else:
+            self.rows_ended()
+            self.settle(0)
+
+    # ---- what is told ------------------------------------------------------------------------
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's, of the key's or the tenant's quota: whichever has less left."""
+        now, told = self._clock(), {}
+        for rate in _RATES:
+            rooms = []
+            for owner in self._owners:
+                limit, window = owner.limit(rate), owner.account.window(rate)
+                if limit is not None:
+                    window.forget(now)
+                    rooms.append((max(0, limit - window.total), limit, window))
+            if rooms:
+                left, limit, window = min(rooms, key=lambda room: room[:2])
+                told[f"x-ratelimit-limit-{rate}"] = str(limit)
+                told[f"x-ratelimit-remaining-{rate}"] = str(left)
+                told[f"x-ratelimit-reset-{rate}"] = duration(window.seconds_until(0, now))
+        return told
+
+    def _check_rate(self, owner: _Owner, rate: str, wanted: int, now: float) -> None:
+        limit, window = owner.limit(rate), owner.account.window(rate)
+        if limit is None:
+            return
+        window.forget(now)
+        if wanted > limit:
+            hint = "Lower max_tokens or n, shorten the prompt" if limit and rate == "tokens" else ""
+            raise self._refusal(owner, rate, limit, f"this request alone counts {wanted}", hint)
+        if window.total + wanted > limit:
+            used = f"{window.total} are used, and this request counts {wanted}"
+            wait = window.seconds_until(limit - wanted, now)
+            raise self._refusal(owner, rate, limit, used, "", wait)
+
+    def _check_rows(self, owner: _Owner, wanted: int) -> None:
+        limit = owner.limit("rows")
+        if limit is None:
+            return
+        if wanted > limit:
+            raise self._refusal(
+                owner, "rows", limit, f"this request alone asks for {wanted}", "Lower n" if limit else ""
+            )
+        if owner.account.rows + wanted > limit:
+            used = f"{owner.account.rows} are running, and this request asks for {wanted}"
+            raise self._refusal(owner, "rows", limit, used, "", ROWS_RETRY_SECONDS)
+
+    def _refusal(
+        self, owner: _Owner, quota: str, limit: int, why: str, hint: str, wait: float | None = None
+    ) -> OneBaseError:
+        period = "completions at once" if quota == "rows" else f"{quota} in any 60 seconds"
+        message = f"{quota}: {owner.words} may have {limit} {period}: {why}."
+        of = {"quota": quota, "limit": limit, "of": owner.kind}
+        error: OneBaseError
+        if wait is None:
+            remedy = f"{hint}, or ask" if hint else "Ask"
+            error = QuotaExceededError(f"{message} {remedy} {_MORE[owner.kind]}.", of)
+        else:
+            said = f"{message} Try again in {duration(wait)}, or ask {_MORE[owner.kind]}."
+            error = RateLimitError(said, of, retry_after=wait)
+        error.headers = {**error.headers, **self.headers()}
+        return error
+
+
+_MORE = {
+    "key": "this server's operator for more (onebase keys set)",
+    "tenant": "this server's operator for more (onebase tenants set)",
+}
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: `120ms`, `8.5s`, `1m0s`. Rounded up, so that waiting is enough."""
+    milliseconds = max(0, -int(-seconds * 1000 // 1))
+    if milliseconds == 0:
+        return "0s"
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
+    return f"{minutes}m{text}s" if minutes else f"{text}s"
