@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.routing import Match
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onebase_server.access import NOBODY, Access, Caller
-from onebase_server.errors import InsufficientScopeError, OneBaseError
-from onebase_server.http.deps import CALLER, Services
+from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
+from onebase_server.errors import (
+    InsufficientScopeError,
+    OneBaseError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from onebase_server.http.deps import CALLER, BodyError, Services
 from onebase_server.http.door import refusal
 
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs none."""
 _ACCESS = "onebase_access"
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string", "description": "what is wrong, and the way out"},
+                "type": {"type": "string"},
+                "param": {**_TEXT_OR_NULL, "description": "the field of the request"},
+                "code": {**_TEXT_OR_NULL, "description": "stable, for programs"},
+            },
+        }
+    },
+}
+_REFUSED = {
+    "description": "The request is refused, or cannot be served now",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -40,17 +67,25 @@ def access_of(app: FastAPI, scope: Scope) -> Access:
     return "any"
 
 
-def describe_keys(app: FastAPI) -> None:
-    """Say in the OpenAPI file that requests carry a key. Open routes say `security: []` themselves."""
+def describe_answers(app: FastAPI) -> None:
+    """Say in the OpenAPI file that requests carry a key, and what errors look like.
+
+    Open routes say `security: []` themselves.
+    """
     plain = app.openapi
 
-    def with_keys() -> dict[str, Any]:
+    def described() -> dict[str, Any]:
         schema = plain()
         schema["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        schema["components"]["schemas"]["Error"] = _ERROR
         schema["security"] = [{"api_key": []}]
+        for operation in (one for path in schema["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)  # FastAPI's, in another shape
+            for statuses in ("4XX", "5XX"):
+                operation["responses"].setdefault(statuses, _REFUSED)
         return schema
 
-    app.openapi = with_keys  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
 class Guard:
@@ -69,7 +104,36 @@ class Guard:
         except OneBaseError as error:
             await refusal(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await self._app(scope, self._while_valid(scope[CALLER], receive), send)
+
+    def _while_valid(self, caller: Caller, receive: Receive) -> Receive:
+        """Gives a body that takes long only as long as its caller's key is valid. Raises BodyError."""
+        looked, whole = time.monotonic(), caller is NOBODY
+
+        async def checked() -> Message:
+            nonlocal looked, whole
+            message = await receive()
+            if message["type"] == "http.request" and not whole:
+                whole = not message.get("more_body", False)
+                if time.monotonic() - looked > KEY_SECONDS:
+                    looked = time.monotonic()
+                    await self._check_again(caller, whole)
+            return message
+
+        return checked
+
+    async def _check_again(self, caller: Caller, whole: bool) -> None:
+        """`whole`: the body has ended, and will be used now. Raises BodyError."""
+        try:
+            valid = await self._keys.still_valid(caller)
+        except UnavailableError as error:
+            if whole:
+                raise BodyError(error) from error
+            return
+        if not valid:
+            raise BodyError(
+                UnauthenticatedError("The API key has expired or was revoked while the body was sent.")
+            )
 
     async def _caller(self, scope: Scope) -> Caller:
         """Raises UnauthenticatedError, InsufficientScopeError, UnavailableError."""

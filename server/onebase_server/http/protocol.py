@@ -201,7 +201,7 @@ class LimitedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes what follows for another protocol, also the body, which would be a request then.
+            # For the parser all that follows is another protocol: a body would be the next request.
             self._parse(self._without_upgrade() + data[upgrade.args[0] :])
             return
         self._check_unparsed(before, len(data))

@@ -9,13 +9,13 @@ from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, j
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.sse import EventStream, cancelled_when_gone, connection_abort, guarded
+from onebase_server.http.sse import STREAMED, EventStream, cancelled_when_gone, connection_abort, guarded
 from onebase_server.http.views.generation import ChatView, CompletionView, GenerateView, GenerationView
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/generate", tags=["generate"])
+@router.post("/generate", tags=["generate"], responses=STREAMED)
 @needs("generate")
 async def generate(body: GenerateRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
@@ -24,7 +24,7 @@ async def generate(body: GenerateRequest, request: Request, services: Provided, 
     return await _answer(request, services, job, GenerateView(services.tokenizer), body.stream)
 
 
-@router.post("/v1/completions", tags=["openai"])
+@router.post("/v1/completions", tags=["openai"], responses=STREAMED)
 @needs("generate")
 async def complete(
     body: CompletionRequest, request: Request, services: Provided, caller: Calling
@@ -36,7 +36,7 @@ async def complete(
     return await _answer(request, services, job, view, body.stream)
 
 
-@router.post("/v1/chat/completions", tags=["openai"])
+@router.post("/v1/chat/completions", tags=["openai"], responses=STREAMED)
 @needs("generate")
 async def chat(body: ChatRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """The assistant's next words; `model` is the base's name or an adapter's."""
