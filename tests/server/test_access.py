@@ -423,3 +423,21 @@ def test_a_stream_of_a_job_ends_when_its_key_is_revoked_and_an_answer_goes_on(
             assert "[DONE]" in answer.read().decode()
             assert "event: done" not in list(events.iter_lines())  # the job trains on
     keys.close()
+
+
+def test_no_log_line_error_or_figure_tells_a_key(http: httpx2.Client, server: Server, admin: str) -> None:
+    wrong = admin[:-4] + "AAAA"
+    told = ""
+    for method, path, _ in ROUTES:
+        for key in (admin, wrong, f"{admin} {admin}"):
+            for headers in (bearer(key), bearer(key) | {"Content-Type": "multipart/form-data"}):
+                answer = http.request(method, path, headers=headers, content=b"{nonsense")
+                told += answer.text + str(answer.headers)
+
+    told += (
+        http.get("/metrics", headers=bearer(admin)).text + http.get("/v1/keys", headers=bearer(admin)).text
+    )
+    for key in (admin, wrong):
+        secret = key.removeprefix(key[:20])
+        assert len(secret) == 43
+        assert secret not in told + server.log

@@ -6,6 +6,7 @@ A longer look, by hand, at a server that may be spoiled, takes minutes:
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,9 +64,8 @@ def test_what_the_reference_allows_and_forbids_gets_an_answer_that_it_names(
         "--url": server.url,
         "--header": f"Authorization: Bearer {callers[who]}",
         "--phases": "fuzzing",
-        "--max-examples": "4" if who == "an operator" else "1",
+        "--max-examples": "4" if who == "an operator" else "2",
         "--checks": ",".join(CHECKS),
-        "--workers": "2",
         "--request-timeout": "100",
     }
     run = subprocess.run(
@@ -80,7 +80,9 @@ def test_what_the_reference_allows_and_forbids_gets_an_answer_that_it_names(
     )
 
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
-    assert "Tested: 41" in run.stdout
+    cases = re.search(r"(\d+) generated, \1 passed", run.stdout)
+    assert cases is not None, run.stdout[-2_000:]
+    assert int(cases[1]) >= 60
 
 
 def test_a_method_that_is_not_possible_is_answered_with_all_that_are(
