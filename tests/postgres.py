@@ -7,8 +7,9 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -18,9 +19,23 @@ import pytest
 class PostgresServer:
     """`database()` makes a new, empty one and gives its SQLAlchemy URL."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: Callable[[list[str]], None]) -> None:
         self.folder = folder
+        self._run = run
         self._names = (f"test{number}" for number in count())
+
+    def start(self) -> None:
+        """Returns once it answers."""
+        options = f"-k {self.folder} -c fsync=off -c listen_addresses='' -c max_connections=50"
+        self._run([*self._control, "-l", str(self.folder / "log"), "-o", options, "start"])
+
+    def stop(self) -> None:
+        """At once, as a crash: its connections break off."""
+        self._run([*self._control, "-m", "immediate", "stop"])
+
+    @property
+    def _control(self) -> list[str]:
+        return ["pg_ctl", "-D", str(self.folder / "data"), "-w"]
 
     def url(self, name: str) -> str:
         return f"postgresql://postgres@/{name}?host={self.folder}"
@@ -56,13 +71,12 @@ def postgres_server() -> Iterator[PostgresServer]:
         data = folder / "data"
         initdb = ["initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
         _run(user, binaries, initdb)
-        options = "-c fsync=off -c listen_addresses='' -c max_connections=50"
-        start = ["pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", f"-k {folder} {options}"]
-        _run(user, binaries, [*start, "start"])
+        server = PostgresServer(folder, partial(_run, user, binaries))
+        server.start()
         try:
-            yield PostgresServer(folder)
+            yield server
         finally:
-            _run(user, binaries, ["pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop"])
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

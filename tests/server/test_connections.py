@@ -249,6 +249,86 @@ def test_what_is_no_http_is_answered_in_the_usual_shape(lenient: Running) -> Non
     assert error_of(received)["code"] == "invalid_http"
 
 
+UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\n"
+LAST = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 1000], ids=["at once", "the body later", "byte by byte"])
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + UPGRADE + b"\r\n", b""),
+        (POST + UPGRADE + b"Content-Length: %d\r\n\r\n" % len(GET), GET),
+        (POST + UPGRADE + b"Transfer-Encoding: chunked\r\n\r\n", b"%x\r\n%s\r\n0\r\n\r\n" % (len(GET), GET)),
+    ],
+    ids=["no body", "a length", "chunks"],
+)
+def test_a_request_that_asks_for_another_protocol_is_read_as_if_it_had_not(
+    lenient: Running, head: bytes, body: bytes, pieces: int
+) -> None:
+    """Java's client asks so by default. Its body is no request, and the next request is not lost."""
+    lenient.app.seen.clear()
+    with lenient.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sent = {1: [head + body + LAST], 2: [head, body + LAST]}.get(pieces)
+        for piece in sent or [bytes([one]) for one in head + body + LAST]:
+            connection.sendall(piece)
+            time.sleep(0.1 if pieces == 2 else 0.0)
+        received = until_closed(connection)
+
+    assert statuses(received) == [200, 200]
+    assert len(lenient.app.seen) == 2
+    assert (b"%8d" % (len(GET) if body else 0)) in received
+    assert b"upgrade" not in dict(lenient.app.seen[0]["headers"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + GET,
+        POST + UPGRADE + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + GET,
+        POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcde",
+        POST + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\nabcd",
+        POST + b"Content-Length: 4, 4\r\n\r\nabcd",
+        POST + b"Content-Length: +4\r\n\r\nabcd",
+        POST + b"Content-Length: 0x4\r\n\r\nabcd",
+        POST + b"Content-Length : 4\r\n\r\nabcd",
+        POST + b"Content-Length: 99999999999999999999\r\n\r\nabcd",
+        POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
+        CHUNKED + b"-2\r\n{}\r\n0\r\n\r\n",
+        CHUNKED + b"fffffffffffffffff\r\n{}",
+        CHUNKED + b"2\n{}\n0\n\n",
+        CHUNKED + b"2;\nxx\r\n{}\r\n0\r\n\r\n",
+        CHUNKED + b"2\r\n{}xx0\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: x\n\n",
+        b"GET / HTTP/1.1\r\nHost: x\nA: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\rA: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n: c\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n" + UPGRADE + b"\r\n",
+        b"GET http://other/ HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET HTTP://x@other/ HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+    ids=lambda data: repr(data.replace(b"\r\nHost: x", b""))[2:70],
+)
+def test_what_a_proxy_may_read_in_another_way_is_refused_and_nothing_after_it_is_read(
+    lenient: Running, data: bytes
+) -> None:
+    answered, received = lenient.answer(data + GET.replace(b"/", b"/smuggled", 1))
+
+    assert answered == [400]
+    assert error_of(received)["code"] in ("invalid_http", "host_not_allowed")
+    assert not any(scope["path"] == "/smuggled" for scope in lenient.app.seen)
+
+
 # ---- time -----------------------------------------------------------------------------------------
 
 BRIEF = 0.3

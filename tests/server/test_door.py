@@ -48,7 +48,20 @@ def code_of(answer: httpx2.Response) -> str:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "", "a@localhost"],
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "0.0.0.0",
+        "",
+        "a@localhost",
+        "localhost:@evil.example",
+        "localhost:evil.example",
+        "[::1",
+        "[::1]evil.example",
+        "localhost:1/evil",
+    ],
 )
 def test_a_name_that_is_not_the_servers_is_refused_on_every_route(scripted: Server, host: str) -> None:
     with scripted.client() as http:
@@ -104,6 +117,8 @@ def test_a_server_for_the_network_goes_by_its_addresses_too(
         ("GET /health HTTP/1.1\r\n", 400),
         ("GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n", 400),
         ("GET http://evil.example/health HTTP/1.1\r\nHost: evil.example\r\n", 403),
+        ("GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n", 400),
+        ("GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\n", 200),
         ("GET /health HTTP/1.0\r\n", 200),
         ("GET /health HTTP/1.0\r\nOrigin: null\r\n", 403),
     ],

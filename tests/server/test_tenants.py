@@ -20,6 +20,9 @@ NOTHING = {
     "digest": "f" * 64,
     "file": "file-" + "f" * 24,
     "job": "ftjob-" + "f" * 24,
+    "event": "ftevent-1",
+    "checkpoint": "ftckpt-1",
+    "pull": "pull-" + "f" * 24,
 }
 """What a tenant has, and what nobody has, which looks alike."""
 
@@ -61,7 +64,20 @@ def private(tenants: Tenants) -> dict[str, str]:
     job = http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
     status = f"/v1/fine_tuning/jobs/{job}"
     tenants.server.wait_for(lambda: http.get(status).json()["status"] == "succeeded")
-    return {"acme-private": "acme-private", "digest": digest, "file": file, "job": job}
+    things = {"acme-private": "acme-private", "digest": digest, "file": file, "job": job}
+    for kind, path in (("event", "events"), ("checkpoint", "checkpoints")):
+        data = http.get(f"{status}/{path}").json()["data"]
+        things[kind] = data[0]["id"] if data else NOTHING[kind]
+    return {**things, "pull": "pull-" + "e" * 24}
+
+
+@pytest.fixture(scope="module")
+def own(tenants: Tenants) -> str:
+    """What the one who looks has: an adapter `own`. Returns the id of a file."""
+    for http in (tenants.other, tenants.operator):
+        upload(http, "own", b"of its own", query="wait=true&activate=true")
+    rows = {"file": ("a.jsonl", b'{"text": "rows"}')}
+    return str(tenants.other.post("/v1/files", data={"purpose": "fine-tune"}, files=rows).json()["id"])
 
 
 REQUESTS: list[tuple[str, str, Any]] = [
@@ -98,11 +114,37 @@ REQUESTS: list[tuple[str, str, Any]] = [
         "/v1/chat/completions",
         {"model": "{acme-private}", "messages": [{"role": "user", "content": "hello"}]},
     ),
+    (
+        "POST",
+        "/generate",
+        {"prompt": "a", "max_tokens": 2, "adapter": [{"name": "own"}, {"name": "{acme-private}"}]},
+    ),
+    ("POST", "/v1/completions", {"model": "{acme-private}", "prompt": "hello", "stream": True, "n": 2}),
+    ("POST", "/v1/completions", {"model": BASE, "prompt": "hello", "adapter": "{acme-private}"}),
+    ("POST", "/v1/completions", {"model": "{acme-private}@{digest}", "prompt": "hello"}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"model": "{acme-private}@{digest}", "messages": [{"role": "user", "content": "hello"}]},
+    ),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "mine", "lora_path": "{acme-private}"}),
+    ("GET", "/v1/adapters/own/versions/{digest}", None),
+    ("POST", "/v1/adapters/own/activate", {"version": "{digest}"}),
+    ("POST", "/v1/adapters/own/rollback", {"expected": "{digest}"}),
+    ("DELETE", "/v1/adapters/own/versions/{digest}?force=true", None),
+    ("GET", "/v1/adapters/{acme-private}/versions/{pull}", None),
+    ("GET", "/v1/models/own@{digest}", None),
+    ("POST", "/generate", {"prompt": "hello", "max_tokens": 2, "adapter": "own@{digest}"}),
     ("GET", "/v1/files/{file}", None),
     ("GET", "/v1/files/{file}/content", None),
     ("GET", "/v1/files?after={file}", None),
     ("DELETE", "/v1/files/{file}", None),
     ("POST", "/v1/fine_tuning/jobs", {"model": BASE, "training_file": "{file}"}),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs",
+        {"model": BASE, "training_file": "{own-file}", "validation_file": "{file}"},
+    ),
     ("GET", "/v1/fine_tuning/jobs/{job}", None),
     ("GET", "/v1/fine_tuning/jobs?after={job}", None),
     ("POST", "/v1/fine_tuning/jobs/{job}/cancel", None),
@@ -110,7 +152,13 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/v1/fine_tuning/jobs/{job}/resume", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/events", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/events?stream=true", None),
+    ("GET", "/v1/fine_tuning/jobs/{job}/events?after={event}", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints", None),
+    ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints?after={checkpoint}", None),
+]
+FOR_OPERATORS: list[tuple[str, str, Any]] = [
+    ("POST", "/v1/adapters/{acme-private}/pin", {"pinned": True}),
+    ("POST", "/v1/adapters/{acme-private}/share", {"shared": True}),
 ]
 
 
@@ -123,24 +171,37 @@ def sent(http: httpx2.Client, request: tuple[str, str, Any], things: dict[str, s
     return http.request(method, path, json=None if body is None else json.loads(text))
 
 
-def neutral(answer: httpx2.Response, things: dict[str, str]) -> tuple[int, str, list[str]]:
-    """Status, body and the headers' names, with the names of the things left out."""
+def neutral(answer: httpx2.Response, things: dict[str, str]) -> tuple[int, str, list[tuple[str, str]]]:
+    """Status, body and headers, with the names of the things left out."""
     text = answer.text
     for name, thing in things.items():
         text = text.replace(thing[:80], f"<{name}>")
-    return answer.status_code, text, sorted(answer.headers)
+    headers = sorted((name, value) for name, value in answer.headers.items() if name != "date")
+    return answer.status_code, text, [one for one in headers if one[0] != "content-length"]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda one: f"{one[0]} {one[1]} {sorted(one[2] or {})}")
 def test_another_tenants_thing_and_one_that_does_not_exist_get_the_same_answer(
-    tenants: Tenants, private: dict[str, str], request_: tuple[str, str, Any]
+    tenants: Tenants, private: dict[str, str], own: str, request_: tuple[str, str, Any]
 ) -> None:
-    theirs = neutral(sent(tenants.other, request_, private), private)
-    nothing = neutral(sent(tenants.other, request_, NOTHING), NOTHING)
+    things = {"own-file": own}
+    theirs = neutral(sent(tenants.other, request_, things | private), private)
+    nothing = neutral(sent(tenants.other, request_, things | NOTHING), NOTHING)
 
     assert theirs == nothing
     assert 400 <= theirs[0] < 500
-    assert neutral(sent(tenants.operator, request_, private), private)[0] == theirs[0]
+    if "own-file" not in str(request_):
+        assert neutral(sent(tenants.operator, request_, private), private)[0] == theirs[0]
+
+
+@pytest.mark.parametrize("request_", FOR_OPERATORS, ids=lambda one: one[1])
+def test_an_operator_of_another_tenant_is_told_what_it_is_told_of_nothing(
+    tenants: Tenants, private: dict[str, str], request_: tuple[str, str, Any]
+) -> None:
+    theirs = neutral(sent(tenants.operator, request_, private), private)
+
+    assert theirs == neutral(sent(tenants.operator, request_, NOTHING), NOTHING)
+    assert theirs[0] == 404
 
 
 def test_after_all_that_was_tried_the_owner_still_has_everything(
@@ -222,6 +283,56 @@ def test_only_the_operator_loads_the_folders_and_private_repositories_of_the_ser
         assert tenants.other.post("/v1/load_lora_adapter", json=body).status_code == 403
     answer = tenants.other.post("/v1/adapters", json={"name": "mine", "hub": {"repo": "acme/private-repo"}})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "hub_not_allowed")
+
+
+def test_content_that_another_tenant_has_is_proved_again_and_is_nobodys_but_the_senders(
+    tenants: Tenants,
+) -> None:
+    first = upload(tenants.one, "twin", b"the same bytes", query="wait=true").json()
+
+    for http in (tenants.other, tenants.operator):
+        again = upload(http, "twin", b"the same bytes", query="wait=false")
+        assert (again.status_code, again.json()["version"]) == (202, first["version"])
+        assert again.json()["state"] != "ready"
+        assert upload(http, "twin", b"the same bytes").json()["report"]["proof"] is not None
+    assert tenants.one.delete("/v1/adapters/twin").status_code == 200
+    body = {"prompt": "hello", "max_tokens": 1, "adapter": f"twin@{first['version']}"}
+    assert tenants.other.post("/generate", json=body).status_code == 200
+
+
+def test_events_of_other_tenants_jobs_come_to_nobody_whatever_id_is_the_last_one_known(
+    tenants: Tenants, private: dict[str, str], own: str
+) -> None:
+    http = tenants.other
+    job = http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": own}).json()["id"]
+    status = f"/v1/fine_tuning/jobs/{job}"
+    tenants.server.wait_for(lambda: http.get(status).json()["status"] == "succeeded")
+
+    for known in (private["event"], "ftevent-1", "ftevent-999999999999"):
+        page = http.get(f"{status}/events?after={known}")
+        live = http.get(f"{status}/events?stream=true", headers={"Last-Event-ID": known})
+        assert page.status_code == live.status_code == 200
+        for text in (page.text, live.text):
+            assert not any(thing in text for thing in (private["job"], private["file"], "acme"))
+
+
+def test_an_adapter_that_is_shared_no_longer_is_as_unknown_as_before_and_a_stream_on_it_ends_well(
+    tenants: Tenants,
+) -> None:
+    digest = upload(tenants.operator, "lent", b"lent", query="wait=true&activate=true").json()["version"]
+    tenants.operator.post("/v1/adapters/lent/share", json={"shared": True})
+    body = {"prompt": "hello there", "max_tokens": 60, "adapter": "lent", "stream": True}
+    with tenants.other.stream("POST", "/generate", json=body) as stream:
+        assert stream.status_code == 200
+        tenants.operator.post("/v1/adapters/lent/share", json={"shared": False})
+        assert "[DONE]" in stream.read().decode()
+
+    for request_ in REQUESTS:
+        if "{acme-private}" in str(request_) and "own-file" not in str(request_):
+            things = {**NOTHING, "digest": digest}
+            gone = sent(tenants.other, request_, {**things, "acme-private": "lent"})
+            never = sent(tenants.other, request_, {**things, "acme-private": "tnel"})
+            assert neutral(gone, {"x": "lent"}) == neutral(never, {"x": "tnel"}), request_
 
 
 # ---- shared adapters ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
@@ -22,7 +23,7 @@ from onebase_server.errors import (
 )
 from onebase_server.http.deps import BodyError, Services, server_stopping
 from onebase_server.http.door import refusal
-from onebase_server.http.guard import Guard, describe_keys
+from onebase_server.http.guard import Guard, describe_answers
 from onebase_server.http.routes import (
     adapters,
     files,
@@ -57,6 +58,7 @@ def create_app(services: Services) -> FastAPI:
         version=onebase_server.__version__,
         summary=onebase_server.SUMMARY,
         telemetry=_NO_TELEMETRY,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -65,7 +67,7 @@ def create_app(services: Services) -> FastAPI:
     routes = (generation, models, adapters, vllm, files, fine_tuning, keys, usage, health, reference)
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
-    describe_keys(app)
+    describe_answers(app)
     app.add_exception_handler(OneBaseError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
@@ -185,7 +187,16 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         "invalid_request_error",
         f"http_{error.status_code}",
     )
-    return _json(body, error.status_code, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods(request))
+    return _json(body, error.status_code, headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What is possible at the request's path, by any route: Starlette names those of the first one."""
+    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:

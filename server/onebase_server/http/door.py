@@ -8,6 +8,7 @@ that are not browsers send neither of the latter.
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from fastapi import Response
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,6 +37,7 @@ SECURITY_HEADERS = {
 }
 """On every answer; a page brings a Content-Security-Policy of its own."""
 _ANY = "*"
+_HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
 _EXPOSED = (
     "Retry-After",
     *(f"x-ratelimit-{fact}-requests" for fact in ("limit", "remaining", "reset")),
@@ -109,7 +111,8 @@ class Door:
             )
         name = host_name(given[0])
         allowed = name in self._hosts or _ANY in self._hosts or is_loopback(name)
-        if not allowed and not (self._any_address and _address(name) is not None):
+        allowed = allowed or (self._any_address and _address(name) is not None)
+        if not allowed or _HOST.fullmatch(given[0]) is None:
             raise ForbiddenError(
                 f"Host: this server does not go by the name of {given[0][:_SHOWN]!r}. Call it localhost, or "
                 "start it with --allowed-host and that name.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,9 +11,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onebase_server.access import NOBODY, Access, Caller
-from onebase_server.errors import InsufficientScopeError, OneBaseError
-from onebase_server.http.deps import CALLER, TICKET, Services
+from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
+from onebase_server.errors import (
+    InsufficientScopeError,
+    OneBaseError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.door import refusal
 from onebase_server.quotas import Ticket
 
@@ -21,6 +27,27 @@ NO_KEY: Any = {"security": []}
 _ACCESS = "onebase_access"
 _NOT_ITS_FAULT = (429, 503)
 """Statuses of answers after which a request counts as none."""
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string", "description": "what is wrong, and the way out"},
+                "type": {"type": "string"},
+                "param": {**_TEXT_OR_NULL, "description": "the field of the request"},
+                "code": {**_TEXT_OR_NULL, "description": "stable, for programs"},
+            },
+        }
+    },
+}
+_REFUSED = {
+    "description": "The request is refused, or cannot be served now",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -44,17 +71,25 @@ def access_of(app: FastAPI, scope: Scope) -> Access:
     return "any"
 
 
-def describe_keys(app: FastAPI) -> None:
-    """Say in the OpenAPI file that requests carry a key. Open routes say `security: []` themselves."""
+def describe_answers(app: FastAPI) -> None:
+    """Say in the OpenAPI file that requests carry a key, and what errors look like.
+
+    Open routes say `security: []` themselves.
+    """
     plain = app.openapi
 
-    def with_keys() -> dict[str, Any]:
+    def described() -> dict[str, Any]:
         schema = plain()
         schema["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        schema["components"]["schemas"]["Error"] = _ERROR
         schema["security"] = [{"api_key": []}]
+        for operation in (one for path in schema["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)  # FastAPI's, in another shape
+            for statuses in ("4XX", "5XX"):
+                operation["responses"].setdefault(statuses, _REFUSED)
         return schema
 
-    app.openapi = with_keys  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
 class Guard:
@@ -75,10 +110,40 @@ class Guard:
         except OneBaseError as error:
             await refusal(error)(scope, receive, send)
             return
+        receive = self._while_valid(scope[CALLER], receive)
         if ticket is None:
             await self._app(scope, receive, send)
         else:
             await self._metered(ticket, scope, receive, send)
+
+    def _while_valid(self, caller: Caller, receive: Receive) -> Receive:
+        """Gives a body that takes long only as long as its caller's key is valid. Raises BodyError."""
+        looked, whole = time.monotonic(), caller is NOBODY
+
+        async def checked() -> Message:
+            nonlocal looked, whole
+            message = await receive()
+            if message["type"] == "http.request" and not whole:
+                whole = not message.get("more_body", False)
+                if time.monotonic() - looked > KEY_SECONDS:
+                    looked = time.monotonic()
+                    await self._check_again(caller, whole)
+            return message
+
+        return checked
+
+    async def _check_again(self, caller: Caller, whole: bool) -> None:
+        """`whole`: the body has ended, and will be used now. Raises BodyError."""
+        try:
+            valid = await self._services.keys.still_valid(caller)
+        except UnavailableError as error:
+            if whole:
+                raise BodyError(error) from error
+            return
+        if not valid:
+            raise BodyError(
+                UnauthenticatedError("The API key has expired or was revoked while the body was sent.")
+            )
 
     async def _metered(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
         """A request for text: its answer tells what its quotas leave."""

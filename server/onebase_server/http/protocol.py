@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import ipaddress
 import logging
+import re
 import socket
 import sys
 import termios
@@ -47,6 +48,7 @@ _RESERVE = 16
 _LINGER_SECONDS = 2.0
 """A refused client is still read so long: closed at once, its kernel would throw the answer away."""
 _LOG_SECONDS = 60.0
+_AUTHORITY = re.compile(rb"[a-z][a-z0-9+.-]*://([^/?#]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +186,31 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
-        before, self._message_ended, self._body_bytes = self._reading, False, 0
         try:
-            self.parser.feed_data(data)
-            self._check_unparsed(before, len(data))
-        except httptools.HttpParserUpgrade:
-            return  # answered as if it had not asked for another protocol
+            self._parse(data)
         except (httptools.HttpParserError, HeadersTooLargeError) as error:
             own = error if isinstance(error, HeadersTooLargeError) else error.__context__
             self._refuse(own if isinstance(own, OneBaseError) else _malformed())
             return
         if self._reading is _Reading.BODY and self._read_timer is None:
             self._expect_body()
+
+    def _parse(self, data: bytes) -> None:
+        """Raises HttpParserError, HeadersTooLargeError."""
+        before, self._message_ended, self._body_bytes = self._reading, False, 0
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # For the parser all that follows is another protocol: a body would be the next request.
+            self._parse(self._without_upgrade() + data[upgrade.args[0] :])
+            return
+        self._check_unparsed(before, len(data))
+
+    def _without_upgrade(self) -> bytes:
+        """The head that asks for another protocol, as if it had not."""
+        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def _check_unparsed(self, before: _Reading, size: int) -> None:
         """Count what no callback has seen: a line that has not ended. Raises HeadersTooLargeError."""
@@ -240,6 +255,11 @@ class LimitedProtocol(HttpToolsProtocol):
         return HeadersTooLargeError(self._limits.max_header, self._limits.max_header_lines)
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise _malformed()
+        if self.parser.should_upgrade():
+            return  # it comes again without
+        self._check_address()
         self._expect_nothing()
         self._unset_keepalive_if_required()  # set by an earlier request, if its answer ended within this head
         if len(self.pipeline) >= _PIPELINED:
@@ -250,6 +270,20 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._reading = _Reading.BODY
 
+    def _check_address(self) -> None:
+        """An address may name a server too, as those for a proxy do, and counts more than `Host`.
+
+        Raises InvalidRequestError unless they are the same.
+        """
+        named = _AUTHORITY.match(self.url)
+        if named and any(
+            name == b"host" and value.lower() != named[1].lower() for name, value in self.headers
+        ):
+            raise InvalidRequestError(
+                "Host: the request's address names another server. Send one and the same name.",
+                code="host_not_allowed",
+            )
+
     def on_chunk_header(self) -> None:
         self._chunks += 1
 
@@ -259,6 +293,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._message_ended = True
         self._reading = _Reading.NOTHING
         self._expect_nothing()

@@ -69,6 +69,9 @@ _ADD_BODY: dict[str, Any] = {
     },
 }
 """For the reference at /docs: the route reads its body by itself."""
+_FINISHED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "It is ready, or has failed", "content": {"application/json": {}}}
+}
 
 
 def _adapter_name(name: str) -> str:
@@ -86,7 +89,7 @@ async def list_adapters(services: Provided, caller: Calling) -> Response:
     return json_response({"object": "list", "data": services.views.adapters(caller.tenant)})
 
 
-@router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202)
+@router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202, responses=_FINISHED)
 @needs("adapters")
 async def add_version(
     request: Request,

@@ -41,6 +41,9 @@ _BODY: dict[str, Any] = {
     },
 }
 """For the reference at /docs: the route reads its body by itself."""
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 
 @router.post("", openapi_extra={"requestBody": _BODY})
@@ -90,7 +93,7 @@ async def get_file(file_id: str, services: Provided, caller: Calling) -> Respons
     return json_response(file_view(await services.training.files.get(caller.tenant, file_id)))
 
 
-@router.get("/{file_id}/content")
+@router.get("/{file_id}/content", response_class=FileResponse, responses=_CONTENT)
 @needs("train")
 async def get_content(file_id: str, services: Provided, caller: Calling) -> Response:
     """What is in it."""

@@ -17,7 +17,7 @@ from onebase_server.errors import InvalidRequestError, OneBaseError
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem
-from onebase_server.http.sse import identified_event
+from onebase_server.http.sse import STREAMED, identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,
@@ -103,7 +103,7 @@ async def resume_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", responses=STREAMED)
 @needs("train")
 async def list_events(
     job_id: str,

@@ -12,7 +12,7 @@ from onebase_server.http.deps import Admitted, Calling, Provided, Services, Stri
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.sse import EventStream, cancelled_when_gone, connection_abort, guarded
+from onebase_server.http.sse import STREAMED, EventStream, cancelled_when_gone, connection_abort, guarded
 from onebase_server.http.views.generation import ChatView, CompletionView, GenerateView, GenerationView
 from onebase_server.quotas import Ticket
 from onebase_server.usage import UsageMeter
@@ -20,7 +20,7 @@ from onebase_server.usage import UsageMeter
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/generate", tags=["generate"])
+@router.post("/generate", tags=["generate"], responses=STREAMED)
 @needs("generate")
 async def generate(
     body: GenerateRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -31,7 +31,7 @@ async def generate(
     return await _answer(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
 
 
-@router.post("/v1/completions", tags=["openai"])
+@router.post("/v1/completions", tags=["openai"], responses=STREAMED)
 @needs("generate")
 async def complete(
     body: CompletionRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -43,7 +43,7 @@ async def complete(
     return await _answer(request, services, ticket, job, view, body.stream)
 
 
-@router.post("/v1/chat/completions", tags=["openai"])
+@router.post("/v1/chat/completions", tags=["openai"], responses=STREAMED)
 @needs("generate")
 async def chat(
     body: ChatRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
 import onebase_server
 from onebase_server.http.deps import Provided, json_response
@@ -16,6 +17,9 @@ from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
 router = APIRouter(tags=["health"])
+_NOT_NOW: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not now", "content": {"application/json": {}}}
+}
 _UNHEALTHY = (EngineState.STALLED, EngineState.FAILED)
 
 
@@ -25,7 +29,7 @@ def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
     return Response(body, status_code=503, media_type="application/json", headers=headers)
 
 
-@router.get("/health", openapi_extra=NO_KEY)
+@router.get("/health", openapi_extra=NO_KEY, responses=_NOT_NOW)
 @needs("open")
 async def health(services: Provided) -> Response:
     """200 while the server makes progress, also when the engine is still loading; 503 after a stall."""
@@ -35,7 +39,7 @@ async def health(services: Provided) -> Response:
     return json_response({"status": "ok", "engine": state.value})
 
 
-@router.get("/ready", openapi_extra=NO_KEY)
+@router.get("/ready", openapi_extra=NO_KEY, responses=_NOT_NOW)
 @needs("open")
 async def ready(services: Provided) -> Response:
     """200 when a request sent now would be served; 503 while loading, restarting or stopping."""
@@ -75,7 +79,7 @@ async def status(services: Provided) -> Response:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 @needs("admin")
 async def metrics(services: Provided) -> Response:
     """Figures of training and serving in Prometheus' text format."""

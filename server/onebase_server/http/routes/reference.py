@@ -1,13 +1,20 @@
-"""GET /docs and /redoc: the reference, as pages that ask no other machine for anything."""
+"""GET /docs, /redoc and /openapi.json: the reference, and pages that ask no other machine for anything.
+
+A browser sends no key when its reader opens a page. So the pages are open and empty: they ask the reader for
+a key, keep it in their memory alone, and fetch the reference with it.
+"""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.exceptions import HTTPException
+
+from onebase_server.http.deps import json_response
+from onebase_server.http.guard import needs
 
 router = APIRouter(include_in_schema=False)
 
@@ -17,9 +24,51 @@ _FILES = {
     "redoc.standalone.js": "text/javascript",
 }
 """What fastapi-offline ships of Swagger UI and Redoc."""
+_KEY = """
+async function reference(show) {
+  for (let key = ''; ;) {
+    try {
+      const headers = key ? {Authorization: 'Bearer ' + key} : {}
+      const answer = await fetch('openapi.json', {headers})
+      const said = await answer.json()
+      if (answer.ok) return show(said, key)
+      key = await asked(answer.status === 401 && !key ? '' : said.error.message)
+    } catch (error) {
+      key = await asked(String(error))
+    }
+  }
+}
+function asked(problem) {
+  const form = document.createElement('form'), label = document.createElement('label')
+  const field = document.createElement('input'), button = document.createElement('button')
+  const said = document.createElement('p')
+  label.textContent = 'API key of this server: '
+  field.type = 'password'
+  field.autocomplete = 'off'
+  button.textContent = 'Open the reference'
+  said.textContent = problem || 'This page keeps it in its memory, until you close or reload it.'
+  label.append(field)
+  form.append(label, button, said)
+  form.style.cssText = 'font: 16px sans-serif; margin: 3em'
+  document.getElementById('page').replaceChildren(form)
+  field.focus()
+  return new Promise(resolve => form.addEventListener('submit', event => {
+    event.preventDefault()
+    resolve(field.value.trim())
+  }))
+}
+"""
 _START = {
-    "swagger.js": "SwaggerUIBundle({url: 'openapi.json', dom_id: '#page', validatorUrl: null})",
-    "redoc.js": "Redoc.init('openapi.json', {disableSearch: true}, document.getElementById('page'))",
+    "key.js": _KEY,
+    "swagger.js": """
+reference((spec, key) => {
+  const show = () => { if (key) page.preauthorizeApiKey('api_key', key) }
+  const page = SwaggerUIBundle({spec, dom_id: '#page', validatorUrl: null, onComplete: show})
+})
+""",
+    "redoc.js": """
+reference(spec => Redoc.init(spec, {disableSearch: true}, document.getElementById('page')))
+""",
 }
 """In files of their own: the policy below lets no script in a page run."""
 _POLICY = (
@@ -28,19 +77,31 @@ _POLICY = (
 )
 
 
+@router.get("/openapi.json")
+@needs("any")
+async def openapi(request: Request) -> Response:
+    """The reference, for programs."""
+    return json_response(request.app.openapi())
+
+
 @router.get("/docs")
+@needs("open")
 async def docs() -> Response:
     """Every request, and a form to try it."""
-    return _page('<link rel="stylesheet" href="docs/swagger-ui.css">', "swagger-ui-bundle.js", "swagger.js")
+    return _page(
+        '<link rel="stylesheet" href="docs/swagger-ui.css">', "swagger-ui-bundle.js", "key.js", "swagger.js"
+    )
 
 
 @router.get("/redoc")
+@needs("open")
 async def redoc() -> Response:
     """Every request, to read."""
-    return _page("", "redoc.standalone.js", "redoc.js")
+    return _page("", "redoc.standalone.js", "key.js", "redoc.js")
 
 
 @router.get("/docs/{name}")
+@needs("open")
 async def asset(name: str) -> Response:
     """What the pages load."""
     if name in _START:

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["vllm"])
 _ACTOR = "load_lora_adapter"
 
 
-@router.post("/load_lora_adapter")
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
 @needs("adapters")
 async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter: a folder under --adapters-dir, or a Hub repository that --hub-allow permits."""
@@ -52,7 +52,7 @@ async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: C
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
 @needs("adapters")
 async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}."""

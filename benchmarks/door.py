@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""What hostile clients cost the others: a crowd beside a stream, the worst bodies beside a probe, and resets.
+
+crowd    one stream of the base runs on and on, in turns alone and beside idle connections and refused
+         requests. The ratio is that of the medians of the time between two tokens, over many turns: other
+         work on the machine changes both alike. What the refused client itself takes is in it.
+bodies   one client sends one body over and over, another asks for /health and notes how long that takes.
+resets   streams are broken off in the middle with a TCP reset; then the server's open files are counted.
+
+  python benchmarks/door.py                      # all three, on a server that it starts
+  python benchmarks/door.py --parts crowd --turns 20 --idle 2000 --refusals 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+
+from bench.processes import end_on_signals, free_port, server
+from bench.report import percentile
+from bench.stream import fetch_json, request
+
+HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+REFUSED = (
+    b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n",
+    b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",
+)
+SIZE = 1_990_000
+"""Bytes of a body: under --max-body."""
+
+
+def with_length(path: bytes, body: bytes) -> bytes:
+    return HEAD % path + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def repeated(begin: bytes, piece: bytes, end: bytes, most: int = 10**9) -> bytes:
+    """`begin`, as many pieces as fit, `end`."""
+    return begin + piece * min(most, (SIZE - len(begin) - len(end)) // len(piece)) + end
+
+
+BODIES: dict[str, Callable[[], bytes]] = {
+    "nested arrays": lambda: with_length(b"/generate", b"[" * 490_000),
+    "token ids": lambda: with_length(
+        b"/v1/completions", repeated(b'{"model": "base", "prompt": [', b"1000,", b"1]}")
+    ),
+    "wrong token ids": lambda: with_length(
+        b"/v1/completions", repeated(b'{"model": "base", "prompt": [', b"-100,", b"1]}")
+    ),
+    "floats": lambda: with_length(b"/generate", repeated(b'{"prompt": [', b"1e-300,", b"1]}")),
+    "long numbers": lambda: with_length(b"/generate", repeated(b'{"prompt": [', b"9" * 4000 + b",", b"1]}")),
+    "fields": lambda: with_length(
+        b"/generate", b"{" + b",".join(b'"%d":{}' % one for one in range(24_000)) + b"}"
+    ),
+    "escapes": lambda: with_length(b"/generate", repeated(b'{"prompt": "', rb"\u00e9", b'"}')),
+    "one word": lambda: with_length(b"/generate", repeated(b'{"prompt": "', b"a", b'", "max_tokens": 1}')),
+    "messages": lambda: with_length(
+        b"/v1/chat/completions",
+        repeated(b'{"model": "base", "messages": [', b'{"role":"user","content":"a"},', b"1]}", 12_000),
+    ),
+    "chunks of a byte": lambda: (
+        HEAD % b"/generate" + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1_500_000 + b"0\r\n\r\n"
+    ),
+    "a form of boundaries": lambda: with_length(
+        b"/v1/files", repeated(b"--B\r\n", b"\r\n--A", b"\r\n")
+    ).replace(b"application/json", b"multipart/form-data; boundary=B"),
+    "headers": lambda: b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 190 + b"\r\n",
+    "pipelined": lambda: REFUSED[0] * 15,
+}
+
+
+# ---- the crowd ------------------------------------------------------------------------------------
+
+
+async def stream_for_ever(url: str, base: str, times: list[float]) -> None:
+    """Note when each piece of a text arrives; one request after another."""
+    payload = {"model": base, "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    while True:
+        async with request(f"{url}/v1/completions", "POST", payload) as response:
+            async for _ in response.events():
+                times.append(time.perf_counter())
+
+
+async def refuse(port: int, each_second: int, counted: list[int]) -> None:
+    """Send requests that are refused, at a steady pace over few connections."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    began, sent = time.perf_counter(), 0
+    try:
+        while True:
+            due = int((time.perf_counter() - began) * each_second)
+            for number in range(sent, due):
+                writer.write(REFUSED[number % len(REFUSED)])
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                counted.append(int(head.split(b" ")[1]))
+            sent = due
+            await asyncio.sleep(0.02)
+    finally:
+        writer.close()
+
+
+@asynccontextmanager
+async def crowd(port: int, idle: int, refusals: int, counted: list[int]) -> AsyncIterator[None]:
+    """Idle connections and refused requests."""
+    connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(idle)]
+    refusing = asyncio.ensure_future(refuse(port, refusals, counted))
+    try:
+        yield
+    finally:
+        refusing.cancel()
+        for _, writer in connections:
+            writer.close()
+        await asyncio.sleep(0.5)
+
+
+async def measure_crowd(
+    url: str, port: int, base: str, options: argparse.Namespace, console: Console
+) -> None:
+    times: list[float] = []
+    streaming = asyncio.ensure_future(stream_for_ever(url, base, times))
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    counted: list[int] = []
+    try:
+        await asyncio.sleep(5)
+        for turn in range(2 * options.turns):
+            beside = turn % 2 == 1
+            if beside:
+                async with crowd(port, options.idle, options.refusals, counted):
+                    gaps[beside] += await listen(times, options.seconds)
+            else:
+                gaps[beside] += await listen(times, options.seconds)
+    finally:
+        streaming.cancel()
+    alone, with_crowd = median(gaps[False]), median(gaps[True])
+    console.print(
+        f"crowd: {options.idle} idle connections, {len(counted)} requests refused "
+        f"({len(counted) / options.turns / options.seconds:.0f}/s): TPOT alone {alone * 1e3:.1f} ms "
+        f"({len(gaps[False])} gaps), beside {with_crowd * 1e3:.1f} ms ({len(gaps[True])}), "
+        f"ratio {with_crowd / alone:.3f}"
+    )
+
+
+async def listen(times: list[float], seconds: float) -> list[float]:
+    """The gaps between two tokens from now on, for so long."""
+    times.clear()
+    await asyncio.sleep(seconds)
+    found = list(times)
+    return [after - before for before, after in pairwise(found)]
+
+
+# ---- bodies ---------------------------------------------------------------------------------------
+
+
+async def send_over_and_over(port: int, data: bytes) -> None:
+    while True:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(data)
+                await writer.drain()
+                await reader.readuntil(b"\r\n\r\n")
+            finally:
+                writer.close()
+
+
+async def probe(url: str, seconds: float) -> list[float]:
+    """How long /health takes, in seconds."""
+    found, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        async with request(f"{url}/health") as response:
+            await response.body()
+        found.append(time.perf_counter() - began)
+        await asyncio.sleep(0.02)
+    return found
+
+
+async def measure_bodies(url: str, port: int, options: argparse.Namespace, console: Console) -> None:
+    for name in ("nothing", *BODIES):
+        sender = None
+        if name != "nothing":
+            code = f"import door,asyncio;asyncio.run(door.send_over_and_over({port},door.BODIES[{name!r}]()))"
+            sender = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", code, cwd=Path(__file__).parent
+            )
+            await asyncio.sleep(2)
+        try:
+            found = await probe(url, options.seconds)
+        finally:
+            if sender is not None:
+                sender.kill()
+                await sender.wait()
+        console.print(
+            f"/health beside {name}: p50 {median(found) * 1e3:.0f} ms, "
+            f"p99 {percentile(found, 0.99) * 1e3:.0f} ms, longest {max(found) * 1e3:.0f} ms"
+        )
+
+
+# ---- resets ---------------------------------------------------------------------------------------
+
+
+def reset_in_mid_stream(port: int, base: str) -> None:
+    body = json.dumps({"model": base, "prompt": "Once", "max_tokens": 200, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(with_length(b"/v1/completions", body))
+        received = b""
+        while b"data:" not in received:
+            received += connection.recv(1 << 16)
+
+
+async def measure_resets(
+    url: str, port: int, base: str, pid: int, options: argparse.Namespace, console: Console
+) -> None:
+    files = Path(f"/proc/{pid}/fd")
+    await asyncio.to_thread(reset_in_mid_stream, port, base)
+    await asyncio.sleep(2)
+    before = len(list(files.iterdir()))
+    turn = asyncio.Semaphore(8)
+
+    async def one() -> None:
+        async with turn:
+            await asyncio.to_thread(reset_in_mid_stream, port, base)
+
+    await asyncio.gather(*(one() for _ in range(options.resets)))
+    for _ in range(60):
+        await asyncio.sleep(1)
+        after = len(list(files.iterdir()))
+        if after <= before:
+            break
+    requests = (await fetch_json(f"{url}/status"))["requests"]
+    console.print(f"resets: {options.resets}; open files {before} before, {after} after; requests {requests}")
+
+
+async def run(options: argparse.Namespace, console: Console) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="onebase-door-") as folder:
+        command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
+        command += ["--data-dir", folder, "--threads", str(options.threads), "--kv-memory", "1GiB"]
+        async with server(command, f"{url}/ready", Path(folder) / "log") as process:
+            base = (await fetch_json(f"{url}/status"))["base"]
+            if "resets" in options.parts:
+                await measure_resets(url, port, base, process.pid, options, console)
+            if "bodies" in options.parts:
+                await measure_bodies(url, port, options, console)
+            if "crowd" in options.parts:
+                await measure_crowd(url, port, base, options, console)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["resets", "bodies", "crowd"])
+    parser.add_argument("--turns", type=int, default=10, help="of the crowd, and as many without")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn, and of a body")
+    parser.add_argument("--idle", type=int, default=2000, help="idle connections")
+    parser.add_argument("--refusals", type=int, default=200, help="refused requests a second")
+    parser.add_argument("--resets", type=int, default=1000, help="streams that are broken off")
+    parser.add_argument("--threads", type=int, default=2, help="of the server")
+    end_on_signals()
+    asyncio.run(run(parser.parse_args(), Console()))
+
+
+if __name__ == "__main__":
+    main()
