@@ -125,11 +125,12 @@ def keys(argv: Sequence[str]) -> int:
     """`onebase keys create | list | revoke`: works on the registry itself, whether or not a server runs."""
     arguments = keys_parser().parse_args(list(argv))
     from onebase_server.console import print_failure, print_keys
-    from onebase_server.storage import StorageError, open_keys
+    from onebase_server.storage import StorageError, keep_private, open_keys
 
     console, output = Console(stderr=True), Console()
     if not output.is_terminal:
         output.width = _LOG_WIDTH
+    keep_private()
     try:
         settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
         with open_keys(settings) as registry:

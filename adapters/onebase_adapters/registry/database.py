@@ -38,6 +38,8 @@ _MIGRATION_LOCK = 0x6F6E_6562_6173_65  # "onebase", for pg_advisory_xact_lock
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _READ = "onebase_read"
 _LITTLE_SPACE = 1 << 20
+SQLITE_ENDINGS = ("", "-wal", "-shm", "-journal", ".lock")
+"""Of the files that a SQLite registry has: its own name, and what is added to it."""
 
 
 class Database:
@@ -169,6 +171,17 @@ class Database:
             cause = getattr(error, "orig", None) or error
             said = without_secrets(f"{type(cause).__name__}: {cause}".strip(), self.url)
             raise _kind(error, cause, self._file)(f"{self.place} failed while {doing}: {said}") from None
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite registry; None for any other URL, also for one that cannot be read."""
+    try:
+        parsed = make_url(url)
+    except exc.ArgumentError:
+        return None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    return Path(parsed.database).expanduser().absolute()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
