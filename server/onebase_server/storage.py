@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onebase_adapters import registry
 from onebase_adapters.registry import ApiKeys, Registry, RegistryError
@@ -20,6 +21,7 @@ from onebase_adapters.registry.database import SQLITE_ENDINGS, Database, sqlite_
 from onebase_adapters.store import store
 from onebase_adapters.store.store import GRACE, Store, StoreError, local_folder
 from onebase_engine.base.identity import BaseIdentityError, base_id
+from onebase_engine.environment import computing_environment
 from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.background import Threads
 from onebase_server.errors import (
@@ -219,7 +221,8 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
     if not any(True for pattern in _GPUS for _ in devices.glob(pattern)):
         return "cpu"
     asking = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
-    found = subprocess.run(asking, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    found = subprocess.run(asking, env=computing_environment(), **silent).returncode == 0
     return "cuda" if found else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""What a server writes, only its own user may read, whatever the umask and what earlier releases left."""
+"""What a server writes, only its own user may read; and what it knows, its children do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onebase_server.storage import close_to_others
 
 from ..hub_standin import HubStandIn
 from .support import CONFIG, Server, Starter, upload
-from .training_support import openai_client, run_job
+from .training_support import make_job, openai_client, run_job
 
 
 def open_to_others(folder: Path) -> list[str]:
@@ -100,3 +100,34 @@ def test_places_that_are_no_files_of_this_disk_are_left_alone(tmp_path: Path, ur
     store = url if url.startswith("s3") else ""
     close_to_others(Settings(data_dir=str(tmp_path / "absent"), registry="" if store else url, store=store))
     assert not (tmp_path / "absent").exists()
+
+
+SECRET = "s3cret-of-the-operator"
+SECRETS = {
+    "HF_TOKEN": SECRET,
+    "HUGGING_FACE_HUB_TOKEN": SECRET,
+    "HF_TOKEN_PATH": f"/{SECRET}/token",
+    "ONEBASE_API_KEY": SECRET,
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "PGPASSWORD": SECRET,
+    "DATABASE_URL": f"postgresql://onebase:{SECRET}@db/names",
+    "WANDB_API_KEY": SECRET,
+    "SOMETHING_OF_TOMORROW": SECRET,
+}
+
+
+def test_the_engine_the_verifier_and_a_trainer_inherit_no_secret_but_what_their_libraries_read(
+    serve_scripted: Starter,
+) -> None:
+    environment = {**SECRETS, "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "1"}
+    with serve_scripted("words,proves,real", environment=environment) as server:
+        with server.client() as http:
+            upload(http, "sent", b"weights").raise_for_status()
+        make_job(openai_client(server), '{"prompt": "a", "completion": "b"}\n')
+        server.wait_for(lambda: bool(server.trainer_pids()))
+        for pid in (server.engine_pid(), server.verifier_pid(), *server.trainer_pids()):
+            inherited = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            assert {"HF_HUB_OFFLINE=1", "OMP_NUM_THREADS=3", "CUDA_VISIBLE_DEVICES=1"} <= set(inherited)
+            assert not [line for line in inherited if SECRET in line]
+            assert SECRET not in Path(f"/proc/{pid}/cmdline").read_text()
+        assert SECRET in Path(f"/proc/{server.process.pid}/environ").read_text()
