@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from onebase_adapters.registry import DEFAULT_TENANT, SCOPES, RegistryError
+from onebase_adapters.registry import DEFAULT_TENANT, SCOPES, Origin, RegistryError, acting
 from onebase_adapters.training.cli.options import Parser
 from onebase_server.settings import (
     Settings,
@@ -133,7 +133,7 @@ def keys(argv: Sequence[str]) -> int:
     keep_private()
     try:
         settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
-        with open_keys(settings) as registry:
+        with open_keys(settings) as registry, acting(Origin(actor="onebase keys")):
             if arguments.action == "create":
                 expires_at = None if arguments.expires is None else time.time() + arguments.expires
                 made, key = registry.create(

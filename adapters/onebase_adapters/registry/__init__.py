@@ -1,6 +1,7 @@
 """Which adapters there are, their versions, and which version is active."""
 
 from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
+from onebase_adapters.registry.audit import AuditLog, Origin, acting
 from onebase_adapters.registry.errors import (
     FileInUseError,
     InvalidKeyError,
@@ -20,6 +21,8 @@ from onebase_adapters.registry.errors import (
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
 from onebase_adapters.registry.records import (
+    AUDIT_ACTIONS,
+    AUDIT_KINDS,
     ENDED_STATES,
     JOB_STATES,
     OPEN_STATES,
@@ -28,6 +31,8 @@ from onebase_adapters.registry.records import (
     Activate,
     AdapterRecord,
     ApiKey,
+    AuditAction,
+    AuditEntry,
     Changes,
     Checkpoint,
     HistoryEntry,
@@ -48,6 +53,8 @@ from onebase_adapters.registry.records import (
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
 __all__ = [
+    "AUDIT_ACTIONS",
+    "AUDIT_KINDS",
     "DEFAULT_TENANT",
     "ENDED_STATES",
     "JOB_STATES",
@@ -59,6 +66,9 @@ __all__ = [
     "AdapterRecord",
     "ApiKey",
     "ApiKeys",
+    "AuditAction",
+    "AuditEntry",
+    "AuditLog",
     "Blob",
     "Changes",
     "Checkpoint",
@@ -73,6 +83,7 @@ __all__ = [
     "NotReadyError",
     "NothingToRollBackError",
     "OpenJob",
+    "Origin",
     "Purpose",
     "Registry",
     "RegistryBusyError",
@@ -93,4 +104,5 @@ __all__ = [
     "VersionError",
     "VersionFiles",
     "VersionRecord",
+    "acting",
 ]

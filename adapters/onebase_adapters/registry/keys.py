@@ -17,6 +17,7 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
+from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
 from onebase_adapters.registry.records import SCOPES, ApiKey, Scope
@@ -71,6 +72,8 @@ class ApiKeys:
             )
             session.add(row)
             session.flush()
+            details = {"scopes": list(chosen), "name": name, "expires_at": expires_at}
+            audit.note(session, "key.created", tenant, key_id, details=details)
             return _record(row), key
 
     def all(self) -> list[ApiKey]:
@@ -91,6 +94,8 @@ class ApiKeys:
         """From now on nobody can use the key. Repeating it changes nothing. Raises UnknownKeyError."""
         with self._database.write() as (session, counter):
             row = _row(session, key_id)
+            if row.revoked_at is None:
+                audit.note(session, "key.revoked", row.tenant, row.id)
             row.revoked_at, row.changed = row.revoked_at or time.time(), counter
             session.flush()
             return _record(row)

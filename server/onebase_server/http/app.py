@@ -25,6 +25,7 @@ from onebase_server.http.door import refusal
 from onebase_server.http.guard import Guard, describe_keys
 from onebase_server.http.routes import (
     adapters,
+    audit,
     files,
     fine_tuning,
     generation,
@@ -61,7 +62,7 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    routes = (generation, models, adapters, vllm, files, fine_tuning, keys, health, reference)
+    routes = (generation, models, adapters, vllm, files, fine_tuning, keys, audit, health, reference)
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
     describe_keys(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,11 +10,13 @@ from fastapi import FastAPI
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from onebase_adapters.registry import Origin, acting
 from onebase_server.access import NOBODY, Access, Caller
 from onebase_server.errors import InsufficientScopeError, OneBaseError
 from onebase_server.http.deps import CALLER, Services
 from onebase_server.http.door import refusal
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs none."""
 _ACCESS = "onebase_access"
@@ -65,11 +68,12 @@ class Guard:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
         try:
-            scope[CALLER] = await self._caller(scope)
+            caller = scope[CALLER] = await self._caller(scope)
         except OneBaseError as error:
             await refusal(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        with acting(Origin(caller.key, _request_id(scope))):
+            await self._app(scope, receive, send)
 
     async def _caller(self, scope: Scope) -> Caller:
         """Raises UnauthenticatedError, InsufficientScopeError, UnavailableError."""
@@ -81,3 +85,12 @@ class Guard:
         if not caller.may(access):
             raise InsufficientScopeError(access, caller.key)
         return caller
+
+
+def _request_id(scope: Scope) -> str:
+    """The X-Request-Id of a request, which a gateway may send; "" without one, or if it is not plain."""
+    for name, value in scope["headers"]:
+        text: str = value.decode("latin-1")
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text):
+            return text
+    return ""

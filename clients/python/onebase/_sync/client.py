@@ -7,10 +7,19 @@ import copy
 from types import TracebackType
 from typing import Unpack
 
-from .._core import parse, requests
+from .._core import audit, parse, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._http import Pool, Transport
-from ..types import AdapterSpec, Generation, Health, Messages, Model, SamplingFields, ServerVersion
+from ..types import (
+    AdapterSpec,
+    AuditEntry,
+    Generation,
+    Health,
+    Messages,
+    Model,
+    SamplingFields,
+    ServerVersion,
+)
 from .adapters import Adapters
 from .http import Http
 from .keys import Keys
@@ -159,6 +168,40 @@ class Client:
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return Stream(lambda: self._http.open(call))
+
+    def audit(
+        self,
+        *,
+        tenant: str | None = None,
+        action: str | None = None,
+        target: str | None = None,
+        since: float | None = None,
+        after: str | None = None,
+        oldest_first: bool = False,
+        limit: int | None = 100,
+    ) -> tuple[AuditEntry, ...]:
+        """Who changed what on the server's registry, the newest first.
+
+        Args:
+            tenant: Of one tenant. Without it a key with the scope `admin` gets all, others their own.
+            action: Such as `adapter.activated`, or all of a kind: `adapter`, `file`, `job`, `key`.
+            target: An adapter's name, or the id of a file, a job or a key.
+            since: Unix seconds; nothing from before.
+            after: The id of an entry, after which the list begins.
+            oldest_first: The other way round, so that `after` the last known entry come the new ones.
+            limit: The largest number of entries; None: all.
+
+        Raises:
+            BadRequestError: there is no such action, or `after` is no id of an entry.
+            PermissionDeniedError: your key has neither the scope `adapters` nor `admin`.
+        """
+        order = "asc" if oldest_first else "desc"
+        return self._http.collect(
+            lambda last, size: audit.entries(tenant, action, target, since, order, last, size),
+            audit.parse_entry,
+            limit,
+            after,
+        )
 
     def health(self) -> Health:
         """Whether the server makes progress. A server that answers that it is unwell raises nothing.

@@ -36,6 +36,7 @@ Talking to a server
   adapters   send adapters to the server, look at them, activate them, roll back
   jobs       let the server train adapters; watch, pause, resume, cancel
   models     list the base and the adapters that the server has
+  audit      list who changed what: adapters, files, jobs, keys
   version    show the version of this command and of the server
 
 First steps
@@ -54,6 +55,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "chat": "chat",
     "adapters": "adapters",
     "jobs": "jobs",
+    "audit": "audit",
     "models": "server",
     "version": "server",
 }
