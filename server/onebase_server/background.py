@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -73,7 +74,8 @@ class Threads:
                 loop.call_soon_threadsafe(finish, result, error)
 
         try:
-            threading.Thread(target=work, name=self._name, daemon=True).start()
+            context = contextvars.copy_context()  # on whose behalf: see registry/audit.py
+            threading.Thread(target=context.run, args=(work,), name=self._name, daemon=True).start()
         except BaseException:
             self._free.release()
             raise

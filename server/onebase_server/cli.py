@@ -18,8 +18,10 @@ from onebase_adapters.registry import (
     SCOPES,
     TENANT_QUOTAS,
     ApiKeys,
+    Origin,
     RegistryError,
     Tenants,
+    acting,
 )
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_adapters.training.cli.options import Parser
@@ -161,7 +163,7 @@ def keys(argv: Sequence[str]) -> int:
         else:
             print_keys(output, registry.all())
 
-    return _on_registry(arguments, work)
+    return _on_registry("keys", arguments, work)
 
 
 def tenants(argv: Sequence[str]) -> int:
@@ -175,22 +177,25 @@ def tenants(argv: Sequence[str]) -> int:
         else:
             print_tenants(output, registry.all())
 
-    return _on_registry(arguments, work)
+    return _on_registry("tenants", arguments, work)
 
 
 def _on_registry(
-    arguments: argparse.Namespace, work: Callable[[ApiKeys, Tenants, Console, Console], None]
+    command: str,
+    arguments: argparse.Namespace,
+    work: Callable[[ApiKeys, Tenants, Console, Console], None],
 ) -> int:
     """Do it, given the terminal and what results go to. The exit status: 0, or 1 with the reason."""
     from onebase_server.console import print_failure
-    from onebase_server.storage import StorageError, open_keys
+    from onebase_server.storage import StorageError, keep_private, open_keys
 
     console, output = Console(stderr=True), Console()
     if not output.is_terminal:
         output.width = _LOG_WIDTH
+    keep_private()
     try:
         settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
-        with open_keys(settings) as (of_keys, of_tenants):
+        with open_keys(settings) as (of_keys, of_tenants), acting(Origin(actor=f"onebase {command}")):
             work(of_keys, of_tenants, console, output)
     except (SettingsError, StorageError, RegistryError) as error:
         print_failure(console, str(error))

@@ -29,7 +29,7 @@ from onebase_server.http.server import LEAST_FILES, bind, run_server, url_of
 from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
 from onebase_server.settings import Settings
-from onebase_server.storage import Storage, StorageError, chosen_device, open_storage
+from onebase_server.storage import Storage, StorageError, chosen_device, keep_private, open_storage
 from onebase_server.wiring import Commands, assemble
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def run(settings: Settings, console: Console, commands: Commands | None = None) 
     with listener, LoadingDisplay(console) as display:
         base = resolve(settings.base, display)
         leave_torch_out()
+        keep_private()  # not before: the cache of bases may be shared by several users
         try:
             given = find_adapters(settings.adapter, settings.adapters_dir, base.name)
             # Decided once, for the engine too: adapters are bound to the base that it loads.

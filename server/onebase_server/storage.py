@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onebase_adapters import registry
 from onebase_adapters.registry import ApiKeys, Registry, RegistryError, Tenants
-from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.database import SQLITE_ENDINGS, Database, sqlite_file
 from onebase_adapters.store import store
-from onebase_adapters.store.store import GRACE, Store, StoreError
+from onebase_adapters.store.store import GRACE, Store, StoreError, local_folder
 from onebase_engine.base.identity import BaseIdentityError, base_id
+from onebase_engine.environment import computing_environment
 from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.background import Threads
 from onebase_server.errors import (
@@ -40,6 +44,10 @@ _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtyp
 
 _GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
 """In /dev, on a machine with a GPU: NVIDIA's drivers, Windows' for Linux, AMD's."""
+
+_OTHERS = 0o077
+_DATA_NAMES = ("store", "cache", "training")
+_STORE_NAMES = ("blobs", "tmp", "registries", "lock")
 
 _log = logging.getLogger(__name__)
 
@@ -91,10 +99,56 @@ class Storage:
             await asyncio.sleep(SWEEP_SECONDS)
 
 
+def keep_private() -> None:
+    """What this process and its children write from now on, its owner alone may read: 0600, folders 0700."""
+    os.umask(_OTHERS)
+
+
+def close_to_others(settings: Settings) -> None:
+    """Take the rights of group and others from what earlier releases, or another umask, have left. Blocks.
+
+    Only files of this process's own user, under names that are a server's own: a data folder may hold other
+    things too, and stays as open as it is then. Raises OSError, StoreError.
+    """
+    data = Path(settings.data_dir).expanduser().absolute()
+    registry_files = [f"registry.db{ending}" for ending in SQLITE_ENDINGS]
+    _close_folder(data, [*_DATA_NAMES, *registry_files])
+    if settings.registry and (file := sqlite_file(settings.registry)):
+        for ending in SQLITE_ENDINGS:
+            _close(file.with_name(f"{file.name}{ending}"))
+    if settings.store and (store_folder := local_folder(settings.store)):
+        _close_folder(store_folder, _STORE_NAMES)
+
+
+def _close_folder(folder: Path, names: Collection[str]) -> None:
+    """What has these names in a folder; the folder too, if it holds nothing else."""
+    if not folder.is_dir():
+        return
+    found = set(os.listdir(folder))
+    for name in found.intersection(names):
+        _close(folder / name)
+        for inside, folders, files in os.walk(folder / name):
+            for each in (*folders, *files):
+                _close(Path(inside, each))
+    if found.issubset(names):
+        _close(folder)
+
+
+def _close(path: Path) -> None:
+    try:
+        found = path.lstat()
+        is_ours = found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode)
+        if is_ours and found.st_mode & _OTHERS:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+    except FileNotFoundError:
+        pass  # another server on the folder has just deleted it
+
+
 @contextmanager
 def open_keys(settings: Settings) -> Iterator[tuple[ApiKeys, Tenants]]:
     """The API keys and tenants of the registry alone, for a command. Blocks. Raises StorageError."""
     try:
+        close_to_others(settings)
         database = Database(_registry_url(settings))
         try:
             database.migrate()
@@ -103,6 +157,8 @@ def open_keys(settings: Settings) -> Iterator[tuple[ApiKeys, Tenants]]:
             database.close()
     except OSError as error:
         raise StorageError(f"the registry cannot be opened ({error}): choose another --data-dir") from error
+    except StoreError as error:
+        raise StorageError(f"{error} (--store, --data-dir)") from error
 
 
 def _registry_url(settings: Settings) -> str:
@@ -118,6 +174,7 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
     data = Path(settings.data_dir).expanduser().absolute()
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        close_to_others(settings)
         identity = base_id(base_folder, _identity(settings))
         registry = Registry(_registry_url(settings), base_id=identity, base_name=base_name)
         registry.migrate()
@@ -165,7 +222,8 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
     if not any(True for pattern in _GPUS for _ in devices.glob(pattern)):
         return "cpu"
     asking = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
-    found = subprocess.run(asking, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    found = subprocess.run(asking, env=computing_environment(), **silent).returncode == 0
     return "cuda" if found else "cpu"
 
 

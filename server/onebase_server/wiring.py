@@ -215,6 +215,7 @@ def _training(
     """
     records, disk = threads
     folder = JobFolders(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
+    storage.registry.sign(folder.server)
     registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
     pool = TrainerPool(

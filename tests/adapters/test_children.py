@@ -1,4 +1,4 @@
-"""Processes that read what is not ours: none of them runs code that lies in the current folder."""
+"""Processes that read what is not ours: none runs code of the current folder, or knows more than it needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from onebase_adapters.hub import pull as hub
 from onebase_adapters.hub.reference import HubError
@@ -14,6 +16,7 @@ from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.data.files import read_file
 from onebase_engine.base import default_base
 from onebase_engine.base.default_base import BaseFetchError
+from onebase_engine.environment import computing_environment, fetching_environment
 
 PLANTED = "import os\nos.close(os.open({!r}, os.O_CREAT))\nraise ImportError\n"
 
@@ -47,3 +50,34 @@ def test_no_module_of_the_current_folder_is_run(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start(tmp_path)
     assert not ran.exists()
+
+
+NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="="), min_size=1)
+
+
+@given(
+    st.dictionaries(
+        NAMES | st.sampled_from(["AWS_SESSION_TOKEN", "ONEBASE_STORE", "ONEBASE_REGISTRY"]), NAMES
+    )
+)
+def test_a_process_that_computes_gets_what_its_libraries_read_and_nothing_else(
+    others: dict[str, str],
+) -> None:
+    known = {
+        "PATH": "/bin",
+        "OMP_NUM_THREADS": "2",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "LD_LIBRARY_PATH": "/cuda",
+        "PYTHONPATH": "/src",
+    }
+    hub = {"HF_TOKEN": "hf_secret", "HTTPS_PROXY": "http://user:secret@proxy"}
+    computing = computing_environment({**others, **hub, **known})
+    assert known.items() <= computing.items()
+    assert computing["HF_HUB_OFFLINE"] == computing["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
+    assert not {"HF_TOKEN", "HTTPS_PROXY", "AWS_SESSION_TOKEN", "ONEBASE_STORE"} & set(computing)
+    fetching = fetching_environment({**others, **hub, **known})
+    assert (known | hub).items() - {
+        ("OMP_NUM_THREADS", "2"),
+        ("CUDA_VISIBLE_DEVICES", "1"),
+    } <= fetching.items()
+    assert not {"AWS_SESSION_TOKEN", "ONEBASE_REGISTRY", "ONEBASE_STORE"} & set(fetching)

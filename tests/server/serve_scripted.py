@@ -5,6 +5,7 @@
 at once by the next.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from onebase_server.wiring import Commands
 
 
 def command(script: str, *behaviour: str) -> tuple[str, ...]:
-    return sys.executable, str(Path(__file__).with_name(script)), *behaviour
+    pace = os.environ.get("ONEBASE_TEST_PACE")  # an engine would not inherit it
+    given = ("/usr/bin/env", f"ONEBASE_TEST_PACE={pace}") if pace else ()
+    return *given, sys.executable, str(Path(__file__).with_name(script)), *behaviour
 
 
 if __name__ == "__main__":

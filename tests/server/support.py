@@ -138,6 +138,7 @@ def serving(
     ready: bool = True,
     data_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    umask: int = -1,
 ) -> Iterator[Server]:
     """A server started by `command` on a free port; killed at the end if it still runs.
 
@@ -153,6 +154,7 @@ def serving(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200"} | dict(environment or {}),
+        umask=umask,
     )
     server = Server(process, port, data_dir or Path(own_data))
     try:

@@ -90,7 +90,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     }  # fmt: skip
     for scope, beginnings in {
         "generate": ("/generate", "/v1/completions", "/v1/chat/completions"),
-        "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/audit"),
         "train": ("/v1/files", "/v1/fine_tuning"),
     }.items():
         assert all(path.startswith(beginnings) for _, path, access in ROUTES if access == scope)

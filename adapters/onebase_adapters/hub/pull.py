@@ -20,6 +20,7 @@ from typing import Any
 from onebase_adapters.hub.reference import HubError, HubReference, is_commit, parse_hub_reference
 from onebase_adapters.store.blobs import ADAPTER_FILES, Blob, VersionFiles
 from onebase_adapters.store.store import Store, StoreFullError
+from onebase_engine.environment import fetching_environment
 
 __all__ = [
     "HubError",
@@ -141,7 +142,12 @@ def _talk(
 def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     """The process, which ends with this block, or with us: it watches its stdin."""
     child = subprocess.Popen(
-        _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        _COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        env=fetching_environment(),
     )
     if child.stdin is None or child.stdout is None:
         raise HubError("hub_unreachable", "The process that asks the Hub has no pipes.")

@@ -1,6 +1,7 @@
 """Which adapters there are, their versions, and which version is active."""
 
 from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
+from onebase_adapters.registry.audit import AuditLog, Origin, acting
 from onebase_adapters.registry.errors import (
     FileInUseError,
     InvalidKeyError,
@@ -22,6 +23,8 @@ from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
 from onebase_adapters.registry.quotas import KEY_QUOTAS, TENANT_QUOTAS, Tenants
 from onebase_adapters.registry.records import (
+    AUDIT_ACTIONS,
+    AUDIT_KINDS,
     ENDED_STATES,
     JOB_STATES,
     OPEN_STATES,
@@ -30,6 +33,8 @@ from onebase_adapters.registry.records import (
     Activate,
     AdapterRecord,
     ApiKey,
+    AuditAction,
+    AuditEntry,
     Changes,
     Checkpoint,
     Figures,
@@ -55,6 +60,8 @@ from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
 __all__ = [
+    "AUDIT_ACTIONS",
+    "AUDIT_KINDS",
     "DEFAULT_TENANT",
     "ENDED_STATES",
     "JOB_STATES",
@@ -68,6 +75,9 @@ __all__ = [
     "AdapterRecord",
     "ApiKey",
     "ApiKeys",
+    "AuditAction",
+    "AuditEntry",
+    "AuditLog",
     "Blob",
     "Changes",
     "Checkpoint",
@@ -83,6 +93,7 @@ __all__ = [
     "NotReadyError",
     "NothingToRollBackError",
     "OpenJob",
+    "Origin",
     "Purpose",
     "QuotaError",
     "Quotas",
@@ -109,4 +120,5 @@ __all__ = [
     "VersionError",
     "VersionFiles",
     "VersionRecord",
+    "acting",
 ]

@@ -5,14 +5,21 @@ from __future__ import annotations
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import plain
 from onebase_adapters.registry.errors import (
     NothingToRollBackError,
     NotReadyError,
     StaleActivationError,
 )
-from onebase_adapters.registry.records import Action, Unset
+from onebase_adapters.registry.records import Action, AuditAction, Unset
 from onebase_adapters.registry.tables import AdapterRow, HistoryRow, PreviousRow, VersionRow
+
+_AUDITED: dict[Action, AuditAction] = {
+    "activate": "adapter.activated",
+    "rollback": "adapter.rolled_back",
+    "deactivate": "adapter.deactivated",
+}
 
 
 def check_expected(adapter: AdapterRow, expected: str | Unset | None) -> None:
@@ -92,4 +99,14 @@ def _switch(
             at=at,
         )
     )
-    adapter.active = digest
+    previous, adapter.active = adapter.active, digest
+    audit.note(
+        session,
+        _AUDITED[action],
+        adapter.tenant,
+        adapter.name,
+        version=digest,
+        base_id=adapter.base_id,
+        actor=actor,
+        details={"previous": previous},
+    )

@@ -11,7 +11,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
-from onebase_adapters.registry import activation
+from onebase_adapters.registry import activation, audit
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
@@ -24,6 +24,7 @@ from onebase_adapters.registry.records import (
     UNSET,
     Action,
     AdapterRecord,
+    AuditAction,
     Changes,
     HistoryEntry,
     State,
@@ -39,6 +40,17 @@ DEFAULT_TENANT = "default"
 LEAST_PREFIX = 8
 """Hexadecimal digits that a shortened digest must have at least."""
 _NAME_LIMIT = 512
+_MOST_DIGESTS = 16
+"""Of a deleted adapter, that its entry in the audit log names."""
+_ARRIVALS: Mapping[str, AuditAction] = {
+    "upload": "adapter.uploaded",
+    "hub": "adapter.pulled",
+    "folder": "adapter.loaded",
+    "training": "adapter.trained",
+}
+"""By the kind of a version's source."""
+_ARRIVAL_FACTS = ("repo", "commit", "subfolder", "job")
+"""Of a version's source, in the audit log."""
 _PREFIX = re.compile(r"[0-9a-f]+")
 
 
@@ -70,6 +82,12 @@ class Registry:
         """Their quotas, and what they have, on every base."""
         self.usage = UsageRecords(self._database)
         """Who used how much, of every base."""
+        self.audit = audit.AuditLog(self._database)
+        """Who changed what, on every base."""
+
+    def sign(self, server: str) -> None:
+        """What is written from now on is this server's: its id stands in the audit log."""
+        self._database.server = server
 
     def close(self) -> None:
         """Let go of the connections; the registry cannot be used any more."""
@@ -200,6 +218,7 @@ class Registry:
                 _set_state(version, state, now)
                 adapter.changed, adapter.updated_at = counter, now
                 session.flush()
+                _note_arrival(session, adapter, version, source, actor)
             return _version_record(version, adapter), created
 
     def set_state(
@@ -291,14 +310,18 @@ class Registry:
 
     def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
         """Whether the active version is to stay in memory. Raises UnknownAdapterError."""
-        with self._changing(tenant, name, time.time()) as (_, adapter):
-            adapter.pinned = pinned
+        with self._changing(tenant, name, time.time()) as (session, adapter):
+            if adapter.pinned != pinned:
+                adapter.pinned = pinned
+                _note(session, "adapter.pinned" if pinned else "adapter.unpinned", adapter)
             return _adapter_record(adapter)
 
     def share(self, tenant: str, name: str, shared: bool) -> AdapterRecord:
         """Whether all tenants may use the adapter and look at it. Raises UnknownAdapterError."""
-        with self._changing(tenant, name, time.time()) as (_, adapter):
-            adapter.shared = shared
+        with self._changing(tenant, name, time.time()) as (session, adapter):
+            if adapter.shared != shared:
+                adapter.shared = shared
+                _note(session, "adapter.shared" if shared else "adapter.unshared", adapter)
             return _adapter_record(adapter)
 
     def delete_version(self, tenant: str, name: str, digest: str, *, actor: str = "") -> set[str]:
@@ -314,7 +337,7 @@ class Registry:
                 activation.deactivate(session, adapter, actor, now)
             blobs = _blobs_of(version)
             last = len(adapter.versions) == 1
-            session.flush()
+            _note(session, "adapter.version_deleted", adapter, version=version.digest, actor=actor)
             session.delete(adapter if last else version)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
@@ -326,6 +349,9 @@ class Registry:
         """
         with self._changing(tenant, name, time.time()) as (session, adapter):
             blobs = set().union(*map(_blobs_of, adapter.versions))
+            digests = [version.digest for version in adapter.versions]
+            details = {"count": len(digests), "versions": digests[:_MOST_DIGESTS], "active": adapter.active}
+            _note(session, "adapter.deleted", adapter, details=details)
             session.delete(adapter)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
@@ -339,6 +365,22 @@ class Registry:
             adapter.updated_at = now
             yield session, adapter
             session.flush()
+
+
+# The audit log
+
+
+def _note(session: Session, action: AuditAction, adapter: AdapterRow, **what: Any) -> None:
+    audit.note(session, action, adapter.tenant, adapter.name, base_id=adapter.base_id, **what)
+
+
+def _note_arrival(
+    session: Session, adapter: AdapterRow, version: VersionRow, source: Mapping[str, Any], actor: str
+) -> None:
+    details = {name: source[name] for name in _ARRIVAL_FACTS if source.get(name)}
+    details["bytes"] = version.config_size + version.weights_size
+    action = _ARRIVALS.get(str(source.get("kind")), "adapter.uploaded")
+    _note(session, action, adapter, version=version.digest, actor=actor, details=details)
 
 
 # Looking rows up, within one tenant and one base

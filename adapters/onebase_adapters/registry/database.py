@@ -38,6 +38,10 @@ _MIGRATION_LOCK = 0x6F6E_6562_6173_65  # "onebase", for pg_advisory_xact_lock
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _READ = "onebase_read"
 _LITTLE_SPACE = 1 << 20
+SERVER = "server"
+"""Key of a session's `info`: the id of the server that writes."""
+SQLITE_ENDINGS = ("", "-wal", "-shm", "-journal", ".lock")
+"""Of the files that a SQLite registry has: its own name, and what is added to it."""
 
 
 class Database:
@@ -45,6 +49,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.server = ""
+        """Id of the server that writes, for the audit log."""
         self.place = redacted(url)
         self._file: Path | None = None
         with self.errors("opening the registry"):
@@ -84,7 +90,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[tuple[Session, int]]:
         """A transaction that excludes other writers, and the change counter it will leave behind."""
-        with self.errors("writing"), Session(self.engine) as session, session.begin():
+        with self.errors("writing"), self._session() as session, session.begin():
             counter = session.scalar(
                 update(ChangeCounter)
                 .where(ChangeCounter.id == _COUNTER_ID)
@@ -98,8 +104,11 @@ class Database:
     @contextmanager
     def write_uncounted(self) -> Iterator[Session]:
         """A writing transaction that leaves the change counter alone: for what no catalog follows."""
-        with self.errors("writing"), Session(self.engine) as session, session.begin():
+        with self.errors("writing"), self._session() as session, session.begin():
             yield session
+
+    def _session(self) -> Session:
+        return Session(self.engine, info={SERVER: self.server})
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -169,6 +178,17 @@ class Database:
             cause = getattr(error, "orig", None) or error
             said = without_secrets(f"{type(cause).__name__}: {cause}".strip(), self.url)
             raise _kind(error, cause, self._file)(f"{self.place} failed while {doing}: {said}") from None
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite registry; None for any other URL, also for one that cannot be read."""
+    try:
+        parsed = make_url(url)
+    except exc.ArgumentError:
+        return None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    return Path(parsed.database).expanduser().absolute()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

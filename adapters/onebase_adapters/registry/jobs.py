@@ -9,6 +9,8 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from onebase_adapters.registry import audit
+from onebase_adapters.registry.audit import Origin
 from onebase_adapters.registry.database import Database, plain, plain_json, referenced_blobs
 from onebase_adapters.registry.errors import (
     FileInUseError,
@@ -23,6 +25,7 @@ from onebase_adapters.registry.records import (
     JOB_STATES,
     OPEN_STATES,
     Activate,
+    AuditAction,
     Checkpoint,
     EventKind,
     JobError,
@@ -97,6 +100,8 @@ class TrainingRecords:
                         sha256=file.sha256,
                     )
                 )
+                details = {"filename": file.filename, "bytes": file.bytes, "purpose": file.purpose}
+                audit.note(session, "file.added", file.tenant, file.id, details=details)
         return file
 
     def files(
@@ -153,6 +158,7 @@ class TrainingRecords:
             if user is not None:
                 raise FileInUseError(f"File {row.id} is in use: job {user} needs it.", user)
             blobs = set() if row.sha256 is None else {row.sha256}
+            audit.note(session, "file.deleted", row.tenant, row.id, details={"filename": row.filename})
             session.delete(row)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
@@ -182,9 +188,12 @@ class TrainingRecords:
             for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
                 _file(session, job.tenant, file_id, lock=True)
             row = _job_row(job, self._base_id, time.time())
+            row.key = audit.current().key
             session.add(row)
             session.flush()
             session.add(_event_row(row.number, event))
+            asked = ("training_file", "validation_file", "activate")
+            self._note(session, "job.created", row, {name: getattr(row, name) for name in asked})
             return _job_record(row)
 
     def job(self, tenant: str, job_id: str) -> TrainingJob:
@@ -258,10 +267,13 @@ class TrainingRecords:
             delivered = row.state == "running" and row.report is not None
             if row.state not in among or (delivered and not while_delivered):
                 raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
+            before = cast(JobState, row.state)
             _set_facts(row, state, facts, time.time())
             if event is not None:
                 session.add(_event_row(row.number, event))
             session.flush()
+            if (action := _audited(before, state)) is not None:
+                self._note(session, action, row, {"code": row.error_code, "activated": row.activated})
             return _job_record(row)
 
     def note(
@@ -313,6 +325,25 @@ class TrainingRecords:
             )
             return [_checkpoint_record(row) for row in rows]
 
+    def _note(
+        self, session: Session, action: AuditAction, row: TrainingJobRow, details: Mapping[str, Any]
+    ) -> None:
+        """An entry in the audit log. What a server does by itself with a job is done for who made it."""
+        origin = audit.current()
+        if origin == Origin():
+            origin = Origin(row.key or "", actor=f"job {row.id}")
+        kept = {name: value for name, value in details.items() if value is not None}
+        audit.note(
+            session,
+            action,
+            row.tenant,
+            row.id,
+            version=row.version,
+            base_id=row.base_id,
+            origin=origin,
+            details={"adapter": row.name, **kept},
+        )
+
     def _scope(self, tenant: str | None = None) -> list[ColumnElement[bool]]:
         conditions = [TrainingJobRow.base_id == self._base_id]
         return conditions if tenant is None else [*conditions, TrainingJobRow.tenant == tenant]
@@ -325,6 +356,23 @@ class TrainingRecords:
         if row is None:
             raise UnknownJobError(f"There is no job {job_id[:80]!r} on this base.")
         return row
+
+
+_MOVES: Mapping[JobState, AuditAction] = {
+    "paused": "job.paused",
+    "cancelled": "job.cancelled",
+    "succeeded": "job.succeeded",
+    "failed": "job.failed",
+}
+
+
+def _audited(before: JobState, after: JobState) -> AuditAction | None:
+    """What a change of state is in the audit log; None for what a server does on the way."""
+    if before == after:
+        return None
+    if after in OPEN_STATES:
+        return None if before in OPEN_STATES else "job.resumed"
+    return _MOVES[after]
 
 
 def _file(session: Session, tenant: str, file_id: str, *, lock: bool = False) -> TrainingFileRow:
@@ -402,6 +450,7 @@ def _job_record(row: TrainingJobRow) -> TrainingJob:
         version=row.version,
         activated=row.activated,
         result_file=row.result_file,
+        key=row.key or "",
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
+from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
 from onebase_adapters.registry.quotas import KEY_QUOTAS, changed_quotas, check_tenant, quotas_of
@@ -90,6 +91,9 @@ class ApiKeys:
             )
             session.add(row)
             session.flush()
+            details = {"scopes": list(chosen), "name": name, "expires_at": expires_at}
+            more = {"quotas": limits, "priority": priority}
+            audit.note(session, "key.created", tenant, key_id, details={**details, **more})
             return _record(row), key
 
     def all(self) -> list[ApiKey]:
@@ -113,6 +117,8 @@ class ApiKeys:
             row.priority = row.priority if priority is None else priority
             row.changed = counter
             session.flush()
+            details = {"quotas": row.quotas, "priority": row.priority}
+            audit.note(session, "key.changed", row.tenant, row.id, details=details)
             return _record(row)
 
     def since(self, known: int) -> tuple[int, Callers | None]:
@@ -131,6 +137,8 @@ class ApiKeys:
         """From now on nobody can use the key. Repeating it changes nothing. Raises UnknownKeyError."""
         with self._database.write() as (session, counter):
             row = _row(session, key_id)
+            if row.revoked_at is None:
+                audit.note(session, "key.revoked", row.tenant, row.id)
             row.revoked_at, row.changed = row.revoked_at or time.time(), counter
             session.flush()
             return _record(row)

@@ -14,6 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
+from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database
 from onebase_adapters.registry.errors import InvalidKeyError, QuotaError
 from onebase_adapters.registry.records import Quotas, TenantRecord
@@ -59,6 +60,7 @@ class Tenants:
             row.quotas = changed_quotas(row.quotas, changes, TENANT_QUOTAS)
             row.changed = counter
             session.flush()
+            audit.note(session, "tenant.changed", tenant, tenant, details={"quotas": row.quotas})
             return _record(session, tenant, row)
 
     def all(self) -> list[TenantRecord]:

@@ -201,6 +201,43 @@ class ApiKey:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
+# ---- audit -----------------------------------------------------------------------------------
+
+AuditAction = Literal[
+    "adapter.uploaded", "adapter.pulled", "adapter.loaded", "adapter.trained", "adapter.activated",
+    "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned", "adapter.shared",
+    "adapter.unshared", "adapter.version_deleted", "adapter.deleted", "file.added", "file.deleted",
+    "job.created", "job.paused", "job.resumed", "job.cancelled", "job.succeeded", "job.failed",
+    "key.created", "key.changed", "key.revoked", "tenant.changed",
+]  # fmt: skip
+AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
+AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))
+"""What actions begin with: `adapter`, `file`, `job`, `key`, `tenant`."""
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One change, by whom.
+
+    number: counts up. tenant: whose adapter, file, job or key it is. key: the id of the API key that asked;
+    "" where none is needed. actor: what acted for it, where that was no request. target: a name, or an id.
+    version: a digest. base: its name. request: the id that came with the request.
+    """
+
+    number: int
+    at: float
+    tenant: str
+    key: str
+    actor: str
+    action: AuditAction
+    target: str
+    version: str | None
+    base: str | None
+    server: str
+    request: str
+    details: Mapping[str, Any] = field(hash=False)
+
+
 # ---- training --------------------------------------------------------------------------------
 
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -267,6 +304,7 @@ class TrainingJob(NewJob):
     saved_step: of the newest checkpoint; 0 is none.
     deaths: of its trainers since the checkpoint `death_step`.
     version: the digest of what came out; `activated`: whether requests by name get it.
+    key: the id of the API key that made it; "" where none is needed.
     """
 
     number: int
@@ -284,6 +322,7 @@ class TrainingJob(NewJob):
     version: str | None
     activated: bool | None
     result_file: str | None
+    key: str = ""
 
     @property
     def ended(self) -> bool:

@@ -124,6 +124,26 @@ class UsageWriterRow(Table):
     at: Mapped[float] = mapped_column(DoubleType)
 
 
+class AuditRow(Table):
+    """One change by somebody. The database refuses to change or delete a row."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index(None, "tenant", "number"), Index(None, "target", "number"))
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    at: Mapped[float] = mapped_column(DoubleType)
+    tenant: Mapped[str] = mapped_column(String)
+    key: Mapped[str] = mapped_column(String)
+    actor: Mapped[str] = mapped_column(String)
+    action: Mapped[str] = mapped_column(String)
+    target: Mapped[str] = mapped_column(String)
+    version: Mapped[str | None] = mapped_column(String)
+    base_id: Mapped[str | None] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String)
+    request: Mapped[str] = mapped_column(String)
+    details: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+
+
 class AdapterRow(Table):
     """One name of one tenant on one base."""
 
@@ -252,6 +272,7 @@ class TrainingJobRow(Table):
     version: Mapped[str | None] = mapped_column(String)
     activated: Mapped[bool | None] = mapped_column()
     result_file: Mapped[str | None] = mapped_column(String)
+    key: Mapped[str | None] = mapped_column(String)
 
 
 class TrainingEventRow(Table):

@@ -115,7 +115,7 @@ class Store:
         self._grace = grace
         self._cache_bytes = cache_bytes
         self._evicting = threading.Lock()
-        folder = _local_folder(url)
+        folder = local_folder(url)
         self._remote = RemoteBlobs(url) if folder is None else None
         self._local = LocalBlobs(cache if folder is None else folder, files or FileSystem())
         self._registry = registry
@@ -286,7 +286,7 @@ class Store:
                     total -= size
 
 
-def _local_folder(url: str) -> Path | None:
+def local_folder(url: str) -> Path | None:
     """The folder of a local path or a `file://` URL; None for any other place. Raises StoreError."""
     scheme, separator, _ = url.partition("://")
     if not separator:

@@ -238,6 +238,32 @@ class TenantUsage:
     training_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class AuditEntry:
+    """One change that somebody made on the server."""
+
+    id: str
+    at: float
+    """Unix time in seconds."""
+    tenant: str
+    """Whose adapter, file, job or key it is."""
+    key: str
+    """The id of the API key that asked; empty where none is needed."""
+    actor: str
+    """What acted for it, where that was no request: `job ftjob-...`, `startup`."""
+    action: str
+    """Such as `adapter.activated`."""
+    target: str
+    """The adapter's name, or the id of the file, job or key."""
+    version: str | None
+    """The digest of the adapter's version."""
+    base: str | None
+    server: str
+    request: str
+    """The `X-Request-Id` that came with the request."""
+    details: Mapping[str, object]
+
+
 @dataclass(frozen=True)
 class Health:
     """Whether the server can do its work right now."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.config import AdapterFormatError, check_config
-from onebase_adapters.registry import Registry, VersionRecord
+from onebase_adapters.registry import Origin, Registry, VersionRecord, acting
 from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
@@ -164,7 +164,8 @@ class AdapterService:
     async def resume(self) -> None:
         """Go on with what a restart interrupted. Raises RegistryError."""
         for version in await self._records.run(self._registry.unfinished):
-            self._begin(version, VersionOptions.of(version.source))
+            with acting(_origin_of(version)):
+                self._begin(version, VersionOptions.of(version.source))
         for record in self.catalog:
             newest = record.versions[0]
             if newest.state == "ready" and newest.digest != record.active:
@@ -177,7 +178,8 @@ class AdapterService:
         history = await self._records.run(self._registry.history, version.tenant, version.name)
         if not history or history[0].at < (version.finished_at or 0.0):
             job = _Job(VersionOptions.of(version.source), activate=True)
-            await self._activate_if_asked(version, job)
+            with acting(_origin_of(version)):
+                await self._activate_if_asked(version, job)
 
     def prove_again(self, damaged: PackedAdapterFile) -> None:
         """A packed adapter is lost or damaged: make another one for the versions that still have it."""
@@ -362,3 +364,9 @@ class AdapterService:
             await self._set_state(version, "proving")
         except registry_errors.RegistryError as error:
             _log.warning("version %s of %s: %s", version.digest[:12], version.name, error)
+
+
+def _origin_of(version: VersionRecord) -> Origin:
+    """On whose behalf a start goes on with a version: that of who brought it."""
+    key = version.created_by if version.created_by.startswith("ob-") else ""
+    return Origin(key, actor="a restart")

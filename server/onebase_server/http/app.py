@@ -26,6 +26,7 @@ from onebase_server.http.door import refusal
 from onebase_server.http.guard import Guard, describe_answers
 from onebase_server.http.routes import (
     adapters,
+    audit,
     files,
     fine_tuning,
     generation,
@@ -64,7 +65,9 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    routes = (generation, models, adapters, vllm, files, fine_tuning, keys, usage, health, reference)
+    routes = (
+        generation, models, adapters, vllm, files, fine_tuning, keys, usage, audit, health, reference,
+    )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
     describe_answers(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onebase_adapters.registry import Origin, acting
 from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.errors import (
     InsufficientScopeError,
@@ -22,6 +24,7 @@ from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.door import refusal
 from onebase_server.quotas import Ticket
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs none."""
 _ACCESS = "onebase_access"
@@ -111,10 +114,11 @@ class Guard:
             await refusal(error)(scope, receive, send)
             return
         receive = self._while_valid(scope[CALLER], receive)
-        if ticket is None:
-            await self._app(scope, receive, send)
-        else:
-            await self._metered(ticket, scope, receive, send)
+        with acting(Origin(caller.key, _request_id(scope))):
+            if ticket is None:
+                await self._app(scope, receive, send)
+            else:
+                await self._metered(ticket, scope, receive, send)
 
     def _while_valid(self, caller: Caller, receive: Receive) -> Receive:
         """Gives a body that takes long only as long as its caller's key is valid. Raises BodyError."""
@@ -172,3 +176,12 @@ class Guard:
         if not caller.may(access):
             raise InsufficientScopeError(access, caller.key)
         return caller
+
+
+def _request_id(scope: Scope) -> str:
+    """The X-Request-Id of a request, which a gateway may send; "" without one, or if it is not plain."""
+    for name, value in scope["headers"]:
+        text: str = value.decode("latin-1")
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text):
+            return text
+    return ""

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase_adapters.registry import RegistryError, TrainingJob, VersionRecord
+from onebase_adapters.registry import Origin, RegistryError, TrainingJob, VersionRecord, acting
 from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
 from onebase_server.adapters.catalog import label
@@ -84,7 +84,8 @@ class Delivery:
         """
         for pause in BACKOFF.tries(TRIES):
             try:
-                return await self._deliver(job, record)
+                with acting(Origin(job.key, actor=f"job {job.id}")):
+                    return await self._deliver(job, record)
             except StoreFullError as error:
                 raise DeliveryError("disk_full", error.message) from error
             except (UnavailableError, RegistryError, StoreError, OSError) as error:

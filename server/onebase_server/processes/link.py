@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from onebase_engine.engine.messages import FrameReader, ToEngine, encode
+from onebase_engine.environment import computing_environment
 
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes.engine")
 DEATH_SECONDS = 2.0
@@ -82,7 +83,7 @@ class ChildProcess:
         """Start the command with `--fd N`, one end of a socket pair, and an option for each of `fds`.
 
         `fds` maps an option's name (`--base-fd`) to a file descriptor that the child inherits.
-        `environment` is added to this process's own.
+        `environment` is added to what the child gets of this process's own, in which no credentials are.
         `on_lost` is called once when the socket closes, which a dead process causes too. The child
         gets a session of its own: Ctrl-C in the terminal reaches the api alone, which drains first.
         """
@@ -97,7 +98,7 @@ class ChildProcess:
                     pass_fds=tuple(inherited.values()),
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,
-                    env={**os.environ, **environment} if environment else None,
+                    env={**computing_environment(), **(environment or {})},
                 )
             except BaseException:
                 ours.close()

@@ -9,12 +9,13 @@ from datetime import date
 from types import TracebackType
 from typing import Unpack
 
-from .._core import parse, requests
+from .._core import audit, parse, requests
 from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._http import Pool, Transport
 from ..types import (
     AdapterSpec,
+    AuditEntry,
     Generation,
     Health,
     Messages,
@@ -211,6 +212,40 @@ class Client:
         """As `usage`, as CSV with a line of titles. A spreadsheet takes no name in it for a formula."""
         reply = self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
         return reply.body.decode()
+
+    def audit(
+        self,
+        *,
+        tenant: str | None = None,
+        action: str | None = None,
+        target: str | None = None,
+        since: float | None = None,
+        after: str | None = None,
+        oldest_first: bool = False,
+        limit: int | None = 100,
+    ) -> tuple[AuditEntry, ...]:
+        """Who changed what on the server's registry, the newest first.
+
+        Args:
+            tenant: Of one tenant. Without it a key with the scope `admin` gets all, others their own.
+            action: Such as `adapter.activated`, or all of a kind: `adapter`, `file`, `job`, `key`, `tenant`.
+            target: An adapter's name, or the id of a file, a job or a key.
+            since: Unix seconds; nothing from before.
+            after: The id of an entry, after which the list begins.
+            oldest_first: The other way round, so that `after` the last known entry come the new ones.
+            limit: The largest number of entries; None: all.
+
+        Raises:
+            BadRequestError: there is no such action, or `after` is no id of an entry.
+            PermissionDeniedError: your key has neither the scope `adapters` nor `admin`.
+        """
+        order = "asc" if oldest_first else "desc"
+        return self._http.collect(
+            lambda last, size: audit.entries(tenant, action, target, since, order, last, size),
+            audit.parse_entry,
+            limit,
+            after,
+        )
 
     def health(self) -> Health:
         """Whether the server makes progress. A server that answers that it is unwell raises nothing.

@@ -38,6 +38,7 @@ Talking to a server
   jobs       let the server train adapters; watch, pause, resume, cancel
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
+  audit      list who changed what: adapters, files, jobs, keys
   version    show the version of this command and of the server
 
 First steps
@@ -57,6 +58,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "adapters": "adapters",
     "jobs": "jobs",
     "usage": "usage",
+    "audit": "audit",
     "models": "server",
     "version": "server",
 }

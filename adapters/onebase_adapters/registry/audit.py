@@ -1,0 +1,169 @@
+"""The audit log: who changed what, and when. Entries are never changed, nor deleted.
+
+An entry is written in the transaction of the change itself, so that neither is there without the other. On
+whose behalf a change is made, the context says (`acting`): what a request starts, also tasks and threads that
+outlive it, acts for its caller. Attempts that were refused are no entries, or anyone could fill the disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, select, text
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.database import SERVER, Database, plain, plain_json
+from onebase_adapters.registry.records import AUDIT_KINDS, AuditAction, AuditEntry
+from onebase_adapters.registry.tables import AuditRow, BaseRow
+
+_TURN = 0x6175_6469_74  # "audit", for pg_advisory_xact_lock
+_MOST_TEXT = 512
+
+
+@dataclass(frozen=True)
+class Origin:
+    """On whose behalf something is changed.
+
+    key: the id of an API key; "" where none is needed. request: an id that came with the request.
+    actor: what acts, where that is no request: `job ftjob-...`, `startup`, `onebase keys`.
+    """
+
+    key: str = ""
+    request: str = ""
+    actor: str = ""
+
+
+_NOBODY = Origin()
+_ORIGIN: ContextVar[Origin] = ContextVar("onebase_origin", default=_NOBODY)
+
+
+@contextmanager
+def acting(origin: Origin) -> Iterator[None]:
+    """What is changed in this block, and by tasks that it starts, is changed on behalf of `origin`."""
+    before = _ORIGIN.set(origin)
+    try:
+        yield
+    finally:
+        _ORIGIN.reset(before)
+
+
+def current() -> Origin:
+    """On whose behalf this code runs."""
+    return _ORIGIN.get()
+
+
+def note(
+    session: Session,
+    action: AuditAction,
+    tenant: str,
+    name: str,
+    *,
+    version: str | None = None,
+    base_id: str | None = None,
+    origin: Origin | None = None,
+    actor: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an entry to a write transaction, as the last thing that waits for a lock there.
+
+    Args:
+        name: of the adapter, or the id of the file, job or key.
+        origin: instead of the context's. actor: what acts, if `origin` does not say so.
+        details: what else is worth knowing; never a secret.
+    """
+    found = origin or current()
+    if actor and not found.actor and actor != found.key:
+        found = replace(found, actor=actor)
+    if session.get_bind().dialect.name == "postgresql":
+        # Numbers then follow the order of commits, and who reads on from one misses nothing.
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TURN})
+    session.add(
+        AuditRow(
+            at=time.time(),
+            tenant=tenant,
+            key=_text(found.key),
+            actor=_text(found.actor),
+            action=action,
+            target=_text(name),
+            version=version,
+            base_id=base_id,
+            server=session.info.get(SERVER, ""),
+            request=_text(found.request),
+            details=plain_json(details) if details else None,
+        )
+    )
+    session.flush()
+
+
+def _text(value: str) -> str:
+    return plain(value)[:_MOST_TEXT]
+
+
+class AuditLog:
+    """Reads the log, of every base. Blocks. Raises RegistryBusyError and RegistryError like Registry."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def entries(
+        self,
+        *,
+        tenant: str | None = None,
+        action: str | None = None,
+        target: str | None = None,
+        since: float | None = None,
+        after: int | None = None,
+        limit: int,
+        oldest_first: bool = False,
+    ) -> list[AuditEntry]:
+        """Newest first, unless `oldest_first`.
+
+        Args:
+            tenant: whose adapters, files, jobs and keys; None: of all.
+            action: one of AuditAction, or a kind of them (`job`). target: a name or an id.
+            since: Unix seconds. after: the number of the last entry of the page before.
+        """
+        number = AuditRow.number
+        conditions: list[ColumnElement[bool]] = []
+        if tenant is not None:
+            conditions.append(AuditRow.tenant == plain(tenant))
+        if action is not None:
+            exact = AuditRow.action == plain(action)
+            conditions.append(AuditRow.action.startswith(f"{action}.") if action in AUDIT_KINDS else exact)
+        if target is not None:
+            conditions.append(AuditRow.target == plain(target))
+        if since is not None:
+            conditions.append(AuditRow.at >= since)
+        if after is not None:
+            conditions.append(number > after if oldest_first else number < after)
+        with self._database.read() as session:
+            rows = session.execute(
+                select(AuditRow, BaseRow.name)
+                .outerjoin(BaseRow, BaseRow.id == AuditRow.base_id)
+                .where(*conditions)
+                .order_by(number if oldest_first else number.desc())
+                .limit(limit)
+            )
+            return [_entry(row, base) for row, base in rows]
+
+
+def _entry(row: AuditRow, base: str | None) -> AuditEntry:
+    return AuditEntry(
+        number=row.number,
+        at=row.at,
+        tenant=row.tenant,
+        key=row.key,
+        actor=row.actor,
+        action=cast(AuditAction, row.action),
+        target=row.target,
+        version=row.version,
+        base=base,
+        server=row.server,
+        request=row.request,
+        details=row.details or {},
+    )

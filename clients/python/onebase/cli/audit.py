@@ -1,0 +1,152 @@
+"""`onebase audit`: who changed what on a server, and when."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final
+
+from .._sync.client import Client
+from ..types import AuditEntry
+from .command import OK, count, parser, perform, print_json
+from .ui import ROOMY, WIDE, Column, print_table, show
+
+_POLL_SECONDS: Final = 2.0
+_DESCRIPTION: Final = """\
+List who changed what, the newest first: adapters sent, activated, rolled back and deleted,
+files, jobs, API keys and quotas. With --follow the oldest first, and then new ones until Ctrl-C.
+"""
+_EXAMPLES: Final = """\
+  onebase audit --target acme-support
+  onebase audit --action job --since 2026-11-01
+  onebase audit --all --json > audit.json
+  onebase audit --follow --json | your-log-shipper
+"""
+_FIELDS: Final = tuple(field.name for field in dataclasses.fields(AuditEntry))
+_UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run the command. Gives its exit status."""
+    made = parser(command, _DESCRIPTION, _EXAMPLES)
+    made.add_argument(
+        "--tenant", metavar="NAME", help="of one tenant, for admins (default: all that you may see)"
+    )
+    made.add_argument(
+        "--action",
+        metavar="ACTION",
+        help="such as adapter.activated, or a kind: adapter, file, job, key, tenant (default: all)",
+    )
+    made.add_argument("--target", metavar="NAME", help="an adapter's name, or an id (default: all)")
+    made.add_argument(
+        "--since", type=_moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01 (default: all)"
+    )
+    many = made.add_mutually_exclusive_group()
+    many.add_argument("--limit", type=count, default=50, metavar="N", help="the newest N (default: 50)")
+    many.add_argument("--all", action="store_true", help="all of them")
+    many.add_argument("--follow", action="store_true", help="print new entries as they come")
+    form = made.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON; with --follow, a line an entry")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    args = made.parse_args(argv)
+    return perform(made, args, lambda client: (_follow if args.follow else _list)(client, args))
+
+
+def _moment(text: str) -> float:
+    """Unix seconds of a time: a date, or how long ago."""
+    number, unit = text[:-1], text[-1:]
+    if unit in _UNITS and number.isdecimal():
+        return max(0.0, time.time() - int(number) * _UNITS[unit])
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: say 12h, 7d or 2026-11-01") from None
+
+
+def _list(client: Client, args: argparse.Namespace) -> int:
+    found = _asked(client, args, limit=None if args.all else args.limit)
+    if args.json:
+        print_json(found)
+    elif args.csv:
+        _print_csv(found, header=True)
+    else:
+        print_table(_COLUMNS, found)
+    return OK
+
+
+def _asked(
+    client: Client,
+    args: argparse.Namespace,
+    *,
+    limit: int | None,
+    after: str | None = None,
+    oldest_first: bool = False,
+) -> tuple[AuditEntry, ...]:
+    return client.audit(
+        tenant=args.tenant,
+        action=args.action,
+        target=args.target,
+        since=args.since,
+        after=after,
+        oldest_first=oldest_first,
+        limit=limit,
+    )
+
+
+def _follow(client: Client, args: argparse.Namespace) -> int:
+    after = None
+    if args.csv:
+        _print_csv((), header=True)
+    while True:
+        for entry in _asked(client, args, limit=None, after=after, oldest_first=True):
+            after = entry.id
+            if args.json:
+                print_json(entry)
+            elif args.csv:
+                _print_csv((entry,), header=False)
+            else:
+                show("  ".join(filter(None, _words(entry))) + "\n")
+        sys.stdout.flush()
+        time.sleep(_POLL_SECONDS)
+
+
+def _print_csv(entries: Sequence[AuditEntry], *, header: bool) -> None:
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    if header:
+        rows.writerow(_FIELDS)
+    for entry in entries:
+        values = {**vars(entry), "details": json.dumps(entry.details, ensure_ascii=False)}
+        rows.writerow([values[name] for name in _FIELDS])
+
+
+def _who(entry: AuditEntry) -> str:
+    """The key and what acted for it."""
+    return ", ".join(part for part in (entry.key, entry.actor) if part) or "local"
+
+
+def _time(entry: AuditEntry) -> str:
+    return datetime.fromtimestamp(entry.at).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _words(entry: AuditEntry) -> tuple[str, ...]:
+    return _time(entry), entry.tenant, entry.action, entry.target, _short(entry), f"by {_who(entry)}"
+
+
+def _short(entry: AuditEntry) -> str:
+    return (entry.version or "")[:12]
+
+
+_COLUMNS: Final[Sequence[Column[AuditEntry]]] = (
+    Column("when", _time),
+    Column("tenant", lambda entry: entry.tenant, at=WIDE),
+    Column("action", lambda entry: entry.action, style=lambda _: "bold"),
+    Column("target", lambda entry: entry.target, shrink=True),
+    Column("version", _short, at=ROOMY),
+    Column("by", _who, shrink=True),
+)

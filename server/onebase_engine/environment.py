@@ -1,0 +1,45 @@
+"""The environments of child processes: what their libraries read, and so no secret that is not theirs.
+
+A list of what is passed, not of what is kept back: nobody can list how secrets are named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+_EVERY = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP", "COLUMNS", "NO_COLOR",
+    "XDG_CACHE_HOME", "PYTHON*", "LD_*", "MALLOC_*", "GLIBC_TUNABLES", "COVERAGE_*",
+)  # fmt: skip
+"""A name, or with `*` the beginning of names."""
+_COMPUTING = (
+    "OMP_*", "GOMP_*", "KMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "DNNL_*", "ONEDNN_*", "ATEN_*", "TORCH*",
+    "PYTORCH_*", "TRITON_*", "CUDA_*", "CUBLAS*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "HIP_*", "HSA_*", "ROCM_*",
+    "ROCR_*", "AMD_*", "GPU_*", "MIOPEN_*", "ROCBLAS_*", "HIPBLASLT_*", "BNB_*", "BITSANDBYTES_*",
+    "TOKENIZERS_*", "RAYON_*", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE",
+)  # fmt: skip
+_NO_HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+"""The base is a folder by then. Without these a library could ask the Hub, with the token in HF_HOME."""
+_FETCHING = (
+    "HF_*", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_*", "TRANSFORMERS_OFFLINE", "DISABLE_TELEMETRY",
+    "DO_NOT_TRACK", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
+    "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+)  # fmt: skip
+
+
+def computing_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """For a process that computes: what torch and its like read, no credentials, and no way to the Hub."""
+    return _passed(environ, _EVERY + _COMPUTING) | _NO_HUB
+
+
+def fetching_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """For a process that asks the Hub: the Hub's own settings and token, and those of the network."""
+    return _passed(environ, _EVERY + _FETCHING)
+
+
+def _passed(environ: Mapping[str, str] | None, wanted: tuple[str, ...]) -> dict[str, str]:
+    beginnings = tuple(name[:-1] for name in wanted if name.endswith("*"))
+    found = os.environ if environ is None else environ
+    return {name: value for name, value in found.items() if name in wanted or name.startswith(beginnings)}
