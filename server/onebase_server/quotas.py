@@ -46,6 +46,7 @@ class Window:
             self.total -= charge.amount
 
     def add(self, amount: int, now: float) -> Charge:
+        self.forget(now)
         charge = Charge(now, amount)
         self._charges.append(charge)
         self.total += amount

@@ -302,7 +302,7 @@ def test_an_option_that_does_not_exist_is_found(folder: Path) -> None:
     "command",
     [
         "models", "version", "adapters list", "adapters show orders", "jobs list",
-        "generate Hi --max-tokens 2", "data check train.jsonl", "estimate --gpu l4",
+        "generate Hi --max-tokens 2", "usage", "data check train.jsonl", "estimate --gpu l4",
     ],
 )  # fmt: skip
 def test_json_is_one_document(command: str, server: Server, folder: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from onebase.cli import main
-from onebase_server.cli import keys
+from onebase_adapters.registry import Quotas
+from onebase_server.cli import keys, tenants
 from onebase_server.settings import SettingsError, parse_duration
 
 from .access import Keys
@@ -41,6 +42,43 @@ def test_a_key_is_made_shown_once_listed_and_revoked(
     assert ("acme" in last, "revoked" in first) == (True, True)
 
 
+def test_quotas_are_set_for_keys_and_tenants_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
+    made = ["--scope", "generate", "--quota", "requests=60,rows=8", "--priority", "-3"]
+    assert main(["keys", "create", "--tenant", "acme", *made]) == 0
+    known = Keys(tmp_path)
+    record = known.record(capsys.readouterr().out.strip())
+    assert (record.quotas, record.priority) == (Quotas(requests=60, rows=8), -3)
+    assert main(["keys", "set", record.id, "--quota", "rows=none, tokens=5"]) == 0
+    assert "requests=60,tokens=5 priority=-3" in capsys.readouterr().out
+    assert main(["keys", "set", record.id, "--priority", "0"]) == 0
+    assert "priority" not in capsys.readouterr().out
+    assert known.registry.all()[0].quotas == Quotas(requests=60, tokens=5)
+
+    assert main(["tenants", "set", "acme", "--quota", "bytes=1.5GB,training_seconds=20h,adapters=3"]) == 0
+    assert main(["tenants", "set", "zeta", "--quota", "training_seconds=90"]) == 0
+    capsys.readouterr()
+    assert main(["tenants", "list"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "adapters=3,bytes=1500000000,training_seconds=72000" in first
+    assert second.split() == ["zeta", "training_seconds=90", "0", "0", "B", "0", "s"]
+    known.close()
+
+
+@pytest.mark.parametrize(
+    "quota", ["", "rows", "rows=", "rows=few", "rows=1,rows=2", "bytes=10XB", "rows=1.5"]
+)
+def test_a_quota_that_cannot_be_read_is_a_wrong_argument(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quota: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        tenants(["set", "acme", "--quota", quota, "--data-dir", str(tmp_path)])
+    assert end.value.code == 2
+    assert "--quota" in capsys.readouterr().err
+
+
 def test_the_registry_and_the_data_folder_are_named_as_for_serve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +100,10 @@ def test_the_registry_and_the_data_folder_are_named_as_for_serve(
         (["create", "--scope", ","], "there is none; choose among"),
         (["create", "--scope", "train", "--tenant", "a b"], "'a b' cannot be a tenant's name"),
         (["revoke", "ob-nobody"], "There is no API key 'ob-nobody'"),
+        (["set", "ob-nobody", "--priority", "1"], "There is no API key 'ob-nobody'"),
+        (["create", "--scope", "train", "--quota", "bytes=1"], "onebase tenants set"),
+        (["create", "--scope", "train", "--quota", "wishes=3"], "choose among requests, tokens, rows"),
+        (["create", "--scope", "train", "--priority", "11"], "priority: use a whole number from -10 to 10"),
         (["list", "--registry", "mysql://host/name"], "a sqlite:/// or a postgresql:// URL"),
         (["list", "--registry", "sqlite:////proc/none/registry.db"], "registry"),
     ],

@@ -164,7 +164,7 @@ class Run:
         self._interrupted = ""
         self._delivering = False
         self._in_process = False
-        self._tokens = 0
+        self._tokens, self._counted = 0, 0.0
         self._released = asyncio.Event()
         self._record = JobRecord(job, pool.records, pool.threads, pool.notifier)
 
@@ -378,16 +378,19 @@ class Run:
             await asyncio.gather(meter, return_exceptions=True)
 
     async def _meter(self) -> None:
-        counted = time.monotonic()
-        while True:
-            try:
+        self._counted = time.monotonic()
+        try:
+            while True:
                 await asyncio.sleep(METER_SECONDS)
-            finally:
-                now, tokens = time.monotonic(), self._tokens
-                self._tokens -= tokens
-                self._pool.usage.trained(self.job.tenant, self.job.name, now - counted, tokens)
-                counted = now
-            await self._check_quota()
+                self._count()
+                await self._check_quota()
+        finally:
+            self._count()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self._pool.usage.trained(self.job.tenant, self.job.name, now - self._counted, self._tokens)
+        self._counted, self._tokens = now, 0
 
     async def _check_quota(self) -> None:
         """End the run when its tenant has trained long enough; the job fails, and can be resumed."""
