@@ -19,14 +19,14 @@ from .ui import ROOMY, WIDE, Column, print_table, show
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\
-List who changed what, the newest first: adapters sent, activated, rolled back and deleted, files, jobs
-and API keys. With --follow the oldest first, and then new ones until Ctrl-C.
+List who changed what, the newest first: adapters that were sent, activated, rolled back, deleted,
+files, jobs and API keys. With --follow the oldest first, and then new ones until Ctrl-C.
 """
 _EXAMPLES: Final = """\
   onebase audit --target acme-support
   onebase audit --action job --since 2026-11-01
   onebase audit --all --json > audit.json
-  onebase audit --follow --json | your-log-shipper
+  onebase audit --follow --json >> audit.jsonl
 """
 _FIELDS: Final = tuple(field.name for field in dataclasses.fields(AuditEntry))
 _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -35,12 +35,23 @@ _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 def run(command: str, argv: list[str]) -> int:
     """Run the command. Gives its exit status."""
     made = parser(command, _DESCRIPTION, _EXAMPLES)
-    made.add_argument("--tenant", metavar="NAME", help="of one tenant, if your key is an admin's")
     made.add_argument(
-        "--action", metavar="ACTION", help="adapter.activated, or a kind: adapter, file, job, key"
+        "--tenant", metavar="NAME", help="of one tenant, if your key is an admin's (default: all)"
     )
-    made.add_argument("--target", metavar="NAME", help="an adapter's name, or the id of a file, job or key")
-    made.add_argument("--since", type=_moment, metavar="TIME", help="as in 90m, 12h, 7d, or 2026-11-01")
+    made.add_argument(
+        "--action",
+        metavar="ACTION",
+        help="adapter.activated, or a kind: adapter, file, job, key (default: any)",
+    )
+    made.add_argument(
+        "--target", metavar="NAME", help="an adapter's name, or the id of a file, job or key (default: any)"
+    )
+    made.add_argument(
+        "--since",
+        type=_moment,
+        metavar="TIME",
+        help="as in 90m, 12h, 7d, or 2026-11-01 (default: the beginning)",
+    )
     many = made.add_mutually_exclusive_group()
     many.add_argument("--limit", type=count, default=50, metavar="N", help="the newest N (default: 50)")
     many.add_argument("--all", action="store_true", help="all of them")
