@@ -56,6 +56,12 @@ class Faults:
     hang: bool = False
     """Nothing is answered at all until the server closes."""
     no_commit_header: bool = False
+    commit: str | None = None
+    """What the Hub calls every commit, in a header and in JSON."""
+    etag: str | None = None
+    """Of every file."""
+    size: str | None = None
+    """Of a large file."""
 
 
 @dataclass
@@ -147,10 +153,13 @@ class HubStandIn:
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.headers = headers or {}
 
 
 _RESOLVE = re.compile(r"/(?:datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -232,7 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         held = self._repo(name)
         commit = self._commit(held, revision)
         siblings = [{"rfilename": file, "size": len(data)} for file, data in held.commits[commit].items()]
-        body = {"_id": name, "id": name, "modelId": name, "sha": commit, "siblings": siblings}
+        said = self.standin.faults.commit or commit
+        body = {"_id": name, "id": name, "modelId": name, "sha": said, "siblings": siblings}
         self._send(json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _tree(self, name: str, revision: str) -> None:
@@ -251,22 +261,23 @@ class _Handler(BaseHTTPRequestHandler):
         if held.gated and self.standin.token == "hf_without_access":
             raise _RefusedError(403, "GatedRepo", "Access to this model is restricted")
         commit = self._commit(held, revision)
-        headers = {} if self.standin.faults.no_commit_header else {"X-Repo-Commit": commit}
+        faults = self.standin.faults
+        headers = {} if faults.no_commit_header else {"X-Repo-Commit": faults.commit or commit}
         content = held.commits[commit].get(file)
         if content is None:
-            raise _RefusedError(404, "EntryNotFound", "Entry not found")
+            raise _RefusedError(404, "EntryNotFound", "Entry not found", headers)
         if len(content) < _LARGE:
             git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-            self._send(content, {**headers, "ETag": f'"{git}"'})
+            self._send(content, {**headers, "ETag": f'"{faults.etag or git}"'})
             return
         digest = hashlib.sha256(content).hexdigest()
-        size = len(content) + self.standin.faults.extra_size
+        size = faults.size or len(content) + faults.extra_size
         self._redirect(
             302,
             {
                 **headers,
                 "Location": f"{self.standin.cdn_url}/cdn/{digest}?Signature=s3cr3t",
-                "X-Linked-Etag": f'"{digest}"',
+                "X-Linked-Etag": f'"{faults.etag or digest}"',
                 "X-Linked-Size": str(size),
             },
         )
@@ -291,6 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(refused.status)
         if refused.code:
             self.send_header("X-Error-Code", refused.code)
+        for name, value in refused.headers.items():
+            self.send_header(name, value)
         self.send_header("X-Error-Message", str(refused))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -61,6 +61,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"make ", PARSE),  # sets up, or runs every test
     (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
     (r"onebase serve --host ", PARSE),  # the whole network
+    (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends
     (
         r"onebase (keys|tenants) (?!.*--help$)",
         PARSE,

@@ -1,4 +1,8 @@
-"""The process that talks to the Hub: one request on stdin, lines of JSON on stdout. See `hub.py`."""
+"""The process that talks to the Hub: one request on stdin, lines of JSON on stdout. See `pull.py`.
+
+huggingface_hub makes names of files out of what the Hub says: of a commit, of an ETag. Both are checked
+before it sees them, and the process is confined to its repository's part of the cache.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, constants, file_download, hf_hub_download, hf_hub_url
 from huggingface_hub import try_to_load_from_cache as cached_path
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -27,12 +32,18 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from onebase_adapters.hub.confinement import confine
+from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_engine.base.hub_access import hub_silence
 from onebase_engine.redaction import redacted
 
 _CHUNK = 256 << 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=~-]{0,127}")
+"""What can be the name of a file, in a folder that it cannot leave."""
+_SPARE_BYTES = 1 << 20
+"""Above the limit on an adapter, for one file: the limit itself is kept, and told, by the transfer."""
 _TRIES = 3
 _LAST_SECONDS = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,6 +55,10 @@ class _SilentHubError(Exception):
     """The Hub does not answer, and the cache does not know the revision."""
 
 
+class _WrongAnswerError(Exception):
+    """The Hub said what no Hub says; the message says what."""
+
+
 class _TooLargeError(Exception):
     """Bytes that there are, or that have come already."""
 
@@ -52,6 +67,7 @@ def main() -> None:
     # What a shell starts in the background inherits Ctrl-C as ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request = json.loads(sys.stdin.buffer.readline())
+    _confine(request)
     threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
     # Whatever a library prints must not look like one of our lines.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -70,6 +86,19 @@ def main() -> None:
     say(answer)
 
 
+def _confine(request: dict[str, Any]) -> None:
+    """See `confinement.py`. Before any thread begins, and before anything comes from outside."""
+    folders = cached_repo(Path(constants.HF_HUB_CACHE), request["repo"])
+    for folder in folders:
+        with suppress(OSError):  # a cache that can only be read may have what is wanted
+            folder.mkdir(parents=True, exist_ok=True)
+    confine(
+        folders,
+        [Path(constants.HF_TOKEN_PATH), shared_blobs(Path(constants.HF_HUB_CACHE))],
+        file_bytes=request.get("max_bytes", 0) + _SPARE_BYTES,
+    )
+
+
 def _end_with_parent(stdin: BinaryIO) -> None:
     """When nobody waits any more, stop as by Ctrl-C, so that half a file does not stay in the cache."""
     stdin.read()
@@ -82,15 +111,55 @@ def _resolve(request: dict[str, Any]) -> dict[str, Any]:
     repo, revision = request["repo"], request["revision"]
     silence = None if constants.is_offline_mode() else hub_silence(repo)
     try:
-        found = HfApi().resolve_revision(repo, revision=revision, local_files_only=silence is not None)
+        found = _CheckedApi().resolve_revision(repo, revision=revision, local_files_only=silence is not None)
     except Exception as error:  # the client's exceptions share no base class
         if silence is None:
             raise
         raise _SilentHubError(silence) from error
-    return {"commit": found.resolved}
+    return {"commit": _checked_commit(found.resolved)}
+
+
+class _CheckedApi(HfApi):
+    """Knows a wrong commit before it is written into the cache."""
+
+    def repo_info(self, *args: Any, **settings: Any) -> Any:
+        info = super().repo_info(*args, **settings)
+        _checked_commit(info.sha)
+        return info
+
+
+def _checked_commit(commit: object, wanted: str | None = None) -> str:
+    """Raises _WrongAnswerError unless it is one, and the one that is wanted."""
+    if not isinstance(commit, str) or not is_commit(commit) or commit != (wanted or commit):
+        raise _WrongAnswerError(f"it calls its commit {str(commit)[:80]!r}")
+    return commit
+
+
+def _check_metadata(commit: str) -> None:
+    """Have huggingface_hub refuse what is wrong about a file of this commit, before it makes a name of it."""
+    ask = file_download.get_hf_file_metadata
+
+    def checked(*args: Any, **settings: Any) -> Any:
+        try:
+            found = ask(*args, **settings)
+        except HfHubHTTPError as error:
+            said = error.response.headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT)
+            if said is not None:
+                _checked_commit(said, commit)
+            raise
+        if found.commit_hash is not None:  # without one it is no Hub, which huggingface_hub says itself
+            _checked_commit(found.commit_hash, commit)
+        if found.etag is not None and not _ETAG.fullmatch(found.etag):
+            raise _WrongAnswerError(f"it gives a file the ETag {found.etag[:80]!r}")
+        if found.size is not None and found.size < 0:
+            raise _WrongAnswerError(f"it says that a file has {found.size} bytes")
+        return found
+
+    file_download.get_hf_file_metadata = checked
 
 
 def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
+    _check_metadata(request["commit"])
     folder = f"{request['subfolder']}/" if request["subfolder"] else ""
     names = [folder + name for name in ADAPTER_FILES]
     sizes = [_size(request, name) for name in names]
@@ -124,7 +193,7 @@ def _size(request: dict[str, Any], name: str) -> int:
     url = hf_hub_url(request["repo"], name, revision=request["commit"])
     for left in reversed(range(_TRIES)):
         try:
-            return get_hf_file_metadata(url).size or 0
+            return file_download.get_hf_file_metadata(url).size or 0
         except (httpx2.TransportError, HfHubHTTPError) as error:
             if not left or not _may_pass(error):
                 raise
@@ -169,6 +238,9 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
     at = f"{repo}@{request.get('commit') or request.get('revision') or 'main'}"
     if isinstance(error, _SilentHubError):
         return "hub_unreachable", f"{at} is not in the Hub's cache, and {error}."
+    if isinstance(error, _WrongAnswerError):
+        said = _first_line(error).partition(": ")[2]
+        return "hub_wrong_answer", f"{redacted(constants.ENDPOINT)} is not to be trusted with {at}: {said}."
     if isinstance(error, _TooLargeError):
         limit = request["max_bytes"]
         return "hub_too_large", f"The adapter in {at} has {error} bytes or more; {limit} are allowed."

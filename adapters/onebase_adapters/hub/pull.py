@@ -1,12 +1,14 @@
 """Adapters from the Hub, fetched by huggingface_hub in a process of their own.
 
 huggingface_hub has requests without a time limit, and it reads its settings (HF_HOME, HF_TOKEN, HF_ENDPOINT,
-HF_HUB_OFFLINE) once, at import. A process can be given up at any time, whatever it waits for.
+HF_HUB_OFFLINE) once, at import. A process can be given up at any time, whatever it waits for, and it can be
+confined: what it answers is checked like what comes from outside.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -17,7 +19,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.hub.reference import HubError, HubReference, is_commit, parse_hub_reference
+from onebase_adapters.hub.reference import (
+    HubError,
+    HubReference,
+    cached_repo,
+    hub_cache,
+    is_commit,
+    parse_hub_reference,
+    shared_blobs,
+)
 from onebase_adapters.store.blobs import ADAPTER_FILES, Blob, VersionFiles
 from onebase_adapters.store.store import Store, StoreFullError
 from onebase_engine.environment import fetching_environment
@@ -64,7 +74,7 @@ def resolve(
     request = {"do": "resolve", "repo": repo, "revision": revision}
     with closing(_talk(request, timeout, cancel)) as messages:
         for message in messages:
-            if "commit" in message:
+            if is_commit(message.get("commit")):
                 return str(message["commit"])
     raise HubError("hub_unreachable", f"The process that asks the Hub for {repo} ended without an answer.")
 
@@ -97,7 +107,7 @@ def pull(
     }
     for again in (False, True):
         paths, expected = _fetch({**request, "force": again}, progress, cancel, stall_seconds)
-        blobs = [store.add_file(Path(path)) for path in paths]
+        blobs = [store.add_file(_of_repo(path, ref.repo)) for path in paths]
         if all(map(_is_right, blobs, expected)):
             return VersionFiles(*blobs)
     raise HubError(
@@ -118,6 +128,19 @@ def _fetch(
             if "paths" in message and len(message["paths"]) == len(ADAPTER_FILES):
                 return message["paths"], message["sha256"]
     raise HubError("hub_unreachable", f"The process that fetches {request['repo']} ended without an answer.")
+
+
+def _of_repo(path: str, repo: str) -> Path:
+    """A file in the Hub's cache, which may hold links, once the process that named it has ended.
+
+    Raises HubError unless it is the repository's.
+    """
+    cache = hub_cache(os.environ)
+    found = Path(path).resolve()
+    for folder in (cached_repo(cache, repo)[0], shared_blobs(cache)):
+        if found.is_relative_to(folder.resolve()) and found.is_file():
+            return found
+    raise HubError("hub_wrong_answer", f"The process that fetched {repo} named a file that is not its own.")
 
 
 def _is_right(blob: Blob, expected: str | None) -> bool:
@@ -147,7 +170,7 @@ def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         bufsize=0,
-        env=fetching_environment(),
+        env=fetching_environment() | {"HF_HUB_CACHE": str(hub_cache(os.environ)), "HF_HUB_DISABLE_XET": "1"},
     )
     if child.stdin is None or child.stdout is None:
         raise HubError("hub_unreachable", "The process that asks the Hub has no pipes.")

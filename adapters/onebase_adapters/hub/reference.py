@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 PREFIX = "hub:"
 
@@ -24,6 +27,7 @@ class HubError(Exception):
     hub_offline        HF_HUB_OFFLINE is set, and the files are not in the cache
     hub_no_adapter     the repository has no `adapter_config.json` and `adapter_model.safetensors` there
     hub_damaged        what came is not what the Hub's hash says
+    hub_wrong_answer   the Hub named a commit or a file as no Hub does; nothing of it was used
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -91,3 +95,22 @@ def _check_subfolder(subfolder: str) -> None:
         raise HubError(
             "hub_invalid", f"subfolder {subfolder[:120]!r}: use a path inside the repository, such as a/b."
         )
+
+
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """The folder of the Hub's cache, by the same variables and in the same order as huggingface_hub."""
+    home = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = environ.get("HF_HOME") or f"{home}/huggingface"
+    chosen = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{hub}/hub"
+    return Path(os.path.expandvars(chosen)).expanduser().absolute()
+
+
+def cached_repo(cache: Path, repo: str) -> tuple[Path, Path]:
+    """A repository's own folders in the Hub's cache: what it holds, and its locks."""
+    name = f"models--{repo.replace('/', '--')}"
+    return cache / name, cache / ".locks" / name
+
+
+def shared_blobs(cache: Path) -> Path:
+    """Where the cache may keep what several repositories have, when another program has fetched it."""
+    return cache / "blobs"

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from onebase_adapters.format.config import MAX_CONFIG_BYTES
+from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
     HubError,
     HubReference,
@@ -263,6 +264,11 @@ class Pulls:
         self._allow = tuple(allow)
         self._max_bytes = max_bytes
         self._running: dict[HubReference, tuple[Transfer, asyncio.Task[Fetched]]] = {}
+        if not landlock_version():
+            _log.warning(
+                "this kernel has no Landlock (Linux 5.13; some containers switch it off): the processes that "
+                "pull from the Hub run with the rights of this one"
+            )
 
     def check_allowed(self, reference: HubReference, param: str) -> None:
         """Raises ForbiddenError unless requests may make this server pull from the repository."""

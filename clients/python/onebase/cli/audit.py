@@ -26,7 +26,7 @@ _EXAMPLES: Final = """\
   onebase audit --target acme-support
   onebase audit --action job --since 2026-11-01
   onebase audit --all --json > audit.json
-  onebase audit --follow --json | your-log-shipper
+  onebase audit --follow --json >> audit.jsonl
 """
 _FIELDS: Final = tuple(field.name for field in dataclasses.fields(AuditEntry))
 _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
