@@ -324,3 +324,50 @@ def test_written_tensors_lie_at_multiples_of_their_element(tmp_path: Path) -> No
         entries = TensorFile.read_header(opened).entries
     assert [(one.name, one.offset % one.dtype.itemsize) for one in entries] == [("b", 0), ("a", 0), ("c", 0)]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
+
+
+@pytest.mark.parametrize(
+    ("starts", "size"),
+    [((4, 68), 116), ((0, 68), 116), ((0, 64), 116), ((0, 48), 112), ((64, 64), 112), ((0, 128), 240)],
+    ids=["before all", "between", "after all", "overlapping", "on the same bytes", "padded to 128 bytes"],
+)
+def test_a_file_in_which_bytes_belong_to_no_tensor_or_to_two_is_refused(
+    tmp_path: Path, starts: tuple[int, int], size: int
+) -> None:
+    write(tmp_path)
+    header = {A0: entry(starts[0], [2, 8]), B0: entry(starts[1], [6, 2])}
+    write_raw(tmp_path, header, b"\0" * size)
+    assert refusal(tmp_path).code == "bad_weights"
+    write_raw(tmp_path, {A0: entry(0, [2, 8]), B0: entry(64, [6, 2])}, b"\0" * 112)
+    assert read(tmp_path).parameters == 28
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "incomplete"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "(a+)+$"},
+            "untargeted",
+        ),
+        ({"target_modules": ["k_proj"], "exclude_modules": "(a+)+$"}, "untargeted"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "bad_config"),
+        ({"target_modules": ".*q_proj", "layers_pattern": "layers"}, "bad_config"),
+        ({"target_modules": "all-linear", "layers_to_transform": 1}, "bad_config"),
+    ],
+)
+def test_matrices_that_the_config_cannot_mean_are_refused_though_a_field_is_a_regular_expression(
+    tmp_path: Path, fields: dict[str, Any], code: str
+) -> None:
+    assert refusal(write(tmp_path, PAIR, **fields)).code == code
+
+
+def test_what_the_config_names_and_the_tensors_lack_is_told(tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj", "gate", "up"], "layers_to_transform": [0, 7, 9]}
+    assert read(write(tmp_path, PAIR, **fields)).warnings == (
+        "target_modules names gate, up, of which the adapter has no tensors.",
+        "layers_to_transform names 7, 9, of which the adapter has no tensors.",
+    )
+    agreeing = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(a+)+$"}
+    assert read(write(tmp_path, PAIR, **agreeing)).warnings == ()
+    assert read(write(tmp_path, PAIR, target_modules=".*")).warnings == ()

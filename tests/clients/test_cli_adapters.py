@@ -114,6 +114,8 @@ def test_show_has_the_versions_what_answered_before_and_a_versions_proof(
 ) -> None:
     source = {"kind": "hub", "repo": "acme/x", "revision": "main", "commit": COMMIT, "subfolder": None}
     registry.versions[NAME][1] |= {"source": source, "created_by": "ci"}
+    odd = "model.layers.7.mlp.down_proj: norm 41.2 is 38 times the median of its name"
+    registry.versions[NAME][1]["report"] |= {"warnings": [odd]}
     registry.activate(NAME, registry.versions[NAME][1])
     shell.run("adapters", "show", NAME)
     shell.run("adapters", "show", f"{NAME}@{TWO[:8]}")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.adapters.kinds import KINDS
 from tests.disks import small_disk
-from tests.tiny import load_folder
+from tests.tiny import ATTENTION, MLP, load_folder
 from tests.verifier.conftest import BASE_ID, Bench
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
@@ -53,6 +53,27 @@ def test_norms_are_those_of_what_is_added(bench: Bench, adapter: Path) -> None:
         product = (weights.scale * weights.b.double() @ weights.a.double()).norm().item()
         assert modules[name].norm == pytest.approx(product, rel=1e-6)
         assert product > 0.1
+
+
+def test_what_stands_out_is_in_the_report_and_blocks_nothing(
+    bench: Bench, adapter: Path, tmp_path: Path
+) -> None:
+    def scaled(name: str, down: float, **config: Any) -> Path:
+        """The adapter, whose matrices are random and large, a hundredth as strong but for one module."""
+        folder = _edited(adapter, tmp_path / name, **config)
+        tensors = load_file(folder / WEIGHTS_FILE)
+        for key in tensors:
+            if "lora_B" in key:
+                tensors[key] *= down if "layers.1.mlp.down_proj" in key else 0.01
+        save_file(tensors, folder / WEIGHTS_FILE)
+        return folder
+
+    assert bench.prove(bench.job(scaled("quiet", 0.01))).report.warnings == []
+    odd = scaled("odd", 10.0, target_modules=[*ATTENTION, *MLP, "gate"])
+    named, large = bench.prove(bench.job(odd)).report.warnings
+    assert named == "target_modules names gate, of which the adapter has no tensors."
+    assert large.startswith("model.layers.1.mlp.down_proj: what it adds has ")
+    assert large.endswith(" times the norm of the base's weight")
 
 
 def test_the_prepared_file_holds_what_was_proved(bench: Bench, adapter: Path) -> None:

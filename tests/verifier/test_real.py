@@ -98,7 +98,9 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
     assert (proof.exact, proof.largest_difference, proof.base_unchanged) == (True, 0.0, True)
     assert (proof.texts, proof.tokens_compared) == (2, 16)
     assert proof.texts_changed >= 1
-    assert all(module.norm > 0 for module in report.modules)
+    assert all(module.norm > (module.spectral_norm or 0) > 0 for module in report.modules)
+    assert all(0 < (module.relative_norm or 0) < 0.1 for module in report.modules)
+    assert report.warnings == []
     weights = read_packed_adapter(prepared, proved.sha256, base_id=BASE_ID)
     assert weights.keys() == {module.name for module in report.modules}
     # It has read the engine's 110 MB, and holds no copy of them beside the libraries and a small KV cache.

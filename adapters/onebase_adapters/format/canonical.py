@@ -91,6 +91,7 @@ def canonicalize(
         base_name=facts.base_name,
         parameters=sum(module.parameters for module in planned.modules),
         dropped=tuple(entry.name for entry, _ in planned.of_base),
+        warnings=planned.warnings,
     )
 
 

@@ -146,6 +146,17 @@ def check_config(raw: bytes) -> ConfigFacts:
             "bad_config",
             "lora_bias and use_dora cannot be combined, nor lora_bias and init_lora_weights by name",
         )
+    if isinstance(facts.target_modules, str):
+        for name, given in (
+            ("layers_to_transform", facts.layers_to_transform),
+            ("layers_pattern", facts.layers_pattern),
+        ):
+            if given:
+                raise AdapterFormatError(
+                    "bad_config",
+                    f"{name} together with target_modules as a text: PEFT loads no such adapter, and which "
+                    f"layers are meant would be a guess. Leave {name} out, or list the target_modules.",
+                )
     for name in ("peft_version", "revision"):
         _text(config, name)
     _flag(config, "inference_mode")

@@ -9,13 +9,14 @@ from functools import cached_property
 import torch
 
 from onebase_adapters.format.config import AdapterFormatError, ConfigFacts
-from onebase_adapters.format.patterns import Targets, endings
+from onebase_adapters.format.patterns import Targets, endings, layer_numbers
 from onebase_adapters.format.strict_json import shown
 from onebase_engine.base.layers import LayerShape
 
 BaseTensor = Callable[[str], torch.Tensor | None]
 """The base's tensor by the full name of its parameter; None if there is none."""
 
+_SHOWN = 5
 _ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the head."""
 _TYING_NAMES = ("embed_tokens", "lm_head")
@@ -85,6 +86,34 @@ def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[
         return None
     named = {name for name, layer in base.layers.items() if layer.kind != "norm" and targets.means(name)}
     return _with_tied(named, facts, base) - saved
+
+
+def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
+    """The layers that `target_modules` can mean at most, where regular expressions in other fields only leave
+    some out. All of the base's, where it is one itself or is not given."""
+    if not isinstance(facts.target_modules, tuple):
+        return set(base.layers)
+    targets = Targets.at_most(facts.target_modules, facts.layers_to_transform)
+    return _with_tied({name for name in base.layers if targets.means(name)}, facts, base)
+
+
+def unmet_names(facts: ConfigFacts, adapted: set[str]) -> list[str]:
+    """A sentence for each field that names modules or layers of which the adapter has no tensors."""
+    found = []
+    if isinstance(facts.target_modules, tuple):
+        met = {ending for name in adapted for ending in endings(name)}
+        if unmet := sorted(set(facts.target_modules) - met):
+            found.append(_unmet("target_modules", unmet))
+    numbers = {number for name in adapted for number in layer_numbers(name)}
+    if unmet_layers := sorted((facts.layers_to_transform or frozenset()) - numbers):
+        found.append(_unmet("layers_to_transform", list(map(str, unmet_layers))))
+    return found
+
+
+def _unmet(field: str, names: list[str]) -> str:
+    shown_names = ", ".join(name[:80] for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{field} names {shown_names}{more}, of which the adapter has no tensors."
 
 
 def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ...]]:

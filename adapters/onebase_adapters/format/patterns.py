@@ -99,6 +99,11 @@ def endings(name: str) -> Iterator[str]:
             yield name[place + 1 :]
 
 
+def layer_numbers(name: str) -> frozenset[int]:
+    """The numbers that stand as a part of a module's name."""
+    return frozenset(int(part) for part in name.split(".") if part.isascii() and part.isdigit())
+
+
 @dataclass(frozen=True)
 class Targets:
     """Which modules PEFT would wrap by `target_modules`, where no regular expression is needed to tell."""
@@ -106,8 +111,8 @@ class Targets:
     names: frozenset[str]
     excluded: frozenset[str]
     layers: frozenset[int] | None
-    patterns: Mapping[str, int]
-    """Names before a layer's number, and which goes first."""
+    patterns: Mapping[str, int] | None
+    """Names before a layer's number, and which goes first; None: any may be."""
 
     @classmethod
     def of(
@@ -125,6 +130,14 @@ class Targets:
         order = {pattern: place for place, pattern in reversed(list(enumerate(patterns)))}
         return cls(frozenset(names), frozenset(excluded or ()), layers, order)
 
+    @classmethod
+    def at_most(cls, names: tuple[str, ...], layers: frozenset[int] | None) -> Targets:
+        """What they can be whatever regular expressions stand in other fields, which only leave modules out.
+
+        A module counts as being in each layer whose number stands in its name.
+        """
+        return cls(frozenset(names), frozenset(), layers, None)
+
     def means(self, name: str) -> bool:
         """Whether the module `name` is a target."""
         ends = set(endings(name))
@@ -132,15 +145,21 @@ class Targets:
             return False
         if name in self.names:
             return True
-        return bool(ends & self.names) and (self.layers is None or self._layer(name) in self.layers)
+        return bool(ends & self.names) and (self.layers is None or self._is_in_layers(name, self.layers))
 
-    def _layer(self, name: str) -> int | None:
+    def _is_in_layers(self, name: str, layers: frozenset[int]) -> bool:
+        if self.patterns is None:
+            return not layers.isdisjoint(layer_numbers(name))
+        return self._layer(name, self.patterns) in layers
+
+    @staticmethod
+    def _layer(name: str, patterns: Mapping[str, int]) -> int | None:
         """The number behind `layers.`; behind any name but the first part, if there is no pattern."""
         parts = name.split(".")
         numbered = [place for place in range(len(parts) - 2) if parts[place + 1].isdigit()]
-        if self.patterns:
-            known = [place for place in numbered if parts[place] in self.patterns]
-            found = min(known, key=lambda place: self.patterns[parts[place]], default=None)
+        if patterns:
+            known = [place for place in numbered if parts[place] in patterns]
+            found = min(known, key=lambda place: patterns[parts[place]], default=None)
         else:
             found = next((place for place in numbered if place > 0), None)
         return None if found is None else int(parts[found + 1])

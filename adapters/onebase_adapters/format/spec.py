@@ -29,6 +29,7 @@ class AdapterSpec:
     """A validated adapter: what it adapts and how strongly; `modules` sorted by name.
 
     `dropped`: names of tensors in the file that were the base's own, bit for bit, and were left out.
+    `warnings`: where the config names what the tensors do not have, a sentence each.
     """
 
     modules: tuple[ModuleSpec, ...]
@@ -36,6 +37,7 @@ class AdapterSpec:
     base_name: str | None
     parameters: int
     dropped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:

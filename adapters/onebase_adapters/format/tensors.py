@@ -9,7 +9,14 @@ from typing import Literal
 import torch
 
 from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError, ConfigFacts
-from onebase_adapters.format.names import BaseModules, lora_targets, saved_modules, token_rows
+from onebase_adapters.format.names import (
+    BaseModules,
+    lora_targets,
+    possible_targets,
+    saved_modules,
+    token_rows,
+    unmet_names,
+)
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
 from onebase_engine.base.layers import LayerShape
@@ -51,6 +58,7 @@ class Plan:
     of_base: tuple[tuple[TensorEntry, torch.Tensor], ...]
     by_module: Mapping[str, Tensors]
     saved: frozenset[str]
+    warnings: tuple[str, ...]
 
 
 def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, max_rank: int) -> Plan:
@@ -82,7 +90,8 @@ def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
     _check_targets(lora, facts, base, saved)
     if not modules:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
-    return Plan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved))
+    warnings = tuple(unmet_names(facts, {module.name for module in modules}))
+    return Plan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings)
 
 
 def _sorted_in(
@@ -215,7 +224,7 @@ def _check_targets(lora: set[str], facts: ConfigFacts, base: BaseModules, saved:
     if targets is None:
         # Only a regular expression tells; but a pair that PEFT ties is there whole or not at all.
         half = facts.ensure_weight_tying and len(lora & base.pair) == 1
-        targets = lora | base.pair if half else lora
+        targets = (lora & possible_targets(facts, base)) | (base.pair if half else set())
     for name in sorted(targets - lora):
         raise AdapterFormatError(
             "incomplete", f"{WEIGHTS_FILE} has no matrices of {name:.200}, which target_modules means"
@@ -223,8 +232,8 @@ def _check_targets(lora: set[str], facts: ConfigFacts, base: BaseModules, saved:
     for name in sorted(lora - targets):
         raise AdapterFormatError(
             "untargeted",
-            f"{WEIGHTS_FILE} has matrices of {name:.200}, which target_modules leaves out: PEFT would ignore "
-            "them",
+            f"{WEIGHTS_FILE} has matrices of {name:.200}, which target_modules (with layers_to_transform) "
+            "leaves out: PEFT would ignore them",
         )
 
 

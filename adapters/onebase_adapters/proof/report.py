@@ -22,6 +22,11 @@ class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
     norm: float
     """Frobenius norm of what the module adds to its weight: scale * B @ A, or the change of what it
     replaces."""
+    spectral_norm: float | None = None
+    """Its largest singular value, of lora and dora."""
+    relative_norm: float | None = None
+    """The norm by that of the base's weight, within some percent; None of token rows and an embedding's
+    matrices."""
 
 
 class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,3 +68,5 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     """Tensors of the file that were the base's own, bit for bit, and were left out."""
     modules: list[ModuleReport]
     proof: ProofReport
+    warnings: list[str] = []
+    """What a person should look at before the version is activated, a sentence each; nothing is blocked."""

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
 from onebase_adapters.proof.modules import ModuleProof, prove_modules
+from onebase_adapters.proof.outliers import Figures, measure, unusual
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport
 from onebase_adapters.proof.texts import TextProof, prove_texts
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import (
-    AdapterWeights,
-    LoraWeights,
-    ModuleWeights,
-    TokenRows,
-    folded,
-    weights_bytes,
-)
+from onebase_engine.lora.weights import AdapterWeights, folded, weights_bytes
 
 OnProgress = Callable[[Stage, float], None]
 _LOADED, _COMPARED = 0.15, 0.6
@@ -118,8 +110,9 @@ class Verifier:
         )
         if fingerprint(self._base) != self._fingerprint:
             raise BaseChangedError("a tensor of the attached base was written to")
+        measured = measure(finished, self._base)
         seconds = time.monotonic() - started
-        report = version_report(self._base, adapter, finished, modules, texts, seconds)
+        report = version_report(adapter, finished, measured, modules, texts, seconds)
         return ProvenVersion(report, sha256, packed.stat().st_size)
 
 
@@ -129,9 +122,9 @@ def _sha256(path: Path) -> str:
 
 
 def version_report(
-    base: nn.Module,
     adapter: LoadedAdapter,
     weights: AdapterWeights,
+    measured: Mapping[str, Figures],
     modules: ModuleProof,
     texts: TextProof,
     seconds: float,
@@ -147,6 +140,7 @@ def version_report(
         bytes=weights_bytes(weights),
         base_name=spec.base_name,
         dropped=list(spec.dropped),
+        warnings=[*spec.warnings, *unusual(measured)],
         modules=[
             ModuleReport(
                 name=module.name,
@@ -154,7 +148,9 @@ def version_report(
                 rank=module.rank,
                 alpha=module.alpha,
                 parameters=module.parameters,
-                norm=change_norm(weights[module.name], base.get_submodule(module.name)),
+                norm=measured[module.name].norm,
+                spectral_norm=measured[module.name].spectral,
+                relative_norm=measured[module.name].relative,
             )
             for module in spec.modules
         ],
@@ -171,20 +167,3 @@ def version_report(
             seconds=seconds,
         ),
     )
-
-
-@torch.inference_mode()
-def change_norm(weights: ModuleWeights, base: nn.Module) -> float:
-    """Frobenius norm of scale * B @ A, or of the difference from the base's weight.
-
-    Without the product itself, which may be large: |BA|² is the trace of (BᵀB)(AAᵀ), [rank, rank].
-    """
-    if isinstance(weights, LoraWeights):
-        a, b = weights.a.double(), weights.b.double()
-        a = a if a.shape[0] == weights.rank else a.T
-        squared = float(((b.T @ b) * (a @ a.T)).sum())
-        return abs(weights.scale) * math.sqrt(max(squared, 0.0))
-    own = base.weight.detach().cpu()  # type: ignore[operator]
-    if isinstance(weights, TokenRows):
-        return float((weights.rows.double() - own[weights.indices].double()).norm())
-    return float((weights.weight.double() - own.double()).norm())

@@ -99,6 +99,11 @@ class ModuleReport:
     parameters: int
     norm: float
     """Frobenius norm of what is added to the module's weight."""
+    spectral_norm: float | None = None
+    """Its largest singular value, of `lora` and `dora`."""
+    relative_norm: float | None = None
+    """`norm` by that of the base's weight, within some percent; None of `tokens` and an embedding's
+    matrices."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,8 @@ class VersionReport:
     """Tensors in the file that were the base's own and were left out."""
     modules: tuple[ModuleReport, ...]
     proof: ProofReport
+    warnings: tuple[str, ...] = ()
+    """What a person should look at before the version is activated. The server blocks nothing for it."""
 
 
 @dataclass(frozen=True)

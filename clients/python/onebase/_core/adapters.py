@@ -253,9 +253,15 @@ def _version_report(value: Json) -> VersionReport:
         kinds=tuple(value["kinds"]),
         targets=tuple(value["targets"]),
         dropped=tuple(value["dropped"]),
-        modules=tuple(flat(ModuleReport, module) for module in value["modules"]),
+        modules=tuple(map(_module_report, value["modules"])),
         proof=flat(ProofReport, value["proof"]),
+        warnings=tuple(value.get("warnings", ())),  # of servers and versions that have any
     )
+
+
+def _module_report(value: Json) -> ModuleReport:
+    spectral, relative = value.get("spectral_norm"), value.get("relative_norm")
+    return flat(ModuleReport, value, spectral_norm=spectral, relative_norm=relative)
 
 
 def parse_history(value: Json) -> tuple[Activation, ...]:

@@ -208,6 +208,8 @@ def print_version(out: Console, version: AdapterVersion) -> None:
     if report.dropped:
         dropped = ", ".join(report.dropped)
         out.print(line(f"left out, as they are the base's own: {dropped}", "dim"))
+    for warning in report.warnings:
+        out.print(line(f"look at this: {warning}", "yellow"))
     out.print()
     _print_modules(out, report.modules)
 

@@ -83,11 +83,12 @@ def label(version: AdapterVersion) -> str:
 
 
 def summary(version: AdapterVersion) -> list[Text]:
-    """A version in a few lines: name and state, what it is made of, its proof."""
+    """A version in a few lines: name and state, what it is made of, its proof, what stands out."""
     lines = [headline(version)]
     if version.report is not None:
         lines.append(line(f"  {makeup(version.report)}"))
         lines.append(line(f"  {proof(version.report.proof)}"))
+        lines += [line(f"  look at this: {warning}", "yellow") for warning in version.report.warnings]
     return lines
 
 

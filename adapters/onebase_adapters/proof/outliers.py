@@ -1,0 +1,209 @@
+"""What stands out in an adapter's weights, as poisoning may: said with figures, never a reason to block.
+
+A backdoor that is trained or edited into an adapter tends to show in the spectra of its layers (see
+https://arxiv.org/abs/2602.15195). Without a collection of known good ones, a module is compared with those of
+the same name in the adapter's other layers, by medians, so that what stands out does not move the measure.
+Nothing of another adapter is looked at: it may be another tenant's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows
+
+LEAST_COMPARED = 4
+"""Modules of one name that change anything: fewer tell nothing of each other."""
+MOST_NORMS = 6.0
+"""How many times the median norm of its name a module's may be."""
+MOST_DEVIATIONS = 8.0
+"""And how many deviations of the logarithms, by the median one, it may be beyond it."""
+SPIKE_NORMS, SPIKE = 3.0, 0.9
+"""A module of fewer norms stands out too, if it has so much of its energy in one direction."""
+_PROBES = 32
+LEAST_RANK = 4
+"""Below this rank a large part of the energy is in one direction anyway."""
+MOST_RELATIVE = 1.0
+"""What is added may have this many times the norm of the weight that it is added to."""
+MOST_OF_ONE_TOKEN = 0.5
+"""Part of an embedding's or a head's change (its squared norm) that one token's row may have."""
+MOST_ROW = 8.0
+"""How many times the base's median row a row that replaces one may be long."""
+MOST_GAIN = 4.0
+"""DoRA may make an output this many times as large."""
+MOST_SAID = 16
+"""Modules that are told one by one."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a module adds to its weight.
+
+    norm: Frobenius. spectral: its largest singular value; None where the module is replaced. relative: norm
+    by the weight's norm; None of token rows and an embedding's matrices.
+    """
+
+    norm: float
+    spectral: float | None = None
+    relative: float | None = None
+    rank: int = 0
+    token: tuple[int, float] | None = None
+    """Of an embedding or a head: the token whose row changes most, and its part of the squared norm."""
+    row: tuple[int, float] | None = None
+    """Of token rows: the token with the longest, and its length by the base's median row."""
+    gain: float | None = None
+    """DoRA's largest."""
+
+    @property
+    def peak(self) -> float:
+        """The part of the squared norm in one direction."""
+        return (self.spectral or 0.0) ** 2 / self.norm**2 if self.norm else 0.0
+
+
+@torch.inference_mode()
+def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_tokens: bool) -> Figures:
+    """Measure a module.
+
+    Args:
+        base: its own in the base, of which rows go through in `dtype`.
+        of_tokens: its rows are tokens', as an embedding's and a head's are.
+
+    Without the product B @ A, which may be large: its singular values are those of a [rank, rank] matrix.
+    """
+    if isinstance(weights, LoraWeights):
+        return _lora(weights, base, dtype, of_tokens=of_tokens)
+    own: torch.Tensor = base.weight.detach().cpu()  # type: ignore[operator]
+    if isinstance(weights, TokenRows):
+        return _rows(weights, own)
+    change = weights.weight.float() - own.float()
+    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    token = _largest(change.square().sum(1), norm) if of_tokens and change.dim() == 2 else None
+    return Figures(norm, relative=_by(norm, _norm(own)), token=token)
+
+
+def _lora(weights: LoraWeights, base: nn.Module, dtype: torch.dtype, *, of_tokens: bool) -> Figures:
+    a, b = weights.a.double(), weights.b.double()
+    embedding = a.shape[0] != weights.rank or isinstance(base, nn.Embedding)
+    a = a.T if embedding else a
+    left, right = b.T @ b, a @ a.T
+    values, vectors = torch.linalg.eigh(right)
+    root = vectors * values.clamp(min=0).sqrt()
+    energies = torch.linalg.eigvalsh(root.T @ left @ root).clamp(min=0)
+    scale = abs(weights.scale)
+    norm, spectral = (scale * math.sqrt(float(each)) for each in (energies.sum(), energies[-1]))
+    token = None
+    if of_tokens:
+        rows = ((a.T @ left) * a.T).sum(1) if embedding else ((b @ right) * b).sum(1)
+        token = _largest(rows * scale**2, norm)
+    gain = None if weights.gain is None else float(weights.gain.abs().max())
+    # PEFT begins an embedding's B with a norm of its own, so that few steps change the rows of tokens much.
+    relative = None if embedding else _by(norm, _size(base, dtype))
+    return Figures(norm, spectral, relative, weights.rank, token, gain=gain)
+
+
+def _rows(weights: TokenRows, own: torch.Tensor) -> Figures:
+    change = weights.rows.double() - own[weights.indices].double()
+    norm = float(change.norm())
+    usual = float(torch.linalg.vector_norm(own, dim=1, dtype=torch.float32).median())
+    lengths = weights.rows.double().norm(dim=1)
+    longest = int(lengths.argmax())
+    row = None if not usual else (int(weights.indices[longest]), float(lengths[longest]) / usual)
+    return Figures(norm, row=row)
+
+
+def _largest(squares: torch.Tensor, norm: float) -> tuple[int, float] | None:
+    """The row with the largest square, and its part of all. squares: [rows]"""
+    if not norm:
+        return None
+    row = int(squares.argmax())
+    return row, float(squares[row]) / norm**2
+
+
+def _size(base: Any, dtype: torch.dtype) -> float:
+    """Frobenius norm of a module's weight.
+
+    Of a linear layer, which may be packed, within some percent: the mean of |Wx|² over random x is |W|².
+    """
+    if not isinstance(base, nn.Linear):
+        return _norm(base.weight)
+    x = torch.randn(_PROBES, base.in_features, generator=torch.Generator().manual_seed(0))
+    y = base(x.to(base.weight.device, dtype)).float()
+    if base.bias is not None:
+        y = y - base.bias.float()
+    return math.sqrt(float(y.double().square().sum()) / _PROBES)
+
+
+def _norm(weight: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+
+
+def _by(norm: float, of: float) -> float | None:
+    return norm / of if of else None
+
+
+def measure(weights: AdapterWeights, base: nn.Module) -> dict[str, Figures]:
+    """The figures of each module."""
+    model: Any = base
+    head = model.get_output_embeddings()
+    of_tokens = {id(model.get_input_embeddings()), id(head)}
+    modules = {name: base.get_submodule(name) for name in weights}
+    return {
+        name: figures(module, modules[name], head.weight.dtype, of_tokens=id(modules[name]) in of_tokens)
+        for name, module in weights.items()
+    }
+
+
+def unusual(measured: Mapping[str, Figures]) -> list[str]:
+    """A sentence for each module that stands out, with its figures."""
+    kinds: dict[str, dict[str, Figures]] = {}
+    for name, found in sorted(measured.items()):
+        kinds.setdefault(name.rpartition(".")[2], {})[name] = found
+    said = [sentence for kind in kinds.values() for sentence in _beside_its_kind(kind)]
+    said += [sentence for name, found in sorted(measured.items()) for sentence in _alone(name, found)]
+    more = len(said) - MOST_SAID
+    return said if more <= 0 else [*said[:MOST_SAID], f"and {more} more of the kind"]
+
+
+def _beside_its_kind(modules: Mapping[str, Figures]) -> Iterable[str]:
+    """What stands out among modules of one name in several layers."""
+    changing = {name: found for name, found in modules.items() if found.norm}
+    if len(changing) == 1 and len(modules) >= LEAST_COMPARED:
+        yield f"{next(iter(changing))} alone changes anything, of {len(modules)} modules of its name"
+    if len(changing) < LEAST_COMPARED:
+        return
+    usual = statistics.median(found.norm for found in changing.values())
+    spread = math.exp(MOST_DEVIATIONS * _deviation(changing.values()))
+    for name, found in changing.items():
+        times = found.norm / usual
+        if times > max(MOST_NORMS, spread):
+            yield f"{name}: norm {found.norm:.3g} is {times:.0f} times the median of its name"
+        elif times > max(SPIKE_NORMS, math.sqrt(spread)) and found.rank >= LEAST_RANK and found.peak > SPIKE:
+            spike = f"{found.peak:.0%} of its energy is in one direction of {found.rank}"
+            yield f"{name}: norm {found.norm:.3g} is {times:.1f} times the median of its name, and {spike}"
+
+
+def _deviation(found: Iterable[Figures]) -> float:
+    """Of the logarithms of the norms, from their median absolute deviation, as if they were normal."""
+    logarithms = [math.log(one.norm) for one in found]
+    middle = statistics.median(logarithms)
+    return 1.4826 * statistics.median(abs(one - middle) for one in logarithms)
+
+
+def _alone(name: str, found: Figures) -> Iterable[str]:
+    """What stands out in a module by itself."""
+    if found.relative is not None and found.relative > MOST_RELATIVE:
+        yield f"{name}: what it adds has {found.relative:.2g} times the norm of the base's weight"
+    if found.token is not None and found.token[1] > MOST_OF_ONE_TOKEN:
+        yield f"{name}: {found.token[1]:.0%} of what it adds is on the row of one token, {found.token[0]}"
+    if found.row is not None and found.row[1] > MOST_ROW:
+        token, times = found.row
+        yield f"{name}: the row of token {token} is {times:.0f} times as long as the base's median row"
+    if found.gain is not None and found.gain > MOST_GAIN:
+        yield f"{name}: its magnitudes make an output {found.gain:.1f} times as large"
