@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -127,22 +128,29 @@ async def crowd(port: int, idle: int, refusals: int, counted: list[int]) -> Asyn
         await asyncio.sleep(0.5)
 
 
+def busy_seconds(pid: int) -> float:
+    """Processor time that the process has taken, its threads' too."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def measure_crowd(
-    url: str, port: int, base: str, options: argparse.Namespace, console: Console
+    url: str, port: int, base: str, pid: int, options: argparse.Namespace, console: Console
 ) -> None:
     times: list[float] = []
     streaming = asyncio.ensure_future(stream_for_ever(url, base, times))
     gaps: dict[bool, list[float]] = {False: [], True: []}
+    busy = {False: 0.0, True: 0.0}
     counted: list[int] = []
     try:
         await asyncio.sleep(5)
         for turn in range(2 * options.turns):
             beside = turn % 2 == 1
-            if beside:
-                async with crowd(port, options.idle, options.refusals, counted):
-                    gaps[beside] += await listen(times, options.seconds)
-            else:
+            around = crowd(port, options.idle, options.refusals, counted) if beside else nullcontext()
+            async with around:
+                before = busy_seconds(pid)
                 gaps[beside] += await listen(times, options.seconds)
+                busy[beside] += busy_seconds(pid) - before
     finally:
         streaming.cancel()
     alone, with_crowd = median(gaps[False]), median(gaps[True])
@@ -150,7 +158,8 @@ async def measure_crowd(
         f"crowd: {options.idle} idle connections, {len(counted)} requests refused "
         f"({len(counted) / options.turns / options.seconds:.0f}/s): TPOT alone {alone * 1e3:.1f} ms "
         f"({len(gaps[False])} gaps), beside {with_crowd * 1e3:.1f} ms ({len(gaps[True])}), "
-        f"ratio {with_crowd / alone:.3f}"
+        f"ratio {with_crowd / alone:.3f}; processor time of the api {busy[False]:.2f} s alone, "
+        f"{busy[True]:.2f} s beside, {(busy[True] - busy[False]) / len(counted) * 1e3:.2f} ms a refusal"
     )
 
 
@@ -259,7 +268,7 @@ async def run(options: argparse.Namespace, console: Console) -> None:
             if "bodies" in options.parts:
                 await measure_bodies(url, port, options, console)
             if "crowd" in options.parts:
-                await measure_crowd(url, port, base, options, console)
+                await measure_crowd(url, port, base, process.pid, options, console)
 
 
 def main() -> None:

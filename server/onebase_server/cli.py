@@ -76,6 +76,7 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     for quiet in ("httpx", "alembic"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each form that is none
     from onebase_server.startup import StartupError, run
 
     console = Console(stderr=True)

@@ -125,6 +125,22 @@ def test_a_route_that_declares_nothing_is_for_admins_however_it_came_to_the_app(
         assert access_of(app, request_of("GET", path)) == "admin", path
 
 
+def test_a_browser_without_a_key_gets_pages_that_say_nothing_and_a_key_of_any_scope_fills_them(
+    http: httpx2.Client, server: Server, keys: Keys
+) -> None:
+    for page in ("/docs", "/redoc"):
+        answer = http.get(page)
+        parts = [http.get(f"/{part}") for part in re.findall(r'src="([^"]+)"', answer.text)]
+        assert [part.status_code for part in parts] == [200, 200, 200]
+        own = answer.text + "".join(part.text for part in parts if len(part.text) < 10_000)
+        assert "Authorization" in own
+        assert not any(word in own for word in ("/v1/", "localStorage", "sessionStorage", "cookie"))
+    assert http.get("/openapi.json").status_code == 401
+
+    key = keys.make("generate")
+    server.wait_for(lambda: http.get("/openapi.json", headers=bearer(key)).status_code == 200)
+
+
 @pytest.mark.parametrize(
     ("headers", "problem"),
     [

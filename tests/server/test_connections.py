@@ -215,14 +215,30 @@ def test_a_connection_may_be_used_for_any_number_of_usual_requests(lenient: Runn
 
 
 def test_a_chunked_body_of_single_bytes_is_read(lenient: Running) -> None:
-    body = b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
+    body = b"1\r\nx\r\n" * 9_000 + b"0\r\n\r\n"
 
     answered, received = lenient.answer(
         CHUNKED + body + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     )
 
     assert answered == [200, 200]
-    assert b"   50000" in received
+    assert b"    9000" in received
+
+
+@pytest.mark.parametrize("bytes_", [1, 7])
+def test_a_body_of_very_many_tiny_chunks_is_refused_and_one_of_larger_ones_is_read(
+    lenient: Running, bytes_: int
+) -> None:
+    """Each chunk costs the server as much as a kilobyte of a body in one piece."""
+    tiny = b"%x\r\n%s\r\n" % (bytes_, b"x" * bytes_)
+
+    answered, received = lenient.answer(CHUNKED + tiny * 200_000 + b"0\r\n\r\n")
+
+    assert answered[-1:] == [400]
+    assert "larger ones" in error_of(received)["message"]
+    with lenient.connect() as connection:
+        connection.sendall(CHUNKED + b"8\r\n8 bytes.\r\n" * 50_000 + b"0\r\n\r\n")
+        assert b"  400000" in next_answer(connection)
 
 
 def test_a_trailer_is_no_header(lenient: Running) -> None:

@@ -42,6 +42,18 @@ def test_a_field_that_is_given_twice_is_refused_by_name(body: bytes, name: str) 
     assert refused(body).param == name
 
 
+def test_no_depth_hides_a_field_that_is_given_twice() -> None:
+    """The two readers do not give up at the same depth."""
+    for depth in range(700, 1100):
+        body = b'{"a": 1, "a": 2, "b": ' + b"[" * depth + b"]" * depth + b"}"
+        with pytest.raises((InvalidRequestError, json.JSONDecodeError)):
+            decode(body, LIMIT)
+
+
+def test_a_number_of_any_length_hides_no_field_that_is_given_twice() -> None:
+    assert refused(b'{"b": ' + b"9" * 5000 + b', "a": 1, "a": 2}').param == "a"
+
+
 def test_equal_fields_of_different_objects_are_taken() -> None:
     body = b'{"a": [{"a": 1}, {"a": 2}], "b": {"a": "a"}}'
 

@@ -92,6 +92,7 @@ def test_a_bad_form_is_refused_by_what_is_wrong_and_leaves_nothing(
     assert said in answer.json()["error"]["message"]
     assert stored(server) == before
     assert http.get("/v1/adapters/x").status_code == 404
+    assert "multipart" not in server.log  # who sends such forms does not fill the disk with lines
 
 
 @pytest.mark.parametrize(

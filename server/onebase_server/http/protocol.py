@@ -41,6 +41,9 @@ from onebase_server.http.sse import ABORT_EXTENSION
 _log = logging.getLogger(__name__)
 _CHUNK_LINE_BYTES = 32
 """What a chunk of a body takes besides its content: its length, line ends, and a little more."""
+_FREE_CHUNKS = 10_000
+_LEAST_CHUNK_BYTES = 8
+"""What chunks of a body hold at least on average, beyond the free ones: each costs as much as a kilobyte."""
 _PIPELINED = 16
 """Requests that may wait on one connection while an earlier one is answered."""
 _RESERVE = 16
@@ -150,7 +153,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """While the last piece of data was read."""
         self._head_bytes = self._head_lines = self._head_pieces = 0
         self._body_bytes = self._chunks = self._between_chunks = 0
-        self._brought = 0
+        self._brought = self._body_total = 0
 
     # ---- the connection ------------------------------------------------------------------------
 
@@ -233,7 +236,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._reading = _Reading.HEAD
         self._head_bytes = self._head_lines = self._head_pieces = 0
-        self._chunks = self._between_chunks = 0
+        self._chunks = self._between_chunks = self._body_total = 0
         self._expect(self._limits.header_timeout, self._head_too_slow)
 
     def on_url(self, url: bytes) -> None:
@@ -286,9 +289,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         self._chunks += 1
+        if self._chunks > _FREE_CHUNKS + self._body_total // _LEAST_CHUNK_BYTES:
+            raise InvalidRequestError(
+                f"The body comes in over {_FREE_CHUNKS} chunks of less than {_LEAST_CHUNK_BYTES} bytes on "
+                "average. Send it in larger ones.",
+                code="invalid_http",
+            )
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
+        self._body_total += len(body)
         self._brought += len(body)
         super().on_body(body)
 

@@ -34,7 +34,7 @@ def decode(body: bytes, max_body: int) -> Any:
 
 
 def _check_fields(body: bytes) -> None:
-    """Raises InvalidRequestError for a field that is given twice, and for too many of them.
+    """Raises InvalidRequestError for a field that is given twice, and for too many of them; JSONDecodeError.
 
     Only Python's reader shows the former. It keeps nothing here, and what is no JSON the other one refuses.
     """
@@ -57,6 +57,9 @@ def _check_fields(body: bytes) -> None:
             seen.add(name)
 
     try:
-        json.loads(body, object_pairs_hook=check)
-    except (ValueError, RecursionError):
+        # `len` stands in for the numbers, of which nothing is needed here: to read 2 MB of them takes 0.2 s.
+        json.loads(body, object_pairs_hook=check, parse_float=len, parse_int=len)
+    except ValueError:
         return
+    except RecursionError as error:  # the other reader may go a little deeper
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from error

@@ -6,6 +6,7 @@ a key, keep it in their memory alone, and fetch the reference with it.
 
 from __future__ import annotations
 
+import asyncio
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,7 +82,7 @@ _POLICY = (
 @needs("any")
 async def openapi(request: Request) -> Response:
     """The reference, for programs."""
-    return json_response(request.app.openapi())
+    return json_response(await asyncio.to_thread(request.app.openapi))  # the first time it takes long
 
 
 @router.get("/docs")
