@@ -40,6 +40,7 @@ class Caller:
     key: str
     tenant: str
     scopes: frozenset[Scope]
+    priority: int = 0
 
     @property
     def is_admin(self) -> bool:

@@ -43,6 +43,7 @@ class Job:
     timeout_s: float | None = None
     deadline: float | None = None
     """When `timeout_s` is over, on the event loop's clock: it began before the job was made."""
+    priority: int = 0
 
     @property
     def choices(self) -> int:
@@ -117,7 +118,8 @@ class Generation:
         AdapterDeletedError, CrashesEngineError.
         """
         if self.job.adapter.uses:
-            self._lease = residency.lease(self.job.adapter.uses, on_revoked=self._fail)
+            job = self.job
+            self._lease = residency.lease(job.adapter.uses, on_revoked=self._fail, tenant=job.tenant)
             async with in_time(self.job.deadline):
                 await self._lease.ready()
         try:
@@ -179,6 +181,7 @@ class Generation:
             adapters=list(job.adapter.refs),
             n=job.n,
             tenant=job.tenant,
+            priority=job.priority,
         )
 
     def _choice(self, index: int) -> Choice:

@@ -20,7 +20,7 @@ router = APIRouter(route_class=StrictRoute)
 async def generate(body: GenerateRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
-    job = await services.planner.generate(body, caller.tenant)
+    job = await services.planner.generate(body, caller)
     return await _answer(request, services, job, GenerateView(services.tokenizer), body.stream)
 
 
@@ -31,7 +31,7 @@ async def complete(
 ) -> Response:
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.completion(body, caller.tenant)
+    job = await services.planner.completion(body, caller)
     view = CompletionView(services.tokenizer, body.model, body.include_usage)
     return await _answer(request, services, job, view, body.stream)
 
@@ -41,7 +41,7 @@ async def complete(
 async def chat(body: ChatRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.chat(body, caller.tenant)
+    job = await services.planner.chat(body, caller)
     view = ChatView(services.tokenizer, body.model, body.include_usage)
     return await _answer(request, services, job, view, body.stream)
 
