@@ -174,7 +174,8 @@ class Scheduler:
     # ---- what a step computes ----------------------------------------------------------------
 
     def _decode(self, draft: _Draft) -> None:
-        for row in sorted(self.running, key=self.waiting.order):
+        short = len(self.running) > draft.budget
+        for row in sorted(self.running, key=self.waiting.order) if short else list(self.running):
             ready = row.pending == 1 and draft.budget > 0 and row not in draft.preempted
             if ready and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))

@@ -54,8 +54,8 @@ class RequestRouter:
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request; `max_rows` run at once and `queue_limit` more may wait.
 
-        Raises QueueFullError where no place is left and the tenant has its part, InvalidRequestError when even
-        an empty queue is too short, CrashesEngineError, or UnavailableError while another request that was
+        Raises QueueFullError where no place is left and the tenant has its part, InvalidRequestError when
+        even an empty queue is too short, CrashesEngineError, or UnavailableError while another that was
         running at engines' deaths has its turn.
         """
         capacity = max_rows + self._queue_limit
