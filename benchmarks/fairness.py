@@ -38,7 +38,7 @@ from onebase_server.processes.engine import DEFAULT_STEP_TOKENS, base_settings, 
 
 FLOODED_BY = {"quiet": "", "arrival": "guest", "counters": "other"}
 """Load -> the tenant that floods."""
-VOCABULARY = 1000
+VOCABULARY = 300
 """Token ids from which prompts are drawn."""
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.access import LOCAL
+from onebase_server.access import LOCAL, Caller
 from onebase_server.errors import InvalidRequestError
+from onebase_server.generation.generation import Generation
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.http.schemas.generation import GenerateRequest, Wire
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
@@ -186,3 +187,14 @@ def test_a_text_that_no_number_of_tokens_could_hold_is_not_tokenized() -> None:
 
 def request(characters: int) -> GenerateRequest:
     return GenerateRequest(prompt="x" * characters, max_tokens=1)
+
+
+def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
+    async def play() -> None:
+        caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
+        job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
+        generation = Generation(SimpleNamespace(), SimpleNamespace(pieces=list), job)  # type: ignore[arg-type]
+        (submit,) = generation._inflight.submits
+        assert (submit.tenant, submit.priority) == ("acme", 3)
+
+    asyncio.run(play())
