@@ -224,6 +224,18 @@ def test_a_prompt_goes_before_the_rest_of_a_flooding_tenants_long_one() -> None:
     assert [(s.row.arrival, s.length) for s in world.step().segments] == [(1, 5), (0, 3)]
 
 
+def test_a_step_with_a_guests_prompt_has_none_of_a_tenant_that_runs_twice_as_much() -> None:
+    world = World.create(step_tokens=32, max_length=400, blocks=100, max_rows=6)
+    flooded(world, 3, 30)
+    flood = [make_row(i, [i] * 5, 3, tenant="flood") for i in (10, 11)]
+    guest = make_row(12, [1] * 5, 3, tenant="guest")
+    for row in (*flood, guest):
+        world.scheduler.add(row)
+    assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12}
+    assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12, 10, 11}
+    world.finish_all()
+
+
 def test_a_guests_adapter_gets_a_slot_before_older_rows_of_a_flood_that_wait_for_one() -> None:
     world = World.create(slots=2, max_rows=4, blocks=100)
     for arrival in range(12):
@@ -316,7 +328,10 @@ def test_no_place_stays_free_while_a_row_could_run() -> None:
     backlog.refill(40)
     while world.scheduler.waiting:
         plan = world.step()
-        assert len({segment.row for segment in plan.segments}) == 4
+        prompts = {s.row.tenant for s in plan.segments if s.start < s.row.prompt_length}
+        assert prompts or len(plan.segments) == 4, (
+            "but for one step, in which another's prompt has precedence"
+        )
 
 
 def test_no_more_than_some_idle_accounts_are_remembered() -> None:

@@ -2,7 +2,8 @@
 
 `fair_queue.py` says whose turn it is: the tenant that was given least, in it the adapter that was given
 least, and there the row that came first. Decodes come first in every step; prefill chunks share what is left
-of the token budget, in that order.
+of the token budget, in that order. After a prompt of one tenant, a step has none of a tenant that runs twice
+as much: it would be longer for it.
 
 What lacks something holds up nobody else. A row whose adapter finds no slot claims one. One that lacks blocks
 lets MAX_PASSED rows pass; then what comes free is kept for it, but for rows whose turn is earlier.
@@ -141,10 +142,13 @@ class Scheduler:
         for row in turns:
             if draft.is_over():
                 break
-            if row in self.running or self._admit(row, draft, turns):
+            if self._is_second(row, draft):
+                turns.pass_over(self.waiting.flow(row).tenant)
+            elif row in self.running or self._admit(row, draft, turns):
                 self._advance(row, draft)
         for row in prefilling:
-            if draft.budget > 0 and row in self.running and row not in draft.chunks:
+            done = row not in self.running or row in draft.chunks or self._is_second(row, draft)
+            if draft.budget > 0 and not done:
                 self._advance(row, draft)
         for segment in draft.decodes.values():
             self.waiting.charge(segment)
@@ -190,6 +194,12 @@ class Scheduler:
         draft.chunks[row] = segment
         draft.budget -= length
         self.waiting.charge(segment)
+
+    def _is_second(self, row: Row, draft: _Draft) -> bool:
+        """Whether the step has a prompt of a tenant that runs half as much at most: it is to be short."""
+        tenant = self.waiting.flow(row).tenant
+        others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
+        return any(2 * other.load <= tenant.load for other in others)
 
     # ---- admission ---------------------------------------------------------------------------
 
