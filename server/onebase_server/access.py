@@ -44,7 +44,7 @@ class Caller:
     tenant: str
     scopes: frozenset[Scope]
     priority: int = 0
-    """Of its requests among all that wait: the highest first."""
+    """Of its requests: each step doubles their share of a busy engine."""
 
     @property
     def is_admin(self) -> bool:

@@ -27,6 +27,7 @@ class Request:
     max_tokens: int
     at: int = 0
     ignore_eos: bool = True
+    tenant: str = "default"
 
 
 @dataclass
@@ -123,4 +124,10 @@ def submission(name: str, request: Request) -> protocol.Submit:
     sampling = protocol.Sampling(
         temperature=0.0, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos
     )
-    return protocol.Submit(id=name, prompt=list(request.prompt), sampling=sampling, adapters=adapters)
+    return protocol.Submit(
+        id=name,
+        prompt=list(request.prompt),
+        sampling=sampling,
+        adapters=adapters,
+        tenant=request.tenant,
+    )

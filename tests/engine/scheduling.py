@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.messages import AdapterRef, Sampling
 from onebase_engine.engine.row import AdapterMix, Plan, Row
-from onebase_engine.engine.scheduler import Limits, Scheduler
+from onebase_engine.engine.scheduler import Limits, Scheduler, _Draft
 from onebase_engine.engine.slot_table import SlotTable
 
 BLOCK = 4
@@ -55,6 +55,10 @@ class World:
         row.finish = "length"
         self.scheduler.finish(row)
 
+    def preempt(self, row: Row) -> None:
+        """As when blocks run out."""
+        self.scheduler._preempt(row, _Draft(0))
+
     def finish_all(self, limit: int = 3000) -> int:
         """Step until no row is left; every step must compute something."""
         steps = 0
@@ -79,7 +83,8 @@ class World:
             assert set(segment.row.mix.digests) <= self.slots.slot_of.keys()
         kept = [row.arrival for row in before if row in running]
         lost = [row.arrival for row in before if row not in running]
-        assert not kept or not lost or max(kept) < min(lost), (
+        alone = len({row.tenant for row in before}) == 1 and not self.scheduler.yielded
+        assert not alone or not kept or not lost or max(kept) < min(lost), (
             "an older row was preempted before a younger one"
         )
         holders = [block for row in running for block in row.blocks]
@@ -95,6 +100,8 @@ def make_row(
     *,
     leader: Row | None = None,
     scored: bool = False,
+    tenant: str = "default",
+    priority: int = 0,
 ) -> Row:
     return Row(
         id=str(arrival),
@@ -105,4 +112,6 @@ def make_row(
         arrival=arrival,
         arrived_at=0.0,
         leader=leader,
+        tenant=tenant,
+        priority=priority,
     )

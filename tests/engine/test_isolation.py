@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,11 @@ def scored(engine: Engine, asked: list[Request], **changes: object) -> list[list
         sampling = protocol.Sampling(**{**settings, "logprobs": 4, **changes})
         engine.submit(
             protocol.Submit(
-                id=message.id, prompt=message.prompt, sampling=sampling, adapters=message.adapters
+                id=message.id,
+                prompt=message.prompt,
+                sampling=sampling,
+                adapters=message.adapters,
+                tenant=message.tenant,
             )
         )
         if i % 3 == 0:
@@ -98,9 +103,16 @@ def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
 
 
 def test_logprobs_are_bit_equal_after_preemption(lab: Lab) -> None:
-    tight = lab.engine(kv_blocks=52, block_size=2)
-    assert scored(tight, ASKED) == scored(lab.engine(), ASKED)
+    tight, asked = lab.engine(kv_blocks=52, block_size=2), requests(17, seed=3, longest=40, tokens=24)
+    assert scored(tight, asked) == scored(lab.engine(), asked)
     assert tight.scheduler.preemptions > 0
+
+
+def test_logprobs_are_bit_equal_after_giving_a_place_to_another_tenant(lab: Lab) -> None:
+    asked = [replace(request, tenant=f"tenant {i // 6}") for i, request in enumerate(ASKED)]
+    full = lab.engine(max_rows=3)
+    assert scored(full, asked) == scored(lab.engine(), asked)
+    assert full.scheduler.yielded > 0
 
 
 def test_logprobs_are_bit_equal_with_and_without_prefix_hits(lab: Lab) -> None:

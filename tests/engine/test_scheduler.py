@@ -15,13 +15,15 @@ from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 
 @dataclass(frozen=True)
 class Traffic:
-    """One row to come: when, how long, with which adapters, and when it is cancelled (never: None)."""
+    """One row to come: when, how long, whose, with which adapters, and when it is cancelled (never: None)."""
 
     at: int
     prompt: int
     start: int
     max_tokens: int
     adapters: tuple[str, ...]
+    tenant: str
+    priority: int
     scored: bool
     follows: bool
     cancel_at: int | None
@@ -35,6 +37,8 @@ TRAFFIC = st.lists(
         start=st.integers(0, 2),
         max_tokens=st.integers(1, 12),
         adapters=st.lists(st.sampled_from("abcd"), max_size=2, unique=True).map(tuple),
+        tenant=st.sampled_from("xyz"),
+        priority=st.sampled_from([0, 0, 0, -4, 2]),
         scored=st.booleans(),
         follows=st.booleans(),
         cancel_at=st.none() | st.integers(0, 40),
@@ -48,9 +52,26 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     if item.follows and previous is not None:
         prompt = previous.tokens[: previous.prompt_length]
         leader = previous.leader or previous
-        return make_row(arrival, prompt, item.max_tokens, previous.mix.digests, leader=leader)
+        tenant, priority = previous.tenant, previous.priority
+        return make_row(
+            arrival,
+            prompt,
+            item.max_tokens,
+            previous.mix.digests,
+            leader=leader,
+            tenant=tenant,
+            priority=priority,
+        )
     prompt = list(range(item.start, item.start + item.prompt))
-    return make_row(arrival, prompt, item.max_tokens, item.adapters, scored=item.scored)
+    return make_row(
+        arrival,
+        prompt,
+        item.max_tokens,
+        item.adapters,
+        scored=item.scored,
+        tenant=item.tenant,
+        priority=item.priority,
+    )
 
 
 @settings(max_examples=120, deadline=None)
@@ -68,8 +89,9 @@ def test_every_row_finishes_and_everything_comes_back(
     coming = sorted(traffic, key=lambda item: item.at)
     rows: list[tuple[Row, Traffic]] = []
     work = sum(item.prompt + item.max_tokens for item in traffic)
-    # Each preemption throws away at most one row's work, and only an older row's growth preempts.
-    limit = 60 + work * (len(traffic) + 1)
+    # Each preemption throws away at most one row's work. An older row's growth preempts; rows of others do so
+    # at most once, and once more for each block of tokens that is made in between.
+    limit = 60 + work * (len(traffic) + 1) * 2
     last_admission = -limit
     for step in range(limit + 1):
         while coming and coming[0].at <= step:
@@ -85,10 +107,10 @@ def test_every_row_finishes_and_everything_comes_back(
         if not coming and not world.scheduler.rows:
             break
         assert step < limit, "the rows do not finish"
-        before, preemptions = set(world.scheduler.running), world.scheduler.preemptions
+        before, preemptions = set(world.scheduler.running), for_blocks(world)
         plan = world.step()
         assert plan or not world.scheduler.rows, "rows wait for nothing"
-        if world.scheduler.preemptions > preemptions:
+        if for_blocks(world) > preemptions:
             assert step - last_admission > BLOCK, "a row was preempted right after an admission"
         if any(segment.row not in before for segment in plan.segments):
             last_admission = step
@@ -96,8 +118,14 @@ def test_every_row_finishes_and_everything_comes_back(
         assert row.finish is not None
         assert row.finish == "cancelled" or row.generated == item.max_tokens
         assert not row.blocks
+    assert world.scheduler.yielded <= sum(1 + row.generated // BLOCK for row, _ in rows)
     assert world.pool.free == world.pool.capacity
     assert world.slots.used == 0
+
+
+def for_blocks(world: World) -> int:
+    """Preemptions because blocks ran out."""
+    return world.scheduler.preemptions - world.scheduler.yielded
 
 
 def test_the_youngest_row_is_preempted_and_still_finishes() -> None:
@@ -125,12 +153,16 @@ def test_rows_that_outgrow_the_pool_are_not_admitted_only_to_be_preempted() -> N
     assert 0 < world.scheduler.preemptions <= len(rows) // 4
 
 
-def test_a_row_that_takes_every_block_is_admitted_alone() -> None:
+def test_a_row_that_needs_every_block_lets_others_pass_and_then_runs_alone() -> None:
     world = World.create(blocks=200, max_rows=4, max_length=1000, step_tokens=1000)
     rows = [make_row(0, [1], 2), make_row(1, list(range(200 * BLOCK)), 1), make_row(2, [2], 2)]
     for row in rows:
         world.scheduler.add(row)
-    assert [segment.row for segment in world.step().segments] == [rows[0]]
+    assert [segment.row for segment in world.step().segments] == [rows[0], rows[2]]
+    last = world.step()
+    while rows[1] in world.scheduler.waiting:
+        last = world.step()
+    assert [segment.row for segment in last.segments] == [rows[1]]
     world.finish_all()
     assert [row.generated for row in rows] == [2, 1, 2]
 

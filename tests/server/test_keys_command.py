@@ -103,7 +103,7 @@ def test_the_registry_and_the_data_folder_are_named_as_for_serve(
         (["set", "ob-nobody", "--priority", "1"], "There is no API key 'ob-nobody'"),
         (["create", "--scope", "train", "--quota", "bytes=1"], "onebase tenants set"),
         (["create", "--scope", "train", "--quota", "wishes=3"], "choose among requests, tokens, rows"),
-        (["create", "--scope", "train", "--priority", "11"], "priority: use a whole number from -10 to 10"),
+        (["create", "--scope", "train", "--priority", "5"], "priority: use a whole number from -4 to 4"),
         (["list", "--registry", "mysql://host/name"], "a sqlite:/// or a postgresql:// URL"),
         (["list", "--registry", "sqlite:////proc/none/registry.db"], "registry"),
     ],

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from onebase_server.access import LOCAL, Caller
 from onebase_server.errors import InvalidRequestError
+from onebase_server.generation.generation import Generation
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.http.schemas.generation import GenerateRequest, Wire
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
@@ -170,11 +172,11 @@ def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() ->
 
     async def play() -> None:
         planner = planner_of(tokenizer, 1_000_000)
-        long = [asyncio.create_task(planner.generate(request(200_000), "default")) for _ in range(3)]
+        long = [asyncio.create_task(planner.generate(request(200_000), LOCAL)) for _ in range(3)]
         while not tokenizer.running:
             await asyncio.sleep(0.01)
         for size in (10, 20_000, 90_000):
-            await planner.generate(request(size), "default")
+            await planner.generate(request(size), LOCAL)
         assert tokenizer.running.count(200_000) == 1
         tokenizer.may.set()
         await asyncio.gather(*long)
@@ -187,7 +189,7 @@ def test_a_text_that_no_number_of_tokens_could_hold_is_not_tokenized() -> None:
 
     async def play() -> None:
         with pytest.raises(InvalidRequestError, match="--max-length") as caught:
-            await planner_of(tokenizer, 100).generate(request(1001), "default")
+            await planner_of(tokenizer, 100).generate(request(1001), LOCAL)
         assert caught.value.code == "context_length_exceeded"
 
     asyncio.run(play())
@@ -197,3 +199,14 @@ def test_a_text_that_no_number_of_tokens_could_hold_is_not_tokenized() -> None:
 
 def request(characters: int) -> GenerateRequest:
     return GenerateRequest(prompt="x" * characters, max_tokens=1)
+
+
+def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
+    async def play() -> None:
+        caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
+        job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
+        generation = Generation(SimpleNamespace(), SimpleNamespace(pieces=list), job)  # type: ignore[arg-type]
+        (submit,) = generation._inflight.submits
+        assert (submit.tenant, submit.priority) == ("acme", 3)
+
+    asyncio.run(play())

@@ -27,8 +27,8 @@ from onebase_adapters.registry.tables import ApiKeyRow, TenantRow
 USED_SECONDS = 3600.0
 """`last_used_at` is as exact as this: one write an hour for a key in use."""
 MAX_NAME = 200
-MAX_PRIORITY = 10
-"""Priorities are whole numbers from its negative to this; a key has 0 unless it is given another."""
+MAX_PRIORITY = 4
+"""Priorities are whole numbers from its negative to this, as those of the engine; a key has 0 by default."""
 _KEY = re.compile(r"(ob-[0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 _NOBODY = "0" * 64
 
@@ -183,7 +183,8 @@ def _checked_scopes(scopes: Collection[str]) -> tuple[Scope, ...]:
 def _check_priority(priority: int) -> None:
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise InvalidKeyError(
-            "priority", f"use a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}; higher is served first."
+            "priority",
+            f"use a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}; each step doubles its share.",
         )
 
 

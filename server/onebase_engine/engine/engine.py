@@ -167,6 +167,7 @@ class Engine:
                 arrival=self._arrivals,
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
+                priority=request.priority,
                 leader=rows[0] if rows else None,
             )
             self._arrivals += 1
@@ -206,7 +207,7 @@ class Engine:
         plan = self.scheduler.plan()
         if self._apply_moves():
             plan = plan.unfinished()
-        self._staging.drop_unwanted(digest for row in self.scheduler.waiting for digest in row.mix.digests)
+        self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
         if not plan:
             self._staging.wait()
             return

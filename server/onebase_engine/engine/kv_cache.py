@@ -66,6 +66,10 @@ class BlockPool:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
+    def unshared(self, blocks: Sequence[int]) -> int:
+        """How many of the blocks nobody else holds."""
+        return sum(self._references[block] == 1 for block in blocks)
+
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one reference each, or None (and nothing taken) if there are not enough."""
         if count > self.free:

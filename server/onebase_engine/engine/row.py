@@ -42,6 +42,7 @@ class Row:
     arrived_at: float
     """Monotonic seconds."""
     tenant: str = "default"
+    priority: int = 0
     leader: Row | None = None
     """The choice that prefills the shared prompt first, so that this row finds it in the prefix cache."""
     prompt_length: int = field(init=False)
@@ -49,6 +50,12 @@ class Row:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix keys of the row's full blocks, extended as blocks fill."""
+    charged: int = 0
+    """Prompt tokens that its tenant's counter has, or that the prefix cache gave."""
+    passed: int = 0
+    """Rows that were admitted before it, although it had its turn: it lacked blocks."""
+    yields_at: int = 0
+    """Generated tokens from which on it may give its place to a row of another tenant."""
     cached_tokens: int | None = None
     """Prompt tokens taken from the prefix cache at first admission; None before it."""
     queue_seconds: float | None = None

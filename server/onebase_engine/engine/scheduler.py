@@ -1,19 +1,32 @@
 """Which rows run, and which tokens the next step computes.
 
-Rows are admitted in order of arrival; a row whose adapter finds no slot waits without holding up the
-others. Decodes come first in every step, prefill chunks share what is left of the token budget. When
-blocks run out, the youngest row gives its blocks back and is recomputed later: it never fails for it.
+`fair_queue.py` says whose turn it is: the tenant that was given least, in it the adapter that was given
+least, and there the row that came first. Decodes come first in every step; prefill chunks share what is left
+of the token budget, in that order. After a prompt of one tenant, a step has none of a tenant that runs twice
+as much: it would be longer for it.
 
-A row is admitted only if a few blocks stay free: the next block of each row that may still need one.
-Else the youngest row would be admitted and preempted again as soon as an older one grows. So no row is
-preempted within `block_size` steps after any admission.
+What lacks something holds up nobody else. A row whose adapter finds no slot claims one. One that lacks blocks
+lets MAX_PASSED rows pass; then what comes free is kept for it, but for rows whose turn is earlier.
+
+A row takes another one's place only if the other's tenant was given more and runs at least twice as much, the
+new row counted: a tenant that floods gives way at once, and tenants that are about even take nothing from
+each other. The youngest row gives way, and not again before it has made as many tokens as a block holds, and
+half as many as were computed again for it.
+
+When blocks run out, a row gives its blocks back and is recomputed later: it never fails for it. It is the
+youngest, or that of a tenant that runs twice as much as the youngest's. A row is admitted only if a few
+blocks stay free: the next block of each row that may still need one. Else the youngest row would be admitted
+and preempted again as soon as an older one grows. So no row is preempted for want of blocks within
+`block_size` steps after any admission.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
+from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, Tenant, Turns
 from onebase_engine.engine.kv_cache import BlockPool, block_key, root_key
 from onebase_engine.engine.row import Plan, Row, Segment
 from onebase_engine.engine.slot_table import SlotTable
@@ -22,6 +35,12 @@ MAX_SCORED_TOKENS = 128
 """Prompt tokens scored in one step: each costs a row of logits over the whole vocabulary."""
 WATERMARK = 0.01
 """Part of the KV blocks that an admission leaves free at least, unless the row would run alone."""
+CREDIT_STEPS = 4
+"""Full steps by which a tenant that asks now and then may be ahead of those that wait all the time."""
+MAX_PASSED = 32
+"""Rows that may be admitted before one that lacks blocks."""
+MAX_TRIES = 32
+"""Rows that lack blocks, and tenants that find no place, that one plan looks at."""
 
 
 class NeverFitsError(ValueError):
@@ -42,6 +61,31 @@ class Limits:
     max_length: int
 
 
+@dataclass
+class _Draft:
+    """A plan in the making. `budget`: tokens that are left of the step's."""
+
+    budget: int
+    decodes: dict[Row, Segment] = field(default_factory=dict)
+    chunks: dict[Row, Segment] = field(default_factory=dict)
+    """Of rows that prefill or have just been admitted."""
+    preempted: set[Row] = field(default_factory=set)
+    lacking: list[Row] = field(default_factory=list)
+    """Waiting rows that had their turn and lacked blocks."""
+    refused: int = 0
+    """Tenants that found every place taken."""
+
+    def is_over(self) -> bool:
+        """Whether no more waiting rows are looked at. What is free is kept for one that many have passed."""
+        kept = any(row.passed >= MAX_PASSED for row in self.lacking)
+        return self.budget <= 0 or kept or max(len(self.lacking), self.refused) >= MAX_TRIES
+
+    def plan(self) -> Plan:
+        single = [segment for segment in self.chunks.values() if segment.length == 1]
+        longer = [segment for segment in self.chunks.values() if segment.length > 1]
+        return Plan([*self.decodes.values(), *single], longer)
+
+
 class Scheduler:
     """Waiting and running rows. `plan` says what to compute, `computed` what has been."""
 
@@ -50,11 +94,13 @@ class Scheduler:
         self._pool = pool
         self._slots = slots
         self.limits = limits
-        self.waiting: list[Row] = []
-        """In order of arrival."""
+        self.waiting = FairQueue(CREDIT_STEPS * limits.step_tokens)
         self.running: list[Row] = []
         """In order of arrival."""
         self.preemptions = 0
+        self.yielded = 0
+        """Preemptions for a waiting row of another tenant."""
+        slots.order = self.waiting.order
 
     def check(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
         """Raise NeverFitsError for a request that could not run even alone."""
@@ -85,37 +131,28 @@ class Scheduler:
             )
 
     def add(self, row: Row) -> None:
-        self._insert(self.waiting, row)
+        self.waiting.enter(row)
 
     def plan(self) -> Plan:
         """The next step. Rows may be admitted and preempted on the way."""
-        budget = self.limits.step_tokens
-        decodes: list[Segment] = []
-        for row in list(self.running):
-            if row in self.running and row.pending == 1 and budget > 0 and self._grow(row, len(row.tokens)):
-                decodes.append(Segment(row, row.computed, len(row.tokens)))
-                budget -= 1
-        decodes = [segment for segment in decodes if segment.row in self.running]
-        prefills: list[Segment] = []
-        for row in self.running:
-            if row.pending > 1 and budget > 0:
-                segment = self._chunk(row, budget)
-                prefills.append(segment)
-                budget -= segment.length
-        for row in self._admissible():
-            if budget <= 0 or len(self.running) >= self.limits.max_rows:
+        draft = _Draft(self.limits.step_tokens)
+        self._decode(draft)
+        prefilling = [row for row in self.running if row.pending > 1]
+        turns = self.waiting.in_turn(prefilling, self._may_begin())
+        for row in turns:
+            if draft.is_over():
                 break
-            if not self._slots.acquire(row):
-                continue
-            if not self._take_blocks(row):
-                self._slots.release(row)
-                break
-            self.waiting.remove(row)
-            self._insert(self.running, row)
-            segment = self._chunk(row, budget)
-            (decodes if segment.length == 1 else prefills).append(segment)
-            budget -= segment.length
-        return Plan(decodes, prefills)
+            if self._is_second(row, draft):
+                turns.pass_over(self.waiting.flow(row).tenant)
+            elif row in self.running or self._admit(row, draft, turns):
+                self._advance(row, draft)
+        for row in prefilling:
+            done = row not in self.running or row in draft.chunks or self._is_second(row, draft)
+            if draft.budget > 0 and not done:
+                self._advance(row, draft)
+        for segment in draft.decodes.values():
+            self.waiting.charge(segment)
+        return draft.plan()
 
     def computed(self, segment: Segment) -> None:
         """The step has written the segment's KV: full blocks become a prefix that others may use."""
@@ -128,28 +165,133 @@ class Scheduler:
 
     def finish(self, row: Row) -> None:
         """Take a row out, wherever it is, and give back what it holds."""
+        self._slots.forget(row)
         if row in self.running:
             self.running.remove(row)
             self._release(row)
-        elif row in self.waiting:
-            self.waiting.remove(row)
-        self._slots.forget(row)
+        self.waiting.leave(row)
 
     @property
     def rows(self) -> list[Row]:
         return [*self.running, *self.waiting]
 
-    def _chunk(self, row: Row, budget: int) -> Segment:
-        length = min(row.pending, budget)
+    # ---- what a step computes ----------------------------------------------------------------
+
+    def _decode(self, draft: _Draft) -> None:
+        short = len(self.running) > draft.budget
+        for row in sorted(self.running, key=self.waiting.order) if short else list(self.running):
+            ready = row.pending == 1 and draft.budget > 0 and row not in draft.preempted
+            if ready and self._grow(row, len(row.tokens), draft):
+                draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
+                draft.budget -= 1
+
+    def _advance(self, row: Row, draft: _Draft) -> None:
+        """As much of the row as the budget allows."""
+        length = min(row.pending, draft.budget)
         if row.scores_prompt:
             length = min(length, MAX_SCORED_TOKENS)
-        return Segment(row, row.computed, row.computed + length)
+        segment = Segment(row, row.computed, row.computed + length)
+        draft.chunks[row] = segment
+        draft.budget -= length
+        self.waiting.charge(segment)
 
-    def _admissible(self) -> list[Row]:
-        """Waiting rows in order of arrival; a choice waits for the one that prefills its prompt."""
-        return [
-            row for row in self.waiting if row.leader is None or row.leader.prefilled or row.leader.finish
-        ]
+    def _is_second(self, row: Row, draft: _Draft) -> bool:
+        """Whether the step has a prompt of a tenant that runs half as much at most: it is to be short."""
+        tenant = self.waiting.flow(row).tenant
+        others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
+        return any(2 * other.load <= tenant.load for other in others)
+
+    # ---- admission ---------------------------------------------------------------------------
+
+    def _may_begin(self) -> Callable[[Tenant], bool]:
+        """Which tenants' rows to look at: where every place is taken, those that might take one."""
+        if not self._is_full:
+            return lambda tenant: True
+        most = max(self.waiting.flow(row).tenant.load for row in self.running)
+        return lambda tenant: 2 * (tenant.load + tenant.least_unit) <= most
+
+    def _admit(self, row: Row, draft: _Draft, turns: Turns) -> bool:
+        """Have a waiting row run, if all that it needs is there, or is given up for it."""
+        leader = row.leader
+        waits_for_leader = leader is not None and not leader.prefilled and not leader.finish
+        if waits_for_leader or row in draft.preempted:
+            return False
+        flow = self.waiting.flow(row)
+        if self._is_full and self._over_served(row, self.running, (), draft) is None:
+            turns.pass_over(flow.tenant)
+            draft.refused += 1
+            return False
+        if not self._take_slots(row, draft):
+            turns.pass_over(flow)
+            return False
+        if self._is_full or not self._take_blocks(row):
+            yielding = self._yielding(row, draft)
+            if not yielding:
+                self._slots.release(row)
+                draft.lacking.append(row)
+                return False
+            self._yield(yielding, draft)
+            self._take_blocks(row)
+        self.waiting.begin(row)
+        insort(self.running, row, key=lambda other: other.arrival)
+        for other in draft.lacking:
+            other.passed += 1
+        return True
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self.running) >= self.limits.max_rows
+
+    def _take_slots(self, row: Row, draft: _Draft) -> bool:
+        if self._slots.acquire(row):
+            return True
+        users = self._slots.in_the_way(row)
+        yielding: list[Row] = []
+        while users - set(yielding):
+            victim = self._over_served(row, users - set(yielding), yielding, draft)
+            if victim is None:
+                return False
+            yielding.append(victim)
+        self._yield(yielding, draft)
+        return bool(yielding) and self._slots.acquire(row)
+
+    def _yielding(self, row: Row, draft: _Draft) -> list[Row]:
+        """Running rows without which there are a place and blocks for `row`; none if it may not take them."""
+        needed = self._pool.blocks_for(len(row.tokens)) + self._watermark(row)
+        free = self._pool.free
+        yielding: list[Row] = []
+        while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
+            victim = self._over_served(row, self.running, yielding, draft)
+            if victim is None:
+                return []
+            yielding.append(victim)
+            free += self._pool.unshared(victim.blocks)
+        return yielding
+
+    def _over_served(
+        self, row: Row, among: Collection[Row], yielding: Collection[Row], draft: _Draft
+    ) -> Row | None:
+        """Who gives way to `row` next, once `yielding` have: the youngest of the tenant that runs most."""
+        flow, own = self.waiting.flow(row), self.waiting.flow(row).tenant
+        least = 2 * (own.load + (0 if row in self.running else 1 / flow.weight))
+        loads: dict[Row, float] = {}
+        for other in among:
+            theirs = self.waiting.flow(other).tenant
+            settled = other.generated < other.yields_at or other in draft.chunks or other in yielding
+            if theirs is own or theirs.counter < own.counter or settled:
+                continue
+            gone = (self.waiting.flow(one) for one in yielding)
+            load = theirs.load - sum(1 / one.weight for one in gone if one.tenant is theirs)
+            if load >= least:
+                loads[other] = load
+        return max(loads, key=lambda other: (loads[other], other.arrival), default=None)
+
+    def _yield(self, rows: Collection[Row], draft: _Draft) -> None:
+        for row in rows:
+            self._preempt(row, draft)
+        self.yielded += len(rows)
+
+    # ---- blocks ------------------------------------------------------------------------------
 
     def _take_blocks(self, row: Row) -> bool:
         """Blocks for all of the row's tokens, a cached prefix first. At least one token stays to compute.
@@ -167,7 +309,10 @@ class Scheduler:
         row.blocks = shared + fresh
         row.computed = len(shared) * self._pool.block_size
         if row.cached_tokens is None:
-            row.cached_tokens = row.computed
+            row.cached_tokens = row.charged = row.computed
+        else:
+            again = len(row.tokens) - row.computed
+            row.yields_at = row.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
 
     def _watermark(self, admitted: Row) -> int:
@@ -182,25 +327,29 @@ class Scheduler:
         """Whether the row may need more than `blocks`; nothing is computed from its last token."""
         return self._pool.blocks_for(row.prompt_length + row.sampling.max_tokens - 1) > blocks
 
-    def _grow(self, row: Row, tokens: int) -> bool:
-        """Blocks for `tokens`; preempts the youngest rows until there are. False if that was this row."""
+    def _grow(self, row: Row, tokens: int, draft: _Draft) -> bool:
+        """Blocks for `tokens`; preempts rows until there are. False if that was this row."""
         while len(row.blocks) * self._pool.block_size < tokens:
             more = self._pool.allocate(1)
             if more is not None:
                 row.blocks += more
                 continue
             youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is row:
+            victim = self._over_served(youngest, self.running, (), draft) or youngest
+            self._preempt(victim, draft)
+            if victim is row:
                 return False
         return True
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: Row, draft: _Draft) -> None:
         self.running.remove(row)
         self._release(row)
         row.computed = 0
-        self._insert(self.waiting, row)
+        self.waiting.back(row)
         self.preemptions += 1
+        draft.preempted.add(row)
+        if draft.decodes.pop(row, None) is not None:
+            draft.budget += 1
 
     def _release(self, row: Row) -> None:
         self._pool.release(row.blocks)
@@ -214,7 +363,3 @@ class Scheduler:
             start = len(row.block_keys) * size
             parent = row.block_keys[-1] if row.block_keys else root_key(self._base, row.tenant, row.mix)
             row.block_keys.append(block_key(parent, row.tokens[start : start + size]))
-
-    @staticmethod
-    def _insert(rows: list[Row], row: Row) -> None:
-        insort(rows, row, key=lambda other: other.arrival)

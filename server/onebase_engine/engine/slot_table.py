@@ -1,15 +1,16 @@
 """Which adapter versions sit in which slots, and who is using them.
 
 A version stays in its slot until another needs the place; the least recently used idle one goes first.
-When every slot is in use, the oldest waiting row claims slots: rows that came after it may no longer
-join them, so they fall idle, while all other slots go on as before. So nobody starves. Where the slots'
-memory is limited in bytes, idle versions leave until the new one fits, and claims cover bytes too.
+When every slot is in use, the waiting row whose turn is first claims slots: rows whose turn comes later may
+no longer join them, so they fall idle, while all other slots go on as before. So nobody starves. Where the
+slots' memory is limited in bytes, idle versions leave until the new one fits, and claims cover bytes too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from onebase_engine.engine.row import Row
 
@@ -36,6 +37,8 @@ class SlotTable:
 
         `ready(digests)`: whether versions that are in no slot can be put there without a wait.
         """
+        self.order: Callable[[Row], Any] = lambda row: row.arrival
+        """Whose turn is earlier has the smaller one."""
         self._slots = [_Slot() for _ in range(capacity)]
         self.budget = budget
         self._size_of = size_of
@@ -110,6 +113,15 @@ class SlotTable:
         self._empty(number)
         return True
 
+    def in_the_way(self, row: Row) -> set[Row]:
+        """The rows that use the slots that `row` has claimed and lacks."""
+        return {
+            user
+            for slot in self._slots
+            if slot.claimed_by is row and slot.digest not in row.mix.digests
+            for user in slot.users
+        }
+
     def users(self, number: int) -> list[Row]:
         """The rows that use a slot, in order of arrival."""
         return sorted(self._slots[number].users, key=lambda row: row.arrival)
@@ -133,16 +145,16 @@ class SlotTable:
 
     def _closed_to(self, row: Row, slot: _Slot) -> bool:
         claimant = slot.claimed_by
-        return claimant is not None and claimant is not row and claimant.arrival < row.arrival
+        return claimant is not None and claimant is not row and self.order(claimant) < self.order(row)
 
     def _claim(self, row: Row, missing: Sequence[str], keep: set[int]) -> None:
-        """Reserve the slots with the fewest users, idle ones first, unless this or an older row has a claim.
+        """Reserve the slots with the fewest users, idle ones first, unless this or an earlier row has claims.
 
-        A younger row's claim gives way: a preempted row may come back to find one, and would otherwise
-        wait for every younger claim made one after the other.
+        The claims of a row whose turn is later give way: a preempted row may come back to find some, and
+        would otherwise wait for all that are made one after the other.
         """
         for slot in self._slots:
-            if slot.claimed_by is not None and slot.claimed_by.arrival <= row.arrival:
+            if slot.claimed_by is not None and self.order(slot.claimed_by) <= self.order(row):
                 return
         for slot in self._slots:
             slot.claimed_by = None

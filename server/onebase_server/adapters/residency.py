@@ -38,6 +38,7 @@ from onebase_server.errors import (
     UnavailableError,
     UnknownAdapterError,
 )
+from onebase_server.queue_shares import QueueShares
 
 Tier = Literal["slot", "host", "disk"]
 _QUEUE_RETRY_AFTER = 2.0
@@ -115,7 +116,8 @@ class Residency:
         find: the file with a version's tensors; raises UnknownAdapterError when the version is gone.
         fetch: a local path of it; may take long (a remote store).
         send: passes a message to the engine without blocking.
-        queue_limit: requests that may wait until their versions are loaded.
+        queue_limit: requests that may wait until their versions are loaded (and more, of other tenants than
+            those that fill the queue).
         on_damaged: called when a file is lost or is not what was proved; its versions may have another one
             by then.
     """
@@ -135,7 +137,7 @@ class Residency:
         self._send = send
         self._queue_limit = queue_limit
         self._on_damaged = on_damaged
-        self._waiting = 0
+        self._waiting = QueueShares()
         self._entries: dict[str, CacheEntry] = {}
         self._leaving: dict[str, CacheEntry] = {}
         self._leases: set[Lease] = set()
@@ -156,12 +158,13 @@ class Residency:
         self,
         uses: Iterable[VersionRef],
         on_revoked: Callable[[OneBaseError], None] = lambda error: None,
+        tenant: str = "",
     ) -> Lease:
-        """A hold on these versions; it counts as a use of them from now on. Must be released.
+        """A hold on these versions for a tenant; it counts as a use of them from now on. Must be released.
 
         on_revoked: called when one of them is deleted by force while the loaded lease is held.
         """
-        lease = Lease(self, uses, on_revoked)
+        lease = Lease(self, uses, on_revoked, tenant)
         self._leases.add(lease)
         return lease
 
@@ -172,14 +175,14 @@ class Residency:
             for digest in digests:
                 lease.hold(self._entries[digest])
         else:
-            if self._waiting > self._queue_limit:
-                raise QueueFullError(self._waiting, self._queue_limit, _QUEUE_RETRY_AFTER)
-            self._waiting += 1
+            if not self._waiting.has_room(lease.tenant, 1, self._queue_limit + 1):
+                raise QueueFullError(self._waiting.total, self._queue_limit, _QUEUE_RETRY_AFTER)
+            self._waiting.enter(lease.tenant)
             try:
                 async with self._turn:
                     await self._make_room(lease, digests)
             finally:
-                self._waiting -= 1
+                self._waiting.leave(lease.tenant)
         for entry in lease.entries:
             entry.last_used = next(self._clock)
             await asyncio.shield(entry.loaded)
@@ -403,9 +406,15 @@ class Lease:
     """
 
     def __init__(
-        self, residency: Residency, uses: Iterable[VersionRef], on_revoked: Callable[[OneBaseError], None]
+        self,
+        residency: Residency,
+        uses: Iterable[VersionRef],
+        on_revoked: Callable[[OneBaseError], None],
+        tenant: str,
     ) -> None:
         self.uses = frozenset(uses)
+        self.tenant = tenant
+        """Whose request it is; its adapters may be another's that are shared."""
         self.entries: list[CacheEntry] = []
         self._residency = residency
         self._on_revoked = on_revoked

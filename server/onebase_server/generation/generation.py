@@ -46,6 +46,7 @@ class Job:
     """When `timeout_s` is over, on the event loop's clock: it began before the job was made."""
     expected_tokens: int = 0
     """Of a choice: max_tokens, or what is usual where the caller set none. Quotas set it aside."""
+    priority: int = 0
 
     @property
     def choices(self) -> int:
@@ -132,7 +133,8 @@ class Generation:
         AdapterDeletedError, CrashesEngineError.
         """
         if self.job.adapter.uses:
-            self._lease = residency.lease(self.job.adapter.uses, on_revoked=self._fail)
+            job = self.job
+            self._lease = residency.lease(job.adapter.uses, on_revoked=self._fail, tenant=job.tenant)
             async with in_time(self.job.deadline):
                 await self._lease.ready()
         try:
@@ -216,6 +218,7 @@ class Generation:
             adapters=list(job.adapter.refs),
             n=job.n,
             tenant=job.tenant,
+            priority=job.priority,
         )
 
     def _choice(self, index: int) -> Choice:

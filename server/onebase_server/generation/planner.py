@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads
@@ -75,7 +76,7 @@ class Planner:
         self._threads = Threads("tokenize", _THREADS)
         self._one_thread = Threads("tokenize-long", 1)
 
-    async def generate(self, body: GenerateRequest, tenant: str) -> Job:
+    async def generate(self, body: GenerateRequest, caller: Caller) -> Job:
         base = self._base()
         prompt = await (self._chat(body.messages) if body.messages else self._text(body.prompt or ""))
         wanted = _Wanted(
@@ -87,10 +88,10 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
         )
-        job = self._job(wanted, body, base, tenant)
+        job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._adapter(body, job))
 
-    async def completion(self, body: CompletionRequest, tenant: str) -> Job:
+    async def completion(self, body: CompletionRequest, caller: Caller) -> Job:
         base = self._base()
         self._check_model(body.model, body)
         prompts = [
@@ -106,10 +107,10 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
         )
-        job = self._job(wanted, body, base, tenant)
+        job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
 
-    async def chat(self, body: ChatRequest, tenant: str) -> Job:
+    async def chat(self, body: ChatRequest, caller: Caller) -> Job:
         base = self._base()
         self._check_model(body.model, body)
         wanted = _Wanted(
@@ -121,7 +122,7 @@ class Planner:
             logprobs=body.logprob_count,
             echo=False,
         )
-        job = self._job(wanted, body, base, tenant)
+        job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
 
     # ---- parts -------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class Planner:
             return await self._threads.run(encode, text)
         return await self._one_thread.run(and_give_memory_back, encode, text)
 
-    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, tenant: str) -> Job:
+    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, caller: Caller) -> Job:
         n = body.n or 1
         self._check_limits(n * len(wanted.prompts), body.timeout_s)
         _check_prompts(wanted.prompts, base, wanted.prompt_param)
@@ -215,7 +216,8 @@ class Planner:
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return Job(
             id=new_id(wanted.kind),
-            tenant=tenant,
+            tenant=caller.tenant,
+            priority=caller.priority,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,

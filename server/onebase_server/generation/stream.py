@@ -54,6 +54,11 @@ class Inflight:
         self._waiter: asyncio.Future[None] | None = None
 
     @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.submits[0].tenant
+
+    @property
     def rows(self) -> int:
         """Rows that the engine has not ended yet."""
         return sum(self.open_rows.values())

@@ -10,6 +10,7 @@ from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
 from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
 from onebase_server.generation.stream import Inflight
 from onebase_server.processes.suspects import Suspects
+from onebase_server.queue_shares import QueueShares
 
 _log = logging.getLogger(__name__)
 _LONGEST_RETRY_AFTER = 30.0
@@ -31,7 +32,7 @@ class RequestRouter:
     ) -> None:
         self.stats: Stats | None = None
         """The engine's newest counts; None before its first step, and when it is gone."""
-        self.open_rows = 0
+        self._shares = QueueShares()
         self._queue_limit = queue_limit
         self._send = send
         self._on_busy = on_busy
@@ -42,14 +43,20 @@ class RequestRouter:
         self._seconds_per_row = 0.5
 
     @property
+    def open_rows(self) -> int:
+        """Rows that have not ended, of all requests."""
+        return self._shares.total
+
+    @property
     def open_requests(self) -> int:
         return len({id(request) for request in self._requests.values()})
 
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request; `max_rows` run at once and `queue_limit` more may wait.
 
-        Raises QueueFullError, InvalidRequestError when even an empty queue is too short, CrashesEngineError,
-        or UnavailableError while another request that was running at engines' deaths has its turn.
+        Raises QueueFullError where no place is left and the tenant has its part, InvalidRequestError when
+        even an empty queue is too short, CrashesEngineError, or UnavailableError while another that was
+        running at engines' deaths has its turn.
         """
         capacity = max_rows + self._queue_limit
         if request.rows > capacity:
@@ -58,7 +65,7 @@ class RequestRouter:
                 "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
                 param="n",
             )
-        if self.open_rows + request.rows > capacity:
+        if not self._shares.has_room(request.tenant, request.rows, capacity):
             waiting = max(0, self.open_rows - max_rows)
             wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_row * (waiting + 1))
             raise QueueFullError(waiting, self._queue_limit, wait)
@@ -66,7 +73,7 @@ class RequestRouter:
         if self.open_rows == 0:
             self.note_progress()
             self._on_busy(True)
-        self.open_rows += request.rows
+        self._shares.enter(request.tenant, request.rows)
         for message in request.submits:
             self._requests[message.id] = request
             self._send(message)
@@ -109,7 +116,7 @@ class RequestRouter:
         ended = {id(request): request for request in self._requests.values()}
         self._requests.clear()
         self.stats = None
-        self.open_rows = 0
+        self._shares.clear()
         self._on_busy(False)
         for request in ended.values():
             request.on_ended()
@@ -123,7 +130,7 @@ class RequestRouter:
         return time.monotonic() - self._last_progress if self.open_rows else 0.0
 
     def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
-        self.open_rows -= 1
+        self._shares.leave(request.tenant)
         if not self.open_rows:
             self._on_busy(False)
         if request_id not in request.open_rows:

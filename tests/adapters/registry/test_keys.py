@@ -95,7 +95,7 @@ def test_a_key_ends_when_it_is_revoked_or_expires_and_its_row_stays(registry: Re
         ({"quotas": {"rows": -1}}, "quotas.rows"),
         ({"quotas": {"bytes": 1}}, "quotas.bytes"),
         ({"quotas": {"wishes": 1}}, "quotas.wishes"),
-        ({"priority": 11}, "priority"),
+        ({"priority": 5}, "priority"),
     ],
 )
 def test_what_no_key_can_have_is_refused_by_its_name(

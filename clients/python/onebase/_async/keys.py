@@ -36,7 +36,7 @@ class AsyncKeys:
             name: For people, in lists.
             expires_in: Seconds until it ends; None is never.
             quotas: Its limits: `requests` and `tokens` in any 60 seconds, `rows` at once.
-            priority: -10 to 10. Requests of a higher one are served first.
+            priority: -4 to 4. Each step doubles the share that its requests get of a busy engine.
 
         Raises:
             BadRequestError: no key can have such a tenant, scope, name or end.

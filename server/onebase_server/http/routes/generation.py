@@ -27,7 +27,7 @@ async def generate(
 ) -> Response:
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
-    job = await services.planner.generate(body, caller.tenant)
+    job = await services.planner.generate(body, caller)
     return await _answer(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
 
 
@@ -38,7 +38,7 @@ async def complete(
 ) -> Response:
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.completion(body, caller.tenant)
+    job = await services.planner.completion(body, caller)
     view = CompletionView(services.tokenizer, body.model, body.include_usage)
     return await _answer(request, services, ticket, job, view, body.stream)
 
@@ -50,7 +50,7 @@ async def chat(
 ) -> Response:
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.chat(body, caller.tenant)
+    job = await services.planner.chat(body, caller)
     view = ChatView(services.tokenizer, body.model, body.include_usage)
     return await _answer(request, services, ticket, job, view, body.stream)
 

@@ -27,7 +27,9 @@ class CreateKeyRequest(Wire):
         default=None, description="seconds from now; null: it does not expire"
     )
     quotas: Limits = Field(default={}, description="requests, tokens (in any 60 seconds), rows (at once)")
-    priority: StrictInt = Field(default=0, description="-10 to 10; higher is served first")
+    priority: StrictInt = Field(
+        default=0, description="-4 to 4; each step doubles its share of a busy engine"
+    )
 
 
 class ChangeKeyRequest(Wire):

@@ -1,0 +1,290 @@
+"""The rows that wait, and whose turn it is: by virtual token counters over tenants, and in one over adapters.
+
+After the VTC of "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). A counter is what its
+owner has been given, in weighted tokens: 1 for each prompt token that was computed, 2 for each token that
+was generated, divided by the weight of the row's priority. What the prefix cache gave is free, and what is
+computed again after a preemption is not counted twice. The smallest counter is served next: of the tenants,
+then of that tenant's flows (a flow is one mix of adapters at one priority), and in a flow the first row.
+
+Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
+below the smallest counter of those who wait. So a tenant that asks now and then goes before one that floods.
+Two tenants of equal weight that both have rows waiting all the time get the same, up to
+
+    2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
+
+weighted tokens, where neither lacks slots or blocks: while a tenant's counter is above the other's it is
+given no place, so it gains at most what its running rows still lack, and those are at most `max_rows`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from heapq import heapify, heappop, heapreplace
+from typing import Generic, TypeVar
+
+from onebase_engine.engine.row import AdapterMix, Row, Segment
+
+PROMPT_WEIGHT = 1
+OUTPUT_WEIGHT = 2
+"""Of one token. A generated token has a pass over the base for few others, a prompt token for hundreds."""
+MOST_PRIORITY = 4
+"""Priorities are from -4 to 4: a row of priority p has the weight 2**p, so that nobody waits for ever."""
+MOST_IDLE = 256
+"""Counters remembered of tenants that have no rows now, and of each tenant's flows."""
+
+
+class Account:
+    """What one tenant, or one flow of a tenant, has been given: `counter`, in weighted tokens."""
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.counter = 0.0
+        self.waiting = 0
+        """Rows that wait."""
+        self.rows = 0
+        """Rows that wait or run."""
+
+
+class Tenant(Account):
+    """A tenant, its flows, and how much of it runs."""
+
+    def __init__(self, key: Hashable, credit: float) -> None:
+        super().__init__(key)
+        self.flows: Accounts[Flow] = Accounts(credit)
+        self.load = 0.0
+        """Running rows, each divided by its weight: how fast the counter grows."""
+        self.least_unit = 2.0**MOST_PRIORITY
+        """Smallest part of `load` that one of its rows may take."""
+
+
+class Flow(Account):
+    """A tenant's rows with one mix of adapters and one priority. The base alone is a mix like any other."""
+
+    def __init__(self, tenant: Tenant, mix: AdapterMix, priority: int) -> None:
+        super().__init__((mix, priority))
+        self.tenant = tenant
+        self.mix = mix
+        self.weight = 2.0**priority
+        self.queue: list[Row] = []
+        """The rows that wait, by arrival."""
+        tenant.least_unit = min(tenant.least_unit, 1 / self.weight)
+
+
+_A = TypeVar("_A", bound=Account)
+
+
+class Accounts(Generic[_A]):
+    """Accounts by key. Without rows they are forgotten when nobody has any, and beyond the last MOST_IDLE."""
+
+    def __init__(self, credit: float) -> None:
+        self.waiting: dict[Hashable, _A] = {}
+        """Those that have rows waiting."""
+        self._credit = credit
+        self._busy: dict[Hashable, _A] = {}
+        self._idle: dict[Hashable, _A] = {}
+        self._floor = 0.0
+        self._floor_of = -1
+
+    def __len__(self) -> int:
+        return len(self._busy) + len(self._idle)
+
+    def enter(self, key: Hashable, make: Callable[[], _A]) -> _A:
+        """The account of a row that has come."""
+        account = self._busy.get(key) or self._idle.pop(key, None) or make()
+        self._busy[key] = account
+        account.rows += 1
+        return account
+
+    def leave(self, account: _A) -> None:
+        """One of its rows is gone for good."""
+        account.rows -= 1
+        if account.rows:
+            return
+        del self._busy[account.key]
+        self._idle[account.key] = account
+        if not self._busy:
+            self._idle.clear()
+        elif len(self._idle) > MOST_IDLE:
+            del self._idle[next(iter(self._idle))]
+
+    def wait(self, account: _A, plan: int) -> None:
+        """One more of its rows waits, after that many plans: in between, nobody is given anything."""
+        if account.waiting == 0:
+            if self._floor_of != plan:
+                self._floor_of = plan
+                self._floor = max(self._floor, self._least(account))
+            account.counter = max(account.counter, self._floor - self._credit)
+            self.waiting[account.key] = account
+        account.waiting += 1
+
+    def begin(self, account: _A) -> None:
+        """One of its rows waits no longer."""
+        account.waiting -= 1
+        if account.waiting == 0:
+            del self.waiting[account.key]
+
+    def _least(self, account: _A) -> float:
+        """The smallest counter of those who wait, or if none do, of those who run."""
+        those: Iterable[_A] = self.waiting.values()
+        if not self.waiting:
+            those = [other for other in self._busy.values() if other is not account or account.rows > 1]
+        return min((other.counter for other in those), default=self._floor)
+
+
+class Turns:
+    """One walk over the waiting rows and those in prefill. What is charged on the way counts at once."""
+
+    def __init__(self, tenants: Iterable[Tenant], prefilling: dict[Tenant, dict[Flow, list[Row]]]) -> None:
+        self._tenants = tenants
+        self._prefilling = prefilling
+        self._passed: set[Account] = set()
+
+    def pass_over(self, account: Account) -> None:
+        """None of its rows that wait can be admitted now."""
+        self._passed.add(account)
+
+    def __iter__(self) -> Iterator[Row]:
+        return _merged(self._tenants, self._of_tenant)
+
+    def _of_tenant(self, tenant: Tenant) -> Iterator[Row]:
+        prefilling = dict.fromkeys(self._prefilling.get(tenant, ()))
+        return _merged(prefilling | dict.fromkeys(tenant.flows.waiting.values()), self._of_flow)
+
+    def _of_flow(self, flow: Flow) -> Iterator[Row]:
+        yield from self._prefilling.get(flow.tenant, {}).get(flow, ())
+        index = 0
+        while index < len(flow.queue) and not self._passed & {flow, flow.tenant}:
+            row = flow.queue[index]
+            yield row
+            if index < len(flow.queue) and flow.queue[index] is row:
+                index += 1
+
+
+def _merged(accounts: Iterable[_A], rows_of: Callable[[_A], Iterator[Row]]) -> Iterator[Row]:
+    """Rows of all accounts, each time one of the account whose counter is smallest by then."""
+    heap = [(account.counter, number, account) for number, account in enumerate(accounts)]
+    heapify(heap)
+    walks: dict[int, Iterator[Row]] = {}
+    while heap:
+        counter, number, account = heap[0]
+        if counter < account.counter:
+            heapreplace(heap, (account.counter, number, account))
+            continue
+        if number not in walks:
+            walks[number] = rows_of(account)
+        row = next(walks[number], None)
+        if row is None:
+            heappop(heap)
+        else:
+            yield row
+
+
+class FairQueue:
+    """The waiting rows, and the accounts of all. A row enters, begins, may have to go back, and leaves."""
+
+    def __init__(self, credit: float) -> None:
+        """`credit`: weighted tokens by which who begins to wait may be ahead of those who wait already."""
+        self._credit = credit
+        self._tenants: Accounts[Tenant] = Accounts(credit)
+        self._flow_of: dict[Row, Flow] = {}
+        self._count = 0
+        self._plan = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for flow in self._flows() for row in flow.queue)
+
+    def __contains__(self, row: Row) -> bool:
+        flow = self._flow_of.get(row)
+        return flow is not None and flow.queue[_place(flow, row) :][:1] == [row]
+
+    @property
+    def mixes(self) -> Iterator[AdapterMix]:
+        """The adapters of the rows that wait."""
+        return (flow.mix for flow in self._flows())
+
+    def flow(self, row: Row) -> Flow:
+        """Where the row is counted, while it waits or runs."""
+        return self._flow_of[row]
+
+    def order(self, row: Row) -> tuple[float, float, int]:
+        """Smaller is served earlier."""
+        flow = self._flow_of[row]
+        return flow.tenant.counter, flow.counter, row.arrival
+
+    def enter(self, row: Row) -> None:
+        """A row that has come, and waits."""
+        priority = max(-MOST_PRIORITY, min(MOST_PRIORITY, row.priority))
+        tenant = self._tenants.enter(row.tenant, lambda: Tenant(row.tenant, self._credit))
+        flow = tenant.flows.enter((row.mix, priority), lambda: Flow(tenant, row.mix, priority))
+        self._flow_of[row] = flow
+        self._wait(flow, row)
+
+    def begin(self, row: Row) -> None:
+        """A row that waited runs."""
+        flow = self._flow_of[row]
+        flow.tenant.load += 1 / flow.weight
+        self._unqueue(flow, row)
+
+    def back(self, row: Row) -> None:
+        """A row that ran waits again, in its old place."""
+        flow = self._flow_of[row]
+        flow.tenant.load -= 1 / flow.weight
+        self._wait(flow, row)
+
+    def leave(self, row: Row) -> None:
+        """A row is gone for good."""
+        if row in self:
+            self._unqueue(self._flow_of[row], row)
+        else:
+            flow = self._flow_of[row]
+            flow.tenant.load -= 1 / flow.weight
+        flow = self._flow_of.pop(row)
+        flow.tenant.flows.leave(flow)
+        self._tenants.leave(flow.tenant)
+
+    def charge(self, segment: Segment) -> None:
+        """Count what a step computes of a row: each prompt token once, and the token that it gives."""
+        row, flow = segment.row, self._flow_of[segment.row]
+        stop = min(segment.stop, row.prompt_length)
+        prompt = max(0, stop - max(segment.start, row.charged))
+        row.charged = max(row.charged, stop)
+        tokens = PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples
+        flow.counter += tokens / flow.weight
+        flow.tenant.counter += tokens / flow.weight
+
+    def in_turn(self, prefilling: Collection[Row], wanted: Callable[[Tenant], bool]) -> Turns:
+        """For the next plan, a walk over the `wanted` tenants' waiting rows and the running `prefilling`."""
+        self._plan += 1
+        begun: dict[Tenant, dict[Flow, list[Row]]] = {}
+        for row in prefilling:
+            flow = self._flow_of[row]
+            begun.setdefault(flow.tenant, {}).setdefault(flow, []).append(row)
+        waiting = (tenant for tenant in self._tenants.waiting.values() if wanted(tenant))
+        return Turns(dict.fromkeys(begun) | dict.fromkeys(waiting), begun)
+
+    def _flows(self) -> Iterator[Flow]:
+        return (flow for tenant in self._tenants.waiting.values() for flow in tenant.flows.waiting.values())
+
+    def _wait(self, flow: Flow, row: Row) -> None:
+        self._tenants.wait(flow.tenant, self._plan)
+        flow.tenant.flows.wait(flow, self._plan)
+        insort(flow.queue, row, key=_arrival)
+        self._count += 1
+
+    def _unqueue(self, flow: Flow, row: Row) -> None:
+        del flow.queue[_place(flow, row)]
+        flow.tenant.flows.begin(flow)
+        self._tenants.begin(flow.tenant)
+        self._count -= 1
+
+
+def _arrival(row: Row) -> int:
+    return row.arrival
+
+
+def _place(flow: Flow, row: Row) -> int:
+    return bisect_left(flow.queue, row.arrival, key=_arrival)

@@ -1,0 +1,349 @@
+"""Whose turn it is: no tenant and no adapter gets more than its part for long, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.scheduling import BLOCK, World, make_row
+
+from onebase_adapters.registry.keys import MAX_PRIORITY
+from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Account, Accounts
+from onebase_engine.engine.row import Row
+from onebase_engine.engine.scheduler import CREDIT_STEPS, MAX_PASSED
+
+STEP_TOKENS = 16
+CREDIT = CREDIT_STEPS * STEP_TOKENS
+
+
+class Given:
+    """What each tenant was given, in weighted tokens, counted apart from the scheduler."""
+
+    def __init__(self) -> None:
+        self.by_tenant: dict[str, float] = {}
+        self._prompts: dict[Row, int] = {}
+
+    def step(self, world: World) -> None:
+        generated = {row: row.generated for row in world.scheduler.rows}
+        for segment in world.step().segments:
+            row = segment.row
+            known = self._prompts.get(row, 0)
+            self._prompts[row] = max(known, min(segment.stop, row.prompt_length))
+            new = self._prompts[row] - max(known, min(segment.start, row.prompt_length))
+            tokens = max(0, new) + 2 * (row.generated - generated[row])
+            self.by_tenant[row.tenant] = self.by_tenant.get(row.tenant, 0.0) + tokens / 2.0**row.priority
+
+
+class Backlog:
+    """Tenants of whose rows some always wait. `shapes`: tenant -> prompt and output tokens, and priority."""
+
+    def __init__(self, world: World, shapes: dict[str, tuple[int, int, int]]) -> None:
+        self._world, self._shapes = world, shapes
+        self._arrivals: Iterator[int] = count()
+
+    def fill(self, tenant: str, rows: int) -> None:
+        prompt, tokens, priority = self._shapes[tenant]
+        for arrival in (next(self._arrivals) for _ in range(rows)):
+            # No two prompts begin alike, so that the prefix cache gives nothing.
+            text = [arrival * 100 + position for position in range(prompt)]
+            self._world.scheduler.add(make_row(arrival, text, tokens, tenant=tenant, priority=priority))
+
+    def refill(self, rows: int) -> None:
+        waiting = [row.tenant for row in self._world.scheduler.waiting]
+        for tenant in self._shapes:
+            self.fill(tenant, max(0, rows - waiting.count(tenant)))
+
+
+SHAPE = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0, 0, 1, -1]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.tuples(SHAPE, SHAPE, SHAPE),
+    late=st.integers(0, 60),
+    steps=st.integers(200, 400),
+    max_rows=st.integers(1, 4),
+    blocks=st.sampled_from([12, 60]),
+)
+def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bound(
+    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_rows: int, blocks: int
+) -> None:
+    world = World.create(blocks=blocks, max_rows=max_rows, step_tokens=STEP_TOKENS)
+    backlog = Backlog(world, dict(zip("abc", shapes, strict=True)))
+    backlog.fill("a", 10)
+    for _ in range(late):
+        backlog.fill("a", 1)
+        world.step()
+    given_to = Given()
+    for _ in range(steps):
+        backlog.refill(5)
+        given_to.step(world)
+    longest = max((prompt + 2 * tokens) / 2.0**priority for prompt, tokens, priority in shapes)
+    bound = 2 * (max_rows * longest + CREDIT)
+    amounts = [given_to.by_tenant.get(tenant, 0.0) for tenant in "abc"]
+    assert max(amounts) - min(amounts) <= bound
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    flood=SHAPE,
+    guest=st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(-MOST_PRIORITY, MOST_PRIORITY)),
+    adapters=st.sampled_from([(), ("a",), ("z",)]),
+    own_flood=st.booleans(),
+    blocks=st.integers(14, 30),
+)
+def test_a_row_beside_an_endless_flood_ends(
+    flood: tuple[int, int, int],
+    guest: tuple[int, int, int],
+    adapters: tuple[str, ...],
+    own_flood: bool,
+    blocks: int,
+) -> None:
+    world = World.create(blocks=blocks, slots=2, max_rows=3, step_tokens=STEP_TOKENS)
+    arrivals = count()
+
+    def pour(rows: int) -> None:
+        prompt, tokens, priority = flood
+        for arrival in (next(arrivals) for _ in range(rows)):
+            text = [arrival * 100 + position for position in range(prompt)]
+            row = make_row(arrival, text, tokens, "abc"[arrival % 3], tenant="flood", priority=priority)
+            world.scheduler.add(row)
+
+    pour(30)
+    for _ in range(10):
+        world.step()
+    tenant = "flood" if own_flood else "guest"
+    text = list(range(-guest[0], 0))
+    row = make_row(
+        next(arrivals), [-one for one in text], guest[1], adapters, tenant=tenant, priority=guest[2]
+    )
+    world.scheduler.add(row)
+    steps = 0
+    while row.finish is None:
+        pour(max(0, 30 - len(world.scheduler.waiting)))
+        world.step()
+        steps += 1
+        assert steps < 3000, "the row starves"
+
+
+def flooded(world: World, rows: int, tokens: int, steps: int = 3, tenant: str = "flood") -> list[Row]:
+    """Rows of one tenant, of which as many run as may."""
+    made = [make_row(i, [i * 10, i * 10 + 1], tokens, tenant=tenant) for i in range(rows)]
+    for row in made:
+        world.scheduler.add(row)
+    for _ in range(steps):
+        world.step()
+    return made
+
+
+def test_a_tenant_that_asks_now_and_then_runs_in_the_next_step_beside_a_flood() -> None:
+    world = World.create(max_rows=4)
+    flood = flooded(world, 20, 12)
+    guest = make_row(100, [7, 8, 9], 4, tenant="guest")
+    world.scheduler.add(guest)
+    assert guest in {segment.row for segment in world.step().segments}
+    assert flood[3] in world.scheduler.waiting, "the youngest row gives way"
+    assert flood[:3] == world.scheduler.running[:3]
+    assert world.scheduler.yielded == 1
+    world.finish_all()
+    assert all(row.generated == 12 for row in flood)
+
+
+def test_a_row_that_gave_way_makes_a_block_of_tokens_before_it_does_so_again() -> None:
+    world = World.create(max_rows=2, blocks=100)
+    flood = flooded(world, 2, 40)
+    made = []
+    for arrival in range(10, 40):
+        guest = make_row(arrival, [arrival], 1, tenant=f"guest{arrival}")
+        world.scheduler.add(guest)
+        for _ in range(3):
+            before, running = flood[1].generated, flood[1] in world.scheduler.running
+            world.step()
+            if running and flood[1] in world.scheduler.waiting:
+                made.append(before)
+    assert len(made) > 2
+    assert all(later - earlier >= BLOCK for earlier, later in pairwise(made))
+
+
+def test_tenants_that_are_about_even_take_nothing_from_each_other() -> None:
+    world = World.create(max_rows=6, blocks=200, step_tokens=64)
+    flooded(world, 30, 40, tenant="one")
+    for arrival in range(100, 130):
+        world.scheduler.add(make_row(arrival, [arrival], 40, tenant="two"))
+    for _ in range(30):
+        world.step()
+    assert world.scheduler.yielded == 2, (
+        "two rows of six; with a third they would have more than half of four"
+    )
+
+
+def test_time_in_which_nothing_waited_is_no_credit() -> None:
+    world = World.create(max_rows=2)
+    backlog = Backlog(world, {"a": (4, 4, 0), "b": (4, 4, 0)})
+    for _ in range(200):
+        backlog.fill("a", 1)
+        world.step()
+    given_to = Given()
+    for _ in range(100):
+        backlog.refill(5)
+        given_to.step(world)
+    assert abs(given_to.by_tenant["a"] - given_to.by_tenant["b"]) <= 2 * (2 * 12 + CREDIT)
+
+
+def test_a_tenant_of_a_higher_priority_is_given_twice_as_much_for_each_step() -> None:
+    world = World.create(max_rows=6, blocks=100)
+    backlog = Backlog(world, {"a": (4, 4, 0), "b": (4, 4, 2)})
+    given_to = Given()
+    for _ in range(600):
+        backlog.refill(8)
+        given_to.step(world)
+    tokens = {"a": given_to.by_tenant["a"], "b": given_to.by_tenant["b"] * 4}
+    assert tokens["b"] / tokens["a"] == pytest.approx(4, rel=0.1)
+    assert MAX_PRIORITY == MOST_PRIORITY
+
+
+def test_in_a_tenant_the_adapter_that_was_given_least_is_next() -> None:
+    world = World.create(max_rows=1, slots=2)
+    for arrival in range(6):
+        world.scheduler.add(make_row(arrival, [arrival], 3, ["a"]))
+    world.scheduler.add(make_row(6, [6], 3, ["b"]))
+    world.scheduler.add(make_row(7, [7], 3))
+    order: list[int] = []
+    while world.scheduler.rows:
+        order += [row.arrival for row in (s.row for s in world.step().segments) if row.arrival not in order]
+    assert order == [0, 6, 7, 1, 2, 3, 4, 5]
+
+
+def test_a_prompt_goes_before_the_rest_of_a_flooding_tenants_long_one() -> None:
+    world = World.create(step_tokens=8, max_length=400, blocks=100)
+    world.scheduler.add(make_row(0, list(range(100)), 1, tenant="flood"))
+    for _ in range(6):
+        world.step()
+    world.scheduler.add(make_row(1, [7] * 5, 1, tenant="guest"))
+    assert [(s.row.arrival, s.length) for s in world.step().segments] == [(1, 5), (0, 3)]
+
+
+def test_a_step_with_a_guests_prompt_has_none_of_a_tenant_that_runs_twice_as_much() -> None:
+    world = World.create(step_tokens=32, max_length=400, blocks=100, max_rows=6)
+    flooded(world, 3, 30)
+    flood = [make_row(i, [i] * 5, 3, tenant="flood") for i in (10, 11)]
+    guest = make_row(12, [1] * 5, 3, tenant="guest")
+    for row in (*flood, guest):
+        world.scheduler.add(row)
+    assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12}
+    assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12, 10, 11}
+    world.finish_all()
+
+
+def test_a_guests_adapter_gets_a_slot_before_older_rows_of_a_flood_that_wait_for_one() -> None:
+    world = World.create(slots=2, max_rows=4, blocks=100)
+    for arrival in range(12):
+        row = make_row(arrival, [arrival], 20, "abc"[arrival % 3], tenant="flood")
+        world.scheduler.add(row)
+    for _ in range(3):
+        world.step()
+    guest = make_row(50, [1], 2, ["z"], tenant="guest")
+    world.scheduler.add(guest)
+    world.step()
+    assert guest in world.scheduler.running
+    world.finish_all()
+
+
+def test_what_came_from_the_cache_or_is_computed_again_is_not_counted() -> None:
+    world = World.create()
+    queue = world.scheduler.waiting
+    prompt = list(range(2 * BLOCK + 1))
+
+    def cost(row: Row, *, interrupted: bool = False) -> float:
+        world.scheduler.add(row)
+        tenant = queue.flow(row).tenant
+        before = tenant.counter
+        while row.finish is None:
+            world.step()
+            if interrupted and row.generated == 2:
+                interrupted = False
+                world.preempt(row)
+        return tenant.counter - before
+
+    stay = make_row(0, [1], 40, tenant="stays")
+    world.scheduler.add(stay)
+    assert cost(make_row(1, prompt, 3)) == len(prompt) + 2 * 3
+    assert cost(make_row(2, prompt, 3)) == 1 + 2 * 3
+    assert cost(make_row(3, [9, *prompt], 3, scored=True), interrupted=True) == len(prompt) + 1 + 2 * 3
+
+
+def test_small_rows_pass_one_that_lacks_blocks_but_not_for_ever() -> None:
+    world = World.create(blocks=12, max_rows=8, max_length=64)
+    arrivals = count()
+    for _ in range(4):
+        world.scheduler.add(make_row(next(arrivals), [1], 6))
+    world.step()
+    large = make_row(next(arrivals), list(range(9 * BLOCK)), 2)
+    world.scheduler.add(large)
+    while large in world.scheduler.waiting:
+        arrival = next(arrivals)
+        assert arrival < 1000, "the large row starves"
+        world.scheduler.add(make_row(arrival, [2], 6))
+        world.step()
+    assert MAX_PASSED <= large.passed < MAX_PASSED + 8
+    world.finish_all()
+
+
+def test_a_guest_goes_before_a_row_for_which_blocks_are_kept() -> None:
+    world = World.create(blocks=12, max_rows=8, max_length=64)
+    flood = [make_row(i, [i], 30, tenant="flood") for i in range(4)]
+    for row in flood:
+        world.scheduler.add(row)
+    world.step()
+    large = make_row(10, list(range(9 * BLOCK)), 2, tenant="flood")
+    large.passed = MAX_PASSED
+    world.scheduler.add(large)
+    small = make_row(11, [3], 2, tenant="flood")
+    world.scheduler.add(small)
+    world.step()
+    assert small in world.scheduler.waiting
+    guest = make_row(12, [4], 2, tenant="guest")
+    world.scheduler.add(guest)
+    world.step()
+    assert guest in world.scheduler.running
+
+
+def test_when_blocks_run_out_the_tenant_that_runs_most_gives_way_not_the_guest() -> None:
+    world = World.create(blocks=12, max_rows=6, max_length=64)
+    flood = flooded(world, 4, 16, steps=1)
+    guest = make_row(50, [1], 16, tenant="guest")
+    world.scheduler.add(guest)
+    while guest.finish is None:
+        world.step()
+        assert guest.computed
+    assert world.scheduler.preemptions
+    world.finish_all()
+    assert all(row.generated == 16 for row in flood)
+
+
+def test_no_place_stays_free_while_a_row_could_run() -> None:
+    world = World.create(max_rows=4, blocks=400, step_tokens=64)
+    backlog = Backlog(world, {"a": (3, 5, 0), "b": (9, 2, 1), "c": (1, 9, -1)})
+    backlog.refill(40)
+    while world.scheduler.waiting:
+        plan = world.step()
+        prompts = {s.row.tenant for s in plan.segments if s.start < s.row.prompt_length}
+        assert prompts or len(plan.segments) == 4, (
+            "but for one step, in which another's prompt has precedence"
+        )
+
+
+def test_no_more_than_some_idle_accounts_are_remembered() -> None:
+    accounts: Accounts[Account] = Accounts(0.0)
+    stays = accounts.enter("stays", lambda: Account("stays"))
+    for key in range(10 * MOST_IDLE):
+        account = accounts.enter(key, lambda key=key: Account(key))  # type: ignore[misc]
+        accounts.wait(account, key)
+        accounts.begin(account)
+        accounts.leave(account)
+    assert len(accounts) == MOST_IDLE + 1
+    accounts.leave(stays)
+    assert len(accounts) == 0, "nobody waits, so nobody can be behind"
