@@ -235,7 +235,7 @@ def keys_parser() -> argparse.ArgumentParser:
             "--priority",
             type=int,
             metavar="N",
-            help=f"-{MAX_PRIORITY} to {MAX_PRIORITY}: each step doubles its share of a busy engine (default: 0)",
+            help=f"-{MAX_PRIORITY} to {MAX_PRIORITY}: each step doubles its share of the engine (default: 0)",
         )
     for action in (create, listing, setting, revoke):
         _add_registry(action)
