@@ -85,7 +85,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_health_and_ready_alone_are_o
     assert any_key == {"/version", "/v1/models", "/v1/models/thing"}
     for scope, beginnings in {
         "generate": ("/generate", "/v1/completions", "/v1/chat/completions"),
-        "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/audit"),
         "train": ("/v1/files", "/v1/fine_tuning"),
     }.items():
         assert all(path.startswith(beginnings) for _, path, access in ROUTES if access == scope)
