@@ -116,6 +116,7 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
     assert len(sources) == 2
     new = {"identity", "api_keys", "tenants", "usage", "usage_writers", "audit"}
     assert now.keys() - before.keys() == new
+    assert now["audit"] == []
     # Files lie where they were until their server starts; the row by which 0.1 knew its registry is gone.
     before["training_files"] = [
         {**row, "sha256": None} for row in before["training_files"] if row["tenant"] != "registry"
