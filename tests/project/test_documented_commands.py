@@ -5,12 +5,17 @@ A line that no row of TABLE knows fails: say there how it is to be run.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
+import contextlib
 import inspect
+import io
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +33,7 @@ from tests.server.support import serving
 from onebase import Client
 from onebase._core import requests
 from onebase.cli import adapters, jobs
+from onebase.cli import main as onebase_command
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "adapters"
@@ -280,23 +286,52 @@ def the_job(client: Client, action: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", pages(PARSE))
-def test_what_a_page_shows_has_options_that_exist(page: str, folder: Path) -> None:
+def test_what_a_page_shows_has_options_that_exist(
+    page: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     programs = folder / "bin"
     programs.mkdir()
     for name, script in PROGRAMS_UP_TO_PARSER.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for text in dict.fromkeys(line.text for line in lines(page) if PARSE in line.how):
         # One round of a loop does.
         text = text.replace("in orders pirate;", "in orders;").replace("<this folder>", ".")
-        shell(text, folder, {"PYTHONPATH": str(programs)})
+        if re.match(r"(onebase|python benchmarks/\w+\.py)[^|<>;&$]*$", text):
+            parse(shlex.split(text, comments=True), monkeypatch)
+        else:
+            shell(text, folder, {"PYTHONPATH": str(programs)})
 
 
-def test_an_option_that_does_not_exist_is_found(folder: Path) -> None:
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that needs no shell, in this process, up to its parser: to start a Python takes a second."""
+    whole = argparse.ArgumentParser.parse_args
+
+    def parse_args(*arguments: Any, **settings: Any) -> None:
+        whole(*arguments, **settings)
+        sys.exit(0)
+
+    own = words[0] == "onebase"
+    printed = io.StringIO()
+    with monkeypatch.context() as patch, contextlib.redirect_stderr(printed):
+        patch.chdir(ROOT)
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(sys, "argv", words if own else words[1:])
+        with pytest.raises(SystemExit) as end:
+            onebase_command(words[1:]) if own else runpy.run_path(words[1], run_name="__main__")
+    assert end.value.code == 0, (words, printed.getvalue())
+
+
+def test_an_option_that_does_not_exist_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "bin").mkdir()
     (folder / "bin" / "sitecustomize.py").write_text(PROGRAMS_UP_TO_PARSER["sitecustomize.py"])
-    with pytest.raises(AssertionError, match="unrecognized arguments"):
-        shell("onebase sweep --data x --nome acme", folder, {"PYTHONPATH": str(folder / "bin")})
+    for run in (
+        lambda text: shell(text, folder, {"PYTHONPATH": str(folder / "bin")}),
+        lambda text: parse(text.split(), monkeypatch),
+    ):
+        with pytest.raises(AssertionError, match="unrecognized arguments"):
+            run("onebase sweep --data x --nome acme")
 
 
 @pytest.mark.parametrize(
