@@ -159,6 +159,7 @@ def test_a_decode_sums_in_the_order_of_a_prefill_whatever_it_is_padded_to(
         assert rows[0].any()
 
 
+@pytest.mark.full
 def test_rows_of_the_default_base_are_their_own_next_to_longer_ones() -> None:
     base = load_base(BaseSettings(resolve_base(DEFAULT_BASE).folder))
     together = serve(engine(base), [700, 1060], tokens=4)

@@ -173,6 +173,7 @@ def test_a_job_whose_adapter_is_being_proved_is_delivered_after_a_restart(
         assert len(client.files.list(purpose="fine-tune-results").data) == 1
 
 
+@pytest.mark.full
 def test_a_job_that_is_trained_while_the_server_stops_is_only_delivered_after_its_restart(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
@@ -301,6 +302,7 @@ def test_a_job_that_is_trained_while_a_pause_is_on_its_way_is_not_delivered_befo
         assert "Continuing after" not in "\n".join(messages(here, job.id))
 
 
+@pytest.mark.full
 def test_of_two_processes_on_one_data_folder_one_runs_the_jobs(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
