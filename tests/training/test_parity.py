@@ -262,7 +262,7 @@ def test_the_finished_adapter_gives_the_logits_in_serving_that_it_gave_in_traini
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    """apart: of log-probabilities, nats, at most, and an eighth of it on average.
+    """apart: of log-probabilities, nats, at most, and a quarter of it on average.
 
     In bf16 a logit of 10 has steps of 0.06, and on some processors a packed product sums in another order.
     """
@@ -278,7 +278,7 @@ def test_the_finished_adapter_gives_the_logits_in_serving_that_it_gave_in_traini
     pairs = zip(chain.from_iterable(trained), chain.from_iterable(served), strict=True)
     differences = [abs(mine - theirs) for mine, theirs in pairs]
     assert max(differences) <= apart
-    assert fmean(differences) <= apart / 8
+    assert fmean(differences) <= apart / 4
     with run.trainable.without_adapter():
         untrained = log_likelihoods(run.trainable, data)
     changes = zip(chain.from_iterable(trained), chain.from_iterable(untrained), strict=True)
