@@ -245,22 +245,17 @@ class Ticket:
     ) -> OneBaseError:
         period = "completions at once" if quota == "rows" else f"{quota} in any 60 seconds"
         message = f"{quota}: {owner.words} may have {limit} {period}: {why}."
+        more = f"this server's operator for more (onebase {owner.kind}s set)"
         of = {"quota": quota, "limit": limit, "of": owner.kind}
         error: OneBaseError
         if wait is None:
             remedy = f"{hint}, or ask" if hint else "Ask"
-            error = QuotaExceededError(f"{message} {remedy} {_MORE[owner.kind]}.", of)
+            error = QuotaExceededError(f"{message} {remedy} {more}.", of)
         else:
-            said = f"{message} Try again in {duration(wait)}, or ask {_MORE[owner.kind]}."
+            said = f"{message} Try again in {duration(wait)}, or ask {more}."
             error = RateLimitError(said, of, retry_after=wait)
         error.headers = {**error.headers, **self.headers()}
         return error
-
-
-_MORE = {
-    "key": "this server's operator for more (onebase keys set)",
-    "tenant": "this server's operator for more (onebase tenants set)",
-}
 
 
 def duration(seconds: float) -> str:

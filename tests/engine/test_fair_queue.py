@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import count, pairwise
 
@@ -13,7 +14,8 @@ from tests.engine.scheduling import BLOCK, World, make_row
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Account, Accounts
 from onebase_engine.engine.row import Row
-from onebase_engine.engine.scheduler import CREDIT_STEPS, MAX_PASSED
+from onebase_engine.engine.scheduler import CREDIT_STEPS, MAX_PASSED, MAX_TRIES
+from onebase_engine.engine.slot_table import SlotTable
 
 STEP_TOKENS = 16
 CREDIT = CREDIT_STEPS * STEP_TOKENS
@@ -334,6 +336,62 @@ def test_no_place_stays_free_while_a_row_could_run() -> None:
         assert prompts or len(plan.segments) == 4, (
             "but for one step, in which another's prompt has precedence"
         )
+
+
+def test_a_walk_has_no_row_twice_when_one_goes_back_on_the_way() -> None:
+    world = World.create(max_rows=1)
+    rows = [make_row(arrival, [arrival], 9) for arrival in range(4)]
+    for row in rows:
+        world.scheduler.add(row)
+    world.step()
+    queue = world.scheduler.waiting
+    walk = iter(queue.in_turn([], lambda tenant: True))
+    assert [next(walk), next(walk)] == rows[1:3]
+    world.preempt(rows[0])
+    queue.begin(rows[2])
+    assert list(walk) == rows[3:]
+
+
+def test_a_plan_tries_few_of_many_adapters_that_lack_slots_and_runs_those_that_are_in_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World.create(slots=2, max_rows=8, blocks=200, step_tokens=64)
+    tried: list[Row] = []
+    acquire = SlotTable.acquire
+
+    def counted(slots: SlotTable, row: Row) -> bool:
+        tried.append(row)
+        return acquire(slots, row)
+
+    monkeypatch.setattr(SlotTable, "acquire", counted)
+    for arrival in range(500):
+        world.scheduler.add(make_row(arrival, [1], 9, [f"a{arrival}"], tenant=f"tenant{arrival}"))
+    last = [
+        make_row(500, [1], 9, tenant="base"),
+        make_row(501, [1], 9, ["a1"], tenant="placed"),
+        make_row(502, [1], 9, ["a1"], tenant="tenant499"),
+    ]
+    for row in last:
+        world.scheduler.add(row)
+    assert [segment.row.arrival for segment in world.step().segments] == [0, 1, 502, 500, 501]
+    assert len(tried) <= 5 + MAX_TRIES
+    world.finish_all()
+
+
+def test_a_plan_leaves_the_garbage_collector_alone_however_many_tenants_wait() -> None:
+    world = World.create(max_rows=4, blocks=100, step_tokens=64)
+    for arrival in range(5000):
+        world.scheduler.add(make_row(arrival, [arrival], 9, tenant=f"tenant{arrival}"))
+    world.step()
+    world.end(world.scheduler.running[0])
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    try:
+        before = gc.get_stats()[0]["collections"]
+        world.scheduler.plan()
+        assert gc.get_stats()[0]["collections"] - before <= 1
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_no_more_than_some_idle_accounts_are_remembered() -> None:

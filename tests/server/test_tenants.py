@@ -352,6 +352,12 @@ def test_a_shared_adapter_is_used_and_read_by_all_and_changed_by_its_owner_alone
         assert http.get("/v1/adapters/house/versions").json()["data"][0]["version"] == digest
         assert http.get(f"/v1/adapters/house/versions/{digest[:9]}").json()["active"] is True
         assert http.get("/v1/adapters/house/history").json()["data"]
+        whole = http.get("/v1/adapters/house/versions").json()["data"][0]
+        single = http.get(f"/v1/adapters/house/versions/{digest}").json()
+        entry = http.get("/v1/adapters/house/history").json()["data"][0]
+        assert (whole["created_by"], single["created_by"], entry["actor"]) == ("", "", ""), "whose key it was"
+    own = tenants.operator.get("/v1/adapters/house/history").json()["data"][0]["actor"]
+    assert own.startswith("ob-")
     for method, path, body in (
         ("POST", "activate", {"version": digest}),
         ("POST", "rollback", None),

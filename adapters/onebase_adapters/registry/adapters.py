@@ -195,8 +195,9 @@ class Registry:
         """Register content under a name; the adapter is made with its first version.
 
         The same content under the same name is the same version, in whatever state it is: it is returned with
-        False. Only a failed one begins again in `state`, and is returned with True. The files' blobs must be
-        in the store by now. Raises RegistryError for a name that cannot be stored, and QuotaError.
+        False. Only a failed one begins again in `state`, as it is sent now, and is returned with True. The
+        files' blobs must be in the store by now. Raises RegistryError for a name that cannot be stored, and
+        QuotaError.
         """
         _check_name(name)
         now = time.time()
@@ -214,6 +215,8 @@ class Registry:
                 check_bytes(session, tenant, files.config.size + files.weights.size)
                 version = _new_version(digest, files, source, actor, now)
                 adapter.versions.insert(0, version)
+            elif created:
+                version.source, version.created_by = dict(source), plain(actor)
             if created:
                 _set_state(version, state, now)
                 adapter.changed, adapter.updated_at = counter, now
@@ -338,6 +341,8 @@ class Registry:
             blobs = _blobs_of(version)
             last = len(adapter.versions) == 1
             _note(session, "adapter.version_deleted", adapter, version=version.digest, actor=actor)
+            if last:
+                _note_deleted(session, adapter, actor)
             session.delete(adapter if last else version)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
@@ -349,9 +354,7 @@ class Registry:
         """
         with self._changing(tenant, name, time.time()) as (session, adapter):
             blobs = set().union(*map(_blobs_of, adapter.versions))
-            digests = [version.digest for version in adapter.versions]
-            details = {"count": len(digests), "versions": digests[:_MOST_DIGESTS], "active": adapter.active}
-            _note(session, "adapter.deleted", adapter, details=details)
+            _note_deleted(session, adapter)
             session.delete(adapter)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
@@ -381,6 +384,12 @@ def _note_arrival(
     details["bytes"] = version.config_size + version.weights_size
     action = _ARRIVALS.get(str(source.get("kind")), "adapter.uploaded")
     _note(session, action, adapter, version=version.digest, actor=actor, details=details)
+
+
+def _note_deleted(session: Session, adapter: AdapterRow, actor: str = "") -> None:
+    digests = [version.digest for version in adapter.versions]
+    details = {"count": len(digests), "versions": digests[:_MOST_DIGESTS], "active": adapter.active}
+    _note(session, "adapter.deleted", adapter, actor=actor, details=details)
 
 
 # Looking rows up, within one tenant and one base

@@ -193,7 +193,8 @@ class Engine:
         self._drop_unused()
 
     def _drop_unused(self) -> None:
-        in_use = {digest for row in self.scheduler.rows for digest in row.mix.digests}
+        running = [row.mix for row in self.scheduler.running]
+        in_use = {digest for mix in (*running, *self.scheduler.waiting.mixes) for digest in mix.digests}
         self.versions.drop_unused(in_use, self.slots)
 
     # ---- steps ------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ given no place, so it gains at most what its running rows still lack, and those 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-from heapq import heapify, heappop, heapreplace
+from heapq import heappop, heappush, heapreplace
+from itertools import count
 from typing import Generic, TypeVar
 
 from onebase_engine.engine.row import AdapterMix, Row, Segment
@@ -56,6 +57,10 @@ class Tenant(Account):
         """Running rows, each divided by its weight: how fast the counter grows."""
         self.least_unit = 2.0**MOST_PRIORITY
         """Smallest part of `load` that one of its rows may take."""
+
+    def waiting_flows(self, among: Callable[[AdapterMix], bool] | None) -> list[Flow]:
+        """Its flows that have rows waiting; `among`: of which adapters."""
+        return [flow for flow in self.flows.waiting.values() if among is None or among(flow.mix)]
 
 
 class Flow(Account):
@@ -135,9 +140,15 @@ class Accounts(Generic[_A]):
 class Turns:
     """One walk over the waiting rows and those in prefill. What is charged on the way counts at once."""
 
-    def __init__(self, tenants: Iterable[Tenant], prefilling: dict[Tenant, dict[Flow, list[Row]]]) -> None:
+    def __init__(
+        self,
+        tenants: Iterable[Tenant],
+        prefilling: dict[Tenant, dict[Flow, list[Row]]],
+        among: Callable[[AdapterMix], bool] | None,
+    ) -> None:
         self._tenants = tenants
         self._prefilling = prefilling
+        self._among = among
         self._passed: set[Account] = set()
 
     def pass_over(self, account: Account) -> None:
@@ -149,35 +160,46 @@ class Turns:
 
     def _of_tenant(self, tenant: Tenant) -> Iterator[Row]:
         prefilling = dict.fromkeys(self._prefilling.get(tenant, ()))
-        return _merged(prefilling | dict.fromkeys(tenant.flows.waiting.values()), self._of_flow)
+        return _merged(prefilling | dict.fromkeys(tenant.waiting_flows(self._among)), self._of_flow)
 
     def _of_flow(self, flow: Flow) -> Iterator[Row]:
         yield from self._prefilling.get(flow.tenant, {}).get(flow, ())
-        index = 0
-        while index < len(flow.queue) and not self._passed & {flow, flow.tenant}:
-            row = flow.queue[index]
-            yield row
-            if index < len(flow.queue) and flow.queue[index] is row:
-                index += 1
+        last = -1  # rows leave the queue on the way, and come back to it: none is looked at twice
+        while not self._passed & {flow, flow.tenant}:
+            place = bisect_right(flow.queue, last, key=_arrival)
+            if place == len(flow.queue):
+                return
+            last = flow.queue[place].arrival
+            yield flow.queue[place]
 
 
 def _merged(accounts: Iterable[_A], rows_of: Callable[[_A], Iterator[Row]]) -> Iterator[Row]:
-    """Rows of all accounts, each time one of the account whose counter is smallest by then."""
-    heap = [(account.counter, number, account) for number, account in enumerate(accounts)]
-    heapify(heap)
-    walks: dict[int, Iterator[Row]] = {}
-    while heap:
-        counter, number, account = heap[0]
-        if counter < account.counter:
-            heapreplace(heap, (account.counter, number, account))
+    """Rows of all accounts, each time one of the account whose counter is smallest by then.
+
+    Only accounts that have had their turn are in the heap: to make an entry for each that waits would have
+    Python's garbage collector look through all rows every few plans.
+    """
+    rest = iter(sorted(accounts, key=_counter))
+    following = next(rest, None)
+    heap: list[tuple[float, int, _A, Iterator[Row]]] = []
+    for number in count():
+        if following is not None and (not heap or following.counter < heap[0][0]):
+            heappush(heap, (following.counter, number, following, rows_of(following)))
+            following = next(rest, None)
             continue
-        if number not in walks:
-            walks[number] = rows_of(account)
-        row = next(walks[number], None)
-        if row is None:
+        if not heap:
+            return
+        counter, _, account, rows = heap[0]
+        if counter < account.counter:
+            heapreplace(heap, (account.counter, number, account, rows))
+        elif (row := next(rows, None)) is None:
             heappop(heap)
         else:
             yield row
+
+
+def _counter(account: Account) -> float:
+    return account.counter
 
 
 class FairQueue:
@@ -256,15 +278,23 @@ class FairQueue:
         flow.counter += tokens / flow.weight
         flow.tenant.counter += tokens / flow.weight
 
-    def in_turn(self, prefilling: Collection[Row], wanted: Callable[[Tenant], bool]) -> Turns:
-        """For the next plan, a walk over the `wanted` tenants' waiting rows and the running `prefilling`."""
+    def in_turn(
+        self,
+        prefilling: Collection[Row],
+        wanted: Callable[[Tenant], bool],
+        among: Callable[[AdapterMix], bool] | None = None,
+    ) -> Turns:
+        """A walk over the `wanted` tenants' waiting rows, if need be only those with the adapters `among`,
+        and over the running `prefilling`."""
         self._plan += 1
         begun: dict[Tenant, dict[Flow, list[Row]]] = {}
         for row in prefilling:
             flow = self._flow_of[row]
             begun.setdefault(flow.tenant, {}).setdefault(flow, []).append(row)
-        waiting = (tenant for tenant in self._tenants.waiting.values() if wanted(tenant))
-        return Turns(dict.fromkeys(begun) | dict.fromkeys(waiting), begun)
+        waiting = [tenant for tenant in self._tenants.waiting.values() if wanted(tenant)]
+        if among is not None:
+            waiting = [tenant for tenant in waiting if tenant.waiting_flows(among)]
+        return Turns(dict.fromkeys(begun) | dict.fromkeys(waiting), begun, among)
 
     def _flows(self) -> Iterator[Flow]:
         return (flow for tenant in self._tenants.waiting.values() for flow in tenant.flows.waiting.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from onebase_engine.engine.messages import AdapterRef, FinishReason, Sampling, TokenLogprob
 
@@ -23,7 +24,7 @@ class AdapterMix:
             weights[ref.digest] = weights.get(ref.digest, 0.0) + ref.weight
         return cls(tuple(sorted((digest, weight) for digest, weight in weights.items() if weight)))
 
-    @property
+    @cached_property
     def digests(self) -> tuple[str, ...]:
         return tuple(digest for digest, _ in self.terms)
 

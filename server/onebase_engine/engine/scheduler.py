@@ -40,7 +40,7 @@ CREDIT_STEPS = 4
 MAX_PASSED = 32
 """Rows that may be admitted before one that lacks blocks."""
 MAX_TRIES = 32
-"""Rows that lack blocks, and tenants that find no place, that one plan looks at."""
+"""Rows that lack blocks, adapters that lack slots, and tenants that find no place, that one walk looks at."""
 
 
 class NeverFitsError(ValueError):
@@ -70,15 +70,17 @@ class _Draft:
     chunks: dict[Row, Segment] = field(default_factory=dict)
     """Of rows that prefill or have just been admitted."""
     preempted: set[Row] = field(default_factory=set)
-    lacking: list[Row] = field(default_factory=list)
+    lacking: set[Row] = field(default_factory=set)
     """Waiting rows that had their turn and lacked blocks."""
+    slotless: int = 0
+    """Tenants' adapters that found no slot."""
     refused: int = 0
     """Tenants that found every place taken."""
 
     def is_over(self) -> bool:
         """Whether no more waiting rows are looked at. What is free is kept for one that many have passed."""
         kept = any(row.passed >= MAX_PASSED for row in self.lacking)
-        return self.budget <= 0 or kept or max(len(self.lacking), self.refused) >= MAX_TRIES
+        return self.budget <= 0 or kept or max(len(self.lacking), self.slotless, self.refused) >= MAX_TRIES
 
     def plan(self) -> Plan:
         single = [segment for segment in self.chunks.values() if segment.length == 1]
@@ -138,14 +140,14 @@ class Scheduler:
         draft = _Draft(self.limits.step_tokens)
         self._decode(draft)
         prefilling = [row for row in self.running if row.pending > 1]
-        turns = self.waiting.in_turn(prefilling, self._may_begin())
-        for row in turns:
-            if draft.is_over():
-                break
-            if self._is_second(row, draft):
-                turns.pass_over(self.waiting.flow(row).tenant)
-            elif row in self.running or self._admit(row, draft, turns):
-                self._advance(row, draft)
+        self._walk(self.waiting.in_turn(prefilling, self._may_begin()), draft)
+        if draft.slotless >= MAX_TRIES:
+            # No slot is left to be had now. Rows whose adapters are in slots may still run.
+            draft.slotless = 0
+            going = [row for row in prefilling if row in self.running and row not in draft.chunks]
+            placed = self._slots.unclaimed
+            among = self.waiting.in_turn(going, self._may_begin(), lambda mix: placed.issuperset(mix.digests))
+            self._walk(among, draft)
         for row in prefilling:
             done = row not in self.running or row in draft.chunks or self._is_second(row, draft)
             if draft.budget > 0 and not done:
@@ -185,6 +187,16 @@ class Scheduler:
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
                 draft.budget -= 1
 
+    def _walk(self, turns: Turns, draft: _Draft) -> None:
+        """Prompts, in turn: of rows that run, and of those that can be admitted."""
+        for row in turns:
+            if draft.is_over():
+                break
+            if self._is_second(row, draft):
+                turns.pass_over(self.waiting.flow(row).tenant)
+            elif row in self.running or self._admit(row, draft, turns):
+                self._advance(row, draft)
+
     def _advance(self, row: Row, draft: _Draft) -> None:
         """As much of the row as the budget allows."""
         length = min(row.pending, draft.budget)
@@ -214,7 +226,7 @@ class Scheduler:
         """Have a waiting row run, if all that it needs is there, or is given up for it."""
         leader = row.leader
         waits_for_leader = leader is not None and not leader.prefilled and not leader.finish
-        if waits_for_leader or row in draft.preempted:
+        if waits_for_leader or row in draft.preempted or row in draft.lacking:
             return False
         flow = self.waiting.flow(row)
         if self._is_full and self._over_served(row, self.running, (), draft) is None:
@@ -223,12 +235,13 @@ class Scheduler:
             return False
         if not self._take_slots(row, draft):
             turns.pass_over(flow)
+            draft.slotless += 1
             return False
         if self._is_full or not self._take_blocks(row):
             yielding = self._yielding(row, draft)
             if not yielding:
                 self._slots.release(row)
-                draft.lacking.append(row)
+                draft.lacking.add(row)
                 return False
             self._yield(yielding, draft)
             self._take_blocks(row)

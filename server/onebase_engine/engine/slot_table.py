@@ -60,6 +60,11 @@ class SlotTable:
     def slot_of(self) -> dict[str, int]:
         return {slot.digest: number for number, slot in enumerate(self._slots) if slot.digest is not None}
 
+    @property
+    def unclaimed(self) -> set[str]:
+        """The versions in slots that no waiting row has claimed."""
+        return {slot.digest for slot in self._slots if slot.digest is not None and slot.claimed_by is None}
+
     def acquire(self, row: Row) -> bool:
         """Give the row a slot for each of its adapters, all or none; False when it has to wait."""
         places = self.slot_of

@@ -5,6 +5,7 @@ The api runs it as `python -m onebase_server.processes.engine --fd N [--base-fd 
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import sys
@@ -210,6 +211,9 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     )
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
     warm_up(engine)
+    # What is loaded stays. Else every full collection would go through it, between two steps.
+    gc.collect()
+    gc.freeze()
     info = _base_info(config, base, engine, blocks * block_bytes, time.monotonic() - started)
     channel.send(protocol.Ready(base=info, manifest=manifest))
     return engine

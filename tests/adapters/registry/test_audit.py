@@ -71,6 +71,14 @@ def test_each_change_of_an_adapter_is_there_once_with_who_made_it(registry: Regi
     assert [entry.number for entry in found] == sorted(entry.number for entry in found)
 
 
+def test_an_adapter_that_goes_with_its_last_version_has_an_entry_of_its_own(registry: Registry) -> None:
+    digest = add(registry, "acme", "1")
+    registry.delete_version("default", "acme", digest)
+    assert actions(registry)[1:] == ["adapter.version_deleted", "adapter.deleted"]
+    (gone, *_) = registry.audit.entries(limit=1)
+    assert gone.details == {"count": 1, "versions": [digest], "active": None}
+
+
 def test_files_keys_and_jobs_are_there_and_what_a_server_does_for_a_job_is_done_for_its_maker(
     registry: Registry,
 ) -> None:

@@ -67,9 +67,11 @@ def test_a_failed_version_is_tried_again_when_it_is_sent_again(registry: Registr
     failed = registry.set_state(*HERE, both.digest, "failed", error=("not_finite", "q_proj has NaN"))
     assert failed.error == VersionError("not_finite", "q_proj has NaN")
     assert failed.finished_at is not None
-    again, created = registry.add_version("a", both.digest, both, {"kind": "upload"})
+    hub = {"kind": "hub", "repo": "acme/a"}
+    again, created = registry.add_version("a", both.digest, both, hub, actor="ob-2")
     assert created
     assert (again.state, again.error, again.finished_at) == ("validating", None, None)
+    assert (again.source, again.created_by) == (hub, "ob-2"), "its options hold after a restart, too"
 
 
 def test_a_proved_version_has_its_report_and_its_prepared_file(registry: Registry) -> None:

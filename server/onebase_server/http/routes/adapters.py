@@ -187,7 +187,7 @@ async def list_versions(name: AdapterName, services: Provided, caller: Calling) 
     data = [services.views.pull(pending) for pending in services.hub.of_name(caller.tenant, name)]
     if names.get(name) is not None or not data:
         found = await services.adapters.versions(names.owner(name), name)
-        data += [services.views.version(version) for version in found]
+        data += [services.views.version(version, caller.tenant) for version in found]
     return json_response({"object": "list", "data": data})
 
 
@@ -200,7 +200,8 @@ async def get_version(name: AdapterName, version: str, services: Provided, calle
     if pending is not None and pending.digest is None:
         return json_response(services.views.pull(pending))
     wanted = pending.digest if pending is not None and pending.digest else version
-    return json_response(services.views.version(await services.adapters.version(owner, name, wanted)))
+    found = await services.adapters.version(owner, name, wanted)
+    return json_response(services.views.version(found, caller.tenant))
 
 
 @router.delete("/{name}/versions/{version}")
@@ -220,13 +221,14 @@ async def delete_version(
 @needs("adapters")
 async def get_history(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """What was active when, newest first."""
-    history = await services.activation.history(services.catalog.of(caller.tenant).owner(name), name)
+    owner = services.catalog.of(caller.tenant).owner(name)
+    history = await services.activation.history(owner, name)
     data = [
         {
             "action": entry.action,
             "version": entry.version,
             "previous": entry.previous,
-            "actor": entry.actor,
+            "actor": entry.actor if owner == caller.tenant else "",
             "at": entry.at,
         }
         for entry in history

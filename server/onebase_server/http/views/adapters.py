@@ -87,8 +87,13 @@ class AdapterViews:
             "updated_at": newest.created_at,
         }
 
-    def version(self, version: VersionRecord) -> Json:
-        """One version; its report is as whole as the record's."""
+    def version(self, version: VersionRecord, reader: str | None = None) -> Json:
+        """One version; its report is as whole as the record's.
+
+        reader: the tenant that reads it, if it may be another one: that is not told which key or job made it.
+        """
+        foreign = reader not in (None, version.tenant)
+        hidden = (OPTIONS, "job") if foreign else (OPTIONS,)
         record = self._catalog.of(version.tenant).own(version.name)
         progress = None if version.finished else self._adapters.progress(version)
         return {
@@ -101,10 +106,10 @@ class AdapterViews:
             "error": _error(version.error),
             "base": self._catalog.base_name,
             "source": {
-                key: value for key, value in version.source.items() if key != OPTIONS and value is not None
+                key: value for key, value in version.source.items() if key not in hidden and value is not None
             },
             "created_at": version.created_at,
-            "created_by": version.created_by,
+            "created_by": "" if foreign else version.created_by,
             "tenant": version.tenant,
             "progress": {"stage": progress.stage, "fraction": progress.fraction} if progress else None,
             "report": version.report,
