@@ -87,6 +87,7 @@ def test_a_process_that_computes_gets_what_its_libraries_read_and_nothing_else(
         "CUDA_VISIBLE_DEVICES": "1",
         "LD_LIBRARY_PATH": "/cuda",
         "PYTHONPATH": "/src",
+        "NIX_LD": "/nix/ld",
     }
     hub = {"HF_TOKEN": "hf_secret", "HTTPS_PROXY": "http://user:secret@proxy"}
     computing = computing_environment({**others, **hub, **known})
