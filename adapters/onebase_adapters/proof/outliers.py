@@ -129,7 +129,7 @@ def _largest(squares: torch.Tensor, norm: float) -> tuple[int, float] | None:
 
 def _squares(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Squared norms of the rows of a difference, some rows at a time: a head takes gigabytes. [rows]"""
-    pairs = zip(one.split(_ROWS), other.split(_ROWS), strict=True)
+    pairs = zip(torch.split(one, _ROWS), torch.split(other, _ROWS), strict=True)
     return torch.cat(
         [(left.float() - right.float()).double().square().view(len(left), -1).sum(1) for left, right in pairs]
     )

@@ -139,7 +139,7 @@ class ChatTokenizer:
         special = {t.content: i for i, t in added.items() if t.special}
         named = {t.content: i for i, t in added.items() if _is_named(t.content, tokenizer)}
         self._ids = special | named
-        normalize = _normalizer(self._backend, [added[i] for i in self._ids.values()])
+        normalize = _normalizer(self._backend, {text: added[i] for text, i in self._ids.items()})
         self._everywhere = _Controls(list(special), normalize, list(named.keys() - special.keys()))
         self._of_others = _Controls(list(self._ids), normalize)
         secret = _secret()
@@ -393,11 +393,22 @@ def _digits(index: int) -> str:
     return _RARE[index // len(_RARE)] + _RARE[index % len(_RARE)]
 
 
-def _normalizer(backend: Any, tokens: Sequence[Any]) -> Callable[[str], str] | None:
-    if backend is None or backend.normalizer is None or not any(token.normalized for token in tokens):
+def _normalizer(backend: Any, tokens: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """The tokenizer's, if control tokens can come out of it. tokens: by their texts."""
+    if backend is None or backend.normalizer is None:
+        return None
+    if not any(token.normalized for token in tokens.values()) and not _is_of_letters(backend.model, tokens):
         return None
     normalize: Callable[[str], str] = backend.normalizer.normalize_str
     return normalize
+
+
+def _is_of_letters(model: Any, texts: Iterable[str]) -> bool:
+    """Whether the model itself may take letters for one of these tokens, when nothing has found it before."""
+    from tokenizers import models
+
+    merges = isinstance(model, models.BPE) and not model.ignore_merges
+    return not merges and any(model.token_to_id(text) is not None for text in texts)
 
 
 def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
@@ -409,9 +420,8 @@ def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
     model, added = backend.model, sorted(backend.get_added_tokens_decoder().items())
     if any(token.single_word for _, token in added if token.content in names):
         return None
-    known = any(model.token_to_id(text) is not None for text in names)
-    if isinstance(model, models.BPE) and not (known and model.ignore_merges):
-        # Its merges make no control token of letters (`_agree` looks), so the model itself can be shared.
+    if isinstance(model, models.BPE) and not _is_of_letters(model, names):
+        # The model itself can be shared; `_agree` looks that no merges lead to a control token.
         twin = Tokenizer(model)
         for part in ("normalizer", "pre_tokenizer"):
             if getattr(backend, part) is not None:
