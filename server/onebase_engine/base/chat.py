@@ -221,7 +221,7 @@ class ChatTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts from `render`, or of parts of such. Raises ControlTokenError."""
         if self._twin is None:
-            return self._plainly(texts)
+            return self.encode_plain(texts)
         made = self._twin.encode(texts)
         for text, ids in zip(texts, made, strict=True):
             wanted = [
@@ -241,7 +241,10 @@ class ChatTokenizer:
         (ids,) = self.encode([text])
         return ids
 
-    def _plainly(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which control tokens are tokens, without any around them."""
+        if not texts:
+            return []
         made: list[list[int]] = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -298,8 +301,18 @@ class ChatTokenizer:
         twins = "".join(f"{name}user\nIt is {name} 1{name}{name}\n" for name in names.values())
         letters = self._twin.encode(["x".join(names), " ".join(names), *names])
         control = frozenset(self._ids.values()) - {self._tokenizer.unk_token_id}
-        same = self._twin.encode([twins, "It is\n\n1"]) == self._plainly([mine, "It is\n\n1"])
+        same = self._twin.encode([twins, "It is\n\n1"]) == self.encode_plain([mine, "It is\n\n1"])
         return same and not any(token in control for ids in letters for token in ids)
+
+
+def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after any text of its own accord, such as its BOS."""
+    bare: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    whole: list[int] = tokenizer.encode("a")
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 def _texts(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, bool]]:
