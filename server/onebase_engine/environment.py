@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 _EVERY = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP", "COLUMNS", "NO_COLOR",
-    "XDG_CACHE_HOME", "PYTHON*", "LD_*", "MALLOC_*", "GLIBC_TUNABLES", "COVERAGE_*",
+    "XDG_CACHE_HOME", "PYTHON*", "LD_*", "NIX_LD*", "MALLOC_*", "TCMALLOC_*", "MIMALLOC_*", "GLIBC_TUNABLES",
+    "COVERAGE_*",
 )  # fmt: skip
 """A name, or with `*` the beginning of names."""
 _COMPUTING = (
+    "CC", "CXX",  # Triton compiles
     "OMP_*", "GOMP_*", "KMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "DNNL_*", "ONEDNN_*", "ATEN_*", "TORCH*",
     "PYTORCH_*", "TRITON_*", "CUDA_*", "CUBLAS*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "HIP_*", "HSA_*", "ROCM_*",
     "ROCR_*", "AMD_*", "GPU_*", "MIOPEN_*", "ROCBLAS_*", "HIPBLASLT_*", "BNB_*", "BITSANDBYTES_*",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import stat
@@ -46,6 +47,7 @@ _GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
 """In /dev, on a machine with a GPU: NVIDIA's drivers, Windows' for Linux, AMD's."""
 
 _OTHERS = 0o077
+_NO_MODES = (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
 _DATA_NAMES = ("store", "cache", "training")
 _STORE_NAMES = ("blobs", "tmp", "registries", "lock")
 
@@ -108,40 +110,59 @@ def close_to_others(settings: Settings) -> None:
     """Take the rights of group and others from what earlier releases, or another umask, have left. Blocks.
 
     Only files of this process's own user, under names that are a server's own: a data folder may hold other
-    things too, and stays as open as it is then. Raises OSError, StoreError.
+    things too, and stays as open as it is then. What is in a folder that is closed is left as it is, since
+    nobody else gets there. A file system without modes (CIFS, vfat) is warned of. Raises OSError, StoreError.
     """
-    data = Path(settings.data_dir).expanduser().absolute()
-    registry_files = [f"registry.db{ending}" for ending in SQLITE_ENDINGS]
-    _close_folder(data, [*_DATA_NAMES, *registry_files])
+    data = Path(settings.data_dir).expanduser().resolve()
+    still_open = _close_folder(data, [*_DATA_NAMES, *(f"registry.db{ending}" for ending in SQLITE_ENDINGS)])
     if settings.registry and (file := sqlite_file(settings.registry)):
-        for ending in SQLITE_ENDINGS:
-            _close(file.with_name(f"{file.name}{ending}"))
+        still_open += _close(file.with_name(f"{file.name}{ending}") for ending in SQLITE_ENDINGS)
     if settings.store and (store_folder := local_folder(settings.store)):
-        _close_folder(store_folder, _STORE_NAMES)
+        still_open += _close_folder(store_folder.resolve(), _STORE_NAMES)
+    if still_open:
+        more = f" and {len(still_open) - 1} more" if len(still_open) > 1 else ""
+        _log.warning(
+            "Others may read %s%s: its file system changes no modes. Keep them out of a folder around it.",
+            still_open[0],
+            more,
+        )
 
 
-def _close_folder(folder: Path, names: Collection[str]) -> None:
-    """What has these names in a folder; the folder too, if it holds nothing else."""
+def _close_folder(folder: Path, names: Collection[str]) -> list[Path]:
+    """Close what has these names in a folder; the folder too, if it holds nothing else."""
     if not folder.is_dir():
-        return
+        return []
     found = set(os.listdir(folder))
-    for name in found.intersection(names):
-        _close(folder / name)
-        for inside, folders, files in os.walk(folder / name):
-            for each in (*folders, *files):
-                _close(Path(inside, each))
-    if found.issubset(names):
-        _close(folder)
+    still_open = []
+    for place in [folder / name for name in found.intersection(names)]:
+        if place.is_dir() and not _is_open(place.stat()):
+            continue
+        for inside, folders, files in os.walk(place, topdown=False):
+            still_open += _close(Path(inside, each) for each in (*files, *folders))
+        still_open += _close([place])
+    return still_open + _close([folder] if found.issubset(names) else [])
 
 
-def _close(path: Path) -> None:
-    try:
-        found = path.lstat()
-        is_ours = found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode)
-        if is_ours and found.st_mode & _OTHERS:
-            path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
-    except FileNotFoundError:
-        pass  # another server on the folder has just deleted it
+def _close(paths: Iterable[Path]) -> list[Path]:
+    """Those of the paths that cannot be closed."""
+    still_open = []
+    for path in paths:
+        try:
+            found = path.lstat()
+            if _is_open(found):
+                path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+        except FileNotFoundError:
+            pass  # another server on the folder has just deleted it
+        except OSError as error:
+            if error.errno not in _NO_MODES:
+                raise
+            still_open.append(path)
+    return still_open
+
+
+def _is_open(found: os.stat_result) -> bool:
+    is_ours = found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode)
+    return is_ours and bool(found.st_mode & _OTHERS)
 
 
 @contextmanager

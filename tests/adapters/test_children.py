@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +54,22 @@ def test_no_module_of_the_current_folder_is_run(
     assert not ran.exists()
 
 
+def test_the_process_that_reads_parquet_knows_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    path = tmp_path / "rows.parquet"
+    rows = pyarrow.table({"text": [f"{number} " * 1000 for number in range(500)]})
+    pyarrow.parquet.write_table(rows, path)
+    reading = read_file(path)
+    next(iter(reading))
+    children = [pid for own in Path("/proc/self/task").glob("*/children") for pid in own.read_text().split()]
+    (child,) = (pid for pid in children if str(path) in Path(f"/proc/{pid}/cmdline").read_text())
+    inherited = Path(f"/proc/{child}/environ").read_text()
+    assert "PATH=" in inherited
+    assert "hf_secret" not in inherited
+
+
 NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="="), min_size=1)
 
 
@@ -69,6 +87,7 @@ def test_a_process_that_computes_gets_what_its_libraries_read_and_nothing_else(
         "CUDA_VISIBLE_DEVICES": "1",
         "LD_LIBRARY_PATH": "/cuda",
         "PYTHONPATH": "/src",
+        "NIX_LD": "/nix/ld",
     }
     hub = {"HF_TOKEN": "hf_secret", "HTTPS_PROXY": "http://user:secret@proxy"}
     computing = computing_environment({**others, **hub, **known})

@@ -405,6 +405,16 @@ def test_no_error_or_log_line_holds_the_token_or_a_signed_address(
         assert "s3cr3t" not in text
 
 
+def test_a_cache_that_cannot_be_written_is_named_by_its_variable(
+    hub: HubStandIn, store: Store, tmp_path: Path
+) -> None:
+    commit = hub.add_repo("acme/support", FILES)
+    (tmp_path / "hf").write_text("a file")
+    with pytest.raises(HubError, match=r"may not write the Hub's cache \(HF_HOME\)") as refused:
+        pull(REF, commit, store, MANY)
+    assert str(tmp_path) not in str(refused.value)
+
+
 def test_a_full_disk_under_the_cache_is_said_to_be_full(
     hub: HubStandIn, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

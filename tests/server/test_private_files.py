@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -93,6 +94,32 @@ def test_only_what_is_the_servers_own_is_closed_to_others(tmp_path: Path) -> Non
     open_all(data)
     close_to_others(Settings(data_dir=str(data)))
     assert {line.rpartition("/")[2] for line in open_to_others(data)} == {"data", "notes"}
+
+
+def test_a_data_folder_behind_a_link_is_closed(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "data"
+    (disk / "store" / "blobs").mkdir(parents=True)
+    link.symlink_to(disk)
+    open_all(disk)
+    close_to_others(Settings(data_dir=str(link)))
+    assert open_to_others(disk) == []
+
+
+def test_a_file_system_that_changes_no_modes_is_told_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "registry.db").write_text("rows")
+    open_all(tmp_path)
+
+    def refuse(path: Path, _mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    close_to_others(Settings(data_dir=str(tmp_path)))
+    (told,) = caplog.messages
+    assert told.startswith(f"Others may read {tmp_path}/")
+    assert "and 2 more: its file system changes no modes" in told
 
 
 @pytest.mark.parametrize("url", ["postgresql://user:secret@host/names", "nonsense", "", "s3://bucket/part"])

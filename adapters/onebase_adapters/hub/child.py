@@ -47,6 +47,7 @@ _SPARE_BYTES = 1 << 20
 _TRIES = 3
 _LAST_SECONDS = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -246,6 +247,11 @@ def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
         return "hub_too_large", f"The adapter in {at} has {error} bytes or more; {limit} are allowed."
     if isinstance(error, OSError) and error.errno in _FULL:
         return "store_full", "No space is left in the Hub's cache (HF_HOME): free some, then try again."
+    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        return (
+            "hub_unreachable",
+            f"{at} has no place: this server may not write the Hub's cache (HF_HOME).",
+        )
     if isinstance(error, GatedRepoError) or _status(error) == 403:
         return "hub_gated", f"{repo} is there, but this server has no access: ask for it, then set HF_TOKEN."
     if isinstance(error, RevisionNotFoundError):

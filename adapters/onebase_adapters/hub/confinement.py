@@ -109,7 +109,8 @@ def _python() -> list[Path]:
 
 
 def _certificates() -> list[Path]:
-    return [Path(value) for name in _CERTIFICATES if (value := os.environ.get(name))]
+    given = (os.environ.get(name, "").split(os.pathsep) for name in _CERTIFICATES)  # folders may be several
+    return [Path(value) for values in given for value in values if value]
 
 
 def _restrict(version: int, rules: Iterable[tuple[Path, int]]) -> None:

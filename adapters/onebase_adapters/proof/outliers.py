@@ -28,6 +28,7 @@ MOST_DEVIATIONS = 8.0
 SPIKE_NORMS, SPIKE = 3.0, 0.9
 """A module of fewer norms stands out too, if it has so much of its energy in one direction."""
 _PROBES = 32
+_ROWS = 1024
 LEAST_RANK = 4
 """Below this rank a large part of the energy is in one direction anyway."""
 MOST_RELATIVE = 1.0
@@ -82,9 +83,9 @@ def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_t
     own: torch.Tensor = base.weight.detach().cpu()  # type: ignore[operator]
     if isinstance(weights, TokenRows):
         return _rows(weights, own)
-    change = weights.weight.float() - own.float()
-    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-    token = _largest(change.square().sum(1), norm) if of_tokens and change.dim() == 2 else None
+    squares = _squares(weights.weight, own)
+    norm = math.sqrt(float(squares.sum()))
+    token = _largest(squares, norm) if of_tokens and own.dim() == 2 else None
     return Figures(norm, relative=_by(norm, _norm(own)), token=token)
 
 
@@ -124,6 +125,14 @@ def _largest(squares: torch.Tensor, norm: float) -> tuple[int, float] | None:
         return None
     row = int(squares.argmax())
     return row, float(squares[row]) / norm**2
+
+
+def _squares(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Squared norms of the rows of a difference, some rows at a time: a head takes gigabytes. [rows]"""
+    pairs = zip(torch.split(one, _ROWS), torch.split(other, _ROWS), strict=True)
+    return torch.cat(
+        [(left.float() - right.float()).double().square().view(len(left), -1).sum(1) for left, right in pairs]
+    )
 
 
 def _size(base: Any, dtype: torch.dtype) -> float:

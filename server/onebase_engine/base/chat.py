@@ -12,20 +12,23 @@ import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-_PRIVATE = [chr(point) for point in range(0xE000, 0xF900)]
-"""Unicode's private use area: no normalizer, filter or JSON writer of a template changes these."""
+_RARE = [chr(point) for point in range(0xA000, 0xA48D)]
+"""Letters of Yi: normalizers, filters and JSON writers of templates leave them, and so does Python's `repr`,
+which a template calls that writes a list or an object as it is."""
 _SECRET_CHARACTERS = 8
-_ROLES_OF_THE_APPLICATION = ("assistant", "system")
-_SPOKEN = ("content", "reasoning_content")
-_PADDING = " \t\n\r▁"
+_ROLES_OF_THE_APPLICATION = ("assistant", "system", "developer")
+_SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")
+_PADDING = "▁" + "".join(chr(point) for point in range(0x3001) if chr(point).isspace())
+"""What templates trim (all of Unicode's white space), and how a tokenizer writes a space."""
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any] | None
+Look = Literal["none", "part", "whole"]
 
 
 class ControlTokenError(ValueError):
@@ -42,24 +45,43 @@ class ControlTokenError(ValueError):
 class _Controls:
     """The texts of some control tokens, and how they can be found in another text, whole or in part."""
 
-    def __init__(self, texts: Sequence[str], normalize: Callable[[str], str] | None) -> None:
-        """`normalize`: of the tokenizer, if it looks for one of them in normalized text too."""
+    def __init__(
+        self, texts: Sequence[str], normalize: Callable[[str], str] | None, kept: Sequence[str] = ()
+    ) -> None:
+        """`normalize`: of the tokenizer, if it looks for one of them in normalized text too. `kept`: other
+        control tokens, at which a template may cut a text, drop a piece and join the rest."""
         self._normalize = normalize
-        self._needles = set(texts)
+        needles = set(texts)
         if normalize is not None:
-            self._needles |= {normalize(text).strip(_PADDING) or text for text in texts}
-        self.pattern = re.compile(_any_of(texts))
-        self._any = re.compile(_any_of(self._needles))
-        self._beginnings = {needle[:2] for needle in self._needles}
-        self._first = frozenset(needle[0] for needle in self._needles)
-        self._last = frozenset(needle[-1] for needle in self._needles)
-        self._longest = max(map(len, self._needles), default=0)
-        self._prefixes = {needle[:end] for needle in self._needles for end in range(1, len(needle))}
-        self._suffixes = {needle[start:] for needle in self._needles for start in range(1, len(needle))}
-        self._joined = "\0".join(sorted(self._needles))
+            needles |= {normalize(text).strip(_PADDING) or text for text in texts}
+        self.pattern = _any_of(texts)
+        self._kept = _any_of(kept, group=True) if kept else None
+        self._any = _any_of(needles)
+        self._beginnings = {needle[:2] for needle in needles}
+        self._first = frozenset(needle[0] for needle in needles)
+        self._last = frozenset(needle[-1] for needle in needles)
+        self._longest = max(map(len, needles), default=0)
+        self._prefixes = {needle[:end] for needle in needles for end in range(1, len(needle))}
+        self._suffixes = {needle[start:] for needle in needles for start in range(1, len(needle))}
+        self._joined = "\0".join(sorted(needles))
 
-    def look(self, text: str) -> Literal["none", "part", "whole"]:
+    def look(self, text: str) -> Look:
         """Whether a text holds a control token, or could be a part of one that its surroundings complete."""
+        seen = {self._look(piece) for piece in self._pieces(text)}
+        return "whole" if "whole" in seen else "part" if "part" in seen else "none"
+
+    def marked(self, text: str, mark: str) -> str:
+        """The text with a mark in each control token and, where it could be a part of one, at its ends."""
+        return "".join(self._marked(piece, mark) for piece in self._pieces(text))
+
+    def inert(self, text: str) -> str:
+        """The text with other letters in the place of control tokens, and of parts at its ends."""
+        return "".join(map(self._inert, self._pieces(text)))
+
+    def _pieces(self, text: str) -> list[str]:
+        return [text] if self._kept is None else self._kept.split(text)
+
+    def _look(self, text: str) -> Look:
         for form in (text,) if self._normalize is None else (text, self._normalize(text)):
             if any(beginning in form for beginning in self._beginnings) and self._any.search(form):
                 return "whole"
@@ -76,21 +98,17 @@ class _Controls:
             return True
         return 0 < len(text) <= longest and text in self._joined
 
-    def marked(self, text: str, mark: str) -> str:
-        """The text with a mark in each control token and, where it could be a part of one, at its ends."""
-        kind = self.look(text)
-        if kind == "none":
+    def _marked(self, text: str, mark: str) -> str:
+        if self._look(text) == "none":
             return text
-        while self.pattern.search(text):
+        while self.pattern.search(text):  # they may overlap
             text = self.pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
-        inner = text.strip()
+        inner = text.strip(_PADDING)
         return text.replace(inner, f"{mark}{inner}{mark}", 1) if self._is_part(inner) else text
 
-    def inert(self, text: str) -> str:
-        """The text with other letters in the place of control tokens, and of parts at its ends."""
-        while self.pattern.search(text):
-            text = self.pattern.sub(lambda found: "x" * len(found[0]), text)
-        return re.sub(r"\S", "x", text) if self.look(text) != "none" else text
+    def _inert(self, text: str) -> str:
+        text = self.pattern.sub(lambda found: _RARE[0] * len(found[0]), text)
+        return re.sub(r"\S", _RARE[0], text) if self._look(text) != "none" else text
 
 
 @dataclass(frozen=True)
@@ -116,13 +134,13 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._mark = _secret()
-        added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content}
+        self._marks = _secret(), _secret()
+        added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if _can_control(t.content)}
         special = {t.content: i for i, t in added.items() if t.special}
         named = {t.content: i for i, t in added.items() if _is_named(t.content, tokenizer)}
         self._ids = special | named
-        normalize = _normalizer(self._backend, [added[i] for i in self._ids.values()])
-        self._everywhere = _Controls(list(special), normalize)
+        normalize = _normalizer(self._backend, {text: added[i] for text, i in self._ids.items()})
+        self._everywhere = _Controls(list(special), normalize, list(named.keys() - special.keys()))
         self._of_others = _Controls(list(self._ids), normalize)
         secret = _secret()
         names = {text: secret + _digits(index) for index, text in enumerate(self._ids)}
@@ -132,11 +150,11 @@ class ChatTokenizer:
         self._names = names if self._twin is not None else {text: text for text in names}
         self._id_of: dict[str, int] = {self._names[text]: token for text, token in self._ids.items()}
         self._secret = secret
-        self._all = re.compile(_any_of(self._id_of))
+        self._all = _any_of(self._id_of)
         self._checked = frozenset(self._ids.values()) - {tokenizer.unk_token_id}
         self.special_ids = frozenset(special.values())
         """Ids of the tokenizer's special tokens."""
-        self.special = re.compile(_any_of([self._names[text] for text in special]))
+        self.special = _any_of([self._names[text] for text in special])
         """Finds them in what `render` gives."""
 
     def token(self, name: str) -> int:
@@ -167,29 +185,43 @@ class ChatTokenizer:
         what the template raises.
         """
 
-        def write(change: Callable[[_Controls, str], str] | None) -> str:
+        plain = self._write(messages, tools, generation)
+        found = [
+            (field, text, seen)
+            for field, text, trusted in _texts(messages, tools)
+            if (seen := self._look(text, trusted)) != "none"
+        ]
+        if not found:
+            return self._renamed(plain)
+
+        def write(change: Callable[[_Controls, str], str]) -> str:
             return self._write(*self._changed(messages, tools, change), generation)
 
-        found = [each for each in _texts(messages, tools) if self._look(each[1], each[2]) != "none"]
-        if not found:
-            return self._renamed(write(None))
-        text = write(lambda controls, part: controls.marked(part, self._mark))
-        whole = [each for each in found if self._look(each[1], each[2]) == "whole"]
-        if not whole:
-            plain = write(None)
-            if self._count(plain) == self._count(text):
-                return self._renamed(plain)
-        field = (whole or found)[0][0]
-        if self._twin is None or any(self._secret in part or self._mark in part for _, part, _ in found):
-            raise ControlTokenError(field, f"{self._shown(found)}, which this base reads as a control token")
+        mark, other = self._marks
+        text = write(lambda controls, part: controls.marked(part, mark))
+        whole = [field for field, _, seen in found if seen == "whole"]
+        if not whole and self._count(plain) == self._count(text):
+            return self._renamed(plain)
+        field = whole[0] if whole else found[0][0]
+
+        def refused(why: str) -> ControlTokenError:
+            return ControlTokenError(field, f"{self._shown(found)}, which {why}")
+
+        if self._twin is None or any(one in part for _, part, _ in found for one in (self._secret, mark)):
+            raise refused("this base reads as a control token")
         if self._count(text) != self._count(write(lambda controls, part: controls.inert(part))):
-            raise ControlTokenError(field, f"{self._shown(found)}, which the chat template makes more of")
-        return self._renamed(text).replace(self._mark, "")
+            raise refused("the chat template makes more of")
+        if (bare := text.replace(mark, "")) != plain:
+            # The template looked at what is said, and wrote it otherwise; or it cut a mark, or escaped it.
+            again = write(lambda controls, part: controls.marked(part, other))
+            if bare != again.replace(other, ""):
+                raise refused("the chat template does not write as it is")
+        return self._renamed(text).replace(mark, "")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts from `render`, or of parts of such. Raises ControlTokenError."""
         if self._twin is None:
-            return self._plainly(texts)
+            return self.encode_plain(texts)
         made = self._twin.encode(texts)
         for text, ids in zip(texts, made, strict=True):
             wanted = [
@@ -209,11 +241,10 @@ class ChatTokenizer:
         (ids,) = self.encode([text])
         return ids
 
-    def _same_controls(self, wanted: Sequence[int], ids: Sequence[int]) -> bool:
-        checked = self._checked
-        return [one for one in wanted if one in checked] == [one for one in ids if one in checked]
-
-    def _plainly(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which control tokens are tokens, without any around them."""
+        if not texts:
+            return []
         made: list[list[int]] = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -223,18 +254,14 @@ class ChatTokenizer:
         )["input_ids"]
         return made
 
-    def _look(self, text: str, trusted: bool) -> Literal["none", "part", "whole"]:
+    def _look(self, text: str, trusted: bool) -> Look:
         return (self._everywhere if trusted else self._of_others).look(text)
 
     def _changed(
-        self, messages: Messages, tools: Tools, change: Callable[[_Controls, str], str] | None
+        self, messages: Messages, tools: Tools, change: Callable[[_Controls, str], str]
     ) -> tuple[list[Any], list[Any] | None]:
-        if change is None:
-            return list(messages), None if tools is None else list(tools)
-
         of_others = partial(change, self._of_others)
         of_application = partial(change, self._everywhere)
-
         made: list[Any] = []
         for message in messages:
             new = dict(message)
@@ -243,9 +270,12 @@ class ChatTokenizer:
             made.append(new)
         return made, None if tools is None else _mapped(list(tools), of_others)
 
-    def _write(self, messages: list[Any], tools: list[Any] | None, generation: bool) -> str:
+    def _write(self, messages: Messages, tools: Tools, generation: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+            list(messages),
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=generation,
         )
         return text
 
@@ -257,7 +287,7 @@ class ChatTokenizer:
             return text
         return self._of_others.pattern.sub(lambda found: self._names[found[0]], text)
 
-    def _shown(self, found: Sequence[tuple[str, str, bool]]) -> str:
+    def _shown(self, found: Sequence[tuple[str, str, Look]]) -> str:
         """What a text holds, for an error about it."""
         whole = (self._of_others.pattern.search(text) for _, text, _ in found)
         first = next((each[0] for each in whole if each), None)
@@ -271,8 +301,18 @@ class ChatTokenizer:
         twins = "".join(f"{name}user\nIt is {name} 1{name}{name}\n" for name in names.values())
         letters = self._twin.encode(["x".join(names), " ".join(names), *names])
         control = frozenset(self._ids.values()) - {self._tokenizer.unk_token_id}
-        same = self._twin.encode([twins, "It is\n\n1"]) == self._plainly([mine, "It is\n\n1"])
+        same = self._twin.encode([twins, "It is\n\n1"]) == self.encode_plain([mine, "It is\n\n1"])
         return same and not any(token in control for ids in letters for token in ids)
+
+
+def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after any text of its own accord, such as its BOS."""
+    bare: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    whole: list[int] = tokenizer.encode("a")
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 def _texts(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, bool]]:
@@ -315,35 +355,73 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def _can_control(text: str) -> bool:
+    """White space such as Gemma's and single characters are letters, whatever the tokenizer calls them."""
+    return len(text.strip()) > 1
+
+
 def _is_named(text: str, tokenizer: Any) -> bool:
-    """Whether the chat template knows an added token; white space such as Gemma's is no control token."""
+    """Whether the chat template knows an added token."""
     chosen = getattr(tokenizer, "chat_control_tokens", None)
     if chosen is not None:
         return text in chosen
     template = tokenizer.chat_template
     templates = [template] if isinstance(template, str) else list((template or {}).values())
-    return bool(text.strip()) and any(text in one for one in templates)
+    return any(text in one for one in templates)
 
 
-def _any_of(texts: Any) -> str:
-    """A pattern for the longest of several texts that begins at a place."""
-    return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or "(?!)"
+def _any_of(texts: Iterable[str], *, group: bool = False) -> re.Pattern[str]:
+    """Finds the longest of several texts that begins at a place; as a tree of them, since a base may have
+    hundreds that begin alike. group: in a group, for `split`."""
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for character in text:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    pattern = _branches(tree) if tree else "(?!)"
+    return re.compile(f"({pattern})" if group else pattern)
+
+
+def _branches(tree: Mapping[str, Any]) -> str:
+    ways = []
+    for character, node in tree.items():
+        written = re.escape(character)
+        while len(node) == 1 and "" not in node:
+            ((character, node),) = node.items()
+            written += re.escape(character)
+        if character:
+            ways.append(written + (_branches(node) if node.keys() != {""} else ""))
+    if len(ways) == 1 and "" not in tree:
+        return ways[0]
+    return f"(?:{'|'.join(ways)})" + ("?" if "" in tree else "")
 
 
 def _secret() -> str:
-    return "".join(secrets.choice(_PRIVATE) for _ in range(_SECRET_CHARACTERS))
+    return "".join(secrets.choice(_RARE) for _ in range(_SECRET_CHARACTERS))
 
 
 def _digits(index: int) -> str:
-    """Two private characters for a number."""
-    return _PRIVATE[index // len(_PRIVATE)] + _PRIVATE[index % len(_PRIVATE)]
+    """Two rare characters for a number."""
+    return _RARE[index // len(_RARE)] + _RARE[index % len(_RARE)]
 
 
-def _normalizer(backend: Any, tokens: Sequence[Any]) -> Callable[[str], str] | None:
-    if backend is None or backend.normalizer is None or not any(token.normalized for token in tokens):
+def _normalizer(backend: Any, tokens: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """The tokenizer's, if control tokens can come out of it. tokens: by their texts."""
+    if backend is None or backend.normalizer is None:
+        return None
+    if not any(token.normalized for token in tokens.values()) and not _is_of_letters(backend.model, tokens):
         return None
     normalize: Callable[[str], str] = backend.normalizer.normalize_str
     return normalize
+
+
+def _is_of_letters(model: Any, texts: Iterable[str]) -> bool:
+    """Whether the model itself may take letters for one of these tokens, when nothing has found it before."""
+    from tokenizers import models
+
+    merges = isinstance(model, models.BPE) and not model.ignore_merges
+    return not merges and any(model.token_to_id(text) is not None for text in texts)
 
 
 def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
@@ -355,9 +433,8 @@ def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
     model, added = backend.model, sorted(backend.get_added_tokens_decoder().items())
     if any(token.single_word for _, token in added if token.content in names):
         return None
-    known = any(model.token_to_id(text) is not None for text in names)
-    if isinstance(model, models.BPE) and not (known and model.ignore_merges):
-        # Its merges make no control token of letters (`_agree` looks), so the model itself can be shared.
+    if isinstance(model, models.BPE) and not _is_of_letters(model, names):
+        # The model itself can be shared; `_agree` looks that no merges lead to a control token.
         twin = Tokenizer(model)
         for part in ("normalizer", "pre_tokenizer"):
             if getattr(backend, part) is not None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
 from onebase_server.settings import RawControlTokens
@@ -35,7 +35,7 @@ class BaseTokenizer:
         _never_cut_or_pad(self._tokenizer)
         self._chat = ChatTokenizer(self._tokenizer)
         self._letters = raw_control_tokens == "letters"
-        self._before, self._after = _around(self._tokenizer)
+        self._before, self._after = tokens_around(self._tokenizer)
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
@@ -175,16 +175,6 @@ def _never_cut_or_pad(tokenizer: Any) -> None:
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after any text of its own accord, such as its BOS."""
-    bare: list[int] = tokenizer.encode("a", add_special_tokens=False)
-    whole: list[int] = tokenizer.encode("a")
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
-    return [], []
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

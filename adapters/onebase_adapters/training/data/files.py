@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
 from onebase_adapters.training.data.dataset import KNOWN_FIELDS, DataError, Problem, RowError, misspelled
+from onebase_engine.environment import computing_environment
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """By the end of a file's name."""
@@ -472,6 +473,7 @@ def parquet_rows(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env=computing_environment(),
     ) as child:
         try:
             if child.stdout is not None:

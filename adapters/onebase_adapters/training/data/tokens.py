@@ -22,7 +22,7 @@ import numpy as np
 from onebase_adapters.format.strict_json import parse_json
 from onebase_adapters.training.data.dataset import Chat, RowError, Sample, Text
 from onebase_adapters.training.recipe import Recipe, TooLong
-from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 
 _ASKS_FOR_IT = "strftime_now"
 
@@ -45,20 +45,11 @@ class BaseTokens:
         self.chat = ChatTokenizer(tokenizer)
         self.end: int | None = tokenizer.eos_token_id
         self.stops = stop_tokens(tokenizer)
-        self._begin = self._first_tokens()
+        self._begin, _ = tokens_around(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any special token that is not written in it."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-        )["input_ids"]
-        return ids
+        return self.chat.encode_plain(texts)
 
     def begin(self, ids: list[int]) -> list[int]:
         """A plain text's ids after the tokens that the base expects first, unless they are there already."""
@@ -68,15 +59,6 @@ class BaseTokens:
     def go_on(self, text: str) -> list[int]:
         """Ids of text that follows other text: some tokenizers put a space before the very first word."""
         return _go_on(text, self.encode)
-
-    def _first_tokens(self) -> list[int]:
-        """What the tokenizer puts before a plain text: usually nothing, or its BOS."""
-        bare = self.encode(["a"])[0]
-        whole: list[int] = self.tokenizer("a")["input_ids"]
-        for count in range(len(whole) - len(bare) + 1):
-            if whole[count : count + len(bare)] == bare:
-                return whole[:count]
-        return []
 
 
 def _go_on(text: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> list[int]:
