@@ -63,6 +63,13 @@ class Window:
 
     def seconds_until(self, most: int, now: float) -> float:
         """Until the total is at most that, if nothing else is let in or given back."""
+        if 2 * most < self.total:  # as for what is told with each answer: the newest decides
+            kept = 0
+            for charge in reversed(self._charges):
+                kept += charge.amount
+                if kept > most:
+                    return max(0.0, charge.at + WINDOW_SECONDS - now)
+            return 0.0
         left, ends = self.total, now
         for charge in self._charges:
             if left <= most:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.generation.tokenization import BaseTokenizer
 
+from .access import Keys
 from .support import HERE, Server, Starter, serving
 
 
@@ -53,6 +54,14 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> BaseTokenizer:
     return BaseTokenizer(str(base_folder))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
+    """The keys of a registry of the module's own; its folder is the data folder of a server on it."""
+    made = Keys(tmp_path_factory.mktemp("data"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -49,13 +49,6 @@ ROUTES = routes()
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    made = Keys(tmp_path_factory.mktemp("data"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def admin(keys: Keys) -> str:
     return keys.make("admin")
 

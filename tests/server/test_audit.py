@@ -20,13 +20,6 @@ SCOPES = ("generate", "adapters", "train")
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    made = Keys(tmp_path_factory.mktemp("data"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def known(keys: Keys) -> dict[str, str]:
     """Keys by the names that the tests give them, which the server knows from its start."""
     return {

@@ -32,13 +32,6 @@ CALLERS = {
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    made = Keys(tmp_path_factory.mktemp("data"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def callers(keys: Keys) -> dict[str, str]:
     made = {who: keys.make(*scopes or ("admin",), tenant="default") for who, scopes in CALLERS.items()}
     keys.revoke(made["a key that is revoked"])

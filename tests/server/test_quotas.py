@@ -184,13 +184,6 @@ def test_a_time_is_written_as_openai_does(seconds: float, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    made = Keys(tmp_path_factory.mktemp("data"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def admin(keys: Keys) -> str:
     return keys.make("admin", tenant="operator")
 

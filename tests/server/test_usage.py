@@ -31,13 +31,6 @@ BASE = "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    made = Keys(tmp_path_factory.mktemp("data"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def admin(keys: Keys) -> str:
     return keys.make("admin", tenant="operator")
 
