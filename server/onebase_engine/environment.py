@@ -20,7 +20,7 @@ _COMPUTING = (
     "PYTORCH_*", "TRITON_*", "CUDA_*", "CUBLAS*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "HIP_*", "HSA_*", "ROCM_*",
     "ROCR_*", "AMD_*", "GPU_*", "MIOPEN_*", "ROCBLAS_*", "HIPBLASLT_*", "BNB_*", "BITSANDBYTES_*",
     "TOKENIZERS_*", "RAYON_*", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE",
+    "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "ONEBASE_CACHE",
 )  # fmt: skip
 _NO_HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
 """The base is a folder by then. Without these a library could ask the Hub, with the token in HF_HOME."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from onebase_engine.base.load import (
@@ -19,8 +23,10 @@ from onebase_engine.base.load import (
     check_servable,
     estimate_memory,
     fingerprint,
+    import_bitsandbytes,
     load_base,
     parameter_count,
+    quantize_nf4,
 )
 
 LLAMA_8B = tf.LlamaConfig(
@@ -73,6 +79,56 @@ def test_tied_embeddings_are_counted_once(tmp_path: Path) -> None:
     model = load_base(BaseSettings(folder=tmp_path))
     estimate = estimate_memory(model.config, "nf4")
     assert (estimate.total, estimate.parameters) == (base_bytes(model), parameter_count(model))
+
+
+@pytest.fixture(scope="module")
+def own_quantize() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """bitsandbytes' own kernel for the CPU, which it no longer calls in a process that works on a base."""
+    import_bitsandbytes()
+    import bitsandbytes._ops as registry
+    import bitsandbytes.backends.default.ops as ops
+
+    kernels: dict[str, Any] = {}
+    spec = importlib.util.spec_from_file_location(f"{ops.__name__}_again", str(ops.__file__))
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{ops.__file__} cannot be loaded again")
+    again = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "register_kernel", lambda name, _: lambda f: kernels.setdefault(name, f))
+        spec.loader.exec_module(again)
+    found: Callable[..., tuple[torch.Tensor, torch.Tensor]] = kernels["bitsandbytes::quantize_4bit"]
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 300) | st.integers(131_000, 131_200) | st.integers(262_000, 530_000),
+    blocksize=st.sampled_from([32, 64, 128, 4096]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    scale=st.sampled_from([1e-30, 0.02, 300.0]),
+    seed=st.integers(0, 1000),
+)
+def test_weights_are_quantized_to_the_bits_that_bitsandbytes_gives(
+    own_quantize: Any, count: int, blocksize: int, dtype: torch.dtype, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(count, generator=generator) * scale).to(dtype)
+    weight[count // 3 : count // 2] = 0
+    packed, absmax = own_quantize(weight, blocksize, "nf4", torch.uint8)
+    ours, ours_absmax = quantize_nf4(weight, blocksize)
+    assert torch.equal(ours, packed)
+    assert torch.equal(ours_absmax, absmax)
+
+
+def test_bitsandbytes_quantizes_by_that_kernel() -> None:
+    import_bitsandbytes()
+    weight = torch.randn(64, 64)
+    from bitsandbytes.functional import quantize_4bit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "bucketize", None)
+        packed, _ = quantize_4bit(weight, quant_type="nf4")
+    assert torch.equal(packed, quantize_nf4(weight, 64)[0])
 
 
 @pytest.mark.parametrize("blocksize", [64, 128])

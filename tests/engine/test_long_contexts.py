@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_engine.engine import attention
+from onebase_engine.engine import attention, product_shapes
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.product_shapes import Heads, ProductShapes, find_shapes
@@ -168,7 +169,7 @@ def test_rows_of_the_default_base_are_their_own_next_to_longer_ones() -> None:
 
 
 def test_the_shapes_of_products_are_found_by_trial_and_lengths_never_cross_an_edge() -> None:
-    shapes = find_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.bfloat16, 2048)
+    shapes = product_shapes._try_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.bfloat16, 2048)
     assert shapes.fixed or shapes.queries >= 2, "a single row is summed in another order"
     assert find_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.float32, 2048) == ProductShapes(fixed=True)
     shapes = ProductShapes(edges=(1024, 4096))
@@ -179,3 +180,32 @@ def test_the_shapes_of_products_are_found_by_trial_and_lengths_never_cross_an_ed
         assert length <= padded <= max(length + 63, length * 1.07)
         assert shapes.side(padded) == shapes.side(length)
         assert ProductShapes(fixed=True).padded(length) % 256 == 0
+
+
+def test_what_a_trial_found_is_kept_for_this_machine_and_this_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[ProductShapes] = []
+
+    def trial(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> ProductShapes:
+        trials.append(ProductShapes((longest,), len(trials) + 2))
+        return trials[-1]
+
+    def find(longest: int = 1024) -> ProductShapes:
+        return find_shapes.__wrapped__(frozenset([Heads(2, 3, 64, 64)]), torch.bfloat16, longest)
+
+    monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(product_shapes, "_try_shapes", trial)
+    assert [find(), find(), find(2048), find()] == [trials[0], trials[0], trials[1], trials[0]]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert find() == find() == trials[2]
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    assert find() == find() == trials[3]
+    for broken in (b"", b"\xff", b"[]", b'{"edges": 3}'):
+        for file in tmp_path.glob("*/*.json"):
+            file.write_bytes(broken)
+        assert find() == find() == trials[-1]
+    assert len(trials) == 8
+    monkeypatch.setenv("ONEBASE_CACHE", str(next(tmp_path.glob("*/*.json"))))
+    assert [find(), find()] == trials[8:], "a cache that cannot be written costs a trial"

@@ -6,13 +6,18 @@ The base is loaded plain (`load_base`). Serving, proof and training each work on
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -29,6 +34,10 @@ routers, and for the convolutions of a part that sees or hears."""
 
 NESTED_BLOCKSIZE = 256
 """bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
+
+_QUANTIZED_AT_ONCE = 1 << 17
+"""Weights whose fp32 copy stays in a core's cache; a multiple of every blocksize."""
+_LEAST_ABSMAX = 1e-38
 
 _ROTARY_BY_LENGTH = "longrope"
 
@@ -156,8 +165,9 @@ def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[flo
     return sum(p.numel() for p in plain.values()) / parameter_count(model), f"{largest} ({shape})"
 
 
+@cache
 def import_bitsandbytes() -> None:
-    """Import it without the compiler of torch that it asks for.
+    """Import it without the compiler of torch that it asks for, and with `quantize_nf4` in it.
 
     bitsandbytes compiles only what has no kernel for a device; ours all have. To import the compiler takes a
     second of CPU and 40 MB in every process that works on the base.
@@ -171,6 +181,85 @@ def import_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compiler
+    # A release that brings a kernel of its own for the CPU keeps it.
+    with contextlib.suppress(RuntimeError):
+        torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu", quantize_nf4)
+
+
+def quantize_nf4(
+    weight: torch.Tensor, blocksize: int, quant_type: str = "nf4", quant_storage: torch.dtype = torch.uint8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What bitsandbytes' `quantize_4bit` gives on the CPU, bit for bit, in an eighth of its time.
+
+    Its own way is to search the 16 values for each weight: 40 seconds of a core for a billion of them.
+
+    Returns:
+        Two values a byte, uint8 [ceil(n / 2), 1], and absmax, fp32 [ceil(n / blocksize)].
+    """
+    if quant_type != "nf4" or quant_storage != torch.uint8:
+        raise NotImplementedError(f"{quant_type} in {quant_storage}: OneBase quantizes to nf4 in torch.uint8")
+    weights = weight.reshape(-1)
+    count = weights.numel()
+    packed = np.empty(-(-count // 2), np.uint8)
+    absmax = torch.empty(-(-count // blocksize))
+    threads = torch.get_num_threads()
+    part = -(-count // threads // _QUANTIZED_AT_ONCE) * _QUANTIZED_AT_ONCE
+
+    def quantize(start: int) -> None:
+        own = packed[start // 2 :], absmax[start // blocksize :]
+        _quantize_part(weights[start : start + part], blocksize, *own)
+
+    if part < count:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(quantize, range(0, count, part)))
+    elif count:
+        quantize(0)
+    return torch.from_numpy(packed).unsqueeze(1), absmax
+
+
+def _quantize_part(
+    weights: torch.Tensor, blocksize: int, packed: npt.NDArray[np.uint8], absmax: torch.Tensor
+) -> None:
+    """Quantize `weights` [n] into the beginning of `packed` and `absmax`, a cache's worth at once."""
+    code = _nf4_code()
+    bounds = ((code[:-1] + code[1:]) / 2).numpy()
+    size = min(_QUANTIZED_AT_ONCE, weights.numel() + 1)
+    scaled = torch.empty(size)
+    values, below = np.empty(size, np.uint8), np.empty(size, np.bool_)
+    for start in range(0, weights.numel(), _QUANTIZED_AT_ONCE):
+        some = weights[start : start + _QUANTIZED_AT_ONCE]
+        count = some.numel()
+        full = count - count % blocksize
+        scaled[:count] = some
+        largest = absmax[start // blocksize :]
+        if full:
+            blocks = scaled[:full].view(-1, blocksize)
+            torch.amax(blocks.abs(), -1, out=largest[: len(blocks)])
+            blocks.mul_(1.0 / largest[: len(blocks), None].clamp(min=_LEAST_ABSMAX))
+        if full < count:
+            # As bitsandbytes does: it divides by the largest of a last block that is not whole.
+            rest = scaled[full:count]
+            largest[full // blocksize] = rest.abs().max().clamp(min=_LEAST_ABSMAX)
+            rest.div_(largest[full // blocksize])
+        scaled[:count].clamp_(-1, 1)
+        if count % 2:
+            scaled[count] = 0
+            count += 1
+        chosen, found = values[:count], below[:count]
+        chosen.fill(len(bounds))
+        for bound in bounds:
+            np.less_equal(scaled[:count].numpy(), bound, out=found)
+            np.subtract(chosen, found.view(np.uint8), out=chosen)
+        np.bitwise_or(chosen[::2] << 4, chosen[1::2], out=packed[start // 2 : (start + count) // 2])
+
+
+@cache
+def _nf4_code() -> torch.Tensor:
+    """The 16 values of NF4, fp32, in ascending order."""
+    from bitsandbytes.functional import get_4bit_type
+
+    code: torch.Tensor = get_4bit_type("nf4", device="cpu")
+    return code
 
 
 def load_config(folder: Path) -> Any:

@@ -6,16 +6,28 @@ the CPU a trial at start finds which shapes agree. oneDNN's bf16 products with A
 up to 1,024 keys and in another above, and a single query in a third: contexts on either side are computed
 apart, with two queries at least. On a processor where too little agrees, as with AVX-512 but no bf16, every
 product is computed in fp32 in one fixed shape. So are those of bases that are not bf16.
+
+The trial takes seconds. What it found is kept in the user's cache, under all that it depends on: the
+processor and its caches, torch's build, the number of threads, the environment's settings for both.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from onebase_engine.base.default_base import default_cache
 
 LENGTH_MULTIPLE = 64
 """Contexts are padded to this many tokens, so that vectorized reductions have no ragged tail."""
@@ -33,6 +45,13 @@ MAX_EDGES = 4
 """With more, contexts would be computed in too many parts."""
 _QUERIES = (2, 4, 8, 16, 32)
 _MANY_ROWS = 16
+_SETTINGS = ("OMP_", "MKL_", "DNNL_", "ONEDNN_", "ATEN_", "KMP_", "GOMP_")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_FEATURES = (
+    "vendor_id", "cpu family", "model", "model name", "stepping", "flags",
+    "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features",
+)  # fmt: skip
+"""Names of /proc/cpuinfo, on x86 and on Arm."""
 _TRIAL_NUMBERS = 1 << 21
 """Numbers in one operand of a trial, at most: shapes of many rows are tried at short contexts only."""
 
@@ -83,14 +102,62 @@ def _grid(length: int) -> int:
 
 @cache
 def find_shapes(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> ProductShapes:
-    """Try which shapes agree on this machine, with its number of threads, up to `longest` tokens."""
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for queries in _QUERIES:
-            found = [_find_edges(one, max(queries, one.groups), dtype, longest) for one in heads]
-            edges = {edge for some in found if some is not None for edge in some}
-            if None not in found and len(edges) <= MAX_EDGES:
-                return ProductShapes(tuple(sorted(edges)), queries)
+    """Which shapes agree on this machine, with its number of threads, up to `longest` tokens."""
+    if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ProductShapes(fixed=True)
+    question = [sorted(map(astuple, heads)), str(dtype), longest]
+    kept = _kept_answer(question)
+    try:
+        known: Any = json.loads(kept.read_bytes()) if kept else None
+        return ProductShapes(tuple(map(int, known["edges"])), int(known["queries"]), bool(known["fixed"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        shapes = _try_shapes(heads, dtype, longest)
+    if kept:
+        # A cache that cannot be written costs another trial at the next start.
+        with contextlib.suppress(OSError):
+            _write(kept, json.dumps(asdict(shapes)))
+    return shapes
+
+
+def _try_shapes(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> ProductShapes:
+    for queries in _QUERIES:
+        found = [_find_edges(one, max(queries, one.groups), dtype, longest) for one in heads]
+        edges = {edge for some in found if some is not None for edge in some}
+        if None not in found and len(edges) <= MAX_EDGES:
+            return ProductShapes(tuple(sorted(edges)), queries)
     return ProductShapes(fixed=True)
+
+
+def _kept_answer(question: object) -> Path | None:
+    """The file of the user's cache for what a trial finds here; None if the processor cannot be told."""
+    processor = _processor()
+    if processor is None:
+        return None
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+    machine = [processor, torch.__version__, torch.__config__.show(), torch.get_num_threads(), settings]
+    trial = Path(__file__).read_text(encoding="utf-8")
+    key = json.dumps([question, machine, trial], sort_keys=True).encode()
+    return default_cache() / "product-shapes" / f"{hashlib.sha256(key).hexdigest()}.json"
+
+
+def _processor() -> list[str] | None:
+    """What a library chooses its kernels by: the processor's model, its features, its caches."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        caches = [file.read_text() for file in sorted(_CACHES.glob("index*/*size"))]
+    except OSError:
+        return None
+    found = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    own = [f"{name}:{found[name]}" for name in _FEATURES if name in found]
+    return own + caches if own else None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, work = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(work, path)
 
 
 def _find_edges(heads: Heads, queries: int, dtype: torch.dtype, longest: int) -> list[int] | None:
