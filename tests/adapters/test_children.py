@@ -1,8 +1,13 @@
-"""Processes that read what is not ours: none runs code of the current folder, or knows more than it needs."""
+"""How processes start: none runs code of the current folder, knows more than it needs, or reads twice what
+was read before."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +105,45 @@ def test_a_process_that_computes_gets_what_its_libraries_read_and_nothing_else(
         ("CUDA_VISIBLE_DEVICES", "1"),
     } <= fetching.items()
     assert not {"AWS_SESSION_TOKEN", "ONEBASE_REGISTRY", "ONEBASE_STORE"} & set(fetching)
+
+
+IMPORT = """
+import sys
+models = f"{sep}transformers{sep}models{sep}"
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and models in str(args[0]) and opened.append(args[0]))
+from onebase_engine.transformers_index import remember_transformers_index
+if {remember}:
+    remember_transformers_index()
+sys.modules["torch"] = None
+import json, transformers
+import transformers.models.auto
+found = [transformers.AutoTokenizer.__name__, transformers.models.llama.LlamaConfig.__name__]
+names = [sorted(dir(module)) for module in (transformers, transformers.models, transformers.models.auto)]
+print(json.dumps([found, names, len(opened)]))
+"""
+
+
+def import_transformers(cache: Path, *, remember: bool = True) -> tuple[list[object], int]:
+    """What a new process finds in transformers, and how many of its models' files it opens for that."""
+    code = IMPORT.format(sep=os.sep, remember=remember)
+    environment = {**os.environ, "ONEBASE_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    *found, opened = json.loads(done.stdout)
+    return found, opened
+
+
+def test_transformers_is_read_through_once_and_never_again(tmp_path: Path) -> None:
+    plain, read = import_transformers(tmp_path, remember=False)
+    assert read > 1000
+    first, read = import_transformers(tmp_path)
+    assert first == plain
+    assert read > 1000
+    again, read = import_transformers(tmp_path)
+    assert again == plain
+    assert read < 100
+    for file in tmp_path.glob("*/*.json"):
+        file.write_text('[["torch", 3]]')
+    broken, read = import_transformers(tmp_path)
+    assert broken == plain
+    assert read > 1000

@@ -13,11 +13,8 @@ processor and its caches, torch's build, the number of threads, the environment'
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import tempfile
+import uuid
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -27,7 +24,7 @@ from typing import Any
 
 import torch
 
-from onebase_engine.base.default_base import default_cache
+from onebase_engine.user_cache import keep, recall
 
 LENGTH_MULTIPLE = 64
 """Contexts are padded to this many tokens, so that vectorized reductions have no ragged tail."""
@@ -105,17 +102,13 @@ def find_shapes(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> Pr
     """Which shapes agree on this machine, with its number of threads, up to `longest` tokens."""
     if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ProductShapes(fixed=True)
-    question = [sorted(map(astuple, heads)), str(dtype), longest]
-    kept = _kept_answer(question)
+    key = [sorted(map(astuple, heads)), str(dtype), longest, _machine()]
+    known = recall("product-shapes", key)
     try:
-        known: Any = json.loads(kept.read_bytes()) if kept else None
         return ProductShapes(tuple(map(int, known["edges"])), int(known["queries"]), bool(known["fixed"]))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TypeError, ValueError, KeyError):
         shapes = _try_shapes(heads, dtype, longest)
-    if kept:
-        # A cache that cannot be written costs another trial at the next start.
-        with contextlib.suppress(OSError):
-            _write(kept, json.dumps(asdict(shapes)))
+    keep("product-shapes", key, asdict(shapes))
     return shapes
 
 
@@ -128,36 +121,25 @@ def _try_shapes(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> Pr
     return ProductShapes(fixed=True)
 
 
-def _kept_answer(question: object) -> Path | None:
-    """The file of the user's cache for what a trial finds here; None if the processor cannot be told."""
-    processor = _processor()
-    if processor is None:
-        return None
+def _machine() -> list[Any]:
+    """All that a library may choose its order of sums by, besides the shapes: also this trial itself."""
     settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
-    machine = [processor, torch.__version__, torch.__config__.show(), torch.get_num_threads(), settings]
-    trial = Path(__file__).read_text(encoding="utf-8")
-    key = json.dumps([question, machine, trial], sort_keys=True).encode()
-    return default_cache() / "product-shapes" / f"{hashlib.sha256(key).hexdigest()}.json"
+    build = [torch.__version__, torch.__config__.show(), torch.get_num_threads(), settings]
+    return [_processor(), *build, Path(__file__).read_text(encoding="utf-8")]
 
 
-def _processor() -> list[str] | None:
-    """What a library chooses its kernels by: the processor's model, its features, its caches."""
+def _processor() -> list[str]:
+    """What a library chooses its kernels by: the processor's model, its features, its caches.
+
+    Where the system does not tell, every start has a trial of its own.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         caches = [file.read_text() for file in sorted(_CACHES.glob("index*/*size"))]
     except OSError:
-        return None
+        return [uuid.uuid4().hex]
     found = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-    own = [f"{name}:{found[name]}" for name in _FEATURES if name in found]
-    return own + caches if own else None
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(work, path)
+    return [f"{name}:{found[name]}" for name in _FEATURES if name in found] + caches or [uuid.uuid4().hex]
 
 
 def _find_edges(heads: Heads, queries: int, dtype: torch.dtype, longest: int) -> list[int] | None:

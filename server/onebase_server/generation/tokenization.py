@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
+from onebase_engine.transformers_index import remember_transformers_index
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
 from onebase_server.settings import RawControlTokens
@@ -143,6 +144,7 @@ def leave_torch_out() -> None:
     if "torch" in sys.modules:
         return
     sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
+    remember_transformers_index()
     logging.disable(logging.WARNING)  # transformers says once that it found no torch
     try:
         import transformers  # noqa: F401  (it looks for torch when it is imported)

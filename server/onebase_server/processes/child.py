@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from onebase_engine.engine.messages import FrameReader, encode
+from onebase_engine.transformers_index import remember_transformers_index
 
 GOODBYE_SECONDS = 5.0
 """From the api's end until a child is gone, whatever it computes."""
@@ -59,6 +60,7 @@ def begin(name: str, *, niceness: int = 0) -> Inherited:
 
 def _silence_libraries() -> None:
     """Drop advice for people who call the libraries themselves; here nobody could follow it."""
+    remember_transformers_index()
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,0 +1,77 @@
+"""transformers, imported without reading all of its own files.
+
+At its import it reads 3,500 files, twice, to learn which of them defines which name: a second of CPU for each
+process that starts. What it learns depends on nothing but its release, and is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from onebase_engine.user_cache import keep, recall
+
+_READER = "transformers.utils.import_utils"
+
+Index = dict[frozenset[str], dict[str, set[str]]]
+"""What must be installed -> module -> its names."""
+
+
+def remember_transformers_index() -> None:
+    """Have transformers, once it is imported, use what it read at an earlier start."""
+    if _READER not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the one module that reads the files, as Python would, and changes it when it is loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _READER:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(name, spec.loader.path)
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        read = getattr(module, "define_import_structure", None)
+        if read is not None:
+            module.define_import_structure = _remembering(read, Path(self.path).parents[1])  # type: ignore[attr-defined]
+
+
+def _remembering(read: Callable[..., Index], package: Path) -> Callable[..., Index]:
+    """`read`, but for what was read before of this release of the package."""
+
+    def index(module_path: Any, prefix: str | None = None) -> Index:
+        version = importlib.metadata.version("transformers")
+        if "dev" in version:  # its files may change
+            return read(module_path, prefix=prefix)
+        key = [version, str(package), package.stat().st_mtime_ns, str(module_path), prefix]
+        try:
+            return {frozenset(needs): _as_sets(modules) for needs, modules in recall("transformers", key)}
+        except (TypeError, ValueError, AttributeError):
+            found = read(module_path, prefix=prefix)
+        keep("transformers", key, [[sorted(needs), _as_lists(modules)] for needs, modules in found.items()])
+        return found
+
+    return index
+
+
+def _as_sets(modules: dict[str, list[str]]) -> dict[str, set[str]]:
+    return {module: set(names) for module, names in modules.items()}
+
+
+def _as_lists(modules: dict[str, set[str]]) -> dict[str, list[str]]:
+    return {module: sorted(names) for module, names in modules.items()}

@@ -1,0 +1,46 @@
+"""Small answers that take long to find, kept in the user's cache from one start to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from onebase_engine.base.default_base import default_cache
+
+
+def recall(kind: str, key: object) -> Any:
+    """What was kept under this key; None if nothing was, or it cannot be read.
+
+    Args:
+        kind: the folder within the cache.
+        key: all that the answer depends on, as JSON can hold it.
+    """
+    try:
+        return json.loads(_file(kind, key).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def keep(kind: str, key: object, value: object) -> None:
+    """Keep an answer that JSON can hold. Where the cache cannot be written, the next start looks again."""
+    file = _file(kind, key)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, work = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
+        try:
+            with open(handle, "w", encoding="utf-8") as part:
+                json.dump(value, part)
+            os.replace(work, file)
+        except BaseException:
+            os.unlink(work)
+            raise
+
+
+def _file(kind: str, key: object) -> Path:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return default_cache() / kind / f"{name}.json"
