@@ -24,7 +24,8 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
 
 # What only repeats a behaviour over more combinations is marked `full`: `make check` runs it too.
 SELECT ?= -m "not full"
-PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Bytecode is written whatever the environment says: without it each of hundreds of processes compiles the sources.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: base ## Run the tests, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
 	@echo "==> Running the tests"
