@@ -29,6 +29,7 @@ from onebase_adapters.training.cli.options import (
 from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
+from onebase_engine.transformers_index import remember_transformers_index
 
 if TYPE_CHECKING:
     from onebase_adapters.training.data.report import DataReport, Example
@@ -148,6 +149,7 @@ def _tokenizer(base: str, bar: Progress) -> Any:
     except BaseError as error:
         raise UsageError(f"--base: {error}") from error
     bar.update(task, description="loading the tokenizer", completed=0.5)
+    remember_transformers_index()
     from transformers import AutoTokenizer
 
     try:

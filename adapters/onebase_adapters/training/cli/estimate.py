@@ -50,6 +50,7 @@ from onebase_engine.base.default_base import (
     parse_repo,
 )
 from onebase_engine.base.hub_access import first_line, hub_silence
+from onebase_engine.transformers_index import remember_transformers_index
 
 if TYPE_CHECKING:
     import torch
@@ -354,6 +355,7 @@ def find_config(spec: str, cache: Path | None = None) -> Any:
         BaseSpecError: it is none of these, or no config of a base that can be trained.
         BaseFetchError: the download failed.
     """
+    remember_transformers_index()
     from transformers import AutoConfig
 
     from onebase_engine.base.load import UnsupportedBaseError, check_servable

@@ -31,6 +31,7 @@ from onebase_engine.base.default_base import (
     ResolvedBase,
     resolve_base,
 )
+from onebase_engine.transformers_index import remember_transformers_index
 
 if TYPE_CHECKING:
     from onebase_engine.base.load import BaseSettings
@@ -205,6 +206,7 @@ def quiet_libraries() -> None:
     # Processes that share cores, such as a server and a run, would otherwise spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    remember_transformers_index()
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
