@@ -22,7 +22,7 @@ from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.generation.tokenization import BaseTokenizer
 
 from .access import Keys
-from .support import HERE, Server, Starter, serving
+from .support import ForkedServers, Server, Starter, serving
 
 
 def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int, **settings: Any) -> Path:
@@ -65,17 +65,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
 
 
 @pytest.fixture(scope="session")
-def serve_scripted(base_folder: Path) -> Starter:
+def serve_scripted(base_folder: Path) -> Iterator[Starter]:
     """`with serve_scripted("words", *options) as server`: an engine that misbehaves as named.
 
     `"words,slow"`: and a verifier that does.
     """
+    forked = ForkedServers()
 
     def start(behaviour: str, *options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
-        command = [sys.executable, str(HERE / "serve_scripted.py"), behaviour]
-        return serving(command, *options, **how)
+        return serving([behaviour], *options, start=forked.start, **how)
 
-    return start
+    yield start
+    forked.close()
 
 
 @pytest.fixture(scope="module")

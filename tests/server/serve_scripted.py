@@ -3,14 +3,20 @@
 `python serve_scripted.py ENGINE[,WORKSHOP[,real]] [options of onebase serve]`: how each of them behaves; with
 `real` trainers are real ones, which check files without a base. A trainer that died is followed
 at once by the next.
+
+`--forks FD` starts such servers by request of a socket, each by a fork: see ForkedServers.
 """
 
+import gc
+import json
 import os
+import socket
 import sys
 from pathlib import Path
 
 from onebase_server.background import Backoff
 from onebase_server.cli import serve
+from onebase_server.generation.tokenization import leave_torch_out
 from onebase_server.jobs.state import Death
 from onebase_server.processes.supervisor import RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
@@ -23,8 +29,8 @@ def command(script: str, *behaviour: str) -> tuple[str, ...]:
     return *given, sys.executable, str(Path(__file__).with_name(script)), *behaviour
 
 
-if __name__ == "__main__":
-    engine, verifier, trainer = (*sys.argv[1].split(","), "", "")[:3]
+def main(argv: list[str]) -> int:
+    engine, verifier, trainer = (*argv[0].split(","), "", "")[:3]
     commands = Commands(
         command("scripted_engine.py", engine),
         command("scripted_verifier.py", verifier or "proves"),
@@ -32,4 +38,36 @@ if __name__ == "__main__":
         RestartPolicy(backoff=Backoff(0.02, 30.0)) if engine == "die-ready" else RestartPolicy(),
     )
     Death.pause = property(lambda death: 0.0)  # type: ignore[assignment, method-assign]
-    sys.exit(serve(sys.argv[2:], commands))
+    return serve(argv[1:], commands)
+
+
+def serve_forks(requests: socket.socket) -> int:
+    """Be the parent of servers that need not import anything: what ForkedServers asks for, one at a time."""
+    leave_torch_out()
+    from onebase_server import startup  # noqa: F401  (all that a server imports)
+
+    gc.freeze()
+    while True:
+        data, (*descriptors,), _, _ = socket.recv_fds(requests, 1 << 20, 1)
+        if not data:
+            return 0
+        request = json.loads(data)
+        if (pid := request.get("ended")) is not None:
+            answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        elif (answer := os.fork()) == 0:
+            requests.close()
+            os.dup2(descriptors[0], sys.stderr.fileno())
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            if request["umask"] >= 0:
+                os.umask(request["umask"])
+            sys.exit(main(request["arguments"]))
+        for descriptor in descriptors:
+            os.close(descriptor)
+        requests.send(json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--forks":
+        sys.exit(serve_forks(socket.socket(fileno=int(sys.argv[2]))))
+    sys.exit(main(sys.argv[1:]))

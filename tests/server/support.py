@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any, Protocol
 
 import httpx2
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SOURCES = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
 START_SECONDS = 180.0
 KINDS = ("engine", "verifier", "trainer")
 CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
@@ -26,7 +31,7 @@ CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_
 class Server:
     """A server process: its URL, its log, and ways to end it."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, data_dir: Path) -> None:
+    def __init__(self, process: ServerProcess, port: int, data_dir: Path) -> None:
         self.process = process
         self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{port}"
@@ -131,6 +136,103 @@ def free_port() -> int:
             return port
 
 
+class ServerProcess(Protocol):
+    """What tests use of a `subprocess.Popen`."""
+
+    pid: int
+    returncode: int | None
+    stderr: IO[str] | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class ForkedProcess:
+    """A server that a process of ForkedServers has forked."""
+
+    def __init__(self, pid: int, stderr: IO[str], ask: Callable[[dict[str, Any]], int]) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stderr: IO[str] | None = stderr
+        self._ask = ask
+        self._handle = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._handle], [], [], 0)[0]:
+            self._reap()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None and not select.select([self._handle], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("a forked server", timeout or 0)
+        return self._reap()
+
+    def _reap(self) -> int:
+        if self.returncode is None:
+            self.returncode = self._ask({"ended": self.pid})
+            os.close(self._handle)
+        return self.returncode
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkedServers:
+    """Starts serve_scripted.py by forking a process that has imported what it needs, which takes seconds."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "serve_scripted.py"), "--forks", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": SOURCES},
+            )
+        self._lock = threading.Lock()
+
+    def start(self, arguments: list[str], environment: Mapping[str, str], umask: int) -> ForkedProcess:
+        theirs, ours = os.pipe()[::-1]
+        request = {"arguments": arguments, "environment": dict(environment), "umask": umask}
+        try:
+            pid = self._ask(request, theirs)
+        finally:
+            os.close(theirs)
+        return ForkedProcess(pid, open(ours, encoding="utf-8", errors="replace"), self._ask)
+
+    def _ask(self, request: dict[str, Any], *descriptors: int) -> int:
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+            return int(json.loads(self._socket.recv(1 << 10)))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
+
+
+def launch(command: list[str], environment: Mapping[str, str], umask: int) -> ServerProcess:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        umask=umask,
+    )
+
+
 @contextlib.contextmanager
 def serving(
     command: list[str],
@@ -139,6 +241,7 @@ def serving(
     data_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
     umask: int = -1,
+    start: Callable[[list[str], Mapping[str, str], int], ServerProcess] = launch,
 ) -> Iterator[Server]:
     """A server started by `command` on a free port; killed at the end if it still runs.
 
@@ -146,16 +249,9 @@ def serving(
     """
     port = free_port()
     own_data = tempfile.mkdtemp(prefix="onebase-test-data-")
-    sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--data-dir", str(data_dir or own_data), *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200"} | dict(environment or {}),
-        umask=umask,
-    )
+    settings = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200"} | dict(environment or {})
+    whole = [*command, "--port", str(port), "--data-dir", str(data_dir or own_data), *options]
+    process = start(whole, settings, umask)
     server = Server(process, port, data_dir or Path(own_data))
     try:
         if ready:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from onebase_server.settings import Settings
 from onebase_server.storage import close_to_others
 
 from ..hub_standin import HubStandIn
-from .support import CONFIG, Server, Starter, upload
+from .support import CONFIG, HERE, Server, Starter, serving, upload
 from .training_support import make_job, openai_client, run_job
 
 
@@ -143,11 +144,10 @@ SECRETS = {
 }
 
 
-def test_the_engine_the_verifier_and_a_trainer_inherit_no_secret_but_what_their_libraries_read(
-    serve_scripted: Starter,
-) -> None:
+def test_the_engine_the_verifier_and_a_trainer_inherit_no_secret_but_what_their_libraries_read() -> None:
     environment = {**SECRETS, "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "1"}
-    with serve_scripted("words,proves,real", environment=environment) as server:
+    command = [sys.executable, str(HERE / "serve_scripted.py"), "words,proves,real"]
+    with serving(command, environment=environment) as server:
         with server.client() as http:
             upload(http, "sent", b"weights").raise_for_status()
         make_job(openai_client(server), '{"prompt": "a", "completion": "b"}\n')
