@@ -75,11 +75,20 @@ def answer() -> None:
                 connection, _ = listener.accept()
                 connections[connection.fileno()] = connection
                 poll.register(connection, select.EPOLLIN)
-            elif connections[number].recv(1 << 16):
-                connections[number].sendall(ANSWER)
-            else:
+            elif not _answered(connections[number]):
                 poll.unregister(number)
                 connections.pop(number).close()
+
+
+def _answered(connection: socket.socket) -> bool:
+    """Whether there was something to answer, or the client has left."""
+    try:
+        received = connection.recv(1 << 16)
+        if received:
+            connection.sendall(ANSWER)
+    except ConnectionError:
+        return False
+    return bool(received)
 
 
 if __name__ == "__main__":

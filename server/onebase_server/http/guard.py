@@ -127,9 +127,11 @@ class Routes:
             self._count = len(routes)
             paths = (getattr(route, "path_regex", None) for route in routes)
             plain = (re.sub(r"\?P<\w+>", "?:", path.pattern) if path else "" for path in paths)
-            self._paths = re.compile("|".join(f"({path})" for path in plain))
+            self._paths = re.compile("|".join(f"(?P<at{n}>{path})" for n, path in enumerate(plain)))
         found = self._paths.match(path)
-        return () if found is None else islice(routes, (found.lastindex or 1) - 1, None)
+        if found is None or found.lastgroup is None:
+            return ()
+        return islice(routes, int(found.lastgroup.removeprefix("at")), None)
 
 
 class Gate:
