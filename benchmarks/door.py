@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """What hostile clients cost the others: a crowd beside a stream, the worst bodies beside a probe, and resets.
 
-crowd    one stream of the base runs on and on, in turns alone and beside idle connections and refused
-         requests. The ratio is that of the medians of the time between two tokens, over many turns: other
-         work on the machine changes both alike. What the refused client itself takes is in it.
+crowd    one stream of the base runs on and on, in turns alone, beside idle connections and refused requests,
+         and beside the same client on a server that decides nothing (control). Each turn's median of the time
+         between two tokens is divided by that of the quiet turn before it. The control tells what the client
+         itself takes, where it shares the cores; the rest is the server's.
 bodies   one client sends one body over and over, another asks for /health and notes how long that takes.
 resets   streams are broken off in the middle with a TCP reset; then the server's open files are counted.
 
@@ -23,23 +24,23 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from bench.crowd import REFUSED
 from bench.processes import end_on_signals, free_port, server
 from bench.report import percentile
-from bench.stream import fetch_json, request
+from bench.stream import HttpError, fetch_json, request
 
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-REFUSED = (
-    b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-    b"POST /generate HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n",
-    b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",
-)
+LEAST_TIMES = 10
+"""Tokens that a turn waits for, on a machine that is busy with other work."""
 SIZE = 1_990_000
 """Bytes of a body: under --max-body."""
 
@@ -91,41 +92,84 @@ async def stream_for_ever(url: str, base: str, times: list[float]) -> None:
     payload = {"model": base, "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
     while True:
         async with request(f"{url}/v1/completions", "POST", payload) as response:
+            if response.status != 200:
+                raise HttpError(response.status, (await response.body()).decode(errors="replace"))
             async for _ in response.events():
                 times.append(time.perf_counter())
 
 
-async def refuse(port: int, each_second: int, counted: list[int]) -> None:
-    """Send requests that are refused, at a steady pace over few connections."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    began, sent = time.perf_counter(), 0
-    try:
-        while True:
-            due = int((time.perf_counter() - began) * each_second)
-            for number in range(sent, due):
-                writer.write(REFUSED[number % len(REFUSED)])
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
-                counted.append(int(head.split(b" ")[1]))
-            sent = due
-            await asyncio.sleep(0.02)
-    finally:
-        writer.close()
+@dataclass
+class Listener:
+    """Notes when each token of a stream arrives."""
+
+    streaming: asyncio.Future[None]
+    times: list[float]
+
+    async def gap(self, seconds: float) -> float:
+        """The median gap between two tokens from now on, for so long, or until there are some."""
+        self.times.clear()
+        await asyncio.sleep(seconds)
+        while len(self.times) < LEAST_TIMES:
+            if self.streaming.done():
+                self.streaming.result()
+            await asyncio.sleep(0.1)
+        return median(after - before for before, after in pairwise(self.times))
+
+
+@dataclass
+class Turns:
+    """What was measured beside one kind of crowd, turn by turn."""
+
+    ratios: list[float] = field(default_factory=list)
+    """Of the median gap to that of the quiet turn before."""
+    gaps: list[float] = field(default_factory=list)
+    """Each turn's median, in seconds."""
+    refused: int = 0
+    server: float = 0.0
+    """Processor seconds of the server that refuses, over what it takes when it is quiet."""
+    client: float = 0.0
+    """Processor seconds of the client."""
+
+    def __str__(self) -> str:
+        low, high = min(self.ratios), max(self.ratios)
+        each = 1e3 / max(1, self.refused)
+        return (
+            f"TPOT {median(self.gaps) * 1e3:.1f} ms, ratio {median(self.ratios):.3f} ({low:.3f} to "
+            f"{high:.3f}); {self.refused} refused; processor time of each: "
+            f"{self.server * each:.3f} ms of the server, "
+            f"{self.client * each:.3f} ms of the client"
+        )
 
 
 @asynccontextmanager
-async def crowd(port: int, idle: int, refusals: int, counted: list[int]) -> AsyncIterator[None]:
-    """Idle connections and refused requests."""
-    connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(idle)]
-    refusing = asyncio.ensure_future(refuse(port, refusals, counted))
+async def helper(*arguments: object) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process of bench/crowd.py. It ends when its stdin closes."""
+    command = (sys.executable, "-m", "bench.crowd", *map(str, arguments))
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parent
+    )
     try:
-        yield
+        yield process
     finally:
-        refusing.cancel()
-        for _, writer in connections:
-            writer.close()
-        await asyncio.sleep(0.5)
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def line_of(process: asyncio.subprocess.Process) -> str:
+    """The next line that a helper says. Raises RuntimeError if it has ended."""
+    line = await process.stdout.readline() if process.stdout else b""
+    if not line:
+        raise RuntimeError(f"a helper ended with {await process.wait()}")
+    return line.decode().strip()
+
+
+async def refusals_of(client: asyncio.subprocess.Process) -> int:
+    """How many requests of the crowd were refused so far."""
+    if client.stdin:
+        client.stdin.write(b"\n")
+    return int(await line_of(client))
 
 
 def busy_seconds(pid: int) -> float:
@@ -134,41 +178,48 @@ def busy_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure_crowd(
-    url: str, port: int, base: str, pid: int, options: argparse.Namespace, console: Console
-) -> None:
+async def measure_crowd(url: str, base: str, pid: int, options: argparse.Namespace, console: Console) -> None:
     times: list[float] = []
+    quiet: list[float] = []
+    beside, control = Turns(), Turns()
     streaming = asyncio.ensure_future(stream_for_ever(url, base, times))
-    gaps: dict[bool, list[float]] = {False: [], True: []}
-    busy = {False: 0.0, True: 0.0}
-    counted: list[int] = []
+    listener = Listener(streaming, times)
+    port = urlsplit(url).port or 80
     try:
-        await asyncio.sleep(5)
-        for turn in range(2 * options.turns):
-            beside = turn % 2 == 1
-            around = crowd(port, options.idle, options.refusals, counted) if beside else nullcontext()
-            async with around:
-                before = busy_seconds(pid)
-                gaps[beside] += await listen(times, options.seconds)
-                busy[beside] += busy_seconds(pid) - before
+        await listener.gap(5.0)
+        async with helper("answer") as empty:
+            kinds = [(beside, port, pid), (control, int(await line_of(empty)), empty.pid)]
+            for _ in range(options.turns):
+                for turns, target, server_pid in kinds:
+                    own = busy_seconds(server_pid)
+                    quiet.append(await listener.gap(options.seconds))
+                    own = busy_seconds(server_pid) - own
+                    await crowded_turn(turns, target, server_pid, listener, options)
+                    turns.server -= own
+                    turns.ratios.append(turns.gaps[-1] / quiet[-1])
     finally:
         streaming.cancel()
-    alone, with_crowd = median(gaps[False]), median(gaps[True])
     console.print(
-        f"crowd: {options.idle} idle connections, {len(counted)} requests refused "
-        f"({len(counted) / options.turns / options.seconds:.0f}/s): TPOT alone {alone * 1e3:.1f} ms "
-        f"({len(gaps[False])} gaps), beside {with_crowd * 1e3:.1f} ms ({len(gaps[True])}), "
-        f"ratio {with_crowd / alone:.3f}; processor time of the api {busy[False]:.2f} s alone, "
-        f"{busy[True]:.2f} s beside, {(busy[True] - busy[False]) / len(counted) * 1e3:.2f} ms a refusal"
+        f"crowd: {options.idle} idle connections, {options.refusals} refusals a second, for each of"
     )
+    console.print(f"  alone    TPOT {median(quiet) * 1e3:.1f} ms over {len(quiet)} turns")
+    console.print(f"  beside   {beside}", soft_wrap=True)
+    console.print(f"  control  {control}", soft_wrap=True)
+    console.print(f"  the server's part: {median(beside.ratios) / median(control.ratios):.3f}")
 
 
-async def listen(times: list[float], seconds: float) -> list[float]:
-    """The gaps between two tokens from now on, for so long."""
-    times.clear()
-    await asyncio.sleep(seconds)
-    found = list(times)
-    return [after - before for before, after in pairwise(found)]
+async def crowded_turn(
+    turns: Turns, port: int, pid: int, listener: Listener, options: argparse.Namespace
+) -> None:
+    async with helper("send", port, options.idle, options.refusals, options.burst) as client:
+        await line_of(client)
+        await asyncio.sleep(1)
+        server, own, refused = busy_seconds(pid), busy_seconds(client.pid), await refusals_of(client)
+        turns.gaps.append(await listener.gap(options.seconds))
+        turns.server += busy_seconds(pid) - server
+        turns.client += busy_seconds(client.pid) - own
+        turns.refused += await refusals_of(client) - refused
+    await asyncio.sleep(0.5)
 
 
 # ---- bodies ---------------------------------------------------------------------------------------
@@ -268,16 +319,19 @@ async def run(options: argparse.Namespace, console: Console) -> None:
             if "bodies" in options.parts:
                 await measure_bodies(url, port, options, console)
             if "crowd" in options.parts:
-                await measure_crowd(url, port, base, process.pid, options, console)
+                await measure_crowd(url, base, process.pid, options, console)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["resets", "bodies", "crowd"])
-    parser.add_argument("--turns", type=int, default=10, help="of the crowd, and as many without")
+    parser.add_argument(
+        "--turns", type=int, default=10, help="of the crowd, of the control, and as many without"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn, and of a body")
     parser.add_argument("--idle", type=int, default=2000, help="idle connections")
     parser.add_argument("--refusals", type=int, default=200, help="refused requests a second")
+    parser.add_argument("--burst", type=int, default=4, help="of them in a row")
     parser.add_argument("--resets", type=int, default=1000, help="streams that are broken off")
     parser.add_argument("--threads", type=int, default=2, help="of the server")
     end_on_signals()

@@ -63,10 +63,18 @@ NOBODY = Caller("", "", frozenset())
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens on `host`."""
+    address = ip_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None where the name is no address; told by its look where it can be, since parsing is slow."""
+    if ":" not in name and not name[-1:].isdigit():
+        return None
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(name)
     except ValueError:
-        return host == "localhost"
+        return None
 
 
 class KeyRing:
@@ -92,9 +100,12 @@ class KeyRing:
         self._used: dict[str, float] = {}
         self._notes: set[asyncio.Task[None]] = set()
 
-    async def caller(self, authorization: list[str]) -> Caller:
-        """Whom the Authorization headers of a request name. Raises UnauthenticatedError, UnavailableError."""
-        if await self._is_open():
+    def caller(self, authorization: list[str]) -> Caller:
+        """Whom the Authorization headers of a request name, by the keys as of the last look.
+
+        Raises UnauthenticatedError.
+        """
+        if self._is_open:
             return LOCAL
         key = _bearer(authorization)
         record = self._keys.get(id_of(key) or "")
@@ -114,19 +125,24 @@ class KeyRing:
     async def still_valid(self, caller: Caller) -> bool:
         """Whether a caller whose answer takes long may have the rest of it. Raises UnavailableError."""
         if caller.key == "":
-            return await self._is_open()
+            await self.look()
+            return self._is_open
         await self.refresh()
         record = self._keys.get(caller.key)
         return record is not None and record.valid_at(time.time())
 
-    async def _is_open(self) -> bool:
-        """Whether no key is needed, since there has never been one. Raises UnavailableError."""
+    async def look(self) -> None:
+        """Make `caller` know the keys, unless it is `fresh`. Raises UnavailableError."""
         try:
             await self.refresh()
         except UnavailableError:
             # Who has no keys has nothing to revoke: names stay as they are, and so does this.
             if self._keys or self._newest < 0 or not self._open_without_keys:
                 raise
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether no key is needed, since there has never been one."""
         return self._open_without_keys and not self._keys
 
     @property
@@ -218,12 +234,20 @@ class KeyRing:
 
         Raises UnavailableError.
         """
-        oldest = max(self._changed_at, time.monotonic() - KEY_SECONDS)
+        oldest = self._oldest()
         while self._looked_at < oldest:
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.get_running_loop().create_task(self._read())
                 self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._looking)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last look is still good, so that `refresh` would not wait."""
+        return self._looked_at >= self._oldest()
+
+    def _oldest(self) -> float:
+        return max(self._changed_at, time.monotonic() - KEY_SECONDS)
 
     async def _read(self) -> None:
         began = time.monotonic()

@@ -8,6 +8,8 @@ OneBaseError
 ├── UnauthenticatedError       no API key, or none that is valid
 ├── ForbiddenError             this server's operator does not allow it
 │   └── InsufficientScopeError the API key lacks the scope that the route needs
+├── UnknownRouteError          there is nothing at the request's path
+├── WrongMethodError           there is, but not for its method
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
 ├── UnknownKeyError            no such API key
@@ -32,6 +34,7 @@ OneBaseError
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -115,6 +118,19 @@ class InsufficientScopeError(ForbiddenError):
         self.headers = {
             "WWW-Authenticate": f'Bearer realm="onebase", error="insufficient_scope", scope="{scope}"'
         }
+
+
+class UnknownRouteError(OneBaseError):
+    def __init__(self, path: str) -> None:
+        super().__init__(f"There is nothing at {path}. GET /docs lists what there is.", code="http_404")
+
+
+class WrongMethodError(OneBaseError):
+    """`methods`: those that are possible."""
+
+    def __init__(self, method: str, path: str, methods: Iterable[str]) -> None:
+        super().__init__(f"{method} is not possible at {path}. GET /docs lists what is.", code="http_405")
+        self.headers = {"Allow": ", ".join(sorted(methods))}
 
 
 class UnknownAdapterError(OneBaseError):
@@ -273,6 +289,8 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     UnauthenticatedError: (401, "invalid_request_error"),
     ForbiddenError: (403, "permission_error"),
     InsufficientScopeError: (403, "permission_error"),
+    UnknownRouteError: (404, "invalid_request_error"),
+    WrongMethodError: (405, "invalid_request_error"),
     UnknownKeyError: (404, "invalid_request_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),

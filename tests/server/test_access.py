@@ -15,11 +15,15 @@ import httpx2
 import openai
 import pytest
 from fastapi import APIRouter
+from hypothesis import example, given
+from hypothesis import strategies as st
+from starlette.routing import Match
 
 from onebase import AuthenticationError, Client, PermissionDeniedError
 from onebase_adapters.registry import SCOPES
+from onebase_server.errors import UnknownRouteError, WrongMethodError
 from onebase_server.http.app import create_app
-from onebase_server.http.guard import access_of
+from onebase_server.http.guard import Routes, needs
 
 from .access import Keys, bearer, client_with
 from .support import Server, Starter
@@ -37,11 +41,11 @@ def request_of(method: str, path: str) -> dict[str, Any]:
 
 def routes() -> list[tuple[str, str, str]]:
     """Method, path and scope of every route of the app."""
-    found = []
+    found, known = [], Routes(APP)
     for route in APP.routes:
         path = re.sub(r"{[^}]*}", "thing", route.path)  # type: ignore[attr-defined]
         for method in sorted(route.methods or ()):  # type: ignore[attr-defined]
-            found.append((method, path, access_of(APP, request_of(method, path))))
+            found.append((method, path, known.find(request_of(method, path))[0]))
     return found
 
 
@@ -112,10 +116,39 @@ def test_a_route_that_declares_nothing_is_for_admins_however_it_came_to_the_app(
     app, router = create_app(NOBODY), APIRouter(prefix="/later")
     app.get("/new")(lambda: "secret")
     router.get("/new")(lambda: "secret")
+    known = Routes(app)
+    assert known.find(request_of("GET", "/later/new"))[0] == "any"
     app.include_router(router)
 
     for path in ("/new", "/later/new"):
-        assert access_of(app, request_of("GET", path)) == "admin", path
+        assert known.find(request_of("GET", path))[0] == "admin", path
+
+
+SEGMENTS = sorted({part for route in APP.routes for part in route.path.split("/")})  # type: ignore[attr-defined]
+
+
+@given(
+    method=st.sampled_from(["GET", "POST", "DELETE", "HEAD", "PUT"]),
+    parts=st.lists(st.sampled_from([*SEGMENTS, "1.5", "x\n", "v1\n"]), max_size=7),
+)
+@example(method="GET", parts=["number", "1.5"])
+@example(method="GET", parts=["v1", "models\n"])
+@example(method="POST", parts=["health"])
+def test_a_path_leads_to_the_route_that_trying_them_all_finds(method: str, parts: list[str]) -> None:
+    app = create_app(NOBODY)
+    app.get("/number/{value:float}")(needs("train")(lambda value: value))
+    app.get("/number/{value}")(needs("adapters")(lambda value: value))
+    request = request_of(method, "/" + "/".join(parts))
+    matches = [(route.matches(request)[0], route) for route in app.routes]
+    first: Any = next((route for match, route in matches if match is Match.FULL), None)
+
+    access, lost = Routes(app).find(request)
+
+    if first is not None:
+        assert (access, lost) == (getattr(first.endpoint, "onebase_access", "admin"), None)
+    else:
+        known = any(match is Match.PARTIAL for match, _ in matches)
+        assert (access, type(lost)) == ("any", WrongMethodError if known else UnknownRouteError)
 
 
 def test_a_browser_without_a_key_gets_pages_that_say_nothing_and_a_key_of_any_scope_fills_them(

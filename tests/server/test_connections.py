@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 import uvicorn
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onebase_server.errors import ForbiddenError, OneBaseError, UnauthenticatedError, UnavailableError
+from onebase_server.http.door import Door, refusal
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.http.server import _Server
+from onebase_server.settings import Settings
 
 LONG = 30.0
 LIMITS = ConnectionLimits(
@@ -97,14 +100,20 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(limits: ConnectionLimits = LIMITS, keep_alive: float = LONG) -> Iterator[Running]:
+def running(
+    limits: ConnectionLimits = LIMITS,
+    keep_alive: float = LONG,
+    around: Callable[[App], ASGIApp] = lambda app: app,
+    **more: Any,
+) -> Iterator[Running]:
+    """around: gives what is served instead of the app; more: of LimitedProtocol."""
     app = App()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     limit_unread(listener, limits.write_timeout)
-    protocol: Any = partial(LimitedProtocol, connections=Connections(limits))
+    protocol: Any = partial(LimitedProtocol, connections=Connections(limits), **more)
     config = uvicorn.Config(
-        app, http=protocol, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=0
+        around(app), http=protocol, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=0
     )
     config.timeout_keep_alive = keep_alive  # type: ignore[assignment]
     server = _Server(config)
@@ -508,3 +517,63 @@ def test_connections_are_counted_by_address_but_for_loopback_and_proxies(
     connections.close(other)
 
     assert not connections.by_host
+
+
+# ---- answers without the app ----------------------------------------------------------------------
+
+NO = ForbiddenError("no: h\xe9", code="no")
+LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+ANSWERED = {
+    "a plain one": LAST,
+    "without a body": b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "an old one": b"GET / HTTP/1.0\r\nHost: x\r\n\r\n",
+    "with a body": POST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\nhello" + LAST,
+    "with a broken body": CHUNKED + b"zz\r\n",
+    "several": GET + b"HEAD /x?y HTTP/1.1\r\nHost: x\r\n\r\n" + GET + LAST,
+    "with a broken one": GET + GET + b"G\0T",
+    "too many": GET * 40,
+    "for another protocol": b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n" + LAST,
+}
+ERRORS = [NO, UnauthenticatedError("Who?"), UnavailableError("Later.", code="later", retry_after=1.5)]
+
+
+def always(error: OneBaseError) -> Callable[[App], ASGIApp]:
+    """An app that answers everything with the error, behind the door as the real one."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await refusal(error)(scope, receive, send)
+
+    return lambda app: Door(answer, Settings(allowed_host=("*",)))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)
+def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_the_log(
+    error: OneBaseError, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[dict[str, tuple[bytes, list[str]]]] = []
+    for more in ({"around": always(error)}, {"turned_away": lambda scope: error}):
+        with running(**more) as server, caplog.at_level("INFO", "uvicorn.access"):  # type: ignore[arg-type]
+            found = {}
+            for name, data in ANSWERED.items():
+                caplog.clear()
+                received = re.sub(rb"date: [^\r]*\r\n", b"", server.answer(data)[1])
+                lines = [re.sub(r":\d+ ", "", line.getMessage()) for line in caplog.records]
+                found[name] = received, lines
+            told.append(found)
+
+    assert told[0] == told[1]
+    assert all(received for received, _ in told[0].values())
+
+
+def test_what_is_turned_away_is_answered_in_its_turn_and_the_app_does_not_run() -> None:
+    refused = b" /no HTTP/1.1\r\nHost: x\r\n"
+    with running(turned_away=lambda scope: NO if scope["path"] == "/no" else None) as server:
+        with server.connect() as connection:
+            send(connection, b"POST" + refused + b"Content-Length: 5\r\n\r\nhello" + GET)
+            first = next_answer(connection)
+            send(connection, GET + b"GET" + refused + b"Connection: close\r\n\r\n")
+            second = until_closed(connection)
+
+        assert (statuses(first), statuses(second)) == ([403, 200], [200, 403])
+        assert [scope["path"] for scope in server.app.seen] == ["/", "/"]
+        assert server.server.server_state.total_requests == 4

@@ -256,6 +256,18 @@ def test_requests_of_a_key_end_at_its_quota_and_those_of_others_do_not(
     assert not set(HEADERS) & set(answer.headers)
 
 
+def test_a_body_that_is_announced_too_large_counts_as_a_request_and_its_answer_says_so(
+    server: Server, http: httpx2.Client, keys: Keys, tenant: str
+) -> None:
+    limited = known(server, keys.make("generate", tenant=tenant, quotas={"requests": 2, "rows": 1}))
+
+    answers = [http.post("/generate", content=b"w" * 2_000_001, headers=bearer(limited)) for _ in range(2)]
+
+    told = [(answer.status_code, *(answer.headers[name] for name in HEADERS[:2])) for answer in answers]
+    assert told == [(413, "2", "1"), (413, "2", "0")]
+    refused(ask(http, limited), "rate_limit_exceeded", "requests", "key")
+
+
 def test_the_requests_of_all_keys_of_a_tenant_count_together_and_another_tenant_learns_nothing(
     server: Server, http: httpx2.Client, keys: Keys, admin: str, tenant: str
 ) -> None:

@@ -7,15 +7,15 @@ that are not browsers send neither of the latter.
 
 from __future__ import annotations
 
-import ipaddress
 import re
+from typing import Protocol
 
 from fastapi import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onebase_server.access import is_loopback
+from onebase_server.access import ip_address, is_loopback
 from onebase_server.errors import (
     ForbiddenError,
     InvalidRequestError,
@@ -47,12 +47,20 @@ _SHOWN = 200
 """Characters of a header that an error repeats."""
 
 
-class Door:
-    """The outermost part of the app: refuses foreign hosts and pages, and adds the security headers."""
+class _Gate(Protocol):
+    def admit_at_once(self, scope: Scope) -> None: ...
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+
+class Door:
+    """The outermost part of the app: refuses foreign hosts and pages, and adds the security headers.
+
+    gate: decides within the app who is let in.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, gate: _Gate | None = None) -> None:
+        self._gate = gate
         names = (*settings.allowed_host, settings.host)
-        self._hosts = {name if _address(name) else host_name(name) for name in names}
+        self._hosts = {name if ip_address(name) else host_name(name) for name in names}
         self._any_address = not is_loopback(settings.host)
         self._origins = {origin.lower() for origin in settings.allowed_origin}
         if self._origins:
@@ -64,6 +72,16 @@ class Door:
                 expose_headers=_EXPOSED,
             )
         self._app = app
+
+    def turned_away(self, scope: Scope) -> OneBaseError | None:
+        """The error that would be the app's answer, where that is plain before any of it runs."""
+        try:
+            asked_by_page = self._check(scope)
+            if self._gate is not None and not (asked_by_page and self._origins):  # CORS may add to the answer
+                self._gate.admit_at_once(scope)
+        except OneBaseError as error:
+            return error
+        return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
@@ -80,11 +98,14 @@ class Door:
             return
         await self._app(scope, receive, with_headers)
 
-    def _check(self, scope: Scope) -> None:
-        """Raises ForbiddenError, InvalidRequestError."""
-        headers = Headers(scope=scope)
-        host = self._checked_host(scope, headers.getlist("host"))
-        origins = headers.getlist("origin")
+    def _check(self, scope: Scope) -> bool:
+        """Whether it has an `Origin`. Raises ForbiddenError, InvalidRequestError."""
+        told: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
+        for name, value in scope["headers"]:
+            if name in told:
+                told[name].append(value.decode("latin-1"))
+        host = self._checked_host(scope, told[b"host"])
+        origins = told[b"origin"]
         for origin in origins:
             own = bool(host) and origin.lower().partition("://")[2] == host
             if not own and origin.lower() not in self._origins:
@@ -93,13 +114,14 @@ class Door:
                     "with --allowed-origin and that site.",
                     code="origin_not_allowed",
                 )
-        site = headers.get("sec-fetch-site", "none")
-        if site not in ("none", "same-origin") and not origins and not _opens_page(scope, headers):
+        site = (told[b"sec-fetch-site"] or ["none"])[0]
+        if site not in ("none", "same-origin") and not origins and not _opens_page(scope):
             raise ForbiddenError(
                 f"Sec-Fetch-Site: a page of another site asks ({site[:_SHOWN]}), and may not. If it should, "
                 "start the server with --allowed-origin and that site, and let the page send an Origin.",
                 code="origin_not_allowed",
             )
+        return bool(origins)
 
     def _checked_host(self, scope: Scope, given: list[str]) -> str:
         """The name and port by which this server was called; "" where HTTP/1.0 leaves it out."""
@@ -111,7 +133,7 @@ class Door:
             )
         name = host_name(given[0])
         allowed = name in self._hosts or _ANY in self._hosts or is_loopback(name)
-        allowed = allowed or (self._any_address and _address(name) is not None)
+        allowed = allowed or (self._any_address and ip_address(name) is not None)
         if not allowed or _HOST.fullmatch(given[0]) is None:
             raise ForbiddenError(
                 f"Host: this server does not go by the name of {given[0][:_SHOWN]!r}. Call it localhost, or "
@@ -135,15 +157,9 @@ def host_name(host: str) -> str:
     return host.partition(":")[0].lower().rstrip(".")
 
 
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
-
-
-def _opens_page(scope: Scope, headers: Headers) -> bool:
+def _opens_page(scope: Scope) -> bool:
     """Whether the reader follows a link to one of the server's own pages, in a tab of its own."""
+    headers = Headers(scope=scope)
     return (
         scope["method"] in ("GET", "HEAD")
         and scope["path"] in PAGES

@@ -1,15 +1,21 @@
-"""The one place where requests are let in: by their API key, and by the scope that their route declares."""
+"""The one place where requests are let in: by their API key, and by the scope that their route declares.
+
+All of it is decided from the address and headers, before anything of the body is read, and without waiting
+while the keys in memory are fresh: most of what is refused costs no task and no walk through the app.
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_adapters.registry import Origin, acting
@@ -17,17 +23,25 @@ from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.errors import (
     InsufficientScopeError,
     OneBaseError,
+    PayloadTooLargeError,
     UnauthenticatedError,
     UnavailableError,
+    UnknownRouteError,
+    WrongMethodError,
 )
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.door import refusal
+from onebase_server.http.uploads import is_form
 from onebase_server.quotas import Ticket
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs none."""
+SLASH = "%2F"
+"""A slash in an adapter's name (`hub:org/repo`), which is one segment of the path."""
 _ACCESS = "onebase_access"
+_ADAPTERS = "/v1/adapters"
+_UPLOADS = (_ADAPTERS, "/v1/files")
 _NOT_ITS_FAULT = (429, 503)
 """Statuses of answers after which a request counts as none."""
 _TEXT_OR_NULL = {"type": ["string", "null"]}
@@ -64,16 +78,6 @@ def needs(access: Access) -> Callable[[Endpoint], Endpoint]:
     return declare
 
 
-def access_of(app: FastAPI, scope: Scope) -> Access:
-    """What the request's route needs; where there is no such route, any key: its holder is told so."""
-    for route in app.routes:
-        match, _ = route.matches(scope)
-        if match is Match.FULL:
-            declared: Access = getattr(getattr(route, "endpoint", None), _ACCESS, "admin")
-            return declared
-    return "any"
-
-
 def describe_answers(app: FastAPI) -> None:
     """Say in the OpenAPI file that requests carry a key, and what errors look like.
 
@@ -95,25 +99,114 @@ def describe_answers(app: FastAPI) -> None:
     app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
-class Guard:
-    """Answers requests that may not be served, before anything of their body is read."""
+class Routes:
+    """An app's routes, of which only those are tried that can match: what is nowhere costs least."""
 
-    def __init__(self, app: ASGIApp, api: FastAPI, services: Services) -> None:
+    def __init__(self, app: FastAPI) -> None:
         self._app = app
-        self._api = api
+        self._paths = re.compile("")
+        self._count = 0
+
+    def find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
+        """What the request's route needs. Where there is none, any key, and what its holder is told."""
+        methods: set[str] = set()
+        for route in self._from_first(scope["path"]):
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return getattr(getattr(route, "endpoint", None), _ACCESS, "admin"), None
+            if match is Match.PARTIAL:
+                methods |= set(getattr(route, "methods", None) or ())
+        if methods:
+            return "any", WrongMethodError(scope["method"], scope["path"], methods)
+        return "any", UnknownRouteError(scope["path"])
+
+    def _from_first(self, path: str) -> Iterable[BaseRoute]:
+        """The routes from the first on whose path it is."""
+        routes = self._app.routes
+        if len(routes) != self._count:
+            self._count = len(routes)
+            paths = (getattr(route, "path_regex", None) for route in routes)
+            plain = (re.sub(r"\?P<\w+>", "?:", path.pattern) if path else "" for path in paths)
+            self._paths = re.compile("|".join(f"(?P<at{n}>{path})" for n, path in enumerate(plain)))
+        found = self._paths.match(path)
+        if found is None or found.lastgroup is None:
+            return ()
+        return islice(routes, int(found.lastgroup.removeprefix("at")), None)
+
+
+class Gate:
+    """Decides, from a request's address and headers, who asks and whether it is let in."""
+
+    def __init__(self, app: FastAPI, services: Services) -> None:
+        self._routes = Routes(app)
+        self._services = services
+
+    def admit_at_once(self, scope: Scope) -> None:
+        """As `admit`, unless it would have to wait: then nothing is decided. Raises OneBaseError."""
+        access, lost = self._find(scope)
+        if access == "open" or self._services.keys.fresh:
+            self._decide(scope, access, lost)
+
+    async def admit(self, scope: Scope) -> None:
+        """Give the scope its CALLER, and its TICKET if it asks for text; once. Raises OneBaseError."""
+        if CALLER not in scope:
+            access, lost = self._find(scope)
+            if access != "open":
+                await self._services.keys.look()
+            self._decide(scope, access, lost)
+
+    def _find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
+        raw: bytes = scope.get("raw_path") or b""
+        if raw.startswith(_ADAPTERS.encode() + b"/"):
+            segments = raw.partition(b"?")[0].decode("latin-1").split("/")
+            scope["path"] = "/".join(unquote(segment).replace("/", SLASH) for segment in segments)
+        return self._routes.find(scope)
+
+    def _decide(self, scope: Scope, access: Access, lost: OneBaseError | None) -> None:
+        caller = self._caller(scope, access)
+        ticket = self._services.limiter.enter(caller) if access == "generate" else None
+        limit = self._services.settings.max_body
+        if announced_length(scope) > limit and not is_upload(scope):
+            lost = PayloadTooLargeError(limit)
+        if lost is not None:
+            if ticket is not None:
+                lost.headers = ticket.headers()
+                ticket.close()
+            raise lost
+        scope[CALLER] = caller
+        if ticket is not None:
+            scope[TICKET] = ticket
+
+    def _caller(self, scope: Scope, access: Access) -> Caller:
+        """Raises UnauthenticatedError, InsufficientScopeError."""
+        if access == "open":
+            return NOBODY
+        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+        caller = self._services.keys.caller(headers)
+        if not caller.may(access):
+            raise InsufficientScopeError(access, caller.key)
+        return caller
+
+
+class Guard:
+    """Serves what the gate admits."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, services: Services) -> None:
+        self._app = app
+        self._gate = gate
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
         try:
-            access = access_of(self._api, scope)
-            scope[CALLER] = caller = await self._caller(scope, access)
-            ticket = self._services.limiter.enter(caller) if access == "generate" else None
+            await self._gate.admit(scope)
         except OneBaseError as error:
             await refusal(error)(scope, receive, send)
             return
-        receive = self._while_valid(scope[CALLER], receive)
+        caller: Caller = scope[CALLER]
+        ticket: Ticket | None = scope.get(TICKET)
+        receive = self._while_valid(caller, receive)
         with acting(Origin(caller.key, _request_id(scope))):
             if ticket is None:
                 await self._app(scope, receive, send)
@@ -151,7 +244,6 @@ class Guard:
 
     async def _metered(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
         """A request for text: its answer tells what its quotas leave."""
-        scope[TICKET] = ticket
 
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -167,15 +259,19 @@ class Guard:
         finally:
             ticket.close()
 
-    async def _caller(self, scope: Scope, access: Access) -> Caller:
-        """Raises UnauthenticatedError, InsufficientScopeError, UnavailableError."""
-        if access == "open":
-            return NOBODY
-        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
-        caller = await self._services.keys.caller(headers)
-        if not caller.may(access):
-            raise InsufficientScopeError(access, caller.key)
-        return caller
+
+def is_upload(scope: Scope) -> bool:
+    """Whether a route reads the body as a form; as the routes do, by the first Content-Type."""
+    kinds = (value for name, value in scope["headers"] if name == b"content-type")
+    return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
+
+
+def announced_length(scope: Scope) -> int:
+    """Of the request's body, in bytes; 0 where it is not told."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
 
 
 def _request_id(scope: Scope) -> str:

@@ -17,13 +17,15 @@ import sys
 import termios
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
 from onebase_server.errors import (
     HeadersTooLargeError,
@@ -51,6 +53,7 @@ _RESERVE = 16
 _LINGER_SECONDS = 2.0
 """A refused client is still read so long: closed at once, its kernel would throw the answer away."""
 _LOG_SECONDS = 60.0
+_SECURITY_LINES = "".join(f"{name.lower()}: {value}\r\n" for name, value in SECURITY_HEADERS.items()).encode()
 _AUTHORITY = re.compile(rb"[a-z][a-z0-9+.-]*://([^/?#]*)", re.IGNORECASE)
 
 
@@ -137,16 +140,32 @@ class _Flow(FlowControl):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol within `connections.limits`; streams can drop it with the unsent bytes."""
+    """uvicorn's protocol within `connections.limits`; streams can drop it with the unsent bytes.
+
+    turned_away: the error with which the app would answer a request, if that is plain from its address and
+    headers: then it is answered here, without a task, and the app does not run.
+    """
 
     flow: _Flow
 
-    def __init__(self, *args: Any, connections: Connections, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        connections: Connections,
+        turned_away: Callable[[Any], OneBaseError | None] = lambda scope: None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._turned_away = turned_away
+        self._parsing = False
+        self._next: tuple[RequestResponseCycle, Any] | None = None
+        """A request whose turn it is once the data that brought it is read."""
         self._clients = connections
         self._limits = connections.limits
         self._reading = _Reading.NOTHING
         self._refusal: OneBaseError | None = None
+        self._refused = False
+        """Whether the refusal is sent."""
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._message_ended = False
@@ -163,7 +182,7 @@ class LimitedProtocol(HttpToolsProtocol):
         refusal = self._clients.open(self._address)
         if refusal is not None:
             self._refusal = refusal
-            transport.write(_answer(refusal))
+            transport.write(self._answer(refusal, close=True))
             transport.close()
             return
         self._expect(self._limits.header_timeout, self._head_too_slow)
@@ -189,14 +208,20 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        self._parsing = True
         try:
             self._parse(data)
         except (httptools.HttpParserError, HeadersTooLargeError) as error:
             own = error if isinstance(error, HeadersTooLargeError) else error.__context__
             self._refuse(own if isinstance(own, OneBaseError) else _malformed())
-            return
-        if self._reading is _Reading.BODY and self._read_timer is None:
-            self._expect_body()
+        else:
+            self._expect_rest()
+        finally:
+            self._parsing = False
+        if self._next is not None:
+            (cycle, app), self._next = self._next, None
+            if not cycle.disconnected and not self.transport.is_closing():
+                self._start_asgi_task(cycle, app)
 
     def _parse(self, data: bytes) -> None:
         """Raises HttpParserError, HeadersTooLargeError."""
@@ -237,7 +262,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._reading = _Reading.HEAD
         self._head_bytes = self._head_lines = self._head_pieces = 0
         self._chunks = self._between_chunks = self._body_total = 0
-        self._expect(self._limits.header_timeout, self._head_too_slow)
+        self._expect_nothing()
 
     def on_url(self, url: bytes) -> None:
         self._count_head(len(url), 0)
@@ -310,6 +335,55 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect_nothing()
         super().on_message_complete()
 
+    # ---- answering -----------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self._parsing:
+            self._next = cycle, app
+            return
+        error = None if self.flow.write_paused else self._turned_away(cycle.scope)
+        if error is None:
+            super()._start_asgi_task(cycle, app)
+        else:
+            self._turn_away(cycle, error)
+
+    def _turn_away(self, cycle: RequestResponseCycle, error: OneBaseError) -> None:
+        """Answer as the cycle would."""
+        scope: Any = cycle.scope
+        if self.access_log:
+            self.access_logger.info(
+                '%s - "%s %s HTTP/%s" %d',
+                get_client_addr(scope),
+                scope["method"],
+                get_path_with_query_string(scope),
+                scope["http_version"],
+                status_of(error)[0],
+            )
+        self.transport.write(
+            self._answer(error, close=not cycle.keep_alive, with_body=scope["method"] != "HEAD")
+        )
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _answer(self, error: OneBaseError, *, close: bool, with_body: bool = True) -> bytes:
+        body = error_json(error)
+        headers = [*error_headers(error).items(), ("content-length", len(body))]
+        lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode("latin-1")
+        return b"".join(
+            (
+                STATUS_LINE[status_of(error)[0]],
+                *(b"%s: %s\r\n" % header for header in self.server_state.default_headers),
+                lines,
+                b"content-type: application/json\r\n",
+                _SECURITY_LINES,
+                b"connection: close\r\n" if close else b"",
+                b"\r\n",
+                body if with_body else b"",
+            )
+        )
+
     # ---- refusing ------------------------------------------------------------------------------
 
     def _refuse(self, error: OneBaseError) -> None:
@@ -335,11 +409,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self._send_refusal()
 
     def _send_refusal(self) -> None:
-        if self._refusal is None:
+        if self._refusal is None or self._refused:
             return
+        self._refused = True
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
-        self.transport.write(_answer(self._refusal))
+        self.transport.write(self._answer(self._refusal, close=True))
         self.transport.write_eof()
         self._expect(_LINGER_SECONDS, self.transport.abort)
 
@@ -360,6 +435,14 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             seconds = self._limits.header_timeout
             self._refuse(TooSlowError(f"headers did not end within {seconds:g} seconds (--header-timeout)"))
+
+    def _expect_rest(self) -> None:
+        """Of what has begun: most requests arrive whole, and need no timer."""
+        if self._read_timer is None:
+            if self._reading is _Reading.HEAD:
+                self._expect(self._limits.header_timeout, self._head_too_slow)
+            elif self._reading is _Reading.BODY:
+                self._expect_body()
 
     def _expect_body(self) -> None:
         self._brought = 0
@@ -431,16 +514,3 @@ def _malformed() -> InvalidRequestError:
     return InvalidRequestError(
         "This is not a request in HTTP/1.1, or its parts contradict each other.", code="invalid_http"
     )
-
-
-def _answer(error: OneBaseError) -> bytes:
-    body = error_json(error)
-    headers = {
-        **SECURITY_HEADERS,
-        **error_headers(error),
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        "Connection": "close",
-    }
-    lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers.items())
-    return STATUS_LINE[status_of(error)[0]] + lines.encode() + b"\r\n" + body

@@ -146,9 +146,11 @@ def _end_at_once(status: int) -> None:
 
 
 def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    protocol: Any = partial(LimitedProtocol, connections=Connections(_connection_limits(settings)))
+    door = Door(app, settings, app.state.gate)
+    connections = Connections(_connection_limits(settings))
+    protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=door.turned_away)
     return uvicorn.Config(
-        Door(app, settings),
+        door,
         http=protocol,
         lifespan="off",
         ws="none",

@@ -24,7 +24,7 @@ from onebase_server.errors import (
     VersionFailedError,
 )
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import needs
+from onebase_server.http.guard import SLASH, needs
 from onebase_server.http.schemas.adapters import (
     ActivateRequest,
     EmptyRequest,
@@ -44,10 +44,6 @@ from onebase_server.http.uploads import (
 from onebase_server.storage import storage_errors
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
-
-SLASH = "%2F"
-"""What the app leaves encoded in a path, so that a name with a slash is one segment."""
-
 
 _INLINE = "#/paths/~1v1~1adapters/post/requestBody/content/application~1json/schema/$defs/{model}"
 _FLAG = {"type": "boolean", "default": False}

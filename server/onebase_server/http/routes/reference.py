@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
-from starlette.exceptions import HTTPException
 
+from onebase_server.errors import UnknownRouteError
 from onebase_server.http.deps import json_response
 from onebase_server.http.guard import needs
 
@@ -107,9 +107,10 @@ async def asset(name: str) -> Response:
     """What the pages load."""
     if name in _START:
         return Response(_START[name], media_type="text/javascript")
-    if name not in _FILES:
-        raise HTTPException(404)
-    return FileResponse(_folder() / name, media_type=_FILES[name])
+    folder = _folder()
+    if name not in _FILES or folder is None:
+        raise UnknownRouteError(f"/docs/{name}")
+    return FileResponse(folder / name, media_type=_FILES[name])
 
 
 def _page(head: str, *scripts: str) -> Response:
@@ -121,9 +122,9 @@ def _page(head: str, *scripts: str) -> Response:
     )
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
     """Found without importing the package, which is made for another use of its files."""
     spec = find_spec("fastapi_offline")
     if spec is None or spec.origin is None:
-        raise HTTPException(404)
+        return None
     return Path(spec.origin).parent / "static"
