@@ -141,15 +141,18 @@ def test_a_server_that_stops_ends_its_streams(serve_scripted: Starter) -> None:
         client = openai_client(server)
         job = make_job(client, "slow")
         wait_job(server, client, job.id, lambda job: job.status == "running")
-        ended = threading.Event()
+        begun, ended = threading.Event(), threading.Event()
 
         def follow() -> None:
-            with server.client() as http:
-                stream(http, job.id)
+            where = f"/v1/fine_tuning/jobs/{job.id}/events?stream=true"
+            with server.client() as http, http.stream("GET", where) as answer:
+                for _ in answer.iter_lines():
+                    begun.set()
             ended.set()
 
         thread = threading.Thread(target=follow)
         thread.start()
+        assert begun.wait(60)
         server.process.terminate()
         assert server.exit_status() == 0
         thread.join(30)
