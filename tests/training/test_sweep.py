@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import io
 import json
 import math
 import signal
@@ -322,12 +323,19 @@ def test_the_results_are_written_for_people_and_programs(base: torch.nn.Module, 
     assert float(rows[0]["loss"]) == pytest.approx(result.trials[0].loss, abs=1e-5)
     found = json.loads((job.folder / RESULTS).read_text())
     assert found["best"] == result.trials[0].name
-    console = Console(record=True, width=110)
+    console = Console(record=True, width=110, force_terminal=True)
     render(result, console)
     text = console.export_text()
     assert "best" in text
     assert "stopped" in text
     assert str(result.adapter(result.trials[0])) in text
+    piped = io.StringIO()
+    render(result, Console(file=piped, width=10_000))
+    head, *lines = piped.getvalue().splitlines()
+    assert head.split("\t") == ["r", "alpha", "targets", "rate", "MB", "loss", "steps", "time", "state"]
+    cells = [line.split("\t") for line in lines[: len(rows)]]
+    assert cells[0][8] == "best"
+    assert [cell[5] for cell in cells] == [row["loss"] and f"{float(row['loss']):.4f}" for row in rows]
 
 
 @pytest.mark.parametrize("count", [0, 1, 12])

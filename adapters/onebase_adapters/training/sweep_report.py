@@ -30,6 +30,7 @@ _COLOURS = ("#3b6fb6", "#d9822b", "#3f9b6d", "#b8487f", "#7a5bb5", "#8a7a2f", "#
 """Distinct also for colour-blind people (after Okabe and Ito)."""
 _INK, _SOFT, _GRID = "#222831", "#6b7480", "#e6e9ee"
 _SVG, _POINT = "http://www.w3.org/2000/svg", "run-"
+_COLUMNS = ("r", "alpha", "targets", "rate", "MB", "loss", "steps", "time")
 _STYLES = {"finished": "", "failed": "red", "stopped": "dim", "paused": "yellow", "waiting": "yellow"}
 
 
@@ -75,8 +76,12 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 
 def render(result: SweepResult, console: Console) -> None:
-    """Print the runs, best first, and what to take."""
-    console.print(Group(_table(result), Text()))
+    """Print the runs, best first, and what to take; through a pipe columns are separated by tabs."""
+    if console.is_terminal:
+        console.print(Group(_table(result), Text()))
+    else:
+        for row in ([*_COLUMNS, "state"], *(_cells(result, trial) for trial in result.trials)):
+            print(*row, sep="\t", file=console.file)
     for line in advice(result):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -87,27 +92,31 @@ def _table(result: SweepResult) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    for name in ("r", "alpha"):
-        table.add_column(name, justify="right")
-    table.add_column("targets", overflow="ellipsis", no_wrap=True, min_width=10, max_width=30)
-    for name in ("rate", "MB", "loss", "steps", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in _COLUMNS:
+        if name == "targets":
+            table.add_column(name, overflow="ellipsis", no_wrap=True, min_width=10, max_width=30)
+        else:
+            table.add_column(name, justify="right", no_wrap=name not in ("r", "alpha"))
     table.add_column("", no_wrap=True)
     for trial in result.trials:
-        best = trial is result.best
-        table.add_row(
-            str(trial.r),
-            f"{trial.alpha:g}",
-            ", ".join(trial.targets),
-            f"{trial.learning_rate:g}",
-            f"{4 * trial.parameters / 1e6:.1f}",
-            "" if trial.loss is None else f"{trial.loss:.4f}",
-            f"{trial.step}/{result.steps}",
-            seconds(trial.seconds),
-            "best" if best else "" if trial.status == "finished" else trial.status,
-            style="bold green" if best else _STYLES[trial.status],
-        )
+        style = "bold green" if trial is result.best else _STYLES[trial.status]
+        table.add_row(*_cells(result, trial), style=style)
     return table
+
+
+def _cells(result: SweepResult, trial: Trial) -> list[str]:
+    """What stands in _COLUMNS, and what became of the run."""
+    return [
+        str(trial.r),
+        f"{trial.alpha:g}",
+        ", ".join(trial.targets),
+        f"{trial.learning_rate:g}",
+        f"{4 * trial.parameters / 1e6:.1f}",
+        "" if trial.loss is None else f"{trial.loss:.4f}",
+        f"{trial.step}/{result.steps}",
+        seconds(trial.seconds),
+        "best" if trial is result.best else "" if trial.status == "finished" else trial.status,
+    ]
 
 
 def advice(result: SweepResult) -> list[str]:

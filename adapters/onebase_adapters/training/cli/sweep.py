@@ -156,9 +156,10 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     if result is None:
         return _FAILED
     write(result)
-    render(result, console)
+    out = open_console()
+    render(result, out)
     plot, results = shown(str(folder / PLOT)), shown(str(folder / TABLE))
-    console.print(f"Plot: {plot}  Table: {results}", highlight=False, soft_wrap=True)
+    out.print(f"Plot: {plot}  Table: {results}", highlight=False, soft_wrap=True)
     return 0 if result.best else _FAILED
 
 
