@@ -317,6 +317,7 @@ def test_a_request_that_asks_for_another_protocol_is_read_as_if_it_had_not(
         POST + b"Content-Length: 4, 4\r\n\r\nabcd",
         POST + b"Content-Length: +4\r\n\r\nabcd",
         POST + b"Content-Length: 0x4\r\n\r\nabcd",
+        POST + b"Content-Length: " + b"0" * 5000 + b"4\r\n\r\nabcd",
         POST + b"Content-Length : 4\r\n\r\nabcd",
         POST + b"Content-Length: 99999999999999999999\r\n\r\nabcd",
         POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",

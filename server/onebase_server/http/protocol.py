@@ -46,6 +46,8 @@ _CHUNK_LINE_BYTES = 32
 _FREE_CHUNKS = 10_000
 _LEAST_CHUNK_BYTES = 8
 """What chunks of a body hold at least on average, beyond the free ones: each costs as much as a kilobyte."""
+_LENGTH_DIGITS = 20
+"""Of the longest length that the parser takes, 2^64 - 1. With zeros before it Python may not read it."""
 _PIPELINED = 16
 """Requests that may wait on one connection while an earlier one is answered."""
 _RESERVE = 16
@@ -270,6 +272,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_head(len(name) + len(value) + len(": \r\n"), 1)
+        if len(value) > _LENGTH_DIGITS and name.lower() == b"content-length":
+            raise _malformed()
         if self._reading is _Reading.HEAD:  # nobody looks at trailers
             super().on_header(name, value)
 
