@@ -534,6 +534,7 @@ ANSWERED = {
     "with a broken one": GET + GET + b"G\0T",
     "too many": GET * 40,
     "for another protocol": b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n" + LAST,
+    "by way of a proxy": LAST.replace(b"\r\n\r\n", b"\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n"),
 }
 ERRORS = [NO, UnauthenticatedError("Who?"), UnavailableError("Later.", code="later", retry_after=1.5)]
 
@@ -564,6 +565,7 @@ def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_
 
     assert told[0] == told[1]
     assert all(received for received, _ in told[0].values())
+    assert told[0]["by way of a proxy"][1][0].startswith("203.0.113.7")
 
 
 def test_what_is_turned_away_is_answered_in_its_turn_and_the_app_does_not_run() -> None:
