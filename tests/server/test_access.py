@@ -502,4 +502,4 @@ def test_the_access_log_has_a_line_for_each_request_that_is_served_and_that_is_r
     http.get("/version?refused")
 
     for asked, status in (("served", 200), ("refused", 401)):
-        server.wait_for(lambda line=f'"GET /version?{asked} HTTP/1.1" {status}': line in server.log)  # type: ignore[misc]
+        server.wait_for(lambda line=f'"GET /version?{asked} HTTP/1.1" {status}': line in server.log, 60)  # type: ignore[misc]
