@@ -59,7 +59,7 @@ def admin(keys: Keys) -> str:
 
 @pytest.fixture(scope="module")
 def server(serve_scripted: Starter, keys: Keys, admin: str) -> Iterator[Server]:
-    with serve_scripted("words", data_dir=keys.file.parent) as server:
+    with serve_scripted("words", "--access-log", data_dir=keys.file.parent) as server:
         yield server
 
 
@@ -493,3 +493,13 @@ def test_no_log_line_error_or_figure_tells_a_key(http: httpx2.Client, server: Se
         secret = key.removeprefix(key[:20])
         assert len(secret) == 43
         assert secret not in told + server.log
+
+
+def test_the_access_log_has_a_line_for_each_request_that_is_served_and_that_is_refused(
+    http: httpx2.Client, server: Server, admin: str
+) -> None:
+    http.get("/version?served", headers=bearer(admin))
+    http.get("/version?refused")
+
+    for asked, status in (("served", 200), ("refused", 401)):
+        server.wait_for(lambda line=f'"GET /version?{asked} HTTP/1.1" {status}': line in server.log, 60)  # type: ignore[misc]

@@ -317,6 +317,7 @@ def test_a_request_that_asks_for_another_protocol_is_read_as_if_it_had_not(
         POST + b"Content-Length: 4, 4\r\n\r\nabcd",
         POST + b"Content-Length: +4\r\n\r\nabcd",
         POST + b"Content-Length: 0x4\r\n\r\nabcd",
+        POST + b"Content-Length: " + b"0" * 5000 + b"4\r\n\r\nabcd",
         POST + b"Content-Length : 4\r\n\r\nabcd",
         POST + b"Content-Length: 99999999999999999999\r\n\r\nabcd",
         POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
@@ -533,6 +534,7 @@ ANSWERED = {
     "with a broken one": GET + GET + b"G\0T",
     "too many": GET * 40,
     "for another protocol": b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n" + LAST,
+    "by way of a proxy": LAST.replace(b"\r\n\r\n", b"\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n"),
 }
 ERRORS = [NO, UnauthenticatedError("Who?"), UnavailableError("Later.", code="later", retry_after=1.5)]
 
@@ -563,6 +565,7 @@ def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_
 
     assert told[0] == told[1]
     assert all(received for received, _ in told[0].values())
+    assert told[0]["by way of a proxy"][1][0].startswith("203.0.113.7")
 
 
 def test_what_is_turned_away_is_answered_in_its_turn_and_the_app_does_not_run() -> None:

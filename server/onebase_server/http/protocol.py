@@ -20,9 +20,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import httptools
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
@@ -46,6 +48,8 @@ _CHUNK_LINE_BYTES = 32
 _FREE_CHUNKS = 10_000
 _LEAST_CHUNK_BYTES = 8
 """What chunks of a body hold at least on average, beyond the free ones: each costs as much as a kilobyte."""
+_LENGTH_DIGITS = 20
+"""Of the longest length that the parser takes, 2^64 - 1. With zeros before it Python may not read it."""
 _PIPELINED = 16
 """Requests that may wait on one connection while an earlier one is answered."""
 _RESERVE = 16
@@ -270,6 +274,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_head(len(name) + len(value) + len(": \r\n"), 1)
+        if len(value) > _LENGTH_DIGITS and name.lower() == b"content-length":
+            raise _malformed()
         if self._reading is _Reading.HEAD:  # nobody looks at trailers
             super().on_header(name, value)
 
@@ -351,6 +357,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer as the cycle would."""
         scope: Any = cycle.scope
         if self.access_log:
+            self._name_client(scope)
             self.access_logger.info(
                 '%s - "%s %s HTTP/%s" %d',
                 get_client_addr(scope),
@@ -366,6 +373,15 @@ class LimitedProtocol(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _name_client(self, scope: Any) -> None:
+        """As uvicorn does before the app: it is whom a trusted proxy asks for."""
+        with contextlib.suppress(StopIteration):
+            self._proxies(scope, _no_app, _no_app).send(None)
+
+    @cached_property
+    def _proxies(self) -> Any:
+        return ProxyHeadersMiddleware(_no_app, self.config.forwarded_allow_ips)
 
     def _answer(self, error: OneBaseError, *, close: bool, with_body: bool = True) -> bytes:
         body = error_json(error)
@@ -508,6 +524,10 @@ def _unread(transport: asyncio.Transport) -> int:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
         unsent += int.from_bytes(answer, sys.byteorder)
     return unsent
+
+
+async def _no_app(*_: Any) -> None:
+    """Does nothing, for what uvicorn does before an app."""
 
 
 def _malformed() -> InvalidRequestError:

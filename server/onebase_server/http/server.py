@@ -149,7 +149,7 @@ def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     door = Door(app, settings, app.state.gate)
     connections = Connections(_connection_limits(settings))
     protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=door.turned_away)
-    return uvicorn.Config(
+    config = uvicorn.Config(
         door,
         http=protocol,
         lifespan="off",
@@ -162,6 +162,8 @@ def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         log_config=None,
     )
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # Config has given it `log_level` too
+    return config
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:
