@@ -68,12 +68,12 @@ SHAPE = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0, 0,
     late=st.integers(0, 60),
     steps=st.integers(200, 400),
     max_rows=st.integers(1, 4),
-    blocks=st.sampled_from([12, 60]),
 )
 def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bound(
-    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_rows: int, blocks: int
+    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_rows: int
 ) -> None:
-    world = World.create(blocks=blocks, max_rows=max_rows, step_tokens=STEP_TOKENS)
+    # With room for all that runs: while blocks are lacking, shorter rows may pass longer ones.
+    world = World.create(blocks=60, max_rows=max_rows, step_tokens=STEP_TOKENS)
     backlog = Backlog(world, dict(zip("abc", shapes, strict=True)))
     backlog.fill("a", 10)
     for _ in range(late):
