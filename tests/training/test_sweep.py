@@ -396,8 +396,11 @@ def test_the_command_runs_a_sweep(folder: Path, tmp_path: Path, capfd: pytest.Ca
     arguments = ["--base", str(folder), "--data", str(folder / "train.jsonl"), "--out", str(tmp_path / "out")]
     settings = ["--batch-size", "8", "--max-steps", "4", "--targets", "q_proj,v_proj", "--device", "cpu"]
     assert main([*arguments, *settings, "--r", "2..4", "--learning-rate", "1e-2"]) == 0
-    printed = capfd.readouterr().err
-    assert "Best: r" in printed
+    printed = capfd.readouterr()
+    assert "step 4, held-out loss" in printed.err
+    assert printed.out.startswith("r\talpha\ttargets\t")
+    assert "Best: r" in printed.out
+    assert str(tmp_path / "out" / PLOT) in printed.out
     assert (tmp_path / "out" / PLOT).is_file()
 
 
