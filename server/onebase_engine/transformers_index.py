@@ -1,7 +1,7 @@
 """transformers, imported without reading all of its own files.
 
-At its import it reads 3,500 files, twice, to learn which of them defines which name: a second of CPU for each
-process that starts. What it learns depends on nothing but its release, and is kept in the user's cache.
+At its import it reads 1,700 files, twice, to learn which of them defines which name: up to a second of CPU
+for each process that starts. What it learns depends on its release alone, and is kept in the user's cache.
 """
 
 from __future__ import annotations

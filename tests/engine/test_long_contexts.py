@@ -208,3 +208,7 @@ def test_what_a_trial_found_is_kept_for_this_machine_and_this_number_of_threads(
     assert len(trials) == 8
     monkeypatch.setenv("ONEBASE_CACHE", str(next(tmp_path.glob("*/*.json"))))
     assert [find(), find()] == trials[8:], "a cache that cannot be written costs a trial"
+    monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path / "unknown"))
+    monkeypatch.setattr(product_shapes, "_processor", list)
+    assert [find(), find()] == trials[10:], "nothing is kept for a processor that is not known"
+    assert not (tmp_path / "unknown").exists()

@@ -203,7 +203,7 @@ class ForkedServers:
         self._lock = threading.Lock()
 
     def start(self, arguments: list[str], environment: Mapping[str, str], umask: int) -> ForkedProcess:
-        theirs, ours = os.pipe()[::-1]
+        ours, theirs = os.pipe()
         request = {"arguments": arguments, "environment": dict(environment), "umask": umask}
         try:
             pid = self._ask(request, theirs)

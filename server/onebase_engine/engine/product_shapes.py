@@ -14,7 +14,6 @@ processor and its caches, torch's build, the number of threads, the environment'
 from __future__ import annotations
 
 import os
-import uuid
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -102,7 +101,10 @@ def find_shapes(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> Pr
     """Which shapes agree on this machine, with its number of threads, up to `longest` tokens."""
     if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ProductShapes(fixed=True)
-    key = [sorted(map(astuple, heads)), str(dtype), longest, _machine()]
+    processor = _processor()
+    if not processor:  # the system does not tell: every start has a trial of its own
+        return _try_shapes(heads, dtype, longest)
+    key = [sorted(map(astuple, heads)), str(dtype), longest, processor, *_build()]
     known = recall("product-shapes", key)
     try:
         return ProductShapes(tuple(map(int, known["edges"])), int(known["queries"]), bool(known["fixed"]))
@@ -121,25 +123,23 @@ def _try_shapes(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> Pr
     return ProductShapes(fixed=True)
 
 
-def _machine() -> list[Any]:
-    """All that a library may choose its order of sums by, besides the shapes: also this trial itself."""
+def _build() -> list[Any]:
+    """What else a library may choose its order of sums by, and this trial itself."""
     settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
     build = [torch.__version__, torch.__config__.show(), torch.get_num_threads(), settings]
-    return [_processor(), *build, Path(__file__).read_text(encoding="utf-8")]
+    return [*build, Path(__file__).read_text(encoding="utf-8")]
 
 
 def _processor() -> list[str]:
-    """What a library chooses its kernels by: the processor's model, its features, its caches.
-
-    Where the system does not tell, every start has a trial of its own.
-    """
+    """What a library chooses its kernels by: the processor's model, features and caches; [] if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         caches = [file.read_text() for file in sorted(_CACHES.glob("index*/*size"))]
     except OSError:
-        return [uuid.uuid4().hex]
+        return []
     found = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-    return [f"{name}:{found[name]}" for name in _FEATURES if name in found] + caches or [uuid.uuid4().hex]
+    features = [f"{name}:{found[name]}" for name in _FEATURES if name in found]
+    return features + caches if features else []
 
 
 def _find_edges(heads: Heads, queries: int, dtype: torch.dtype, longest: int) -> list[int] | None:
