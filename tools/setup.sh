@@ -47,10 +47,12 @@ create_venv() {
   "$python" -m venv --clear "$venv"
 }
 
-# The interpreter, the folder (an environment does not survive a move) and the requirements.
+# The interpreter, the folder (an environment does not survive a move), the requirements, what is compiled and
+# whether there is a compiler for it.
 wanted_stamp() {
   "$venv/bin/python" -c 'import sys; print(sys.version, sys.prefix)'
-  cat pyproject.toml
+  command -v cc gcc clang || true
+  cat pyproject.toml server/onebase_engine/kernels/native/{CMakeLists.txt,*.[ch]}
 }
 
 install() {

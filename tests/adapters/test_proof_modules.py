@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,13 @@ from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_
 from torch import nn
 from torch.nn import functional
 
+from onebase_adapters.proof import modules as proof
 from onebase_adapters.proof.modules import ModuleProof, ProofError, prove_modules
 from onebase_adapters.proof.texts import regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
+from onebase_engine.kernels import cpu
+from onebase_engine.kernels.cpu import NativeLinear
 from onebase_engine.lora import linear as slot_linear
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
@@ -117,6 +121,12 @@ def test_adapters_loaded_from_their_files_are_proven(
 # ---- planted faults --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve by PyTorch, as without the kernels in C."""
+    monkeypatch.setattr(proof, "find_kernels", lambda *_: None)
+
+
 def _scale_off_by_a_hair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot_linear, "_scaled", lambda delta, scale: delta * (scale * (1 + 2.0**-12)))
 
@@ -212,7 +222,8 @@ def _added_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         (_added_before_rounding, "model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_a_fault_in_the_kernels_is_found_in_the_first_module_that_has_it(
+@pytest.mark.usefixtures("by_pytorch")
+def test_a_fault_of_the_modules_is_found_in_the_first_one_that_has_it(
     base: nn.Module,
     plant: Callable[[pytest.MonkeyPatch], None],
     name: str,
@@ -224,6 +235,89 @@ def test_a_fault_in_the_kernels_is_found_in_the_first_module_that_has_it(
         prove(base, "lora")
     assert found.value.name == name
     assert found.value.difference > 0
+
+
+def _a_rank_dropped(layer: NativeLinear) -> None:
+    put = layer.put
+
+    def dropping(slot: int, weights: LoraWeights | None) -> None:
+        if weights is not None:
+            weights = replace(weights, a=weights.a * (torch.arange(weights.rank) > 0)[:, None])
+        put(slot, weights)
+
+    layer.put = dropping  # type: ignore[method-assign]
+
+
+def _a_scale_off_by_a_hair(layer: NativeLinear) -> None:
+    put = layer.put
+    layer.put = lambda slot, w: put(slot, w and replace(w, scale=w.scale * (1 + 2.0**-12)))  # type: ignore[method-assign]
+
+
+def _weights_of_another_rounding(layer: NativeLinear) -> None:
+    absmax = layer._base[2]
+    absmax.mul_(1 + 2.0**-9)
+
+
+def _a_block_skipped(layer: NativeLinear) -> None:
+    put = layer.put
+
+    def skipping(slot: int, weights: LoraWeights | None) -> None:
+        put(slot, weights)
+        if weights is not None:
+            short = cpu._ordered([layer.size_in - 16], [0])
+            layer._held[slot] += (short,)
+            layer._lora[slot].shrink = ctypes.pointer(short)
+
+    layer.put = skipping  # type: ignore[method-assign]
+
+
+def _a_delta_added_before_rounding(layer: NativeLinear) -> None:
+    layer.structure.quantized = 0
+
+
+def _rows_of_the_neighbour(layer: NativeLinear) -> None:
+    call = layer._run
+
+    def shifted(structure: int, terms: int | None, *others: int) -> int:
+        if terms is not None:
+            groups = cpu._Groups.from_address(terms)
+            rows = (ctypes.c_int32 * 32).from_address(groups.row)
+            rows[0] = (rows[0] + 1) % 32
+        result: int = call(structure, terms, *others)
+        return result
+
+    layer._run = shifted
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _a_rank_dropped,
+        _a_scale_off_by_a_hair,
+        _weights_of_another_rounding,
+        _a_block_skipped,
+        _a_delta_added_before_rounding,
+        _rows_of_the_neighbour,
+    ],
+)
+def test_a_fault_of_the_kernels_in_c_is_found_in_the_first_module_that_has_it(
+    base: nn.Module, plant: Callable[[NativeLinear], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpu.find_kernels(torch.device("cpu"), torch.bfloat16) is None:
+        pytest.skip("PyTorch computes here")
+    prove(base, "lora")
+    linear = cpu.CpuKernels.linear
+
+    def planted(self: cpu.CpuKernels, *arguments: Any) -> NativeLinear | None:
+        layer = linear(self, *arguments)
+        if layer is not None and layer.kind == 0:
+            plant(layer)
+        return layer
+
+    monkeypatch.setattr(cpu.CpuKernels, "linear", planted)
+    with pytest.raises(ProofError, match=r"differs from PEFT's") as found:
+        prove(base, "lora")
+    assert found.value.name == "model.layers.0.self_attn.q_proj"
 
 
 def _without_gain(weights: AdapterWeights) -> AdapterWeights:
@@ -264,6 +358,7 @@ def test_a_part_that_is_left_out_is_found(
     assert found.value.name == name
 
 
+@pytest.mark.usefixtures("by_pytorch")
 def test_a_norm_that_acts_on_its_neighbours_is_found(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from tests.oracle import greedy
 from tests.tiny import ADAPTERS, load_folder, save_adapter
 from torch import nn
 
+from onebase_adapters.proof.texts import regrets, tie_of
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import Limits
@@ -79,6 +80,17 @@ class Lab:
             model = self.base if request.adapter is None else self.references[request.adapter]
             self._texts[key] = greedy(model, list(request.prompt), request.max_tokens)
         return self._texts[key]
+
+    def disagreements(self, asked: Sequence[Request], texts: Sequence[list[int]]) -> list[Request]:
+        """The requests whose text is not PEFT's, but for tokens whose logits tie in PEFT's own pass."""
+        tie = tie_of(self.base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
+        wrong = []
+        for request, text in zip(asked, texts, strict=True):
+            if text != self.expected(request):
+                model = self.base if request.adapter is None else self.references[request.adapter]
+                if max(regrets(model, list(request.prompt), text)) > tie:
+                    wrong.append(request)
+        return wrong
 
 
 def requests(

@@ -30,7 +30,9 @@ ASKED = requests(18, seed=7)
 def untiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve as on a device that is no CPU."""
 
-    def wrap(tree: nn.Module, step: StepRows, *, slots: int, tiled: bool) -> dict[str, SlotModule]:
+    def wrap(
+        tree: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: None
+    ) -> dict[str, SlotModule]:
         return wrap_layers(tree, step, slots=slots, tiled=False)
 
     def create(self: ServedModel, base: nn.Module, slots: int) -> None:
@@ -38,6 +40,7 @@ def untiled(monkeypatch: pytest.MonkeyPatch) -> None:
         self.tiled = False
 
     wrap_layers, initialize = slots.wrap_layers, ServedModel.__init__
+    monkeypatch.setattr(model, "find_kernels", lambda *_: None)
     monkeypatch.setattr(model, "wrap_layers", wrap)
     monkeypatch.setattr(ServedModel, "__init__", create)
 

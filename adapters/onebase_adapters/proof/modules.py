@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from onebase_engine.base.view import view
-from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.kernels.cpu import find_kernels
+from onebase_engine.lora.rows import TILE, RowGroup, RowMap, Stack, StepRows, Term, Tile
 from onebase_engine.lora.slots import AdapterSlots, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
@@ -107,7 +108,8 @@ class _Bench:
         self._weights = weights
         self._dtype, self._device = head.dtype, head.device
         self._step = StepRows()
-        self._modules = wrap_layers(view(base), self._step, slots=2, tiled=self.exact)
+        kernels = find_kernels(self._device, self._dtype) if self.exact else None
+        self._modules = wrap_layers(view(base), self._step, slots=2, tiled=self.exact, kernels=kernels)
         self.names = list(self._modules)
         unserved = sorted(weights.keys() - self._modules.keys())
         if unserved:
@@ -115,7 +117,9 @@ class _Bench:
         self._slots = AdapterSlots(self._modules, 2, self._device)
         self._slots.load(_VERSION, weights)
         self._random = torch.Generator().manual_seed(0)
-        self.mixes = list(_batch_mixes(self._device, tiled=self.exact))
+        self.mixes = list(
+            _batch_mixes(self._device, tiled=self.exact) if kernels is None else _grouped_mixes()
+        )
 
     def prove(self, name: str, expected: nn.Module) -> float:
         """The largest relative difference of any output. Raises ProofError."""
@@ -181,6 +185,19 @@ def _neighbour(bare: Any, weights: ModuleWeights | None) -> ModuleWeights:
     else:
         return SavedModule(torch.full_like(bare.weight, math.inf))
     return LoraWeights(a, torch.ones(size_out, rank), 1.0)
+
+
+def _grouped_mixes() -> Iterator[_BatchMix]:
+    """The same for the kernels in C, which take rows by groups."""
+    even, odd = tuple(range(0, TILE, 2)), tuple(range(1, TILE, 2))
+    mine = torch.arange(TILE)[:, None] % 2 == 0
+    version, other = ((_VERSION, 1.0),), ((_OTHER, 1.0),)
+    whole = RowMap(groups=(RowGroup(tuple(range(TILE)), version),))
+    yield _BatchMix("for a row alone", whole, torch.ones_like(mine))
+    mixed = RowMap(groups=(RowGroup(odd, other), RowGroup(even, version)))
+    yield _BatchMix("next to another adapter's rows", mixed, mine)
+    lonely = RowMap(groups=(RowGroup(odd, version),))
+    yield _BatchMix("next to rows without an adapter", lonely, ~mine, others_bare=True)
 
 
 def _batch_mixes(device: torch.device, *, tiled: bool) -> Iterator[_BatchMix]:

@@ -58,7 +58,7 @@ def prove_texts(
     if not probes or tokens < 1:
         return TextProof(0, 0, 0)
     served, bare = _served(base, weights, probes, tokens, lambda part: on_progress(part / 2))
-    tolerance = _tie(base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
+    tolerance = tie_of(base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
     changed = 0
     for number, probe in enumerate(probes):
         _check(base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
@@ -99,7 +99,8 @@ def _served(
     return [texts[f"+{n}"] for n in count], [texts[f"-{n}"] for n in count]
 
 
-def _tie(dtype: torch.dtype) -> float:
+def tie_of(dtype: torch.dtype) -> float:
+    """How far below the largest a logit may lie, relative to it, that ties with it."""
     return max(TIE_ROUNDINGS * torch.finfo(dtype).eps, TIE_FP32)
 
 

@@ -25,6 +25,7 @@ from onebase_engine.engine.product_shapes import (
     ProductShapes,
     find_shapes,
 )
+from onebase_engine.kernels.cpu import Contexts, CpuKernels, NativeAttention
 
 NAME = "onebase_paged"
 
@@ -61,11 +62,12 @@ class Context:
 
 @dataclass
 class AttentionStep:
-    """Where this step's keys are written, and its contexts."""
+    """Where this step's keys are written, and its contexts; `native` says both for the kernels in C."""
 
-    write_slots: torch.Tensor
-    decodes: Sequence[Context]
-    prefills: Sequence[Context]
+    write_slots: torch.Tensor | None = None
+    decodes: Sequence[Context] = ()
+    prefills: Sequence[Context] = ()
+    native: Contexts | None = None
 
 
 class PagedAttention:
@@ -79,6 +81,14 @@ class PagedAttention:
         self.heads: set[Heads] = set()
         """Filled by the probe pass."""
         self.products = ProductShapes()
+        self._kernels: CpuKernels | None = None
+        self._block_size = 0
+        self._layers: dict[int, NativeAttention] = {}
+
+    def use(self, kernels: CpuKernels | None, block_size: int) -> None:
+        """Compute by these kernels from now on, over the cache and its blocks."""
+        self._kernels, self._block_size = kernels, block_size
+        self._layers = {}
 
     def attach(self, model: nn.Module) -> None:
         """Make the view's attention modules call this object."""
@@ -90,7 +100,7 @@ class PagedAttention:
 
     def find_products(self, dtype: torch.dtype, device: torch.device, longest: int) -> ProductShapes:
         """Settle the shapes of products for contexts of up to `longest` tokens; the packer keeps to them."""
-        if device.type == "cpu":
+        if device.type == "cpu" and self._kernels is None:
             self.products = find_shapes(frozenset(self.heads), dtype, longest)
         return self.products
 
@@ -102,6 +112,10 @@ class PagedAttention:
         if self.cache is None or self.step is None:
             return self._probe(module, layer, q, k, v, options)
         keys, values, step = self.cache.keys[layer], self.cache.values[layer], self.step
+        if step.native is not None:
+            return self._native(layer, q.shape[1], options)(q[0], k[0], v[0], step.native).unsqueeze(0)
+        if step.write_slots is None:
+            raise RuntimeError("the step does not say where its keys go")
         keys.index_copy_(1, step.write_slots, k[0])
         values.index_copy_(1, step.write_slots, v[0])
         scores = _Scores(options["scaling"], options.get("softcap"), options.get("sliding_window"))
@@ -111,6 +125,15 @@ class PagedAttention:
         for context in step.prefills:
             _prefill(q[0], keys, values, context, scores, self.products, out)
         return out.unsqueeze(0)
+
+    def _native(self, layer: int, heads: int, options: dict[str, Any]) -> NativeAttention:
+        if layer not in self._layers:
+            if self.cache is None or self._kernels is None:
+                raise RuntimeError("there are no kernels for this step, or no KV cache")
+            settings = options["scaling"], options.get("softcap"), options.get("sliding_window")
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            self._layers[layer] = self._kernels.attention(keys, values, heads, self._block_size, *settings)
+        return self._layers[layer]
 
     def _probe(
         self,

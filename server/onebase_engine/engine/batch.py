@@ -6,8 +6,9 @@ to a multiple of the tile, so that no product ever has a ragged shape and no til
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from onebase_engine.engine.attention import AttentionStep, Context
 from onebase_engine.engine.kv_cache import DUMP_BLOCK, ZERO_BLOCK
 from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
-from onebase_engine.lora.rows import TILE, RowMap, Stack, Term, Tile
+from onebase_engine.kernels.cpu import Contexts
+from onebase_engine.lora.rows import TILE, RowGroup, RowMap, Stack, Term, Tile
 
 MAX_DECODE_CONTEXT = 1 << 17
 """Tokens of context, padding included, that decodes gather at once in each layer: with one long row among
@@ -49,8 +51,17 @@ class Packer:
     """
 
     def __init__(
-        self, block_size: int, slots: int, device: torch.device, *, tiled: bool, products: ProductShapes
+        self,
+        block_size: int,
+        slots: int,
+        device: torch.device,
+        *,
+        tiled: bool,
+        products: ProductShapes,
+        row_multiple: int | None = None,
     ) -> None:
+        """`row_multiple`: to pack for the kernels in C, which take rows as they are, padded to this many."""
+        self._row_multiple = row_multiple
         self._block_size = block_size
         self._slots = slots
         self._device = device
@@ -59,6 +70,8 @@ class Packer:
 
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
         """`slot_of`: the slot of every adapter digest in the plan."""
+        if self._row_multiple is not None:
+            return self._pack_rows(plan, slot_of, self._row_multiple)
         plan = Plan(sorted(plan.decodes, key=lambda s: self._products.side(s.stop)), plan.prefills)
         starts, total = self._layout(plan)
         ids = np.zeros(total, dtype=np.int64)
@@ -92,10 +105,46 @@ class Packer:
             scored=scored,
         )
 
+    def _pack_rows(self, plan: Plan, slot_of: Mapping[str, int], multiple: int) -> Batch:
+        """For the kernels in C: one segment after the other, decodes first."""
+        segments = plan.segments
+        starts = [0, *accumulate(segment.length for segment in segments)]
+        total = -(-starts[-1] // multiple) * multiple
+        ids = np.zeros(total, dtype=np.int64)
+        positions = np.full(total, -1, dtype=np.int32)
+        table_row = np.zeros(total, dtype=np.int32)
+        write = np.full(total, DUMP_BLOCK * self._block_size, dtype=np.int32)
+        width = max(len(segment.row.blocks) for segment in segments)
+        table = np.zeros((len(segments), width), dtype=np.int32)
+        for number, (start, segment) in enumerate(zip(starts, segments, strict=False)):
+            some, row = slice(start, start + segment.length), segment.row
+            table[number, : len(row.blocks)] = row.blocks
+            ids[some] = row.tokens[segment.start : segment.stop]
+            positions[some] = own = np.arange(segment.start, segment.stop, dtype=np.int32)
+            table_row[some] = number
+            write[some] = table[number, own // self._block_size] * self._block_size + own % self._block_size
+        logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
+        rows = [
+            (segment.row.mix, range(start, start + segment.length))
+            for start, segment in zip(starts, segments, strict=False)
+        ]
+        return Batch(
+            input_ids=torch.from_numpy(ids)[None],
+            positions=torch.from_numpy(np.maximum(positions, 0).astype(np.int64))[None],
+            logit_rows=torch.from_numpy(logit_rows),
+            attention=AttentionStep(native=Contexts(positions, table_row, write, table)),
+            token_map=_grouped(rows, slot_of),
+            logit_map=_grouped([(mix, (number,)) for number, mix in enumerate(mixes)], slot_of),
+            sampled=sampled,
+            scored=scored,
+        )
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
     def _padded(self, length: int) -> int:
+        if self._row_multiple is not None:
+            return -(-length // self._row_multiple) * self._row_multiple
         return -(-length // TILE) * TILE if self._tiled else length
 
     def _layout(self, plan: Plan) -> tuple[list[int], int]:
@@ -225,6 +274,20 @@ class Packer:
 
     def _column(self, values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+
+def _grouped(rows: Iterable[tuple[AdapterMix, Iterable[int]]], slot_of: Mapping[str, int]) -> RowMap:
+    """The packed rows by what acts on them."""
+    groups: dict[AdapterMix, list[int]] = {}
+    for mix, some in rows:
+        if mix.terms:
+            groups.setdefault(mix, []).extend(some)
+    return RowMap(
+        groups=tuple(
+            RowGroup(tuple(some), tuple((slot_of[digest], weight) for digest, weight in mix.terms))
+            for mix, some in groups.items()
+        )
+    )
 
 
 def _decode_rows(count: int) -> int:

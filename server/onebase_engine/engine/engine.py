@@ -118,6 +118,7 @@ class Engine:
             self.model.device,
             tiled=self.model.tiled,
             products=self.model.find_products(limits.max_length),
+            row_multiple=None if self.model.kernels is None else self.model.row_multiple,
         )
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0

@@ -14,8 +14,9 @@ from onebase_engine.engine.attention import PagedAttention, UnsupportedAttention
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.kv_cache import KVCache, bytes_per_token
 from onebase_engine.engine.product_shapes import ProductShapes
+from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.lora.rows import TILE, RowMap, StepRows
-from onebase_engine.lora.slots import AdapterSlots, wrap_layers
+from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights
 
 
@@ -32,9 +33,12 @@ class ServedModel:
         self.tiled = self.device.type == "cpu"
         self._view: Any = view(base)
         self._rows = StepRows()
+        self.kernels = find_kernels(self.device, self.dtype)
         self._attention = PagedAttention()
-        modules = wrap_layers(self._view, self._rows, slots=slots, tiled=self.tiled)
+        modules = wrap_layers(self._view, self._rows, slots=slots, tiled=self.tiled, kernels=self.kernels)
         self._slots = AdapterSlots(modules, slots, self.device)
+        linear = [module.base for module in modules.values() if isinstance(module, SlotLinear)]
+        self._ragged = any(one.in_features % TILE or one.out_features % TILE for one in linear)
         try:
             self._attention.attach(self._view)
             self._probe()
@@ -61,6 +65,15 @@ class ServedModel:
             )
 
     @property
+    def row_multiple(self) -> int:
+        """What the packed rows of a step are padded to a multiple of.
+
+        PyTorch computes the last elements of an odd count in another way, and with it another row's. Without
+        kernels in C its products need their number of rows as well.
+        """
+        return 1 if self.kernels is not None and not self._ragged else TILE if self.tiled else 1
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.dtype)
 
@@ -71,6 +84,7 @@ class ServedModel:
     def allocate_kv(self, blocks: int, block_size: int) -> None:
         """Create the KV cache. Zeroed memory: on the CPU pages are taken only when written."""
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
+        self._attention.use(self.kernels, block_size)
 
     def move_slots(
         self, moves: Mapping[int, str | None], weights_of: Callable[[str], AdapterWeights]

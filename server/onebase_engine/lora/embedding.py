@@ -27,14 +27,19 @@ class SlotEmbedding(SlotModule):
         if not self.filled:
             return y
         flat, out = ids.reshape(-1), y.view(-1, y.shape[-1])
+        if self.rows.groups:
+            self.on_groups(flat, out, self.filled, self._act_on)
+            return y
         for start, stop, terms in self.rows.parts(self._terms):
-            some, part = flat[start:stop], out[start:stop]
-            bare = part.clone() if self.replaces(terms) else part
-            delta = self._delta(some, terms)
-            if delta is not None:
-                part.copy_(part.float() + delta)
-            self.replace(some, bare, part, terms)
+            self._act_on(flat[start:stop], out[start:stop], terms)
         return y
+
+    def _act_on(self, ids: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...]) -> None:
+        bare = y.clone() if self.replaces(terms) else y
+        delta = self._delta(ids, terms)
+        if delta is not None:
+            y.copy_(y.float() + delta)
+        self.replace(ids, bare, y, terms)
 
     def replacement(self, weights: ModuleWeights) -> Replacement | None:
         if isinstance(weights, SavedModule):

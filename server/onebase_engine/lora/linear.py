@@ -15,7 +15,7 @@ it gives the very bits of each slot's own products.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_engine.kernels.cpu import CpuKernels
 from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
 from onebase_engine.lora.rows import TILE, Stack, StepRows, Term
 from onebase_engine.lora.stacked_weights import StackedWeights
@@ -37,8 +38,16 @@ class SlotLinear(SlotModule):
     """A linear layer (plain, 4-bit or 8-bit) with one adapter per slot."""
 
     def __init__(
-        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
+        self,
+        base: nn.Module,
+        step: StepRows,
+        *,
+        slots: int,
+        tiled: bool,
+        head: bool = False,
+        kernels: CpuKernels | None = None,
     ) -> None:
+        """`kernels`: by which the layer is computed as far as they give the same bits."""
         super().__init__(base, step, slots=slots, tiled=tiled, head=head)
         self._kind = type(base).__name__
         self.quantized = self._kind in ("Linear4bit", "Linear8bitLt")
@@ -46,9 +55,12 @@ class SlotLinear(SlotModule):
         self.stacked = StackedWeights(slots, keep=tiled)
         self._stacks: bool | None = None
         """Whether they may stand for each slot's own products; None until asked after a change."""
+        self._native = kernels.linear(base, slots, self._plain_weight) if kernels is not None else None
 
     def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
         self.stacked.put(slot, weights)
+        if self._native is not None:
+            self._native.put(slot, weights)
         self._stacks = None
 
     def plain(self, slot: int) -> LoraWeights | None:
@@ -57,8 +69,17 @@ class SlotLinear(SlotModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y = self._base_rows(flat)
-        if self.filled:
+        acting: Collection[int] = self.filled
+        if self._native is None:
+            y = self._base_rows(flat)
+        elif self._native.foreign:
+            y = self._native(flat.contiguous(), None)
+        else:
+            y = self._native(flat.contiguous(), self.rows.row_terms)
+            acting = self.replacements
+        if acting and self.rows.groups:
+            self.on_groups(flat, y, acting, self._act_on)
+        elif acting:
             self._act(flat, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -85,7 +106,9 @@ class SlotLinear(SlotModule):
             some = slice(rows.stack.start, rows.stack.stop)
             self._act_on(x[some], y[some], self.stack_terms(rows.stack), rows.stack)
 
-    def _act_on(self, x: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...], stack: Stack | None) -> None:
+    def _act_on(
+        self, x: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...], stack: Stack | None = None
+    ) -> None:
         bare = y.clone() if self.replaces(terms) else y
         delta = self._delta(x, terms) if stack is None else self.stacked.delta(x.float(), stack)
         if delta is not None and self.quantized:
@@ -138,20 +161,22 @@ class SlotLinear(SlotModule):
 
     def _base_rows(self, x: torch.Tensor) -> torch.Tensor:
         """base(x) [rows, out]; on the CPU by tiles, with a 4-bit weight dequantized once for all of them."""
-        if not self.tiled or self._kind == "Linear8bitLt" or (len(x) <= TILE and not self.quantized):
+        if not self.tiled:
             y: torch.Tensor = self.base(x)
             return y
-        weight, bias, dtype = self._plain_weight()
-        if len(x) <= TILE:
-            return functional.linear(x.to(dtype), weight, bias).to(x.dtype)
-        tiles = [functional.linear(part, weight, bias) for part in torch.split(x.to(dtype), TILE)]
-        return torch.cat(tiles).to(x.dtype)
+        padded = functional.pad(x, (0, 0, 0, -len(x) % TILE))
+        if self._kind == "Linear8bitLt":
+            y = self.base(padded)
+            return y[: len(x)]
+        weight, bias = self._plain_weight()
+        tiles = [functional.linear(part, weight, bias) for part in torch.split(padded.to(weight.dtype), TILE)]
+        return torch.cat(tiles)[: len(x)].to(x.dtype)
 
-    def _plain_weight(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
-        """Weight, bias and the dtype of the product, as `Linear4bit.forward` has them on the CPU."""
+    def _plain_weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias in the dtype of the product, as `Linear4bit.forward` has them on the CPU."""
         weight, bias = self.base.weight, self.base.bias
         if not self.quantized:
-            return weight, bias, weight.dtype
+            return weight, bias
         dtype = self.base.compute_dtype
         state = weight.quant_state
         if self._absmax is None:
@@ -159,7 +184,7 @@ class SlotLinear(SlotModule):
         plain = torch.ops.bitsandbytes.dequantize_4bit.default(
             weight, self._absmax, state.blocksize, state.quant_type, state.shape, dtype
         )
-        return plain, None if bias is None else bias.to(dtype), dtype
+        return plain, None if bias is None else bias.to(dtype)
 
 
 def plain_absmax(state: Any) -> torch.Tensor:

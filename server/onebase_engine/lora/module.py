@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -74,6 +74,21 @@ class SlotModule(nn.Module):
             if term.slot in self.replacements:
                 own = self.replacements[term.slot](x, bare)
                 y.copy_(own if term.mask is None else torch.where(term.mask, own, y))
+
+    def on_groups(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        acting: Collection[int],
+        act: Callable[[torch.Tensor, torch.Tensor, tuple[Term, ...]], None],
+    ) -> None:
+        """Let `act` change rows of `y`, tile by tile of the groups that have any of the slots `acting`."""
+        for group in self.rows.groups:
+            if any(slot in acting for slot, _ in group.terms):
+                for rows, count, terms in group.tiles():
+                    part = y[rows]
+                    act(x[rows], part, terms)
+                    y[rows[:count]] = part[:count]
 
     def replaces(self, terms: tuple[Term, ...]) -> bool:
         return any(term.slot in self.replacements for term in terms)

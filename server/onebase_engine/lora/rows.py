@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.nn import functional
+
+from onebase_engine.kernels.cpu import RowTerms
 
 TILE = 32
 """Rows of every product on the CPU. oneDNN's bf16 kernels agree for any count up to 32 (not from 33),
@@ -73,11 +76,37 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """Packed rows, one next to the other or not, that have the same slots and weights."""
+
+    rows: tuple[int, ...]
+    terms: tuple[tuple[int, float], ...]
+    """(slot, weight), in the order in which they are summed."""
+
+    def tiles(self) -> Iterator[tuple[torch.Tensor, int, tuple[Term, ...]]]:
+        """TILE rows each, the last of them repeated to fill the last tile; how many are real; the terms."""
+        terms = tuple(
+            Term(slot, weight=None if weight == 1.0 else torch.full((TILE, 1), weight))
+            for slot, weight in self.terms
+        )
+        for first in range(0, len(self.rows), TILE):
+            some = self.rows[first : first + TILE]
+            yield torch.tensor(some + some[-1:] * (TILE - len(some))), len(some), terms
+
+
+@dataclass(frozen=True)
 class RowMap:
-    """Which slots act on which packed rows of one forward pass."""
+    """Which slots act on which packed rows of one forward pass: by groups for the kernels in C, else by tiles
+    and a stack."""
 
     tiles: tuple[Tile, ...] = ()
     stack: Stack | None = None
+    groups: tuple[RowGroup, ...] = ()
+
+    @cached_property
+    def row_terms(self) -> RowTerms:
+        """The groups as the kernels in C read them."""
+        return RowTerms([(group.rows, group.terms) for group in self.groups])
 
     def parts(
         self, of_stack: Callable[[Stack], tuple[Term, ...]]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.layers import hidden_norms, input_embedding, output_head
+from onebase_engine.kernels.cpu import CpuKernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
@@ -32,11 +33,23 @@ __all__ = [
 class SlotNorm(SlotModule):
     """A norm over the hidden size; rows whose adapter saved it (`modules_to_save`) get that weight."""
 
+    def __init__(
+        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: CpuKernels | None = None
+    ) -> None:
+        """`kernels`: by which the norm is computed if they give its bits."""
+        super().__init__(base, step, slots=slots, tiled=tiled)
+        self._native = kernels.rms_norm(base) if kernels is not None else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
+        y: torch.Tensor = self.base(x) if self._native is None else self._native(x)
         if not self.filled:
             return y
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if self.rows.groups:
+            self.on_groups(
+                flat, out, self.filled, lambda some, own, terms: self.replace(some, own, own, terms)
+            )
+            return y
         for start, stop, terms in self.rows.parts(self.stack_terms):
             some = out[start:stop]
             self.replace(flat[start:stop], some, some, terms)
@@ -49,10 +62,13 @@ class SlotNorm(SlotModule):
         return lambda x, bare: twin(x)
 
 
-def wrap_layers(model: nn.Module, step: StepRows, *, slots: int, tiled: bool) -> dict[str, SlotModule]:
+def wrap_layers(
+    model: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: CpuKernels | None = None
+) -> dict[str, SlotModule]:
     """Replace a view's linear layers, input embedding and norms by slot modules; returns them by name.
 
-    The view's own base layers stay inside the wrappers: the loaded base is untouched.
+    The view's own base layers stay inside the wrappers: the loaded base is untouched. With `kernels` rows are
+    told apart by groups (`RowMap.groups`).
     """
     head, embedding = output_head(model), input_embedding(model)
     norms = {id(module) for _, module in hidden_norms(model)}
@@ -61,9 +77,11 @@ def wrap_layers(model: nn.Module, step: StepRows, *, slots: int, tiled: bool) ->
         if module is embedding:
             slot_module: SlotModule = SlotEmbedding(module, step, slots=slots, tiled=tiled)
         elif isinstance(module, nn.Linear):
-            slot_module = SlotLinear(module, step, slots=slots, tiled=tiled, head=module is head)
+            slot_module = SlotLinear(
+                module, step, slots=slots, tiled=tiled, head=module is head, kernels=kernels
+            )
         elif id(module) in norms:
-            slot_module = SlotNorm(module, step, slots=slots, tiled=tiled)
+            slot_module = SlotNorm(module, step, slots=slots, tiled=tiled, kernels=kernels)
         else:
             continue
         parent, _, child = name.rpartition(".")

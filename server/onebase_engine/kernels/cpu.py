@@ -1,0 +1,466 @@
+"""The engine's products, attention and norms on a CPU, by a small library in C (`native/`).
+
+It is used only where a trial on this machine shows PEFT's own bits: libraries choose their order of summation
+by processor, threads and shape. Elsewhere, and without the library, PyTorch computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from onebase_engine.lora.weights import LoraWeights
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).with_name("native") / "libonebase_kernels.so"
+CHOICE = "ONEBASE_KERNELS"
+"""Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
+ABI = 1
+LANES = 16
+TRIAL_ROWS = 32
+"""Rows of the products whose bits are compared: those of PEFT's as the proof computes them."""
+TRIAL_OUTPUTS = 1 << 20
+IN_MULTIPLE = 32
+_MOST_BLOCKS = 64
+_BLOCKS = (1024, 512, 256, 4096)
+"""Terms that a library may sum before it adds them to the rest, in the order in which they are tried."""
+_NF4, _BF16 = 0, 1
+
+
+class _Order(ctypes.Structure):
+    _fields_ = (("blocks", c_int64), ("ends", c_int32 * _MOST_BLOCKS), ("group", c_int32 * _MOST_BLOCKS))
+
+
+class _Lora(ctypes.Structure):
+    _fields_ = (
+        ("a", c_void_p), ("b", c_void_p), ("rank", c_int64),
+        ("shrink", POINTER(_Order)), ("expand", POINTER(_Order)), ("scale", c_float), ("reserved", c_int32),
+    )  # fmt: skip
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("kind", c_int64), ("size_in", c_int64), ("size_out", c_int64), ("weight", c_void_p),
+        ("absmax", c_void_p), ("code", c_void_p), ("blocksize_log2", c_int64), ("bias", c_void_p),
+        ("block", c_int64),        ("quantized", c_int64), ("lora", POINTER(_Lora)),
+    )  # fmt: skip
+
+
+class _Groups(ctypes.Structure):
+    _fields_ = (
+        ("groups", c_int64), ("row_starts", c_void_p), ("row", c_void_p), ("term_starts", c_void_p),
+        ("slot", c_void_p), ("weight", c_void_p),
+    )  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("keys", c_void_p), ("values", c_void_p), ("kv_heads", c_int64), ("groups", c_int64),
+        ("key_dim", c_int64), ("value_dim", c_int64), ("slots", c_int64), ("block_size", c_int64),
+        ("scaling", c_float),
+        ("softcap", c_float), ("window", c_int64),
+    )  # fmt: skip
+
+
+class _Contexts(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_int64), ("position", c_void_p), ("table_row", c_void_p), ("write", c_void_p),
+        ("table", c_void_p), ("table_width", c_int64),
+    )  # fmt: skip
+
+
+class _Projected(ctypes.Structure):
+    _fields_ = (
+        ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("q_row", c_int64), ("q_head", c_int64),
+        ("k_row", c_int64), ("k_head", c_int64), ("v_row", c_int64), ("v_head", c_int64), ("out", c_void_p),
+    )  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "onebase_abi": (c_int64, ()),
+    "onebase_choose": (c_char_p, (c_char_p,)),
+    "onebase_use_threads": (c_int64, (c_int64,)),
+    "onebase_linear_rows": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
+    "onebase_attend": (c_int, (c_void_p, c_void_p, c_void_p)),
+    "onebase_rms_norm": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
+    "onebase_sums": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
+}
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """Which adapters act on which packed rows: groups of rows that have the same slots and weights.
+
+    A group has at least one term. Within a row terms are summed in the order given.
+    """
+
+    groups: Sequence[tuple[Sequence[int], Sequence[tuple[int, float]]]]
+    """(rows, (slot, weight) of each term)"""
+    _held: list[Any] = field(default_factory=list)
+
+    @property
+    def pointer(self) -> int | None:
+        """Of the library's own structure, made once; None without groups."""
+        if not self.groups:
+            return None
+        if not self._held:
+            rows, terms = [rows for rows, _ in self.groups], [terms for _, terms in self.groups]
+            flat = [term for some in terms for term in some]
+            arrays = [
+                np.cumsum([0, *map(len, rows)], dtype=np.int32),
+                np.concatenate([np.asarray(some, dtype=np.int32) for some in rows]),
+                np.cumsum([0, *map(len, terms)], dtype=np.int32),
+                np.array([slot for slot, _ in flat], dtype=np.int32),
+                np.array([weight for _, weight in flat], dtype=np.float32),
+            ]
+            groups = _Groups(len(rows), *(array.ctypes.data for array in arrays))
+            self._held.extend((ctypes.addressof(groups), groups, arrays))
+        pointer: int = self._held[0]
+        return pointer
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Of one step, in packed order: each row's position (-1 for padding), its row of `table`, the KV slot
+    that its key and value go to; `table` [contexts, blocks] are KV blocks. All int32."""
+
+    position: np.ndarray
+    table_row: np.ndarray
+    write: np.ndarray
+    table: np.ndarray
+
+    @cached_property
+    def structure(self) -> _Contexts:
+        arrays = (self.position, self.table_row, self.write, self.table)
+        return _Contexts(len(self.position), *(a.ctypes.data for a in arrays), self.table.shape[1])
+
+
+def find_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
+    """The library's kernels for a base of this dtype; None where PyTorch computes."""
+    kernels = load_library() if device.type == "cpu" and dtype == torch.bfloat16 else None
+    if kernels is not None:
+        kernels.use_threads()
+    return kernels
+
+
+@cache
+def load_library() -> CpuKernels | None:
+    """The library's kernels for this processor; None, with the reason in the log, where PyTorch computes."""
+    wanted = os.environ.get(CHOICE, "")
+    if wanted == "torch":
+        return None
+    if not LIBRARY.exists():
+        logger.warning("kernels: PyTorch, since the library in C was not built; install a C compiler")
+        return None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        logger.warning("kernels: PyTorch, since %s cannot be loaded: %s", LIBRARY, error)
+        return None
+    if library.onebase_abi() != ABI:
+        logger.warning("kernels: PyTorch, since %s is of another version; install OneBase again", LIBRARY)
+        return None
+    chosen = library.onebase_choose(wanted.encode() or None)
+    if chosen is None:
+        logger.warning("kernels: PyTorch, since this processor has none of %s=%s", CHOICE, wanted)
+        return None
+    return CpuKernels(library, chosen.decode())
+
+
+class CpuKernels:
+    """The library, and what trials have shown of it on this machine."""
+
+    def __init__(self, library: Any, name: str) -> None:
+        self.name = name
+        self._library = library
+        self._blocks: dict[tuple[Any, ...], int | None] = {}
+        self._orders: dict[tuple[int, int, int], _Order | None] = {}
+        self.threads = 0
+        self.use_threads()
+
+    def use_threads(self) -> None:
+        """As many as PyTorch has."""
+        if self.threads != torch.get_num_threads():
+            self.threads = torch.get_num_threads()
+            self._library.onebase_use_threads(self.threads)
+
+    def linear(
+        self, base: Any, slots: int, plain: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> NativeLinear | None:
+        """A linear layer of the base with `slots` adapters; None where a trial does not show PEFT's bits.
+
+        Args:
+            plain: the layer's weight [out, in] and bias [out], bf16, as PyTorch multiplies with them.
+        """
+        weight = base.weight
+        if base.in_features % IN_MULTIPLE or not weight.is_contiguous() or weight.device.type != "cpu":
+            return None
+        if not (_is_nf4(base) or (type(base) is nn.Linear and weight.dtype == torch.bfloat16)):
+            return None
+        layer = NativeLinear(self, base, slots)
+        key = (layer.kind, base.in_features, base.out_features, base.bias is not None, self.threads)
+        if key not in self._blocks:
+            self._blocks[key] = self._find_block(layer, *plain())
+        block = self._blocks[key]
+        if block is None:
+            return None
+        layer.structure.block = block
+        return layer
+
+    @torch.inference_mode()
+    def _find_block(self, layer: NativeLinear, weight: torch.Tensor, bias: torch.Tensor | None) -> int | None:
+        for block in (layer.size_in, *_BLOCKS):
+            layer.structure.block = block
+            tried = _inputs(layer.size_in, layer.size_out)
+            if all(torch.equal(layer(x, None), functional.linear(x, weight, bias)) for x in tried):
+                return block
+        logger.info(
+            "kernels: PyTorch for layers of %d by %d, whose bits %s kernels do not give",
+            layer.size_out, layer.size_in, self.name,
+        )  # fmt: skip
+        return None
+
+    def order(self, inner: int, outer: int) -> _Order | None:
+        """The order of PyTorch's fp32 products of `inner` terms, for TRIAL_ROWS rows and `outer` outputs.
+
+        None if it is not found, or the library cannot sum so.
+        """
+        key = (inner, outer, self.threads)
+        if key not in self._orders:
+            self._orders[key] = self._find_order(inner, outer)
+        return self._orders[key]
+
+    def _find_order(self, inner: int, outer: int) -> _Order | None:
+        draw = torch.Generator().manual_seed(0)
+        x, weight = torch.randn(TRIAL_ROWS, inner, generator=draw), torch.randn(outer, inner, generator=draw)
+        wanted = functional.linear(x, weight)
+        for find in (_one_block, _probed_blocks):
+            order = find(inner, outer)
+            if order is not None and torch.equal(self._sums(order, x, weight), wanted):
+                return order
+        return None
+
+    def _sums(self, order: _Order, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(-(-len(weight) // LANES), len(x), LANES)
+        for part in range(len(out)):
+            some = weight[part * LANES : (part + 1) * LANES]
+            self._library.onebase_sums(
+                ctypes.addressof(order), x.data_ptr(), len(x), some.data_ptr(), len(some), x.shape[1],
+                out[part].data_ptr(),
+            )  # fmt: skip
+        return out.permute(1, 0, 2).reshape(len(x), -1)[:, : len(weight)]
+
+    def rms_norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """A root mean square norm of the base; None where a trial does not show its own bits."""
+        weight, eps = (
+            getattr(base, "weight", None),
+            getattr(base, "variance_epsilon", getattr(base, "eps", None)),
+        )
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+            return None
+        if (
+            weight.dtype != torch.bfloat16
+            or weight.numel() % LANES
+            or getattr(base, "bias", None) is not None
+        ):
+            return None
+        run, size = self._library.onebase_rms_norm, weight.numel()
+
+        def norm(x: torch.Tensor) -> torch.Tensor:
+            x = x.contiguous()
+            y = torch.empty_like(x)
+            _check(run(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps))
+            return y
+
+        with torch.inference_mode():
+            same = all(torch.equal(norm(x), base(x)) for x in _inputs(size, size))
+        return norm if same else None
+
+    def attention(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        heads: int,
+        block_size: int,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> NativeAttention:
+        """Attention of one layer over its KV cache: keys, values [kv_heads, slots, dim] bf16."""
+        kv_heads, slots, dim = keys.shape
+        return NativeAttention(
+            self._library,
+            _Attention(
+                keys.data_ptr(), values.data_ptr(), kv_heads, heads // kv_heads, dim, values.shape[2], slots,
+                block_size, scaling, softcap or 0.0, window or 0,
+            ),
+        )  # fmt: skip
+
+
+class NativeLinear:
+    """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
+
+    def __init__(self, kernels: CpuKernels, base: Any, slots: int) -> None:
+        self._kernels = kernels
+        self._run = kernels._library.onebase_linear_rows
+        self.size_in, self.size_out = base.in_features, base.out_features
+        self.kind = _NF4 if _is_nf4(base) else _BF16
+        self._lora = (_Lora * slots)()
+        self._held: dict[int, Any] = {}
+        self.foreign: set[int] = set()
+        """Slots whose products PyTorch must make, since it sums them in an order that the library has not."""
+        weight, bias = base.weight, base.bias
+        self._base: list[Any] = [weight, None if bias is None else bias.to(torch.bfloat16)]
+        absmax = code = None
+        shift = 0
+        if self.kind == _NF4:
+            from onebase_engine.lora.linear import plain_absmax
+
+            state = weight.quant_state
+            absmax, code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
+            shift = state.blocksize.bit_length() - 1
+            self._base += [absmax, code]
+        self.structure = _Linear(
+            self.kind, self.size_in, self.size_out, weight.data_ptr(),
+            None if absmax is None else absmax.data_ptr(), None if code is None else code.data_ptr(), shift,
+            None if bias is None else self._base[1].data_ptr(), self.size_in, self.kind == _NF4,
+            ctypes.cast(self._lora, POINTER(_Lora)),
+        )  # fmt: skip
+        self._pointer = ctypes.addressof(self.structure)
+
+    def __call__(self, x: torch.Tensor, rows: RowTerms | None) -> torch.Tensor:
+        """x [rows, in] bf16, contiguous -> [rows, out] bf16."""
+        y = torch.empty(len(x), self.size_out, dtype=torch.bfloat16)
+        terms = None if rows is None or not self._held else rows.pointer
+        _check(self._run(self._pointer, terms, x.data_ptr(), y.data_ptr(), len(x)))
+        return y
+
+    def put(self, slot: int, weights: LoraWeights | None) -> None:
+        """Place a plain LoRA in a slot, or empty it with None."""
+        self._held.pop(slot, None)
+        self.foreign.discard(slot)
+        self._lora[slot] = _Lora()
+        if weights is None:
+            return
+        shrink = self._kernels.order(self.size_in, weights.rank)
+        expand = self._kernels.order(weights.rank, self.size_out)
+        if shrink is None or expand is None:
+            self.foreign.add(slot)
+            return
+        a, b = weights.a.contiguous(), weights.b.contiguous()
+        orders = ctypes.pointer(shrink), ctypes.pointer(expand)
+        self._held[slot] = (a, b)
+        self._lora[slot] = _Lora(a.data_ptr(), b.data_ptr(), weights.rank, *orders, weights.scale, 0)
+
+
+class NativeAttention:
+    """Attention of one layer by the library."""
+
+    def __init__(self, library: Any, structure: _Attention) -> None:
+        self._run = library.onebase_attend
+        self._structure = structure
+        self._pointer = ctypes.addressof(structure)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+        """Write k and v into the cache, and attend.
+
+        q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v].
+        """
+        q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
+        out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=torch.bfloat16)
+        step = _Projected(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), q.stride(0), k.stride(1), k.stride(0),
+            v.stride(1), v.stride(0), out.data_ptr(),
+        )  # fmt: skip
+        _check(self._run(self._pointer, ctypes.addressof(contexts.structure), ctypes.addressof(step)))
+        return out
+
+
+def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
+    """Rows [TRIAL_ROWS, in] bf16 that give TRIAL_OUTPUTS: another order changes one in ten thousand."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(-(-TRIAL_OUTPUTS // (TRIAL_ROWS * size_out))):
+        yield torch.randn(TRIAL_ROWS, size_in, generator=draw).to(torch.bfloat16)
+
+
+def _check(result: int) -> None:
+    if result:
+        raise MemoryError("the kernels have no memory for this step")
+
+
+def _is_nf4(base: Any) -> bool:
+    if type(base).__name__ != "Linear4bit" or base.compute_dtype != torch.bfloat16:
+        return False
+    state = base.weight.quant_state
+    # bitsandbytes gives other weights where a block lies in two rows.
+    whole = state.blocksize & (state.blocksize - 1) == 0 and base.in_features % state.blocksize == 0
+    return bool(state.quant_type == "nf4" and whole and base.weight.dtype == torch.uint8)
+
+
+# ---- in which order PyTorch sums ---------------------------------------------------------------
+
+
+def _ordered(ends: Sequence[int], groups: Sequence[int]) -> _Order:
+    order = _Order(blocks=len(ends))
+    order.ends[: len(ends)] = list(ends)
+    order.group[: len(groups)] = list(groups)
+    return order
+
+
+def _one_block(inner: int, outer: int) -> _Order | None:
+    return _ordered([inner], [0])
+
+
+def _probed_blocks(inner: int, outer: int) -> _Order | None:
+    """Terms one after the other in blocks, those in groups; None if it has more than that.
+
+    Two huge terms that cancel swallow what is added between them: what is left of a sum of ones tells how
+    many terms were summed before the two met (FPRev, arXiv 2411.00442).
+    """
+    x, weight = torch.ones(TRIAL_ROWS, inner), torch.ones(outer, inner)
+
+    def met(first: int, second: int) -> int:
+        weight[0, first], weight[0, second] = 2.0**60, -(2.0**60)
+        left = float(functional.linear(x, weight)[0, 0])
+        weight[0, first] = weight[0, second] = 1.0
+        return inner - round(left)
+
+    ends: list[int] = []
+    groups: list[int] = []
+    start = opened = 0
+    while start < inner:
+        low, high = start + 1, inner  # the block holds at least `low - start` terms, at most `high - start`
+        while low < high:
+            middle = (low + high + 1) // 2
+            if met(start, middle - 1) == middle - start:
+                low = middle
+            else:
+                high = middle - 1
+        if not ends:
+            groups.append(0)
+        elif met(opened, start) == low - opened:
+            groups.append(groups[-1])
+        else:
+            groups.append(groups[-1] + 1)
+            opened = start
+        ends.append(low)
+        if len(ends) > _MOST_BLOCKS:
+            return None
+        start = low
+    return _ordered(ends, groups)

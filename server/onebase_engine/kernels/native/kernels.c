@@ -1,0 +1,881 @@
+/* The kernels themselves, compiled once for each set of instructions: ONEBASE_KERNELS is the table's name.
+ *
+ * A product goes by panels of 16 outputs. Weights of a panel are unpacked into a scratch that stays in the
+ * cache, as the bits that bitsandbytes' `dequantize_4bit` gives, and multiplied with all rows of the batch.
+ */
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "threads.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+/* Rows that are multiplied at once, by registers. */
+#define AT_ONCE 8
+/* Rows of an AMX tile, and tiles of rows that stay in registers over all of `in`. */
+#define TILE 16
+#define TILES 4
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float loose_floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+#define EACH(value) ((floats){0} + (value))
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+static inline floats load(const float *from) { return *(const loose_floats *)from; }
+static inline void store(float *to, floats value) { *(loose_floats *)to = value; }
+
+static inline float widened(bf16 half) {
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline floats widen(const bf16 *from) {
+  words bits = __builtin_convertvector(*(const loose_halves *)from, words) << 16;
+  return (floats)bits;
+}
+
+/* Zeros from `count` on. */
+static inline floats widen_some(const bf16 *from, int64_t count) {
+  if (count >= LANES) return widen(from);
+  bf16 some[LANES] = {0};
+  memcpy(some, from, count * sizeof(bf16));
+  return widen(some);
+}
+
+/* To the nearest, ties to even, as torch rounds; a NaN stays one. */
+static inline words narrowed(floats value) {
+  words bits = (words)value;
+  words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  words odd = (words)(value != value);
+  return (rounded & ~odd) | (odd & 0x7fc0);
+}
+
+static inline void narrow(bf16 *to, floats value) {
+  *(loose_halves *)to = __builtin_convertvector(narrowed(value), halves);
+}
+
+/* The value as bf16 holds it. */
+static inline floats rounded(floats value) { return (floats)(narrowed(value) << 16); }
+
+static inline floats choose(ints which, floats yes, floats no) {
+  return (floats)(((words)yes & (words)which) | ((words)no & ~(words)which));
+}
+
+/* a * b + c, rounded once where the processor can. */
+static inline floats fused(floats a, floats b, floats c) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  union {
+    floats all;
+    __m256 half[2];
+  } x = {a}, y = {b}, z = {c};
+  for (int i = 0; i < 2; i++) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
+  return z.all;
+#else
+  return a * b + c;
+#endif
+}
+
+static inline float sum_of(floats value) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+  return sum;
+}
+
+static inline void transpose(const float *from, int64_t stride, float *to) {
+#ifdef __AVX512F__
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      __m512d low = _mm512_castps_pd(t[i + j]), high = _mm512_castps_pd(t[i + j + 2]);
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    _mm512_storeu_ps(to + 16 * i, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_ps(to + 16 * (i + 8), _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[16 * j + i] = from[i * stride + j];
+#endif
+}
+
+/* ---- weights ------------------------------------------------------------------------------- */
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+/* The 16 weights that a block may have, twice, as bf16. */
+static inline __m512i shades_of(floats code, const float *absmax) {
+  __m512 shades = _mm512_mul_ps((__m512)code, _mm512_set1_ps(*absmax));
+#ifdef __AVX512BF16__
+  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(shades));
+#else
+  return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)narrowed((floats)shades)));
+#endif
+}
+
+/* Bytes by which weights are asked for before they are needed: memory answers late. */
+#define AHEAD 4096
+
+/* 32 weights from 16 bytes: a byte stands in two words, shifted to its high and to its low value. The table's
+ * second half makes a value's fifth bit meaningless. */
+static inline void unpack_32(const uint8_t *packed, __m512i shades, bf16 *to) {
+  const __m512i spread = _mm512_set_epi64(
+      (int64_t)0x800f800f800e800e, (int64_t)0x800d800d800c800c, (int64_t)0x800b800b800a800a,
+      (int64_t)0x8009800980088008, (int64_t)0x8007800780068006, (int64_t)0x8005800580048004,
+      (int64_t)0x8003800380028002, (int64_t)0x8001800180008000);
+  __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)packed));
+  __m512i values = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(values, shades));
+}
+
+/* `count` 4-bit weights from the flat index `first` on, both of 32, as bf16. */
+static inline void unpack(const onebase_linear *layer, int64_t first, int64_t count, bf16 *to) {
+  const uint8_t *packed = (const uint8_t *)layer->weight + first / 2;
+  const float *absmax = layer->absmax + (first >> layer->blocksize_log2);
+  floats code = load(layer->code);
+  if (layer->blocksize_log2 == 6 && (first | count) % 64 == 0) {
+    for (int64_t done = 0; done < count; done += 64, packed += 32) {
+      __m512i shades = shades_of(code, absmax++);
+      unpack_32(packed, shades, to + done);
+      unpack_32(packed + 16, shades, to + done + 32);
+      __builtin_prefetch(packed + AHEAD);
+    }
+    return;
+  }
+  for (int64_t done = 0; done < count; done += 32, packed += 16)
+    unpack_32(packed, shades_of(code, layer->absmax + ((first + done) >> layer->blocksize_log2)), to + done);
+}
+
+#else
+
+static inline void unpack(const onebase_linear *layer, int64_t first, int64_t count, bf16 *to) {
+  const uint8_t *packed = (const uint8_t *)layer->weight + first / 2;
+  floats code = load(layer->code);
+  bf16 shades[LANES];
+  for (int64_t done = 0; done < count; done += 2, packed++) {
+    if (done % 32 == 0) narrow(shades, code * EACH(layer->absmax[(first + done) >> layer->blocksize_log2]));
+    to[done] = shades[*packed >> 4];
+    to[done + 1] = shades[*packed & 15];
+  }
+}
+
+#endif
+
+/* Terms `first .. last` of each of a panel's outputs, a row of `last - first` bf16 for each of the 16. Returns
+ * where they lie and the stride between rows: in the scratch, or where the layer has them. */
+static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t first, int64_t last,
+                            bf16 *scratch, int64_t *stride) {
+  int64_t outputs = least(LANES, layer->out - panel * LANES), terms = last - first;
+  if (layer->kind == ONEBASE_BF16 && outputs == LANES) {
+    *stride = layer->in;
+    return (const bf16 *)layer->weight + panel * LANES * layer->in + first;
+  }
+  *stride = terms;
+  for (int64_t output = 0; output < outputs; output++) {
+    int64_t start = (panel * LANES + output) * layer->in + first;
+    if (layer->kind == ONEBASE_NF4) unpack(layer, start, terms, scratch + output * terms);
+    else memcpy(scratch + output * terms, (const bf16 *)layer->weight + start, terms * sizeof(bf16));
+  }
+  memset(scratch + outputs * terms, 0, (LANES - outputs) * terms * sizeof(bf16));
+  return scratch;
+}
+
+/* ---- the product --------------------------------------------------------------------------- */
+
+typedef struct {
+  const onebase_linear *layer;
+  const onebase_groups *groups;
+  const bf16 *x;
+  bf16 *y;
+  int64_t rows;
+  uint32_t *tiles;   /* AMX: pairs of terms of 16 rows, [tiles, in / 2, tile] */
+  int64_t tile;      /* rows of each of them */
+  float *floats;     /* [rows, in], of rows that an adapter acts on */
+  float *hidden;     /* x A^T of each term of each group, [rows, rank] */
+  int64_t *starts;   /* of the hidden of each term */
+  int32_t *jobs;     /* pairs: group, its first row */
+  int64_t job_count;
+  float *panels;     /* of each thread */
+  int64_t panel_size;
+  int64_t panels_at_once;
+} product;
+
+/* Rows of a group that are taken at once. */
+#define SHRUNK 32
+
+#ifdef __AMX_BF16__
+
+typedef struct {
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+} tile_config;
+
+static void configure(int64_t tile) {
+  tile_config config = {.palette = 1};
+  for (int i = 0; i < 7; i++) {
+    config.rows[i] = 16;
+    config.bytes[i] = i < 6 ? 4 * tile : 64;
+  }
+  _tile_loadconfig(&config);
+}
+
+/* Tiles 0 to 3 hold sums [16 outputs, rows], 5 a tile of rows, 6 one of weights. */
+static inline void multiply_tiles(const bf16 *weights, int64_t stride, const uint32_t *rows, int64_t next,
+                                  int64_t tile, int64_t terms, int count) {
+  for (int64_t k = 0; k < terms; k += 32) {
+    _tile_loadd(6, weights + k, stride * 2);
+    const uint32_t *pairs = rows + k / 2 * tile;
+    _tile_loadd(5, pairs, tile * 4);
+    _tile_dpbf16ps(0, 6, 5);
+    if (count < 2) continue;
+    _tile_loadd(5, pairs + next, tile * 4);
+    _tile_dpbf16ps(1, 6, 5);
+    if (count < 3) continue;
+    _tile_loadd(5, pairs + 2 * next, tile * 4);
+    _tile_dpbf16ps(2, 6, 5);
+    if (count < 4) continue;
+    _tile_loadd(5, pairs + 3 * next, tile * 4);
+    _tile_dpbf16ps(3, 6, 5);
+  }
+}
+
+static inline void store_tile(int number, float *to) {
+  switch (number) {
+    case 0: _tile_stored(0, to, 64); break;
+    case 1: _tile_stored(1, to, 64); break;
+    case 2: _tile_stored(2, to, 64); break;
+    default: _tile_stored(3, to, 64);
+  }
+}
+
+/* Sums of one panel over all rows, [rows, 16]. */
+static void multiply(const product *p, int64_t panel, float *scratch, float *sums) {
+  const onebase_linear *layer = p->layer;
+  int64_t in = layer->in, next = in / 2 * p->tile, tiles = parts_of(p->rows, p->tile), stride;
+  int64_t step = tiles > TILES ? in : least(in, 512);
+  _Alignas(64) float square[16 * 16];
+  const bf16 *weights = NULL;
+  if (step == in) weights = panel_of(layer, panel, 0, in, (bf16 *)scratch, &stride);
+  for (int64_t first = 0; first < tiles; first += TILES) {
+    int count = (int)least(TILES, tiles - first);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < in; k += step) {
+      int64_t terms = least(step, in - k);
+      if (step != in) weights = panel_of(layer, panel, k, k + terms, (bf16 *)scratch, &stride);
+      multiply_tiles(weights, stride, p->tiles + first * next + k / 2 * p->tile, next, p->tile, terms, count);
+    }
+    for (int i = 0; i < count; i++) {
+      float *to = sums + (first + i) * p->tile * LANES;
+      if (p->tile == 1) {
+        _tile_stored(0, to, 4);
+        continue;
+      }
+      store_tile(i, square);
+      if (p->tile == TILE) transpose(square, 16, to);
+      else {
+        _Alignas(64) float turned[16 * 16];
+        transpose(square, 16, turned);
+        memcpy(to, turned, p->tile * LANES * sizeof(float));
+      }
+    }
+  }
+}
+
+/* Rows `16 * number ..` of x as pairs of terms, pair after pair. */
+static void pair_rows(const product *p, int64_t number) {
+  int64_t in = p->layer->in, tile = p->tile, first = number * tile, count = least(tile, p->rows - first);
+  uint32_t *to = p->tiles + number * (in / 2) * tile;
+  const uint32_t *from = (const uint32_t *)(p->x + first * in);
+  if (tile == 1) {
+    memcpy(to, from, in * sizeof(bf16));
+    return;
+  }
+  for (int64_t k = 0; k < in / 2; k++)
+    for (int64_t row = 0; row < tile; row++) to[k * tile + row] = row < count ? from[row * (in / 2) + k] : 0;
+}
+
+#else
+
+#if defined(__AVX512BF16__)
+typedef uint32_t weight_pair; /* two terms of one output */
+#else
+typedef float weight_pair; /* one term of one output */
+#endif
+
+#if defined(__AVX512BF16__)
+#define TERMS 2
+#else
+#define TERMS 1
+#endif
+
+/* [16, terms] as [terms / TERMS, 16]. */
+static void turn(const bf16 *from, int64_t stride, int64_t terms, weight_pair *to) {
+#if defined(__AVX512BF16__)
+  int64_t k = 0;
+  for (; k + 32 <= terms; k += 32) {
+    _Alignas(64) float square[16 * 16];
+    for (int output = 0; output < 16; output++) memcpy(square + 16 * output, from + output * stride + k, 64);
+    transpose(square, 16, (float *)to + k / 2 * 16);
+  }
+  for (; k < terms; k += 2)
+    for (int output = 0; output < 16; output++) memcpy(to + k / 2 * 16 + output, from + output * stride + k, 4);
+#else
+  for (int64_t k = 0; k < terms; k++)
+    for (int output = 0; output < 16; output++) to[16 * k + output] = widened(from[output * stride + k]);
+#endif
+}
+
+static inline floats multiplied(floats sum, const bf16 *x, int64_t k, const weight_pair *weights) {
+#if defined(__AVX512BF16__)
+  uint32_t pair;
+  memcpy(&pair, x + 2 * k, sizeof pair);
+  __m512i some = _mm512_loadu_si512(weights + LANES * k);
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)some);
+#else
+  return fused(EACH(widened(x[k])), load(weights + LANES * k), sum);
+#endif
+}
+
+/* Sums of one panel over all rows, [rows, 16]. */
+static void multiply(const product *p, int64_t panel, float *scratch, float *sums) {
+  const onebase_linear *layer = p->layer;
+  int64_t in = layer->in, block = least(layer->block, in), stride;
+  weight_pair *turned = (weight_pair *)(scratch + block * LANES / 2);
+  for (int64_t k = 0; k < in; k += block) {
+    int64_t terms = least(block, in - k);
+    const bf16 *weights = panel_of(layer, panel, k, k + terms, (bf16 *)scratch, &stride);
+    turn(weights, stride, terms, turned);
+    for (int64_t row = 0; row < p->rows; row += AT_ONCE) {
+      floats some[AT_ONCE] = {{0}};
+      const bf16 *x = p->x + row * in + k;
+      int64_t count = least(AT_ONCE, p->rows - row);
+      if (count == AT_ONCE) {
+        for (int64_t term = 0; term < terms / TERMS; term++)
+          for (int i = 0; i < AT_ONCE; i++) some[i] = multiplied(some[i], x + i * in, term, turned);
+      } else {
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t term = 0; term < terms / TERMS; term++)
+            some[i] = multiplied(some[i], x + i * in, term, turned);
+      }
+      for (int64_t i = 0; i < count; i++) {
+        float *to = sums + (row + i) * LANES;
+        store(to, k ? load(to) + some[i] : some[i]);
+      }
+    }
+  }
+}
+
+#endif
+
+/* ---- adapters ------------------------------------------------------------------------------ */
+
+/* `terms` columns of `lanes` rows, 16 at most each, as [16, 16] with a row for each column; the rest is zero. */
+static inline void turn_square(const float *from, int64_t stride, int64_t lanes, int64_t terms, float *to) {
+  if (lanes >= LANES && terms == LANES) {
+    transpose(from, stride, to);
+    return;
+  }
+  _Alignas(64) float square[LANES * LANES] = {0};
+  for (int64_t lane = 0; lane < least(lanes, LANES); lane++)
+    memcpy(square + lane * LANES, from + lane * stride, terms * sizeof(float));
+  transpose(square, LANES, to);
+}
+
+/* Sums in `order` of x[k] * weights[lane, k] for up to SHRUNK rows of x, 16 lanes at most at once. */
+static inline void ordered_sums(const onebase_order *order, const float *x, int64_t x_stride, int64_t rows,
+                                const float *weights, int64_t stride, int64_t lanes, floats *sums) {
+  floats group[SHRUNK], some[SHRUNK];
+  for (int64_t block = 0, first = 0; block < order->blocks; first = order->ends[block++]) {
+    int64_t last = order->ends[block];
+    for (int64_t row = 0; row < rows; row++) some[row] = (floats){0};
+    for (int64_t k = first; k < last; k += LANES) {
+      _Alignas(64) float turned[LANES * LANES];
+      int64_t terms = least(LANES, last - k);
+      turn_square(weights + k, stride, lanes, terms, turned);
+      int64_t row = 0;
+      for (; row + 4 <= rows; row += 4)
+        for (int64_t i = 0; i < terms; i++)
+          for (int j = 0; j < 4; j++)
+            some[row + j] = fused(EACH(x[(row + j) * x_stride + k + i]), load(turned + i * LANES), some[row + j]);
+      for (; row < rows; row++)
+        for (int64_t i = 0; i < terms; i++)
+          some[row] = fused(EACH(x[row * x_stride + k + i]), load(turned + i * LANES), some[row]);
+    }
+    int opens = block == 0 || order->group[block] != order->group[block - 1];
+    int closes = block + 1 == order->blocks || order->group[block + 1] != order->group[block];
+    for (int64_t row = 0; row < rows; row++) {
+      group[row] = opens ? some[row] : group[row] + some[row];
+      if (closes) sums[row] = order->group[block] ? sums[row] + group[row] : group[row];
+    }
+  }
+}
+
+/* The hidden values of some rows of one group, for all of its terms. */
+static void shrink(const product *p, int64_t job) {
+  const onebase_groups *groups = p->groups;
+  const onebase_linear *layer = p->layer;
+  int64_t group = p->jobs[2 * job], first = p->jobs[2 * job + 1], in = layer->in;
+  int64_t begin = groups->row_starts[group], rows = groups->row_starts[group + 1] - begin;
+  int64_t count = least(SHRUNK, rows - first);
+  float *wide = p->floats + (begin + first) * in;
+  for (int64_t row = 0; row < count; row++) {
+    const bf16 *x = p->x + groups->row[begin + first + row] * in;
+    for (int64_t k = 0; k < in; k += LANES) store(wide + row * in + k, widen(x + k));
+  }
+  for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
+    const onebase_lora *lora = layer->lora + groups->slot[term];
+    int64_t rank = lora->rank;
+    float *hidden = p->hidden + p->starts[term] + first * rank;
+    for (int64_t part = 0; part < rank; part += LANES) {
+      floats sums[SHRUNK];
+      int64_t lanes = least(LANES, rank - part);
+      ordered_sums(lora->shrink, wide, in, count, lora->a + part * in, in, lanes, sums);
+      for (int64_t row = 0; row < count; row++)
+        memcpy(hidden + row * rank + part, &sums[row], lanes * sizeof(float));
+    }
+  }
+}
+
+/* Adds to the outputs of one panel, bf16 [rows, 16], what the adapters give. */
+static void expand(const product *p, int64_t panel, bf16 *y) {
+  const onebase_groups *groups = p->groups;
+  const onebase_linear *layer = p->layer;
+  int64_t first = panel * LANES, lanes = least(LANES, layer->out - first);
+  for (int64_t job = 0; job < p->job_count; job++) {
+    int64_t group = p->jobs[2 * job], row = p->jobs[2 * job + 1], begin = groups->row_starts[group] + row;
+    int64_t count = least(SHRUNK, groups->row_starts[group + 1] - begin);
+    floats total[SHRUNK], sums[SHRUNK];
+    int acts = 0;
+    for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
+      const onebase_lora *lora = layer->lora + groups->slot[term];
+      int64_t rank = lora->rank;
+      if (!rank) continue;
+      const float *hidden = p->hidden + p->starts[term] + row * rank;
+      ordered_sums(lora->expand, hidden, rank, count, lora->b + first * rank, rank, lanes, sums);
+      for (int64_t i = 0; i < count; i++) {
+        if (lora->scale != 1.0f) sums[i] *= EACH(lora->scale);
+        if (groups->weight[term] != 1.0f) sums[i] *= EACH(groups->weight[term]);
+        total[i] = acts ? total[i] + sums[i] : sums[i];
+      }
+      acts = 1;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      bf16 *to = y + groups->row[begin + i] * LANES;
+      narrow(to, widen(to) + (layer->quantized ? rounded(total[i]) : total[i]));
+    }
+  }
+}
+
+/* ---- linear -------------------------------------------------------------------------------- */
+
+static void prepare_part(void *task, int64_t part, int64_t thread) {
+  product *p = task;
+  (void)thread;
+#ifdef __AMX_BF16__
+  int64_t tiles = parts_of(p->rows, p->tile);
+  if (part < tiles) {
+    pair_rows(p, part);
+    return;
+  }
+  part -= tiles;
+#endif
+  shrink(p, part);
+}
+
+static void panel_part(void *task, int64_t part, int64_t thread) {
+  product *p = task;
+  const onebase_linear *layer = p->layer;
+  float *scratch = p->panels + thread * p->panel_size;
+  int64_t padded = parts_of(p->rows, TILE) * TILE;
+  float *sums = scratch;
+  bf16 *y = (bf16 *)(sums + padded * LANES);
+  float *rest = sums + padded * LANES + padded * LANES / 2;
+#ifdef __AMX_BF16__
+  configure(p->tile);
+#endif
+  int64_t last = least((part + 1) * p->panels_at_once, parts_of(layer->out, LANES));
+  for (int64_t panel = part * p->panels_at_once; panel < last; panel++) {
+    int64_t first = panel * LANES, outputs = least(LANES, layer->out - first);
+    multiply(p, panel, rest, sums);
+    floats bias = {0};
+    if (layer->bias)
+      for (int64_t i = 0; i < outputs; i++) bias[i] = widened(layer->bias[first + i]);
+    for (int64_t row = 0; row < p->rows; row++) {
+      floats sum = load(sums + row * LANES);
+      narrow(y + row * LANES, layer->bias ? sum + bias : sum);
+    }
+    if (p->job_count) expand(p, panel, y);
+    for (int64_t row = 0; row < p->rows; row++)
+      memcpy(p->y + row * layer->out + first, y + row * LANES, outputs * sizeof(bf16));
+  }
+#ifdef __AMX_BF16__
+  _tile_release();
+#endif
+}
+
+/* Lists what the shrink has to do. Returns whether there was memory for it. */
+static int plan_adapters(product *p) {
+  const onebase_groups *groups = p->groups;
+  const onebase_lora *lora = p->layer->lora;
+  p->job_count = 0;
+  if (!groups || !lora || !groups->groups) return 1;
+  int64_t terms = groups->term_starts[groups->groups], rows = groups->row_starts[groups->groups], size = 0;
+  p->starts = onebase_scratch(ONEBASE_PLACES, (terms + rows + groups->groups) * 8);
+  if (!p->starts) return 0;
+  p->jobs = (int32_t *)(p->starts + terms);
+  for (int64_t group = 0; group < groups->groups; group++) {
+    int64_t count = groups->row_starts[group + 1] - groups->row_starts[group], acts = 0;
+    for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
+      p->starts[term] = size;
+      size += count * lora[groups->slot[term]].rank;
+      acts |= lora[groups->slot[term]].rank;
+    }
+    for (int64_t first = 0; acts && first < count; first += SHRUNK) {
+      p->jobs[2 * p->job_count] = (int32_t)group;
+      p->jobs[2 * p->job_count++ + 1] = (int32_t)first;
+    }
+  }
+  if (!p->job_count) return 1;
+  p->hidden = onebase_scratch(ONEBASE_HIDDEN, size * 4);
+  p->floats = onebase_scratch(ONEBASE_FLOATS, rows * p->layer->in * 4);
+  return p->hidden && p->floats;
+}
+
+static int linear(const onebase_linear *layer, const onebase_groups *groups, const bf16 *x, bf16 *y,
+                  int64_t rows, int64_t threads) {
+  product p = {.layer = layer, .groups = groups, .x = x, .y = y, .rows = rows};
+  if (rows < 1) return 0;
+  if (!plan_adapters(&p)) return ONEBASE_OUT_OF_MEMORY;
+  int64_t preparing = p.job_count, padded = parts_of(rows, TILE) * TILE, panels = parts_of(layer->out, LANES);
+#ifdef __AMX_BF16__
+  p.tile = least(rows, TILE);
+  p.tiles = onebase_scratch(ONEBASE_ROWS, padded * layer->in * 2);
+  if (!p.tiles) return ONEBASE_OUT_OF_MEMORY;
+  preparing += parts_of(rows, p.tile);
+  int64_t weights = layer->in * LANES / 2;
+#else
+  int64_t weights = least(layer->block, layer->in) * LANES * 3 / 2;
+#endif
+  p.panel_size = parts_of(padded * LANES * 3 / 2 + weights, LANES) * LANES;
+  p.panels = onebase_scratch(ONEBASE_PANELS, threads * p.panel_size * 4);
+  if (!p.panels) return ONEBASE_OUT_OF_MEMORY;
+  if (rows <= 2)
+    for (int64_t part = 0; part < preparing; part++) prepare_part(&p, part, 0);
+  else onebase_share(prepare_part, &p, preparing);
+  p.panels_at_once = threads > 1 ? parts_of(panels, threads * 6) : panels;
+  onebase_share(panel_part, &p, parts_of(panels, p.panels_at_once));
+  return 0;
+}
+
+/* ---- attention ----------------------------------------------------------------------------- */
+
+/* e to the power of each value, none above 0: Cephes' polynomial, within 2 units of the last place. */
+static inline floats exponentials(floats x) {
+  x = choose(x < EACH(-87.0f), EACH(-87.0f), x);
+  floats half = x * EACH(1.44269504088896341f) - EACH(0.5f);
+  ints power = __builtin_convertvector(half, ints); /* toward zero: to the nearest, for x below 0 */
+  floats n = __builtin_convertvector(power, floats);
+  x -= n * EACH(0.693359375f);
+  x -= n * EACH(-2.12194440e-4f);
+  floats y = EACH(1.9875691500e-4f);
+  y = fused(y, x, EACH(1.3981999507e-3f));
+  y = fused(y, x, EACH(8.3334519073e-3f));
+  y = fused(y, x, EACH(4.1665795894e-2f));
+  y = fused(y, x, EACH(1.6666665459e-1f));
+  y = fused(y, x, EACH(5.0000001201e-1f));
+  y = fused(y, x * x, x + EACH(1.0f));
+  return y * (floats)((power + 127) << 23);
+}
+
+typedef struct {
+  const onebase_attention *layer;
+  const onebase_contexts *contexts;
+  const onebase_qkv *step;
+  int32_t *parts;  /* pairs: first row, rows; of one context each */
+  float *buffers;  /* of each thread */
+  int64_t size, keys_size;
+} attention;
+
+/* Queries of one context that one part takes. */
+#define QUERIES 8
+/* Scores that they may have together, before fewer are taken: 1 MB. */
+#define SCORES (1 << 18)
+
+static void write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot) {
+  for (int64_t head = 0; head < layer->kv_heads; head++) {
+    memcpy(layer->keys + (head * layer->slots + slot) * layer->key_dim,
+           step->k + row * step->k_row + head * step->k_head, layer->key_dim * sizeof(bf16));
+    memcpy(layer->values + (head * layer->slots + slot) * layer->value_dim,
+           step->v + row * step->v_row + head * step->v_head, layer->value_dim * sizeof(bf16));
+  }
+}
+
+static inline int64_t slot_of(const onebase_attention *layer, const int32_t *table, int64_t position) {
+  return (int64_t)table[position / layer->block_size] * layer->block_size + position % layer->block_size;
+}
+
+/* The values of 16 keys from `first` on, those after `last` zero: [dim, 16]. */
+static void turn_keys(const onebase_attention *layer, const bf16 *keys, const int32_t *table, int64_t first,
+                      int64_t last, float *to) {
+  int64_t dim = layer->key_dim;
+  const bf16 *of[LANES];
+  int64_t count = least(LANES, last + 1 - first), d = 0;
+  for (int64_t i = 0; i < count; i++) of[i] = keys + slot_of(layer, table, first + i) * dim;
+  for (; d + LANES <= dim; d += LANES) {
+    _Alignas(64) float square[16 * 16];
+    for (int64_t i = 0; i < LANES; i++) store(square + 16 * i, i < count ? widen(of[i] + d) : (floats){0});
+    transpose(square, 16, to + d * LANES);
+  }
+  for (; d < dim; d++)
+    for (int64_t i = 0; i < LANES; i++) to[d * LANES + i] = i < count ? widened(of[i][d]) : 0;
+}
+
+/* What eager attention makes of 16 products: rounded where it rounds. */
+static inline floats scored(const onebase_attention *layer, floats product) {
+  floats score = rounded(rounded(product) * EACH(layer->scaling));
+  if (layer->softcap == 0) return score;
+  score = rounded(score * EACH(1.0f / layer->softcap));
+  for (int lane = 0; lane < LANES; lane++) score[lane] = tanhf(score[lane]);
+  return rounded(rounded(score) * EACH(layer->softcap));
+}
+
+static void attend_part(void *task, int64_t part, int64_t thread) {
+  attention *a = task;
+  const onebase_attention *layer = a->layer;
+  const onebase_contexts *contexts = a->contexts;
+  const onebase_qkv *step = a->step;
+  int64_t head = part % layer->kv_heads, some = part / layer->kv_heads;
+  int64_t first_row = a->parts[2 * some], rows = a->parts[2 * some + 1];
+  int64_t groups = layer->groups, queries = rows * groups, dim = layer->key_dim, wide = layer->value_dim;
+  const int32_t *table = contexts->table + (int64_t)contexts->table_row[first_row] * contexts->table_width;
+  const bf16 *keys = layer->keys + head * layer->slots * dim;
+  const bf16 *values = layer->values + head * layer->slots * wide;
+  float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
+  int64_t last = contexts->position[first_row + rows - 1], begin = 0;
+  if (layer->window) {
+    begin = contexts->position[first_row] - layer->window + 1;
+    begin = begin < 0 ? 0 : begin / LANES * LANES;
+  }
+  int64_t length = parts_of(last + 1 - begin, LANES) * LANES;
+  for (int64_t i = 0; i < queries; i++) {
+    const bf16 *from = step->q + (first_row + i / groups) * step->q_row + (head * groups + i % groups) * step->q_head;
+    for (int64_t d = 0; d < dim; d++) q[i * dim + d] = widened(from[d]);
+  }
+  for (int64_t key = begin; key < begin + length; key += LANES) {
+    turn_keys(layer, keys, table, key, last, turned);
+    ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)key;
+    for (int64_t i = 0; i < queries; i += 4) {
+      floats sum[4] = {{0}};
+      int64_t count = least(4, queries - i);
+      if (count == 4) {
+        for (int64_t d = 0; d < dim; d++) {
+          floats k = load(turned + d * LANES);
+          for (int j = 0; j < 4; j++) sum[j] = fused(EACH(q[(i + j) * dim + d]), k, sum[j]);
+        }
+      } else {
+        for (int64_t j = 0; j < count; j++)
+          for (int64_t d = 0; d < dim; d++)
+            sum[j] = fused(EACH(q[(i + j) * dim + d]), load(turned + d * LANES), sum[j]);
+      }
+      for (int64_t j = 0; j < count; j++) {
+        int32_t position = contexts->position[first_row + (i + j) / groups];
+        ints hidden = at > position;
+        if (layer->window) hidden |= at <= position - (int32_t)layer->window;
+        floats score = scored(layer, sum[j]);
+        store(scores + (i + j) * length + key - begin, choose(hidden, EACH(-INFINITY), score));
+      }
+    }
+  }
+  for (int64_t i = 0; i < queries; i++) {
+    float *own = scores + i * length;
+    floats most = load(own), sum = {0};
+    for (int64_t k = LANES; k < length; k += LANES) {
+      floats score = load(own + k);
+      most = choose(score > most, score, most);
+    }
+    float largest = most[0];
+    for (int lane = 1; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+    for (int64_t k = 0; k < length; k += LANES) {
+      floats score = load(own + k), e = exponentials(score - EACH(largest));
+      e = choose(score == EACH(-INFINITY), EACH(0.0f), e);
+      store(own + k, e);
+      sum += e;
+    }
+    floats total = EACH(sum_of(sum));
+    for (int64_t k = 0; k < length; k += LANES) store(own + k, rounded(load(own + k) / total));
+  }
+  for (int64_t d = 0; d < wide; d += 4 * LANES) {
+    int64_t vectors = least(4, parts_of(wide - d, LANES));
+    for (int64_t i = 0; i < queries; i++) {
+      const float *own = scores + i * length;
+      floats mixed[4] = {{0}};
+      int64_t position = contexts->position[first_row + i / groups];
+      int64_t from = layer->window && position >= layer->window ? position - layer->window + 1 : 0;
+      for (int64_t key = from; key <= position; key++) {
+        const bf16 *value = values + slot_of(layer, table, key) * wide + d;
+        floats weight = EACH(own[key - begin]);
+        if (d + 4 * LANES <= wide)
+          for (int j = 0; j < 4; j++) mixed[j] = fused(weight, widen(value + j * LANES), mixed[j]);
+        else
+          for (int64_t j = 0; j < vectors; j++)
+            mixed[j] = fused(weight, widen_some(value + j * LANES, wide - d - j * LANES), mixed[j]);
+      }
+      bf16 *to = step->out + ((first_row + i / groups) * layer->kv_heads * groups + head * groups + i % groups) * wide + d;
+      for (int64_t j = 0; j < vectors; j++) {
+        bf16 narrow_[LANES];
+        narrow(narrow_, mixed[j]);
+        memcpy(to + j * LANES, narrow_, least(LANES, wide - d - j * LANES) * sizeof(bf16));
+      }
+    }
+  }
+}
+
+static int attend(const onebase_attention *layer, const onebase_contexts *contexts, const onebase_qkv *step,
+                  int64_t threads) {
+  attention a = {.layer = layer, .contexts = contexts, .step = step};
+  int64_t parts = 0, heads = layer->kv_heads * layer->groups, most = 0;
+  a.parts = onebase_scratch(ONEBASE_PLACES, contexts->rows * 8);
+  if (!a.parts) return ONEBASE_OUT_OF_MEMORY;
+  for (int64_t row = 0; row < contexts->rows; row++) write_row(layer, step, row, contexts->write[row]);
+  for (int64_t row = 0; row < contexts->rows;) {
+    int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES, LANES) * LANES;
+    if (contexts->position[row] < 0) {
+      memset(step->out + row * heads * layer->value_dim, 0, heads * layer->value_dim * sizeof(bf16));
+      row++;
+      continue;
+    }
+    while (row + count < contexts->rows && count < QUERIES && contexts->position[row + count] >= 0 &&
+           contexts->table_row[row + count] == contexts->table_row[row] &&
+           (count + 1) * layer->groups * length <= SCORES)
+      count++;
+    a.parts[2 * parts] = (int32_t)row;
+    a.parts[2 * parts++ + 1] = (int32_t)count;
+    int64_t size = count * layer->groups * (length + layer->key_dim);
+    most = size > most ? size : most;
+    row += count;
+  }
+  a.size = parts_of(most + layer->key_dim * LANES, LANES) * LANES;
+  a.buffers = onebase_scratch(ONEBASE_PANELS, threads * a.size * 4);
+  if (!a.buffers) return ONEBASE_OUT_OF_MEMORY;
+  onebase_share(attend_part, &a, parts * layer->kv_heads);
+  return 0;
+}
+
+/* ---- norm ---------------------------------------------------------------------------------- */
+
+/* Lanes of the vectors that torch sums rows with, how many sums it makes side by side, and of how many terms. */
+#define TORCH_LANES 8
+#define TORCH_SUMS 4
+#define TORCH_STEP 16
+
+/* The sum in the order of torch's `mean` (aten/src/ATen/native/cpu/SumKernel.cpp). */
+static float torch_sum(const float *x, int64_t size) {
+  float part[4][TORCH_SUMS][TORCH_LANES] = {{{0}}};
+  int64_t vectors = size / TORCH_LANES, steps = vectors / TORCH_SUMS, step = 0;
+  while (step + TORCH_STEP <= steps) {
+    for (int64_t i = 0; i < TORCH_STEP; i++, step++)
+      for (int j = 0; j < TORCH_SUMS; j++)
+        for (int lane = 0; lane < TORCH_LANES; lane++)
+          part[0][j][lane] += x[(step * TORCH_SUMS + j) * TORCH_LANES + lane];
+    for (int level = 1; level < 4; level++) {
+      for (int j = 0; j < TORCH_SUMS; j++)
+        for (int lane = 0; lane < TORCH_LANES; lane++) {
+          part[level][j][lane] += part[level - 1][j][lane];
+          part[level - 1][j][lane] = 0;
+        }
+      if (step & ((int64_t)(TORCH_STEP - 1) << (level * 4))) break;
+    }
+  }
+  for (; step < steps; step++)
+    for (int j = 0; j < TORCH_SUMS; j++)
+      for (int lane = 0; lane < TORCH_LANES; lane++)
+        part[0][j][lane] += x[(step * TORCH_SUMS + j) * TORCH_LANES + lane];
+  for (int level = 1; level < 4; level++)
+    for (int j = 0; j < TORCH_SUMS; j++)
+      for (int lane = 0; lane < TORCH_LANES; lane++) part[0][j][lane] += part[level][j][lane];
+  float sum = 0;
+  for (int64_t i = steps * TORCH_SUMS; i < vectors; i++)
+    for (int lane = 0; lane < TORCH_LANES; lane++) part[0][0][lane] += x[i * TORCH_LANES + lane];
+  for (int j = 1; j < TORCH_SUMS; j++)
+    for (int lane = 0; lane < TORCH_LANES; lane++) part[0][0][lane] += part[0][j][lane];
+  for (int64_t i = vectors * TORCH_LANES; i < size; i++) sum += x[i];
+  for (int lane = 0; lane < TORCH_LANES; lane++) sum += part[0][0][lane];
+  return sum;
+}
+
+/* Rows that one part takes. */
+#define NORMED 16
+
+typedef struct {
+  const bf16 *x, *weight;
+  bf16 *y;
+  int64_t rows, size;
+  float eps, *floats; /* of each thread */
+} norm;
+
+static void norm_part(void *task, int64_t part, int64_t thread) {
+  norm *n = task;
+  int64_t size = n->size, last = least((part + 1) * NORMED, n->rows);
+  float *wide = n->floats + thread * 2 * size, *squares = wide + size;
+  for (int64_t row = part * NORMED; row < last; row++) {
+    const bf16 *x = n->x + row * size;
+    bf16 *y = n->y + row * size;
+    for (int64_t i = 0; i < size; i += LANES) store(wide + i, widen(x + i));
+    for (int64_t i = 0; i < size; i++) squares[i] = wide[i] * wide[i];
+    float factor = 1.0f / sqrtf(torch_sum(squares, size) / (float)size + n->eps);
+    for (int64_t i = 0; i < size; i += LANES)
+      narrow(y + i, rounded(load(wide + i) * EACH(factor)) * widen(n->weight + i));
+  }
+}
+
+static int rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
+                    int64_t threads) {
+  norm n = {.x = x, .weight = weight, .y = y, .rows = rows, .size = size, .eps = eps};
+  n.floats = onebase_scratch(ONEBASE_FLOATS, threads * size * 8);
+  if (!n.floats) return ONEBASE_OUT_OF_MEMORY;
+  onebase_share(norm_part, &n, parts_of(rows, NORMED));
+  return 0;
+}
+
+/* Sums of products of up to SHRUNK rows of x [rows, inner] and 16 of weights [lanes, inner], as adapters are
+ * multiplied: [rows, 16]. For trials. */
+static int sums(const onebase_order *order, const float *x, int64_t rows, const float *weights, int64_t lanes,
+                int64_t inner, float *to) {
+  floats some[SHRUNK];
+  ordered_sums(order, x, inner, rows, weights, inner, lanes, some);
+  memcpy(to, some, rows * sizeof *some);
+  return 0;
+}
+
+const onebase_kernels ONEBASE_KERNELS = {ONEBASE_NAME, linear, attend, rms_norm, sums};

@@ -1,0 +1,98 @@
+/* What the engine computes on a CPU, on plain pointers. `kernels.c` is compiled once for each set of
+ * instructions; `library.c` chooses one of them at run time and is all that Python sees.
+ *
+ * A row's bits depend on nothing but the row: each sum has one order, whatever else is in the batch and
+ * however many threads there are.
+ */
+#ifndef ONEBASE_KERNELS_H
+#define ONEBASE_KERNELS_H
+
+#include <stdint.h>
+
+#define LANES 16
+
+typedef uint16_t bf16;
+
+/* The order in which products of `inner` terms are summed: terms of a block one after the other, blocks of a
+ * group, groups. `ends` are the blocks' ends; `group` of each says which group it is in, from 0 on. */
+typedef struct {
+  int64_t blocks;
+  int32_t ends[64];
+  int32_t group[64];
+} onebase_order;
+
+/* One adapter of one layer. */
+typedef struct {
+  const float *a; /* [rank, in] */
+  const float *b; /* [out, rank] */
+  int64_t rank; /* 0: the slot has none */
+  const onebase_order *shrink, *expand;
+  float scale;
+  int32_t reserved;
+} onebase_lora;
+
+enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1 };
+
+typedef struct {
+  int64_t kind, in, out; /* `in` a multiple of 32 */
+  const void *weight;   /* two values a byte, the first one high, or bf16 [out, in] */
+  const float *absmax;  /* of each block of weights */
+  const float *code;    /* [16] */
+  int64_t blocksize_log2; /* 5 or more */
+  const bf16 *bias;     /* [out] or null */
+  int64_t block;        /* terms that are summed before they are added to the rest; `in` with AMX */
+  int64_t quantized;    /* whether a delta is rounded before it is added, as PEFT does for 4-bit layers */
+  const onebase_lora *lora; /* by slot, or null */
+} onebase_linear;
+
+/* Which adapters act on which rows: rows `row[row_starts[g] ..]` have the terms `term_starts[g] ..`. */
+typedef struct {
+  int64_t groups;
+  const int32_t *row_starts, *row, *term_starts, *slot;
+  const float *weight;
+} onebase_groups;
+
+typedef struct {
+  bf16 *keys, *values; /* [kv_heads, slots, dim] */
+  int64_t kv_heads, groups, key_dim, value_dim, slots, block_size;
+  float scaling, softcap; /* softcap 0: none */
+  int64_t window;         /* 0: none */
+} onebase_attention;
+
+/* Of one step. Row r is at `position[r]` of the context whose blocks are row `table_row[r]` of `table`; its
+ * key and value go to KV slot `write[r]`. Rows that are padding have a position of -1. */
+typedef struct {
+  int64_t rows;
+  const int32_t *position, *table_row, *write, *table;
+  int64_t table_width;
+} onebase_contexts;
+
+/* q, k, v: row and head strides in elements; out [rows, heads, value_dim]. */
+typedef struct {
+  const bf16 *q, *k, *v;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+  bf16 *out;
+} onebase_qkv;
+
+/* Each returns 0, or ONEBASE_OUT_OF_MEMORY. `threads`: that the pool has. */
+typedef struct {
+  const char *name;
+  int (*linear)(const onebase_linear *, const onebase_groups *, const bf16 *x, bf16 *y, int64_t rows,
+                int64_t threads);
+  int (*attend)(const onebase_attention *, const onebase_contexts *, const onebase_qkv *, int64_t threads);
+  /* `size` a multiple of 16. */
+  int (*rms_norm)(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
+                  int64_t threads);
+  int (*sums)(const onebase_order *, const float *x, int64_t rows, const float *weights, int64_t lanes,
+              int64_t inner, float *to);
+} onebase_kernels;
+
+/* `size` bytes on a cache line's border, the caller's until it asks again for the same of the ONEBASE_SCRATCHES,
+ * or null where memory is out. Only for the thread that calls `onebase_share`, and the parts of its task. */
+enum { ONEBASE_ROWS, ONEBASE_FLOATS, ONEBASE_HIDDEN, ONEBASE_PLACES, ONEBASE_PANELS, ONEBASE_SCRATCHES };
+void *onebase_scratch(int which, int64_t size);
+
+/* What is returned where memory is out. */
+#define ONEBASE_OUT_OF_MEMORY (-1)
+
+#endif

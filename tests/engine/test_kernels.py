@@ -1,0 +1,408 @@
+"""The kernels in C against PyTorch, for each set of instructions that this processor has: the same function,
+and the same bits of a row whatever else is computed with it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from onebase_engine.base.load import import_bitsandbytes
+from onebase_engine.kernels import cpu
+from onebase_engine.kernels.cpu import Contexts, CpuKernels, NativeLinear, RowTerms
+from onebase_engine.lora.linear import plain_absmax
+from onebase_engine.lora.weights import LoraWeights
+
+NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+chosen: list[str] = []
+"""By the fixture that is alive."""
+EPS = torch.finfo(torch.bfloat16).eps
+
+pytestmark = pytest.mark.skipif(cpu.load_library() is None, reason="the library in C was not built")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
+    found = cpu.load_library()
+    assert found is not None
+    if found._library.onebase_choose(request.param.encode()) is None:
+        pytest.skip(f"this processor has no {request.param}")
+    one = CpuKernels(found._library, request.param)
+    if request.param == "portable":
+        # It may round a product before it is added, and has no sums of PyTorch's.
+        one.order = cpu._one_block  # type: ignore[method-assign, assignment]
+    chosen.append(request.param)
+    yield one
+    chosen.clear()
+    found._library.onebase_choose(None)
+
+
+@pytest.fixture
+def best() -> Iterator[CpuKernels]:
+    """Those that are chosen for this processor."""
+    found = cpu.load_library()
+    assert found is not None
+    found._library.onebase_choose(os.environ.get(cpu.CHOICE, "").encode() or None)
+    yield found
+    found._library.onebase_choose(chosen[0].encode() if chosen else None)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nf4(size_in: int, size_out: int, *, blocksize: int = 64, bias: bool = False, seed: int = 0) -> Any:
+    """A 4-bit layer as the base has them."""
+    import_bitsandbytes()
+    import bitsandbytes as bnb
+
+    layer: Any = bnb.nn.Linear4bit(
+        size_in, size_out, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    weight = bnb.nn.Params4bit(
+        random(size_out, size_in, seed=seed) * 0.05,
+        requires_grad=False,
+        quant_type="nf4",
+        blocksize=blocksize,
+        compress_statistics=True,
+    )
+    layer.weight = weight._quantize("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    if bias:
+        layer.bias = nn.Parameter(random(size_out, seed=seed + 1).to(torch.bfloat16), requires_grad=False)
+    return layer
+
+
+def plain(layer: Any) -> torch.Tensor:
+    """The layer's weight as bitsandbytes unpacks it, [out, in] bf16."""
+    if type(layer) is nn.Linear:
+        return layer.weight
+    state = layer.weight.quant_state
+    unpacked: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        layer.weight, plain_absmax(state), state.blocksize, "nf4", state.shape, torch.bfloat16
+    )
+    return unpacked
+
+
+def native(kernels: CpuKernels, layer: Any, slots: int = 4) -> NativeLinear:
+    """The layer without a trial: on most instructions bits are not PyTorch's, but the function is."""
+    found = NativeLinear(kernels, layer, slots)
+    found.structure.block = min(512, layer.in_features) if kernels.name != "amx" else layer.in_features
+    return found
+
+
+def close(got: torch.Tensor, exact: torch.Tensor, terms: int) -> None:
+    """Within a rounding to bf16, and what fp32 sums of so many terms may lose."""
+    error = (got.double() - exact).abs()
+    assert (error <= exact.abs() * EPS + terms**0.5 * 1e-5).all(), float(error.max())
+
+
+SIZES = st.sampled_from([32, 64, 128, 192, 576, 1536])
+ROWS = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 33, 64, 65, 130])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size_in=SIZES.filter(lambda n: n % 64 == 0), size_out=st.integers(1, 200) | SIZES, rows=ROWS,
+    blocksize=st.sampled_from([64, 128]), seed=st.integers(0, 9), bias=st.booleans(),
+)  # fmt: skip
+def test_a_4_bit_product_is_that_with_the_weights_of_bitsandbytes(
+    kernels: CpuKernels, size_in: int, size_out: int, rows: int, blocksize: int, seed: int, bias: bool
+) -> None:
+    blocksize = blocksize if size_in % blocksize == 0 else 64
+    layer = nf4(size_in, size_out + size_out % 2, blocksize=blocksize, bias=bias, seed=seed)
+    x = random(rows, size_in, seed=seed).to(torch.bfloat16)
+    exact = x.double() @ plain(layer).double().T + (layer.bias.double() if bias else 0)
+    close(native(kernels, layer)(x, None), exact, size_in)
+
+
+@settings(max_examples=15, deadline=None)
+@given(size_in=SIZES, size_out=st.integers(1, 100) | SIZES, rows=ROWS, seed=st.integers(0, 9))
+def test_a_plain_product_is_that_of_its_weights(
+    kernels: CpuKernels, size_in: int, size_out: int, rows: int, seed: int
+) -> None:
+    layer = nn.Linear(size_in, size_out, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    x = random(rows, size_in, seed=seed).to(torch.bfloat16)
+    close(native(kernels, layer)(x, None), x.double() @ layer.weight.double().T, size_in)
+
+
+@pytest.mark.parametrize("blocksize", [64, 128, 256])
+def test_each_weight_has_the_bits_that_bitsandbytes_gives(kernels: CpuKernels, blocksize: int) -> None:
+    layer = nf4(256, 80, blocksize=blocksize)
+    assert torch.equal(native(kernels, layer)(torch.eye(256).to(torch.bfloat16), None).T, plain(layer))
+
+
+# ---- adapters ------------------------------------------------------------------------------
+
+IN, OUT, SLOTS = 192, 144, 4
+MIXES = st.lists(
+    st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1.0, 0.5, -2.0, 0.3]), max_size=3),
+    min_size=1,
+    max_size=70,
+)
+
+
+def lora(rank: int, seed: int, scale: float = 2.0) -> LoraWeights:
+    return LoraWeights(random(rank, IN, seed=seed) * 0.1, random(OUT, rank, seed=seed + 50) * 0.1, scale)
+
+
+def terms_of(mixes: list[dict[int, float]]) -> RowTerms:
+    groups: dict[tuple[tuple[int, float], ...], list[int]] = {}
+    for row, mix in enumerate(mixes):
+        if mix:
+            groups.setdefault(tuple(sorted(mix.items())), []).append(row)
+    return RowTerms([(rows, terms) for terms, rows in groups.items()])
+
+
+@pytest.fixture(scope="module")
+def adapted(kernels: CpuKernels) -> tuple[NativeLinear, Any, list[LoraWeights]]:
+    layer = nf4(IN, OUT)
+    weights = [lora(2, 1), lora(16, 2, 1.5), lora(40, 3), lora(130, 4, 0.25)]
+    found = native(kernels, layer, SLOTS)
+    for slot, one in enumerate(weights):
+        found.put(slot, one)
+    assert not found.foreign
+    return found, layer, weights
+
+
+@settings(max_examples=40, deadline=None)
+@given(mixes=MIXES, seed=st.integers(0, 9))
+def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
+    adapted: tuple[NativeLinear, Any, list[LoraWeights]], mixes: list[dict[int, float]], seed: int
+) -> None:
+    found, _, weights = adapted
+    x = random(len(mixes), IN, seed=seed).to(torch.bfloat16)
+    bare, got = found(x, None), found(x, terms_of(mixes))
+    for row, mix in enumerate(mixes):
+        # The products of 32 rows are those whose order is looked for.
+        wide = x[row].float().expand(cpu.TRIAL_ROWS, IN).contiguous()
+        total: torch.Tensor | None = None
+        for slot, weight in sorted(mix.items()):
+            one = weights[slot]
+            delta = functional.linear(functional.linear(wide, one.a), one.b)[0] * one.scale
+            delta = delta if weight == 1.0 else delta * weight
+            total = delta if total is None else total + delta
+        expected = bare[row] if total is None else bare[row] + total.to(torch.bfloat16)
+        if found._kernels.name == "portable":
+            close(got[row], expected.double(), IN)
+        else:
+            assert torch.equal(got[row], expected), (row, mix)
+
+
+@settings(max_examples=20, deadline=None)
+@given(mixes=MIXES, data=st.data())
+def test_a_rows_bits_do_not_depend_on_its_neighbours_or_on_threads(
+    adapted: tuple[NativeLinear, Any, list[LoraWeights]], mixes: list[dict[int, float]], data: st.DataObject
+) -> None:
+    found, _, _ = adapted
+    x = random(len(mixes), IN, seed=len(mixes)).to(torch.bfloat16)
+    together = found(x, terms_of(mixes))
+    row = data.draw(st.integers(0, len(mixes) - 1))
+    assert torch.equal(found(x[row : row + 1], terms_of(mixes[row : row + 1]))[0], together[row])
+    library = found._kernels._library
+    try:
+        for threads in (1, 3, 7):
+            library.onebase_use_threads(threads)
+            assert torch.equal(found(x, terms_of(mixes)), together)
+    finally:
+        library.onebase_use_threads(found._kernels.threads)
+
+
+def test_an_adapter_that_overflows_reaches_no_other_row(kernels: CpuKernels) -> None:
+    found = native(kernels, nf4(IN, OUT), SLOTS)
+    found.put(0, lora(8, 1))
+    found.put(1, LoraWeights(torch.full((8, IN), float("inf")), torch.ones(OUT, 8), 1.0))
+    x = random(6, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{0: 1.0}, {1: 1.0}, {}, {0: 1.0}, {1: 1.0}, {}]
+    got = found(x, terms_of(mixes))
+    assert torch.equal(got[[0, 3]], found(x[[0, 3]], terms_of([mixes[0]] * 2)))
+    assert torch.equal(got[[2, 5]], found(x[[2, 5]], None))
+    assert not torch.isfinite(got[[1, 4]]).any()
+
+
+def test_a_slot_that_is_emptied_acts_no_more(kernels: CpuKernels) -> None:
+    found = native(kernels, nf4(IN, OUT), SLOTS)
+    found.put(2, lora(8, 1))
+    x = random(3, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{2: 1.0}] * 3
+    assert not torch.equal(found(x, terms_of(mixes)), found(x, None))
+    found.put(2, None)
+    assert torch.equal(found(x, terms_of(mixes)), found(x, None))
+
+
+@pytest.mark.parametrize("rank", [2, 7, 16, 64, 300])
+@pytest.mark.parametrize("inner", [64, 576, 1536, 4096])
+def test_the_order_in_which_pytorch_sums_is_found(best: CpuKernels, inner: int, rank: int) -> None:
+    if best.name == "portable":
+        pytest.skip("it has no sums of PyTorch's")
+    order = best.order(inner, rank)
+    assert order is not None
+    x, weight = random(cpu.TRIAL_ROWS, inner, seed=5), random(rank, inner, seed=6)
+    assert torch.equal(best._sums(order, x, weight), functional.linear(x, weight))
+
+
+# ---- attention -----------------------------------------------------------------------------
+
+
+def eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention in fp64 of the last rows of a context: q [heads, T, d], k, v [kv_heads, length, d]."""
+    groups, length, count = len(q) // len(k), k.shape[1], q.shape[1]
+    scores = q.double() @ k.repeat_interleave(groups, 0).double().transpose(1, 2) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    at, keys = torch.arange(length - count, length)[:, None], torch.arange(length)
+    hidden = keys > at
+    if window is not None:
+        hidden |= keys <= at - window
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 0).double()
+
+
+class Cache:
+    """A KV cache of one layer, and contexts in blocks that lie anywhere in it."""
+
+    def __init__(
+        self, kernels: CpuKernels, kv_heads: int, groups: int, dim: int, block: int, **options: Any
+    ) -> None:
+        self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
+        self.blocks = 4096 // block
+        keys, values = (
+            torch.zeros(kv_heads, self.blocks * block, dim, dtype=torch.bfloat16) for _ in range(2)
+        )
+        self.tensors = keys, values
+        self.options = {"scaling": dim**-0.5, "softcap": None, "window": None} | options
+        self.attention = kernels.attention(keys, values, self.heads, block, **self.options)
+        self.order = torch.randperm(self.blocks - 2, generator=torch.Generator().manual_seed(1)) + 2
+        self.taken = 0
+
+    def context(self, length: int) -> list[int]:
+        count = -(-length // self.block)
+        self.taken += count
+        return [int(block) for block in self.order[self.taken - count : self.taken]]
+
+    def run(self, segments: list[tuple[list[int], int, int]], q: Any, k: Any, v: Any) -> torch.Tensor:
+        """Segments (blocks, start, stop), and their rows' q [heads, T, d], k, v [kv_heads, T, d]."""
+        width = max(len(blocks) for blocks, _, _ in segments)
+        table = torch.zeros(len(segments), width, dtype=torch.int32)
+        rows: list[tuple[int, int, int]] = []
+        for number, (blocks, start, stop) in enumerate(segments):
+            table[number, : len(blocks)] = torch.tensor(blocks)
+            for p in range(start, stop):
+                rows.append((p, number, blocks[p // self.block] * self.block + p % self.block))
+        columns = torch.tensor(rows, dtype=torch.int32).T.contiguous().numpy()
+        return self.attention(q, k, v, Contexts(columns[0], columns[1], columns[2], table.numpy()))
+
+
+def projected(cache: Cache, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sizes = ((cache.heads, 0), (cache.kv_heads, 1), (cache.kv_heads, 2))
+    return tuple(random(n, rows, cache.dim, seed=seed * 10 + i).to(torch.bfloat16) for n, i in sizes)  # type: ignore[return-value]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 15, 16, 17, 63, 200, 301]), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 8)]), dim=st.sampled_from([16, 24, 64, 80, 128]),
+    block=st.sampled_from([1, 2, 16, 32]), window=st.sampled_from([None, 5, 64]),
+    softcap=st.sampled_from([None, 30.0]), chunk=st.sampled_from([1, 7, 40, 400]),
+)  # fmt: skip
+def test_attention_is_that_of_each_context_alone_in_any_chunks(
+    kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dim: int, block: int, window: int | None,
+    softcap: float | None, chunk: int,
+) -> None:  # fmt: skip
+    cache = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    blocks = [cache.context(length) for length in lengths]
+    inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
+    got: list[list[torch.Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), chunk):
+        some = [i for i, length in enumerate(lengths) if start < length]
+        parts = [(blocks[i], start, min(start + chunk, lengths[i])) for i in some]
+        q, k, v = (
+            torch.cat(
+                [inputs[i][n][:, first:last] for i, (_, first, last) in zip(some, parts, strict=True)], 1
+            )
+            for n in range(3)
+        )
+        out = cache.run(parts, q, k, v)
+        for i, rows in zip(some, out.split([last - first for _, first, last in parts]), strict=True):
+            got[i].append(rows)
+    alone = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    for i, length in enumerate(lengths):
+        mixed = torch.cat(got[i])
+        options = cache.options["scaling"], softcap, window
+        error = (mixed.double() - eager(*inputs[i], *options).transpose(0, 1)).abs().max()
+        assert error < 0.05, float(error)
+        alone.taken = 0
+        whole = alone.run([(alone.context(length), 0, length)], *inputs[i])
+        assert torch.equal(mixed, whole), "chunks and neighbours change bits"
+
+
+def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels) -> None:
+    cache = Cache(kernels, 2, 2, 64, 16)
+    q, k, v = projected(cache, 3, 1)
+    rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
+    table = torch.tensor([[2]], dtype=torch.int32).numpy()
+    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2], table))
+    assert not out[1:].any()
+    assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
+    written = cache.tensors[0].abs().sum((0, 2)).nonzero().flatten().tolist()
+    assert written == [16, 32]
+
+
+# ---- norms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 48, 576, 1024, 2048, 4112])
+def test_a_norm_has_the_bits_of_the_base_s(best: CpuKernels, size: int) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    base = LlamaRMSNorm(size, 1e-5).to(torch.bfloat16)
+    base.weight.data = random(size, seed=3).to(torch.bfloat16)
+    norm = best.rms_norm(base.requires_grad_(False))
+    assert norm is not None
+    for rows in (1, 5, 100):
+        x = (random(rows, size, seed=rows) * 10).to(torch.bfloat16)
+        assert torch.equal(norm(x), base(x))
+
+
+def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels) -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    gemma = Gemma2RMSNorm(64).to(torch.bfloat16).requires_grad_(False)
+    gemma.weight.fill_(0.5)
+    assert best.rms_norm(gemma) is None
+    assert best.rms_norm(nn.LayerNorm(64, dtype=torch.bfloat16)) is None
+
+
+# ---- the library ---------------------------------------------------------------------------
+
+
+def test_a_forked_child_computes_with_threads_of_its_own(kernels: CpuKernels) -> None:
+    found = native(kernels, nf4(192, 1024))
+    x = random(40, 192).to(torch.bfloat16)
+    expected = found(x, None).view(torch.int16).numpy()
+    child = os.fork()
+    if not child:
+        # By numpy: PyTorch's own threads are not there.
+        os._exit(0 if (found(x, None).view(torch.int16).numpy() == expected).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_python_and_c_lay_structures_out_alike() -> None:
+    assert ctypes.sizeof(cpu._Order) == 8 + 2 * 64 * 4
+    assert ctypes.sizeof(cpu._Lora) == 48
+    assert ctypes.sizeof(cpu._Linear) == 11 * 8
+    assert ctypes.sizeof(cpu._Attention) == 6 * 8 + 2 * 8 + 2 * 4 + 8
