@@ -85,7 +85,7 @@ def print_summary(
         "base", f"{catalog.base_name} ({base.architecture}, {base.parameters / 1e6:,.0f} M parameters)"
     )
     table.add_row(
-        "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), on {base.device}"
+        "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), {_where(base)}"
     )
     tokens = base.kv_blocks * base.block_size
     most = min(tokens, base.max_length)
@@ -107,6 +107,12 @@ def print_summary(
             style="yellow",
         )
     console.print()
+
+
+def _where(base: BaseInfo) -> str:
+    if base.device != "cpu":
+        return f"on {base.device}"
+    return "on the CPU, " + ("by PyTorch" if base.kernels == "torch" else f"by the {base.kernels} kernels")
 
 
 def _adapter_lines(catalog: Catalog) -> list[str]:

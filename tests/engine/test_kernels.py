@@ -33,16 +33,16 @@ pytestmark = pytest.mark.skipif(cpu.load_library() is None, reason="the library 
 def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
     found = cpu.load_library()
     assert found is not None
-    if found._library.onebase_choose(request.param.encode()) is None:
+    if found.library.onebase_choose(request.param.encode()) is None:
         pytest.skip(f"this processor has no {request.param}")
-    one = CpuKernels(found._library, request.param)
+    one = CpuKernels(found.library, request.param)
     if request.param == "portable":
         # It may round a product before it is added, and has no sums of PyTorch's.
         one.order = cpu._one_block  # type: ignore[method-assign, assignment]
     chosen.append(request.param)
     yield one
     chosen.clear()
-    found._library.onebase_choose(None)
+    found.library.onebase_choose(None)
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def best() -> Iterator[CpuKernels]:
     """Those that are chosen for this processor."""
     found = cpu.load_library()
     assert found is not None
-    found._library.onebase_choose(os.environ.get(cpu.CHOICE, "").encode() or None)
+    found.library.onebase_choose(os.environ.get(cpu.CHOICE, "").encode() or None)
     yield found
-    found._library.onebase_choose(chosen[0].encode() if chosen else None)
+    found.library.onebase_choose(chosen[0].encode() if chosen else None)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -191,7 +191,7 @@ def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
             delta = delta if weight == 1.0 else delta * weight
             total = delta if total is None else total + delta
         expected = bare[row] if total is None else bare[row] + total.to(torch.bfloat16)
-        if found._kernels.name == "portable":
+        if found.kernels.name == "portable":
             close(got[row], expected.double(), IN)
         else:
             assert torch.equal(got[row], expected), (row, mix)
@@ -207,13 +207,13 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours_or_on_threads(
     together = found(x, terms_of(mixes))
     row = data.draw(st.integers(0, len(mixes) - 1))
     assert torch.equal(found(x[row : row + 1], terms_of(mixes[row : row + 1]))[0], together[row])
-    library = found._kernels._library
+    library = found.kernels.library
     try:
         for threads in (1, 3, 7):
             library.onebase_use_threads(threads)
             assert torch.equal(found(x, terms_of(mixes)), together)
     finally:
-        library.onebase_use_threads(found._kernels.threads)
+        library.onebase_use_threads(found.kernels.threads)
 
 
 def test_an_adapter_that_overflows_reaches_no_other_row(kernels: CpuKernels) -> None:

@@ -50,6 +50,8 @@ class ModuleProof:
     """Compared bit by bit."""
     largest_difference: float
     """Of any output, relative to PEFT's largest of that module."""
+    kernels: str = "torch"
+    """What computed: `torch`, or the kernels in C by their set of instructions."""
 
 
 @torch.inference_mode()
@@ -84,7 +86,7 @@ def prove_modules(
     for done, name in enumerate(bench.names, start=1):
         largest = max(largest, bench.prove(name, tree.get_submodule(name)))
         on_progress(done / len(bench.names))
-    return ModuleProof(len(bench.names), TILE * len(bench.mixes), bench.exact, largest)
+    return ModuleProof(len(bench.names), TILE * len(bench.mixes), bench.exact, largest, bench.kernels)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Bench:
         self._dtype, self._device = head.dtype, head.device
         self._step = StepRows()
         kernels = find_kernels(self._device, self._dtype) if self.exact else None
+        self.kernels = "torch" if kernels is None else kernels.name
         self._modules = wrap_layers(view(base), self._step, slots=2, tiled=self.exact, kernels=kernels)
         self.names = list(self._modules)
         unserved = sorted(weights.keys() - self._modules.keys())

@@ -39,6 +39,8 @@ class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
     """Input rows of each module, alone and in each mix, taken together."""
     exact: bool
     """Bit-equal was asked for, and was found (the CPU)."""
+    kernels: str = "torch"
+    """What computed: `torch`, or the kernels in C by their set of instructions."""
     largest_difference: float
     """Of any module, relative to the largest output of PEFT's; 0 when exact."""
     texts: int

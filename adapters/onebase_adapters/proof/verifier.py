@@ -159,6 +159,7 @@ def version_report(
             modules_changed=adapter.changed,
             rows=modules.rows,
             exact=modules.exact,
+            kernels=modules.kernels,
             largest_difference=modules.largest_difference,
             texts=texts.texts,
             tokens_compared=texts.tokens,

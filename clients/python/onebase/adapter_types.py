@@ -128,6 +128,8 @@ class ProofReport:
     base_unchanged: bool
     """Whether the base's weights are what they were before."""
     seconds: float
+    kernels: str = "torch"
+    """What the server computed with: `torch`, or its kernels in C by their set of instructions."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class PagedAttention:
         self._kernels: CpuKernels | None = None
         self._block_size = 0
         self._layers: dict[int, NativeAttention] = {}
+        self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+        """By which the next call's q and k are still to be turned: cosines and sines [T, dim]."""
 
     def use(self, kernels: CpuKernels | None, block_size: int) -> None:
         """Compute by these kernels from now on, over the cache and its blocks."""
@@ -113,7 +115,9 @@ class PagedAttention:
             return self._probe(module, layer, q, k, v, options)
         keys, values, step = self.cache.keys[layer], self.cache.values[layer], self.step
         if step.native is not None:
-            return self._native(layer, q.shape[1], options)(q[0], k[0], v[0], step.native).unsqueeze(0)
+            rotation, self.rotation = self.rotation, None
+            attention = self._native(layer, q.shape[1], options)
+            return attention(q[0], k[0], v[0], step.native, rotation).unsqueeze(0)
         if step.write_slots is None:
             raise RuntimeError("the step does not say where its keys go")
         keys.index_copy_(1, step.write_slots, k[0])

@@ -152,6 +152,8 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     dtype: str
     device: str
+    kernels: str = "torch"
+    """What computes: `torch`, or the kernels in C by their set of instructions."""
     base_bytes: int
     kv_bytes: int
     kv_blocks: int

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 LIBRARY = Path(__file__).with_name("native") / "libonebase_kernels.so"
 CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
+OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
+"""Environment variable: the path of another build, with sanitizers say."""
 ABI = 1
 LANES = 16
 TRIAL_ROWS = 32
@@ -86,6 +88,7 @@ class _Projected(ctypes.Structure):
     _fields_ = (
         ("q", c_void_p), ("k", c_void_p), ("v", c_void_p), ("q_row", c_int64), ("q_head", c_int64),
         ("k_row", c_int64), ("k_head", c_int64), ("v_row", c_int64), ("v_head", c_int64), ("out", c_void_p),
+        ("cosines", c_void_p), ("sines", c_void_p),
     )  # fmt: skip
 
 
@@ -93,7 +96,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "onebase_abi": (c_int64, ()),
     "onebase_choose": (c_char_p, (c_char_p,)),
     "onebase_use_threads": (c_int64, (c_int64,)),
-    "onebase_linear_rows": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
+    "onebase_linear_rows": (c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64)),
+    "onebase_gate": (c_int, (c_void_p, c_void_p, c_void_p, c_int64)),
     "onebase_attend": (c_int, (c_void_p, c_void_p, c_void_p)),
     "onebase_rms_norm": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "onebase_sums": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
@@ -162,19 +166,20 @@ def load_library() -> CpuKernels | None:
     wanted = os.environ.get(CHOICE, "")
     if wanted == "torch":
         return None
-    if not LIBRARY.exists():
+    path = Path(os.environ.get(OTHER_LIBRARY) or LIBRARY)
+    if not path.exists():
         logger.warning("kernels: PyTorch, since the library in C was not built; install a C compiler")
         return None
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        logger.warning("kernels: PyTorch, since %s cannot be loaded: %s", LIBRARY, error)
+        logger.warning("kernels: PyTorch, since %s cannot be loaded: %s", path, error)
         return None
     if library.onebase_abi() != ABI:
-        logger.warning("kernels: PyTorch, since %s is of another version; install OneBase again", LIBRARY)
+        logger.warning("kernels: PyTorch, since %s is of another version; install OneBase again", path)
         return None
     chosen = library.onebase_choose(wanted.encode() or None)
     if chosen is None:
@@ -188,7 +193,7 @@ class CpuKernels:
 
     def __init__(self, library: Any, name: str) -> None:
         self.name = name
-        self._library = library
+        self.library = library
         self._blocks: dict[tuple[Any, ...], int | None] = {}
         self._orders: dict[tuple[int, int, int], _Order | None] = {}
         self.threads = 0
@@ -198,7 +203,7 @@ class CpuKernels:
         """As many as PyTorch has."""
         if self.threads != torch.get_num_threads():
             self.threads = torch.get_num_threads()
-            self._library.onebase_use_threads(self.threads)
+            self.library.onebase_use_threads(self.threads)
 
     def linear(
         self, base: Any, slots: int, plain: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
@@ -260,7 +265,7 @@ class CpuKernels:
         out = torch.empty(-(-len(weight) // LANES), len(x), LANES)
         for part in range(len(out)):
             some = weight[part * LANES : (part + 1) * LANES]
-            self._library.onebase_sums(
+            self.library.onebase_sums(
                 ctypes.addressof(order), x.data_ptr(), len(x), some.data_ptr(), len(some), x.shape[1],
                 out[part].data_ptr(),
             )  # fmt: skip
@@ -280,7 +285,7 @@ class CpuKernels:
             or getattr(base, "bias", None) is not None
         ):
             return None
-        run, size = self._library.onebase_rms_norm, weight.numel()
+        run, size = self.library.onebase_rms_norm, weight.numel()
 
         def norm(x: torch.Tensor) -> torch.Tensor:
             x = x.contiguous()
@@ -291,6 +296,16 @@ class CpuKernels:
         with torch.inference_mode():
             same = all(torch.equal(norm(x), base(x)) for x in _inputs(size, size))
         return norm if same else None
+
+    @cached_property
+    def gates(self) -> bool:
+        """Whether silu(gate) * up has PyTorch's bits, for each gate that bf16 has."""
+        gate = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        y = torch.empty_like(gate)
+        self.library.onebase_gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), len(gate))
+        expected = functional.silu(gate) * up
+        return bool(((y == expected) | (y.isnan() & expected.isnan())).all())
 
     def attention(
         self,
@@ -305,7 +320,7 @@ class CpuKernels:
         """Attention of one layer over its KV cache: keys, values [kv_heads, slots, dim] bf16."""
         kv_heads, slots, dim = keys.shape
         return NativeAttention(
-            self._library,
+            self.library,
             _Attention(
                 keys.data_ptr(), values.data_ptr(), kv_heads, heads // kv_heads, dim, values.shape[2], slots,
                 block_size, scaling, softcap or 0.0, window or 0,
@@ -317,8 +332,7 @@ class NativeLinear:
     """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
 
     def __init__(self, kernels: CpuKernels, base: Any, slots: int) -> None:
-        self._kernels = kernels
-        self._run = kernels._library.onebase_linear_rows
+        self.kernels = kernels
         self.size_in, self.size_out = base.in_features, base.out_features
         self.kind = _NF4 if _is_nf4(base) else _BF16
         self._lora = (_Lora * slots)()
@@ -342,14 +356,16 @@ class NativeLinear:
             None if bias is None else self._base[1].data_ptr(), self.size_in, self.kind == _NF4,
             ctypes.cast(self._lora, POINTER(_Lora)),
         )  # fmt: skip
-        self._pointer = ctypes.addressof(self.structure)
+        self._alone = NativeLayers([self])
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any slot has weights that the library multiplies with."""
+        return bool(self._held)
 
     def __call__(self, x: torch.Tensor, rows: RowTerms | None) -> torch.Tensor:
-        """x [rows, in] bf16, contiguous -> [rows, out] bf16."""
-        y = torch.empty(len(x), self.size_out, dtype=torch.bfloat16)
-        terms = None if rows is None or not self._held else rows.pointer
-        _check(self._run(self._pointer, terms, x.data_ptr(), y.data_ptr(), len(x)))
-        return y
+        """x [rows, in] bf16, contiguous -> [rows, out] bf16; without `rows` no adapter acts."""
+        return self._alone(x, rows)[0]
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
         """Place a plain LoRA in a slot, or empty it with None."""
@@ -358,8 +374,8 @@ class NativeLinear:
         self._lora[slot] = _Lora()
         if weights is None:
             return
-        shrink = self._kernels.order(self.size_in, weights.rank)
-        expand = self._kernels.order(weights.rank, self.size_out)
+        shrink = self.kernels.order(self.size_in, weights.rank)
+        expand = self.kernels.order(weights.rank, self.size_out)
         if shrink is None or expand is None:
             self.foreign.add(slot)
             return
@@ -367,6 +383,33 @@ class NativeLinear:
         orders = ctypes.pointer(shrink), ctypes.pointer(expand)
         self._held[slot] = (a, b)
         self._lora[slot] = _Lora(a.data_ptr(), b.data_ptr(), weights.rank, *orders, weights.scale, 0)
+
+
+class NativeLayers:
+    """Up to three linear layers that multiply the same rows, in one call.
+
+    `gated`: two of them, a gate and what it lets through; the one result is silu(gate) * up.
+    """
+
+    def __init__(self, layers: Sequence[NativeLinear], *, gated: bool = False) -> None:
+        self._run = layers[0].kernels.library.onebase_linear_rows
+        self._layers = tuple(layers)
+        self._gated = int(gated)
+        self._sizes = [layer.size_out for layer in layers[: 1 if gated else None]]
+        structures = (ctypes.addressof(layer.structure) for layer in layers)
+        self._structures = (c_void_p * len(layers))(*structures)
+        self._ys = (c_void_p * len(layers))()
+
+    def __call__(self, x: torch.Tensor, rows: RowTerms | None) -> list[torch.Tensor]:
+        """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; without `rows` no adapter acts."""
+        count = x.shape[0]
+        ys = [torch.empty(count, size, dtype=torch.bfloat16) for size in self._sizes]
+        for number, y in enumerate(ys):
+            self._ys[number] = y.data_ptr()
+        terms = None if rows is None or not any(layer.adapted for layer in self._layers) else rows.pointer
+        many, gated = len(self._layers), self._gated
+        _check(self._run(self._structures, self._ys, many, gated, terms, x.data_ptr(), count))
+        return ys
 
 
 class NativeAttention:
@@ -377,16 +420,25 @@ class NativeAttention:
         self._structure = structure
         self._pointer = ctypes.addressof(structure)
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        contexts: Contexts,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Write k and v into the cache, and attend.
 
-        q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v].
+        q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v]. `rotation`: cosines and sines
+        [T, dim], contiguous, by which q and k are still to be turned.
         """
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=torch.bfloat16)
         step = _Projected(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), q.stride(0), k.stride(1), k.stride(0),
             v.stride(1), v.stride(0), out.data_ptr(),
+            *((None, None) if rotation is None else (one.data_ptr() for one in rotation)),
         )  # fmt: skip
         _check(self._run(self._pointer, ctypes.addressof(contexts.structure), ctypes.addressof(step)))
         return out

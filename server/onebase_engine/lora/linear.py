@@ -15,7 +15,7 @@ it gives the very bits of each slot's own products.
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping
+from collections.abc import Collection, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.kernels.cpu import CpuKernels
+from onebase_engine.kernels.cpu import CpuKernels, NativeLayers, NativeLinear
 from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
 from onebase_engine.lora.rows import TILE, Stack, StepRows, Term
 from onebase_engine.lora.stacked_weights import StackedWeights
@@ -55,7 +55,13 @@ class SlotLinear(SlotModule):
         self.stacked = StackedWeights(slots, keep=tiled)
         self._stacks: bool | None = None
         """Whether they may stand for each slot's own products; None until asked after a change."""
+        self.shared: SharedRows | None = None
         self._native = kernels.linear(base, slots, self._plain_weight) if kernels is not None else None
+
+    @property
+    def native(self) -> NativeLinear | None:
+        """The layer by the kernels in C, if they give its bits and those of all plain LoRAs in its slots."""
+        return None if self._native is None or self._native.foreign else self._native
 
     def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
         self.stacked.put(slot, weights)
@@ -75,7 +81,8 @@ class SlotLinear(SlotModule):
         elif self._native.foreign:
             y = self._native(flat.contiguous(), None)
         else:
-            y = self._native(flat.contiguous(), self.rows.row_terms)
+            shared = None if self.shared is None else self.shared.take(self, x)
+            y = self._native(flat.contiguous(), self.rows.row_terms) if shared is None else shared
             acting = self.replacements
         if acting and self.rows.groups:
             self.on_groups(flat, y, acting, self._act_on)
@@ -185,6 +192,30 @@ class SlotLinear(SlotModule):
             weight, self._absmax, state.blocksize, state.quant_type, state.shape, dtype
         )
         return plain, None if bias is None else bias.to(dtype)
+
+
+class SharedRows:
+    """Layers that a module calls one after the other with the same rows: the first call computes all."""
+
+    def __init__(self, layers: Sequence[SlotLinear]) -> None:
+        """Of `layers` each is computed by the kernels in C."""
+        self._layers = tuple(layers)
+        self._run = NativeLayers([layer._native for layer in layers if layer._native is not None])
+        self._x: torch.Tensor | None = None
+        self._left: dict[int, torch.Tensor] = {}
+
+    def take(self, layer: SlotLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """What `layer` gives for `x`, [rows, out]; None if it has to compute by itself."""
+        if self._x is not x or id(layer) not in self._left:
+            if any(one.native is None for one in self._layers):
+                return None
+            flat = x.reshape(-1, x.shape[-1]).contiguous()
+            self._x, found = x, self._run(flat, layer.rows.row_terms)
+            self._left = {id(one): y for one, y in zip(self._layers, found, strict=True)}
+        y = self._left.pop(id(layer))
+        if not self._left:
+            self._x = None
+        return y
 
 
 def plain_absmax(state: Any) -> torch.Tensor:

@@ -302,6 +302,7 @@ def _base_info(
         quantization=config.quantization,
         dtype=config.dtype,
         device=str(engine.model.device),
+        kernels="torch" if engine.model.kernels is None else engine.model.kernels.name,
         base_bytes=base_bytes(base),
         kv_bytes=kv_bytes,
         kv_blocks=engine.pool.capacity,

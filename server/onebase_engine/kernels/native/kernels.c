@@ -27,7 +27,10 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
-#define EACH(value) ((floats){0} + (value))
+static inline floats each(float value) {
+  return (floats){value, value, value, value, value, value, value, value,
+                  value, value, value, value, value, value, value, value};
+}
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -69,6 +72,16 @@ static inline void narrow(bf16 *to, floats value) {
 
 /* The value as bf16 holds it. */
 static inline floats rounded(floats value) { return (floats)(narrowed(value) << 16); }
+
+/* The same of scores and their weights, for which a number too small for fp32's exponent may be zero. */
+static inline floats rounded_score(floats value) {
+#ifdef __AVX512BF16__
+  __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)value));
+  return (floats)_mm512_slli_epi32(wide, 16);
+#else
+  return rounded(value);
+#endif
+}
 
 static inline floats choose(ints which, floats yes, floats no) {
   return (floats)(((words)yes & (words)which) | ((words)no & ~(words)which));
@@ -180,7 +193,7 @@ static inline void unpack(const onebase_linear *layer, int64_t first, int64_t co
   floats code = load(layer->code);
   bf16 shades[LANES];
   for (int64_t done = 0; done < count; done += 2, packed++) {
-    if (done % 32 == 0) narrow(shades, code * EACH(layer->absmax[(first + done) >> layer->blocksize_log2]));
+    if (done % 32 == 0) narrow(shades, code * each(layer->absmax[(first + done) >> layer->blocksize_log2]));
     to[done] = shades[*packed >> 4];
     to[done + 1] = shades[*packed & 15];
   }
@@ -209,17 +222,20 @@ static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t 
 
 /* ---- the product --------------------------------------------------------------------------- */
 
+/* Layers that multiply the same rows. */
 typedef struct {
-  const onebase_linear *layer;
+  const onebase_linear *layers[ONEBASE_MOST_LAYERS];
+  bf16 *ys[ONEBASE_MOST_LAYERS];
+  int64_t count, gated;
   const onebase_groups *groups;
   const bf16 *x;
-  bf16 *y;
-  int64_t rows;
+  int64_t rows, in;
   uint32_t *tiles;   /* AMX: pairs of terms of 16 rows, [tiles, in / 2, tile] */
   int64_t tile;      /* rows of each of them */
   float *floats;     /* [rows, in], of rows that an adapter acts on */
   float *hidden;     /* x A^T of each term of each group, [rows, rank] */
-  int64_t *starts;   /* of the hidden of each term */
+  int64_t *starts;   /* of the hidden of each term of each layer */
+  int64_t terms;     /* of all groups */
   int32_t *jobs;     /* pairs: group, its first row */
   int64_t job_count;
   float *panels;     /* of each thread */
@@ -249,9 +265,11 @@ static void configure(int64_t tile) {
 
 /* Tiles 0 to 3 hold sums [16 outputs, rows], 5 a tile of rows, 6 one of weights. */
 static inline void multiply_tiles(const bf16 *weights, int64_t stride, const uint32_t *rows, int64_t next,
-                                  int64_t tile, int64_t terms, int count) {
+                                  int64_t tile, int64_t terms, int count, int ahead) {
   for (int64_t k = 0; k < terms; k += 32) {
     _tile_loadd(6, weights + k, stride * 2);
+    if (ahead)
+      for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(weights + (LANES + row) * stride + k);
     const uint32_t *pairs = rows + k / 2 * tile;
     _tile_loadd(5, pairs, tile * 4);
     _tile_dpbf16ps(0, 6, 5);
@@ -277,9 +295,8 @@ static inline void store_tile(int number, float *to) {
 }
 
 /* Sums of one panel over all rows, [rows, 16]. */
-static void multiply(const product *p, int64_t panel, float *scratch, float *sums) {
-  const onebase_linear *layer = p->layer;
-  int64_t in = layer->in, next = in / 2 * p->tile, tiles = parts_of(p->rows, p->tile), stride;
+static void multiply(const product *p, const onebase_linear *layer, int64_t panel, float *scratch, float *sums) {
+  int64_t in = p->in, next = in / 2 * p->tile, tiles = parts_of(p->rows, p->tile), stride;
   int64_t step = tiles > TILES ? in : least(in, 512);
   _Alignas(64) float square[16 * 16];
   const bf16 *weights = NULL;
@@ -293,7 +310,8 @@ static void multiply(const product *p, int64_t panel, float *scratch, float *sum
     for (int64_t k = 0; k < in; k += step) {
       int64_t terms = least(step, in - k);
       if (step != in) weights = panel_of(layer, panel, k, k + terms, (bf16 *)scratch, &stride);
-      multiply_tiles(weights, stride, p->tiles + first * next + k / 2 * p->tile, next, p->tile, terms, count);
+      multiply_tiles(weights, stride, p->tiles + first * next + k / 2 * p->tile, next, p->tile, terms, count,
+                     layer->kind == ONEBASE_BF16 && !first);
     }
     for (int i = 0; i < count; i++) {
       float *to = sums + (first + i) * p->tile * LANES;
@@ -314,7 +332,7 @@ static void multiply(const product *p, int64_t panel, float *scratch, float *sum
 
 /* Rows `16 * number ..` of x as pairs of terms, pair after pair. */
 static void pair_rows(const product *p, int64_t number) {
-  int64_t in = p->layer->in, tile = p->tile, first = number * tile, count = least(tile, p->rows - first);
+  int64_t in = p->in, tile = p->tile, first = number * tile, count = least(tile, p->rows - first);
   uint32_t *to = p->tiles + number * (in / 2) * tile;
   const uint32_t *from = (const uint32_t *)(p->x + first * in);
   if (tile == 1) {
@@ -363,14 +381,13 @@ static inline floats multiplied(floats sum, const bf16 *x, int64_t k, const weig
   __m512i some = _mm512_loadu_si512(weights + LANES * k);
   return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)some);
 #else
-  return fused(EACH(widened(x[k])), load(weights + LANES * k), sum);
+  return fused(each(widened(x[k])), load(weights + LANES * k), sum);
 #endif
 }
 
 /* Sums of one panel over all rows, [rows, 16]. */
-static void multiply(const product *p, int64_t panel, float *scratch, float *sums) {
-  const onebase_linear *layer = p->layer;
-  int64_t in = layer->in, block = least(layer->block, in), stride;
+static void multiply(const product *p, const onebase_linear *layer, int64_t panel, float *scratch, float *sums) {
+  int64_t in = p->in, block = least(layer->block, in), stride;
   weight_pair *turned = (weight_pair *)(scratch + block * LANES / 2);
   for (int64_t k = 0; k < in; k += block) {
     int64_t terms = least(block, in - k);
@@ -400,9 +417,12 @@ static void multiply(const product *p, int64_t panel, float *scratch, float *sum
 
 /* ---- adapters ------------------------------------------------------------------------------ */
 
-/* `terms` columns of `lanes` rows, 16 at most each, as [16, 16] with a row for each column; the rest is zero. */
-static inline void turn_square(const float *from, int64_t stride, int64_t lanes, int64_t terms, float *to) {
+/* `terms` columns of `lanes` rows, 16 at most each, as [16, 16] with a row for each column; the rest is zero.
+ * Asks for what lies `ahead`. */
+static inline void turn_square(const float *from, int64_t stride, int64_t lanes, int64_t terms, int64_t ahead,
+                               float *to) {
   if (lanes >= LANES && terms == LANES) {
+    for (int64_t lane = 0; lane < LANES; lane++) __builtin_prefetch(from + lane * stride + ahead);
     transpose(from, stride, to);
     return;
   }
@@ -422,15 +442,15 @@ static inline void ordered_sums(const onebase_order *order, const float *x, int6
     for (int64_t k = first; k < last; k += LANES) {
       _Alignas(64) float turned[LANES * LANES];
       int64_t terms = least(LANES, last - k);
-      turn_square(weights + k, stride, lanes, terms, turned);
+      turn_square(weights + k, stride, lanes, terms, order->blocks > 1 || last > 4 * LANES ? 4 * LANES : LANES * stride, turned);
       int64_t row = 0;
       for (; row + 4 <= rows; row += 4)
         for (int64_t i = 0; i < terms; i++)
           for (int j = 0; j < 4; j++)
-            some[row + j] = fused(EACH(x[(row + j) * x_stride + k + i]), load(turned + i * LANES), some[row + j]);
+            some[row + j] = fused(each(x[(row + j) * x_stride + k + i]), load(turned + i * LANES), some[row + j]);
       for (; row < rows; row++)
         for (int64_t i = 0; i < terms; i++)
-          some[row] = fused(EACH(x[row * x_stride + k + i]), load(turned + i * LANES), some[row]);
+          some[row] = fused(each(x[row * x_stride + k + i]), load(turned + i * LANES), some[row]);
     }
     int opens = block == 0 || order->group[block] != order->group[block - 1];
     int closes = block + 1 == order->blocks || order->group[block + 1] != order->group[block];
@@ -441,11 +461,10 @@ static inline void ordered_sums(const onebase_order *order, const float *x, int6
   }
 }
 
-/* The hidden values of some rows of one group, for all of its terms. */
+/* The hidden values of some rows of one group, for all of its terms in all layers. */
 static void shrink(const product *p, int64_t job) {
   const onebase_groups *groups = p->groups;
-  const onebase_linear *layer = p->layer;
-  int64_t group = p->jobs[2 * job], first = p->jobs[2 * job + 1], in = layer->in;
+  int64_t group = p->jobs[2 * job], first = p->jobs[2 * job + 1], in = p->in;
   int64_t begin = groups->row_starts[group], rows = groups->row_starts[group + 1] - begin;
   int64_t count = least(SHRUNK, rows - first);
   float *wide = p->floats + (begin + first) * in;
@@ -453,26 +472,29 @@ static void shrink(const product *p, int64_t job) {
     const bf16 *x = p->x + groups->row[begin + first + row] * in;
     for (int64_t k = 0; k < in; k += LANES) store(wide + row * in + k, widen(x + k));
   }
-  for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
-    const onebase_lora *lora = layer->lora + groups->slot[term];
-    int64_t rank = lora->rank;
-    float *hidden = p->hidden + p->starts[term] + first * rank;
-    for (int64_t part = 0; part < rank; part += LANES) {
-      floats sums[SHRUNK];
-      int64_t lanes = least(LANES, rank - part);
-      ordered_sums(lora->shrink, wide, in, count, lora->a + part * in, in, lanes, sums);
-      for (int64_t row = 0; row < count; row++)
-        memcpy(hidden + row * rank + part, &sums[row], lanes * sizeof(float));
+  for (int64_t which = 0; which < p->count; which++) {
+    const onebase_lora *own = p->layers[which]->lora;
+    for (int64_t term = groups->term_starts[group]; own && term < groups->term_starts[group + 1]; term++) {
+      const onebase_lora *lora = own + groups->slot[term];
+      int64_t rank = lora->rank;
+      float *hidden = p->hidden + p->starts[which * p->terms + term] + first * rank;
+      for (int64_t part = 0; part < rank; part += LANES) {
+        floats sums[SHRUNK];
+        int64_t lanes = least(LANES, rank - part);
+        ordered_sums(lora->shrink, wide, in, count, lora->a + part * in, in, lanes, sums);
+        for (int64_t row = 0; row < count; row++)
+          memcpy(hidden + row * rank + part, &sums[row], lanes * sizeof(float));
+      }
     }
   }
 }
 
 /* Adds to the outputs of one panel, bf16 [rows, 16], what the adapters give. */
-static void expand(const product *p, int64_t panel, bf16 *y) {
+static void expand(const product *p, int64_t which, int64_t panel, bf16 *y) {
   const onebase_groups *groups = p->groups;
-  const onebase_linear *layer = p->layer;
+  const onebase_linear *layer = p->layers[which];
   int64_t first = panel * LANES, lanes = least(LANES, layer->out - first);
-  for (int64_t job = 0; job < p->job_count; job++) {
+  for (int64_t job = 0; layer->lora && job < p->job_count; job++) {
     int64_t group = p->jobs[2 * job], row = p->jobs[2 * job + 1], begin = groups->row_starts[group] + row;
     int64_t count = least(SHRUNK, groups->row_starts[group + 1] - begin);
     floats total[SHRUNK], sums[SHRUNK];
@@ -481,15 +503,16 @@ static void expand(const product *p, int64_t panel, bf16 *y) {
       const onebase_lora *lora = layer->lora + groups->slot[term];
       int64_t rank = lora->rank;
       if (!rank) continue;
-      const float *hidden = p->hidden + p->starts[term] + row * rank;
+      const float *hidden = p->hidden + p->starts[which * p->terms + term] + row * rank;
       ordered_sums(lora->expand, hidden, rank, count, lora->b + first * rank, rank, lanes, sums);
       for (int64_t i = 0; i < count; i++) {
-        if (lora->scale != 1.0f) sums[i] *= EACH(lora->scale);
-        if (groups->weight[term] != 1.0f) sums[i] *= EACH(groups->weight[term]);
+        if (lora->scale != 1.0f) sums[i] *= each(lora->scale);
+        if (groups->weight[term] != 1.0f) sums[i] *= each(groups->weight[term]);
         total[i] = acts ? total[i] + sums[i] : sums[i];
       }
       acts = 1;
     }
+    if (!acts) continue;
     for (int64_t i = 0; i < count; i++) {
       bf16 *to = y + groups->row[begin + i] * LANES;
       narrow(to, widen(to) + (layer->quantized ? rounded(total[i]) : total[i]));
@@ -498,6 +521,31 @@ static void expand(const product *p, int64_t panel, bf16 *y) {
 }
 
 /* ---- linear -------------------------------------------------------------------------------- */
+
+/* e to the power of each value as torch computes it (SLEEF's `expf_u10`, https://sleef.org). */
+static inline floats torch_exponentials(floats x) {
+  floats q = x * each(1.442695040888963407359924681001892137426645954152985934135449406931f);
+  q = (q + each(12582912.0f)) - each(12582912.0f); /* to the nearest whole number */
+  floats s = fused(q, each(-0.693145751953125f), x);
+  s = fused(q, each(-1.428606765330187045e-06f), s);
+  floats u = each(0.000198527617612853646278381f);
+  u = fused(u, s, each(0.00139304355252534151077271f));
+  u = fused(u, s, each(0.00833336077630519866943359f));
+  u = fused(u, s, each(0.0416664853692054748535156f));
+  u = fused(u, s, each(0.166666671633720397949219f));
+  u = fused(u, s, each(0.5f));
+  u = each(1.0f) + fused(s * s, u, s);
+  ints power = __builtin_convertvector(choose(x < each(-104.0f), each(0), choose(x > each(104.0f), each(0), q)), ints);
+  ints half = power >> 1;
+  u = u * (floats)((half + 127) << 23) * (floats)((power - half + 127) << 23);
+  u = choose(x < each(-104.0f), each(0.0f), u);
+  return choose(x > each(100.0f), each(INFINITY), u);
+}
+
+/* gate * sigmoid(gate) * up, rounded after each of the two products. */
+static inline floats gated(floats gate, floats up) {
+  return rounded(gate / (each(1.0f) + torch_exponentials(-gate))) * up;
+}
 
 static void prepare_part(void *task, int64_t part, int64_t thread) {
   product *p = task;
@@ -513,31 +561,44 @@ static void prepare_part(void *task, int64_t part, int64_t thread) {
   shrink(p, part);
 }
 
+/* The outputs of one panel of one layer, adapters included: bf16 [rows, 16]. */
+static void panel_outputs(const product *p, int64_t which, int64_t panel, float *scratch, float *sums, bf16 *y) {
+  const onebase_linear *layer = p->layers[which];
+  multiply(p, layer, panel, scratch, sums);
+  floats bias = layer->bias ? widen_some(layer->bias + panel * LANES, layer->out - panel * LANES) : (floats){0};
+  for (int64_t row = 0; row < p->rows; row++) {
+    floats sum = load(sums + row * LANES);
+    narrow(y + row * LANES, layer->bias ? sum + bias : sum);
+  }
+  if (p->job_count) expand(p, which, panel, y);
+}
+
 static void panel_part(void *task, int64_t part, int64_t thread) {
   product *p = task;
-  const onebase_linear *layer = p->layer;
-  float *scratch = p->panels + thread * p->panel_size;
-  int64_t padded = parts_of(p->rows, TILE) * TILE;
-  float *sums = scratch;
-  bf16 *y = (bf16 *)(sums + padded * LANES);
-  float *rest = sums + padded * LANES + padded * LANES / 2;
+  int64_t padded = parts_of(p->rows, TILE) * TILE, which = 0;
+  for (; !p->gated; which++) {
+    int64_t own = parts_of(parts_of(p->layers[which]->out, LANES), p->panels_at_once);
+    if (part < own) break;
+    part -= own;
+  }
+  const onebase_linear *layer = p->layers[which];
+  float *sums = p->panels + thread * p->panel_size, *scratch = sums + padded * LANES * 2;
+  bf16 *y = (bf16 *)(sums + padded * LANES), *up = y + padded * LANES;
 #ifdef __AMX_BF16__
   configure(p->tile);
 #endif
   int64_t last = least((part + 1) * p->panels_at_once, parts_of(layer->out, LANES));
   for (int64_t panel = part * p->panels_at_once; panel < last; panel++) {
     int64_t first = panel * LANES, outputs = least(LANES, layer->out - first);
-    multiply(p, panel, rest, sums);
-    floats bias = {0};
-    if (layer->bias)
-      for (int64_t i = 0; i < outputs; i++) bias[i] = widened(layer->bias[first + i]);
-    for (int64_t row = 0; row < p->rows; row++) {
-      floats sum = load(sums + row * LANES);
-      narrow(y + row * LANES, layer->bias ? sum + bias : sum);
+    panel_outputs(p, which, panel, scratch, sums, y);
+    if (p->gated) {
+      panel_outputs(p, 1, panel, scratch, sums, up);
+      for (int64_t row = 0; row < p->rows; row++)
+        narrow(y + row * LANES, gated(widen(y + row * LANES), widen(up + row * LANES)));
     }
-    if (p->job_count) expand(p, panel, y);
+    bf16 *to = p->ys[which] + first;
     for (int64_t row = 0; row < p->rows; row++)
-      memcpy(p->y + row * layer->out + first, y + row * LANES, outputs * sizeof(bf16));
+      memcpy(to + row * layer->out, y + row * LANES, outputs * sizeof(bf16));
   }
 #ifdef __AMX_BF16__
   _tile_release();
@@ -547,20 +608,24 @@ static void panel_part(void *task, int64_t part, int64_t thread) {
 /* Lists what the shrink has to do. Returns whether there was memory for it. */
 static int plan_adapters(product *p) {
   const onebase_groups *groups = p->groups;
-  const onebase_lora *lora = p->layer->lora;
-  p->job_count = 0;
-  if (!groups || !lora || !groups->groups) return 1;
-  int64_t terms = groups->term_starts[groups->groups], rows = groups->row_starts[groups->groups], size = 0;
-  p->starts = onebase_scratch(ONEBASE_PLACES, (terms + rows + groups->groups) * 8);
+  int any = 0;
+  for (int64_t which = 0; which < p->count; which++) any |= p->layers[which]->lora != NULL;
+  if (!groups || !any || !groups->groups) return 1;
+  int64_t rows = groups->row_starts[groups->groups], size = 0;
+  p->terms = groups->term_starts[groups->groups];
+  p->starts = onebase_scratch(ONEBASE_PLACES, (p->count * p->terms + rows + groups->groups) * 8);
   if (!p->starts) return 0;
-  p->jobs = (int32_t *)(p->starts + terms);
+  p->jobs = (int32_t *)(p->starts + p->count * p->terms);
   for (int64_t group = 0; group < groups->groups; group++) {
     int64_t count = groups->row_starts[group + 1] - groups->row_starts[group], acts = 0;
-    for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
-      p->starts[term] = size;
-      size += count * lora[groups->slot[term]].rank;
-      acts |= lora[groups->slot[term]].rank;
-    }
+    for (int64_t which = 0; which < p->count; which++)
+      for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
+        const onebase_lora *lora = p->layers[which]->lora;
+        int64_t rank = lora ? lora[groups->slot[term]].rank : 0;
+        p->starts[which * p->terms + term] = size;
+        size += count * rank;
+        acts |= rank;
+      }
     for (int64_t first = 0; acts && first < count; first += SHRUNK) {
       p->jobs[2 * p->job_count] = (int32_t)group;
       p->jobs[2 * p->job_count++ + 1] = (int32_t)first;
@@ -568,33 +633,42 @@ static int plan_adapters(product *p) {
   }
   if (!p->job_count) return 1;
   p->hidden = onebase_scratch(ONEBASE_HIDDEN, size * 4);
-  p->floats = onebase_scratch(ONEBASE_FLOATS, rows * p->layer->in * 4);
+  p->floats = onebase_scratch(ONEBASE_FLOATS, rows * p->in * 4);
   return p->hidden && p->floats;
 }
 
-static int linear(const onebase_linear *layer, const onebase_groups *groups, const bf16 *x, bf16 *y,
-                  int64_t rows, int64_t threads) {
-  product p = {.layer = layer, .groups = groups, .x = x, .y = y, .rows = rows};
+static int linear(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
+                  const onebase_groups *groups, const bf16 *x, int64_t rows, int64_t threads) {
+  product p = {.count = count, .gated = gated, .groups = groups, .x = x, .rows = rows, .in = layers[0]->in};
+  int64_t panels = 0, block = 0, parts = 0;
+  for (int64_t which = 0; which < count; which++) {
+    p.layers[which] = layers[which];
+    p.ys[which] = ys[which];
+    if (!gated || !which) panels += parts_of(layers[which]->out, LANES);
+    block = layers[which]->block > block ? layers[which]->block : block;
+  }
   if (rows < 1) return 0;
   if (!plan_adapters(&p)) return ONEBASE_OUT_OF_MEMORY;
-  int64_t preparing = p.job_count, padded = parts_of(rows, TILE) * TILE, panels = parts_of(layer->out, LANES);
+  int64_t preparing = p.job_count, padded = parts_of(rows, TILE) * TILE;
 #ifdef __AMX_BF16__
   p.tile = least(rows, TILE);
-  p.tiles = onebase_scratch(ONEBASE_ROWS, padded * layer->in * 2);
+  p.tiles = onebase_scratch(ONEBASE_ROWS, padded * p.in * 2);
   if (!p.tiles) return ONEBASE_OUT_OF_MEMORY;
   preparing += parts_of(rows, p.tile);
-  int64_t weights = layer->in * LANES / 2;
+  int64_t weights = p.in * LANES / 2;
 #else
-  int64_t weights = least(layer->block, layer->in) * LANES * 3 / 2;
+  int64_t weights = least(block, p.in) * LANES * 3 / 2;
 #endif
-  p.panel_size = parts_of(padded * LANES * 3 / 2 + weights, LANES) * LANES;
+  p.panel_size = parts_of(padded * LANES * 2 + weights, LANES) * LANES;
   p.panels = onebase_scratch(ONEBASE_PANELS, threads * p.panel_size * 4);
   if (!p.panels) return ONEBASE_OUT_OF_MEMORY;
   if (rows <= 2)
     for (int64_t part = 0; part < preparing; part++) prepare_part(&p, part, 0);
   else onebase_share(prepare_part, &p, preparing);
   p.panels_at_once = threads > 1 ? parts_of(panels, threads * 6) : panels;
-  onebase_share(panel_part, &p, parts_of(panels, p.panels_at_once));
+  for (int64_t which = 0; which < (gated ? 1 : count); which++)
+    parts += parts_of(parts_of(layers[which]->out, LANES), p.panels_at_once);
+  onebase_share(panel_part, &p, parts);
   return 0;
 }
 
@@ -602,19 +676,19 @@ static int linear(const onebase_linear *layer, const onebase_groups *groups, con
 
 /* e to the power of each value, none above 0: Cephes' polynomial, within 2 units of the last place. */
 static inline floats exponentials(floats x) {
-  x = choose(x < EACH(-87.0f), EACH(-87.0f), x);
-  floats half = x * EACH(1.44269504088896341f) - EACH(0.5f);
+  x = choose(x < each(-87.0f), each(-87.0f), x);
+  floats half = x * each(1.44269504088896341f) - each(0.5f);
   ints power = __builtin_convertvector(half, ints); /* toward zero: to the nearest, for x below 0 */
   floats n = __builtin_convertvector(power, floats);
-  x -= n * EACH(0.693359375f);
-  x -= n * EACH(-2.12194440e-4f);
-  floats y = EACH(1.9875691500e-4f);
-  y = fused(y, x, EACH(1.3981999507e-3f));
-  y = fused(y, x, EACH(8.3334519073e-3f));
-  y = fused(y, x, EACH(4.1665795894e-2f));
-  y = fused(y, x, EACH(1.6666665459e-1f));
-  y = fused(y, x, EACH(5.0000001201e-1f));
-  y = fused(y, x * x, x + EACH(1.0f));
+  x -= n * each(0.693359375f);
+  x -= n * each(-2.12194440e-4f);
+  floats y = each(1.9875691500e-4f);
+  y = fused(y, x, each(1.3981999507e-3f));
+  y = fused(y, x, each(8.3334519073e-3f));
+  y = fused(y, x, each(4.1665795894e-2f));
+  y = fused(y, x, each(1.6666665459e-1f));
+  y = fused(y, x, each(5.0000001201e-1f));
+  y = fused(y, x * x, x + each(1.0f));
   return y * (floats)((power + 127) << 23);
 }
 
@@ -629,29 +703,59 @@ typedef struct {
 
 /* Queries of one context that one part takes. */
 #define QUERIES 8
+/* Of them, those that are multiplied at once, by registers. */
+#define SCORED_AT_ONCE 8
+#define MIXED_AT_ONCE 4
 /* Scores that they may have together, before fewer are taken: 1 MB. */
 #define SCORES (1 << 18)
 
+/* A query or key of one row as attention uses it, turned by its position if the step says how. */
+static inline void turned_head(const onebase_attention *layer, const onebase_qkv *step, const bf16 *from,
+                               int64_t row, bf16 *to) {
+  int64_t dim = layer->key_dim, half = dim / 2;
+  if (!step->cosines) {
+    memcpy(to, from, dim * sizeof(bf16));
+    return;
+  }
+  const bf16 *cosines = step->cosines + row * dim, *sines = step->sines + row * dim;
+  for (int64_t d = 0; d < dim; d += LANES) {
+    floats other = d < half ? -widen(from + d + half) : widen(from + d - half);
+    floats turned = rounded(widen(from + d) * widen(cosines + d)) + rounded(other * widen(sines + d));
+    narrow(to + d, turned);
+  }
+}
+
 static void write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot) {
   for (int64_t head = 0; head < layer->kv_heads; head++) {
-    memcpy(layer->keys + (head * layer->slots + slot) * layer->key_dim,
-           step->k + row * step->k_row + head * step->k_head, layer->key_dim * sizeof(bf16));
+    turned_head(layer, step, step->k + row * step->k_row + head * step->k_head, row,
+                layer->keys + (head * layer->slots + slot) * layer->key_dim);
     memcpy(layer->values + (head * layer->slots + slot) * layer->value_dim,
            step->v + row * step->v_row + head * step->v_head, layer->value_dim * sizeof(bf16));
   }
 }
 
-static inline int64_t slot_of(const onebase_attention *layer, const int32_t *table, int64_t position) {
-  return (int64_t)table[position / layer->block_size] * layer->block_size + position % layer->block_size;
+/* The KV slots of positions `first` to `last`. */
+static void find_slots(const onebase_attention *layer, const int32_t *table, int64_t first, int64_t last,
+                       int32_t *slots) {
+  int64_t size = layer->block_size, block = first / size, within = first % size;
+  for (int64_t position = first; position <= last; block++, within = 0)
+    for (; within < size && position <= last; within++, position++)
+      *slots++ = (int32_t)(table[block] * size + within);
 }
 
-/* The values of 16 keys from `first` on, those after `last` zero: [dim, 16]. */
-static void turn_keys(const onebase_attention *layer, const bf16 *keys, const int32_t *table, int64_t first,
-                      int64_t last, float *to) {
-  int64_t dim = layer->key_dim;
+/* The values of `count` keys, 16 at most, of the `left` ones, the others zero: [dim, 16]. Asks for what is read
+ * next. */
+static inline void turn_keys(const onebase_attention *layer, const bf16 *keys, const bf16 *values,
+                             const int32_t *slots, int64_t count, int64_t left, float *to) {
+  int64_t dim = layer->key_dim, d = 0;
   const bf16 *of[LANES];
-  int64_t count = least(LANES, last + 1 - first), d = 0;
-  for (int64_t i = 0; i < count; i++) of[i] = keys + slot_of(layer, table, first + i) * dim;
+  for (int64_t i = 0; i < count; i++) {
+    of[i] = keys + slots[i] * dim;
+    const char *value = (const char *)(values + slots[i] * layer->value_dim);
+    for (int64_t byte = 0; byte < layer->value_dim * 2; byte += 64) __builtin_prefetch(value + byte);
+    const char *key = (const char *)(keys + slots[least(i + 2 * LANES, left - 1)] * dim);
+    for (int64_t byte = 0; byte < dim * 2; byte += 64) __builtin_prefetch(key + byte);
+  }
   for (; d + LANES <= dim; d += LANES) {
     _Alignas(64) float square[16 * 16];
     for (int64_t i = 0; i < LANES; i++) store(square + 16 * i, i < count ? widen(of[i] + d) : (floats){0});
@@ -663,11 +767,58 @@ static void turn_keys(const onebase_attention *layer, const bf16 *keys, const in
 
 /* What eager attention makes of 16 products: rounded where it rounds. */
 static inline floats scored(const onebase_attention *layer, floats product) {
-  floats score = rounded(rounded(product) * EACH(layer->scaling));
+  floats score = rounded_score(rounded_score(product) * each(layer->scaling));
   if (layer->softcap == 0) return score;
-  score = rounded(score * EACH(1.0f / layer->softcap));
+  score = rounded_score(score * each(1.0f / layer->softcap));
   for (int lane = 0; lane < LANES; lane++) score[lane] = tanhf(score[lane]);
-  return rounded(rounded(score) * EACH(layer->softcap));
+  return rounded_score(rounded_score(score) * each(layer->softcap));
+}
+
+/* Products of some queries with 16 keys. */
+static inline __attribute__((always_inline)) void score_keys(const float *q, int64_t dim, const float *turned,
+                                                             const int count, floats *sums) {
+  for (int i = 0; i < count; i++) sums[i] = (floats){0};
+  for (int64_t d = 0; d < dim; d++) {
+    floats key = load(turned + d * LANES);
+    for (int i = 0; i < count; i++) sums[i] = fused(each(q[i * dim + d]), key, sums[i]);
+  }
+}
+
+/* Adds 64 columns of the values, by their weights, key after key, for some queries. */
+static inline __attribute__((always_inline)) void mix_values(const bf16 *values, int64_t wide, int64_t columns,
+                                                             const int32_t *slots, int64_t keys,
+                                                             const float *weights, int64_t stride,
+                                                             const int count, floats *mixed) {
+  for (int i = 0; i < 4 * count; i++) mixed[i] = (floats){0};
+  for (int64_t key = 0; key < keys; key++) {
+    const bf16 *value = values + slots[key] * wide;
+    floats some[4];
+    for (int j = 0; j < 4; j++)
+      some[j] = columns >= 4 * LANES ? widen(value + j * LANES)
+                : columns > j * LANES ? widen_some(value + j * LANES, columns - j * LANES)
+                                      : (floats){0};
+    for (int i = 0; i < count; i++)
+      for (int j = 0; j < 4; j++) mixed[4 * i + j] = fused(each(weights[i * stride + key]), some[j], mixed[4 * i + j]);
+  }
+}
+
+/* Weights of the scores of one query [length], in place, as eager attention rounds them. */
+static inline void soften(float *scores, int64_t length) {
+  floats most = load(scores), sum = {0};
+  for (int64_t k = LANES; k < length; k += LANES) {
+    floats score = load(scores + k);
+    most = choose(score > most, score, most);
+  }
+  float largest = most[0];
+  for (int lane = 1; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+  for (int64_t k = 0; k < length; k += LANES) {
+    floats score = load(scores + k), e = exponentials(score - each(largest));
+    e = choose(score == each(-INFINITY), each(0.0f), e);
+    store(scores + k, e);
+    sum += e;
+  }
+  floats total = each(sum_of(sum));
+  for (int64_t k = 0; k < length; k += LANES) store(scores + k, rounded_score(load(scores + k) / total));
 }
 
 static void attend_part(void *task, int64_t part, int64_t thread) {
@@ -681,84 +832,61 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
   const int32_t *table = contexts->table + (int64_t)contexts->table_row[first_row] * contexts->table_width;
   const bf16 *keys = layer->keys + head * layer->slots * dim;
   const bf16 *values = layer->values + head * layer->slots * wide;
-  float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
   int64_t last = contexts->position[first_row + rows - 1], begin = 0;
   if (layer->window) {
     begin = contexts->position[first_row] - layer->window + 1;
     begin = begin < 0 ? 0 : begin / LANES * LANES;
   }
-  int64_t length = parts_of(last + 1 - begin, LANES) * LANES;
+  int64_t count = last + 1 - begin, length = parts_of(count, LANES) * LANES;
+  float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
+  int32_t *slots = (int32_t *)(scores + queries * length);
+  find_slots(layer, table, begin, last, slots);
   for (int64_t i = 0; i < queries; i++) {
-    const bf16 *from = step->q + (first_row + i / groups) * step->q_row + (head * groups + i % groups) * step->q_head;
-    for (int64_t d = 0; d < dim; d++) q[i * dim + d] = widened(from[d]);
+    int64_t row = first_row + i / groups;
+    bf16 *own = (bf16 *)(slots + length);
+    turned_head(layer, step, step->q + row * step->q_row + (head * groups + i % groups) * step->q_head, row, own);
+    for (int64_t d = 0; d < dim; d++) q[i * dim + d] = widened(own[d]);
   }
-  for (int64_t key = begin; key < begin + length; key += LANES) {
-    turn_keys(layer, keys, table, key, last, turned);
-    ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)key;
-    for (int64_t i = 0; i < queries; i += 4) {
-      floats sum[4] = {{0}};
-      int64_t count = least(4, queries - i);
-      if (count == 4) {
-        for (int64_t d = 0; d < dim; d++) {
-          floats k = load(turned + d * LANES);
-          for (int j = 0; j < 4; j++) sum[j] = fused(EACH(q[(i + j) * dim + d]), k, sum[j]);
-        }
-      } else {
-        for (int64_t j = 0; j < count; j++)
-          for (int64_t d = 0; d < dim; d++)
-            sum[j] = fused(EACH(q[(i + j) * dim + d]), load(turned + d * LANES), sum[j]);
-      }
-      for (int64_t j = 0; j < count; j++) {
+  for (int64_t key = 0; key < count; key += LANES) {
+    turn_keys(layer, keys, values, slots + key, least(LANES, count - key), count - key, turned);
+    ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)(begin + key);
+    for (int64_t i = 0, together; i < queries; i += together) {
+      floats sums[SCORED_AT_ONCE];
+      together = queries - i;
+      if (together >= SCORED_AT_ONCE) score_keys(q + i * dim, dim, turned, together = SCORED_AT_ONCE, sums);
+      else if (together >= 4) score_keys(q + i * dim, dim, turned, together = 4, sums);
+      else if (together == 3) score_keys(q + i * dim, dim, turned, 3, sums);
+      else if (together == 2) score_keys(q + i * dim, dim, turned, 2, sums);
+      else score_keys(q + i * dim, dim, turned, 1, sums);
+      for (int64_t j = 0; j < together; j++) {
         int32_t position = contexts->position[first_row + (i + j) / groups];
         ints hidden = at > position;
         if (layer->window) hidden |= at <= position - (int32_t)layer->window;
-        floats score = scored(layer, sum[j]);
-        store(scores + (i + j) * length + key - begin, choose(hidden, EACH(-INFINITY), score));
+        floats score = scored(layer, sums[j]);
+        store(scores + (i + j) * length + key, choose(hidden, each(-INFINITY), score));
       }
     }
   }
-  for (int64_t i = 0; i < queries; i++) {
-    float *own = scores + i * length;
-    floats most = load(own), sum = {0};
-    for (int64_t k = LANES; k < length; k += LANES) {
-      floats score = load(own + k);
-      most = choose(score > most, score, most);
-    }
-    float largest = most[0];
-    for (int lane = 1; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
-    for (int64_t k = 0; k < length; k += LANES) {
-      floats score = load(own + k), e = exponentials(score - EACH(largest));
-      e = choose(score == EACH(-INFINITY), EACH(0.0f), e);
-      store(own + k, e);
-      sum += e;
-    }
-    floats total = EACH(sum_of(sum));
-    for (int64_t k = 0; k < length; k += LANES) store(own + k, rounded(load(own + k) / total));
-  }
-  for (int64_t d = 0; d < wide; d += 4 * LANES) {
-    int64_t vectors = least(4, parts_of(wide - d, LANES));
-    for (int64_t i = 0; i < queries; i++) {
+  for (int64_t i = 0; i < queries; i++) soften(scores + i * length, length);
+  for (int64_t d = 0; d < wide; d += 4 * LANES)
+    for (int64_t i = 0; i < queries; i += MIXED_AT_ONCE) {
+      floats mixed[4 * MIXED_AT_ONCE];
+      int64_t together = least(MIXED_AT_ONCE, queries - i), columns = wide - d;
       const float *own = scores + i * length;
-      floats mixed[4] = {{0}};
-      int64_t position = contexts->position[first_row + i / groups];
-      int64_t from = layer->window && position >= layer->window ? position - layer->window + 1 : 0;
-      for (int64_t key = from; key <= position; key++) {
-        const bf16 *value = values + slot_of(layer, table, key) * wide + d;
-        floats weight = EACH(own[key - begin]);
-        if (d + 4 * LANES <= wide)
-          for (int j = 0; j < 4; j++) mixed[j] = fused(weight, widen(value + j * LANES), mixed[j]);
-        else
-          for (int64_t j = 0; j < vectors; j++)
-            mixed[j] = fused(weight, widen_some(value + j * LANES, wide - d - j * LANES), mixed[j]);
+      switch (together) {
+        case 1: mix_values(values + d, wide, columns, slots, count, own, length, 1, mixed); break;
+        case 2: mix_values(values + d, wide, columns, slots, count, own, length, 2, mixed); break;
+        case 3: mix_values(values + d, wide, columns, slots, count, own, length, 3, mixed); break;
+        default: mix_values(values + d, wide, columns, slots, count, own, length, 4, mixed);
       }
-      bf16 *to = step->out + ((first_row + i / groups) * layer->kv_heads * groups + head * groups + i % groups) * wide + d;
-      for (int64_t j = 0; j < vectors; j++) {
-        bf16 narrow_[LANES];
-        narrow(narrow_, mixed[j]);
-        memcpy(to + j * LANES, narrow_, least(LANES, wide - d - j * LANES) * sizeof(bf16));
+      for (int64_t j = 0; j < together; j++) {
+        int64_t row = first_row + (i + j) / groups, own_head = head * groups + (i + j) % groups;
+        bf16 out[4 * LANES];
+        for (int part_ = 0; part_ < 4; part_++) narrow(out + part_ * LANES, mixed[4 * j + part_]);
+        memcpy(step->out + (row * layer->kv_heads * groups + own_head) * wide + d, out,
+               least(4 * LANES, columns) * sizeof(bf16));
       }
     }
-  }
 }
 
 static int attend(const onebase_attention *layer, const onebase_contexts *contexts, const onebase_qkv *step,
@@ -781,7 +909,7 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
       count++;
     a.parts[2 * parts] = (int32_t)row;
     a.parts[2 * parts++ + 1] = (int32_t)count;
-    int64_t size = count * layer->groups * (length + layer->key_dim);
+    int64_t size = count * layer->groups * (length + layer->key_dim) + length + layer->key_dim;
     most = size > most ? size : most;
     row += count;
   }
@@ -855,7 +983,7 @@ static void norm_part(void *task, int64_t part, int64_t thread) {
     for (int64_t i = 0; i < size; i++) squares[i] = wide[i] * wide[i];
     float factor = 1.0f / sqrtf(torch_sum(squares, size) / (float)size + n->eps);
     for (int64_t i = 0; i < size; i += LANES)
-      narrow(y + i, rounded(load(wide + i) * EACH(factor)) * widen(n->weight + i));
+      narrow(y + i, rounded(load(wide + i) * each(factor)) * widen(n->weight + i));
   }
 }
 
@@ -865,6 +993,11 @@ static int rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, in
   n.floats = onebase_scratch(ONEBASE_FLOATS, threads * size * 8);
   if (!n.floats) return ONEBASE_OUT_OF_MEMORY;
   onebase_share(norm_part, &n, parts_of(rows, NORMED));
+  return 0;
+}
+
+static int gate(const bf16 *gates, const bf16 *ups, bf16 *y, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) narrow(y + i, gated(widen(gates + i), widen(ups + i)));
   return 0;
 }
 
@@ -878,4 +1011,4 @@ static int sums(const onebase_order *order, const float *x, int64_t rows, const 
   return 0;
 }
 
-const onebase_kernels ONEBASE_KERNELS = {ONEBASE_NAME, linear, attend, rms_norm, sums};
+const onebase_kernels ONEBASE_KERNELS = {ONEBASE_NAME, linear, attend, rms_norm, gate, sums};

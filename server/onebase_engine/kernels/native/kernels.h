@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #define LANES 16
+#define ONEBASE_MOST_LAYERS 3
 
 typedef uint16_t bf16;
 
@@ -67,22 +68,29 @@ typedef struct {
   int64_t table_width;
 } onebase_contexts;
 
-/* q, k, v: row and head strides in elements; out [rows, heads, value_dim]. */
+/* q, k, v: row and head strides in elements; out [rows, heads, value_dim]. With `cosines` and `sines` [rows,
+ * key_dim], key_dim a multiple of 32, queries and keys are still to be turned by their positions. */
 typedef struct {
   const bf16 *q, *k, *v;
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;
   bf16 *out;
+  const bf16 *cosines, *sines;
 } onebase_qkv;
 
 /* Each returns 0, or ONEBASE_OUT_OF_MEMORY. `threads`: that the pool has. */
 typedef struct {
   const char *name;
-  int (*linear)(const onebase_linear *, const onebase_groups *, const bf16 *x, bf16 *y, int64_t rows,
-                int64_t threads);
+  /* Several layers over the same rows x [rows, in], to ys [rows, out]. `gated`: two layers of one size, and
+   * ys[0] is silu(first) * second. */
+  int (*linear)(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
+                const onebase_groups *, const bf16 *x, int64_t rows, int64_t threads);
   int (*attend)(const onebase_attention *, const onebase_contexts *, const onebase_qkv *, int64_t threads);
   /* `size` a multiple of 16. */
   int (*rms_norm)(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
                   int64_t threads);
+  /* silu(gates) * ups, `count` a multiple of 16. For trials. */
+  int (*gate)(const bf16 *gates, const bf16 *ups, bf16 *y, int64_t count);
+  /* For trials. */
   int (*sums)(const onebase_order *, const float *x, int64_t rows, const float *weights, int64_t lanes,
               int64_t inner, float *to);
 } onebase_kernels;

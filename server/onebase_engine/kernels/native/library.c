@@ -108,10 +108,10 @@ EXPORT int64_t onebase_use_threads(int64_t count) {
   return threads;
 }
 
-EXPORT int onebase_linear_rows(const onebase_linear *layer, const onebase_groups *groups, const bf16 *x, bf16 *y,
-                               int64_t rows) {
+EXPORT int onebase_linear_rows(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
+                               const onebase_groups *groups, const bf16 *x, int64_t rows) {
   onebase_lock();
-  int result = kernels->linear(layer, groups, x, y, rows, threads);
+  int result = kernels->linear(layers, ys, count, gated, groups, x, rows, threads);
   onebase_unlock();
   return result;
 }
@@ -129,6 +129,10 @@ EXPORT int onebase_rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t 
   int result = kernels->rms_norm(x, weight, y, rows, size, eps, threads);
   onebase_unlock();
   return result;
+}
+
+EXPORT int onebase_gate(const bf16 *gates, const bf16 *ups, bf16 *y, int64_t count) {
+  return kernels->gate(gates, ups, y, count);
 }
 
 EXPORT int onebase_sums(const onebase_order *order, const float *x, int64_t rows, const float *weights,
