@@ -5,8 +5,10 @@ A list of what is passed, not of what is kept back: nobody can list how secrets 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 _EVERY = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP", "COLUMNS", "NO_COLOR",
@@ -20,10 +22,15 @@ _COMPUTING = (
     "PYTORCH_*", "TRITON_*", "CUDA_*", "CUBLAS*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "HIP_*", "HSA_*", "ROCM_*",
     "ROCR_*", "AMD_*", "GPU_*", "MIOPEN_*", "ROCBLAS_*", "HIPBLASLT_*", "BNB_*", "BITSANDBYTES_*",
     "TOKENIZERS_*", "RAYON_*", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "ONEBASE_CACHE",
+    "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "ONEBASE_CACHE", "ONEBASE_KERNELS*",
 )  # fmt: skip
 _NO_HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
 """The base is a folder by then. Without these a library could ask the Hub, with the token in HF_HOME."""
+KERNELS = Path(__file__).parent / "kernels" / "native" / "libonebase_kernels.so"
+"""The kernels in C, if they were built."""
+_PATIENT = {"OMP_WAIT_POLICY": "passive"}
+"""What PyTorch's threads have left to do is little: they would spin on cores that the kernels' threads need.
+Where PyTorch computes everything, to wake them for each of thousands of calls would cost more."""
 _FETCHING = (
     "HF_*", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_*", "TRANSFORMERS_OFFLINE", "DISABLE_TELEMETRY",
     "DO_NOT_TRACK", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
@@ -33,7 +40,17 @@ _FETCHING = (
 
 def computing_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """For a process that computes: what torch and its like read, no credentials, and no way to the Hub."""
-    return _passed(environ, _EVERY + _COMPUTING) | _NO_HUB
+    passed = _passed(environ, _EVERY + _COMPUTING) | _NO_HUB
+    return _PATIENT | passed if _kernels_compute(passed) else passed
+
+
+def _kernels_compute(environ: Mapping[str, str]) -> bool:
+    """Whether it looks as if the kernels in C will compute; each process tries them before it uses them."""
+    if environ.get("ONEBASE_KERNELS") == "torch" or not KERNELS.exists():
+        return False
+    with contextlib.suppress(OSError):
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    return False
 
 
 def fetching_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:

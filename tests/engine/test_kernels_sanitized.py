@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from tests.engine import test_kernels
 
+from onebase_engine.environment import KERNELS
 from onebase_engine.kernels import cpu
 
-SOURCES = cpu.LIBRARY.parent
+SOURCES = KERNELS.parent
 
 
 def runtime(name: str) -> Path | None:
@@ -36,7 +37,7 @@ def test_no_kernel_leaves_its_memory_or_the_rules_of_c(tmp_path: Path) -> None:
         **os.environ,
         "LD_PRELOAD": " ".join(map(str, runtimes)),
         "ASAN_OPTIONS": "detect_leaks=0",
-        cpu.OTHER_LIBRARY: str(tmp_path / cpu.LIBRARY.name),
+        cpu.OTHER_LIBRARY: str(tmp_path / KERNELS.name),
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", test_kernels.__file__]
     result = subprocess.run(tests, env=environment, capture_output=True, text=True, timeout=900)

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_engine.environment import KERNELS
 from onebase_engine.lora.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = Path(__file__).with_name("native") / "libonebase_kernels.so"
 CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
@@ -166,7 +166,7 @@ def load_library() -> CpuKernels | None:
     wanted = os.environ.get(CHOICE, "")
     if wanted == "torch":
         return None
-    path = Path(os.environ.get(OTHER_LIBRARY) or LIBRARY)
+    path = Path(os.environ.get(OTHER_LIBRARY) or KERNELS)
     if not path.exists():
         logger.warning("kernels: PyTorch, since the library in C was not built; install a C compiler")
         return None
