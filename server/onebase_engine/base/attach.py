@@ -19,8 +19,8 @@ from torch import nn
 
 from onebase_engine.base import manifest as wire
 from onebase_engine.base.load import BaseSettings, freeze, import_bitsandbytes, quantized_statistics
-from onebase_engine.base.manifest import Manifest, ManifestError, QuantizedLayer
-from onebase_engine.base.shared_memory import SharedMemoryError, open_tensors, share
+from onebase_engine.base.manifest import Manifest, ManifestError, QuantizedLayer, Segment, TensorPlace
+from onebase_engine.base.shared_memory import SharedMemoryError, file_size, lay_out, open_tensors, share
 
 
 class AttachError(Exception):
@@ -41,22 +41,45 @@ def publish(base: nn.Module, fd: int | None) -> bytes:
         AttachError: the memory cannot be shared; the message says what to change.
     """
     named = _named_tensors(base)
-    tensors = list({id(tensor): tensor for tensor in named.values()}.values())
-    index = {id(tensor): i for i, tensor in enumerate(tensors)}
-    names = {name: index[id(tensor)] for name, tensor in named.items()}
+    tensors = _distinct(named)
     try:
-        layers = dict(_quantized_layers(base))
-        storages, places = share(tensors, fd)
+        return _manifest(base, named, tensors, *share(tensors, fd))
     except (SharedMemoryError, ManifestError) as error:
         raise AttachError(str(error)) from error
+
+
+def describe(base: nn.Module) -> tuple[bytes, list[tuple[int, torch.Tensor]], int]:
+    """What a file must hold so that `attach` finds the base, on the CPU, in it.
+
+    Returns:
+        The manifest; a tensor of each storage, with the byte at which the storage belongs; the file's size.
+    """
+    named = _named_tensors(base)
+    tensors = _distinct(named)
+    segments, places, storages = lay_out(tensors)
+    return _manifest(base, named, tensors, segments, places), storages, file_size(segments)
+
+
+def _distinct(named: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(tensor): tensor for tensor in named.values()}.values())
+
+
+def _manifest(
+    base: nn.Module,
+    named: Mapping[str, torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    segments: list[Segment],
+    places: list[TensorPlace],
+) -> bytes:
+    index = {id(tensor): i for i, tensor in enumerate(tensors)}
     return wire.encode(
         Manifest(
             architecture=type(base).__name__,
             flags=[flag for flag in wire.FLAGS if getattr(base, flag, False)],
-            storages=storages,
+            storages=segments,
             tensors=places,
-            names=names,
-            layers=layers,
+            names={name: index[id(tensor)] for name, tensor in named.items()},
+            layers=dict(_quantized_layers(base)),
         )
     )
 

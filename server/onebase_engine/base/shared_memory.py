@@ -56,6 +56,33 @@ def share(tensors: Sequence[torch.Tensor], fd: int | None) -> tuple[list[Segment
     return segments, [places[i] for i in range(len(tensors))]
 
 
+def lay_out(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[list[Segment], list[TensorPlace], list[tuple[int, torch.Tensor]]]:
+    """The same for tensors on the CPU that stay where they are; of each storage a tensor, and its start."""
+    groups = _storage_groups(tensors)
+    segments = list(_segments(tensors, groups))
+    places: dict[int, TensorPlace] = {}
+    storages: list[tuple[int, torch.Tensor]] = []
+    for number, (segment, members) in enumerate(zip(segments, groups, strict=True)):
+        places.update({i: _place(tensors[i], number) for i in members})
+        if isinstance(segment, FileSegment):
+            storages.append((segment.start, tensors[members[0]]))
+    return segments, [places[i] for i in range(len(tensors))], storages
+
+
+def file_size(segments: Sequence[Segment]) -> int:
+    """Bytes of the file that holds these segments."""
+    ends = [segment.start + segment.size for segment in segments if isinstance(segment, FileSegment)]
+    return -(-max(ends) // ALIGNMENT) * ALIGNMENT
+
+
+def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of the tensor's storage, uint8."""
+    storage = tensor.untyped_storage()
+    return _bytes(storage, 0, storage.nbytes())
+
+
 def _storage_groups(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """Indices of the tensors that lie in one storage, for each storage."""
     groups: dict[tuple[int, int], list[int]] = {}
@@ -90,8 +117,7 @@ def _move_to_file(
     places: Mapping[int, TensorPlace],
     fd: int,
 ) -> None:
-    ends = [segment.start + segment.size for segment in segments if isinstance(segment, FileSegment)]
-    mapping = _map_shared(fd, -(-max(ends) // ALIGNMENT) * ALIGNMENT)
+    mapping = _map_shared(fd, file_size(segments))
     for segment, members in zip(segments, groups, strict=True):
         if not isinstance(segment, FileSegment):
             continue

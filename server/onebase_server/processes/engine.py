@@ -24,10 +24,10 @@ from onebase_engine.base.load import (
     UnsupportedBaseError,
     base_bytes,
     eos_ids,
-    load_base,
     longest_row,
     parameter_count,
 )
+from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
@@ -178,7 +178,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
             "rounding. Leave it out, or use --device cpu"
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
-    base = load_base(base_settings(config, device))
+    base = load_kept_base(base_settings(config, device))
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))

@@ -171,7 +171,8 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
     from onebase_adapters.training.events import Interrupted
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.sweep import sweep
-    from onebase_engine.base.load import UnsupportedBaseError, load_base
+    from onebase_engine.base.load import UnsupportedBaseError
+    from onebase_engine.base.quantized_cache import load_kept_base
 
     try:
         with CtrlC(alone=True) as gate:
@@ -180,7 +181,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
             def load() -> Any:
                 show.loading(f"loading {job.base_name}", 0.0)
                 with gate.at_once():
-                    return load_base(job.base)
+                    return load_kept_base(job.base)
 
             return sweep(load, job, grid, show.event, gate, survivors=survivors, report=show.say)
     except (UnsupportedBaseError, DataError, RecipeError, CheckpointError, OSError) as error:

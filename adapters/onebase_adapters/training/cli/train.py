@@ -186,7 +186,8 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
     from onebase_adapters.training.loop import OtherProcessError, TrainingDivergedError
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.run import DoesNotFitError, train
-    from onebase_engine.base.load import UnsupportedBaseError, load_base
+    from onebase_engine.base.load import UnsupportedBaseError
+    from onebase_engine.base.quantized_cache import load_kept_base
     from onebase_engine.machine import is_out_of_memory
 
     expected = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
@@ -199,7 +200,7 @@ def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup
             def load() -> Any:
                 display.loading(f"loading {job.base_name}", 0.0)
                 with gate.at_once():
-                    return load_base(job.base)
+                    return load_kept_base(job.base)
 
             def listen(event: Any) -> None:
                 write(event)
