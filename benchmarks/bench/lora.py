@@ -49,6 +49,36 @@ def make_adapters(
     return adapters
 
 
+def write_gguf_adapter(adapter: Path, base_folder: Path, file: Path) -> None:
+    """The same adapter as llama.cpp reads it, of a base of the Llama family.
+
+    There the rows of q and k lie in another order, for its way to turn them by their positions.
+    """
+    from gguf import GGUFWriter
+
+    config = json.loads((base_folder / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    writer = GGUFWriter(file, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32(
+        "adapter.lora.alpha", json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    )
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as tensors:
+        for key in sorted(tensors.keys()):
+            *_, layer, _, module, kind, _ = key.split(".")
+            tensor = tensors.get_tensor(key)
+            if kind == "lora_B" and module in heads:
+                parts = tensor.reshape(heads[module], 2, -1, tensor.shape[1])
+                tensor = np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(tensor.shape)
+            writer.add_tensor(f"blk.{layer}.{names[module]}.weight.{kind.lower()}", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _target_shapes(base_folder: Path, targets: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int]]]:
     """(module name, (out, in)) of every target layer, in the order of names."""
     for file in sorted(base_folder.glob("*.safetensors")):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.lora import write_gguf_adapter
 from bench.processes import StartError, free_port, server, tail
 from bench.stream import Sample, fetch_json, stream_completion
 from bench.workload import Request
@@ -129,6 +130,59 @@ class VllmTarget:
         # vLLM's own advice for the CPU; the library comes with its wheel's dependencies.
         openmp = self.python.parents[1] / "lib" / "libiomp5.so"
         return environment | ({"LD_PRELOAD": str(openmp)} if openmp.exists() else {})
+
+
+@dataclass(frozen=True)
+class LlamaCppSession:
+    """Asks `llama-server`, which knows adapters by their number and switches all rows of a batch at once."""
+
+    url: str
+    numbers: dict[str, int]
+
+    async def run(self, requests: list[Request]) -> list[Sample]:
+        return await asyncio.gather(*(self._one(request) for request in requests))
+
+    async def _one(self, request: Request) -> Sample:
+        chosen = [] if request.adapter is None else [{"id": self.numbers[request.adapter], "scale": 1.0}]
+        payload = {
+            "prompt": request.prompt,
+            "max_tokens": request.tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "lora": chosen,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return await stream_completion(self.url, payload)
+
+
+@dataclass(frozen=True)
+class LlamaCppTarget:
+    """`llama-server` over a GGUF of the same base."""
+
+    setup: Setup
+    program: Path
+    gguf: Path
+    streams: int
+    extra: list[str] = field(default_factory=list)
+    name: str = "llama.cpp"
+
+    @asynccontextmanager
+    async def start(self, log: Path) -> AsyncIterator[LlamaCppSession]:
+        setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
+        command = [str(self.program), "-m", str(self.gguf), "-t", str(setup.threads), "--no-webui"]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["-c", str(1024 * self.streams), "-np", str(self.streams), "--lora-init-without-apply"]
+        libraries = {"LD_LIBRARY_PATH": str(self.program.parent)}
+        with tempfile.TemporaryDirectory(prefix="onebase-gguf-") as folder:
+            for name, adapter in setup.adapters.items():
+                path = Path(folder) / f"{name}.gguf"
+                write_gguf_adapter(adapter, setup.base, path)
+                command += ["--lora", str(path)]
+            numbers = {name: number for number, name in enumerate(setup.adapters)}
+            async with server([*command, *self.extra], f"{url}/health", log, libraries):
+                yield LlamaCppSession(url, numbers)
 
 
 @dataclass(frozen=True)

