@@ -51,12 +51,12 @@ def test_a_chosen_python_that_is_too_old_or_missing_is_refused_by_name(tmp_path:
 def test_an_environment_that_is_installed_already_is_left_alone(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    wanted = subprocess.run(
-        [venv / "bin" / "python", "-c", "import sys; print(sys.version, sys.prefix)"],
-        capture_output=True,
-        text=True,
+    script = (ROOT / "tools" / "setup.sh").read_text(encoding="utf-8")
+    stamp = script[script.index("wanted_stamp() {") : script.index("\n}\n", script.index("wanted_stamp() {"))]
+    subprocess.run(
+        ["bash", "-c", f'{stamp}\n}}\nvenv="$1"; wanted_stamp >"$venv/.installed"', "stamp", venv],
+        cwd=ROOT,
         check=True,
-    ).stdout
-    (venv / ".installed").write_text(wanted + (ROOT / "pyproject.toml").read_text(), encoding="utf-8")
+    )
     result = set_up(venv, "/bin/false")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

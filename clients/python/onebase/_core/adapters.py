@@ -254,7 +254,7 @@ def _version_report(value: Json) -> VersionReport:
         targets=tuple(value["targets"]),
         dropped=tuple(value["dropped"]),
         modules=tuple(map(_module_report, value["modules"])),
-        proof=flat(ProofReport, value["proof"]),
+        proof=flat(ProofReport, value["proof"], kernels=value["proof"].get("kernels", "torch")),
         warnings=tuple(value.get("warnings", ())),  # of servers and versions that have any
     )
 
