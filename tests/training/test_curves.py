@@ -23,7 +23,7 @@ from onebase_adapters.training.cli.train import Display, main
 from onebase_adapters.training.curves import open_curves
 from onebase_adapters.training.recipe import Recipe
 from onebase_adapters.training.run import Job
-from onebase_engine.base import load
+from onebase_engine.base import quantized_cache
 from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_the_loading_of_a_base_at_once(
         signal.raise_signal(signal.SIGINT)
         loaded.append(settings)
 
-    monkeypatch.setattr(load, "load_base", load_base)
+    monkeypatch.setattr(quantized_cache, "load_kept_base", load_base)
     data = write_chats(tmp_path / "train.jsonl", 20)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -16,7 +16,7 @@ from tests.training.data_support import chat, write_rows
 from onebase_adapters.training.cli import sweep, train
 from onebase_adapters.training.cli.data import main
 from onebase_adapters.training.cli.options import printable
-from onebase_engine.base import load
+from onebase_engine.base import quantized_cache
 
 
 def test_sound_data_is_reported_with_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +49,7 @@ def test_bad_data_ends_a_run_before_the_base_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded: list[object] = []
-    monkeypatch.setattr(load, "load_base", loaded.append)
+    monkeypatch.setattr(quantized_cache, "load_kept_base", loaded.append)
     run = {"train": train, "sweep": sweep}[command[0]].main
     bad = write_rows(tmp_path / "train.jsonl", [{}])
     assert run([*command[1:], "--data", str(bad), "--out", str(tmp_path / "run")]) == 1

@@ -51,18 +51,29 @@ def _try(title: str, run: Callable[[], torch.Tensor], switches: list[_Switch]) -
     expected = run()
     for on, _ in switches:
         on()
-    if not torch.equal(run(), expected):
+    try:
+        same = torch.equal(run(), expected)
+    except Exception:
+        logger.exception("kernels: %s cannot be fused", title)
+        same = False
+    if not same:
         logger.info("kernels: %s are not fused, which would change bits", title)
         for _, off in switches:
             off()
 
 
+def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:
+    """Layers of these names that the kernels compute, over rows of one size; None if they are not that."""
+    found = [getattr(module, name, None) for name in names]
+    layers = [layer for layer in found if isinstance(layer, SlotLinear) and layer.native is not None]
+    sizes = {layer.base.in_features for layer in layers}
+    return layers if len(layers) == len(names) and len(sizes) == 1 else None
+
+
 def _shared_rows(model: nn.Module) -> Iterator[_Switch]:
     for module in model.modules():
-        layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-        found = [layer for layer in layers if isinstance(layer, SlotLinear) and layer.native is not None]
-        if len(found) == len(layers):
-            yield _sharing(found)
+        if (layers := _layers(module, "q_proj", "k_proj", "v_proj")) is not None:
+            yield _sharing(layers)
 
 
 def _sharing(layers: list[SlotLinear]) -> _Switch:
@@ -77,14 +88,11 @@ def _sharing(layers: list[SlotLinear]) -> _Switch:
 
 def _gated(model: nn.Module) -> Iterator[_Switch]:
     for module in model.modules():
-        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        found = [layer for layer in layers if isinstance(layer, SlotLinear) and layer.native is not None]
-        if (
-            len(found) == len(layers)
-            and hasattr(module, "act_fn")
-            and found[0].base.out_features == found[1].base.out_features
-        ):
-            yield _gating(module, *found)
+        both, down = _layers(module, "gate_proj", "up_proj"), getattr(module, "down_proj", None)
+        if both is not None and isinstance(down, SlotLinear) and hasattr(module, "act_fn"):
+            gate, up = both
+            if gate.base.out_features == up.base.out_features:
+                yield _gating(module, gate, up, down)
 
 
 def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear) -> _Switch:
@@ -93,7 +101,8 @@ def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear) -> 
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor
-        if gate.replacements or up.replacements or gate.native is None or up.native is None:
+        odd = gate.replacements or up.replacements or x.dtype != torch.bfloat16
+        if odd or gate.native is None or up.native is None:
             y = whole(x)
         else:
             hidden = both(x.reshape(-1, x.shape[-1]).contiguous(), gate.rows.row_terms)[0]
@@ -121,6 +130,7 @@ def _rotating(module: Any, attention: PagedAttention, function: Any) -> _Switch:
         fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[3] == k.shape[3]
         plain = cos.dtype == sin.dtype == q.dtype == torch.bfloat16 and not (more or named)
         native = attention.step is not None and attention.step.native is not None
+        attention.rotation = None
         if not (fits and plain and native and q.shape[3] % _TURNED_MULTIPLE == 0):
             return turn(q, k, cos, sin, *more, **named)
         attention.rotation = cos.contiguous(), sin.contiguous()

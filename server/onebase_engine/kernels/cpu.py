@@ -433,6 +433,8 @@ class NativeAttention:
         q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v]. `rotation`: cosines and sines
         [T, dim], contiguous, by which q and k are still to be turned.
         """
+        if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+            raise TypeError(f"attention over a bf16 cache got {q.dtype}, {k.dtype} and {v.dtype}")
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=torch.bfloat16)
         step = _Projected(

@@ -76,7 +76,7 @@ class SlotLinear(SlotModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         acting: Collection[int] = self.filled
-        if self._native is None:
+        if self._native is None or x.dtype != torch.bfloat16:
             y = self._base_rows(flat)
         elif self._native.foreign:
             y = self._native(flat.contiguous(), None)
@@ -207,7 +207,7 @@ class SharedRows:
     def take(self, layer: SlotLinear, x: torch.Tensor) -> torch.Tensor | None:
         """What `layer` gives for `x`, [rows, out]; None if it has to compute by itself."""
         if self._x is not x or id(layer) not in self._left:
-            if any(one.native is None for one in self._layers):
+            if x.dtype != torch.bfloat16 or any(one.native is None for one in self._layers):
                 return None
             flat = x.reshape(-1, x.shape[-1]).contiguous()
             self._x, found = x, self._run(flat, layer.rows.row_terms)

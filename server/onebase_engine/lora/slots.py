@@ -41,7 +41,8 @@ class SlotNorm(SlotModule):
         self._native = kernels.rms_norm(base) if kernels is not None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x) if self._native is None else self._native(x)
+        native = self._native if x.dtype == torch.bfloat16 else None
+        y: torch.Tensor = self.base(x) if native is None else native(x)
         if not self.filled:
             return y
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
