@@ -47,6 +47,18 @@ class Setup:
     threads: int
 
 
+def _payload(request: Request) -> dict[str, Any]:
+    """A greedy stream of exactly as many tokens as are asked for."""
+    return {
+        "prompt": request.prompt,
+        "max_tokens": request.tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
 @dataclass(frozen=True)
 class HttpSession:
     """Asks an OpenAI-compatible server; the adapter is the model's name."""
@@ -58,16 +70,9 @@ class HttpSession:
         return await asyncio.gather(*(self._one(request) for request in requests))
 
     async def _one(self, request: Request) -> Sample:
-        payload = {
-            "model": request.adapter or self.base_model,
-            "prompt": request.prompt,
-            "max_tokens": request.tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        return await stream_completion(self.url, payload)
+        return await stream_completion(
+            self.url, {**_payload(request), "model": request.adapter or self.base_model}
+        )
 
 
 async def _http_session(url: str, setup: Setup) -> HttpSession:
@@ -144,17 +149,7 @@ class LlamaCppSession:
 
     async def _one(self, request: Request) -> Sample:
         chosen = [] if request.adapter is None else [{"id": self.numbers[request.adapter], "scale": 1.0}]
-        payload = {
-            "prompt": request.prompt,
-            "max_tokens": request.tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "lora": chosen,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        return await stream_completion(self.url, payload)
+        return await stream_completion(self.url, {**_payload(request), "cache_prompt": False, "lora": chosen})
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from onebase_engine.base.default_base import default_cache
 
@@ -28,17 +29,22 @@ def recall(kind: str, key: object) -> Any:
 
 def keep(kind: str, key: object, value: object) -> None:
     """Keep an answer that JSON can hold. Where the cache cannot be written, the next start looks again."""
-    file = _file(kind, key)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, work = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
-        try:
-            with open(handle, "w", encoding="utf-8") as part:
-                json.dump(value, part)
-            os.replace(work, file)
-        except BaseException:
-            os.unlink(work)
-            raise
+    with contextlib.suppress(OSError), written(_file(kind, key)) as part:
+        part.write(json.dumps(value).encode())
+
+
+@contextlib.contextmanager
+def written(file: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `file` once it is whole; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, work = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
+    try:
+        with open(handle, "w+b") as part:
+            yield part
+        os.replace(work, file)
+    except BaseException:
+        os.unlink(work)
+        raise
 
 
 def _file(kind: str, key: object) -> Path:

@@ -68,7 +68,7 @@ def test_a_small_base_is_not_kept(
 ) -> None:
     monkeypatch.undo()
     assert quantized_cache.LEAST > 1 << 20
-    monkeypatch.setattr(quantized_cache, "_written", None)
+    monkeypatch.setattr(quantized_cache, "written", None)
     load_kept_base(BaseSettings(folder))
 
 

@@ -6,19 +6,23 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.harness import Lab, requests, run
+from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.load import import_bitsandbytes
+from onebase_engine.base.layers import plain_absmax
+from onebase_engine.base.load import BaseSettings, import_bitsandbytes, load_base
+from onebase_engine.engine import model
 from onebase_engine.kernels import cpu
 from onebase_engine.kernels.cpu import Contexts, CpuKernels, NativeLinear, RowTerms
-from onebase_engine.lora.linear import plain_absmax
 from onebase_engine.lora.weights import LoraWeights
 
 NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
@@ -406,3 +410,27 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Lora) == 48
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
     assert ctypes.sizeof(cpu._Attention) == 6 * 8 + 2 * 8 + 2 * 4 + 8
+
+
+# ---- fewer calls ---------------------------------------------------------------------------
+
+
+def test_fused_calls_give_each_row_the_bits_of_single_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab = Lab.create(load_base(BaseSettings(save_base("llama", tmp_path / "base"))), tmp_path)
+    asked = requests(12, seed=5)
+    caplog.set_level("INFO", logger="onebase_engine.engine.fusion")
+    fused = lab.engine()
+    mlp, attention = (
+        next(m for name, m in fused.model._view.named_modules() if name.endswith(end))
+        for end in ("mlp", "self_attn")
+    )
+    together = run(fused, asked)
+    monkeypatch.setattr(model, "fuse", lambda *_: None)
+    assert together == run(lab.engine(), asked)
+    if fused.model.kernels is not None and attention.q_proj.native is not None:
+        assert "forward" in vars(mlp)
+        assert "forward" in vars(attention)
+        assert attention.q_proj.shared is attention.v_proj.shared is not None
+        assert not caplog.records, "nothing was left apart"

@@ -6,13 +6,10 @@ in shared memory, and their manifest, written last. What does not fit is as good
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +23,7 @@ from onebase_engine.base.identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentit
 from onebase_engine.base.load import BaseSettings, load_base, load_config
 from onebase_engine.base.manifest import dtype_name
 from onebase_engine.base.shared_memory import storage_bytes
+from onebase_engine.user_cache import written
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +53,12 @@ def load_kept_base(settings: BaseSettings) -> nn.Module:
     """
     if settings.quantization == "none" or settings.device.type != "cpu":
         return load_base(settings)
-    load_config(settings.folder)
     file = _file(settings)
-    if file is None:
-        return load_base(settings)
-    base = _recall(settings, file)
+    base = None if file is None else _recall(settings, file)
     if base is None:
         base = load_base(settings)
-        _keep(base, file)
+        if file is not None:
+            _keep(base, file)
     return base
 
 
@@ -88,6 +84,9 @@ def _file(settings: BaseSettings) -> Path | None:
 
 
 def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
+    if not file.with_suffix(_MANIFEST).exists():
+        return None
+    load_config(settings.folder)
     try:
         kept = msgspec.msgpack.decode(file.with_suffix(_MANIFEST).read_bytes(), type=_Kept)
         with file.with_suffix(_TENSORS).open("rb") as tensors:
@@ -95,8 +94,6 @@ def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
                 raise AttachError("it is not what was written")
             base = attach(settings, kept.manifest, tensors.fileno())
         os.utime(file.with_suffix(_MANIFEST))
-    except FileNotFoundError:
-        return None
     except (OSError, msgspec.MsgspecError, AttachError) as error:
         logger.warning("the quantized base in %s cannot be used and is made anew: %s", file, error)
         return None
@@ -114,14 +111,14 @@ def _keep(base: nn.Module, file: Path) -> None:
         if disk.free - size < disk.total * SPARED:
             logger.info("the quantized base is not kept on disk, which would leave too little free")
             return
-        with _written(file.with_suffix(_TENSORS)) as part:
+        with written(file.with_suffix(_TENSORS)) as part:
             for start, storage in tensors:
                 part.seek(start)
                 part.write(storage_bytes(storage).numpy().data)
             part.truncate(size)
             part.flush()
             sample = _sample(part, size)
-        with _written(file.with_suffix(_MANIFEST)) as part:
+        with written(file.with_suffix(_MANIFEST)) as part:
             part.write(msgspec.msgpack.encode(_Kept(manifest=manifest, size=size, sample=sample)))
         _forget_old(file.parent)
     except OSError as error:
@@ -130,19 +127,6 @@ def _keep(base: nn.Module, file: Path) -> None:
     logger.info(
         "the quantized base is kept in %s (%.0f MB): the next start reads it", file.parent, size / 1e6
     )
-
-
-@contextlib.contextmanager
-def _written(file: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `file` once it is whole."""
-    handle, work = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
-    try:
-        with open(handle, "w+b") as part:
-            yield part
-        os.replace(work, file)
-    except BaseException:
-        os.unlink(work)
-        raise
 
 
 def _sample(file: BinaryIO, size: int) -> bytes:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_engine.base.layers import plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.lora.weights import LoraWeights
 
@@ -57,7 +58,7 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         ("kind", c_int64), ("size_in", c_int64), ("size_out", c_int64), ("weight", c_void_p),
         ("absmax", c_void_p), ("code", c_void_p), ("blocksize_log2", c_int64), ("bias", c_void_p),
-        ("block", c_int64),        ("quantized", c_int64), ("lora", POINTER(_Lora)),
+        ("block", c_int64), ("quantized", c_int64), ("lora", POINTER(_Lora)),
     )  # fmt: skip
 
 
@@ -72,8 +73,7 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         ("keys", c_void_p), ("values", c_void_p), ("kv_heads", c_int64), ("groups", c_int64),
         ("key_dim", c_int64), ("value_dim", c_int64), ("slots", c_int64), ("block_size", c_int64),
-        ("scaling", c_float),
-        ("softcap", c_float), ("window", c_int64),
+        ("scaling", c_float), ("softcap", c_float), ("window", c_int64),
     )  # fmt: skip
 
 
@@ -273,17 +273,11 @@ class CpuKernels:
 
     def rms_norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """A root mean square norm of the base; None where a trial does not show its own bits."""
-        weight, eps = (
-            getattr(base, "weight", None),
-            getattr(base, "variance_epsilon", getattr(base, "eps", None)),
-        )
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+        eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
             return None
-        if (
-            weight.dtype != torch.bfloat16
-            or weight.numel() % LANES
-            or getattr(base, "bias", None) is not None
-        ):
+        if weight.numel() % LANES or bias is not None or not isinstance(eps, float):
             return None
         run, size = self.library.onebase_rms_norm, weight.numel()
 
@@ -344,8 +338,6 @@ class NativeLinear:
         absmax = code = None
         shift = 0
         if self.kind == _NF4:
-            from onebase_engine.lora.linear import plain_absmax
-
             state = weight.quant_state
             absmax, code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
             shift = state.blocksize.bit_length() - 1

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_engine.base.layers import plain_absmax
 from onebase_engine.kernels.cpu import CpuKernels, NativeLayers, NativeLinear
 from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
 from onebase_engine.lora.rows import TILE, Stack, StepRows, Term
@@ -216,21 +217,6 @@ class SharedRows:
         if not self._left:
             self._x = None
         return y
-
-
-def plain_absmax(state: Any) -> torch.Tensor:
-    """A 4-bit weight's fp32 absmax, [blocks], out of double quantization.
-
-    Unpacked once per layer on the CPU (1/16 byte a weight): bitsandbytes would do it on every call, a
-    tenth of a decode step.
-    """
-    if not state.nested:
-        plain: torch.Tensor = state.absmax
-        return plain
-    from bitsandbytes.functional import dequantize_blockwise
-
-    unpacked: torch.Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return unpacked
 
 
 def _scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:

@@ -445,13 +445,15 @@ static inline __attribute__((always_inline)) void add_terms(const float *x, int6
 static inline void ordered_sums(const onebase_order *order, const float *x, int64_t x_stride, int64_t rows,
                                 const float *weights, int64_t stride, int64_t lanes, floats *sums) {
   floats group[SHRUNK], some[SHRUNK];
+  /* Further on in long rows, else the next 16 rows. */
+  int64_t ahead = stride > 4 * LANES ? 4 * LANES : LANES * stride;
   for (int64_t block = 0, first = 0; block < order->blocks; first = order->ends[block++]) {
     int64_t last = order->ends[block];
     for (int64_t row = 0; row < rows; row++) some[row] = (floats){0};
     for (int64_t k = first; k < last; k += LANES) {
       _Alignas(64) float turned[LANES * LANES];
       int64_t terms = least(LANES, last - k);
-      turn_square(weights + k, stride, lanes, terms, order->blocks > 1 || last > 4 * LANES ? 4 * LANES : LANES * stride, turned);
+      turn_square(weights + k, stride, lanes, terms, ahead, turned);
       const float *part = x + k;
       int64_t row = 0;
       for (; row + 4 <= rows; row += 4) add_terms(part + row * x_stride, x_stride, turned, terms, 4, some + row);
@@ -706,7 +708,7 @@ typedef struct {
   const onebase_qkv *step;
   int32_t *parts;  /* pairs: first row, rows; of one context each */
   float *buffers;  /* of each thread */
-  int64_t size, keys_size;
+  int64_t size;
 } attention;
 
 /* Queries of one context that one part takes. */
