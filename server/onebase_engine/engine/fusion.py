@@ -2,14 +2,16 @@
 
 Their modelling code stays as it is. Layers that it calls with the same rows are multiplied at the first call,
 a gated MLP is one call and `down_proj`, and queries and keys are turned by their positions where attention
-reads them. Each is used if a pass of the whole model gives the same bits with it and without.
+reads them. A decoder layer of which nothing else is left is recorded, for each small number of rows, and then
+runs as one call. Each is used if a pass of the whole model gives the same bits with it and without.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -17,42 +19,54 @@ import torch
 from torch import nn
 
 from onebase_engine.engine.attention import PagedAttention
-from onebase_engine.kernels.cpu import CpuKernels, NativeLayers
+from onebase_engine.kernels.cpu import Contexts, CpuKernels, NativeLayers
+from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.lora.linear import SharedRows
-from onebase_engine.lora.slots import SlotLinear
+from onebase_engine.lora.rows import StepRows
+from onebase_engine.lora.slots import SlotLinear, SlotModule
 
 logger = logging.getLogger(__name__)
 
 _ROTARY = "apply_rotary_pos_emb"
 _TURNED_MULTIPLE = 32
+MOST_ROWS = 64
+"""For which a decoder layer is recorded. With more the calls themselves take the time."""
 
 
 def fuse(
-    model: nn.Module, attention: PagedAttention, kernels: CpuKernels, run: Callable[[], torch.Tensor]
-) -> None:
-    """Fuse what can be fused in a served view.
+    model: nn.Module,
+    attention: PagedAttention,
+    kernels: CpuKernels,
+    rows: StepRows,
+    run: Callable[[int], torch.Tensor],
+) -> list[RecordedLayer]:
+    """Fuse what can be fused in a served view. Returns the layers that are recorded: they want to be told of
+    adapters that come and go.
 
     Args:
-        run: a pass of the whole model over some rows, for its logits.
+        run: a pass of the whole model over rows that depend on a number, all of one count, for its logits.
     """
     _try("layers of the same rows", run, list(_shared_rows(model)))
     _try("positions", run, list(_rotations(model, attention)))
     if kernels.gates:
         _try("gated MLPs", run, list(_gated(model)))
+    recorded = list(_recorded_layers(model, attention, kernels, rows)) if kernels.adds else []
+    return recorded if _try("decoder layers", run, [layer.switch for layer in recorded]) else []
 
 
 _Switch = tuple[Callable[[], None], Callable[[], None]]
 """On, and off again."""
 
 
-def _try(title: str, run: Callable[[], torch.Tensor], switches: list[_Switch]) -> None:
+def _try(title: str, run: Callable[[int], torch.Tensor], switches: list[_Switch]) -> bool:
     if not switches:
-        return
-    expected = run()
+        return False
+    expected = [run(0), run(1)]
     for on, _ in switches:
         on()
     try:
-        same = torch.equal(run(), expected)
+        # Once more the first: what was recorded with it is run again.
+        same = all(torch.equal(run(number), expected[number]) for number in (0, 1, 0))
     except Exception:
         logger.exception("kernels: %s cannot be fused", title)
         same = False
@@ -60,6 +74,7 @@ def _try(title: str, run: Callable[[], torch.Tensor], switches: list[_Switch]) -
         logger.info("kernels: %s are not fused, which would change bits", title)
         for _, off in switches:
             off()
+    return same
 
 
 def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:
@@ -142,3 +157,141 @@ def _rotating(module: Any, attention: PagedAttention, function: Any) -> _Switch:
     )
     own.__kwdefaults__ = function.__kwdefaults__
     return lambda: setattr(module, "forward", MethodType(own, module)), lambda: delattr(module, "forward")
+
+
+# ---- whole decoder layers ----------------------------------------------------------------------
+
+
+@dataclass
+class _Memory:
+    """What the recorded layers of a model share."""
+
+    arenas: tuple[Arena, Arena] = field(default_factory=lambda: (Arena(), Arena()))
+    """Of layers with even and with odd numbers: each reads what the one before has written."""
+    fixed: dict[tuple[Any, ...], Fixed] = field(default_factory=dict)
+    """By number among the tensors that a layer is called with, shape and dtype."""
+    said: set[str] = field(default_factory=set)
+    """Why layers are not recorded."""
+
+
+class RecordedLayer:
+    """A decoder layer that is one call for up to MOST_ROWS rows, unless an adapter replaces a part of it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        number: int,
+        attention: PagedAttention,
+        kernels: CpuKernels,
+        rows: StepRows,
+        memory: _Memory,
+    ) -> None:
+        self._module: Any = module
+        self._whole: Callable[..., Any] = module.forward
+        self._attention = attention
+        self._kernels = kernels
+        self._rows = rows
+        self._memory = memory
+        self._arena, self._before = memory.arenas[number % 2], memory.arenas[1 - number % 2]
+        self._wrapped = [one for one in module.modules() if isinstance(one, SlotModule)]
+        self._programs: dict[int, Program | None] = {}
+        self._plain = True
+
+    @property
+    def switch(self) -> _Switch:
+        return lambda: setattr(self._module, "forward", self._forward), lambda: delattr(
+            self._module, "forward"
+        )
+
+    def refresh(self) -> None:
+        """Look what is in the slots."""
+        self._plain = all(
+            not one.replacements and not (isinstance(one, SlotLinear) and one.native is None)
+            for one in self._wrapped
+        )
+
+    def _forward(self, *args: Any, **named: Any) -> Any:
+        step = None if self._attention.step is None else self._attention.step.native
+        given = _tensors(args, named)
+        if not self._plain or step is None or not given or given[0].dim() != 3:
+            return self._whole(*args, **named)
+        count = given[0].shape[1]
+        if count > MOST_ROWS or given[0].dtype != torch.bfloat16:
+            return self._whole(*args, **named)
+        if count not in self._programs:
+            return self._record(count, args, named, step)
+        program = self._programs[count]
+        if program is None:
+            return self._whole(*args, **named)
+        return program.run(given, self._rows.tokens.row_terms, step)
+
+    def _record(self, count: int, args: Any, named: Any, step: Contexts) -> Any:
+        fixed = [self._fix(number, tensor, step) for number, tensor in enumerate(_tensors(args, named))]
+        places = iter(one.tensor for one in fixed)
+        own_args, own_named = (
+            _replaced(args, places),
+            dict(zip(named, _replaced(named.values(), places), strict=True)),
+        )
+        self._programs[count] = None
+        try:
+            with Recording(self._kernels, self._arena, fixed) as recording:
+                result = self._whole(*own_args, **own_named)
+            if not isinstance(result, torch.Tensor):
+                raise UnrecordableError("a layer gives more than its rows")
+            self._programs[count] = recording.program(result)
+        except UnrecordableError as error:
+            if str(error) not in self._memory.said:
+                self._memory.said.add(str(error))
+                logger.info("kernels: %s are not recorded: %s", type(self._module).__name__, error)
+            return self._whole(*args, **named)
+        return result
+
+    def _fix(self, number: int, tensor: torch.Tensor, step: Contexts) -> Fixed:
+        if self._before.holds(tensor):
+            return Fixed(tensor)
+        key = (number, tuple(tensor.shape), tensor.dtype)
+        fixed = self._memory.fixed
+        if key not in fixed:
+            fixed[key] = Fixed(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+        fixed[key].take(tensor, step)
+        return fixed[key]
+
+
+def _recorded_layers(
+    model: nn.Module, attention: PagedAttention, kernels: CpuKernels, rows: StepRows
+) -> Iterator[RecordedLayer]:
+    """The modules of a list each of which has one attention, in their order."""
+    memory = _Memory()
+    for some in model.modules():
+        if not isinstance(some, nn.ModuleList) or not all(_attentions(one, attention) == 1 for one in some):
+            continue
+        for number, module in enumerate(some):
+            yield RecordedLayer(module, number, attention, kernels, rows, memory)
+
+
+def _attentions(module: nn.Module, attention: PagedAttention) -> int:
+    return sum(getattr(one, "paged", None) is attention for one in module.modules())
+
+
+def _tensors(args: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What a layer is called with, positions' cosines and sines in their tuple too."""
+    found: list[torch.Tensor] = []
+    for one in (*args, *named.values()):
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, tuple | list):
+            found += [part for part in one if isinstance(part, torch.Tensor)]
+    return found
+
+
+def _replaced(values: Iterable[Any], places: Iterator[torch.Tensor]) -> list[Any]:
+    """The same with other tensors, in the order of `_tensors`."""
+    own: list[Any] = []
+    for one in values:
+        if isinstance(one, torch.Tensor):
+            own.append(next(places))
+        elif isinstance(one, tuple | list):
+            own.append(tuple(next(places) if isinstance(part, torch.Tensor) else part for part in one))
+        else:
+            own.append(one)
+    return own

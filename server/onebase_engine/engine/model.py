@@ -13,7 +13,7 @@ from onebase_engine.base.load import UnsupportedBaseError
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import AttentionStep, PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
-from onebase_engine.engine.fusion import fuse
+from onebase_engine.engine.fusion import RecordedLayer, fuse
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
 from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.kernels.cpu import Contexts, find_kernels
@@ -36,6 +36,7 @@ class ServedModel:
         self._view: Any = view(base)
         self._rows = StepRows()
         self.kernels = find_kernels(self.device, self.dtype)
+        self._recorded: list[RecordedLayer] = []
         self._attention = PagedAttention()
         modules = wrap_layers(self._view, self._rows, slots=slots, tiled=self.tiled, kernels=self.kernels)
         self._slots = AdapterSlots(modules, slots, self.device)
@@ -90,18 +91,27 @@ class ServedModel:
         parts = -(-TILE // block_size)
         if self.kernels is not None and blocks >= RESERVED_BLOCKS + 2 * parts:
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
-            fuse(self._view, self._attention, self.kernels, lambda: self._try_pass(table, block_size))
+            self._recorded = fuse(
+                self._view,
+                self._attention,
+                self.kernels,
+                self._rows,
+                lambda number: self._try_pass(number, table, block_size),
+            )
 
-    def _try_pass(self, table: np.ndarray, block_size: int) -> torch.Tensor:
-        """Logits of a few rows of two contexts in the blocks of `table`, which nobody has yet."""
+    def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
+        """Logits of TILE rows of two contexts in the blocks of `table`, which nobody has yet."""
         words = self._view.config.get_text_config().vocab_size
-        row = (np.arange(TILE) >= TILE - 5).astype(np.int32)
-        position = np.arange(TILE, dtype=np.int32) - row * (TILE - 5)
+        first = TILE - 5 - 3 * number
+        row = (np.arange(TILE) >= first).astype(np.int32)
+        position = np.arange(TILE, dtype=np.int32) - row * first
         write = table[row, position // block_size] * block_size + position % block_size
         self._attention.step = AttentionStep(native=Contexts(position, row, write, table))
         every = torch.arange(TILE)
         try:
-            return self._forward(every[None] * 7 % words, torch.from_numpy(position)[None].long(), every)
+            return self._forward(
+                (every[None] * 7 + number) % words, torch.from_numpy(position)[None].long(), every
+            )
         finally:
             self._attention.step = None
 
@@ -124,6 +134,8 @@ class ServedModel:
             except Exception as error:
                 self._slots.clear(slot)
                 failed[slot] = error
+        for layer in self._recorded:
+            layer.refresh()
         return failed
 
     def forward(self, batch: Batch) -> torch.Tensor:

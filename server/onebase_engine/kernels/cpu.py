@@ -14,7 +14,7 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, with sanitizers say."""
-ABI = 1
+ABI = 2
 LANES = 16
 TRIAL_ROWS = 32
 """Rows of the products whose bits are compared: those of PEFT's as the proof computes them."""
@@ -41,6 +41,9 @@ _MOST_BLOCKS = 64
 _BLOCKS = (1024, 512, 256, 4096)
 """Terms that a library may sum before it adds them to the rest, in the order in which they are tried."""
 _NF4, _BF16 = 0, 1
+_LINEAR, _NORM, _ATTEND, _ADD = range(4)
+_MOST_LAYERS = 3
+_OUT_OF_MEMORY = -1
 
 
 class _Order(ctypes.Structure):
@@ -92,16 +95,33 @@ class _Projected(ctypes.Structure):
     )  # fmt: skip
 
 
+class Call(ctypes.Structure):
+    """One call of the library, with all that stays the same from step to step."""
+
+    _fields_ = (
+        ("kind", c_int64), ("rows", c_int64), ("count", c_int64), ("gated", c_int64), ("size", c_int64),
+        ("eps", c_float), ("reserved", c_int32), ("layers", c_void_p * _MOST_LAYERS),
+        ("ys", c_void_p * _MOST_LAYERS), ("x", c_void_p), ("other", c_void_p), ("weight", c_void_p),
+        ("attention", c_void_p), ("projected", _Projected),
+    )  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "onebase_abi": (c_int64, ()),
     "onebase_choose": (c_char_p, (c_char_p,)),
     "onebase_use_threads": (c_int64, (c_int64,)),
-    "onebase_linear_rows": (c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64)),
+    "onebase_run": (c_int, (c_void_p, c_int64, c_void_p, c_void_p)),
     "onebase_gate": (c_int, (c_void_p, c_void_p, c_void_p, c_int64)),
-    "onebase_attend": (c_int, (c_void_p, c_void_p, c_void_p)),
-    "onebase_rms_norm": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float)),
     "onebase_sums": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
 }
+
+
+class Recorder(Protocol):
+    """What writes down calls, and says where their results go."""
+
+    def note(self, call: Call, reads: Sequence[torch.Tensor]) -> None: ...
+
+    def empty(self, *shape: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -147,9 +167,14 @@ class Contexts:
     table: np.ndarray
 
     @cached_property
-    def structure(self) -> _Contexts:
+    def _structure(self) -> _Contexts:
         arrays = (self.position, self.table_row, self.write, self.table)
         return _Contexts(len(self.position), *(a.ctypes.data for a in arrays), self.table.shape[1])
+
+    @cached_property
+    def pointer(self) -> int:
+        """Of the library's own structure."""
+        return ctypes.addressof(self._structure)
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
@@ -197,7 +222,36 @@ class CpuKernels:
         self._blocks: dict[tuple[Any, ...], int | None] = {}
         self._orders: dict[tuple[int, int, int], _Order | None] = {}
         self.threads = 0
+        self.recorder: Recorder | None = None
+        """What writes down the calls that are made."""
         self.use_threads()
+
+    def run(
+        self, call: Call, reads: Sequence[torch.Tensor], rows: RowTerms | None, contexts: Contexts | None
+    ) -> None:
+        """Make one call. `reads`: the rows that it reads.
+
+        Raises:
+            MemoryError: there is none for this step.
+        """
+        if self.recorder is not None:
+            self.recorder.note(call, reads)
+        self.run_all(ctypes.addressof(call), 1, rows, contexts)
+
+    def run_all(self, calls: int, count: int, rows: RowTerms | None, contexts: Contexts | None) -> None:
+        """Make the `count` calls that lie at the address `calls`, one after the other, as `run` does."""
+        terms = None if rows is None else rows.pointer
+        result = self.library.onebase_run(calls, count, terms, None if contexts is None else contexts.pointer)
+        if result == _OUT_OF_MEMORY:
+            raise MemoryError("the kernels have no memory for this step")
+        if result:
+            raise RuntimeError("the kernels were called for other rows than the step has")
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Where a call may write its result, bf16."""
+        if self.recorder is not None:
+            return self.recorder.empty(*shape)
+        return torch.empty(*shape, dtype=torch.bfloat16)
 
     def use_threads(self) -> None:
         """As many as PyTorch has."""
@@ -255,7 +309,7 @@ class CpuKernels:
         draw = torch.Generator().manual_seed(0)
         x, weight = torch.randn(TRIAL_ROWS, inner, generator=draw), torch.randn(outer, inner, generator=draw)
         wanted = functional.linear(x, weight)
-        for find in (_one_block, _probed_blocks):
+        for find in (_one_block, _strands, _probed_blocks):
             order = find(inner, outer)
             if order is not None and torch.equal(self._sums(order, x, weight), wanted):
                 return order
@@ -279,27 +333,44 @@ class CpuKernels:
             return None
         if weight.numel() % LANES or bias is not None or not isinstance(eps, float):
             return None
-        run, size = self.library.onebase_rms_norm, weight.numel()
+        size = weight.numel()
 
         def norm(x: torch.Tensor) -> torch.Tensor:
             x = x.contiguous()
-            y = torch.empty_like(x)
-            _check(run(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps))
+            y = self.empty(*x.shape)
+            call = Call(
+                _NORM, x.numel() // size, size=size, eps=eps, x=x.data_ptr(), weight=weight.data_ptr()
+            )
+            call.ys[0] = y.data_ptr()
+            self.run(call, [x], None, None)
             return y
 
         with torch.inference_mode():
             same = all(torch.equal(norm(x), base(x)) for x in _inputs(size, size))
         return norm if same else None
 
+    def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """x + other, bf16, both contiguous and of one shape, whose last size is a multiple of LANES."""
+        y = self.empty(*x.shape)
+        size = x.shape[-1]
+        call = Call(_ADD, x.numel() // size, size=size, x=x.data_ptr(), other=other.data_ptr())
+        call.ys[0] = y.data_ptr()
+        self.run(call, [x, other], None, None)
+        return y
+
     @cached_property
     def gates(self) -> bool:
         """Whether silu(gate) * up has PyTorch's bits, for each gate that bf16 has."""
-        gate = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-        up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        gate, up = _every_number()
         y = torch.empty_like(gate)
         self.library.onebase_gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), len(gate))
-        expected = functional.silu(gate) * up
-        return bool(((y == expected) | (y.isnan() & expected.isnan())).all())
+        return _same(y, functional.silu(gate) * up)
+
+    @cached_property
+    def adds(self) -> bool:
+        """Whether `add` has PyTorch's bits, for each number that bf16 has."""
+        x, other = _every_number()
+        return _same(self.add(x, other), x + other)
 
     def attention(
         self,
@@ -314,7 +385,7 @@ class CpuKernels:
         """Attention of one layer over its KV cache: keys, values [kv_heads, slots, dim] bf16."""
         kv_heads, slots, dim = keys.shape
         return NativeAttention(
-            self.library,
+            self,
             _Attention(
                 keys.data_ptr(), values.data_ptr(), kv_heads, heads // kv_heads, dim, values.shape[2], slots,
                 block_size, scaling, softcap or 0.0, window or 0,
@@ -384,33 +455,30 @@ class NativeLayers:
     """
 
     def __init__(self, layers: Sequence[NativeLinear], *, gated: bool = False) -> None:
-        self._run = layers[0].kernels.library.onebase_linear_rows
+        self._kernels = layers[0].kernels
         self._layers = tuple(layers)
-        self._gated = int(gated)
         self._sizes = [layer.size_out for layer in layers[: 1 if gated else None]]
-        structures = (ctypes.addressof(layer.structure) for layer in layers)
-        self._structures = (c_void_p * len(layers))(*structures)
-        self._ys = (c_void_p * len(layers))()
+        self._call = Call(_LINEAR, count=len(layers), gated=gated)
+        for number, layer in enumerate(layers):
+            self._call.layers[number] = ctypes.addressof(layer.structure)
 
     def __call__(self, x: torch.Tensor, rows: RowTerms | None) -> list[torch.Tensor]:
         """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; without `rows` no adapter acts."""
-        count = x.shape[0]
-        ys = [torch.empty(count, size, dtype=torch.bfloat16) for size in self._sizes]
+        call, count = self._call, x.shape[0]
+        ys = [self._kernels.empty(count, size) for size in self._sizes]
         for number, y in enumerate(ys):
-            self._ys[number] = y.data_ptr()
-        terms = None if rows is None or not any(layer.adapted for layer in self._layers) else rows.pointer
-        many, gated = len(self._layers), self._gated
-        _check(self._run(self._structures, self._ys, many, gated, terms, x.data_ptr(), count))
+            call.ys[number] = y.data_ptr()
+        call.x, call.rows = x.data_ptr(), count
+        self._kernels.run(call, [x], rows if any(layer.adapted for layer in self._layers) else None, None)
         return ys
 
 
 class NativeAttention:
     """Attention of one layer by the library."""
 
-    def __init__(self, library: Any, structure: _Attention) -> None:
-        self._run = library.onebase_attend
+    def __init__(self, kernels: CpuKernels, structure: _Attention) -> None:
+        self._kernels = kernels
         self._structure = structure
-        self._pointer = ctypes.addressof(structure)
 
     def __call__(
         self,
@@ -428,13 +496,14 @@ class NativeAttention:
         if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
             raise TypeError(f"attention over a bf16 cache got {q.dtype}, {k.dtype} and {v.dtype}")
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
-        out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=torch.bfloat16)
-        step = _Projected(
+        out = self._kernels.empty(q.shape[1], q.shape[0], v.shape[2])
+        projected = _Projected(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), q.stride(0), k.stride(1), k.stride(0),
             v.stride(1), v.stride(0), out.data_ptr(),
             *((None, None) if rotation is None else (one.data_ptr() for one in rotation)),
         )  # fmt: skip
-        _check(self._run(self._pointer, ctypes.addressof(contexts.structure), ctypes.addressof(step)))
+        call = Call(_ATTEND, q.shape[1], attention=ctypes.addressof(self._structure), projected=projected)
+        self._kernels.run(call, [q, k, v, *(rotation or ())], None, contexts)
         return out
 
 
@@ -445,9 +514,14 @@ def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
         yield torch.randn(TRIAL_ROWS, size_in, generator=draw).to(torch.bfloat16)
 
 
-def _check(result: int) -> None:
-    if result:
-        raise MemoryError("the kernels have no memory for this step")
+def _every_number() -> tuple[torch.Tensor, torch.Tensor]:
+    """Every number that bf16 has, infinities and NaNs too, and as many others."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return every, torch.randn(len(every), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+def _same(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(((got == expected) | (got.isnan() & expected.isnan())).all())
 
 
 def _is_nf4(base: Any) -> bool:
@@ -471,6 +545,11 @@ def _ordered(ends: Sequence[int], groups: Sequence[int]) -> _Order:
 
 def _one_block(inner: int, outer: int) -> _Order | None:
     return _ordered([inner], [0])
+
+
+def _strands(inner: int, outer: int) -> _Order:
+    """Four sums of every fourth term (MKL on AMD's processors, for few outputs)."""
+    return _Order()
 
 
 def _probed_blocks(inner: int, outer: int) -> _Order | None:

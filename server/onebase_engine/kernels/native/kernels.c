@@ -441,10 +441,46 @@ static inline __attribute__((always_inline)) void add_terms(const float *x, int6
   }
 }
 
+/* The same, each term to one of STRANDS sums of a row, and each product rounded. */
+static inline __attribute__((always_inline)) void add_strands(const float *x, int64_t x_stride, const float *turned,
+                                                              int64_t terms, const int rows, floats *sums) {
+  for (int64_t i = 0; i < terms; i += STRANDS)
+    for (int strand = 0; strand < STRANDS && i + strand < terms; strand++) {
+      floats weight = load(turned + (i + strand) * LANES);
+      for (int row = 0; row < rows; row++) {
+        floats *sum = sums + row * STRANDS + strand;
+        *sum += each(x[row * x_stride + i + strand]) * weight;
+      }
+    }
+}
+
+static void stranded_sums(const float *x, int64_t x_stride, int64_t inner, int64_t rows, const float *weights,
+                          int64_t stride, int64_t lanes, floats *sums) {
+  floats some[SHRUNK * STRANDS];
+  for (int64_t i = 0; i < rows * STRANDS; i++) some[i] = (floats){0};
+  for (int64_t k = 0; k < inner; k += LANES) {
+    _Alignas(64) float turned[LANES * LANES];
+    int64_t terms = least(LANES, inner - k), row = 0;
+    turn_square(weights + k, stride, lanes, terms, 4 * LANES, turned);
+    for (; row + 4 <= rows; row += 4)
+      add_strands(x + row * x_stride + k, x_stride, turned, terms, 4, some + row * STRANDS);
+    for (; row < rows; row++) add_strands(x + row * x_stride + k, x_stride, turned, terms, 1, some + row * STRANDS);
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    const floats *own = some + row * STRANDS;
+    sums[row] = (own[0] + own[2]) + (own[1] + own[3]);
+  }
+}
+
 /* Sums in `order` of x[k] * weights[lane, k] for up to SHRUNK rows of x, 16 lanes at most at once. */
 static inline void ordered_sums(const onebase_order *order, const float *x, int64_t x_stride, int64_t rows,
-                                const float *weights, int64_t stride, int64_t lanes, floats *sums) {
+                                const float *weights, int64_t stride, int64_t lanes, int64_t inner,
+                                floats *sums) {
   floats group[SHRUNK], some[SHRUNK];
+  if (!order->blocks) {
+    stranded_sums(x, x_stride, inner, rows, weights, stride, lanes, sums);
+    return;
+  }
   /* Further on in long rows, else the next 16 rows. */
   int64_t ahead = stride > 4 * LANES ? 4 * LANES : LANES * stride;
   for (int64_t block = 0, first = 0; block < order->blocks; first = order->ends[block++]) {
@@ -491,7 +527,7 @@ static void shrink(const product *p, int64_t job) {
       for (int64_t part = 0; part < rank; part += LANES) {
         floats sums[SHRUNK];
         int64_t lanes = least(LANES, rank - part);
-        ordered_sums(lora->shrink, wide, in, count, lora->a + part * in, in, lanes, sums);
+        ordered_sums(lora->shrink, wide, in, count, lora->a + part * in, in, lanes, in, sums);
         for (int64_t row = 0; row < count; row++)
           memcpy(hidden + row * rank + part, &sums[row], lanes * sizeof(float));
       }
@@ -514,7 +550,7 @@ static void expand(const product *p, int64_t which, int64_t panel, bf16 *y) {
       int64_t rank = lora->rank;
       if (!rank) continue;
       const float *hidden = p->hidden + p->starts[which * p->terms + term] + row * rank;
-      ordered_sums(lora->expand, hidden, rank, count, lora->b + first * rank, rank, lanes, sums);
+      ordered_sums(lora->expand, hidden, rank, count, lora->b + first * rank, rank, lanes, rank, sums);
       for (int64_t i = 0; i < count; i++) {
         if (lora->scale != 1.0f) sums[i] *= each(lora->scale);
         if (groups->weight[term] != 1.0f) sums[i] *= each(groups->weight[term]);
@@ -1140,6 +1176,10 @@ static int rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, in
   return 0;
 }
 
+static void add(const bf16 *x, const bf16 *other, bf16 *y, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) narrow(y + i, widen(x + i) + widen(other + i));
+}
+
 static int gate(const bf16 *gates, const bf16 *ups, bf16 *y, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) narrow(y + i, gated(widen(gates + i), widen(ups + i)));
   return 0;
@@ -1150,9 +1190,9 @@ static int gate(const bf16 *gates, const bf16 *ups, bf16 *y, int64_t count) {
 static int sums(const onebase_order *order, const float *x, int64_t rows, const float *weights, int64_t lanes,
                 int64_t inner, float *to) {
   floats some[SHRUNK];
-  ordered_sums(order, x, inner, rows, weights, inner, lanes, some);
+  ordered_sums(order, x, inner, rows, weights, inner, lanes, inner, some);
   memcpy(to, some, rows * sizeof *some);
   return 0;
 }
 
-const onebase_kernels ONEBASE_KERNELS = {ONEBASE_NAME, linear, attend, rms_norm, gate, sums};
+const onebase_kernels ONEBASE_KERNELS = {ONEBASE_NAME, linear, attend, rms_norm, add, gate, sums};

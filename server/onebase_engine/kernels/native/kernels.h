@@ -15,7 +15,9 @@
 typedef uint16_t bf16;
 
 /* The order in which products of `inner` terms are summed: terms of a block one after the other, blocks of a
- * group, groups. `ends` are the blocks' ends; `group` of each says which group it is in, from 0 on. */
+ * group, groups. `ends` are the blocks' ends; `group` of each says which group it is in, from 0 on. With no
+ * blocks there are STRANDS sums, of every fourth product, rounded, one after the other; then (0 + 2) + (1 + 3). */
+#define STRANDS 4
 typedef struct {
   int64_t blocks;
   int32_t ends[64];
@@ -77,6 +79,23 @@ typedef struct {
   const bf16 *cosines, *sines;
 } onebase_qkv;
 
+/* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:
+ *   LINEAR  `count` layers over x [rows, in] to `ys`; `gated`
+ *   NORM    x [rows, size] by `weight` [size] to ys[0]
+ *   ATTEND  by `attention` and `projected`, over the step's contexts
+ *   ADD     x + other, [rows, size], to ys[0] */
+enum { ONEBASE_LINEAR = 0, ONEBASE_NORM = 1, ONEBASE_ATTEND = 2, ONEBASE_ADD = 3 };
+typedef struct {
+  int64_t kind, rows, count, gated, size;
+  float eps;
+  int32_t reserved;
+  const onebase_linear *layers[ONEBASE_MOST_LAYERS];
+  bf16 *ys[ONEBASE_MOST_LAYERS];
+  const bf16 *x, *other, *weight;
+  const onebase_attention *attention;
+  onebase_qkv projected;
+} onebase_call;
+
 /* Each returns 0, or ONEBASE_OUT_OF_MEMORY. `threads`: that the pool has. */
 typedef struct {
   const char *name;
@@ -88,6 +107,8 @@ typedef struct {
   /* `size` a multiple of 16. */
   int (*rms_norm)(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
                   int64_t threads);
+  /* x + other, `count` a multiple of 16. */
+  void (*add)(const bf16 *x, const bf16 *other, bf16 *y, int64_t count);
   /* silu(gates) * ups, `count` a multiple of 16. For trials. */
   int (*gate)(const bf16 *gates, const bf16 *ups, bf16 *y, int64_t count);
   /* For trials. */
@@ -100,7 +121,8 @@ typedef struct {
 enum { ONEBASE_ROWS, ONEBASE_FLOATS, ONEBASE_HIDDEN, ONEBASE_PLACES, ONEBASE_PANELS, ONEBASE_SCRATCHES };
 void *onebase_scratch(int which, int64_t size);
 
-/* What is returned where memory is out. */
+/* What is returned where memory is out, and for a call that does not fit the step. */
 #define ONEBASE_OUT_OF_MEMORY (-1)
+#define ONEBASE_UNFIT (-2)
 
 #endif

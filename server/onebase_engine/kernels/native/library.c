@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Changes with each change of a structure or a function: Python asks for its own. */
-#define ONEBASE_ABI 1
+#define ONEBASE_ABI 2
 
 extern const onebase_kernels onebase_portable, onebase_avx2, onebase_avx512, onebase_avx512_bf16, onebase_amx;
 
@@ -108,25 +108,30 @@ EXPORT int64_t onebase_use_threads(int64_t count) {
   return threads;
 }
 
-EXPORT int onebase_linear_rows(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
-                               const onebase_groups *groups, const bf16 *x, int64_t rows) {
-  onebase_lock();
-  int result = kernels->linear(layers, ys, count, gated, groups, x, rows, threads);
-  onebase_unlock();
-  return result;
+static int run(const onebase_call *call, const onebase_groups *groups, const onebase_contexts *contexts) {
+  switch (call->kind) {
+    case ONEBASE_LINEAR:
+      return kernels->linear(call->layers, call->ys, call->count, call->gated, groups, call->x, call->rows, threads);
+    case ONEBASE_NORM:
+      return kernels->rms_norm(call->x, call->weight, call->ys[0], call->rows, call->size, call->eps, threads);
+    case ONEBASE_ATTEND:
+      if (!contexts || contexts->rows != call->rows) return ONEBASE_UNFIT;
+      return kernels->attend(call->attention, contexts, &call->projected, threads);
+    case ONEBASE_ADD:
+      kernels->add(call->x, call->other, call->ys[0], call->rows * call->size);
+      return 0;
+    default:
+      return ONEBASE_UNFIT;
+  }
 }
 
-EXPORT int onebase_attend(const onebase_attention *layer, const onebase_contexts *contexts,
-                          const onebase_qkv *step) {
+/* Makes calls one after the other, up to the first that fails. `groups` (null: no adapter acts) and `contexts`
+ * are the step's. */
+EXPORT int onebase_run(const onebase_call *calls, int64_t count, const onebase_groups *groups,
+                       const onebase_contexts *contexts) {
+  int result = 0;
   onebase_lock();
-  int result = kernels->attend(layer, contexts, step, threads);
-  onebase_unlock();
-  return result;
-}
-
-EXPORT int onebase_rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps) {
-  onebase_lock();
-  int result = kernels->rms_norm(x, weight, y, rows, size, eps, threads);
+  for (int64_t i = 0; i < count && !result; i++) result = run(calls + i, groups, contexts);
   onebase_unlock();
   return result;
 }

@@ -1,0 +1,163 @@
+"""What a module computes by the kernels in C, written down once and then made in one call.
+
+A pass of a decoder layer is a few calls of the library between many of Python. A `Recording` runs it once for
+a number of rows and keeps the calls, with the memory that they read and write; a `Program` makes them again
+for other rows. As with CUDA graphs, what a program reads must lie where it lay: adapters are in slots, what
+comes in from outside is copied to a fixed place, and what acts on which row is of the step, not the program.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onebase_engine.kernels.cpu import LANES, Call, Contexts, CpuKernels, RowTerms
+
+CHUNK = 1 << 20
+"""Elements by which an arena grows, at least."""
+_MAKE_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.aten.empty.memory_format)
+_BORDER = 32
+"""Elements of a cache line: where a result begins."""
+
+
+class UnrecordableError(Exception):
+    """A module does what no call of the library does."""
+
+
+class Arena:
+    """Memory for the results of one module at a time, taken from the start again for the next; it never
+    moves."""
+
+    def __init__(self) -> None:
+        self._chunks: list[torch.Tensor] = []
+        self._place = (0, 0)
+
+    def reset(self) -> None:
+        self._place = (0, 0)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """A place for a result, bf16."""
+        count = -(-torch.Size(shape).numel() // _BORDER) * _BORDER
+        chunk, used = self._place
+        while chunk < len(self._chunks) and used + count > len(self._chunks[chunk]):
+            chunk, used = chunk + 1, 0
+        if chunk == len(self._chunks):
+            self._chunks.append(torch.empty(max(CHUNK, count), dtype=torch.bfloat16))
+        self._place = (chunk, used + count)
+        return self._chunks[chunk][used : used + torch.Size(shape).numel()].view(shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return any(_storage(tensor) == _storage(chunk) for chunk in self._chunks)
+
+
+class Fixed:
+    """A tensor from outside, where programs read it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._pointer = tensor.data_ptr()
+        self._from: tuple[torch.Tensor, Contexts] | None = None
+
+    def take(self, tensor: torch.Tensor, step: Contexts) -> None:
+        """Copy what the step has, unless it is there."""
+        there = self._from is not None and self._from[0] is tensor and self._from[1] is step
+        if there or tensor.data_ptr() == self._pointer:
+            return
+        self.tensor.copy_(tensor)
+        self._from = tensor, step
+
+
+class Program:
+    """Recorded calls. `inputs`: which of the tensors given are read, and where; `result` is where it was."""
+
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        calls: Sequence[Call],
+        inputs: Sequence[tuple[int, Fixed]],
+        result: torch.Tensor,
+    ) -> None:
+        self._kernels = kernels
+        self._calls = (Call * len(calls))(*calls)
+        self._inputs = tuple(inputs)
+        self._result = result
+
+    def run(self, given: Sequence[torch.Tensor], rows: RowTerms, step: Contexts) -> torch.Tensor:
+        """The result for other tensors of the same shapes; it is overwritten by the next run.
+
+        Raises:
+            MemoryError: there is none for this step.
+        """
+        for number, fixed in self._inputs:
+            fixed.take(given[number], step)
+        self._kernels.run_all(ctypes.addressof(self._calls), len(self._calls), rows, step)
+        return self._result
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the calls that are made while it is active; they are made all the same.
+
+    Of PyTorch's own operators it allows views, and sums of two tensors, which become a call: `kernels.adds`.
+
+    Raises:
+        UnrecordableError: another operator runs, or a call reads what is none of the tensors given and no
+            result of a call.
+    """
+
+    def __init__(self, kernels: CpuKernels, arena: Arena, given: Sequence[Fixed]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
+        self._arena = arena
+        self._given = {_storage(fixed.tensor): number for number, fixed in enumerate(given)}
+        self._fixed = given
+        self.calls: list[Call] = []
+        self.reads: set[int] = set()
+        """Numbers of the tensors given that a call reads."""
+
+    def __enter__(self) -> Any:
+        self._arena.reset()
+        self._kernels.recorder = self
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._kernels.recorder = None
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view or func in _MAKE_NOTHING:
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and not kwargs and self._adds(*args):
+            return self._kernels.add(*args)
+        raise UnrecordableError(f"{func} is none of the kernels' calls")
+
+    def _adds(self, x: Any, other: Any) -> bool:
+        both = isinstance(x, torch.Tensor) and isinstance(other, torch.Tensor) and x.shape == other.shape
+        whole = both and x.shape[-1] % LANES == 0 and x.is_contiguous() and other.is_contiguous()
+        return bool(whole and x.dtype == other.dtype == torch.bfloat16)
+
+    def note(self, call: Call, reads: Sequence[torch.Tensor]) -> None:
+        for tensor in reads:
+            number = self._given.get(_storage(tensor))
+            if number is not None:
+                self.reads.add(number)
+            elif not self._arena.holds(tensor):
+                raise UnrecordableError("a call reads what Python has made")
+        self.calls.append(Call.from_buffer_copy(call))
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return self._arena.empty(*shape)
+
+    def program(self, result: torch.Tensor) -> Program:
+        """What was recorded, for the result that it led to."""
+        if not self._arena.holds(result):
+            raise UnrecordableError("the result is none of a call")
+        inputs = [(number, self._fixed[number]) for number in sorted(self.reads)]
+        return Program(self._kernels, self.calls, inputs, result)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
