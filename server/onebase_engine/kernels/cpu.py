@@ -410,7 +410,7 @@ class NativeLinear:
         shift = 0
         if self.kind == _NF4:
             state = weight.quant_state
-            absmax, code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
+            absmax, code = _by_panels(plain_absmax(state), self.size_out), state.code.float().contiguous()
             shift = state.blocksize.bit_length() - 1
             self._base += [absmax, code]
         self.structure = _Linear(
@@ -512,6 +512,12 @@ def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     for _ in range(-(-TRIAL_OUTPUTS // (TRIAL_ROWS * size_out))):
         yield torch.randn(TRIAL_ROWS, size_in, generator=draw).to(torch.bfloat16)
+
+
+def _by_panels(absmax: torch.Tensor, outputs: int) -> torch.Tensor:
+    """Scales of blocks [out * blocks of an output] as [out / LANES, blocks of an output, LANES], fp32."""
+    padded = functional.pad(absmax.float().view(outputs, -1), (0, 0, 0, -outputs % LANES))
+    return padded.view(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
 
 
 def _every_number() -> tuple[torch.Tensor, torch.Tensor]:

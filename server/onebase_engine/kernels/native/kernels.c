@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "threads.h"
@@ -14,8 +15,6 @@
 #include <immintrin.h>
 #endif
 
-/* Rows that are multiplied at once, by registers. */
-#define AT_ONCE 8
 /* Rows of an AMX tile, and tiles of rows that stay in registers over all of `in`. */
 #define TILE 16
 #define TILES 4
@@ -109,10 +108,15 @@ static inline float sum_of(floats value) {
   return sum;
 }
 
-static inline void transpose(const float *from, int64_t stride, float *to) {
 #ifdef __AVX512F__
+/* 16 rows, of which `places` says the order, as columns. What is not `known` of a row is zero, and all of those
+ * that are not `there`. */
+static inline __attribute__((always_inline)) void transpose_placed(const float *from, int64_t stride,
+                                                                   const int *places, int64_t there,
+                                                                   __mmask16 known, float *to) {
   __m512 r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * stride);
+  for (int i = 0; i < 16; i++)
+    r[i] = places[i] < there ? _mm512_maskz_loadu_ps(known, from + places[i] * stride) : _mm512_setzero_ps();
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
@@ -133,6 +137,13 @@ static inline void transpose(const float *from, int64_t stride, float *to) {
     _mm512_storeu_ps(to + 16 * i, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
     _mm512_storeu_ps(to + 16 * (i + 8), _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
   }
+}
+#endif
+
+static inline void transpose(const float *from, int64_t stride, float *to) {
+#ifdef __AVX512F__
+  static const int as_they_are[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  transpose_placed(from, stride, as_they_are, LANES, 0xffff, to);
 #else
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) to[16 * j + i] = from[i * stride + j];
@@ -140,6 +151,12 @@ static inline void transpose(const float *from, int64_t stride, float *to) {
 }
 
 /* ---- weights ------------------------------------------------------------------------------- */
+
+/* The scale of the block of an output with a term. */
+static inline const float *absmax_of(const onebase_linear *layer, int64_t output, int64_t term) {
+  int64_t blocks = layer->in >> layer->blocksize_log2, block = term >> layer->blocksize_log2;
+  return layer->absmax + (output / LANES * blocks + block) * LANES + output % LANES;
+}
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
@@ -168,14 +185,14 @@ static inline void unpack_32(const uint8_t *packed, __m512i shades, bf16 *to) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(values, shades));
 }
 
-/* `count` 4-bit weights from the flat index `first` on, both of 32, as bf16. */
-static inline void unpack(const onebase_linear *layer, int64_t first, int64_t count, bf16 *to) {
-  const uint8_t *packed = (const uint8_t *)layer->weight + first / 2;
-  const float *absmax = layer->absmax + (first >> layer->blocksize_log2);
+/* `count` 4-bit weights of an output from term `first` on, both multiples of 32, as bf16. */
+static inline void unpack(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
+  const uint8_t *packed = (const uint8_t *)layer->weight + (output * layer->in + first) / 2;
+  const float *absmax = absmax_of(layer, output, first);
   floats code = load(layer->code);
   if (layer->blocksize_log2 == 6 && (first | count) % 64 == 0) {
-    for (int64_t done = 0; done < count; done += 64, packed += 32) {
-      __m512i shades = shades_of(code, absmax++);
+    for (int64_t done = 0; done < count; done += 64, packed += 32, absmax += LANES) {
+      __m512i shades = shades_of(code, absmax);
       unpack_32(packed, shades, to + done);
       unpack_32(packed + 16, shades, to + done + 32);
       __builtin_prefetch(packed + AHEAD);
@@ -183,23 +200,25 @@ static inline void unpack(const onebase_linear *layer, int64_t first, int64_t co
     return;
   }
   for (int64_t done = 0; done < count; done += 32, packed += 16)
-    unpack_32(packed, shades_of(code, layer->absmax + ((first + done) >> layer->blocksize_log2)), to + done);
+    unpack_32(packed, shades_of(code, absmax_of(layer, output, first + done)), to + done);
 }
 
 #else
 
-static inline void unpack(const onebase_linear *layer, int64_t first, int64_t count, bf16 *to) {
-  const uint8_t *packed = (const uint8_t *)layer->weight + first / 2;
+static inline void unpack(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
+  const uint8_t *packed = (const uint8_t *)layer->weight + (output * layer->in + first) / 2;
   floats code = load(layer->code);
   bf16 shades[LANES];
   for (int64_t done = 0; done < count; done += 2, packed++) {
-    if (done % 32 == 0) narrow(shades, code * each(layer->absmax[(first + done) >> layer->blocksize_log2]));
+    if (done % 32 == 0) narrow(shades, code * each(*absmax_of(layer, output, first + done)));
     to[done] = shades[*packed >> 4];
     to[done + 1] = shades[*packed & 15];
   }
 }
 
 #endif
+
+#if defined(__AMX_BF16__) || !defined(__AVX512BF16__)
 
 /* Terms `first .. last` of each of a panel's outputs, a row of `last - first` bf16 for each of the 16. Returns
  * where they lie and the stride between rows: in the scratch, or where the layer has them. */
@@ -212,15 +231,22 @@ static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t 
   }
   *stride = terms;
   for (int64_t output = 0; output < outputs; output++) {
-    int64_t start = (panel * LANES + output) * layer->in + first;
-    if (layer->kind == ONEBASE_NF4) unpack(layer, start, terms, scratch + output * terms);
-    else memcpy(scratch + output * terms, (const bf16 *)layer->weight + start, terms * sizeof(bf16));
+    int64_t row = panel * LANES + output;
+    if (layer->kind == ONEBASE_NF4) unpack(layer, row, first, terms, scratch + output * terms);
+    else memcpy(scratch + output * terms, (const bf16 *)layer->weight + row * layer->in + first, terms * sizeof(bf16));
   }
   memset(scratch + outputs * terms, 0, (LANES - outputs) * terms * sizeof(bf16));
   return scratch;
 }
 
+#endif
+
 /* ---- the product --------------------------------------------------------------------------- */
+
+/* Panels that a thread takes at once, and ranges of them: each thread has one, in which it goes from one end to the
+ * other, as memory is read best, before it helps with the others. */
+#define TAKEN 4
+#define RANGES 16
 
 /* Layers that multiply the same rows. */
 typedef struct {
@@ -240,7 +266,12 @@ typedef struct {
   int64_t job_count;
   float *panels;     /* of each thread */
   int64_t panel_size;
-  int64_t panels_at_once;
+  int64_t padded;    /* rows, to the next multiple of a tile */
+  int64_t ranges;
+  struct {
+    _Alignas(64) int64_t last;
+    _Atomic int64_t next;
+  } range[RANGES];
 } product;
 
 /* Rows of a group that are taken at once. */
@@ -294,8 +325,13 @@ static inline void store_tile(int number, float *to) {
   }
 }
 
+/* Panels that are multiplied at once. */
+#define PANELS 1
+
 /* Sums of one panel over all rows, [rows, 16]. */
-static void multiply(const product *p, const onebase_linear *layer, int64_t panel, float *scratch, float *sums) {
+static void multiply(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels, float *scratch,
+                     int64_t panel_size, float *sums) {
+  (void)panels, (void)panel_size;
   int64_t in = p->in, next = in / 2 * p->tile, tiles = parts_of(p->rows, p->tile), stride;
   int64_t step = tiles > TILES ? in : least(in, 512);
   _Alignas(64) float square[16 * 16];
@@ -345,71 +381,164 @@ static void pair_rows(const product *p, int64_t number) {
 
 #else
 
-#if defined(__AVX512BF16__)
-typedef uint32_t weight_pair; /* two terms of one output */
-#else
-typedef float weight_pair; /* one term of one output */
-#endif
+/* Terms that are unpacked at once, into the nearest cache. */
+#define CHUNK 128
 
 #if defined(__AVX512BF16__)
 #define TERMS 2
+typedef uint32_t turned; /* two terms of one output */
 #else
 #define TERMS 1
+typedef float turned; /* one term of one output */
 #endif
 
-/* [16, terms] as [terms / TERMS, 16]. */
-static void turn(const bf16 *from, int64_t stride, int64_t terms, weight_pair *to) {
-#if defined(__AVX512BF16__)
-  int64_t k = 0;
-  for (; k + 32 <= terms; k += 32) {
-    _Alignas(64) float square[16 * 16];
-    for (int output = 0; output < 16; output++) memcpy(square + 16 * output, from + output * stride + k, 64);
-    transpose(square, 16, (float *)to + k / 2 * 16);
-  }
-  for (; k < terms; k += 2)
-    for (int output = 0; output < 16; output++) memcpy(to + k / 2 * 16 + output, from + output * stride + k, 4);
+/* Rows and panels that are multiplied at once: their sums stay in registers. */
+#define ROWS_AT_ONCE 4
+#if defined(__AVX512F__)
+#define PANELS 4
 #else
-  for (int64_t k = 0; k < terms; k++)
-    for (int output = 0; output < 16; output++) to[16 * k + output] = widened(from[output * stride + k]);
+#define PANELS 1
 #endif
+
+#if defined(__AVX512BF16__)
+
+/* 16 rows of `count` words, 16 at most, as `transpose_placed` has them. */
+static inline void turn_words(const void *from, int64_t stride, const int *places, int64_t there, int64_t count,
+                              uint32_t *to) {
+  __mmask16 known = (__mmask16)((1u << count) - 1);
+  if (there == LANES) transpose_placed(from, stride, places, LANES, known, (float *)to);
+  else transpose_placed(from, stride, places, there, known, (float *)to);
 }
 
-static inline floats multiplied(floats sum, const bf16 *x, int64_t k, const weight_pair *weights) {
-#if defined(__AVX512BF16__)
+/* Terms `first ..` of a panel of 4-bit weights, `count` of them, 128 at most and a multiple of 32: as bf16 pairs
+ * [count / 2, 16].
+ *
+ * Eight terms of an output are a word. Two lanes next to each other get it, one of them shifted, so that their
+ * lowest four bits are terms 2n and 2n + 1, for the next n one byte further up: only these bits choose from the
+ * table, whatever lies above them. Rounded, the lanes are pairs. */
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, uint32_t *to) {
+  static const int places[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
+  int64_t blocks = layer->in >> shift, stride = layer->in / 8, within = ((int64_t)1 << shift) - 1;
+  const uint32_t *from = (const uint32_t *)layer->weight + (panel * LANES * layer->in + first) / 8;
+  const float *absmax = layer->absmax + panel * blocks * LANES;
+  __m512 code = _mm512_loadu_ps(layer->code), low = _mm512_setzero_ps(), high = low;
+  _Alignas(64) uint32_t words_[16 * 16];
+  for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
+  __builtin_prefetch(absmax + (PANELS * blocks + (first >> shift)) * LANES);
+  turn_words(from, stride, places, there, count / 8, words_);
+  for (int64_t i = 0; i < count / 8; i++, to += 4 * LANES) {
+    if (i == 0 || !((first + 8 * i) & within)) {
+      __m512 scale = _mm512_loadu_ps(absmax + ((first + 8 * i) >> shift) * LANES);
+      low = _mm512_permutexvar_ps(twice, scale);
+      high = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+    }
+    __m512i word = _mm512_load_si512(words_ + 16 * i), shifted = _mm512_srli_epi32(word, 4);
+    __m512i ones = _mm512_unpacklo_epi32(shifted, word), twos = _mm512_unpackhi_epi32(shifted, word);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; pair++) {
+      __m512 one = _mm512_permutexvar_ps(_mm512_srli_epi32(ones, 8 * pair), code);
+      __m512 two = _mm512_permutexvar_ps(_mm512_srli_epi32(twos, 8 * pair), code);
+      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(two, high), _mm512_mul_ps(one, low));
+      _mm512_store_si512(to + pair * LANES, (__m512i)both);
+    }
+  }
+}
+
+/* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / 2, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
+                              uint32_t *to) {
+  (void)scratch;
+  if (layer->kind == ONEBASE_NF4) {
+    turn_nf4(layer, panel, first, count, to);
+    return;
+  }
+  static const int places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
+  const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
+  for (int64_t k = 0; k < count; k += 32, from += 16, to += 16 * LANES) {
+    for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
+    turn_words(from, stride, places, there, 16, to);
+  }
+}
+
+static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats weights) {
   uint32_t pair;
   memcpy(&pair, x + 2 * k, sizeof pair);
-  __m512i some = _mm512_loadu_si512(weights + LANES * k);
-  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)some);
-#else
-  return fused(each(widened(x[k])), load(weights + LANES * k), sum);
-#endif
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)weights);
 }
 
-/* Sums of one panel over all rows, [rows, 16]. */
-static void multiply(const product *p, const onebase_linear *layer, int64_t panel, float *scratch, float *sums) {
-  int64_t in = p->in, block = least(layer->block, in), stride;
-  weight_pair *turned = (weight_pair *)(scratch + block * LANES / 2);
-  for (int64_t k = 0; k < in; k += block) {
-    int64_t terms = least(block, in - k);
-    const bf16 *weights = panel_of(layer, panel, k, k + terms, (bf16 *)scratch, &stride);
-    turn(weights, stride, terms, turned);
-    for (int64_t row = 0; row < p->rows; row += AT_ONCE) {
-      floats some[AT_ONCE] = {{0}};
-      const bf16 *x = p->x + row * in + k;
-      int64_t count = least(AT_ONCE, p->rows - row);
-      if (count == AT_ONCE) {
-        for (int64_t term = 0; term < terms / TERMS; term++)
-          for (int i = 0; i < AT_ONCE; i++) some[i] = multiplied(some[i], x + i * in, term, turned);
-      } else {
-        for (int64_t i = 0; i < count; i++)
-          for (int64_t term = 0; term < terms / TERMS; term++)
-            some[i] = multiplied(some[i], x + i * in, term, turned);
-      }
-      for (int64_t i = 0; i < count; i++) {
-        float *to = sums + (row + i) * LANES;
-        store(to, k ? load(to) + some[i] : some[i]);
-      }
+#else
+
+/* Terms `first ..` of a panel, `count` of them: [count, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
+                              float *to) {
+  int64_t stride;
+  const bf16 *from = panel_of(layer, panel, first, first + count, scratch, &stride);
+  for (int64_t k = 0; k < count; k++)
+    for (int output = 0; output < LANES; output++) to[LANES * k + output] = widened(from[output * stride + k]);
+}
+
+static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats weights) {
+  return fused(each(widened(x[k])), weights, sum);
+}
+
+#endif
+
+/* Adds the products of `count` terms to the sums of some rows and panels: of a panel [rows of the batch, 16]. */
+static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
+                                                               int64_t count, const int rows, const int panels,
+                                                               int64_t panel_size, float *sums) {
+  floats own[ROWS_AT_ONCE * PANELS];
+  for (int i = 0; i < panels; i++)
+    for (int row = 0; row < rows; row++) own[i * rows + row] = load(sums + i * panel_size + row * LANES);
+  for (int64_t k = 0; k < count / TERMS; k++)
+    for (int i = 0; i < panels; i++) {
+      floats some = load((const float *)(weights + i * (CHUNK / TERMS) * LANES + k * LANES));
+      for (int row = 0; row < rows; row++) own[i * rows + row] = multiplied(own[i * rows + row], x + row * in, k, some);
     }
+  for (int i = 0; i < panels; i++)
+    for (int row = 0; row < rows; row++) store(sums + i * panel_size + row * LANES, own[i * rows + row]);
+}
+
+static inline __attribute__((always_inline)) void add_rows(const bf16 *x, int64_t in, const turned *weights,
+                                                           int64_t count, int64_t rows, const int panels,
+                                                           int64_t panel_size, float *sums) {
+  for (; rows >= ROWS_AT_ONCE; rows -= ROWS_AT_ONCE, x += ROWS_AT_ONCE * in, sums += ROWS_AT_ONCE * LANES)
+    add_products(x, in, weights, count, ROWS_AT_ONCE, panels, panel_size, sums);
+  if (rows == 3) add_products(x, in, weights, count, 3, panels, panel_size, sums);
+  else if (rows == 2) add_products(x, in, weights, count, 2, panels, panel_size, sums);
+  else if (rows == 1) add_products(x, in, weights, count, 1, panels, panel_size, sums);
+}
+
+/* Sums of `panels` panels over all rows, for each [rows, 16], `panel_size` apart. */
+static void multiply(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels, float *scratch,
+                     int64_t panel_size, float *sums) {
+  _Alignas(64) turned weights[PANELS * CHUNK / TERMS * LANES];
+  int64_t in = p->in, block = least(layer->block, in);
+  float *part = scratch;
+  bf16 *unpacked = (bf16 *)(scratch + PANELS * panel_size);
+  for (int64_t k = 0; k < in; k += block) {
+    int64_t last = least(k + block, in);
+    float *to = k ? part : sums;
+    for (int64_t i = 0; i < panels; i++) memset(to + i * panel_size, 0, p->rows * LANES * sizeof(float));
+    for (int64_t first = k; first < last; first += CHUNK) {
+      int64_t count = least(CHUNK, last - first);
+      for (int64_t i = 0; i < panels; i++)
+        turn_chunk(layer, panel + i, first, count, unpacked, weights + i * (CHUNK / TERMS) * LANES);
+      if (panels == PANELS) add_rows(p->x + first, in, weights, count, p->rows, PANELS, panel_size, to);
+      else
+        for (int64_t i = 0; i < panels; i++)
+          add_rows(p->x + first, in, weights + i * (CHUNK / TERMS) * LANES, count, p->rows, 1, panel_size,
+                   to + i * panel_size);
+    }
+    if (k)
+      for (int64_t i = 0; i < panels; i++)
+        for (int64_t row = 0; row < p->rows; row++) {
+          float *sum = sums + i * panel_size + row * LANES;
+          store(sum, load(sum) + load(part + i * panel_size + row * LANES));
+        }
   }
 }
 
@@ -607,44 +736,60 @@ static void prepare_part(void *task, int64_t part, int64_t thread) {
   shrink(p, part);
 }
 
-/* The outputs of one panel of one layer, adapters included: bf16 [rows, 16]. */
-static void panel_outputs(const product *p, int64_t which, int64_t panel, float *scratch, float *sums, bf16 *y) {
+/* The outputs of some panels of one layer, adapters included: bf16, of each panel [rows, 16]. */
+static void panel_outputs(const product *p, int64_t which, int64_t panel, int64_t panels, float *scratch,
+                          float *sums, bf16 *y) {
   const onebase_linear *layer = p->layers[which];
-  multiply(p, layer, panel, scratch, sums);
-  floats bias = layer->bias ? widen_some(layer->bias + panel * LANES, layer->out - panel * LANES) : (floats){0};
-  for (int64_t row = 0; row < p->rows; row++) {
-    floats sum = load(sums + row * LANES);
-    narrow(y + row * LANES, layer->bias ? sum + bias : sum);
+  multiply(p, layer, panel, panels, scratch, p->padded * LANES, sums);
+  for (int64_t i = 0; i < panels; i++, panel++, sums += p->padded * LANES, y += p->padded * LANES) {
+    floats bias = layer->bias ? widen_some(layer->bias + panel * LANES, layer->out - panel * LANES) : (floats){0};
+    for (int64_t row = 0; row < p->rows; row++) {
+      floats sum = load(sums + row * LANES);
+      narrow(y + row * LANES, layer->bias ? sum + bias : sum);
+    }
+    if (p->job_count) expand(p, which, panel, y);
   }
-  if (p->job_count) expand(p, which, panel, y);
 }
 
-static void panel_part(void *task, int64_t part, int64_t thread) {
+/* The next TAKEN panels for a thread. There are some: it is called once for each. */
+static int64_t take(product *p, int64_t thread) {
+  int64_t part, range = thread;
+  do {
+    range %= p->ranges;
+    part = atomic_fetch_add_explicit(&p->range[range].next, 1, memory_order_relaxed);
+  } while (part >= p->range[range++].last);
+  return part;
+}
+
+static void panel_part(void *task, int64_t any, int64_t thread) {
   product *p = task;
-  int64_t padded = parts_of(p->rows, TILE) * TILE, which = 0;
+  (void)any;
+  int64_t which = 0, size = p->padded * LANES, part = take(p, thread);
   for (; !p->gated; which++) {
-    int64_t own = parts_of(parts_of(p->layers[which]->out, LANES), p->panels_at_once);
+    int64_t own = parts_of(p->layers[which]->out, LANES * TAKEN);
     if (part < own) break;
     part -= own;
   }
   const onebase_linear *layer = p->layers[which];
-  float *sums = p->panels + thread * p->panel_size, *scratch = sums + padded * LANES * 2;
-  bf16 *y = (bf16 *)(sums + padded * LANES), *up = y + padded * LANES;
+  float *sums = p->panels + thread * p->panel_size, *scratch = sums + 2 * PANELS * size;
+  bf16 *ys = (bf16 *)(sums + PANELS * size), *ups = ys + PANELS * size;
 #ifdef __AMX_BF16__
   configure(p->tile);
 #endif
-  int64_t last = least((part + 1) * p->panels_at_once, parts_of(layer->out, LANES));
-  for (int64_t panel = part * p->panels_at_once; panel < last; panel++) {
-    int64_t first = panel * LANES, outputs = least(LANES, layer->out - first);
-    panel_outputs(p, which, panel, scratch, sums, y);
-    if (p->gated) {
-      panel_outputs(p, 1, panel, scratch, sums, up);
-      for (int64_t row = 0; row < p->rows; row++)
+  int64_t last = least((part + 1) * TAKEN, parts_of(layer->out, LANES)), panels;
+  for (int64_t panel = part * TAKEN; panel < last; panel += panels) {
+    panels = least(PANELS, last - panel);
+    panel_outputs(p, which, panel, panels, scratch, sums, ys);
+    if (p->gated) panel_outputs(p, 1, panel, panels, scratch, sums, ups);
+    for (int64_t i = 0; i < panels; i++) {
+      bf16 *y = ys + i * size, *up = ups + i * size;
+      int64_t first = (panel + i) * LANES, outputs = least(LANES, layer->out - first);
+      for (int64_t row = 0; p->gated && row < p->rows; row++)
         narrow(y + row * LANES, gated(widen(y + row * LANES), widen(up + row * LANES)));
+      bf16 *to = p->ys[which] + first;
+      for (int64_t row = 0; row < p->rows; row++)
+        memcpy(to + row * layer->out, y + row * LANES, outputs * sizeof(bf16));
     }
-    bf16 *to = p->ys[which] + first;
-    for (int64_t row = 0; row < p->rows; row++)
-      memcpy(to + row * layer->out, y + row * LANES, outputs * sizeof(bf16));
   }
 #ifdef __AMX_BF16__
   _tile_release();
@@ -686,34 +831,36 @@ static int plan_adapters(product *p) {
 static int linear(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
                   const onebase_groups *groups, const bf16 *x, int64_t rows, int64_t threads) {
   product p = {.count = count, .gated = gated, .groups = groups, .x = x, .rows = rows, .in = layers[0]->in};
-  int64_t panels = 0, block = 0, parts = 0;
+  int64_t parts = 0;
   for (int64_t which = 0; which < count; which++) {
     p.layers[which] = layers[which];
     p.ys[which] = ys[which];
-    if (!gated || !which) panels += parts_of(layers[which]->out, LANES);
-    block = layers[which]->block > block ? layers[which]->block : block;
+    if (!gated || !which) parts += parts_of(layers[which]->out, LANES * TAKEN);
   }
   if (rows < 1) return 0;
   if (!plan_adapters(&p)) return ONEBASE_OUT_OF_MEMORY;
-  int64_t preparing = p.job_count, padded = parts_of(rows, TILE) * TILE;
+  int64_t preparing = p.job_count;
+  p.padded = parts_of(rows, TILE) * TILE;
 #ifdef __AMX_BF16__
   p.tile = least(rows, TILE);
-  p.tiles = onebase_scratch(ONEBASE_ROWS, padded * p.in * 2);
+  p.tiles = onebase_scratch(ONEBASE_ROWS, p.padded * p.in * 2);
   if (!p.tiles) return ONEBASE_OUT_OF_MEMORY;
   preparing += parts_of(rows, p.tile);
-  int64_t weights = p.in * LANES / 2;
+  int64_t scratch = p.in * LANES / 2;
 #else
-  int64_t weights = least(block, p.in) * LANES * 3 / 2;
+  int64_t scratch = PANELS * p.padded * LANES + CHUNK * LANES / 2;
 #endif
-  p.panel_size = parts_of(padded * LANES * 2 + weights, LANES) * LANES;
+  p.panel_size = parts_of(2 * PANELS * p.padded * LANES + scratch, LANES) * LANES;
   p.panels = onebase_scratch(ONEBASE_PANELS, threads * p.panel_size * 4);
   if (!p.panels) return ONEBASE_OUT_OF_MEMORY;
   if (rows <= 2)
     for (int64_t part = 0; part < preparing; part++) prepare_part(&p, part, 0);
   else onebase_share(prepare_part, &p, preparing);
-  p.panels_at_once = threads > 1 ? parts_of(panels, threads * 6) : panels;
-  for (int64_t which = 0; which < (gated ? 1 : count); which++)
-    parts += parts_of(parts_of(layers[which]->out, LANES), p.panels_at_once);
+  p.ranges = least(threads, RANGES);
+  for (int64_t i = 0; i < p.ranges; i++) {
+    atomic_init(&p.range[i].next, parts * i / p.ranges);
+    p.range[i].last = parts * (i + 1) / p.ranges;
+  }
   onebase_share(panel_part, &p, parts);
   return 0;
 }
@@ -822,8 +969,9 @@ static inline floats scored(const onebase_attention *layer, floats product) {
 
 #ifdef __AMX_BF16__
 
-/* Queries of one tile. */
+/* Queries of one tile, and columns of values that are mixed at once. */
 #define TILED 16
+#define MIXED 16
 
 /* Tiles 0: sums [16 keys, queries], 1: keys, 2: queries in pairs; 3: mixed [queries, 16], 4: weights, 5: values in
  * pairs. */
@@ -868,7 +1016,8 @@ static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int6
 /* Adds 16 columns of the values for up to TILED queries, 32 keys after 32 keys: [queries, 16]. `weights`: bf16
  * [queries, stride], zero from `count` on up to the next 32. */
 static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int64_t count, const bf16 *weights,
-                     int64_t stride, float *to) {
+                     int64_t stride, int64_t queries, float *to) {
+  (void)queries;
   const __m512i low = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
       32, 0);
@@ -888,6 +1037,79 @@ static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int
     _tile_dpbf16ps(3, 4, 5);
   }
   _tile_stored(3, to, 64);
+}
+
+#elif defined(__AVX512BF16__)
+
+/* Queries that share a walk through keys and values, and columns of values that are mixed at once. */
+#define TILED 8
+#define MIXED 32
+
+/* Products of some queries [queries, dim] with 16 keys as pairs [dim / 2, 16]. */
+static inline __attribute__((always_inline)) void score_pairs(const bf16 *q, int64_t dim, const uint32_t *keys,
+                                                              const int queries, floats *sums) {
+  for (int i = 0; i < queries; i++) sums[i] = (floats){0};
+  for (int64_t d = 0; d < dim / 2; d++) {
+    floats key = load((const float *)(keys + d * LANES));
+    for (int i = 0; i < queries; i++) sums[i] = multiplied(sums[i], q + i * dim, d, key);
+  }
+}
+
+/* Products of up to TILED queries with 16 keys, of which `count` are there: [queries, 16]. */
+static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int64_t count, const bf16 *q,
+                       int64_t queries, floats *sums) {
+  static const int places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  _Alignas(64) bf16 copied[LANES * 1024];
+  _Alignas(64) uint32_t turned_[LANES * 512];
+  const bf16 *from = keys + slots[0] * dim;
+  if (slots[count - 1] - slots[0] != count - 1) {
+    for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
+    from = copied;
+  }
+  for (int64_t d = 0; d < dim; d += 32) turn_words(from + d, dim / 2, places, count, LANES, turned_ + d / 2 * LANES);
+  if (queries == 8) score_pairs(q, dim, turned_, 8, sums);
+  else
+    for (int64_t i = 0; i < queries;) {
+      if (queries - i >= 4) score_pairs(q + i * dim, dim, turned_, 4, sums + i), i += 4;
+      else if (queries - i == 3) score_pairs(q + i * dim, dim, turned_, 3, sums + i), i += 3;
+      else if (queries - i == 2) score_pairs(q + i * dim, dim, turned_, 2, sums + i), i += 2;
+      else score_pairs(q + i * dim, dim, turned_, 1, sums + i), i += 1;
+    }
+}
+
+/* Adds 32 columns of the values for some queries, two keys after two keys: [queries, 32]. */
+static inline __attribute__((always_inline)) void mix_pairs(const bf16 *values, int64_t wide, const int32_t *slots,
+                                                            int64_t count, const bf16 *weights, int64_t stride,
+                                                            const int queries, float *to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  floats mixed[2 * TILED];
+  for (int i = 0; i < 2 * queries; i++) mixed[i] = (floats){0};
+  for (int64_t key = 0; key < count; key += 2) {
+    __m512i one = _mm512_loadu_si512(values + slots[key] * wide), two = _mm512_setzero_si512();
+    if (key + 1 < count) two = _mm512_loadu_si512(values + slots[key + 1] * wide);
+    floats first = (floats)_mm512_permutex2var_epi16(one, low, two);
+    floats second = (floats)_mm512_permutex2var_epi16(one, high, two);
+    for (int i = 0; i < queries; i++) {
+      mixed[2 * i] = multiplied(mixed[2 * i], weights + i * stride + key, 0, first);
+      mixed[2 * i + 1] = multiplied(mixed[2 * i + 1], weights + i * stride + key, 0, second);
+    }
+  }
+  for (int i = 0; i < 2 * queries; i++) store(to + i * LANES, mixed[i]);
+}
+
+static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int64_t count, const bf16 *weights,
+                     int64_t stride, int64_t queries, float *to) {
+  for (int64_t i = 0; i < queries;) {
+    const bf16 *own = weights + i * stride;
+    float *out = to + 2 * i * LANES;
+    if (queries - i >= 8) mix_pairs(values, wide, slots, count, own, stride, 8, out), i += 8;
+    else if (queries - i >= 4) mix_pairs(values, wide, slots, count, own, stride, 4, out), i += 4;
+    else if (queries - i == 3) mix_pairs(values, wide, slots, count, own, stride, 3, out), i += 3;
+    else if (queries - i == 2) mix_pairs(values, wide, slots, count, own, stride, 2, out), i += 2;
+    else mix_pairs(values, wide, slots, count, own, stride, 1, out), i += 1;
+  }
 }
 
 #endif
@@ -948,7 +1170,7 @@ static inline void keep_scores(const onebase_attention *layer, int32_t position,
   store(to, choose(hidden, each(-INFINITY), scored(layer, sum)));
 }
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 
 /* The same as the rest of `attend_part`, for heads of whole tiles. */
 static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head, int64_t queries,
@@ -957,14 +1179,20 @@ static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head,
   const onebase_attention *layer = a->layer;
   int64_t groups = layer->groups, dim = layer->key_dim, wide = layer->value_dim;
   const bf16 *keys = layer->keys + head * layer->slots * dim, *values = layer->values + head * layer->slots * wide;
-  bf16 *narrowed_q = (bf16 *)turned; /* [TILED, dim] */
-  uint32_t *pairs = (uint32_t *)(narrowed_q + TILED * dim);
+  bf16 *own_q = (bf16 *)turned; /* [TILED, dim] */
+#ifdef __AMX_BF16__
+  uint32_t *pairs = (uint32_t *)(own_q + TILED * dim);
+#else
+  const bf16 *pairs = own_q;
+#endif
   for (int64_t i = 0; i < queries; i += TILED) {
     int64_t some = least(TILED, queries - i);
     float *own = scores + i * length;
+    for (int64_t d = 0; d < some * dim; d += LANES) narrow(own_q + d, load(q + i * dim + d));
+#ifdef __AMX_BF16__
     configure_attention(some);
-    for (int64_t d = 0; d < some * dim; d += LANES) narrow(narrowed_q + d, load(q + i * dim + d));
-    pair_queries(narrowed_q, dim, some, pairs);
+    pair_queries(own_q, dim, some, pairs);
+#endif
     for (int64_t key = 0; key < length; key += LANES) {
       floats sums[TILED];
       int64_t there = count - key < 0 ? 0 : least(LANES, count - key);
@@ -985,16 +1213,20 @@ static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head,
       soften(own + j * length, length);
       for (int64_t k = 0; k < length; k += LANES) narrow(weights + k, load(own + j * length + k));
     }
-    for (int64_t d = 0; d < wide; d += LANES) {
-      _Alignas(64) float mixed[TILED * LANES];
-      mix_tile(values + d, wide, slots, count, (const bf16 *)own, 2 * length, mixed);
+    for (int64_t d = 0; d < wide; d += MIXED) {
+      _Alignas(64) float mixed[TILED * MIXED];
+      mix_tile(values + d, wide, slots, count, (const bf16 *)own, 2 * length, some, mixed);
       for (int64_t j = 0; j < some; j++) {
         int64_t row = first_row + (i + j) / groups, own_head = head * groups + (i + j) % groups;
-        narrow(a->step->out + (row * layer->kv_heads * groups + own_head) * wide + d, load(mixed + j * LANES));
+        bf16 *out = a->step->out + (row * layer->kv_heads * groups + own_head) * wide + d;
+        for (int64_t column = 0; column < MIXED; column += LANES)
+          narrow(out + column, load(mixed + j * MIXED + column));
       }
     }
   }
+#ifdef __AMX_BF16__
   _tile_release();
+#endif
 }
 
 #endif
@@ -1025,8 +1257,8 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
     turned_head(layer, step, step->q + row * step->q_row + (head * groups + i % groups) * step->q_head, row, own);
     for (int64_t d = 0; d < dim; d++) q[i * dim + d] = widened(own[d]);
   }
-#ifdef __AMX_BF16__
-  if (dim % 32 == 0 && dim <= 1024 && wide % LANES == 0) {
+#ifdef __AVX512BF16__
+  if (dim % 32 == 0 && dim <= 1024 && wide % MIXED == 0) {
     attend_by_tiles(a, first_row, head, queries, slots, count, length, begin, turned, q, scores);
     return;
   }

@@ -39,7 +39,7 @@ enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1 };
 typedef struct {
   int64_t kind, in, out; /* `in` a multiple of 32 */
   const void *weight;   /* two values a byte, the first one high, or bf16 [out, in] */
-  const float *absmax;  /* of each block of weights */
+  const float *absmax;  /* of each block of weights: [out / 16, blocks of an output, 16] */
   const float *code;    /* [16] */
   int64_t blocksize_log2; /* 5 or more */
   const bf16 *bias;     /* [out] or null */
