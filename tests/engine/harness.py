@@ -53,12 +53,13 @@ class Lab:
         settings = {
             "max_rows": 32,
             "step_tokens": 96,
+            "draft_tokens": 0,
             "kv_blocks": 400,
             "block_size": 16,
             "slots": 8,
             "slot_memory": 0,
         } | changes
-        limits = Limits(settings["max_rows"], settings["step_tokens"], 512)
+        limits = Limits(settings["max_rows"], settings["step_tokens"], 512, settings["draft_tokens"])
         engine = Engine(
             self.base,
             name="tiny",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as tried
+from hypothesis import strategies as st
 from peft import PeftModel
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.oracle import greedy
@@ -16,8 +20,10 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import batch
 from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.drafts import MATCHED, Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.product_shapes import ProductShapes
+from onebase_engine.engine.row import Plan
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -247,3 +253,131 @@ def test_prompt_logprobs_are_those_of_one_forward_pass_and_skip_the_prefix_cache
     torch.testing.assert_close(
         found, wanted, atol=0.15 if lab.base.dtype == torch.bfloat16 else 1e-4, rtol=0.02
     )
+
+
+# ---- drafts --------------------------------------------------------------------------------
+
+PENALIZED = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2, "min_tokens": 4}
+
+
+def guess(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
+    """Make every draft one that goes on as one of the texts does, and every third one wrong somewhere."""
+
+    def propose(self: Drafts, tokens: list[int], most: int) -> list[int]:
+        text = next((text for text in texts if text[: len(tokens)] == tokens), [])
+        draft = text[len(tokens) : len(tokens) + most]
+        if len(tokens) % 3 == 0 and len(draft) > 2:
+            draft[len(tokens) % 5 % 3] += 1
+        return draft
+
+    monkeypatch.setattr(Drafts, "propose", propose)
+    monkeypatch.setattr(Drafts, "worth", lambda self, rows: 64)
+
+
+def texts_of(asked: list[Request], found: list[list[protocol.TokenLogprob]]) -> list[list[int]]:
+    return [[*request.prompt, *(one.token for one in row)] for request, row in zip(asked, found, strict=True)]
+
+
+def check_drafted(engine: Engine) -> None:
+    assert engine.pool.free == engine.pool.capacity
+    if engine.model.kernels is not None:
+        assert 0 < engine.counters.right_draft_tokens < engine.counters.draft_tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"temperature": 0.7, "top_p": 0.9, "seed": 3}, id="sampled"),
+        pytest.param({"temperature": 0.3, "seed": 3, **PENALIZED}, id="penalized"),
+    ],
+)
+def test_tokens_and_logprobs_are_bit_equal_with_drafts_right_and_wrong(
+    lab: Lab, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [replace(request, max_tokens=24) for request in ASKED]
+    expected = scored(lab.engine(), asked, **settings)
+    guess(monkeypatch, texts_of(asked, expected))
+    engine = lab.engine(draft_tokens=5)
+    assert scored(engine, asked, **settings) == expected
+    check_drafted(engine)
+    if engine.model.kernels is not None:
+        assert engine.counters.steps < 24, "one step gives several tokens"
+
+
+def test_drafts_change_nothing_where_blocks_and_places_are_few(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(17, seed=3, longest=40, tokens=24)
+    expected = scored(lab.engine(), asked)
+    guess(monkeypatch, texts_of(asked, expected))
+    tight = lab.engine(kv_blocks=52, block_size=2, draft_tokens=5, step_tokens=33)
+    assert scored(tight, asked) == expected
+    assert tight.scheduler.preemptions > 0
+    # Blocks that drafts were written to are somebody's prefix now.
+    assert scored(tight, asked) == expected
+    check_drafted(tight)
+
+
+def test_a_row_ends_within_a_draft_as_it_would_without(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [7, 8, 9, 10, 11, 12] * 5
+
+    def ask(draft_tokens: int, sampling: protocol.Sampling) -> tuple[list[int], str | None, int | None]:
+        engine = lab.engine(draft_tokens=draft_tokens)
+        engine.submit(protocol.Submit(id="x", prompt=prompt, sampling=sampling))
+        while engine.busy:
+            engine.step()
+        outputs = engine.take_outputs()
+        tokens = [token for output in outputs for token in output.tokens]
+        assert engine.counters.generated_tokens == len(tokens)
+        return tokens, outputs[-1].finish, outputs[-1].stop_token
+
+    whole, _, _ = ask(0, protocol.Sampling(temperature=0.0, max_tokens=40, ignore_eos=True))
+    guess(monkeypatch, [prompt + whole])
+    for count in range(1, 9):
+        sampling = protocol.Sampling(temperature=0.0, max_tokens=count, ignore_eos=True)
+        assert ask(6, sampling) == (whole[:count], "length", None)
+    for stop in list(dict.fromkeys(whole))[:8]:
+        sampling = protocol.Sampling(temperature=0.0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop])
+        assert ask(6, sampling) == (whole[: whole.index(stop) + 1], "stop", stop)
+
+
+def test_a_step_that_fails_with_drafts_is_tried_without(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ASKED[:4]
+    expected = scored(lab.engine(), asked)
+    guess(monkeypatch, texts_of(asked, expected))
+    engine = lab.engine(draft_tokens=5)
+    whole = engine._compute
+
+    def failing(plan: Plan) -> Any:
+        if any(segment.draft for segment in plan.decodes):
+            raise MemoryError("no memory for so many rows")
+        return whole(plan)
+
+    monkeypatch.setattr(engine, "_compute", failing)
+    assert scored(engine, asked) == expected
+
+
+@tried(deadline=None)
+@given(tokens=st.lists(st.integers(0, 3), max_size=60), most=st.integers(0, 9), cut=st.integers(0, 60))
+def test_a_draft_is_what_came_after_the_last_tokens_before(tokens: list[int], most: int, cut: int) -> None:
+    drafts = Drafts()
+    drafts.propose(tokens[:cut], most)
+    found = drafts.propose(tokens, most)
+    places = [end for end in range(MATCHED, len(tokens)) if tokens[end - MATCHED : end] == tokens[-MATCHED:]]
+    text = list(tokens)
+    for _ in range(most if places else 0):
+        text.append(text[places[-1] + len(text) - len(tokens)])
+    assert found == text[len(tokens) :]
+
+
+def test_drafts_are_left_out_where_they_do_not_pay() -> None:
+    drafts = Drafts()
+    assert drafts.worth(1) >= drafts.worth(4) >= drafts.worth(64) == 0
+    drafts.propose([1, 2, 3, 4, 1, 2, 3], 4)
+    for _ in range(40):
+        drafts.observe([9])
+    assert drafts.worth(1) == 0, "wrong ones"
+    for _ in range(40):
+        drafts.observe([4, 1, 2, 3])
+    assert drafts.worth(16) > 4, "right ones, although none was computed"

@@ -372,6 +372,18 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
 
 
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_blocks_whose_ends_only_look_like_a_stretch_of_memory_are_read_one_by_one(
+    kernels: CpuKernels, block: int
+) -> None:
+    whole, scattered = (Cache(kernels, 2, 2, 64, block) for _ in range(2))
+    scattered.order = torch.arange(20, 20 + 16 // block)
+    scattered.order[1:-1] += 100
+    q, k, v = projected(whole, 16, 1)
+    expected = whole.run([(whole.context(16), 0, 16)], q, k, v)
+    assert torch.equal(scattered.run([(scattered.context(16), 0, 16)], q, k, v), expected)
+
+
 def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels) -> None:
     cache = Cache(kernels, 2, 2, 64, 16)
     q, k, v = projected(cache, 3, 1)

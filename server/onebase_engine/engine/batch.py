@@ -16,7 +16,7 @@ import torch
 from onebase_engine.engine.attention import AttentionStep, Context
 from onebase_engine.engine.kv_cache import DUMP_BLOCK, ZERO_BLOCK
 from onebase_engine.engine.product_shapes import ProductShapes
-from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
+from onebase_engine.engine.row import AdapterMix, Ahead, Plan, Row, Segment
 from onebase_engine.kernels.cpu import Contexts
 from onebase_engine.lora.rows import TILE, RowGroup, RowMap, Stack, Term, Tile
 
@@ -38,8 +38,9 @@ class Batch:
     attention: AttentionStep
     token_map: RowMap
     logit_map: RowMap
-    sampled: list[Row]
-    """Rows that get a token; row i reads logits i."""
+    sampled: list[Row | Ahead]
+    """Rows that get a token, and after each the same row with more and more of its draft; entry i reads
+    logits i."""
     scored: list[tuple[Segment, slice]]
     """Segments whose prompt is scored, and the logits of their tokens."""
 
@@ -119,8 +120,8 @@ class Packer:
         for number, (start, segment) in enumerate(zip(starts, segments, strict=False)):
             some, row = slice(start, start + segment.length), segment.row
             table[number, : len(row.blocks)] = row.blocks
-            ids[some] = row.tokens[segment.start : segment.stop]
-            positions[some] = own = np.arange(segment.start, segment.stop, dtype=np.int32)
+            ids[some] = segment.tokens
+            positions[some] = own = np.arange(segment.start, segment.start + segment.length, dtype=np.int32)
             table_row[some] = number
             write[some] = table[number, own // self._block_size] * self._block_size + own % self._block_size
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
@@ -194,15 +195,17 @@ class Packer:
 
     def _logit_rows(
         self, plan: Plan, starts: list[int]
-    ) -> tuple[np.ndarray, list[AdapterMix], list[Row], list[tuple[Segment, slice]]]:
+    ) -> tuple[np.ndarray, list[AdapterMix], list[Row | Ahead], list[tuple[Segment, slice]]]:
         rows: list[int] = []
         mixes: list[AdapterMix] = []
-        sampled: list[Row] = []
+        sampled: list[Row | Ahead] = []
         for start, segment in zip(starts, plan.segments, strict=True):
             if segment.samples:
-                rows.append(start + segment.length - 1)
-                mixes.append(segment.row.mix)
+                draft, last = segment.draft, start + segment.length - 1
+                rows.extend(range(last - len(draft), last + 1))
+                mixes.extend([segment.row.mix] * (len(draft) + 1))
                 sampled.append(segment.row)
+                sampled.extend(Ahead(segment.row, draft[:count]) for count in range(1, len(draft) + 1))
         scored = []
         for start, segment in zip(starts, plan.segments, strict=True):
             if segment.row.scores_prompt:

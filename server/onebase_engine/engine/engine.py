@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypedDict
 
 import torch
@@ -52,6 +53,8 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    right_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class _Computed:
     """What a step has computed. Nothing of it is state of a row or of the scheduler yet."""
 
     plan: Plan
-    drawn: list[tuple[Row, Drawn]]
+    drawn: list[tuple[Row, list[Drawn]]]
+    """Of each row one token, and another at each place of its draft."""
     scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
 
 
@@ -101,6 +105,9 @@ class Engine:
         self.layers = adaptable_layers(base)
         self.model = model if model is not None else ServedModel(base, slots)
         self.model.allocate_kv(kv_blocks, block_size)
+        if self.model.kernels is None:
+            # Elsewhere a chunk costs as much as TILE rows, or its bits may not be those of single tokens.
+            limits = replace(limits, draft_tokens=0)
         self.pool = BlockPool(kv_blocks, block_size)
         self.versions = Versions(weights_bytes if self.model.tiled else stacked_bytes)
         self._staging = Staging(
@@ -245,6 +252,8 @@ class Engine:
             prompt_tokens=self.counters.prompt_tokens,
             generated_tokens=self.counters.generated_tokens,
             cached_tokens=self.counters.cached_tokens,
+            draft_tokens=self.counters.draft_tokens,
+            right_draft_tokens=self.counters.right_draft_tokens,
             adapters_loaded=len(self.versions),
         )
 
@@ -292,8 +301,9 @@ class Engine:
         batch = self._packer.pack(plan, self.slots.slot_of)
         logits = self.model.forward(batch)
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
-        drawn = draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids)
-        return _Computed(plan, list(zip(batch.sampled, drawn, strict=True)), scores)
+        drawn = iter(draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids))
+        rows = [segment for segment in plan.segments if segment.samples]
+        return _Computed(plan, [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows], scores)
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
         """Of the prompt tokens after each of the segment's, or the row's own exception."""
@@ -308,7 +318,7 @@ class Engine:
 
     def _commit(self, computed: _Computed) -> dict[Row, Exception]:
         """Make a step's results state, but for the rows that failed alone in it: their exceptions."""
-        failed = {row: drawn.error for row, drawn in computed.drawn if drawn.error is not None}
+        failed = {row: drawn[0].error for row, drawn in computed.drawn if drawn[0].error is not None}
         for segment, scores in computed.scores:
             row = segment.row
             if isinstance(scores, Exception):
@@ -316,13 +326,30 @@ class Engine:
                 continue
             row.prompt_scores = scores if segment.start == 0 else row.prompt_scores + scores
             row.prompt_scored = segment.stop >= row.prompt_length
+        drawn_of = dict(computed.drawn)
         for segment in computed.plan.segments:
-            if segment.row not in failed:
-                self.scheduler.computed(segment)
-        for row, drawn in computed.drawn:
-            if row not in failed:
-                self._append(row, drawn)
+            row, drawn = segment.row, drawn_of.get(segment.row)
+            if row in failed:
+                continue
+            taken = [] if drawn is None else self._taken(segment, drawn)
+            row.tokens.extend(one.token for one in taken[:-1] if one.token is not None)
+            self.scheduler.computed(segment, right=max(len(taken) - 1, 0))
+            self.counters.draft_tokens += len(segment.draft)
+            self.counters.right_draft_tokens += max(len(taken) - 1, 0)
+            if taken:
+                self._append(row, taken)
         return failed
+
+    def _taken(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
+        """What the row gets: what was drawn as long as it is the draft, and the first token that is not."""
+        row = segment.row
+        count = 1
+        for guess, before in zip(segment.draft, drawn, strict=False):
+            ends = before.token is None or self._finish_reason(row, before.token, count)[0] is not None
+            if ends or before.token != guess or drawn[count].token is None or drawn[count].error is not None:
+                break
+            count += 1
+        return drawn[:count]
 
     def _compute_apart(self, plan: Plan) -> None:
         """Compute a step that failed in parts: decodes together, then by halves, and each prefill apart.
@@ -353,19 +380,24 @@ class Engine:
         logger.error("a row of request %s failed", row.id, exc_info=error)
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
 
-    def _append(self, row: Row, drawn: Drawn) -> None:
-        if drawn.token is None:
+    def _append(self, row: Row, taken: list[Drawn]) -> None:
+        """Give a row its new tokens; all but the last are among its tokens already."""
+        tokens = [drawn.token for drawn in taken if drawn.token is not None]
+        if not tokens:
             message = "the logits are not finite: an adapter of this request overflows"
             self._end(row, "error", code="not_finite", message=message)
             return
-        row.tokens.append(drawn.token)
-        self.counters.generated_tokens += 1
-        finish, stop_token = self._finish_reason(row, drawn.token)
+        row.tokens.append(tokens[-1])
+        self.counters.generated_tokens += len(tokens)
+        if row.drafts is not None:
+            row.drafts.observe(tokens)
+        finish, stop_token = self._finish_reason(row, tokens[-1])
+        logprobs = [drawn.logprob for drawn in taken if drawn.logprob is not None]
         output = RowOutput(
             id=row.id,
             choice=row.choice,
-            tokens=[drawn.token],
-            logprobs=None if drawn.logprob is None else [drawn.logprob],
+            tokens=tokens,
+            logprobs=logprobs or None,
             prompt_logprobs=self._prompt_scores(row),
             finish=finish,
             stop_token=stop_token,
@@ -376,11 +408,14 @@ class Engine:
             row.finish = finish
             self._remove(row)
 
-    def _finish_reason(self, row: Row, token: int) -> tuple[protocol.FinishReason | None, int | None]:
+    def _finish_reason(
+        self, row: Row, token: int, more: int = 0
+    ) -> tuple[protocol.FinishReason | None, int | None]:
+        """Whether the row ends with `token`, when it has `more` tokens than now."""
         sampling = row.sampling
         if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
             return "stop", token
-        return ("length", None) if row.generated >= sampling.max_tokens else (None, None)
+        return ("length", None) if row.generated + more >= sampling.max_tokens else (None, None)
 
     def _prompt_scores(self, row: Row) -> list[protocol.TokenLogprob] | None:
         return row.prompt_scores if row.prompt_scored and not row.reported else None
@@ -421,6 +456,8 @@ class Engine:
 
 def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
     """What to compute of a part that failed; nothing of one row, unless it is shorter and memory ran out."""
+    if any(segment.draft for segment in part.decodes):
+        return [Plan([replace(segment, draft=()) for segment in part.decodes], [])]
     if len(part.decodes) > 1:
         half = len(part.decodes) // 2
         return [Plan(part.decodes[:half], []), Plan(part.decodes[half:], [])]

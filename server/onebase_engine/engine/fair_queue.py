@@ -278,6 +278,12 @@ class FairQueue:
         flow.counter += tokens / flow.weight
         flow.tenant.counter += tokens / flow.weight
 
+    def charge_output(self, row: Row, tokens: int) -> None:
+        """Count tokens that a step gave a row beyond the one that was charged."""
+        flow = self._flow_of[row]
+        flow.counter += OUTPUT_WEIGHT * tokens / flow.weight
+        flow.tenant.counter += OUTPUT_WEIGHT * tokens / flow.weight
+
     def in_turn(
         self,
         prefilling: Collection[Row],

@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest prompt plus completion, in tokens; 0 takes the base's own limit."""
     step_tokens: int = 0
     """Token budget of one step (decodes plus prefill chunks); 0 chooses by device."""
+    draft_tokens: int = 0
+    """Of a row's own text, tried in one step."""
     block_size: int = 16
     kv_memory: int = 0
     """Bytes for the KV cache; 0 takes what is free less `train_memory`."""
@@ -248,6 +250,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int
     cached_tokens: int
     adapters_loaded: int
+    draft_tokens: int = 0
+    """Tokens of drafts that were computed, and those among them that were right."""
+    right_draft_tokens: int = 0
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

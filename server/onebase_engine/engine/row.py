@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.messages import AdapterRef, FinishReason, Sampling, TokenLogprob
 
 
@@ -66,6 +67,7 @@ class Row:
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
     """Collected over the prefill chunks, sent at once with the first token."""
     finish: FinishReason | None = None
+    drafts: Drafts | None = None
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -89,16 +91,49 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """A row as it will be if the first tokens of its draft are right."""
+
+    row: Row
+    draft: tuple[int, ...]
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.row.sampling
+
+    @property
+    def choice(self) -> int:
+        return self.row.choice
+
+    @property
+    def prompt_length(self) -> int:
+        return self.row.prompt_length
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.row.tokens, *self.draft]
+
+    @property
+    def generated(self) -> int:
+        return self.row.generated + len(self.draft)
+
+
+@dataclass(frozen=True)
 class Segment:
-    """Tokens `start:stop` of a row that one step computes."""
+    """Tokens `start:stop` of a row that one step computes, and those of a draft after its last token."""
 
     row: Row
     start: int
     stop: int
+    draft: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
-        return self.stop - self.start
+        return self.stop - self.start + len(self.draft)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.row.tokens[self.start : self.stop], *self.draft]
 
     @property
     def samples(self) -> bool:
@@ -108,7 +143,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step computes: `decodes` are segments of one token, `prefills` longer ones."""
+    """What one step computes: `decodes` are segments of one token, and drafts, `prefills` longer ones."""
 
     decodes: list[Segment]
     prefills: list[Segment]

@@ -16,7 +16,7 @@ from hashlib import blake2b
 import torch
 
 from onebase_engine.engine.messages import Sampling, TokenLogprob
-from onebase_engine.engine.row import Row
+from onebase_engine.engine.row import Ahead, Row
 
 NUCLEUS_CANDIDATES = 1024
 """Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
@@ -38,7 +38,7 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return float((bits >> 11) * 2.0**-53)
 
 
-def draw(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+def draw(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]) -> list[Drawn]:
     """The next token of each row from raw logits [rows, vocab]."""
     raw = logits.float()
     finite = torch.isfinite(raw.amax(dim=-1)).tolist()
@@ -54,7 +54,7 @@ def draw(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> 
     ]
 
 
-def draw_apart(logits: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+def draw_apart(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]) -> list[Drawn]:
     """`draw`, but an exception is that of the row which raises it: the others get their tokens.
 
     Raises:
@@ -94,7 +94,7 @@ def _top(logprobs: torch.Tensor, token: int, top: int) -> tuple[float, list[tupl
     return float(logprobs[token]), list(zip(indices.tolist(), values.tolist(), strict=True))
 
 
-def _adjust(raw: torch.Tensor, rows: Sequence[Row], eos_ids: frozenset[int]) -> torch.Tensor:
+def _adjust(raw: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]) -> torch.Tensor:
     """Penalties, bias and min_tokens, on a copy, for the rows that have any."""
     adjusted: torch.Tensor | None = None
     for i, row in enumerate(rows):
@@ -118,7 +118,7 @@ def _penalizes(sampling: Sampling) -> bool:
     return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
 
 
-def _penalize(logits: torch.Tensor, row: Row) -> None:
+def _penalize(logits: torch.Tensor, row: Row | Ahead) -> None:
     """Repetition (CTRL, arXiv:1909.05858) over prompt and completion; OpenAI's two over the completion."""
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
@@ -134,7 +134,7 @@ def _penalize(logits: torch.Tensor, row: Row) -> None:
         logits[torch.tensor(list(counts), device=logits.device)] -= penalties
 
 
-def _sample(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _sample(logits: torch.Tensor, rows: Sequence[Row | Ahead]) -> torch.Tensor:
     """Inverse-CDF draws, [rows] int64, after top_k, top_p and min_p in this order."""
     settings = [row.sampling for row in rows]
     coldest = torch.finfo(logits.dtype).tiny

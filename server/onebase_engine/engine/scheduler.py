@@ -26,6 +26,7 @@ from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, Tenant, Turns
 from onebase_engine.engine.kv_cache import BlockPool, block_key, root_key
 from onebase_engine.engine.row import Plan, Row, Segment
@@ -59,6 +60,8 @@ class Limits:
     max_rows: int
     step_tokens: int
     max_length: int
+    draft_tokens: int = 0
+    """Of a row in one step."""
 
 
 @dataclass
@@ -154,12 +157,17 @@ class Scheduler:
                 self._advance(row, draft)
         for segment in draft.decodes.values():
             self.waiting.charge(segment)
+        if self.limits.draft_tokens:
+            self._look_ahead(draft)
         return draft.plan()
 
-    def computed(self, segment: Segment) -> None:
-        """The step has written the segment's KV: full blocks become a prefix that others may use."""
+    def computed(self, segment: Segment, right: int = 0) -> None:
+        """The step has written the KV of the segment, and of the first `right` tokens of its draft, which are
+        the row's by now: full blocks become a prefix that others may use."""
         row = segment.row
-        row.computed = segment.stop
+        row.computed = segment.stop + right
+        if right:
+            self.waiting.charge_output(row, right)
         self._extend_keys(row, row.computed)
         size = self._pool.block_size
         for index in range(segment.start // size, row.computed // size):
@@ -212,6 +220,23 @@ class Scheduler:
         tenant = self.waiting.flow(row).tenant
         others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
         return any(2 * other.load <= tenant.load for other in others)
+
+    def _look_ahead(self, draft: _Draft) -> None:
+        """Give decodes drafts, where they are likely right, out of what the step has left."""
+        rows = self.limits.step_tokens - draft.budget
+        size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
+        for row, segment in draft.decodes.items():
+            row.drafts = row.drafts or Drafts()
+            most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
+            found = row.drafts.propose(row.tokens, most)
+            room = len(row.blocks) * size - len(row.tokens)
+            count = min(len(found), row.drafts.worth(rows), draft.budget)
+            if count > room and self._pool.free > spare:
+                row.blocks += self._pool.allocate(1) or []
+                room += size
+            if (count := min(count, room)) > 0:
+                draft.decodes[row] = Segment(row, segment.start, segment.stop, tuple(found[:count]))
+                draft.budget -= count
 
     # ---- admission ---------------------------------------------------------------------------
 

@@ -188,6 +188,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         max_rows=config.max_rows,
         step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
         max_length=max_length,
+        draft_tokens=config.draft_tokens,
     )
     block_bytes = model.kv_bytes_per_token * config.block_size
     most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS

@@ -936,6 +936,13 @@ static void find_slots(const onebase_attention *layer, const int32_t *table, int
       *slots++ = (int32_t)(table[block] * size + within);
 }
 
+/* Whether slots follow one another in memory. */
+static inline int in_a_row(const int32_t *slots, int64_t count) {
+  int same = 1;
+  for (int64_t i = 1; i < count; i++) same &= slots[i] == slots[0] + i;
+  return same;
+}
+
 /* The values of `count` keys, 16 at most, of the `left` ones, the others zero: [dim, 16]. Asks for what is read
  * next. */
 static inline void turn_keys(const onebase_attention *layer, const bf16 *keys, const bf16 *values,
@@ -998,7 +1005,7 @@ static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int6
   _Alignas(64) bf16 copied[LANES * 1024];
   _Alignas(64) float square[LANES * LANES];
   const bf16 *from = keys + slots[0] * dim;
-  if (count < LANES || slots[LANES - 1] - slots[0] != LANES - 1) {
+  if (count < LANES || !in_a_row(slots, count)) {
     for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
     memset(copied + count * dim, 0, (LANES - count) * dim * sizeof(bf16));
     from = copied;
@@ -1062,7 +1069,7 @@ static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int6
   _Alignas(64) bf16 copied[LANES * 1024];
   _Alignas(64) uint32_t turned_[LANES * 512];
   const bf16 *from = keys + slots[0] * dim;
-  if (slots[count - 1] - slots[0] != count - 1) {
+  if (!in_a_row(slots, count)) {
     for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
     from = copied;
   }
