@@ -23,7 +23,7 @@ from onebase_adapters.proof.texts import regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels import cpu
-from onebase_engine.kernels.cpu import NativeLinear
+from onebase_engine.kernels.cpu import NativeLinear, RowTerms
 from onebase_engine.lora import linear as slot_linear
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
@@ -276,18 +276,17 @@ def _a_delta_added_before_rounding(layer: NativeLinear) -> None:
 
 
 def _rows_of_the_neighbour(layer: NativeLinear) -> None:
-    call = layer._alone._run
+    alone: Any = layer._alone
 
-    def shifted(*arguments: Any) -> int:
-        terms = arguments[4]
-        if terms is not None:
-            groups = cpu._Groups.from_address(terms)
+    def shifted(x: torch.Tensor, terms: RowTerms | None) -> list[torch.Tensor]:
+        if terms is not None and terms.pointer is not None:
+            groups = cpu._Groups.from_address(terms.pointer)
             rows = (ctypes.c_int32 * 32).from_address(groups.row)
             rows[0] = (rows[0] + 1) % 32
-        result: int = call(*arguments)
+        result: list[torch.Tensor] = alone(x, terms)
         return result
 
-    layer._alone._run = shifted
+    layer._alone = shifted  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
