@@ -12,12 +12,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
 from onebase_engine.engine.row import AdapterMix, Row
-from onebase_engine.engine.sampling import NUCLEUS_CANDIDATES, draw, score_prompt, uniform
+from onebase_engine.engine.sampling import NUCLEUS_CANDIDATES, Drawn, score_prompt, uniform
+from onebase_engine.kernels.cpu import CpuKernels, load_library
 
 VOCAB = 40
 EOS = frozenset({2})
+chosen: list[CpuKernels | None] = [None]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", "kernels"])
+def by(request: pytest.FixtureRequest) -> None:
+    """What draws."""
+    chosen[0] = load_library() if request.param == "kernels" else None
+    if request.param == "kernels" and chosen[0] is None:
+        pytest.skip("the library in C was not built")
+
+
+def draw(raw: torch.Tensor, rows: list[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+    return sampling.draw(raw, rows, eos_ids, chosen[0])
 
 
 def row(
@@ -239,3 +254,34 @@ def test_prompt_scores_are_the_log_softmax_of_each_target() -> None:
     for i, score in enumerate(scores):
         assert score.logprob == pytest.approx(float(expected[i, score.token]), abs=1e-5)
         assert [token for token, _ in score.top] == expected[i].argsort(descending=True)[:2].tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    vocab=st.sampled_from([5, 17, 1024, 1025, 49_152, 151_937]), seed=st.integers(0, 50),
+    temperature=st.sampled_from([0.0, 0.2, 1.0, 3.0]), top_k=st.sampled_from([0, 1, 50, 5000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.3, 0.0]), min_p=st.sampled_from([0.0, 0.05]),
+    spread=st.sampled_from([0.01, 1.0, 8.0]), dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)  # fmt: skip
+def test_kernels_draw_what_pytorch_does_for_vocabularies_of_any_size(
+    vocab: int, seed: int, temperature: float, top_k: int, top_p: float, min_p: float, spread: float,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    kernels = load_library()
+    if kernels is None:
+        pytest.skip("the library in C was not built")
+    raw = (logits(seed, 3, vocab) * spread).to(dtype)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    rows = [row(choice=i, seed=seed, **options) for i in range(3)]
+    got = [one.token for one in sampling.draw(raw, rows, EOS, kernels)]
+    for i, (token, expected) in enumerate(zip(got, sampling.draw(raw, rows, EOS), strict=True)):
+        if token != expected.token:
+            # Both are kept, and what lies between them is no more than a rounding of the sum.
+            assert token is not None
+            assert expected.token is not None
+            assert temperature
+            weights = ((raw[i].double() - raw[i].double().max()) / temperature).exp()
+            first, last = sorted((token, expected.token))
+            kept = weights >= min(weights[token], weights[expected.token]) * (1 - 1e-5)
+            between = (weights * kept)[first + 1 : last + 1].sum() - weights[last]
+            assert between <= 2e-6 * weights.sum(), (token, expected.token, float(between / weights.sum()))

@@ -301,7 +301,8 @@ class Engine:
         batch = self._packer.pack(plan, self.slots.slot_of)
         logits = self.model.forward(batch)
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
-        drawn = iter(draw_apart(logits[: len(batch.sampled)], batch.sampled, self._eos_ids))
+        wanted = logits[: len(batch.sampled)]
+        drawn = iter(draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels))
         rows = [segment for segment in plan.segments if segment.samples]
         return _Computed(plan, [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows], scores)
 

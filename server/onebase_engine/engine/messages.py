@@ -78,6 +78,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """As `logprobs`, for every prompt token but the first; bypasses the prefix cache."""
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token's logit depends on the row's text."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probability of one token under the raw (unpenalized, temperature 1) distribution."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
 
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.messages import AdapterRef, FinishReason, Sampling, TokenLogprob
@@ -28,6 +31,28 @@ class AdapterMix:
     @cached_property
     def digests(self) -> tuple[str, ...]:
         return tuple(digest for digest, _ in self.terms)
+
+
+class TokenCounts:
+    """A row's different tokens and how often each is there, counted on as the row grows."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        self._ids = np.empty(64, dtype=np.int64)
+        self._times = np.zeros(64, dtype=np.float32)
+        self._read = 0
+
+    def read(self, tokens: Sequence[int], start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [n] int64 and times [n] fp32 of the tokens from `start` on, which is the same at each call."""
+        for number in range(max(self._read, start), len(tokens)):
+            place = self._places.setdefault(tokens[number], len(self._places))
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+                self._times = np.concatenate([self._times, np.zeros_like(self._times)])
+            self._ids[place] = tokens[number]
+            self._times[place] += 1
+        self._read = len(tokens)
+        return self._ids[: len(self._places)], self._times[: len(self._places)]
 
 
 @dataclass(eq=False)
@@ -68,6 +93,10 @@ class Row:
     """Collected over the prefill chunks, sent at once with the first token."""
     finish: FinishReason | None = None
     drafts: Drafts | None = None
+    seen: TokenCounts = field(default_factory=TokenCounts)
+    """Of prompt and completion; counted if it is asked for."""
+    completed: TokenCounts = field(default_factory=TokenCounts)
+    """Of the completion."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -116,6 +145,14 @@ class Ahead:
     @property
     def generated(self) -> int:
         return self.row.generated + len(self.draft)
+
+    @property
+    def seen(self) -> TokenCounts:
+        return TokenCounts()
+
+    @property
+    def completed(self) -> TokenCounts:
+        return TokenCounts()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Choose the next token of each row, vectorized, so that no row depends on its neighbours.
+"""Choose the next token of each row, so that no row depends on its neighbours: by the kernels in C where they
+are, else by PyTorch.
 
 All filters are thresholds on values (as in transformers' logits processors), never positions in a
 sorted order: ties, common in bf16 logits, fall the same way in every batch. The noise of a draw is a
@@ -8,15 +9,15 @@ function of (seed, choice, token index) alone.
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
 
-from onebase_engine.engine.messages import Sampling, TokenLogprob
+from onebase_engine.engine.messages import TokenLogprob
 from onebase_engine.engine.row import Ahead, Row
+from onebase_engine.kernels.cpu import CpuKernels, Draw
 
 NUCLEUS_CANDIDATES = 1024
 """Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
@@ -38,8 +39,25 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return float((bits >> 11) * 2.0**-53)
 
 
-def draw(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]) -> list[Drawn]:
-    """The next token of each row from raw logits [rows, vocab]."""
+def draw(
+    logits: torch.Tensor,
+    rows: Sequence[Row | Ahead],
+    eos_ids: frozenset[int],
+    kernels: CpuKernels | None = None,
+) -> list[Drawn]:
+    """The next token of each row from raw logits [rows, vocab]; by `kernels` if there are any."""
+    if kernels is not None and logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous():
+        chosen = _drawn_by(kernels, logits, rows, eos_ids)
+    else:
+        chosen = _drawn(logits, rows, eos_ids)
+    return [
+        Drawn(None) if token is None else Drawn(token, _score(logits[i], token, row.sampling.logprobs))
+        for i, (token, row) in enumerate(zip(chosen, rows, strict=True))
+    ]
+
+
+def _drawn(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]) -> list[int | None]:
+    """By PyTorch."""
     raw = logits.float()
     finite = torch.isfinite(raw.amax(dim=-1)).tolist()
     adjusted = _adjust(raw, rows, eos_ids)
@@ -47,27 +65,46 @@ def draw(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[i
     random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
     if random:
         tokens[random] = _sample(adjusted[random], [rows[i] for i in random])
-    chosen = tokens.tolist()
-    return [
-        Drawn(None) if not finite[i] else Drawn(chosen[i], _score(raw[i], chosen[i], row.sampling.logprobs))
-        for i, row in enumerate(rows)
-    ]
+    return [token if known else None for token, known in zip(tokens.tolist(), finite, strict=True)]
 
 
-def draw_apart(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]) -> list[Drawn]:
+def _drawn_by(
+    kernels: CpuKernels, logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]
+) -> list[int | None]:
+    draws: list[Draw] = []
+    held: list[torch.Tensor] = []
+    for own, row in zip(logits, rows, strict=True):
+        sampling = row.sampling
+        if _adjusts(row):
+            own = _adjust(own.float()[None], [row], eos_ids)[0]
+            held.append(own)
+        noise = uniform(sampling.seed, row.choice, row.generated) if sampling.temperature > 0 else 0.0
+        filters = sampling.temperature, sampling.top_p, sampling.min_p
+        draws.append(
+            Draw(own.data_ptr(), own.dtype == torch.float32, max(sampling.top_k, 0), noise, *filters)
+        )
+    return kernels.draw(draws, logits.shape[1])
+
+
+def draw_apart(
+    logits: torch.Tensor,
+    rows: Sequence[Row | Ahead],
+    eos_ids: frozenset[int],
+    kernels: CpuKernels | None = None,
+) -> list[Drawn]:
     """`draw`, but an exception is that of the row which raises it: the others get their tokens.
 
     Raises:
         torch.AcceleratorError, or what every one of several rows raises: it is nobody's in particular.
     """
     try:
-        return draw(logits, rows, eos_ids)
+        return draw(logits, rows, eos_ids, kernels)
     except torch.AcceleratorError:
         raise
     except Exception as error:
         if len(rows) == 1:
             return [Drawn(None, error=error)]
-        apart = [draw_apart(logits[i : i + 1], [row], eos_ids)[0] for i, row in enumerate(rows)]
+        apart = [draw_apart(logits[i : i + 1], [row], eos_ids, kernels)[0] for i, row in enumerate(rows)]
         if all(drawn.error is not None for drawn in apart):
             raise
         return apart
@@ -84,7 +121,7 @@ def score_prompt(logits: torch.Tensor, targets: Sequence[int], top: int) -> list
 def _score(raw: torch.Tensor, token: int, top: int | None) -> TokenLogprob | None:
     if top is None:
         return None
-    return TokenLogprob(token, *_top(torch.log_softmax(raw, dim=-1), token, top))
+    return TokenLogprob(token, *_top(torch.log_softmax(raw.float(), dim=-1), token, top))
 
 
 def _top(logprobs: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
@@ -98,40 +135,40 @@ def _adjust(raw: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[i
     """Penalties, bias and min_tokens, on a copy, for the rows that have any."""
     adjusted: torch.Tensor | None = None
     for i, row in enumerate(rows):
-        sampling = row.sampling
-        banned = row.generated < sampling.min_tokens
-        if not (banned or sampling.logit_bias or _penalizes(sampling)):
+        if not _adjusts(row):
             continue
+        sampling = row.sampling
         if adjusted is None:
             adjusted = raw.clone()
-        if _penalizes(sampling):
+        if sampling.penalizes:
             _penalize(adjusted[i], row)
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=raw.device)
             adjusted[i, ids] += torch.tensor(list(sampling.logit_bias.values()), device=raw.device)
-        if banned:
+        if row.generated < sampling.min_tokens:
             adjusted[i, [*eos_ids, *sampling.stop_token_ids]] = -torch.inf
     return raw if adjusted is None else adjusted
 
 
-def _penalizes(sampling: Sampling) -> bool:
-    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+def _adjusts(row: Row | Ahead) -> bool:
+    sampling = row.sampling
+    return bool(row.generated < sampling.min_tokens or sampling.logit_bias or sampling.penalizes)
 
 
 def _penalize(logits: torch.Tensor, row: Row | Ahead) -> None:
     """Repetition (CTRL, arXiv:1909.05858) over prompt and completion; OpenAI's two over the completion."""
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        ids, _ = row.seen.read(row.tokens)
+        seen = torch.from_numpy(ids).to(logits.device)
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    completion = row.tokens[row.prompt_length :]
-    if completion and (sampling.presence_penalty or sampling.frequency_penalty):
-        counts = Counter(completion)
-        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+    if row.generated and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = row.completed.read(row.tokens, row.prompt_length)
+        times = torch.from_numpy(counts).to(logits)
         penalties = sampling.presence_penalty + sampling.frequency_penalty * times
-        logits[torch.tensor(list(counts), device=logits.device)] -= penalties
+        logits[torch.from_numpy(ids).to(logits.device)] -= penalties
 
 
 def _sample(logits: torch.Tensor, rows: Sequence[Row | Ahead]) -> torch.Tensor:

@@ -226,6 +226,8 @@ class Scheduler:
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
         for row, segment in draft.decodes.items():
+            if row.sampling.penalizes:
+                continue  # It is to say something else.
             row.drafts = row.drafts or Drafts()
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
             found = row.drafts.propose(row.tokens, most)

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, with sanitizers say."""
-ABI = 2
+ABI = 3
 LANES = 16
 TRIAL_ROWS = 32
 """Rows of the products whose bits are compared: those of PEFT's as the proof computes them."""
@@ -106,11 +106,21 @@ class Call(ctypes.Structure):
     )  # fmt: skip
 
 
+class Draw(ctypes.Structure):
+    """How one row's token is drawn."""
+
+    _fields_ = (
+        ("logits", c_void_p), ("wide", c_int64), ("top_k", c_int64), ("uniform", c_double),
+        ("temperature", c_float), ("top_p", c_float), ("min_p", c_float), ("token", c_int32),
+    )  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "onebase_abi": (c_int64, ()),
     "onebase_choose": (c_char_p, (c_char_p,)),
     "onebase_use_threads": (c_int64, (c_int64,)),
     "onebase_run": (c_int, (c_void_p, c_int64, c_void_p, c_void_p)),
+    "onebase_draw_tokens": (c_int, (c_void_p, c_int64, c_int64)),
     "onebase_gate": (c_int, (c_void_p, c_void_p, c_void_p, c_int64)),
     "onebase_sums": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
 }
@@ -242,10 +252,7 @@ class CpuKernels:
         """Make the `count` calls that lie at the address `calls`, one after the other, as `run` does."""
         terms = None if rows is None else rows.pointer
         result = self.library.onebase_run(calls, count, terms, None if contexts is None else contexts.pointer)
-        if result == _OUT_OF_MEMORY:
-            raise MemoryError("the kernels have no memory for this step")
-        if result:
-            raise RuntimeError("the kernels were called for other rows than the step has")
+        _check(result)
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Where a call may write its result, bf16."""
@@ -357,6 +364,12 @@ class CpuKernels:
         call.ys[0] = y.data_ptr()
         self.run(call, [x, other], None, None)
         return y
+
+    def draw(self, rows: Sequence[Draw], vocabulary: int) -> list[int | None]:
+        """The next token of each row; None where its largest logit is no finite number."""
+        some = (Draw * len(rows))(*rows)
+        _check(self.library.onebase_draw_tokens(ctypes.addressof(some), len(rows), vocabulary))
+        return [None if row.token < 0 else row.token for row in some]
 
     @cached_property
     def gates(self) -> bool:
@@ -512,6 +525,13 @@ def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     for _ in range(-(-TRIAL_OUTPUTS // (TRIAL_ROWS * size_out))):
         yield torch.randn(TRIAL_ROWS, size_in, generator=draw).to(torch.bfloat16)
+
+
+def _check(result: int) -> None:
+    if result == _OUT_OF_MEMORY:
+        raise MemoryError("the kernels have no memory for this step")
+    if result:
+        raise RuntimeError("the kernels were called for other rows than the step has")
 
 
 def _by_panels(absmax: torch.Tensor, outputs: int) -> torch.Tensor:

@@ -79,6 +79,16 @@ typedef struct {
   const bf16 *cosines, *sines;
 } onebase_qkv;
 
+/* How a row's token is drawn from its logits: the largest with a temperature of 0, else by `uniform`, in [0, 1),
+ * from those that top_k (0: all), top_p and min_p leave, in this order. */
+typedef struct {
+  const void *logits; /* bf16, or float if `wide` */
+  int64_t wide, top_k;
+  double uniform;
+  float temperature, top_p, min_p;
+  int32_t token; /* the result: -1 where the largest logit is no finite number */
+} onebase_draw;
+
 /* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:
  *   LINEAR  `count` layers over x [rows, in] to `ys`; `gated`
  *   NORM    x [rows, size] by `weight` [size] to ys[0]
@@ -107,6 +117,7 @@ typedef struct {
   /* `size` a multiple of 16. */
   int (*rms_norm)(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
                   int64_t threads);
+  int (*draw)(onebase_draw *rows, int64_t count, int64_t vocabulary, int64_t threads);
   /* x + other, `count` a multiple of 16. */
   void (*add)(const bf16 *x, const bf16 *other, bf16 *y, int64_t count);
   /* silu(gates) * ups, `count` a multiple of 16. For trials. */

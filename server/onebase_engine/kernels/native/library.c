@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Changes with each change of a structure or a function: Python asks for its own. */
-#define ONEBASE_ABI 2
+#define ONEBASE_ABI 3
 
 extern const onebase_kernels onebase_portable, onebase_avx2, onebase_avx512, onebase_avx512_bf16, onebase_amx;
 
@@ -132,6 +132,13 @@ EXPORT int onebase_run(const onebase_call *calls, int64_t count, const onebase_g
   int result = 0;
   onebase_lock();
   for (int64_t i = 0; i < count && !result; i++) result = run(calls + i, groups, contexts);
+  onebase_unlock();
+  return result;
+}
+
+EXPORT int onebase_draw_tokens(onebase_draw *rows, int64_t count, int64_t vocabulary) {
+  onebase_lock();
+  int result = kernels->draw(rows, count, vocabulary, threads);
   onebase_unlock();
   return result;
 }
