@@ -31,6 +31,8 @@ _SERVED = (
     ("steps", "onebase_engine_steps", "Steps of the engine."),
     ("prompt_tokens", "onebase_prompt_tokens", "Tokens of prompts that were computed."),
     ("generated_tokens", "onebase_generated_tokens", "Tokens that were generated."),
+    ("draft_tokens", "onebase_draft_tokens", "Tokens of rows' own texts that were tried ahead."),
+    ("right_draft_tokens", "onebase_right_draft_tokens", "Those of them that were right."),
     ("preemptions", "onebase_preemptions", "Rows that gave their blocks back and were computed again."),
 )
 

@@ -1,0 +1,723 @@
+/* Products of a batch with layers, adapters included: a part of kernels.c.
+ *
+ * A product goes by panels of 16 outputs. Weights of a panel are unpacked into the cache, as the bits that
+ * bitsandbytes' `dequantize_4bit` gives, and multiplied with all rows of the batch.
+ */
+/* Rows of an AMX tile, and tiles of rows that stay in registers over all of `in`. */
+#define TILE 16
+#define TILES 4
+
+/* ---- weights ------------------------------------------------------------------------------- */
+
+/* The scale of the block of an output with a term. */
+static inline const float *absmax_of(const onebase_linear *layer, int64_t output, int64_t term) {
+  int64_t blocks = layer->in >> layer->blocksize_log2, block = term >> layer->blocksize_log2;
+  return layer->absmax + (output / LANES * blocks + block) * LANES + output % LANES;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+/* The 16 weights that a block may have, twice, as bf16. */
+static inline __m512i shades_of(floats code, const float *absmax) {
+  __m512 shades = _mm512_mul_ps((__m512)code, _mm512_set1_ps(*absmax));
+#ifdef __AVX512BF16__
+  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(shades));
+#else
+  return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)narrowed((floats)shades)));
+#endif
+}
+
+/* Bytes by which weights are asked for before they are needed: memory answers late. */
+#define AHEAD 4096
+
+/* 32 weights from 16 bytes: a byte stands in two words, shifted to its high and to its low value. The table's
+ * second half makes a value's fifth bit meaningless. */
+static inline void unpack_32(const uint8_t *packed, __m512i shades, bf16 *to) {
+  const __m512i spread = _mm512_set_epi64(
+      (int64_t)0x800f800f800e800e, (int64_t)0x800d800d800c800c, (int64_t)0x800b800b800a800a,
+      (int64_t)0x8009800980088008, (int64_t)0x8007800780068006, (int64_t)0x8005800580048004,
+      (int64_t)0x8003800380028002, (int64_t)0x8001800180008000);
+  __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)packed));
+  __m512i values = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(values, shades));
+}
+
+/* `count` 4-bit weights of an output from term `first` on, both multiples of 32, as bf16. */
+static inline void unpack(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
+  const uint8_t *packed = (const uint8_t *)layer->weight + (output * layer->in + first) / 2;
+  const float *absmax = absmax_of(layer, output, first);
+  floats code = load(layer->code);
+  if (layer->blocksize_log2 == 6 && (first | count) % 64 == 0) {
+    for (int64_t done = 0; done < count; done += 64, packed += 32, absmax += LANES) {
+      __m512i shades = shades_of(code, absmax);
+      unpack_32(packed, shades, to + done);
+      unpack_32(packed + 16, shades, to + done + 32);
+      __builtin_prefetch(packed + AHEAD);
+    }
+    return;
+  }
+  for (int64_t done = 0; done < count; done += 32, packed += 16)
+    unpack_32(packed, shades_of(code, absmax_of(layer, output, first + done)), to + done);
+}
+
+#else
+
+static inline void unpack(const onebase_linear *layer, int64_t output, int64_t first, int64_t count, bf16 *to) {
+  const uint8_t *packed = (const uint8_t *)layer->weight + (output * layer->in + first) / 2;
+  floats code = load(layer->code);
+  bf16 shades[LANES];
+  for (int64_t done = 0; done < count; done += 2, packed++) {
+    if (done % 32 == 0) narrow(shades, code * each(*absmax_of(layer, output, first + done)));
+    to[done] = shades[*packed >> 4];
+    to[done + 1] = shades[*packed & 15];
+  }
+}
+
+#endif
+
+#if defined(__AMX_BF16__) || !defined(__AVX512BF16__)
+
+/* Terms `first .. last` of each of a panel's outputs, a row of `last - first` bf16 for each of the 16. Returns
+ * where they lie and the stride between rows: in the scratch, or where the layer has them. */
+static const bf16 *panel_of(const onebase_linear *layer, int64_t panel, int64_t first, int64_t last,
+                            bf16 *scratch, int64_t *stride) {
+  int64_t outputs = least(LANES, layer->out - panel * LANES), terms = last - first;
+  if (layer->kind == ONEBASE_BF16 && outputs == LANES) {
+    *stride = layer->in;
+    return (const bf16 *)layer->weight + panel * LANES * layer->in + first;
+  }
+  *stride = terms;
+  for (int64_t output = 0; output < outputs; output++) {
+    int64_t row = panel * LANES + output;
+    if (layer->kind == ONEBASE_NF4) unpack(layer, row, first, terms, scratch + output * terms);
+    else memcpy(scratch + output * terms, (const bf16 *)layer->weight + row * layer->in + first, terms * sizeof(bf16));
+  }
+  memset(scratch + outputs * terms, 0, (LANES - outputs) * terms * sizeof(bf16));
+  return scratch;
+}
+
+#endif
+
+/* ---- the product --------------------------------------------------------------------------- */
+
+/* Panels that a thread takes at once, and ranges of them: each thread has one, in which it goes from one end to the
+ * other, as memory is read best, before it helps with the others. */
+#define TAKEN 4
+#define RANGES 16
+
+/* Layers that multiply the same rows. */
+typedef struct {
+  const onebase_linear *layers[ONEBASE_MOST_LAYERS];
+  bf16 *ys[ONEBASE_MOST_LAYERS];
+  int64_t count, gated;
+  const onebase_groups *groups;
+  const bf16 *x;
+  int64_t rows, in;
+  uint32_t *tiles;   /* AMX: pairs of terms of 16 rows, [tiles, in / 2, tile] */
+  int64_t tile;      /* rows of each of them */
+  float *floats;     /* [rows, in], of rows that an adapter acts on */
+  float *hidden;     /* x A^T of each term of each group, [rows, rank] */
+  int64_t *starts;   /* of the hidden of each term of each layer */
+  int64_t terms;     /* of all groups */
+  int32_t *jobs;     /* pairs: group, its first row */
+  int64_t job_count;
+  float *panels;     /* of each thread */
+  int64_t panel_size;
+  int64_t padded;    /* rows, to the next multiple of a tile */
+  int64_t ranges;
+  struct {
+    _Alignas(64) int64_t last;
+    _Atomic int64_t next;
+  } range[RANGES];
+} product;
+
+/* Rows of a group that are taken at once. */
+#define SHRUNK 32
+
+#ifdef __AMX_BF16__
+
+typedef struct {
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+} tile_config;
+
+static void configure(int64_t tile) {
+  tile_config config = {.palette = 1};
+  for (int i = 0; i < 7; i++) {
+    config.rows[i] = 16;
+    config.bytes[i] = i < 6 ? 4 * tile : 64;
+  }
+  _tile_loadconfig(&config);
+}
+
+/* Tiles 0 to 3 hold sums [16 outputs, rows], 5 a tile of rows, 6 one of weights. */
+static inline void multiply_tiles(const bf16 *weights, int64_t stride, const uint32_t *rows, int64_t next,
+                                  int64_t tile, int64_t terms, int count, int ahead) {
+  for (int64_t k = 0; k < terms; k += 32) {
+    _tile_loadd(6, weights + k, stride * 2);
+    if (ahead)
+      for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(weights + (LANES + row) * stride + k);
+    const uint32_t *pairs = rows + k / 2 * tile;
+    _tile_loadd(5, pairs, tile * 4);
+    _tile_dpbf16ps(0, 6, 5);
+    if (count < 2) continue;
+    _tile_loadd(5, pairs + next, tile * 4);
+    _tile_dpbf16ps(1, 6, 5);
+    if (count < 3) continue;
+    _tile_loadd(5, pairs + 2 * next, tile * 4);
+    _tile_dpbf16ps(2, 6, 5);
+    if (count < 4) continue;
+    _tile_loadd(5, pairs + 3 * next, tile * 4);
+    _tile_dpbf16ps(3, 6, 5);
+  }
+}
+
+static inline void store_tile(int number, float *to) {
+  switch (number) {
+    case 0: _tile_stored(0, to, 64); break;
+    case 1: _tile_stored(1, to, 64); break;
+    case 2: _tile_stored(2, to, 64); break;
+    default: _tile_stored(3, to, 64);
+  }
+}
+
+/* Panels that are multiplied at once. */
+#define PANELS 1
+
+/* Sums of one panel over all rows, [rows, 16]. */
+static void multiply(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels, float *scratch,
+                     int64_t panel_size, float *sums) {
+  (void)panels, (void)panel_size;
+  int64_t in = p->in, next = in / 2 * p->tile, tiles = parts_of(p->rows, p->tile), stride;
+  int64_t step = tiles > TILES ? in : least(in, 512);
+  _Alignas(64) float square[16 * 16];
+  const bf16 *weights = NULL;
+  if (step == in) weights = panel_of(layer, panel, 0, in, (bf16 *)scratch, &stride);
+  for (int64_t first = 0; first < tiles; first += TILES) {
+    int count = (int)least(TILES, tiles - first);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < in; k += step) {
+      int64_t terms = least(step, in - k);
+      if (step != in) weights = panel_of(layer, panel, k, k + terms, (bf16 *)scratch, &stride);
+      multiply_tiles(weights, stride, p->tiles + first * next + k / 2 * p->tile, next, p->tile, terms, count,
+                     layer->kind == ONEBASE_BF16 && !first);
+    }
+    for (int i = 0; i < count; i++) {
+      float *to = sums + (first + i) * p->tile * LANES;
+      if (p->tile == 1) {
+        _tile_stored(0, to, 4);
+        continue;
+      }
+      store_tile(i, square);
+      if (p->tile == TILE) transpose(square, 16, to);
+      else {
+        _Alignas(64) float turned[16 * 16];
+        transpose(square, 16, turned);
+        memcpy(to, turned, p->tile * LANES * sizeof(float));
+      }
+    }
+  }
+}
+
+/* Rows `16 * number ..` of x as pairs of terms, pair after pair. */
+static void pair_rows(const product *p, int64_t number) {
+  int64_t in = p->in, tile = p->tile, first = number * tile, count = least(tile, p->rows - first);
+  uint32_t *to = p->tiles + number * (in / 2) * tile;
+  const uint32_t *from = (const uint32_t *)(p->x + first * in);
+  if (tile == 1) {
+    memcpy(to, from, in * sizeof(bf16));
+    return;
+  }
+  for (int64_t k = 0; k < in / 2; k++)
+    for (int64_t row = 0; row < tile; row++) to[k * tile + row] = row < count ? from[row * (in / 2) + k] : 0;
+}
+
+#else
+
+/* Terms that are unpacked at once, into the nearest cache. */
+#define CHUNK 128
+
+#if defined(__AVX512BF16__)
+#define TERMS 2
+typedef uint32_t turned; /* two terms of one output */
+#else
+#define TERMS 1
+typedef float turned; /* one term of one output */
+#endif
+
+/* Rows and panels that are multiplied at once: their sums stay in registers. */
+#define ROWS_AT_ONCE 4
+#if defined(__AVX512F__)
+#define PANELS 4
+#else
+#define PANELS 1
+#endif
+
+#if defined(__AVX512BF16__)
+
+/* 16 rows of `count` words, 16 at most, as `transpose_placed` has them. */
+static inline void turn_words(const void *from, int64_t stride, const int *places, int64_t there, int64_t count,
+                              uint32_t *to) {
+  __mmask16 known = (__mmask16)((1u << count) - 1);
+  if (there == LANES) transpose_placed(from, stride, places, LANES, known, (float *)to);
+  else transpose_placed(from, stride, places, there, known, (float *)to);
+}
+
+/* Terms `first ..` of a panel of 4-bit weights, `count` of them, 128 at most and a multiple of 32: as bf16 pairs
+ * [count / 2, 16].
+ *
+ * Eight terms of an output are a word. Two lanes next to each other get it, one of them shifted, so that their
+ * lowest four bits are terms 2n and 2n + 1, for the next n one byte further up: only these bits choose from the
+ * table, whatever lies above them. Rounded, the lanes are pairs. */
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, uint32_t *to) {
+  static const int places[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
+  int64_t blocks = layer->in >> shift, stride = layer->in / 8, within = ((int64_t)1 << shift) - 1;
+  const uint32_t *from = (const uint32_t *)layer->weight + (panel * LANES * layer->in + first) / 8;
+  const float *absmax = layer->absmax + panel * blocks * LANES;
+  __m512 code = _mm512_loadu_ps(layer->code), low = _mm512_setzero_ps(), high = low;
+  _Alignas(64) uint32_t words_[16 * 16];
+  for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
+  __builtin_prefetch(absmax + (PANELS * blocks + (first >> shift)) * LANES);
+  turn_words(from, stride, places, there, count / 8, words_);
+  for (int64_t i = 0; i < count / 8; i++, to += 4 * LANES) {
+    if (i == 0 || !((first + 8 * i) & within)) {
+      __m512 scale = _mm512_loadu_ps(absmax + ((first + 8 * i) >> shift) * LANES);
+      low = _mm512_permutexvar_ps(twice, scale);
+      high = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+    }
+    __m512i word = _mm512_load_si512(words_ + 16 * i), shifted = _mm512_srli_epi32(word, 4);
+    __m512i ones = _mm512_unpacklo_epi32(shifted, word), twos = _mm512_unpackhi_epi32(shifted, word);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; pair++) {
+      __m512 one = _mm512_permutexvar_ps(_mm512_srli_epi32(ones, 8 * pair), code);
+      __m512 two = _mm512_permutexvar_ps(_mm512_srli_epi32(twos, 8 * pair), code);
+      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(two, high), _mm512_mul_ps(one, low));
+      _mm512_store_si512(to + pair * LANES, (__m512i)both);
+    }
+  }
+}
+
+/* Terms `first ..` of a panel, `count` of them, 128 at most and a multiple of 32: [count / 2, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
+                              uint32_t *to) {
+  (void)scratch;
+  if (layer->kind == ONEBASE_NF4) {
+    turn_nf4(layer, panel, first, count, to);
+    return;
+  }
+  static const int places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
+  const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
+  for (int64_t k = 0; k < count; k += 32, from += 16, to += 16 * LANES) {
+    for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
+    turn_words(from, stride, places, there, 16, to);
+  }
+}
+
+static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats weights) {
+  uint32_t pair;
+  memcpy(&pair, x + 2 * k, sizeof pair);
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)weights);
+}
+
+#else
+
+/* Terms `first ..` of a panel, `count` of them: [count, 16]. */
+static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
+                              float *to) {
+  int64_t stride;
+  const bf16 *from = panel_of(layer, panel, first, first + count, scratch, &stride);
+  for (int64_t k = 0; k < count; k++)
+    for (int output = 0; output < LANES; output++) to[LANES * k + output] = widened(from[output * stride + k]);
+}
+
+static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats weights) {
+  return fused(each(widened(x[k])), weights, sum);
+}
+
+#endif
+
+/* Adds the products of `count` terms to the sums of some rows and panels: of a panel [rows of the batch, 16]. */
+static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
+                                                               int64_t count, const int rows, const int panels,
+                                                               int64_t panel_size, float *sums) {
+  floats own[ROWS_AT_ONCE * PANELS];
+  for (int i = 0; i < panels; i++)
+    for (int row = 0; row < rows; row++) own[i * rows + row] = load(sums + i * panel_size + row * LANES);
+  for (int64_t k = 0; k < count / TERMS; k++)
+    for (int i = 0; i < panels; i++) {
+      floats some = load((const float *)(weights + i * (CHUNK / TERMS) * LANES + k * LANES));
+      for (int row = 0; row < rows; row++) own[i * rows + row] = multiplied(own[i * rows + row], x + row * in, k, some);
+    }
+  for (int i = 0; i < panels; i++)
+    for (int row = 0; row < rows; row++) store(sums + i * panel_size + row * LANES, own[i * rows + row]);
+}
+
+static inline __attribute__((always_inline)) void add_rows(const bf16 *x, int64_t in, const turned *weights,
+                                                           int64_t count, int64_t rows, const int panels,
+                                                           int64_t panel_size, float *sums) {
+  for (; rows >= ROWS_AT_ONCE; rows -= ROWS_AT_ONCE, x += ROWS_AT_ONCE * in, sums += ROWS_AT_ONCE * LANES)
+    add_products(x, in, weights, count, ROWS_AT_ONCE, panels, panel_size, sums);
+  if (rows == 3) add_products(x, in, weights, count, 3, panels, panel_size, sums);
+  else if (rows == 2) add_products(x, in, weights, count, 2, panels, panel_size, sums);
+  else if (rows == 1) add_products(x, in, weights, count, 1, panels, panel_size, sums);
+}
+
+/* Sums of `panels` panels over all rows, for each [rows, 16], `panel_size` apart. */
+static void multiply(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels, float *scratch,
+                     int64_t panel_size, float *sums) {
+  _Alignas(64) turned weights[PANELS * CHUNK / TERMS * LANES];
+  int64_t in = p->in, block = least(layer->block, in);
+  float *part = scratch;
+  bf16 *unpacked = (bf16 *)(scratch + PANELS * panel_size);
+  for (int64_t k = 0; k < in; k += block) {
+    int64_t last = least(k + block, in);
+    float *to = k ? part : sums;
+    for (int64_t i = 0; i < panels; i++) memset(to + i * panel_size, 0, p->rows * LANES * sizeof(float));
+    for (int64_t first = k; first < last; first += CHUNK) {
+      int64_t count = least(CHUNK, last - first);
+      for (int64_t i = 0; i < panels; i++)
+        turn_chunk(layer, panel + i, first, count, unpacked, weights + i * (CHUNK / TERMS) * LANES);
+      if (panels == PANELS) add_rows(p->x + first, in, weights, count, p->rows, PANELS, panel_size, to);
+      else
+        for (int64_t i = 0; i < panels; i++)
+          add_rows(p->x + first, in, weights + i * (CHUNK / TERMS) * LANES, count, p->rows, 1, panel_size,
+                   to + i * panel_size);
+    }
+    if (k)
+      for (int64_t i = 0; i < panels; i++)
+        for (int64_t row = 0; row < p->rows; row++) {
+          float *sum = sums + i * panel_size + row * LANES;
+          store(sum, load(sum) + load(part + i * panel_size + row * LANES));
+        }
+  }
+}
+
+#endif
+
+/* ---- adapters ------------------------------------------------------------------------------ */
+
+/* `terms` columns of `lanes` rows, 16 at most each, as [16, 16] with a row for each column; the rest is zero.
+ * Asks for what lies `ahead`. */
+static inline void turn_square(const float *from, int64_t stride, int64_t lanes, int64_t terms, int64_t ahead,
+                               float *to) {
+  if (lanes >= LANES && terms == LANES) {
+    for (int64_t lane = 0; lane < LANES; lane++) __builtin_prefetch(from + lane * stride + ahead);
+    transpose(from, stride, to);
+    return;
+  }
+  _Alignas(64) float square[LANES * LANES] = {0};
+  for (int64_t lane = 0; lane < least(lanes, LANES); lane++)
+    memcpy(square + lane * LANES, from + lane * stride, terms * sizeof(float));
+  transpose(square, LANES, to);
+}
+
+/* Adds x[k] * turned[k, 16] for some rows of x, their sums side by side. */
+static inline __attribute__((always_inline)) void add_terms(const float *x, int64_t x_stride, const float *turned,
+                                                            int64_t terms, const int rows, floats *sums) {
+  for (int64_t i = 0; i < terms; i++) {
+    floats weight = load(turned + i * LANES);
+    for (int row = 0; row < rows; row++) sums[row] = fused(each(x[row * x_stride + i]), weight, sums[row]);
+  }
+}
+
+/* The same, each term to one of STRANDS sums of a row, and each product rounded. */
+static inline __attribute__((always_inline)) void add_strands(const float *x, int64_t x_stride, const float *turned,
+                                                              int64_t terms, const int rows, floats *sums) {
+  for (int64_t i = 0; i < terms; i += STRANDS)
+    for (int strand = 0; strand < STRANDS && i + strand < terms; strand++) {
+      floats weight = load(turned + (i + strand) * LANES);
+      for (int row = 0; row < rows; row++) {
+        floats *sum = sums + row * STRANDS + strand;
+        *sum += each(x[row * x_stride + i + strand]) * weight;
+      }
+    }
+}
+
+static void stranded_sums(const float *x, int64_t x_stride, int64_t inner, int64_t rows, const float *weights,
+                          int64_t stride, int64_t lanes, floats *sums) {
+  floats some[SHRUNK * STRANDS];
+  for (int64_t i = 0; i < rows * STRANDS; i++) some[i] = (floats){0};
+  for (int64_t k = 0; k < inner; k += LANES) {
+    _Alignas(64) float turned[LANES * LANES];
+    int64_t terms = least(LANES, inner - k), row = 0;
+    turn_square(weights + k, stride, lanes, terms, 4 * LANES, turned);
+    for (; row + 4 <= rows; row += 4)
+      add_strands(x + row * x_stride + k, x_stride, turned, terms, 4, some + row * STRANDS);
+    for (; row < rows; row++) add_strands(x + row * x_stride + k, x_stride, turned, terms, 1, some + row * STRANDS);
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    const floats *own = some + row * STRANDS;
+    sums[row] = (own[0] + own[2]) + (own[1] + own[3]);
+  }
+}
+
+/* Sums in `order` of x[k] * weights[lane, k] for up to SHRUNK rows of x, 16 lanes at most at once. */
+static inline void ordered_sums(const onebase_order *order, const float *x, int64_t x_stride, int64_t rows,
+                                const float *weights, int64_t stride, int64_t lanes, int64_t inner,
+                                floats *sums) {
+  floats group[SHRUNK], some[SHRUNK];
+  if (!order->blocks) {
+    stranded_sums(x, x_stride, inner, rows, weights, stride, lanes, sums);
+    return;
+  }
+  /* Further on in long rows, else the next 16 rows. */
+  int64_t ahead = stride > 4 * LANES ? 4 * LANES : LANES * stride;
+  for (int64_t block = 0, first = 0; block < order->blocks; first = order->ends[block++]) {
+    int64_t last = order->ends[block];
+    for (int64_t row = 0; row < rows; row++) some[row] = (floats){0};
+    for (int64_t k = first; k < last; k += LANES) {
+      _Alignas(64) float turned[LANES * LANES];
+      int64_t terms = least(LANES, last - k);
+      turn_square(weights + k, stride, lanes, terms, ahead, turned);
+      const float *part = x + k;
+      int64_t row = 0;
+      for (; row + 4 <= rows; row += 4) add_terms(part + row * x_stride, x_stride, turned, terms, 4, some + row);
+      part += row * x_stride;
+      if (rows - row == 3) add_terms(part, x_stride, turned, terms, 3, some + row);
+      else if (rows - row == 2) add_terms(part, x_stride, turned, terms, 2, some + row);
+      else if (rows - row == 1) add_terms(part, x_stride, turned, terms, 1, some + row);
+    }
+    int opens = block == 0 || order->group[block] != order->group[block - 1];
+    int closes = block + 1 == order->blocks || order->group[block + 1] != order->group[block];
+    for (int64_t row = 0; row < rows; row++) {
+      group[row] = opens ? some[row] : group[row] + some[row];
+      if (closes) sums[row] = order->group[block] ? sums[row] + group[row] : group[row];
+    }
+  }
+}
+
+/* The hidden values of some rows of one group, for all of its terms in all layers. */
+static void shrink(const product *p, int64_t job) {
+  const onebase_groups *groups = p->groups;
+  int64_t group = p->jobs[2 * job], first = p->jobs[2 * job + 1], in = p->in;
+  int64_t begin = groups->row_starts[group], rows = groups->row_starts[group + 1] - begin;
+  int64_t count = least(SHRUNK, rows - first);
+  float *wide = p->floats + (begin + first) * in;
+  for (int64_t row = 0; row < count; row++) {
+    const bf16 *x = p->x + groups->row[begin + first + row] * in;
+    for (int64_t k = 0; k < in; k += LANES) store(wide + row * in + k, widen(x + k));
+  }
+  for (int64_t which = 0; which < p->count; which++) {
+    const onebase_lora *own = p->layers[which]->lora;
+    for (int64_t term = groups->term_starts[group]; own && term < groups->term_starts[group + 1]; term++) {
+      const onebase_lora *lora = own + groups->slot[term];
+      int64_t rank = lora->rank;
+      float *hidden = p->hidden + p->starts[which * p->terms + term] + first * rank;
+      for (int64_t part = 0; part < rank; part += LANES) {
+        floats sums[SHRUNK];
+        int64_t lanes = least(LANES, rank - part);
+        ordered_sums(lora->shrink, wide, in, count, lora->a + part * in, in, lanes, in, sums);
+        for (int64_t row = 0; row < count; row++)
+          memcpy(hidden + row * rank + part, &sums[row], lanes * sizeof(float));
+      }
+    }
+  }
+}
+
+/* Adds to the outputs of one panel, bf16 [rows, 16], what the adapters give. */
+static void expand(const product *p, int64_t which, int64_t panel, bf16 *y) {
+  const onebase_groups *groups = p->groups;
+  const onebase_linear *layer = p->layers[which];
+  int64_t first = panel * LANES, lanes = least(LANES, layer->out - first);
+  for (int64_t job = 0; layer->lora && job < p->job_count; job++) {
+    int64_t group = p->jobs[2 * job], row = p->jobs[2 * job + 1], begin = groups->row_starts[group] + row;
+    int64_t count = least(SHRUNK, groups->row_starts[group + 1] - begin);
+    floats total[SHRUNK], sums[SHRUNK];
+    int acts = 0;
+    for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
+      const onebase_lora *lora = layer->lora + groups->slot[term];
+      int64_t rank = lora->rank;
+      if (!rank) continue;
+      const float *hidden = p->hidden + p->starts[which * p->terms + term] + row * rank;
+      ordered_sums(lora->expand, hidden, rank, count, lora->b + first * rank, rank, lanes, rank, sums);
+      for (int64_t i = 0; i < count; i++) {
+        if (lora->scale != 1.0f) sums[i] *= each(lora->scale);
+        if (groups->weight[term] != 1.0f) sums[i] *= each(groups->weight[term]);
+        total[i] = acts ? total[i] + sums[i] : sums[i];
+      }
+      acts = 1;
+    }
+    if (!acts) continue;
+    for (int64_t i = 0; i < count; i++) {
+      bf16 *to = y + groups->row[begin + i] * LANES;
+      narrow(to, widen(to) + (layer->quantized ? rounded(total[i]) : total[i]));
+    }
+  }
+}
+
+/* ---- linear -------------------------------------------------------------------------------- */
+
+/* e to the power of each value as torch computes it (SLEEF's `expf_u10`, https://sleef.org). */
+static inline floats torch_exponentials(floats x) {
+  floats q = x * each(1.442695040888963407359924681001892137426645954152985934135449406931f);
+  q = (q + each(12582912.0f)) - each(12582912.0f); /* to the nearest whole number */
+  floats s = fused(q, each(-0.693145751953125f), x);
+  s = fused(q, each(-1.428606765330187045e-06f), s);
+  floats u = each(0.000198527617612853646278381f);
+  u = fused(u, s, each(0.00139304355252534151077271f));
+  u = fused(u, s, each(0.00833336077630519866943359f));
+  u = fused(u, s, each(0.0416664853692054748535156f));
+  u = fused(u, s, each(0.166666671633720397949219f));
+  u = fused(u, s, each(0.5f));
+  u = each(1.0f) + fused(s * s, u, s);
+  ints power = __builtin_convertvector(choose(x < each(-104.0f), each(0), choose(x > each(104.0f), each(0), q)), ints);
+  ints half = power >> 1;
+  u = u * (floats)((half + 127) << 23) * (floats)((power - half + 127) << 23);
+  u = choose(x < each(-104.0f), each(0.0f), u);
+  return choose(x > each(100.0f), each(INFINITY), u);
+}
+
+/* gate * sigmoid(gate) * up, rounded after each of the two products. */
+static inline floats gated(floats gate, floats up) {
+  return rounded(gate / (each(1.0f) + torch_exponentials(-gate))) * up;
+}
+
+static void prepare_part(void *task, int64_t part, int64_t thread) {
+  product *p = task;
+  (void)thread;
+#ifdef __AMX_BF16__
+  int64_t tiles = parts_of(p->rows, p->tile);
+  if (part < tiles) {
+    pair_rows(p, part);
+    return;
+  }
+  part -= tiles;
+#endif
+  shrink(p, part);
+}
+
+/* The outputs of some panels of one layer, adapters included: bf16, of each panel [rows, 16]. */
+static void panel_outputs(const product *p, int64_t which, int64_t panel, int64_t panels, float *scratch,
+                          float *sums, bf16 *y) {
+  const onebase_linear *layer = p->layers[which];
+  multiply(p, layer, panel, panels, scratch, p->padded * LANES, sums);
+  for (int64_t i = 0; i < panels; i++, panel++, sums += p->padded * LANES, y += p->padded * LANES) {
+    floats bias = layer->bias ? widen_some(layer->bias + panel * LANES, layer->out - panel * LANES) : (floats){0};
+    for (int64_t row = 0; row < p->rows; row++) {
+      floats sum = load(sums + row * LANES);
+      narrow(y + row * LANES, layer->bias ? sum + bias : sum);
+    }
+    if (p->job_count) expand(p, which, panel, y);
+  }
+}
+
+/* The next TAKEN panels for a thread. There are some: it is called once for each. */
+static int64_t take(product *p, int64_t thread) {
+  int64_t part, range = thread;
+  do {
+    range %= p->ranges;
+    part = atomic_fetch_add_explicit(&p->range[range].next, 1, memory_order_relaxed);
+  } while (part >= p->range[range++].last);
+  return part;
+}
+
+static void panel_part(void *task, int64_t any, int64_t thread) {
+  product *p = task;
+  (void)any;
+  int64_t which = 0, size = p->padded * LANES, part = take(p, thread);
+  for (; !p->gated; which++) {
+    int64_t own = parts_of(p->layers[which]->out, LANES * TAKEN);
+    if (part < own) break;
+    part -= own;
+  }
+  const onebase_linear *layer = p->layers[which];
+  float *sums = p->panels + thread * p->panel_size, *scratch = sums + 2 * PANELS * size;
+  bf16 *ys = (bf16 *)(sums + PANELS * size), *ups = ys + PANELS * size;
+#ifdef __AMX_BF16__
+  configure(p->tile);
+#endif
+  int64_t last = least((part + 1) * TAKEN, parts_of(layer->out, LANES)), panels;
+  for (int64_t panel = part * TAKEN; panel < last; panel += panels) {
+    panels = least(PANELS, last - panel);
+    panel_outputs(p, which, panel, panels, scratch, sums, ys);
+    if (p->gated) panel_outputs(p, 1, panel, panels, scratch, sums, ups);
+    for (int64_t i = 0; i < panels; i++) {
+      bf16 *y = ys + i * size, *up = ups + i * size;
+      int64_t first = (panel + i) * LANES, outputs = least(LANES, layer->out - first);
+      for (int64_t row = 0; p->gated && row < p->rows; row++)
+        narrow(y + row * LANES, gated(widen(y + row * LANES), widen(up + row * LANES)));
+      bf16 *to = p->ys[which] + first;
+      for (int64_t row = 0; row < p->rows; row++)
+        memcpy(to + row * layer->out, y + row * LANES, outputs * sizeof(bf16));
+    }
+  }
+#ifdef __AMX_BF16__
+  _tile_release();
+#endif
+}
+
+/* Lists what the shrink has to do. Returns whether there was memory for it. */
+static int plan_adapters(product *p) {
+  const onebase_groups *groups = p->groups;
+  int any = 0;
+  for (int64_t which = 0; which < p->count; which++) any |= p->layers[which]->lora != NULL;
+  if (!groups || !any || !groups->groups) return 1;
+  int64_t rows = groups->row_starts[groups->groups], size = 0;
+  p->terms = groups->term_starts[groups->groups];
+  p->starts = onebase_scratch(ONEBASE_PLACES, (p->count * p->terms + rows + groups->groups) * 8);
+  if (!p->starts) return 0;
+  p->jobs = (int32_t *)(p->starts + p->count * p->terms);
+  for (int64_t group = 0; group < groups->groups; group++) {
+    int64_t count = groups->row_starts[group + 1] - groups->row_starts[group], acts = 0;
+    for (int64_t which = 0; which < p->count; which++)
+      for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
+        const onebase_lora *lora = p->layers[which]->lora;
+        int64_t rank = lora ? lora[groups->slot[term]].rank : 0;
+        p->starts[which * p->terms + term] = size;
+        size += count * rank;
+        acts |= rank;
+      }
+    for (int64_t first = 0; acts && first < count; first += SHRUNK) {
+      p->jobs[2 * p->job_count] = (int32_t)group;
+      p->jobs[2 * p->job_count++ + 1] = (int32_t)first;
+    }
+  }
+  if (!p->job_count) return 1;
+  p->hidden = onebase_scratch(ONEBASE_HIDDEN, size * 4);
+  p->floats = onebase_scratch(ONEBASE_FLOATS, rows * p->in * 4);
+  return p->hidden && p->floats;
+}
+
+static int linear(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
+                  const onebase_groups *groups, const bf16 *x, int64_t rows, int64_t threads) {
+  product p = {.count = count, .gated = gated, .groups = groups, .x = x, .rows = rows, .in = layers[0]->in};
+  int64_t parts = 0;
+  for (int64_t which = 0; which < count; which++) {
+    p.layers[which] = layers[which];
+    p.ys[which] = ys[which];
+    if (!gated || !which) parts += parts_of(layers[which]->out, LANES * TAKEN);
+  }
+  if (rows < 1) return 0;
+  if (!plan_adapters(&p)) return ONEBASE_OUT_OF_MEMORY;
+  int64_t preparing = p.job_count;
+  p.padded = parts_of(rows, TILE) * TILE;
+#ifdef __AMX_BF16__
+  p.tile = least(rows, TILE);
+  p.tiles = onebase_scratch(ONEBASE_ROWS, p.padded * p.in * 2);
+  if (!p.tiles) return ONEBASE_OUT_OF_MEMORY;
+  preparing += parts_of(rows, p.tile);
+  int64_t scratch = p.in * LANES / 2;
+#else
+  int64_t scratch = PANELS * p.padded * LANES + CHUNK * LANES / 2;
+#endif
+  p.panel_size = parts_of(2 * PANELS * p.padded * LANES + scratch, LANES) * LANES;
+  p.panels = onebase_scratch(ONEBASE_PANELS, threads * p.panel_size * 4);
+  if (!p.panels) return ONEBASE_OUT_OF_MEMORY;
+  if (rows <= 2)
+    for (int64_t part = 0; part < preparing; part++) prepare_part(&p, part, 0);
+  else onebase_share(prepare_part, &p, preparing);
+  p.ranges = least(threads, RANGES);
+  for (int64_t i = 0; i < p.ranges; i++) {
+    atomic_init(&p.range[i].next, parts * i / p.ranges);
+    p.range[i].last = parts * (i + 1) / p.ranges;
+  }
+  onebase_share(panel_part, &p, parts);
+  return 0;
+}
