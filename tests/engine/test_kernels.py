@@ -384,6 +384,18 @@ def test_blocks_whose_ends_only_look_like_a_stretch_of_memory_are_read_one_by_on
     assert torch.equal(scattered.run([(scattered.context(16), 0, 16)], q, k, v), expected)
 
 
+@pytest.mark.parametrize("dim", [24, 64])
+def test_a_value_that_is_not_finite_reaches_no_query_before_it(kernels: CpuKernels, dim: int) -> None:
+    clean, odd = (Cache(kernels, 1, 2, dim, 16) for _ in range(2))
+    q, k, v = projected(clean, 21, 1)
+    expected = clean.run([(clean.context(21), 0, 21)], q, k, v)
+    v = v.clone()
+    v[:, 13] = float("inf")
+    got = odd.run([(odd.context(21), 0, 21)], q, k, v)
+    assert torch.equal(got[:13], expected[:13])
+    assert not torch.isfinite(got[13:]).any()
+
+
 def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels) -> None:
     cache = Cache(kernels, 2, 2, 64, 16)
     q, k, v = projected(cache, 3, 1)

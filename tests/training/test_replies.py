@@ -195,7 +195,7 @@ def test_the_gate_is_passed_between_layers_and_may_end_it_all(
 
     def reply(wait: Callable[[], None]) -> list[str]:
         return generate_replies(
-            base, adapter, tokenizer, prompts([5, 0, 3]), 6, wait=wait, on_progress=parts.append
+            base, adapter, tokenizer, prompts([5, 0, 3]), 60, wait=wait, on_progress=parts.append
         )
 
     replies = reply(lambda: passed.append(1))

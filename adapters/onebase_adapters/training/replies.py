@@ -180,7 +180,8 @@ class _GatedModel(ServedModel):
     def __init__(self, base: nn.Module, wait: Callable[[], None]) -> None:
         super().__init__(base, slots=1)
         for module in self._view.modules():
-            if getattr(module, "layer_idx", None) is not None:
+            # A decoder layer, which knows its attention. What is in it may run as one call of the kernels.
+            if any(getattr(child, "layer_idx", None) is not None for child in module.children()):
                 module.register_forward_pre_hook(lambda *_: wait())
 
     def forward(self, batch: Batch) -> torch.Tensor:

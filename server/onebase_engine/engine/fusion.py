@@ -175,7 +175,8 @@ class _Memory:
 
 
 class RecordedLayer:
-    """A decoder layer that is one call for up to MOST_ROWS rows, unless an adapter replaces a part of it."""
+    """A decoder layer that is one call for up to MOST_ROWS rows, unless an adapter replaces a part of it, or
+    somebody wants to be told of a part."""
 
     def __init__(
         self,
@@ -193,7 +194,9 @@ class RecordedLayer:
         self._rows = rows
         self._memory = memory
         self._arena, self._before = memory.arenas[number % 2], memory.arenas[1 - number % 2]
-        self._wrapped = [one for one in module.modules() if isinstance(one, SlotModule)]
+        inside = [one for one in module.modules() if one is not module]
+        self._wrapped = [one for one in inside if isinstance(one, SlotModule)]
+        self._hooks = [hooks for one in inside for hooks in (one._forward_pre_hooks, one._forward_hooks)]
         self._programs: dict[int, Program | None] = {}
         self._plain = True
 
@@ -213,7 +216,7 @@ class RecordedLayer:
     def _forward(self, *args: Any, **named: Any) -> Any:
         step = None if self._attention.step is None else self._attention.step.native
         given = _tensors(args, named)
-        if not self._plain or step is None or not given or given[0].dim() != 3:
+        if not self._plain or step is None or not given or given[0].dim() != 3 or any(self._hooks):
             return self._whole(*args, **named)
         count = given[0].shape[1]
         if count > MOST_ROWS or given[0].dtype != torch.bfloat16:
@@ -232,7 +235,6 @@ class RecordedLayer:
             _replaced(args, places),
             dict(zip(named, _replaced(named.values(), places), strict=True)),
         )
-        self._programs[count] = None
         try:
             with Recording(self._kernels, self._arena, fixed) as recording:
                 result = self._whole(*own_args, **own_named)
@@ -240,6 +242,7 @@ class RecordedLayer:
                 raise UnrecordableError("a layer gives more than its rows")
             self._programs[count] = recording.program(result)
         except UnrecordableError as error:
+            self._programs[count] = None
             if str(error) not in self._memory.said:
                 self._memory.said.add(str(error))
                 logger.info("kernels: %s are not recorded: %s", type(self._module).__name__, error)

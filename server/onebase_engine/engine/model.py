@@ -85,7 +85,9 @@ class ServedModel:
         return self._attention.find_products(self.dtype, self.device, longest)
 
     def allocate_kv(self, blocks: int, block_size: int) -> None:
-        """Create the KV cache. Zeroed memory: on the CPU pages are taken only when written."""
+        """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written."""
+        if self._attention.cache is not None:
+            raise RuntimeError("the served model has its KV cache, whose place is recorded")
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
         self._attention.use(self.kernels, block_size)
         parts = -(-TILE // block_size)

@@ -21,6 +21,8 @@ from onebase_engine.kernels.cpu import CpuKernels, Draw
 
 NUCLEUS_CANDIDATES = 1024
 """Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
+_COLDEST = torch.finfo(torch.float32).tiny
+"""Of temperatures above 0."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,25 @@ def _drawn_by(
     kernels: CpuKernels, logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]
 ) -> list[int | None]:
     draws: list[Draw] = []
-    held: list[torch.Tensor] = []
-    for own, row in zip(logits, rows, strict=True):
-        sampling = row.sampling
+    adjusted: dict[int, torch.Tensor] = {}
+    for i, (own, row) in enumerate(zip(logits, rows, strict=True)):
+        sampling, noise, temperature = row.sampling, 0.0, 0.0
+        if sampling.temperature > 0:
+            noise, temperature = (
+                uniform(sampling.seed, row.choice, row.generated),
+                max(sampling.temperature, _COLDEST),
+            )
         if _adjusts(row):
-            own = _adjust(own.float()[None], [row], eos_ids)[0]
-            held.append(own)
-        noise = uniform(sampling.seed, row.choice, row.generated) if sampling.temperature > 0 else 0.0
-        filters = sampling.temperature, sampling.top_p, sampling.min_p
+            own = adjusted[i] = _adjust(own.float()[None], [row], eos_ids)[0]
+        filters = temperature, sampling.top_p, sampling.min_p
         draws.append(
             Draw(own.data_ptr(), own.dtype == torch.float32, max(sampling.top_k, 0), noise, *filters)
         )
-    return kernels.draw(draws, logits.shape[1])
+    tokens = kernels.draw(draws, logits.shape[1])
+    for i in adjusted:
+        # The row's own logits must be finite as well, those that were taken away included.
+        tokens[i] = tokens[i] if bool(torch.isfinite(logits[i].amax())) else None
+    return tokens
 
 
 def draw_apart(
@@ -102,8 +111,8 @@ def draw_apart(
     except torch.AcceleratorError:
         raise
     except Exception as error:
-        if len(rows) == 1:
-            return [Drawn(None, error=error)]
+        if len({getattr(row, "row", row) for row in rows}) == 1:
+            return [Drawn(None, error=error) for _ in rows]
         apart = [draw_apart(logits[i : i + 1], [row], eos_ids, kernels)[0] for i, row in enumerate(rows)]
         if all(drawn.error is not None for drawn in apart):
             raise
@@ -174,8 +183,7 @@ def _penalize(logits: torch.Tensor, row: Row | Ahead) -> None:
 def _sample(logits: torch.Tensor, rows: Sequence[Row | Ahead]) -> torch.Tensor:
     """Inverse-CDF draws, [rows] int64, after top_k, top_p and min_p in this order."""
     settings = [row.sampling for row in rows]
-    coldest = torch.finfo(logits.dtype).tiny
-    temperature = _column([max(s.temperature, coldest) for s in settings], logits)
+    temperature = _column([max(s.temperature, _COLDEST) for s in settings], logits)
     # Relative to the highest logit, so that no temperature, however low, overflows.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = _kept_by_top_k(scaled, [s.top_k for s in settings]).softmax(dim=-1)

@@ -16,8 +16,8 @@ half as many as were computed again for it.
 When blocks run out, a row gives its blocks back and is recomputed later: it never fails for it. It is the
 youngest, or that of a tenant that runs twice as much as the youngest's. A row is admitted only if a few
 blocks stay free: the next block of each row that may still need one. Else the youngest row would be admitted
-and preempted again as soon as an older one grows. So no row is preempted for want of blocks within
-`block_size` steps after any admission.
+and preempted again as soon as an older one grows. So no row is preempted for want of blocks before one has
+got `block_size` tokens after any admission.
 """
 
 from __future__ import annotations
@@ -239,6 +239,7 @@ class Scheduler:
             if (count := min(count, room)) > 0:
                 draft.decodes[row] = Segment(row, segment.start, segment.stop, tuple(found[:count]))
                 draft.budget -= count
+                rows += count
 
     # ---- admission ---------------------------------------------------------------------------
 

@@ -32,13 +32,17 @@ static inline void turned_head(const onebase_attention *layer, const onebase_qkv
   }
 }
 
-static void write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot) {
+/* Returns whether the row's values are finite numbers. */
+static int write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot) {
+  int odd = 0;
   for (int64_t head = 0; head < layer->kv_heads; head++) {
     turned_head(layer, step, step->k + row * step->k_row + head * step->k_head, row,
                 layer->keys + (head * layer->slots + slot) * layer->key_dim);
-    memcpy(layer->values + (head * layer->slots + slot) * layer->value_dim,
-           step->v + row * step->v_row + head * step->v_head, layer->value_dim * sizeof(bf16));
+    const bf16 *value = step->v + row * step->v_row + head * step->v_head;
+    for (int64_t d = 0; d < layer->value_dim; d++) odd |= (value[d] & 0x7f80) == 0x7f80;
+    memcpy(layer->values + (head * layer->slots + slot) * layer->value_dim, value, layer->value_dim * sizeof(bf16));
   }
+  return !odd;
 }
 
 /* The KV slots of positions `first` to `last`. */
@@ -422,13 +426,17 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
     }
 }
 
+/* A part's rows have the weight zero for each other's later keys: an infinite value would reach them all the same,
+ * so that a row with one begins a part. */
 static int attend(const onebase_attention *layer, const onebase_contexts *contexts, const onebase_qkv *step,
                   int64_t threads) {
   attention a = {.layer = layer, .contexts = contexts, .step = step};
   int64_t parts = 0, heads = layer->kv_heads * layer->groups, most = 0;
-  a.parts = onebase_scratch(ONEBASE_PLACES, contexts->rows * 8);
+  a.parts = onebase_scratch(ONEBASE_PLACES, contexts->rows * 9);
   if (!a.parts) return ONEBASE_OUT_OF_MEMORY;
-  for (int64_t row = 0; row < contexts->rows; row++) write_row(layer, step, row, contexts->write[row]);
+  char *finite = (char *)(a.parts + 2 * contexts->rows);
+  for (int64_t row = 0; row < contexts->rows; row++)
+    finite[row] = (char)write_row(layer, step, row, contexts->write[row]);
   for (int64_t row = 0; row < contexts->rows;) {
     int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES + 32, 2 * LANES) * 2 * LANES;
     if (contexts->position[row] < 0) {
@@ -437,7 +445,7 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
       continue;
     }
     while (row + count < contexts->rows && count < QUERIES && contexts->position[row + count] >= 0 &&
-           contexts->table_row[row + count] == contexts->table_row[row] &&
+           contexts->table_row[row + count] == contexts->table_row[row] && finite[row + count] &&
            (count + 1) * layer->groups * length <= SCORES)
       count++;
     a.parts[2 * parts] = (int32_t)row;
