@@ -283,7 +283,8 @@ static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t 
   __m512 code = _mm512_loadu_ps(layer->code), low = _mm512_setzero_ps(), high = low;
   _Alignas(64) uint32_t words_[16 * 16];
   for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
-  __builtin_prefetch(absmax + (PANELS * blocks + (first >> shift)) * LANES);
+  for (int64_t block = first >> shift; block << shift < first + count; block++)
+    __builtin_prefetch(absmax + (PANELS * blocks + block) * LANES);
   turn_words(from, stride, places, there, count / 8, words_);
   for (int64_t i = 0; i < count / 8; i++, to += 4 * LANES) {
     if (i == 0 || !((first + 8 * i) & within)) {
