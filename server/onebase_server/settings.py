@@ -20,6 +20,7 @@ ENVIRONMENT_PREFIX = "ONEBASE_"
 Quantization = Literal["nf4", "int8", "none"]
 FloatType = Literal["bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
+CpuWeights = Literal["quantized", "bf16"]
 RawControlTokens = Literal["allow", "letters"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -439,6 +440,14 @@ class Settings:
     )
     step_tokens: int = field(
         default=0, metadata=about("engine", "tokens in one step; 0 chooses by device", low=0)
+    )
+    cpu_weights: CpuWeights = field(
+        default="quantized",
+        metadata=about(
+            "engine",
+            "on a CPU, 4-bit weights are unpacked in each step (quantized), or once (bf16), which takes four "
+            "times their memory more; answers stay the same",
+        ),
     )
     draft_tokens: int = field(
         default=7,

@@ -14,6 +14,7 @@ from torch import nn
 from onebase_adapters.proof.texts import regrets, tie_of
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.engine.staging import Copy
 from onebase_engine.lora.weights import AdapterWeights
@@ -49,7 +50,12 @@ class Lab:
         loaded = [load_folder(base, path) for path in folders]
         return cls(base, folders, [one.reference for one in loaded], [one.weights for one in loaded])
 
-    def engine(self, copy: Callable[[AdapterWeights], Copy] | None = None, **changes: int) -> Engine:
+    def engine(
+        self,
+        copy: Callable[[AdapterWeights], Copy] | None = None,
+        model: ServedModel | None = None,
+        **changes: int,
+    ) -> Engine:
         settings = {
             "max_rows": 32,
             "step_tokens": 96,
@@ -69,6 +75,7 @@ class Lab:
             slots=settings["slots"],
             slot_memory=settings["slot_memory"],
             copy=copy,
+            model=model,
         )
         for i, weights in enumerate(self.weights):
             engine.put_adapter(f"digest{i}", weights)

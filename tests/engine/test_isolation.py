@@ -22,6 +22,7 @@ from onebase_engine.engine import batch
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.drafts import MATCHED, Drafts
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.engine.row import Plan
 
@@ -253,6 +254,12 @@ def test_prompt_logprobs_are_those_of_one_forward_pass_and_skip_the_prefix_cache
     torch.testing.assert_close(
         found, wanted, atol=0.15 if lab.base.dtype == torch.bfloat16 else 1e-4, rtol=0.02
     )
+
+
+def test_weights_that_are_unpacked_once_change_no_bit(lab: Lab) -> None:
+    plain = scored(lab.engine(), ASKED)
+    engine = lab.engine(model=ServedModel(lab.base, 8, unpacked=True))
+    assert scored(engine, ASKED) == plain
 
 
 # ---- drafts --------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Token budget of one step (decodes plus prefill chunks); 0 chooses by device."""
     draft_tokens: int = 0
     """Of a row's own text, tried in one step."""
+    cpu_weights: Literal["quantized", "bf16"] = "quantized"
+    """As which the CPU multiplies with 4-bit weights: unpacked in each step, or once."""
     block_size: int = 16
     kv_memory: int = 0
     """Bytes for the KV cache; 0 takes what is free less `train_memory`."""

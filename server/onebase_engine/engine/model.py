@@ -29,7 +29,8 @@ class ServedModel:
         UnsupportedBaseError: the model does not go through transformers' attention interface, layer by layer.
     """
 
-    def __init__(self, base: nn.Module, slots: int) -> None:
+    def __init__(self, base: nn.Module, slots: int, *, unpacked: bool = False) -> None:
+        """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory."""
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
         self.tiled = self.device.type == "cpu"
@@ -38,7 +39,14 @@ class ServedModel:
         self.kernels = find_kernels(self.device, self.dtype)
         self._recorded: list[RecordedLayer] = []
         self._attention = PagedAttention()
-        modules = wrap_layers(self._view, self._rows, slots=slots, tiled=self.tiled, kernels=self.kernels)
+        modules = wrap_layers(
+            self._view,
+            self._rows,
+            slots=slots,
+            tiled=self.tiled,
+            kernels=self.kernels,
+            unpacked=unpacked and self.tiled,
+        )
         self._slots = AdapterSlots(modules, slots, self.device)
         linear = [module.base for module in modules.values() if isinstance(module, SlotLinear)]
         self._ragged = any(one.in_features % TILE or one.out_features % TILE for one in linear)

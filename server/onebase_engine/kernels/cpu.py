@@ -267,19 +267,24 @@ class CpuKernels:
             self.library.onebase_use_threads(self.threads)
 
     def linear(
-        self, base: Any, slots: int, plain: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+        self,
+        base: Any,
+        slots: int,
+        plain: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
+        unpacked: torch.Tensor | None = None,
     ) -> NativeLinear | None:
         """A linear layer of the base with `slots` adapters; None where a trial does not show PEFT's bits.
 
         Args:
             plain: the layer's weight [out, in] and bias [out], bf16, as PyTorch multiplies with them.
+            unpacked: that weight, to be multiplied with in place of the 4-bit one.
         """
         weight = base.weight
         if base.in_features % IN_MULTIPLE or not weight.is_contiguous() or weight.device.type != "cpu":
             return None
         if not (_is_nf4(base) or (type(base) is nn.Linear and weight.dtype == torch.bfloat16)):
             return None
-        layer = NativeLinear(self, base, slots)
+        layer = NativeLinear(self, base, slots, unpacked)
         key = (layer.kind, base.in_features, base.out_features, base.bias is not None, self.threads)
         if key not in self._blocks:
             self._blocks[key] = self._find_block(layer, *plain())
@@ -409,15 +414,18 @@ class CpuKernels:
 class NativeLinear:
     """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
 
-    def __init__(self, kernels: CpuKernels, base: Any, slots: int) -> None:
+    def __init__(
+        self, kernels: CpuKernels, base: Any, slots: int, unpacked: torch.Tensor | None = None
+    ) -> None:
         self.kernels = kernels
         self.size_in, self.size_out = base.in_features, base.out_features
-        self.kind = _NF4 if _is_nf4(base) else _BF16
+        self.kind = _NF4 if _is_nf4(base) and unpacked is None else _BF16
         self._lora = (_Lora * slots)()
         self._held: dict[int, Any] = {}
         self.foreign: set[int] = set()
         """Slots whose products PyTorch must make, since it sums them in an order that the library has not."""
-        weight, bias = base.weight, base.bias
+        weight: Any = base.weight if unpacked is None else unpacked
+        bias = base.bias
         self._base: list[Any] = [weight, None if bias is None else bias.to(torch.bfloat16)]
         absmax = code = None
         shift = 0
@@ -429,7 +437,7 @@ class NativeLinear:
         self.structure = _Linear(
             self.kind, self.size_in, self.size_out, weight.data_ptr(),
             None if absmax is None else absmax.data_ptr(), None if code is None else code.data_ptr(), shift,
-            None if bias is None else self._base[1].data_ptr(), self.size_in, self.kind == _NF4,
+            None if bias is None else self._base[1].data_ptr(), self.size_in, _is_nf4(base),
             ctypes.cast(self._lora, POINTER(_Lora)),
         )  # fmt: skip
         self._alone = NativeLayers([self])

@@ -47,17 +47,22 @@ class SlotLinear(SlotModule):
         tiled: bool,
         head: bool = False,
         kernels: CpuKernels | None = None,
+        unpacked: bool = False,
     ) -> None:
-        """`kernels`: by which the layer is computed as far as they give the same bits."""
+        """`kernels`: by which the layer is computed as far as they give the same bits. `unpacked`: to keep a
+        4-bit weight as the product has it, too."""
         super().__init__(base, step, slots=slots, tiled=tiled, head=head)
         self._kind = type(base).__name__
         self.quantized = self._kind in ("Linear4bit", "Linear8bitLt")
         self._absmax: torch.Tensor | None = None
+        self._unpacked: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.stacked = StackedWeights(slots, keep=tiled)
         self._stacks: bool | None = None
         """Whether they may stand for each slot's own products; None until asked after a change."""
         self.shared: SharedRows | None = None
-        self._native = kernels.linear(base, slots, self._plain_weight) if kernels is not None else None
+        self._unpacked = self._plain_weight() if unpacked and self._kind == "Linear4bit" else None
+        weight = None if self._unpacked is None else self._unpacked[0]
+        self._native = None if kernels is None else kernels.linear(base, slots, self._plain_weight, weight)
 
     @property
     def native(self) -> NativeLinear | None:
@@ -185,6 +190,8 @@ class SlotLinear(SlotModule):
         weight, bias = self.base.weight, self.base.bias
         if not self.quantized:
             return weight, bias
+        if self._unpacked is not None:
+            return self._unpacked
         dtype = self.base.compute_dtype
         state = weight.quant_state
         if self._absmax is None:

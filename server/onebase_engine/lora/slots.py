@@ -64,12 +64,18 @@ class SlotNorm(SlotModule):
 
 
 def wrap_layers(
-    model: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: CpuKernels | None = None
+    model: nn.Module,
+    step: StepRows,
+    *,
+    slots: int,
+    tiled: bool,
+    kernels: CpuKernels | None = None,
+    unpacked: bool = False,
 ) -> dict[str, SlotModule]:
     """Replace a view's linear layers, input embedding and norms by slot modules; returns them by name.
 
     The view's own base layers stay inside the wrappers: the loaded base is untouched. With `kernels` rows are
-    told apart by groups (`RowMap.groups`).
+    told apart by groups (`RowMap.groups`). `unpacked`: 4-bit weights are kept as the product has them, too.
     """
     head, embedding = output_head(model), input_embedding(model)
     norms = {id(module) for _, module in hidden_norms(model)}
@@ -79,7 +85,13 @@ def wrap_layers(
             slot_module: SlotModule = SlotEmbedding(module, step, slots=slots, tiled=tiled)
         elif isinstance(module, nn.Linear):
             slot_module = SlotLinear(
-                module, step, slots=slots, tiled=tiled, head=module is head, kernels=kernels
+                module,
+                step,
+                slots=slots,
+                tiled=tiled,
+                head=module is head,
+                kernels=kernels,
+                unpacked=unpacked,
             )
         elif id(module) in norms:
             slot_module = SlotNorm(module, step, slots=slots, tiled=tiled, kernels=kernels)

@@ -177,12 +177,17 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
             "--deterministic is kept on the CPU only, where it always holds; on CUDA rows agree up to "
             "rounding. Leave it out, or use --device cpu"
         )
+    if config.cpu_weights == "bf16" and (device.type, config.quantization) != ("cpu", "nf4"):
+        raise UnsupportedBaseError(
+            "--cpu-weights bf16 is for 4-bit weights on a CPU: leave it out, or use --device cpu and "
+            "--quantization nf4"
+        )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     base = load_kept_base(base_settings(config, device))
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
-    model = ServedModel(base, config.max_slots)
+    model = ServedModel(base, config.max_slots, unpacked=config.cpu_weights == "bf16")
     max_length = _max_length(config, base)
     limits = Limits(
         max_rows=config.max_rows,
