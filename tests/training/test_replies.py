@@ -260,3 +260,21 @@ def test_the_replies_of_the_real_base_make_sense() -> None:
     replies = generate_replies(load_base(BaseSettings(folder=folder)), None, tokenizer, asked, 24)
     assert replies[0].startswith("The capital of France is Paris")
     assert "<|im_end|>" not in replies[1]
+
+
+def test_what_ends_the_trials_of_the_kernels_ends_the_replies_too(
+    load: LoadBase, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    class ToldError(Exception):
+        pass
+
+    class Told:
+        passed = 0
+
+        def wait(self) -> None:
+            self.passed += 1
+            if self.passed == 7:
+                raise ToldError
+
+    with pytest.raises(ToldError):
+        generate_replies(load(), None, tokenizer, prompts([70]), 20, wait=Told().wait)

@@ -78,10 +78,11 @@ def generate_replies(
     asked = sorted((row for row in rows if row.ids and row.most > 0), key=lambda row: row.blocks)
     if asked:
         blocks = min(sum(row.blocks for row in asked), batch_tokens // _BLOCK)
-        engine = _engine(base, asked[-1].blocks, blocks, stop_ids(base, tokenizer), wait)
-        if adapter is not None:
-            engine.put_adapter(_VERSION, adapter)
         try:
+            # Its trials are passes too.
+            engine = _engine(base, asked[-1].blocks, blocks, stop_ids(base, tokenizer), wait)
+            if adapter is not None:
+                engine.put_adapter(_VERSION, adapter)
             _run(engine, asked, [] if adapter is None else [AdapterRef(_VERSION)], on_progress, len(rows))
         except _PassError as error:
             raise error.cause from None
@@ -179,10 +180,17 @@ class _GatedModel(ServedModel):
 
     def __init__(self, base: nn.Module, wait: Callable[[], None]) -> None:
         super().__init__(base, slots=1)
+
+        def told(*_: object) -> None:
+            try:
+                wait()
+            except Exception as error:
+                raise _PassError(error) from error
+
         for module in self._view.modules():
             # A decoder layer, which knows its attention. What is in it may run as one call of the kernels.
             if any(getattr(child, "layer_idx", None) is not None for child in module.children()):
-                module.register_forward_pre_hook(lambda *_: wait())
+                module.register_forward_pre_hook(told)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         try:

@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest prompt plus completion, in tokens; 0 takes the base's own limit."""
     step_tokens: int = 0
     """Token budget of one step (decodes plus prefill chunks); 0 chooses by device."""
-    draft_tokens: int = 0
+    draft_tokens: int = 7
     """Of a row's own text, tried in one step."""
     cpu_weights: Literal["quantized", "bf16"] = "quantized"
     """As which the CPU multiplies with 4-bit weights: unpacked in each step, or once."""
