@@ -452,6 +452,8 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Lora) == 48
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
     assert ctypes.sizeof(cpu._Attention) == 6 * 8 + 2 * 8 + 2 * 4 + 8
+    assert ctypes.sizeof(cpu.Call) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
+    assert ctypes.sizeof(cpu.Draw) == 4 * 8 + 4 * 4
 
 
 # ---- fewer calls ---------------------------------------------------------------------------

@@ -16,11 +16,12 @@ import pytest
 import torch
 from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 
-from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.messages import FrameReader, RowOutput
 from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
+from onebase_server.processes import engine as process
 
 Message = TypeVar("Message", bound=protocol.ToApi)
 PATIENCE = 120.0
@@ -394,3 +395,14 @@ def test_a_request_id_that_is_running_already_is_ignored(shared: EngineClient) -
     while not (step := shared.wait_for(protocol.StepDone)).rows:
         pass
     assert {output.id for output in step.rows} == {"next"}
+
+
+@pytest.mark.parametrize("changes", [{"quantization": "none"}, {"quantization": "int8"}])
+def test_weights_are_kept_unpacked_only_where_they_are_unpacked(changes: dict[str, Any]) -> None:
+    class Channel:
+        def send(self, message: object) -> None: ...
+
+    config = protocol.EngineConfig(base_folder="nowhere", device="cpu", cpu_weights="bf16", **changes)
+    channel: Any = Channel()
+    with pytest.raises(UnsupportedBaseError, match="for 4-bit weights on a CPU"):
+        process._start(config, channel, None)
