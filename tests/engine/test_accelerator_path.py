@@ -31,7 +31,7 @@ def untiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve as on a device that is no CPU."""
 
     def wrap(
-        tree: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: None
+        tree: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: None, unpacked: bool
     ) -> dict[str, SlotModule]:
         return wrap_layers(tree, step, slots=slots, tiled=False)
 
