@@ -16,7 +16,7 @@ MATCHED = 3
 LOOKED_AT = 8192
 """Of a long prompt, how many of its last tokens are looked at: what is remembered takes 100 bytes a token."""
 COST = 0.15
-"""What one row more adds to a step, in parts of a step of one row (measured on CPUs of 2022 and 2023)."""
+"""What one row more adds to a step, in parts of a step of one row (measured with AVX512-BF16)."""
 PRIOR = 0.5
 """Part of the drafts that are right, for a row of which nothing is known yet."""
 LEARNED = 0.15

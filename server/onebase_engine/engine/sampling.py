@@ -73,15 +73,14 @@ def _drawn(logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset
 def _drawn_by(
     kernels: CpuKernels, logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int]
 ) -> list[int | None]:
+    """By the kernels in C."""
     draws: list[Draw] = []
     adjusted: dict[int, torch.Tensor] = {}
     for i, (own, row) in enumerate(zip(logits, rows, strict=True)):
         sampling, noise, temperature = row.sampling, 0.0, 0.0
         if sampling.temperature > 0:
-            noise, temperature = (
-                uniform(sampling.seed, row.choice, row.generated),
-                max(sampling.temperature, _COLDEST),
-            )
+            noise = uniform(sampling.seed, row.choice, row.generated)
+            temperature = max(sampling.temperature, _COLDEST)
         if _adjusts(row):
             own = adjusted[i] = _adjust(own.float()[None], [row], eos_ids)[0]
         filters = temperature, sampling.top_p, sampling.min_p

@@ -183,7 +183,6 @@ static inline __attribute__((always_inline)) void score_pairs(const bf16 *q, int
 /* Products of up to TILED queries with 16 keys, of which `count` are there: [queries, 16]. */
 static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int64_t count, const bf16 *q,
                        int64_t queries, floats *sums) {
-  static const int places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   _Alignas(64) bf16 copied[LANES * 1024];
   _Alignas(64) uint32_t turned_[LANES * 512];
   const bf16 *from = keys + slots[0] * dim;
@@ -191,7 +190,7 @@ static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int6
     for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
     from = copied;
   }
-  for (int64_t d = 0; d < dim; d += 32) turn_words(from + d, dim / 2, places, count, LANES, turned_ + d / 2 * LANES);
+  for (int64_t d = 0; d < dim; d += 32) turn_words(from + d, dim / 2, as_they_are, count, LANES, turned_ + d / 2 * LANES);
   if (queries == 8) score_pairs(q, dim, turned_, 8, sums);
   else
     for (int64_t i = 0; i < queries;) {

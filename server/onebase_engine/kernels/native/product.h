@@ -3,6 +3,7 @@
  * A product goes by panels of 16 outputs. Weights of a panel are unpacked into the cache, as the bits that
  * bitsandbytes' `dequantize_4bit` gives, and multiplied with all rows of the batch.
  */
+
 /* Rows of an AMX tile, and tiles of rows that stay in registers over all of `in`. */
 #define TILE 16
 #define TILES 4
@@ -312,12 +313,11 @@ static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_
     turn_nf4(layer, panel, first, count, to);
     return;
   }
-  static const int places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   int64_t there = least(LANES, layer->out - panel * LANES), stride = layer->in / 2;
   const uint32_t *from = (const uint32_t *)((const bf16 *)layer->weight + panel * LANES * layer->in + first);
   for (int64_t k = 0; k < count; k += 32, from += 16, to += 16 * LANES) {
     for (int64_t row = 0; row < LANES; row++) __builtin_prefetch(from + (PANELS * LANES + row) * stride);
-    turn_words(from, stride, places, there, 16, to);
+    turn_words(from, stride, as_they_are, there, 16, to);
   }
 }
 

@@ -104,6 +104,8 @@ static inline float sum_of(floats value) {
 }
 
 #ifdef __AVX512F__
+static const int as_they_are[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 /* 16 rows, of which `places` says the order, as columns. What is not `known` of a row is zero, and all of those
  * that are not `there`. */
 static inline __attribute__((always_inline)) void transpose_placed(const float *from, int64_t stride,
@@ -137,7 +139,6 @@ static inline __attribute__((always_inline)) void transpose_placed(const float *
 
 static inline void transpose(const float *from, int64_t stride, float *to) {
 #ifdef __AVX512F__
-  static const int as_they_are[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   transpose_placed(from, stride, as_they_are, LANES, 0xffff, to);
 #else
   for (int i = 0; i < 16; i++)
