@@ -7,12 +7,12 @@ tokens): a freed block is never touched, not even with weight 0.
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from hashlib import blake2b
 
-import numpy as np
 import torch
 
 from onebase_engine.engine.row import AdapterMix
@@ -138,12 +138,13 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros. On the CPU by calloc, whose pages take memory only once written; torch.zeros writes them all."""
+    """Zeros. On the CPU fresh pages of the system, which take memory only once written: torch.zeros writes
+    them all, and calloc does too where it finds room among what was freed."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return (
-        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-    )
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def bytes_per_token(shapes: dict[int, tuple[int, int, int]], dtype: torch.dtype) -> int:
