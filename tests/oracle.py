@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from onebase_engine.lora.rows import TILE
+from onebase_engine.kernels.interface import TILE
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.rows import row_map
 from tests.tiny import load_folder
 from torch import nn
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
-from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.kernels.interface import TILE
+from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
@@ -38,26 +42,15 @@ def load(base: nn.Module, folder: Path) -> AdapterWeights:
 
 
 def layer(base: nn.Module, tiled: bool = True) -> SlotLinear:
-    return SlotLinear(view(base).get_submodule(LAYER), StepRows(), slots=SLOTS, tiled=tiled)
-
-
-def tile(of_rows: list[dict[int, float]], start: int = 0) -> Tile:
-    """A tile whose row i has the adapters `of_rows[i]`: slot to weight."""
-    terms = []
-    for slot in sorted({slot for mix in of_rows for slot in mix}):
-        column = torch.tensor([[mix.get(slot, 0.0)] for mix in of_rows])
-        terms.append(Term(slot, mask=column != 0, weight=column))
-    return Tile(start, start + len(of_rows), tuple(terms))
-
-
-def stack(of_rows: list[dict[int, float]], start: int = 0) -> Stack:
-    weight = torch.tensor([[mix.get(slot, 0.0) for slot in range(SLOTS)] for mix in of_rows])
-    return Stack(start, start + len(of_rows), weight)
+    return SlotLinear(view(base).get_submodule(LAYER), StepRows(), ReferenceKernels(tiled=tiled), slots=SLOTS)
 
 
 @torch.inference_mode()
-def run(module: SlotModule, x: torch.Tensor, *tiles: Tile, stack: Stack | None = None) -> torch.Tensor:
-    module.step.tokens = RowMap(tuple(tiles), stack)
+def run(
+    module: SlotModule, x: torch.Tensor, mixes: Sequence[Mapping[int, float]] = (), start: int = 0
+) -> torch.Tensor:
+    """Row `start + i` has the adapters `mixes[i]`: slot to weight."""
+    module.step.tokens = row_map(mixes, start)
     return module(x)
 
 
@@ -81,7 +74,7 @@ def test_a_tile_is_bit_equal_to_peft(
     with torch.inference_mode():
         expected = peft_layer(base, folder, LAYER)(x)
         bare = base.get_submodule(LAYER)(x)
-    got = run(module, x, Tile(0, TILE, (Term(1),)))
+    got = run(module, x, [{1: 1.0}] * TILE)
     assert torch.equal(got, expected)
     assert not torch.equal(got, bare)
     assert got.dtype == expected.dtype
@@ -94,8 +87,8 @@ def test_rows_without_an_adapter_are_the_bases(kind: str, bases: dict[str, nn.Mo
     x = rows(TILE, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
     with torch.inference_mode():
         bare = bases[kind].get_submodule(LAYER)(x)
-    assert torch.equal(run(module, x, Tile(0, TILE, ())), bare)
-    half = run(module, x, tile([{0: 1.0} if i % 2 else {} for i in range(TILE)]))
+    assert torch.equal(run(module, x), bare)
+    half = run(module, x, [{0: 1.0} if i % 2 else {} for i in range(TILE)])
     assert torch.equal(half[::2], bare[::2])
     assert not (half[1::2] == bare[1::2]).all(dim=1).any()
 
@@ -106,12 +99,10 @@ def test_a_whole_wrapped_model_is_bit_equal_to_peft(base: nn.Module, save_adapte
     folder = save_adapter(target_modules=targets, lora_alpha=alpha)
     ids = torch.randint(0, 256, (1, TILE), generator=torch.Generator().manual_seed(5))
     served, step = view(base), StepRows()
-    adapter_slots = AdapterSlots(
-        wrap_layers(served, step, slots=SLOTS, tiled=True), SLOTS, torch.device("cpu")
-    )
+    modules = wrap_layers(served, step, ReferenceKernels(), slots=SLOTS)
+    adapter_slots = AdapterSlots(modules, SLOTS, torch.device("cpu"))
     adapter_slots.load(2, load(base, folder))
-    every = RowMap((Tile(0, TILE, (Term(2),)),))
-    step.tokens, step.logits = every, every
+    step.tokens = step.logits = row_map([{2: 1.0}] * TILE)
     with torch.inference_mode():
         expected = PeftModel.from_pretrained(view(base), str(folder)).eval()(ids).logits
         assert torch.equal(served(ids).logits, expected)
@@ -131,7 +122,7 @@ def test_a_row_is_the_same_beside_any_neighbours_and_in_any_slot(
     alone = layer(bases[kind])
     alone.put(0, mine)
     padding = torch.zeros(TILE - 1, HIDDEN, dtype=dtype)
-    expected = run(alone, torch.cat([row, padding]), tile([{0: 1.0}] + [{}] * (TILE - 1)))[0]
+    expected = run(alone, torch.cat([row, padding]), [{0: 1.0}])[0]
 
     for slot, place in ((0, 0), (3, 17), (1, TILE - 1)):
         crowded = layer(bases[kind])
@@ -142,7 +133,7 @@ def test_a_row_is_the_same_beside_any_neighbours_and_in_any_slot(
         x[TILE + place] = row[0]
         mixes = [{i % SLOTS: 1.0} if i % 5 else {0: 0.5, 3: 2.0} for i in range(TILE)]
         mixes[place] = {slot: 1.0}
-        got = run(crowded, x, Tile(0, TILE, (Term(2),)), tile(mixes, start=TILE))
+        got = run(crowded, x, [{2: 1.0}] * TILE + mixes)
         assert torch.equal(got[TILE + place], expected)
 
 
@@ -161,11 +152,9 @@ def test_an_adapter_that_overflows_changes_no_other_row(tiled: bool, base: nn.Mo
         {},
         {2: 1.0},
     ]
-    arguments: dict[str, Any] = {} if tiled else {"stack": stack(mixes)}
-    tiles = (tile(mixes),) if tiled else ()
-    before = run(module, x, *tiles, **arguments)
+    before = run(module, x, mixes)
     module.put(1, LoraWeights(torch.full((8, HIDDEN), float("inf")), torch.ones(OUT, 8), 2.0))
-    after = run(module, x, *tiles, **arguments)
+    after = run(module, x, mixes)
     mine = torch.tensor([1 in mix for mix in mixes])
     assert torch.equal(after[~mine], before[~mine])
     assert not torch.isfinite(after[mine]).any()
@@ -187,47 +176,29 @@ MIXES: list[dict[int, float]] = [
 
 @pytest.mark.parametrize("order", [[4, 8, 16, 3], [16, 8, 3, 4], [8, 8, 8, 8]], ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "none", "fp32"])
-def test_the_stack_gives_what_the_tiles_give(
+def test_products_in_the_shape_of_the_step_give_what_tiles_give(
     kind: str, order: list[int], bases: dict[str, nn.Module]
 ) -> None:
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    stacked, tiled, x = layer(bases[kind], False), layer(bases[kind]), rows(12, dtype=dtype)
+    untiled, tiled, x = layer(bases[kind], False), layer(bases[kind]), rows(12, dtype=dtype)
     for slot, rank in enumerate(order):
-        for module in (stacked, tiled):
+        for module in (untiled, tiled):
             module.put(slot, lora(rank, slot, scale=0.5 + slot))
-    got = run(stacked, x, tile(MIXES[:2], start=10), stack=stack(MIXES, start=1))
-    expected = run(tiled, x, tile(MIXES, start=1), tile(MIXES[:2], start=10))
-    _close(got, expected)
-    bare = run(tiled, x)
-    assert torch.equal(got[[0, 3, 9]], bare[[0, 3, 9]])
+    mixes = [*MIXES, *MIXES[:3]]
+    got, bare = run(untiled, x, mixes, start=1), run(untiled, x)
+    _close(got, run(tiled, x, mixes, start=1))
+    assert torch.equal(got[[0, 3, 11]], bare[[0, 3, 11]])
     assert not torch.equal(got[1], bare[1])
 
 
-def test_the_stack_grows_and_forgets_what_left(base: nn.Module) -> None:
-    stacked, tiled, x = layer(base, False), layer(base), rows(len(MIXES))
-
-    def put(slot: int, weights: LoraWeights | None) -> None:
-        for module in (stacked, tiled):
-            module.put(slot, weights)
-
-    def check() -> None:
-        _close(run(stacked, x, stack=stack(MIXES)), run(tiled, x, tile(MIXES)))
-
-    put(0, lora(4, 1))
-    check()
-    put(1, lora(20, 2))
-    assert sorted(stacked.stacked.by_rank) == [8, 32]
-    check()
-    put(1, None)
-    check()
-    put(1, lora(2, 3))
-    check()
-    put(0, None)
-    put(1, None)
-    assert torch.equal(run(stacked, x, stack=stack(MIXES)), base.get_submodule(LAYER)(x))
-    assert not stacked.stacked.by_rank
-    assert not stacked.filled
-    assert not tiled.filled
+def test_folding_the_scale_changes_no_bit() -> None:
+    weights, x = lora(8, 0), torch.randn(TILE, HIDDEN)
+    before = (x @ weights.a.T @ weights.b.T) * weights.scale
+    folded = weights.folded()
+    assert torch.equal(x @ folded.a.T @ folded.b.T, before)
+    assert lora(8, 0, scale=1.5).folded().scale == 1.5
+    huge = LoraWeights(weights.a, weights.b * 1e38, 2.0**8)
+    assert huge.folded().scale == 256.0, "B must stay finite"
 
 
 def test_a_slot_overwritten_counts_once(base: nn.Module) -> None:
@@ -261,7 +232,7 @@ def test_weighted_sums_are_peft_s_cat(
     for slot, folder in enumerate(folders):
         module.put(slot, load(base, folder)[LAYER])
     mixes = [{0: weights[0], 1: weights[1]}] * TILE
-    got = run(module, x, tile(mixes)) if tiled else run(module, x, stack=stack(mixes))
+    got = run(module, x, mixes)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (got - run(module, x)).abs().max() > 0.01
 
@@ -294,11 +265,11 @@ def test_an_embedding_is_equal_to_peft(
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     name = "model.embed_tokens"
-    module = SlotEmbedding(view(model).get_submodule(name), StepRows(), slots=SLOTS, tiled=tiled)
+    module = SlotEmbedding(view(model).get_submodule(name), StepRows(), ReferenceKernels(tiled=tiled))
     module.put(3, load(model, tmp_path)[name])
     ids = torch.arange(TILE)
     mixes: list[dict[int, float]] = [{3: 1.0} if i % 3 else {} for i in range(TILE)]
-    got = run(module, ids, tile(mixes)) if tiled else run(module, ids, stack=stack(mixes))
+    got = run(module, ids, mixes)
     with torch.inference_mode():
         expected = theirs.eval().base_model.model.get_submodule(name)(ids).to(got.dtype)
         bare = model.get_submodule(name)(ids)

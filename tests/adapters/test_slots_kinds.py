@@ -11,15 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.adapters.kinds import KINDS, TOKENS, peft_adapter, weights_of
+from tests.rows import owned, row_map
 from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
+from onebase_engine.kernels.interface import TILE, RowMap
+from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora import linear as token_head
 from onebase_engine.lora.linear import TokenHead
-from onebase_engine.lora.rows import TILE, RowMap, Stack, StepRows, Term, Tile
+from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
 from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, composable
 
@@ -62,7 +65,7 @@ class Bench:
         self.references: list[Any] = [peft_adapter(base, kind, i + 1) for i, kind in enumerate(kinds)]
         self.step = StepRows()
         self.served: Any = view(base)
-        self.modules = wrap_layers(self.served, self.step, slots=len(kinds), tiled=tiled)
+        self.modules = wrap_layers(self.served, self.step, ReferenceKernels(tiled=tiled), slots=len(kinds))
         self.adapter_slots = AdapterSlots(self.modules, len(kinds), torch.device("cpu"))
         self.weights = [weights_of(model) for model in self.references]
         for slot, weights in enumerate(self.weights):
@@ -92,21 +95,7 @@ class Bench:
 
 
 def one_slot(slot: int) -> RowMap:
-    return RowMap((Tile(0, TILE, (Term(slot),)),))
-
-
-def mixed(owners: list[int | None], slots: int, *, stacked: bool = False, tiled: bool = True) -> RowMap:
-    """A tile whose row i belongs to the slot `owners[i]`, as the engine's packer describes it."""
-    weight = torch.zeros(TILE, slots)
-    for row, slot in enumerate(owners):
-        if slot is not None:
-            weight[row, slot] = 1.0
-    used = frozenset(slot for slot in owners if slot is not None)
-    stack = Stack(0, TILE, weight, plain=True, used=used)
-    if not tiled:
-        return RowMap(stack=stack)
-    terms = tuple(Term(slot, mask=weight[:, slot, None] != 0) for slot in sorted(used))
-    return RowMap((Tile(0, TILE, terms, stack if stacked and len(terms) > 1 else None),))
+    return owned([slot] * TILE)
 
 
 # ---- each kind alone ------------------------------------------------------------------------
@@ -169,11 +158,9 @@ def crowd(request: pytest.FixtureRequest, bases: Any) -> Bench:
 
 
 @settings(max_examples=15, deadline=None)
-@given(owners=OWNERS, seed=st.integers(0, 1000), stacked=st.booleans())
-def test_each_row_of_any_mixture_equals_peft_alone(
-    crowd: Bench, owners: list[int | None], seed: int, stacked: bool
-) -> None:
-    rows = mixed(owners, len(ALL), stacked=stacked)
+@given(owners=OWNERS, seed=st.integers(0, 1000))
+def test_each_row_of_any_mixture_equals_peft_alone(crowd: Bench, owners: list[int | None], seed: int) -> None:
+    rows = owned(owners)
     for name in crowd.modules:
         x = crowd.input(name, seed)
         got = crowd.run(name, x, rows)
@@ -191,15 +178,6 @@ MIXES = st.lists(
 )
 
 
-def weighted(mixes: list[dict[int, float]]) -> RowMap:
-    """A tile whose row i has the slots and weights `mixes[i]`."""
-    terms = []
-    for slot in sorted({slot for mix in mixes for slot in mix}):
-        column = torch.tensor([[mix.get(slot, 0.0)] for mix in mixes])
-        terms.append(Term(slot, mask=column != 0, weight=column))
-    return RowMap((Tile(0, TILE, tuple(terms)),))
-
-
 @settings(max_examples=10, deadline=None)
 @given(mixes=MIXES, row=st.integers(0, TILE - 1), seed=st.integers(0, 1000))
 def test_a_weighted_row_has_the_same_bits_beside_rows_of_any_kind(
@@ -209,16 +187,16 @@ def test_a_weighted_row_has_the_same_bits_beside_rows_of_any_kind(
     lonely[row] = mixes[row]
     for name in crowd.modules:
         x = crowd.input(name, seed)
-        crowded = crowd.run(name, x, weighted(mixes))[row]
-        assert torch.equal(crowded, crowd.run(name, x, weighted(lonely))[row]), name
+        crowded = crowd.run(name, x, row_map(mixes))[row]
+        assert torch.equal(crowded, crowd.run(name, x, row_map(lonely))[row]), name
 
 
 @settings(max_examples=10, deadline=None)
 @given(owners=OWNERS, seed=st.integers(0, 1000))
-def test_each_row_on_the_stack_of_accelerators_is_peft_s_up_to_rounding(
+def test_each_row_in_the_shape_of_the_step_is_peft_s_up_to_rounding(
     accelerator: Bench, owners: list[int | None], seed: int
 ) -> None:
-    rows = mixed(owners, len(ALL), tiled=False)
+    rows = owned(owners)
     for name in accelerator.modules:
         x = accelerator.input(name, seed)
         got = accelerator.run(name, x, rows)
@@ -233,7 +211,7 @@ def accelerator(bases: Any) -> Bench:
     return Bench(bases("llama", "fp32"), ALL, tiled=False)
 
 
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiled", "stack"])
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiled", "untiled"])
 @pytest.mark.parametrize(
     "broken", [k for k in KINDS if k not in ("rslora", "bias odd scale", "dora odd scale")]
 )
@@ -241,7 +219,7 @@ def test_what_overflows_in_one_kind_reaches_no_other_row(broken: str, tiled: boo
     kinds = [broken, "lora", "dora", "bias", "tokens", "saved norms"]
     bench = Bench(bases("llama", "fp32"), kinds, tiled=tiled)
     owners: list[int | None] = [None if i % 7 == 6 else i % 7 for i in range(TILE)]
-    rows = mixed(owners, len(kinds), tiled=tiled)
+    rows = owned(owners)
     mine = torch.tensor([owner == 0 for owner in owners])
     for seed, name in enumerate(bench.weights[0]):
         module, x = bench.modules[name], bench.input(name, seed)
@@ -277,12 +255,12 @@ def test_a_tied_head_has_the_bits_of_the_whole_product_whichever_way_it_takes(
     base = nn.Linear(hidden, 700, bias=False, dtype=dtype)
     indices, rows = torch.tensor([3, 40, 699]), torch.randn(3, hidden, generator=draw)
     x = torch.randn(TILE, hidden, generator=draw).to(dtype)
-    known: dict[tuple[int, ...], bool] = {}
+    monkeypatch.setattr(token_head, "_exact", {})
     with torch.inference_mode():
-        got = TokenHead(base, TokenRows(indices, rows), known)(x, base(x))
+        got = TokenHead(base, TokenRows(indices, rows), exact=True)(x, base(x))
         expected = functional.linear(x, base.weight.index_copy(0, indices, rows.to(dtype)))
     assert torch.equal(got, expected)
-    assert len(known) == 1
+    assert len(token_head._exact) == 1
 
 
 @pytest.mark.parametrize(
@@ -295,7 +273,7 @@ def test_a_tied_head_has_the_bits_of_the_whole_product_whichever_way_it_takes(
 )
 def test_weights_without_a_meaning_for_a_module_are_refused(base: nn.Module, weights: Any) -> None:
     kind = SlotEmbedding if isinstance(base, nn.Embedding) else SlotNorm
-    module = kind(base, StepRows(), slots=1, tiled=True)
+    module = kind(base, StepRows(), ReferenceKernels())
     with pytest.raises(TypeError, match="cannot act on"):
         module.put(0, weights)
     assert not module.filled
@@ -303,7 +281,8 @@ def test_weights_without_a_meaning_for_a_module_are_refused(base: nn.Module, wei
 
 def test_a_saved_module_or_token_rows_on_a_quantized_layer_are_refused(bases: Any) -> None:
     base = bases("llama", "nf4")
-    layer = SlotLinear(base.get_submodule("model.layers.0.mlp.up_proj"), StepRows(), slots=1, tiled=True)
+    up = base.get_submodule("model.layers.0.mlp.up_proj")
+    layer = SlotLinear(up, StepRows(), ReferenceKernels(), slots=1)
     for weights in (SavedModule(torch.ones(192, 128)), TokenRows(torch.tensor([1]), torch.ones(1, 128))):
         with pytest.raises(TypeError, match="cannot act on Linear4bit"):
             layer.put(0, weights)

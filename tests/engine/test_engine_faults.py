@@ -22,7 +22,7 @@ from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import FrameReader, RowOutput
 from onebase_engine.engine.scheduler import Limits
-from onebase_engine.lora.rows import TILE
+from onebase_engine.kernels.interface import TILE
 from onebase_engine.lora.weights import AdapterWeights
 from onebase_server.processes import engine as process
 
@@ -87,7 +87,7 @@ class Flaky:
         cache = self._engine.model._attention.cache
         assert cache is not None
         for tensor in (*cache.keys.values(), *cache.values.values()):
-            tensor[:, batch.attention.write_slots] = torch.nan
+            tensor[:, batch.contexts.write] = torch.nan
         raise error
 
 
@@ -198,7 +198,7 @@ def test_a_prefill_that_memory_does_not_hold_is_computed_in_smaller_chunks(
     engine = create(base, max_rows=8)
 
     def full(batch: Batch) -> Exception | None:
-        return torch.OutOfMemoryError("out of memory") if len(batch.attention.write_slots) > TILE else None
+        return torch.OutOfMemoryError("out of memory") if len(batch.contexts.write) > TILE else None
 
     flaky = Flaky(engine, full)
     crowd(engine, weights)

@@ -18,13 +18,12 @@ from tests.tiny import load_folder, save_adapter, save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
-from onebase_engine.engine import batch
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.drafts import MATCHED, Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.product_shapes import ProductShapes
 from onebase_engine.engine.row import Plan
+from onebase_engine.kernels import reference
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -94,19 +93,18 @@ def test_logprobs_are_bit_equal_when_decodes_attend_in_groups(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = scored(lab.engine(), ASKED)
-    monkeypatch.setattr(batch, "MAX_DECODE_CONTEXT", 150)
+    monkeypatch.setattr(reference, "MAX_DECODE_CONTEXT", 150)
     assert scored(lab.engine(), ASKED) == together
 
 
 def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batch, "MAX_DECODE_CONTEXT", 100)
-    products = ProductShapes()
-    assert batch._decode_groups([], products) == []
-    assert batch._decode_groups([25] * 4, products) == [(0, 4)]
-    assert batch._decode_groups([25] * 5, products) == [(0, 4), (4, 5)]
-    assert batch._decode_groups([10, 10, 500, 10, 10], products) == [(0, 2), (2, 3), (3, 5)]
+    monkeypatch.setattr(reference, "MAX_DECODE_CONTEXT", 100)
+    assert reference._decode_groups([]) == []
+    assert reference._decode_groups([25] * 4) == [(0, 4)]
+    assert reference._decode_groups([25] * 5) == [(0, 4), (4, 5)]
+    assert reference._decode_groups([10, 10, 500, 10, 10]) == [(0, 2), (2, 3), (3, 5)]
 
 
 def test_logprobs_are_bit_equal_after_preemption(lab: Lab) -> None:
@@ -287,7 +285,7 @@ def texts_of(asked: list[Request], found: list[list[protocol.TokenLogprob]]) -> 
 
 def check_drafted(engine: Engine) -> None:
     assert engine.pool.free == engine.pool.capacity
-    if engine.model.kernels is not None:
+    if engine.model.kernels.drafts:
         assert 0 < engine.counters.right_draft_tokens < engine.counters.draft_tokens
 
 
@@ -310,7 +308,7 @@ def test_tokens_and_logprobs_are_bit_equal_with_drafts_right_and_wrong(
     assert scored(engine, asked, **settings) == expected
     if settings.keys() & PENALIZED.keys():
         assert not engine.counters.draft_tokens
-    elif engine.model.kernels is not None:
+    elif engine.model.kernels.drafts:
         assert engine.counters.steps < 24, "one step gives several tokens"
         check_drafted(engine)
 

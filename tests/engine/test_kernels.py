@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, requests, run
+from tests.rows import row_map
 from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
@@ -22,11 +24,14 @@ from onebase_engine.base.layers import plain_absmax
 from onebase_engine.base.load import BaseSettings, import_bitsandbytes, load_base
 from onebase_engine.engine import model
 from onebase_engine.kernels import cpu
-from onebase_engine.kernels.cpu import Contexts, CpuKernels, NativeLinear, RowTerms
+from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
+from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, RowMap
 from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
 NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+NOBODY = RowMap()
 chosen: list[str] = []
 """By the fixture that is alive."""
 EPS = torch.finfo(torch.bfloat16).eps
@@ -43,7 +48,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
     one = CpuKernels(found.library, request.param)
     if request.param == "portable":
         # It may round a product before it is added, and has no sums of PyTorch's.
-        one.order = cpu._one_block  # type: ignore[method-assign, assignment]
+        one.order = lambda inner, outer: (cpu._one_block(inner, outer), False)  # type: ignore[method-assign]
     chosen.append(request.param)
     yield one
     chosen.clear()
@@ -99,7 +104,7 @@ def plain(layer: Any) -> torch.Tensor:
 
 def native(kernels: CpuKernels, layer: Any, slots: int = 4) -> NativeLinear:
     """The layer without a trial: on most instructions bits are not PyTorch's, but the function is."""
-    found = NativeLinear(kernels, layer, slots)
+    found = NativeLinear(kernels, layer, slots, ReferenceLinear(layer, tiled=True), unpacked=False)
     found.structure.block = min(512, layer.in_features) if kernels.name != "amx" else layer.in_features
     return found
 
@@ -126,7 +131,7 @@ def test_a_4_bit_product_is_that_with_the_weights_of_bitsandbytes(
     layer = nf4(size_in, size_out + size_out % 2, blocksize=blocksize, bias=bias, seed=seed)
     x = random(rows, size_in, seed=seed).to(torch.bfloat16)
     exact = x.double() @ plain(layer).double().T + (layer.bias.double() if bias else 0)
-    close(native(kernels, layer)(x, None), exact, size_in)
+    close(native(kernels, layer)(x, NOBODY), exact, size_in)
 
 
 @settings(max_examples=15, deadline=None)
@@ -136,13 +141,13 @@ def test_a_plain_product_is_that_of_its_weights(
 ) -> None:
     layer = nn.Linear(size_in, size_out, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     x = random(rows, size_in, seed=seed).to(torch.bfloat16)
-    close(native(kernels, layer)(x, None), x.double() @ layer.weight.double().T, size_in)
+    close(native(kernels, layer)(x, NOBODY), x.double() @ layer.weight.double().T, size_in)
 
 
 @pytest.mark.parametrize("blocksize", [64, 128, 256])
 def test_each_weight_has_the_bits_that_bitsandbytes_gives(kernels: CpuKernels, blocksize: int) -> None:
     layer = nf4(256, 80, blocksize=blocksize)
-    assert torch.equal(native(kernels, layer)(torch.eye(256).to(torch.bfloat16), None).T, plain(layer))
+    assert torch.equal(native(kernels, layer)(torch.eye(256).to(torch.bfloat16), NOBODY).T, plain(layer))
 
 
 # ---- adapters ------------------------------------------------------------------------------
@@ -159,14 +164,6 @@ def lora(rank: int, seed: int, scale: float = 2.0) -> LoraWeights:
     return LoraWeights(random(rank, IN, seed=seed) * 0.1, random(OUT, rank, seed=seed + 50) * 0.1, scale)
 
 
-def terms_of(mixes: list[dict[int, float]]) -> RowTerms:
-    groups: dict[tuple[tuple[int, float], ...], list[int]] = {}
-    for row, mix in enumerate(mixes):
-        if mix:
-            groups.setdefault(tuple(sorted(mix.items())), []).append(row)
-    return RowTerms([(rows, terms) for terms, rows in groups.items()])
-
-
 @pytest.fixture(scope="module")
 def adapted(kernels: CpuKernels) -> tuple[NativeLinear, Any, list[LoraWeights]]:
     layer = nf4(IN, OUT)
@@ -174,7 +171,9 @@ def adapted(kernels: CpuKernels) -> tuple[NativeLinear, Any, list[LoraWeights]]:
     found = native(kernels, layer, SLOTS)
     for slot, one in enumerate(weights):
         found.put(slot, one)
-    assert not found.foreign
+    assert (
+        kernels.name == "portable" or all(found.exact(slot) for slot in range(SLOTS)) or not found.exact_base
+    )
     return found, layer, weights
 
 
@@ -185,10 +184,10 @@ def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
 ) -> None:
     found, _, weights = adapted
     x = random(len(mixes), IN, seed=seed).to(torch.bfloat16)
-    bare, got = found(x, None), found(x, terms_of(mixes))
+    bare, got = found(x, NOBODY), found(x, row_map(mixes))
     for row, mix in enumerate(mixes):
         # The products of 32 rows are those whose order is looked for.
-        wide = x[row].float().expand(cpu.TRIAL_ROWS, IN).contiguous()
+        wide = x[row].float().expand(TILE, IN).contiguous()
         total: torch.Tensor | None = None
         for slot, weight in sorted(mix.items()):
             one = weights[slot]
@@ -211,14 +210,14 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours_or_on_threads(
 ) -> None:
     found, _, _ = adapted
     x = random(len(mixes), IN, seed=len(mixes)).to(torch.bfloat16)
-    together = found(x, terms_of(mixes))
+    together = found(x, row_map(mixes))
     row = data.draw(st.integers(0, len(mixes) - 1))
-    assert torch.equal(found(x[row : row + 1], terms_of(mixes[row : row + 1]))[0], together[row])
+    assert torch.equal(found(x[row : row + 1], row_map(mixes[row : row + 1]))[0], together[row])
     library = found.kernels.library
     try:
         for threads in (1, 3, 7):
             library.onebase_use_threads(threads)
-            assert torch.equal(found(x, terms_of(mixes)), together)
+            assert torch.equal(found(x, row_map(mixes)), together)
     finally:
         library.onebase_use_threads(found.kernels.threads)
 
@@ -229,9 +228,9 @@ def test_an_adapter_that_overflows_reaches_no_other_row(kernels: CpuKernels) -> 
     found.put(1, LoraWeights(torch.full((8, IN), float("inf")), torch.ones(OUT, 8), 1.0))
     x = random(6, IN).to(torch.bfloat16)
     mixes: list[dict[int, float]] = [{0: 1.0}, {1: 1.0}, {}, {0: 1.0}, {1: 1.0}, {}]
-    got = found(x, terms_of(mixes))
-    assert torch.equal(got[[0, 3]], found(x[[0, 3]], terms_of([mixes[0]] * 2)))
-    assert torch.equal(got[[2, 5]], found(x[[2, 5]], None))
+    got = found(x, row_map(mixes))
+    assert torch.equal(got[[0, 3]], found(x[[0, 3]], row_map([mixes[0]] * 2)))
+    assert torch.equal(got[[2, 5]], found(x[[2, 5]], NOBODY))
     assert not torch.isfinite(got[[1, 4]]).any()
 
 
@@ -240,9 +239,9 @@ def test_a_slot_that_is_emptied_acts_no_more(kernels: CpuKernels) -> None:
     found.put(2, lora(8, 1))
     x = random(3, IN).to(torch.bfloat16)
     mixes: list[dict[int, float]] = [{2: 1.0}] * 3
-    assert not torch.equal(found(x, terms_of(mixes)), found(x, None))
+    assert not torch.equal(found(x, row_map(mixes)), found(x, NOBODY))
     found.put(2, None)
-    assert torch.equal(found(x, terms_of(mixes)), found(x, None))
+    assert torch.equal(found(x, row_map(mixes)), found(x, NOBODY))
 
 
 @pytest.mark.parametrize("rank", [2, 4, 7, 8, 16, 64, 300])
@@ -250,11 +249,11 @@ def test_a_slot_that_is_emptied_acts_no_more(kernels: CpuKernels) -> None:
 def test_the_order_in_which_pytorch_sums_is_found(best: CpuKernels, inner: int, rank: int) -> None:
     if best.name == "portable":
         pytest.skip("it has no sums of PyTorch's")
-    order = best.order(inner, rank)
-    if order is None and rank in (2, 7):
+    order, found = best.order(inner, rank)
+    if not found and rank in (2, 7):
         pytest.skip("MKL sums so few outputs by where they lie in memory")
-    assert order is not None
-    x, weight = random(cpu.TRIAL_ROWS, inner, seed=5), random(rank, inner, seed=6)
+    assert found
+    x, weight = random(TILE, inner, seed=5), random(rank, inner, seed=6)
     assert torch.equal(best._sums(order, x, weight), functional.linear(x, weight))
 
 
@@ -298,7 +297,7 @@ class Cache:
     """A KV cache of one layer, and contexts in blocks that lie anywhere in it."""
 
     def __init__(
-        self, kernels: CpuKernels, kv_heads: int, groups: int, dim: int, block: int, **options: Any
+        self, kernels: Kernels, kv_heads: int, groups: int, dim: int, block: int, **options: Any
     ) -> None:
         self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
         self.blocks = 4096 // block
@@ -307,7 +306,7 @@ class Cache:
         )
         self.tensors = keys, values
         self.options = {"scaling": dim**-0.5, "softcap": None, "window": None} | options
-        self.attention = kernels.attention(keys, values, self.heads, block, **self.options)
+        self.attention = kernels.attention(keys, values, block, **self.options)
         self.order = torch.randperm(self.blocks - 2, generator=torch.Generator().manual_seed(1)) + 2
         self.taken = 0
 
@@ -417,7 +416,7 @@ def test_a_norm_has_the_bits_of_the_base_s(best: CpuKernels, size: int) -> None:
 
     base = LlamaRMSNorm(size, 1e-5).to(torch.bfloat16)
     base.weight.data = random(size, seed=3).to(torch.bfloat16)
-    norm = best.rms_norm(base.requires_grad_(False))
+    norm = best.norm(base.requires_grad_(False))
     assert norm is not None
     for rows in (1, 5, 100):
         x = (random(rows, size, seed=rows) * 10).to(torch.bfloat16)
@@ -429,8 +428,43 @@ def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels)
 
     gemma = Gemma2RMSNorm(64).to(torch.bfloat16).requires_grad_(False)
     gemma.weight.fill_(0.5)
-    assert best.rms_norm(gemma) is None
-    assert best.rms_norm(nn.LayerNorm(64, dtype=torch.bfloat16)) is None
+    for norm in (gemma, nn.LayerNorm(64, dtype=torch.bfloat16)):
+        assert best.norm(norm) is norm
+
+
+# ---- all of the interface ------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(mixes=MIXES, seed=st.integers(0, 9), lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4))
+def test_every_method_does_what_the_reference_does(
+    kernels: CpuKernels, mixes: list[dict[int, float]], seed: int, lengths: list[int]
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    layer, x = nf4(IN, OUT, bias=True), random(len(mixes), IN, seed=seed).to(torch.bfloat16)
+    both = [one.linear(layer, SLOTS) for one in (kernels, ReferenceKernels())]
+    for linear in both:
+        for slot in range(SLOTS):
+            linear.put(slot, lora(4 + 5 * slot, slot))
+    got, expected = (linear(x, row_map(mixes)) for linear in both)
+    torch.testing.assert_close(got, expected, rtol=2 * EPS, atol=0.02)
+
+    norm = LlamaRMSNorm(IN, 1e-5).to(torch.bfloat16).requires_grad_(False)
+    got, expected = (one.norm(norm)(x) for one in (kernels, ReferenceKernels()))
+    torch.testing.assert_close(got, expected, rtol=2 * EPS, atol=1e-3)
+
+    caches = [Cache(one, 2, 3, 64, 16, softcap=20.0, window=50) for one in (kernels, ReferenceKernels())]
+    q, k, v = projected(caches[0], sum(lengths), seed)
+    outs = [cache.run([(cache.context(n), 0, n) for n in lengths], q, k, v) for cache in caches]
+    torch.testing.assert_close(outs[0], outs[1], rtol=4 * EPS, atol=0.02)
+    assert torch.equal(caches[0].tensors[0], caches[1].tensors[0])
+
+    zeros = np.zeros(3)
+    greedy = Draws(zeros, zeros.astype(np.int64), zeros + 1, zeros, zeros)
+    rows = [*random(2, 500, seed=seed), torch.full((500,), float("nan"))]
+    drawn = [one.draw(rows, greedy) for one in (kernels, ReferenceKernels())]
+    assert drawn[0] == drawn[1] == [int(rows[0].argmax()), int(rows[1].argmax()), None]
 
 
 # ---- the library ---------------------------------------------------------------------------
@@ -439,11 +473,11 @@ def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels)
 def test_a_forked_child_computes_with_threads_of_its_own(kernels: CpuKernels) -> None:
     found = native(kernels, nf4(192, 1024))
     x = random(40, 192).to(torch.bfloat16)
-    expected = found(x, None).view(torch.int16).numpy()
+    expected = found(x, NOBODY).view(torch.int16).numpy()
     child = os.fork()
     if not child:
         # By numpy: PyTorch's own threads are not there.
-        os._exit(0 if (found(x, None).view(torch.int16).numpy() == expected).all() else 1)
+        os._exit(0 if (found(x, NOBODY).view(torch.int16).numpy() == expected).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -453,7 +487,7 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
     assert ctypes.sizeof(cpu._Attention) == 6 * 8 + 2 * 8 + 2 * 4 + 8
     assert ctypes.sizeof(cpu.Call) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
-    assert ctypes.sizeof(cpu.Draw) == 4 * 8 + 4 * 4
+    assert ctypes.sizeof(cpu._Draw) == 4 * 8 + 4 * 4
 
 
 # ---- fewer calls ---------------------------------------------------------------------------
@@ -473,7 +507,7 @@ def test_fused_calls_give_each_row_the_bits_of_single_ones(
     together = run(fused, asked)
     monkeypatch.setattr(model, "fuse", lambda *_: [])
     assert together == run(lab.engine(), asked)
-    if fused.model.kernels is not None and attention.q_proj.native is not None:
+    if attention.q_proj.native is not None:
         assert "forward" in vars(mlp)
         assert "forward" in vars(attention)
         assert attention.q_proj.shared is attention.v_proj.shared is not None
@@ -488,7 +522,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = native(kernels, nf4(IN, IN), slots)
 
-    def forward(self, x: torch.Tensor, rows: RowTerms | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
         return x + self.layer(x.view(-1, IN), rows).view(x.shape)
 
 
@@ -507,14 +541,14 @@ def test_recorded_calls_compute_for_other_rows_and_adapters_what_the_module_does
     fixed = Fixed(random(1, count, IN).to(torch.bfloat16))
     with torch.inference_mode():
         with Recording(kernels, Arena(), [fixed]) as recording:
-            first = block(fixed.tensor, None)
+            first = block(fixed.tensor, NOBODY)
         program = recording.program(first)
         for slot in range(SLOTS):
             block.layer.put(slot, LoraWeights(random(8, IN, seed=slot), random(IN, 8, seed=slot), 0.1))
         for number in range(2):
             x = random(1, count, IN, seed=seed + number).to(torch.bfloat16)
-            expected = block(x, terms_of(mixes))
-            assert torch.equal(program.run([x], terms_of(mixes), STEP), expected)
+            expected = block(x, row_map(mixes))
+            assert torch.equal(program.run([x], row_map(mixes), STEP), expected)
 
 
 def test_what_the_kernels_do_not_compute_is_not_recorded(kernels: CpuKernels) -> None:
@@ -528,16 +562,16 @@ def test_what_the_kernels_do_not_compute_is_not_recorded(kernels: CpuKernels) ->
         return recording.program(result)
 
     def other_result(x: torch.Tensor) -> torch.Tensor:
-        block(x, None)
+        block(x, NOBODY)
         return stray
 
-    record(lambda x: block(x, None))
+    record(lambda x: block(x, NOBODY))
     with pytest.raises(UnrecordableError):
-        record(lambda x: block(x * 2, None))
+        record(lambda x: block(x * 2, NOBODY))
     with pytest.raises(UnrecordableError):
-        record(lambda x: block(stray, None))
+        record(lambda x: block(stray, NOBODY))
     with pytest.raises(UnrecordableError):
-        record(lambda x: x + block(x, None)[..., :1])
+        record(lambda x: x + block(x, NOBODY)[..., :1])
     with pytest.raises(UnrecordableError):
         record(other_result)
     assert kernels.recorder is None, "what fails records nothing more"
@@ -552,7 +586,7 @@ def test_results_of_recorded_calls_stay_where_they_were_when_more_rows_come(kern
             fixed = Fixed(random(1, count, IN, seed=count).to(torch.bfloat16))
             x = fixed.tensor.clone()
             with Recording(kernels, arena, [fixed]) as recording:
-                result = block(fixed.tensor, None)
+                result = block(fixed.tensor, NOBODY)
             programs.append((recording.program(result), x, result.clone()))
         for program, x, expected in programs:
-            assert torch.equal(program.run([x], RowTerms([]), STEP), expected)
+            assert torch.equal(program.run([x], NOBODY, STEP), expected)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -13,11 +13,12 @@ from torch import nn
 
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_engine.engine import attention, product_shapes
 from onebase_engine.engine import messages as protocol
+from onebase_engine.engine import model as served_model
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.product_shapes import Heads, ProductShapes, find_shapes
 from onebase_engine.engine.scheduler import Limits
+from onebase_engine.kernels.interface import Contexts
+from onebase_engine.kernels.reference import ReferenceKernels
 
 LONGEST = 4224
 Scores = list[protocol.TokenLogprob]
@@ -28,15 +29,15 @@ CASES = {
     "bf16 grouped": ("grouped", torch.bfloat16, False, 3990),
     "bf16 multi-head": ("multi-head", torch.bfloat16, False, 2500),
     "bf16 multi-query": ("multi-query", torch.bfloat16, False, 2500),
-    "bf16 of fixed shape": ("grouped", torch.bfloat16, True, 2500),
+    "bf16 by PyTorch": ("grouped", torch.bfloat16, True, 2500),
     "fp32": ("grouped", torch.float32, False, 2500),
 }
-"""Of a base: its heads, its dtype, whether all products have one shape; and its rows' longest neighbour."""
+"""Of a base: its heads, its dtype, whether PyTorch computes; and its rows' longest neighbour."""
 
 
 @pytest.fixture(scope="module", params=list(CASES))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[nn.Module]:
-    heads, dtype, fixed, longest = CASES[request.param]
+    heads, dtype, by_pytorch, longest = CASES[request.param]
     torch.manual_seed(0)
     config = tf.LlamaConfig(
         vocab_size=320,
@@ -58,8 +59,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             layer.self_attn.o_proj.weight.mul_(20)
     model.save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        if fixed:
-            patch.setattr(attention, "find_shapes", lambda *_: ProductShapes(fixed=True))
+        if by_pytorch:
+            patch.setattr(served_model, "find_kernels", lambda *_: ReferenceKernels())
         yield load_base(BaseSettings(folder, quantization="none", dtype=dtype))
 
 
@@ -135,28 +136,40 @@ def test_a_long_rows_logprobs_are_the_same_after_preemption(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("heads", list(HEADS))
-def test_a_decode_sums_in_the_order_of_a_prefill_whatever_it_is_padded_to(
+def test_pytorchs_decode_sums_in_the_order_of_its_prefill_whatever_it_is_padded_to(
     heads: str, dtype: torch.dtype
 ) -> None:
     queries, kv = HEADS[heads]
-    products = find_shapes(frozenset([Heads(kv, queries // kv, 64, 64)]), dtype, LONGEST)
-    for length in (512, 1024, 2048, 4096):
-        # The weighted sum of values is zero but for rounding, so that its order shows in every bit.
-        generator = torch.Generator().manual_seed(length)
-        key, value, query = torch.randn(3, length // 2, 64, generator=generator).to(dtype)
-        order = torch.randperm(length, generator=generator)
-        pairs = torch.cat([key, key])[order], torch.cat([value, -value])[order]
-        ends = {products.padded(length), products.padded(length + 1), LONGEST + 128}
-        rows: list[torch.Tensor] = []
-        for padded in (end for end in ends if products.side(end) == products.side(length)):
-            k, v = (nn.functional.pad(x, (0, 0, 0, padded - length)).repeat(kv, 1, 1) for x in pairs)
-            for count in (1, 5, 128):
-                q = query[0].repeat(kv, queries // kv * count, 1)
-                hidden = (torch.arange(padded) >= length).expand(1 if count == 1 else q.shape[1], -1)
-                scores = attention._Scores(0.1, softcap=None, window=None)
-                rows += attention._attend(q, k, v, hidden, scores, products).reshape(-1, 64)
+    for length in (512, 1023, 1024, 2048):
+        attention = _Attention(length, queries, kv, dtype)
+        rows = [attention.last(first, at) for first in (0, length - 1, length - 5, 300) for at in (0, 3000)]
         assert all(torch.equal(row, rows[0]) for row in rows)
         assert rows[0].any()
+
+
+class _Attention:
+    """A context whose weighted sum of values is zero but for rounding: its order shows in every bit."""
+
+    def __init__(self, length: int, queries: int, kv: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(length)
+        key, value, query = torch.randn(3, -(-length // 2), 64, generator=generator).to(dtype)
+        order = torch.randperm(length, generator=generator)
+        k, v = (torch.cat([x, y])[order].repeat(kv, 1, 1) for x, y in ((key, key), (value, -value)))
+        self._length = length
+        self._projected = query[0].repeat(queries, length, 1), k, v
+        keys, values = (torch.zeros(kv, 5120, 64, dtype=dtype) for _ in range(2))
+        self._attention = ReferenceKernels().attention(keys, values, 16, 0.1, None, None)
+        self._table = np.full((2, 256), 2, dtype=np.int32)
+        self._table[0] = np.arange(2, 258)
+
+    def last(self, first: int, other: int) -> torch.Tensor:
+        """The row at the end, computed from position `first` on, next to a row at position `other`."""
+        at = np.arange(first, self._length, dtype=np.int32)
+        position, owner, write = (
+            np.append(some, one).astype(np.int32) for some, one in ((at, other), (at * 0, 1), (at + 32, 16))
+        )
+        q, k, v = (torch.cat([x[:, first:], x[:, :1]], dim=1) for x in self._projected)
+        return self._attention(q, k, v, Contexts(position, owner, write, self._table))[-2]
 
 
 @pytest.mark.full
@@ -165,50 +178,3 @@ def test_rows_of_the_default_base_are_their_own_next_to_longer_ones() -> None:
     together = serve(engine(base), [700, 1060], tokens=4)
     assert serve(engine(base, step_tokens=200), [1060], tokens=4) == {1060: together[1060]}
     assert serve(engine(base), [700], tokens=4) == {700: together[700]}
-
-
-def test_the_shapes_of_products_are_found_by_trial_and_lengths_never_cross_an_edge() -> None:
-    shapes = product_shapes._try_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.bfloat16, 2048)
-    assert shapes.fixed or shapes.queries >= 2, "a single row is summed in another order"
-    assert find_shapes(frozenset([Heads(2, 3, 64, 64)]), torch.float32, 2048) == ProductShapes(fixed=True)
-    shapes = ProductShapes(edges=(1024, 4096))
-    assert list(shapes.parts(1000, 5000)) == [(1000, 1024), (1024, 4096), (4096, 5000)]
-    assert list(shapes.parts(1024, 4096)) == [(1024, 4096)]
-    for length in range(1, 9000):
-        padded = shapes.padded(length)
-        assert length <= padded <= max(length + 63, length * 1.07)
-        assert shapes.side(padded) == shapes.side(length)
-        assert ProductShapes(fixed=True).padded(length) % 256 == 0
-
-
-def test_what_a_trial_found_is_kept_for_this_machine_and_this_number_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trials: list[ProductShapes] = []
-
-    def trial(heads: frozenset[Heads], dtype: torch.dtype, longest: int) -> ProductShapes:
-        trials.append(ProductShapes((longest,), len(trials) + 2))
-        return trials[-1]
-
-    def find(longest: int = 1024) -> ProductShapes:
-        return find_shapes.__wrapped__(frozenset([Heads(2, 3, 64, 64)]), torch.bfloat16, longest)
-
-    monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(product_shapes, "_try_shapes", trial)
-    assert [find(), find(), find(2048), find()] == [trials[0], trials[0], trials[1], trials[0]]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert find() == find() == trials[2]
-    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
-    assert find() == find() == trials[3]
-    for broken in (b"", b"\xff", b"[]", b'{"edges": 3}'):
-        for file in tmp_path.glob("*/*.json"):
-            file.write_bytes(broken)
-        assert find() == find() == trials[-1]
-    assert len(trials) == 8
-    monkeypatch.setenv("ONEBASE_CACHE", str(next(tmp_path.glob("*/*.json"))))
-    assert [find(), find()] == trials[8:], "a cache that cannot be written costs a trial"
-    monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path / "unknown"))
-    monkeypatch.setattr(product_shapes, "_processor", list)
-    assert [find(), find()] == trials[10:], "nothing is kept for a processor that is not known"
-    assert not (tmp_path / "unknown").exists()

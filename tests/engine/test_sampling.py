@@ -15,20 +15,23 @@ from hypothesis import strategies as st
 from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
 from onebase_engine.engine.row import AdapterMix, Row
-from onebase_engine.engine.sampling import NUCLEUS_CANDIDATES, Drawn, score_prompt, uniform
-from onebase_engine.kernels.cpu import CpuKernels, load_library
+from onebase_engine.engine.sampling import Drawn, score_prompt, uniform
+from onebase_engine.kernels.cpu import load_library
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.reference import NUCLEUS_CANDIDATES, ReferenceKernels
 
 VOCAB = 40
 EOS = frozenset({2})
-chosen: list[CpuKernels | None] = [None]
+chosen: list[Kernels] = [ReferenceKernels()]
 
 
 @pytest.fixture(scope="module", autouse=True, params=["torch", "kernels"])
 def by(request: pytest.FixtureRequest) -> None:
     """What draws."""
-    chosen[0] = load_library() if request.param == "kernels" else None
-    if request.param == "kernels" and chosen[0] is None:
+    library = load_library() if request.param == "kernels" else None
+    if request.param == "kernels" and library is None:
         pytest.skip("the library in C was not built")
+    chosen[0] = library or ReferenceKernels()
 
 
 def draw(raw: torch.Tensor, rows: list[Row], eos_ids: frozenset[int]) -> list[Drawn]:
@@ -274,7 +277,9 @@ def test_kernels_draw_what_pytorch_does_for_vocabularies_of_any_size(
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     rows = [row(choice=i, seed=seed, **options) for i in range(3)]
     got = [one.token for one in sampling.draw(raw, rows, EOS, kernels)]
-    for i, (token, expected) in enumerate(zip(got, sampling.draw(raw, rows, EOS), strict=True)):
+    for i, (token, expected) in enumerate(
+        zip(got, sampling.draw(raw, rows, EOS, ReferenceKernels()), strict=True)
+    ):
         if token != expected.token:
             # Both are kept, and what lies between them is no more than a rounding of the sum.
             assert token is not None

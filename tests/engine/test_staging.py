@@ -26,7 +26,7 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.staging import Staging
-from onebase_engine.lora.stacked_weights import RankGroup
+from onebase_engine.lora.module import SlotModule
 from onebase_engine.lora.weights import AdapterWeights, tensors_of, weights_bytes
 
 PROMPT = tuple(range(5, 25))
@@ -153,14 +153,14 @@ def test_a_version_that_finds_no_memory_in_its_slot_leaves_none_behind(
         return SlowCopy(SlowCopies(polls=0), copied)
 
     engine = lab.engine(copy)
-    add, added = RankGroup.add, itertools.count()
+    put, added = SlotModule.put, itertools.count()
 
-    def adds_three(*arguments: Any) -> None:
+    def puts_three(*arguments: Any) -> None:
         if next(added) == 3:
             raise torch.OutOfMemoryError("no room")
-        add(*arguments)
+        put(*arguments)
 
-    monkeypatch.setattr(RankGroup, "add", adds_three)
+    monkeypatch.setattr(SlotModule, "put", puts_three)
     monkeypatch.setattr(
         logging.getLogger("onebase_engine.engine.engine"), "disabled", True
     )  # pytest keeps all

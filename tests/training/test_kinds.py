@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tests.matrix import matrix
+from tests.rows import owned
 from tests.training.runs import recipe_for, samples, tiny_base, trainer
 
 from onebase_adapters.proof.loader import load_adapter
@@ -18,7 +19,8 @@ from onebase_adapters.training.checkpoint import write_adapter
 from onebase_adapters.training.recipe import RecipeError
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
-from onebase_engine.lora.rows import RowMap, StepRows, Term, Tile
+from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, tensors_of
 
@@ -103,10 +105,10 @@ def _served_logits(
     """Of the server's own layers, with the version in slot 1."""
     tree: Any = view(base)
     rows = StepRows()
-    adapter_slots = AdapterSlots(wrap_layers(tree, rows, slots=2, tiled=True), 2, torch.device("cpu"))
+    adapter_slots = AdapterSlots(wrap_layers(tree, rows, ReferenceKernels(), slots=2), 2, torch.device("cpu"))
     adapter_slots.load(1, weights)
-    rows.tokens = RowMap((Tile(0, ids.shape[1], (Term(1),)),))
-    rows.logits = RowMap((Tile(0, len(places), (Term(1),)),))
+    rows.tokens = owned([1] * ids.shape[1])
+    rows.logits = owned([1] * len(places))
     with torch.inference_mode():
         logits: torch.Tensor = tree(input_ids=ids, logits_to_keep=places, use_cache=False).logits[0]
     return logits

@@ -1,15 +1,16 @@
 """The proof that what is served is what PEFT computes: module by module, on the same input.
 
 Logits alone prove little in NF4, where a product of 1e-5 moves them by more than 1. So each wrapped module
-(adapted or not) is compared with PEFT's module of the same name: bit-equal on the CPU, and within 1e-2 of
-PEFT's largest output on CUDA, where kernels choose their order of summation by the number of rows.
+(adapted or not) is compared with PEFT's module of the same name. Where trials on this machine have shown that
+the kernels sum as PyTorch does, its bits must be PEFT's. Elsewhere only the order of sums differs: then the
+result in fp64 is the judge, and the module must be no farther from it than PEFT's own output is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ from torch import nn
 
 from onebase_engine.base.view import view
 from onebase_engine.kernels.cpu import find_kernels
-from onebase_engine.lora.rows import TILE, RowGroup, RowMap, Stack, StepRows, Term, Tile
-from onebase_engine.lora.slots import AdapterSlots, wrap_layers
+from onebase_engine.kernels.interface import TILE, Kernels, RowGroup, RowMap
+from onebase_engine.kernels.reference import ReferenceLinear
+from onebase_engine.lora.module import StepRows
+from onebase_engine.lora.slots import AdapterSlots, SlotLinear, SlotModule, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
-CUDA_TOLERANCE = 1e-2
+TOLERANCE = 1e-2
+"""Of PEFT's largest output: for modules without PEFT's bits that have no result in fp64 (norms, embeddings,
+8-bit layers), which PyTorch computes on both sides."""
+ERROR_RATIO = 1.05
+"""How much farther from the result in fp64 than PEFT's output a module's may be, in the mean square: by
+rounding alone two orders of summation differ by less than a hundredth."""
 _VERSION, _OTHER = 0, 1
 """Slots of the version and of its neighbour."""
 _OTHER_RANK = 8
@@ -46,11 +54,14 @@ class ModuleProof:
 
     compared: int
     rows: int
-    exact: bool
-    """Compared bit by bit."""
+    exact: int
+    """Modules that had PEFT's bits."""
     largest_difference: float
-    """Of any output, relative to PEFT's largest of that module."""
-    kernels: str = "torch"
+    """Of any output from PEFT's, relative to PEFT's largest of that module."""
+    error_ratio: float
+    """Of modules without PEFT's bits: the largest distance from the result in fp64 (root mean square) by that
+    of PEFT's output; 0 without any."""
+    kernels: str
     """What computed: `torch`, or the kernels in C by their set of instructions."""
 
 
@@ -61,7 +72,7 @@ def prove_modules(
     weights: AdapterWeights,
     on_progress: Callable[[float], None] = lambda fraction: None,
     *,
-    exact: bool | None = None,
+    kernels: Kernels | None = None,
 ) -> ModuleProof:
     """Compare every wrapped module of a view of `base`, with `weights` in a slot, with PEFT's.
 
@@ -73,25 +84,42 @@ def prove_modules(
         weights: as the engine puts them into a slot.
         on_progress: called with the part that is done, 0 to 1, after each module; what it raises ends the
             proof.
-        exact: compare the CPU's way of serving bit by bit, or the accelerators' within a tolerance; None
-            chooses by the base's device.
+        kernels: what will serve; None: what serves on the base's device.
 
     Raises:
         ProofError: a module differs, or one that the version adapts is not served.
     """
-    bench = _Bench(base, weights, exact)
+    bench = _Bench(base, weights, kernels)
     model: Any = reference
     tree: nn.Module = model.get_base_model()
-    largest = 0.0
-    for done, name in enumerate(bench.names, start=1):
-        largest = max(largest, bench.prove(name, tree.get_submodule(name)))
-        on_progress(done / len(bench.names))
-    return ModuleProof(len(bench.names), TILE * len(bench.mixes), bench.exact, largest, bench.kernels)
+    found: list[_Distance] = []
+    for name in bench.names:
+        found.append(bench.prove(name, tree.get_submodule(name)))
+        on_progress(len(found) / len(bench.names))
+    return ModuleProof(
+        compared=len(found),
+        rows=TILE * len(bench.mixes),
+        exact=sum(one.difference == 0 for one in found),
+        largest_difference=max(one.difference for one in found),
+        error_ratio=max(one.ratio for one in found),
+        kernels=bench.kernels.name,
+    )
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """How far a module is from PEFT's: largest relative difference, and ratio of errors (0: bit-equal)."""
+
+    difference: float = 0.0
+    ratio: float = 0.0
+
+    def or_more(self, other: _Distance) -> _Distance:
+        return _Distance(max(self.difference, other.difference), max(self.ratio, other.ratio))
 
 
 @dataclass(frozen=True)
 class _BatchMix:
-    """Who has which of the rows. `mine` [rows, 1] bool: the version's; the others may be nobody's."""
+    """Who has which of the rows. `mine` [rows] bool: the version's; the others may be nobody's."""
 
     title: str
     rows: RowMap
@@ -102,17 +130,15 @@ class _BatchMix:
 class _Bench:
     """A wrapped view of the base with the version in one slot, and another for a neighbour."""
 
-    def __init__(self, base: nn.Module, weights: AdapterWeights, exact: bool | None) -> None:
+    def __init__(self, base: nn.Module, weights: AdapterWeights, kernels: Kernels | None) -> None:
         model: Any = base
         head: torch.Tensor = model.get_output_embeddings().weight
-        self.exact = head.device.type == "cpu" if exact is None else exact
         self._base = base
         self._weights = weights
         self._dtype, self._device = head.dtype, head.device
         self._step = StepRows()
-        kernels = find_kernels(self._device, self._dtype) if self.exact else None
-        self.kernels = "torch" if kernels is None else kernels.name
-        self._modules = wrap_layers(view(base), self._step, slots=2, tiled=self.exact, kernels=kernels)
+        self.kernels = kernels if kernels is not None else find_kernels(self._device, self._dtype)
+        self._modules = wrap_layers(view(base), self._step, self.kernels, slots=2)
         self.names = list(self._modules)
         unserved = sorted(weights.keys() - self._modules.keys())
         if unserved:
@@ -120,43 +146,100 @@ class _Bench:
         self._slots = AdapterSlots(self._modules, 2, self._device)
         self._slots.load(_VERSION, weights)
         self._random = torch.Generator().manual_seed(0)
-        self.mixes = list(
-            _batch_mixes(self._device, tiled=self.exact) if kernels is None else _grouped_mixes()
-        )
+        self.mixes = list(_batch_mixes(self._device))
 
-    def prove(self, name: str, expected: nn.Module) -> float:
-        """The largest relative difference of any output. Raises ProofError."""
-        bare, served = self._base.get_submodule(name), self._modules[name]
-        self._slots.load(_OTHER, {name: _neighbour(bare, self._weights.get(name))})
-        largest = 0.0
-        for x in self._inputs(bare, _trained_tokens(expected, self._weights.get(name))):
+    def prove(self, name: str, expected: nn.Module) -> _Distance:
+        """How far the module is from PEFT's. Raises ProofError."""
+        bare, served, own = self._base.get_submodule(name), self._modules[name], self._weights.get(name)
+        self._slots.load(_OTHER, {name: _neighbour(bare, own)})
+        found = _Distance()
+        for x in self._inputs(bare, _trained_tokens(expected, own)):
             wanted, unadapted = expected(x)[0], bare(x)[0]
+            truth = None
+            if not served.exact(_VERSION) and _has_truth(served):
+                truth = _Truth(bare, own, x[0])
             for mix in self.mixes:
-                self._step.tokens = self._step.logits = mix.rows
-                got, mine = served(x)[0], mix.mine
-                if mix.others_bare:
-                    right = torch.where(mine, wanted, unadapted)
-                else:
-                    got, right = got[mine[:, 0]], wanted[mine[:, 0]]
-                largest = max(largest, self._compare(name, mix.title, got, right))
+                got, mine = self._run(served, x, mix), mix.mine
+                right = torch.where(mine[:, None], wanted, unadapted)
+                some = torch.ones_like(mine) if mix.others_bare else mine
+                found = found.or_more(
+                    self._compare(served, name, mix.title, got[some], right[some], truth, mine[some], some)
+                )
+            if truth is not None and isinstance(own, LoraWeights):
+                self._prove_amplified(served, name, own, x, truth)
         self._slots.clear(_OTHER)
-        return largest
+        return found
 
-    def _compare(self, name: str, title: str, got: torch.Tensor, right: torch.Tensor) -> float:
+    def _run(self, served: SlotModule, x: torch.Tensor, mix: _BatchMix) -> torch.Tensor:
+        self._step.tokens = self._step.logits = mix.rows
+        y: torch.Tensor = served(x)[0]
+        return y
+
+    def _compare(
+        self,
+        served: SlotModule,
+        name: str,
+        title: str,
+        got: torch.Tensor,
+        right: torch.Tensor,
+        truth: _Truth | None,
+        mine: torch.Tensor,
+        some: torch.Tensor,
+    ) -> _Distance:
         if got.dtype == right.dtype and torch.equal(got, right):
-            return 0.0
+            return _Distance()
         if not torch.isfinite(right).all():
             raise ProofError(name, math.inf, f"{name} overflows: PEFT's own output is not finite either")
         difference = float((got.float() - right.float()).abs().max() / right.float().abs().max())
         if math.isnan(difference):
             difference = math.inf
-        if self.exact or difference > CUDA_TOLERANCE:
+        said = f"{name} differs from PEFT's {title}: by {difference:.1e} of its largest output"
+        if served.exact(_VERSION) or (truth is None and difference > TOLERANCE):
+            raise ProofError(name, difference, said)
+        if truth is None:
+            return _Distance(difference, 1.0)
+        allowed, own, peft = (
+            truth.noise(mine, some),
+            truth.error(got, mine, some),
+            truth.error(right, mine, some),
+        )
+        if peft.size > allowed:
+            raise ProofError(
+                name, difference, f"{name}: PEFT's own output is not what the adapter's tensors say {title}"
+            )
+        if own.size > ERROR_RATIO * peft.size or own.is_systematic or truth.exceeds(got, mine, some):
             raise ProofError(
                 name,
                 difference,
-                f"{name} differs from PEFT's {title}: by {difference:.1e} of its largest output",
+                f"{said}, and is farther from the result in fp64 ({own.size:.2e} against {peft.size:.2e})",
             )
-        return difference
+        return _Distance(difference, own.size / peft.size if peft.size else 1.0)
+
+    def _prove_amplified(
+        self, served: SlotModule, name: str, own: LoraWeights, x: torch.Tensor, truth: _Truth
+    ) -> None:
+        """Once more with the adapter's part so large that the rounding of the base's hides nothing of it."""
+        factor = truth.amplifier()
+        if factor is None:
+            return
+        bias = None if own.bias is None else own.bias * factor
+        large = replace(own, b=own.b * factor, bias=bias)
+        if own.gain is not None or not torch.isfinite(large.b).all():
+            return
+        served.put(_VERSION, large.to(self._device))
+        try:
+            whole = self.mixes[0]
+            got, exact = self._run(served, x, whole), truth.times(factor)
+            error = exact.error(got, whole.mine, whole.mine)
+            if error.size > exact.noise(whole.mine, whole.mine) or error.is_systematic:
+                raise ProofError(
+                    name,
+                    error.size,
+                    f"{name} differs from the result in fp64 {whole.title}, with the adapter made larger: "
+                    f"by {error.size:.1e} in the root mean square",
+                )
+        finally:
+            served.put(_VERSION, own.to(self._device))
 
     def _inputs(self, bare: Any, tokens: list[int]) -> Iterator[torch.Tensor]:
         """Seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them."""
@@ -190,32 +273,124 @@ def _neighbour(bare: Any, weights: ModuleWeights | None) -> ModuleWeights:
     return LoraWeights(a, torch.ones(size_out, rank), 1.0)
 
 
-def _grouped_mixes() -> Iterator[_BatchMix]:
-    """The same for the kernels in C, which take rows by groups."""
+def _batch_mixes(device: torch.device) -> Iterator[_BatchMix]:
+    """The ways in which the engine's batches mix rows."""
     even, odd = tuple(range(0, TILE, 2)), tuple(range(1, TILE, 2))
-    mine = torch.arange(TILE)[:, None] % 2 == 0
+    mine = torch.arange(TILE, device=device) % 2 == 0
     version, other = ((_VERSION, 1.0),), ((_OTHER, 1.0),)
-    whole = RowMap(groups=(RowGroup(tuple(range(TILE)), version),))
+    whole = RowMap((RowGroup(tuple(range(TILE)), version),))
     yield _BatchMix("for a row alone", whole, torch.ones_like(mine))
-    mixed = RowMap(groups=(RowGroup(odd, other), RowGroup(even, version)))
+    mixed = RowMap((RowGroup(odd, other), RowGroup(even, version)))
     yield _BatchMix("next to another adapter's rows", mixed, mine)
-    lonely = RowMap(groups=(RowGroup(odd, version),))
+    lonely = RowMap((RowGroup(odd, version),))
     yield _BatchMix("next to rows without an adapter", lonely, ~mine, others_bare=True)
 
 
-def _batch_mixes(device: torch.device, *, tiled: bool) -> Iterator[_BatchMix]:
-    """The ways in which the engine's batches mix rows: a prefill, and decodes through the stack or not."""
-    everyone = torch.ones(TILE, 1, dtype=torch.bool, device=device)
-    even = torch.arange(TILE, device=device)[:, None] % 2 == 0
-    yield _BatchMix("for a row alone", RowMap((Tile(0, TILE, (Term(_VERSION),)),)), everyone)
-    weight = torch.cat([even, ~even], dim=1).float()
-    stack = Stack(0, TILE, weight, plain=True)
-    terms = (Term(_OTHER, mask=~even), Term(_VERSION, mask=even))
-    rows = RowMap((Tile(0, TILE, terms, stack),)) if tiled else RowMap(stack=stack)
-    yield _BatchMix("next to another adapter's rows", rows, even)
-    if tiled:
-        # Without the stack, which the engine uses only where it is exact.
-        yield _BatchMix("next to another adapter's rows", RowMap((Tile(0, TILE, terms),)), even)
-    lonely = Stack(0, TILE, torch.cat([~even, torch.zeros_like(even)], dim=1).float(), plain=True)
-    rows = RowMap((Tile(0, TILE, (Term(_VERSION, mask=~even),)),)) if tiled else RowMap(stack=lonely)
-    yield _BatchMix("next to rows without an adapter", rows, ~even, others_bare=True)
+# ---- the result in fp64 ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Error:
+    """How far outputs are from the result in fp64."""
+
+    size: float
+    """Root mean square."""
+    is_systematic: bool
+    """It has the direction of the result, or of the adapter's part: no rounding has."""
+
+
+def _has_truth(served: SlotModule) -> bool:
+    return isinstance(served, SlotLinear) and type(served.base).__name__ != "Linear8bitLt"
+
+
+class _Truth:
+    """What a linear layer with an adapter gives for the rows `x` [rows, in], in fp64."""
+
+    _OUTPUTS = 1024
+    """Computed at once: a large head in fp64 takes many times its own memory."""
+
+    def __init__(self, bare: Any, own: ModuleWeights | None, x: torch.Tensor) -> None:
+        weight, bias = ReferenceLinear(bare, tiled=True).weight()
+        self._unit = float(torch.finfo(x.dtype).eps) / 2
+        self.base, self._terms = _products(x, weight)
+        if bias is not None:
+            self.base += bias.double()
+        self.delta = torch.zeros_like(self.base)
+        if isinstance(own, LoraWeights):
+            low = x.double() @ own.a.to(x.device).double().T @ own.b.to(x.device).double().T
+            if own.bias is not None:
+                low += own.bias.to(x.device).double()
+            if own.gain is None:
+                self.delta = own.scale * low
+            else:
+                gain = own.gain.to(x.device).double()
+                plain = self.base if bias is None else self.base - bias.double()
+                self.delta = (gain - 1) * plain + gain * low * own.scale
+        elif isinstance(own, SavedModule):
+            saved, _ = _products(x, own.weight.to(x))
+            self.delta = saved - self.base + (0 if own.bias is None else own.bias.to(x.device).double())
+        elif isinstance(own, TokenRows):
+            indices = own.indices.to(x.device)
+            rows, _ = _products(x, own.rows.to(x))
+            self.delta[:, indices] = rows - self.base[:, indices]
+
+    def times(self, factor: float) -> _Truth:
+        """The same with the adapter's part multiplied."""
+        other = object.__new__(_Truth)
+        other.__dict__ = {**self.__dict__, "delta": self.delta * factor}
+        return other
+
+    def amplifier(self) -> float | None:
+        """A power of two that makes the adapter's part several times the base's; None if it has no part."""
+        part, whole = float(self.delta.square().mean()), float(self.base.square().mean())
+        if not part or not math.isfinite(part):
+            return None
+        return 2.0 ** max(0, math.ceil(math.log2(8 * math.sqrt(max(whole, 1e-30) / part))))
+
+    def error(self, y: torch.Tensor, mine: torch.Tensor, some: torch.Tensor) -> _Error:
+        """Of outputs `y` for the rows `some` [rows] bool, of which `mine` are the version's."""
+        whole, delta = self._parts(mine, some)
+        error = y.double() - whole
+        return _Error(
+            float(error.square().mean().sqrt()), any(_slopes(error, part) for part in (whole, delta))
+        )
+
+    def noise(self, mine: torch.Tensor, some: torch.Tensor) -> float:
+        """The most that rounding does, root mean square: base, adapter's part and sum are each rounded."""
+        return float(self._bound(mine, some).square().mean().sqrt())
+
+    def exceeds(self, y: torch.Tensor, mine: torch.Tensor, some: torch.Tensor) -> bool:
+        """Whether any output is farther off than two roundings of everything could bring it."""
+        whole, _ = self._parts(mine, some)
+        return bool(((y.double() - whole).abs() > 2 * self._bound(mine, some)).any())
+
+    def _bound(self, mine: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
+        whole, delta = self._parts(mine, some)
+        sums = self._terms[some] * 2.0**-20
+        return self._unit * (self.base[some].abs() + delta.abs() + whole.abs()) + sums
+
+    def _parts(self, mine: torch.Tensor, some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        delta = torch.where(mine[:, None], self.delta[some], 0.0)
+        return self.base[some] + delta, delta
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x @ weight.T, and the same of their sizes, [rows, out] fp64."""
+    wide, sizes = x.double(), x.double().abs()
+    exact: list[torch.Tensor] = []
+    terms: list[torch.Tensor] = []
+    for some in torch.split(weight, _Truth._OUTPUTS):
+        block = some.double()
+        exact.append(wide @ block.T)
+        terms.append(sizes @ block.abs().T)
+    return torch.cat(exact, dim=1), torch.cat(terms, dim=1)
+
+
+def _slopes(error: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether the error is a multiple of `part`, beyond chance (six standard deviations)."""
+    square = part.square().sum()
+    if not square:
+        return False
+    slope = (error * part).sum() / square
+    chance = (error * part).square().sum().sqrt() / square
+    return bool(slope.abs() > 6 * chance)

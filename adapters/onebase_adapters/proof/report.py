@@ -38,7 +38,11 @@ class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     """Input rows of each module, alone and in each mix, taken together."""
     exact: bool
-    """Bit-equal was asked for, and was found (the CPU)."""
+    """Every module had PEFT's bits."""
+    modules_exact: int | None = None
+    """Modules that had PEFT's bits; None in reports from before this was counted."""
+    error_ratio: float = 0.0
+    """Of the others: the largest distance from the result in fp64, divided by that of PEFT's own output."""
     kernels: str = "torch"
     """What computed: `torch`, or the kernels in C by their set of instructions."""
     largest_difference: float

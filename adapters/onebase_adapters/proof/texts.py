@@ -16,7 +16,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.scheduler import Limits
-from onebase_engine.lora.rows import TILE
+from onebase_engine.kernels.interface import TILE
 from onebase_engine.lora.weights import AdapterWeights
 
 TIE_ROUNDINGS = 4

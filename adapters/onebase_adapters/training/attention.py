@@ -17,7 +17,7 @@ from torch import nn
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.kernels import ShortAttention
 from onebase_engine.base.load import UnsupportedBaseError
-from onebase_engine.engine.attention import attention_weights
+from onebase_engine.kernels.reference import attention_weights
 
 NAME = "onebase_packed"
 SHORT = 256

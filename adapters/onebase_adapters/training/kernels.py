@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_engine.engine.attention import attention_weights
+from onebase_engine.kernels.reference import attention_weights
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
 

@@ -27,8 +27,7 @@ from onebase_engine.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
-from onebase_engine.lora.stacked_weights import stacked_bytes
-from onebase_engine.lora.weights import AdapterWeights, weights_bytes
+from onebase_engine.lora.weights import AdapterWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -105,11 +104,10 @@ class Engine:
         self.layers = adaptable_layers(base)
         self.model = model if model is not None else ServedModel(base, slots)
         self.model.allocate_kv(kv_blocks, block_size)
-        if self.model.kernels is None:
-            # Elsewhere a chunk costs as much as TILE rows, or its bits may not be those of single tokens.
+        if not self.model.kernels.drafts:
             limits = replace(limits, draft_tokens=0)
         self.pool = BlockPool(kv_blocks, block_size)
-        self.versions = Versions(weights_bytes if self.model.tiled else stacked_bytes)
+        self.versions = Versions()
         self._staging = Staging(
             copy or copier(self.model.device),
             staging_bytes(slot_memory),
@@ -119,14 +117,7 @@ class Engine:
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self.counters = Counters()
-        self._packer = Packer(
-            block_size,
-            slots,
-            self.model.device,
-            tiled=self.model.tiled,
-            products=self.model.find_products(limits.max_length),
-            row_multiple=None if self.model.kernels is None else self.model.row_multiple,
-        )
+        self._packer = Packer(block_size, self.model.device, self.model.row_multiple)
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0
         self._outputs: list[RowOutput] = []

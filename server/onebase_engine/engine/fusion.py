@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from onebase_engine.engine.attention import PagedAttention
-from onebase_engine.kernels.cpu import Contexts, CpuKernels, NativeLayers
+from onebase_engine.kernels.cpu import CpuKernels, NativeLayers
+from onebase_engine.kernels.interface import Contexts
 from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.lora.linear import SharedRows
-from onebase_engine.lora.rows import StepRows
+from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import SlotLinear, SlotModule
 
 logger = logging.getLogger(__name__)
@@ -116,11 +117,10 @@ def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear) -> 
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor
-        odd = gate.replacements or up.replacements or x.dtype != torch.bfloat16
-        if odd or gate.native is None or up.native is None:
+        if gate.replacements or up.replacements or x.dtype != torch.bfloat16:
             y = whole(x)
         else:
-            hidden = both(x.reshape(-1, x.shape[-1]).contiguous(), gate.rows.row_terms)[0]
+            hidden = both(x.reshape(-1, x.shape[-1]).contiguous(), gate.rows)[0]
             y = down(hidden.view(*x.shape[:-1], -1))
         return y
 
@@ -144,9 +144,8 @@ def _rotating(module: Any, attention: PagedAttention, function: Any) -> _Switch:
     ) -> Any:
         fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[3] == k.shape[3]
         plain = cos.dtype == sin.dtype == q.dtype == torch.bfloat16 and not (more or named)
-        native = attention.step is not None and attention.step.native is not None
         attention.rotation = None
-        if not (fits and plain and native and q.shape[3] % _TURNED_MULTIPLE == 0):
+        if not (fits and plain and attention.step is not None and q.shape[3] % _TURNED_MULTIPLE == 0):
             return turn(q, k, cos, sin, *more, **named)
         attention.rotation = cos.contiguous(), sin.contiguous()
         return q, k
@@ -208,13 +207,10 @@ class RecordedLayer:
 
     def refresh(self) -> None:
         """Look what is in the slots."""
-        self._plain = all(
-            not one.replacements and not (isinstance(one, SlotLinear) and one.native is None)
-            for one in self._wrapped
-        )
+        self._plain = not any(one.replacements for one in self._wrapped)
 
     def _forward(self, *args: Any, **named: Any) -> Any:
-        step = None if self._attention.step is None else self._attention.step.native
+        step = self._attention.step
         given = _tensors(args, named)
         if not self._plain or step is None or not given or given[0].dim() != 3 or any(self._hooks):
             return self._whole(*args, **named)
@@ -226,7 +222,7 @@ class RecordedLayer:
         program = self._programs[count]
         if program is None:
             return self._whole(*args, **named)
-        return program.run(given, self._rows.tokens.row_terms, step)
+        return program.run(given, self._rows.tokens, step)
 
     def _record(self, count: int, args: Any, named: Any, step: Contexts) -> Any:
         fixed = [self._fix(number, tensor, step) for number, tensor in enumerate(_tensors(args, named))]

@@ -128,6 +128,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         """`shapes`: layer -> (kv heads, key dim, value dim)."""
+        self.block_size = block_size
         slots = blocks * block_size
         self.keys = {
             layer: _zeros((heads, slots, dim), dtype, device) for layer, (heads, dim, _) in shapes.items()

@@ -9,7 +9,6 @@ import torch
 from onebase_engine import machine
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.lora.stacked_weights import bucket
 
 CPU_SHARE = 0.5
 """Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""
@@ -55,9 +54,9 @@ def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, tr
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank`, fp32, as they are stacked."""
+    """Most bytes of `slots` adapters of `rank`, fp32."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
-    return ends * bucket(rank) * slots * 4
+    return ends * rank * slots * 4
 
 
 def staging_bytes(slot_memory: int) -> int:

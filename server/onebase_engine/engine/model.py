@@ -11,13 +11,13 @@ from torch import nn
 
 from onebase_engine.base.load import UnsupportedBaseError
 from onebase_engine.base.view import view
-from onebase_engine.engine.attention import AttentionStep, PagedAttention, UnsupportedAttentionError
+from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.fusion import RecordedLayer, fuse
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
-from onebase_engine.engine.product_shapes import ProductShapes
-from onebase_engine.kernels.cpu import Contexts, find_kernels
-from onebase_engine.lora.rows import TILE, RowMap, StepRows
+from onebase_engine.kernels.cpu import CpuKernels, find_kernels
+from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
+from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights
 
@@ -29,23 +29,24 @@ class ServedModel:
         UnsupportedBaseError: the model does not go through transformers' attention interface, layer by layer.
     """
 
-    def __init__(self, base: nn.Module, slots: int, *, unpacked: bool = False) -> None:
-        """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory."""
+    def __init__(
+        self, base: nn.Module, slots: int, *, unpacked: bool = False, kernels: Kernels | None = None
+    ) -> None:
+        """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory. `kernels`:
+        what computes, instead of what suits the device best."""
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
-        self.tiled = self.device.type == "cpu"
         self._view: Any = view(base)
         self._rows = StepRows()
-        self.kernels = find_kernels(self.device, self.dtype)
+        self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
         self._recorded: list[RecordedLayer] = []
-        self._attention = PagedAttention()
+        self._attention = PagedAttention(self.kernels)
         modules = wrap_layers(
             self._view,
             self._rows,
+            self.kernels,
             slots=slots,
-            tiled=self.tiled,
-            kernels=self.kernels,
-            unpacked=unpacked and self.tiled,
+            unpacked=unpacked and self.device.type == "cpu",
         )
         self._slots = AdapterSlots(modules, slots, self.device)
         linear = [module.base for module in modules.values() if isinstance(module, SlotLinear)]
@@ -79,27 +80,21 @@ class ServedModel:
     def row_multiple(self) -> int:
         """What the packed rows of a step are padded to a multiple of.
 
-        PyTorch computes the last elements of an odd count in another way, and with it another row's. Without
-        kernels in C its products need their number of rows as well.
+        PyTorch computes the last elements of an odd count in another way, and with it another row's.
         """
-        return 1 if self.kernels is not None and not self._ragged else TILE if self.tiled else 1
+        return TILE if self.kernels.tiled and self._ragged else self.kernels.row_multiple
 
     @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.dtype)
-
-    def find_products(self, longest: int) -> ProductShapes:
-        """How attention's products are shaped for contexts of up to `longest` tokens."""
-        return self._attention.find_products(self.dtype, self.device, longest)
 
     def allocate_kv(self, blocks: int, block_size: int) -> None:
         """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written."""
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
-        self._attention.use(self.kernels, block_size)
         parts = -(-TILE // block_size)
-        if self.kernels is not None and blocks >= RESERVED_BLOCKS + 2 * parts:
+        if isinstance(self.kernels, CpuKernels) and blocks >= RESERVED_BLOCKS + 2 * parts:
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
             self._recorded = fuse(
                 self._view,
@@ -116,7 +111,7 @@ class ServedModel:
         row = (np.arange(TILE) >= first).astype(np.int32)
         position = np.arange(TILE, dtype=np.int32) - row * first
         write = table[row, position // block_size] * block_size + position % block_size
-        self._attention.step = AttentionStep(native=Contexts(position, row, write, table))
+        self._attention.step = Contexts(position, row, write, table)
         every = torch.arange(TILE)
         try:
             return self._forward(
@@ -150,7 +145,7 @@ class ServedModel:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Raw logits of the batch's `logit_rows`, [L, vocab] in the model's dtype."""
-        self._attention.step = batch.attention
+        self._attention.step = batch.contexts
         self._rows.tokens, self._rows.logits = batch.token_map, batch.logit_map
         try:
             return self._forward(batch.input_ids, batch.positions, batch.logit_rows)

@@ -1,7 +1,8 @@
-"""The engine's products, attention and norms on a CPU, by a small library in C (`native/`).
+"""The engine's products, attention, norms and draws on a CPU, by a small library in C (`native/`).
 
-It is used only where a trial on this machine shows PEFT's own bits: libraries choose their order of summation
-by processor, threads and shape. Elsewhere, and without the library, PyTorch computes.
+PyTorch's libraries choose their order of summation by processor, threads and shape. Where a trial on this
+machine finds it, the library sums so and has PEFT's own bits. Elsewhere it sums in an order of its own: a
+row's bits are still the row's alone, and no farther from the exact sum.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from onebase_engine.base.layers import plain_absmax
 from onebase_engine.environment import KERNELS
+from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, Rotation, RowMap
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,6 @@ OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, with sanitizers say."""
 ABI = 3
 LANES = 16
-TRIAL_ROWS = 32
-"""Rows of the products whose bits are compared: those of PEFT's as the proof computes them."""
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
 _MOST_BLOCKS = 64
@@ -106,7 +106,7 @@ class Call(ctypes.Structure):
     )  # fmt: skip
 
 
-class Draw(ctypes.Structure):
+class _Draw(ctypes.Structure):
     """How one row's token is drawn."""
 
     _fields_ = (
@@ -134,64 +134,41 @@ class Recorder(Protocol):
     def empty(self, *shape: int) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True)
-class RowTerms:
-    """Which adapters act on which packed rows: groups of rows that have the same slots and weights.
-
-    A group has at least one term. Within a row terms are summed in the order given.
-    """
-
-    groups: Sequence[tuple[Sequence[int], Sequence[tuple[int, float]]]]
-    """(rows, (slot, weight) of each term)"""
-    _held: list[Any] = field(default_factory=list)
-
-    @property
-    def pointer(self) -> int | None:
-        """Of the library's own structure, made once; None without groups."""
-        if not self.groups:
-            return None
-        if not self._held:
-            rows, terms = [rows for rows, _ in self.groups], [terms for _, terms in self.groups]
-            flat = [term for some in terms for term in some]
-            arrays = [
-                np.cumsum([0, *map(len, rows)], dtype=np.int32),
-                np.concatenate([np.asarray(some, dtype=np.int32) for some in rows]),
-                np.cumsum([0, *map(len, terms)], dtype=np.int32),
-                np.array([slot for slot, _ in flat], dtype=np.int32),
-                np.array([weight for _, weight in flat], dtype=np.float32),
-            ]
-            groups = _Groups(len(rows), *(array.ctypes.data for array in arrays))
-            self._held.extend((ctypes.addressof(groups), groups, arrays))
-        pointer: int = self._held[0]
-        return pointer
+def _groups_of(rows: RowMap) -> int | None:
+    """Address of the library's own structure of the groups, made once; None without groups."""
+    if not rows.groups:
+        return None
+    if "native" not in rows.held:
+        flat = [term for group in rows.groups for term in group.terms]
+        arrays = [
+            np.cumsum([0, *(len(group.rows) for group in rows.groups)], dtype=np.int32),
+            np.concatenate([np.asarray(group.rows, dtype=np.int32) for group in rows.groups]),
+            np.cumsum([0, *(len(group.terms) for group in rows.groups)], dtype=np.int32),
+            np.array([slot for slot, _ in flat], dtype=np.int32),
+            np.array([weight for _, weight in flat], dtype=np.float32),
+        ]
+        groups = _Groups(len(rows.groups), *(array.ctypes.data for array in arrays))
+        rows.held["native"] = ctypes.addressof(groups), groups, arrays
+    address: int = rows.held["native"][0]
+    return address
 
 
-@dataclass(frozen=True)
-class Contexts:
-    """Of one step, in packed order: each row's position (-1 for padding), its row of `table`, the KV slot
-    that its key and value go to; `table` [contexts, blocks] are KV blocks. All int32."""
-
-    position: np.ndarray
-    table_row: np.ndarray
-    write: np.ndarray
-    table: np.ndarray
-
-    @cached_property
-    def _structure(self) -> _Contexts:
-        arrays = (self.position, self.table_row, self.write, self.table)
-        return _Contexts(len(self.position), *(a.ctypes.data for a in arrays), self.table.shape[1])
-
-    @cached_property
-    def pointer(self) -> int:
-        """Of the library's own structure."""
-        return ctypes.addressof(self._structure)
+def _contexts_of(contexts: Contexts) -> int:
+    """Address of the library's own structure, made once."""
+    if "native" not in contexts.held:
+        arrays = (contexts.position, contexts.table_row, contexts.write, contexts.table)
+        own = _Contexts(len(arrays[0]), *(a.ctypes.data for a in arrays), contexts.table.shape[1])
+        contexts.held["native"] = ctypes.addressof(own), own
+    address: int = contexts.held["native"][0]
+    return address
 
 
-def find_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
-    """The library's kernels for a base of this dtype; None where PyTorch computes."""
+def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Those that compute for a base of this dtype: the library's where they can, else the reference."""
     kernels = load_library() if device.type == "cpu" and dtype == torch.bfloat16 else None
-    if kernels is not None:
-        kernels.use_threads()
+    if kernels is None:
+        return ReferenceKernels(tiled=device.type == "cpu")
+    kernels.use_threads()
     return kernels
 
 
@@ -226,18 +203,23 @@ def load_library() -> CpuKernels | None:
 class CpuKernels:
     """The library, and what trials have shown of it on this machine."""
 
+    tiled = True
+    row_multiple = 1
+    drafts = True
+    rotates = True
+
     def __init__(self, library: Any, name: str) -> None:
         self.name = name
         self.library = library
-        self._blocks: dict[tuple[Any, ...], int | None] = {}
-        self._orders: dict[tuple[int, int, int], _Order | None] = {}
+        self._blocks: dict[tuple[Any, ...], tuple[int, bool]] = {}
+        self._orders: dict[tuple[int, int, int], tuple[_Order, bool]] = {}
         self.threads = 0
         self.recorder: Recorder | None = None
         """What writes down the calls that are made."""
         self.use_threads()
 
     def run(
-        self, call: Call, reads: Sequence[torch.Tensor], rows: RowTerms | None, contexts: Contexts | None
+        self, call: Call, reads: Sequence[torch.Tensor], rows: RowMap | None, contexts: Contexts | None
     ) -> None:
         """Make one call. `reads`: the rows that it reads.
 
@@ -248,11 +230,11 @@ class CpuKernels:
             self.recorder.note(call, reads)
         self.run_all(ctypes.addressof(call), 1, rows, contexts)
 
-    def run_all(self, calls: int, count: int, rows: RowTerms | None, contexts: Contexts | None) -> None:
+    def run_all(self, calls: int, count: int, rows: RowMap | None, contexts: Contexts | None) -> None:
         """Make the `count` calls that lie at the address `calls`, one after the other, as `run` does."""
-        terms = None if rows is None else rows.pointer
-        result = self.library.onebase_run(calls, count, terms, None if contexts is None else contexts.pointer)
-        _check(result)
+        terms = None if rows is None else _groups_of(rows)
+        step = None if contexts is None else _contexts_of(contexts)
+        _check(self.library.onebase_run(calls, count, terms, step))
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Where a call may write its result, bf16."""
@@ -266,66 +248,53 @@ class CpuKernels:
             self.threads = torch.get_num_threads()
             self.library.onebase_use_threads(self.threads)
 
-    def linear(
-        self,
-        base: Any,
-        slots: int,
-        plain: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
-        unpacked: torch.Tensor | None = None,
-    ) -> NativeLinear | None:
-        """A linear layer of the base with `slots` adapters; None where a trial does not show PEFT's bits.
-
-        Args:
-            plain: the layer's weight [out, in] and bias [out], bf16, as PyTorch multiplies with them.
-            unpacked: that weight, to be multiplied with in place of the 4-bit one.
-        """
+    def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> NativeLinear | ReferenceLinear:
+        reference = ReferenceLinear(base, tiled=True, unpacked=unpacked)
         weight = base.weight
         if base.in_features % IN_MULTIPLE or not weight.is_contiguous() or weight.device.type != "cpu":
-            return None
+            return reference
         if not (_is_nf4(base) or (type(base) is nn.Linear and weight.dtype == torch.bfloat16)):
-            return None
-        layer = NativeLinear(self, base, slots, unpacked)
+            return reference
+        layer = NativeLinear(self, base, slots, reference, unpacked=unpacked)
         key = (layer.kind, base.in_features, base.out_features, base.bias is not None, self.threads)
         if key not in self._blocks:
-            self._blocks[key] = self._find_block(layer, *plain())
-        block = self._blocks[key]
-        if block is None:
-            return None
-        layer.structure.block = block
+            self._blocks[key] = self._find_block(layer, *reference.weight())
+        layer.structure.block, layer.exact_base = self._blocks[key]
         return layer
 
     @torch.inference_mode()
-    def _find_block(self, layer: NativeLinear, weight: torch.Tensor, bias: torch.Tensor | None) -> int | None:
+    def _find_block(
+        self, layer: NativeLinear, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[int, bool]:
+        """Terms that are summed before they are added to the rest, and whether that gives PyTorch's bits."""
         for block in (layer.size_in, *_BLOCKS):
             layer.structure.block = block
             tried = _inputs(layer.size_in, layer.size_out)
-            if all(torch.equal(layer(x, None), functional.linear(x, weight, bias)) for x in tried):
-                return block
+            if all(torch.equal(layer.alone(x), functional.linear(x, weight, bias)) for x in tried):
+                return block, True
         logger.info(
-            "kernels: PyTorch for layers of %d by %d, whose bits %s kernels do not give",
+            "kernels: layers of %d by %d have other last bits by %s than by PyTorch",
             layer.size_out, layer.size_in, self.name,
         )  # fmt: skip
-        return None
+        return layer.size_in, False
 
-    def order(self, inner: int, outer: int) -> _Order | None:
-        """The order of PyTorch's fp32 products of `inner` terms, for TRIAL_ROWS rows and `outer` outputs.
-
-        None if it is not found, or the library cannot sum so.
-        """
+    def order(self, inner: int, outer: int) -> tuple[_Order, bool]:
+        """How to sum fp32 products of `inner` terms for TILE rows and `outer` outputs, and whether that is
+        PyTorch's order."""
         key = (inner, outer, self.threads)
         if key not in self._orders:
             self._orders[key] = self._find_order(inner, outer)
         return self._orders[key]
 
-    def _find_order(self, inner: int, outer: int) -> _Order | None:
+    def _find_order(self, inner: int, outer: int) -> tuple[_Order, bool]:
         draw = torch.Generator().manual_seed(0)
-        x, weight = torch.randn(TRIAL_ROWS, inner, generator=draw), torch.randn(outer, inner, generator=draw)
+        x, weight = torch.randn(TILE, inner, generator=draw), torch.randn(outer, inner, generator=draw)
         wanted = functional.linear(x, weight)
         for find in (_one_block, _strands, _probed_blocks):
             order = find(inner, outer)
             if order is not None and torch.equal(self._sums(order, x, weight), wanted):
-                return order
-        return None
+                return order, True
+        return _one_block(inner, outer), False
 
     def _sums(self, order: _Order, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty(-(-len(weight) // LANES), len(x), LANES)
@@ -337,17 +306,20 @@ class CpuKernels:
             )  # fmt: skip
         return out.permute(1, 0, 2).reshape(len(x), -1)[:, : len(weight)]
 
-    def rms_norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """A root mean square norm of the base; None where a trial does not show its own bits."""
+    def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """By the library if it is a root mean square norm, and a trial shows its own bits."""
         weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
         eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
+        own: Callable[[torch.Tensor], torch.Tensor] = base
         if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
-            return None
+            return own
         if weight.numel() % LANES or bias is not None or not isinstance(eps, float):
-            return None
+            return own
         size = weight.numel()
 
         def norm(x: torch.Tensor) -> torch.Tensor:
+            if x.dtype != torch.bfloat16:
+                return own(x)
             x = x.contiguous()
             y = self.empty(*x.shape)
             call = Call(
@@ -358,8 +330,8 @@ class CpuKernels:
             return y
 
         with torch.inference_mode():
-            same = all(torch.equal(norm(x), base(x)) for x in _inputs(size, size))
-        return norm if same else None
+            same = all(torch.equal(norm(x), own(x)) for x in _inputs(size, size))
+        return norm if same else own
 
     def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """x + other, bf16, both contiguous and of one shape, whose last size is a multiple of LANES."""
@@ -370,11 +342,21 @@ class CpuKernels:
         self.run(call, [x, other], None, None)
         return y
 
-    def draw(self, rows: Sequence[Draw], vocabulary: int) -> list[int | None]:
-        """The next token of each row; None where its largest logit is no finite number."""
-        some = (Draw * len(rows))(*rows)
-        _check(self.library.onebase_draw_tokens(ctypes.addressof(some), len(rows), vocabulary))
-        return [None if row.token < 0 else row.token for row in some]
+    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
+        if any(row.dtype not in (torch.bfloat16, torch.float32) for row in logits):
+            raise TypeError("tokens are drawn from logits in bf16 or fp32")
+        logits = [row.contiguous() for row in logits]
+        rows = (_Draw * len(logits))(
+            *(
+                _Draw(row.data_ptr(), row.dtype == torch.float32, *settings)
+                for row, *settings in zip(
+                    logits, draws.top_k.tolist(), draws.uniform.tolist(), draws.temperature.tolist(),
+                    draws.top_p.tolist(), draws.min_p.tolist(), strict=True,
+                )
+            )
+        )  # fmt: skip
+        _check(self.library.onebase_draw_tokens(ctypes.addressof(rows), len(rows), len(logits[0])))
+        return [None if row.token < 0 else row.token for row in rows]
 
     @cached_property
     def gates(self) -> bool:
@@ -394,18 +376,16 @@ class CpuKernels:
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        heads: int,
         block_size: int,
         scaling: float,
         softcap: float | None,
         window: int | None,
     ) -> NativeAttention:
-        """Attention of one layer over its KV cache: keys, values [kv_heads, slots, dim] bf16."""
         kv_heads, slots, dim = keys.shape
         return NativeAttention(
             self,
             _Attention(
-                keys.data_ptr(), values.data_ptr(), kv_heads, heads // kv_heads, dim, values.shape[2], slots,
+                keys.data_ptr(), values.data_ptr(), kv_heads, 1, dim, values.shape[2], slots,
                 block_size, scaling, softcap or 0.0, window or 0,
             ),
         )  # fmt: skip
@@ -415,16 +395,19 @@ class NativeLinear:
     """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
 
     def __init__(
-        self, kernels: CpuKernels, base: Any, slots: int, unpacked: torch.Tensor | None = None
+        self, kernels: CpuKernels, base: Any, slots: int, reference: ReferenceLinear, *, unpacked: bool
     ) -> None:
+        """`reference`: the same layer by PyTorch."""
         self.kernels = kernels
+        self.reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
-        self.kind = _NF4 if _is_nf4(base) and unpacked is None else _BF16
+        self.kind = _NF4 if _is_nf4(base) and not unpacked else _BF16
         self._lora = (_Lora * slots)()
         self._held: dict[int, Any] = {}
-        self.foreign: set[int] = set()
-        """Slots whose products PyTorch must make, since it sums them in an order that the library has not."""
-        weight: Any = base.weight if unpacked is None else unpacked
+        self.exact_base = True
+        self._inexact: set[int] = set()
+        """Slots whose products PyTorch sums in another order."""
+        weight: Any = reference.weight()[0] if unpacked else base.weight
         bias = base.bias
         self._base: list[Any] = [weight, None if bias is None else bias.to(torch.bfloat16)]
         absmax = code = None
@@ -440,29 +423,36 @@ class NativeLinear:
             None if bias is None else self._base[1].data_ptr(), self.size_in, _is_nf4(base),
             ctypes.cast(self._lora, POINTER(_Lora)),
         )  # fmt: skip
-        self._alone = NativeLayers([self])
+        self._layers = NativeLayers([self])
 
     @property
     def adapted(self) -> bool:
         """Whether any slot has weights that the library multiplies with."""
         return bool(self._held)
 
-    def __call__(self, x: torch.Tensor, rows: RowTerms | None) -> torch.Tensor:
-        """x [rows, in] bf16, contiguous -> [rows, out] bf16; without `rows` no adapter acts."""
-        return self._alone(x, rows)[0]
+    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            return self.reference(x, rows)
+        return self._layers(x.contiguous(), rows)[0]
+
+    def exact(self, slot: int) -> bool:
+        return self.exact_base and slot not in self._inexact
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """What the base gives: x [rows, in] bf16, contiguous -> [rows, out] bf16."""
+        return self._layers(x, None)[0]
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
-        """Place a plain LoRA in a slot, or empty it with None."""
+        self.reference.put(slot, weights)
         self._held.pop(slot, None)
-        self.foreign.discard(slot)
+        self._inexact.discard(slot)
         self._lora[slot] = _Lora()
         if weights is None:
             return
-        shrink = self.kernels.order(self.size_in, weights.rank)
-        expand = self.kernels.order(weights.rank, self.size_out)
-        if shrink is None or expand is None:
-            self.foreign.add(slot)
-            return
+        shrink, same_shrink = self.kernels.order(self.size_in, weights.rank)
+        expand, same_expand = self.kernels.order(weights.rank, self.size_out)
+        if not (same_shrink and same_expand):
+            self._inexact.add(slot)
         a, b = weights.a.contiguous(), weights.b.contiguous()
         orders = ctypes.pointer(shrink), ctypes.pointer(expand)
         self._held[slot] = (a, b)
@@ -483,7 +473,7 @@ class NativeLayers:
         for number, layer in enumerate(layers):
             self._call.layers[number] = ctypes.addressof(layer.structure)
 
-    def __call__(self, x: torch.Tensor, rows: RowTerms | None) -> list[torch.Tensor]:
+    def __call__(self, x: torch.Tensor, rows: RowMap | None) -> list[torch.Tensor]:
         """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; without `rows` no adapter acts."""
         call, count = self._call, x.shape[0]
         ys = [self._kernels.empty(count, size) for size in self._sizes]
@@ -507,16 +497,12 @@ class NativeAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         contexts: Contexts,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        """Write k and v into the cache, and attend.
-
-        q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v]. `rotation`: cosines and sines
-        [T, dim], contiguous, by which q and k are still to be turned.
-        """
         if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
             raise TypeError(f"attention over a bf16 cache got {q.dtype}, {k.dtype} and {v.dtype}")
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
+        self._structure.groups = q.shape[0] // self._structure.kv_heads
         out = self._kernels.empty(q.shape[1], q.shape[0], v.shape[2])
         projected = _Projected(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(1), q.stride(0), k.stride(1), k.stride(0),
@@ -529,10 +515,10 @@ class NativeAttention:
 
 
 def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
-    """Rows [TRIAL_ROWS, in] bf16 that give TRIAL_OUTPUTS: another order changes one in ten thousand."""
+    """Rows [TILE, in] bf16 that give TRIAL_OUTPUTS: another order changes one in ten thousand."""
     draw = torch.Generator().manual_seed(0)
-    for _ in range(-(-TRIAL_OUTPUTS // (TRIAL_ROWS * size_out))):
-        yield torch.randn(TRIAL_ROWS, size_in, generator=draw).to(torch.bfloat16)
+    for _ in range(-(-TRIAL_OUTPUTS // (TILE * size_out))):
+        yield torch.randn(TILE, size_in, generator=draw).to(torch.bfloat16)
 
 
 def _check(result: int) -> None:
@@ -577,7 +563,7 @@ def _ordered(ends: Sequence[int], groups: Sequence[int]) -> _Order:
     return order
 
 
-def _one_block(inner: int, outer: int) -> _Order | None:
+def _one_block(inner: int, outer: int) -> _Order:
     return _ordered([inner], [0])
 
 
@@ -592,7 +578,7 @@ def _probed_blocks(inner: int, outer: int) -> _Order | None:
     Two huge terms that cancel swallow what is added between them: what is left of a sum of ones tells how
     many terms were summed before the two met (FPRev, arXiv 2411.00442).
     """
-    x, weight = torch.ones(TRIAL_ROWS, inner), torch.ones(outer, inner)
+    x, weight = torch.ones(TILE, inner), torch.ones(outer, inner)
 
     def met(first: int, second: int) -> int:
         weight[0, first], weight[0, second] = 2.0**60, -(2.0**60)

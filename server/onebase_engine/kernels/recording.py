@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onebase_engine.kernels.cpu import LANES, Call, Contexts, CpuKernels, RowTerms
+from onebase_engine.kernels.cpu import LANES, Call, CpuKernels
+from onebase_engine.kernels.interface import Contexts, RowMap
 
 CHUNK = 1 << 20
 """Elements by which an arena grows, at least."""
@@ -86,7 +87,7 @@ class Program:
         self._inputs = tuple(inputs)
         self._result = result
 
-    def run(self, given: Sequence[torch.Tensor], rows: RowTerms, step: Contexts) -> torch.Tensor:
+    def run(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
         """The result for other tensors of the same shapes; it is overwritten by the next run.
 
         Raises:

@@ -8,33 +8,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
-from onebase_engine.lora.rows import Stack, StepRows, Term
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.reference import scaled
+from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 
 class SlotEmbedding(SlotModule):
     """An embedding whose rows may have a LoRA (each token's row of `a`, times `b`) or rows of their own."""
 
-    def __init__(
-        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
-    ) -> None:
-        super().__init__(base, step, slots=slots, tiled=tiled, head=head)
+    def __init__(self, base: nn.Module, step: StepRows, kernels: Kernels) -> None:
+        super().__init__(base, step, kernels)
         self._plain: dict[int, LoraWeights] = {}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(ids)
-        if not self.filled:
-            return y
-        flat, out = ids.reshape(-1), y.view(-1, y.shape[-1])
-        if self.rows.groups:
-            self.on_groups(flat, out, self.filled, self._act_on)
-            return y
-        for start, stop, terms in self.rows.parts(self._terms):
-            self._act_on(flat[start:stop], out[start:stop], terms)
+        self.on_groups(ids.reshape(-1), y.view(-1, y.shape[-1]), self.filled, self._act_on)
         return y
 
-    def _act_on(self, ids: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...]) -> None:
+    def _act_on(self, ids: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:
         bare = y.clone() if self.replaces(terms) else y
         delta = self._delta(ids, terms)
         if delta is not None:
@@ -58,26 +50,15 @@ class SlotEmbedding(SlotModule):
         if weights is not None:
             self._plain[slot] = weights
 
-    def plain(self, slot: int) -> LoraWeights | None:
-        """The slot's plain LoRA, if it has one."""
-        return self._plain.get(slot)
-
-    def _terms(self, stack: Stack) -> tuple[Term, ...]:
-        return tuple(stack.term(slot) for slot in sorted(self.filled) if stack.uses(slot))
-
-    def _delta(self, ids: torch.Tensor, terms: tuple[Term, ...]) -> torch.Tensor | None:
+    def _delta(self, ids: torch.Tensor, terms: Terms) -> torch.Tensor | None:
         """Sum of the plain LoRAs' parts, [rows, dim] fp32; None if there is none."""
         total: torch.Tensor | None = None
-        for term in terms:
-            weights = self.plain(term.slot)
+        for slot, weight in terms:
+            weights = self._plain.get(slot)
             if weights is None:
                 continue
-            hidden = weights.a[ids]
-            if term.mask is not None:
-                hidden = torch.where(term.mask, hidden, 0.0)
-            delta = _scaled(functional.linear(hidden, weights.b), weights.scale)
-            if term.weight is not None:
-                delta = delta * term.weight
+            delta = scaled(functional.linear(weights.a[ids], weights.b), weights.scale)
+            delta = scaled(delta, weight)
             total = delta if total is None else total + delta
         scale = self._scale(torch.float32)
         return total if total is None or scale is None else total * scale
@@ -86,7 +67,7 @@ class SlotEmbedding(SlotModule):
         """PEFT's `DoraEmbeddingVariant`: gain * base + gain * delta, in fp32."""
         if weights.gain is None:
             raise self.unfit(weights)
-        delta = _scaled(weights.gain * functional.linear(weights.a[ids], weights.b), weights.scale)
+        delta = scaled(weights.gain * functional.linear(weights.a[ids], weights.b), weights.scale)
         scale = self._scale(torch.float32)
         return (weights.gain * bare + (delta if scale is None else delta * scale)).to(bare.dtype)
 
@@ -98,10 +79,6 @@ class SlotEmbedding(SlotModule):
         weight = self.base.weight
         own = scale if isinstance(scale, torch.Tensor) else weight.new_tensor(scale)
         return own.to(dtype)
-
-
-def _scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:
-    return delta if scale == 1.0 else delta * scale
 
 
 def _own_rows(

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from onebase_engine.lora.rows import RowMap, Stack, StepRows, Term
+from onebase_engine.kernels.interface import Kernels, RowMap
+from onebase_engine.kernels.reference import parts
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule
 
 Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From the module's input rows and the base's output rows [rows, out] to a slot's own output rows."""
 
 
+Terms = Sequence[tuple[int, float]]
+"""(slot, weight) of what acts on a row, in the order in which it is summed."""
+
+
+@dataclass
+class StepRows:
+    """The row map of the running step; every wrapped layer of a view holds the same object.
+
+    `tokens` is for layers that see all packed rows, `logits` for the output head, which sees only
+    the rows whose logits are wanted.
+    """
+
+    tokens: RowMap = field(default_factory=RowMap)
+    logits: RowMap = field(default_factory=RowMap)
+
+
 class SlotModule(nn.Module):
     """A module of the base with the weights of one adapter per slot.
 
     Plain LoRAs add to what the base gives, and several may add to one row. Every other kind gives a row's
-    whole output (`replacement`), taken over by `where`, so that nothing of it reaches another row.
+    whole output (`replacement`), and is computed from that row alone.
     """
 
-    def __init__(
-        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, head: bool = False
-    ) -> None:
+    def __init__(self, base: nn.Module, step: StepRows, kernels: Kernels, *, head: bool = False) -> None:
         super().__init__()
         self.base: Any = base
         self.step = step
-        self.tiled = tiled
+        self.tiled = kernels.tiled
         self.head = head
-        self.slots = slots
         self.filled: set[int] = set()
         """Slots that have weights for this module."""
         self.replacements: dict[int, Replacement] = {}
@@ -65,37 +80,37 @@ class SlotModule(nn.Module):
         """How rows with these weights come about; None for a plain LoRA."""
         raise NotImplementedError
 
+    def exact(self, slot: int) -> bool:
+        """Whether rows of this slot have PEFT's bits, as far as trials on this machine tell."""
+        return self.tiled
+
     def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
         """Place a plain LoRA in a slot, or empty it with None; modules that have none do nothing."""
 
-    def replace(self, x: torch.Tensor, bare: torch.Tensor, y: torch.Tensor, terms: tuple[Term, ...]) -> None:
+    def replace(self, x: torch.Tensor, bare: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:
         """Write the replaced rows into `y`; `bare` [rows, out] is what the base gave for the rows `x`."""
-        for term in terms:
-            if term.slot in self.replacements:
-                own = self.replacements[term.slot](x, bare)
-                y.copy_(own if term.mask is None else torch.where(term.mask, own, y))
+        for slot, _ in terms:
+            if slot in self.replacements:
+                y.copy_(self.replacements[slot](x, bare))
 
     def on_groups(
         self,
         x: torch.Tensor,
         y: torch.Tensor,
         acting: Collection[int],
-        act: Callable[[torch.Tensor, torch.Tensor, tuple[Term, ...]], None],
+        act: Callable[[torch.Tensor, torch.Tensor, Terms], None],
     ) -> None:
-        """Let `act` change rows of `y`, tile by tile of the groups that have any of the slots `acting`."""
-        for group in self.rows.groups:
+        """Let `act` change rows of `y`, for the groups that have any of the slots `acting`."""
+        if not acting:
+            return
+        for index, count, group in parts(self.rows, self.tiled, x.device):
             if any(slot in acting for slot, _ in group.terms):
-                for rows, count, terms in group.tiles():
-                    part = y[rows]
-                    act(x[rows], part, terms)
-                    y[rows[:count]] = part[:count]
+                own = y[index]
+                act(x[index], own, group.terms)
+                y[index[:count]] = own[:count]
 
-    def replaces(self, terms: tuple[Term, ...]) -> bool:
-        return any(term.slot in self.replacements for term in terms)
-
-    def stack_terms(self, stack: Stack) -> tuple[Term, ...]:
-        """A term for each slot of the stack whose rows are replaced."""
-        return tuple(stack.term(slot) for slot in self.replacements if stack.uses(slot))
+    def replaces(self, terms: Terms) -> bool:
+        return any(slot in self.replacements for slot, _ in terms)
 
     def unfit(self, weights: ModuleWeights) -> TypeError:
         return TypeError(f"{type(weights).__name__} cannot act on {type(self.base).__name__}")

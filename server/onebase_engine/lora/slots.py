@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from onebase_engine.base.layers import hidden_norms, input_embedding, output_head
-from onebase_engine.kernels.cpu import CpuKernels
+from onebase_engine.kernels.interface import Kernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
-from onebase_engine.lora.module import Replacement, SlotModule, saved_twin
-from onebase_engine.lora.rows import StepRows
+from onebase_engine.lora.module import Replacement, SlotModule, StepRows, saved_twin
 from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, moved
 
 __all__ = [
@@ -33,27 +32,14 @@ __all__ = [
 class SlotNorm(SlotModule):
     """A norm over the hidden size; rows whose adapter saved it (`modules_to_save`) get that weight."""
 
-    def __init__(
-        self, base: nn.Module, step: StepRows, *, slots: int, tiled: bool, kernels: CpuKernels | None = None
-    ) -> None:
-        """`kernels`: by which the norm is computed if they give its bits."""
-        super().__init__(base, step, slots=slots, tiled=tiled)
-        self._native = kernels.rms_norm(base) if kernels is not None else None
+    def __init__(self, base: nn.Module, step: StepRows, kernels: Kernels) -> None:
+        super().__init__(base, step, kernels)
+        self._kernel = kernels.norm(base)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        native = self._native if x.dtype == torch.bfloat16 else None
-        y: torch.Tensor = self.base(x) if native is None else native(x)
-        if not self.filled:
-            return y
+        y = self._kernel(x)
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if self.rows.groups:
-            self.on_groups(
-                flat, out, self.filled, lambda some, own, terms: self.replace(some, own, own, terms)
-            )
-            return y
-        for start, stop, terms in self.rows.parts(self.stack_terms):
-            some = out[start:stop]
-            self.replace(flat[start:stop], some, some, terms)
+        self.on_groups(flat, out, self.filled, lambda some, own, terms: self.replace(some, own, own, terms))
         return y
 
     def replacement(self, weights: ModuleWeights) -> Replacement:
@@ -64,37 +50,25 @@ class SlotNorm(SlotModule):
 
 
 def wrap_layers(
-    model: nn.Module,
-    step: StepRows,
-    *,
-    slots: int,
-    tiled: bool,
-    kernels: CpuKernels | None = None,
-    unpacked: bool = False,
+    model: nn.Module, step: StepRows, kernels: Kernels, *, slots: int, unpacked: bool = False
 ) -> dict[str, SlotModule]:
     """Replace a view's linear layers, input embedding and norms by slot modules; returns them by name.
 
-    The view's own base layers stay inside the wrappers: the loaded base is untouched. With `kernels` rows are
-    told apart by groups (`RowMap.groups`). `unpacked`: 4-bit weights are kept as the product has them, too.
+    The view's own base layers stay inside the wrappers: the loaded base is untouched. `unpacked`: 4-bit
+    weights are kept as the product has them, too.
     """
     head, embedding = output_head(model), input_embedding(model)
     norms = {id(module) for _, module in hidden_norms(model)}
     wrapped: dict[str, SlotModule] = {}
     for name, module in list(model.named_modules()):
         if module is embedding:
-            slot_module: SlotModule = SlotEmbedding(module, step, slots=slots, tiled=tiled)
+            slot_module: SlotModule = SlotEmbedding(module, step, kernels)
         elif isinstance(module, nn.Linear):
             slot_module = SlotLinear(
-                module,
-                step,
-                slots=slots,
-                tiled=tiled,
-                head=module is head,
-                kernels=kernels,
-                unpacked=unpacked,
+                module, step, kernels, slots=slots, head=module is head, unpacked=unpacked
             )
         elif id(module) in norms:
-            slot_module = SlotNorm(module, step, slots=slots, tiled=tiled, kernels=kernels)
+            slot_module = SlotNorm(module, step, kernels)
         else:
             continue
         parent, _, child = name.rpartition(".")

@@ -42,7 +42,7 @@ from onebase_engine.engine.messages import EngineConfig, RowOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
-from onebase_engine.lora.rows import TILE
+from onebase_engine.kernels.interface import TILE
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 
 logger = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ def _base_info(
         quantization=config.quantization,
         dtype=config.dtype,
         device=str(engine.model.device),
-        kernels="torch" if engine.model.kernels is None else engine.model.kernels.name,
+        kernels=engine.model.kernels.name,
         base_bytes=base_bytes(base),
         kv_bytes=kv_bytes,
         kv_blocks=engine.pool.capacity,

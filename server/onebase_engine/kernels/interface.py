@@ -1,0 +1,150 @@
+"""What the engine asks of those that compute for it: one interface, and a back-end for each kind of machine.
+
+Whatever the back-end, a row's bits depend on nothing but the row: not on its neighbours, on where its prompt
+was cut, or on what else lies in the slots. `reference` is plain PyTorch and runs everywhere; the others are
+compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from onebase_engine.lora.weights import LoraWeights
+
+TILE = 32
+"""Rows of every product of the reference on the CPU. oneDNN's bf16 kernels agree for any count up to 32 (not
+from 33), MKL's fp32 kernels only for equal counts."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Packed rows, one next to the other or not, that have the same slots and weights."""
+
+    rows: tuple[int, ...]
+    terms: tuple[tuple[int, float], ...]
+    """(slot, weight), at least one, in the order in which they are summed."""
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Which slots act on which packed rows of one forward pass. No row is in two groups."""
+
+    groups: tuple[RowGroup, ...] = ()
+    held: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The same in a back-end's own form, made once."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Of one step, in packed order: each row's position (-1 for padding), its row of `table`, the KV slot
+    that its key and value go to; `table` [contexts, blocks] are KV blocks. All int32."""
+
+    position: np.ndarray
+    table_row: np.ndarray
+    write: np.ndarray
+    table: np.ndarray
+    held: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The same in a back-end's own form, made once."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How tokens are drawn, an array [rows] each: fp32 but for `top_k`, int64, and `uniform`, fp64.
+
+    top_k (0: off), top_p and min_p apply in this order; a temperature of 0 takes the most likely token.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    uniform: np.ndarray
+    """The draw itself, in [0, 1)."""
+
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines [T, dim] by which queries and keys are turned."""
+
+
+class LinearKernel(Protocol):
+    """A linear layer of the base, and what the plain LoRAs in its slots add."""
+
+    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+        """x [rows, in] -> [rows, out], of the same dtype. In PEFT's order of products and roundings:
+
+        quantized layer   y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)
+        other layers      y = (base(x) + scale * (x32 @ A.T) @ B.T).to(base dtype)
+        """
+        ...
+
+    def put(self, slot: int, weights: LoraWeights | None) -> None:
+        """Place a plain LoRA in a slot, or empty it with None."""
+        ...
+
+    def exact(self, slot: int) -> bool:
+        """Whether rows of this slot have PEFT's bits, as far as trials on this machine tell."""
+        ...
+
+
+class AttentionKernel(Protocol):
+    """Attention of one layer over its KV cache."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        contexts: Contexts,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Write k and v into the cache, and attend: a row sees the keys of its context up to its position.
+
+        q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v]. `rotation`: by which q and k
+        are still to be turned; only a back-end that `rotates` is given one.
+        """
+        ...
+
+
+class Kernels(Protocol):
+    """A back-end."""
+
+    name: str
+    """As people read it: `torch`, or the set of instructions."""
+    tiled: bool
+    """Whether what PyTorch computes of a step must have TILE rows, for a row's bits to be its own."""
+    row_multiple: int
+    """The packed rows of a step are padded to a multiple of this many."""
+    drafts: bool
+    """Whether a chunk of a few tokens costs little more than one token does."""
+    rotates: bool
+    """Whether attention can turn queries and keys itself."""
+
+    def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> LinearKernel:
+        """A linear layer (plain, 4-bit or 8-bit) with `slots` adapters. `unpacked`: a 4-bit weight is kept as
+        the product has it, too."""
+        ...
+
+    def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A norm of the base, x [..., size] -> the same shape."""
+        ...
+
+    def attention(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        block_size: int,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> AttentionKernel:
+        """Attention of one layer: keys, values [kv_heads, slots, dim] are its KV cache."""
+        ...
+
+    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
+        """The next token of each row of logits [vocab], bf16 or fp32; None if its largest is not finite."""
+        ...

@@ -1,0 +1,430 @@
+"""The back-end that runs everywhere: PyTorch's own operators, in the shapes in which they are one function.
+
+A library chooses by a product's shape in which order it sums, and the order decides the last bits. So on the
+CPU each product has one shape: linear layers TILE rows, attention ATTENTION_ROWS queries and ATTENTION_KEYS
+keys, in fp32. On an accelerator they have the shape that the step has, and rows agree up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from onebase_engine.base.layers import plain_absmax
+from onebase_engine.kernels.interface import TILE, Contexts, Draws, Rotation, RowGroup, RowMap
+from onebase_engine.lora.weights import LoraWeights
+
+ATTENTION_ROWS = 16
+ATTENTION_KEYS = 128
+"""The shape of attention's products on the CPU."""
+QUERY_CHUNK = 64
+"""Tokens whose scores are held at once; bounds the memory of a long prefill."""
+MAX_DECODE_CONTEXT = 1 << 17
+"""Tokens of context, padding included, that decodes gather at once in each layer: with one long row among
+many short ones, all would be padded to its length and memory run out (Llama-3.1-8B: 4 KB a token)."""
+LENGTH_MULTIPLE = 64
+"""Contexts on accelerators are padded to this many tokens."""
+NUCLEUS_CANDIDATES = 1024
+"""Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
+
+
+class ReferenceKernels:
+    """PyTorch."""
+
+    name = "torch"
+    drafts = False
+    rotates = False
+
+    def __init__(self, *, tiled: bool = True) -> None:
+        """`tiled`: in fixed shapes (the CPU)."""
+        self.tiled = tiled
+        self.row_multiple = TILE if tiled else 1
+
+    def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> ReferenceLinear:
+        return ReferenceLinear(base, tiled=self.tiled, unpacked=unpacked)
+
+    def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        norm: Callable[[torch.Tensor], torch.Tensor] = base
+        return norm
+
+    def attention(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        block_size: int,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> ReferenceAttention:
+        return ReferenceAttention(
+            keys, values, block_size, _Scores(scaling, softcap, window), tiled=self.tiled
+        )
+
+    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
+        raw = torch.stack(list(logits)).float()
+        finite = torch.isfinite(raw.amax(dim=-1)).tolist()
+        tokens = raw.argmax(dim=-1)
+        random = [row for row, known in enumerate(finite) if known and draws.temperature[row] > 0]
+        if random:
+            tokens[random] = _sample(raw[random], draws, random)
+        return [token if known else None for token, known in zip(tokens.tolist(), finite, strict=True)]
+
+
+# ---- linear layers -----------------------------------------------------------------------------
+
+
+def parts(rows: RowMap, tiled: bool, device: torch.device) -> list[tuple[torch.Tensor, int, RowGroup]]:
+    """The groups cut into TILE rows each, if `tiled`; the last row of a group is repeated to fill its last.
+
+    Returns:
+        The rows' numbers, int64 on `device`, how many of them are the group's, and the group. Made once a
+        step.
+    """
+    key = f"parts {tiled}"
+    if key not in rows.held:
+        found: list[tuple[torch.Tensor, int, RowGroup]] = []
+        for group in rows.groups:
+            size = TILE if tiled else len(group.rows)
+            for first in range(0, len(group.rows), size):
+                some = group.rows[first : first + size]
+                index = torch.tensor(some + some[-1:] * (size - len(some)), device=device)
+                found.append((index, len(some), group))
+        rows.held[key] = found
+    made: list[tuple[torch.Tensor, int, RowGroup]] = rows.held[key]
+    return made
+
+
+class ReferenceLinear:
+    """One linear layer (plain, 4-bit or 8-bit), and the plain LoRAs in its slots."""
+
+    def __init__(self, base: Any, *, tiled: bool, unpacked: bool = False) -> None:
+        self._base = base
+        self._kind = type(base).__name__
+        self._quantized = self._kind in ("Linear4bit", "Linear8bitLt")
+        self._tiled = tiled
+        self._absmax: torch.Tensor | None = None
+        self._unpacked: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        if unpacked and self._kind == "Linear4bit":
+            self._unpacked = self.weight()
+        self.plain: dict[int, LoraWeights] = {}
+        """The plain LoRA of each slot that has one."""
+
+    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+        y = self._rows(x)
+        self.add(x, y, rows)
+        return y
+
+    def exact(self, slot: int) -> bool:
+        return self._tiled
+
+    def put(self, slot: int, weights: LoraWeights | None) -> None:
+        self.plain.pop(slot, None)
+        if weights is not None:
+            self.plain[slot] = weights
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowMap) -> None:
+        """Add to `y` [rows, out] what the plain LoRAs give for `x` [rows, in]."""
+        if not self.plain:
+            return
+        for index, count, group in parts(rows, self._tiled, x.device):
+            delta = self._delta(x[index], group.terms) if self._acts(group) else None
+            if delta is not None:
+                own = y[index[:count]]
+                y[index[:count]] = self._sum(own, delta[:count])
+
+    def _acts(self, group: RowGroup) -> bool:
+        return any(slot in self.plain for slot, _ in group.terms)
+
+    def _delta(self, x: torch.Tensor, terms: Sequence[tuple[int, float]]) -> torch.Tensor | None:
+        """Sum of the LoRAs' parts, [rows, out] fp32; None if there is none."""
+        total: torch.Tensor | None = None
+        x = x.float()
+        for slot, weight in terms:
+            lora = self.plain.get(slot)
+            if lora is None:
+                continue
+            delta = scaled(functional.linear(functional.linear(x, lora.a), lora.b), lora.scale)
+            delta = scaled(delta, weight)
+            total = delta if total is None else total + delta
+        return total
+
+    def _sum(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """In the order of PEFT's class for this layer."""
+        return y + delta.to(y.dtype) if self._quantized else (y.float() + delta).to(y.dtype)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """base(x) [rows, out]; by tiles with a 4-bit weight dequantized once for all of them."""
+        if not self._tiled:
+            y: torch.Tensor = self._base(x)
+            return y
+        padded = functional.pad(x, (0, 0, 0, -len(x) % TILE))
+        if self._kind == "Linear8bitLt":
+            y = self._base(padded)
+            return y[: len(x)]
+        weight, bias = self.weight()
+        tiles = [functional.linear(part, weight, bias) for part in torch.split(padded.to(weight.dtype), TILE)]
+        return torch.cat(tiles)[: len(x)].to(x.dtype)
+
+    def weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias in the dtype of the product, as `Linear4bit.forward` has them on the CPU."""
+        weight, bias = self._base.weight, self._base.bias
+        if not self._quantized:
+            return weight, bias
+        if self._unpacked is not None:
+            return self._unpacked
+        dtype = self._base.compute_dtype
+        state = weight.quant_state
+        if self._absmax is None:
+            self._absmax = plain_absmax(state)
+        plain = torch.ops.bitsandbytes.dequantize_4bit.default(
+            weight, self._absmax, state.blocksize, state.quant_type, state.shape, dtype
+        )
+        return plain, None if bias is None else bias.to(dtype)
+
+
+def scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:
+    return delta if scale == 1.0 else delta * scale
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scores:
+    scaling: float
+    softcap: float | None
+    window: int | None
+
+    def weights(self, raw: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return attention_weights(raw, hidden, self.scaling, self.softcap)
+
+
+def attention_weights(
+    raw: torch.Tensor, hidden: torch.Tensor, scaling: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Softmax weights of raw q.k products [..., m, length], in eager attention's order of rounding.
+
+    `hidden`: True where a query must not look.
+    """
+    scores = raw * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(raw.dtype)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Packed rows that attend together: one of each of several contexts, or many of one context."""
+
+    rows: torch.Tensor
+    """[n] int64"""
+    positions: torch.Tensor
+    """[n] int64: a row sees keys at positions up to its own."""
+    slots: torch.Tensor
+    """KV slots: [n, length], or [length] of one context; that of zeros after a context's end."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def hidden(self, window: int | None) -> torch.Tensor:
+        """True where a query must not look, [n, length]; made once a step for each window size."""
+        if window not in self.masks:
+            keys = torch.arange(self.slots.shape[-1], device=self.slots.device)
+            mask = keys > self.positions[:, None]
+            if window is not None:
+                mask |= keys <= self.positions[:, None] - window
+            self.masks[window] = mask
+        return self.masks[window]
+
+
+class ReferenceAttention:
+    """Attention of one layer over its KV cache: scores in the cache's dtype, softmax in fp32, weights rounded
+    back, as in transformers' eager attention."""
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, block_size: int, scores: _Scores, *, tiled: bool
+    ) -> None:
+        self._keys, self._values = keys, values
+        self._block_size = block_size
+        self._scores = scores
+        self._tiled = tiled
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        contexts: Contexts,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        if rotation is not None:
+            raise TypeError("the reference turns no queries and keys")
+        write, some = self._gathered(contexts, q.device)
+        self._keys.index_copy_(1, write, k)
+        self._values.index_copy_(1, write, v)
+        out = v.new_zeros(q.shape[1], q.shape[0], v.shape[2])
+        for part in some:
+            attend = self._decode if part.slots.dim() == 2 else self._prefill
+            attend(q, part, out)
+        return out
+
+    def _gathered(self, contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, list[_Part]]:
+        """Where the step's keys go, and its parts; made once a step, for all layers."""
+        key = f"parts {self._tiled} {self._block_size}"
+        if key not in contexts.held:
+            some = list(self._parts(contexts, device))
+            contexts.held[key] = torch.from_numpy(contexts.write.astype(np.int64)).to(device), some
+        made: tuple[torch.Tensor, list[_Part]] = contexts.held[key]
+        return made
+
+    def _parts(self, contexts: Contexts, device: torch.device) -> Iterator[_Part]:
+        real = np.flatnonzero(contexts.position >= 0)
+        owners, counts = np.unique(contexts.table_row[real], return_counts=True)
+        last = np.zeros(len(contexts.table), dtype=np.int64)
+        np.maximum.at(last, contexts.table_row[real], contexts.position[real])
+        alone = real[np.isin(contexts.table_row[real], owners[counts == 1])]
+        for first, stop in _decode_groups((contexts.position[alone] + 1).tolist()):
+            rows = alone[first:stop]
+            owner = contexts.table_row[rows]
+            yield self._part(contexts, rows, self._slots(contexts.table[owner], last[owner]), device)
+        for owner in owners[counts > 1]:
+            rows = real[contexts.table_row[real] == owner]
+            slots = self._slots(contexts.table[owner : owner + 1], last[owner : owner + 1])[0]
+            yield self._part(contexts, rows, slots, device)
+
+    def _part(self, contexts: Contexts, rows: np.ndarray, slots: np.ndarray, device: torch.device) -> _Part:
+        positions = contexts.position[rows].astype(np.int64)
+        own, at, where = (torch.from_numpy(array).to(device) for array in (rows, positions, slots))
+        return _Part(own, at, where)
+
+    def _slots(self, table: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Slots [rows, length] of blocks [rows, blocks]; slot 0, whose key is zero, after position `last`."""
+        multiple = ATTENTION_KEYS if self._tiled else LENGTH_MULTIPLE
+        place = np.arange(-(-(int(last.max()) + 1) // multiple) * multiple)
+        block = np.minimum(place // self._block_size, table.shape[1] - 1)
+        slots = table[:, block].astype(np.int64) * self._block_size + place % self._block_size
+        return np.where(place <= last[:, None], slots, 0)
+
+    def _decode(self, q: torch.Tensor, part: _Part, out: torch.Tensor) -> None:
+        rows, length = part.slots.shape
+        kv_heads = self._keys.shape[0]
+        flat = part.slots.view(-1)
+        k = self._keys.index_select(1, flat).view(kv_heads, rows, length, -1)
+        v = self._values.index_select(1, flat).view(kv_heads, rows, length, -1)
+        own = q[:, part.rows].reshape(kv_heads, -1, rows, q.shape[-1]).transpose(1, 2)
+        mixed = self._attend(own, k, v, part.hidden(self._scores.window)[:, None])
+        out[part.rows] = mixed.permute(1, 0, 2, 3).reshape(rows, q.shape[0], -1)
+
+    def _prefill(self, q: torch.Tensor, part: _Part, out: torch.Tensor) -> None:
+        kv_heads = self._keys.shape[0]
+        k, v = self._keys.index_select(1, part.slots), self._values.index_select(1, part.slots)
+        if self._tiled:
+            k, v = k.float(), v.float()
+        hidden = part.hidden(self._scores.window)
+        groups, last = q.shape[0] // kv_heads, part.positions.tolist()
+        for start in range(0, len(last), QUERY_CHUNK):
+            rows = part.rows[start : start + QUERY_CHUNK]
+            count, stop = len(rows), start + len(rows)
+            # A whole number of blocks, and none that all of the chunk's rows hide.
+            length = min(-(-(last[stop - 1] + 1) // ATTENTION_KEYS) * ATTENTION_KEYS, k.shape[1])
+            own = q[:, rows].reshape(kv_heads, groups * count, q.shape[-1])
+            mask = hidden[start:stop, :length].repeat(groups, 1)
+            mixed = self._attend(own, k[:, :length], v[:, :length], mask)
+            out[rows] = mixed.reshape(q.shape[0], count, -1).transpose(0, 1)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """q [..., m, d], k, v [..., length, d], `hidden` as wide as [..., m, length] -> [..., m, d of v]."""
+        if not self._tiled:
+            return torch.matmul(self._scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden), v)
+        count, dtype = q.shape[-2], q.dtype
+        padding = -count % ATTENTION_ROWS
+        tiles = _tiles(functional.pad(q.float(), (0, 0, 0, padding)))
+        keys, values = (torch.split(one.float(), ATTENTION_KEYS, dim=-2) for one in (k, v))
+        raw = torch.cat([torch.matmul(tiles, some.mT.unsqueeze(-3)) for some in keys], dim=-1)
+        weights = self._scores.weights(raw.flatten(-3, -2)[..., :count, :].to(dtype), hidden).float()
+        weights = _tiles(functional.pad(weights, (0, 0, 0, padding)))
+        mixed: torch.Tensor | None = None
+        for piece, some in zip(torch.split(weights, ATTENTION_KEYS, dim=-1), values, strict=True):
+            product = torch.matmul(piece, some.unsqueeze(-3))
+            mixed = product if mixed is None else mixed + product
+        if mixed is None:
+            raise ValueError("attention over no keys")
+        return mixed.flatten(-3, -2)[..., :count, :].to(dtype)
+
+
+def _tiles(x: torch.Tensor) -> torch.Tensor:
+    """[..., tiles * ATTENTION_ROWS, n] as [..., tiles, ATTENTION_ROWS, n]."""
+    return x.reshape(*x.shape[:-2], -1, ATTENTION_ROWS, x.shape[-1])
+
+
+def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows `first:last` that attend together: MAX_DECODE_CONTEXT tokens or one longer row."""
+    groups: list[tuple[int, int]] = []
+    first, longest = 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and max(longest, length) * (row + 1 - first) > MAX_DECODE_CONTEXT:
+            groups.append((first, row))
+            first, longest = row, 0
+        longest = max(longest, length)
+    return [*groups, (first, len(lengths))] if lengths else []
+
+
+# ---- draws -------------------------------------------------------------------------------------
+
+
+def _sample(logits: torch.Tensor, draws: Draws, rows: list[int]) -> torch.Tensor:
+    """Inverse-CDF draws for `logits` [len(rows), vocab] fp32, int64, after top_k, top_p and min_p."""
+
+    def column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(values[rows]).to(like)[:, None]
+
+    # Relative to the highest logit, so that no temperature, however low, overflows.
+    relative = (logits - logits.amax(dim=-1, keepdim=True)) / column(draws.temperature, logits)
+    probabilities = _kept_by_top_k(relative, draws.top_k[rows].tolist()).softmax(dim=-1)
+    floor = torch.maximum(
+        _nucleus_floor(probabilities, draws.top_p[rows].tolist()),
+        probabilities.amax(dim=-1, keepdim=True) * column(draws.min_p, logits),
+    )
+    kept = torch.where(probabilities >= floor, probabilities, 0.0).double()
+    cumulative = kept.cumsum(dim=-1)
+    target = column(draws.uniform, cumulative) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Rounding may put the target on the very end: the last token that was kept.
+    last = kept.shape[-1] - 1 - kept.flip(-1).ne(0).to(torch.int8).argmax(dim=-1)
+    return torch.minimum(index, last)
+
+
+def _kept_by_top_k(logits: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+    vocabulary = logits.shape[-1]
+    limited = [(i, min(k, vocabulary)) for i, k in enumerate(ks) if k > 0]
+    if not limited:
+        return logits
+    best = logits.topk(max(k for _, k in limited), dim=-1).values
+    floor = torch.full((len(ks), 1), -torch.inf, dtype=logits.dtype, device=logits.device)
+    for i, k in limited:
+        floor[i, 0] = best[i, k - 1]
+    return logits.masked_fill(logits < floor, -torch.inf)
+
+
+def _nucleus_floor(probabilities: torch.Tensor, ps: Sequence[float]) -> torch.Tensor:
+    """Smallest probability inside each row's nucleus, [rows, 1]; 0 where top_p is off."""
+    floor = torch.zeros(len(ps), 1, dtype=probabilities.dtype, device=probabilities.device)
+    limited = [i for i, p in enumerate(ps) if p < 1.0]
+    if not limited:
+        return floor
+    candidates = min(NUCLEUS_CANDIDATES, probabilities.shape[-1])
+    best = probabilities[limited].topk(candidates, dim=-1).values
+    for row, values in zip(limited, best, strict=True):
+        cumulative = values.double().cumsum(dim=-1)
+        if cumulative[-1] < ps[row]:
+            values = probabilities[row].sort(descending=True).values
+            cumulative = values.double().cumsum(dim=-1)
+        inside = int((cumulative < ps[row]).sum())
+        floor[row, 0] = values[min(inside, len(values) - 1)]
+    return floor
