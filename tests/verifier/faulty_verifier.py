@@ -65,7 +65,7 @@ def out_of_memory(patch: pytest.MonkeyPatch) -> None:
 
 def stumbles(patch: pytest.MonkeyPatch) -> None:
     """An exception that nobody thought of."""
-    patch.setattr(proving, "prove_texts", lambda *arguments: 1 / 0)
+    patch.setattr(proving.TextProver, "prove", lambda *arguments: 1 / 0)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

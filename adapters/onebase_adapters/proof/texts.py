@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ padded blocks sums in another order than transformers', and in bf16 two logits a
 TIE_FP32 = 1e-4
 _BLOCK = 16
 _STEP_TOKENS = 256
-_VERSION = "version"
 
 
 @dataclass(frozen=True)
@@ -36,67 +36,100 @@ class TextProof:
     """Texts that differ from the bare base's."""
 
 
-def prove_texts(
-    base: nn.Module,
-    reference: nn.Module,
-    weights: AdapterWeights,
-    probes: Sequence[list[int]],
-    tokens: int,
-    on_progress: Callable[[float], None],
-) -> TextProof:
-    """Let an engine serve each probe with and without the version, all in one batch, and compare.
+class TextProver:
+    """Lets a real, small engine serve greedy texts, and PEFT judge them.
 
-    Each token must be PEFT's, or tie with it after the same tokens (`TIE_ROUNDINGS`).
-
-    Args:
-        tokens: of each text.
-        on_progress: called with the part that is done; what it raises ends the proof.
-
-    Raises:
-        ProofError: a text is not PEFT's, or one without the version not the base's.
+    The engine stays from proof to proof: to start it takes longer than the texts do.
     """
-    if not probes or tokens < 1:
-        return TextProof(0, 0, 0)
-    served, bare = _served(base, weights, probes, tokens, lambda part: on_progress(part / 2))
-    tolerance = tie_of(base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
-    changed = 0
-    for number, probe in enumerate(probes):
-        _check(base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
-        _check(reference, probe, served[number], tolerance, f"text {number + 1}")
-        changed += served[number] != bare[number]
-        on_progress(0.5 + (number + 1) / len(probes) / 2)
-    return TextProof(len(probes), len(probes) * tokens, changed)
 
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._engine: Engine | None = None
+        self._room = (0, 0)
+        """Rows and tokens of each for which the engine was made."""
+        self._proofs = itertools.count()
+        self._bare: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        """Probes and texts of the bare base that were found to be its own."""
 
-def _served(
-    base: nn.Module,
-    weights: AdapterWeights,
-    probes: Sequence[list[int]],
-    tokens: int,
-    on_progress: Callable[[float], None],
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The engine's texts with the version, and without."""
-    rows = 2 * len(probes)
-    length = max(map(len, probes)) + tokens
-    blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
-    limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
-    engine = Engine(base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2)
-    engine.put_adapter(_VERSION, weights)
-    sampling = protocol.Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    texts: dict[str, list[int]] = {}
-    for number, probe in enumerate(probes):
-        for name, adapters in ((f"+{number}", [protocol.AdapterRef(_VERSION)]), (f"-{number}", [])):
-            texts[name] = []
-            engine.submit(protocol.Submit(id=name, prompt=probe, sampling=sampling, adapters=adapters))
-    while engine.busy:
-        engine.step()
-        for output in engine.take_outputs():
-            if output.finish == "error":
-                raise ProofError(output.id, 1.0, f"the engine cannot serve it: {output.error_message}")
-            texts[output.id] += output.tokens
-        on_progress(sum(map(len, texts.values())) / (rows * tokens))
-    count = range(len(probes))
-    return [texts[f"+{n}"] for n in count], [texts[f"-{n}"] for n in count]
+    def prove(
+        self,
+        reference: nn.Module,
+        weights: AdapterWeights,
+        probes: Sequence[list[int]],
+        tokens: int,
+        on_progress: Callable[[float], None],
+    ) -> TextProof:
+        """Serve each probe with and without the version, all in one batch, and compare.
+
+        Each token must be PEFT's, or tie with it after the same tokens (`TIE_ROUNDINGS`).
+
+        Args:
+            reference: PEFT's model of the version, on a view of the same base.
+            tokens: of each text.
+            on_progress: called with the part that is done; what it raises ends the proof.
+
+        Raises:
+            ProofError: a text is not PEFT's, or one without the version not the base's.
+        """
+        if not probes or tokens < 1:
+            return TextProof(0, 0, 0)
+        try:
+            served, bare = self._served(weights, probes, tokens, lambda part: on_progress(part / 2))
+        except BaseException:
+            # It may have rows left.
+            self._engine = None
+            raise
+        tolerance = tie_of(self._base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
+        changed = 0
+        for number, probe in enumerate(probes):
+            known = tuple(probe), tuple(bare[number])
+            if known not in self._bare:
+                _check(self._base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
+                self._bare.add(known)
+            _check(reference, probe, served[number], tolerance, f"text {number + 1}")
+            changed += served[number] != bare[number]
+            on_progress(0.5 + (number + 1) / len(probes) / 2)
+        return TextProof(len(probes), len(probes) * tokens, changed)
+
+    def _served(
+        self,
+        weights: AdapterWeights,
+        probes: Sequence[list[int]],
+        tokens: int,
+        on_progress: Callable[[float], None],
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The engine's texts with the version, and without."""
+        engine = self._engine_for(2 * len(probes), max(map(len, probes)) + tokens)
+        # Of its own for each proof: what the engine keeps of prefixes is by version.
+        version = f"version {next(self._proofs)}"
+        engine.put_adapter(version, weights)
+        sampling = protocol.Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        texts: dict[str, list[int]] = {}
+        for number, probe in enumerate(probes):
+            for name, adapters in ((f"+{number}", [protocol.AdapterRef(version)]), (f"-{number}", [])):
+                texts[name] = []
+                engine.submit(protocol.Submit(id=name, prompt=probe, sampling=sampling, adapters=adapters))
+        while engine.busy:
+            engine.step()
+            for output in engine.take_outputs():
+                if output.finish == "error":
+                    raise ProofError(output.id, 1.0, f"the engine cannot serve it: {output.error_message}")
+                texts[output.id] += output.tokens
+            on_progress(sum(map(len, texts.values())) / (len(texts) * tokens))
+        engine.unload_adapter(version)
+        count = range(len(probes))
+        return [texts[f"+{n}"] for n in count], [texts[f"-{n}"] for n in count]
+
+    def _engine_for(self, rows: int, length: int) -> Engine:
+        """An engine with room for so many rows of this length."""
+        if self._engine is None or rows > self._room[0] or length > self._room[1]:
+            self._engine, self._room = None, (rows, length)
+            blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
+            limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
+            self._engine = Engine(
+                self._base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2
+            )
+        return self._engine
 
 
 def tie_of(dtype: torch.dtype) -> float:

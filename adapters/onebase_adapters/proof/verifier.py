@@ -14,7 +14,7 @@ from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
 from onebase_adapters.proof.modules import ModuleProof, prove_modules
 from onebase_adapters.proof.outliers import Figures, measure, unusual
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport
-from onebase_adapters.proof.texts import TextProof, prove_texts
+from onebase_adapters.proof.texts import TextProof, TextProver
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 from onebase_engine.lora.weights import AdapterWeights, folded, weights_bytes
@@ -42,6 +42,7 @@ class Verifier:
         self._max_rank = max_rank
         self._base_id = base_id
         self._fingerprint = fingerprint(base)
+        self._texts = TextProver(base)
 
     def prove(
         self,
@@ -100,8 +101,7 @@ class Verifier:
             folded(finished),
             lambda part: on_progress("proving", _LOADED + part * (_COMPARED - _LOADED)),
         )
-        texts = prove_texts(
-            self._base,
+        texts = self._texts.prove(
             adapter.reference,
             finished,
             probes,

@@ -213,6 +213,7 @@ class CpuKernels:
         self.library = library
         self._blocks: dict[tuple[Any, ...], tuple[int, bool]] = {}
         self._orders: dict[tuple[int, int, int], tuple[_Order, bool]] = {}
+        self._norms: dict[tuple[Any, ...], bool] = {}
         self.threads = 0
         self.recorder: Recorder | None = None
         """What writes down the calls that are made."""
@@ -329,9 +330,11 @@ class CpuKernels:
             self.run(call, [x], None, None)
             return y
 
-        with torch.inference_mode():
-            same = all(torch.equal(norm(x), own(x)) for x in _inputs(size, size))
-        return norm if same else own
+        key = (type(base), size, eps, self.threads)
+        if key not in self._norms:
+            with torch.inference_mode():
+                self._norms[key] = all(torch.equal(norm(x), own(x)) for x in _inputs(size, size))
+        return norm if self._norms[key] else own
 
     def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """x + other, bf16, both contiguous and of one shape, whose last size is a multiple of LANES."""
