@@ -54,6 +54,8 @@ class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
     """Texts that differ from the bare base's."""
     base_unchanged: bool
     seconds: float
+    shown: str = ""
+    """What was shown for this version on this device, in words."""
 
 
 class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,3 +78,21 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     proof: ProofReport
     warnings: list[str] = []
     """What a person should look at before the version is activated, a sentence each; nothing is blocked."""
+
+
+def what_was_shown(
+    modules: int, exact: int, error_ratio: float, kernels: str, texts: int, tokens: int
+) -> str:
+    """What a proof has shown, in words; the arguments are a ProofReport's fields."""
+    by = "PyTorch" if kernels == "torch" else f"the {kernels} kernels"
+    if exact == modules:
+        found = f"All {modules} modules gave PEFT's own bits by {by}"
+    else:
+        found = (
+            f"{exact} of {modules} modules gave PEFT's own bits by {by}; the others sum in another order, "
+            f"and their errors were at most {error_ratio:.3f} times those of PEFT's own output"
+        )
+    found += ", for rows alone, next to another adapter's rows and next to rows without one."
+    if texts:
+        found += f" {texts} greedy texts of {tokens // texts} tokens were PEFT's, but for ties."
+    return found

@@ -13,7 +13,7 @@ from torch import nn
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
 from onebase_adapters.proof.modules import ModuleProof, prove_modules
 from onebase_adapters.proof.outliers import Figures, measure, unusual
-from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport
+from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
@@ -168,5 +168,13 @@ def version_report(
             texts_changed=texts.changed,
             base_unchanged=True,
             seconds=seconds,
+            shown=what_was_shown(
+                modules.compared,
+                modules.exact,
+                modules.error_ratio,
+                modules.kernels,
+                texts.texts,
+                texts.tokens,
+            ),
         ),
     )

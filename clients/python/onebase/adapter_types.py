@@ -117,7 +117,7 @@ class ProofReport:
     rows: int
     """Of the input that they were compared on."""
     exact: bool
-    """Whether they had to be equal bit for bit, as on a CPU."""
+    """Whether all of them had PEFT's own bits."""
     largest_difference: float
     """Between the server's modules and PEFT's."""
     texts: int
@@ -130,6 +130,13 @@ class ProofReport:
     seconds: float
     kernels: str = "torch"
     """What the server computed with: `torch`, or its kernels in C by their set of instructions."""
+    modules_exact: int | None = None
+    """Modules that had PEFT's own bits; None of versions proven before this was counted."""
+    error_ratio: float = 0.0
+    """Of the others, which sum in another order: the largest error by that of PEFT's own output, as measured
+    from the result in fp64."""
+    shown: str = ""
+    """What was shown, in words."""
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     kernels: str = "torch"
     """What computes: `torch`, or the kernels in C by their set of instructions."""
+    promise: str = ""
+    """What is kept of a row's bits, in a sentence or two."""
     base_bytes: int
     kv_bytes: int
     kv_blocks: int

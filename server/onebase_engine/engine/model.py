@@ -49,8 +49,10 @@ class ServedModel:
             unpacked=unpacked and self.device.type == "cpu",
         )
         self._slots = AdapterSlots(modules, slots, self.device)
-        linear = [module.base for module in modules.values() if isinstance(module, SlotLinear)]
-        self._ragged = any(one.in_features % TILE or one.out_features % TILE for one in linear)
+        linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
+        self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
+        self.promise = _promise(self.kernels, [module.exact(0) for module in linear])
+        """What is kept of a row's bits, in a sentence or two."""
         try:
             self._attention.attach(self._view)
             self._probe()
@@ -158,3 +160,14 @@ class ServedModel:
         output = self._view(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logit_rows)
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def _promise(kernels: Kernels, exact: list[bool]) -> str:
+    """`exact`: of each linear layer, whether it has PEFT's bits."""
+    if not kernels.tiled:
+        return "A row agrees with PEFT, and with itself in another batch, up to rounding."
+    own = "A row's bits do not depend on the rows next to it."
+    if all(exact):
+        return f"{own} All {len(exact)} linear layers give PEFT's own bits."
+    some = f"{sum(exact)} of {len(exact)} linear layers give PEFT's own bits"
+    return f"{own} {some}; the others sum in another order, and are as close to the exact result."

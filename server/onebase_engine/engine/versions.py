@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Set
 
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.scheduler import NeverFitsError
@@ -13,9 +13,7 @@ from onebase_engine.lora.weights import AdapterWeights, composable, folded, weig
 class Versions:
     """Finished tensors by digest. A version that is unloaded stays until its last row has ended."""
 
-    def __init__(self, size_in_slot: Callable[[AdapterWeights], int] = weights_bytes) -> None:
-        """`size_in_slot`: bytes that a version takes of the slots' memory."""
-        self._size_in_slot = size_in_slot
+    def __init__(self) -> None:
         self.weights: dict[str, AdapterWeights] = {}
         self._sizes: dict[str, int] = {}
         self._alone: set[str] = set()
@@ -33,7 +31,7 @@ class Versions:
     def put(self, digest: str, weights: AdapterWeights) -> None:
         """Take a version in; its scales go into B where that changes no bit."""
         self.weights[digest] = folded(weights)
-        self._sizes[digest] = self._size_in_slot(self.weights[digest])
+        self._sizes[digest] = weights_bytes(self.weights[digest])
         self._leaving.discard(digest)
         if not composable(weights):
             self._alone.add(digest)

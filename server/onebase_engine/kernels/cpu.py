@@ -197,6 +197,10 @@ def load_library() -> CpuKernels | None:
     if chosen is None:
         logger.warning("kernels: PyTorch, since this processor has none of %s=%s", CHOICE, wanted)
         return None
+    if chosen == b"portable" and not wanted:
+        # Not yet timed on a processor that has nothing better.
+        logger.info("kernels: PyTorch, since there are none for this processor; %s=portable tries C", CHOICE)
+        return None
     return CpuKernels(library, chosen.decode())
 
 

@@ -200,7 +200,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     free = kv_memory_available(device)
     slot_memory = _slot_memory(config, base, free, device)
     if device.type != "cpu":
-        free -= 2 * slot_memory + staging_bytes(slot_memory)
+        free -= slot_memory + staging_bytes(slot_memory)
     blocks = kv_block_count(
         block_bytes, most, free, kv_memory=config.kv_memory, train_memory=config.train_memory
     )
@@ -309,6 +309,7 @@ def _base_info(
         dtype=config.dtype,
         device=str(engine.model.device),
         kernels=engine.model.kernels.name,
+        promise=engine.model.promise,
         base_bytes=base_bytes(base),
         kv_bytes=kv_bytes,
         kv_blocks=engine.pool.capacity,

@@ -254,9 +254,15 @@ def _version_report(value: Json) -> VersionReport:
         targets=tuple(value["targets"]),
         dropped=tuple(value["dropped"]),
         modules=tuple(map(_module_report, value["modules"])),
-        proof=flat(ProofReport, value["proof"], kernels=value["proof"].get("kernels", "torch")),
+        proof=_proof_report(value["proof"]),
         warnings=tuple(value.get("warnings", ())),  # of servers and versions that have any
     )
+
+
+def _proof_report(value: Json) -> ProofReport:
+    """Older servers and versions lack the later fields."""
+    later = {"kernels": "torch", "modules_exact": None, "error_ratio": 0.0, "shown": ""}
+    return flat(ProofReport, {**later, **value})
 
 
 def _module_report(value: Json) -> ModuleReport:

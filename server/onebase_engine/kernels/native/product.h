@@ -329,9 +329,55 @@ static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats wei
 
 #else
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+/* Of 16 numbers, in two halves, those that the lowest four bits of each word say, scaled and as bf16 has them. A sum
+ * that rounds makes no other number of a NaN of PyTorch's own. */
+static inline __m256 chosen(__m256i which, __m256 low, __m256 high, __m256 scale) {
+  __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(which, 28));
+  __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, which), _mm256_permutevar8x32_ps(high, which), upper);
+  __m256i bits = _mm256_castps_si256(_mm256_mul_ps(value, scale));
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
+}
+
+/* Terms `first ..` of a panel of 4-bit weights, `count` of them and a multiple of 8: [count, 16]. Eight terms of an
+ * output are a word, of each byte the high one first. */
+static inline void turn_nf4(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, float *to) {
+  int64_t there = least(LANES, layer->out - panel * LANES), shift = layer->blocksize_log2;
+  int64_t blocks = layer->in >> shift, stride = layer->in / 2;
+  const uint8_t *from = (const uint8_t *)layer->weight + panel * LANES * stride + first / 2;
+  const float *absmax = layer->absmax + panel * blocks * LANES;
+  __m256 low = _mm256_loadu_ps(layer->code), high = _mm256_loadu_ps(layer->code + 8);
+  _Alignas(32) uint32_t some[LANES] = {0};
+  for (int64_t k = 0; k < count; k += 8, from += 4) {
+    const float *scale = absmax + ((first + k) >> shift) * LANES;
+    for (int64_t lane = 0; lane < there; lane++) memcpy(some + lane, from + lane * stride, sizeof *some);
+    __m256i words[2] = {_mm256_load_si256((const __m256i *)some), _mm256_load_si256((const __m256i *)(some + 8))};
+    __m256 scales[2] = {_mm256_loadu_ps(scale), _mm256_loadu_ps(scale + 8)};
+#pragma GCC unroll 4
+    for (int byte = 0; byte < 4; byte++, to += 2 * LANES)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        __m256i one = _mm256_srli_epi32(words[half], 8 * byte + 4), two = _mm256_srli_epi32(words[half], 8 * byte);
+        _mm256_storeu_ps(to + 8 * half, chosen(one, low, high, scales[half]));
+        _mm256_storeu_ps(to + LANES + 8 * half, chosen(two, low, high, scales[half]));
+      }
+  }
+}
+
+#endif
+
 /* Terms `first ..` of a panel, `count` of them: [count, 16]. */
 static inline void turn_chunk(const onebase_linear *layer, int64_t panel, int64_t first, int64_t count, bf16 *scratch,
                               float *to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (layer->kind == ONEBASE_NF4) {
+    turn_nf4(layer, panel, first, count, to);
+    return;
+  }
+#endif
   int64_t stride;
   const bf16 *from = panel_of(layer, panel, first, first + count, scratch, &stride);
   for (int64_t k = 0; k < count; k++)
@@ -343,6 +389,34 @@ static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats wei
 }
 
 #endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+/* Adds the products of `count` terms, an even number, to the sums of some rows and one panel: [rows of the batch, 16].
+ * Two terms of a row are read as a word. */
+static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
+                                                               int64_t count, const int rows, const int panels,
+                                                               int64_t panel_size, float *sums) {
+  (void)panels, (void)panel_size;
+  const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+  __m256 own[2 * ROWS_AT_ONCE];
+  for (int i = 0; i < 2 * rows; i++) own[i] = _mm256_loadu_ps(sums + 8 * i);
+  for (int64_t k = 0; k < count; k += 2, weights += 2 * LANES)
+    for (int row = 0; row < rows; row++) {
+      int32_t pair;
+      memcpy(&pair, x + row * in + k, sizeof pair);
+      __m256i both = _mm256_set1_epi32(pair);
+      __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+      __m256 second = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
+      for (int half = 0; half < 2; half++) {
+        __m256 sum = _mm256_fmadd_ps(first, _mm256_load_ps(weights + 8 * half), own[2 * row + half]);
+        own[2 * row + half] = _mm256_fmadd_ps(second, _mm256_load_ps(weights + LANES + 8 * half), sum);
+      }
+    }
+  for (int i = 0; i < 2 * rows; i++) _mm256_storeu_ps(sums + 8 * i, own[i]);
+}
+
+#else
 
 /* Adds the products of `count` terms to the sums of some rows and panels: of a panel [rows of the batch, 16]. */
 static inline __attribute__((always_inline)) void add_products(const bf16 *x, int64_t in, const turned *weights,
@@ -359,6 +433,8 @@ static inline __attribute__((always_inline)) void add_products(const bf16 *x, in
   for (int i = 0; i < panels; i++)
     for (int row = 0; row < rows; row++) store(sums + i * panel_size + row * LANES, own[i * rows + row]);
 }
+
+#endif
 
 static inline __attribute__((always_inline)) void add_rows(const bf16 *x, int64_t in, const turned *weights,
                                                            int64_t count, int64_t rows, const int panels,
