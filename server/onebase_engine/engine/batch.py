@@ -58,7 +58,7 @@ class Packer:
         table = np.zeros((len(segments), width), dtype=np.int32)
         for number, (start, segment) in enumerate(zip(starts, segments, strict=False)):
             some, row = slice(start, start + segment.length), segment.row
-            table[number, : len(row.blocks)] = row.blocks
+            table[number, : len(row.blocks)] = np.frombuffer(row.blocks, dtype=np.int32)
             ids[some] = segment.tokens
             positions[some] = own = np.arange(segment.start, segment.start + segment.length, dtype=np.int32)
             table_row[some] = number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,7 +75,8 @@ class Row:
     """The choice that prefills the shared prompt first, so that this row finds it in the prefix cache."""
     prompt_length: int = field(init=False)
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    """int32, as a step's table has them."""
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix keys of the row's full blocks, extended as blocks fill."""
     charged: int = 0

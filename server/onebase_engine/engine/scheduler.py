@@ -22,6 +22,7 @@ got `block_size` tokens after any admission.
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -234,7 +235,7 @@ class Scheduler:
             room = len(row.blocks) * size - len(row.tokens)
             count = min(len(found), row.drafts.worth(rows), draft.budget)
             if count > room and self._pool.free > spare:
-                row.blocks += self._pool.allocate(1) or []
+                row.blocks.extend(self._pool.allocate(1) or ())
                 room += size
             if (count := min(count, room)) > 0:
                 draft.decodes[row] = Segment(row, segment.start, segment.stop, tuple(found[:count]))
@@ -347,7 +348,7 @@ class Scheduler:
         if fresh is None:
             self._pool.release(shared)
             return False
-        row.blocks = shared + fresh
+        row.blocks = array("i", shared + fresh)
         row.computed = len(shared) * self._pool.block_size
         if row.cached_tokens is None:
             row.cached_tokens = row.charged = row.computed
@@ -373,7 +374,7 @@ class Scheduler:
         while len(row.blocks) * self._pool.block_size < tokens:
             more = self._pool.allocate(1)
             if more is not None:
-                row.blocks += more
+                row.blocks.extend(more)
                 continue
             youngest = self.running[-1]
             victim = self._over_served(youngest, self.running, (), draft) or youngest
@@ -394,7 +395,7 @@ class Scheduler:
 
     def _release(self, row: Row) -> None:
         self._pool.release(row.blocks)
-        row.blocks = []
+        row.blocks = array("i")
         self._slots.release(row)
 
     def _extend_keys(self, row: Row, tokens: int) -> None:
