@@ -224,8 +224,8 @@ class _Part:
 
     rows: torch.Tensor
     """[n] int64"""
-    positions: torch.Tensor
-    """[n] int64: a row sees keys at positions up to its own."""
+    places: np.ndarray
+    """[n], the rows' positions: a row sees keys at positions up to its own."""
     slots: torch.Tensor
     """KV slots: [n, length], or [length] of one context; that of zeros after a context's end."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
@@ -234,9 +234,10 @@ class _Part:
         """True where a query must not look, [n, length]; made once a step for each window size."""
         if window not in self.masks:
             keys = torch.arange(self.slots.shape[-1], device=self.slots.device)
-            mask = keys > self.positions[:, None]
+            positions = torch.from_numpy(self.places.astype(np.int64)).to(keys.device)[:, None]
+            mask = keys > positions
             if window is not None:
-                mask |= keys <= self.positions[:, None] - window
+                mask |= keys <= positions - window
             self.masks[window] = mask
         return self.masks[window]
 
@@ -297,9 +298,8 @@ class ReferenceAttention:
             yield self._part(contexts, rows, slots, device)
 
     def _part(self, contexts: Contexts, rows: np.ndarray, slots: np.ndarray, device: torch.device) -> _Part:
-        positions = contexts.position[rows].astype(np.int64)
-        own, at, where = (torch.from_numpy(array).to(device) for array in (rows, positions, slots))
-        return _Part(own, at, where)
+        own, where = (torch.from_numpy(array).to(device) for array in (rows, slots))
+        return _Part(own, contexts.position[rows], where)
 
     def _slots(self, table: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Slots [rows, length] of blocks [rows, blocks]; slot 0, whose key is zero, after position `last`."""
@@ -325,12 +325,13 @@ class ReferenceAttention:
         if self._tiled:
             k, v = k.float(), v.float()
         hidden = part.hidden(self._scores.window)
-        groups, last = q.shape[0] // kv_heads, part.positions.tolist()
-        for start in range(0, len(last), QUERY_CHUNK):
+        groups = q.shape[0] // kv_heads
+        for start in range(0, len(part.places), QUERY_CHUNK):
             rows = part.rows[start : start + QUERY_CHUNK]
             count, stop = len(rows), start + len(rows)
             # A whole number of blocks, and none that all of the chunk's rows hide.
-            length = min(-(-(last[stop - 1] + 1) // ATTENTION_KEYS) * ATTENTION_KEYS, k.shape[1])
+            length = -(-(int(part.places[stop - 1]) + 1) // ATTENTION_KEYS) * ATTENTION_KEYS
+            length = min(length, k.shape[1])
             own = q[:, rows].reshape(kv_heads, groups * count, q.shape[-1])
             mask = hidden[start:stop, :length].repeat(groups, 1)
             mixed = self._attend(own, k[:, :length], v[:, :length], mask)
