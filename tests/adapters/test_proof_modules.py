@@ -36,6 +36,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "nf4"},
     "nf4 in blocks of 128": {"quantization": "nf4", "blocksize": 128},
     "int8": {"quantization": "int8"},
+    "bf16": {"quantization": "none"},
 }
 WRAPPED = 2 * 7 + 2 + 2 * 2 + 1
 """Linear layers, embedding, head and norms of a tiny Llama."""
@@ -94,21 +95,53 @@ def portable() -> Iterator[CpuKernels]:
     if library is None:
         pytest.skip("the library in C was not built")
     library.library.onebase_choose(b"portable")
-    yield CpuKernels(library.library, "portable")
+    one = CpuKernels(library.library, "portable")
+    one._find_block = lambda layer, weight, bias: (32, False)  # type: ignore[method-assign]
+    one.order = lambda inner, outer: (cpu._one_block(inner, outer), False)  # type: ignore[method-assign]
+    yield one
     library.library.onebase_choose(None)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [("llama", "nf4"), ("gemma3", "nf4"), ("qwen2", "bf16")]
+)
 def test_where_sums_have_another_order_the_result_in_fp64_is_the_judge(
-    load: Callable[[str, str], nn.Module], architecture: str, portable: CpuKernels
+    load: Callable[[str, str], nn.Module], architecture: str, precision: str, portable: CpuKernels
 ) -> None:
     ratios = []
     for kind in KINDS:
-        proof = prove(load(architecture, "nf4"), kind, kernels=portable)
+        proof = prove(load(architecture, precision), kind, kernels=portable)
         ratios.append(proof.error_ratio)
         assert proof.error_ratio < 1.01, kind
         assert proof.largest_difference < 0.02, kind
     assert max(ratios) > 0.9, "some module had other bits"
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-5, 2.0**-7, 2.0**-9, 2.0**-12, 2.0**-16, 2.0**-40])
+@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+def test_an_adapter_however_weak_is_proven_by_kernels_of_another_order(
+    load: Callable[[str, str], nn.Module], precision: str, scale: float, portable: CpuKernels
+) -> None:
+    """The base's rounding swallows what it adds, in PEFT's output too."""
+    base = load("qwen2", precision)
+    reference: Any = peft_adapter(base, "lora", seed=1)
+    for name, parameter in reference.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(scale)
+    proof = prove_modules(base, reference, weights_of(reference), kernels=portable)
+    assert proof.exact < proof.compared
+    assert proof.error_ratio < 1.01
+
+
+@pytest.mark.parametrize("gain", [0.0, 3.0, -20.0, 500.0])
+def test_dora_of_any_gain_is_proven_by_kernels_of_another_order(
+    base: nn.Module, gain: float, portable: CpuKernels
+) -> None:
+    reference: Any = peft_adapter(base, "dora", seed=1)
+    for name, parameter in reference.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(gain)
+    assert prove_modules(base, reference, weights_of(reference), kernels=portable).error_ratio < 1.01
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 64])
@@ -282,7 +315,20 @@ def _rows_of_the_neighbour(layer: NativeLinear) -> None:
     layer._layers = shifted  # type: ignore[assignment]
 
 
+def _nan_from_the_neighbour(layer: NativeLinear) -> None:
+    whole: Any = layer._layers
+
+    def leaking(x: torch.Tensor, rows: RowMap | None) -> list[torch.Tensor]:
+        result: list[torch.Tensor] = whole(x, rows)
+        if rows is not None and len(rows.groups) == 2:
+            result[0][rows.groups[1].rows[3], 5] = float("nan")
+        return result
+
+    layer._layers = leaking  # type: ignore[assignment]
+
+
 FAULTS = [
+    _nan_from_the_neighbour,
     _a_rank_dropped,
     _a_scale_off_by_a_rounding,
     _weights_of_another_rounding,

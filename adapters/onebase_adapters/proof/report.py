@@ -81,17 +81,19 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def what_was_shown(
-    modules: int, exact: int, error_ratio: float, kernels: str, texts: int, tokens: int
+    modules: int, exact: int, tolerated: int, error_ratio: float, kernels: str, texts: int, tokens: int
 ) -> str:
-    """What a proof has shown, in words; the arguments are a ProofReport's fields."""
+    """What a proof has shown, in words.
+
+    Args:
+        tolerated: modules that were only within a hundredth of PEFT's largest output.
+    """
     by = "PyTorch" if kernels == "torch" else f"the {kernels} kernels"
-    if exact == modules:
-        found = f"All {modules} modules gave PEFT's own bits by {by}"
-    else:
-        found = (
-            f"{exact} of {modules} modules gave PEFT's own bits by {by}; the others sum in another order, "
-            f"and their errors were at most {error_ratio:.3f} times those of PEFT's own output"
-        )
+    found = f"{'All' if exact == modules else f'{exact} of'} {modules} modules gave PEFT's own bits by {by}"
+    if summed := modules - exact - tolerated:
+        found += f"; {summed} sum in another order, with at most {error_ratio:.3f} times the error of PEFT's"
+    if tolerated:
+        found += f"; {tolerated} were within a hundredth of PEFT's largest output"
     found += ", for rows alone, next to another adapter's rows and next to rows without one."
     if texts:
         found += f" {texts} greedy texts of {tokens // texts} tokens were PEFT's, but for ties."

@@ -117,12 +117,14 @@ class TextProver:
                 texts[output.id] += output.tokens
             on_progress(sum(map(len, texts.values())) / (len(texts) * tokens))
         engine.unload_adapter(version)
+        engine.step()  # which empties its slot
         count = range(len(probes))
         return [texts[f"+{n}"] for n in count], [texts[f"-{n}"] for n in count]
 
     def _engine_for(self, rows: int, length: int) -> Engine:
         """An engine with room for so many rows of this length."""
         if self._engine is None or rows > self._room[0] or length > self._room[1]:
+            rows, length = max(rows, self._room[0]), max(length, self._room[1])
             self._engine, self._room = None, (rows, length)
             blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
             limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)

@@ -171,6 +171,7 @@ def version_report(
             shown=what_was_shown(
                 modules.compared,
                 modules.exact,
+                modules.tolerated,
                 modules.error_ratio,
                 modules.kernels,
                 texts.texts,

@@ -163,11 +163,11 @@ class ServedModel:
 
 
 def _promise(kernels: Kernels, exact: list[bool]) -> str:
-    """`exact`: of each linear layer, whether it has PEFT's bits."""
+    """`exact`: of each linear layer, whether it has PEFT's bits without an adapter."""
     if not kernels.tiled:
         return "A row agrees with PEFT, and with itself in another batch, up to rounding."
+    count = f"{'All' if all(exact) else f'{sum(exact)} of'} {len(exact)}"
+    base = f"{count} linear layers of the base give PEFT's own bits"
+    rest = "" if all(exact) else ", the others sum in another order and are as close to the exact result"
     own = "A row's bits do not depend on the rows next to it."
-    if all(exact):
-        return f"{own} All {len(exact)} linear layers give PEFT's own bits."
-    some = f"{sum(exact)} of {len(exact)} linear layers give PEFT's own bits"
-    return f"{own} {some}; the others sum in another order, and are as close to the exact result."
+    return f"{own} {base}{rest}; what an adapter gives, its proof says."
