@@ -18,7 +18,7 @@ from torch import nn
 
 from onebase_adapters.proof import modules as proof
 from onebase_adapters.proof.modules import ModuleProof, ProofError, prove_modules
-from onebase_adapters.proof.texts import regrets
+from onebase_adapters.proof.texts import TextProver, regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels import cpu
@@ -530,3 +530,39 @@ def test_equal_logits_are_ties_even_if_all_are_zero(base: nn.Module) -> None:
             torch.zeros_like(base.get_output_embeddings().weight)  # type: ignore[operator]
         )
     assert regrets(silent, [5, 6], [0, 7]) == [0.0, 0.0]
+
+
+# ---- texts -----------------------------------------------------------------------------------
+
+PROBES = [list(range(5, 40)), list(range(90, 50, -1))]
+
+
+def test_an_engine_that_stays_serves_each_version_its_own_texts(base: nn.Module) -> None:
+    prover, engines = TextProver(base), set()
+    references = [
+        peft_adapter(base, kind, seed, std=0.5) for seed, kind in enumerate(("lora", "dora", "head"))
+    ]
+    for reference in (*references, references[0]):
+        proof = prover.prove(reference, weights_of(reference), PROBES, 8, lambda part: None)
+        assert (proof.texts, proof.tokens, proof.changed) == (2, 16, 2)
+        engine = prover._engine
+        assert engine is not None
+        assert (engine.slots.used, len(engine.versions)) == (0, 0)
+        engines.add(id(engine))
+    assert len(engines) == 1
+    with pytest.raises(ProofError, match="differs from PEFT's at token"):
+        prover.prove(references[0], weights_of(references[2]), PROBES, 8, lambda part: None)
+
+
+def test_an_engine_that_was_left_or_is_too_small_is_made_again(base: nn.Module) -> None:
+    def stop(part: float) -> None:
+        raise KeyboardInterrupt
+
+    prover, reference = TextProver(base), peft_adapter(base, "lora", seed=1, std=0.5)
+    weights = weights_of(reference)
+    with pytest.raises(KeyboardInterrupt):
+        prover.prove(reference, weights, PROBES, 8, stop)
+    for probes, tokens in ((PROBES, 8), ([*PROBES, [7] * 300], 8), (PROBES, 20)):
+        proof = prover.prove(reference, weights, probes, tokens, lambda part: None)
+        assert proof.texts == len(probes)
+    assert prover._room == (6, 308)

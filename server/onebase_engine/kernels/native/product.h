@@ -331,8 +331,8 @@ static inline floats multiplied(floats sum, const bf16 *x, int64_t k, floats wei
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-/* Of 16 numbers, in two halves, those that the lowest four bits of each word say, scaled and as bf16 has them. A sum
- * that rounds makes no other number of a NaN of PyTorch's own. */
+/* Of 16 numbers, in two halves, those that the lowest four bits of each word say, scaled and as bf16 has them. The
+ * NaN that a scale may be stays one. */
 static inline __m256 chosen(__m256i which, __m256 low, __m256 high, __m256 scale) {
   __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(which, 28));
   __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, which), _mm256_permutevar8x32_ps(high, which), upper);
