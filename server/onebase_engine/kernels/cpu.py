@@ -334,7 +334,10 @@ class CpuKernels:
             self.run(call, [x], None, None)
             return y
 
-        key = (type(base), size, eps, self.threads)
+        settings = [
+            (name, value) for name, value in vars(base).items() if isinstance(value, int | float | str)
+        ]
+        key = (type(base), *settings, size, self.threads)
         if key not in self._norms:
             with torch.inference_mode():
                 self._norms[key] = all(torch.equal(norm(x), own(x)) for x in _inputs(size, size))
