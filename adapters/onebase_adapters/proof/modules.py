@@ -130,12 +130,12 @@ class _Distance:
 
 @dataclass(frozen=True)
 class _BatchMix:
-    """Who has which of the rows. `mine` [rows] bool: the version's; the others may be nobody's."""
+    """Who has which of the rows. `mine` [rows] bool: the version's; `seen`: those that are compared."""
 
     title: str
     rows: RowMap
     mine: torch.Tensor
-    others_bare: bool = False
+    seen: torch.Tensor
 
 
 class _Bench:
@@ -170,12 +170,9 @@ class _Bench:
             if not served.exact(_VERSION) and _has_truth(served):
                 truth = _Truth(bare, own, x[0])
             for mix in self.mixes:
-                got, mine = self._run(served, x, mix), mix.mine
-                right = torch.where(mine[:, None], wanted, unadapted)
-                some = torch.ones_like(mine) if mix.others_bare else mine
-                found = found.or_more(
-                    self._compare(served, name, mix.title, got[some], right[some], truth, mine, some)
-                )
+                right = torch.where(mix.mine[:, None], wanted, unadapted)
+                got = self._run(served, x, mix)
+                found = found.or_more(self._compare(served, name, mix, got[mix.seen], right[mix.seen], truth))
             if truth is not None and isinstance(own, LoraWeights):
                 self._prove_amplified(served, name, own, x, truth)
         self._slots.clear(_OTHER)
@@ -190,12 +187,10 @@ class _Bench:
         self,
         served: SlotModule,
         name: str,
-        title: str,
+        mix: _BatchMix,
         got: torch.Tensor,
         right: torch.Tensor,
         truth: _Truth | None,
-        mine: torch.Tensor,
-        some: torch.Tensor,
     ) -> _Distance:
         if got.dtype != right.dtype:
             raise ProofError(name, math.inf, f"{name} gives {got.dtype} where PEFT's gives {right.dtype}")
@@ -206,20 +201,21 @@ class _Bench:
         difference = float((got.float() - right.float()).abs().max() / right.float().abs().max())
         if not math.isfinite(difference):
             difference = math.inf
-        said = f"{name} differs from PEFT's {title}: by {difference:.1e} of its largest output"
+        said = f"{name} differs from PEFT's {mix.title}: by {difference:.1e} of its largest output"
         if served.exact(_VERSION) or difference == math.inf or (truth is None and difference > TOLERANCE):
             raise ProofError(name, difference, said)
         if truth is None:
             return _Distance(difference, tolerated=True)
-        noise = truth.noise(mine, some)
-        own, peft = truth.error(got, mine, some), truth.error(right, mine, some)
+        noise, own, peft = truth.noise(mix), truth.error(got, mix), truth.error(right, mix)
         if not peft <= noise:
             raise ProofError(
-                name, difference, f"{name}: PEFT's own output is not what the adapter's tensors say {title}"
+                name,
+                difference,
+                f"{name}: PEFT's own output is not what the adapter's tensors say {mix.title}",
             )
         # In fp32 the order of sums is most of the error, else the last rounding.
         allowed = noise if got.dtype == torch.float32 else ERROR_RATIO * peft
-        if not own <= allowed or truth.exceeds(got, mine, some) or truth.leans(got, right, mine, some):
+        if not own <= allowed or truth.exceeds(got, mix) or truth.leans(got, right, mix):
             raise ProofError(
                 name,
                 difference,
@@ -244,12 +240,11 @@ class _Bench:
         exact = truth.times(factor)
         served.put(_VERSION, large.to(self._device))
         try:
-            for mix in self.mixes:
-                mine = mix.mine
-                got = self._run(served, x, mix)[mine]
-                error = exact.error(got, mine, mine)
-                within = error <= exact.noise(mine, mine) and not exact.exceeds(got, mine, mine)
-                if not within or exact.leans(got, None, mine, mine):
+            for mix in (replace(mix, seen=mix.mine) for mix in self.mixes):
+                got = self._run(served, x, mix)[mix.seen]
+                error = exact.error(got, mix)
+                within = error <= exact.noise(mix) and not exact.exceeds(got, mix)
+                if not within or exact.leans(got, None, mix):
                     raise ProofError(
                         name,
                         error,
@@ -297,11 +292,12 @@ def _batch_mixes(device: torch.device) -> Iterator[_BatchMix]:
     mine = torch.arange(TILE, device=device) % 2 == 0
     version, other = ((_VERSION, 1.0),), ((_OTHER, 1.0),)
     whole = RowMap((RowGroup(tuple(range(TILE)), version),))
-    yield _BatchMix("for a row alone", whole, torch.ones_like(mine))
+    every = torch.ones_like(mine)
+    yield _BatchMix("for a row alone", whole, every, every)
     mixed = RowMap((RowGroup(odd, other), RowGroup(even, version)))
-    yield _BatchMix("next to another adapter's rows", mixed, mine)
+    yield _BatchMix("next to another adapter's rows", mixed, mine, mine)
     lonely = RowMap((RowGroup(odd, version),))
-    yield _BatchMix("next to rows without an adapter", lonely, ~mine, others_bare=True)
+    yield _BatchMix("next to rows without an adapter", lonely, ~mine, every)
 
 
 # ---- the result in fp64 ------------------------------------------------------------------------
@@ -314,7 +310,7 @@ def _has_truth(served: SlotModule) -> bool:
 class _Truth:
     """What a linear layer with an adapter gives for the rows `x` [rows, in], in fp64.
 
-    `mine` and `some` are rows, [rows] bool: those that are the version's, and those that are looked at.
+    Outputs `y` are those of a mix's rows that are seen.
     """
 
     _OUTPUTS = 1024
@@ -361,43 +357,41 @@ class _Truth:
         power = math.ceil(math.log2(8 * max(whole, 1e-15)) - math.log2(part))
         return None if power > _MOST_POWER else 2.0 ** max(0, power)
 
-    def error(self, y: torch.Tensor, mine: torch.Tensor, some: torch.Tensor) -> float:
+    def error(self, y: torch.Tensor, mix: _BatchMix) -> float:
         """Root mean square of how far outputs `y` are from the result."""
-        whole, _ = self._parts(mine, some)
+        whole, _ = self._parts(mix)
         return float((y.double() - whole).square().mean().sqrt())
 
-    def noise(self, mine: torch.Tensor, some: torch.Tensor) -> float:
+    def noise(self, mix: _BatchMix) -> float:
         """The most that rounding does, root mean square: base, adapter's part and sum are each rounded."""
-        return float(self._bound(mine, some).square().mean().sqrt())
+        return float(self._bound(mix).square().mean().sqrt())
 
-    def exceeds(self, y: torch.Tensor, mine: torch.Tensor, some: torch.Tensor) -> bool:
+    def exceeds(self, y: torch.Tensor, mix: _BatchMix) -> bool:
         """Whether any output is farther off than two roundings of everything could bring it."""
-        whole, _ = self._parts(mine, some)
-        return not bool(((y.double() - whole).abs() <= 2 * self._bound(mine, some)).all())
+        whole, _ = self._parts(mix)
+        return not bool(((y.double() - whole).abs() <= 2 * self._bound(mix)).all())
 
-    def leans(
-        self, y: torch.Tensor, peft: torch.Tensor | None, mine: torch.Tensor, some: torch.Tensor
-    ) -> bool:
+    def leans(self, y: torch.Tensor, peft: torch.Tensor | None, mix: _BatchMix) -> bool:
         """Whether `y` less PEFT's output (None: less the result) has the direction of the result or of the
         adapter's part: the order of sums has none, a scale that is off has.
 
         Not every rounding has none: the base's swallows what is added to it below its last bit, in PEFT's
         output too.
         """
-        whole, delta = self._parts(mine, some)
+        whole, delta = self._parts(mix)
         error = y.double() - (whole if peft is None else peft.double())
         return any(_leans(error, part) for part in (whole, delta))
 
-    def _bound(self, mine: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
-        whole, delta = self._parts(mine, some)
-        sums = self._terms[some] * 2.0**-20
-        return self._lift * (self._unit * self.base[some].abs() + sums) + self._unit * (
+    def _bound(self, mix: _BatchMix) -> torch.Tensor:
+        whole, delta = self._parts(mix)
+        sums = self._terms[mix.seen] * 2.0**-20
+        return self._lift * (self._unit * self.base[mix.seen].abs() + sums) + self._unit * (
             delta.abs() + whole.abs()
         )
 
-    def _parts(self, mine: torch.Tensor, some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        delta = torch.where(mine[some][:, None], self.delta[some], 0.0)
-        return self.base[some] + delta, delta
+    def _parts(self, mix: _BatchMix) -> tuple[torch.Tensor, torch.Tensor]:
+        delta = torch.where(mix.mine[mix.seen][:, None], self.delta[mix.seen], 0.0)
+        return self.base[mix.seen] + delta, delta
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

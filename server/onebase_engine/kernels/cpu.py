@@ -210,7 +210,6 @@ class CpuKernels:
     tiled = True
     row_multiple = 1
     drafts = True
-    rotates = True
 
     def __init__(self, library: Any, name: str) -> None:
         self.name = name

@@ -1,8 +1,8 @@
 """What the engine asks of those that compute for it: one interface, and a back-end for each kind of machine.
 
-Whatever the back-end, a row's bits depend on nothing but the row: not on its neighbours, on where its prompt
-was cut, or on what else lies in the slots. `reference` is plain PyTorch and runs everywhere; the others are
-compared with it.
+On the CPU a row's bits depend on nothing but the row, whatever the back-end: not on its neighbours, on where
+its prompt was cut, or on what else lies in the slots. `reference` is plain PyTorch and runs everywhere; the
+others are compared with it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class AttentionKernel(Protocol):
         """Write k and v into the cache, and attend: a row sees the keys of its context up to its position.
 
         q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v]. `rotation`: by which q and k
-        are still to be turned; only a back-end that `rotates` is given one.
+        are still to be turned; `engine/fusion.py` leaves that to the kernels in C alone.
         """
         ...
 
@@ -121,8 +121,6 @@ class Kernels(Protocol):
     """The packed rows of a step are padded to a multiple of this many."""
     drafts: bool
     """Whether a chunk of a few tokens costs little more than one token does."""
-    rotates: bool
-    """Whether attention can turn queries and keys itself."""
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> LinearKernel:
         """A linear layer (plain, 4-bit or 8-bit) with `slots` adapters. `unpacked`: a 4-bit weight is kept as

@@ -38,7 +38,6 @@ class ReferenceKernels:
 
     name = "torch"
     drafts = False
-    rotates = False
 
     def __init__(self, *, tiled: bool = True) -> None:
         """`tiled`: in fixed shapes (the CPU)."""
@@ -135,7 +134,7 @@ class ReferenceLinear:
             delta = self._delta(x[index], group.terms) if self._acts(group) else None
             if delta is not None:
                 own = y[index[:count]]
-                y[index[:count]] = self._sum(own, delta[:count])
+                y[index[:count]] = added(own, delta[:count], quantized=self._quantized)
 
     def _acts(self, group: RowGroup) -> bool:
         return any(slot in self.plain for slot, _ in group.terms)
@@ -152,10 +151,6 @@ class ReferenceLinear:
             delta = scaled(delta, weight)
             total = delta if total is None else total + delta
         return total
-
-    def _sum(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """In the order of PEFT's class for this layer."""
-        return y + delta.to(y.dtype) if self._quantized else (y.float() + delta).to(y.dtype)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """base(x) [rows, out]; by tiles with a 4-bit weight dequantized once for all of them."""
@@ -185,6 +180,11 @@ class ReferenceLinear:
             weight, self._absmax, state.blocksize, state.quant_type, state.shape, dtype
         )
         return plain, None if bias is None else bias.to(dtype)
+
+
+def added(y: torch.Tensor, delta: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+    """y + delta in the order of PEFT's class for the layer; [rows, out], `delta` fp32."""
+    return y + delta.to(y.dtype) if quantized else (y.float() + delta).to(y.dtype)
 
 
 def scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:

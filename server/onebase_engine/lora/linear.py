@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from onebase_engine.kernels.cpu import NativeLayers, NativeLinear
 from onebase_engine.kernels.interface import TILE, Kernels
-from onebase_engine.kernels.reference import scaled
+from onebase_engine.kernels.reference import added, scaled
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
@@ -83,7 +83,8 @@ class SlotLinear(SlotModule):
     def _biased(self, weights: LoraWeights, x: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
         """A LoRA whose B has a bias (`lora_bias`)."""
         hidden = functional.linear(x.float(), weights.a)
-        return self._sum(bare, scaled(functional.linear(hidden, weights.b, weights.bias), weights.scale))
+        delta = scaled(functional.linear(hidden, weights.b, weights.bias), weights.scale)
+        return added(bare, delta, quantized=self.quantized)
 
     def _dora(
         self, weights: LoraWeights, gain: torch.Tensor, x: torch.Tensor, bare: torch.Tensor
@@ -93,10 +94,6 @@ class SlotLinear(SlotModule):
         bias = self.base.bias
         unbiased = bare if bias is None else bare - bias
         return (bare + ((gain - 1) * unbiased + scaled(gain * lora, weights.scale))).to(bare.dtype)
-
-    def _sum(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """In the order of PEFT's class for this layer; [rows, out] of y's dtype or fp32."""
-        return y + delta.to(y.dtype) if self.quantized else (y.float() + delta).to(y.dtype)
 
 
 class SharedRows:
