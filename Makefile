@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run tools/setup.sh
 
-.PHONY: help setup base demo test lint format check clean
+.PHONY: help setup base demo test lint format check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +37,7 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/api.py benchmarks/serve.py benchmarks/soak.py benchmarks/train.py benchmarks/train_trl.py
+	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/serve.py benchmarks/soak.py benchmarks/train.py benchmarks/train_trl.py
 	@$(BIN)/mypy tools/generate_sync.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check
@@ -50,6 +50,9 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 check: ## Everything that continuous integration checks: lint, then every test in all combinations
 	@$(MAKE) lint
 	@$(MAKE) test SELECT=
+
+bench: base ## Measure OneBase next to vLLM, llama.cpp, PEFT and TRL, which it installs (BENCH_ARGS=--quick: a look)
+	@exec $(BIN)/python benchmarks/goals.py $(BENCH_ARGS)
 
 format: setup ## Rewrite the sources in the project's style, and the synchronous client from the asynchronous one
 	@$(BIN)/ruff check --fix .

@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cold", type=int, default=16, help="adapters that are started cold (default: 16)")
     add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each target (default: all)")
     add("--seed", type=int, default=0, help="of adapters, prompts and choices (default: 0)")
+    add("--busy", action="store_true", help="measure although other work runs on this machine")
     add("--onebase-args", default="", metavar="ARGS", help="more options for `onebase serve`, in one string")
     add("--vllm-args", default="", metavar="ARGS", help="more options for `vllm serve`, in one string")
     add(
@@ -205,8 +206,11 @@ def main(argv: Sequence[str]) -> int:
     end_on_signals()
     console = Console()
     described = machine.describe(options.vllm_python)
-    if described["load_before"] > 0.5:
-        console.print(f"[yellow]This machine is busy (load {described['load_before']}): expect noise.[/]")
+    try:
+        machine.demand_quiet(options.busy, console)
+    except machine.BusyError as error:
+        console.print(f"[red]{error}[/]")
+        return 1
     if options.base is None:
         from onebase_engine.base.default_base import fetch_default_base
 

@@ -4,10 +4,10 @@
 Each round starts each target in turn, alone on the machine, sends it the same prompts with the same
 eight random adapters, and stops it. Reported are medians over the rounds.
 
-  python benchmarks/serve.py                                        # against transformers + PEFT
-  python benchmarks/serve.py --vllm-python /tmp/vllm/bin/python     # and against vLLM
-  python benchmarks/serve.py --llama-server /tmp/llama/llama-server # and against llama.cpp
-  python benchmarks/serve.py --targets onebase --rounds 1           # a quick look
+  python benchmarks/serve.py                                      # against transformers + PEFT
+  python benchmarks/serve.py --install-peers --sweeps all         # and vLLM and llama.cpp, and all plots
+  python benchmarks/serve.py --vllm-python ~/vllm/bin/python      # a vLLM of your own
+  python benchmarks/serve.py --targets onebase --rounds 1         # a quick look
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,34 @@ from rich.console import Console
 
 from bench import machine, report
 from bench.lora import make_adapters
+from bench.peers import PeerError, installed
+from bench.plots import draw
 from bench.processes import StartError, end_on_signals
 from bench.stream import HttpError, Sample
-from bench.targets import LlamaCppTarget, OneBaseTarget, PeftTarget, Session, Setup, Target, VllmTarget
-from bench.workload import Prompts, Request, Scenario, requests_of, scenarios
+from bench.targets import (
+    EngineTarget,
+    LlamaCppTarget,
+    OneBaseTarget,
+    PeftTarget,
+    Session,
+    Setup,
+    Target,
+    VllmTarget,
+)
+from bench.workload import (
+    SWEEPS,
+    Block,
+    Prompts,
+    Request,
+    Scenario,
+    Shape,
+    main_block,
+    requests_of,
+    sweep_blocks,
+)
 
 FAILURES = (StartError, HttpError, OSError, EOFError, TimeoutError, ValueError)
-TARGETS = ("onebase", "peft", "vllm", "llama.cpp")
+TARGETS = ("onebase", "engine", "peft", "vllm", "llama.cpp")
 WARM_UP_TOKENS = 8
 
 
@@ -44,46 +65,78 @@ class Bench:
     """One invocation: what is asked of whom, and what came of it."""
 
     options: argparse.Namespace
-    setup: Setup
     prompts: Prompts
-    scenarios: list[Scenario]
+    blocks: list[Block]
+    """The main block first."""
     console: Console
     machine: dict[str, Any]
+    folder: Path
+    """For adapters and logs; gone with the invocation."""
     runs: list[report.Run]
     failed: set[str]
 
-    async def measure(self, targets: Sequence[Target], logs: Path) -> None:
-        """All rounds; a target that fails is left out of the rounds that follow."""
+    @property
+    def scenarios(self) -> list[Scenario]:
+        return [scenario for block in self.blocks for scenario in block.scenarios]
+
+    async def measure(self) -> None:
+        """All rounds, the targets in turn within each block. One that fails is left out of what follows."""
         deadline = time.monotonic() + self.options.time_limit
         for number in range(1, self.options.rounds + 1):
-            for target in targets:
-                if target.name in self.failed:
-                    continue
-                if time.monotonic() > deadline:
-                    self.console.print(f"[yellow]Time limit reached in round {number}.[/]")
-                    return
-                self.console.print(f"round {number} of {self.options.rounds}: [bold]{target.name}[/]")
-                try:
-                    await self._round(target, number, logs / f"{target.name}.log")
-                except FAILURES as error:
-                    self.failed.add(target.name)
-                    self.console.print(f"[red]{target.name} failed: {type(error).__name__}:[/]", error)
+            for block in self.blocks if number <= self.options.sweep_rounds else self.blocks[:1]:
+                # In turns from the front and from the back: none is always the last on a machine that tires.
+                names = self.options.targets if number % 2 else reversed(self.options.targets)
+                for name in names:
+                    if name in self.failed or (block.only is not None and name not in block.only):
+                        continue
+                    if time.monotonic() > deadline:
+                        self.console.print(f"[yellow]Time limit reached in round {number}.[/]")
+                        return
+                    await self._ask(name, block, number)
 
-    async def _round(self, target: Target, number: int, log: Path) -> None:
-        async with target.start(log) as session:
-            await self._warm_up(session)
-            for scenario in self.scenarios:
-                requests = requests_of(scenario, self.prompts, number, self.options.tokens)
-                async with asyncio.timeout(self.options.run_timeout):
-                    samples = await _send(session, scenario, requests)
-                self._check(samples)
-                speed = sum(sample.tokens for sample in samples) / _busy_seconds(samples, scenario)
-                self.runs.append(report.Run(target.name, scenario.key, number, speed, samples))
-                self.console.print(f"  {scenario.title}: {speed:.1f} tokens/s")
+    async def _ask(self, name: str, block: Block, number: int) -> None:
+        self.console.print(f"round {number} of {self.options.rounds}, {block.key}: [bold]{name}[/]")
+        target = self._target(name, block)
+        try:
+            async with target.start(self.folder / f"{name}.log") as session:
+                await self._warm_up(session, block)
+                for scenario in block.scenarios:
+                    requests = requests_of(scenario, self.prompts, number)
+                    async with asyncio.timeout(self.options.run_timeout):
+                        samples = await _send(session, scenario, requests)
+                    _check(samples, scenario)
+                    speed = sum(sample.tokens for sample in samples) / _busy_seconds(samples, scenario)
+                    self.runs.append(report.Run(name, scenario.key, number, speed, samples))
+                    self.console.print(f"  {scenario.title}: {speed:.1f} tokens/s")
+        except FAILURES as error:
+            self.failed.add(name)
+            self.console.print(f"[red]{name} failed: {type(error).__name__}:[/]", error)
 
-    async def _warm_up(self, session: Session) -> None:
+    def _target(self, name: str, block: Block) -> Target:
+        options = self.options
+        adapters = {f"a{index}": self._adapters(rank)[f"a{index}"] for index, rank in enumerate(block.ranks)}
+        rank = max(block.ranks, default=1)
+        setup = Setup(options.base, adapters, rank, options.threads, block.streams, block.context)
+        if name == "vllm":
+            return VllmTarget(setup, options.vllm_python, shlex.split(options.vllm_args))
+        if name == "llama.cpp":
+            return LlamaCppTarget(setup, options.llama_server, options.gguf, shlex.split(options.llama_args))
+        if name == "peft":
+            return PeftTarget(setup, options.peft_attention)
+        if name == "engine":
+            return EngineTarget(setup)
+        return OneBaseTarget(setup, shlex.split(options.onebase_args))
+
+    def _adapters(self, rank: int) -> dict[str, Path]:
+        """As many adapters as a block can have, of one rank, made when first asked for."""
+        options, folder = self.options, self.folder / f"rank-{rank}"
+        if folder.exists():
+            return {path.name: path for path in folder.iterdir()}
+        return make_adapters(options.base, folder, options.adapters, rank, seed=options.seed)
+
+    async def _warm_up(self, session: Session, block: Block) -> None:
         """Every adapter and the base once, together and alone, so that nothing is done for the first time."""
-        adapters = [*self.setup.adapters, None]
+        adapters = [*(f"a{index}" for index in range(len(block.ranks))), None]
         count = max(self.options.streams, len(adapters))
         names = [adapters[index % len(adapters)] for index in range(count)]
         async with asyncio.timeout(self.options.run_timeout):
@@ -93,18 +146,13 @@ class Bench:
     def _warm_up_request(self, index: int, adapter: str | None) -> Request:
         return Request(self.prompts.make("warm-up", index), adapter, WARM_UP_TOKENS)
 
-    def _check(self, samples: list[Sample]) -> None:
-        counts = {sample.tokens for sample in samples}
-        if counts != {self.options.tokens}:
-            raise ValueError(f"asked for {self.options.tokens} tokens a stream, got {sorted(counts)}")
-
     def publish(self) -> None:
         """Prints the tables; writes serve.json and serve.md to the output folder."""
         main = self.options.targets[0]
         figures = report.summarize(self.runs)
         cells = report.rows(figures, self.scenarios, main)
         equal = report.equal_texts(self.runs, main, "peft") if main != "peft" else {}
-        title = f"{self.setup.base.name}, {self.options.tokens} tokens out"
+        title = f"{self.options.base.name}, {self.options.tokens} tokens out"
         self.console.print(report.rich_table(cells, main, title))
         notes = [f"texts equal to PEFT's, {key}: {n} of {total}" for key, (n, total) in equal.items()]
         for note in notes:
@@ -123,7 +171,17 @@ class Bench:
         listed = "".join(f"- {note}\n" for note in notes)
         markdown = f"{machine.sentence(self.machine)}\n\n{report.markdown_table(cells)}\n{listed}"
         (folder / "serve.md").write_text(markdown)
-        self.console.print(f"Written: {folder / 'serve.json'}, {folder / 'serve.md'}")
+        written = ["serve.json", "serve.md"]
+        if len(self.blocks) > 1:
+            draw(self.runs, figures, self.scenarios, f"{title}: {self.machine['cpu']}", folder / "serve.png")
+            written.append("serve.png")
+        self.console.print(f"Written: {', '.join(str(folder / name) for name in written)}")
+
+
+def _check(samples: list[Sample], scenario: Scenario) -> None:
+    counts = {sample.tokens for sample in samples}
+    if counts != {scenario.tokens}:
+        raise ValueError(f"asked for {scenario.tokens} tokens a stream, got {sorted(counts)}")
 
 
 async def _send(session: Session, scenario: Scenario, requests: list[Request]) -> list[Sample]:
@@ -140,23 +198,17 @@ def _busy_seconds(samples: list[Sample], scenario: Scenario) -> float:
     return max(sample.ended for sample in samples) - min(sample.started for sample in samples)
 
 
-def _targets(options: argparse.Namespace, setup: Setup) -> list[Target]:
-    made: dict[str, Target] = {
-        "onebase": OneBaseTarget(setup, shlex.split(options.onebase_args)),
-        "peft": PeftTarget(setup, options.peft_attention),
-    }
-    if options.vllm_python is not None:
-        made["vllm"] = VllmTarget(setup, options.vllm_python, shlex.split(options.vllm_args))
-    if options.llama_server is not None:
-        extra = shlex.split(options.llama_args)
-        made["llama.cpp"] = LlamaCppTarget(setup, options.llama_server, options.gguf, options.streams, extra)
-    return [made[name] for name in options.targets]
-
-
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or not set(names) <= set(TARGETS):
         raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(TARGETS)}")
+    return names
+
+
+def _sweeps(text: str) -> list[str]:
+    names = list(SWEEPS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if not set(names) <= set(SWEEPS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(SWEEPS)}, or all")
     return names
 
 
@@ -166,6 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--targets", type=_names, help=f"comma-separated: {', '.join(TARGETS)}; ratios are the first one's")
+    add(
+        "--install-peers",
+        action="store_true",
+        help="install vLLM and llama.cpp, and measure them",
+    )
     add("--vllm-python", type=Path, help="the python of a virtual environment that has vLLM")
     add("--llama-server", type=Path, help="llama.cpp's llama-server")
     add("--gguf", type=Path, help="the base for it: by default the file that the default base is made from")
@@ -177,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16, help="their rank (default: 16)")
     add("--repeats", type=int, default=3, help="requests in a row for the one-stream load (default: 3)")
     add("--rounds", type=int, default=3, help="how often each target is started and measured (default: 3)")
+    add("--sweeps", type=_sweeps, default=[], help=f"comma-separated: {', '.join(SWEEPS)}; or all")
+    add("--sweep-rounds", type=int, default=1, help="rounds in which sweeps are measured (default: 1)")
     add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each target (default: all)")
     add("--seed", type=int, default=0, help="of adapters and prompts (default: 0)")
     add("--peft-attention", default="sdpa", choices=["sdpa", "eager"], help="for the peft target")
@@ -185,9 +244,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--llama-args", default="", metavar="ARGS", help="more options for llama-server, in one string")
     add("--run-timeout", type=float, default=300, help="seconds for one load on one target (default: 300)")
     add(
-        "--time-limit", type=float, default=3600, help="start no target after so many seconds (default: 3600)"
+        "--time-limit", type=float, default=7200, help="start no target after so many seconds (default: 7200)"
     )
-    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for serve.json and serve.md")
+    add("--busy", action="store_true", help="measure although other work runs on this machine")
+    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for serve.json, .md and .png")
     return parser
 
 
@@ -195,15 +255,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.targets is None:
-        options.targets = ["onebase", "peft", *(["vllm"] if options.vllm_python else [])]
-        options.targets += ["llama.cpp"] if options.llama_server else []
-    if "vllm" in options.targets and options.vllm_python is None:
-        parser.error("the target vllm needs --vllm-python")
-    if "llama.cpp" in options.targets and options.llama_server is None:
-        parser.error("the target llama.cpp needs --llama-server")
-    if options.llama_server and options.base and not options.gguf:
+        options.targets = ["onebase", "peft"]
+        options.targets += ["vllm"] if options.vllm_python or options.install_peers else []
+        options.targets += ["llama.cpp"] if options.llama_server or options.install_peers else []
+    if "vllm" in options.targets and not (options.vllm_python or options.install_peers):
+        parser.error("the target vllm needs --vllm-python, or --install-peers")
+    if "llama.cpp" in options.targets and not (options.llama_server or options.install_peers):
+        parser.error("the target llama.cpp needs --llama-server, or --install-peers")
+    if "llama.cpp" in options.targets and options.base and not options.gguf:
         parser.error("the target llama.cpp needs --gguf where --base is another base")
-    for name in ("streams", "tokens", "prompt_tokens", "adapters", "rank", "repeats", "rounds", "threads"):
+    for name in (
+        "streams",
+        "tokens",
+        "prompt_tokens",
+        "adapters",
+        "rank",
+        "repeats",
+        "rounds",
+        "sweep_rounds",
+        "threads",
+    ):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return options
@@ -214,28 +285,31 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     end_on_signals()
     console = Console()
-    if os.getloadavg()[0] > 0.5:
-        console.print(f"[yellow]This machine is busy (load {os.getloadavg()[0]:.1f}): expect noise.[/]")
+    try:
+        if "vllm" in options.targets and options.vllm_python is None:
+            options.vllm_python = installed("vllm", console)
+        if "llama.cpp" in options.targets and options.llama_server is None:
+            options.llama_server = installed("llama.cpp", console)
+        machine.demand_quiet(options.busy, console)
+    except (PeerError, machine.BusyError) as error:
+        console.print(f"[red]{error}[/]")
+        return 1
     if options.base is None:
         from onebase_engine.base.default_base import fetch_default_base
 
         options.base = fetch_default_base()
-    if options.llama_server is not None and options.gguf is None:
+    if "llama.cpp" in options.targets and options.gguf is None:
         from onebase_engine.base.default_base import default_cache, fetch_gguf
 
         options.gguf = fetch_gguf(default_cache() / "gguf")
+    shape = Shape(**{field.name: getattr(options, field.name) for field in fields(Shape)})
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
-        names = make_adapters(
-            options.base, Path(folder) / "adapters", options.adapters, options.rank, seed=options.seed
-        )
-        setup = Setup(options.base, names, options.rank, options.threads)
         prompts = Prompts(options.base, options.prompt_tokens, options.seed)
-        loads = scenarios(options.streams, list(names), options.repeats)
-        bench = Bench(
-            options, setup, prompts, loads, console, machine.describe(options.vllm_python), [], set()
-        )
+        blocks = [main_block(shape), *sweep_blocks(shape, options.sweeps)]
+        described = machine.describe(options.vllm_python)
+        bench = Bench(options, prompts, blocks, console, described, Path(folder), [], set())
         try:
-            asyncio.run(bench.measure(_targets(options, setup), Path(folder)))
+            asyncio.run(bench.measure())
         finally:
             if bench.runs:
                 bench.publish()

@@ -226,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=4, help="requests of each, one after the other (default: 4)")
     add("--tokens", type=int, default=64, help="tokens of each of these (default: 64)")
     add("--run-timeout", type=float, default=1800, help="seconds for one run of one target (default: 1800)")
+    add("--busy", action="store_true", help="measure although other work runs on this machine")
     add("--output", type=Path, default=Path("benchmarks/results"), help="folder for train.json and train.md")
     return parser
 
@@ -261,8 +262,11 @@ def main(argv: Sequence[str]) -> int:
     end_on_signals()
     console = Console()
     described = machine.describe(None, options.trl_python)
-    if described["load_before"] > 0.5:
-        console.print(f"[yellow]This machine is busy (load {described['load_before']}): expect noise.[/]")
+    try:
+        machine.demand_quiet(options.busy, console)
+    except machine.BusyError as error:
+        console.print(f"[red]{error}[/]")
+        return 1
     if options.base is None:
         from onebase_engine.base.default_base import fetch_default_base
 

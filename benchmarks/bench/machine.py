@@ -5,12 +5,58 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 PACKAGES = ("onebase", "torch", "transformers", "peft", "bitsandbytes")
 _VERSION = "from importlib.metadata import version; print(version('{}'))"
+
+
+class BusyError(Exception):
+    """Other work runs on this machine; the message names it."""
+
+
+BUSY = 0.15
+"""Part of one core that others may take: a desktop's idle noise, not a build."""
+
+
+def demand_quiet(whatever: bool, console: Console, seconds: float = 2.0) -> None:
+    """Look for `seconds` at what the processes of this machine do.
+
+    Raises:
+        BusyError: they take more than BUSY of a core, unless `whatever`; then a warning is printed.
+    """
+    before = _processor_seconds()
+    time.sleep(seconds)
+    after = _processor_seconds()
+    spent = {pid: (used - before[pid][0]) / seconds for pid, (used, _) in after.items() if pid in before}
+    spent.pop(os.getpid(), None)
+    total = sum(spent.values())
+    if total <= BUSY:
+        return
+    most = sorted(spent, key=spent.__getitem__, reverse=True)[:3]
+    named = ", ".join(f"{after[pid][1]} (process {pid}) {spent[pid]:.0%}" for pid in most if spent[pid])
+    message = f"Other work takes {total:.0%} of a core: {named}. "
+    if not whatever:
+        raise BusyError(f"{message}Figures would not mean much: end it, or measure all the same with --busy.")
+    console.print(f"[yellow]{message}Expect noise.[/]")
+
+
+def _processor_seconds() -> dict[int, tuple[float, str]]:
+    """By process: the processor's time that it has used, and its name. Empty where there is no /proc."""
+    found: dict[int, tuple[float, str]] = {}
+    tick = os.sysconf("SC_CLK_TCK")
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            head, _, rest = (folder / "stat").read_text().rpartition(")")
+            user, system = rest.split()[11:13]
+            found[int(folder.name)] = ((int(user) + int(system)) / tick, head.partition("(")[2])
+    return found
 
 
 def describe(vllm_python: Path | None, trl_python: Path | None = None) -> dict[str, Any]:

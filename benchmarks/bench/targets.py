@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +16,9 @@ from bench.lora import write_gguf_adapter
 from bench.processes import StartError, free_port, server, tail
 from bench.stream import Sample, fetch_json, stream_completion
 from bench.workload import Request
+from onebase_engine.environment import computing_environment
 
-WORKER = Path(__file__).with_name("peft_worker.py")
+HERE = Path(__file__).parent
 
 
 class Session(Protocol):
@@ -44,7 +45,12 @@ class Setup:
     base: Path
     adapters: dict[str, Path]
     rank: int
+    """The largest of the adapters'."""
     threads: int
+    streams: int = 16
+    """The most at the same time."""
+    context: int = 1024
+    """Tokens of the longest row."""
 
 
 def _payload(request: Request) -> dict[str, Any]:
@@ -159,7 +165,6 @@ class LlamaCppTarget:
     setup: Setup
     program: Path
     gguf: Path
-    streams: int
     extra: list[str] = field(default_factory=list)
     name: str = "llama.cpp"
 
@@ -168,7 +173,9 @@ class LlamaCppTarget:
         setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
         command = [str(self.program), "-m", str(self.gguf), "-t", str(setup.threads), "--no-webui"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
-        command += ["-c", str(1024 * self.streams), "-np", str(self.streams), "--lora-init-without-apply"]
+        # A row's prompt may have some tokens more there, and the cache is cut into equal parts.
+        room = max(1024, setup.context + 64) * setup.streams
+        command += ["-c", str(room), "-np", str(setup.streams), "--lora-init-without-apply"]
         libraries = {"LD_LIBRARY_PATH": str(self.program.parent)}
         with tempfile.TemporaryDirectory(prefix="onebase-gguf-") as folder:
             for name, adapter in setup.adapters.items():
@@ -181,8 +188,8 @@ class LlamaCppTarget:
 
 
 @dataclass(frozen=True)
-class PeftSession:
-    """Speaks with `peft_worker.py`; a batch starts and ends as one, as `generate` does."""
+class WorkerSession:
+    """Speaks with a worker: one line of JSON with the requests, one with their samples."""
 
     process: asyncio.subprocess.Process
 
@@ -192,7 +199,7 @@ class PeftSession:
 
     async def ask(self, job: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.process.stdin is None:
-            raise StartError("the PEFT worker was started without a pipe")
+            raise StartError("the worker was started without a pipe")
         self.process.stdin.write(json.dumps(job).encode() + b"\n")
         await self.process.stdin.drain()
         samples: list[dict[str, Any]] = await self.answer()
@@ -201,37 +208,56 @@ class PeftSession:
     async def answer(self) -> Any:
         line = b"" if self.process.stdout is None else await self.process.stdout.readline()
         if not line:
-            raise EOFError("the PEFT worker ended")
+            raise EOFError("the worker ended")
         return json.loads(line)
+
+
+@asynccontextmanager
+async def _worker(
+    script: str, setup: Setup, log: Path, *extra: str, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Session]:
+    adapters = json.dumps({name: str(folder) for name, folder in setup.adapters.items()})
+    command = [sys.executable, str(HERE / script), "--base", str(setup.base), "--adapters", adapters]
+    command += ["--threads", str(setup.threads), *extra]
+    pipe = asyncio.subprocess.PIPE
+    with log.open("ab") as errors:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, stderr=errors, limit=2**24, env=env
+        )
+    session = WorkerSession(process)
+    try:
+        try:
+            await asyncio.wait_for(session.answer(), 300)
+        except (EOFError, TimeoutError) as error:
+            raise StartError(f"{script} did not start:\n{tail(log)}") from error
+        yield session
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 @dataclass(frozen=True)
 class PeftTarget:
-    """transformers + PEFT in NF4, without a server between."""
+    """transformers + PEFT in NF4, without a server between. A batch starts and ends as one."""
 
     setup: Setup
     attention: str = "sdpa"
     name: str = "peft"
 
-    @asynccontextmanager
-    async def start(self, log: Path) -> AsyncIterator[Session]:
-        setup = self.setup
-        adapters = json.dumps({name: str(folder) for name, folder in setup.adapters.items()})
-        command = [sys.executable, str(WORKER), "--base", str(setup.base), "--adapters", adapters]
-        command += ["--threads", str(setup.threads), "--attention", self.attention]
-        pipe = asyncio.subprocess.PIPE
-        with log.open("ab") as errors:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, stderr=errors, limit=2**24
-            )
-        session = PeftSession(process)
-        try:
-            try:
-                await asyncio.wait_for(session.answer(), 300)
-            except (EOFError, TimeoutError) as error:
-                raise StartError(f"the PEFT worker did not start:\n{tail(log)}") from error
-            yield session
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+    def start(self, log: Path) -> AbstractAsyncContextManager[Session]:
+        return _worker("peft_worker.py", self.setup, log, "--attention", self.attention)
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """OneBase's engine in a process without the server: what HTTP and the api cost is the difference."""
+
+    setup: Setup
+    extra: list[str] = field(default_factory=list)
+    name: str = "engine"
+
+    def start(self, log: Path) -> AbstractAsyncContextManager[Session]:
+        options = ("--rank", str(self.setup.rank), *self.extra)
+        # As the server starts its engine.
+        return _worker("engine_worker.py", self.setup, log, *options, env=computing_environment())

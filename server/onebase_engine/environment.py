@@ -49,7 +49,7 @@ def _kernels_compute(environ: Mapping[str, str]) -> bool:
     if environ.get("ONEBASE_KERNELS") == "torch" or not KERNELS.exists():
         return False
     with contextlib.suppress(OSError):
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        return " avx2 " in Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     return False
 
 

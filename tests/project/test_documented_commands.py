@@ -83,7 +83,6 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"docker (build|run|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
-    (r"(cd ~/vllm/lib/|sed -i 's/\^Name)", "vLLM's installed files"),
 )
 
 MORE = {

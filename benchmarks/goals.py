@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Measures OneBase next to its peers in everything that it is for, and says which goals are met.
+
+Runs serve.py with all sweeps, adapters.py and train.py one after the other, next to peers that it installs by
+itself (vLLM's CPU build, llama.cpp, TRL: pinned, in the user's cache). An hour or so on two cores.
+
+  python benchmarks/goals.py                     # or: make bench
+  python benchmarks/goals.py --quick             # one round, few adapters: a look, no figures to publish
+  python benchmarks/goals.py --only serve        # or adapters, or train; goals use what the last runs left
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+from bench.peers import PeerError, installed
+
+HERE = Path(__file__).parent
+PARTS = ("serve", "adapters", "train")
+
+
+Figure = tuple[str, ...]
+"""Where it lies: the part, then the keys in its JSON."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of OneBase over one of a peer's, of its own, or a number: at least the limit, or at most."""
+
+    work: str
+    against: str
+    limit: float
+    own: Figure
+    other: Figure | float
+    at_most: bool = False
+
+    def ratio(self, found: dict[str, Any]) -> float | None:
+        """None where one of the two was not measured."""
+        own = _figure(found, self.own)
+        other = self.other if isinstance(self.other, float) else _figure(found, self.other)
+        return None if own is None or not other else own / other
+
+    def met(self, ratio: float) -> bool:
+        return ratio <= self.limit if self.at_most else ratio >= self.limit
+
+
+def _figure(found: Any, keys: Figure) -> float | None:
+    for key in keys:
+        found = found.get(key, {})
+    return None if found == {} else float(found)
+
+
+def _served(work: str, load: str, peer: str, limit: float, other_load: str = "") -> Goal:
+    """Tokens a second over the peer's, or over its own in another load."""
+    target, figure = "onebase" if other_load else peer, "tokens_per_second"
+    other = ("serve", other_load or load, target, figure)
+    return Goal(work, peer, limit, ("serve", load, "onebase", figure), other)
+
+
+def _first_token(work: str, load: str, peer: str) -> Goal:
+    keys = ("serve", load, "onebase", "ttft_p50"), ("serve", load, peer, "ttft_p50")
+    return Goal(work, peer, 1.0, *keys, at_most=True)
+
+
+GOALS = [
+    _served("1 stream, 1 adapter", "single", "llama.cpp", 0.8),
+    _served("1 stream, 1 adapter", "single", "vllm", 3.5),
+    _served("1 stream, text that repeats its prompt", "copy", "llama.cpp", 1.2),
+    _served("16 streams, 8 adapters", "mixed", "vllm", 4.0),
+    _served("16 streams, 8 adapters", "mixed", "llama.cpp", 3.5),
+    _served("16 streams, 8 adapters", "mixed", "peft", 3.0),
+    _served("16 streams, base only", "base", "vllm", 1.0),
+    _served("16 streams, base only", "base", "llama.cpp", 2.5),
+    _served("16 streams, 8 adapters", "mixed", "base only", 0.9, "base"),
+    _served("16 streams, base only", "base", "no adapters loaded", 0.99, "bare"),
+    Goal(
+        "TPOT of rank 8, one row of rank 128",
+        "rank 8 alone",
+        1.03,
+        ("serve", "beside", "onebase", "tpot_p50"),
+        ("serve", "alike", "onebase", "tpot_p50"),
+        at_most=True,
+    ),
+    _first_token("TTFT, prompt of 1,000, 1 stream", "prompt-1000", "vllm"),
+    _first_token("TTFT, prompt of 1,000, 1 stream", "prompt-1000", "llama.cpp"),
+    _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "vllm"),
+    _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "llama.cpp"),
+    Goal(
+        "200 adapters at random over 8 slots",
+        "vllm",
+        3.0,
+        ("adapters", "onebase", "random: tokens/s"),
+        ("adapters", "vllm", "random: tokens/s"),
+    ),
+    Goal(
+        "upload to active, p50",
+        "1.5 s",
+        1.0,
+        ("adapters", "onebase", "upload to active p50"),
+        1500.0,
+        at_most=True,
+    ),
+    Goal(
+        "training, tokens/s",
+        "trl",
+        2.4,
+        ("train", "onebase", "tokens_per_second"),
+        ("train", "trl", "tokens_per_second"),
+    ),
+]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The figures of each part that was measured."""
+    files = {part: folder / f"{part}.json" for part in PARTS}
+    return {part: json.loads(file.read_text())["figures"] for part, file in files.items() if file.exists()}
+
+
+def publish(found: dict[str, Any], console: Console, folder: Path) -> None:
+    """The goals and what was measured, on the screen and in goals.md."""
+    table = Table(box=SIMPLE_HEAD, title="OneBase's figure over the other")
+    lines = ["| work | against | goal | measured | |", "| --- | --- | ---: | ---: | --- |"]
+    for heading in ("work", "against", "goal", "measured", ""):
+        table.add_column(heading, justify="right" if heading in ("goal", "measured") else "left")
+    for goal in GOALS:
+        ratio = goal.ratio(found)
+        wanted = f"{'≤' if goal.at_most else '≥'} {goal.limit:g}"
+        met = "not measured" if ratio is None else "met" if goal.met(ratio) else "missed"
+        cells = [goal.work, goal.against, wanted, "" if ratio is None else f"{ratio:.2f}", met]
+        color = {"met": "green", "missed": "red"}.get(met, "dim")
+        table.add_row(*cells[:4], f"[{color}]{met}[/]")
+        lines.append(f"| {' | '.join(cells)} |")
+    console.print(table)
+    (folder / "goals.md").write_text("\n".join(lines) + "\n")
+    console.print(f"Written: {folder / 'goals.md'}")
+
+
+def _commands(options: argparse.Namespace, console: Console) -> dict[str, list[str]]:
+    """By part: its script and options."""
+    quick = options.quick
+    serve = ["--install-peers", "--sweeps", "all", "--targets", "onebase,engine,peft,vllm,llama.cpp"]
+    commands = {"serve": [*serve, "--rounds", "1" if quick else "3"]}
+    if "adapters" in options.only:
+        count = ["--adapters", "20", "--requests", "60"] if quick else []
+        commands["adapters"] = ["--vllm-python", str(installed("vllm", console)), *count]
+    if "train" in options.only:
+        repeats = ["--steps", "6", "--repeats", "1"] if quick else []
+        commands["train"] = ["--trl-python", str(installed("trl", console)), *repeats]
+    busy = ["--busy"] if options.busy else []
+    common = ["--output", str(options.output), *busy]
+    return {
+        part: [sys.executable, str(HERE / f"{part}.py"), *commands[part], *common] for part in options.only
+    }
+
+
+def _parts(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(PARTS)}")
+    return names
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 when every part measured all its targets, else 1. Missed goals are no failure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one round, few adapters, few steps")
+    add("--only", type=_parts, default=list(PARTS), help=f"comma-separated: {', '.join(PARTS)}")
+    add("--busy", action="store_true", help="measure although other work runs on this machine")
+    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for figures and plots")
+    options = parser.parse_args(argv)
+    console = Console()
+    if torch.cuda.is_available():
+        console.print(
+            "[red]The peers that this installs are built for the CPU. On a GPU run serve.py, adapters.py and "
+            "train.py, with a vLLM and a TRL of your own (--vllm-python, --trl-python).[/]"
+        )
+        return 1
+    try:
+        commands = _commands(options, console)
+        machine.demand_quiet(options.busy, console)
+    except (PeerError, machine.BusyError) as error:
+        console.print(f"[red]{error}[/]")
+        return 1
+    failed = []
+    for part, command in commands.items():
+        console.rule(part)
+        if subprocess.run(command, check=False).returncode:
+            failed.append(part)
+    console.rule("goals")
+    options.output.mkdir(parents=True, exist_ok=True)
+    publish(read(options.output), console, options.output)
+    if failed:
+        console.print(f"[red]Not everything was measured: {', '.join(failed)}[/]")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
