@@ -1,8 +1,8 @@
 """The proof holds for every kind of adapter, and fails for whatever is wrong with what is served."""
 
-from __future__ import annotations
-
 import ctypes
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_
 from torch import nn
 
 from onebase_adapters.proof import modules as proof
-from onebase_adapters.proof.modules import ModuleProof, ProofError, prove_modules
+from onebase_adapters.proof.modules import ModuleProof, ModuleProver, ProofError
 from onebase_adapters.proof.texts import TextProver, regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
@@ -72,7 +72,7 @@ def prove(
 ) -> ModuleProof:
     reference = peft_adapter(base, kind, seed=1)
     weights = weights_of(reference)
-    return prove_modules(base, reference, alter(weights) if alter else weights, kernels=kernels)
+    return ModuleProver(base, kernels).prove(reference, alter(weights) if alter else weights)
 
 
 @pytest.mark.parametrize(("architecture", "precision"), matrix(ARCHITECTURES, PRECISIONS))
@@ -128,7 +128,7 @@ def test_an_adapter_however_weak_is_proven_by_kernels_of_another_order(
     for name, parameter in reference.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(scale)
-    proof = prove_modules(base, reference, weights_of(reference), kernels=portable)
+    proof = ModuleProver(base, portable).prove(reference, weights_of(reference))
     assert proof.exact < proof.compared
     assert proof.error_ratio < 1.01
 
@@ -141,7 +141,7 @@ def test_dora_of_any_gain_is_proven_by_kernels_of_another_order(
     for name, parameter in reference.named_parameters():
         if "magnitude" in name:
             parameter.data.mul_(gain)
-    assert prove_modules(base, reference, weights_of(reference), kernels=portable).error_ratio < 1.01
+    assert ModuleProver(base, portable).prove(reference, weights_of(reference)).error_ratio < 1.01
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 64])
@@ -157,7 +157,7 @@ def test_adapters_of_any_rank_are_proven_by_kernels_of_another_order(
 def test_every_wrapped_module_is_compared_also_those_that_no_adapter_touches(base: nn.Module) -> None:
     done: list[float] = []
     reference = peft_adapter(base, "saved norms", seed=1)
-    assert prove_modules(base, reference, weights_of(reference), done.append).compared == WRAPPED
+    assert ModuleProver(base).prove(reference, weights_of(reference), done.append).compared == WRAPPED
     assert len(done) == WRAPPED
     assert done[-1] == 1.0
 
@@ -168,7 +168,7 @@ def test_adapters_loaded_from_their_files_are_proven(
 ) -> None:
     loaded = load_folder(base, save_adapter(base, settings, tmp_path / "adapter", seed=3))
     weights = {name: module.folded() for name, module in loaded.weights.items()}
-    assert prove_modules(base, loaded.reference, weights).compared == WRAPPED
+    assert ModuleProver(base).prove(loaded.reference, weights).compared == WRAPPED
 
 
 # ---- planted faults --------------------------------------------------------------------------
@@ -391,10 +391,10 @@ def test_one_rank_dropped_of_many_in_a_weak_adapter_is_found(
         if "lora_B" in name:
             parameter.data.mul_(2.0**-14)
     weights = weights_of(reference)
-    prove_modules(base, reference, weights, kernels=portable)
+    ModuleProver(base, portable).prove(reference, weights)
     _plant(_a_rank_dropped, monkeypatch)
     with pytest.raises(ProofError, match="with the adapter made larger"):
-        prove_modules(base, reference, weights, kernels=portable)
+        ModuleProver(base, portable).prove(reference, weights)
 
 
 def _without_gain(weights: AdapterWeights) -> AdapterWeights:
@@ -494,7 +494,7 @@ def test_what_the_caller_raises_ends_the_proof(base: nn.Module) -> None:
 
     reference = peft_adapter(base, "lora", seed=1)
     with pytest.raises(KeyboardInterrupt):
-        prove_modules(base, reference, weights_of(reference), stop)
+        ModuleProver(base).prove(reference, weights_of(reference), stop)
 
 
 def test_an_adapter_that_overflows_in_peft_too_is_told_so(base: nn.Module) -> None:
@@ -504,7 +504,31 @@ def test_an_adapter_that_overflows_in_peft_too_is_told_so(base: nn.Module) -> No
             if "lora_A" in name:
                 parameter.fill_(3e38)
     with pytest.raises(ProofError, match="overflows"):
-        prove_modules(base, reference, weights_of(reference))
+        ModuleProver(base).prove(reference, weights_of(reference))
+
+
+def test_a_prover_judges_after_a_version_that_failed_as_a_new_one_does(
+    base: nn.Module, portable: CpuKernels
+) -> None:
+    prover, sound = ModuleProver(base, portable), peft_adapter(base, "lora", seed=2)
+    reference: Any = peft_adapter(base, "lora", seed=1)
+    first = prover.prove(reference, weights_of(reference))
+    with pytest.raises(ProofError):
+        prover.prove(reference, weights_of(sound))
+    fresh = ModuleProver(base, portable).prove(sound, weights_of(sound))
+    assert prover.prove(sound, weights_of(sound)) == fresh
+    assert prover.prove(reference, weights_of(reference)) == first
+
+
+def test_a_prover_keeps_nothing_of_a_version(base: nn.Module) -> None:
+    prover, reference = ModuleProver(base), peft_adapter(base, "lora", seed=1)
+    weights = weights_of(reference)
+    kept = [weakref.ref(one.a) for one in weights.values() if isinstance(one, LoraWeights)]
+    prover.prove(reference, weights)
+    del weights, reference
+    gc.collect()
+    assert kept
+    assert not any(one() is not None for one in kept)
 
 
 # ---- texts -----------------------------------------------------------------------------------

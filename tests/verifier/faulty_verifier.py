@@ -56,11 +56,11 @@ def written_base(patch: pytest.MonkeyPatch) -> None:
 
 
 def hangs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(proving, "prove_modules", lambda *arguments: time.sleep(600))
+    patch.setattr(proving.ModuleProver, "prove", lambda *arguments: time.sleep(600))
 
 
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(proving, "prove_modules", lambda *arguments: torch.empty(1 << 60))
+    patch.setattr(proving.ModuleProver, "prove", lambda *arguments: torch.empty(1 << 60))
 
 
 def stumbles(patch: pytest.MonkeyPatch) -> None:

@@ -69,48 +69,6 @@ class ModuleProof:
     """What computed: `torch`, or the kernels in C by their set of instructions."""
 
 
-@torch.inference_mode()
-def prove_modules(
-    base: nn.Module,
-    reference: nn.Module,
-    weights: AdapterWeights,
-    on_progress: Callable[[float], None] = lambda fraction: None,
-    *,
-    kernels: Kernels | None = None,
-) -> ModuleProof:
-    """Compare every wrapped module of a view of `base`, with `weights` in a slot, with PEFT's.
-
-    On 32 input rows each: all of them the version's; every second one of another adapter, whose products
-    overflow; every second one of nobody, which must be the base's own.
-
-    Args:
-        reference: PEFT's model of the version, on a view of the same base.
-        weights: as the engine puts them into a slot.
-        on_progress: called with the part that is done, 0 to 1, after each module; what it raises ends the
-            proof.
-        kernels: what will serve; None: what serves on the base's device.
-
-    Raises:
-        ProofError: a module differs, or one that the version adapts is not served.
-    """
-    bench = _Bench(base, weights, kernels)
-    model: Any = reference
-    tree: nn.Module = model.get_base_model()
-    found: list[_Distance] = []
-    for name in bench.names:
-        found.append(bench.prove(name, tree.get_submodule(name)))
-        on_progress(len(found) / len(bench.names))
-    return ModuleProof(
-        compared=len(found),
-        rows=TILE * len(bench.mixes),
-        exact=sum(one.ratio == 0 and not one.tolerated for one in found),
-        largest_difference=max(one.difference for one in found),
-        error_ratio=max(one.ratio for one in found),
-        tolerated=sum(one.tolerated for one in found),
-        kernels=bench.kernels.name,
-    )
-
-
 @dataclass(frozen=True)
 class _Distance:
     """How far a module is from PEFT's: largest relative difference, ratio of errors (0: bit-equal, or not
@@ -138,30 +96,72 @@ class _BatchMix:
     seen: torch.Tensor
 
 
-class _Bench:
-    """A wrapped view of the base with the version in one slot, and another for a neighbour."""
+class ModuleProver:
+    """Compares every wrapped module of a view of a base, with a version in a slot, with PEFT's.
 
-    def __init__(self, base: nn.Module, weights: AdapterWeights, kernels: Kernels | None) -> None:
+    The view stays from proof to proof: to wrap it takes a good part of the time that the comparison does.
+    """
+
+    def __init__(self, base: nn.Module, kernels: Kernels | None = None) -> None:
+        """`kernels`: what will serve; None: what serves on the base's device."""
         model: Any = base
         head: torch.Tensor = model.get_output_embeddings().weight
         self._base = base
-        self._weights = weights
         self._dtype, self._device = head.dtype, head.device
         self._step = StepRows()
-        self.kernels = kernels if kernels is not None else find_kernels(self._device, self._dtype)
-        self._modules = wrap_layers(view(base), self._step, self.kernels, slots=2)
-        self.names = list(self._modules)
+        self._kernels = kernels if kernels is not None else find_kernels(self._device, self._dtype)
+        self._modules = wrap_layers(view(base), self._step, self._kernels, slots=2)
+        self._slots = AdapterSlots(self._modules, 2, self._device)
+        self._mixes = list(_batch_mixes(self._device))
+        self._random = torch.Generator()
+
+    @torch.inference_mode()
+    def prove(
+        self,
+        reference: nn.Module,
+        weights: AdapterWeights,
+        on_progress: Callable[[float], None] = lambda fraction: None,
+    ) -> ModuleProof:
+        """Compare the modules on 32 input rows each: all of them the version's; every second one of another
+        adapter, whose products overflow; every second one of nobody, which must be the base's own.
+
+        Args:
+            reference: PEFT's model of the version, on a view of the same base.
+            weights: as the engine puts them into a slot.
+            on_progress: called with the part that is done, 0 to 1, after each module; what it raises ends
+                the proof.
+
+        Raises:
+            ProofError: a module differs, or one that the version adapts is not served.
+        """
+        model: Any = reference
+        tree: nn.Module = model.get_base_model()
         unserved = sorted(weights.keys() - self._modules.keys())
         if unserved:
             raise ProofError(unserved[0], math.inf, f"{unserved[0]} is adapted, and no slot serves it")
-        self._slots = AdapterSlots(self._modules, 2, self._device)
-        self._slots.load(_VERSION, weights)
-        self._random = torch.Generator().manual_seed(0)
-        self.mixes = list(_batch_mixes(self._device))
+        self._random.manual_seed(0)
+        found: list[_Distance] = []
+        try:
+            self._slots.load(_VERSION, weights)
+            for name in self._modules:
+                found.append(self._module(name, tree.get_submodule(name), weights.get(name)))
+                on_progress(len(found) / len(self._modules))
+        finally:
+            self._slots.clear(_VERSION)
+            self._slots.clear(_OTHER)
+        return ModuleProof(
+            compared=len(found),
+            rows=TILE * len(self._mixes),
+            exact=sum(one.ratio == 0 and not one.tolerated for one in found),
+            largest_difference=max(one.difference for one in found),
+            error_ratio=max(one.ratio for one in found),
+            tolerated=sum(one.tolerated for one in found),
+            kernels=self._kernels.name,
+        )
 
-    def prove(self, name: str, expected: nn.Module) -> _Distance:
+    def _module(self, name: str, expected: nn.Module, own: ModuleWeights | None) -> _Distance:
         """How far the module is from PEFT's. Raises ProofError."""
-        bare, served, own = self._base.get_submodule(name), self._modules[name], self._weights.get(name)
+        bare, served = self._base.get_submodule(name), self._modules[name]
         self._slots.load(_OTHER, {name: _neighbour(bare, own)})
         found = _Distance()
         for x in self._inputs(bare, _trained_tokens(expected, own)):
@@ -169,7 +169,7 @@ class _Bench:
             truth = None
             if not served.exact(_VERSION) and _has_truth(served):
                 truth = _Truth(bare, own, x[0])
-            for mix in self.mixes:
+            for mix in self._mixes:
                 right = torch.where(mix.mine[:, None], wanted, unadapted)
                 got = self._run(served, x, mix)
                 found = found.or_more(self._compare(served, name, mix, got[mix.seen], right[mix.seen], truth))
@@ -240,7 +240,7 @@ class _Bench:
         exact = truth.times(factor)
         served.put(_VERSION, large.to(self._device))
         try:
-            for mix in (replace(mix, seen=mix.mine) for mix in self.mixes):
+            for mix in (replace(mix, seen=mix.mine) for mix in self._mixes):
                 got = self._run(served, x, mix)[mix.seen]
                 error = exact.error(got, mix)
                 within = error <= exact.noise(mix) and not exact.exceeds(got, mix)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
-from onebase_adapters.proof.modules import ModuleProof, prove_modules
+from onebase_adapters.proof.modules import ModuleProof, ModuleProver
 from onebase_adapters.proof.outliers import Figures, measure, unusual
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
@@ -42,6 +42,7 @@ class Verifier:
         self._max_rank = max_rank
         self._base_id = base_id
         self._fingerprint = fingerprint(base)
+        self._modules = ModuleProver(base)
         self._texts = TextProver(base)
 
     def prove(
@@ -95,8 +96,7 @@ class Verifier:
         sha256 = _sha256(packed)
         # What is proved is what the engine will read.
         finished = read_packed_adapter(packed, sha256, base_id=self._base_id)
-        modules = prove_modules(
-            self._base,
+        modules = self._modules.prove(
             adapter.reference,
             folded(finished),
             lambda part: on_progress("proving", _LOADED + part * (_COMPARED - _LOADED)),
