@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
 from onebase_engine.engine.row import AdapterMix, Row
-from onebase_engine.engine.sampling import Drawn, score_prompt, uniform
+from onebase_engine.engine.sampling import Drawn, score_tokens, uniform
 from onebase_engine.kernels.cpu import load_library
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import NUCLEUS_CANDIDATES, ReferenceKernels
@@ -251,12 +251,34 @@ def test_more_alternatives_than_the_vocabulary_give_all_of_it() -> None:
 
 def test_prompt_scores_are_the_log_softmax_of_each_target() -> None:
     raw = logits(8, 4)
-    scores = score_prompt(raw, [3, 1, 4, 1], 2)
+    scores = score_tokens(raw, [3, 1, 4, 1], 2)
     expected = torch.log_softmax(raw.double(), dim=-1)
     assert [score.token for score in scores] == [3, 1, 4, 1]
     for i, score in enumerate(scores):
         assert score.logprob == pytest.approx(float(expected[i, score.token]), abs=1e-5)
         assert [token for token, _ in score.top] == expected[i].argsort(descending=True)[:2].tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    vocab=st.sampled_from([5, 17, 1024, 1025, 49_152, 151_937]), top=st.integers(0, 24),
+    seed=st.integers(0, 50), rows=st.integers(1, 35), levels=st.sampled_from([2, 300]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)  # fmt: skip
+def test_alternatives_are_the_most_likely_and_do_not_depend_on_neighbours_even_where_many_tie(
+    vocab: int, top: int, seed: int, rows: int, levels: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(levels, (rows, vocab), generator=generator).to(dtype)
+    tokens = torch.randint(vocab, (rows,), generator=generator).tolist()
+    scores = score_tokens(raw, tokens, top)
+    for index in {0, rows // 2, rows - 1}:
+        score, expected = scores[index], torch.log_softmax(raw[index].float(), dim=-1)
+        assert score_tokens(raw[index : index + 1], tokens[index : index + 1], top) == [score]
+        assert (score.token, score.logprob) == (tokens[index], float(expected[tokens[index]]))
+        assert [value for _, value in score.top] == expected.topk(min(top, vocab)).values.tolist()
+        assert [value for _, value in score.top] == [float(expected[token]) for token, _ in score.top]
+        assert len({token for token, _ in score.top}) == len(score.top)
 
 
 @settings(max_examples=40, deadline=None)

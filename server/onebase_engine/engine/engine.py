@@ -22,7 +22,7 @@ from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
-from onebase_engine.engine.sampling import Drawn, draw_apart, score_prompt
+from onebase_engine.engine.sampling import Drawn, draw_apart, score_tokens
 from onebase_engine.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
@@ -302,7 +302,7 @@ class Engine:
         row = segment.row
         targets = row.tokens[segment.start + 1 : segment.start + 1 + len(logits)]
         try:
-            return score_prompt(logits, targets, row.sampling.prompt_logprobs or 0)
+            return score_tokens(logits, targets, row.sampling.prompt_logprobs or 0)
         except torch.AcceleratorError:
             raise
         except Exception as error:
