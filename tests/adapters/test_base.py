@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from bitsandbytes.functional import dequantize_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -221,6 +222,18 @@ def test_a_base_that_stays_plain_is_not_passed_off_as_quantized(tmp_path: Path) 
     load_base(BaseSettings(tmp_path))
     with pytest.raises(UnsupportedBaseError, match=r"blocksize 128 leaves .*Choose blocksize 64"):
         load_base(BaseSettings(tmp_path, blocksize=128))
+
+
+def test_weights_that_the_cpu_kernel_would_read_wrongly_are_refused(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {**SMALL, "hidden_size": 96, "intermediate_size": 192}
+    tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBaseError, match=r"q_proj has 96 inputs.*blocksize 64.*divides it \(32\)"):
+        load_base(BaseSettings(tmp_path))
+    name = "model.layers.0.mlp.up_proj"
+    weight: Any = load_base(BaseSettings(tmp_path, blocksize=32)).get_submodule(name).weight
+    exact = tf.LlamaForCausalLM.from_pretrained(tmp_path).get_submodule(name).weight
+    error = dequantize_4bit(weight, weight.quant_state).float() - exact
+    assert error.square().mean() < 0.02 * exact.square().mean()
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

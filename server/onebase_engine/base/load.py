@@ -35,6 +35,8 @@ routers, and for the convolutions of a part that sees or hears."""
 NESTED_BLOCKSIZE = 256
 """bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
 
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Those of bitsandbytes."""
 _QUANTIZED_AT_ONCE = 1 << 17
 """Weights whose fp32 copy stays in a core's cache; a multiple of every blocksize."""
 _LEAST_ABSMAX = 1e-38
@@ -142,6 +144,18 @@ def _check_quantized(model: nn.Module, settings: BaseSettings) -> None:
             f"{settings.quantization} with blocksize {settings.blocksize} leaves {part:.0%} of the weights "
             f"of {type(model).__name__} in {settings.dtype}, for instance {largest}. Choose blocksize 64, "
             "quantization none, or another base."
+        )
+    layer: Any
+    for name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is None or layer.weight.device.type != "cpu" or not layer.in_features % state.blocksize:
+            continue
+        # Quantized, blocks run on over a row's end; bitsandbytes' CPU kernel begins one with each row.
+        fitting = [str(size) for size in _BLOCKSIZES if not layer.in_features % size]
+        raise UnsupportedBaseError(
+            f"{name} has {layer.in_features} inputs, no multiple of blocksize {state.blocksize}: on a CPU "
+            "bitsandbytes would compute with wrong weights. Choose a blocksize that divides it "
+            f"({', '.join(fitting) or 'none does'}), or quantization none."
         )
 
 
