@@ -162,6 +162,24 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_does(
     assert one.process.wait(timeout=30) == 0
 
 
+def test_a_message_of_several_lines_is_written_with_backslashes_and_ctrl_c_drops_it(
+    person: Callable[..., Person], url: str
+) -> None:
+    one = person("chat", "--url", url)
+    one.sees("base> ")
+    one.types("never sent\\\n")
+    one.sees(r"\.\.\. ")
+    one.types("\x03")
+    one.sees(r"Ctrl-D or /quit leaves")
+    one.sees("base> ")
+    one.types("first line\\\n")
+    one.sees(r"\.\.\. ")
+    one.types("second line\n")
+    one.sees("second line\r\nfirst line\r\nsecond line")
+    one.types("/quit\n")
+    assert one.process.wait(timeout=30) == 0
+
+
 def test_a_failed_command_leaves_the_conversation_open(person: Callable[..., Person], url: str) -> None:
     one = person("chat", "--url", url)
     one.sees("base> ")

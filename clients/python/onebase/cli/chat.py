@@ -44,8 +44,8 @@ time; the conversation continues.
 inside the conversation:
 {HELP}
 
-Ctrl-C stops an answer, Ctrl-D leaves. Through a pipe, each line of stdin is one message, and
-stdout gets only the answers.
+A line that ends with a backslash goes on in the next. Ctrl-C stops an answer, Ctrl-D leaves.
+Through a pipe, each line of stdin is one message, and stdout gets only the answers.
 """
 _EXAMPLES = """\
   onebase chat
@@ -108,12 +108,15 @@ def _greet(client: Client) -> None:
 
 
 def _lines(conversation: Conversation) -> Iterator[str]:
-    """What the person types, until Ctrl-D."""
+    """What the person types, until Ctrl-D. Lines that end with a backslash are one with the next."""
     with contextlib.suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  (gives input() its line editing and history)
     while True:
         try:
-            yield input(f"{conversation.answering}> ")
+            text = input(f"{conversation.answering}> ")
+            while text.endswith("\\"):
+                text = f"{text[:-1]}\n{input('... ')}"
+            yield text
         except KeyboardInterrupt:
             note("\n(Ctrl-D or /quit leaves)")
         except EOFError:
