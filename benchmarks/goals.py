@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench import machine
 from bench.peers import PeerError, installed
+from bench.processes import end_on_signals
 
 HERE = Path(__file__).parent
 PARTS = ("serve", "adapters", "train")
@@ -124,19 +125,20 @@ GOALS = [
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The figures of each part that was measured."""
+    """What each part has written, by its name."""
     files = {part: folder / f"{part}.json" for part in PARTS}
-    return {part: json.loads(file.read_text())["figures"] for part, file in files.items() if file.exists()}
+    return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
 
 
-def publish(found: dict[str, Any], console: Console, folder: Path) -> None:
+def publish(written: dict[str, Any], console: Console, folder: Path) -> None:
     """The goals and what was measured, on the screen and in goals.md."""
+    figures = {part: result["figures"] for part, result in written.items()}
     table = Table(box=SIMPLE_HEAD, title="OneBase's figure over the other")
     lines = ["| work | against | goal | measured | |", "| --- | --- | ---: | ---: | --- |"]
     for heading in ("work", "against", "goal", "measured", ""):
         table.add_column(heading, justify="right" if heading in ("goal", "measured") else "left")
     for goal in GOALS:
-        ratio = goal.ratio(found)
+        ratio = goal.ratio(figures)
         wanted = f"{'≤' if goal.at_most else '≥'} {goal.limit:g}"
         met = "not measured" if ratio is None else "met" if goal.met(ratio) else "missed"
         cells = [goal.work, goal.against, wanted, "" if ratio is None else f"{ratio:.2f}", met]
@@ -144,26 +146,51 @@ def publish(found: dict[str, Any], console: Console, folder: Path) -> None:
         table.add_row(*cells[:4], f"[{color}]{met}[/]")
         lines.append(f"| {' | '.join(cells)} |")
     console.print(table)
-    (folder / "goals.md").write_text("\n".join(lines) + "\n")
+    sources = [
+        f"{part}: {result['machine']['date']}, commit {result['machine']['commit']}, "
+        f"{machine.sentence(result['machine'])} {_extent(result['options'])}"
+        for part, result in written.items()
+    ]
+    for source in sources:
+        console.print(source, soft_wrap=True)
+    (folder / "goals.md").write_text("\n".join([*lines, "", *(f"- {source}" for source in sources)]) + "\n")
     console.print(f"Written: {folder / 'goals.md'}")
 
 
+def _extent(options: dict[str, str]) -> str:
+    """How much was measured: what tells a look from figures to publish."""
+    told = ("rounds", "sweep_rounds", "adapters", "requests", "steps", "repeats")
+    return ", ".join(f"{name} {options[name]}" for name in told if name in options)
+
+
 def _commands(options: argparse.Namespace, console: Console) -> dict[str, list[str]]:
-    """By part: its script and options."""
+    """By part: its script and options. A peer that cannot be had is left out."""
     quick = options.quick
     serve = ["--install-peers", "--sweeps", "all", "--targets", "onebase,engine,peft,vllm,llama.cpp"]
-    commands = {"serve": [*serve, "--rounds", "1" if quick else "3"]}
-    if "adapters" in options.only:
-        count = ["--adapters", "20", "--requests", "60"] if quick else []
-        commands["adapters"] = ["--vllm-python", str(installed("vllm", console)), *count]
-    if "train" in options.only:
-        repeats = ["--steps", "6", "--repeats", "1"] if quick else []
-        commands["train"] = ["--trl-python", str(installed("trl", console)), *repeats]
-    busy = ["--busy"] if options.busy else []
-    common = ["--output", str(options.output), *busy]
-    return {
-        part: [sys.executable, str(HERE / f"{part}.py"), *commands[part], *common] for part in options.only
+    given = {
+        "serve": [*serve, *(["--rounds", "1"] if quick else [])],
+        "adapters": ["--adapters", "20", "--requests", "60"] if quick else [],
+        "train": ["--steps", "6", "--repeats", "1"] if quick else [],
     }
+    for part, peer in (("adapters", "vllm"), ("train", "trl")):
+        if part in options.only:
+            try:
+                given[part] += [f"--{peer}-python", str(installed(peer, console))]
+            except PeerError as error:
+                console.print(f"[red]{error}[/]")
+    common = ["--output", str(options.output), *(["--busy"] if options.busy else [])]
+    return {part: [sys.executable, str(HERE / f"{part}.py"), *given[part], *common] for part in options.only}
+
+
+def _run(command: list[str]) -> bool:
+    """Run a part to its end. Who ends this ends the part first, which stops all that it has started."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait() == 0
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _parts(text: str) -> list[str]:
@@ -184,6 +211,7 @@ def main(argv: Sequence[str]) -> int:
     add("--busy", action="store_true", help="measure although other work runs on this machine")
     add("--output", type=Path, default=Path("benchmarks/results"), help="folder for figures and plots")
     options = parser.parse_args(argv)
+    end_on_signals()
     console = Console()
     if torch.cuda.is_available():
         console.print(
@@ -191,16 +219,18 @@ def main(argv: Sequence[str]) -> int:
             "train.py, with a vLLM and a TRL of your own (--vllm-python, --trl-python).[/]"
         )
         return 1
+    commands = _commands(options, console)
     try:
-        commands = _commands(options, console)
         machine.demand_quiet(options.busy, console)
-    except (PeerError, machine.BusyError) as error:
+    except machine.BusyError as error:
         console.print(f"[red]{error}[/]")
         return 1
     failed = []
     for part, command in commands.items():
         console.rule(part)
-        if subprocess.run(command, check=False).returncode:
+        # What an earlier run left would be taken for this one's.
+        (options.output / f"{part}.json").unlink(missing_ok=True)
+        if not _run(command):
             failed.append(part)
     console.rule("goals")
     options.output.mkdir(parents=True, exist_ok=True)

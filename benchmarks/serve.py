@@ -58,6 +58,7 @@ from bench.workload import (
 FAILURES = (StartError, HttpError, OSError, EOFError, TimeoutError, ValueError)
 TARGETS = ("onebase", "engine", "peft", "vllm", "llama.cpp")
 WARM_UP_TOKENS = 8
+LLAMA_DRAFTS = ("--spec-type", "ngram-simple")
 
 
 @dataclass
@@ -83,14 +84,17 @@ class Bench:
         """All rounds, the targets in turn within each block. One that fails is left out of what follows."""
         deadline = time.monotonic() + self.options.time_limit
         for number in range(1, self.options.rounds + 1):
-            for block in self.blocks if number <= self.options.sweep_rounds else self.blocks[:1]:
+            for block in self.blocks:
+                if not block.every_round and number > self.options.sweep_rounds:
+                    continue
                 # In turns from the front and from the back: none is always the last on a machine that tires.
                 names = self.options.targets if number % 2 else reversed(self.options.targets)
                 for name in names:
                     if name in self.failed or (block.only is not None and name not in block.only):
                         continue
                     if time.monotonic() > deadline:
-                        self.console.print(f"[yellow]Time limit reached in round {number}.[/]")
+                        self.console.print(f"[red]Time limit reached in round {number}.[/]")
+                        self.failed.add("time limit")
                         return
                     await self._ask(name, block, number)
 
@@ -120,7 +124,8 @@ class Bench:
         if name == "vllm":
             return VllmTarget(setup, options.vllm_python, shlex.split(options.vllm_args))
         if name == "llama.cpp":
-            return LlamaCppTarget(setup, options.llama_server, options.gguf, shlex.split(options.llama_args))
+            extra = [*shlex.split(options.llama_args), *(LLAMA_DRAFTS if block.drafts else ())]
+            return LlamaCppTarget(setup, options.llama_server, options.gguf, extra)
         if name == "peft":
             return PeftTarget(setup, options.peft_attention)
         if name == "engine":
@@ -280,18 +285,28 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _install(options: argparse.Namespace, console: Console) -> set[str]:
+    """Fill in the programs of peers that were not given. Gives the targets that cannot be had."""
+    failed = set()
+    for name, option in (("vllm", "vllm_python"), ("llama.cpp", "llama_server")):
+        if name in options.targets and getattr(options, option) is None:
+            try:
+                setattr(options, option, installed(name, console))
+            except PeerError as error:
+                console.print(f"[red]{error}[/]")
+                failed.add(name)
+    return failed
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 when every target was measured, else 1."""
     options = _parse(argv)
     end_on_signals()
     console = Console()
+    failed = _install(options, console)
     try:
-        if "vllm" in options.targets and options.vllm_python is None:
-            options.vllm_python = installed("vllm", console)
-        if "llama.cpp" in options.targets and options.llama_server is None:
-            options.llama_server = installed("llama.cpp", console)
         machine.demand_quiet(options.busy, console)
-    except (PeerError, machine.BusyError) as error:
+    except machine.BusyError as error:
         console.print(f"[red]{error}[/]")
         return 1
     if options.base is None:
@@ -306,8 +321,8 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         prompts = Prompts(options.base, options.prompt_tokens, options.seed)
         blocks = [main_block(shape), *sweep_blocks(shape, options.sweeps)]
-        described = machine.describe(options.vllm_python)
-        bench = Bench(options, prompts, blocks, console, described, Path(folder), [], set())
+        described = machine.describe(options.vllm_python, llama_server=options.llama_server)
+        bench = Bench(options, prompts, blocks, console, described, Path(folder), [], failed)
         try:
             asyncio.run(bench.measure())
         finally:

@@ -17,7 +17,7 @@ from onebase_engine.base.view import peft_view
 _SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
-    "intermediate_size": 256,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -26,42 +26,58 @@ BUSY = 0.15
 
 
 def demand_quiet(whatever: bool, console: Console, seconds: float = 2.0) -> None:
-    """Look for `seconds` at what the processes of this machine do.
+    """Look for `seconds` at what this machine's processors do.
 
     Raises:
-        BusyError: they take more than BUSY of a core, unless `whatever`; then a warning is printed.
+        BusyError: others take more than BUSY of a core, unless `whatever`; then a warning is printed.
     """
-    before = _processor_seconds()
+    before, mine, by_process = _busy_seconds(), time.process_time(), _seconds_of_processes()
     time.sleep(seconds)
-    after = _processor_seconds()
-    spent = {pid: (used - before[pid][0]) / seconds for pid, (used, _) in after.items() if pid in before}
-    spent.pop(os.getpid(), None)
-    total = sum(spent.values())
-    if total <= BUSY:
+    busy = (_busy_seconds() - before - time.process_time() + mine) / seconds
+    if busy <= BUSY:
         return
+    spent = {
+        f"{name} (process {pid})": (used - by_process.get(pid, (0.0, ""))[0]) / seconds
+        for pid, (used, name) in _seconds_of_processes().items()
+        if pid != os.getpid()
+    }
     most = sorted(spent, key=spent.__getitem__, reverse=True)[:3]
-    named = ", ".join(f"{after[pid][1]} (process {pid}) {spent[pid]:.0%}" for pid in most if spent[pid])
-    message = f"Other work takes {total:.0%} of a core: {named}. "
+    named = ", ".join(f"{who} {spent[who]:.0%}" for who in most if spent[who] > 0)
+    message = f"Other work takes {busy:.0%} of a core: {named or 'short processes, or other containers'}. "
     if not whatever:
         raise BusyError(f"{message}Figures would not mean much: end it, or measure all the same with --busy.")
     console.print(f"[yellow]{message}Expect noise.[/]")
 
 
-def _processor_seconds() -> dict[int, tuple[float, str]]:
-    """By process: the processor's time that it has used, and its name. Empty where there is no /proc."""
+def _busy_seconds() -> float:
+    """What all processors have worked so far, without waiting and without what a host took from them."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _seconds_of_processes() -> dict[int, tuple[float, str]]:
+    """By process: the processor's time that it has used, and its name."""
     found: dict[int, tuple[float, str]] = {}
-    tick = os.sysconf("SC_CLK_TCK")
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
             head, _, rest = (folder / "stat").read_text().rpartition(")")
             user, system = rest.split()[11:13]
-            found[int(folder.name)] = ((int(user) + int(system)) / tick, head.partition("(")[2])
+            used = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+            found[int(folder.name)] = used, head.partition("(")[2]
     return found
 
 
-def describe(vllm_python: Path | None, trl_python: Path | None = None) -> dict[str, Any]:
+def describe(
+    vllm_python: Path | None, trl_python: Path | None = None, llama_server: Path | None = None
+) -> dict[str, Any]:
     """CPU, memory, versions and load: all that a reader needs to judge a figure."""
     versions = {name: _version(name) for name in PACKAGES}
+    if llama_server is not None:
+        versions["llama.cpp"] = _llama_version(llama_server)
     for name, python in (("vllm", vllm_python), ("trl", trl_python)):
         if python is not None:
             versions[name] = _output([str(python), "-c", _VERSION.format(name)])
@@ -74,6 +90,7 @@ def describe(vllm_python: Path | None, trl_python: Path | None = None) -> dict[s
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": _output(["git", "-C", str(here), "describe", "--always", "--dirty"]),
         "load_before": round(os.getloadavg()[0], 2),
     }
@@ -84,6 +101,19 @@ def sentence(described: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
     gpu = f", {described['gpu']}" if described["gpu"] else ""
     return f"{described['cpu']}, {described['cores']} cores{gpu}; {versions}. Times in ms."
+
+
+def _llama_version(program: Path) -> str | None:
+    """`b11434`, or what it says of itself."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
+    try:
+        said = subprocess.run(
+            [str(program), "--version"], capture_output=True, text=True, timeout=60, env=environment
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = (said.stdout + said.stderr).splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("version")), None)
 
 
 def _version(package: str) -> str | None:

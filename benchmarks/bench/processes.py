@@ -28,13 +28,19 @@ def free_port() -> int:
 
 
 def end_on_signals() -> None:
-    """Turns SIGTERM and SIGHUP into SystemExit, so that `finally` blocks stop what was started."""
+    """Turns SIGTERM and SIGHUP into SystemExit, so that `finally` blocks stop what was started.
+
+    Once it ends, further signals do not disturb it: Ctrl-C reaches a benchmark and who has started it.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, leave)
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 @asynccontextmanager

@@ -125,9 +125,11 @@ class VllmTarget:
         setup, url = self.setup, f"http://127.0.0.1:{(port := free_port())}"
         command = [str(self.python.with_name("vllm")), "serve", str(setup.base)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
-        command += ["--dtype", "bfloat16", "--max-model-len", "2048", "--enable-lora"]
-        command += ["--max-loras", str(len(setup.adapters)), "--max-lora-rank", str(setup.rank)]
-        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in setup.adapters.items())]
+        command += ["--dtype", "bfloat16", "--max-model-len", "2048"]
+        if setup.adapters:
+            command += ["--enable-lora", "--max-loras", str(len(setup.adapters))]
+            command += ["--max-lora-rank", str(setup.rank), "--lora-modules"]
+            command += [f"{name}={folder}" for name, folder in setup.adapters.items()]
         async with server([*command, *self.extra], f"{url}/health", log, self._environment()):
             yield await _http_session(url, setup)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -55,6 +56,10 @@ class Block:
     scenarios: tuple[Scenario, ...]
     only: frozenset[str] | None = None
     """Targets that are asked; None: all."""
+    every_round: bool = False
+    """Else in the first `--sweep-rounds`."""
+    drafts: bool = False
+    """Whether llama.cpp is to guess from the text, as OneBase does by itself."""
 
     @property
     def streams(self) -> int:
@@ -107,7 +112,7 @@ def main_block(shape: Shape) -> Block:
         shape.load("mixed", f"{many}, {len(names)} adapters", streams, names, *everywhere),
         shape.load("base", f"{many}, base only", streams, (None,), ("adapters", 0)),
     )
-    return Block("main", (shape.rank,) * shape.adapters, loads)
+    return Block("main", (shape.rank,) * shape.adapters, loads, every_round=True)
 
 
 def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
@@ -128,10 +133,11 @@ def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
             more.append(replace(one, prompt_tokens=n, tokens=FEW_TOKENS, repeats=2))
         all_long = shape.load("prompts-long", f"{many}, prompts of {LONG_PROMPT}", streams, names)
         more.append(replace(all_long, prompt_tokens=LONG_PROMPT, tokens=FEW_TOKENS))
+    blocks = [Block("more", (shape.rank,) * shape.adapters, tuple(more))] if more else []
     if "copy" in sweeps:
         copy = shape.load("copy", "1 stream, base, a copy", 1, (None,))
-        more.append(replace(copy, prompt_tokens=150, repeats=shape.repeats, copies=True))
-    blocks = [Block("more", (shape.rank,) * shape.adapters, tuple(more))] if more else []
+        copy = replace(copy, prompt_tokens=150, repeats=shape.repeats, copies=True)
+        blocks.append(Block("copy", (), (copy,), drafts=True))
     if "rank" in sweeps:
         for rank in (SMALL_RANK, 64, GREAT_RANK):
             one = shape.load(
@@ -146,14 +152,17 @@ def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
 def _neighbours(shape: Shape) -> list[Block]:
     """What a row of a great rank costs those of a small one, and what loaded adapters cost the base."""
     streams, many = shape.streams, f"{shape.streams} streams"
-    few, last = shape.names[:-1] or shape.names, shape.names[-1]
+    few, last = shape.names[:-1], shape.names[-1]
     alike = shape.load("alike", f"{many}, rank {SMALL_RANK}", streams, few)
-    uneven = (*(few[index % len(few)] for index in range(streams - 1)), last)
+    uneven = (*itertools.islice(itertools.cycle(few), streams - 1), last)
     beside = shape.load("beside", f"{many}, rank {SMALL_RANK}, the last {GREAT_RANK}", streams, uneven)
     bare = shape.load("bare", f"{many}, no adapters loaded", streams, (None,))
     ranks = (SMALL_RANK,) * (shape.adapters - 1) + (GREAT_RANK,)
-    asked = frozenset({"onebase", "engine", "vllm"})
-    return [Block("neighbours", ranks, (alike, beside), asked), Block("bare", (), (bare,), asked)]
+    ours = frozenset({"onebase", "engine"})
+    blocks = [Block("bare", (), (bare,), ours, every_round=True)]
+    if shape.adapters > 1 and streams > 1:
+        blocks.append(Block("neighbours", ranks, (alike, beside), ours, every_round=True))
+    return blocks
 
 
 class Prompts:

@@ -31,10 +31,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16": {"quantization": "none"},
     "nf4": {"quantization": "nf4"},
     "nf4 without double quantization": {"quantization": "nf4", "double_quant": False},
-    "nf4 in blocks of 128": {"quantization": "nf4", "blocksize": 128},
-    "nf4 in blocks of 128 without double quantization": {
+    "nf4 in blocks of 32": {"quantization": "nf4", "blocksize": 32},
+    "nf4 in blocks of 32 without double quantization": {
         "quantization": "nf4",
-        "blocksize": 128,
+        "blocksize": 32,
         "double_quant": False,
     },
     "int8": {"quantization": "int8"},

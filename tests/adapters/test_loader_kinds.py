@@ -154,4 +154,4 @@ def test_layers_that_may_be_adapted_are_listed_with_their_kinds(base: nn.Module)
     norms = {f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")}
     assert kinds == {"norm": {"model.norm", *norms}, "embedding": {"model.embed_tokens"}}
     assert layers["model.norm"].size_in == layers["model.norm"].size_out == 128
-    assert layers["model.layers.0.mlp.up_proj"].size_out == 256
+    assert layers["model.layers.0.mlp.up_proj"].size_out == 192

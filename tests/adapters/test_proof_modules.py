@@ -34,7 +34,7 @@ from onebase_engine.lora.weights import AdapterWeights, LoraWeights, TokenRows
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
     "nf4": {"quantization": "nf4"},
-    "nf4 in blocks of 128": {"quantization": "nf4", "blocksize": 128},
+    "nf4 in blocks of 32": {"quantization": "nf4", "blocksize": 32},
     "int8": {"quantization": "int8"},
     "bf16": {"quantization": "none"},
 }
@@ -280,8 +280,9 @@ def _a_scale_off_by_a_rounding(layer: NativeLinear) -> None:
 
 
 def _weights_of_another_rounding(layer: NativeLinear) -> None:
-    absmax = layer._base[2]
-    absmax.mul_(1 + 2.0**-9)
+    # The scales themselves are those of all views of the base.
+    layer._base[2] = layer._base[2] * (1 + 2.0**-9)
+    layer.structure.absmax = layer._base[2].data_ptr()
 
 
 def _a_block_skipped(layer: NativeLinear) -> None:

@@ -12,8 +12,8 @@ import torch
 from tests.tiny import save_base
 from torch import nn
 
-from onebase_engine.base import quantized_cache
-from onebase_engine.base.load import BaseSettings, base_tensors, load_base
+from onebase_engine.base import load, quantized_cache
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, base_tensors, load_base
 from onebase_engine.base.quantized_cache import KEPT, load_kept_base
 
 
@@ -78,11 +78,24 @@ def test_another_way_to_quantize_or_other_files_are_another_base(
     settings = BaseSettings(folder)
     load_kept_base(settings)
     load_kept_base(replace(settings, double_quant=False))
-    load_kept_base(replace(settings, blocksize=128))
+    load_kept_base(replace(settings, blocksize=32))
     (weights,) = folder.glob("*.safetensors")
     os.utime(weights, ns=(1, 1))
     load_kept_base(settings)
     assert len(loads) == 4
+
+
+def test_what_is_refused_is_refused_from_the_cache_as_well(
+    folder: Path, loads: list[BaseSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = BaseSettings(folder, blocksize=128)
+    with monkeypatch.context() as patch:
+        for module in (load, quantized_cache):
+            patch.setattr(module, "check_quantized", lambda model, settings: None)
+        load_kept_base(settings)
+    with pytest.raises(UnsupportedBaseError, match="no multiple of blocksize 128"):
+        load_kept_base(settings)
+    assert len(loads) == 1
 
 
 def test_an_unquantized_base_is_not_kept(folder: Path, loads: list[BaseSettings]) -> None:

@@ -136,7 +136,7 @@ def _check_linear(config: Any) -> None:
         )
 
 
-def _check_quantized(model: nn.Module, settings: BaseSettings) -> None:
+def check_quantized(model: nn.Module, settings: BaseSettings) -> None:
     """Raise UnsupportedBaseError if a loaded base is not what its settings say."""
     part, largest = _left_plain(model, lambda module: any(quantized_statistics(module)))
     if part > MOST_PLAIN:
@@ -154,7 +154,7 @@ def _check_quantized(model: nn.Module, settings: BaseSettings) -> None:
         fitting = [str(size) for size in _BLOCKSIZES if not layer.in_features % size]
         raise UnsupportedBaseError(
             f"{name} has {layer.in_features} inputs, no multiple of blocksize {state.blocksize}: on a CPU "
-            "bitsandbytes would compute with wrong weights. Choose a blocksize that divides it "
+            "bitsandbytes may compute with wrong weights. Choose a blocksize that divides it "
             f"({', '.join(fitting) or 'none does'}), or quantization none."
         )
 
@@ -322,7 +322,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
         # What transformers sets: by it PEFT chooses its layers for 4-bit weights, which add in another order.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
     if settings.quantization != "none":
-        _check_quantized(model, settings)
+        check_quantized(model, settings)
     return freeze(model)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from onebase_engine.base.attach import AttachError, attach, describe
 from onebase_engine.base.default_base import default_cache
 from onebase_engine.base.identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentityError, base_id
-from onebase_engine.base.load import BaseSettings, load_base, load_config
+from onebase_engine.base.load import BaseSettings, check_quantized, load_base, load_config
 from onebase_engine.base.manifest import dtype_name
 from onebase_engine.base.shared_memory import storage_bytes
 from onebase_engine.user_cache import written
@@ -97,6 +97,8 @@ def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
     except (OSError, msgspec.MsgspecError, AttachError) as error:
         logger.warning("the quantized base in %s cannot be used and is made anew: %s", file, error)
         return None
+    # It may have been kept by a release that knew less.
+    check_quantized(base, settings)
     return base
 
 

@@ -423,7 +423,7 @@ class NativeLinear:
         shift = 0
         if self.kind == _NF4:
             state = weight.quant_state
-            absmax, code = _by_panels(plain_absmax(state), self.size_out), state.code.float().contiguous()
+            absmax, code = _by_panels(weight, self.size_out), state.code.float().contiguous()
             shift = state.blocksize.bit_length() - 1
             self._base += [absmax, code]
         self.structure = _Linear(
@@ -537,10 +537,18 @@ def _check(result: int) -> None:
         raise RuntimeError("the kernels were called for other rows than the step has")
 
 
-def _by_panels(absmax: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Scales of blocks [out * blocks of an output] as [out / LANES, blocks of an output, LANES], fp32."""
-    padded = functional.pad(absmax.float().view(outputs, -1), (0, 0, 0, -outputs % LANES))
-    return padded.view(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
+def _by_panels(weight: Any, outputs: int) -> torch.Tensor:
+    """Scales of a weight's blocks as [out / LANES, blocks of an output, LANES], fp32.
+
+    The weight keeps them: views of a base share it, and would have a sixteenth of a byte a weight each.
+    """
+    made: torch.Tensor | None = getattr(weight, "onebase_panels", None)
+    if made is None:
+        absmax = plain_absmax(weight.quant_state).float().view(outputs, -1)
+        padded = functional.pad(absmax, (0, 0, 0, -outputs % LANES))
+        made = padded.view(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
+        weight.onebase_panels = made
+    return made
 
 
 def _every_number() -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,7 +171,7 @@ class Conversation:
         if line.startswith("//") or not line.startswith("/"):
             self._answer(line.removeprefix("/"), interruptible)
             return True
-        word, _, rest = line.partition(" ")
+        word, *rest = line.split(maxsplit=1)
         if word in ("/quit", "/exit"):
             return False
         command = self._commands.get(word)
@@ -179,7 +179,7 @@ class Conversation:
             raise ValueError(
                 f"There is no command {word}: /help lists them, //TEXT sends /TEXT as a message."
             )
-        command(rest.strip())
+        command("".join(rest))
         return True
 
     def _answer(self, text: str, interruptible: bool) -> None:
