@@ -135,6 +135,9 @@ typedef struct {
 /* Rows of a group that are taken at once. */
 #define SHRUNK 32
 
+/* Values of an adapter that are asked for at once at most: many more would push each other out. */
+#define ASKED 1024
+
 #ifdef __AMX_BF16__
 
 typedef struct {
@@ -598,6 +601,18 @@ static void shrink(const product *p, int64_t job) {
   }
 }
 
+/* Asks for what `expand` will read for some panels, while their products keep the memory idle. */
+static void ask_for_adapters(const product *p, const onebase_linear *layer, int64_t panel, int64_t panels) {
+  const onebase_groups *groups = p->groups;
+  int64_t first = panel * LANES, outputs = least(panels * LANES, layer->out - first);
+  for (int64_t term = 0; layer->lora && term < p->terms; term++) {
+    const onebase_lora *lora = layer->lora + groups->slot[term];
+    if (!lora->rank) continue;
+    const float *b = lora->b + first * lora->rank;
+    for (int64_t i = 0; i < least(outputs * lora->rank, ASKED); i += LANES) __builtin_prefetch(b + i);
+  }
+}
+
 /* Adds to the outputs of one panel, bf16 [rows, 16], what the adapters give. */
 static void expand(const product *p, int64_t which, int64_t panel, bf16 *y) {
   const onebase_groups *groups = p->groups;
@@ -674,6 +689,7 @@ static void prepare_part(void *task, int64_t part, int64_t thread) {
 static void panel_outputs(const product *p, int64_t which, int64_t panel, int64_t panels, float *scratch,
                           float *sums, bf16 *y) {
   const onebase_linear *layer = p->layers[which];
+  if (p->job_count) ask_for_adapters(p, layer, panel, panels);
   multiply(p, layer, panel, panels, scratch, p->padded * LANES, sums);
   for (int64_t i = 0; i < panels; i++, panel++, sums += p->padded * LANES, y += p->padded * LANES) {
     floats bias = layer->bias ? widen_some(layer->bias + panel * LANES, layer->out - panel * LANES) : (floats){0};
