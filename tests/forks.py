@@ -82,7 +82,9 @@ class Nursery:
             def _execute_child(popen, *arguments: Any) -> None:  # noqa: N805
                 how = whole.bind(popen, *arguments).arguments
                 words = [how["args"]] if isinstance(how["args"], str) else [str(one) for one in how["args"]]
-                if how["shell"] or words[0] != sys.executable or words[1].startswith(("-P", "-X")):
+                words = [word for word in words if word != "-u"]
+                known = words[1:] and (words[1] in ("-m", "-c") or not words[1].startswith("-"))
+                if how["shell"] or words[0] != sys.executable or not known:
                     super()._execute_child(*arguments)  # type: ignore[misc]
                     return
                 ends = [how[end] for end in ("p2cread", "c2pwrite", "errwrite")]

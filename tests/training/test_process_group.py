@@ -14,7 +14,6 @@ from tests.training.runs import write_chats
 from onebase_adapters.training.cli.train import main
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("forks")
 OPTIONS = ["--r", "4", "--batch-size", "8", "--max-steps", "5", "--micro-tokens", "90", "--dtype", "float32"]
 
 
