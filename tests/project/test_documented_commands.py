@@ -199,8 +199,8 @@ def folder(tmp_path: Path) -> Path:
     for file in (EXAMPLES / "orders").iterdir():
         shutil.copy(file, tmp_path)
     for place, source, alpha in (("acme-support", "orders", 30), ("legal", "pirate", 15)):
-        copied(source, tmp_path / "outputs" / place, lora_alpha=alpha)
-    copied("orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
+        copied(EXAMPLES / source, tmp_path / "outputs" / place, lora_alpha=alpha)
+    copied(EXAMPLES / "orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
     for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl"):
         rows = [{"prompt": f"{file} {number} until-paused ", "completion": "yes"} for number in range(4)]
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -421,7 +421,7 @@ def test_every_snippet_of_the_sdks_page_runs(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ONEBASE_URL", server.url)
-    copied("orders", folder / "outputs" / "acme-support-2", lora_alpha=31)
+    copied(EXAMPLES / "orders", folder / "outputs" / "acme-support-2", lora_alpha=31)
     (folder / "train.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
     whole = requests.sampling_body
     monkeypatch.setattr(requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))
