@@ -58,6 +58,13 @@ def job(talking_folder: Path, tmp_path: Path) -> Job:
     return new_job(talking_folder, tmp_path)
 
 
+@pytest.fixture
+def quick(job: Job) -> Job:
+    """One step, after which nothing is generated."""
+    recipe = replace(job.recipe, max_steps=1, eval_every=1, metrics=(), sample_prompts=())
+    return replace(job, recipe=recipe)
+
+
 @dataclass(frozen=True)
 class Whole:
     """A run from its beginning to its end, which no test may write to."""
@@ -169,21 +176,21 @@ def test_another_recipe_in_the_same_folder_is_refused_and_leaves_the_run_as_it_w
     assert {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()} == before
 
 
-def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, job: Job) -> None:
-    report = run(base, replace(job, held_out=None, recipe=replace(job.recipe, eval_split=0.0)))
+def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, quick: Job) -> None:
+    report = run(base, replace(quick, held_out=None, recipe=replace(quick.recipe, eval_split=0.0)))
     assert (report.better, report.loss_before, report.loss_after) == (None, None, None)
-    assert "Nothing was held out" in (job.folder / "adapter" / "README.md").read_text()
+    assert "Nothing was held out" in (quick.folder / "adapter" / "README.md").read_text()
 
 
-def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, job: Job) -> None:
-    report = run(base, replace(job, held_out=None, recipe=replace(job.recipe, eval_split=0.25)))
+def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, quick: Job) -> None:
+    report = run(base, replace(quick, held_out=None, recipe=replace(quick.recipe, eval_split=0.25)))
     assert report.loss_before is not None
 
 
-def test_in_bfloat16_the_file_is_half_as_large(base: torch.nn.Module, job: Job, whole: Whole) -> None:
-    half = run(base, replace(job, save_dtype=torch.bfloat16))
+def test_in_bfloat16_the_file_is_half_as_large(base: torch.nn.Module, quick: Job, whole: Whole) -> None:
+    half = run(base, replace(quick, save_dtype=torch.bfloat16))
     assert half.adapter_bytes < 0.6 * whole.report.adapter_bytes
-    tensors = load_file(job.folder / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(quick.folder / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
@@ -205,12 +212,12 @@ def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, 
 
 
 def test_the_report_says_what_part_was_held_out_and_an_explicit_part_has_no_limit(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, quick: Job
 ) -> None:
-    many = write_chats(job.folder.with_name("many.jsonl"), 500)
-    recipe = replace(job.recipe, eval_split=0.5, metrics=(), sample_prompts=(), max_steps=1)
+    many = write_chats(quick.folder.with_name("many.jsonl"), 500)
+    recipe = replace(quick.recipe, eval_split=0.5)
     seen: list[events.Event] = []
-    report = run(base, replace(job, train=many, held_out=None, recipe=recipe), seen)
+    report = run(base, replace(quick, train=many, held_out=None, recipe=recipe), seen)
     assert report.recipe["eval_split"] == 0.5
     (checked,) = [event.report for event in seen if isinstance(event, events.DataChecked)]
     assert (checked["rows"], checked["evaluation"]["rows"]) == (250, 250)
@@ -267,10 +274,10 @@ def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job, wh
 
 
 def test_a_line_that_a_killed_process_left_half_written_spoils_no_other(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, quick: Job
 ) -> None:
-    job.folder.mkdir()
-    (job.folder / "events.jsonl").write_text('{"type": "st')
-    run(base, job)
-    lines = (job.folder / "events.jsonl").read_text().splitlines()
+    quick.folder.mkdir()
+    (quick.folder / "events.jsonl").write_text('{"type": "st')
+    run(base, quick)
+    lines = (quick.folder / "events.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["type"] == "phase"
