@@ -34,21 +34,22 @@ ROOM = "." * 200
 class Nursery:
     """The program that forks. What it starts are children of this process, as others are."""
 
-    def __init__(self, requests: socket.socket) -> None:
+    def __init__(self, requests: socket.socket, process: subprocess.Popen[Any] | None = None) -> None:
         self._socket = requests
+        self._process = process
 
     @classmethod
     def begin(cls) -> Nursery:
         """A new one, which imports everything."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), ROOM],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)},
             )
-        return cls(ours)
+        return cls(ours, process)
 
     @classmethod
     def fork(cls) -> Nursery:
@@ -73,9 +74,14 @@ class Nursery:
 
     def close(self) -> None:
         self._socket.close()
+        if self._process is not None:
+            self._process.wait()
 
     def popen(self, *, children: bool = False) -> type[subprocess.Popen[Any]]:
-        """`subprocess.Popen`, but for how programs of this Python begin; with `children` also theirs."""
+        """`subprocess.Popen`, but for how programs of this Python begin; with `children` also theirs.
+
+        A `preexec_fn` is not run; Ctrl-C reaches what is forked.
+        """
         whole = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
         class ForkingPopen(subprocess.Popen[Any]):
