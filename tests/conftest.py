@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forks import Nursery
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("seconds.json")
@@ -73,3 +76,18 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.environ.get("ONEBASE_SECONDS") == "write" and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Stopwatch())
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery.begin()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def forks(nursery: Nursery) -> Iterator[None]:
+    """Python programs that the module's tests start are forks of one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", nursery.popen())
+        yield

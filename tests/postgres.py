@@ -42,11 +42,17 @@ class PostgresServer:
 
     def database(self, on: Path | None = None) -> str:
         """`on`: the folder of another disk, to keep the database in."""
+        return self.url(self.create(on))
+
+    def create(self, on: Path | None = None, template: str = "template1") -> str:
+        """A new database's name; it is a copy of the one that is named `template`."""
         import psycopg
 
         name = next(self._names)
         place = ""
-        with psycopg.connect(host=str(self.folder), user="postgres", autocommit=True) as connection:
+        with psycopg.connect(
+            host=str(self.folder), user="postgres", dbname="postgres", autocommit=True
+        ) as connection:
             if on is not None:
                 space = on / "space"
                 space.mkdir()
@@ -54,8 +60,8 @@ class PostgresServer:
                 os.chown(space, owner.st_uid, owner.st_gid)
                 connection.execute(f"CREATE TABLESPACE space_{name} LOCATION '{space}'")
                 place = f"TABLESPACE space_{name}"
-            connection.execute(f"CREATE DATABASE {name} {place}")
-        return self.url(name)
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} {place}")
+        return name
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from tests.adapters.format_support import (
     read_for,
     train,
 )
+from tests.matrix import matrix
 from tests.tiny import save_base
 from torch import nn
 
@@ -158,21 +159,22 @@ def same_to_peft(base: nn.Module, folder: Path, target: Path, text: torch.Tensor
     assert not torch.equal(ours, bare)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("on", "kind"), matrix(BASES, KINDS))
 def test_the_canonical_form_of_each_kind_is_the_same_adapter_to_peft(
-    some_base: nn.Module, kind: str, text: torch.Tensor, tmp_path: Path
+    on: str, kind: str, bases_of: Any, text: torch.Tensor, tmp_path: Path
 ) -> None:
-    folder, target = train(some_base, tmp_path / "theirs", fields_of(kind)), tmp_path / "ours"
+    base = bases_of(*BASES[on])
+    folder, target = train(base, tmp_path / "theirs", fields_of(kind)), tmp_path / "ours"
     target.mkdir()
-    spec = read_for(some_base, folder, target)
+    spec = read_for(base, folder, target)
     assert set(spec.kinds) == KINDS[kind][1]
     assert sorted(path.name for path in target.iterdir()) == [CONFIG, WEIGHTS]
     assert load_file(target / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
     assert spec.parameters == sum(t.numel() for t in load_file(folder / WEIGHTS).values())
-    same_to_peft(some_base, folder, target, text)
+    same_to_peft(base, folder, target, text)
     again = tmp_path / "again"
     again.mkdir()
-    assert read_for(some_base, target, again).modules == spec.modules
+    assert read_for(base, target, again).modules == spec.modules
     assert (again / WEIGHTS).read_bytes() == (target / WEIGHTS).read_bytes()
 
 

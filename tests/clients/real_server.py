@@ -1,19 +1,25 @@
-"""`onebase serve` as a user starts it: the real base, the example adapters, and a Hub on this machine."""
+"""`onebase serve` as a user starts it: a small base, two adapters on it, and a Hub on this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from peft import LoraConfig, get_peft_model
 from tests.hub_standin import HubStandIn
+from tests.training.runs import talking_base
+from transformers import AutoModelForCausalLM
 
 from onebase import APIConnectionError, Client
 
@@ -22,10 +28,28 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 
 @dataclass(frozen=True)
 class Server:
-    """Where it is, and the Hub that it pulls from: repositories of `acme` are permitted."""
+    """Where it is, the Hub that it pulls from (repositories of `acme` are permitted), and the folder with
+    the adapters that it began with: orders and pirate."""
 
     url: str
     hub: HubStandIn
+    adapters: Path = EXAMPLES
+
+
+def small_base(folder: Path) -> Path:
+    """With room for texts that do not end while a test looks away."""
+    base = talking_base(folder / "smollm2-135m-instruct")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32_768}))
+    return base
+
+
+def make_adapter(base: Path, folder: Path, seed: int) -> None:
+    """As PEFT saves it; random but far from the base."""
+    torch.manual_seed(seed)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=attention, init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
 @contextmanager
@@ -35,10 +59,15 @@ def running_server(folder: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder / "log"
-    command = [sys.executable, "-m", "onebase.cli", "serve", "--port", str(port), "--kv-memory", "400MB"]
-    command += ["--adapters-dir", str(EXAMPLES), "--data-dir", str(folder / "data"), "--hub-allow", "acme/*"]
+    with warnings.catch_warnings(action="ignore"):
+        base, adapters = small_base(folder), folder / "adapters"
+        for seed, name in enumerate(("orders", "pirate")):
+            make_adapter(base, adapters / name, seed)
+    command = [sys.executable, "-m", "onebase.cli", "serve", "--port", str(port), "--kv-memory", "100MB"]
+    command += ["--base", str(base), "--adapters-dir", str(adapters)]
+    command += ["--data-dir", str(folder / "data"), "--hub-allow", "acme/*"]
     with HubStandIn() as hub, log.open("w") as out:
-        made = Server(f"http://127.0.0.1:{port}", hub)
+        made = Server(f"http://127.0.0.1:{port}", hub, adapters)
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | hub.environment(folder / "hf")
         )

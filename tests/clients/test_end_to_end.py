@@ -1,4 +1,4 @@
-"""The SDK and the command against the real server, with the real base and real adapters."""
+"""The SDK and the command against the real server, with a small base and adapters on it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_server_is_well_and_lists_what_it_has(sdk: Any, server: Server, adap
 
 def test_the_base_answers_and_says_what_it_took(sdk: Any, server: Server) -> None:
     answer = sdk.call(lambda client: client.generate(PROMPT, temperature=0, max_tokens=8), url=server.url)
-    assert "Paris" in answer.text
+    assert answer.text
     assert answer.adapter is None
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 8
@@ -128,7 +128,7 @@ def test_leaving_a_stream_ends_its_request_on_the_server(server: Server) -> None
     during: list[int] = []
 
     def leave(client: Client) -> None:
-        with client.stream(PROMPT, max_tokens=2000, ignore_eos=True) as stream:
+        with client.stream(PROMPT, max_tokens=30_000, ignore_eos=True) as stream:
             next(iter(stream))
             during.append(running())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.clients.real_server import EXAMPLES, Server
+from tests.clients.real_server import Server
 
 from onebase import (
     AdapterRejectedError,
@@ -24,9 +24,9 @@ from onebase import (
 QUESTION = "Hi, this is Mia from Lisbon, please send 3 red lamps."
 
 
-def copied(source: str, target: Path, **config: Any) -> Path:
-    """An example adapter, with some fields of its configuration changed."""
-    shutil.copytree(EXAMPLES / source, target)
+def copied(source: Path, target: Path, **config: Any) -> Path:
+    """An adapter, with some fields of its configuration changed."""
+    shutil.copytree(source, target)
     file = target / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return target
@@ -70,24 +70,23 @@ def test_an_adapter_lives_from_upload_to_deletion(
         )
 
     told: list[Progress] = []
-    one = call(lambda adapters: adapters.upload(EXAMPLES / "orders", name=name, progress=told.append))
+    one = call(lambda adapters: adapters.upload(server.adapters / "orders", name=name, progress=told.append))
     assert (one.state, one.active, one.source.kind) == ("ready", True, "upload")
     assert (told[0].stage, told[-1].stage) == ("uploading", "ready")
     report = one.report
     assert (report.rank, report.alpha, report.kinds) == (16, 32.0, ("lora",))
     assert set(report.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert len(report.modules) == 120
+    assert len(report.modules) == 8
     assert all(module.norm > 0 for module in report.modules)
     assert report.proof.exact
     assert report.proof.base_unchanged
-    assert report.proof.modules_changed == 120
+    assert report.proof.modules_changed == 8
     assert call(lambda adapters: adapters.version(name, one.version[:8])) == one
 
     first = ask()
     assert first.adapter == one.id
-    assert first.text.startswith("{")
 
-    weaker = copied("orders", tmp_path / "weaker", lora_alpha=1)
+    weaker = copied(server.adapters / "orders", tmp_path / "weaker", lora_alpha=1)
     two = call(lambda adapters: adapters.upload(weaker, name=name, activate=False))
     assert (two.state, two.active) == ("ready", False)
     assert ask().text == first.text
@@ -129,8 +128,8 @@ def test_an_adapter_lives_from_upload_to_deletion(
 
 def test_the_same_content_is_proven_once(server: Server, name: str) -> None:
     with Client(server.url) as client:
-        first = client.adapters.upload(EXAMPLES / "pirate", name=name)
-        again = client.adapters.upload(EXAMPLES / "pirate", name=name)
+        first = client.adapters.upload(server.adapters / "pirate", name=name)
+        again = client.adapters.upload(server.adapters / "pirate", name=name)
         assert again == first
         assert len(client.adapters.versions(name)) == 1
 
@@ -139,7 +138,7 @@ def test_the_same_content_is_proven_once(server: Server, name: str) -> None:
 def test_an_adapter_is_pulled_and_keeps_its_commit(
     sdk: Any, server: Server, name: str, tmp_path: Path
 ) -> None:
-    content = copied("orders", tmp_path / "hub", lora_alpha=24)
+    content = copied(server.adapters / "orders", tmp_path / "hub", lora_alpha=24)
     commit = server.hub.add_repo("acme/loras", files(content, "support/"), ("v2",))
     told: list[Progress] = []
 
@@ -175,9 +174,9 @@ def test_adapters_that_are_not_served_are_rejected_with_their_reason(
             sdk.call(lambda client: client.adapters.upload(folder, name=name), url=server.url)
         return caught.value
 
-    loha = rejection(copied("orders", tmp_path / "loha", peft_type="LOHA"))
+    loha = rejection(copied(server.adapters / "orders", tmp_path / "loha", peft_type="LOHA"))
     assert (loha.code, loha.version) == ("unsupported_kind", None)
-    idle = zeroed(copied("orders", tmp_path / "idle"))
+    idle = zeroed(copied(server.adapters / "orders", tmp_path / "idle"))
     nothing = rejection(idle)
     assert nothing.code == "no_effect"
     assert (nothing.version.state, nothing.version.active) == ("failed", False)
@@ -188,7 +187,7 @@ def test_adapters_that_are_not_served_are_rejected_with_their_reason(
 
 
 def test_another_base_is_a_conflict_unless_it_is_meant(server: Server, name: str, tmp_path: Path) -> None:
-    foreign = copied("orders", tmp_path / "foreign", base_model_name_or_path="acme/gemma")
+    foreign = copied(server.adapters / "orders", tmp_path / "foreign", base_model_name_or_path="acme/gemma")
     with Client(server.url) as client:
         with pytest.raises(ConflictError) as caught:
             client.adapters.upload(foreign, name=name)
@@ -199,8 +198,8 @@ def test_another_base_is_a_conflict_unless_it_is_meant(server: Server, name: str
 
 def test_deleting_what_runs_needs_force_and_ends_it(server: Server, name: str) -> None:
     with Client(server.url) as client:
-        client.adapters.upload(EXAMPLES / "pirate", name=name)
-        with client.stream(messages=QUESTION, adapter=name, max_tokens=2000, ignore_eos=True) as stream:
+        client.adapters.upload(server.adapters / "pirate", name=name)
+        with client.stream(messages=QUESTION, adapter=name, max_tokens=30_000, ignore_eos=True) as stream:
             next(iter(stream))
             with pytest.raises(ConflictError) as caught:
                 client.adapters.delete(name)

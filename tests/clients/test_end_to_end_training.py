@@ -1,4 +1,4 @@
-"""An adapter is trained through the SDK, against the real server: the real base, a tiny job."""
+"""An adapter is trained through the SDK, against the real server: a small base, a tiny job."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_job_is_followed_paused_resumed_and_ends_as_an_adapter_that_answers(
     job.resume().wait(progress=seen.append)
     assert (job.status, job.activated, job.progress and job.progress.step) == ("succeeded", True, 6)
     assert job.report is not None
-    assert (job.report.steps, job.report.parameters) == (6, 230_400)
+    assert (job.report.steps, job.report.parameters) == (6, 1792)
     assert job.report.loss_before is not None
     assert job.report.loss_after is not None
     steps = [one.progress.step for one in seen if one.progress and one.status == "running"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import boto3
 import httpx2
 import pytest
 from moto.server import ThreadedMotoServer
+from tests.forks import Nursery
 from tests.postgres import postgres_server
 from tests.server.conftest import make_adapter
-from tests.server.support import Server, serving, upload_folder
+from tests.server.support import Server, launch, serving, upload_folder
 from tests.training.runs import talking_base
 
 PROMPT = "Three jars of honey for Anna in Lisbon, please."
@@ -76,14 +78,15 @@ def push(http: httpx2.Client, folder: Path, query: str) -> str:
 
 
 def test_servers_on_one_registry_and_store_serve_the_same_versions(
-    base: Path, shared: tuple[list[str], dict[str, str]], tmp_path: Path
+    base: Path, shared: tuple[list[str], dict[str, str]], nursery: Nursery, tmp_path: Path
 ) -> None:
     options, environment = shared
+    start = partial(launch, popen=nursery.popen(children=True))
     calm, loud = (make_adapter(base, tmp_path / str(seed), seed, rank=4) for seed in (1, 2))
     command = [sys.executable, "-m", "onebase_server"]
     with (
-        serving(command, *options, environment=environment) as here,
-        serving(command, *options, environment=environment) as there,
+        serving(command, *options, environment=environment, start=start) as here,
+        serving(command, *options, environment=environment, start=start) as there,
         here.client() as one,
         there.client() as other,
     ):
@@ -105,7 +108,7 @@ def test_servers_on_one_registry_and_store_serve_the_same_versions(
         assert other.post("/v1/adapters/live/rollback", json={}).json()["version"] == first
         assert text(other, "live") == served
 
-    with serving(command, *options, environment=environment) as again, again.client() as http:
+    with serving(command, *options, environment=environment, start=start) as again, again.client() as http:
         assert active(http) == first
         assert text(http, "live") == served
 

@@ -25,6 +25,7 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import Plan
 from onebase_engine.kernels import reference
 
+Scores = list[list[protocol.TokenLogprob]]
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
@@ -39,7 +40,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Lab.create(base, folder)
 
 
-def scored(engine: Engine, asked: list[Request], **changes: object) -> list[list[protocol.TokenLogprob]]:
+def scored(engine: Engine, asked: list[Request], **changes: object) -> Scores:
     """Serve the requests together and return every token with its logprobs, floats as they are."""
     found: dict[str, list[protocol.TokenLogprob]] = {}
     for i, request in enumerate(asked):
@@ -73,28 +74,38 @@ def collect(engine: Engine, found: dict[str, list[protocol.TokenLogprob]]) -> No
 
 
 ASKED = requests(17, seed=3, longest=90)
+LONGER = requests(17, seed=3, longest=40, tokens=24)
 
 
-def test_logprobs_are_bit_equal_alone_and_in_any_company(lab: Lab) -> None:
-    together = scored(lab.engine(), ASKED)
+@pytest.fixture(scope="module")
+def plain_longer(lab: Lab) -> Scores:
+    """The same of LONGER, for which a tight engine has no room."""
+    return scored(lab.engine(), LONGER)
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Lab) -> Scores:
+    """What the rows of ASKED get together, in an engine with room for all."""
+    return scored(lab.engine(), ASKED)
+
+
+def test_logprobs_are_bit_equal_alone_and_in_any_company(lab: Lab, plain: Scores) -> None:
     alone = [scored(lab.engine(), [request])[0] for request in ASKED[:6]]
-    assert alone == together[:6]
-    assert scored(lab.engine(), ASKED[::-1])[::-1] == together
+    assert alone == plain[:6]
+    assert scored(lab.engine(), ASKED[::-1])[::-1] == plain
 
 
-def test_logprobs_are_bit_equal_under_any_chunking(lab: Lab) -> None:
-    whole = scored(lab.engine(), ASKED)
+def test_logprobs_are_bit_equal_under_any_chunking(lab: Lab, plain: Scores) -> None:
     for step_tokens in (7, 33, 512):
-        assert scored(lab.engine(step_tokens=step_tokens), ASKED) == whole, step_tokens
-    assert scored(lab.engine(step_tokens=1), ASKED[:4]) == whole[:4]
+        assert scored(lab.engine(step_tokens=step_tokens), ASKED) == plain, step_tokens
+    assert scored(lab.engine(step_tokens=1), ASKED[:4]) == plain[:4]
 
 
 def test_logprobs_are_bit_equal_when_decodes_attend_in_groups(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, plain: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = scored(lab.engine(), ASKED)
     monkeypatch.setattr(reference, "MAX_DECODE_CONTEXT", 150)
-    assert scored(lab.engine(), ASKED) == together
+    assert scored(lab.engine(), ASKED) == plain
 
 
 def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
@@ -107,32 +118,32 @@ def test_decodes_are_grouped_so_that_one_long_row_does_not_lengthen_many(
     assert reference._decode_groups([10, 10, 500, 10, 10]) == [(0, 2), (2, 3), (3, 5)]
 
 
-def test_logprobs_are_bit_equal_after_preemption(lab: Lab) -> None:
-    tight, asked = lab.engine(kv_blocks=52, block_size=2), requests(17, seed=3, longest=40, tokens=24)
-    assert scored(tight, asked) == scored(lab.engine(), asked)
+def test_logprobs_are_bit_equal_after_preemption(lab: Lab, plain_longer: Scores) -> None:
+    tight = lab.engine(kv_blocks=52, block_size=2)
+    assert scored(tight, LONGER) == plain_longer
     assert tight.scheduler.preemptions > 0
 
 
-def test_logprobs_are_bit_equal_after_giving_a_place_to_another_tenant(lab: Lab) -> None:
+def test_logprobs_are_bit_equal_after_giving_a_place_to_another_tenant(lab: Lab, plain: Scores) -> None:
     asked = [replace(request, tenant=f"tenant {i // 6}") for i, request in enumerate(ASKED)]
     full = lab.engine(max_rows=3)
-    assert scored(full, asked) == scored(lab.engine(), asked)
+    assert scored(full, asked) == plain
     assert full.scheduler.yielded > 0
 
 
-def test_logprobs_are_bit_equal_with_and_without_prefix_hits(lab: Lab) -> None:
+def test_logprobs_are_bit_equal_with_and_without_prefix_hits(lab: Lab, plain: Scores) -> None:
     engine = lab.engine()
-    cold = scored(engine, ASKED)
+    assert scored(engine, ASKED) == plain
     assert engine.counters.cached_tokens == 0
-    assert scored(engine, ASKED) == cold
+    assert scored(engine, ASKED) == plain
     assert engine.counters.cached_tokens > 200
 
 
-def test_logprobs_do_not_depend_on_which_slot_an_adapter_sits_in(lab: Lab) -> None:
+def test_logprobs_do_not_depend_on_which_slot_an_adapter_sits_in(lab: Lab, plain: Scores) -> None:
     engine = lab.engine(slots=3)
     shuffled = [Request((5, 6, 7), adapter, 2) for adapter in (14, 12, 9, 7, 5, 3)]
     run(engine, shuffled)
-    assert scored(engine, ASKED) == scored(lab.engine(), ASKED)
+    assert scored(engine, ASKED) == plain
 
 
 def test_sampled_text_is_a_function_of_request_and_seed(lab: Lab) -> None:
@@ -166,9 +177,8 @@ def test_prefix_blocks_are_shared_only_between_equal_adapters_and_tenants(lab: L
     assert cached([one], tenant="other") == 0
 
 
-def test_an_adapter_that_overflows_fails_alone(lab: Lab, tmp_path: Path) -> None:
+def test_an_adapter_that_overflows_fails_alone(lab: Lab, plain: Scores, tmp_path: Path) -> None:
     engine = lab.engine()
-    quiet = scored(lab.engine(), ASKED)
     settings = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]}
     for name, std in (("huge", 1e6), ("overflowing", 3e37)):
         folder = save_adapter(lab.base, settings, tmp_path / name, seed=1, std=std)
@@ -199,10 +209,10 @@ def test_an_adapter_that_overflows_fails_alone(lab: Lab, tmp_path: Path) -> None
             found.setdefault(output.id, []).extend(output.logprobs or [])
             if output.error_code:
                 failed.add((output.id, output.error_code))
-    assert [found[str(i)] for i in range(len(ASKED))] == quiet
+    assert [found[str(i)] for i in range(len(ASKED))] == plain
     assert {("overflowing0", "not_finite"), ("overflowing1", "not_finite")} <= failed
     assert all(name.startswith(("huge", "overflowing")) for name, _ in failed)
-    assert scored(engine, ASKED) == quiet, "nothing of it is left in blocks or slots"
+    assert scored(engine, ASKED) == plain, "nothing of it is left in blocks or slots"
 
 
 def test_a_weighted_list_equals_pefts_concatenated_adapter(lab: Lab) -> None:
@@ -254,8 +264,7 @@ def test_prompt_logprobs_are_those_of_one_forward_pass_and_skip_the_prefix_cache
     )
 
 
-def test_weights_that_are_unpacked_once_change_no_bit(lab: Lab) -> None:
-    plain = scored(lab.engine(), ASKED)
+def test_weights_that_are_unpacked_once_change_no_bit(lab: Lab, plain: Scores) -> None:
     engine = lab.engine(model=ServedModel(lab.base, 8, unpacked=True))
     assert scored(engine, ASKED) == plain
 
@@ -314,16 +323,14 @@ def test_tokens_and_logprobs_are_bit_equal_with_drafts_right_and_wrong(
 
 
 def test_drafts_change_nothing_where_blocks_and_places_are_few(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, plain_longer: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = requests(17, seed=3, longest=40, tokens=24)
-    expected = scored(lab.engine(), asked)
-    guess(monkeypatch, texts_of(asked, expected))
+    guess(monkeypatch, texts_of(LONGER, plain_longer))
     tight = lab.engine(kv_blocks=52, block_size=2, draft_tokens=5, step_tokens=33)
-    assert scored(tight, asked) == expected
+    assert scored(tight, LONGER) == plain_longer
     assert tight.scheduler.preemptions > 0
     # Blocks that drafts were written to are somebody's prefix now.
-    assert scored(tight, asked) == expected
+    assert scored(tight, LONGER) == plain_longer
     check_drafted(tight)
 
 
@@ -350,9 +357,10 @@ def test_a_row_ends_within_a_draft_as_it_would_without(lab: Lab, monkeypatch: py
         assert ask(6, sampling) == (whole[: whole.index(stop) + 1], "stop", stop)
 
 
-def test_a_step_that_fails_with_drafts_is_tried_without(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ASKED[:4]
-    expected = scored(lab.engine(), asked)
+def test_a_step_that_fails_with_drafts_is_tried_without(
+    lab: Lab, plain: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, expected = ASKED[:4], plain[:4]
     guess(monkeypatch, texts_of(asked, expected))
     engine = lab.engine(draft_tokens=5)
     whole = engine._compute

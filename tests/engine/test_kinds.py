@@ -54,13 +54,23 @@ def scored(engine: Engine, asked: list[Request]) -> tuple[dict[str, list[Any]], 
     return found, errors
 
 
-def test_prepared_files_serve_the_same_bits_as_the_weights_that_were_proved(lab: Lab, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quiet(lab: Lab) -> dict[str, list[Any]]:
+    """What the rows of ASKED get among themselves."""
+    found, errors = scored(lab.engine(), ASKED)
+    assert not errors
+    return found
+
+
+def test_prepared_files_serve_the_same_bits_as_the_weights_that_were_proved(
+    lab: Lab, quiet: dict[str, list[Any]], tmp_path: Path
+) -> None:
     stored = []
     for i, weights in enumerate(lab.weights):
         write_packed_adapter(tmp_path / str(i), weights, base_id="b")
         stored.append(read_packed_adapter(tmp_path / str(i), base_id="b"))
         assert weights_bytes(stored[-1]) == weights_bytes(weights)
-    assert scored(replace(lab, weights=stored).engine(), ASKED) == scored(lab.engine(), ASKED)
+    assert scored(replace(lab, weights=stored).engine(), ASKED) == (quiet, {})
 
 
 def test_the_first_eight_compose_and_the_others_are_refused_by_name(lab: Lab) -> None:
@@ -76,7 +86,9 @@ def test_the_first_eight_compose_and_the_others_are_refused_by_name(lab: Lab) ->
     assert refused == dict.fromkeys(range(8, len(ADAPTERS)), "adapter_not_composable")
 
 
-def test_a_large_rank_changes_no_bit_of_its_neighbours_and_equals_peft(lab: Lab, tmp_path: Path) -> None:
+def test_a_large_rank_changes_no_bit_of_its_neighbours_and_equals_peft(
+    lab: Lab, quiet: dict[str, list[Any]], tmp_path: Path
+) -> None:
     settings = {"r": 256, "lora_alpha": 256, "target_modules": ATTENTION}
     folder = save_adapter(lab.base, settings, tmp_path / "large", seed=9, std=0.02)
     loaded = load_folder(lab.base, folder, max_rank=256)
@@ -85,9 +97,8 @@ def test_a_large_rank_changes_no_bit_of_its_neighbours_and_equals_peft(lab: Lab,
     )
     large = [Request(request.prompt, len(ADAPTERS), 6, request.at) for request in ASKED[:3]]
     together, errors = scored(with_large.engine(), [*ASKED, *large])
-    alone, _ = scored(lab.engine(), ASKED)
     assert not errors
-    assert {name: rows for name, rows in together.items() if int(name) < len(ASKED)} == alone
+    assert {name: rows for name, rows in together.items() if int(name) < len(ASKED)} == quiet
     texts = run(with_large.engine(), [*ASKED, *large])
     assert texts[len(ASKED) :] == [with_large.expected(request) for request in large]
 
@@ -104,8 +115,9 @@ BROKEN: dict[str, dict[str, Any]] = {
 }
 
 
-def test_an_adapter_of_any_kind_that_overflows_fails_alone(lab: Lab, tmp_path: Path) -> None:
-    quiet, _ = scored(lab.engine(), ASKED)
+def test_an_adapter_of_any_kind_that_overflows_fails_alone(
+    lab: Lab, quiet: dict[str, list[Any]], tmp_path: Path
+) -> None:
     for kind, modules in BROKEN.items():
         settings = {"r": 4, "lora_alpha": 4, **modules}
         folder = save_adapter(lab.base, settings, tmp_path / kind, seed=1, std=1e36)

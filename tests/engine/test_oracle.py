@@ -9,6 +9,7 @@ from tests.matrix import pairs
 from tests.tiny import ADAPTERS, ARCHITECTURES, save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine.engine import Engine
 
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
@@ -27,9 +28,20 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ASKED = requests(18, seed=7)
 
 
-def test_rows_of_a_mixed_batch_equal_peft_alone_token_for_token(lab: Lab) -> None:
-    engine = lab.engine()
-    texts = run(engine, ASKED)
+@pytest.fixture(scope="module")
+def engine(lab: Lab) -> Engine:
+    return lab.engine()
+
+
+@pytest.fixture(scope="module")
+def texts(engine: Engine) -> list[list[int]]:
+    """What ASKED get together, in an engine with room for all."""
+    return run(engine, ASKED)
+
+
+def test_rows_of_a_mixed_batch_equal_peft_alone_token_for_token(
+    lab: Lab, engine: Engine, texts: list[list[int]]
+) -> None:
     assert not lab.disagreements(ASKED, texts)
     assert engine.pool.free == engine.pool.capacity
     assert engine.slots.used == 0
@@ -51,11 +63,12 @@ def test_adapters_change_the_text_so_that_equality_means_something(lab: Lab) -> 
         pytest.param({"max_rows": 1}, id="one-row-at-a-time"),
     ],
 )
-def test_no_row_notices_chunking_preemption_eviction_or_company(lab: Lab, changes: dict[str, int]) -> None:
+def test_no_row_notices_chunking_preemption_eviction_or_company(
+    lab: Lab, texts: list[list[int]], changes: dict[str, int]
+) -> None:
+    """The texts are those of the test above, which are PEFT's."""
     engine = lab.engine(**changes)
-    texts = run(engine, ASKED)
-    assert texts == run(lab.engine(), ASKED)
-    assert not lab.disagreements(ASKED, texts)
+    assert run(engine, ASKED) == texts
     if "kv_blocks" in changes:
         assert engine.scheduler.preemptions > 0
     assert engine.pool.free == engine.pool.capacity

@@ -23,6 +23,7 @@ from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_server.processes import engine as process
 
+pytestmark = pytest.mark.usefixtures("forks")
 Message = TypeVar("Message", bound=protocol.ToApi)
 PATIENCE = 120.0
 """Seconds before a test gives up on a process that says nothing; passing tests never wait for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ import httpx2
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.forks import Nursery
 from tests.training.runs import talking_base
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +24,7 @@ from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.generation.tokenization import BaseTokenizer
 
 from .access import Keys
-from .support import ForkedServers, Server, Starter, serving
+from .support import ForkedServers, Server, Starter, launch, serving
 
 
 def make_adapter(base_folder: Path, folder: Path, seed: int, rank: int, **settings: Any) -> Path:
@@ -87,11 +89,12 @@ def scripted(serve_scripted: Starter) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def serve_real(base_folder: Path) -> Starter:
-    """`with serve_real(*options) as server`: `onebase serve` with the default base."""
+def serve_real(nursery: Nursery) -> Starter:
+    """`with serve_real(*options) as server`: `onebase serve`, all of whose processes begin as forks."""
+    fork = functools.partial(launch, popen=nursery.popen(children=True))
 
     def start(*options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
-        return serving([sys.executable, "-m", "onebase_server"], *options, **how)
+        return serving([sys.executable, "-m", "onebase_server"], *options, **{"start": fork, **how})
 
     return start
 

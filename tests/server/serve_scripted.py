@@ -7,15 +7,20 @@ at once by the next.
 `--forks FD` starts such servers by request of a socket, each by a fork: see ForkedServers.
 """
 
+import functools
 import gc
 import json
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
+from onebase_adapters.registry import Registry
+from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.background import Backoff
 from onebase_server.cli import serve
+from onebase_server.generation import tokenization
 from onebase_server.generation.tokenization import leave_torch_out
 from onebase_server.jobs.state import Death
 from onebase_server.processes.supervisor import RestartPolicy
@@ -46,6 +51,13 @@ def serve_forks(requests: socket.socket) -> int:
     leave_torch_out()
     from onebase_server import startup  # noqa: F401  (all that a server imports)
 
+    # What a server does first imports more. Those of one base share its tokenizer.
+    tokenization._load = functools.cache(tokenization._load)
+    tokenization.BaseTokenizer(str(fetch_default_base()))
+    with tempfile.TemporaryDirectory() as folder:
+        registry = Registry(f"sqlite:///{folder}/registry.db", base_id="base", base_name="base")
+        registry.migrate()
+        registry.close()
     gc.freeze()
     while True:
         data, (*descriptors,), _, _ = socket.recv_fds(requests, 1 << 20, 1)

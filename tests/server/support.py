@@ -221,8 +221,10 @@ class ForkedServers:
         self._process.wait()
 
 
-def launch(command: list[str], environment: Mapping[str, str], umask: int) -> ServerProcess:
-    return subprocess.Popen(
+def launch(
+    command: list[str], environment: Mapping[str, str], umask: int, popen: Any = subprocess.Popen
+) -> ServerProcess:
+    process: ServerProcess = popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -231,6 +233,7 @@ def launch(command: list[str], environment: Mapping[str, str], umask: int) -> Se
         env=environment,
         umask=umask,
     )
+    return process
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ from .support import ROOT, Server, Starter, upload, upload_folder
 
 ORDERS, PIRATE = (ROOT / "examples" / "adapters" / name for name in ("orders", "pirate"))
 OPTIONS = ["--kv-memory", "300MB", "--max-rows", "16", "--threads", "1", "--hub-allow", "acme/*"]
-PROMPTS = [f"Order {number}: {number} jars of honey for" for number in range(16)]
+PROMPTS = [f"Order {number}: {number} jars of honey for" for number in range(4)]
+LONG = 64
+"""Tokens of a text that still runs when others have been asked for."""
 
 
 def body(prompt: str, adapter: str | None, tokens: int = 8) -> dict[str, Any]:
@@ -138,14 +140,14 @@ def test_rows_that_run_while_another_version_is_activated_end_on_the_one_they_be
     server: Server, http: httpx2.Client, versions: tuple[str, str]
 ) -> None:
     first, second = versions
-    before = answers_of(server, PROMPTS, "shop", 16)
-    other = answer_of(http, PROMPTS[0], f"shop@{second}", 16)
+    before = answers_of(server, PROMPTS, "shop", LONG)
+    other = answer_of(http, PROMPTS[0], f"shop@{second}", LONG)
     assert {label for _, label in before} == {f"shop@{first[:12]}"}
 
-    streams = started(server, PROMPTS, "shop", 16)
+    streams = started(server, PROMPTS, "shop", LONG)
     activated = http.post("/v1/adapters/shop/activate", json={"version": second, "expected": first})
     during = http.get("/status").json()["stats"]["rows_running"]
-    after = answer_of(http, PROMPTS[0], "shop", 16)
+    after = answer_of(http, PROMPTS[0], "shop", LONG)
 
     assert activated.json()["version"] == second
     assert during > 0
@@ -153,7 +155,7 @@ def test_rows_that_run_while_another_version_is_activated_end_on_the_one_they_be
     assert after == other
     assert after[0] != before[0][0]
     assert http.post("/v1/adapters/shop/rollback", json={"expected": second}).json()["version"] == first
-    assert answer_of(http, PROMPTS[0], "shop", 16) == before[0]
+    assert answer_of(http, PROMPTS[0], "shop", LONG) == before[0]
 
 
 def test_an_adapter_on_the_hub_is_proved_and_served_on_first_use(
@@ -170,13 +172,13 @@ def test_an_adapter_on_the_hub_is_proved_and_served_on_first_use(
 def test_a_verifier_killed_under_streams_disturbs_none_and_its_version_is_proved_all_the_same(
     server: Server, http: httpx2.Client, versions: tuple[str, str]
 ) -> None:
-    before = answers_of(server, PROMPTS[:4], "shop", 40)
+    before = answers_of(server, PROMPTS, "shop", LONG)
     config = json.loads((ORDERS / "adapter_config.json").read_text()) | {"lora_alpha": 8}
     weights = (ORDERS / "adapter_model.safetensors").read_bytes()
     pending = upload(http, "third", weights, json.dumps(config), query="activate=true").json()
     path = f"/v1/adapters/third/versions/{pending['version']}"
     server.wait_for(lambda: http.get(path).json()["state"] == "proving", 120)
-    streams = started(server, PROMPTS[:4], "shop", 40)
+    streams = started(server, PROMPTS, "shop", LONG)
 
     verifier = server.verifier_pid()
     os.kill(verifier, signal.SIGKILL)

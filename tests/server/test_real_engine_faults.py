@@ -17,7 +17,7 @@ import pytest
 from onebase_server.processes.verifier_protocol import scratch_folder
 
 from .conftest import make_adapter
-from .support import Server, Starter, alive, children, command_of, make_folder
+from .support import Server, Starter, alive, children, command_of, launch, make_folder
 from .training_support import make_job, openai_client
 
 ENDLESS = {"prompt": "word", "max_tokens": 30_000, "n": 4, "ignore_eos": True}
@@ -93,7 +93,8 @@ def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(
     serve_real: Starter, base: Path
 ) -> None:
     """Frozen, they do not notice the end of the server by themselves."""
-    with serve_real("--base", str(base), *OPTIONS, *LONG) as server, server.client() as http:
+    options = ("--base", str(base), *OPTIONS, *LONG)
+    with serve_real(*options, start=launch) as server, server.client() as http:
         make_job(openai_client(server), '{"text": "some words"}\n' * 50)
         server.wait_for(lambda: bool(server.trainer_pids()))
         for pid in (server.verifier_pid(), *server.trainer_pids()):

@@ -27,6 +27,7 @@ from onebase_engine.base import quantized_cache
 from onebase_engine.base.load import BaseSettings
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 def step(number: int, loss: float) -> events.StepDone:

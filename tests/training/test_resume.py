@@ -20,6 +20,7 @@ from tests.training.runs import assert_equal, preferences, recipe_for, samples, 
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.events import Interrupted, Reason
 
+pytestmark = pytest.mark.usefixtures("forks")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"dropout": 0.3},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,49 @@ def base(talking_folder: Path) -> torch.nn.Module:
     return load_base(BaseSettings(folder=talking_folder))
 
 
-@pytest.fixture
-def job(talking_folder: Path, tmp_path: Path) -> Job:
+def new_job(base_folder: Path, folder: Path) -> Job:
     return Job(
         name="colours",
         recipe=parse_recipe(SETTINGS),
-        train=write_chats(tmp_path / "train.jsonl", 24),
-        held_out=write_chats(tmp_path / "held-out.jsonl", 6, first=100),
-        folder=tmp_path / "run",
-        base=BaseSettings(folder=talking_folder),
+        train=write_chats(folder / "train.jsonl", 24),
+        held_out=write_chats(folder / "held-out.jsonl", 6, first=100),
+        folder=folder / "run",
+        base=BaseSettings(folder=base_folder),
         base_name="small",
     )
+
+
+@pytest.fixture
+def job(talking_folder: Path, tmp_path: Path) -> Job:
+    return new_job(talking_folder, tmp_path)
+
+
+@pytest.fixture
+def quick(job: Job) -> Job:
+    """One step, after which nothing is generated."""
+    recipe = replace(job.recipe, max_steps=1, eval_every=1, metrics=(), sample_prompts=())
+    return replace(job, recipe=recipe)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run from its beginning to its end, which no test may write to."""
+
+    job: Job
+    report: Report
+    events: list[events.Event]
+
+    def copied(self, job: Job) -> Job:
+        """The job that has run, in the other's folder."""
+        shutil.copytree(self.job.folder, job.folder)
+        return job
+
+
+@pytest.fixture(scope="module")
+def whole(base: torch.nn.Module, talking_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    job = new_job(talking_folder, tmp_path_factory.mktemp("whole"))
+    seen: list[events.Event] = []
+    return Whole(job, run(base, job, seen), seen)
 
 
 def run(base: torch.nn.Module, job: Job, seen: list[events.Event] | None = None) -> Report:
@@ -58,10 +91,9 @@ def run(base: torch.nn.Module, job: Job, seen: list[events.Event] | None = None)
 
 
 def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, whole: Whole
 ) -> None:
-    seen: list[events.Event] = []
-    report = run(base, job, seen)
+    job, report, seen = whole.job, whole.report, whole.events
     assert report.loss_before is not None
     assert report.loss_after is not None
     assert report.loss_after < report.loss_before
@@ -103,7 +135,9 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
     assert recorded[-1] == "finished"
 
 
-def test_paused_and_started_again_it_is_the_same_adapter(base: torch.nn.Module, job: Job) -> None:
+def test_paused_and_started_again_it_is_the_same_adapter(
+    base: torch.nn.Module, job: Job, whole: Whole
+) -> None:
     class Pausing:
         left = 60
 
@@ -112,32 +146,29 @@ def test_paused_and_started_again_it_is_the_same_adapter(base: torch.nn.Module, 
             if self.left == 0:
                 raise Interrupted("pause")
 
-    run(base, job)
-    broken = replace(job, folder=job.folder.with_name("broken"))
     gate = Pausing()
     pauses = 0
     while pauses < 20:
         try:
-            train(lambda: base, broken, lambda event: None, gate)
+            train(lambda: base, job, lambda event: None, gate)
             break
         except Interrupted:
             pauses, gate.left = pauses + 1, 150
     assert pauses > 0
-    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (job.folder, broken.folder)]
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (job.folder, whole.job.folder)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job) -> None:
-    first = run(base, job)
+def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job, whole: Whole) -> None:
     seen: list[events.Event] = []
-    assert run(base, job, seen).losses == first.losses
+    assert run(base, whole.copied(job), seen).losses == whole.report.losses
     assert not [event for event in seen if isinstance(event, events.StepDone)]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_and_leaves_the_run_as_it_was(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: Job, whole: Whole
 ) -> None:
-    run(base, job)
+    whole.copied(job)
     before = {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()}
     other = replace(job, recipe=replace(job.recipe, r=8))
     with pytest.raises(CheckpointError, match="another recipe"):
@@ -145,22 +176,21 @@ def test_another_recipe_in_the_same_folder_is_refused_and_leaves_the_run_as_it_w
     assert {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()} == before
 
 
-def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, job: Job) -> None:
-    report = run(base, replace(job, held_out=None, recipe=replace(job.recipe, eval_split=0.0)))
+def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, quick: Job) -> None:
+    report = run(base, replace(quick, held_out=None, recipe=replace(quick.recipe, eval_split=0.0)))
     assert (report.better, report.loss_before, report.loss_after) == (None, None, None)
-    assert "Nothing was held out" in (job.folder / "adapter" / "README.md").read_text()
+    assert "Nothing was held out" in (quick.folder / "adapter" / "README.md").read_text()
 
 
-def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, job: Job) -> None:
-    report = run(base, replace(job, held_out=None, recipe=replace(job.recipe, eval_split=0.25)))
+def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, quick: Job) -> None:
+    report = run(base, replace(quick, held_out=None, recipe=replace(quick.recipe, eval_split=0.25)))
     assert report.loss_before is not None
 
 
-def test_in_bfloat16_the_file_is_half_as_large(base: torch.nn.Module, job: Job) -> None:
-    whole = run(base, job)
-    half = run(base, replace(job, folder=job.folder.with_name("half"), save_dtype=torch.bfloat16))
-    assert half.adapter_bytes < 0.6 * whole.adapter_bytes
-    tensors = load_file(job.folder.with_name("half") / "adapter" / "adapter_model.safetensors")
+def test_in_bfloat16_the_file_is_half_as_large(base: torch.nn.Module, quick: Job, whole: Whole) -> None:
+    half = run(base, replace(quick, save_dtype=torch.bfloat16))
+    assert half.adapter_bytes < 0.6 * whole.report.adapter_bytes
+    tensors = load_file(quick.folder / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
@@ -182,12 +212,12 @@ def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, 
 
 
 def test_the_report_says_what_part_was_held_out_and_an_explicit_part_has_no_limit(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, quick: Job
 ) -> None:
-    many = write_chats(job.folder.with_name("many.jsonl"), 500)
-    recipe = replace(job.recipe, eval_split=0.5, metrics=(), sample_prompts=(), max_steps=1)
+    many = write_chats(quick.folder.with_name("many.jsonl"), 500)
+    recipe = replace(quick.recipe, eval_split=0.5)
     seen: list[events.Event] = []
-    report = run(base, replace(job, train=many, held_out=None, recipe=recipe), seen)
+    report = run(base, replace(quick, train=many, held_out=None, recipe=recipe), seen)
     assert report.recipe["eval_split"] == 0.5
     (checked,) = [event.report for event in seen if isinstance(event, events.DataChecked)]
     assert (checked["rows"], checked["evaluation"]["rows"]) == (250, 250)
@@ -199,10 +229,12 @@ def test_a_pattern_that_means_no_layer_is_refused(base: torch.nn.Module, job: Jo
     assert caught.value.field == "rank_pattern"
 
 
-def test_metrics_of_the_base_that_were_cut_off_are_measured_again(base: torch.nn.Module, job: Job) -> None:
-    first = run(base, job)
+def test_metrics_of_the_base_that_were_cut_off_are_measured_again(
+    base: torch.nn.Module, job: Job, whole: Whole
+) -> None:
+    whole.copied(job)
     (job.folder / "base_metrics.json").write_text("")
-    assert run(base, job).metrics_before == first.metrics_before
+    assert run(base, job).metrics_before == whole.report.metrics_before
 
 
 def test_a_run_that_needed_too_much_memory_goes_on_with_less(base: torch.nn.Module, job: Job) -> None:
@@ -233,8 +265,8 @@ def test_eva_finds_the_same_ranks_when_a_run_goes_on_with_less_memory(
     assert run(base, replace(job, recipe=replace(recipe, micro_tokens=64))).steps == 8
 
 
-def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job) -> None:
-    run(base, job)
+def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job, whole: Whole) -> None:
+    whole.copied(job)
     path = max((job.folder / "checkpoints").glob("step-*")) / "adapter.safetensors"
     save_file({name: torch.zeros(7, 7) for name in load_file(path)}, path)
     with pytest.raises(CheckpointError, match="of other ranks"):
@@ -242,10 +274,10 @@ def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job) ->
 
 
 def test_a_line_that_a_killed_process_left_half_written_spoils_no_other(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, quick: Job
 ) -> None:
-    job.folder.mkdir()
-    (job.folder / "events.jsonl").write_text('{"type": "st')
-    run(base, job)
-    lines = (job.folder / "events.jsonl").read_text().splitlines()
+    quick.folder.mkdir()
+    (quick.folder / "events.jsonl").write_text('{"type": "st')
+    run(base, quick)
+    lines = (quick.folder / "events.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["type"] == "phase"

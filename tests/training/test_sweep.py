@@ -34,6 +34,7 @@ from onebase_adapters.training.sweep import Grid, Trial
 from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 from onebase_engine.base.load import BaseSettings, fingerprint
 
+pytestmark = pytest.mark.usefixtures("forks")
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
 DULL, BRIGHT = 1e-9, 2e-2
 """Learning rates that learn nothing and something."""

@@ -90,6 +90,11 @@ class Bench:
         self.loop.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forks(forks: None) -> None:
+    """Verifiers begin as forks."""
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     folder = save_base("llama", tmp_path_factory.mktemp("verifier") / "base")

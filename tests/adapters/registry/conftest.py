@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,20 +23,56 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database."""
-    if request.param == "sqlite":
+    if kind == "sqlite":
         return f"sqlite:///{tmp_path / 'registry.db'}"
     return str(request.getfixturevalue("postgres").database())
 
 
+def migrate(url: str) -> None:
+    registry = Registry(url, base_id="base-1", base_name="base")
+    registry.migrate()
+    registry.close()
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("registry") / "registry.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_database(postgres: PostgresServer) -> str:
+    name = postgres.create()
+    migrate(postgres.url(name))
+    return name
+
+
 @pytest.fixture
-def open_registry(url: str) -> Iterator[Open]:
+def migrated_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database in which nothing is yet, copied from one that was migrated."""
+    if kind == "sqlite":
+        path = tmp_path / "migrated.db"
+        shutil.copyfile(request.getfixturevalue("migrated_file"), path)
+        return f"sqlite:///{path}"
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    return postgres.url(postgres.create(template=request.getfixturevalue("migrated_database")))
+
+
+@pytest.fixture
+def open_registry(migrated_url: str) -> Iterator[Open]:
     """`open_registry(base_id=)`: another server's registry on the same database."""
     opened: list[Registry] = []
 
     def _open(base_id: str = "base-1", base_name: str = "base") -> Registry:
-        registry = Registry(url, base_id=base_id, base_name=base_name)
+        registry = Registry(migrated_url, base_id=base_id, base_name=base_name)
         opened.append(registry)
         registry.migrate()
         return registry

@@ -94,13 +94,13 @@ print(wins)
 
 
 def test_of_several_processes_that_expect_the_same_exactly_one_activates(
-    registry: Registry, url: str, tmp_path: Path
+    registry: Registry, migrated_url: str, tmp_path: Path
 ) -> None:
     digests = [add(registry, "a", text) for text in "12345678"]
     root = Path(__file__).parents[3]
     servers = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, url, *digests[number::4]],
+            [sys.executable, "-c", PROGRAM, migrated_url, *digests[number::4]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

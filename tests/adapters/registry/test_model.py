@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 from tests.adapters.registry.conftest import blob, files
+from tests.postgres import PostgresServer
 
 from onebase_adapters.registry import (
     UNSET,
@@ -297,9 +299,14 @@ def check(source: Iterator[str], examples: int) -> None:
     )
 
 
-def test_any_order_of_operations_does_what_the_model_does_on_sqlite(tmp_path: Path) -> None:
-    check((f"sqlite:///{tmp_path / str(number)}.db" for number in count()), 25)
+def test_any_order_of_operations_does_what_the_model_does_on_sqlite(
+    migrated_file: Path, tmp_path: Path
+) -> None:
+    paths = (Path(shutil.copyfile(migrated_file, tmp_path / f"{number}.db")) for number in count())
+    check((f"sqlite:///{path}" for path in paths), 25)
 
 
-def test_any_order_of_operations_does_what_the_model_does_on_postgresql(postgres: Any) -> None:
-    check((postgres.database() for _ in count()), 8)
+def test_any_order_of_operations_does_what_the_model_does_on_postgresql(
+    postgres: PostgresServer, migrated_database: str
+) -> None:
+    check((postgres.url(postgres.create(template=migrated_database)) for _ in count()), 8)

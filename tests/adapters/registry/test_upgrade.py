@@ -97,7 +97,13 @@ def old(url: str) -> str:
 
 
 @pytest.fixture
-def upgraded(old: str, open_registry: Open) -> Registry:
+def migrated_url(old: str) -> str:
+    """What `open_registry` opens, and migrates."""
+    return old
+
+
+@pytest.fixture
+def upgraded(open_registry: Open) -> Registry:
     return open_registry()
 
 

@@ -1,0 +1,233 @@
+"""Python programs that begin as forks of one that has imported torch and transformers, which takes seconds.
+
+`python forks.py FD` is that one: it starts a program for each request that comes through the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import gc
+import importlib
+import inspect
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [str(ROOT / part) for part in ("", "server", "adapters", "clients/python")]
+PR_SET_CHILD_SUBREAPER = 36
+ABOVE = 500
+"""Descriptors from here on are nobody's."""
+ROOM = "." * 200
+"""In the command line of the program that forks, for those of what it starts."""
+
+
+class Nursery:
+    """The program that forks. What it starts are children of this process, as others are."""
+
+    def __init__(self, requests: socket.socket, process: subprocess.Popen[Any] | None = None) -> None:
+        self._socket = requests
+        self._process = process
+
+    @classmethod
+    def begin(cls) -> Nursery:
+        """A new one, which imports everything."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), ROOM],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)},
+            )
+        return cls(ours, process)
+
+    @classmethod
+    def fork(cls) -> Nursery:
+        """Another one for this process, which is a fork of the first."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            ours.close()
+            serve(theirs)
+            sys.exit()
+        theirs.close()
+        return cls(ours)
+
+    def start(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
+        """Start a program; its process id."""
+        adopt = ctypes.CDLL(None).prctl
+        adopt(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+            return int(self._socket.recv(1 << 10))
+        finally:
+            adopt(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    def close(self) -> None:
+        self._socket.close()
+        if self._process is not None:
+            self._process.wait()
+
+    def popen(self, *, children: bool = False) -> type[subprocess.Popen[Any]]:
+        """`subprocess.Popen`, but for how programs of this Python begin; with `children` also theirs.
+
+        A `preexec_fn` is not run; Ctrl-C reaches what is forked.
+        """
+        whole = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
+
+        class ForkingPopen(subprocess.Popen[Any]):
+            def _execute_child(popen, *arguments: Any) -> None:  # noqa: N805
+                how = whole.bind(popen, *arguments).arguments
+                words = [how["args"]] if isinstance(how["args"], str) else [str(one) for one in how["args"]]
+                words = [word for word in words if word != "-u"]
+                known = words[1:] and (words[1] in ("-m", "-c") or not words[1].startswith("-"))
+                if how["shell"] or words[0] != sys.executable or not known:
+                    super()._execute_child(*arguments)  # type: ignore[misc]
+                    return
+                ends = [how[end] for end in ("p2cread", "c2pwrite", "errwrite")]
+                standard = [number if end == -1 else end for number, end in enumerate(ends)]
+                request = {
+                    "words": words[1:],
+                    "folder": os.fspath(how["cwd"] or Path.cwd()),
+                    "environment": dict(os.environ if how["env"] is None else how["env"]),
+                    "numbers": [0, 1, 2, *how["pass_fds"]],
+                    "session": how["start_new_session"],
+                    "umask": how["umask"],
+                    "children": children,
+                }
+                popen.pid = self.start(request, [*standard, *how["pass_fds"]])
+                popen._child_created = True  # type: ignore[attr-defined]
+                pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+                popen._close_pipe_fds(*(how[end] for end in pipes))  # type: ignore[attr-defined]
+
+        return ForkingPopen
+
+
+def serve(requests: socket.socket) -> None:
+    """Returns in the processes that are to run a program, and when nobody asks any more."""
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 100)
+        if not data:
+            return
+        told, tell = os.pipe()
+        if (between := os.fork()) == 0:
+            # The one in between ends at once, and leaves its child to who asked.
+            if (child := os.fork()) != 0:
+                os.write(tell, str(child).encode())
+                os._exit(0)
+            os.close(told)
+            os.close(tell)
+            requests.close()
+            become(json.loads(data), descriptors)
+            return
+        os.close(tell)
+        os.waitpid(between, 0)
+        requests.send(os.read(told, 100))
+        for descriptor in (told, *descriptors):
+            os.close(descriptor)
+
+
+def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
+    """Have what a new process would have, and run its program."""
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, ABOVE) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(moved, request["numbers"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if request["session"]:
+        os.setsid()
+    if request["umask"] >= 0:
+        os.umask(request["umask"])
+    name(request["words"])
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+    if request["children"]:
+        subprocess.Popen = Nursery.fork().popen()  # type: ignore[misc]
+        asyncio.create_subprocess_exec = create_subprocess_exec  # type: ignore[assignment]
+    first, *rest = request["words"]
+    if first in ("-m", "-c"):
+        program, *rest = rest
+    sys.argv = [first, *rest]
+    if first == "-m":
+        sys.modules.pop(program, None)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
+    else:
+        sys.path.insert(0, str(Path(first).parent))
+        runpy.run_path(first, run_name="__main__")
+
+
+def name(words: Sequence[str]) -> None:
+    """Have a command line of one's own, by which tests find processes."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    line = "\0".join(("python", *words)).encode()[: end - start - 1]
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(start)
+        memory.write(line.ljust(end - start, b"\0"))
+
+
+class Started:
+    """What `asyncio.create_subprocess_exec` gives, of a process that began as a fork."""
+
+    def __init__(self, process: subprocess.Popen[Any]) -> None:
+        self._process = process
+        self.pid, self.kill = process.pid, process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    async def wait(self) -> int:
+        if self._process.poll() is None:
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            handle = os.pidfd_open(self.pid)
+            loop.add_reader(handle, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(handle)
+                os.close(handle)
+        return self._process.wait()
+
+
+async def create_subprocess_exec(*command: str, **how: Any) -> Started:
+    return Started(subprocess.Popen(command, **how))
+
+
+def import_all() -> None:
+    """What engines, verifiers and training import; nothing is computed, which would start threads."""
+    from onebase_engine.transformers_index import remember_transformers_index
+
+    remember_transformers_index()
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    for module in ("training.run", "training.cli.train", "training.cli.sweep"):
+        importlib.import_module(f"onebase_adapters.{module}")
+    for module in ("engine", "trainer", "verifier"):
+        importlib.import_module(f"onebase_server.processes.{module}")
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        import_all()
+        serve(requests)
