@@ -128,9 +128,11 @@ class Bench:
             return LlamaCppTarget(setup, options.llama_server, options.gguf, extra)
         if name == "peft":
             return PeftTarget(setup, options.peft_attention)
+        # Random adapters repeat themselves: guesses from the text would be right far more often than for users.
+        drafts = [] if block.drafts else ["--draft-tokens", "0"]
         if name == "engine":
-            return EngineTarget(setup)
-        return OneBaseTarget(setup, shlex.split(options.onebase_args))
+            return EngineTarget(setup, drafts)
+        return OneBaseTarget(setup, [*drafts, *shlex.split(options.onebase_args)])
 
     def _adapters(self, rank: int) -> dict[str, Path]:
         """As many adapters as a block can have, of one rank, made when first asked for."""

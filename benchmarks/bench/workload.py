@@ -59,7 +59,7 @@ class Block:
     every_round: bool = False
     """Else in the first `--sweep-rounds`."""
     drafts: bool = False
-    """Whether llama.cpp is to guess from the text, as OneBase does by itself."""
+    """Whether OneBase and llama.cpp may guess tokens from the text."""
 
     @property
     def streams(self) -> int:
