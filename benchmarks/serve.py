@@ -128,7 +128,7 @@ class Bench:
             return LlamaCppTarget(setup, options.llama_server, options.gguf, extra)
         if name == "peft":
             return PeftTarget(setup, options.peft_attention)
-        # Random adapters repeat themselves: guesses from the text would be right far more often than for users.
+        # Random adapters repeat themselves: guesses from the text would be right more often than for users.
         drafts = [] if block.drafts else ["--draft-tokens", "0"]
         if name == "engine":
             return EngineTarget(setup, drafts)

@@ -137,7 +137,8 @@ def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
     if "copy" in sweeps:
         copy = shape.load("copy", "1 stream, base, a copy", 1, (None,))
         copy = replace(copy, prompt_tokens=150, repeats=shape.repeats, copies=True)
-        blocks.append(Block("copy", (), (copy,), drafts=True))
+        guessing = frozenset({"onebase", "engine", "llama.cpp"})
+        blocks.append(Block("copy", (), (copy,), guessing, drafts=True))
     if "rank" in sweeps:
         for rank in (SMALL_RANK, 64, GREAT_RANK):
             one = shape.load(
