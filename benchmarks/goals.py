@@ -86,7 +86,7 @@ GOALS = [
     _served("16 streams, base only", "base", "vllm", 1.0),
     _served("16 streams, base only", "base", "llama.cpp", 2.5),
     _served("16 streams, 8 adapters", "mixed", "base only", 0.9, "base"),
-    _served("16 streams, base only", "base", "no adapters loaded", 0.99, "bare"),
+    _served("16 streams, base only", "loaded", "no adapters loaded", 0.99, "bare"),
     Goal(
         "TPOT of rank 8, one row of rank 128",
         "rank 8 alone",

@@ -77,7 +77,9 @@ def describe(
     """CPU, memory, versions and load: all that a reader needs to judge a figure."""
     versions = {name: _version(name) for name in PACKAGES}
     if llama_server is not None:
-        versions["llama.cpp"] = _llama_version(llama_server)
+        # One that was built from a package says nothing of its version itself; the folder does.
+        pinned = [part for part in llama_server.parts if part.startswith("llama.cpp-")]
+        versions["llama.cpp"] = pinned[0].partition("-")[2] if pinned else _llama_version(llama_server)
     for name, python in (("vllm", vllm_python), ("trl", trl_python)):
         if python is not None:
             versions[name] = _output([str(python), "-c", _VERSION.format(name)])

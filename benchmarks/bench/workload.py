@@ -151,19 +151,25 @@ def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
 
 
 def _neighbours(shape: Shape) -> list[Block]:
-    """What a row of a great rank costs those of a small one, and what loaded adapters cost the base."""
+    """What a row of a great rank costs those of a small one, and what loaded adapters cost the base.
+
+    One load after the other, since machines change their speed within minutes.
+    """
     streams, many = shape.streams, f"{shape.streams} streams"
     few, last = shape.names[:-1], shape.names[-1]
-    alike = shape.load("alike", f"{many}, rank {SMALL_RANK}", streams, few)
-    uneven = (*itertools.islice(itertools.cycle(few), streams - 1), last)
-    beside = shape.load("beside", f"{many}, rank {SMALL_RANK}, the last {GREAT_RANK}", streams, uneven)
+    loads = [shape.load("loaded", f"{many}, base only, again", streams, (None,))]
+    if few and streams > 1:
+        uneven = (*itertools.islice(itertools.cycle(few), streams - 1), last)
+        title = f"{many}, rank {SMALL_RANK}, the last {GREAT_RANK}"
+        alike = shape.load("alike", f"{many}, rank {SMALL_RANK}", streams, few)
+        loads = [alike, shape.load("beside", title, streams, uneven), *loads]
     bare = shape.load("bare", f"{many}, no adapters loaded", streams, (None,))
     ranks = (SMALL_RANK,) * (shape.adapters - 1) + (GREAT_RANK,)
-    ours = frozenset({"onebase", "engine"})
-    blocks = [Block("bare", (), (bare,), ours, every_round=True)]
-    if shape.adapters > 1 and streams > 1:
-        blocks.append(Block("neighbours", ranks, (alike, beside), ours, every_round=True))
-    return blocks
+    ours = frozenset({"onebase"})
+    return [
+        Block("neighbours", ranks, tuple(loads), ours, every_round=True),
+        Block("bare", (), (bare,), ours, every_round=True),
+    ]
 
 
 class Prompts:
