@@ -17,6 +17,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ PAGES = [
     "benchmarks/README.md",
 ]
 SHELLS = ("sh", "bash", "console")
+PATIENCE = 600
+"""Seconds after which a command does not end any more."""
 PROGRAMS = r"sudo|git|make|curl|docker|python[\d.]*|pip|onebase|accelerate|\.venv/bin/\w+"
 
 RUN = "run"
@@ -219,7 +222,7 @@ def shell(command: str, folder: Path, environment: dict[str, str], typed: str = 
         input=typed,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
         check=False,
     )
     return printed(command, done.returncode, done.stdout, done.stderr)[0]
@@ -252,12 +255,29 @@ def run_command(command: str, folder: Path, environment: dict[str, str], typed: 
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
         patch.setattr(sys, "argv", words[words[0] == "python" :])
-        status = called(words)
+        with ended_after(PATIENCE):
+            status = called(words)
     texts = {}
     for name, stream in streams.items():
         stream.seek(0)
         texts[name] = stream.read()
     return printed(command, status, texts["stdout"], texts["stderr"])
+
+
+@contextlib.contextmanager
+def ended_after(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in the middle of what takes longer."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError(f"it has not ended after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def called(words: list[str]) -> object:

@@ -86,6 +86,8 @@ class ScriptedTrainer:
         first: list[object] = []
         while not first:
             first = self.messages(None)
+        # A job that is paused at once is told so in the same breath.
+        self.stop = next((message for message in first[1:] if isinstance(message, Stop)), None)
         if isinstance(first[0], Check):
             self.check(first[0])
         elif isinstance(first[0], Train):
