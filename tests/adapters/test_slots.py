@@ -23,7 +23,7 @@ from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, S
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
 SLOTS = 4
-HIDDEN, OUT = 128, 192
+HIDDEN, OUT = 128, 256
 LAYER = "model.layers.0.mlp.gate_proj"
 
 
