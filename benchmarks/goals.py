@@ -100,7 +100,7 @@ GOALS = [
     _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "vllm"),
     _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "llama.cpp"),
     Goal(
-        "200 adapters at random over 8 slots",
+        "adapters at random over 8 slots",
         "vllm",
         3.0,
         ("adapters", "onebase", "random: tokens/s"),
@@ -220,11 +220,7 @@ def main(argv: Sequence[str]) -> int:
         )
         return 1
     commands = _commands(options, console)
-    try:
-        machine.demand_quiet(options.busy, console)
-    except machine.BusyError as error:
-        console.print(f"[red]{error}[/]")
-        return 1
+    machine.demand_quiet(options.busy, console)
     failed = []
     for part, command in commands.items():
         console.rule(part)

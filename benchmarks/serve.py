@@ -306,11 +306,7 @@ def main(argv: Sequence[str]) -> int:
     end_on_signals()
     console = Console()
     failed = _install(options, console)
-    try:
-        machine.demand_quiet(options.busy, console)
-    except machine.BusyError as error:
-        console.print(f"[red]{error}[/]")
-        return 1
+    machine.demand_quiet(options.busy, console)
     if options.base is None:
         from onebase_engine.base.default_base import fetch_default_base
 

@@ -262,11 +262,7 @@ def main(argv: Sequence[str]) -> int:
     end_on_signals()
     console = Console()
     described = machine.describe(None, options.trl_python)
-    try:
-        machine.demand_quiet(options.busy, console)
-    except machine.BusyError as error:
-        console.print(f"[red]{error}[/]")
-        return 1
+    machine.demand_quiet(options.busy, console)
     if options.base is None:
         from onebase_engine.base.default_base import fetch_default_base
 

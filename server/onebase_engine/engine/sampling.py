@@ -26,6 +26,7 @@ _COLDEST = torch.finfo(torch.float32).tiny
 _SCORED_AT_ONCE = 16
 """Rows, in fp32: with a large vocabulary each takes half a megabyte."""
 _DEEP = 64
+"""Values of a column of which the largest is found first: see `_largest`."""
 
 
 @dataclass(frozen=True)
