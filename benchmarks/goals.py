@@ -163,8 +163,8 @@ def _extent(options: dict[str, str]) -> str:
     return ", ".join(f"{name} {options[name]}" for name in told if name in options)
 
 
-def _commands(options: argparse.Namespace, console: Console) -> dict[str, list[str]]:
-    """By part: its script and options. A peer that cannot be had is left out."""
+def _commands(options: argparse.Namespace, console: Console) -> tuple[dict[str, list[str]], list[str]]:
+    """By part: its script and options; and the peers that cannot be had, which are left out."""
     quick = options.quick
     serve = ["--install-peers", "--sweeps", "all", "--targets", "onebase,engine,peft,vllm,llama.cpp"]
     given = {
@@ -172,14 +172,17 @@ def _commands(options: argparse.Namespace, console: Console) -> dict[str, list[s
         "adapters": ["--adapters", "20", "--requests", "60"] if quick else [],
         "train": ["--steps", "6", "--repeats", "1"] if quick else [],
     }
+    missing = []
     for part, peer in (("adapters", "vllm"), ("train", "trl")):
         if part in options.only:
             try:
                 given[part] += [f"--{peer}-python", str(installed(peer, console))]
             except PeerError as error:
                 console.print(f"[red]{error}[/]")
+                missing.append(peer)
     common = ["--output", str(options.output), *(["--busy"] if options.busy else [])]
-    return {part: [sys.executable, str(HERE / f"{part}.py"), *given[part], *common] for part in options.only}
+    scripts = {part: [sys.executable, str(HERE / f"{part}.py")] for part in options.only}
+    return {part: [*script, *given[part], *common] for part, script in scripts.items()}, missing
 
 
 def _run(command: list[str]) -> bool:
@@ -219,9 +222,8 @@ def main(argv: Sequence[str]) -> int:
             "train.py, with a vLLM and a TRL of your own (--vllm-python, --trl-python).[/]"
         )
         return 1
-    commands = _commands(options, console)
+    commands, failed = _commands(options, console)
     machine.demand_quiet(options.busy, console)
-    failed = []
     for part, command in commands.items():
         console.rule(part)
         # What an earlier run left would be taken for this one's.

@@ -154,7 +154,7 @@ class Bench:
         return Request(self.prompts.make("warm-up", index), adapter, WARM_UP_TOKENS)
 
     def publish(self) -> None:
-        """Prints the tables; writes serve.json and serve.md to the output folder."""
+        """Prints the table; writes serve.json, serve.md and, of sweeps, serve.png to the output folder."""
         main = self.options.targets[0]
         figures = report.summarize(self.runs)
         cells = report.rows(figures, self.scenarios, main)

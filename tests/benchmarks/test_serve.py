@@ -128,6 +128,26 @@ def test_every_goal_names_figures_that_the_benchmarks_write() -> None:
                 assert keys[1].removesuffix(" p50") in ADAPTERS, goal
 
 
+def test_a_peer_that_cannot_be_installed_is_left_out_and_fails_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def cannot(name: str, console: Console) -> Path:
+        raise peers.PeerError(f"{name} could not be installed")
+
+    def run(command: list[str]) -> bool:
+        asked.append(command)
+        return True
+
+    monkeypatch.setattr(goals, "installed", cannot)
+    monkeypatch.setattr(goals, "_run", run)
+    monkeypatch.setattr(goals, "end_on_signals", lambda: None)
+    assert goals.main(["--only", "train", "--busy", "--output", str(tmp_path)]) == 1
+    assert [Path(command[1]).name for command in asked] == ["train.py"]
+    assert "--trl-python" not in asked[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_ends_the_benchmarks_ends_what_they_have_started(tmp_path: Path, number: signal.Signals) -> None:
     part = tmp_path / "part.py"
