@@ -40,7 +40,7 @@ def test_packed_logits_are_eager_attentions_of_each_row_alone(architecture: str,
 def test_a_decoder_that_gives_the_mask_by_keyword_trains_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     monkeypatch.setitem(ARCHITECTURES, "doge", lambda: tf.DogeConfig(**sizes, **heads))
     rows = samples(2)
