@@ -38,6 +38,8 @@ from bench.targets import OneBaseTarget, PeftTarget, Session, Setup, VllmTarget
 from bench.workload import Prompts
 from onebase import Client
 
+_UPLOADS = 8
+"""At once."""
 FAILURES = (StartError, HttpError, OSError, EOFError, TimeoutError, ValueError)
 
 
@@ -75,7 +77,12 @@ class Bench:
         async with target.start(self.logs / "onebase.log") as session:
             with Client(session.url, timeout=600) as client:
                 with self._progress("upload, prove, activate", len(self.folders)) as step:
-                    self._note("onebase", "upload to active", await life.upload(client, self.folders, step))
+                    # One after the other for the time of one; the rest at once for how many a minute holds.
+                    first, rest = self._halves()
+                    self._note("onebase", "upload to active", await life.upload(client, first, step))
+                    if rest:
+                        uploads = await life.upload_at_once(client, rest, _UPLOADS, step)
+                        self.figures["onebase"]["uploads at once: a minute"] = uploads
                 spare = [self.folders[name] for name in resident[-2:]]
                 times = await life.activation(client, session, "live", spare, self.prompts)
                 self._note("onebase", "activate to first token", times)
@@ -86,7 +93,13 @@ class Bench:
             cold, warm = await life.cold_and_warm(session, names, self.prompts)
             self._note("onebase", "TTFT cold, from disk", cold)
             self._note("onebase", "TTFT warm", warm)
-            await self._random("onebase", session)
+            await self._random("onebase", session, "random", list(self.folders))
+            await self._random("onebase", session, "resident", resident)
+
+    def _halves(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        items = list(self.folders.items())
+        half = -(-len(items) // 2)
+        return dict(items[:half]), dict(items[half:])
 
     async def _peft(self) -> None:
         some = dict(list(self.folders.items())[: self.options.slots])
@@ -99,7 +112,7 @@ class Bench:
         target = VllmTarget(self._setup(self.folders), self.options.vllm_python, extra)
         async with target.start(self.logs / "vllm.log") as session:
             await self._hot_switch("vllm", session, list(self.folders)[: self.options.slots])
-            await self._random("vllm", session)
+            await self._random("vllm", session, "random", list(self.folders))
 
     def _setup(self, adapters: dict[str, Path]) -> Setup:
         return Setup(self.base, adapters, self.options.rank, self.options.threads)
@@ -110,12 +123,12 @@ class Bench:
         self._note(target, "TTFT, another adapter", other)
         self.figures[target]["cost of a switch"] = other.above(same) * 1e3
 
-    async def _random(self, target: str, session: Session) -> None:
+    async def _random(self, target: str, session: Session, title: str, names: list[str]) -> None:
         options = self.options
-        with self._progress(f"{len(self.folders)} adapters at random", options.requests) as step:
+        with self._progress(f"{len(names)} adapters at random", options.requests) as step:
             load = await life.random_load(
                 session,
-                list(self.folders),
+                names,
                 self.prompts,
                 streams=options.streams,
                 requests=options.requests,
@@ -123,9 +136,9 @@ class Bench:
                 seed=options.seed,
                 step=step,
             )
-        self._note(target, "random: TTFT", load.ttft)
-        self.figures[target]["random: tokens/s"] = load.tokens_per_second
-        self.figures[target]["random: adapters asked for"] = load.adapters
+        self._note(target, f"{title}: TTFT", load.ttft)
+        self.figures[target][f"{title}: tokens/s"] = load.tokens_per_second
+        self.figures[target][f"{title}: adapters asked for"] = load.adapters
 
     def _note(self, target: str, name: str, times: life.Times) -> None:
         figures = self.figures.setdefault(target, {})

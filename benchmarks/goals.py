@@ -107,6 +107,17 @@ GOALS = [
         ("adapters", "vllm", "random: tokens/s"),
     ),
     Goal(
+        "adapters at random, p99 of TTFT",
+        "all in slots",
+        1.5,
+        ("adapters", "onebase", "random: TTFT p99"),
+        ("adapters", "onebase", "resident: TTFT p99"),
+        at_most=True,
+    ),
+    Goal(
+        "uploads at once, a minute", "100", 1.0, ("adapters", "onebase", "uploads at once: a minute"), 100.0
+    ),
+    Goal(
         "upload to active, p50",
         "1.5 s",
         1.0,

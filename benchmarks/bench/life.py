@@ -65,6 +65,20 @@ async def upload(client: Client, folders: Mapping[str, Path], step: Step) -> Tim
     return Times(tuple(times))
 
 
+async def upload_at_once(client: Client, folders: Mapping[str, Path], streams: int, step: Step) -> float:
+    """So many at a time, until all are proven and active. Returns how many that makes a minute."""
+    waiting = iter(folders.items())
+
+    async def stream() -> None:
+        for name, folder in waiting:
+            await asyncio.to_thread(client.adapters.upload, folder, name=name, activate=True, wait=True)
+            step()
+
+    started = time.perf_counter()
+    await asyncio.gather(*(stream() for _ in range(streams)))
+    return len(folders) / (time.perf_counter() - started) * 60
+
+
 async def activation(
     client: Client, session: Session, name: str, folders: Sequence[Path], prompts: Prompts
 ) -> Times:
@@ -133,7 +147,7 @@ async def random_load(
 
     async def stream() -> None:
         for index, name in waiting:
-            samples.extend(await session.run([Request(prompts.make("random", index), name, tokens)]))
+            samples.extend(await session.run([Request(prompts.make("random", index, len(adapters)), name, tokens)]))
             step()
 
     started = time.perf_counter()

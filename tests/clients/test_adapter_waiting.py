@@ -86,7 +86,7 @@ def test_a_pull_says_what_to_fetch_and_ends_as_the_version_it_became(sdk: Any) -
             "activate": True,
         },
     )
-    assert registry.asked[1][1] == "/v1/adapters/support-lora/versions/pull-1"
+    assert registry.asked[1][1].startswith("/v1/adapters/support-lora/versions/pull-1")
     assert ready.version == digest("acme/support-lora")
     assert ready.source == AdapterSource("hub", "acme/support-lora", "v2", COMMIT, "best")
     assert ready.active
@@ -117,19 +117,29 @@ def test_the_server_is_asked_less_often_the_longer_it_takes(sdk: Any, slept: lis
     registry._left[digest("x")] = list(registry.steps)
     registry._activates_version[digest("x")] = False
     sent = parse_version(registry.versions[NAME][0])
-    ready = sdk.call(lambda client: client.adapters.wait(sent), registry.transport)
+    asked: list[float] = []
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        asked.append(float(request.url.params["wait_seconds"]))
+        return registry.transport.handle_request(request)
+
+    ready = sdk.call(lambda client: client.adapters.wait(sent), httpx2.MockTransport(handle))
     assert ready.state == "ready"
-    assert len(slept) == 21
-    assert slept == sorted(slept)
-    assert (slept[0], slept[-1]) == (0.1, LONGEST_POLL_S)
+    assert len(asked) == 21
+    assert asked == sorted(asked)
+    assert (asked[0], asked[-1]) == (0.1, LONGEST_POLL_S)
+    # This server answers at once: what is left of the time is slept, and nothing after the last answer.
+    assert all(0 <= pause <= wait + 0.001 for pause, wait in zip(slept, asked, strict=True))
+    assert sum(slept) > 0
+    assert slept[-1] == 0
 
 
 def test_each_new_stage_is_looked_at_soon() -> None:
     waiting = Waiting(parse_version(version(NAME, "x", "validating")), None)
     for _ in range(10):
-        waiting.next_delay()
+        waiting.question()
     waiting.take(parse_version(version(NAME, "x", "proving")))
-    assert waiting.next_delay() == 0.1
+    assert waiting.question().path.endswith("?wait_seconds=0.1")
 
 
 def test_a_step_is_told_once() -> None:

@@ -104,6 +104,18 @@ def test_without_wait_the_answer_is_a_version_on_its_way(http: httpx2.Client, se
     ] == (f"soon@{version['version'][:12]}")
 
 
+def test_a_version_may_be_waited_for(http: httpx2.Client) -> None:
+    digest = upload(http, "waited", b"waited", query="activate=true").json()["version"]
+    path = f"/v1/adapters/waited/versions/{digest[:8]}"
+
+    version = http.get(path, params={"wait_seconds": 10}).json()
+
+    assert (version["state"], version["active"]) == ("ready", True)
+    assert http.get(path, params={"wait_seconds": 10}).json() == version
+    assert error(http.get(path, params={"wait_seconds": 11}), 400)["param"] == "query.wait_seconds"
+    assert http.get("/v1/adapters/waited/versions/0123abcd", params={"wait_seconds": 10}).status_code == 404
+
+
 def test_activate_may_be_a_field_of_the_form_too(http: httpx2.Client) -> None:
     assert upload(http, "formed", b"formed", activate="true").json()["active"] is True
 

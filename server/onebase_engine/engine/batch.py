@@ -48,21 +48,23 @@ class Packer:
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
         """`slot_of`: the slot of every adapter digest in the plan."""
         segments = plan.segments
-        starts = [0, *accumulate(segment.length for segment in segments)]
-        total = self._padded(starts[-1])
+        lengths = [segment.length for segment in segments]
+        starts = [0, *accumulate(lengths)]
+        count, total = starts[-1], self._padded(starts[-1])
         ids = np.zeros(total, dtype=np.int64)
-        positions = np.full(total, -1, dtype=np.int32)
+        ids[:count] = [token for segment in segments for token in segment.tokens]
         table_row = np.zeros(total, dtype=np.int32)
-        write = np.full(total, DUMP_BLOCK * self._block_size, dtype=np.int32)
+        table_row[:count] = np.repeat(np.arange(len(segments), dtype=np.int32), lengths)
+        behind = [segment.start - start for start, segment in zip(starts, segments, strict=False)]
+        positions = np.full(total, -1, dtype=np.int32)
+        positions[:count] = own = np.arange(count, dtype=np.int32) + np.repeat(behind, lengths)
         width = max(len(segment.row.blocks) for segment in segments)
         table = np.zeros((len(segments), width), dtype=np.int32)
-        for number, (start, segment) in enumerate(zip(starts, segments, strict=False)):
-            some, row = slice(start, start + segment.length), segment.row
-            table[number, : len(row.blocks)] = np.frombuffer(row.blocks, dtype=np.int32)
-            ids[some] = segment.tokens
-            positions[some] = own = np.arange(segment.start, segment.start + segment.length, dtype=np.int32)
-            table_row[some] = number
-            write[some] = table[number, own // self._block_size] * self._block_size + own % self._block_size
+        for entry, segment in zip(table, segments, strict=True):
+            entry[: len(segment.row.blocks)] = segment.row.blocks
+        write = np.full(total, DUMP_BLOCK * self._block_size, dtype=np.int32)
+        block, place = np.divmod(own, self._block_size)
+        write[:count] = table[table_row[:count], block] * self._block_size + place
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
         rows = [
             (segment.row.mix, range(start, start + segment.length))

@@ -217,6 +217,14 @@ class AdapterService:
                 raise job.failure
         return await self.version(tenant, name, digest)
 
+    async def settle(self, version: VersionRecord, seconds: float) -> bool:
+        """Wait until this server has no more to do for a version, at most so long. False: it has nothing."""
+        job = self._jobs.get(VersionRef.of(version))
+        if job is None or job.task is None:
+            return False
+        await asyncio.wait({job.task}, timeout=seconds)
+        return True
+
     async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """One version with its whole report, by digest or a beginning of it. Raises UnknownAdapterError."""
         with storage_errors(name):

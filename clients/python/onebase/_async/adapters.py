@@ -151,8 +151,8 @@ class AsyncAdapters:
         """
         waiting = adapters.Waiting(version, progress)
         while not waiting.over:
-            await anyio.sleep(waiting.next_delay())
-            waiting.take(await self.version(waiting.version.name, waiting.version.version))
+            waiting.take(await self._http.ask(waiting.question(), adapters.parse_version))
+            await anyio.sleep(waiting.rest())
         return waiting.version
 
     async def activate(self, name: str, version: str, *, expected: str | Unset | None = UNSET) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,10 @@ def versions(name: str) -> Call:
     return Call("GET", _path(name, "versions"))
 
 
-def version(name: str, digest: str) -> Call:
-    return Call("GET", _path(name, "versions", digest))
+def version(name: str, digest: str, wait: float = 0.0) -> Call:
+    """`wait`: seconds that the server may take until the version is ready, or has failed."""
+    query = f"?{urlencode({'wait_seconds': round(wait, 3)})}" if wait else ""
+    return Call("GET", _path(name, "versions", digest) + query)
 
 
 def history(name: str) -> Call:
@@ -278,13 +281,18 @@ def parse_history(value: Json) -> tuple[Activation, ...]:
 
 
 class Waiting:
-    """Waits for one version: how often to ask, and what each answer means. The caller asks and sleeps."""
+    """Waits for one version: how often to ask, and what each answer means. The caller asks and sleeps.
+
+    The server holds each answer back until the next question would be due, or there is nothing to wait for.
+    """
 
     def __init__(self, version: AdapterVersion, progress: ProgressCallback | None) -> None:
         self.version = version
         self._progress = progress
         self._shown: Progress | None = None
         self._delay = FIRST_POLL_S
+        self._due = 0.0
+        """When the next question may be asked."""
         self._show()
 
     @property
@@ -305,10 +313,15 @@ class Waiting:
         self.version = version
         self._show()
 
-    def next_delay(self) -> float:
-        """Seconds until the server is asked again. They grow from one question to the next."""
+    def question(self) -> Call:
+        """What to ask now. The time that it may take grows from one question to the next."""
         delay, self._delay = self._delay, min(LONGEST_POLL_S, self._delay * 1.5)
-        return delay
+        self._due = time.monotonic() + delay
+        return version(self.version.name, self.version.version, delay)
+
+    def rest(self) -> float:
+        """Seconds until the next question: more than none where the server did not wait."""
+        return 0.0 if self.version.finished else max(0.0, self._due - time.monotonic())
 
     def _show(self) -> None:
         now = Progress(self.version.state)

@@ -149,8 +149,8 @@ class Adapters:
         """
         waiting = adapters.Waiting(version, progress)
         while not waiting.over:
-            time.sleep(waiting.next_delay())
-            waiting.take(self.version(waiting.version.name, waiting.version.version))
+            waiting.take(self._http.ask(waiting.question(), adapters.parse_version))
+            time.sleep(waiting.rest())
         return waiting.version
 
     def activate(self, name: str, version: str, *, expected: str | Unset | None = UNSET) -> Adapter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
@@ -75,6 +77,8 @@ def _adapter_name(name: str) -> str:
 
 
 AdapterName = Annotated[str, Depends(_adapter_name)]
+_LONGEST_WAIT = 10.0
+"""Seconds; a request that waits holds a stop of the server up."""
 Force = Annotated[bool, Query(description="end the requests that use it, with an error")]
 
 
@@ -189,14 +193,32 @@ async def list_versions(name: AdapterName, services: Provided, caller: Calling) 
 
 @router.get("/{name}/versions/{version}")
 @needs("adapters")
-async def get_version(name: AdapterName, version: str, services: Provided, caller: Calling) -> Response:
+async def get_version(
+    name: AdapterName,
+    version: str,
+    services: Provided,
+    caller: Calling,
+    wait_seconds: Annotated[
+        float,
+        Query(
+            ge=0,
+            le=_LONGEST_WAIT,
+            description="answer when it has failed or is ready (and active, if asked for), but not later",
+        ),
+    ] = 0.0,
+) -> Response:
     """One version, by its digest, a beginning of at least 8 digits, or the id of its pull."""
+    due = time.monotonic() + wait_seconds
     owner = services.catalog.of(caller.tenant).owner(name)
     pending = services.hub.get(caller.tenant, name, version)
+    if pending is not None and pending.task is not None and wait_seconds:
+        await asyncio.wait({pending.task}, timeout=wait_seconds)
     if pending is not None and pending.digest is None:
         return json_response(services.views.pull(pending))
     wanted = pending.digest if pending is not None and pending.digest else version
     found = await services.adapters.version(owner, name, wanted)
+    if wait_seconds and await services.adapters.settle(found, due - time.monotonic()):
+        found = await services.adapters.version(owner, name, wanted)
     return json_response(services.views.version(found, caller.tenant))
 
 
