@@ -1,6 +1,6 @@
-"""Run as a program: kill -9 one life after the other, each a step later, and check what is left.
+"""Run as a program: kill -9 one life after the other, each EVERY steps later, and check what is left.
 
-    python kill_loop.py FOLDER
+    python kill_loop.py FOLDER EVERY
 
 A step is a call of the file system (also in the middle of a write), a statement by which the registry's
 database is written, or its commit. Each life is a fork, so that a hundred of them take seconds.
@@ -111,7 +111,7 @@ def die_at(folder: Path, at: int) -> tuple[int, int]:
         return status, len(pipe.read())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, every: int) -> None:
     # In this process, whose forks then find all that is made at the first use; no connection is left open.
     expected = states(folder / "whole")
     check(folder / "whole", expected[-1:])
@@ -121,7 +121,7 @@ def main(folder: Path) -> None:
     killed: list[int] = []
     for start in (None, migrated):
         # What is killed in the first operations has to migrate before; the others find that done.
-        for at in count(1):
+        for at in count(1, every):
             place = folder / f"{start is None}-{at}"
             shutil.copytree(start, place) if start else place.mkdir()
             status, done = die_at(place, at)
@@ -139,4 +139,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -56,17 +58,39 @@ def register(registry: Registry, number: int, config: Blob, prepared: Blob) -> N
     registry.set_state("default", name, files.digest, "ready", report=REPORT, prepared=prepared)
 
 
+def copies(database: Path, count: int) -> None:
+    """Each adapter and its version `count` times, with other names and digests."""
+    other = "lower(hex(randomblob(32)))"
+    changed = {
+        "adapters": {"id": "id + 10 * k", "name": "printf('tenant-%04d', id - 1 + 10 * k)"},
+        "versions": {
+            "id": "id + 10 * k",
+            "adapter_id": "adapter_id + 10 * k",
+            "digest": other,
+            "weights_sha256": other,
+        },
+    }
+    with closing(sqlite3.connect(database)) as connection, connection:
+        for table, new in changed.items():
+            columns = [column for _, column, *_ in connection.execute(f"PRAGMA table_info({table})")]
+            values = ", ".join(new.get(column, column) for column in columns)
+            connection.execute(
+                "WITH RECURSIVE more(k) AS "
+                f"(SELECT 1 UNION ALL SELECT k + 1 FROM more WHERE k < {count - 1}) "
+                f"INSERT INTO {table} SELECT {values} FROM {table}, more"
+            )
+
+
 @pytest.fixture(scope="module")
-def server(
-    serve_scripted: Starter, base_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    data_dir = tmp_path_factory.mktemp("data")
+def server(serve_scripted: Starter, base_folder: Path, quick_folder: Path) -> Iterator[Server]:
+    data_dir = quick_folder / "data"
     storage = open_storage(Settings(data_dir=str(data_dir)), "smollm2-135m-instruct", base_folder)
     config = add(storage.store, b"{}")
     prepared = [add(storage.store, f"{number}".encode().ljust(SIZE)) for number in range(10)]
-    for number in range(ADAPTERS):
-        register(storage.registry, number, config, prepared[number % 10])
+    for number in range(10):
+        register(storage.registry, number, config, prepared[number])
     storage.registry.close()
+    copies(data_dir / "registry.db", ADAPTERS // 10)
     options = ["--host-memory", str(RESIDENT * SIZE), "--max-rows", "16"]
     with serve_scripted("words", *options, data_dir=data_dir) as server:
         yield server

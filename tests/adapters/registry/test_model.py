@@ -299,14 +299,16 @@ def check(source: Iterator[str], examples: int) -> None:
     )
 
 
+@pytest.mark.parametrize("examples", [6, pytest.param(20, marks=pytest.mark.full)])
 def test_any_order_of_operations_does_what_the_model_does_on_sqlite(
-    migrated_file: Path, tmp_path: Path
+    migrated_file: Path, tmp_path: Path, examples: int
 ) -> None:
     paths = (Path(shutil.copyfile(migrated_file, tmp_path / f"{number}.db")) for number in count())
-    check((f"sqlite:///{path}" for path in paths), 25)
+    check((f"sqlite:///{path}" for path in paths), examples)
 
 
+@pytest.mark.parametrize("examples", [3, pytest.param(6, marks=pytest.mark.full)])
 def test_any_order_of_operations_does_what_the_model_does_on_postgresql(
-    postgres: PostgresServer, migrated_database: str
+    postgres: PostgresServer, migrated_database: str, examples: int
 ) -> None:
-    check((postgres.url(postgres.create(template=migrated_database)) for _ in count()), 8)
+    check((postgres.url(postgres.create(template=migrated_database)) for _ in count()), examples)
