@@ -147,7 +147,9 @@ async def random_load(
 
     async def stream() -> None:
         for index, name in waiting:
-            samples.extend(await session.run([Request(prompts.make("random", index, len(adapters)), name, tokens)]))
+            samples.extend(
+                await session.run([Request(prompts.make("random", index, len(adapters)), name, tokens)])
+            )
             step()
 
     started = time.perf_counter()

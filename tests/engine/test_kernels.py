@@ -15,17 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, requests, run
+from tests.engine.layers import IN, OUT, Cache, eager, lora, nf4, plain, projected, random
 from tests.rows import row_map
 from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.layers import plain_absmax
-from onebase_engine.base.load import BaseSettings, import_bitsandbytes, load_base
+from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import model
 from onebase_engine.kernels import cpu
 from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
-from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, RowMap
+from onebase_engine.kernels.interface import TILE, Contexts, Draws, RowMap
 from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
@@ -63,43 +63,6 @@ def best() -> Iterator[CpuKernels]:
     found.library.onebase_choose(os.environ.get(cpu.CHOICE, "").encode() or None)
     yield found
     found.library.onebase_choose(chosen[0].encode() if chosen else None)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def nf4(size_in: int, size_out: int, *, blocksize: int = 64, bias: bool = False, seed: int = 0) -> Any:
-    """A 4-bit layer as the base has them."""
-    import_bitsandbytes()
-    import bitsandbytes as bnb
-
-    layer: Any = bnb.nn.Linear4bit(
-        size_in, size_out, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4"
-    )
-    weight = bnb.nn.Params4bit(
-        random(size_out, size_in, seed=seed) * 0.05,
-        requires_grad=False,
-        quant_type="nf4",
-        blocksize=blocksize,
-        compress_statistics=True,
-    )
-    layer.weight = weight._quantize("cpu")
-    layer.support_avx512bf16_for_cpu = False
-    if bias:
-        layer.bias = nn.Parameter(random(size_out, seed=seed + 1).to(torch.bfloat16), requires_grad=False)
-    return layer
-
-
-def plain(layer: Any) -> torch.Tensor:
-    """The layer's weight as bitsandbytes unpacks it, [out, in] bf16."""
-    if type(layer) is nn.Linear:
-        return layer.weight
-    state = layer.weight.quant_state
-    unpacked: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        layer.weight, plain_absmax(state), state.blocksize, "nf4", state.shape, torch.bfloat16
-    )
-    return unpacked
 
 
 def native(kernels: CpuKernels, layer: Any, slots: int = 4) -> NativeLinear:
@@ -152,16 +115,12 @@ def test_each_weight_has_the_bits_that_bitsandbytes_gives(kernels: CpuKernels, b
 
 # ---- adapters ------------------------------------------------------------------------------
 
-IN, OUT, SLOTS = 192, 144, 4
+SLOTS = 4
 MIXES = st.lists(
     st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1.0, 0.5, -2.0, 0.3]), max_size=3),
     min_size=1,
     max_size=70,
 )
-
-
-def lora(rank: int, seed: int, scale: float = 2.0) -> LoraWeights:
-    return LoraWeights(random(rank, IN, seed=seed) * 0.1, random(OUT, rank, seed=seed + 50) * 0.1, scale)
 
 
 @pytest.fixture(scope="module")
@@ -271,66 +230,6 @@ def test_four_strands_are_summed_each_by_itself_and_then_in_pairs(kernels: CpuKe
 
 
 # ---- attention -----------------------------------------------------------------------------
-
-
-def eager(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """Attention in fp64 of the last rows of a context: q [heads, T, d], k, v [kv_heads, length, d]."""
-    groups, length, count = len(q) // len(k), k.shape[1], q.shape[1]
-    scores = q.double() @ k.repeat_interleave(groups, 0).double().transpose(1, 2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    at, keys = torch.arange(length - count, length)[:, None], torch.arange(length)
-    hidden = keys > at
-    if window is not None:
-        hidden |= keys <= at - window
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 0).double()
-
-
-class Cache:
-    """A KV cache of one layer, and contexts in blocks that lie anywhere in it."""
-
-    def __init__(
-        self, kernels: Kernels, kv_heads: int, groups: int, dim: int, block: int, **options: Any
-    ) -> None:
-        self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
-        self.blocks = 4096 // block
-        keys, values = (
-            torch.zeros(kv_heads, self.blocks * block, dim, dtype=torch.bfloat16) for _ in range(2)
-        )
-        self.tensors = keys, values
-        self.options = {"scaling": dim**-0.5, "softcap": None, "window": None} | options
-        self.attention = kernels.attention(keys, values, block, **self.options)
-        self.order = torch.randperm(self.blocks - 2, generator=torch.Generator().manual_seed(1)) + 2
-        self.taken = 0
-
-    def context(self, length: int) -> list[int]:
-        count = -(-length // self.block)
-        self.taken += count
-        return [int(block) for block in self.order[self.taken - count : self.taken]]
-
-    def run(self, segments: list[tuple[list[int], int, int]], q: Any, k: Any, v: Any) -> torch.Tensor:
-        """Segments (blocks, start, stop), and their rows' q [heads, T, d], k, v [kv_heads, T, d]."""
-        width = max(len(blocks) for blocks, _, _ in segments)
-        table = torch.zeros(len(segments), width, dtype=torch.int32)
-        rows: list[tuple[int, int, int]] = []
-        for number, (blocks, start, stop) in enumerate(segments):
-            table[number, : len(blocks)] = torch.tensor(blocks)
-            for p in range(start, stop):
-                rows.append((p, number, blocks[p // self.block] * self.block + p % self.block))
-        columns = torch.tensor(rows, dtype=torch.int32).T.contiguous().numpy()
-        return self.attention(q, k, v, Contexts(columns[0], columns[1], columns[2], table.numpy()))
-
-
-def projected(cache: Cache, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sizes = ((cache.heads, 0), (cache.kv_heads, 1), (cache.kv_heads, 2))
-    return tuple(random(n, rows, cache.dim, seed=seed * 10 + i).to(torch.bfloat16) for n, i in sizes)  # type: ignore[return-value]
 
 
 @settings(max_examples=25, deadline=None)

@@ -164,12 +164,27 @@ def _contexts_of(contexts: Contexts) -> int:
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Those that compute for a base of this dtype: the library's where they can, else the reference."""
+    """Those that compute for a base of this dtype: the library's or Triton's where they can, else the
+    reference."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return _on_gpu(device)
     kernels = load_library() if device.type == "cpu" and dtype == torch.bfloat16 else None
     if kernels is None:
         return ReferenceKernels(tiled=device.type == "cpu")
     kernels.use_threads()
     return kernels
+
+
+def _on_gpu(device: torch.device) -> Kernels:
+    kernels = None
+    if os.environ.get(CHOICE, "") != "torch":
+        try:
+            from onebase_engine.kernels import cuda
+        except ImportError as error:
+            logger.warning("kernels: PyTorch, since Triton cannot be imported: %s", error)
+        else:
+            kernels = cuda.load_kernels(device)
+    return ReferenceKernels(tiled=False) if kernels is None else kernels
 
 
 @cache

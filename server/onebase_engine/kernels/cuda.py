@@ -1,0 +1,747 @@
+"""The engine's products, attention and norms on a GPU, by kernels in Triton.
+
+Libraries for GPUs choose by the number of rows how they compute, and bitsandbytes even which weights a 4-bit
+layer has: a row's bits would depend on its neighbours. Here a sum has one order, whatever else is in the
+step: a product's terms are added in pieces of PIECE, the pieces one after the other, and attention's keys in
+pieces of SPLIT. Weights are the numbers of `dequantize_4bit`, adapters those of their files, in fp32.
+
+Nothing here waits for the device. With TRITON_INTERPRET=1 Triton runs all of it on the CPU, for the tests.
+"""
+
+# ruff: noqa: N803 (what Triton compiles into a kernel is written in capitals)
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+from onebase_engine.base.layers import plain_absmax
+from onebase_engine.kernels.interface import Contexts, Draws, Rotation, RowGroup, RowMap
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
+from onebase_engine.lora.weights import LoraWeights
+
+logger = logging.getLogger(__name__)
+
+PIECE = tl.constexpr(1024)
+"""Terms of a product whose sum is one number, before it is added to the others'."""
+STEP = tl.constexpr(64)
+"""Terms that a loop takes at a time; `in_features` is a multiple of it."""
+OUTPUTS = tl.constexpr(64)
+RANKS = tl.constexpr(16)
+SPLIT = tl.constexpr(512)
+"""Keys of a context that one program attends to."""
+KEYS = tl.constexpr(64)
+QUERIES = tl.constexpr(64)
+"""Queries of a program: rows of one context, with all heads that share its keys."""
+PLAIN: dict[str, Any] = {"enable_fp_fusion": False}
+"""How all are compiled: a product that is added is rounded first, as in PyTorch's operators one by one."""
+FEW_ROWS, MANY_ROWS = 16, 64
+"""Rows of a program. With more than the latter a 4-bit weight is unpacked once for all."""
+
+WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
+SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
+"""What the kernels are told of a layer, int64: addresses, sizes; and how many of these there are."""
+A, B, RANK, SCALE, SLOT_FACTS = (tl.constexpr(number) for number in range(5))
+"""And of a slot: addresses of A and B, the rank (0: empty), the bits of the scale in fp32."""
+
+
+# ---- products ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _layer_of(block, second, third):
+    """Which of up to three layers a block of outputs belongs to, and that layer's first block."""
+    layer = (block >= second).to(tl.int32) + (block >= third).to(tl.int32)
+    return layer, tl.where(layer == 0, 0, tl.where(layer == 1, second, third))
+
+
+@triton.jit
+def _unpacked(weight, absmax, code, out, first, there, size_in, blocksize):
+    """Weights [OUTPUTS, STEP] of the outputs `out` and the terms from `first` on, bf16. `code` [16] is in
+    registers: looked up in memory, each weight would be a copy of four bytes."""
+    # Triton loads 16 bytes at a time where it is told that they lie so.
+    half = tl.multiple_of(first // 2, STEP // 2) + tl.arange(0, STEP // 2)
+    own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
+    both = tl.load(weight + own + half[None, :], mask=there[:, None], other=0)
+    index = tl.interleave(both >> 4, both & 15).to(tl.int32)
+    scale = tl.load(absmax + (out * size_in + first) // blocksize, mask=there, other=0.0)
+    found = tl.reshape(tl.gather(code, tl.reshape(index, [OUTPUTS * STEP]), 0), [OUTPUTS, STEP])
+    return (found * scale[:, None]).to(tl.bfloat16)
+
+
+@triton.jit
+def _products(
+    x, layers, sums, rows, size_in, width, second, third, pieces, NF4: tl.constexpr, ROWS: tl.constexpr
+):
+    """sums[part, row, outputs of all layers] = x @ weight.T over the `pieces` pieces of each part.
+
+    The weights are the left factor, which may come from registers: there they are unpacked.
+    """
+    block, part = tl.program_id(0), tl.program_id(1)
+    layer, begin = _layer_of(block, second, third)
+    facts = layers + layer * FACTS
+    out = ((block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
+    there = out < tl.load(facts + SIZE_OUT)
+    row = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    wanted = row < rows
+    code = tl.zeros((16,), dtype=tl.float32)
+    if NF4:
+        code = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
+    total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+    for piece in range(part * pieces, (part + 1) * pieces):
+        some = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+        for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
+            term = first + tl.arange(0, STEP)
+            if NF4:
+                weight = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.uint8)), 16)
+                absmax = tl.load(facts + ABSMAX).to(tl.pointer_type(tl.float32))
+                w = _unpacked(weight, absmax, code, out, first, there, size_in, tl.load(facts + BLOCKSIZE))
+            else:
+                plain = tl.multiple_of(tl.load(facts + WEIGHT).to(tl.pointer_type(tl.bfloat16)), 16)
+                w = tl.load(plain + out[:, None] * size_in + term[None, :], mask=there[:, None], other=0.0)
+            xs = tl.load(x + row[None, :] * size_in + term[:, None], mask=wanted[None, :], other=0.0)
+            some = tl.dot(w, xs, some)
+        # Not 0 + some, which makes a zero of another sign.
+        total = tl.where(piece == part * pieces, some, total + some)
+    place = (
+        (part.to(tl.int64) * rows + row[None, :]) * width + block * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
+    )
+    tl.store(sums + place, total, mask=wanted[None, :] & there[:, None])
+
+
+@triton.jit
+def _unpack(weight, absmax, code, plain, size_in, blocksize, size_out):
+    """plain[out, in] = the numbers of a 4-bit weight, bf16."""
+    out = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
+    first, there = tl.program_id(1) * STEP, out < size_out
+    some = tl.load(code + tl.arange(0, 16))
+    w = _unpacked(weight, absmax, some, out, first, there, size_in, blocksize)
+    place = out[:, None] * size_in + first + tl.arange(0, STEP)[None, :]
+    tl.store(plain + place, w, mask=there[:, None])
+
+
+@triton.jit
+def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
+    """hidden[layer, piece, term, rank] = x32 @ A.T over a piece: one row and one slot a program."""
+    term, piece = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    blocks = tl.cdiv(most_rank, RANKS)
+    layer, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    slots = tl.load(layers + layer * FACTS + SLOTS).to(tl.pointer_type(tl.int64))
+    own = slots + tl.load(slot_of + term) * SLOT_FACTS
+    size = tl.load(own + RANK)
+    if block * RANKS < size:
+        rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
+        inside = rank < size
+        a = tl.multiple_of(tl.load(own + A).to(tl.pointer_type(tl.float32)), 16)
+        row = tl.load(row_of + term).to(tl.int64)
+        sums = tl.zeros((RANKS, STEP), dtype=tl.float32)
+        for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
+            some = first + tl.arange(0, STEP)
+            xs = tl.load(x + row * size_in + some).to(tl.float32)
+            w = tl.load(a + rank[:, None] * size_in + some[None, :], mask=inside[:, None], other=0.0)
+            sums += w * xs[None, :]
+        place = ((layer * tl.num_programs(2) + piece) * terms + term) * most_rank + rank
+        tl.store(hidden + place, tl.sum(sums, axis=1), mask=inside)
+
+
+@triton.jit
+def _added(hidden, weights, own, out, there, terms, term, first_piece, pieces, most_rank):
+    """What one slot adds to a row's outputs, before the row's own weight, fp32."""
+    size = tl.load(own + RANK)
+    b = tl.load(own + B).to(tl.pointer_type(tl.float32))
+    sums = tl.zeros((OUTPUTS, RANKS), dtype=tl.float32)
+    for first in range(0, size, RANKS):
+        rank = first + tl.arange(0, RANKS)
+        inside = rank < size
+        low = tl.load(hidden + (first_piece * terms + term) * most_rank + rank, mask=inside, other=0.0)
+        for piece in range(1, pieces):
+            place = ((first_piece + piece) * terms + term) * most_rank + rank
+            low += tl.load(hidden + place, mask=inside, other=0.0)
+        some = there[:, None] & inside[None, :]
+        sums += tl.load(b + out[:, None] * size + rank[None, :], mask=some, other=0.0) * low[None, :]
+    return tl.sum(sums, axis=1) * tl.load(own + SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _output(
+    sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, layer,
+    begin, block, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """What one layer gives for a row, a block of its outputs, rounded in PEFT's order to bf16."""
+    row = tl.program_id(0).to(tl.int64)
+    facts = layers + layer * FACTS
+    out = (block * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
+    there = out < tl.load(facts + SIZE_OUT)
+    place = row * width + begin * OUTPUTS + out
+    total = tl.load(sums + place, mask=there, other=0.0)
+    for part in range(1, parts):
+        total += tl.load(sums + part * rows * width + place, mask=there, other=0.0)
+    bias = tl.load(facts + BIAS)
+    if bias != 0:
+        total += tl.load(bias.to(tl.pointer_type(tl.bfloat16)) + out, mask=there, other=0.0).to(tl.float32)
+    y = total.to(tl.bfloat16)
+    slots = tl.load(facts + SLOTS).to(tl.pointer_type(tl.int64))
+    delta = tl.zeros((OUTPUTS,), dtype=tl.float32)
+    acting = 0
+    for term in range(tl.load(starts + row), tl.load(starts + row + 1)):
+        own = slots + tl.load(slot_of + term) * SLOT_FACTS
+        if tl.load(own + RANK) > 0:
+            some = _added(hidden, layers, own, out, there, terms, term, layer * pieces, pieces, most_rank)
+            delta += some * tl.load(weight_of + term)
+            acting += 1
+    if acting > 0:
+        if QUANTIZED:
+            delta = delta.to(tl.bfloat16).to(tl.float32)
+        y = (y.to(tl.float32) + delta).to(tl.bfloat16)
+    return y
+
+
+@triton.jit
+def _finish(
+    sums, layers, hidden, starts, slot_of, weight_of, y_1, y_2, y_3, rows, width, parts, terms, pieces,
+    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Each layer's outputs: the parts' sum, and what the row's adapters add."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    layer, begin = _layer_of(block, second, third)
+    y = _output(
+        sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, layer,
+        begin, block - begin, QUANTIZED,
+    )  # fmt: skip
+    if GATED:
+        up = _output(
+            sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, 1,
+            second, block, QUANTIZED,
+        )  # fmt: skip
+        gate = y.to(tl.float32)
+        y = (gate / (1.0 + tl.exp(-gate))).to(tl.bfloat16)
+        y = (y.to(tl.float32) * up.to(tl.float32)).to(tl.bfloat16)
+    size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
+    out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
+    to = tl.where(layer == 0, y_1, tl.where(layer == 1, y_2, y_3))
+    tl.store(to + row * size_out + out, y, mask=out < size_out)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Which slots act on which rows of a step, on the device. `starts` [rows + 1]: a row's first."""
+
+    count: int
+    starts: torch.Tensor
+    row: torch.Tensor
+    slot: torch.Tensor
+    weight: torch.Tensor
+
+
+def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
+    """Made once a step."""
+    key = f"cuda {count}"
+    if key not in rows.held:
+        of_row: list[tuple[tuple[int, float], ...]] = [()] * count
+        for group in rows.groups:
+            for row in group.rows:
+                of_row[row] = group.terms
+        flat = [(row, *term) for row, terms in enumerate(of_row) for term in terms]
+        starts = np.array([0, *accumulate(map(len, of_row))], dtype=np.int32)
+        columns = np.zeros((3, len(flat)), dtype=np.int32)
+        if flat:
+            numbers, slots, weights = zip(*flat, strict=True)
+            columns[:] = numbers, slots, np.array(weights, dtype=np.float32).view(np.int32)
+        there = _sent(np.concatenate([starts, columns.reshape(-1)]), device)
+        row, slot, weight = there[count + 1 :].view(3, len(flat))
+        rows.held[key] = _Terms(len(flat), there[: count + 1], row, slot, weight.view(torch.float32))
+    made: _Terms = rows.held[key]
+    return made
+
+
+def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for it."""
+    here = torch.from_numpy(array)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+
+
+class CudaLinear:
+    """One linear layer, 4-bit or bf16, and what plain LoRAs in its slots add."""
+
+    def __init__(self, kernels: CudaKernels, base: Any, slots: int, reference: ReferenceLinear) -> None:
+        """`reference`: the same layer by PyTorch."""
+        self._reference = reference
+        self.size_in, self.size_out = base.in_features, base.out_features
+        self.nf4 = _is_nf4(base)
+        self.weight: torch.Tensor = base.weight.data
+        self.absmax = self.code = None
+        self.blocksize = 1
+        if self.nf4:
+            state = base.weight.quant_state
+            self.absmax, self.code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
+            self.blocksize = state.blocksize
+        self._bias = None if base.bias is None else base.bias.to(torch.bfloat16).contiguous()
+        self._slots = torch.zeros(slots, SLOT_FACTS.value, dtype=torch.int64, device=self.weight.device)
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.most_rank = 0
+        self._layers = CudaLayers(kernels, [self])
+
+    @property
+    def facts(self) -> list[int]:
+        """As the kernels are told them."""
+        tensors = (self.weight, self.absmax, self.code, self._bias)
+        addresses = [0 if one is None else one.data_ptr() for one in tensors]
+        return [*addresses, self._slots.data_ptr(), self.size_out, self.blocksize]
+
+    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            return self._reference(x, rows)
+        return self._layers(x.contiguous(), rows)[0]
+
+    def exact(self, slot: int) -> bool:
+        return False
+
+    def put(self, slot: int, weights: LoraWeights | None) -> None:
+        self._reference.put(slot, weights)
+        self._held.pop(slot, None)
+        facts = [0] * SLOT_FACTS.value
+        if weights is not None:
+            a, b = weights.a.float().contiguous(), weights.b.float().contiguous()
+            self._held[slot] = a, b
+            bits = int(np.float32(weights.scale).view(np.int32))
+            facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits]
+        self._slots[slot] = _sent(np.array(facts), self._slots.device)
+        self.most_rank = max((len(a) for a, _ in self._held.values()), default=0)
+
+
+class CudaLayers:
+    """Up to three linear layers that multiply the same rows, in three launches.
+
+    `gated`: two of them, a gate and what it lets through; the one result is silu(gate) * up.
+    """
+
+    def __init__(self, kernels: CudaKernels, layers: Sequence[CudaLinear], *, gated: bool = False) -> None:
+        self._kernels = kernels
+        self._layers = tuple(layers)
+        self._gated = gated
+        blocks = [triton.cdiv(layer.size_out, OUTPUTS.value) for layer in layers]
+        self._blocks = sum(blocks)
+        self._starts = (*accumulate(blocks), self._blocks)[:2]
+        self._finished = blocks[0] if gated else self._blocks
+        self._pieces = triton.cdiv(layers[0].size_in, PIECE.value)
+        self._facts: dict[bool, tuple[list[list[int]], torch.Tensor]] = {}
+        """On the device, as long as nothing is anywhere else; by whether the weights are unpacked."""
+
+    def __call__(self, x: torch.Tensor, rows: RowMap) -> list[torch.Tensor]:
+        """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each."""
+        count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
+        many = count > MANY_ROWS
+        ys = [x.new_empty(count, one.size_out) for one in self._layers[: 1 if self._gated else None]]
+        told = self._told(many and nf4, x.device)
+        # Few rows are spread over the device by pieces; of many, a program adds the pieces up by itself.
+        parts = 1 if many else self._pieces
+        width = self._blocks * OUTPUTS.value
+        sums = torch.empty(parts, count, width, dtype=torch.float32, device=x.device)
+        size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS
+        _products[(self._blocks, parts, triton.cdiv(count, size))](
+            x, told, sums, count, size_in, width, *self._starts, self._pieces // parts,
+            NF4=nf4 and not many, ROWS=size, **PLAIN,
+        )  # fmt: skip
+        terms = _terms_of(rows, count, x.device)
+        most = max(layer.most_rank for layer in self._layers) if terms.count else 0
+        shape = len(self._layers), self._pieces, terms.count, most
+        hidden = torch.empty(shape, dtype=torch.float32, device=x.device)
+        if hidden.numel():
+            grid = terms.count, len(self._layers) * triton.cdiv(most, RANKS.value), self._pieces
+            _shrink[grid](x, told, terms.row, terms.slot, hidden, terms.count, size_in, most, **PLAIN)
+        _finish[(count, self._finished)](
+            sums, told, hidden, terms.starts, terms.slot, terms.weight, *(*ys, *ys, *ys)[:3], count, width,
+            parts, terms.count, self._pieces, most, *self._starts, QUANTIZED=nf4, GATED=self._gated, **PLAIN,
+        )  # fmt: skip
+        return ys
+
+    def _told(self, unpacked: bool, device: torch.device) -> torch.Tensor:
+        """The layers' facts, [layers, FACTS] int64."""
+        facts = [layer.facts for layer in self._layers]
+        if unpacked:
+            for number, (own, layer) in enumerate(zip(facts, self._layers, strict=True)):
+                own[WEIGHT.value] = self._kernels.unpack(layer, number).data_ptr()
+        if unpacked not in self._facts or self._facts[unpacked][0] != facts:
+            self._facts[unpacked] = facts, _sent(np.array(facts), device)
+        return self._facts[unpacked][1]
+
+
+def _is_nf4(base: Any) -> bool:
+    if type(base).__name__ != "Linear4bit" or base.compute_dtype != torch.bfloat16:
+        return False
+    state = base.weight.quant_state
+    return bool(state.quant_type == "nf4" and state.blocksize % STEP.value == 0)
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _turned(x, at, cosines, sines, row, dim, wanted, SIZE: tl.constexpr, TURN: tl.constexpr):
+    """Rows x[at + 0..dim] of queries or keys, turned by their positions as transformers rounds it."""
+    place = tl.arange(0, SIZE)
+    mask = wanted[:, None] & (place < dim)[None, :]
+    own = tl.load(x + at[:, None] + place[None, :], mask=mask, other=0.0)
+    if TURN:
+        other = tl.where(place < dim // 2, place + dim // 2, place - dim // 2)
+        rotated = tl.load(x + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        rotated = tl.where((place < dim // 2)[None, :], -rotated, rotated)
+        angle = row[:, None] * dim + place[None, :]
+        cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
+        sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+        first = (own.to(tl.float32) * cosine).to(tl.bfloat16).to(tl.float32)
+        second = (rotated * sine).to(tl.bfloat16).to(tl.float32)
+        own = (first + second).to(tl.bfloat16)
+    return own
+
+
+@triton.jit
+def _write(
+    k, v, keys, values, write, cosines, sines, k_row, k_head, v_row, v_head, slots, key_dim, value_dim,
+    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """A row's key and value of one head, into the cache."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = head.to(tl.int64) * slots + tl.load(write + row)
+    rows = tl.zeros((1,), dtype=tl.int64) + row
+    key = _turned(k, rows * k_row + head * k_head, cosines, sines, rows, key_dim, rows >= 0, KEY_SIZE, TURN)
+    place = tl.arange(0, KEY_SIZE)[None, :]
+    tl.store(keys + slot * key_dim + place, key, mask=place < key_dim)
+    place = tl.arange(0, VALUE_SIZE)
+    value = tl.load(v + row * v_row + head * v_head + place, mask=place < value_dim)
+    tl.store(values + slot * value_dim + place, value, mask=place < value_dim)
+
+
+@triton.jit
+def _attend(
+    q, keys, values, part, stats, tiles, position, table, cosines, sines, q_row, q_head, rows, heads, slots,
+    table_width, block_size, key_dim, value_dim, scaling, softcap, window, GROUPS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """What a tile's queries get from SPLIT keys: part[split, row, head, dim], before it is divided by the
+    sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2]."""
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, count, context = (
+        tl.load(tiles + tile * 3),
+        tl.load(tiles + tile * 3 + 1),
+        tl.load(tiles + tile * 3 + 2),
+    )
+    query = tl.arange(0, QUERIES)
+    row = (first + query // PADDED).to(tl.int64)
+    head = kv_head * GROUPS + query % PADDED
+    wanted = (query // PADDED < count) & (query % PADDED < GROUPS)
+    place = tl.load(position + row, mask=wanted, other=-1)
+    last = tl.max(place)
+    if split * SPLIT <= last:
+        own = _turned(q, row * q_row + head * q_head, cosines, sines, row, key_dim, wanted, KEY_SIZE, TURN)
+        dim, value_place = tl.arange(0, KEY_SIZE), tl.arange(0, VALUE_SIZE)
+        largest = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+        weight = tl.zeros((QUERIES,), dtype=tl.float32)
+        mixed = tl.zeros((QUERIES, VALUE_SIZE), dtype=tl.float32)
+        for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), KEYS):
+            key = start + tl.arange(0, KEYS)
+            known = key <= last
+            block = tl.load(table + context * table_width + key // block_size, mask=known, other=0)
+            slot = kv_head.to(tl.int64) * slots + block * block_size + key % block_size
+            ks = tl.load(
+                keys + slot[None, :] * key_dim + dim[:, None],
+                mask=known[None, :] & (dim < key_dim)[:, None],
+                other=0.0,
+            )
+            score = tl.dot(own, ks) * scaling
+            if softcap > 0:
+                # tanh by what Triton has: 1 - 2 / (exp(2x) + 1), which is right at both ends.
+                score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (score / softcap)) + 1.0))
+            seen = key[None, :] <= place[:, None]
+            if window > 0:
+                seen = seen & (key[None, :] > place[:, None] - window)
+            score = tl.where(seen, score, float("-inf"))
+            now = tl.maximum(largest, tl.max(score, axis=1))
+            base = tl.where(now == float("-inf"), 0.0, now)
+            shrunk = tl.exp(largest - base)
+            weights = tl.exp(score - base[:, None])
+            vs = tl.load(
+                values + slot[:, None] * value_dim + value_place[None, :],
+                mask=known[:, None] & (value_place < value_dim)[None, :],
+                other=0.0,
+            )
+            weight = weight * shrunk + tl.sum(weights, axis=1)
+            mixed = mixed * shrunk[:, None] + tl.dot(weights.to(tl.bfloat16), vs)
+            largest = now
+        to = (split.to(tl.int64) * rows + row) * heads + head
+        tl.store(
+            part + to[:, None] * value_dim + value_place[None, :],
+            mixed,
+            mask=wanted[:, None] & (value_place < value_dim)[None, :],
+        )
+        tl.store(stats + to * 2, weight, mask=wanted)
+        tl.store(stats + to * 2 + 1, largest, mask=wanted)
+
+
+@triton.jit
+def _merge(part, stats, position, out, rows, heads, value_dim, VALUE_SIZE: tl.constexpr):
+    """One query's output from the splits that it sees, the first first; zeros for padding."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dim = tl.arange(0, VALUE_SIZE)
+    largest, weight = float("-inf"), 0.0
+    mixed = tl.zeros((VALUE_SIZE,), dtype=tl.float32)
+    for split in range((tl.load(position + row) + SPLIT) // SPLIT):
+        at = (split * rows + row) * heads + head
+        some, own = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
+        now = tl.maximum(largest, own)
+        base = tl.where(now == float("-inf"), 0.0, now)
+        before, after = tl.exp(largest - base), tl.exp(own - base)
+        weight = weight * before + some * after
+        mixed = mixed * before + tl.load(part + at * value_dim + dim, mask=dim < value_dim, other=0.0) * after
+        largest = now
+    mixed = tl.where(weight > 0, mixed / tl.where(weight > 0, weight, 1.0), 0.0)
+    tl.store(out + (row * heads + head) * value_dim + dim, mixed.to(tl.bfloat16), mask=dim < value_dim)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's contexts on the device."""
+
+    position: torch.Tensor
+    write: torch.Tensor
+    table: torch.Tensor
+    tiles: torch.Tensor
+    """[tiles, 3]: first packed row, rows, context."""
+    splits: int
+
+
+def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
+    """Made once a step; `rows`: of one context that a tile has at most."""
+    key = f"cuda {rows}"
+    if key not in contexts.held:
+        tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
+        arrays = contexts.position, contexts.write, contexts.table, tiles
+        there = _sent(np.concatenate([array.reshape(-1) for array in arrays]), device)
+        own = torch.split(there, [array.size for array in arrays])
+        splits = int(contexts.position.max(initial=-1)) // SPLIT.value + 1
+        contexts.held[key] = _Step(own[0], own[1], own[2], own[3], splits)
+    made: _Step = contexts.held[key]
+    return made
+
+
+def _tiles(contexts: Contexts, most: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of one context next to each other, in pieces."""
+    owner = np.where(contexts.position >= 0, contexts.table_row, -1)
+    edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
+    for start, stop in pairwise(edges):
+        if stop > start and owner[start] >= 0:
+            for first in range(start, stop, most):
+                yield first, min(most, stop - first), int(owner[start])
+
+
+class CudaAttention:
+    """Attention of one layer over its KV cache."""
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        block_size: int,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        self._keys, self._values = keys, values
+        self._block_size = block_size
+        self._settings = scaling, softcap or 0.0, window or 0
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        contexts: Contexts,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+            raise TypeError(f"attention over a bf16 cache got {q.dtype}, {k.dtype} and {v.dtype}")
+        q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
+        heads, count, key_dim = q.shape
+        kv_heads, slots, value_dim = self._values.shape
+        groups = heads // kv_heads
+        padded = triton.next_power_of_2(groups)
+        step = _step_of(contexts, QUERIES.value // padded, q.device)
+        cosines, sines = rotation if rotation is not None else (q, q)
+        sizes = {
+            "KEY_SIZE": max(16, triton.next_power_of_2(key_dim)),
+            "VALUE_SIZE": max(16, triton.next_power_of_2(value_dim)),
+            "TURN": rotation is not None,
+        }
+        _write[(count, kv_heads)](
+            k, v, self._keys, self._values, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
+            v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
+        )  # fmt: skip
+        part = q.new_empty(step.splits, count, heads, value_dim, dtype=torch.float32)
+        stats = q.new_empty(step.splits, count, heads, 2, dtype=torch.float32)
+        if step.splits:
+            _attend[(len(step.tiles) // 3, kv_heads, step.splits)](
+                q, self._keys, self._values, part, stats, step.tiles, step.position, step.table, cosines,
+                sines, q.stride(1), q.stride(0), count, heads, slots, contexts.table.shape[1],
+                self._block_size, key_dim, value_dim, *self._settings, GROUPS=groups, PADDED=padded, **sizes,
+                **PLAIN,
+            )  # fmt: skip
+        out = q.new_empty(count, heads, value_dim)
+        _merge[(count, heads)](
+            part, stats, step.position, out, count, heads, value_dim, VALUE_SIZE=sizes["VALUE_SIZE"], **PLAIN
+        )
+        return out
+
+
+# ---- norms, and the back-end -------------------------------------------------------------------
+
+
+@triton.jit
+def _norm(x, weight, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr):
+    """A root mean square norm of one row, rounded before the weight, or (Gemma) after a weight around 1."""
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    there = place < size
+    own = tl.load(x + row * size + place, mask=there, other=0.0).to(tl.float32)
+    own = own * tl.rsqrt(tl.sum(own * own) / size + eps)
+    w = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
+    scaled = own * (1.0 + w) if AROUND_ONE else own.to(tl.bfloat16).to(tl.float32) * w
+    tl.store(y + row * size + place, scaled.to(tl.bfloat16), mask=there)
+
+
+class CudaKernels:
+    """Triton's kernels."""
+
+    name = "triton"
+    tiled = False
+    row_multiple = 1
+    drafts = True
+
+    def __init__(self) -> None:
+        self._reference = ReferenceKernels(tiled=False)
+        self._scratch: dict[int, torch.Tensor] = {}
+
+    def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> CudaLinear | ReferenceLinear:
+        reference = ReferenceLinear(base, tiled=False, unpacked=unpacked)
+        plain = type(base) is nn.Linear and base.weight.dtype == torch.bfloat16
+        fits = base.in_features % STEP.value == 0 and base.weight.is_contiguous()
+        return CudaLinear(self, base, slots, reference) if fits and (plain or _is_nf4(base)) else reference
+
+    def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
+        """The layer's weights in bf16, until the next layer of this number among those of a call."""
+        size = layer.size_in * layer.size_out
+        held = self._scratch.get(number)
+        if held is None or held.numel() < size:
+            held = self._scratch[number] = layer.weight.new_empty(size, dtype=torch.bfloat16)
+        grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
+        _unpack[grid](
+            layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.blocksize, layer.size_out,
+            **PLAIN,
+        )  # fmt: skip
+        return held
+
+    def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """By Triton if it is a root mean square norm, which a trial shows."""
+        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+        eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
+        own: Callable[[torch.Tensor], torch.Tensor] = base
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
+            return own
+        if bias is not None or not isinstance(eps, float):
+            return own
+        size = weight.numel()
+
+        def norm_by(around_one: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+            def norm(x: torch.Tensor) -> torch.Tensor:
+                if x.dtype != torch.bfloat16:
+                    return own(x)
+                x = x.contiguous()
+                y = torch.empty_like(x)
+                _norm[(x.numel() // size,)](
+                    x, weight, y, size, eps, SIZE=triton.next_power_of_2(size), AROUND_ONE=around_one, **PLAIN
+                )
+                return y
+
+            return norm
+
+        with torch.inference_mode():
+            draw = torch.Generator().manual_seed(0)
+            x = torch.randn(8, size, generator=draw).to(weight.device, torch.bfloat16)
+            wanted = own(x)
+            for norm in (norm_by(False), norm_by(True)):
+                if _nearly_same(norm(x), wanted):
+                    return norm
+        return own
+
+    def attention(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        block_size: int,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> CudaAttention:
+        return CudaAttention(keys, values, block_size, scaling, softcap, window)
+
+    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
+        return self._reference.draw(logits, draws)
+
+
+@cache
+def load_kernels(device: torch.device) -> CudaKernels | None:
+    """The kernels for this device; None, with the reason in the log, where PyTorch computes."""
+    try:
+        kernels = CudaKernels()
+        wrong = _differing(kernels, device)
+    except Exception as error:
+        # Whatever a compiler or a driver may say: without these kernels the server runs all the same.
+        logger.warning("kernels: PyTorch, since Triton's fail: %s", error, exc_info=True)
+        return None
+    if wrong is not None:
+        logger.warning("kernels: PyTorch, since Triton's give something else for %s", wrong)
+        return None
+    return kernels
+
+
+@torch.inference_mode()
+def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
+    """What of a trial the kernels compute otherwise than PyTorch does in fp64, or with other bits for a row
+    alone; None if all is well."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(device, torch.bfloat16)
+
+    size = PIECE.value + STEP.value
+    layer = nn.Linear(size, OUTPUTS.value + 1, dtype=torch.bfloat16, device=device).requires_grad_(False)
+    linear = CudaLinear(kernels, layer, 1, ReferenceLinear(layer, tiled=False))
+    lora = LoraWeights(
+        random(RANKS.value + 1, size).float(), random(layer.out_features, RANKS.value + 1).float(), 0.5
+    )
+    linear.put(0, lora)
+    for rows in (FEW_ROWS, MANY_ROWS + 1):
+        x = random(rows, size)
+        mine = tuple(range(0, rows, 2))
+        got = linear(x, RowMap((RowGroup(mine, ((0, 1.0),)),)))
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        exact[::2] += 0.5 * (x[::2].double() @ lora.a.double().T @ lora.b.double().T)
+        if not bool(((got.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-2).all()):
+            return f"a product of {rows} rows"
+        alone = linear(x[:1], RowMap((RowGroup((0,), ((0, 1.0),)),)))
+        if not torch.equal(alone, got[:1]):
+            return f"a row without its {rows - 1} neighbours"
+    return None
+
+
+def _nearly_same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether nearly all have the same bits, and the others are neighbours in bf16."""
+    near = (got.float() - wanted.float()).abs() <= wanted.float().abs() * 2.0**-7
+    return bool(near.all()) and float((got == wanted).float().mean()) > 0.95

@@ -1,0 +1,342 @@
+"""Triton's kernels under its interpreter, against PyTorch: the same function, and the same bits of a row
+whatever else is computed with it. What they take on a GPU is for `benchmarks/` to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine import triton_on_cpu
+from tests.engine.layers import IN, OUT, Cache, eager, lora, nf4, plain, projected, random
+from tests.rows import row_map
+from torch import nn
+from torch.nn import functional
+
+from onebase_engine.kernels import cuda
+from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
+from onebase_engine.kernels.interface import RowMap
+from onebase_engine.kernels.reference import ReferenceLinear
+from onebase_engine.lora.weights import LoraWeights
+
+assert os.environ["TRITON_INTERPRET"] == triton_on_cpu.INTERPRET
+EPS = torch.finfo(torch.bfloat16).eps
+NOBODY = RowMap()
+RANKS = (4, 16, 40, 130)
+SLOTS = len(RANKS)
+ROWS = st.sampled_from([1, 2, 16, 17, 65])
+MIX = st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1.0, 0.5, -2.0, 0.3]), max_size=3)
+FEW = settings(max_examples=4, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CudaKernels:
+    return CudaKernels()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces so short that small layers and contexts have several."""
+    monkeypatch.setattr(cuda, "PIECE", triton_on_cpu.constant(128))
+    monkeypatch.setattr(cuda, "SPLIT", triton_on_cpu.constant(128))
+
+
+def linear(kernels: CudaKernels, layer: Any) -> CudaLinear:
+    found = kernels.linear(layer, SLOTS)
+    assert isinstance(found, CudaLinear)
+    return found
+
+
+def adapted(kernels: CudaKernels, layer: Any) -> CudaLinear:
+    found = linear(kernels, layer)
+    for slot, rank in enumerate(RANKS):
+        b = random(layer.out_features, rank, seed=slot + 50) * 0.1
+        found.put(slot, LoraWeights(lora(rank, slot).a, b, 0.5 + slot))
+    return found
+
+
+def close(got: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within a rounding to bf16, and what sums in fp32 lose."""
+    error = (got.double() - exact).abs()
+    assert (error <= exact.abs() * EPS / 2 + 1e-4).all(), float(error.max())
+
+
+@FEW
+@given(
+    rows=ROWS, size_in=st.sampled_from([64, 192, 320]), size_out=st.sampled_from([1, 63, 64, 130]),
+    blocksize=st.sampled_from([64, 128]), bias=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_a_4_bit_product_is_that_with_the_weights_of_bitsandbytes(
+    kernels: CudaKernels, rows: int, size_in: int, size_out: int, blocksize: int, bias: bool, seed: int
+) -> None:
+    if size_in % blocksize:
+        blocksize = 64
+    layer = nf4(size_in, size_out, blocksize=blocksize, bias=bias, seed=seed)
+    x = random(rows, size_in, seed=seed).to(torch.bfloat16)
+    exact = x.double() @ plain(layer).double().T
+    close(linear(kernels, layer)(x, NOBODY), exact + (layer.bias.double() if bias else 0))
+
+
+def test_each_weight_has_the_bits_that_bitsandbytes_gives(kernels: CudaKernels) -> None:
+    layer = nf4(64, 70)
+    found = linear(kernels, layer)
+    assert torch.equal(found(torch.eye(64, dtype=torch.bfloat16), NOBODY).T, plain(layer))
+    assert torch.equal(kernels.unpack(found, 0)[: 64 * 70].view(70, 64), plain(layer))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_plain_product_is_that_of_its_weights(kernels: CudaKernels, bias: bool) -> None:
+    layer = nn.Linear(192, 130, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    x = random(5, 192).to(torch.bfloat16)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    close(linear(kernels, layer)(x, NOBODY), exact)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@FEW
+@given(mixes=st.lists(MIX, min_size=1, max_size=6), seed=st.integers(0, 9))
+def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
+    kernels: CudaKernels, quantized: bool, mixes: list[dict[int, float]], seed: int
+) -> None:
+    layer = (
+        nf4(IN, OUT)
+        if quantized
+        else nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    )
+    found = adapted(kernels, layer)
+    reference = ReferenceLinear(layer, tiled=True)
+    for slot in range(SLOTS):
+        reference.put(slot, found._reference.plain[slot])
+    x = random(len(mixes), IN, seed=seed).to(torch.bfloat16)
+    got, wanted = found(x, row_map(mixes)), reference(x, row_map(mixes))
+    # Two orders of summation may fall to two sides of a rounding: of the base, of the adapters' sum, of both.
+    largest = torch.stack([found(x, NOBODY).abs(), got.abs(), (got - found(x, NOBODY)).abs()]).amax(0)
+    assert ((got - wanted).abs() <= largest * 2 * EPS + 1e-3).all()
+    assert float((got == wanted).float().mean()) > 0.97
+
+
+@FEW
+@given(rows=ROWS, data=st.data())
+def test_a_rows_bits_do_not_depend_on_its_neighbours_or_their_number(
+    kernels: CudaKernels, rows: int, data: st.DataObject
+) -> None:
+    found = adapted(kernels, nf4(IN, OUT, bias=True))
+    row = data.draw(st.integers(0, rows - 1))
+    mixes: list[dict[int, float]] = [{}] * rows
+    for some in {row, rows - 1, 0}:
+        mixes[some] = data.draw(MIX)
+    x = random(rows, IN, seed=rows).to(torch.bfloat16)
+    together = found(x, row_map(mixes))
+    assert torch.equal(found(x[row : row + 1], row_map(mixes[row : row + 1]))[0], together[row])
+    few = slice(max(0, row - 16), row + 1)
+    assert torch.equal(found(x[few], row_map(mixes[few]))[-1], together[row])
+
+
+def test_an_adapter_that_overflows_reaches_no_other_row(kernels: CudaKernels) -> None:
+    found = linear(kernels, nf4(IN, OUT))
+    found.put(0, lora(8, 1))
+    found.put(1, LoraWeights(torch.full((8, IN), float("inf")), torch.ones(OUT, 8), 1.0))
+    x = random(6, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{0: 1.0}, {1: 1.0}, {}, {0: 1.0}, {1: 1.0}, {}]
+    got = found(x, row_map(mixes))
+    assert torch.equal(got[[0, 3]], found(x[[0, 3]], row_map([mixes[0]] * 2)))
+    assert torch.equal(got[[2, 5]], found(x[[2, 5]], NOBODY))
+    assert not torch.isfinite(got[[1, 4]]).any()
+
+
+def test_a_slot_that_is_emptied_acts_no_more(kernels: CudaKernels) -> None:
+    found = linear(kernels, nf4(IN, OUT))
+    found.put(2, lora(8, 1))
+    x = random(3, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{2: 1.0}] * 3
+    assert not torch.equal(found(x, row_map(mixes)), found(x, NOBODY))
+    found.put(2, None)
+    assert torch.equal(found(x, row_map(mixes)), found(x, NOBODY))
+
+
+@pytest.mark.parametrize("rows", [3, pytest.param(65, marks=pytest.mark.full)])
+def test_layers_of_the_same_rows_give_the_bits_of_each_alone(kernels: CudaKernels, rows: int) -> None:
+    layers = [adapted(kernels, nf4(IN, size, seed=size)) for size in (OUT, 30, 64)]
+    x = random(rows, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: 0.5, 3: 1.0}, *[{}] * (rows - 3)]
+    for together, layer in zip(CudaLayers(kernels, layers)(x, row_map(mixes)), layers, strict=True):
+        assert torch.equal(together, layer(x, row_map(mixes)))
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_a_gated_pair_rounds_where_the_modules_round(kernels: CudaKernels, rows: int) -> None:
+    layers = [adapted(kernels, nf4(IN, OUT, seed=seed)) for seed in (1, 2)]
+    x = random(rows, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{0: 1.0}, *[{}] * (rows - 1)]
+    (got,) = CudaLayers(kernels, layers, gated=True)(x, row_map(mixes))
+    gate, up = (layer(x, row_map(mixes)) for layer in layers)
+    wanted = functional.silu(gate) * up
+    torch.testing.assert_close(got, wanted, rtol=2 * EPS, atol=0)
+    assert float((got == wanted).float().mean()) > 0.99
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+@FEW
+@given(
+    lengths=st.lists(st.sampled_from([1, 15, 16, 63, 130, 300]), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (3, 3), (2, 4)]), dim=st.sampled_from([16, 24, 64]),
+    block=st.sampled_from([1, 16]), window=st.sampled_from([None, 5, 64]),
+    softcap=st.sampled_from([None, 30.0]), chunk=st.sampled_from([7, 40, 400]),
+)  # fmt: skip
+def test_attention_is_that_of_each_context_alone_in_any_chunks(
+    kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dim: int, block: int,
+    window: int | None, softcap: float | None, chunk: int,
+) -> None:  # fmt: skip
+    cache = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    blocks = [cache.context(length) for length in lengths]
+    inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
+    got: list[list[torch.Tensor]] = [[] for _ in lengths]
+    # Each context's last token by itself, as a decode.
+    ends = sorted({*range(chunk, max(lengths), chunk), *(length - 1 for length in lengths), *lengths} - {0})
+    for start, stop in zip([0, *ends], ends, strict=False):
+        some = [i for i, length in enumerate(lengths) if start < length]
+        parts = [(blocks[i], start, min(stop, lengths[i])) for i in some]
+        q, k, v = (
+            torch.cat(
+                [inputs[i][n][:, first:last] for i, (_, first, last) in zip(some, parts, strict=True)], 1
+            )
+            for n in range(3)
+        )
+        out = cache.run(parts, q, k, v)
+        for i, rows in zip(some, out.split([last - first for _, first, last in parts]), strict=True):
+            got[i].append(rows)
+    alone = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    for i, length in enumerate(lengths):
+        mixed = torch.cat(got[i])
+        options = cache.options["scaling"], softcap, window
+        error = (mixed.double() - eager(*inputs[i], *options).transpose(0, 1)).abs().max()
+        assert error < 0.05, float(error)
+        alone.taken = 0
+        whole = alone.run([(alone.context(length), 0, length)], *inputs[i])
+        assert torch.equal(mixed, whole), "chunks and neighbours change bits"
+
+
+@pytest.mark.parametrize("dim", [32, 80])
+def test_queries_and_keys_are_turned_as_transformers_turns_them(kernels: CudaKernels, dim: int) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    plainly, turning = (Cache(kernels, 2, 3, dim, 16) for _ in range(2))
+    q, k, v = projected(plainly, 20, 1)
+    angles = random(1, 20, dim // 2).repeat(1, 1, 2)
+    rotation = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    turned_q, turned_k = apply_rotary_pos_emb(q[None], k[None], *rotation)
+    wanted = plainly.run([(plainly.context(20), 0, 20)], turned_q[0], turned_k[0], v)
+    attention = turning.attention
+    turning.attention = lambda *inputs: attention(*inputs, rotation)  # type: ignore[assignment]
+    got = turning.run([(turning.context(20), 0, 20)], q, k, v)
+    assert torch.equal(got, wanted)
+    assert torch.equal(turning.tensors[0], plainly.tensors[0])
+
+
+def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernels) -> None:
+    from onebase_engine.kernels.interface import Contexts
+
+    cache = Cache(kernels, 2, 2, 64, 16)
+    q, k, v = projected(cache, 3, 1)
+    rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
+    out = cache.attention(
+        q, k, v, Contexts(rows[0], rows[1], rows[2], torch.tensor([[2]], dtype=torch.int32).numpy())
+    )
+    assert not out[1:].any()
+    assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
+    assert cache.tensors[0].abs().sum((0, 2)).nonzero().flatten().tolist() == [16, 32]
+
+
+# ---- norms -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [48, 576, 1024])
+def test_a_norm_is_that_of_the_base_in_both_ways_of_rounding(kernels: CudaKernels, size: int) -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    for base in (LlamaRMSNorm(size, 1e-5), Gemma2RMSNorm(size, 1e-5)):
+        base = base.to(torch.bfloat16).requires_grad_(False)
+        base.weight.data = random(size, seed=3).to(torch.bfloat16)
+        norm = kernels.norm(base)
+        assert norm is not base
+        x = (random(7, size, seed=size) * 10).to(torch.bfloat16)
+        torch.testing.assert_close(norm(x), base(x), rtol=EPS, atol=0)
+        assert torch.equal(norm(x[3:4]), norm(x)[3:4])
+
+
+def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKernels) -> None:
+    layer = nn.LayerNorm(64, dtype=torch.bfloat16)
+    assert kernels.norm(layer) is layer
+
+
+def test_layers_that_triton_does_not_have_are_left_to_pytorch(kernels: CudaKernels) -> None:
+    for layer in (nn.Linear(64, 8), nn.Linear(48, 8, dtype=torch.bfloat16)):
+        assert isinstance(kernels.linear(layer, 1), ReferenceLinear)
+
+
+# ---- the trial at a start ----------------------------------------------------------------------
+
+
+def test_kernels_that_pass_their_trial_are_taken() -> None:
+    cuda.load_kernels.cache_clear()
+    assert isinstance(cuda.load_kernels(torch.device("cpu")), CudaKernels)
+
+
+@pytest.mark.parametrize("fault", ["a rank is dropped", "a compiler fails"])
+def test_kernels_that_fail_their_trial_are_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    if fault == "a rank is dropped":
+        whole = CudaLinear.put
+        monkeypatch.setattr(
+            CudaLinear,
+            "put",
+            lambda self, slot, one: whole(
+                self, slot, LoraWeights(one.a, one.b * (torch.arange(17) < 16), one.scale)
+            ),
+        )
+    else:
+        monkeypatch.setattr(cuda, "_products", None)
+    cuda.load_kernels.cache_clear()
+    assert cuda.load_kernels(torch.device("cpu")) is None
+    assert "kernels: PyTorch, since Triton's" in caplog.text
+
+
+# ---- compiled for GPUs that are not here -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "dot"),
+    [
+        (90, "wgmma.mma_async"),
+        *(pytest.param(*one, marks=pytest.mark.full) for one in ((80, "mma.sync"), (89, "mma.sync"))),
+    ],
+)
+def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capability: int, dot: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("triton_compiled.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(capability)],
+        env=environment | {"PYTHONPATH": str(Path(cuda.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report) == 13
+    for name, used in report.items():
+        assert used["shared"] < 99 << 10, name
+        assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)
+        if name.startswith(("_products", "_attend")):
+            assert any(word.startswith(dot) for word in used), (name, used)
+            assert any(word.startswith("cp.async.cg") for word in used), (name, used)

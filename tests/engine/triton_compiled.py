@@ -1,0 +1,91 @@
+"""Run as a program: compiles Triton's kernels for a GPU that need not be there, at the sizes of an 8B model.
+
+    python triton_compiled.py CAPABILITY
+
+Prints, by kernel, what of memory and of the tensor cores its code uses, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from onebase_engine.kernels import cuda
+
+POINTERS = {
+    "*bf16": "x plain q k v keys values cosines sines out y y_1 y_2 y_3",
+    "*fp32": "sums absmax code hidden weight_of part stats",
+    "*i64": "layers",
+    "*i32": "row_of slot_of starts write tiles position table",
+}
+"""Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for `_norm`."""
+FLOATS = ("eps", "scaling", "softcap")
+UNALIGNED = (
+    "rows",
+    "second",
+    "third",
+    "pieces",
+    "parts",
+    "terms",
+    "count",
+    "table_width",
+    "window",
+    "most_rank",
+)
+"""Numbers that are no multiple of 16; where others are, the launch finds that out."""
+SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
+KERNELS: list[tuple[Any, dict[str, Any]]] = [
+    *((cuda._products, {"NF4": nf4, "ROWS": rows}) for nf4 in (True, False) for rows in (16, 64)),
+    (cuda._unpack, {}),
+    (cuda._shrink, {}),
+    *((cuda._finish, {"QUANTIZED": True, "GATED": gated}) for gated in (False, True)),
+    (cuda._write, {**SIZES, "TURN": True}),
+    (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True}),
+    (cuda._merge, {"VALUE_SIZE": 128}),
+    *((cuda._norm, {"SIZE": 4096, "AROUND_ONE": around}) for around in (False, True)),
+]
+
+
+def type_of(kernel: Any, name: str) -> str:
+    if name == "weight":
+        return "*u8" if kernel is cuda._unpack else "*bf16"
+    known = [kind for kind, names in POINTERS.items() if name in names.split()]
+    return known[0] if known else "fp32" if name in FLOATS else "i32"
+
+
+def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str]:
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: "constexpr" if name in constants else type_of(kernel, name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (number,): [["tt.divisibility", 16]]
+            for number, name in enumerate(names)
+            if name not in (*constants, *UNALIGNED, *FLOATS)
+        },
+    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    code = compiled.asm["ptx"]
+    found = re.findall(r"\b(?:ld\.global|cp\.async|wgmma\.mma_async|mma\.sync)[.\w:]*|\bfma\.rn\.f32", code)
+    return Counter(
+        {"shared": compiled.metadata.shared, "cubin": len(compiled.asm["cubin"]), **Counter(found)}
+    )
+
+
+if __name__ == "__main__":
+    report = {
+        " ".join([kernel.__name__, *(f"{name}={value}" for name, value in constants.items())]): used(
+            kernel, constants, int(sys.argv[1])
+        )
+        for kernel, constants in KERNELS
+    }
+    print(json.dumps(report))

@@ -1,0 +1,50 @@
+"""Triton's kernels on the CPU, by its interpreter. Import this before anything that imports Triton.
+
+The interpreter keeps bf16 as the integers of its bits. It multiplies these integers, and cuts numbers off
+where a GPU rounds them to the nearest: both are mended here.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+from typing import Any
+
+INTERPRET = "1"
+os.environ["TRITON_INTERPRET"] = INTERPRET
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_plain_convert = interpreter._convert_float
+_plain_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return _plain_convert(data, source, target, rounding)
+    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+    wide = [
+        interpreter.TensorHandle(_convert(one.data, tl.bfloat16, tl.float32, None), tl.float32)
+        if one.dtype.scalar == tl.bfloat16
+        else one
+        for one in (a, b)
+    ]
+    return _plain_dot(self, *wide, d, *options)
+
+
+interpreter._convert_float = _convert
+interpreter.InterpreterBuilder.create_dot = _dot
+
+
+def constant(value: int) -> Any:
+    """For a constant of a module of kernels."""
+    return tl.constexpr(value)
