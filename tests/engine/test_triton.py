@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine import triton_on_cpu
+from tests.engine.harness import Lab, requests, run
 from tests.engine.layers import IN, OUT, Cache, eager, lora, nf4, plain, projected, random
 from tests.rows import row_map
+from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
+from onebase_adapters.proof.modules import ModuleProver, ProofError
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import RowMap
@@ -340,3 +347,44 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
         if name.startswith(("_products", "_attend")):
             assert any(word.startswith(dot) for word in used), (name, used)
             assert any(word.startswith("cp.async.cg") for word in used), (name, used)
+
+
+# ---- in the engine -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("lab")
+    return Lab.create(
+        load_base(BaseSettings(save_base("llama", folder / "base"), quantization="nf4")), folder
+    )
+
+
+@pytest.mark.full
+def test_an_engine_that_computes_by_them_serves_texts_of_peft_and_the_same_bits_in_any_company(
+    kernels: CudaKernels, lab: Lab
+) -> None:
+    def engine(**changes: int) -> Engine:
+        return lab.engine(model=ServedModel(lab.base, 4, kernels=kernels), slots=4, **changes)
+
+    asked = [replace(one, at=at) for at, one in enumerate(requests(3, seed=3, longest=8, tokens=3))]
+    together = run(engine(), asked)
+    assert not lab.disagreements(asked, together)
+    for request, text in list(zip(asked, together, strict=True))[::2]:
+        assert run(engine(step_tokens=7, max_rows=2), [replace(request, at=0)]) == [text]
+
+
+@pytest.mark.full
+def test_the_proof_finds_modules_by_triton_as_exact_as_those_of_peft_and_a_fault_in_them(
+    kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prover = ModuleProver(lab.base, kernels)
+    found = prover.prove(lab.references[2], lab.weights[2])
+    assert (found.kernels, found.tolerated) == ("triton", 0)
+    assert 0 < found.error_ratio < 1.05
+    whole = cuda._terms_of
+    monkeypatch.setattr(
+        cuda, "_terms_of", lambda *step: replace(whole(*step), weight=whole(*step).weight * 1.01)
+    )
+    with pytest.raises(ProofError):
+        ModuleProver(lab.base, kernels).prove(lab.references[2], lab.weights[2])
