@@ -68,5 +68,13 @@ FROM runtime AS cpu
 COPY --from=build-cpu /opt/onebase /opt/onebase
 
 FROM runtime AS cuda
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/var/cache/onebase/triton
+USER 0:0
+# Triton compiles its way to the driver once, in C. Without a compiler PyTorch's own kernels compute.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=build-cuda /opt/onebase /opt/onebase
