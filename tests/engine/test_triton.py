@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from tests.rows import row_map
 from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof.modules import ModuleProver, ProofError
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import model
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels import cuda
@@ -156,6 +159,21 @@ def test_an_adapter_that_overflows_reaches_no_other_row(kernels: CudaKernels) ->
     assert torch.equal(got[[0, 3]], found(x[[0, 3]], row_map([mixes[0]] * 2)))
     assert torch.equal(got[[2, 5]], found(x[[2, 5]], NOBODY))
     assert not torch.isfinite(got[[1, 4]]).any()
+
+
+def test_matrices_that_begin_anywhere_are_read_right(kernels: CudaKernels) -> None:
+    found = linear(kernels, nf4(IN, OUT))
+    own = lora(8, 1)
+    odd = torch.cat([torch.zeros(1), own.a.flatten()])[1:].view_as(own.a)
+    assert odd.data_ptr() % cuda.ALIGNMENT
+    x = random(3, IN).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{0: 1.0}] * 3
+    got = []
+    for a in (own.a, odd):
+        found.put(0, LoraWeights(a, own.b, own.scale))
+        assert all(tensor.data_ptr() % cuda.ALIGNMENT == 0 for tensor in found._held[0])
+        got.append(found(x, row_map(mixes)))
+    assert torch.equal(*got)
 
 
 def test_a_slot_that_is_emptied_acts_no_more(kernels: CudaKernels) -> None:
@@ -360,7 +378,50 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     )
 
 
+@pytest.fixture
+def quick_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of a model on few rows: under the interpreter each takes its time."""
+    monkeypatch.setattr(model, "TILE", 4)
+
+
+class Launches(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+    """Counts what would be launched on a GPU, while a module's forward runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        triton_on_cpu.tell(monkeypatch, self.names.append)
+        whole = module.forward
+
+        def forward(*args: Any, **named: Any) -> Any:
+            self.names.clear()
+            with self:
+                return whole(*args, **named)
+
+        monkeypatch.setattr(module, "forward", forward)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
+def test_a_decoder_layer_takes_at_most_twenty_launches(
+    kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = ServedModel(lab.base, 4, kernels=kernels)
+    engine = lab.engine(model=served, slots=4)
+    launches = Launches(monkeypatch, served._view.model.layers[1])
+    run(engine, [replace(requests(1, seed=3, longest=8, tokens=3)[0], adapter=2, at=0)])
+    kinds = Counter(name for name in launches.names)
+    assert len(launches.names) <= 20, kinds
+    assert kinds["_products"] == 4, kinds
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
 def test_an_engine_that_computes_by_them_serves_texts_of_peft_and_the_same_bits_in_any_company(
     kernels: CudaKernels, lab: Lab
 ) -> None:

@@ -8,13 +8,16 @@ where a GPU rounds them to the nearest: both are mended here.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 INTERPRET = "1"
 os.environ["TRITON_INTERPRET"] = INTERPRET
 
 import numpy as np
+import pytest
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
 _plain_convert = interpreter._convert_float
@@ -48,3 +51,15 @@ interpreter.InterpreterBuilder.create_dot = _dot
 def constant(value: int) -> Any:
     """For a constant of a module of kernels."""
     return tl.constexpr(value)
+
+
+def tell(monkeypatch: pytest.MonkeyPatch, listen: Callable[[str], None]) -> None:
+    """Have `listen` called with the name of each kernel that is launched."""
+    launch = interpreter.GridExecutor.__call__
+
+    def told(self: Any, *args: Any, **named: Any) -> Any:
+        listen(self.fn.__name__)
+        with _disable_current_modes():  # the interpreter's own operators are none of a GPU's
+            return launch(self, *args, **named)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", told)

@@ -1,4 +1,4 @@
-"""What transformers' modules compute in many small calls, computed by the kernels in C in few.
+"""What transformers' modules compute in many small calls, computed by kernels of ours in few.
 
 Their modelling code stays as it is. Layers that it calls with the same rows are multiplied at the first call,
 a gated MLP is one call and `down_proj`, and queries and keys are turned by their positions where attention
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from onebase_engine.engine.attention import PagedAttention
-from onebase_engine.kernels.cpu import CpuKernels, NativeLayers
-from onebase_engine.kernels.interface import Contexts
+from onebase_engine.kernels.cpu import CpuKernels
+from onebase_engine.kernels.interface import Contexts, JoinedLayers, Kernels
 from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.lora.linear import SharedRows
 from onebase_engine.lora.module import StepRows
@@ -37,7 +37,7 @@ MOST_ROWS = 64
 def fuse(
     model: nn.Module,
     attention: PagedAttention,
-    kernels: CpuKernels,
+    kernels: Kernels,
     rows: StepRows,
     run: Callable[[int], torch.Tensor],
 ) -> list[RecordedLayer]:
@@ -47,11 +47,12 @@ def fuse(
     Args:
         run: a pass of the whole model over rows that depend on a number, all of one count, for its logits.
     """
-    _try("layers of the same rows", run, list(_shared_rows(model)))
+    _try("layers of the same rows", run, list(_shared_rows(model, kernels)))
     _try("positions", run, list(_rotations(model, attention)))
-    if kernels.gates:
-        _try("gated MLPs", run, list(_gated(model)))
-    recorded = list(_recorded_layers(model, attention, kernels, rows)) if kernels.adds else []
+    _try("gated MLPs", run, list(_gated(model, kernels)))
+    recorded: list[RecordedLayer] = []
+    if isinstance(kernels, CpuKernels) and kernels.adds:
+        recorded = list(_recorded_layers(model, attention, kernels, rows))
     return recorded if _try("decoder layers", run, [layer.switch for layer in recorded]) else []
 
 
@@ -79,21 +80,23 @@ def _try(title: str, run: Callable[[int], torch.Tensor], switches: list[_Switch]
 
 
 def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:
-    """Layers of these names that the kernels compute, over rows of one size; None if they are not that."""
+    """Layers of these names, over rows of one size; None if they are not that."""
     found = [getattr(module, name, None) for name in names]
-    layers = [layer for layer in found if isinstance(layer, SlotLinear) and layer.native is not None]
+    layers = [layer for layer in found if isinstance(layer, SlotLinear)]
     sizes = {layer.base.in_features for layer in layers}
     return layers if len(layers) == len(names) and len(sizes) == 1 else None
 
 
-def _shared_rows(model: nn.Module) -> Iterator[_Switch]:
+def _shared_rows(model: nn.Module, kernels: Kernels) -> Iterator[_Switch]:
     for module in model.modules():
         if (layers := _layers(module, "q_proj", "k_proj", "v_proj")) is not None:
-            yield _sharing(layers)
+            joined = kernels.join([layer.kernel for layer in layers])
+            if joined is not None:
+                yield _sharing(layers, joined)
 
 
-def _sharing(layers: list[SlotLinear]) -> _Switch:
-    shared = SharedRows(layers)
+def _sharing(layers: list[SlotLinear], joined: JoinedLayers) -> _Switch:
+    shared = SharedRows(layers, joined)
 
     def switch(to: SharedRows | None) -> None:
         for layer in layers:
@@ -102,18 +105,18 @@ def _sharing(layers: list[SlotLinear]) -> _Switch:
     return lambda: switch(shared), lambda: switch(None)
 
 
-def _gated(model: nn.Module) -> Iterator[_Switch]:
+def _gated(model: nn.Module, kernels: Kernels) -> Iterator[_Switch]:
     for module in model.modules():
         both, down = _layers(module, "gate_proj", "up_proj"), getattr(module, "down_proj", None)
         if both is not None and isinstance(down, SlotLinear) and hasattr(module, "act_fn"):
             gate, up = both
-            if gate.base.out_features == up.base.out_features:
-                yield _gating(module, gate, up, down)
+            joined = kernels.join([gate.kernel, up.kernel], gated=True)
+            if joined is not None and gate.base.out_features == up.base.out_features:
+                yield _gating(module, gate, up, down, joined)
 
 
-def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear) -> _Switch:
+def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear, both: JoinedLayers) -> _Switch:
     whole = module.forward
-    both = NativeLayers([layer.native for layer in (gate, up) if layer.native is not None], gated=True)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor

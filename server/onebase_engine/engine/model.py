@@ -15,7 +15,7 @@ from onebase_engine.engine.attention import PagedAttention, UnsupportedAttention
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.fusion import RecordedLayer, fuse
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
-from onebase_engine.kernels.cpu import CpuKernels, find_kernels
+from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
@@ -96,7 +96,7 @@ class ServedModel:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
         self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
         parts = -(-TILE // block_size)
-        if isinstance(self.kernels, CpuKernels) and blocks >= RESERVED_BLOCKS + 2 * parts:
+        if self.kernels.joins and blocks >= RESERVED_BLOCKS + 2 * parts:
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
             self._recorded = fuse(
                 self._view,
@@ -114,11 +114,10 @@ class ServedModel:
         position = np.arange(TILE, dtype=np.int32) - row * first
         write = table[row, position // block_size] * block_size + position % block_size
         self._attention.step = Contexts(position, row, write, table)
-        every = torch.arange(TILE)
+        every = torch.arange(TILE, device=self.device)
+        places = torch.from_numpy(position).long().to(self.device)
         try:
-            return self._forward(
-                (every[None] * 7 + number) % words, torch.from_numpy(position)[None].long(), every
-            )
+            return self._forward((every[None] * 7 + number) % words, places[None], every)
         finally:
             self._attention.step = None
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from onebase_engine.base.layers import plain_absmax
 from onebase_engine.environment import KERNELS
-from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, Rotation, RowMap
+from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, LinearKernel, Rotation, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
@@ -224,6 +224,7 @@ class CpuKernels:
 
     tiled = True
     row_multiple = 1
+    joins = True
     drafts = True
 
     def __init__(self, library: Any, name: str) -> None:
@@ -280,6 +281,13 @@ class CpuKernels:
             self._blocks[key] = self._find_block(layer, *reference.weight())
         layer.structure.block, layer.exact_base = self._blocks[key]
         return layer
+
+    def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> NativeLayers | None:
+        """A gated pair is joined where silu has PyTorch's bits."""
+        own = [layer for layer in layers if isinstance(layer, NativeLinear)]
+        if len(own) < len(layers) or (gated and not self.gates):
+            return None
+        return NativeLayers(own, gated=gated)
 
     @torch.inference_mode()
     def _find_block(

@@ -23,9 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
+from triton.language.extra import libdevice
 
 from onebase_engine.base.layers import plain_absmax
-from onebase_engine.kernels.interface import Contexts, Draws, Rotation, RowGroup, RowMap
+from onebase_engine.kernels.interface import Contexts, Draws, LinearKernel, Rotation, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
@@ -44,6 +45,8 @@ QUERIES = tl.constexpr(64)
 """Queries of a program: rows of one context, with all heads that share its keys."""
 PLAIN: dict[str, Any] = {"enable_fp_fusion": False}
 """How all are compiled: a product that is added is rounded first, as in PyTorch's operators one by one."""
+ALIGNMENT = 16
+"""Bytes on which weights and matrices begin."""
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows of a program. With more than the latter a 4-bit weight is unpacked once for all."""
 
@@ -52,6 +55,8 @@ SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4,
 """What the kernels are told of a layer, int64: addresses, sizes; and how many of these there are."""
 A, B, RANK, SCALE, SLOT_FACTS = (tl.constexpr(number) for number in range(5))
 """And of a slot: addresses of A and B, the rank (0: empty), the bits of the scale in fp32."""
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -172,6 +177,14 @@ def _added(hidden, weights, own, out, there, terms, term, first_piece, pieces, m
 
 
 @triton.jit
+def _exp(x):
+    """As PyTorch computes it; `tl.exp` is the device's approximation."""
+    if INTERPRETED:
+        return tl.exp(x)
+    return libdevice.exp(x)
+
+
+@triton.jit
 def _output(
     sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, layer,
     begin, block, QUANTIZED: tl.constexpr,
@@ -223,7 +236,7 @@ def _finish(
             second, block, QUANTIZED,
         )  # fmt: skip
         gate = y.to(tl.float32)
-        y = (gate / (1.0 + tl.exp(-gate))).to(tl.bfloat16)
+        y = tl.div_rn(gate, 1.0 + _exp(-gate)).to(tl.bfloat16)
         y = (y.to(tl.float32) * up.to(tl.float32)).to(tl.bfloat16)
     size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
     out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -269,6 +282,12 @@ def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same where the kernels may load 16 bytes at a time: a copy of what begins within them."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 class CudaLinear:
     """One linear layer, 4-bit or bf16, and what plain LoRAs in its slots add."""
 
@@ -310,7 +329,7 @@ class CudaLinear:
         self._held.pop(slot, None)
         facts = [0] * SLOT_FACTS.value
         if weights is not None:
-            a, b = weights.a.float().contiguous(), weights.b.float().contiguous()
+            a, b = _aligned(weights.a.float()), _aligned(weights.b.float())
             self._held[slot] = a, b
             bits = int(np.float32(weights.scale).view(np.int32))
             facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits]
@@ -622,6 +641,7 @@ class CudaKernels:
     name = "triton"
     tiled = False
     row_multiple = 1
+    joins = True
     drafts = True
 
     def __init__(self) -> None:
@@ -631,8 +651,19 @@ class CudaKernels:
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> CudaLinear | ReferenceLinear:
         reference = ReferenceLinear(base, tiled=False, unpacked=unpacked)
         plain = type(base) is nn.Linear and base.weight.dtype == torch.bfloat16
-        fits = base.in_features % STEP.value == 0 and base.weight.is_contiguous()
+        weight = base.weight
+        fits = (
+            base.in_features % STEP.value == 0
+            and weight.is_contiguous()
+            and not weight.data_ptr() % ALIGNMENT
+        )
         return CudaLinear(self, base, slots, reference) if fits and (plain or _is_nf4(base)) else reference
+
+    def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> CudaLayers | None:
+        own = [layer for layer in layers if isinstance(layer, CudaLinear)]
+        if len(own) < len(layers) or len({(layer.nf4, layer.size_in) for layer in own}) != 1:
+            return None
+        return CudaLayers(self, own, gated=gated)
 
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """The layer's weights in bf16, until the next layer of this number among those of a call."""

@@ -91,6 +91,14 @@ class LinearKernel(Protocol):
         ...
 
 
+class JoinedLayers(Protocol):
+    """Linear layers that multiply the same rows, as one."""
+
+    def __call__(self, x: torch.Tensor, rows: RowMap) -> list[torch.Tensor]:
+        """x [rows, in] bf16, contiguous -> [rows, out] of each layer, with the bits that it gives alone."""
+        ...
+
+
 class AttentionKernel(Protocol):
     """Attention of one layer over its KV cache."""
 
@@ -105,7 +113,7 @@ class AttentionKernel(Protocol):
         """Write k and v into the cache, and attend: a row sees the keys of its context up to its position.
 
         q [heads, T, dim], k and v [kv_heads, T, dim] -> [T, heads, dim of v]. `rotation`: by which q and k
-        are still to be turned; `engine/fusion.py` leaves that to the kernels in C alone.
+        are still to be turned; `engine/fusion.py` leaves that to back-ends that join layers.
         """
         ...
 
@@ -119,12 +127,21 @@ class Kernels(Protocol):
     """Whether what PyTorch computes of a step must have TILE rows, for a row's bits to be its own."""
     row_multiple: int
     """The packed rows of a step are padded to a multiple of this many."""
+    joins: bool
+    """Whether it has several layers as one, and attention that turns queries and keys."""
     drafts: bool
     """Whether a chunk of a few tokens costs little more than one token does."""
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> LinearKernel:
         """A linear layer (plain, 4-bit or 8-bit) with `slots` adapters. `unpacked`: a 4-bit weight is kept as
         the product has it, too."""
+        ...
+
+    def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> JoinedLayers | None:
+        """Up to three layers of this back-end as one; None where it has no such thing.
+
+        `gated`: a gate and what it lets through, whose one result is silu(gate) * up.
+        """
         ...
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:

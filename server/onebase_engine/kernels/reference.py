@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from onebase_engine.base.layers import plain_absmax
-from onebase_engine.kernels.interface import TILE, Contexts, Draws, Rotation, RowGroup, RowMap
+from onebase_engine.kernels.interface import TILE, Contexts, Draws, LinearKernel, Rotation, RowGroup, RowMap
 from onebase_engine.lora.weights import LoraWeights
 
 ATTENTION_ROWS = 16
@@ -37,6 +37,7 @@ class ReferenceKernels:
     """PyTorch."""
 
     name = "torch"
+    joins = False
     drafts = False
 
     def __init__(self, *, tiled: bool = True) -> None:
@@ -46,6 +47,9 @@ class ReferenceKernels:
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> ReferenceLinear:
         return ReferenceLinear(base, tiled=self.tiled, unpacked=unpacked)
+
+    def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> None:
+        return None
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         norm: Callable[[torch.Tensor], torch.Tensor] = base

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.kernels.cpu import NativeLayers, NativeLinear
-from onebase_engine.kernels.interface import TILE, Kernels
+from onebase_engine.kernels.interface import TILE, JoinedLayers, Kernels
 from onebase_engine.kernels.reference import added, scaled
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
@@ -45,11 +44,6 @@ class SlotLinear(SlotModule):
         self.quantized = type(base).__name__ in ("Linear4bit", "Linear8bitLt")
         self.shared: SharedRows | None = None
         self.kernel = kernels.linear(base, slots, unpacked=unpacked)
-
-    @property
-    def native(self) -> NativeLinear | None:
-        """The layer by the kernels in C, if they have it."""
-        return self.kernel if isinstance(self.kernel, NativeLinear) else None
 
     def exact(self, slot: int) -> bool:
         return self.kernel.exact(slot)
@@ -99,10 +93,10 @@ class SlotLinear(SlotModule):
 class SharedRows:
     """Layers that a module calls one after the other with the same rows: the first call computes all."""
 
-    def __init__(self, layers: Sequence[SlotLinear]) -> None:
-        """Of `layers` each is computed by the kernels in C."""
+    def __init__(self, layers: Sequence[SlotLinear], joined: JoinedLayers) -> None:
+        """`joined`: the kernels of `layers` as one."""
         self._layers = tuple(layers)
-        self._run = NativeLayers([layer.native for layer in layers if layer.native is not None])
+        self._run = joined
         self._x: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
 
