@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tests.forks import Nursery
+
+# On a busy machine an example may take any time; fixtures that a function shares are meant so.
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("busy")
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("seconds.json")

@@ -101,7 +101,7 @@ def own_quantize() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 300) | st.integers(131_000, 131_200) | st.integers(262_000, 530_000),
     blocksize=st.sampled_from([32, 64, 128, 4096]),

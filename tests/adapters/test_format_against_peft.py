@@ -105,7 +105,6 @@ CHANGES: dict[str, Change] = {
 
 @settings(
     max_examples=120,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

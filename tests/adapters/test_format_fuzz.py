@@ -148,7 +148,6 @@ def check_canonical(spec: AdapterSpec, target: Path) -> None:
 
 fuzz = settings(
     max_examples=150,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -53,7 +53,7 @@ keys = st.builds(
     st.sampled_from(["", "$"]),
 )
 escaped = keys.map(lambda key: key.replace(".", r"\."))
-fast = settings(max_examples=400, deadline=None, database=None)
+fast = settings(max_examples=400, database=None)
 
 
 @fast

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -94,7 +94,7 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
             read_packed_adapter(file, expected)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(edits=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=3))
 def test_any_bytes_are_read_or_refused_without_a_hash_too(
     file: Path, edits: list[tuple[float, bytes]]

@@ -155,7 +155,7 @@ def crowd(request: pytest.FixtureRequest, bases: Any) -> Bench:
     return Bench(bases(*request.param), ALL)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(owners=OWNERS, seed=st.integers(0, 1000))
 def test_each_row_of_any_mixture_equals_peft_alone(crowd: Bench, owners: list[int | None], seed: int) -> None:
     rows = owned(owners)
@@ -176,7 +176,7 @@ MIXES = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(mixes=MIXES, row=st.integers(0, TILE - 1), seed=st.integers(0, 1000))
 def test_a_weighted_row_has_the_same_bits_beside_rows_of_any_kind(
     crowd: Bench, mixes: list[dict[int, float]], row: int, seed: int
@@ -189,7 +189,7 @@ def test_a_weighted_row_has_the_same_bits_beside_rows_of_any_kind(
         assert torch.equal(crowded, crowd.run(name, x, row_map(lonely))[row]), name
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(owners=OWNERS, seed=st.integers(0, 1000))
 def test_each_row_in_the_shape_of_the_step_is_peft_s_up_to_rounding(
     accelerator: Bench, owners: list[int | None], seed: int

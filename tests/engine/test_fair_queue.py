@@ -62,7 +62,7 @@ class Backlog:
 SHAPE = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0, 0, 1, -1]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shapes=st.tuples(SHAPE, SHAPE, SHAPE),
     late=st.integers(0, 60),
@@ -89,7 +89,7 @@ def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bou
     assert max(amounts) - min(amounts) <= bound
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     flood=SHAPE,
     guest=st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(-MOST_PRIORITY, MOST_PRIORITY)),

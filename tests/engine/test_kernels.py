@@ -82,7 +82,7 @@ SIZES = st.sampled_from([32, 64, 128, 192, 576, 1536])
 ROWS = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 33, 64, 65, 130])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size_in=SIZES.filter(lambda n: n % 64 == 0), size_out=st.integers(1, 200) | SIZES, rows=ROWS,
     blocksize=st.sampled_from([64, 128]), seed=st.integers(0, 9), bias=st.booleans(),
@@ -97,7 +97,7 @@ def test_a_4_bit_product_is_that_with_the_weights_of_bitsandbytes(
     close(native(kernels, layer)(x, NOBODY), exact, size_in)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(size_in=SIZES, size_out=st.integers(1, 100) | SIZES, rows=ROWS, seed=st.integers(0, 9))
 def test_a_plain_product_is_that_of_its_weights(
     kernels: CpuKernels, size_in: int, size_out: int, rows: int, seed: int
@@ -136,7 +136,7 @@ def adapted(kernels: CpuKernels) -> tuple[NativeLinear, Any, list[LoraWeights]]:
     return found, layer, weights
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(mixes=MIXES, seed=st.integers(0, 9))
 def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
     adapted: tuple[NativeLinear, Any, list[LoraWeights]], mixes: list[dict[int, float]], seed: int
@@ -162,7 +162,7 @@ def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
             assert torch.equal(got[row], expected), (row, mix)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(mixes=MIXES, data=st.data())
 def test_a_rows_bits_do_not_depend_on_its_neighbours_or_on_threads(
     adapted: tuple[NativeLinear, Any, list[LoraWeights]], mixes: list[dict[int, float]], data: st.DataObject
@@ -232,7 +232,7 @@ def test_four_strands_are_summed_each_by_itself_and_then_in_pairs(kernels: CpuKe
 # ---- attention -----------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.sampled_from([1, 2, 15, 16, 17, 63, 200, 301]), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 8)]), dim=st.sampled_from([16, 24, 64, 80, 128]),
@@ -334,7 +334,7 @@ def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels)
 # ---- all of the interface ------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(mixes=MIXES, seed=st.integers(0, 9), lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4))
 def test_every_method_does_what_the_reference_does(
     kernels: CpuKernels, mixes: list[dict[int, float]], seed: int, lengths: list[int]
@@ -430,7 +430,7 @@ STEP = Contexts(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(mixes=MIXES, seed=st.integers(1, 9))
 def test_recorded_calls_compute_for_other_rows_and_adapters_what_the_module_does(
     kernels: CpuKernels, mixes: list[dict[int, float]], seed: int

@@ -76,7 +76,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 # Blocks leave the bundle when they are released, so rules only touch blocks that are held.
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def held(pool: BlockPool, count: int) -> list[int]:

@@ -164,7 +164,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     options=st.lists(OPTIONS, min_size=2, max_size=6),
     seed=st.integers(0, 20),
@@ -259,7 +259,7 @@ def test_prompt_scores_are_the_log_softmax_of_each_target() -> None:
         assert [token for token, _ in score.top] == expected[i].argsort(descending=True)[:2].tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     vocab=st.sampled_from([5, 17, 1024, 1025, 49_152, 151_937]), top=st.integers(0, 24),
     seed=st.integers(0, 50), rows=st.integers(1, 35), levels=st.sampled_from([2, 300]),
@@ -281,7 +281,7 @@ def test_alternatives_are_the_most_likely_and_do_not_depend_on_neighbours_even_w
         assert len({token for token, _ in score.top}) == len(score.top)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     vocab=st.sampled_from([5, 17, 1024, 1025, 49_152, 151_937]), seed=st.integers(0, 50),
     temperature=st.sampled_from([0.0, 0.2, 1.0, 3.0]), top_k=st.sampled_from([0, 1, 50, 5000]),

@@ -74,7 +74,7 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     traffic=TRAFFIC,
     blocks=st.integers(8, 20),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import save_base
@@ -205,7 +205,7 @@ def test_a_version_for_whose_copy_there_is_no_memory_is_left_to_its_own_step(lab
     assert run(lab.engine(fails), [request]) == [lab.expected(request)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     polls=st.integers(0, 6),

@@ -43,7 +43,7 @@ RANKS = (4, 16, 40, 130)
 SLOTS = len(RANKS)
 ROWS = st.sampled_from([1, 2, 16, 17, 65])
 MIX = st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1.0, 0.5, -2.0, 0.3]), max_size=3)
-FEW = settings(max_examples=4, deadline=None)
+FEW = settings(max_examples=4)
 
 
 @pytest.fixture(scope="module")

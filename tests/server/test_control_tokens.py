@@ -189,7 +189,7 @@ def fragments(name: str) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_conversation_has_the_control_tokens_of_its_template_and_no_others(
     name: str, data: st.DataObject

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from onebase import Client, RateLimitError
@@ -52,7 +52,6 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(limit=st.integers(1, 100), steps=STEPS, held=st.integers(0, 8))
 def test_no_60_seconds_ever_have_more_than_the_limit(limit: int, steps: list[Step], held: int) -> None:
     """Requests use up to what they set aside, and end when up to `held` others have begun after them."""
@@ -81,7 +80,6 @@ def test_no_60_seconds_ever_have_more_than_the_limit(limit: int, steps: list[Ste
         assert sum(tokens for at, tokens in used if begin <= at < begin + 60.0) <= limit
 
 
-@settings(deadline=None)
 @given(amounts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=20))
 def test_what_is_given_back_is_as_if_it_had_never_been_charged(amounts: list[tuple[int, int]]) -> None:
     corrected, exact = Window(), Window()
@@ -98,7 +96,6 @@ def test_what_is_given_back_is_as_if_it_had_never_been_charged(amounts: list[tup
         assert corrected.seconds_until(0, now) == exact.seconds_until(0, now)
 
 
-@settings(deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), most=st.integers(0, 100))
 def test_after_the_time_that_is_told_there_is_room_and_not_before(amounts: list[int], most: int) -> None:
     window = Window()

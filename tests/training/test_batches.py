@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.training.runs import preferences, samples
 
@@ -14,7 +14,6 @@ from onebase_adapters.training.batches import pack, step_rows
 
 
 @given(count=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))
-@settings(deadline=None)
 def test_every_epoch_has_each_row_once(count: int, batch: int, seed: int, epoch: int) -> None:
     steps = math.ceil(count / batch)
     rows = [row for step in range(steps) for row in step_rows(count, batch, epoch * steps + step, seed)]
@@ -27,7 +26,6 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @given(count=st.integers(1, 30), limit=st.integers(8, 200), packing=st.booleans(), seed=st.integers(0, 9))
-@settings(deadline=None)
 def test_a_step_is_packed_whole_and_within_the_limit(
     count: int, limit: int, packing: bool, seed: int
 ) -> None:
@@ -40,7 +38,6 @@ def test_a_step_is_packed_whole_and_within_the_limit(
 
 
 @given(count=st.integers(1, 60), limit=st.integers(20, 200), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_each_row_goes_to_the_first_micro_batch_that_has_room(count: int, limit: int, seed: int) -> None:
     rows = samples(count, seed).rows
     bins: list[list[int]] = []

@@ -147,7 +147,7 @@ def test_a_json_file_may_be_json_lines_or_one_object(tmp_path: Path) -> None:
     assert len(load_dataset(one, base_tokenizer(), recipe())) == 1
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode),
     suffix=st.sampled_from([".jsonl", ".json", ".csv"]),

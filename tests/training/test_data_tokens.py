@@ -61,7 +61,7 @@ TALK = st.lists(st.tuples(TURN, REPLY), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize(("template", "end"), TEMPLATES.values(), ids=TEMPLATES)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(talk=TALK)
 def test_what_is_learned_is_the_replies_and_their_ends_and_nothing_else(
     template: str, end: str, talk: list[tuple[str, str]]

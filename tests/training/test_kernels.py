@@ -120,7 +120,7 @@ def test_with_the_adapter_off_a_fused_model_is_the_base(base: torch.nn.Module) -
 
 
 @given(lengths=st.lists(st.integers(1, 3 * STEP), min_size=1, max_size=9))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_rows_come_out_of_their_groups_as_they_went_in(lengths: list[int]) -> None:
     states = torch.randn(2, sum(lengths), 3, requires_grad=True)
     groups = grouped(lengths, CPU)

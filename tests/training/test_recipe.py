@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
@@ -26,7 +26,6 @@ def test_a_number_beyond_all_limits_is_refused_by_its_field(name: str, value: An
     assert len(str(caught.value)) < 300
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([item.name for item, _ in recipe_fields()]), st.from_type(object) | st.integers()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.disks import small_disk
 from tests.training.runs import preferences, samples, write_chats
@@ -80,7 +80,6 @@ def datasets(draw: st.DrawFn) -> Dataset:
     return Dataset(rows, prompts)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(datasets(), datasets())
 def test_what_is_mapped_is_what_was_written(tmp_path: Path, one: Dataset, other: Dataset) -> None:
     write_rows(tmp_path / "rows", KEY, {"train": one, "held_out": other})
