@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as tried
 from hypothesis import strategies as st
 from peft import PeftModel
 from tests.engine.harness import Lab, Request, requests, run, submission
@@ -374,7 +373,6 @@ def test_a_step_that_fails_with_drafts_is_tried_without(
     assert scored(engine, asked) == expected
 
 
-@tried(deadline=None)
 @given(tokens=st.lists(st.integers(0, 3), max_size=60), most=st.integers(0, 9), cut=st.integers(0, 60))
 def test_a_draft_is_what_came_after_the_last_tokens_before(tokens: list[int], most: int, cut: int) -> None:
     drafts = Drafts()
