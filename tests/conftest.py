@@ -23,6 +23,10 @@ settings.register_profile(
 )
 settings.load_profile("busy")
 
+# Read when Triton is imported, which PyTorch does: its kernels run on the CPU here.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("seconds.json")
 """Seconds of each file; ONEBASE_SECONDS=write in the environment writes what a run took."""

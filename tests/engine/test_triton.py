@@ -36,7 +36,9 @@ from onebase_engine.kernels.interface import RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
-assert os.environ["TRITON_INTERPRET"] == triton_on_cpu.INTERPRET
+pytestmark = pytest.mark.skipif(
+    not cuda.INTERPRETED.value, reason="with a GPU here Triton compiles for it, in this process"
+)
 EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
 RANKS = (4, 16, 40, 130)

@@ -1,18 +1,13 @@
-"""Triton's kernels on the CPU, by its interpreter. Import this before anything that imports Triton.
+"""Triton's kernels on the CPU, by its interpreter; `tests/conftest.py` asks for it before Triton is imported.
 
 The interpreter keeps bf16 as the integers of its bits. It multiplies these integers, and cuts numbers off
 where a GPU rounds them to the nearest: both are mended here.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
-
-INTERPRET = "1"
-os.environ["TRITON_INTERPRET"] = INTERPRET
 
 import numpy as np
 import pytest
