@@ -215,7 +215,7 @@ def test_the_order_in_which_pytorch_sums_is_found(best: CpuKernels, inner: int, 
     x, weight = random(TILE, inner, seed=5), random(rank, inner, seed=6)
     same = torch.equal(best._sums(order, x, weight), functional.linear(x, weight))
     if not same and rank < 8:
-        pytest.skip("MKL sums so few outputs now in one order, now in another: seen once in a hundred runs")
+        pytest.skip("MKL sums so few outputs now in one order, now in another (seen once)")
     assert same
 
 

@@ -31,7 +31,7 @@ from onebase_engine.engine import model
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
-from onebase_engine.kernels.interface import RowMap
+from onebase_engine.kernels.interface import Contexts, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
@@ -269,8 +269,6 @@ def test_queries_and_keys_are_turned_as_transformers_turns_them(kernels: CudaKer
 
 
 def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernels) -> None:
-    from onebase_engine.kernels.interface import Contexts
-
     cache = Cache(kernels, 2, 2, 64, 16)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()

@@ -70,6 +70,13 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
     return layers
 
 
+def is_nf4(base: Any) -> bool:
+    """Whether a linear layer is in NF4 and computes in bf16."""
+    if type(base).__name__ != "Linear4bit" or base.compute_dtype != torch.bfloat16:
+        return False
+    return bool(base.weight.quant_state.quant_type == "nf4" and base.weight.dtype == torch.uint8)
+
+
 def plain_absmax(state: Any) -> torch.Tensor:
     """A 4-bit weight's fp32 absmax, [blocks], out of double quantization.
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.layers import plain_absmax
+from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, LinearKernel, Rotation, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
@@ -585,12 +585,11 @@ def _same(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _is_nf4(base: Any) -> bool:
-    if type(base).__name__ != "Linear4bit" or base.compute_dtype != torch.bfloat16:
+    if not is_nf4(base):
         return False
-    state = base.weight.quant_state
+    blocksize: int = base.weight.quant_state.blocksize
     # bitsandbytes gives other weights where a block lies in two rows.
-    whole = state.blocksize & (state.blocksize - 1) == 0 and base.in_features % state.blocksize == 0
-    return bool(state.quant_type == "nf4" and whole and base.weight.dtype == torch.uint8)
+    return blocksize & (blocksize - 1) == 0 and base.in_features % blocksize == 0
 
 
 # ---- in which order PyTorch sums ---------------------------------------------------------------

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import nn
 from triton.language.extra import libdevice
 
-from onebase_engine.base.layers import plain_absmax
+from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.kernels.interface import Contexts, Draws, LinearKernel, Rotation, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
@@ -159,7 +159,7 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
 
 
 @triton.jit
-def _added(hidden, weights, own, out, there, terms, term, first_piece, pieces, most_rank):
+def _added(hidden, own, out, there, terms, term, first_piece, pieces, most_rank):
     """What one slot adds to a row's outputs, before the row's own weight, fp32."""
     size = tl.load(own + RANK)
     b = tl.load(own + B).to(tl.pointer_type(tl.float32))
@@ -208,7 +208,7 @@ def _output(
     for term in range(tl.load(starts + row), tl.load(starts + row + 1)):
         own = slots + tl.load(slot_of + term) * SLOT_FACTS
         if tl.load(own + RANK) > 0:
-            some = _added(hidden, layers, own, out, there, terms, term, layer * pieces, pieces, most_rank)
+            some = _added(hidden, own, out, there, terms, term, layer * pieces, pieces, most_rank)
             delta += some * tl.load(weight_of + term)
             acting += 1
     if acting > 0:
@@ -303,18 +303,15 @@ class CudaLinear:
             state = base.weight.quant_state
             self.absmax, self.code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
             self.blocksize = state.blocksize
-        self._bias = None if base.bias is None else base.bias.to(torch.bfloat16).contiguous()
+        self.bias = None if base.bias is None else base.bias.to(torch.bfloat16).contiguous()
         self._slots = torch.zeros(slots, SLOT_FACTS.value, dtype=torch.int64, device=self.weight.device)
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.most_rank = 0
-        self._layers = CudaLayers(kernels, [self])
-
-    @property
-    def facts(self) -> list[int]:
-        """As the kernels are told them."""
-        tensors = (self.weight, self.absmax, self.code, self._bias)
+        tensors = (self.weight, self.absmax, self.code, self.bias)
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
-        return [*addresses, self._slots.data_ptr(), self.size_out, self.blocksize]
+        self.facts = [*addresses, self._slots.data_ptr(), self.size_out, self.blocksize]
+        """As the kernels are told them."""
+        self._layers = CudaLayers(kernels, [self])
 
     def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
@@ -352,15 +349,16 @@ class CudaLayers:
         self._starts = (*accumulate(blocks), self._blocks)[:2]
         self._finished = blocks[0] if gated else self._blocks
         self._pieces = triton.cdiv(layers[0].size_in, PIECE.value)
-        self._facts: dict[bool, tuple[list[list[int]], torch.Tensor]] = {}
-        """On the device, as long as nothing is anywhere else; by whether the weights are unpacked."""
+        self._facts = _sent(np.array([layer.facts for layer in layers]), layers[0].weight.device)
+        self._wide: tuple[list[int], torch.Tensor] = [], self._facts
+        """The same with weights in bf16, and where these lie."""
 
     def __call__(self, x: torch.Tensor, rows: RowMap) -> list[torch.Tensor]:
         """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each."""
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
         many = count > MANY_ROWS
         ys = [x.new_empty(count, one.size_out) for one in self._layers[: 1 if self._gated else None]]
-        told = self._told(many and nf4, x.device)
+        told = self._wide_facts() if many and nf4 else self._facts
         # Few rows are spread over the device by pieces; of many, a program adds the pieces up by itself.
         parts = 1 if many else self._pieces
         width = self._blocks * OUTPUTS.value
@@ -383,22 +381,18 @@ class CudaLayers:
         )  # fmt: skip
         return ys
 
-    def _told(self, unpacked: bool, device: torch.device) -> torch.Tensor:
-        """The layers' facts, [layers, FACTS] int64."""
-        facts = [layer.facts for layer in self._layers]
-        if unpacked:
-            for number, (own, layer) in enumerate(zip(facts, self._layers, strict=True)):
-                own[WEIGHT.value] = self._kernels.unpack(layer, number).data_ptr()
-        if unpacked not in self._facts or self._facts[unpacked][0] != facts:
-            self._facts[unpacked] = facts, _sent(np.array(facts), device)
-        return self._facts[unpacked][1]
+    def _wide_facts(self) -> torch.Tensor:
+        """The layers' facts [layers, FACTS], with weights in bf16, which stay until the next call."""
+        addresses = [self._kernels.unpack(layer, n).data_ptr() for n, layer in enumerate(self._layers)]
+        if self._wide[0] != addresses:
+            facts = np.array([layer.facts for layer in self._layers])
+            facts[:, WEIGHT.value] = addresses
+            self._wide = addresses, _sent(facts, self._facts.device)
+        return self._wide[1]
 
 
 def _is_nf4(base: Any) -> bool:
-    if type(base).__name__ != "Linear4bit" or base.compute_dtype != torch.bfloat16:
-        return False
-    state = base.weight.quant_state
-    return bool(state.quant_type == "nf4" and state.blocksize % STEP.value == 0)
+    return is_nf4(base) and base.weight.quant_state.blocksize % STEP.value == 0
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -577,6 +571,10 @@ class CudaAttention:
         self._keys, self._values = keys, values
         self._block_size = block_size
         self._settings = scaling, softcap or 0.0, window or 0
+        self._sizes = {
+            "KEY_SIZE": max(16, triton.next_power_of_2(keys.shape[2])),
+            "VALUE_SIZE": max(16, triton.next_power_of_2(values.shape[2])),
+        }
 
     def __call__(
         self,
@@ -595,11 +593,7 @@ class CudaAttention:
         padded = triton.next_power_of_2(groups)
         step = _step_of(contexts, QUERIES.value // padded, q.device)
         cosines, sines = rotation if rotation is not None else (q, q)
-        sizes = {
-            "KEY_SIZE": max(16, triton.next_power_of_2(key_dim)),
-            "VALUE_SIZE": max(16, triton.next_power_of_2(value_dim)),
-            "TURN": rotation is not None,
-        }
+        sizes = {**self._sizes, "TURN": rotation is not None}
         _write[(count, kv_heads)](
             k, v, self._keys, self._values, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
             v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
@@ -688,6 +682,7 @@ class CudaKernels:
         if bias is not None or not isinstance(eps, float):
             return own
         size = weight.numel()
+        padded = triton.next_power_of_2(size)
 
         def norm_by(around_one: bool) -> Callable[[torch.Tensor], torch.Tensor]:
             def norm(x: torch.Tensor) -> torch.Tensor:
@@ -696,7 +691,7 @@ class CudaKernels:
                 x = x.contiguous()
                 y = torch.empty_like(x)
                 _norm[(x.numel() // size,)](
-                    x, weight, y, size, eps, SIZE=triton.next_power_of_2(size), AROUND_ONE=around_one, **PLAIN
+                    x, weight, y, size, eps, SIZE=padded, AROUND_ONE=around_one, **PLAIN
                 )
                 return y
 

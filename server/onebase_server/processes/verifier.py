@@ -106,7 +106,7 @@ def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> V
     base = attach(settings, message.manifest, base_fd)
     importlib.import_module("peft")  # so that the first version does not wait for it
     verifier = Verifier(base, max_rank=config.max_rank, base_id=message.base_id)
-    # What is loaded stays. Else a full collection, a third of a second, would fall into every other proof.
+    # What is loaded stays. Else a full collection, a quarter of a second, would fall into every other proof.
     gc.collect()
     gc.freeze()
     channel.send(Attached(seconds=time.monotonic() - started))
