@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from onebase_engine.kernels.interface import Contexts, Kernels
 from onebase_engine.lora.weights import LoraWeights
 
 IN, OUT = 192, 144
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""q [heads, T, d], k and v [kv_heads, T, d]."""
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -110,7 +114,26 @@ class Cache:
         columns = torch.tensor(rows, dtype=torch.int32).T.contiguous().numpy()
         return self.attention(q, k, v, Contexts(columns[0], columns[1], columns[2], table.numpy()))
 
+    def run_in_pieces(self, inputs: Sequence[Inputs], ends: Sequence[int]) -> list[torch.Tensor]:
+        """Contexts side by side, all up to the first of `ends`, then to the next: [T, heads, d] of each."""
+        lengths = [q.shape[1] for q, _, _ in inputs]
+        blocks = [self.context(length) for length in lengths]
+        got: list[list[torch.Tensor]] = [[] for _ in inputs]
+        for start, stop in pairwise([0, *ends]):
+            some = [i for i, length in enumerate(lengths) if start < length]
+            parts = [(blocks[i], start, min(stop, lengths[i])) for i in some]
+            q, k, v = (
+                torch.cat(
+                    [inputs[i][n][:, first:last] for i, (_, first, last) in zip(some, parts, strict=True)], 1
+                )
+                for n in range(3)
+            )
+            out = self.run(parts, q, k, v)
+            for i, rows in zip(some, out.split([last - first for _, first, last in parts]), strict=True):
+                got[i].append(rows)
+        return [torch.cat(pieces) for pieces in got]
 
-def projected(cache: Cache, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+def projected(cache: Cache, rows: int, seed: int) -> Inputs:
     sizes = ((cache.heads, 0), (cache.kv_heads, 1), (cache.kv_heads, 2))
     return tuple(random(n, rows, cache.dim, seed=seed * 10 + i).to(torch.bfloat16) for n, i in sizes)  # type: ignore[return-value]

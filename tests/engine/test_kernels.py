@@ -247,24 +247,12 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
     softcap: float | None, chunk: int,
 ) -> None:  # fmt: skip
     cache = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
-    blocks = [cache.context(length) for length in lengths]
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
-    got: list[list[torch.Tensor]] = [[] for _ in lengths]
-    for start in range(0, max(lengths), chunk):
-        some = [i for i, length in enumerate(lengths) if start < length]
-        parts = [(blocks[i], start, min(start + chunk, lengths[i])) for i in some]
-        q, k, v = (
-            torch.cat(
-                [inputs[i][n][:, first:last] for i, (_, first, last) in zip(some, parts, strict=True)], 1
-            )
-            for n in range(3)
-        )
-        out = cache.run(parts, q, k, v)
-        for i, rows in zip(some, out.split([last - first for _, first, last in parts]), strict=True):
-            got[i].append(rows)
+    ends = [*range(chunk, max(lengths), chunk), max(lengths)]
+    got = cache.run_in_pieces(inputs, ends)
     alone = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
     for i, length in enumerate(lengths):
-        mixed = torch.cat(got[i])
+        mixed = got[i]
         options = cache.options["scaling"], softcap, window
         error = (mixed.double() - eager(*inputs[i], *options).transpose(0, 1)).abs().max()
         assert error < 0.05, float(error)
