@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import fcntl
 import gc
@@ -18,9 +19,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT / part) for part in ("", "server", "adapters", "clients/python")]
@@ -88,7 +91,8 @@ class Nursery:
             def _execute_child(popen, *arguments: Any) -> None:  # noqa: N805
                 how = whole.bind(popen, *arguments).arguments
                 words = [how["args"]] if isinstance(how["args"], str) else [str(one) for one in how["args"]]
-                words = [word for word in words if word != "-u"]
+                options = {word for word in words[1:3] if word in ("-u", "-P")}
+                words = [word for word in words if word not in options]
                 known = words[1:] and (words[1] in ("-m", "-c") or not words[1].startswith("-"))
                 if how["shell"] or words[0] != sys.executable or not known:
                     super()._execute_child(*arguments)  # type: ignore[misc]
@@ -102,6 +106,7 @@ class Nursery:
                     "numbers": [0, 1, 2, *how["pass_fds"]],
                     "session": how["start_new_session"],
                     "umask": how["umask"],
+                    "unbuffered": "-u" in options,
                     "children": children,
                 }
                 popen.pid = self.start(request, [*standard, *how["pass_fds"]])
@@ -152,13 +157,31 @@ def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    open_standard_streams(unbuffered=request["unbuffered"])
+    read_settings_of_the_hub()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
     if request["children"]:
         subprocess.Popen = Nursery.fork().popen()  # type: ignore[misc]
         asyncio.create_subprocess_exec = create_subprocess_exec  # type: ignore[assignment]
-    first, *rest = request["words"]
+    end_with(lambda: run(request["words"]))
+
+
+def open_standard_streams(*, unbuffered: bool) -> None:
+    """Those of before have in mind what the descriptors were."""
+    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0] or None
+    sys.stdin = sys.__stdin__ = open(0, encoding=encoding, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    for name, number, errors in (("stdout", 1, None), ("stderr", 2, "backslashreplace")):
+        stream = open(number, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        stream.reconfigure(line_buffering=number == 2 or stream.isatty(), write_through=unbuffered)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def run(words: Sequence[str]) -> None:
+    """What `python *words` runs."""
+    first, *rest = words
     if first in ("-m", "-c"):
         program, *rest = rest
     sys.argv = [first, *rest]
@@ -170,6 +193,43 @@ def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
     else:
         sys.path.insert(0, str(Path(first).parent))
         runpy.run_path(first, run_name="__main__")
+
+
+def end_with(program: Callable[[], None]) -> NoReturn:
+    """Run it, and end as Python does after it, but for taking every module apart, which takes a second."""
+    status: object = 0
+    interrupted = False
+    try:
+        program()
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit((status or 0) & 0xFF)
+
+
+def read_settings_of_the_hub() -> None:
+    """huggingface_hub and transformers read them when they are imported."""
+    import huggingface_hub.constants as settings
+    from huggingface_hub import hf_api
+    from huggingface_hub.utils import _cache_manager
+    from transformers.utils import hub
+
+    importlib.reload(settings)
+    hf_api.api.endpoint, _cache_manager.HF_HUB_CACHE = settings.ENDPOINT, settings.HF_HUB_CACHE
+    hub.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", f"{settings.HF_HOME}/modules")
 
 
 def name(words: Sequence[str]) -> None:

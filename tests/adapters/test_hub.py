@@ -31,6 +31,8 @@ from onebase_adapters.hub.pull import (
 from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store, StoreFullError
 
+pytestmark = pytest.mark.usefixtures("forks")
+
 CONFIG = b'{"peft_type": "LORA"}'
 WEIGHTS = bytes(range(256)) * 2_000
 FILES = {

@@ -31,6 +31,8 @@ for find in (find_config, resolve_base, data)[: int(sys.argv[1])]:
         said.append(str(error))
 print(json.dumps(said))
 """
+pytestmark = pytest.mark.usefixtures("forks")
+
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
