@@ -134,6 +134,7 @@ def test_gradients_through_the_attached_base_are_those_through_an_own_one(shared
     assert any(gradient.count_nonzero() for name, gradient in mine.items() if "lora_B" in name)
 
 
+@pytest.mark.full
 def test_two_processes_hold_one_base_and_no_write_of_the_second_reaches_the_first(tmp_path: Path) -> None:
     folder = _medium_base(tmp_path / "base")
     done = subprocess.run(

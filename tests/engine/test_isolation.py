@@ -32,7 +32,7 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(PRECISIONS))
+@pytest.fixture(scope="module", params=["fp32", "nf4", pytest.param("int8", marks=pytest.mark.full)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp(request.param)
     base = load_base(BaseSettings(save_base("llama", folder / "base"), **PRECISIONS[request.param]))

@@ -26,7 +26,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 ASKED = requests(17, seed=5)
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=["fp32", "nf4", pytest.param("int8", marks=pytest.mark.full)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp(request.param)
     base = load_base(BaseSettings(save_base("qwen3", folder / "base"), **PRECISIONS[request.param]))

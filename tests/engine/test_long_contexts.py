@@ -35,7 +35,14 @@ CASES = {
 """Of a base: its heads, its dtype, whether PyTorch computes; and its rows' longest neighbour."""
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+REPEATED = "bf16 multi-query"
+"""What `make check` alone tries."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=[pytest.mark.full] if case == REPEATED else []) for case in CASES],
+)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[nn.Module]:
     heads, dtype, by_pytorch, longest = CASES[request.param]
     torch.manual_seed(0)

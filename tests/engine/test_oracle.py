@@ -60,7 +60,7 @@ def test_adapters_change_the_text_so_that_equality_means_something(lab: Lab) -> 
         pytest.param({"step_tokens": 5}, id="chunks-of-five-tokens"),
         pytest.param({"kv_blocks": 40, "block_size": 2}, id="preemption"),
         pytest.param({"slots": 2}, id="two-slots-for-all-adapters"),
-        pytest.param({"max_rows": 1}, id="one-row-at-a-time"),
+        pytest.param({"max_rows": 1}, id="one-row-at-a-time", marks=pytest.mark.full),
     ],
 )
 def test_no_row_notices_chunking_preemption_eviction_or_company(

@@ -161,7 +161,8 @@ def test_activations_and_logits_are_what_autograd_keeps(base: Any, settings: dic
     assert whole.activation_bytes + whole.logits_bytes > expected
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_a_real_step_is_within_a_quarter_of_the_estimate(checkpointing: bool) -> None:
     settings = {"gradient_checkpointing": checkpointing, "micro_tokens": 512}
     script = Path(__file__).with_name("peak_of_a_step.py")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.training.runs import write_chats
@@ -17,34 +19,83 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = ["--r", "4", "--batch-size", "8", "--max-steps", "5", "--micro-tokens", "90", "--dtype", "float32"]
 
 
-def start(folder: Path, out: Path, data: Path, launcher: list[str]) -> None:
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", *launcher, "--base", str(folder), "--data", str(data), "--name", "two"]
-    done = subprocess.run(
-        [*command, "--out", str(out), *OPTIONS], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def test_two_processes_have_the_loss_curve_of_one(talking_folder: Path, tmp_path: Path) -> None:
-    data = write_chats(tmp_path / "train.jsonl", 40)
-    program = "onebase_adapters.training.cli.train"
-    alone = ["--base", str(talking_folder), "--data", str(data), "--name", "two", *OPTIONS]
-    assert main([*alone, "--out", str(tmp_path / "one")]) == 0
-    # The second process has no data but the rows that the first keeps.
-    blind = tmp_path / "blind.py"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
+
+
+@pytest.fixture(scope="module")
+def one(talking_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of the run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "one"
+    alone = ["--base", str(talking_folder), "--data", str(data), "--name", "two", "--out", str(out), *OPTIONS]
+    assert main(alone) == 0
+    return report(out)
+
+
+def report(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return found
+
+
+def command(folder: Path, data: Path, out: Path) -> list[str]:
+    """A training run whose second process has no data but the rows that the first keeps."""
+    blind = out.with_suffix(".py")
     blind.write_text(
         "import os, sys\n"
         "if os.environ['RANK'] == '1':\n"
         "    sys.argv[sys.argv.index('--data') + 1] = 'gone.jsonl'\n"
-        f"from {program} import main\n"
+        "from onebase_adapters.training.cli.train import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    # What `accelerate launch` runs on GPUs; on the CPU it starts a single process.
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(blind)]
-    start(talking_folder, tmp_path / "two", data, launch)
-    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    options = ["--base", str(folder), "--data", str(data), "--name", "two", "--out", str(out), *OPTIONS]
+    return [str(blind), *options]
+
+
+def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert len(one["losses"]) == 5
     for key in ("losses", "held_out"):
         assert [loss for _, loss in two[key]] == pytest.approx([loss for _, loss in one[key]], rel=1e-4)
+
+
+@pytest.mark.usefixtures("forks")
+def test_two_processes_have_the_loss_curve_of_one(
+    talking_folder: Path, data: Path, tmp_path: Path, one: dict[str, Any]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = command(talking_folder, data, tmp_path / "two")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **ENVIRONMENT, **group, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    agree(one, report(tmp_path / "two"))
+
+
+@pytest.mark.full
+def test_the_launcher_of_torch_starts_such_a_run(
+    talking_folder: Path, data: Path, tmp_path: Path, one: dict[str, Any]
+) -> None:
+    # What `accelerate launch` runs on GPUs; on the CPU it starts a single process.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(talking_folder, data, tmp_path / "two")],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    agree(one, report(tmp_path / "two"))

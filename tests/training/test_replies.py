@@ -12,7 +12,6 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tests.engine.harness import Request, run
-from tests.matrix import matrix
 from tests.tiny import ARCHITECTURES, load_folder, randomize, save_base
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -95,7 +94,13 @@ def test_replies_are_those_of_transformers_own_generation(
     assert len(set(replies)) == len(replies), "the model only repeats itself: nothing was tested"
 
 
-@pytest.mark.parametrize(("quantization", "threads"), matrix(["nf4", "int8"], [1, 2]))
+@pytest.mark.parametrize(
+    ("quantization", "threads"),
+    [
+        ("nf4", 2),
+        *(pytest.param(*one, marks=pytest.mark.full) for one in (("nf4", 1), ("int8", 1), ("int8", 2))),
+    ],
+)
 def test_a_reply_does_not_depend_on_the_prompts_beside_it(
     load: LoadBase, tokenizer: PreTrainedTokenizerFast, quantization: str, threads: int
 ) -> None:
