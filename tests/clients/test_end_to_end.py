@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import anyio
 import httpx2
+import openai
 import pytest
+from pydantic import BaseModel, ConfigDict
 from tests.clients.real_server import Server
 
 from onebase import (
@@ -141,6 +145,71 @@ def test_leaving_a_stream_ends_its_request_on_the_server(server: Server) -> None
             anyio.run(anyio.sleep, 0.05)
         assert running() == before
     assert during == [before + 1]
+
+
+class Answer(BaseModel):
+    """A random base answers under it soon, and only so."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sure: bool
+    city: Literal["Paris", "Rom"]
+
+
+@pytest.mark.parametrize("named", [None, "adapter"])
+def test_an_answer_under_a_schema_is_an_instance_of_its_model(
+    sdk: Any, server: Server, adapter: str, named: str | None
+) -> None:
+    fields: dict[str, Any] = {"adapter": named and adapter, "schema": Answer, "max_tokens": 300, "n": 2}
+    answer = sdk.call(lambda client: client.chat("Where?", **fields), url=server.url)
+    assert isinstance(answer.parsed, Answer)
+    with Client(server.url) as client, client.stream("Where?", **fields) as stream:
+        assert isinstance(stream.read().parsed, Answer)
+
+
+def test_the_openai_client_gets_instances_of_its_models(server: Server) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        base = client.models.list().data[0].id
+        messages: Any = [{"role": "user", "content": "Where?"}]
+        parsed = client.chat.completions.parse(
+            model=base, messages=messages, response_format=Answer, max_completion_tokens=300
+        )
+        assert isinstance(parsed.choices[0].message.parsed, Answer)
+        said = client.completions.create(
+            model=base, prompt="Where?", max_tokens=20, extra_body={"guided_choice": ["here", "there"]}
+        )
+        assert said.choices[0].text in ("here", "there")
+        with pytest.raises(openai.BadRequestError, match=r"guided_regex: .*unclosed") as refused:
+            client.chat.completions.create(
+                model=base, messages=messages, stream=True, extra_body={"guided_regex": "[a"}
+            )
+        assert refused.value.code == "grammar_refused"
+        assert refused.value.param == "guided_regex"
+
+
+def test_the_command_keeps_an_answer_to_a_schema_and_to_choices(server: Server, tmp_path: Path) -> None:
+    def generate(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "onebase.cli", "generate", "Where?", *options],
+            env=os.environ | {"ONEBASE_URL": server.url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(Answer.model_json_schema()))
+    Answer.model_validate_json(generate("--schema", str(schema)).stdout)
+    assert generate("--choice", "a b", "--choice", "c").stdout.strip() in ("a b", "c")
+    schema.write_text("{")
+    for options, says in (
+        (["--schema", str(schema)], "is not JSON"),
+        (["--schema", str(tmp_path / "none")], "cannot be read"),
+        (["--grammar", str(schema)], "grammar"),
+    ):
+        refused = generate(*options)
+        assert refused.returncode != 0
+        assert says in refused.stderr
 
 
 def test_the_command_talks_and_changes_adapter_on_the_way(server: Server, adapter: str) -> None:

@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, TypeAdapter
 
 from onebase import AdapterWeight, Message
 from onebase._core.requests import generate, model
+from onebase.types import Choice, Generation, Timing, Usage
 
 
 def body(prompt: str | None = "hi", messages: Any = None, adapter: Any = None, **sampling: Any) -> Any:
@@ -49,9 +51,44 @@ def test_one_stop_string_stays_a_string() -> None:
     assert body(stop="END")["stop"] == "END"
 
 
+class Place(BaseModel):
+    city: str
+    floors: int = 1
+
+
+def test_what_the_text_must_be_reaches_the_server_as_the_contract_says() -> None:
+    schema = {"type": "integer"}
+    assert body(schema=schema)["guided_json"] == schema
+    assert body(schema=Place)["guided_json"] == Place.model_json_schema()
+    assert body(schema=TypeAdapter(list[int]))["guided_json"] == {
+        "type": "array",
+        "items": {"type": "integer"},
+    }
+    assert body(regex="a+")["guided_regex"] == "a+"
+    assert body(choices=("a", "b"))["guided_choice"] == ["a", "b"]
+    assert body(grammar="start: A")["guided_grammar"] == "start: A"
+    assert not {"schema", "regex", "choices", "grammar"} & body(schema=Place, regex="a").keys()
+
+
+def answer(text: str, schema: object = None, finish: str = "stop") -> Generation:
+    return Generation("g", (Choice(0, text, finish),), None, Usage(1, 1), Timing(0, 0, 0), schema)
+
+
+def test_an_answer_is_what_its_schema_says() -> None:
+    text = '{"city": "Rom"}'
+    assert answer(text, Place).parsed == Place(city="Rom")
+    assert answer("[1, 2]", TypeAdapter(tuple[int, ...])).parsed == (1, 2)
+    assert answer(text, {"type": "object"}).parsed == answer(text).parsed == {"city": "Rom"}
+    with pytest.raises(ValueError, match=r"not whole.*raise max_tokens"):
+        _ = answer('{"city": "Ro', Place, "length").parsed
+    with pytest.raises(ValueError, match="city"):
+        _ = answer('{"floors": 2}', Place).parsed
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
+        ({"schema": 5}, TypeError, "schema is a int"),
         ({"prompt": None}, ValueError, "either prompt"),
         ({"messages": "hi"}, ValueError, "either prompt"),
         ({"prompt": None, "messages": []}, ValueError, "messages is empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -101,13 +102,81 @@ def test_a_chat_field_that_would_change_the_answer_is_refused_by_name(field: str
     assert "does not support" in message
 
 
-def test_other_response_formats_than_text_are_refused() -> None:
-    body = {"model": "m", "messages": USER, "response_format": {"type": "json_object"}}
+SCHEMA = {"type": "object", "properties": {"schema": {"const": "json"}}}
 
-    message, param = refusal(ChatRequest, body)
 
-    assert param == "response_format.type"
-    assert "text" in message
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "text"),
+    [
+        ("response_format", {"type": "json_object"}, "json_schema", '{"type":"object"}'),
+        (
+            "response_format.json_schema.schema",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
+            "json_schema",
+            json.dumps(SCHEMA),
+        ),
+        ("guided_json", SCHEMA, "json_schema", json.dumps(SCHEMA)),
+        ("guided_json", json.dumps(SCHEMA), "json_schema", json.dumps(SCHEMA)),
+        ("guided_regex", "[a-z]+", "regex", "[a-z]+"),
+        ("guided_choice", ["a", 'b"\n'], "grammar", 'start: "a" | "b\\"\\n"'),
+        ("guided_grammar", 'start: "x"', "grammar", 'start: "x"'),
+        ("structured_outputs.json", {"json": SCHEMA}, "json_schema", json.dumps(SCHEMA)),
+        ("structured_outputs.regex", {"regex": "a"}, "regex", "a"),
+        ("structured_outputs.choice", {"choice": ["a"]}, "grammar", 'start: "a"'),
+        ("structured_outputs.grammar", {"grammar": "g"}, "grammar", "g"),
+        ("structured_outputs.json_object", {"json_object": True}, "json_schema", '{"type":"object"}'),
+    ],
+)
+def test_what_the_text_must_be_is_read_whichever_way_it_is_written(
+    field: str, value: object, kind: str, text: str
+) -> None:
+    name = field.partition(".")[0]
+    for model, body in (
+        (GenerateRequest, {"prompt": "hi"}),
+        (ChatRequest, {"model": "m", "messages": USER}),
+        (CompletionRequest, {"model": "m", "prompt": "hi"}),
+    ):
+        found = model.model_validate({**body, name: value}).grammar
+        assert found is not None
+        assert (found.param, found.grammar.kind, found.grammar.text) == (field, kind, text)
+        assert model.model_validate({**body, "response_format": {"type": "text"}}).grammar is None
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+            "goes with",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            "response_format.json_schema.schema",
+            "dictionary",
+        ),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "guided_json says what the text must be"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs.regex",
+            "response_format says",
+        ),
+        ({"guided_json": {"enum": ["x" * 300_000]}}, "guided_json", "262144"),
+        ({"guided_regex": "x" * 300_000}, "guided_regex", "262144"),
+        ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"guided_choice": ["a"] * 1025}, "guided_choice", "1024"),
+        ({"guided_choice": [""]}, "guided_choice[0]", "at least 1"),
+        ({"guided_json": [1]}, "guided_json", "dictionary"),
+        ({"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn", "does not know this field"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "guided_regex says where the text ends"),
+    ],
+)
+def test_what_the_text_must_be_is_checked(body: dict[str, Any], param: str, says: str) -> None:
+    message, found = refusal(GenerateRequest, {"prompt": "hi", **body})
+    assert found == param
+    assert says in message
 
 
 @pytest.mark.parametrize(("field", "value"), [("suffix", "end"), ("best_of", 2)])

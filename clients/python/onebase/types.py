@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class SamplingFields(TypedDict, total=False):
     """None, none. The log probability of each token, and those of this many alternatives."""
     echo: bool
     """False. Let the text begin with the prompt; with `logprobs`, also gives the prompt's."""
+    schema: object
+    """None, any text. The answer is JSON that keeps to this: a JSON schema, a pydantic model or a pydantic
+    TypeAdapter. `Generation.parsed` is then the value, or the model's instance."""
+    regex: str
+    """None, any text. Matches the whole answer."""
+    choices: Sequence[str]
+    """None, any text. The answer is one of these."""
+    grammar: str
+    """None, any text. What the answer keeps to, in Lark's notation or GBNF."""
     timeout_s: float | None
     """None, none. Seconds after which the server ends the request by itself."""
 
@@ -133,11 +143,39 @@ class Generation:
     """What answered: None is the base, `name@digest` an exact version, a tuple a weighted sum."""
     usage: Usage
     timing: Timing
+    schema: object = field(default=None, repr=False, compare=False)
+    """As it was asked for."""
 
     @property
     def text(self) -> str:
         """The text of the first choice."""
         return self.choices[0].text
+
+    @property
+    def parsed(self) -> Any:
+        """What the first choice's JSON says: an instance of the pydantic model that was given as `schema`, or
+        dicts, lists, strings and numbers.
+
+        Raises:
+            ValueError: it is not whole, since it ended by max_tokens, by a stop string or by the time; or
+                it was not asked for by a `schema` and is no JSON; or the model refuses it by a rule that
+                JSON schemas do not have.
+        """
+        choice = self.choices[0]
+        for method in ("model_validate_json", "validate_json"):
+            validate = getattr(self.schema, method, None)
+            if validate is not None:
+                break
+        else:
+            validate = json.loads
+        try:
+            return validate(choice.text)
+        except ValueError as error:
+            if choice.finish_reason == "stop":
+                raise
+            raise ValueError(
+                f"the answer is not whole (finish_reason {choice.finish_reason!r}): raise max_tokens"
+            ) from error
 
     @property
     def message(self) -> Message:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,12 +19,13 @@ from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
+from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
-from onebase_engine.engine.sampling import Drawn, draw_apart, score_tokens
+from onebase_engine.engine.sampling import Drawn, Mask, draw_apart, score_tokens
 from onebase_engine.engine.scheduler import Limits, NeverFitsError, Scheduler
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
@@ -95,8 +98,10 @@ class Engine:
         eos_ids: frozenset[int] = frozenset(),
         model: ServedModel | None = None,
         copy: Callable[[AdapterWeights], Copy] | None = None,
+        tokenizer: Path | None = None,
     ) -> None:
-        """`copy` starts a version's copy to the accelerator; by default as `copier` does for its kind."""
+        """`copy` starts a version's copy to the accelerator; by default as `copier` does for its kind.
+        `tokenizer`: the folder of the base's, without which no row can follow a grammar."""
         self._base = base
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
@@ -117,6 +122,12 @@ class Engine:
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self.counters = Counters()
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            places = limits.max_rows * (limits.draft_tokens + 1)
+            self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
+        self._opening: dict[str, list[tuple[protocol.Submit, AdapterMix]]] = {}
+        """By their grammar's key, requests whose grammar is being compiled."""
         self._packer = Packer(block_size, self.model.device, self.model.row_multiple)
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0
@@ -127,11 +138,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows)
+        return bool(self._rows or self._opening)
 
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's rows, or report at once why it can never run."""
-        if request.id in self._rows or request.n < 1:
+        opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
+        if request.id in self._rows or request.id in opening or request.n < 1:
             # Its events could not be distinguished from the first one's, which continues.
             logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
             return
@@ -142,19 +154,31 @@ class Engine:
             check_scores(request)
             check_weights(mix)
             self.versions.check(mix, self.slots.budget)
+            if request.grammar is not None and self._grammars is None:
+                raise NeverFitsError("grammar_refused", "grammar", "this engine has no tokenizer")
         except NeverFitsError as error:
-            for choice in range(request.n):
-                self._outputs.append(
-                    RowOutput(
-                        id=request.id,
-                        choice=choice,
-                        finish="error",
-                        error_code=error.code,
-                        error_message=str(error),
-                        error_param=error.param,
-                    )
-                )
+            self._refuse(request, error)
             return
+        if request.grammar is None or self._grammars is None:
+            self._admit(request, mix)
+        else:
+            key = self._grammars.open(request.grammar, request.n)
+            self._opening.setdefault(key, []).append((request, mix))
+
+    def _refuse(self, request: protocol.Submit, error: NeverFitsError) -> None:
+        for choice in range(request.n):
+            self._outputs.append(
+                RowOutput(
+                    id=request.id,
+                    choice=choice,
+                    finish="error",
+                    error_code=error.code,
+                    error_message=str(error),
+                    error_param=error.param,
+                )
+            )
+
+    def _admit(self, request: protocol.Submit, mix: AdapterMix, grammar: str | None = None) -> None:
         rows: list[Row] = []
         for choice in range(request.n):
             row = Row(
@@ -167,6 +191,7 @@ class Engine:
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
                 priority=request.priority,
+                grammar=grammar,
                 leader=rows[0] if rows else None,
             )
             self._arrivals += 1
@@ -174,8 +199,25 @@ class Engine:
             self.scheduler.add(row)
         self._rows[request.id] = rows
 
+    def _admit_compiled(self, timeout: float = 0.0) -> None:
+        """Queue the rows of requests whose grammar has been compiled, or report what is wrong with it."""
+        if self._grammars is None or not self._opening:
+            return
+        for key, error in self._grammars.arrived(timeout):
+            for request, mix in self._opening.pop(key, ()):
+                if error is None:
+                    self._admit(request, mix, key)
+                else:
+                    self._grammars.close(key, request.n)
+                    self._refuse(request, NeverFitsError("grammar_refused", "grammar", error))
+
     def cancel(self, message: protocol.Cancel) -> None:
         """End the request's rows that are still going; each yields its final event."""
+        for key, waiting in self._opening.items():
+            for request, mix in [one for one in waiting if one[0].id == message.id]:
+                # As rows that end at once.
+                waiting.remove((request, mix))
+                self._admit(request, mix, key)
         for row in list(self._rows.get(message.id, ())):
             if message.choice in (None, row.choice):
                 self._end(row, "cancelled")
@@ -204,12 +246,16 @@ class Engine:
         Raises:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
         """
+        self._admit_compiled()
         plan = self.scheduler.plan()
         if self._apply_moves():
             plan = plan.unfinished()
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
         if not plan:
-            self._staging.wait()
+            if self._opening:
+                self._admit_compiled(IDLE_SECONDS)
+            else:
+                self._staging.wait()
             return
         self.counters.steps += 1
         self._note_first_steps(plan)
@@ -290,12 +336,27 @@ class Engine:
         Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
         """
         batch = self._packer.pack(plan, self.slots.slot_of)
+        if self._grammars is not None:
+            self._grammars.ask(plan.segments)
         logits = self.model.forward(batch)
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         wanted = logits[: len(batch.sampled)]
-        drawn = iter(draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels))
+        masks = [] if self._grammars is None else self._masks_of(self._grammars, plan)
+        drawn = iter(draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks))
         rows = [segment for segment in plan.segments if segment.samples]
         return _Computed(plan, [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows], scores)
+
+    def _masks_of(self, grammars: Grammars, plan: Plan) -> list[Mask]:
+        """What each entry of `Batch.sampled` may be; nothing where no row follows a grammar."""
+        found = grammars.masks()
+        if not found:
+            return []
+        masks: list[Mask] = []
+        for segment in plan.segments:
+            if segment.samples:
+                mask = found.get(segment.row)
+                masks.extend(mask if isinstance(mask, np.ndarray) else [mask] * (1 + len(segment.draft)))
+        return masks
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
         """Of the prompt tokens after each of the segment's, or the row's own exception."""
@@ -438,6 +499,8 @@ class Engine:
 
     def _remove(self, row: Row) -> None:
         self.scheduler.finish(row)
+        if self._grammars is not None:
+            self._grammars.forget(row)
         siblings = self._rows[row.id]
         siblings.remove(row)
         if not siblings:

@@ -104,6 +104,14 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What a row's text must be: a JSON schema as JSON, a regular expression of all of it, or a grammar in
+    Lark's notation or GBNF."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Run one request; it becomes `n` rows that share the prompt."""
 
@@ -115,6 +123,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     tenant: str = "default"
     priority: int = 0
     """From -4 to 4: each step doubles the part of the engine that the rows may have. Beyond, it is cut."""
+    grammar: Grammar | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

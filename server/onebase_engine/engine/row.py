@@ -71,6 +71,8 @@ class Row:
     """Monotonic seconds."""
     tenant: str = "default"
     priority: int = 0
+    grammar: str | None = None
+    """Key of the grammar that its text follows."""
     leader: Row | None = None
     """The choice that prefills the shared prompt first, so that this row finds it in the prefix cache."""
     prompt_length: int = field(init=False)

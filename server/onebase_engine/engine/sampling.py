@@ -15,9 +15,13 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from onebase_engine.engine.grammars import GrammarError
 from onebase_engine.engine.messages import TokenLogprob
 from onebase_engine.engine.row import Ahead, Row
 from onebase_engine.kernels.interface import Draws, Kernels
+
+Mask = np.ndarray | GrammarError | None
+"""What a row's grammar lets it go on with, [words] int32: the lowest bit of the first is token 0."""
 
 _COLDEST = torch.finfo(torch.float32).tiny
 """Of temperatures above 0."""
@@ -46,17 +50,24 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 
 def draw(
-    logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int], kernels: Kernels
+    logits: torch.Tensor,
+    rows: Sequence[Row | Ahead],
+    eos_ids: frozenset[int],
+    kernels: Kernels,
+    masks: Sequence[Mask] = (),
 ) -> list[Drawn]:
-    """The next token of each row from raw logits [rows, vocab]."""
+    """The next token of each row from raw logits [rows, vocab]; `masks`: of each row, or none at all."""
     if not rows:
         return []
     own = list(logits)
     adjusted = [i for i, row in enumerate(rows) if _adjusts(row)]
     for i in adjusted:
         own[i] = _adjust(own[i].float().clone(), rows[i], eos_ids)
+    masked = {i: mask for i, mask in enumerate(masks) if isinstance(mask, np.ndarray)}
+    if masked:
+        _forbid(own, list(masked), np.stack(list(masked.values())))
     chosen = kernels.draw(own, _draws(rows))
-    for i in adjusted:
+    for i in {*adjusted, *masked}:
         # The row's own logits must be finite as well, those that were taken away included.
         chosen[i] = chosen[i] if bool(torch.isfinite(logits[i].amax())) else None
     scores: dict[int, TokenLogprob] = {}
@@ -67,7 +78,23 @@ def draw(
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs == top and chosen[i] is not None]
         tokens = [token for token in (chosen[i] for i in wanted) if token is not None]
         scores |= zip(wanted, score_tokens(logits[wanted], tokens, top), strict=True)
-    return [Drawn(token, scores.get(i)) for i, token in enumerate(chosen)]
+    drawn = [Drawn(token, scores.get(i)) for i, token in enumerate(chosen)]
+    for i, mask in enumerate(masks):
+        if isinstance(mask, GrammarError):
+            drawn[i] = Drawn(None, error=mask)
+    return drawn
+
+
+def _forbid(own: list[torch.Tensor], rows: Sequence[int], masks: np.ndarray) -> None:
+    """Take from these of the rows' logits what their masks [rows, words] do not allow."""
+    vocabulary = len(own[rows[0]])
+    allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little", count=vocabulary)
+    for i, bits in zip(rows, allowed, strict=True):
+        forbidden = torch.from_numpy(bits == 0).to(own[i].device)
+        own[i] = own[i].masked_fill(forbidden, -torch.inf)
+        if not bool(torch.isfinite(own[i].amax())) and bits.any():
+            # min_tokens took what the grammar ends with, or a bias did: the grammar is what holds.
+            own[i] = torch.zeros_like(own[i]).masked_fill(forbidden, -torch.inf)
 
 
 def _draws(rows: Sequence[Row | Ahead]) -> Draws:
@@ -88,7 +115,11 @@ def _draws(rows: Sequence[Row | Ahead]) -> Draws:
 
 
 def draw_apart(
-    logits: torch.Tensor, rows: Sequence[Row | Ahead], eos_ids: frozenset[int], kernels: Kernels
+    logits: torch.Tensor,
+    rows: Sequence[Row | Ahead],
+    eos_ids: frozenset[int],
+    kernels: Kernels,
+    masks: Sequence[Mask] = (),
 ) -> list[Drawn]:
     """`draw`, but an exception is that of the row which raises it: the others get their tokens.
 
@@ -96,13 +127,16 @@ def draw_apart(
         torch.AcceleratorError, or what every one of several rows raises: it is nobody's in particular.
     """
     try:
-        return draw(logits, rows, eos_ids, kernels)
+        return draw(logits, rows, eos_ids, kernels, masks)
     except torch.AcceleratorError:
         raise
     except Exception as error:
         if len({getattr(row, "row", row) for row in rows}) == 1:
             return [Drawn(None, error=error) for _ in rows]
-        apart = [draw_apart(logits[i : i + 1], [row], eos_ids, kernels)[0] for i, row in enumerate(rows)]
+        apart = [
+            draw_apart(logits[i : i + 1], [row], eos_ids, kernels, masks[i : i + 1])[0]
+            for i, row in enumerate(rows)
+        ]
         if all(drawn.error is not None for drawn in apart):
             raise
         return apart

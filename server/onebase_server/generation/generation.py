@@ -10,10 +10,16 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from onebase_engine.engine.messages import RowOutput, Sampling, Submit, TokenLogprob
+from onebase_engine.engine.messages import Grammar, RowOutput, Sampling, Submit, TokenLogprob
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
-from onebase_server.errors import ClientGoneError, OneBaseError, RowFailedError, UnavailableError
+from onebase_server.errors import (
+    ClientGoneError,
+    InvalidRequestError,
+    OneBaseError,
+    RowFailedError,
+    UnavailableError,
+)
 from onebase_server.generation.stream import Choice, Inflight, Piece, TokenInfo, Usage, prompt_token_infos
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
@@ -47,6 +53,9 @@ class Job:
     expected_tokens: int = 0
     """Of a choice: max_tokens, or what is usual where the caller set none. Quotas set it aside."""
     priority: int = 0
+    grammar: Grammar | None = None
+    grammar_param: str = ""
+    """The field of the request that says it."""
 
     @property
     def choices(self) -> int:
@@ -219,6 +228,7 @@ class Generation:
             n=job.n,
             tenant=job.tenant,
             priority=job.priority,
+            grammar=job.grammar,
         )
 
     def _choice(self, index: int) -> Choice:
@@ -243,7 +253,7 @@ class Generation:
             return []
         self._measure(output, prompt)
         if output.finish == "error":
-            raise _row_error(output)
+            raise _row_error(output, self.job)
         before = choice.completion_tokens
         piece = choice.feed(output)
         self.usage.completion += choice.completion_tokens - before
@@ -300,7 +310,10 @@ async def in_time(deadline: float | None) -> AsyncIterator[None]:
         ) from error
 
 
-def _row_error(output: RowOutput) -> OneBaseError:
+def _row_error(output: RowOutput, job: Job) -> OneBaseError:
+    if output.error_code == "grammar_refused":
+        message = f"{job.grammar_param}: {output.error_message}. Change it, or leave it out."
+        return InvalidRequestError(message, param=job.grammar_param, code="grammar_refused")
     return RowFailedError(
         output.error_message or "The engine ended this request with an error.",
         code=output.error_code or "engine_error",

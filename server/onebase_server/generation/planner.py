@@ -213,11 +213,14 @@ class Planner:
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
         sampling = _sampling(body, base, wanted)
+        guide = body.grammar
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return Job(
             id=new_id(wanted.kind),
             tenant=caller.tenant,
             priority=caller.priority,
+            grammar=None if guide is None else guide.grammar,
+            grammar_param="" if guide is None else guide.param,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,

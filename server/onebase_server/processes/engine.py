@@ -214,6 +214,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         slot_memory=slot_memory,
         eos_ids=eos_ids(base),
         model=model,
+        tokenizer=Path(config.base_folder),
     )
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
     warm_up(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from types import TracebackType
 from typing import Unpack
@@ -138,7 +139,8 @@ class AsyncClient:
             TypeError, ValueError: an argument is wrong; nothing was sent.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=False)
-        return await self._http.ask(call, parse.generation)
+        answer = await self._http.ask(call, parse.generation)
+        return replace(answer, schema=sampling.get("schema"))
 
     async def chat(
         self, messages: Messages, *, adapter: AdapterSpec = None, **sampling: Unpack[SamplingFields]
@@ -175,7 +177,7 @@ class AsyncClient:
             As `generate`, on entering; StreamError while iterating.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
-        return AsyncStream(lambda: self._http.open(call))
+        return AsyncStream(lambda: self._http.open(call), schema=sampling.get("schema"))
 
     async def usage(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from types import TracebackType
 
 import anyio
@@ -23,8 +24,8 @@ class AsyncStream(AnswerView):
     request on the server.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[AsyncResponse]]) -> None:
-        super().__init__()
+    def __init__(self, connect: Callable[[], Awaitable[AsyncResponse]], schema: object = None) -> None:
+        super().__init__(schema)
         self._connect = connect
         self._response: AsyncResponse | None = None
         self._pieces: AsyncGenerator[Piece, None] | None = None
@@ -76,7 +77,7 @@ class AsyncStream(AnswerView):
                 raise broken(error) from error
         finally:
             await response.close()
-        self._result = self._assembler.result()
+        self._result = replace(self._assembler.result(), schema=self._schema)
 
 
 class AsyncEventStream(EventsView):

@@ -18,6 +18,12 @@ Sent: TypeAlias = Callable[[int, int], object]
 _ALWAYS: Final = frozenset({429, 503})
 _FROM_A_PROXY: Final = frozenset({502, 504})
 _PAGE: Final = 100
+_ON_THE_WIRE: Final = {
+    "schema": "guided_json",
+    "regex": "guided_regex",
+    "choices": "guided_choice",
+    "grammar": "guided_grammar",
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,27 @@ def sampling_body(sampling: SamplingFields) -> Body:
         value = body.get(name)
         if isinstance(value, Sequence) and not isinstance(value, str):
             body[name] = list(value)
-    return body
+    if body.get("schema") is not None:
+        body["schema"] = schema_body(body["schema"])
+    if isinstance(body.get("choices"), Sequence) and not isinstance(body["choices"], str):
+        body["choices"] = list(sampling["choices"])
+    return {_ON_THE_WIRE.get(name, name): value for name, value in body.items()}
+
+
+def schema_body(schema: object) -> object:
+    """A JSON schema as JSON: as it was given, or that of a pydantic model or TypeAdapter.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    for method in ("model_json_schema", "json_schema"):
+        describe = getattr(schema, method, None)
+        if callable(describe):
+            return describe()
+    if not isinstance(schema, Mapping):
+        given = type(schema).__name__
+        raise TypeError(f"schema is a {given}: give a dict, a pydantic model or a pydantic TypeAdapter")
+    return dict(schema)
 
 
 def encode(body: Body) -> bytes:

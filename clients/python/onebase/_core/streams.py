@@ -116,7 +116,8 @@ def broken(error: OneBaseError) -> StreamError:
 class AnswerView:
     """A streamed answer: what has come so far, and the whole in the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: object = None) -> None:
+        self._schema = schema
         self._assembler = Assembler()
         self._result: Generation | None = None
 

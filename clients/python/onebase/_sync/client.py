@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from types import TracebackType
 from typing import Unpack
@@ -139,7 +140,8 @@ class Client:
             TypeError, ValueError: an argument is wrong; nothing was sent.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=False)
-        return self._http.ask(call, parse.generation)
+        answer = self._http.ask(call, parse.generation)
+        return replace(answer, schema=sampling.get("schema"))
 
     def chat(
         self, messages: Messages, *, adapter: AdapterSpec = None, **sampling: Unpack[SamplingFields]
@@ -176,7 +178,7 @@ class Client:
             As `generate`, on entering; StreamError while iterating.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
-        return Stream(lambda: self._http.open(call))
+        return Stream(lambda: self._http.open(call), schema=sampling.get("schema"))
 
     def usage(
         self,

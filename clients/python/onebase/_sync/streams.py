@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from types import TracebackType
 
 from .._core.requests import Call
@@ -23,8 +24,8 @@ class Stream(AnswerView):
     request on the server.
     """
 
-    def __init__(self, connect: Callable[[], Response]) -> None:
-        super().__init__()
+    def __init__(self, connect: Callable[[], Response], schema: object = None) -> None:
+        super().__init__(schema)
         self._connect = connect
         self._response: Response | None = None
         self._pieces: Generator[Piece, None, None] | None = None
@@ -76,7 +77,7 @@ class Stream(AnswerView):
                 raise broken(error) from error
         finally:
             response.close()
-        self._result = self._assembler.result()
+        self._result = replace(self._assembler.result(), schema=self._schema)
 
 
 class EventStream(EventsView):

@@ -60,11 +60,11 @@ def run(command: str, argv: list[str]) -> int:
     add_answer_options(made)
     args = made.parse_args(argv)
     try:
-        client, adapter = client_of(args), adapter_of(args.adapter)
+        client, adapter, sampling = client_of(args), adapter_of(args.adapter), sampling_of(args)
     except ValueError as error:
         made.error(str(error))
     with client:
-        conversation = Conversation(client, adapter, args.system, sampling_of(args))
+        conversation = Conversation(client, adapter, args.system, sampling)
         return _interactive(client, conversation) if sys.stdin.isatty() else _piped(client, conversation)
 
 

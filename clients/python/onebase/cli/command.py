@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final, NoReturn, cast
 
 from .._core.config import Timeout
@@ -123,13 +124,40 @@ def add_answer_options(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
     )
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--schema", metavar="FILE", help="the answer is JSON that keeps to this JSON schema")
+    form.add_argument("--regex", metavar="REGEX", help="matches the whole answer")
+    form.add_argument(
+        "--choice", action="append", metavar="TEXT", help="the answer is one of these; to be repeated"
+    )
+    form.add_argument("--grammar", metavar="FILE", help="a grammar of the answer, in Lark's notation or GBNF")
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingFields:
-    """The sampling fields that were given."""
-    names = [name.replace("-", "_") for name, *_ in _SAMPLING] + ["stop"]
+    """The sampling fields that were given.
+
+    Raises:
+        ValueError: a file cannot be read, or is no JSON.
+    """
+    names = [name.replace("-", "_") for name, *_ in _SAMPLING] + ["stop", "regex"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.choice:
+        given["choices"] = args.choice
+    if args.grammar is not None:
+        given["grammar"] = _text_of("grammar", args.grammar)
+    if args.schema is not None:
+        try:
+            given["schema"] = json.loads(_text_of("schema", args.schema))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"schema: {args.schema} is not JSON: {error}") from error
     return cast(SamplingFields, given)
+
+
+def _text_of(option: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: {file} cannot be read: {error}") from error
 
 
 def adapter_of(terms: Sequence[str]) -> str | tuple[AdapterWeight, ...] | None:

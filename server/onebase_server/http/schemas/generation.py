@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -11,9 +14,12 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     model_validator,
 )
+
+from onebase_engine.engine.messages import Grammar
 
 MAX_N = 128
 MAX_STOPS = 16
@@ -28,6 +34,9 @@ MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 4_000_000
 MAX_TOKENS = 1_000_000
 MAX_NAME = 200
+MAX_CHOICES = 1024
+MAX_CHOICE_CHARACTERS = 4096
+MAX_GRAMMAR_CHARACTERS = 256 * 1024
 SEED_BITS = 63
 UNKNOWN_FIELD = "this server does not know this field. Remove it"
 
@@ -49,6 +58,8 @@ Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeVali
 
 _ONE, _LIST = Tag("one-value"), Tag("a-list")
 """Parts of an error's location that name no field: they are no identifiers."""
+_OBJECT = Tag("an-object")
+_TEXT_OR_OBJECT = Discriminator(lambda value: (_ONE if isinstance(value, str) else _OBJECT).tag)
 _BY_KIND = Discriminator(lambda value: (_LIST if isinstance(value, list) else _ONE).tag)
 """A plain union would try both kinds, and collect an error for each item of a list under each."""
 
@@ -63,8 +74,9 @@ class Wire(BaseModel):
     def _refuse_unknown(cls, value: Any) -> Any:
         """At the first one: pydantic would collect an error for each of a hundred thousand."""
         if isinstance(value, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
             for key in value:
-                if key not in cls.model_fields:
+                if key not in known:
                     raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
         return value
 
@@ -77,6 +89,46 @@ class AdapterTerm(Wire):
 
 
 AdapterTerms = Annotated[list[AdapterTerm], Field(min_length=1, max_length=MAX_ADAPTER_TERMS, fail_fast=True)]
+
+
+JsonSchema = dict[str, JsonValue]
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
+ChoiceText = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
+ChoiceTexts = Annotated[list[ChoiceText], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+
+class NamedSchema(Wire):
+    """OpenAI's wrapping of a JSON schema. It is always kept to, whatever `strict` says."""
+
+    name: Name | None = None
+    description: str | None = None
+    schema_: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    """What the text must be: anything, a JSON object, or JSON that a schema describes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise FieldError("json_schema", "json_schema goes with type json_schema, and only with it")
+        return self
+
+
+class StructuredOutputs(Wire):
+    """vLLM's newer way to write the guided_ fields. One of them is given."""
+
+    json_: Annotated[Annotated[str, _ONE] | Annotated[JsonSchema, _OBJECT], _TEXT_OR_OBJECT] | None = Field(
+        default=None, alias="json"
+    )
+    regex: GrammarText | None = None
+    choice: ChoiceTexts | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
 
 
 class SamplingFields(Wire):
@@ -107,6 +159,14 @@ class SamplingFields(Wire):
         default=None, gt=0, description="seconds; then finish_reason is cancelled"
     )
     adapter: Annotated[Annotated[Name, _ONE] | Annotated[AdapterTerms, _LIST], _BY_KIND] | None = None
+    response_format: ResponseFormat | None = Field(default=None, description="what the text must be")
+    guided_json: Annotated[Annotated[str, _ONE] | Annotated[JsonSchema, _OBJECT], _TEXT_OR_OBJECT] | None = (
+        Field(default=None, description="a JSON schema that the text keeps to")
+    )
+    guided_regex: GrammarText | None = Field(default=None, description="matches the whole text")
+    guided_choice: ChoiceTexts | None = Field(default=None, description="the text is one of these")
+    guided_grammar: GrammarText | None = Field(default=None, description="in Lark's notation, or GBNF")
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _check_shared(self) -> Self:
@@ -120,7 +180,41 @@ class SamplingFields(Wire):
                 )
         if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise FieldError("min_tokens", f"min_tokens is over max_tokens ({self.max_tokens})")
+        if self.grammar is not None and self.ignore_eos:
+            raise FieldError("ignore_eos", f"{self.grammar.param} says where the text ends; leave one out")
         return self
+
+    @cached_property
+    def grammar(self) -> GrammarField | None:
+        """What the text must be, whichever way it was written.
+
+        Raises:
+            FieldError: it is written in two ways, or it is too long.
+        """
+        outputs, wanted = self.structured_outputs, self.response_format
+        schema = wanted.json_schema.schema_ if wanted is not None and wanted.json_schema is not None else None
+        inside = outputs or StructuredOutputs()
+        given = {
+            "response_format": _ANY_OBJECT if wanted is not None and wanted.type == "json_object" else None,
+            "response_format.json_schema.schema": _of_schema(schema),
+            "guided_json": _of_schema(self.guided_json),
+            "guided_regex": _of("regex", self.guided_regex),
+            "guided_choice": _of_choice(self.guided_choice),
+            "guided_grammar": _of("grammar", self.guided_grammar),
+            "structured_outputs.json": _of_schema(inside.json_),
+            "structured_outputs.regex": _of("regex", inside.regex),
+            "structured_outputs.choice": _of_choice(inside.choice),
+            "structured_outputs.grammar": _of("grammar", inside.grammar),
+            "structured_outputs.json_object": _ANY_OBJECT if inside.json_object else None,
+        }
+        found = [GrammarField(param, grammar) for param, grammar in given.items() if grammar is not None]
+        if len(found) > 1:
+            raise FieldError(found[1].param, f"{found[0].param} says what the text must be; leave one out")
+        if not found:
+            return None
+        if len(found[0].grammar.text) > MAX_GRAMMAR_CHARACTERS:
+            raise FieldError(found[0].param, f"has more than {MAX_GRAMMAR_CHARACTERS} characters as JSON")
+        return found[0]
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -128,6 +222,33 @@ class SamplingFields(Wire):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True)
+class GrammarField:
+    """What a text must be, and the field that said so."""
+
+    param: str
+    grammar: Grammar
+
+
+_ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
+
+
+def _of(kind: Literal["regex", "grammar"], text: str | None) -> Grammar | None:
+    return None if text is None else Grammar(kind, text)
+
+
+def _of_schema(schema: JsonSchema | str | None) -> Grammar | None:
+    if schema is None:
+        return None
+    return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+
+
+def _of_choice(choices: Sequence[str] | None) -> Grammar | None:
+    if choices is None:
+        return None
+    return Grammar("grammar", "start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
 class FieldError(ValueError):

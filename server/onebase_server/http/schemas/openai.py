@@ -6,7 +6,7 @@ nothing are accepted and ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -59,10 +59,6 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Padding against traffic analysis; accepted, never sent."""
-
-
-class ResponseFormat(Wire):
-    type: Literal["text"]
 
 
 class OpenAIRequest(SamplingFields):
@@ -138,7 +134,6 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    response_format: ResponseFormat | None = None
 
     neutral: ClassVar = {
         "tools": ([],),

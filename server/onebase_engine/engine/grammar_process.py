@@ -1,0 +1,224 @@
+"""The process that follows grammars: `python -m onebase_engine.engine.grammar_process`. See `grammars.py`.
+
+What it compiles comes from anybody, so it holds nothing: no base, no key, no way to the network but one
+socket, and a limit on its memory. It writes masks into memory that it shares with the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from onebase_engine.engine.grammars import (
+    COMPILING,
+    MASK_BYTES,
+    WHITESPACE,
+    Compile,
+    Compiled,
+    Masks,
+    Started,
+    Want,
+    request_decoder,
+)
+from onebase_engine.engine.messages import FrameReader, Grammar, encode
+
+MEMORY_BYTES = 4 << 30
+"""Of addresses: beyond it the process ends, and whoever asked for too much is found."""
+KEPT_BYTES = 256 << 20
+"""What grammars may take that nobody uses at the moment."""
+KEPT_GRAMMARS = 1000
+MOST_BYTES = 1 << 30
+"""What all of them may take."""
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """The grammars that are compiled, and where in its own each row is."""
+
+    def __init__(self, tokenizer: Any, masks: np.ndarray, before: int) -> None:
+        import llguidance
+
+        self._library = llguidance
+        self._tokenizer = tokenizer
+        self._masks = masks
+        self._executor = llguidance.LLExecutor()
+        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._used: set[str] = set()
+        self._rows: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._before = before
+
+    def compile(self, key: str, grammar: Grammar) -> str | None:
+        """Compile and keep a grammar; what is wrong with it, if anything is."""
+        with self._lock:
+            self._used.add(key)
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return None
+        try:
+            matcher = self._library.LLMatcher(
+                self._tokenizer, self._source(grammar), log_level=0, limits=self._limits
+            )
+        except ValueError as error:
+            return _first_line(str(error))
+        if matcher.is_error():
+            return _first_line(str(matcher.get_error()))
+        with self._lock:
+            self._compiled[key] = matcher
+            self._let_go()
+            if self._taken() > MOST_BYTES:
+                del self._compiled[key]
+                return "the grammars that are in use take all the memory that they may: try it later"
+        return None
+
+    def _source(self, grammar: Grammar) -> str:
+        matcher = self._library.LLMatcher
+        if grammar.kind == "json_schema":
+            # Without a limit a small base goes on with spaces for ever.
+            return str(
+                matcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
+            )
+        if grammar.kind == "regex":
+            return str(matcher.grammar_from_regex(grammar.text))
+        return str(self._library.grammar_from("grammar", grammar.text))
+
+    def _let_go(self) -> None:
+        """Of grammars that nobody uses, the one that was not asked for the longest, until they fit."""
+        idle = [key for key in self._compiled if key not in self._used]
+        while idle and (self._taken() > KEPT_BYTES or len(idle) > KEPT_GRAMMARS):
+            del self._compiled[idle.pop(0)]
+            with suppress(OSError, AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
+
+    def _taken(self) -> int:
+        return resident_bytes() - self._before
+
+    def forget(self, rows: list[int], keys: list[str]) -> None:
+        for row in rows:
+            self._rows.pop(row, None)
+        with self._lock:
+            self._used.difference_update(keys)
+            self._let_go()
+
+    def mask(self, want: Want) -> dict[int, str]:
+        """Write what may come next in each row, and after each token of its draft; errors by row."""
+        errors: dict[int, str] = {}
+        going = []
+        for row, key, tokens, draft, place in want.rows:
+            if row not in self._rows:
+                with self._lock:
+                    known = self._compiled.get(key)
+                if known is None:
+                    errors[row] = "its grammar was not compiled"
+                    continue
+                self._rows[row] = known.deep_copy()
+            matcher = self._rows[row]
+            if tokens:
+                matcher.consume_tokens(tokens)
+            self._masks[place : place + len(draft) + 1] = -1
+            going.append((row, matcher, place, draft))
+        memory = self._masks.ctypes.data, self._masks.shape[1] * MASK_BYTES, len(self._masks)
+        plain = [(matcher, place) for _, matcher, place, draft in going if not draft]
+        # Beyond a token of the draft that is not allowed nothing is written, and nothing is taken from there.
+        drafted = [(matcher, place, draft) for _, matcher, place, draft in going if draft]
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, *memory)
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *memory)
+        for row, matcher, _, _ in going:
+            if matcher.is_error():
+                errors[row] = _first_line(str(matcher.get_error()))
+        return errors
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def _first_line(message: str) -> str:
+    return (message.strip() or "it cannot be followed").splitlines()[0][:300]
+
+
+def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
+    """Which bytes each token of a base stands for.
+
+    Raises:
+        ValueError: they cannot be found out.
+    """
+    import llguidance
+
+    file = folder / "tokenizer.json"
+    if file.exists():
+        return llguidance.LLTokenizer(str(file), n_vocab=vocabulary, eos_token=eos_ids)
+    import llguidance.hf
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return llguidance.hf.from_tokenizer(made, n_vocab=vocabulary, eos_token=eos_ids)
+
+
+def serve(sock: socket.socket, follower: Follower) -> None:
+    """Answer until the engine closes the socket."""
+    lock = threading.Lock()
+    pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
+    reader, decoder = FrameReader(), request_decoder()
+
+    def say(message: msgspec.Struct) -> None:
+        with lock, suppress(OSError):
+            sock.sendall(encode(message))
+
+    def compile_one(order: Compile) -> None:
+        say(Compiled(order.key, follower.compile(order.key, order.grammar)))
+
+    say(Started())
+    while data := sock.recv(1 << 16):
+        for payload in reader.feed(data):
+            message = decoder.decode(payload)
+            if isinstance(message, Want):
+                say(Masks(message.number, follower.mask(message)))
+            elif isinstance(message, Compile):
+                pool.submit(compile_one, message)
+            else:
+                follower.forget(message.rows, message.keys)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="OneBase grammar process; the engine starts it.")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the engine")
+    parser.add_argument("--masks-fd", type=int, required=True, help="file descriptor of the masks' memory")
+    parser.add_argument("--settings", required=True, help="JSON: folder, vocabulary, eos_ids, places, words")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s grammars %(message)s", stream=sys.stderr)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    settings = json.loads(arguments.settings)
+    shape = settings["places"], settings["words"]
+    memory = mmap.mmap(arguments.masks_fd, shape[0] * shape[1] * MASK_BYTES)
+    masks = np.frombuffer(memory, dtype=np.int32).reshape(shape)
+    tokenizer = load_tokenizer(Path(settings["folder"]), settings["vocabulary"], settings["eos_ids"])
+    with socket.socket(fileno=arguments.fd) as sock:
+        serve(sock, Follower(tokenizer, masks, resident_bytes()))
+    os._exit(0)  # whatever is still being compiled
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""Grammars that rows follow: a JSON schema, a regular expression, a grammar in Lark's or GBNF's notation.
+
+A process of its own (`grammar_process.py`) compiles them with llguidance and computes, next to the forward
+pass, which tokens may come next. Grammars come from anybody: one that hangs or kills that process costs its
+own requests an answer, and the others the moment that a new process takes to come to where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from onebase_engine.engine.messages import FrameReader, Grammar, encode
+from onebase_engine.engine.row import Row, Segment
+from onebase_engine.environment import computing_environment
+
+MASK_BYTES = 4
+"""Of an entry of a mask: 32 tokens, the first in the lowest bit."""
+WHITESPACE = r"[ \n\r\t]{0,64}"
+"""Between two parts of a JSON text."""
+START_SECONDS = 120.0
+COMPILING = 2
+"""Grammars at once: a slow one lets others pass."""
+COMPILE_SECONDS = 10.0
+MASK_SECONDS = 5.0
+"""What one grammar may take, in which everybody else's are waited for too."""
+IDLE_SECONDS = 0.01
+PROGRAM = ("-m", "onebase_engine.engine.grammar_process")
+DEATHS = 2
+REMEMBERED = 1000
+"""Grammars that ended a process, which are not tried again."""
+
+logger = logging.getLogger(__name__)
+
+
+# ---- what is said to the process, and what it answers ------------------------------------------
+
+
+class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    key: str
+    grammar: Grammar
+
+
+class Want(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Masks of one step. A row: its number, its grammar's key, what it has more than last time, its draft,
+    and where in the shared memory its first mask goes; those after each token of the draft follow."""
+
+    number: int
+    rows: list[tuple[int, str, list[int], list[int], int]]
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Rows that have ended, and keys of grammars that nobody uses at the moment."""
+
+    rows: list[int]
+    keys: list[str]
+
+
+class Started(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """It knows the tokenizer, and takes orders."""
+
+
+class Compiled(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    key: str
+    error: str | None
+
+
+class Masks(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    number: int
+    errors: dict[int, str]
+
+
+def request_decoder() -> msgspec.msgpack.Decoder[Compile | Want | Forget]:
+    return msgspec.msgpack.Decoder(Compile | Want | Forget)
+
+
+_answers = msgspec.msgpack.Decoder(Started | Compiled | Masks)
+
+
+class GrammarError(Exception):
+    """A row cannot go on as its grammar says."""
+
+
+class _GoneError(Exception):
+    """The process has died, or did not answer in time."""
+
+
+class Grammars:
+    """Those of one engine. Not thread-safe. The process begins with the first grammar.
+
+    Args:
+        folder: the base's, whose tokenizer says which text a token stands for.
+        vocabulary: logits of a row.
+        places: rows and tokens of drafts in one step.
+    """
+
+    def __init__(self, folder: Path, vocabulary: int, eos_ids: Iterable[int], places: int) -> None:
+        self._masks = np.zeros((places, -(-vocabulary // 32)), dtype=np.int32)
+        """[places, words], which the process writes once there is one."""
+        self._settings = {
+            "folder": str(folder),
+            "vocabulary": vocabulary,
+            "eos_ids": sorted(eos_ids),
+            "places": places,
+            "words": self._masks.shape[1],
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._reader = FrameReader()
+        self._users: dict[str, int] = {}
+        self._grammars: dict[str, Grammar] = {}
+        self._compiled: set[str] = set()
+        self._asked: OrderedDict[str, float] = OrderedDict()
+        """What is being compiled, and until when."""
+        self._waiting: list[str] = []
+        """What is compiled once nothing else is, since a process died when it was to compile them."""
+        self._deaths: dict[str, int] = {}
+        """Of processes that had nothing else to compile."""
+        self._ready = False
+        self._ended_one: OrderedDict[str, str] = OrderedDict()
+        self._arrived: list[tuple[str, str | None]] = []
+        self._told: dict[int, int] = {}
+        """Tokens of each row that the process knows."""
+        self._number = 0
+        self._wanted: list[tuple[Row, Segment, int]] = []
+
+    # ---- compiling --------------------------------------------------------------------------
+
+    def open(self, grammar: Grammar, rows: int) -> str:
+        """Have it compiled, once for all who use it; `arrived` says when it is. Its key.
+
+        Each row is to be given to `forget`, or the key as often to `close`.
+        """
+        key = blake2b(f"{grammar.kind}\n{grammar.text}".encode(), digest_size=16).hexdigest()
+        self._users[key] = self._users.get(key, 0) + rows
+        self._grammars[key] = grammar
+        if key in self._ended_one:
+            self._arrived.append((key, self._ended_one[key]))
+        elif key not in self._asked and key not in self._waiting:
+            self._compile(key)
+        return key
+
+    def close(self, key: str, rows: int = 1) -> None:
+        """So many rows less follow it."""
+        self._users[key] -= rows
+        if not self._users[key]:
+            del self._users[key], self._grammars[key]
+            self._deaths.pop(key, None)
+            if key in self._compiled:
+                self._compiled.discard(key)
+                self._let_go([], [key])
+
+    def arrived(self, timeout: float = 0.0) -> list[tuple[str, str | None]]:
+        """Keys that have been compiled since the last call, and what is wrong with them, if anything is."""
+        if self._asked:
+            try:
+                self._receive(timeout)
+                self._check_time()
+            except _GoneError as error:
+                self._stop(error)
+                self._go_on()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _compile(self, key: str) -> None:
+        self._asked[key] = time.monotonic() + (COMPILE_SECONDS if self._ready else START_SECONDS)
+        try:
+            self._say(Compile(key, self._grammars[key]))
+        except _GoneError as error:
+            self._stop(error)
+            self._go_on()
+
+    def _check_time(self) -> None:
+        """Raise _GoneError where something takes too long, and refuse what does."""
+        now = time.monotonic()
+        late = [key for key in list(self._asked)[:COMPILING] if now > self._asked[key]]
+        if not late:
+            return
+        reason = f"took more than {COMPILE_SECONDS:g} s" if self._ready else "did not start"
+        for key in late:
+            del self._asked[key]
+            self._refuse(key, reason)
+        raise _GoneError(reason)
+
+    def _refuse(self, key: str, reason: str) -> None:
+        message = f"the process that compiles it {reason}"
+        self._arrived.append((key, message))
+        if self._ready:
+            self._ended_one[key] = message
+            if len(self._ended_one) > REMEMBERED:
+                self._ended_one.popitem(last=False)
+
+    def _go_on(self) -> None:
+        """Compile what waits, one at a time: so it is seen which of them a process dies of."""
+        while self._waiting and not self._asked:
+            key = self._waiting.pop(0)
+            if key in self._grammars:
+                self._compile(key)
+
+    # ---- masks ------------------------------------------------------------------------------
+
+    def ask(self, segments: Iterable[Segment]) -> None:
+        """Have the masks computed of those that get a token and follow a grammar."""
+        self._wanted = []
+        place = 0
+        for segment in segments:
+            if segment.row.grammar is not None and segment.samples:
+                self._wanted.append((segment.row, segment, place))
+                place += len(segment.draft) + 1
+        if self._wanted:
+            with suppress(_GoneError):
+                self._want(self._wanted)
+
+    def masks(self) -> dict[Row, np.ndarray | GrammarError]:
+        """Of what `ask` was asked: [1 + draft, words] int32, valid until the next `ask`."""
+        if not self._wanted:
+            return {}
+        try:
+            return self._take(self._wanted)
+        except _GoneError as error:
+            logger.error("the process that follows grammars %s; each row is tried alone", error)
+            self._stop(error)
+        found: dict[Row, np.ndarray | GrammarError] = {}
+        for one in self._wanted:
+            found |= self._alone(one)
+        self._go_on()
+        return found
+
+    def forget(self, row: Row) -> None:
+        """It has ended."""
+        if row.grammar is not None:
+            if self._told.pop(row.arrival, None) is not None:
+                self._let_go([row.arrival], [])
+            self.close(row.grammar)
+
+    def _let_go(self, rows: list[int], keys: list[str]) -> None:
+        if self._socket is not None:
+            with suppress(_GoneError):
+                self._say(Forget(rows, keys))
+
+    def _alone(self, one: tuple[Row, Segment, int]) -> dict[Row, np.ndarray | GrammarError]:
+        try:
+            self._want([one])
+            return {
+                row: mask.copy() if isinstance(mask, np.ndarray) else mask
+                for row, mask in self._take([one]).items()
+            }
+        except _GoneError as error:
+            self._stop(error)
+            return {one[0]: GrammarError(f"the process that follows its grammar {error}")}
+
+    def _want(self, wanted: Sequence[tuple[Row, Segment, int]]) -> None:
+        rows = []
+        self._number += 1
+        for row, segment, place in wanted:
+            key = row.grammar or ""
+            if key not in self._compiled:
+                # A new process, which has to know it first; what comes after it waits in the socket.
+                self._recompile(key)
+            told = row.prompt_length + self._told.get(row.arrival, 0)
+            rows.append((row.arrival, key, row.tokens[told:], list(segment.draft), place))
+        self._say(Want(self._number, rows))
+        for row, _, _ in wanted:
+            self._told[row.arrival] = row.generated
+
+    def _recompile(self, key: str) -> None:
+        self._say(Compile(key, self._grammars[key]))
+        deadline = time.monotonic() + START_SECONDS
+        while key not in self._compiled:
+            before = self._ready
+            self._receive(deadline - time.monotonic())
+            if self._ready and not before:
+                deadline = time.monotonic() + COMPILE_SECONDS
+            if time.monotonic() > deadline:
+                raise _GoneError("does not answer")
+
+    def _take(self, wanted: Sequence[tuple[Row, Segment, int]]) -> dict[Row, np.ndarray | GrammarError]:
+        deadline = time.monotonic() + MASK_SECONDS
+        while (answer := self._receive(deadline - time.monotonic())) is None:
+            if time.monotonic() > deadline:
+                raise _GoneError("does not answer")
+        return {
+            row: GrammarError(answer.errors[row.arrival])
+            if row.arrival in answer.errors
+            else self._masks[place : place + len(segment.draft) + 1]
+            for row, segment, place in wanted
+        }
+
+    # ---- the process ------------------------------------------------------------------------
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        size = self._masks.nbytes
+        memory = os.memfd_create("masks")
+        try:
+            os.ftruncate(memory, size)
+            shared = np.frombuffer(mmap.mmap(memory, size), dtype=np.int32)
+            self._masks = shared.reshape(self._masks.shape)
+            options = ("--fd", str(theirs.fileno()), "--masks-fd", str(memory),
+                       "--settings", json.dumps(self._settings))  # fmt: skip
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", *PROGRAM, *options],
+                pass_fds=(theirs.fileno(), memory),
+                stdin=subprocess.DEVNULL,
+                env=computing_environment() | {"MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        finally:
+            theirs.close()
+            os.close(memory)
+        self._socket, self._reader = ours, FrameReader()
+        return ours
+
+    def _stop(self, reason: _GoneError) -> None:
+        """End the process, if it has not ended by itself; the next call begins another.
+
+        What it was compiling is tried again, unless processes died twice that had nothing else to compile.
+        """
+        self.end()
+        asked, self._asked = list(self._asked), OrderedDict()
+        for key in asked:
+            self._deaths[key] = self._deaths.get(key, 0) + (len(asked) == 1)
+            if self._deaths[key] < DEATHS:
+                self._waiting.append(key)
+            else:
+                self._refuse(key, str(reason))
+        self._ready = False
+
+    def end(self) -> None:
+        """End the process. Where grammars are still followed, the next call begins another."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._socket = self._process = None
+        self._compiled.clear()
+        self._told.clear()
+
+    def _say(self, message: msgspec.Struct) -> None:
+        try:
+            (self._socket or self._start()).sendall(encode(message))
+        except OSError as error:
+            raise _GoneError("ended") from error
+
+    def _receive(self, timeout: float) -> Masks | None:
+        """Take in what has come, waiting for it up to `timeout` seconds; masks that are not old."""
+        if self._socket is None:
+            raise _GoneError("ended")
+        self._socket.settimeout(max(timeout, 0.0))
+        try:
+            data = self._socket.recv(1 << 16)
+        except (TimeoutError, BlockingIOError):
+            return None
+        except OSError as error:
+            raise _GoneError("ended") from error
+        finally:
+            self._socket.settimeout(None)
+        if not data:
+            raise _GoneError("ended")
+        found: Masks | None = None
+        for payload in self._reader.feed(data):
+            message = _answers.decode(payload)
+            if isinstance(message, Masks):
+                found = message if message.number == self._number else found
+            elif isinstance(message, Compiled):
+                self._take_compiled(message)
+            else:
+                self._ready = True
+                now = time.monotonic()
+                self._asked = OrderedDict((key, now + COMPILE_SECONDS) for key in self._asked)
+        return found
+
+    def _take_compiled(self, message: Compiled) -> None:
+        if message.error is None and message.key in self._grammars:
+            self._compiled.add(message.key)
+        self._deaths.pop(message.key, None)
+        if self._asked.pop(message.key, None) is not None:
+            self._arrived.append((message.key, message.error))
+            self._go_on()

@@ -1,0 +1,388 @@
+"""Rows that follow a grammar: their text keeps to it, whatever the base would say, and no other notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.training.runs import talking_base
+from tokenizers import Tokenizer
+from torch import nn
+
+from onebase_engine.base.load import BaseSettings, eos_ids, load_base
+from onebase_engine.engine import grammars
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.messages import Grammar
+from onebase_engine.engine.scheduler import Limits
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "pets": {"type": "array", "items": {"enum": ["cat", "dog"]}, "maxItems": 3},
+        "home": {"anyOf": [{"type": "null"}, {"type": "object", "properties": {"city": {"const": "Rom"}}}]},
+    },
+    "required": ["name", "age", "pets"],
+    "additionalProperties": False,
+}
+SCHEMAS: list[dict[str, Any]] = [
+    PERSON,
+    {"type": "boolean"},
+    {"type": "array", "items": {"type": "integer", "minimum": -9, "maximum": 9}, "minItems": 2},
+    {"$defs": {"leaf": {"enum": [1, "zwei", None]}}, "type": "object",
+     "properties": {"a": {"$ref": "#/$defs/leaf"}}, "required": ["a"], "additionalProperties": False},
+    {"type": "string", "pattern": "^[a-c]{2,5}-[0-9]{3}$"},
+    {"type": "string", "format": "date"},
+    {"oneOf": [{"const": "é🙂"}, {"const": 3.5}]},
+]  # fmt: skip
+PROMPT = list(range(40, 60))
+
+
+def of_schema(schema: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(schema))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talking_base(tmp_path_factory.mktemp("talking"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> nn.Module:
+    return load_base(BaseSettings(folder=folder))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def make_engine(base: nn.Module, folder: Path, draft_tokens: int = 7) -> Engine:
+    limits = Limits(16, 96, 512, draft_tokens)
+    return Engine(base, name="talking", limits=limits, kv_blocks=400, eos_ids=eos_ids(base), tokenizer=folder)
+
+
+@pytest.fixture(scope="module")
+def engine(base: nn.Module, folder: Path) -> Engine:
+    return make_engine(base, folder)
+
+
+@pytest.fixture(scope="module")
+def plain(base: nn.Module, folder: Path) -> Engine:
+    """Without drafts."""
+    return make_engine(base, folder, 0)
+
+
+Asked = dict[str, tuple[Grammar | None, dict[str, Any]]]
+
+
+class Answers:
+    """What the rows of some requests got."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+        self.tokens: dict[str, list[int]] = {}
+        self.scores: dict[str, list[protocol.TokenLogprob]] = {}
+        self.ends: dict[str, protocol.RowOutput] = {}
+
+    def submit(self, name: str, grammar: Grammar | None, **changes: Any) -> None:
+        n = changes.pop("n", 1)
+        sampling = protocol.Sampling(**{"temperature": 1.5, "max_tokens": 120, "seed": 5} | changes)
+        self._engine.submit(protocol.Submit(id=name, prompt=PROMPT, sampling=sampling, grammar=grammar, n=n))
+
+    def step(self) -> None:
+        self._engine.step()
+        for output in self._engine.take_outputs():
+            name = output.id if output.choice == 0 else f"{output.id}.{output.choice}"
+            self.tokens.setdefault(name, []).extend(output.tokens)
+            self.scores.setdefault(name, []).extend(output.logprobs or ())
+            if output.finish is not None:
+                self.ends[name] = output
+
+    def run(self) -> Answers:
+        while self._engine.busy:
+            self.step()
+        return self
+
+    def text(self, name: str) -> str:
+        whole: str = self._tokenizer.decode(self.tokens[name], skip_special_tokens=True)
+        return whole
+
+
+def ask(engine: Engine, tokenizer: Tokenizer, asked: Asked) -> Answers:
+    answers = Answers(engine, tokenizer)
+    for name, (grammar, changes) in asked.items():
+        answers.submit(name, grammar, **changes)
+    return answers.run()
+
+
+def keeps_to(schema: Any, answers: Answers, name: str) -> None:
+    """Where it was not cut short."""
+    end = answers.ends[name]
+    assert end.finish in ("stop", "length"), end.error_message
+    if end.finish == "stop":
+        jsonschema.Draft202012Validator(
+            schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+        ).validate(json.loads(answers.text(name)))
+
+
+@settings(max_examples=8)
+@given(
+    schemas=st.lists(st.sampled_from(SCHEMAS), min_size=1, max_size=5),
+    temperature=st.sampled_from([0.0, 1.0, 2.0]), seed=st.integers(0, 99),
+    more=st.sampled_from([{}, {"min_tokens": 9}, {"repetition_penalty": 1.5}, {"top_k": 3, "min_p": 0.1}]),
+)  # fmt: skip
+def test_whatever_a_base_says_under_a_schema_is_json_that_keeps_to_it(
+    engine: Engine, plain: Engine, tokenizer: Tokenizer, schemas: list[Any], temperature: float, seed: int,
+    more: dict[str, Any],
+) -> None:  # fmt: skip
+    changes = {"temperature": temperature, "seed": seed} | more
+    asked: Asked = {str(i): (of_schema(schema), changes) for i, schema in enumerate(schemas)}
+    asked["free"] = (None, changes | {"max_tokens": 20})
+    answers = ask(engine, tokenizer, asked)
+    for i, schema in enumerate(schemas):
+        keeps_to(schema, answers, str(i))
+    assert answers.tokens == ask(plain, tokenizer, asked).tokens, "drafts change the text"
+
+
+def test_no_row_notices_that_its_neighbours_follow_grammars(engine: Engine, tokenizer: Tokenizer) -> None:
+    free: Asked = {name: (None, {"logprobs": 2, "max_tokens": 24, "seed": int(name)}) for name in "12"}
+    alone = ask(engine, tokenizer, free)
+    among = ask(
+        engine, tokenizer, free | {"person": (of_schema(PERSON), {}), "no": (Grammar("regex", "("), {})}
+    )
+    for name in free:
+        assert among.tokens[name] == alone.tokens[name]
+        assert among.scores[name] == alone.scores[name]
+
+
+def test_the_logprobs_told_are_those_of_the_base(engine: Engine, tokenizer: Tokenizer) -> None:
+    asked: Asked = {"yes": (Grammar("regex", "yes"), {"logprobs": 1, "temperature": 0.0})}
+    (*scores, _end) = ask(engine, tokenizer, asked).scores["yes"]
+    assert scores
+    assert all(score.logprob < score.top[0][1] for score in scores)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "wanted"),
+    [
+        (Grammar("regex", r"[0-9]{3}-[a-f]{2,4}"), r"[0-9]{3}-[a-f]{2,4}"),
+        (Grammar("grammar", 'start: "ja" | "nein, \\"nie\\""'), 'ja|nein, "nie"'),
+        (Grammar("grammar", 'root ::= "a"+ tail\ntail ::= "z" | "y"'), "a+[yz]"),
+        (Grammar("json_schema", '{"type":"object"}'), r"(?s)\{.*\}"),
+    ],
+    ids=["regex", "lark", "gbnf", "any-object"],
+)
+def test_every_choice_is_in_the_language(
+    engine: Engine, tokenizer: Tokenizer, grammar: Grammar, wanted: str
+) -> None:
+    answers = ask(engine, tokenizer, {"x": (grammar, {"n": 3, "temperature": 1.0, "max_tokens": 200})})
+    assert len(answers.ends) == 3
+    for name, end in answers.ends.items():
+        assert end.finish == "length" or re.fullmatch(wanted, answers.text(name)), answers.text(name)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar("json_schema", '{"type": "objekt"}'), "objekt"),
+        (Grammar("json_schema", '{"type": "string", "contentMediaType": 7, "not": {}}'), ""),
+        (Grammar("json_schema", '{"$ref": "https://example.org/schema.json"}'), "example.org"),
+        (Grammar("json_schema", '{"$ref": "#/$defs/none"}'), "none"),
+        (Grammar("json_schema", "{"), ""),
+        (Grammar("regex", "[a"), ""),
+        (Grammar("regex", "(?=a)b"), ""),
+        (Grammar("grammar", "start: nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_with_the_reason(
+    engine: Engine, tokenizer: Tokenizer, grammar: Grammar, message: str
+) -> None:
+    end = ask(engine, tokenizer, {"bad": (grammar, {"max_tokens": 3})}).ends["bad"]
+    assert (end.finish, end.error_code, end.error_param) == ("error", "grammar_refused", "grammar")
+    assert end.error_message
+    assert message in end.error_message
+    assert len(end.error_message) < 400
+
+
+def nested(depth: int) -> Grammar:
+    return Grammar("json_schema", '{"items":' * depth + "{}" + "}" * depth)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", "((a{1,1000}){1,1000}){1,1000}"),
+        Grammar("regex", "(.*a.{20}|.*b.{20}|.*c.{20}){50}"),
+        Grammar("regex", "(a|aa|aaa|aaaa)+" * 100),
+        of_schema({"enum": ["x" * 100 + str(i) for i in range(2_000)]}),
+        of_schema({"allOf": [{"anyOf": [{"const": i}, {"const": i + 1}]} for i in range(40)]}),
+        of_schema({"$ref": "#"}),
+        of_schema({"type": "string", "minLength": 100_000_000}),
+        of_schema({"type": "array", "items": {"type": "array", "minItems": 9999}, "minItems": 9999}),
+        nested(60),
+        nested(5000),
+        Grammar("grammar", "start: start start | start"),
+        Grammar("grammar", 'start: a a a a\na: b b b b\nb: c c c c\nc: ("x" | "xx" | "xxx")*'),
+    ],
+    ids=range(12),
+)
+def test_hostile_grammars_are_refused_or_served_and_nobody_else_notices(
+    engine: Engine, tokenizer: Tokenizer, grammar: Grammar
+) -> None:
+    ask(engine, tokenizer, {"begin": (of_schema({"type": "boolean"}), {})})
+    process = pid_of(engine)
+    answers = ask(engine, tokenizer, {"evil": (grammar, {"max_tokens": 12}), "good": (of_schema(PERSON), {})})
+    keeps_to(PERSON, answers, "good")
+    end = answers.ends["evil"]
+    assert end.finish in ("length", "stop") or end.error_code in ("grammar_refused", "row_failed")
+    assert pid_of(engine) == process
+
+
+def test_rows_end_where_they_are_told_to_while_their_grammar_is_compiled(
+    engine: Engine, tokenizer: Tokenizer
+) -> None:
+    answers = Answers(engine, tokenizer)
+    answers.submit("gone", of_schema(SCHEMAS[2] | {"title": "new"}), n=2)
+    engine.cancel(protocol.Cancel(id="gone"))
+    answers.run()
+    assert {end.finish for end in answers.ends.values()} == {"cancelled"}
+    assert len(answers.ends) == 2
+    assert not engine.busy
+
+
+# ---- the process --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(base: nn.Module, folder: Path) -> Iterator[Engine]:
+    """An engine whose process may be harmed."""
+    made = make_engine(base, folder)
+    yield made
+    following(made).end()
+
+
+def following(engine: Engine) -> grammars.Grammars:
+    assert engine._grammars is not None
+    return engine._grammars
+
+
+def pid_of(engine: Engine) -> int:
+    process = following(engine)._process
+    assert process is not None
+    return process.pid
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_rows_go_on_to_the_same_text_when_the_process_dies_or_hangs(
+    own: Engine, engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, harm: signal.Signals
+) -> None:
+    asked: Asked = {str(i): (of_schema(schema), {"seed": i}) for i, schema in enumerate(SCHEMAS)}
+    whole = ask(engine, tokenizer, asked)
+    answers = Answers(own, tokenizer)
+    for name, (grammar, changes) in asked.items():
+        answers.submit(name, grammar, **changes)
+    while not any(answers.tokens.values()):
+        answers.step()
+    monkeypatch.setattr(grammars, "MASK_SECONDS", 2.0 if harm == signal.SIGSTOP else 60.0)
+    killed = pid_of(own)
+    os.kill(killed, harm)
+    answers.step()
+    monkeypatch.setattr(grammars, "MASK_SECONDS", 60.0)
+    answers.run()
+    assert answers.tokens == whole.tokens
+    assert pid_of(own) != killed
+
+
+BAD_PROCESS = """
+import json, os, socket, sys, time
+from onebase_engine.engine import grammar_process as real
+
+class Follower(real.Follower):
+    def compile(self, key, grammar):
+        if "die" in grammar.text:
+            os._exit(1)
+        if "hang" in grammar.text:
+            time.sleep(1000)
+        return super().compile(key, grammar)
+
+    def mask(self, want):
+        if any("late" in self.texts.get(key, "") for _, key, *_ in want.rows):
+            os._exit(1)
+        return super().mask(want)
+
+    texts = {}
+
+compile_ = Follower.compile
+def noted(self, key, grammar):
+    self.texts[key] = grammar.text
+    return compile_(self, key, grammar)
+Follower.compile = noted
+real.Follower = Follower
+real.main()
+"""
+
+
+@pytest.fixture
+def bad(own: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine whose process dies and hangs of grammars that say so."""
+    program = tmp_path / "bad.py"
+    program.write_text(BAD_PROCESS)
+    monkeypatch.setattr(grammars, "PROGRAM", (str(program),))
+    return own
+
+
+@pytest.mark.parametrize(("word", "seconds"), [("die", 60.0), ("hang", 3.0)])
+def test_a_grammar_that_ends_the_process_costs_its_own_request_alone(
+    bad: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, word: str, seconds: float
+) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_SECONDS", seconds)
+    asked: Asked = {
+        "before": (of_schema(PERSON), {}),
+        "bad": (Grammar("regex", f"{word}"), {}),
+        "again": (Grammar("regex", f"{word}"), {"max_tokens": 3}),
+        "after": (of_schema(SCHEMAS[1]), {}),
+        "free": (None, {"max_tokens": 9}),
+    }
+    answers = ask(bad, tokenizer, asked)
+    keeps_to(PERSON, answers, "before")
+    keeps_to(SCHEMAS[1], answers, "after")
+    assert answers.ends["free"].finish == "length"
+    for name in ("bad", "again"):
+        assert answers.ends[name].error_code == "grammar_refused"
+    later = ask(bad, tokenizer, {"bad": asked["bad"], "good": asked["after"]})
+    assert later.ends["bad"].error_code == "grammar_refused"
+    keeps_to(SCHEMAS[1], later, "good")
+
+
+def test_a_row_whose_masks_end_the_process_fails_alone(bad: Engine, tokenizer: Tokenizer) -> None:
+    answers = ask(bad, tokenizer, {"late": (Grammar("regex", "late"), {}), "good": (of_schema(PERSON), {})})
+    end = answers.ends["late"]
+    assert (end.finish, end.error_code) == ("error", "row_failed")
+    keeps_to(PERSON, answers, "good")
+
+
+def test_an_engine_without_a_tokenizer_refuses_grammars(base: nn.Module) -> None:
+    engine = Engine(base, name="plain", limits=Limits(4, 96, 512, 0), kv_blocks=40)
+    engine.submit(
+        protocol.Submit(id="x", prompt=PROMPT, sampling=protocol.Sampling(), grammar=Grammar("regex", "a"))
+    )
+    (output,) = engine.take_outputs()
+    assert output.error_code == "grammar_refused"
+
+
+def test_what_nobody_follows_any_more_is_let_go(own: Engine, tokenizer: Tokenizer) -> None:
+    ask(own, tokenizer, {str(i): (of_schema(schema), {}) for i, schema in enumerate(SCHEMAS)})
+    assert not following(own)._users
+    assert not following(own)._told
