@@ -293,7 +293,14 @@ def test_each_help_fits_a_terminal_of_100_columns_and_says_every_default(
 
 NO_DEFAULT = {
     "chat": ["--system TEXT", "--stop TEXT"],
-    "generate": ["--system TEXT", "--stop TEXT"],
+    "generate": [
+        "--system TEXT",
+        "--stop TEXT",
+        "--schema FILE",
+        "--regex REGEX",
+        "--choice TEXT",
+        "--grammar FILE",
+    ],
     "jobs create": ["--set NAME=VALUE", "--metadata KEY=VALUE"],
     "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
     "sweep": ["--data FILE"],

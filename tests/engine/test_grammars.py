@@ -197,13 +197,19 @@ def test_every_choice_is_in_the_language(
     ("grammar", "message"),
     [
         (Grammar("json_schema", '{"type": "objekt"}'), "objekt"),
-        (Grammar("json_schema", '{"type": "string", "contentMediaType": 7, "not": {}}'), ""),
+        (Grammar("json_schema", '{"type": "string", "contentMediaType": 7, "not": {}}'), "not"),
         (Grammar("json_schema", '{"$ref": "https://example.org/schema.json"}'), "example.org"),
         (Grammar("json_schema", '{"$ref": "#/$defs/none"}'), "none"),
         (Grammar("json_schema", "{"), ""),
-        (Grammar("regex", "[a"), ""),
-        (Grammar("regex", "(?=a)b"), ""),
+        (Grammar("regex", "[a"), "regex parse error: unclosed character class"),
+        (Grammar("regex", "(?=a)b"), "look-ahead"),
+        (of_schema({"type": "string", "pattern": "(?!a)b"}), "look-ahead"),
+        (
+            of_schema({"type": "integer", "minimum": 2, "maximum": 1}),
+            "minimum (2) is greater than maximum (1)",
+        ),
         (Grammar("grammar", "start: nowhere"), "nowhere"),
+        (Grammar("grammar", "root ::= " + "(" * 9000), "recursion"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_the_reason(

@@ -77,10 +77,10 @@ class Follower:
             matcher = self._library.LLMatcher(
                 self._tokenizer, self._source(grammar), log_level=0, limits=self._limits
             )
-        except ValueError as error:
-            return _first_line(str(error))
+        except Exception as error:  # GBNF is read in Python, whose recursion has an end
+            return _sentence(str(error) or type(error).__name__)
         if matcher.is_error():
-            return _first_line(str(matcher.get_error()))
+            return _sentence(str(matcher.get_error()))
         with self._lock:
             self._compiled[key] = matcher
             self._let_go()
@@ -145,7 +145,7 @@ class Follower:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *memory)
         for row, matcher, _, _ in going:
             if matcher.is_error():
-                errors[row] = _first_line(str(matcher.get_error()))
+                errors[row] = _sentence(str(matcher.get_error()))
         return errors
 
 
@@ -153,8 +153,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def _first_line(message: str) -> str:
-    return (message.strip() or "it cannot be followed").splitlines()[0][:300]
+def _sentence(message: str) -> str:
+    """Of what the library says its first line, and the reason where that follows on one of its own."""
+    first, *rest = [line.strip() for line in message.splitlines() if line.strip()] or [
+        "it cannot be followed"
+    ]
+    reasons = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
+    return " ".join([first, *reasons]).rstrip(".")[:300]
 
 
 def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:

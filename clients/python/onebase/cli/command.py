@@ -107,8 +107,8 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
-def add_answer_options(made: argparse.ArgumentParser) -> None:
-    """Add the options that say which adapter answers, and how."""
+def add_answer_options(made: argparse.ArgumentParser, *, forms: bool = False) -> None:
+    """Add the options that say which adapter answers, and how; with `forms`, also what the text must be."""
     group = made.add_argument_group("answer")
     group.add_argument(
         "--adapter",
@@ -124,6 +124,8 @@ def add_answer_options(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
     )
+    if not forms:
+        return
     form = group.add_mutually_exclusive_group()
     form.add_argument("--schema", metavar="FILE", help="the answer is JSON that keeps to this JSON schema")
     form.add_argument("--regex", metavar="REGEX", help="matches the whole answer")
@@ -139,8 +141,12 @@ def sampling_of(args: argparse.Namespace) -> SamplingFields:
     Raises:
         ValueError: a file cannot be read, or is no JSON.
     """
-    names = [name.replace("-", "_") for name, *_ in _SAMPLING] + ["stop", "regex"]
+    names = [name.replace("-", "_") for name, *_ in _SAMPLING] + ["stop"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not hasattr(args, "schema"):
+        return cast(SamplingFields, given)
+    if args.regex is not None:
+        given["regex"] = args.regex
     if args.choice:
         given["choices"] = args.choice
     if args.grammar is not None:

@@ -25,6 +25,7 @@ _EXAMPLES = """\
   onebase generate --adapter acme-support "My parcel is late"
   onebase generate --raw --max-tokens 40 "Once upon a time"
   git diff | onebase generate --system "Summarize this change"
+  onebase generate --choice urgent --choice "can wait" "My parcel is late"
 """
 
 
@@ -52,7 +53,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     made.add_argument("prompt", nargs="?", help="what to ask (default: read from stdin)")
     made.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
-    add_answer_options(made)
+    add_answer_options(made, forms=True)
     return made
 
 
