@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,19 @@ def test_an_answer_under_a_schema_is_an_instance_of_its_model(
     assert isinstance(answer.parsed, Answer)
     with Client(server.url) as client, client.stream("Where?", **fields) as stream:
         assert isinstance(stream.read().parsed, Answer)
+
+
+def test_the_snippet_of_the_sdks_page_about_schemas_runs(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/sdk.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n([^`]*schema=[^`]*?)^```$", page, re.MULTILINE)
+    with Client(server.url) as client:
+        code = compile(snippet, "docs/sdk.md", "exec", dont_inherit=True)
+        exec(code, {"client": client, "__name__": "page"})  # noqa: S102 (our own documentation)
+    ticket, said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("(billing|shipping|other) (True|False)", ticket)
+    assert said in ("yes", "no")
 
 
 def test_the_openai_client_gets_instances_of_its_models(server: Server) -> None:
