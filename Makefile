@@ -37,7 +37,7 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/serve.py benchmarks/soak.py benchmarks/train.py benchmarks/train_trl.py
+	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
 	@$(BIN)/mypy tools/generate_sync.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from onebase_adapters.proof.loader import load_adapter
 from onebase_adapters.store.blobs import CONFIG_FILE, WEIGHTS_FILE
+from onebase_engine.base.load import eos_ids
 from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, Submit
@@ -29,7 +30,15 @@ def load(folder: str, adapters: dict[str, str], rank: int, draft_tokens: int) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_kept_base(base_settings(EngineConfig(base_folder=folder), device))
     limits = Limits(64, DEFAULT_STEP_TOKENS[device.type], 2048, draft_tokens)
-    engine = Engine(base, name="bench", limits=limits, kv_blocks=KV_TOKENS // 16, slots=max(1, len(adapters)))
+    engine = Engine(
+        base,
+        name="bench",
+        limits=limits,
+        kv_blocks=KV_TOKENS // 16,
+        slots=max(1, len(adapters)),
+        eos_ids=eos_ids(base),
+        tokenizer=Path(folder),
+    )
     for name, path in adapters.items():
         loaded = load_adapter(base, Path(path) / CONFIG_FILE, Path(path) / WEIGHTS_FILE, rank)
         engine.put_adapter(name, loaded.weights)
