@@ -134,6 +134,21 @@ def test_a_streamed_chat_starts_with_the_role_and_adds_up(client: openai.OpenAI,
     assert chunks[-1].usage is not None
 
 
+def test_a_stream_tells_the_usage_in_every_chunk_when_asked(client: openai.OpenAI, api: Any) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.chat.completions.create(
+            model=api.base, messages=QUESTION, max_tokens=5, stream=True, stream_options=options
+        )
+    )
+
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+    assert len(counts) == len(chunks)
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] == 5
+
+
 def test_chat_logprobs_have_bytes_and_alternatives(client: openai.OpenAI, api: Any) -> None:
     answer = client.chat.completions.create(
         model=api.base, messages=QUESTION, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3

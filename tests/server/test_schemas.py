@@ -31,7 +31,7 @@ def refusal(model: type[Wire], body: dict[str, Any]) -> tuple[str, str | None]:
         ("temperature", True),
         ("top_p", 0.0),
         ("top_p", 1.5),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 1.5),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
@@ -93,7 +93,15 @@ def test_a_wrong_part_is_refused_by_its_path(body: dict[str, Any], param: str) -
 
 @pytest.mark.parametrize(
     "field",
-    ["tools", "functions", "function_call", "audio", "prediction", "reasoning_effort", "web_search_options"],
+    [
+        "tools",
+        "functions",
+        "function_call",
+        "audio",
+        "prediction",
+        "chat_template_kwargs",
+        "web_search_options",
+    ],
 )
 def test_a_chat_field_that_would_change_the_answer_is_refused_by_name(field: str) -> None:
     message, param = refusal(ChatRequest, {"model": "m", "messages": USER, field: {"x": 1}})
@@ -193,14 +201,21 @@ def test_fields_that_change_nothing_are_accepted() -> None:
         "model": "m",
         "messages": USER,
         "user": "me",
-        "store": False,
+        "store": True,
         "metadata": {"a": "b"},
         "service_tier": "auto",
         "tools": [],
         "tool_choice": "auto",
         "response_format": {"type": "text"},
         "parallel_tool_calls": True,
-        "reasoning_effort": None,
+        "reasoning_effort": "low",
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "chat_template_kwargs": {},
+        "skip_special_tokens": True,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "top_k": -1,
         "frequency_penalty": None,
         "stop": None,
     }
@@ -208,6 +223,35 @@ def test_fields_that_change_nothing_are_accepted() -> None:
     request = ChatRequest.model_validate(body)
 
     assert request.model == "m"
+
+
+def test_a_message_may_say_who_speaks_and_how_to_cache_it() -> None:
+    hint = {"cache_control": {"type": "ephemeral"}}
+    parts = [{"type": "text", "text": "hi", **hint}]
+    message = {"role": "user", "name": "Ann", "content": parts, **hint}
+
+    request = ChatRequest.model_validate({"model": "m", "messages": [message]})
+
+    assert request.messages[0].rendered() == {"role": "user", "content": "hi", "name": "Ann"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_beam_search", True),
+        ("skip_special_tokens", False),
+        ("continue_final_message", True),
+        ("return_token_ids", True),
+        ("length_penalty", 2.0),
+        ("prompt_logprobs", 1),
+        ("top_k", -2),
+        ("reasoning_effort", "very"),
+    ],
+)
+def test_a_value_that_would_change_the_answer_is_refused_by_name(field: str, value: object) -> None:
+    _, param = refusal(ChatRequest, {"model": "m", "messages": USER, field: value})
+
+    assert param == field
 
 
 def test_an_answer_sent_back_with_empty_extras_is_a_message() -> None:

@@ -113,6 +113,13 @@ class Planner:
     async def chat(self, body: ChatRequest, caller: Caller) -> Job:
         base = self._base()
         self._check_model(body.model, body)
+        asked = body.reasoning_effort not in (None, "none")
+        if asked and "reasoning_effort" in self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                "reasoning_effort: this base's chat template knows it, and this server does not hand it over "
+                "yet. Leave it out.",
+                param="reasoning_effort",
+            )
         wanted = _Wanted(
             kind="chatcmpl",
             prompts=(await self._chat(body.messages),),
@@ -278,7 +285,7 @@ def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling
     seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**SEED_BITS
     return Sampling(
         temperature=_given(body.temperature, 1.0),
-        top_k=_given(body.top_k, 0),
+        top_k=max(_given(body.top_k, 0), 0),
         top_p=_given(body.top_p, 1.0),
         min_p=_given(body.min_p, 0.0),
         repetition_penalty=_given(body.repetition_penalty, 1.0),

@@ -47,6 +47,12 @@ class BaseTokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
+    @property
+    def chat_template(self) -> str:
+        """Its text, or the texts of all that there are."""
+        template = self._tokenizer.chat_template or ""
+        return template if isinstance(template, str) else "".join(template.values())
+
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the special tokens that the base expects around it.
 

@@ -39,7 +39,7 @@ async def complete(
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     job = await services.planner.completion(body, caller)
-    view = CompletionView(services.tokenizer, body.model, body.include_usage)
+    view = CompletionView(services.tokenizer, body.model, body.usage_in_stream)
     return await _answer(request, services, ticket, job, view, body.stream)
 
 
@@ -51,7 +51,7 @@ async def chat(
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     job = await services.planner.chat(body, caller)
-    view = ChatView(services.tokenizer, body.model, body.include_usage)
+    view = ChatView(services.tokenizer, body.model, body.usage_in_stream)
     return await _answer(request, services, ticket, job, view, body.stream)
 
 

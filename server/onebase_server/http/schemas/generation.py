@@ -139,7 +139,7 @@ class SamplingFields(Wire):
 
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; 1 by default")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=10_000_000, description="0 is off")
+    top_k: int | None = Field(default=None, ge=-1, le=10_000_000, description="0 and -1 are off")
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -265,6 +265,11 @@ class TextPart(Wire):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_hints(cls, value: Any) -> Any:
+        return _without_hints(value)
+
 
 class Message(Wire):
     """One turn of a conversation."""
@@ -275,11 +280,15 @@ class Message(Wire):
         | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True), _LIST],
         _BY_KIND,
     ]
+    name: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
+        default=None, description="of who speaks, for chat templates that write it"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_empty_extras(cls, value: Any) -> Any:
         """Clients send answers back with empty `refusal`, `tool_calls` and so on: they mean nothing."""
+        value = _without_hints(value)
         if not isinstance(value, dict):
             return value
         return {key: item for key, item in value.items() if key in cls.model_fields or item not in (None, [])}
@@ -288,7 +297,15 @@ class Message(Wire):
         """What chat templates take. They know no `developer`: it is the newer word for `system`."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(parts)}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": "".join(parts)} | named
+
+
+def _without_hints(value: Any) -> Any:
+    """Without what says how to cache a message, which changes no text."""
+    if isinstance(value, dict) and "cache_control" in value:
+        return {key: item for key, item in value.items() if key != "cache_control"}
+    return value
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -6,7 +6,7 @@ nothing are accepted and ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -36,6 +36,7 @@ IGNORED = frozenset(
         "prompt_cache_retention",
         "service_tier",
         "parallel_tool_calls",
+        "store",
     }
 )
 """Bookkeeping and hints of OpenAI's own service: the text is the same without them."""
@@ -55,10 +56,31 @@ def _prompt_kind(prompt: Any) -> str:
     )
 
 
+UsageInStream = Literal["never", "last", "always"]
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Padding against traffic analysis; accepted, never sent."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's: every chunk has the usage so far."""
+
+
+_DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "truncate_prompt_tokens": (-1,),
+    "prompt_logprobs": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+}
+"""What clients of vLLM write although it is the default."""
 
 
 class OpenAIRequest(SamplingFields):
@@ -95,8 +117,12 @@ class OpenAIRequest(SamplingFields):
         return self
 
     @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_in_stream(self) -> UsageInStream:
+        """Where a stream tells the usage: nowhere, in its last chunk, or in every one."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "never"
+        return "always" if options.continuous_usage_stats else "last"
 
 
 class CompletionRequest(OpenAIRequest):
@@ -112,7 +138,7 @@ class CompletionRequest(OpenAIRequest):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
 
-    neutral: ClassVar = {"suffix": ("",), "best_of": (1,), "store": (False,)}
+    neutral: ClassVar = _DEFAULTS | {"suffix": ("",), "best_of": (1,), "add_special_tokens": (True,)}
     reasons: ClassVar = {
         "suffix": "the base is not trained to fill in the middle; put everything into prompt",
         "best_of": "use n, which returns every completion",
@@ -134,17 +160,24 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="changes nothing where the base's chat template does not ask for it"
+    )
 
-    neutral: ClassVar = {
+    neutral: ClassVar = _DEFAULTS | {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "store": (False,),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": ("none",),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "chat_template_kwargs": ({},),
+        "echo": (False,),
+        "best_of": (1,),
         "verbosity": (),
         "web_search_options": (),
         "moderation": (),
@@ -153,7 +186,6 @@ class ChatRequest(OpenAIRequest):
         "tools": "describe the tools in a system message and read the answer as text",
         "functions": "describe the functions in a system message and read the answer as text",
         "modalities": 'only ["text"] is served',
-        "store": "answers are not stored; send false or leave it out",
     }
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.http.schemas.openai import UsageInStream
 from onebase_server.http.sse import event
 
 Json = dict[str, Any]
@@ -126,16 +127,16 @@ def _summary(generation: Generation) -> Json:
 
 
 class OpenAIView(GenerationView):
-    """What the answers of both OpenAI routes share. `include_usage`: a stream ends with the usage."""
+    """What the answers of both OpenAI routes share."""
 
     object: str
     chunk_object: str
 
-    def __init__(self, tokenizer: BaseTokenizer, model: str, include_usage: bool) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, model: str, usage: UsageInStream) -> None:
         super().__init__(tokenizer)
         self._model = model
         self._created = int(time.time())
-        self._include_usage = include_usage
+        self._usage = usage
 
     @abstractmethod
     def whole(self, piece: Piece, with_logprobs: bool) -> Json:
@@ -163,12 +164,16 @@ class OpenAIView(GenerationView):
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         head = self._head(generation, self.chunk_object)
-        if self._include_usage:
+        if self._usage == "last":
             head["usage"] = None
         wanted = generation.job.sampling.logprobs is not None
         opening = self.opening(generation.job.choices)
+        if self._usage == "always":
+            head["usage"] = openai_usage(generation.usage)
         chunk = b"".join(event({**head, "choices": [choice]}) for choice in opening)
         async for pieces in generation.pieces():
+            if self._usage == "always":
+                head["usage"] = openai_usage(generation.usage)
             for piece in pieces:
                 if piece.text or piece.tokens:
                     chunk += event({**head, "choices": [self.part(piece, wanted and bool(piece.tokens))]})
@@ -176,7 +181,7 @@ class OpenAIView(GenerationView):
                     chunk += event({**head, "choices": [self.end(piece)]})
             yield chunk
             chunk = b""
-        if self._include_usage:
+        if self._usage != "never":
             yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
 
     def _head(self, generation: Generation, kind: str) -> Json:
