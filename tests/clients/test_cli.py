@@ -101,6 +101,18 @@ def test_generate_takes_the_prompt_from_a_pipe(server: Any, monkeypatch: pytest.
     ]
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_pipe_without_a_text_is_no_prompt(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    piped(monkeypatch, text)
+    with pytest.raises(SystemExit) as caught:
+        main(["generate"])
+    assert caught.value.code == 2
+    assert "there is no prompt on stdin" in capsys.readouterr().err
+    assert not asked(server)
+
+
 def test_bytes_that_are_no_text_are_replaced_and_do_not_fail(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

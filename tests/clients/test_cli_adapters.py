@@ -187,6 +187,8 @@ def test_rm_deletes_one_version_or_all(
     shell.run("adapters", "rm", f"{NAME}@{TWO[:8]}")
     assert [one["version"] for one in registry.versions[NAME]] == [ONE]
     shell.run("adapters", "rm", f"{NAME}@{ONE[:8]}")
+    shell.run("adapters", "rm", NAME)
+    assert [one["version"] for one in registry.versions[NAME]] == [ONE]
     shell.run("adapters", "rm", NAME, "--force")
     shell.check("adapters-rm")
     assert registry.asked[-1][1].endswith("?force=true")

@@ -64,7 +64,10 @@ def _prompt(args: argparse.Namespace, made: argparse.ArgumentParser) -> str:
         return str(args.prompt)
     if sys.stdin.isatty():
         made.error('give a prompt, such as: onebase generate "Tell me a joke"')
-    return sys.stdin.read()
+    prompt = sys.stdin.read()
+    if not prompt.strip():
+        made.error("there is no prompt on stdin: pipe a text into it, or give it as an argument")
+    return prompt
 
 
 def _open(client: Client, args: argparse.Namespace, prompt: str) -> Stream:
@@ -87,5 +90,7 @@ def _print_stream(stream: Stream) -> int:
 
 def _print_json(stream: Stream) -> int:
     with stream:
-        print(json.dumps(dataclasses.asdict(stream.read()), ensure_ascii=False))
+        answer = dataclasses.asdict(stream.read())
+    del answer["schema"]
+    print(json.dumps(answer, ensure_ascii=False))
     return OK

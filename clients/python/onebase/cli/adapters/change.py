@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Final
 
 from ..._core.config import UNSET, Unset
 from ..._sync.client import Client
 from ...adapter_types import Adapter
-from ..command import OK, action_parser, perform, print_json
+from ..command import FAILED, OK, action_parser, perform, print_json
 from ..ui import note
 from .versions import Reference, reference, short
 
@@ -22,9 +23,9 @@ _DESCRIPTIONS: Final = {
     "share": "Let all tenants use an adapter and look at it. Their own adapters of that name come first.",
     "unshare": "Keep an adapter to its own tenant again. Requests that have begun end on it.",
     "rm": """\
-Delete one version, or an adapter with all its versions. It cannot be undone. The server refuses
-while requests run on it, and for the active version; --force deletes it anyway, and those requests
-end with an error.
+Delete one version, or an adapter with all its versions. It cannot be undone. An active version, an
+adapter that has one, and what requests run on are kept; --force deletes them anyway, and those
+requests end with an error.
 """,
 }
 _EXAMPLES: Final = {
@@ -118,6 +119,15 @@ def _sentence(action: str, adapter: Adapter) -> str:
 
 
 def _remove(client: Client, wanted: Reference, force: bool, as_json: bool) -> int:
+    if wanted.version is None and not force:
+        found = client.adapters.retrieve(wanted.name)
+        if found.version is not None:
+            print(
+                f"onebase: {wanted.name} answers requests with {short(found.version)}; nothing is deleted.\n"
+                "To delete it with all its versions: --force",
+                file=sys.stderr,
+            )
+            return FAILED
     client.adapters.delete(wanted.name, wanted.version, force=force)
     if as_json:
         print_json({"name": wanted.name, "version": wanted.version, "deleted": True})
