@@ -103,7 +103,7 @@ def test_the_servers_refusals_are_typed_and_name_the_field(sdk: Any, server: Ser
         sdk.call(lambda client: client.chat("x", adapter="no-such-adapter"), url=server.url)
     assert unknown.value.param == "adapter"
     with pytest.raises(BadRequestError) as wrong:
-        sdk.call(lambda client: client.chat("x", top_k=-1), url=server.url)
+        sdk.call(lambda client: client.chat("x", top_k=-2), url=server.url)
     assert wrong.value.param == "top_k"
 
 

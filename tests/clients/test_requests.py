@@ -75,12 +75,17 @@ def answer(text: str, schema: object = None, finish: str = "stop") -> Generation
 
 
 def test_an_answer_is_what_its_schema_says() -> None:
-    text = '{"city": "Rom"}'
-    assert answer(text, Place).parsed == Place(city="Rom")
+    whole = '{"city": "Rom"}'
+    assert answer(whole, Place).parsed == Place(city="Rom")
     assert answer("[1, 2]", TypeAdapter(tuple[int, ...])).parsed == (1, 2)
-    assert answer(text, {"type": "object"}).parsed == answer(text).parsed == {"city": "Rom"}
-    with pytest.raises(ValueError, match=r"not whole.*raise max_tokens"):
-        _ = answer('{"city": "Ro', Place, "length").parsed
+    assert answer(whole, {"type": "object"}).parsed == answer(whole).parsed == {"city": "Rom"}
+    for text in ('{"city": "Ro', "12"):
+        with pytest.raises(ValueError, match=r"not whole.*raise max_tokens"):
+            _ = answer(text, Place, "length").parsed
+    with pytest.raises(ValueError, match="no schema was given"):
+        _ = answer("Rom").parsed
+    with pytest.raises(ValueError, match="a stop string or echo"):
+        _ = answer('{"city', Place).parsed
     with pytest.raises(ValueError, match="city"):
         _ = answer('{"floors": 2}', Place).parsed
 

@@ -162,20 +162,18 @@ class Generation:
                 JSON schemas do not have.
         """
         choice = self.choices[0]
+        if choice.finish_reason != "stop":
+            raise ValueError(f"the answer is not whole ({choice.finish_reason!r}): raise max_tokens")
+        try:
+            value = json.loads(choice.text)
+        except ValueError as error:
+            reason = "no schema was given" if self.schema is None else "a stop string or echo changed it"
+            raise ValueError(f"the answer is no JSON ({reason}): {error}") from error
         for method in ("model_validate_json", "validate_json"):
             validate = getattr(self.schema, method, None)
-            if validate is not None:
-                break
-        else:
-            validate = json.loads
-        try:
-            return validate(choice.text)
-        except ValueError as error:
-            if choice.finish_reason == "stop":
-                raise
-            raise ValueError(
-                f"the answer is not whole (finish_reason {choice.finish_reason!r}): raise max_tokens"
-            ) from error
+            if callable(validate):
+                return validate(choice.text)
+        return value
 
     @property
     def message(self) -> Message:

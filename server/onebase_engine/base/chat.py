@@ -442,7 +442,7 @@ def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
         for _, token in added:
             (twin.add_special_tokens if token.special else twin.add_tokens)([_renamed_token(token, names)])
     else:
-        twin = Tokenizer.from_str(_renamed_json(json.loads(backend.to_str()), names))
+        twin = Tokenizer.from_str(renamed_json(json.loads(backend.to_str()), names))
     ids = {twin.token_to_id(names.get(token.content, token.content)): i for i, token in added}
     return _Twin(twin, {own: token for own, token in ids.items() if own is not None and own != token})
 
@@ -460,7 +460,7 @@ def _renamed_token(token: Any, names: Mapping[str, str]) -> Any:
     )
 
 
-def _renamed_json(data: dict[str, Any], names: Mapping[str, str]) -> str:
+def renamed_json(data: dict[str, Any], names: Mapping[str, str]) -> str:
     """A tokenizer's file in which the model itself does not know the control tokens' texts either."""
     data.update(post_processor=None, truncation=None, padding=None)
     for token in data["added_tokens"]:

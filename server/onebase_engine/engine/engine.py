@@ -19,7 +19,7 @@ from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
-from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars
+from onebase_engine.engine.grammars import IDLE_SECONDS, GrammarError, Grammars
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
@@ -203,21 +203,24 @@ class Engine:
         """Queue the rows of requests whose grammar has been compiled, or report what is wrong with it."""
         if self._grammars is None or not self._opening:
             return
-        for key, error in self._grammars.arrived(timeout):
+        for key, compiled in self._grammars.arrived(timeout):
             for request, mix in self._opening.pop(key, ()):
-                if error is None:
+                if compiled.error is None:
                     self._admit(request, mix, key)
-                else:
-                    self._grammars.close(key, request.n)
-                    self._refuse(request, NeverFitsError("grammar_refused", "grammar", error))
+                    continue
+                self._grammars.close(key, request.n)
+                code = "grammars_busy" if compiled.busy else "grammar_refused"
+                self._refuse(request, NeverFitsError(code, "grammar", compiled.error))
 
     def cancel(self, message: protocol.Cancel) -> None:
         """End the request's rows that are still going; each yields its final event."""
-        for key, waiting in self._opening.items():
-            for request, mix in [one for one in waiting if one[0].id == message.id]:
-                # As rows that end at once.
-                waiting.remove((request, mix))
-                self._admit(request, mix, key)
+        for key, waiting in list(self._opening.items()):
+            found = [one for one in waiting if one[0].id == message.id and message.choice is None]
+            self._opening[key] = [one for one in waiting if one not in found]
+            if not self._opening[key]:
+                del self._opening[key]
+            for request, mix in found:
+                self._admit(request, mix, key)  # as rows that end at once
         for row in list(self._rows.get(message.id, ())):
             if message.choice in (None, row.choice):
                 self._end(row, "cancelled")
@@ -430,6 +433,9 @@ class Engine:
 
     def _fail(self, row: Row, error: Exception) -> None:
         """End a row for an exception of its own."""
+        if isinstance(error, GrammarError):
+            self._end(row, "error", code="grammar_refused", message=str(error))
+            return
         logger.error("a row of request %s failed", row.id, exc_info=error)
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
 

@@ -1,7 +1,7 @@
 """The process that follows grammars: `python -m onebase_engine.engine.grammar_process`. See `grammars.py`.
 
-What it compiles comes from anybody, so it holds nothing: no base, no key, no way to the network but one
-socket, and a limit on its memory. It writes masks into memory that it shares with the engine.
+What it compiles comes from anybody, so it is given nothing but a socket to the engine, memory for masks that
+both have, and the base's tokenizer; its memory has a limit, and it ends with the engine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import resource
+import secrets
 import signal
 import socket
 import sys
@@ -26,10 +27,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from onebase_engine.base.chat import renamed_json
 from onebase_engine.engine.grammars import (
     COMPILING,
     MASK_BYTES,
     WHITESPACE,
+    Begun,
     Compile,
     Compiled,
     Masks,
@@ -46,6 +49,8 @@ KEPT_BYTES = 256 << 20
 KEPT_GRAMMARS = 1000
 MOST_BYTES = 1 << 30
 """What all of them may take."""
+PR_SET_PDEATHSIG = 1
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,47 +71,63 @@ class Follower:
         self._lock = threading.Lock()
         self._before = before
 
-    def compile(self, key: str, grammar: Grammar) -> str | None:
-        """Compile and keep a grammar; what is wrong with it, if anything is."""
+    def compile(self, key: str, grammar: Grammar) -> Compiled:
+        """Compile and keep a grammar, or say what is wrong with it."""
         with self._lock:
             self._used.add(key)
             if key in self._compiled:
                 self._compiled.move_to_end(key)
-                return None
+                return Compiled(key, None)
         try:
-            matcher = self._library.LLMatcher(
-                self._tokenizer, self._source(grammar), log_level=0, limits=self._limits
-            )
-        except Exception as error:  # GBNF is read in Python, whose recursion has an end
-            return _sentence(str(error) or type(error).__name__)
-        if matcher.is_error():
-            return _sentence(str(matcher.get_error()))
+            matcher = self._matcher(grammar)
+        except BaseException as error:  # what panics in Rust is no Exception
+            with self._lock:
+                self._used.discard(key)
+            return Compiled(key, _sentence(str(error) or type(error).__name__))
         with self._lock:
             self._compiled[key] = matcher
             self._let_go()
-            if self._taken() > MOST_BYTES:
-                del self._compiled[key]
-                return "the grammars that are in use take all the memory that they may: try it later"
-        return None
+            if self._taken() <= MOST_BYTES:
+                return Compiled(key, None)
+            del self._compiled[key]
+            self._used.discard(key)
+            _give_memory_back()
+        return Compiled(key, "the grammars that are in use take all the memory that they may", busy=True)
+
+    def _matcher(self, grammar: Grammar) -> Any:
+        """Raises ValueError, and whatever the library raises."""
+        matcher = self._library.LLMatcher(
+            self._tokenizer, self._source(grammar), log_level=0, limits=self._limits
+        )
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        first = matcher.deep_copy()
+        mask = first.compute_bitmask()
+        if first.is_error() or not any(mask):
+            reason = str(first.get_error())
+            raise ValueError("no text keeps to it" if "NoExtension" in reason or not reason else reason)
+        return matcher
 
     def _source(self, grammar: Grammar) -> str:
         matcher = self._library.LLMatcher
         if grammar.kind == "json_schema":
-            # Without a limit a small base goes on with spaces for ever.
             return str(
                 matcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
             )
         if grammar.kind == "regex":
             return str(matcher.grammar_from_regex(grammar.text))
-        return str(self._library.grammar_from("grammar", grammar.text))
+        if "::=" not in grammar.text:
+            return str(matcher.grammar_from_lark(grammar.text))
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+
+        return str(matcher.grammar_from_lark(gbnf_to_lark(grammar.text)))
 
     def _let_go(self) -> None:
         """Of grammars that nobody uses, the one that was not asked for the longest, until they fit."""
         idle = [key for key in self._compiled if key not in self._used]
         while idle and (self._taken() > KEPT_BYTES or len(idle) > KEPT_GRAMMARS):
             del self._compiled[idle.pop(0)]
-            with suppress(OSError, AttributeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)
+            _give_memory_back()
 
     def _taken(self) -> int:
         return resident_bytes() - self._before
@@ -149,6 +170,11 @@ class Follower:
         return errors
 
 
+def _give_memory_back() -> None:
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -172,16 +198,22 @@ def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
 
     file = folder / "tokenizer.json"
     if file.exists():
-        return llguidance.LLTokenizer(str(file), n_vocab=vocabulary, eos_token=eos_ids)
-    import llguidance.hf
-    from transformers import AutoTokenizer
+        text = file.read_text(encoding="utf-8")
+    else:
+        from transformers import AutoTokenizer
 
-    made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return llguidance.hf.from_tokenizer(made, n_vocab=vocabulary, eos_token=eos_ids)
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text = made.backend_tokenizer.to_str()
+    # Under names that no text has: in a text, the name of a control token is letters.
+    data = json.loads(text)
+    secret = secrets.token_hex(16)
+    special = [token["content"] for token in data["added_tokens"] if token["special"]]
+    names = {content: f"<{secret}-{number}>" for number, content in enumerate(special)}
+    return llguidance.LLTokenizer(renamed_json(data, names), n_vocab=vocabulary, eos_token=eos_ids)
 
 
-def serve(sock: socket.socket, follower: Follower) -> None:
-    """Answer until the engine closes the socket."""
+def serve(sock: socket.socket, follower: Follower | None, reason: str) -> None:
+    """Answer until the engine closes the socket; without a follower, `reason` to every grammar."""
     lock = threading.Lock()
     pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
     reader, decoder = FrameReader(), request_decoder()
@@ -191,16 +223,19 @@ def serve(sock: socket.socket, follower: Follower) -> None:
             sock.sendall(encode(message))
 
     def compile_one(order: Compile) -> None:
-        say(Compiled(order.key, follower.compile(order.key, order.grammar)))
+        say(Begun(order.key))
+        say(follower.compile(order.key, order.grammar) if follower else Compiled(order.key, reason))
 
     say(Started())
     while data := sock.recv(1 << 16):
         for payload in reader.feed(data):
             message = decoder.decode(payload)
-            if isinstance(message, Want):
-                say(Masks(message.number, follower.mask(message)))
-            elif isinstance(message, Compile):
+            if isinstance(message, Compile):
                 pool.submit(compile_one, message)
+            elif follower is None:
+                logger.error("masks are wanted of a process without a tokenizer")
+            elif isinstance(message, Want):
+                say(Masks(message.number, follower.mask(message)))
             else:
                 follower.forget(message.rows, message.keys)
 
@@ -211,6 +246,8 @@ def main() -> None:
     parser.add_argument("--masks-fd", type=int, required=True, help="file descriptor of the masks' memory")
     parser.add_argument("--settings", required=True, help="JSON: folder, vocabulary, eos_ids, places, words")
     arguments = parser.parse_args()
+    with suppress(OSError, AttributeError):  # elsewhere than on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s grammars %(message)s", stream=sys.stderr)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -219,9 +256,16 @@ def main() -> None:
     shape = settings["places"], settings["words"]
     memory = mmap.mmap(arguments.masks_fd, shape[0] * shape[1] * MASK_BYTES)
     masks = np.frombuffer(memory, dtype=np.int32).reshape(shape)
-    tokenizer = load_tokenizer(Path(settings["folder"]), settings["vocabulary"], settings["eos_ids"])
+    follower: Follower | None = None
+    reason = ""
+    try:
+        tokenizer = load_tokenizer(Path(settings["folder"]), settings["vocabulary"], settings["eos_ids"])
+        follower = Follower(tokenizer, masks, resident_bytes())
+    except Exception as error:
+        logger.exception("no grammar can be followed")
+        reason = f"this base's tokenizer cannot be used: {_sentence(str(error) or type(error).__name__)}"
     with socket.socket(fileno=arguments.fd) as sock:
-        serve(sock, Follower(tokenizer, masks, resident_bytes()))
+        serve(sock, follower, reason)
     os._exit(0)  # whatever is still being compiled
 
 

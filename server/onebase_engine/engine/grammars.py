@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -30,9 +32,11 @@ from onebase_engine.environment import computing_environment
 
 MASK_BYTES = 4
 """Of an entry of a mask: 32 tokens, the first in the lowest bit."""
-WHITESPACE = r"[ \n\r\t]{0,64}"
-"""Between two parts of a JSON text."""
-START_SECONDS = 120.0
+WHITESPACE = r"(?: |\r?\n[ \t]{0,24})?"
+"""Between two parts of a JSON text: a space, or a new line and how far it is indented. Without a limit a small
+base goes on with spaces for ever."""
+START_SECONDS = 40.0
+"""Until a new process takes orders, or begins with one."""
 COMPILING = 2
 """Grammars at once: a slow one lets others pass."""
 COMPILE_SECONDS = 10.0
@@ -41,8 +45,10 @@ MASK_SECONDS = 5.0
 IDLE_SECONDS = 0.01
 PROGRAM = ("-m", "onebase_engine.engine.grammar_process")
 DEATHS = 2
+"""Of processes that had one grammar to compile and ended: then it is the grammar's fault."""
+HARMFUL_SECONDS = 600.0
 REMEMBERED = 1000
-"""Grammars that ended a process, which are not tried again."""
+"""For how long, and how many at most, are not tried again of those that ended a process."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +80,18 @@ class Started(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """It knows the tokenizer, and takes orders."""
 
 
+class Begun(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """It is being compiled, and waits for no other any more."""
+
+    key: str
+
+
 class Compiled(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """`busy`: the error is not the grammar's, which may be compiled later."""
+
     key: str
     error: str | None
+    busy: bool = False
 
 
 class Masks(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -88,7 +103,9 @@ def request_decoder() -> msgspec.msgpack.Decoder[Compile | Want | Forget]:
     return msgspec.msgpack.Decoder(Compile | Want | Forget)
 
 
-_answers = msgspec.msgpack.Decoder(Started | Compiled | Masks)
+_answers = msgspec.msgpack.Decoder(Started | Begun | Compiled | Masks)
+Arrival = tuple[str, Compiled]
+"""A grammar's key, and what came of it."""
 
 
 class GrammarError(Exception):
@@ -124,15 +141,19 @@ class Grammars:
         self._users: dict[str, int] = {}
         self._grammars: dict[str, Grammar] = {}
         self._compiled: set[str] = set()
-        self._asked: OrderedDict[str, float] = OrderedDict()
+        self._asked: dict[str, float] = {}
         """What is being compiled, and until when."""
         self._waiting: list[str] = []
-        """What is compiled once nothing else is, since a process died when it was to compile them."""
+        """What a process had to compile when it ended; each is compiled again when no other is."""
         self._deaths: dict[str, int] = {}
-        """Of processes that had nothing else to compile."""
+        """By grammar, see DEATHS."""
         self._ready = False
-        self._ended_one: OrderedDict[str, str] = OrderedDict()
-        self._arrived: list[tuple[str, str | None]] = []
+        self._harmful: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        """What ended a process: until when it is not tried again, and what is said of it."""
+        self._errors: dict[str, str] = {}
+        """Of grammars that a new process could not compile again."""
+        self._arrived: list[Arrival] = []
+        self._outbox = bytearray()
         self._told: dict[int, int] = {}
         """Tokens of each row that the process knows."""
         self._number = 0
@@ -148,8 +169,9 @@ class Grammars:
         key = blake2b(f"{grammar.kind}\n{grammar.text}".encode(), digest_size=16).hexdigest()
         self._users[key] = self._users.get(key, 0) + rows
         self._grammars[key] = grammar
-        if key in self._ended_one:
-            self._arrived.append((key, self._ended_one[key]))
+        until, reason = self._harmful.get(key, (0.0, ""))
+        if time.monotonic() < until:
+            self._arrived.append((key, Compiled(key, reason)))
         elif key not in self._asked and key not in self._waiting:
             self._compile(key)
         return key
@@ -160,49 +182,48 @@ class Grammars:
         if not self._users[key]:
             del self._users[key], self._grammars[key]
             self._deaths.pop(key, None)
-            if key in self._compiled:
-                self._compiled.discard(key)
-                self._let_go([], [key])
+            self._errors.pop(key, None)
+            self._compiled.discard(key)
+            self._tell_gone([], [key])
 
-    def arrived(self, timeout: float = 0.0) -> list[tuple[str, str | None]]:
-        """Keys that have been compiled since the last call, and what is wrong with them, if anything is."""
+    def arrived(self, timeout: float = 0.0) -> list[Arrival]:
+        """What has been compiled since the last call, or refused."""
         if self._asked:
             try:
                 self._receive(timeout)
-                self._check_time()
+                if late := self._late():
+                    for key in late:
+                        del self._asked[key]
+                        self._refuse(key, self._reason())
+                    raise _GoneError(self._reason())
             except _GoneError as error:
                 self._stop(error)
-                self._go_on()
+        self._go_on()
         arrived, self._arrived = self._arrived, []
         return arrived
 
     def _compile(self, key: str) -> None:
-        self._asked[key] = time.monotonic() + (COMPILE_SECONDS if self._ready else START_SECONDS)
+        self._asked[key] = math.inf if self._ready else time.monotonic() + START_SECONDS
         try:
             self._say(Compile(key, self._grammars[key]))
         except _GoneError as error:
             self._stop(error)
-            self._go_on()
 
-    def _check_time(self) -> None:
-        """Raise _GoneError where something takes too long, and refuse what does."""
+    def _late(self) -> list[str]:
+        """What is being compiled for too long; what waits its turn has all the time."""
         now = time.monotonic()
-        late = [key for key in list(self._asked)[:COMPILING] if now > self._asked[key]]
-        if not late:
-            return
-        reason = f"took more than {COMPILE_SECONDS:g} s" if self._ready else "did not start"
-        for key in late:
-            del self._asked[key]
-            self._refuse(key, reason)
-        raise _GoneError(reason)
+        return [key for key, deadline in self._asked.items() if now > deadline]
+
+    def _reason(self) -> str:
+        return f"took more than {COMPILE_SECONDS:g} s" if self._ready else "did not start"
 
     def _refuse(self, key: str, reason: str) -> None:
         message = f"the process that compiles it {reason}"
-        self._arrived.append((key, message))
+        self._arrived.append((key, Compiled(key, message, busy=not self._ready)))
         if self._ready:
-            self._ended_one[key] = message
-            if len(self._ended_one) > REMEMBERED:
-                self._ended_one.popitem(last=False)
+            self._harmful[key] = time.monotonic() + HARMFUL_SECONDS, message
+            if len(self._harmful) > REMEMBERED:
+                self._harmful.popitem(last=False)
 
     def _go_on(self) -> None:
         """Compile what waits, one at a time: so it is seen which of them a process dies of."""
@@ -226,7 +247,7 @@ class Grammars:
                 self._want(self._wanted)
 
     def masks(self) -> dict[Row, np.ndarray | GrammarError]:
-        """Of what `ask` was asked: [1 + draft, words] int32, valid until the next `ask`."""
+        """The masks of each row that `ask` named: [1 + draft, words] int32, valid until the next `ask`."""
         if not self._wanted:
             return {}
         try:
@@ -237,17 +258,16 @@ class Grammars:
         found: dict[Row, np.ndarray | GrammarError] = {}
         for one in self._wanted:
             found |= self._alone(one)
-        self._go_on()
         return found
 
     def forget(self, row: Row) -> None:
         """It has ended."""
         if row.grammar is not None:
             if self._told.pop(row.arrival, None) is not None:
-                self._let_go([row.arrival], [])
+                self._tell_gone([row.arrival], [])
             self.close(row.grammar)
 
-    def _let_go(self, rows: list[int], keys: list[str]) -> None:
+    def _tell_gone(self, rows: list[int], keys: list[str]) -> None:
         if self._socket is not None:
             with suppress(_GoneError):
                 self._say(Forget(rows, keys))
@@ -279,6 +299,7 @@ class Grammars:
 
     def _recompile(self, key: str) -> None:
         self._say(Compile(key, self._grammars[key]))
+        self._errors.pop(key, None)
         deadline = time.monotonic() + START_SECONDS
         while key not in self._compiled:
             before = self._ready
@@ -287,22 +308,26 @@ class Grammars:
                 deadline = time.monotonic() + COMPILE_SECONDS
             if time.monotonic() > deadline:
                 raise _GoneError("does not answer")
+            if key in self._errors:
+                raise _GoneError(f"says: {self._errors[key]}")
 
     def _take(self, wanted: Sequence[tuple[Row, Segment, int]]) -> dict[Row, np.ndarray | GrammarError]:
         deadline = time.monotonic() + MASK_SECONDS
         while (answer := self._receive(deadline - time.monotonic())) is None:
             if time.monotonic() > deadline:
                 raise _GoneError("does not answer")
-        return {
-            row: GrammarError(answer.errors[row.arrival])
-            if row.arrival in answer.errors
-            else self._masks[place : place + len(segment.draft) + 1]
-            for row, segment, place in wanted
-        }
+        found: dict[Row, np.ndarray | GrammarError] = {}
+        for row, segment, place in wanted:
+            mask = self._masks[place : place + len(segment.draft) + 1]
+            error = answer.errors.get(row.arrival)
+            if error is None and not mask[0].any():
+                error = "its grammar allows no token here"
+            found[row] = mask if error is None else GrammarError(error)
+        return found
 
     # ---- the process ------------------------------------------------------------------------
 
-    def _start(self) -> socket.socket:
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         size = self._masks.nbytes
         memory = os.memfd_create("masks")
@@ -321,16 +346,16 @@ class Grammars:
         finally:
             theirs.close()
             os.close(memory)
+        ours.setblocking(False)
         self._socket, self._reader = ours, FrameReader()
-        return ours
 
     def _stop(self, reason: _GoneError) -> None:
         """End the process, if it has not ended by itself; the next call begins another.
 
-        What it was compiling is tried again, unless processes died twice that had nothing else to compile.
+        What it was compiling is tried again, or refused after DEATHS.
         """
         self.end()
-        asked, self._asked = list(self._asked), OrderedDict()
+        asked, self._asked = list(self._asked), {}
         for key in asked:
             self._deaths[key] = self._deaths.get(key, 0) + (len(asked) == 1)
             if self._deaths[key] < DEATHS:
@@ -349,26 +374,41 @@ class Grammars:
         self._socket = self._process = None
         self._compiled.clear()
         self._told.clear()
+        self._outbox.clear()
 
     def _say(self, message: msgspec.Struct) -> None:
+        """Send it, at once or with what comes later: nobody waits for a process that does not read."""
         try:
-            (self._socket or self._start()).sendall(encode(message))
+            if self._socket is None:
+                self._start()
+        except OSError as error:
+            raise _GoneError(f"cannot begin ({error.strerror})") from error
+        self._outbox += encode(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox and self._socket is not None:
+                del self._outbox[: self._socket.send(self._outbox)]
+        except BlockingIOError:
+            pass
         except OSError as error:
             raise _GoneError("ended") from error
 
     def _receive(self, timeout: float) -> Masks | None:
         """Take in what has come, waiting for it up to `timeout` seconds; masks that are not old."""
+        self._flush()
         if self._socket is None:
             raise _GoneError("ended")
-        self._socket.settimeout(max(timeout, 0.0))
+        wanting = [self._socket] if self._outbox else []
+        if timeout > 0:
+            select.select([self._socket], wanting, [], timeout)
         try:
             data = self._socket.recv(1 << 16)
-        except (TimeoutError, BlockingIOError):
+        except BlockingIOError:
             return None
         except OSError as error:
             raise _GoneError("ended") from error
-        finally:
-            self._socket.settimeout(None)
         if not data:
             raise _GoneError("ended")
         found: Masks | None = None
@@ -378,16 +418,20 @@ class Grammars:
                 found = message if message.number == self._number else found
             elif isinstance(message, Compiled):
                 self._take_compiled(message)
-            else:
+            elif isinstance(message, Started):
                 self._ready = True
-                now = time.monotonic()
-                self._asked = OrderedDict((key, now + COMPILE_SECONDS) for key in self._asked)
+                self._asked = dict.fromkeys(self._asked, math.inf)
+            elif message.key in self._asked:
+                self._asked[message.key] = time.monotonic() + COMPILE_SECONDS
         return found
 
     def _take_compiled(self, message: Compiled) -> None:
-        if message.error is None and message.key in self._grammars:
-            self._compiled.add(message.key)
         self._deaths.pop(message.key, None)
+        if message.key not in self._grammars:
+            self._tell_gone([], [message.key])
+        elif message.error is None:
+            self._compiled.add(message.key)
+        else:
+            self._errors[message.key] = message.error
         if self._asked.pop(message.key, None) is not None:
-            self._arrived.append((message.key, message.error))
-            self._go_on()
+            self._arrived.append((message.key, message))

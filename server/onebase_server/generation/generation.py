@@ -314,6 +314,9 @@ def _row_error(output: RowOutput, job: Job) -> OneBaseError:
     if output.error_code == "grammar_refused":
         message = f"{job.grammar_param}: {output.error_message}. Change it, or leave it out."
         return InvalidRequestError(message, param=job.grammar_param, code="grammar_refused")
+    if output.error_code == "grammars_busy":
+        message = f"{job.grammar_param}: {output.error_message}. Send the request again in a moment."
+        return UnavailableError(message, code="grammars_busy", retry_after=5.0)
     return RowFailedError(
         output.error_message or "The engine ended this request with an error.",
         code=output.error_code or "engine_error",

@@ -96,7 +96,7 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 def _serve(engine: Engine, channel: EngineChannel) -> int:
     loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post)
-    failures = 0
+    failures, reported = 0, time.monotonic()
     while True:
         for message in channel.arrived(0 if engine.busy else IDLE_SECONDS):
             if isinstance(message, protocol.Shutdown):
@@ -106,7 +106,10 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
         engine.step()
         _report_versions(engine, channel)
         outputs = engine.take_outputs()
-        if outputs or engine.counters.steps != steps or not engine.busy:
+        # Also while grammars are compiled, which is progress of another process.
+        silent = time.monotonic() - reported > IDLE_SECONDS and not engine.scheduler.running
+        if outputs or engine.counters.steps != steps or not engine.busy or silent:
+            reported = time.monotonic()
             _report(outputs, engine.stats(), channel)
         if engine.counters.failed_steps != failed:
             failures += 1

@@ -141,14 +141,12 @@ def sampling_body(sampling: SamplingFields) -> Body:
     body: Body = dict(sampling)
     if "logit_bias" in sampling:
         body["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"].items()}
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "choices"):
         value = body.get(name)
         if isinstance(value, Sequence) and not isinstance(value, str):
             body[name] = list(value)
     if body.get("schema") is not None:
         body["schema"] = schema_body(body["schema"])
-    if isinstance(body.get("choices"), Sequence) and not isinstance(body["choices"], str):
-        body["choices"] = list(sampling["choices"])
     return {_ON_THE_WIRE.get(name, name): value for name, value in body.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,12 @@ class StructuredOutputs(Wire):
     grammar: GrammarText | None = None
     json_object: bool | None = None
 
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if not any((self.json_ is not None, self.regex, self.choice, self.grammar, self.json_object)):
+            raise FieldError("json", "give one of json, regex, choice, grammar and json_object")
+        return self
+
 
 class SamplingFields(Wire):
     """How tokens are chosen: the fields that every route knows, under the same names.
@@ -193,7 +200,6 @@ class SamplingFields(Wire):
         """
         outputs, wanted = self.structured_outputs, self.response_format
         schema = wanted.json_schema.schema_ if wanted is not None and wanted.json_schema is not None else None
-        inside = outputs or StructuredOutputs()
         given = {
             "response_format": _ANY_OBJECT if wanted is not None and wanted.type == "json_object" else None,
             "response_format.json_schema.schema": _of_schema(schema),
@@ -201,17 +207,22 @@ class SamplingFields(Wire):
             "guided_regex": _of("regex", self.guided_regex),
             "guided_choice": _of_choice(self.guided_choice),
             "guided_grammar": _of("grammar", self.guided_grammar),
-            "structured_outputs.json": _of_schema(inside.json_),
-            "structured_outputs.regex": _of("regex", inside.regex),
-            "structured_outputs.choice": _of_choice(inside.choice),
-            "structured_outputs.grammar": _of("grammar", inside.grammar),
-            "structured_outputs.json_object": _ANY_OBJECT if inside.json_object else None,
         }
+        if outputs is not None:
+            given |= {
+                "structured_outputs.json": _of_schema(outputs.json_),
+                "structured_outputs.regex": _of("regex", outputs.regex),
+                "structured_outputs.choice": _of_choice(outputs.choice),
+                "structured_outputs.grammar": _of("grammar", outputs.grammar),
+                "structured_outputs.json_object": _ANY_OBJECT if outputs.json_object else None,
+            }
         found = [GrammarField(param, grammar) for param, grammar in given.items() if grammar is not None]
         if len(found) > 1:
             raise FieldError(found[1].param, f"{found[0].param} says what the text must be; leave one out")
         if not found:
             return None
+        if found[0].grammar.kind == "json_schema" and not _is_object(found[0].grammar.text):
+            raise FieldError(found[0].param, "is no JSON object")
         if len(found[0].grammar.text) > MAX_GRAMMAR_CHARACTERS:
             raise FieldError(found[0].param, f"has more than {MAX_GRAMMAR_CHARACTERS} characters as JSON")
         return found[0]
@@ -232,7 +243,15 @@ class GrammarField:
     grammar: Grammar
 
 
+_SPECIAL_IN_REGEX = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/]")
 _ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _of(kind: Literal["regex", "grammar"], text: str | None) -> Grammar | None:
@@ -248,7 +267,7 @@ def _of_schema(schema: JsonSchema | str | None) -> Grammar | None:
 def _of_choice(choices: Sequence[str] | None) -> Grammar | None:
     if choices is None:
         return None
-    return Grammar("grammar", "start: " + " | ".join(json.dumps(choice) for choice in choices))
+    return Grammar("regex", "|".join(_SPECIAL_IN_REGEX.sub(r"\\\g<0>", choice) for choice in choices))
 
 
 class FieldError(ValueError):
