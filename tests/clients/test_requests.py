@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from onebase import AdapterWeight, Message
 from onebase._core.requests import generate, model
@@ -56,10 +56,21 @@ class Place(BaseModel):
     floors: int = 1
 
 
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    kept: dict[str, int] = {"type": 1}
+
+
 def test_what_the_text_must_be_reaches_the_server_as_the_contract_says() -> None:
     schema = {"type": "integer"}
     assert body(schema=schema)["guided_json"] == schema
-    assert body(schema=Place)["guided_json"] == Place.model_json_schema()
+    assert body(schema=Place)["guided_json"] == Place.model_json_schema() | {"additionalProperties": False}
+    assert body(schema=Open)["guided_json"] == Open.model_json_schema()
+    assert (
+        body(schema=TypeAdapter(list[Place]))["guided_json"]["$defs"]["Place"]["additionalProperties"]
+        is False
+    )
     assert body(schema=TypeAdapter(list[int]))["guided_json"] == {
         "type": "array",
         "items": {"type": "integer"},

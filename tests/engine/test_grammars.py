@@ -215,6 +215,7 @@ def test_every_choice_is_in_the_language(
         (Grammar("json_schema", '{"type": "objekt"}'), "objekt"),
         (Grammar("json_schema", '{"type": "string", "contentMediaType": 7, "not": {}}'), "not"),
         (Grammar("json_schema", '{"$ref": "https://example.org/schema.json"}'), "example.org"),
+        (Grammar("json_schema", '{"$ref": "file:///etc/hostname"}'), "file:///etc/hostname"),
         (Grammar("json_schema", '{"$ref": "#/$defs/none"}'), "none"),
         (Grammar("json_schema", "{"), ""),
         (Grammar("regex", "[a"), "regex parse error: unclosed character class"),
