@@ -201,7 +201,7 @@ class Engine:
 
     def _admit_compiled(self, timeout: float = 0.0) -> None:
         """Queue the rows of requests whose grammar has been compiled, or report what is wrong with it."""
-        if self._grammars is None or not self._opening:
+        if self._grammars is None:
             return
         for key, compiled in self._grammars.arrived(timeout):
             for request, mix in self._opening.pop(key, ()):

@@ -172,7 +172,8 @@ class Grammars:
         until, reason = self._harmful.get(key, (0.0, ""))
         if time.monotonic() < until:
             self._arrived.append((key, Compiled(key, reason)))
-        elif key not in self._asked and key not in self._waiting:
+        elif key not in self._waiting and (key not in self._asked or self._users[key] == rows):
+            # Also if others asked and have left: the process was told that nobody uses it.
             self._compile(key)
         return key
 
@@ -400,9 +401,10 @@ class Grammars:
         self._flush()
         if self._socket is None:
             raise _GoneError("ended")
-        wanting = [self._socket] if self._outbox else []
         if timeout > 0:
-            select.select([self._socket], wanting, [], timeout)
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+            poll.poll(timeout * 1000)
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
