@@ -32,9 +32,8 @@ from onebase_engine.environment import computing_environment
 
 MASK_BYTES = 4
 """Of an entry of a mask: 32 tokens, the first in the lowest bit."""
-WHITESPACE = r"(?: |\r?\n[ \t]{0,24})?"
-"""Between two parts of a JSON text: a space, or a new line and how far it is indented. Without a limit a
-small base goes on with spaces for ever."""
+WHITESPACE = " ?"
+"""Between two parts of a JSON text. With new lines and tabs a small base loses its way in them."""
 START_SECONDS = 40.0
 """Until a new process takes orders, or begins with one."""
 COMPILING = 2
