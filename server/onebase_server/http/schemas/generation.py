@@ -221,10 +221,10 @@ class SamplingFields(Wire):
             raise FieldError(found[1].param, f"{found[0].param} says what the text must be; leave one out")
         if not found:
             return None
+        if len(found[0].grammar.text) > MAX_GRAMMAR_CHARACTERS:
+            raise FieldError(found[0].param, f"has more than {MAX_GRAMMAR_CHARACTERS} characters")
         if found[0].grammar.kind == "json_schema" and not _is_object(found[0].grammar.text):
             raise FieldError(found[0].param, "is no JSON object")
-        if len(found[0].grammar.text) > MAX_GRAMMAR_CHARACTERS:
-            raise FieldError(found[0].param, f"has more than {MAX_GRAMMAR_CHARACTERS} characters as JSON")
         return found[0]
 
     @property
