@@ -117,9 +117,15 @@ def speed(engine: Engine, prompt: list[int], guided: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def outcomes(engine: Engine, tokenizer: Tokenizer, prompt: list[int], cases: list[Case]) -> Counter[str]:
-    """What came of each: `valid`, `invalid`, `cut` by the limit of tokens, or the reason of a refusal."""
+def outcomes(
+    engine: Engine, tokenizer: Tokenizer, prompt: list[int], cases: list[Case]
+) -> tuple[Counter[str], list[str]]:
+    """What came of each: `valid`, `invalid`, `cut` by the limit of tokens, or the reason of a refusal.
+
+    And the texts that do not keep to their schema.
+    """
     found: Counter[str] = Counter()
+    wrong: list[str] = []
     texts: dict[str, list[int]] = {}
     waiting = list(enumerate(cases))
     with_bar = track(waiting, "schemas", console=Console(stderr=True))
@@ -135,8 +141,11 @@ def outcomes(engine: Engine, tokenizer: Tokenizer, prompt: list[int], cases: lis
                     one = cases[int(output.id)]
                     end = output.finish if output.finish != "error" else f"refused: {output.error_message}"
                     text = tokenizer.decode(texts.pop(output.id), skip_special_tokens=True)
-                    found[judged(one, end, text)] += 1
-    return found
+                    outcome = judged(one, end, text)
+                    found[outcome] += 1
+                    if outcome in ("invalid", "no JSON"):
+                        wrong.append(f"{outcome}: {one.draft}/{one.name}: {text!r}")
+    return found, wrong
 
 
 def judged(case: Case, end: str, text: str) -> str:
@@ -171,13 +180,15 @@ def main() -> None:
     show_cost(console, engine, prompt, options.rounds)
     cases = suite(default_cache() / "json-schema-test-suite")
     chosen = random.Random(0).sample(cases, min(options.schemas, len(cases)))
-    found = outcomes(engine, tokenizer, prompt, chosen)
+    found, wrong = outcomes(engine, tokenizer, prompt, chosen)
     table = Table("outcome", "schemas", title=f"{len(chosen)} of {len(cases)} schemas")
     refused = {reason: count for reason, count in found.items() if reason.startswith("refused")}
     for outcome in sorted(found.keys() - refused.keys(), key=lambda one: -found[one]):
         table.add_row(outcome, str(found[outcome]))
     table.add_row("refused", str(sum(refused.values())))
     console.print(table)
+    for text in wrong:
+        console.print(text, highlight=False, markup=False)
     for reason, count in sorted(refused.items(), key=lambda item: -item[1])[:10]:
         console.print(f"{count:5} {reason}", highlight=False)
 

@@ -67,9 +67,11 @@ def draw(
     if masked:
         _forbid(own, list(masked), np.stack(list(masked.values())))
     chosen = kernels.draw(own, _draws(rows))
-    for i in {*adjusted, *masked}:
+    if changed := sorted({*adjusted, *masked}):
         # The row's own logits must be finite as well, those that were taken away included.
-        chosen[i] = chosen[i] if bool(torch.isfinite(logits[i].amax())) else None
+        finite = torch.isfinite(logits[changed].amax(-1)).tolist()
+        for i, known in zip(changed, finite, strict=True):
+            chosen[i] = chosen[i] if known else None
     scores: dict[int, TokenLogprob] = {}
     # One k at a time: among equal values, which come first depends on how many are asked for.
     for top in {row.sampling.logprobs for row in rows}:
@@ -89,12 +91,15 @@ def _forbid(own: list[torch.Tensor], rows: Sequence[int], masks: np.ndarray) -> 
     """Take from these of the rows' logits what their masks [rows, words] do not allow."""
     vocabulary = len(own[rows[0]])
     allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little", count=vocabulary)
-    for i, bits in zip(rows, allowed, strict=True):
-        forbidden = torch.from_numpy(bits == 0).to(own[i].device)
-        own[i] = own[i].masked_fill(forbidden, -torch.inf)
-        if not bool(torch.isfinite(own[i].amax())) and bits.any():
-            # min_tokens took what the grammar ends with, or a bias did: the grammar is what holds.
-            own[i] = torch.zeros_like(own[i]).masked_fill(forbidden, -torch.inf)
+    forbidden = torch.from_numpy(allowed).to(own[rows[0]].device) == 0
+    for dtype in {own[i].dtype for i in rows}:  # those that were adjusted are in fp32
+        numbers = [number for number, i in enumerate(rows) if own[i].dtype == dtype]
+        theirs = forbidden if len(numbers) == len(rows) else forbidden[numbers]
+        made = torch.stack([own[rows[number]] for number in numbers]).masked_fill_(theirs, -torch.inf)
+        known = torch.isfinite(made.amax(-1)).tolist()
+        for number, row, mask, some in zip(numbers, made, theirs, known, strict=True):
+            # Where min_tokens took what the grammar ends with, or a bias did, the grammar is what holds.
+            own[rows[number]] = row if some else torch.zeros_like(row).masked_fill_(mask, -torch.inf)
 
 
 def _draws(rows: Sequence[Row | Ahead]) -> Draws:
