@@ -509,9 +509,10 @@ def test_the_process_ends_with_its_engine(folder: Path, tmp_path: Path) -> None:
     program = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from onebase_engine.engine.grammars import Grammars\n"
+        "from onebase_engine.engine import grammars\n"
+        "grammars.START_SECONDS = 300.0\n"
         "from onebase_engine.engine.messages import Grammar\n"
-        "made = Grammars(Path(sys.argv[1]), 49152, [2], 8)\n"
+        "made = grammars.Grammars(Path(sys.argv[1]), 49152, [2], 8)\n"
         "made.open(Grammar('regex', 'a'), 1)\n"
         "while not made.arrived(1.0): pass\n"
         "os.kill(made._process.pid, 19)\n"  # it does not even see that the socket is closed
