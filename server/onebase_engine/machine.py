@@ -6,6 +6,7 @@ torch is imported where it is needed: the api asks for memory too, and loads no 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import re
 import resource
@@ -113,3 +114,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
         return
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: glibc would keep it for later allocations."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

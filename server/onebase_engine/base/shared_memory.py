@@ -6,7 +6,6 @@ What is written here about CUDA follows `torch.multiprocessing.reductions` and w
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from onebase_engine.base import manifest as wire
 from onebase_engine.base.manifest import CudaSegment, FileSegment, Segment, TensorPlace
+from onebase_engine.machine import return_freed_memory
 
 ALIGNMENT = 64
 """Bytes; what torch's own allocator gives, and what vector instructions like."""
@@ -127,7 +127,7 @@ def _move_to_file(
         for i in members:
             tensors[i].data = _tensor(mapping, segment.start, places[i])
     _seal(fd)
-    _return_freed_memory()
+    return_freed_memory()
 
 
 def _map_shared(fd: int, size: int) -> Any:
@@ -147,13 +147,6 @@ def _seal(fd: int) -> None:
 
 def _bytes(storage: torch.UntypedStorage, start: int, count: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, (count,), (1,))
-
-
-def _return_freed_memory() -> None:
-    """Give what was freed back to the system: glibc would keep it for later allocations."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _cuda_segment(storage: Any) -> CudaSegment:

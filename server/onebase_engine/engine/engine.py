@@ -203,12 +203,12 @@ class Engine:
         """Queue the rows of requests whose grammar has been compiled, or report what is wrong with it."""
         if self._grammars is None:
             return
-        for key, compiled in self._grammars.arrived(timeout):
-            for request, mix in self._opening.pop(key, ()):
+        for compiled in self._grammars.arrived(timeout):
+            for request, mix in self._opening.pop(compiled.key, ()):
                 if compiled.error is None:
-                    self._admit(request, mix, key)
+                    self._admit(request, mix, compiled.key)
                     continue
-                self._grammars.close(key, request.n)
+                self._grammars.close(compiled.key, request.n)
                 code = "grammars_busy" if compiled.busy else "grammar_refused"
                 self._refuse(request, NeverFitsError(code, "grammar", compiled.error))
 

@@ -41,6 +41,7 @@ from onebase_engine.engine.grammars import (
     request_decoder,
 )
 from onebase_engine.engine.messages import FrameReader, Grammar, encode
+from onebase_engine.machine import return_freed_memory
 
 MEMORY_BYTES = 4 << 30
 """Of addresses: beyond it the process ends, and whoever asked for too much is found."""
@@ -91,7 +92,7 @@ class Follower:
                 return Compiled(key, None)
             del self._compiled[key]
             self._used.discard(key)
-            _give_memory_back()
+            return_freed_memory()
         return Compiled(key, "the grammars that are in use take all the memory that they may", busy=True)
 
     def _matcher(self, grammar: Grammar) -> Any:
@@ -127,7 +128,7 @@ class Follower:
         idle = [key for key in self._compiled if key not in self._used]
         while idle and (self._taken() > KEPT_BYTES or len(idle) > KEPT_GRAMMARS):
             del self._compiled[idle.pop(0)]
-            _give_memory_back()
+            return_freed_memory()
 
     def _taken(self) -> int:
         return resident_bytes() - self._before
@@ -168,11 +169,6 @@ class Follower:
             if matcher.is_error():
                 errors[row] = _sentence(str(matcher.get_error()))
         return errors
-
-
-def _give_memory_back() -> None:
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -103,8 +103,6 @@ def request_decoder() -> msgspec.msgpack.Decoder[Compile | Want | Forget]:
 
 
 _answers = msgspec.msgpack.Decoder(Started | Begun | Compiled | Masks)
-Arrival = tuple[str, Compiled]
-"""A grammar's key, and what came of it."""
 
 
 class GrammarError(Exception):
@@ -151,7 +149,7 @@ class Grammars:
         """What ended a process: until when it is not tried again, and what is said of it."""
         self._errors: dict[str, str] = {}
         """Of grammars that a new process could not compile again."""
-        self._arrived: list[Arrival] = []
+        self._arrived: list[Compiled] = []
         self._outbox = bytearray()
         self._told: dict[int, int] = {}
         """Tokens of each row that the process knows."""
@@ -170,7 +168,7 @@ class Grammars:
         self._grammars[key] = grammar
         until, reason = self._harmful.get(key, (0.0, ""))
         if time.monotonic() < until:
-            self._arrived.append((key, Compiled(key, reason)))
+            self._arrived.append(Compiled(key, reason))
         elif key not in self._waiting and (key not in self._asked or self._users[key] == rows):
             # Also if others asked and have left: the process was told that nobody uses it.
             self._compile(key)
@@ -186,7 +184,7 @@ class Grammars:
             self._compiled.discard(key)
             self._tell_gone([], [key])
 
-    def arrived(self, timeout: float = 0.0) -> list[Arrival]:
+    def arrived(self, timeout: float = 0.0) -> list[Compiled]:
         """What has been compiled since the last call, or refused."""
         if self._asked:
             try:
@@ -219,7 +217,7 @@ class Grammars:
 
     def _refuse(self, key: str, reason: str) -> None:
         message = f"the process that compiles it {reason}"
-        self._arrived.append((key, Compiled(key, message, busy=not self._ready)))
+        self._arrived.append(Compiled(key, message, busy=not self._ready))
         if self._ready:
             self._harmful[key] = time.monotonic() + HARMFUL_SECONDS, message
             if len(self._harmful) > REMEMBERED:
@@ -435,4 +433,4 @@ class Grammars:
         else:
             self._errors[message.key] = message.error
         if self._asked.pop(message.key, None) is not None:
-            self._arrived.append((message.key, message))
+            self._arrived.append(message)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import re
 import sys
@@ -11,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
+from onebase_engine.machine import return_freed_memory
 from onebase_engine.transformers_index import remember_transformers_index
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
@@ -162,8 +161,7 @@ def and_give_memory_back(encode: Callable[[T], list[int]], text: T) -> list[int]
     """`encode(text)`. A tokenizer takes hundreds of bytes for each character for a moment, and the C library
     would keep them for the next text."""
     ids = encode(text)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     return ids
 
 

@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -60,9 +61,14 @@ Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeVali
 _ONE, _LIST = Tag("one-value"), Tag("a-list")
 """Parts of an error's location that name no field: they are no identifiers."""
 _OBJECT = Tag("an-object")
-_TEXT_OR_OBJECT = Discriminator(lambda value: (_ONE if isinstance(value, str) else _OBJECT).tag)
 _BY_KIND = Discriminator(lambda value: (_LIST if isinstance(value, list) else _ONE).tag)
 """A plain union would try both kinds, and collect an error for each item of a list under each."""
+
+
+@cache
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    """Of its fields, as they are written."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class Wire(BaseModel):
@@ -75,7 +81,7 @@ class Wire(BaseModel):
     def _refuse_unknown(cls, value: Any) -> Any:
         """At the first one: pydantic would collect an error for each of a hundred thousand."""
         if isinstance(value, dict):
-            known = {field.alias or name for name, field in cls.model_fields.items()}
+            known = _names(cls)
             for key in value:
                 if key not in known:
                     raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
@@ -92,7 +98,22 @@ class AdapterTerm(Wire):
 AdapterTerms = Annotated[list[AdapterTerm], Field(min_length=1, max_length=MAX_ADAPTER_TERMS, fail_fast=True)]
 
 
+def _of_an_object(text: str) -> str:
+    try:
+        whole = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError("is no JSON object")
+    return text
+
+
 JsonSchema = dict[str, JsonValue]
+SchemaText = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS), AfterValidator(_of_an_object)]
+SchemaOrText = Annotated[
+    Annotated[SchemaText, _ONE] | Annotated[JsonSchema, _OBJECT],
+    Discriminator(lambda value: (_ONE if isinstance(value, str) else _OBJECT).tag),
+]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
 ChoiceText = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
 ChoiceTexts = Annotated[list[ChoiceText], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
@@ -123,9 +144,7 @@ class ResponseFormat(Wire):
 class StructuredOutputs(Wire):
     """vLLM's newer way to write the guided_ fields. One of them is given."""
 
-    json_: Annotated[Annotated[str, _ONE] | Annotated[JsonSchema, _OBJECT], _TEXT_OR_OBJECT] | None = Field(
-        default=None, alias="json"
-    )
+    json_: SchemaOrText | None = Field(default=None, alias="json")
     regex: GrammarText | None = None
     choice: ChoiceTexts | None = None
     grammar: GrammarText | None = None
@@ -167,9 +186,7 @@ class SamplingFields(Wire):
     )
     adapter: Annotated[Annotated[Name, _ONE] | Annotated[AdapterTerms, _LIST], _BY_KIND] | None = None
     response_format: ResponseFormat | None = Field(default=None, description="what the text must be")
-    guided_json: Annotated[Annotated[str, _ONE] | Annotated[JsonSchema, _OBJECT], _TEXT_OR_OBJECT] | None = (
-        Field(default=None, description="a JSON schema that the text keeps to")
-    )
+    guided_json: SchemaOrText | None = Field(default=None, description="a JSON schema that the text keeps to")
     guided_regex: GrammarText | None = Field(default=None, description="matches the whole text")
     guided_choice: ChoiceTexts | None = Field(default=None, description="the text is one of these")
     guided_grammar: GrammarText | None = Field(default=None, description="in Lark's notation, or GBNF")
@@ -223,8 +240,6 @@ class SamplingFields(Wire):
             return None
         if len(found[0].grammar.text) > MAX_GRAMMAR_CHARACTERS:
             raise FieldError(found[0].param, f"has more than {MAX_GRAMMAR_CHARACTERS} characters")
-        if found[0].grammar.kind == "json_schema" and not _is_object(found[0].grammar.text):
-            raise FieldError(found[0].param, "is no JSON object")
         return found[0]
 
     @property
@@ -245,13 +260,6 @@ class GrammarField:
 
 _SPECIAL_IN_REGEX = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/]")
 _ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _of(kind: Literal["regex", "grammar"], text: str | None) -> Grammar | None:
