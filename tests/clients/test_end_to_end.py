@@ -168,6 +168,78 @@ def test_an_answer_under_a_schema_is_an_instance_of_its_model(
         assert isinstance(stream.read().parsed, Answer)
 
 
+def tool(model: type[BaseModel], **more: object) -> dict[str, Any]:
+    """A function whose arguments are those of a model."""
+    schema = model.model_json_schema()
+    return {"type": "function", "function": {"name": model.__name__, "parameters": schema, **more}}
+
+
+@pytest.mark.parametrize("named", [None, "adapter"])
+def test_an_answer_calls_a_tool_with_arguments_of_its_schema(
+    sdk: Any, server: Server, adapter: str, named: str | None
+) -> None:
+    fields: dict[str, Any] = {"adapter": named and adapter, "tools": [tool(Answer)], "max_tokens": 300}
+    fields |= {"tool_choice": "required", "parallel_tool_calls": False, "seed": 5}
+    answer = sdk.call(lambda client: client.chat("Where?", n=2, **fields), url=server.url)
+    assert [choice.finish_reason for choice in answer.choices] == ["tool_calls"] * 2
+    for choice in answer.choices:
+        (call,) = choice.tool_calls
+        assert (choice.text, call.name) == ("", "Answer")
+        Answer.model_validate(call.values)
+    with Client(server.url) as client:
+        with client.stream(messages="Where?", n=2, **fields) as stream:
+            streamed = stream.read()
+        assert [choice.tool_calls[0].arguments for choice in streamed.choices] == [
+            choice.tool_calls[0].arguments for choice in answer.choices
+        ]
+        first, *rest = answer.tool_calls
+        more = [Message("user", "Where?"), answer.message, first.result("There.")]
+        after = client.chat(
+            more, tools=[tool(Answer)], tool_choice="none", max_tokens=3, adapter=named and adapter
+        )
+    assert not rest
+    assert not after.tool_calls
+    assert after.usage.prompt_tokens > answer.usage.prompt_tokens / 2
+
+
+def test_the_openai_client_calls_tools_whole_and_streamed(server: Server) -> None:
+    class Where(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+        sure: bool
+
+    messages: Any = [{"role": "user", "content": "Where?"}]
+    tools: Any = [tool(Answer), tool(Where, strict=True)]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        base = client.models.list().data[0].id
+        fields: Any = {"model": base, "messages": messages, "tools": tools, "max_completion_tokens": 300}
+        choice: Any = {"type": "function", "function": {"name": "Where"}}
+        made = client.chat.completions.create(**fields, tool_choice=choice).choices[0]
+        assert made.finish_reason == "stop"
+        assert made.message.content is None
+        assert [call.function.name for call in made.message.tool_calls or []] == ["Where"]
+        with client.chat.completions.stream(**fields, tool_choice="required", seed=3) as stream:
+            final = stream.get_final_completion().choices[0].message
+        assert final.tool_calls
+        for call in final.tool_calls:
+            assert isinstance(call.function.parsed_arguments if call.function.name == "Where" else {}, dict)
+            json.loads(call.function.arguments)
+        text = client.chat.completions.create(**fields, tool_choice="none").choices[0]
+        assert text.message.tool_calls is None
+        cut = client.chat.completions.create(
+            **fields | {"max_completion_tokens": 20}, tool_choice=choice
+        ).choices[0]
+        assert (cut.finish_reason, len(cut.message.tool_calls or [])) == ("length", 1)
+
+
+def test_a_schema_of_a_tool_that_cannot_be_kept_to_is_refused_as_of_tools(server: Server) -> None:
+    bad = {"type": "object", "properties": {"a": {"type": "string", "pattern": "[a"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": bad}}]
+    with Client(server.url, max_retries=0) as client, pytest.raises(BadRequestError) as refused:
+        client.chat("Where?", tools=tools, tool_choice="required", max_tokens=20)
+    assert (refused.value.code, refused.value.param) == ("grammar_refused", "tools")
+
+
 def test_the_snippet_of_the_sdks_page_about_schemas_runs(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tokenization import BaseTokenizer, Conversation
 
 FRANCE = "The capital of France is"
 
@@ -99,7 +99,7 @@ def test_messages_go_through_the_bases_own_chat_template(api: Any, tokenizer: Ba
     answer = api.generate(messages=messages)
 
     assert answer["choices"][0]["text"] == "The capital of France is Paris"
-    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(messages))
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(Conversation(messages)))
 
 
 def test_a_stop_string_never_shows_in_a_stream_and_frees_the_row(api: Any) -> None:

@@ -198,12 +198,42 @@ def test_an_unknown_model_raises_not_found(client: openai.OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_tools_are_refused_clearly(client: openai.OpenAI, api: Any) -> None:
-    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+def test_a_variable_that_the_chat_template_does_not_know_is_refused(client: openai.OpenAI, api: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="no variable 'enable_thinking'") as caught:
+        client.chat.completions.create(
+            model=api.base,
+            messages=QUESTION,
+            extra_body={"chat_template_kwargs": {"enable_thinking": False}},
+        )
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_an_answer_may_go_on_where_the_last_message_ends(client: openai.OpenAI, api: Any) -> None:
+    begun: Any = [*QUESTION, {"role": "assistant", "content": "The capital is"}]
+
+    def prompt_tokens(**fields: Any) -> int:
+        made = client.chat.completions.create(
+            model=api.base, messages=begun, max_completion_tokens=1, extra_body=fields
+        )
+        assert made.usage is not None
+        return made.usage.prompt_tokens
+
+    on, new, bare = (
+        prompt_tokens(**fields)
+        for fields in (
+            {"continue_final_message": True},
+            {"add_generation_prompt": True},
+            {"add_generation_prompt": False},
+        )
+    )
+    assert on < bare < new
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=api.base, messages=QUESTION, tools=[tool])
-    assert caught.value.param == "tools"
-    assert "system message" in str(caught.value)
+        client.chat.completions.create(
+            model=api.base,
+            messages=[*QUESTION, {"role": "assistant", "content": ""}],
+            extra_body={"continue_final_message": True},
+        )
+    assert caught.value.param == "continue_final_message"
 
 
 def test_an_adapter_beside_a_model_that_is_one_is_refused(client: openai.OpenAI) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.http.schemas.generation import GenerateRequest, Wire, validation_error
+from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.schemas.wire import Wire, validation_error
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -94,12 +95,10 @@ def test_a_wrong_part_is_refused_by_its_path(body: dict[str, Any], param: str) -
 @pytest.mark.parametrize(
     "field",
     [
-        "tools",
         "functions",
         "function_call",
         "audio",
         "prediction",
-        "chat_template_kwargs",
         "web_search_options",
     ],
 )
@@ -244,7 +243,6 @@ def test_a_message_may_say_who_speaks_and_how_to_cache_it() -> None:
     [
         ("use_beam_search", True),
         ("skip_special_tokens", False),
-        ("continue_final_message", True),
         ("return_token_ids", True),
         ("length_penalty", 2.0),
         ("prompt_logprobs", 1),
@@ -266,12 +264,108 @@ def test_an_answer_sent_back_with_empty_extras_is_a_message() -> None:
     assert request.messages[0].rendered() == {"role": "assistant", "content": "hi"}
 
 
-def test_a_message_with_a_tool_call_is_refused() -> None:
-    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+TOOL = {"type": "function", "function": {"name": "f", "strict": None, "parameters": {"type": "object"}}}
 
-    _, param = refusal(ChatRequest, {"model": "m", "messages": [message]})
 
-    assert param == "messages[0].tool_calls"
+def test_calls_and_their_answers_are_handed_to_the_template() -> None:
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [CALL | {"index": 0}],
+        "function_call": None,
+    }
+    result = {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "fine"}]}
+
+    request = ChatRequest.model_validate({"model": "m", "messages": [*USER, called, result]})
+
+    function = {"name": "f", "arguments": {"a": [1]}}
+    assert [message.rendered() for message in request.messages[1:]] == [
+        {"role": "assistant", "content": "", "tool_calls": [CALL | {"function": function}]},
+        {"role": "tool", "content": "fine", "tool_call_id": "call_1"},
+    ]
+    assert [message.is_of_tools for message in request.messages] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "tool_calls[0].function"),
+        ({"role": "user", "content": "", "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "user", "content": "", "tool_call_id": "1"}, "tool_call_id"),
+        ({"role": "assistant", "content": None}, "content"),
+        ({"role": "tool", "content": None}, "content"),
+        ({"role": "function", "content": "x"}, "role"),
+        ({"role": "assistant", "tool_calls": [CALL] * 129}, "tool_calls"),
+        *(
+            (
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]},
+                "tool_calls[0].function.arguments",
+            )
+            for text in ("{", "[1]", "[" * 100_000, "NaN")
+        ),
+    ],
+)
+def test_a_wrong_call_is_refused_by_its_path(message: dict[str, Any], param: str) -> None:
+    _, found = refusal(ChatRequest, {"model": "m", "messages": [message]})
+
+    assert found == f"messages[0].{param}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"function": {"name": "f g"}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "f" * 129}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "f", "description": 1}}]}, "tools[0].function.description"),
+        ({"tools": [{"function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict"),
+        ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+        (
+            {"tools": [{"function": {"name": "f", "parameters": {"type": "string"}}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [TOOL] * 2}, "tools"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [TOOL], "guided_regex": "a"}, "guided_regex"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ],
+)
+def test_wrong_tools_are_refused_by_their_path(fields: dict[str, Any], param: str) -> None:
+    for request in (ChatRequest, GenerateRequest):
+        named = {"model": "m"} if request is ChatRequest else {}
+        _, found = refusal(request, {"messages": USER, **named, **fields})
+        assert found == param
+
+
+def test_what_goes_with_messages_is_refused_beside_a_prompt() -> None:
+    for field in ({"tools": [TOOL]}, {"chat_template_kwargs": {"a": 1}}, {"continue_final_message": True}):
+        _, param = refusal(GenerateRequest, {"prompt": "hi", **field})
+        assert [param] == list(field)
+
+
+def test_a_choice_of_tools_says_which_may_and_which_must_be_called() -> None:
+    def wanted(choice: object) -> tuple[bool, bool, list[str]]:
+        tools = [TOOL, {"function": {"name": "g"}}]
+        request = ChatRequest.model_validate(
+            {"model": "m", "messages": USER, "tools": tools, "tool_choice": choice}
+        )
+        return request.calls_tools, request.must_call, request.callable_names
+
+    only_g = {"type": "function", "function": {"name": "g"}}
+    some = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [only_g]}}
+    assert wanted(None) == wanted("auto") == (True, False, ["f", "g"])
+    assert wanted("none")[0] is False
+    assert wanted("required") == (True, True, ["f", "g"])
+    assert wanted(only_g) == (True, True, ["g"])
+    assert wanted(some) == (True, False, ["g"])
 
 
 def test_text_parts_are_joined_and_other_parts_refused() -> None:

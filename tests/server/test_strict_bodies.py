@@ -15,8 +15,9 @@ from onebase_server.access import LOCAL, Caller
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.planner import Limits, Planner
-from onebase_server.http.schemas.generation import GenerateRequest, Wire
+from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.schemas.wire import Wire
 from onebase_server.http.strict_json import MAX_FIELDS, decode
 
 from .support import Server

@@ -179,12 +179,15 @@ def test_tools_and_calls_reach_the_template_as_json(load: Load) -> None:
 
 def test_tools_that_the_template_would_lose_are_refused(load: Load) -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
+    tokenizer = base_tokenizer(LLAMA_3)
     assert "tools: the base's chat template has no place for tools" in reason(
-        load, chat("q", "a", tools=tools)
+        load, chat("q", "a", tools=tools), tokenizer=tokenizer
     )
     row = chat("q", "a")
     row["messages"][1]["tool_calls"] = [{"function": {"name": "add", "arguments": {}}}]
-    assert "messages[1].tool_calls: the base's chat template has no place for tool calls" in reason(load, row)
+    assert "messages[1].tool_calls: the base's chat template has no place for tool calls" in reason(
+        load, row, tokenizer=tokenizer
+    )
 
 
 def test_a_control_token_inside_a_message_is_letters_as_in_serving(load: Load) -> None:

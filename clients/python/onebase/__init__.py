@@ -80,6 +80,8 @@ from .types import (
     Tenant,
     TenantUsage,
     Timing,
+    ToolCall,
+    ToolCallPart,
     Usage,
 )
 
@@ -139,6 +141,8 @@ __all__ = [
     "TenantUsage",
     "Timeout",
     "Timing",
+    "ToolCall",
+    "ToolCallPart",
     "TrainingCallback",
     "TrainingCheckpoint",
     "TrainingEvent",

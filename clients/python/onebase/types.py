@@ -9,12 +9,40 @@ from typing import Any, TypeAlias, TypedDict
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the answer calls: run it, and append its result as a message of role `tool`."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON of an object, cut off where the answer ended by max_tokens."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The arguments by name.
+
+        Raises:
+            ValueError: the answer ended before they did.
+        """
+        made: dict[str, Any] = json.loads(self.arguments)
+        return made
+
+    def result(self, content: str) -> Message:
+        """The message that says what came of the call."""
+        return Message("tool", content, tool_call_id=self.id)
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation."""
 
     role: str
-    """`system`, `user` or `assistant`, as the base's chat template knows them."""
+    """`system`, `user`, `assistant` or `tool`, as the base's chat template knows them."""
     content: str
+    tool_calls: Sequence[ToolCall] = ()
+    """What an assistant's message calls."""
+    tool_call_id: str | None = None
+    """Which call a message of role `tool` answers."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +59,7 @@ AdapterSpec: TypeAlias = str | Mapping[str, float] | Sequence[AdapterWeight | Ma
 use where the server's `--hub-allow` permits it. `{"acme": 0.7, "legal": 0.3}`, or a
 sequence of AdapterWeight (or of the same as dicts), is the weighted sum of several."""
 
-Messages: TypeAlias = str | Sequence[Message | Mapping[str, str]]
+Messages: TypeAlias = str | Sequence[Message | Mapping[str, Any]]
 """A conversation; a plain string is one message from the user."""
 
 
@@ -81,6 +109,18 @@ class SamplingFields(TypedDict, total=False):
     """None, any text. The answer is one of these."""
     grammar: str
     """None, any text. What the answer keeps to, in Lark's notation or GBNF."""
+    tools: Sequence[Mapping[str, Any]]
+    """None. Functions that the answer to a conversation may call, as OpenAI writes them:
+    `{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}`."""
+    tool_choice: str | Mapping[str, Any]
+    """`auto`. `required`: it calls at least one; `none`; or a tool, as `{"type": "function", "function":
+    {"name": ...}}`."""
+    parallel_tool_calls: bool
+    """True. False: one call an answer at most."""
+    chat_template_kwargs: Mapping[str, Any]
+    """None. More variables of the base's chat template, such as `{"enable_thinking": False}`."""
+    continue_final_message: bool
+    """False. The answer goes on where the last message of the conversation ends."""
     timeout_s: float | None
     """None, none. Seconds after which the server ends the request by itself."""
 
@@ -105,9 +145,11 @@ class Choice:
     index: int
     text: str
     finish_reason: str
-    """`stop` (its natural end, or a stop string or token), `length` (max_tokens, or no room left),
-    `cancelled` or `error`."""
+    """`stop` (its natural end, or a stop string or token), `tool_calls`, `length` (max_tokens, or no room
+    left), `cancelled` or `error`."""
     logprobs: Logprobs | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What it calls, in order; `text` is what it says besides."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +194,11 @@ class Generation:
         return self.choices[0].text
 
     @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """What the first choice calls."""
+        return self.choices[0].tool_calls
+
+    @property
     def parsed(self) -> Any:
         """What the first choice's JSON says: an instance of the pydantic model that was given as `schema`, or
         dicts, lists, strings and numbers.
@@ -178,7 +225,7 @@ class Generation:
     @property
     def message(self) -> Message:
         """The first choice as the assistant's turn, ready to be appended to the conversation."""
-        return Message("assistant", self.text)
+        return Message("assistant", self.text, self.tool_calls)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -199,6 +246,18 @@ class Piece:
     finish_reason: str | None = None
     """Set on the last piece of a choice, whose text may be empty; see Choice."""
     logprobs: Logprobs | None = None
+    tool_calls: tuple[ToolCallPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCallPart:
+    """More of a call: the first part of one has its id and name."""
+
+    index: int
+    """Which of the choice's calls."""
+    arguments: str
+    id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,21 @@ which a template calls that writes a list or an object as it is."""
 _SECRET_CHARACTERS = 8
 _ROLES_OF_THE_APPLICATION = ("assistant", "system", "developer")
 _SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")
+_KEYS = frozenset(
+    ("id", "type", "function", "name", "arguments", "parameters", "properties", "required", "description",
+     "enum", "items", "anyOf", "oneOf", "allOf", "additionalProperties", "default", "title", "const",
+     "format", "return", "response", "strict")
+)  # fmt: skip
+"""Of tools and calls, which templates look up: `name` is a part of StarCoder's `<reponame>`."""
 _PADDING = "▁" + "".join(chr(point) for point in range(0x3001) if chr(point).isspace())
 """What templates trim (all of Unicode's white space), and how a tokenizer writes a space."""
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any] | None
+Options = Mapping[str, Any]
+"""More variables of a chat template, such as Qwen3's `enable_thinking`."""
 Look = Literal["none", "part", "whole"]
+_NO_OPTIONS: Options = {}
 
 
 class ControlTokenError(ValueError):
@@ -161,41 +170,55 @@ class ChatTokenizer:
         """The id of a control token, by its name in what `render` gives."""
         return self._id_of[name]
 
-    def is_plain(self, messages: Messages, tools: Tools = None) -> bool:
+    def is_plain(self, messages: Messages, tools: Tools = None, options: Options = _NO_OPTIONS) -> bool:
         """Whether no text in them holds a control token, or could be a part of one."""
-        return all(self._look(text, trusted) == "none" for _, text, trusted in _texts(messages, tools))
+        found = _texts(messages, tools, options)
+        return all(self._look(text, trusted) == "none" for _, text, trusted in found)
 
-    def encode_messages(self, messages: Messages) -> list[int]:
-        """Ids of a conversation, ready for the assistant's next words.
+    def encode_messages(
+        self, messages: Messages, tools: Tools = None, options: Options = _NO_OPTIONS
+    ) -> list[int]:
+        """Ids of a conversation, ready for the assistant's next words unless `options` says otherwise.
 
         The template writes all control tokens itself, so that none is there twice. Raises ControlTokenError,
         and what the template raises.
         """
-        if self.is_plain(messages):
+        if self.is_plain(messages, tools, options):
             ids: list[int] = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+                list(messages),
+                tools=tools,
+                tokenize=True,
+                return_dict=False,
+                **{"add_generation_prompt": True, **options},
             )
             return ids
-        return self.encode([self.render(messages, generation=True)])[0]
+        return self.encode([self.render(messages, tools, generation=True, options=options)])[0]
 
-    def render(self, messages: Messages, tools: Tools = None, *, generation: bool) -> str:
+    def render(
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        *,
+        generation: bool,
+        options: Options = _NO_OPTIONS,
+    ) -> str:
         """The conversation as the template writes it, for `encode` alone: control tokens have other names.
 
         Raises ControlTokenError where the template's control tokens cannot be told from a message's text, and
         what the template raises.
         """
-
-        plain = self._write(messages, tools, generation)
+        options = {"add_generation_prompt": generation, **options}
+        plain = self._write(messages, tools, options)
         found = [
             (field, text, seen)
-            for field, text, trusted in _texts(messages, tools)
+            for field, text, trusted in _texts(messages, tools, options)
             if (seen := self._look(text, trusted)) != "none"
         ]
         if not found:
             return self._renamed(plain)
 
         def write(change: Callable[[_Controls, str], str]) -> str:
-            return self._write(*self._changed(messages, tools, change), generation)
+            return self._write(*self._changed(messages, tools, options, change))
 
         mark, other = self._marks
         text = write(lambda controls, part: controls.marked(part, mark))
@@ -258,8 +281,8 @@ class ChatTokenizer:
         return (self._everywhere if trusted else self._of_others).look(text)
 
     def _changed(
-        self, messages: Messages, tools: Tools, change: Callable[[_Controls, str], str]
-    ) -> tuple[list[Any], list[Any] | None]:
+        self, messages: Messages, tools: Tools, options: Options, change: Callable[[_Controls, str], str]
+    ) -> tuple[list[Any], list[Any] | None, Options]:
         of_others = partial(change, self._of_others)
         of_application = partial(change, self._everywhere)
         made: list[Any] = []
@@ -268,14 +291,15 @@ class ChatTokenizer:
             for key in new.keys() - {"role"}:
                 new[key] = _mapped(new[key], of_application if _is_trusted(message, key) else of_others)
             made.append(new)
-        return made, None if tools is None else _mapped(list(tools), of_others)
+        others = None if tools is None else _mapped(list(tools), of_others)
+        return made, others, {key: _mapped(value, of_others) for key, value in options.items()}
 
-    def _write(self, messages: Messages, tools: Tools, generation: bool) -> str:
+    def _write(self, messages: Messages, tools: Tools, options: Options) -> str:
         text: str = self._tokenizer.apply_chat_template(
             list(messages),
             tools=None if tools is None else list(tools),
             tokenize=False,
-            add_generation_prompt=generation,
+            **options,
         )
         return text
 
@@ -315,7 +339,7 @@ def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _texts(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, bool]]:
+def _texts(messages: Messages, tools: Tools, options: Options) -> Iterator[tuple[str, str, bool]]:
     """Field, text and whether the application itself says it, of every text that a template may write."""
     for index, message in enumerate(messages):
         for key, value in message.items():
@@ -326,6 +350,8 @@ def _texts(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, bool]]:
                 yield f"messages[{index}].{key}", text, trusted
     for text in _strings(tools):
         yield "tools", text, False
+    for text in _strings(list(options.values())):
+        yield "chat_template_kwargs", text, False
 
 
 def _is_trusted(message: Mapping[str, Any], key: str) -> bool:
@@ -333,12 +359,13 @@ def _is_trusted(message: Mapping[str, Any], key: str) -> bool:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in a value, keys too."""
+    """Every text in a value, keys too, except those that everybody writes."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _strings(key)
+            if key not in _KEYS:
+                yield from _strings(key)
             yield from _strings(part)
     elif isinstance(value, list | tuple):
         for part in value:
@@ -349,7 +376,10 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {_mapped(key, change): _mapped(part, change) for key, part in value.items()}
+        return {
+            key if key in _KEYS else _mapped(key, change): _mapped(part, change)
+            for key, part in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_mapped(part, change) for part in value]
     return value

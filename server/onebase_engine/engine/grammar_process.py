@@ -117,7 +117,7 @@ class Follower:
             )
         if grammar.kind == "regex":
             return str(matcher.grammar_from_regex(grammar.text))
-        if "::=" not in grammar.text:
+        if grammar.kind == "lark" or "::=" not in grammar.text:
             return str(matcher.grammar_from_lark(grammar.text))
         from llguidance.gbnf_to_lark import gbnf_to_lark
 

@@ -105,10 +105,10 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What a row's text must be: a JSON schema as JSON, a regular expression of all of it, or a grammar in
-    Lark's notation or GBNF."""
+    """What a row's text must be: a JSON schema as JSON, a regular expression of all of it, or a grammar: in
+    Lark's notation or GBNF (`grammar`), or in Lark's for sure (`lark`)."""
 
-    kind: Literal["json_schema", "regex", "grammar"]
+    kind: Literal["json_schema", "regex", "grammar", "lark"]
     text: str
 
 

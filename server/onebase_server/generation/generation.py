@@ -20,6 +20,7 @@ from onebase_server.errors import (
     RowFailedError,
     UnavailableError,
 )
+from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.stream import Choice, Inflight, Piece, TokenInfo, Usage, prompt_token_infos
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
@@ -56,6 +57,8 @@ class Job:
     grammar: Grammar | None = None
     grammar_param: str = ""
     """The field of the request that says it."""
+    calls: CallFormat | None = None
+    """Where the answer may call tools."""
 
     @property
     def choices(self) -> int:
@@ -236,7 +239,7 @@ class Generation:
         offset = len(self._echo_text(job.prompts[index // job.n])) if job.echo else 0
         return Choice(
             index,
-            self._tokenizer.pieces(),
+            self._tokenizer.pieces(job.calls.format.shown if job.calls else frozenset()),
             job.stops,
             min_tokens=job.sampling.min_tokens,
             offset=offset,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.access import Caller
@@ -14,9 +15,18 @@ from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError, UnknownModelError
+from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
-from onebase_server.generation.tokenization import BaseTokenizer, and_give_memory_back
-from onebase_server.http.schemas.generation import SEED_BITS, GenerateRequest, Message, SamplingFields
+from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
+from onebase_server.generation.tool_format import NO_ARGUMENTS, Tool
+from onebase_server.http.schemas.generation import (
+    SEED_BITS,
+    ConversationFields,
+    GenerateRequest,
+    GrammarField,
+    SamplingFields,
+)
+from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.processes.supervisor import EngineSupervisor
 
@@ -51,6 +61,7 @@ class _Wanted:
     """Without max_tokens; None is as many as fit."""
     logprobs: int | None
     echo: bool
+    answer: CallFormat | None = None
 
 
 class Planner:
@@ -78,7 +89,7 @@ class Planner:
 
     async def generate(self, body: GenerateRequest, caller: Caller) -> Job:
         base = self._base()
-        prompt = await (self._chat(body.messages) if body.messages else self._text(body.prompt or ""))
+        prompt = await (self._chat(body, body.messages) if body.messages else self._text(body.prompt or ""))
         wanted = _Wanted(
             kind="gen",
             prompts=(prompt,),
@@ -87,6 +98,7 @@ class Planner:
             default_tokens=GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
+            answer=self._answer(body),
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._adapter(body, job))
@@ -113,21 +125,15 @@ class Planner:
     async def chat(self, body: ChatRequest, caller: Caller) -> Job:
         base = self._base()
         self._check_model(body.model, body)
-        asked = body.reasoning_effort not in (None, "none")
-        if asked and "reasoning_effort" in self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                "reasoning_effort: this base's chat template knows it, and this server does not hand it over "
-                "yet. Leave it out.",
-                param="reasoning_effort",
-            )
         wanted = _Wanted(
             kind="chatcmpl",
-            prompts=(await self._chat(body.messages),),
+            prompts=(await self._chat(body, body.messages, body.reasoning_effort),),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
+            answer=self._answer(body),
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
@@ -187,10 +193,81 @@ class Planner:
     async def _text(self, text: str) -> Prompt:
         return Prompt(await self._tokens("prompt", len(text), self._tokenizer.encode, text), text)
 
-    async def _chat(self, messages: Sequence[Message]) -> Prompt:
-        rendered = [message.rendered() for message in messages]
-        size = sum(len(message["content"]) for message in rendered)
-        return Prompt(await self._tokens("messages", size, self._tokenizer.encode_chat, rendered))
+    async def _chat(
+        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
+    ) -> Prompt:
+        known = self._tokenizer.chat_template
+        if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
+            raise _no_tools("messages")
+        tools = [_rendered(tool) for tool in body.tools or ()] if body.calls_tools else None
+        if tools and "tools" not in known:
+            raise _no_tools("tools")
+        chat = Conversation(
+            [message.rendered() for message in messages],
+            tools,
+            self._options(body, messages, reasoning_effort),
+        )
+        size = sum(len(message["content"]) for message in chat.messages)
+        if tools or any(message.tool_calls for message in messages):
+            size += len(json.dumps([tools, [message.get("tool_calls") for message in chat.messages]]))
+        return Prompt(await self._tokens("messages", size, self._tokenizer.encode_chat, chat))
+
+    def _options(
+        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None
+    ) -> dict[str, Any]:
+        """More for the chat template than messages and tools."""
+        given = dict(body.chat_template_kwargs or {})
+        known = self._tokenizer.template_options
+        for name in given:
+            if name not in known:
+                hint = f"It knows {', '.join(sorted(known))}" if known else "It knows none"
+                raise InvalidRequestError(
+                    f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
+                    param="chat_template_kwargs",
+                )
+        if reasoning_effort is not None and "reasoning_effort" in known:
+            given.setdefault("reasoning_effort", reasoning_effort)
+        if body.continue_final_message:
+            if not messages[-1].rendered()["content"].strip():
+                raise InvalidRequestError(
+                    "continue_final_message: the last message is empty; there is nothing to go on from.",
+                    param="continue_final_message",
+                )
+            return given | {"continue_final_message": True, "add_generation_prompt": False}
+        if body.add_generation_prompt is not None:
+            given["add_generation_prompt"] = body.add_generation_prompt
+        return given
+
+    def _answer(self, body: ConversationFields) -> CallFormat | None:
+        """How calls of tools are told from the text, where there may be any."""
+        if not body.calls_tools:
+            return None
+        format = self._tokenizer.tool_format
+        if format is None:
+            raise InvalidRequestError(
+                "tools: this base's chat template writes calls in a way that this server cannot read yet. "
+                "Leave tools out, or give the base another template (chat_template.jinja in its folder).",
+                param="tools",
+                code="tools_not_supported",
+            )
+        tools = {
+            function["name"]: Tool(
+                function["name"], function.get("parameters") or NO_ARGUMENTS, bool(function.get("strict"))
+            )
+            for function in body.functions
+            if function["name"] in body.callable_names
+        }
+        content = None if body.grammar is None else json.loads(body.grammar.grammar.text)
+        try:
+            grammar = format.grammar(
+                tools,
+                "required" if body.must_call else "auto",
+                parallel=body.parallel_tool_calls is not False and body.named_tool is None,
+                content=content,
+            )
+        except ValueError as error:
+            raise InvalidRequestError(f"tools: {error}. Leave strict out.", param="tools") from error
+        return CallFormat(format, tools, grammar, named=body.named_tool is not None)
 
     async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:
         """What `encode` makes of a text of `size` characters, in its turn."""
@@ -220,7 +297,7 @@ class Planner:
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
         sampling = _sampling(body, base, wanted)
-        guide = body.grammar
+        guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return Job(
             id=new_id(wanted.kind),
@@ -228,6 +305,7 @@ class Planner:
             priority=caller.priority,
             grammar=None if guide is None else guide.grammar,
             grammar_param="" if guide is None else guide.param,
+            calls=wanted.answer,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,
@@ -253,6 +331,21 @@ class Planner:
                 "Ask for that or less.",
                 param="timeout_s",
             )
+
+
+def _rendered(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is given: `strict` is about sampling."""
+    function = {key: value for key, value in tool["function"].items() if key != "strict"}
+    return {**tool, "function": function}
+
+
+def _no_tools(param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{param}: this base's chat template has no place for tools: they would be lost. Give the base a "
+        "template that knows them (chat_template.jinja in its folder), or describe them in a message.",
+        param=param,
+        code="tools_not_supported",
+    )
 
 
 def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> None:

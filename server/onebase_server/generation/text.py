@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
@@ -57,11 +57,12 @@ class WindowPieces:
     Text that ends in U+FFFD may be an incomplete character and waits, for a bounded number of tokens.
     """
 
-    def __init__(self, decode: TokensToText) -> None:
+    def __init__(self, decode: TokensToText, before: Sequence[int] = ()) -> None:
+        """before: tokens whose text is sent already."""
         self._decode = decode
-        self._window: list[int] = []
-        self._sent_tokens = 0
-        self._sent_text = ""
+        self._window = list(before)
+        self._sent_tokens = len(before)
+        self._sent_text = decode(before) if before else ""
 
     def push(self, token: int) -> str:
         self._window.append(token)
@@ -84,6 +85,26 @@ class WindowPieces:
         self._sent_tokens = len(self._window)
         self._sent_text = self._decode(self._window)
         return piece
+
+
+class ShownPieces:
+    """`WindowPieces` with the names of some special tokens in the text, which decoders leave out."""
+
+    def __init__(self, decode: TokensToText, names: Mapping[int, str], before: Sequence[int]) -> None:
+        """before: any text: after it, decoders do not take a first space away."""
+        self._decode = decode
+        self._names = names
+        self._before = before
+        self._between = WindowPieces(decode)
+
+    def push(self, token: int) -> str:
+        if token not in self._names:
+            return self._between.push(token)
+        rest, self._between = self._between.flush(), WindowPieces(self._decode, self._before)
+        return rest + self._names[token]
+
+    def flush(self) -> str:
+        return self._between.flush()
 
 
 class StopStrings:

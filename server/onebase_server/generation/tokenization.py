@@ -6,17 +6,52 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.machine import return_freed_memory
 from onebase_engine.transformers_index import remember_transformers_index
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.text import BytePieces, PieceDecoder, WindowPieces
+from onebase_server.generation.text import BytePieces, PieceDecoder, ShownPieces, WindowPieces
+from onebase_server.generation.tool_format import ToolFormat, read_format
 from onebase_server.settings import RawControlTokens
 
 T = TypeVar("T")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks for training, which a template may have and plain Jinja does not know."""
+_OWN_VARIABLES = frozenset(
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "sep_token",
+        "pad_token",
+        "cls_token",
+        "mask_token",
+        "raise_exception",
+        "strftime_now",
+    }
+)
+"""What a template is given anyway."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given. options: more of its variables."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TokenizerError(Exception):
@@ -52,6 +87,39 @@ class BaseTokenizer:
         template = self._tokenizer.chat_template or ""
         return template if isinstance(template, str) else "".join(template.values())
 
+    @cached_property
+    def template_options(self) -> frozenset[str]:
+        """Variables of the chat template that a caller may set."""
+        from jinja2 import Environment, TemplateError, meta, nodes
+
+        try:
+            tree = Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(
+                _GENERATION_BLOCK.sub("", self.chat_template)
+            )
+        except TemplateError:
+            return frozenset()
+        asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+        set_here, given = (
+            {name.name for name in tree.find_all(nodes.Name) if name.ctx == kind}
+            for kind in ("store", "param")
+        )
+        return frozenset(meta.find_undeclared_variables(tree)) - _OWN_VARIABLES - (set_here - asked) - given
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the chat template writes calls of tools; None if it does not, or in no way that can be read."""
+        if "tools" not in self.chat_template or "tool_calls" not in self.chat_template:
+            return None
+        added = self._tokenizer.added_tokens_decoder
+        names = {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
+        return read_format(self._render, names)
+
+    def _render(self, messages: Any, *, tools: Any, generation: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+        )
+        return text
+
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the special tokens that the base expects around it.
 
@@ -65,7 +133,7 @@ class BaseTokenizer:
         ids: list[int] = self._tokenizer.encode(text)
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, chat: Conversation) -> list[int]:
         """Ids of a conversation, ready for the assistant's next words.
 
         The template writes all special tokens itself, so that none is there twice; in a message they are
@@ -81,12 +149,17 @@ class BaseTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return self._chat.encode_messages(messages)
+            return self._chat.encode_messages(chat.messages, chat.tools, chat.options)
         except ControlTokenError as error:
             raise _control_token(error.field or "messages", error) from error
         except TemplateError as error:
             raise InvalidRequestError(
                 f"The base's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise InvalidRequestError(
+                f"The base's chat template cannot write these messages: {reason}", param="messages"
             ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -96,10 +169,18 @@ class BaseTokenizer:
         )
         return text
 
-    def pieces(self) -> PieceDecoder:
-        """A new incremental decoder whose pieces add up to `decode` of the tokens."""
+    def pieces(self, shown: frozenset[int] = frozenset()) -> PieceDecoder:
+        """A new incremental decoder whose pieces add up to `decode` of the tokens.
+
+        shown: special tokens whose names are part of the text.
+        """
         if self._byte_level:
-            return BytePieces(self.text_bytes)
+            return BytePieces(
+                lambda token: self.token_bytes(token) if token in shown else self.text_bytes(token)
+            )
+        if shown:
+            names = {token: self.token_text(token) for token in shown}
+            return ShownPieces(self.decode, names, self._tokenizer.encode("a", add_special_tokens=False))
         return WindowPieces(self.decode)
 
     def text_bytes(self, token: int) -> bytes:

@@ -35,7 +35,7 @@ from onebase_server.http.routes import (
     usage,
     vllm,
 )
-from onebase_server.http.schemas.generation import validation_error
+from onebase_server.http.schemas.wire import validation_error
 
 _log = logging.getLogger(__name__)
 _NO_TELEMETRY: Any = {

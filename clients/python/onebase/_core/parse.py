@@ -22,6 +22,8 @@ from ..types import (
     Piece,
     ServerVersion,
     Timing,
+    ToolCall,
+    ToolCallPart,
     Usage,
 )
 
@@ -93,7 +95,13 @@ def page_of(build: Callable[[Json], T]) -> Callable[[Json], Page[T]]:
 
 def generation(value: Json) -> Generation:
     choices = tuple(
-        Choice(item["index"], item["text"], item["finish_reason"], _logprobs(item.get("logprobs")))
+        Choice(
+            item["index"],
+            item["text"],
+            item["finish_reason"],
+            _logprobs(item.get("logprobs")),
+            tuple(_tool_call(call) for call in item.get("tool_calls") or ()),
+        )
         for item in value["choices"]
     )
     if not choices:
@@ -105,6 +113,10 @@ def generation(value: Json) -> Generation:
         usage(value["usage"]),
         timing(value["timing"]),
     )
+
+
+def _tool_call(value: Json) -> ToolCall:
+    return ToolCall(value["id"], value["function"]["name"], value["function"]["arguments"])
 
 
 def usage(value: Json) -> Usage:
@@ -203,4 +215,11 @@ def stream_event(data: str) -> Piece | StreamEnd | ErrorDetail:
 
 
 def _piece(value: Json) -> Piece:
-    return Piece(value["index"], value["text"], value.get("finish_reason"), _logprobs(value.get("logprobs")))
+    calls = tuple(
+        ToolCallPart(
+            part["index"], part["function"]["arguments"], part.get("id"), part["function"].get("name")
+        )
+        for part in value.get("tool_calls") or ()
+    )
+    logprobs = _logprobs(value.get("logprobs"))
+    return Piece(value["index"], value["text"], value.get("finish_reason"), logprobs, calls)

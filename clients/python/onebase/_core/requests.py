@@ -103,16 +103,25 @@ def generate(
     return Call("POST", "/generate", encode(body))
 
 
-def messages_body(messages: Messages) -> list[dict[str, str]]:
+def messages_body(messages: Messages) -> list[Body]:
     """A conversation as JSON; a plain string is one message from the user."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     if not messages:
         raise ValueError("messages is empty: give at least one, such as Message('user', 'Hello')")
-    return [
-        {"role": item.role, "content": item.content} if isinstance(item, Message) else dict(item)
-        for item in messages
-    ]
+    return [_message(item) if isinstance(item, Message) else dict(item) for item in messages]
+
+
+def _message(message: Message) -> Body:
+    body: Body = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        body["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        body["tool_call_id"] = message.tool_call_id
+    return body
 
 
 def adapter_body(adapter: AdapterSpec) -> object:
@@ -143,7 +152,7 @@ def sampling_body(sampling: SamplingFields) -> Body:
     body: Body = dict(sampling)
     if "logit_bias" in sampling:
         body["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"].items()}
-    for name in ("stop", "stop_token_ids", "choices"):
+    for name in ("stop", "stop_token_ids", "choices", "tools"):
         value = body.get(name)
         if isinstance(value, Sequence) and not isinstance(value, str):
             body[name] = list(value)

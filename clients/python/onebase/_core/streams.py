@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from ..errors import APITimeoutError, ErrorDetail, InvalidResponseError, OneBaseError, StreamError
 from ..training_types import TrainingEvent, TrainingJobInfo
-from ..types import Choice, Generation, Logprobs, Piece
+from ..types import Choice, Generation, Logprobs, Piece, ToolCall
 from . import training
 from .parse import StreamEnd, parse, stream_event
 from .requests import Call
@@ -25,6 +26,7 @@ class _ChoiceSoFar:
         self.texts: list[str] = []
         self.logprobs: list[Logprobs] = []
         self.finish_reason: str | None = None
+        self.calls: list[ToolCall] = []
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
@@ -32,11 +34,19 @@ class _ChoiceSoFar:
             self.logprobs.append(piece.logprobs)
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
+        for part in piece.tool_calls:
+            if part.id is not None and part.name is not None:
+                self.calls.append(ToolCall(part.id, part.name, ""))
+            if part.index >= len(self.calls):
+                raise InvalidResponseError(f"the stream goes on with call {part.index}, which did not begin")
+            call = self.calls[part.index]
+            self.calls[part.index] = replace(call, arguments=call.arguments + part.arguments)
 
     def complete(self, index: int) -> Choice:
         if self.finish_reason is None:
             raise InvalidResponseError(f"the stream ended without the end of choice {index}")
-        return Choice(index, "".join(self.texts), self.finish_reason, _joined(self.logprobs))
+        logprobs = _joined(self.logprobs)
+        return Choice(index, "".join(self.texts), self.finish_reason, logprobs, tuple(self.calls))
 
 
 def _joined(parts: list[Logprobs]) -> Logprobs | None:
@@ -79,7 +89,10 @@ class Assembler:
         if isinstance(event, StreamEnd):
             self._end = event
             return None
-        self._choices.setdefault(event.index, _ChoiceSoFar()).add(event)
+        try:
+            self._choices.setdefault(event.index, _ChoiceSoFar()).add(event)
+        except InvalidResponseError as error:
+            raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
         return event
 
     def text(self, index: int) -> str:

@@ -12,7 +12,7 @@ from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
 from onebase_server.http.deps import Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.usage import Limits
-from onebase_server.http.schemas.generation import Wire
+from onebase_server.http.schemas.wire import Wire
 
 router = APIRouter(prefix="/v1/keys", route_class=StrictRoute, tags=["keys"])
 

@@ -12,7 +12,7 @@ from onebase_adapters.registry import TenantRecord
 from onebase_server.errors import ForbiddenError
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
-from onebase_server.http.schemas.generation import Wire
+from onebase_server.http.schemas.wire import Wire
 from onebase_server.usage import usage_csv
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["usage"])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from onebase_server.http.schemas.generation import Name, Wire
+from onebase_server.http.schemas.wire import Name, Wire
 
 Text = Annotated[str, Field(min_length=1, max_length=250)]
 

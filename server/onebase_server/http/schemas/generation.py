@@ -6,22 +6,21 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     JsonValue,
-    Tag,
     model_validator,
 )
 
 from onebase_engine.engine.messages import Grammar
+from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolChoice, ToolObject
+from onebase_server.http.schemas.wire import BY_KIND, LIST, OBJECT, ONE, FieldError, JsonSchema, Name, Wire
 
 MAX_N = 128
 MAX_STOPS = 16
@@ -31,21 +30,17 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_ADAPTER_TERMS = 16
 MAX_WEIGHT = 1000.0
-MAX_MESSAGES = 1024
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 4_000_000
 MAX_TOKENS = 1_000_000
-MAX_NAME = 200
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 4096
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
 SEED_BITS = 63
-UNKNOWN_FIELD = "this server does not know this field. Remove it"
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
 def _few_entries(bias: Any) -> Any:
@@ -56,36 +51,6 @@ def _few_entries(bias: Any) -> Any:
 
 
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_entries)]
-
-
-_ONE, _LIST = Tag("one-value"), Tag("a-list")
-"""Parts of an error's location that name no field: they are no identifiers."""
-_OBJECT = Tag("an-object")
-_BY_KIND = Discriminator(lambda value: (_LIST if isinstance(value, list) else _ONE).tag)
-"""A plain union would try both kinds, and collect an error for each item of a list under each."""
-
-
-@cache
-def _names(model: type[BaseModel]) -> frozenset[str]:
-    """Of its fields, as they are written."""
-    return frozenset(field.alias or name for name, field in model.model_fields.items())
-
-
-class Wire(BaseModel):
-    """Strict types, finite numbers, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, value: Any) -> Any:
-        """At the first one: pydantic would collect an error for each of a hundred thousand."""
-        if isinstance(value, dict):
-            known = _names(cls)
-            for key in value:
-                if key not in known:
-                    raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
-        return value
 
 
 class AdapterTerm(Wire):
@@ -108,11 +73,10 @@ def _of_an_object(text: str) -> str:
     return text
 
 
-JsonSchema = dict[str, JsonValue]
 SchemaText = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS), AfterValidator(_of_an_object)]
 SchemaOrText = Annotated[
-    Annotated[SchemaText, _ONE] | Annotated[JsonSchema, _OBJECT],
-    Discriminator(lambda value: (_ONE if isinstance(value, str) else _OBJECT).tag),
+    Annotated[SchemaText, ONE] | Annotated[JsonSchema, OBJECT],
+    Discriminator(lambda value: (ONE if isinstance(value, str) else OBJECT).tag),
 ]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
 ChoiceText = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
@@ -174,7 +138,7 @@ class SamplingFields(Wire):
         default=None, description="token id (as text) to what is added to its logit"
     )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: Annotated[Annotated[str, _ONE] | Annotated[Stops, _LIST], _BY_KIND] | None = None
+    stop: Annotated[Annotated[str, ONE] | Annotated[Stops, LIST], BY_KIND] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
@@ -184,7 +148,7 @@ class SamplingFields(Wire):
     timeout_s: float | None = Field(
         default=None, gt=0, description="seconds; then finish_reason is cancelled"
     )
-    adapter: Annotated[Annotated[Name, _ONE] | Annotated[AdapterTerms, _LIST], _BY_KIND] | None = None
+    adapter: Annotated[Annotated[Name, ONE] | Annotated[AdapterTerms, LIST], BY_KIND] | None = None
     response_format: ResponseFormat | None = Field(default=None, description="what the text must be")
     guided_json: SchemaOrText | None = Field(default=None, description="a JSON schema that the text keeps to")
     guided_regex: GrammarText | None = Field(default=None, description="matches the whole text")
@@ -278,67 +242,83 @@ def _of_choice(choices: Sequence[str] | None) -> Grammar | None:
     return Grammar("regex", "|".join(_SPECIAL_IN_REGEX.sub(r"\\\g<0>", choice) for choice in choices))
 
 
-class FieldError(ValueError):
-    """A rule about one field that the field's type cannot express."""
+class ConversationFields(SamplingFields):
+    """What a request with messages has besides."""
 
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class TextPart(Wire):
-    """A piece of a message's content. Only text can be served."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_hints(cls, value: Any) -> Any:
-        return _without_hints(value)
-
-
-class Message(Wire):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, _ONE]
-        | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True), _LIST],
-        _BY_KIND,
-    ]
-    name: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
-        default=None, description="of who speaks, for chat templates that write it"
+    tools: Annotated[list[ToolObject], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], ONE] | Annotated[ToolChoice, OBJECT],
+            Discriminator(lambda value: (ONE if isinstance(value, str) else OBJECT).tag),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=64)] | None = Field(
+        default=None, description="more variables of the base's chat template"
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(
+        default=None, description="the answer goes on where the last message ends"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_extras(cls, value: Any) -> Any:
-        """Clients send answers back with empty `refusal`, `tool_calls` and so on: they mean nothing."""
-        value = _without_hints(value)
-        if not isinstance(value, dict):
-            return value
-        return {key: item for key, item in value.items() if key in cls.model_fields or item not in (None, [])}
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [function["name"] for function in self.functions]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise FieldError("tools", f"{twice!r} is there twice")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise FieldError("tool_choice", "there are no tools")
+        for name in self.callable_names:
+            if name not in names:
+                raise FieldError("tool_choice", f"{name!r} is none of the tools")
+        if self.calls_tools:
+            if self.ignore_eos:
+                raise FieldError("ignore_eos", "tools say where the text ends; leave one out")
+            if self.grammar is not None and self.grammar.grammar.kind != "json_schema":
+                raise FieldError(
+                    self.grammar.param, "goes without tools; only JSON can be an answer beside them"
+                )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise FieldError("continue_final_message", "goes without add_generation_prompt")
+        return self
 
-    def rendered(self) -> dict[str, str]:
-        """What chat templates take. They know no `developer`: it is the newer word for `system`."""
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": "".join(parts)} | named
+    @property
+    def functions(self) -> list[Any]:
+        """What the tools are."""
+        return [tool["function"] for tool in self.tools or ()]
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the answer may call one."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        choice = self.tool_choice
+        if isinstance(choice, ToolChoice):
+            return choice.allowed_tools is None or choice.allowed_tools.mode == "required"
+        return choice == "required"
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one that is to be called."""
+        choice = self.tool_choice
+        return (
+            choice.function.name if isinstance(choice, ToolChoice) and choice.function is not None else None
+        )
+
+    @property
+    def callable_names(self) -> list[str]:
+        """Of the tools that may be called."""
+        choice = self.tool_choice
+        if isinstance(choice, ToolChoice) and choice.allowed_tools is not None:
+            return [tool.function.name for tool in choice.allowed_tools.tools]
+        named = self.named_tool
+        return [function["name"] for function in self.functions] if named is None else [named]
 
 
-def _without_hints(value: Any) -> Any:
-    """Without what says how to cache a message, which changes no text."""
-    if isinstance(value, dict) and "cache_control" in value:
-        return {key: item for key, item in value.items() if key != "cache_control"}
-    return value
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class GenerateRequest(SamplingFields):
+class GenerateRequest(ConversationFields):
     """Body of POST /generate: a prompt or messages, an adapter or none, and how to sample."""
 
     prompt: str | None = None
@@ -352,50 +332,10 @@ class GenerateRequest(SamplingFields):
     def _check_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("prompt", "give either prompt or messages")
+        if self.messages is None:
+            for name in ConversationFields.model_fields.keys() - SamplingFields.model_fields.keys():
+                if getattr(self, name):
+                    raise FieldError(name, f"{name} goes with messages only")
+        if self.echo and self.calls_tools:
+            raise FieldError("echo", "echo goes without tools")
         return self
-
-
-def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """`(message, param)` for the most exact of pydantic's errors: the field, and the way out."""
-    first = max(errors, key=lambda error: len(error["loc"]))
-    path = [part for part in first["loc"] if part != "body"]
-    param = _param(path)
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, FieldError):
-        param = f"{param}.{cause.param}" if param else cause.param
-        return f"{param}: {cause}.", param
-    if first["type"] == "json_invalid":
-        return f"The body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}.", None
-    if not path:
-        return "The body must be a JSON object, sent with Content-Type: application/json.", None
-    return f"{param}: {_sentence(first)}", param
-
-
-def _param(path: Sequence[str | int]) -> str | None:
-    """`messages[0].content` from a location; union members' names are pydantic's and left out."""
-    text = ""
-    for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif _is_field_name(part):
-            text += f".{part}" if text else part
-    return text or None
-
-
-def _is_field_name(part: str) -> bool:
-    return part.isidentifier() and part not in {
-        "str",
-        "int",
-        "float",
-        "bool",
-        "Message",
-        "TextPart",
-        "AdapterTerm",
-    }
-
-
-def _sentence(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    value = error.get("input")
-    shown = f" (it is {value!r})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
-    return f"{message}{shown}."

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from onebase_adapters.registry import Activate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
 from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.generation import FieldError, Name, Wire
+from onebase_server.http.schemas.wire import FieldError, Name, Wire
 from onebase_server.http.views.jobs import wire_name
 
 MAX_LABELS = 16

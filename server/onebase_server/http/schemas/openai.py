@@ -12,17 +12,14 @@ from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from onebase_server.http.schemas.generation import (
     MAX_LOGPROBS,
-    MAX_NAME,
     MAX_PROMPT_TOKENS,
     MAX_PROMPTS,
-    UNKNOWN_FIELD,
-    FieldError,
-    Messages,
-    Name,
+    ConversationFields,
     SamplingFields,
     TokenId,
-    Wire,
 )
+from onebase_server.http.schemas.messages import Messages
+from onebase_server.http.schemas.wire import MAX_NAME, UNKNOWN_FIELD, FieldError, Name, Wire
 
 TokenList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
@@ -35,7 +32,6 @@ IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "service_tier",
-        "parallel_tool_calls",
         "store",
     }
 )
@@ -153,7 +149,7 @@ class CompletionRequest(OpenAIRequest):
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
 
-class ChatRequest(OpenAIRequest):
+class ChatRequest(OpenAIRequest, ConversationFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Messages
@@ -165,17 +161,12 @@ class ChatRequest(OpenAIRequest):
     )
 
     neutral: ClassVar = _DEFAULTS | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "add_special_tokens": (False,),
-        "chat_template_kwargs": ({},),
         "echo": (False,),
         "best_of": (1,),
         "verbosity": (),
@@ -183,8 +174,8 @@ class ChatRequest(OpenAIRequest):
         "moderation": (),
     }
     reasons: ClassVar = {
-        "tools": "describe the tools in a system message and read the answer as text",
-        "functions": "describe the functions in a system message and read the answer as text",
+        "functions": "it is the older name of tools",
+        "function_call": "it is the older name of tool_choice",
         "modalities": 'only ["text"] is served',
     }
 

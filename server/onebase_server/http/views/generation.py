@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from onebase_server.generation.call_reader import CallDelta, CallFormat, Said
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
@@ -70,6 +71,43 @@ class GenerationView(ABC):
         """The answer as it comes, until the generation has ended. Raises what `Generation.pieces` raises."""
 
 
+# ---- calls of tools ----------------------------------------------------------------------------
+
+
+class _Calls:
+    """The calls in the choices of one answer."""
+
+    def __init__(self, format: CallFormat, choices: int) -> None:
+        self._format = format
+        self._readers = [format.reader() for _ in range(choices)]
+
+    def read(self, piece: Piece) -> Said:
+        """What is certain with a piece."""
+        return self._readers[piece.index].feed(piece.text, end=piece.finish_reason is not None)
+
+    def finish_reason(self, piece: Piece) -> str | None:
+        return self._format.finish_reason(piece.finish_reason, self._readers[piece.index].count)
+
+
+def _call_delta(delta: CallDelta) -> Json:
+    """As OpenAI streams it: the first of a call has its id and name."""
+    function: Json = {} if delta.name is None else {"name": delta.name}
+    function["arguments"] = delta.arguments
+    begun = {} if delta.id is None else {"id": delta.id, "type": "function"}
+    return {"index": delta.index, **begun, "function": function}
+
+
+def _whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:
+    """Calls from all their parts."""
+    calls: list[Json] = []
+    for delta in deltas:
+        if delta.id is not None:
+            function = {"name": delta.name, "arguments": ""}
+            calls.append({"id": delta.id, "type": "function", "function": function})
+        calls[delta.index]["function"]["arguments"] += delta.arguments
+    return calls
+
+
 # ---- POST /generate --------------------------------------------------------------------------
 
 
@@ -77,37 +115,54 @@ class GenerateView(GenerationView):
     """Answers of POST /generate."""
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
-        wanted = generation.job.sampling.logprobs is not None
+        calls = _calls_of(generation)
         return {
             "id": generation.job.id,
             "object": "generation",
-            "choices": [
-                {
-                    "index": piece.index,
-                    "text": piece.text,
-                    "finish_reason": piece.finish_reason,
-                    "logprobs": flat_logprobs(piece.tokens, self._tokenizer) if wanted else None,
-                }
-                for piece in choices
-            ],
+            "choices": [self._whole(piece, generation, calls) for piece in choices],
             **_summary(generation),
         }
 
+    def _whole(self, piece: Piece, generation: Generation, calls: _Calls | None) -> Json:
+        wanted = generation.job.sampling.logprobs is not None
+        made: Json = {
+            "index": piece.index,
+            "text": piece.text,
+            "finish_reason": piece.finish_reason,
+            "logprobs": flat_logprobs(piece.tokens, self._tokenizer) if wanted else None,
+        }
+        if calls is not None:
+            said = calls.read(piece)
+            reason = calls.finish_reason(piece)
+            made |= {"text": said.content, "tool_calls": _whole_calls(said.calls), "finish_reason": reason}
+        return made
+
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         job_id = generation.job.id
+        calls = _calls_of(generation)
         async for pieces in generation.pieces():
             chunk = b""
             for piece in pieces:
                 head: Json = {"id": job_id, "index": piece.index}
-                if piece.text or piece.tokens:
-                    data = {**head, "text": piece.text}
+                said = calls.read(piece) if calls else Said(piece.text, [])
+                if said.content or said.calls or piece.tokens:
+                    data: Json = {**head, "text": said.content}
+                    if said.calls:
+                        data["tool_calls"] = [_call_delta(delta) for delta in said.calls]
                     if piece.tokens:
                         data["logprobs"] = flat_logprobs(piece.tokens, self._tokenizer)
                     chunk += event(data)
                 if piece.finish_reason:
-                    chunk += event({**head, "text": "", "finish_reason": piece.finish_reason})
-            yield chunk
+                    reason = calls.finish_reason(piece) if calls else piece.finish_reason
+                    chunk += event({**head, "text": "", "finish_reason": reason})
+            if chunk:
+                yield chunk
         yield event({"id": job_id, "done": True, **_summary(generation)})
+
+
+def _calls_of(generation: Generation) -> _Calls | None:
+    job = generation.job
+    return None if job.calls is None else _Calls(job.calls, job.choices)
 
 
 def _summary(generation: Generation) -> Json:
@@ -139,7 +194,7 @@ class OpenAIView(GenerationView):
         self._usage = usage
 
     @abstractmethod
-    def whole(self, piece: Piece, with_logprobs: bool) -> Json:
+    def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
         """One choice of a whole answer."""
 
     @abstractmethod
@@ -147,18 +202,19 @@ class OpenAIView(GenerationView):
         """What a stream begins with, before any text."""
 
     @abstractmethod
-    def part(self, piece: Piece, with_logprobs: bool) -> Json:
-        """One choice's next text."""
+    def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
+        """What is new of one choice."""
 
     @abstractmethod
-    def end(self, piece: Piece) -> Json:
+    def end(self, piece: Piece, reason: str | None) -> Json:
         """How one choice ended."""
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         wanted = generation.job.sampling.logprobs is not None
+        calls = _calls_of(generation)
         return {
             **self._head(generation, self.object),
-            "choices": [self.whole(piece, wanted) for piece in choices],
+            "choices": [self.whole(piece, calls, wanted) for piece in choices],
             "usage": openai_usage(generation.usage),
         }
 
@@ -167,6 +223,7 @@ class OpenAIView(GenerationView):
         if self._usage == "last":
             head["usage"] = None
         wanted = generation.job.sampling.logprobs is not None
+        calls = _calls_of(generation)
         opening = self.opening(generation.job.choices)
         if self._usage == "always":
             head["usage"] = openai_usage(generation.usage)
@@ -175,11 +232,15 @@ class OpenAIView(GenerationView):
             if self._usage == "always":
                 head["usage"] = openai_usage(generation.usage)
             for piece in pieces:
-                if piece.text or piece.tokens:
-                    chunk += event({**head, "choices": [self.part(piece, wanted and bool(piece.tokens))]})
+                said = calls.read(piece) if calls else Said(piece.text, [])
+                if said.content or said.calls or piece.tokens:
+                    part = self.part(piece, said, wanted and bool(piece.tokens))
+                    chunk += event({**head, "choices": [part]})
                 if piece.finish_reason:
-                    chunk += event({**head, "choices": [self.end(piece)]})
-            yield chunk
+                    reason = calls.finish_reason(piece) if calls else piece.finish_reason
+                    chunk += event({**head, "choices": [self.end(piece, reason)]})
+            if chunk:
+                yield chunk
             chunk = b""
         if self._usage != "never":
             yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
@@ -203,18 +264,19 @@ class CompletionView(OpenAIView):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole(self, piece: Piece, with_logprobs: bool) -> Json:
-        return self.part(piece, with_logprobs) | {"finish_reason": piece.finish_reason}
+    def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
+        made = self.part(piece, Said(piece.text, []), with_logprobs)
+        return made | {"finish_reason": piece.finish_reason}
 
     def opening(self, choices: int) -> list[Json]:
         return []
 
-    def part(self, piece: Piece, with_logprobs: bool) -> Json:
+    def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
         logprobs = flat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
-        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
+        return {"index": piece.index, "text": said.content, "logprobs": logprobs, "finish_reason": None}
 
-    def end(self, piece: Piece) -> Json:
-        return {"index": piece.index, "text": "", "logprobs": None, "finish_reason": piece.finish_reason}
+    def end(self, piece: Piece, reason: str | None) -> Json:
+        return {"index": piece.index, "text": "", "logprobs": None, "finish_reason": reason}
 
 
 class ChatView(OpenAIView):
@@ -223,12 +285,20 @@ class ChatView(OpenAIView):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, piece: Piece, with_logprobs: bool) -> Json:
+    def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
+        message: Json = {"role": "assistant", "content": piece.text, "refusal": None}
+        reason: str | None = piece.finish_reason
+        if calls is not None:
+            said = calls.read(piece)
+            message["content"] = said.content
+            reason = calls.finish_reason(piece)
+            if said.calls:
+                message |= {"content": said.content or None, "tool_calls": _whole_calls(said.calls)}
         return {
             "index": piece.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": reason,
         }
 
     def opening(self, choices: int) -> list[Json]:
@@ -239,10 +309,12 @@ class ChatView(OpenAIView):
             for index in range(choices)
         ]
 
-    def part(self, piece: Piece, with_logprobs: bool) -> Json:
+    def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
         logprobs = chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
-        delta = {"content": piece.text}
+        delta: Json = {"content": said.content} if said.content or not said.calls else {}
+        if said.calls:
+            delta["tool_calls"] = [_call_delta(call) for call in said.calls]
         return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def end(self, piece: Piece) -> Json:
-        return {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}
+    def end(self, piece: Piece, reason: str | None) -> Json:
+        return {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": reason}

@@ -1,0 +1,310 @@
+"""Calls of tools, told from the text of an answer as it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+from onebase_engine.engine.messages import Grammar
+from onebase_server.generation.tool_format import (
+    HOLE,
+    ID_CHARACTERS,
+    Bare,
+    Parameters,
+    Tool,
+    ToolFormat,
+    kinds,
+)
+
+
+@dataclass(slots=True)
+class CallDelta:
+    """More of a call: the first of one has its id and name."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(slots=True)
+class Said:
+    """What became certain of an answer: text, and calls."""
+
+    content: str
+    calls: list[CallDelta]
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """Of an answer that may call tools. named: the caller has said which one is to be called."""
+
+    format: ToolFormat
+    tools: Mapping[str, Tool]
+    grammar: Grammar
+    named: bool = False
+
+    def reader(self) -> CallReader:
+        """For one answer."""
+        return CallReader(self.format, self.tools)
+
+    def finish_reason(self, reason: str | None, calls: int) -> str | None:
+        """As OpenAI has it, where an answer that had to call one tool ends with `stop`."""
+        return "tool_calls" if reason == "stop" and calls and not self.named else reason
+
+
+class CallReader:
+    """Tells the calls in one answer from its text, as it comes.
+
+    What may become a call is held back. An answer follows the format's grammar; one that does not, say
+    because it was cut, loses nothing that is readable.
+    """
+
+    def __init__(self, format: ToolFormat, tools: Mapping[str, Tool]) -> None:
+        self._format = format
+        self._tools = tools
+        self._rest = ""
+        self._ended = False
+        self._content: list[str] = []
+        self._calls: list[CallDelta] = []
+        self.count = 0
+        """Calls so far."""
+        self._steps = self._read()
+
+    def feed(self, text: str, *, end: bool = False) -> Said:
+        """What is certain with this text. end: there will be no more."""
+        self._rest += text
+        self._ended = self._ended or end
+        next(self._steps, None)
+        said = Said("".join(self._content), self._calls)
+        self._content, self._calls = [], []
+        return said
+
+    def _read(self) -> Generator[None]:
+        if not (yield from self._text()):
+            return
+        while True:
+            yield from self._call()
+            if not (yield from self._goes_on()):
+                break
+        while True:  # what follows calls is no part of the answer
+            self._rest = ""
+            yield
+
+    def _text(self) -> Generator[None, None, bool]:
+        """Read up to the first call. False: there is none."""
+        format = self._format
+        while not format.trigger:
+            if self._rest.startswith(format.opening):
+                return self._skip(len(format.opening))
+            if self._ended or not format.opening.startswith(self._rest):
+                yield from self._all_text()
+                return False
+            yield
+        while True:
+            at = self._rest.find(format.trigger)
+            if at < 0:
+                held = _held(self._rest, format.trigger)
+                if self._ended:
+                    self._say(len(self._rest))
+                    return False
+                self._say(len(self._rest) - held)
+                yield
+                continue
+            said = len(self._rest[:at].rstrip())  # the white space is a part of how a call is written
+            self._say(said)
+            at -= said
+            while len(self._rest) < at + len(format.opening) and not self._ended:
+                yield
+            if self._rest.startswith(format.opening, at):
+                return self._skip(at + len(format.opening))
+            if self._ended and format.opening.startswith(self._rest[at:]):
+                return False  # a call that was cut before it had a name
+            self._say(at + len(format.trigger))
+
+    def _all_text(self) -> Generator[None]:
+        while True:
+            self._say(len(self._rest))
+            if self._ended:
+                return
+            yield
+
+    def _call(self) -> Generator[None]:
+        """Read a call's name and arguments."""
+        made = self._format.arguments
+        border = self._format.middle or "{"
+        while (at := self._rest.find(border)) < 0:
+            if self._ended:
+                return
+            yield
+        name, index = self._rest[:at], self.count
+        self._skip(at + len(self._format.middle))
+        self.count += 1
+        self._calls.append(CallDelta(index, id=self._format.new_id(), name=name))
+        if made is None:
+            yield from self._object(index)
+        elif isinstance(made, Bare):
+            yield from self._bare(index, made.mark)
+        else:
+            yield from self._one_by_one(index, name, made)
+
+    def _object(self, index: int) -> Generator[None]:
+        depth, quoted, escaped = 0, False, False
+        while True:
+            for place, character in enumerate(self._rest):
+                if quoted:
+                    quoted = escaped or character != '"'
+                    escaped = character == "\\" and not escaped
+                elif character == '"':
+                    quoted = True
+                elif character in "{[":
+                    depth += 1
+                elif character in "}]":
+                    depth -= 1
+                    if depth == 0:
+                        self._argue(index, self._rest[: place + 1])
+                        self._skip(place + 1)
+                        return
+            self._argue(index, self._rest)
+            self._rest = ""
+            if self._ended:
+                return
+            yield
+
+    def _one_by_one(self, index: int, name: str, made: Parameters) -> Generator[None]:
+        tool = self._tools.get(name)
+        properties = tool.properties if tool else {}
+        before = "{"
+        while True:
+            while not self._rest.startswith(made.opening):
+                if self._ended or not made.opening.startswith(self._rest):
+                    self._argue(index, "{}" if before == "{" else "}")
+                    return
+                yield
+            while (at := self._rest.find(made.middle, len(made.opening))) < 0:
+                if self._ended:
+                    return
+                yield
+            key = self._rest[len(made.opening) : at]
+            self._skip(at + len(made.middle))
+            yield from self._value(index, f"{before}{_json(key)}: ", kinds(properties.get(key, {})), made)
+            before = ", "
+
+    def _value(self, index: int, before: str, kinds: frozenset[str], made: Parameters) -> Generator[None]:
+        """Read a value that ends with `made.closing`, as JSON."""
+        if kinds >= {"string"} and len(kinds) > 1:  # it is known at its end what it is
+            while (at := self._rest.find(made.closing)) < 0 and not self._ended:
+                yield
+            value = self._rest if at < 0 else self._rest[:at]
+            self._skip(len(value) + len(made.closing))
+            self._argue(index, before + (value if _is_other(value, kinds) else _json(value)))
+            return
+        quote = '"' if "string" in kinds else ""
+        self._argue(index, before + quote)
+        if (yield from self._up_to(index, made.closing, text=bool(quote))):
+            self._argue(index, quote)
+
+    def _up_to(self, index: int, mark: str, *, text: bool) -> Generator[None, None, bool]:
+        """Hand out what stands before a mark, and skip that. False: it did not come."""
+        while True:
+            at = self._rest.find(mark)
+            ready = at if at >= 0 else len(self._rest) - _held(self._rest, mark, space=False)
+            value = self._rest[:ready]
+            self._argue(index, _json(value)[1:-1] if text else value)
+            self._skip(ready)
+            if at >= 0:
+                return self._skip(len(mark))
+            if self._ended:
+                return False
+            yield
+
+    def _bare(self, index: int, mark: str) -> Generator[None]:
+        within: list[str] = []
+        key = False
+        while True:
+            while not self._rest or (mark.startswith(self._rest) and self._rest != mark):
+                if self._ended:
+                    return
+                yield
+            if self._rest.startswith(mark):
+                self._skip(len(mark))
+                self._argue(index, '"')
+                if (yield from self._up_to(index, mark, text=True)):
+                    self._argue(index, '"')
+                key = False
+            elif key and self._rest[0] not in "}:":
+                while (at := self._rest.find(":")) < 0:
+                    if self._ended:
+                        return
+                    yield
+                self._argue(index, _json(self._rest[:at]))
+                self._skip(at)
+                key = False
+            else:
+                character = self._rest[0]
+                self._skip(1)
+                if character in "{[":
+                    within.append(character)
+                elif character in "}]" and within:
+                    within.pop()
+                self._argue(index, {",": ", ", ":": ": "}.get(character, character))
+                key = character in "{," and within[-1:] == ["{"]
+                if not within:
+                    return
+
+    def _goes_on(self) -> Generator[None, None, bool]:
+        """Whether another call follows; then up to its name."""
+        between = self._format.between
+        if between is None:
+            return False
+        before, hole, after = between.partition(HOLE)
+        length = len(before) + (ID_CHARACTERS if hole else 0) + len(after)
+        while True:
+            rest = self._rest[:length]
+            tail = rest[length - len(after) :] if hole else ""
+            if not rest.startswith(before[: len(rest)]) or not after.startswith(tail):
+                return False
+            if len(rest) == length:
+                return self._skip(length)
+            if self._ended:
+                return False
+            yield
+
+    def _skip(self, characters: int) -> bool:
+        self._rest = self._rest[characters:]
+        return True
+
+    def _say(self, characters: int) -> None:
+        if characters > 0:
+            self._content.append(self._rest[:characters])
+            self._skip(characters)
+
+    def _argue(self, index: int, text: str) -> None:
+        if text:
+            self._calls.append(CallDelta(index, text))
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_other(value: str, kinds: frozenset[str]) -> bool:
+    """Whether a value that may be a text is JSON of another kind."""
+    try:
+        made = json.loads(value)
+    except ValueError:
+        return False
+    return not isinstance(made, str) and (
+        "other" in kinds or ("null" if made is None else _KIND_OF[type(made)]) in kinds
+    )
+
+
+_KIND_OF = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+
+
+def _held(text: str, marker: str, *, space: bool = True) -> int:
+    """How many characters at the end may be the beginning of a marker, with the white space before it."""
+    held = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if marker.startswith(text[-n:])), 0)
+    before = text[: len(text) - held]
+    return held + (len(before) - len(before.rstrip()) if space else 0)

@@ -1,0 +1,98 @@
+"""What all wire models have in common: strict types, and errors that name a field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+
+MAX_NAME = 200
+UNKNOWN_FIELD = "this server does not know this field. Remove it"
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+JsonSchema = dict[str, JsonValue]
+
+ONE, LIST = Tag("one-value"), Tag("a-list")
+"""Parts of an error's location that name no field: they are no identifiers."""
+OBJECT = Tag("an-object")
+BY_KIND = Discriminator(lambda value: (LIST if isinstance(value, list) else ONE).tag)
+"""A plain union would try both kinds, and collect an error for each item of a list under each."""
+
+
+class FieldError(ValueError):
+    """A rule about one field that the field's type cannot express."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@cache
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    """Of its fields, as they are written."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+class Wire(BaseModel):
+    """Strict types, finite numbers, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        """At the first one: pydantic would collect an error for each of a hundred thousand."""
+        if isinstance(value, dict):
+            known = _names(cls)
+            for key in value:
+                if key not in known:
+                    raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
+        return value
+
+
+def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """`(message, param)` for the most exact of pydantic's errors: the field, and the way out."""
+    first = max(errors, key=lambda error: len(error["loc"]))
+    path = [part for part in first["loc"] if part != "body"]
+    param = _param(path)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        param = f"{param}.{cause.param}" if param else cause.param
+        return f"{param}: {cause}.", param
+    if first["type"] == "json_invalid":
+        return f"The body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}.", None
+    if not path:
+        return "The body must be a JSON object, sent with Content-Type: application/json.", None
+    return f"{param}: {_sentence(first)}", param
+
+
+def _param(path: Sequence[str | int]) -> str | None:
+    """`messages[0].content` from a location; union members' names are pydantic's and left out."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif _is_field_name(part):
+            text += f".{part}" if text else part
+    return text or None
+
+
+def _is_field_name(part: str) -> bool:
+    return part.isidentifier() and part not in {
+        "str",
+        "int",
+        "float",
+        "bool",
+        "Message",
+        "TextPart",
+        "AdapterTerm",
+    }
+
+
+def _sentence(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    value = error.get("input")
+    shown = f" (it is {value!r})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+    return f"{message}{shown}."
