@@ -232,7 +232,8 @@ def test_a_caller_who_leaves_frees_the_row(api: Any) -> None:
         "/generate",
         json={"prompt": FRANCE, "max_tokens": 4000, "ignore_eos": True, "stream": True},
     ) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # which, forgotten, would close the connection
+        assert next(lines).startswith("data: ")
         assert api.http.get("/status").json()["requests"] == 1
 
     api.server.wait_for(lambda: api.http.get("/status").json()["requests"] == 0, 30)

@@ -19,6 +19,7 @@ from tests.training.data_support import (
     BAD,
     CHATML_TOOLS,
     GOOD,
+    LLAMA_3,
     SYSTEM,
     USER,
     base_tokenizer,
@@ -326,8 +327,9 @@ def test_both_sides_of_a_preference_begin_with_the_prompt_and_only_the_replies_a
 def test_a_problem_of_one_side_names_the_side(tmp_path: Path) -> None:
     calls = [{"function": {"name": "f", "arguments": {}}}]
     row = {"prompt": "q", "chosen": [{**GOOD, "tool_calls": calls}], "rejected": [BAD]}
+    without_tools = base_tokenizer(LLAMA_3)
     with pytest.raises(DataError) as caught:
-        load_dataset(write_rows(tmp_path / "r.jsonl", [row]), base_tokenizer(), recipe(method="dpo"))
+        load_dataset(write_rows(tmp_path / "r.jsonl", [row]), without_tools, recipe(method="dpo"))
     assert caught.value.problems[0].field == "chosen messages[1].tool_calls"
 
 
