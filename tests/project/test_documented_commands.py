@@ -67,6 +67,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase data check \w+\.", RUN),
     (r"onebase estimate --base ", RUN),
     (r"python examples/data/make_\w+\.py$", RUN),
+    (r"python examples/orders_tool\.py data$", RUN),
+    (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
     (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
     (r"onebase serve --host ", PARSE),  # the whole network

@@ -264,6 +264,10 @@ def test_an_answer_sent_back_with_empty_extras_is_a_message() -> None:
     assert request.messages[0].rendered() == {"role": "assistant", "content": "hi"}
 
 
+def nested(depth: int) -> Any:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
 TOOL = {"type": "function", "function": {"name": "f", "strict": None, "parameters": {"type": "object"}}}
 
@@ -302,7 +306,7 @@ def test_calls_and_their_answers_are_handed_to_the_template() -> None:
                 {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]},
                 "tool_calls[0].function.arguments",
             )
-            for text in ("{", "[1]", "[" * 100_000, "NaN")
+            for text in ("{", "[1]", "[" * 100_000, '{"a": NaN}', json.dumps(nested(70)))
         ),
     ],
 )
@@ -326,6 +330,8 @@ def test_a_wrong_call_is_refused_by_its_path(message: dict[str, Any], param: str
             {"tools": [{"function": {"name": "f", "parameters": {"type": "string"}}}]},
             "tools[0].function.parameters",
         ),
+        ({"tools": [{"function": {"name": "f", "parameters": nested(70)}}]}, "tools[0]"),
+        ({"chat_template_kwargs": {"a": nested(70)}}, "chat_template_kwargs"),
         ({"tools": [TOOL] * 2}, "tools"),
         ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),

@@ -266,7 +266,7 @@ class Planner:
                 content=content,
             )
         except ValueError as error:
-            raise InvalidRequestError(f"tools: {error}. Leave strict out.", param="tools") from error
+            raise InvalidRequestError(f"tools: {error}. Change them.", param="tools") from error
         return CallFormat(format, tools, grammar, named=body.named_tool is not None)
 
     async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:

@@ -22,6 +22,8 @@ Render = Callable[..., str]
 """A template: messages, tools (keyword) and generation (keyword) to text."""
 Schema = Mapping[str, Any]
 
+MOST_CHARACTERS = 512 * 1024
+"""Of a grammar."""
 HOLE = "\0"
 """Stands for a call's id where a template writes it."""
 ID_CHARACTERS = 9
@@ -105,7 +107,7 @@ class ToolFormat:
         """Keeps an answer to calls of these tools, by their schemas, or under `auto` to text without calls.
 
         content: what an answer without calls must be; None is any text. Raises ValueError for what a strict
-        tool asks for and this format cannot keep to.
+        tool asks for and this format cannot keep to, and for tools that are too large.
         """
         again = f"({self._literal(self.between)} call)*" if parallel and self.between is not None else ""
         rules = [
@@ -115,7 +117,12 @@ class ToolFormat:
         for index, (name, tool) in enumerate(tools.items()):
             rules.append(f"call_{index}: {_quoted(name)} {self._literal(self.middle)} args_{index}")
             rules += self._arguments(f"args_{index}", tool)
-        return Grammar("lark", "\n".join(["%llguidance {}", *self._start(choice, content), *rules]))
+        text = "\n".join(["%llguidance {}", *self._start(choice, content), *rules])
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(
+                f"they make a grammar of {len(text)} characters; at most {MOST_CHARACTERS} are taken"
+            )
+        return Grammar("lark", text)
 
     def _start(self, choice: ToolChoice, content: Schema | None) -> list[str]:
         opening = self._literal(self.opening)
@@ -315,6 +322,9 @@ class _BareGrammar:
         return known.get(kind, f"{self._rule}_any")
 
     def _list(self, item: str) -> str:
+        if " " in item:  # written once: lists of lists would double it at each level
+            name = f"{self._rule}_{len(self._rules)}"
+            self._rules[name], item = item, name
         return f'"[" ({item} ("," {item})*)? "]"'
 
     def _object(self, schema: Schema) -> str:

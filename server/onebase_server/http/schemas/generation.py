@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from onebase_engine.engine.messages import Grammar
-from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolChoice, ToolObject
+from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolChoice, ToolObject, not_too_deep
 from onebase_server.http.schemas.wire import BY_KIND, LIST, OBJECT, ONE, FieldError, JsonSchema, Name, Wire
 
 MAX_N = 128
@@ -254,9 +254,9 @@ class ConversationFields(SamplingFields):
         | None
     ) = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=64)] | None = Field(
-        default=None, description="more variables of the base's chat template"
-    )
+    chat_template_kwargs: (
+        Annotated[dict[str, JsonValue], Field(max_length=64), AfterValidator(not_too_deep)] | None
+    ) = Field(default=None, description="more variables of the base's chat template")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
         default=None, description="the answer goes on where the last message ends"

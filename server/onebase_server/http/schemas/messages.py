@@ -24,9 +24,26 @@ MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_FUNCTION_NAME = 128
 MAX_SCHEMA_CHARACTERS = 256 * 1024
+MAX_DEPTH = 64
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_FUNCTION_NAME)]
 _FUNCTION_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_FUNCTION_NAME}}}")
+
+
+def not_too_deep(value: Any) -> Any:
+    """What is handed to a chat template, which calls itself for each level. Raises ValueError."""
+    level, depth = [value], 0
+    while level:
+        level = [
+            part
+            for one in level
+            if isinstance(one, dict | list)
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"is nested more than {MAX_DEPTH} deep")
+    return value
 
 
 class TextPart(Wire):
@@ -41,6 +58,10 @@ class TextPart(Wire):
         return _without_hints(value)
 
 
+def _no_number(name: str) -> Any:
+    raise ValueError(name)
+
+
 class FunctionCall(Wire):
     """What an assistant called. arguments: JSON of an object, as text like OpenAI's or as it is."""
 
@@ -53,15 +74,19 @@ class FunctionCall(Wire):
     @cached_property
     def values(self) -> dict[str, Any]:
         """The arguments by name. Raises FieldError."""
-        if not isinstance(self.arguments, str):
-            return self.arguments
-        try:
-            found = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
-            found = None
+        found: Any = self.arguments
+        if isinstance(found, str):
+            try:
+                found = json.loads(found or "{}", parse_constant=_no_number)
+            except (ValueError, RecursionError):
+                found = None
         if not isinstance(found, dict):
             raise FieldError("arguments", "is no JSON object")
-        return found
+        try:
+            made: dict[str, Any] = not_too_deep(found)
+        except ValueError as error:
+            raise FieldError("arguments", str(error)) from error
+        return made
 
     @model_validator(mode="after")
     def _check_arguments(self) -> Self:
@@ -177,7 +202,7 @@ def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": kept}
 
 
-ToolObject = Annotated[dict[str, JsonValue], AfterValidator(_a_function)]
+ToolObject = Annotated[dict[str, JsonValue], AfterValidator(not_too_deep), AfterValidator(_a_function)]
 
 
 class FunctionChoice(Wire):
