@@ -182,7 +182,7 @@ class ScriptedEngine:
 
     def report(self, outputs: list[RowOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)
-        stats = Stats(**counts | {"rows_running": len(self.rows), "steps": self.steps})
+        stats = Stats(**counts | {"paused": False, "rows_running": len(self.rows), "steps": self.steps})
         self.send(StepDone(outputs, stats))
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+
+from onebase_server.generation.tokenization import Conversation
 
 FRANCE = "The capital of France is"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -60,6 +64,91 @@ def test_prompts_as_token_ids_give_the_same_text(client: openai.OpenAI, api: Any
     ]
 
     assert len(set(texts)) == 1
+
+
+def test_token_ids_are_there_when_asked_for_with_a_logprob_each(
+    client: openai.OpenAI, api: Any, tokenizer: Any
+) -> None:
+    ids = tokenizer.encode(FRANCE)
+    plain = client.completions.create(model=api.base, prompt=ids, max_tokens=8, temperature=0)
+    made = tokenizer.encode(plain.choices[0].text)
+    extra = {"return_token_ids": True, "stop_token_ids": [made[4]]}
+    fields: dict[str, Any] = {"model": api.base, "prompt": [ids, ids], "max_tokens": 8, "temperature": 0}
+    fields |= {"logprobs": 0, "extra_body": extra}
+
+    whole = client.completions.create(**fields)
+
+    for choice in whole.choices:
+        found = choice.to_dict()
+        assert found["prompt_token_ids"] == ids
+        assert found["token_ids"] == made[:5]
+        assert choice.logprobs is not None
+        assert len(choice.logprobs.token_logprobs or []) == 5
+        assert choice.text == tokenizer.decode(made[:4])
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 10
+    streamed: dict[str, list[int]] = {"token_ids": [], "prompt_token_ids": []}
+    for chunk in client.completions.create(**fields | {"prompt": ids}, stream=True):
+        for name, so_far in streamed.items():
+            so_far += chunk.choices[0].to_dict().get(name) or []  # type: ignore[arg-type, operator]
+    assert streamed == {"token_ids": made[:5], "prompt_token_ids": ids}
+    stopped = client.completions.create(
+        **fields | {"prompt": ids, "stop": " is", "extra_body": {"return_token_ids": True}, "max_tokens": 40}
+    ).choices[0]
+    assert stopped.logprobs is not None
+    assert len(stopped.to_dict()["token_ids"]) == len(stopped.logprobs.token_logprobs or [])  # type: ignore[arg-type]
+
+
+def test_a_chats_token_ids_are_vllms(client: openai.OpenAI, api: Any, tokenizer: Any) -> None:
+    fields: dict[str, Any] = {
+        "model": api.base,
+        "messages": QUESTION,
+        "max_completion_tokens": 4,
+        "temperature": 0,
+    }
+    fields["extra_body"] = {"return_token_ids": True}
+    prompt = tokenizer.encode_chat(Conversation(QUESTION))
+
+    whole = client.chat.completions.create(**fields)
+    first, *rest = client.chat.completions.create(**fields, stream=True)
+
+    assert whole.to_dict()["prompt_token_ids"] == prompt == first.to_dict()["prompt_token_ids"]
+    made: list[int] = []
+    for chunk in rest:
+        made += chunk.choices[0].to_dict().get("token_ids") or []  # type: ignore[arg-type, operator]
+    assert whole.choices[0].to_dict()["token_ids"] == made
+    assert len(made) == 4
+
+
+def test_a_paused_server_computes_nothing_and_goes_on_with_what_it_has(api: Any) -> None:
+    def steps() -> int:
+        return int(api.http.get("/status").json()["stats"]["steps"])
+
+    body = {"prompt": FRANCE, "temperature": 0, "max_tokens": 60, "ignore_eos": True}
+    whole = api.generate(**body)["choices"][0]["text"]
+    with api.http.stream("POST", "/generate", json=body | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        assert api.http.post("/pause", params={"mode": "keep"}).json() == {"status": "paused"}
+        before = steps()
+        assert api.http.get("/is_paused").json() == {"is_paused": True}
+        assert api.http.get("/health").status_code == 200
+        time.sleep(0.3)
+        assert steps() == before
+        assert api.http.post("/resume").status_code == 200
+        events = [json.loads(line[6:]) for line in [first, *lines] if line.startswith("data: {")]
+    assert "".join(event.get("text", "") for event in events) == whole
+    assert api.http.get("/is_paused").json() == {"is_paused": False}
+    refused = api.http.post("/pause", params={"mode": "abort"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mode")
+
+
+def test_a_server_says_of_itself_what_vllms_clients_read(api: Any) -> None:
+    config = api.http.get("/server_info", params={"config_format": "json"}).json()["vllm_config"]
+    assert config["model_config"]["dtype"] == "torch.bfloat16"
+    assert config["lora_config"]["max_lora_rank"] >= 8
+    assert config["parallel_config"]["data_parallel_size"] == 1
+    assert api.http.get("/get_world_size").json() == {"world_size": 1}
 
 
 def test_a_streamed_completion_adds_up_and_reports_usage_when_asked(client: openai.OpenAI, api: Any) -> None:

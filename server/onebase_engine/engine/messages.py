@@ -152,11 +152,17 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class Pause(msgspec.Struct, frozen=True, tag=True):
+    """Compute no step until another one says that it may go on. Rows are kept, versions still come and go."""
+
+    paused: bool
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Exit with status 0. The api has drained first."""
 
 
-ToEngine = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | Pause | Shutdown
 
 
 # ---- engine -> api ---------------------------------------------------------------------------
@@ -271,6 +277,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     draft_tokens: int = 0
     """Tokens of drafts that were computed, and those among them that were right."""
     right_draft_tokens: int = 0
+    paused: bool = False
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

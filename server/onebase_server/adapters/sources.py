@@ -135,9 +135,18 @@ class Folders:
                 raise _cannot_serve(name, error.code, error.message) from error
 
     async def add(
-        self, tenant: str, name: str, folder: Path, *, actor: str, wait_for_verifier: bool = True
+        self,
+        tenant: str,
+        name: str,
+        folder: Path,
+        *,
+        actor: str,
+        wait_for_verifier: bool = True,
+        allow_noop: bool = False,
     ) -> VersionRecord:
         """Register a folder's content under a name, unless it is known already.
+
+        allow_noop: take an adapter that changes nothing, such as one before its first step of training.
 
         Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
         UnavailableError.
@@ -162,7 +171,7 @@ class Folders:
             name,
             files,
             {"kind": "folder"},
-            VersionOptions(any_base=True),
+            VersionOptions(any_base=True, allow_noop=allow_noop),
             actor=actor,
             wait_for_verifier=wait_for_verifier,
         )

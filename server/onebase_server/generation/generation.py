@@ -57,6 +57,8 @@ class Job:
     grammar: Grammar | None = None
     grammar_param: str = ""
     """The field of the request that says it."""
+    token_ids: bool = False
+    """Whether the answer has those of the prompts and of the choices."""
     calls: CallFormat | None = None
     """Where the answer may call tools."""
 
@@ -218,6 +220,7 @@ class Generation:
                 target = whole[piece.index]
                 target.text += piece.text
                 target.tokens += piece.tokens
+                target.ids += piece.ids
                 target.finish_reason = piece.finish_reason
         return whole
 
@@ -244,6 +247,7 @@ class Generation:
             min_tokens=job.sampling.min_tokens,
             offset=offset,
             discard_tokens=job.scores_only,
+            with_ids=job.token_ids,
         )
 
     def _echo_text(self, prompt: Prompt) -> str:

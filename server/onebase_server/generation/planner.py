@@ -62,6 +62,7 @@ class _Wanted:
     logprobs: int | None
     echo: bool
     answer: CallFormat | None = None
+    token_ids: bool = False
 
 
 class Planner:
@@ -118,6 +119,7 @@ class Planner:
             default_tokens=COMPLETION_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
+            token_ids=bool(body.return_token_ids),
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
@@ -134,6 +136,7 @@ class Planner:
             logprobs=body.logprob_count,
             echo=False,
             answer=self._answer(body),
+            token_ids=bool(body.return_token_ids),
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
@@ -306,6 +309,7 @@ class Planner:
             grammar=None if guide is None else guide.grammar,
             grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
+            token_ids=wanted.token_ids,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,

@@ -133,6 +133,9 @@ class Piece:
     index: int
     text: str
     tokens: list[TokenInfo] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    """If they were asked for, token ids as they were computed, also those that are no part of the text: the
+    stop token, and tokens of a stop string. `tokens` then has an entry for each."""
     finish_reason: FinishReason | None = None
 
 
@@ -152,6 +155,7 @@ class Choice:
         min_tokens: int = 0,
         offset: int = 0,
         discard_tokens: bool = False,
+        with_ids: bool = False,
     ) -> None:
         self.index = index
         self.completion_tokens = 0
@@ -163,6 +167,7 @@ class Choice:
         self._released = offset
         self._waiting: list[TokenInfo] = []
         self._discard_tokens = discard_tokens
+        self._with_ids = with_ids
 
     @property
     def stopped_here(self) -> bool:
@@ -171,6 +176,7 @@ class Choice:
 
     def feed(self, output: RowOutput) -> Piece | None:
         """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
+        before = self.completion_tokens
         text = "" if self._discard_tokens else self._read_tokens(output)
         if output.finish is not None and not self._stops.matched:
             tail = self._decoder.flush()
@@ -184,19 +190,21 @@ class Choice:
             self.finish_reason = "length" if self._discard_tokens else output.finish
         self._released += len(text)
         tokens = self._release_tokens()
-        if not text and not tokens and self.finish_reason is None:
+        ids = output.tokens[: self.completion_tokens - before] if self._with_ids else []
+        if not text and not tokens and not ids and self.finish_reason is None:
             return None
-        return Piece(self.index, text, tokens, self.finish_reason)
+        return Piece(self.index, text, tokens, ids, self.finish_reason)
 
     def _read_tokens(self, output: RowOutput) -> str:
         text = ""
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):
             self.completion_tokens += 1
-            if position == last and output.stop_token is not None:
-                break
-            if output.logprobs is not None:
+            ends = position == last and output.stop_token is not None
+            if output.logprobs is not None and (self._with_ids or not ends):
                 self._waiting.append(_token_info(output.logprobs[position], self._decoded))
+            if ends:
+                break
             piece = self._decoder.push(token)
             self._decoded += len(piece)
             text += piece if self.completion_tokens < self._min_tokens else self._stops.push(piece)
@@ -208,7 +216,7 @@ class Choice:
         waiting = self._waiting
         if not waiting:
             return []
-        if self.finish_reason is not None and not self._stops.matched:
+        if self.finish_reason is not None and (self._with_ids or not self._stops.matched):
             ready, self._waiting = waiting, []
             return ready
         count = 0

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -96,12 +97,20 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 def _serve(engine: Engine, channel: EngineChannel) -> int:
     loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post)
-    failures, reported = 0, time.monotonic()
+    failures, reported, paused = 0, time.monotonic(), False
     while True:
-        for message in channel.arrived(0 if engine.busy else IDLE_SECONDS):
+        for message in channel.arrived(0 if engine.busy and not paused else IDLE_SECONDS):
             if isinstance(message, protocol.Shutdown):
                 return 0
+            if isinstance(message, protocol.Pause):
+                paused = message.paused
+                continue
             _handle(engine, channel, loader, message)
+        if paused:
+            _report_versions(engine, channel)
+            stats = msgspec.structs.replace(engine.stats(), paused=True)
+            _report(engine.take_outputs(), stats, channel)
+            continue
         steps, failed = engine.counters.steps, engine.counters.failed_steps
         engine.step()
         _report_versions(engine, channel)

@@ -18,6 +18,7 @@ from onebase_engine.engine.messages import (
     BaseInfo,
     EngineConfig,
     Loading,
+    Pause,
     Ready,
     Shutdown,
     SlotsChanged,
@@ -34,6 +35,7 @@ from onebase_server.processes.router import RequestRouter
 
 _LEAST_RETRY_AFTER = 2.0
 RESTARTS = Backoff(0.5, 30.0)
+_PAUSE_POLL_SECONDS = 0.01
 _LAST_WORDS_SECONDS = 1.0
 """An engine that has closed its socket is about to exit, with a status that says why."""
 AboutVersions = AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged
@@ -148,6 +150,8 @@ class EngineSupervisor:
         self._restart_delay = 0.0
         self._stopping = False
         self._ever_ready = False
+        self.paused = False
+        """Whether the engine is to compute nothing, or was told so."""
 
     # ---- for requests ------------------------------------------------------------------------
 
@@ -170,6 +174,24 @@ class EngineSupervisor:
             code=f"engine_{self.state.value}",
             retry_after=max(_LEAST_RETRY_AFTER, self._restart_delay),
         )
+
+    async def pause(self, paused: bool) -> None:
+        """Have the engine stop between two steps, and keep its rows; or go on. True when this returns.
+
+        Raises UnavailableError.
+        """
+        reason = self.unavailable()
+        if reason is not None:
+            raise reason
+        self.paused = paused
+        self._link.send(Pause(paused))
+        deadline = time.monotonic() + self._stall_timeout
+        while self.router.stats is None or self.router.stats.paused != paused:
+            await asyncio.sleep(_PAUSE_POLL_SECONDS)
+            if time.monotonic() > deadline or self.unavailable() is not None:
+                raise UnavailableError(
+                    "The engine did not answer. Try again.", code="engine_busy", retry_after=1.0
+                )
 
     # ---- the engine's life -------------------------------------------------------------------
 
@@ -274,6 +296,8 @@ class EngineSupervisor:
         """Proves progress: rows in the engine and no step for the stall timeout is a stall."""
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout / 4))
+            if self.paused:
+                self.router.note_progress()
             idle = self.router.stalled_for()
             if idle > self._stall_timeout:
                 self.state = EngineState.STALLED
@@ -319,5 +343,7 @@ class EngineSupervisor:
             return
         self._ever_ready = True
         self.router.note_progress()
+        if self.paused:  # what died was
+            self._link.send(Pause(True))
         self.state = EngineState.READY
         self.ready.set()

@@ -1,10 +1,14 @@
-"""vLLM's way to load and unload adapters, for people who move over."""
+"""What clients of vLLM's server ask for besides OpenAI's routes: adapters by folder, a pause, what it is.
+
+TRL's AsyncGRPO is one: it trains an adapter, and loads each version here to sample from it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
@@ -18,15 +22,15 @@ from onebase_server.errors import (
     UnknownAdapterError,
     VersionFailedError,
 )
-from onebase_server.http.deps import Calling, Provided, Services, StrictRoute
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
 
-router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["vllm"])
+router = APIRouter(route_class=StrictRoute, tags=["vllm"])
 _ACTOR = "load_lora_adapter"
 
 
-@router.post("/load_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 @needs("adapters")
 async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter: a folder under --adapters-dir, or a Hub repository that --hub-allow permits."""
@@ -43,7 +47,7 @@ async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: C
     version = await (
         _from_hub(services, caller.tenant, name, body.lora_path)
         if folder is None
-        else services.folders.add(caller.tenant, name, folder, actor=_ACTOR)
+        else services.folders.add(caller.tenant, name, folder, actor=_ACTOR, allow_noop=True)
     )
     finished = await services.adapters.wait(caller.tenant, name, version.digest)
     if finished.error is not None:
@@ -52,7 +56,7 @@ async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: C
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
 @needs("adapters")
 async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}."""
@@ -64,6 +68,77 @@ async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, calle
         )
     await services.activation.deactivate(caller.tenant, body.lora_name, actor="unload_lora_adapter")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.post("/pause")
+@needs("admin")
+async def pause(
+    services: Provided,
+    mode: Annotated[str, Query(max_length=40)] = "keep",
+    clear_cache: Annotated[bool, Query()] = True,
+) -> Response:
+    """Compute nothing until /resume. Requests wait, those that run too; adapters may come and go.
+
+    `clear_cache` changes nothing: what is cached is kept by the content of the adapter that it belongs to.
+    """
+    if mode != "keep":
+        raise InvalidRequestError(
+            f"mode: {mode!r} is not served. Send keep: what runs goes on after /resume.", param="mode"
+        )
+    await services.supervisor.pause(True)
+    return json_response({"status": "paused"})
+
+
+@router.post("/resume")
+@needs("admin")
+async def resume(services: Provided) -> Response:
+    """Go on after /pause."""
+    await services.supervisor.pause(False)
+    return json_response({"status": "resumed"})
+
+
+@router.get("/is_paused")
+@needs("admin")
+async def is_paused(services: Provided) -> Response:
+    """Whether /pause holds everything up."""
+    return json_response({"is_paused": services.supervisor.paused})
+
+
+@router.get("/server_info")
+@needs("admin")
+async def server_info(
+    services: Provided, config_format: Annotated[str, Query(max_length=40)] = "json"
+) -> Response:
+    """The part of vLLM's configuration that its clients read."""
+    if config_format != "json":
+        raise InvalidRequestError("config_format: only json is served.", param="config_format")
+    base = services.supervisor.base
+    if base is None:
+        raise services.supervisor.unavailable() or RuntimeError("ready without a base")
+    return json_response(
+        {
+            "vllm_config": {
+                "model_config": {
+                    "model": services.catalog.base_name,
+                    "dtype": f"torch.{base.dtype}",
+                    "max_model_len": base.max_length,
+                },
+                "lora_config": {"max_lora_rank": base.max_rank, "max_loras": base.max_slots},
+                "parallel_config": {
+                    "data_parallel_size": 1,
+                    "tensor_parallel_size": 1,
+                    "pipeline_parallel_size": 1,
+                },
+            }
+        }
+    )
+
+
+@router.get("/get_world_size")
+@needs("admin")
+async def get_world_size() -> Response:
+    """How many processes hold a part of the base: one."""
+    return json_response({"world_size": 1})
 
 
 def _allowed_folder(services: Services, caller: Caller, path: str) -> Path | None:

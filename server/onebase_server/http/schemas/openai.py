@@ -70,7 +70,6 @@ _DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
     "truncate_prompt_tokens": (-1,),
     "prompt_logprobs": (),
     "allowed_token_ids": (),
@@ -84,6 +83,7 @@ class OpenAIRequest(SamplingFields):
 
     model: Name
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(default=None, description="vLLM's: of the prompt and of the answer")
 
     neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {}
     reasons: ClassVar[dict[str, str]] = {}

@@ -212,9 +212,14 @@ class OpenAIView(GenerationView):
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         wanted = generation.job.sampling.logprobs is not None
         calls = _calls_of(generation)
+        made = [self.whole(piece, calls, wanted) for piece in choices]
+        if generation.job.token_ids:
+            for choice, piece in zip(made, choices, strict=True):
+                self._add_ids(choice, piece, generation)
         return {
             **self._head(generation, self.object),
-            "choices": [self.whole(piece, calls, wanted) for piece in choices],
+            **self._prompt_ids(generation),
+            "choices": made,
             "usage": openai_usage(generation.usage),
         }
 
@@ -227,14 +232,17 @@ class OpenAIView(GenerationView):
         opening = self.opening(generation.job.choices)
         if self._usage == "always":
             head["usage"] = openai_usage(generation.usage)
-        chunk = b"".join(event({**head, "choices": [choice]}) for choice in opening)
+        begun = head | self._prompt_ids(generation)
+        chunk = b"".join(event({**begun, "choices": [choice]}) for choice in opening)
         async for pieces in generation.pieces():
             if self._usage == "always":
                 head["usage"] = openai_usage(generation.usage)
             for piece in pieces:
                 said = calls.read(piece) if calls else Said(piece.text, [])
-                if said.content or said.calls or piece.tokens:
+                if said.content or said.calls or piece.tokens or piece.ids:
                     part = self.part(piece, said, wanted and bool(piece.tokens))
+                    if piece.ids:
+                        self._add_ids(part, piece, generation)
                     chunk += event({**head, "choices": [part]})
                 if piece.finish_reason:
                     reason = calls.finish_reason(piece) if calls else piece.finish_reason
@@ -244,6 +252,14 @@ class OpenAIView(GenerationView):
             chunk = b""
         if self._usage != "never":
             yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
+
+    def _prompt_ids(self, generation: Generation) -> Json:
+        """What the head of an answer says of its prompt, if token ids are asked for."""
+        return {}
+
+    def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
+        """As vLLM has them."""
+        choice["token_ids"] = piece.ids
 
     def _head(self, generation: Generation, kind: str) -> Json:
         return {"id": generation.job.id, "object": kind, "created": self._created, "model": self._model}
@@ -263,6 +279,17 @@ class CompletionView(OpenAIView):
 
     object = "text_completion"
     chunk_object = "text_completion"
+
+    def __init__(self, tokenizer: BaseTokenizer, model: str, usage: UsageInStream) -> None:
+        super().__init__(tokenizer, model, usage)
+        self._told: set[int] = set()
+        """Choices whose prompt's token ids were sent."""
+
+    def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
+        super()._add_ids(choice, piece, generation)
+        if piece.index not in self._told:
+            self._told.add(piece.index)
+            choice["prompt_token_ids"] = generation.job.prompts[piece.index // generation.job.n].tokens
 
     def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
         made = self.part(piece, Said(piece.text, []), with_logprobs)
@@ -284,6 +311,10 @@ class ChatView(OpenAIView):
 
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    def _prompt_ids(self, generation: Generation) -> Json:
+        job = generation.job
+        return {"prompt_token_ids": job.prompts[0].tokens} if job.token_ids else {}
 
     def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
         message: Json = {"role": "assistant", "content": piece.text, "refusal": None}
