@@ -12,6 +12,7 @@ OneBaseError
 ├── WrongMethodError           there is, but not for its method
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
+├── UnknownResponseError       no such response, or none any more
 ├── UnknownKeyError            no such API key
 ├── UnknownFileError           no such training file
 ├── UnknownJobError            no such training job
@@ -143,6 +144,16 @@ class UnknownAdapterError(OneBaseError):
 class UnknownModelError(OneBaseError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="model_not_found", param="model")
+
+
+class UnknownResponseError(OneBaseError):
+    def __init__(self, response_id: str, param: str) -> None:
+        super().__init__(
+            f"{param}: there is no response {response_id[:100]!r}, or none any more: this server keeps the "
+            "latest ones in its memory (--response-memory). Send the whole conversation as input.",
+            code="response_not_found",
+            param=param,
+        )
 
 
 class UnknownKeyError(OneBaseError):
@@ -291,6 +302,7 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     InsufficientScopeError: (403, "permission_error"),
     UnknownRouteError: (404, "invalid_request_error"),
     WrongMethodError: (405, "invalid_request_error"),
+    UnknownResponseError: (404, "invalid_request_error"),
     UnknownKeyError: (404, "invalid_request_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),

@@ -546,6 +546,17 @@ class Settings:
         default=3600.0,
         metadata=about("limits", "seconds after which any request is ended", low=1, high=7 * 86400),
     )
+    response_memory: int = field(
+        default=64_000_000,
+        metadata=about(
+            "limits",
+            "responses of /v1/responses that are kept in memory to be gone on from, of all tenants together, "
+            "as in 64MB; 0 keeps none",
+            parse=parse_size,
+            metavar="SIZE",
+            low=0,
+        ),
+    )
     raw_control_tokens: RawControlTokens = field(
         default="allow",
         metadata=about(

@@ -16,6 +16,7 @@ from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.background import RegistryThreads, Threads
+from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services, Training
@@ -132,6 +133,7 @@ def assemble(
         tokenizer=tokenizer,
         supervisor=supervisor,
         planner=Planner(supervisor, tokenizer, parts.catalog, hub, limits),
+        responses=KeptResponses(settings.response_memory),
         residency=residency,
         adapters=adapters,
         hub=hub,

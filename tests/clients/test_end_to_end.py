@@ -232,6 +232,57 @@ def test_the_openai_client_calls_tools_whole_and_streamed(server: Server) -> Non
         assert (cut.finish_reason, len(cut.message.tool_calls or [])) == ("length", 1)
 
 
+def test_the_openai_client_gets_responses_whole_parsed_and_streamed(server: Server, adapter: str) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        base = client.models.list().data[0].id
+        fields: Any = {"input": "Where?", "max_output_tokens": 6, "temperature": 0}
+        by_name = client.responses.create(model=adapter, **fields)
+        beside = client.responses.create(model=base, **fields, extra_body={"adapter": adapter, "top_k": 1})
+        chat = client.chat.completions.create(
+            model=adapter, messages=[{"role": "user", "content": "Where?"}], max_tokens=6, temperature=0
+        )
+        assert by_name.output_text == beside.output_text == chat.choices[0].message.content
+        assert by_name.output_text != client.responses.create(model=base, **fields).output_text
+
+        asked: Any = {"model": base, "input": "Where?", "text_format": Answer, "max_output_tokens": 300}
+        assert isinstance(client.responses.parse(**asked).output_parsed, Answer)
+        with client.responses.stream(**asked) as stream:
+            text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            final = stream.get_final_response()
+        assert final.output_parsed == Answer.model_validate_json(text)
+        assert (final.status, final.output_text) == ("completed", text)
+
+        scored: Any = client.responses.create(model=base, **fields, top_logprobs=2).output[0]
+        tokens = scored.content[0].logprobs
+        assert "".join(token.token for token in tokens) == scored.content[0].text
+        assert all(len(token.top_logprobs) == 2 for token in tokens)
+
+
+def test_the_openai_client_calls_a_function_and_goes_on_from_its_response(server: Server) -> None:
+    function = tool(Answer)["function"]
+    fields: Any = {"tools": [{"type": "function", **function}], "max_output_tokens": 300}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        fields |= {"model": client.models.list().data[0].id, "parallel_tool_calls": False}
+        must: Any = {"input": "Where?", "tool_choice": "required", "extra_body": {"seed": 5}}
+        first = client.responses.create(**fields, **must)
+        with client.responses.stream(**fields, **must) as stream:
+            (streamed,) = stream.get_final_response().output
+        (call,) = first.output
+        assert call.type == streamed.type == "function_call"
+        assert call.arguments == streamed.arguments
+        Answer.model_validate_json(call.arguments)
+
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "There."}
+        fields |= {"tool_choice": "none", "max_output_tokens": 4, "temperature": 0}
+        after = client.responses.create(**fields, input=[result], previous_response_id=first.id)
+        asked: Any = {"role": "user", "content": "Where?"}
+        alike = client.responses.create(**fields, input=[asked, call.model_dump(), result])
+        assert after.output_text == alike.output_text
+        assert after.usage is not None
+        assert alike.usage is not None
+        assert after.usage.input_tokens == alike.usage.input_tokens
+
+
 def test_a_schema_of_a_tool_that_cannot_be_kept_to_is_refused_as_of_tools(server: Server) -> None:
     bad = {"type": "object", "properties": {"a": {"type": "string", "pattern": "[a"}}, "required": ["a"]}
     tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": bad}}]

@@ -86,7 +86,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
         "/version", "/v1/models", "/v1/models/thing", "/openapi.json", "/v1/usage", "/v1/tenants",
     }  # fmt: skip
     for scope, beginnings in {
-        "generate": ("/generate", "/v1/completions", "/v1/chat/completions"),
+        "generate": ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"),
         "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/audit"),
         "train": ("/v1/files", "/v1/fine_tuning"),
     }.items():

@@ -23,6 +23,7 @@ NOTHING = {
     "event": "ftevent-1",
     "checkpoint": "ftckpt-1",
     "pull": "pull-" + "f" * 24,
+    "response": "resp_" + "f" * 24,
 }
 """What a tenant has, and what nobody has, which looks alike."""
 
@@ -53,7 +54,7 @@ def tenants(serve_scripted: Starter, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def private(tenants: Tenants) -> dict[str, str]:
-    """What tenant `one` has: an adapter with two versions, a file, and a job that has ended."""
+    """What tenant `one` has: an adapter with two versions, a file, a job that has ended, and a response."""
     http = tenants.one
     upload(http, "acme-private", b"first", query="wait=true&activate=true")
     digest = upload(http, "acme-private", b"second", query="wait=true").json()["version"]
@@ -68,7 +69,9 @@ def private(tenants: Tenants) -> dict[str, str]:
     for kind, path in (("event", "events"), ("checkpoint", "checkpoints")):
         data = http.get(f"{status}/{path}").json()["data"]
         things[kind] = data[0]["id"] if data else NOTHING[kind]
-    return {**things, "pull": "pull-" + "e" * 24}
+    asked = {"model": BASE, "input": "hello", "max_output_tokens": 2}
+    response = http.post("/v1/responses", json=asked).json()["id"]
+    return {**things, "pull": "pull-" + "e" * 24, "response": response}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,11 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("GET", "/v1/fine_tuning/jobs/{job}/events?after={event}", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints?after={checkpoint}", None),
+    ("GET", "/v1/responses/{response}", None),
+    ("GET", "/v1/responses/{response}/input_items", None),
+    ("DELETE", "/v1/responses/{response}", None),
+    ("POST", "/v1/responses", {"model": BASE, "input": "hello", "previous_response_id": "{response}"}),
+    ("POST", "/v1/responses", {"model": "{acme-private}", "input": "hello"}),
 ]
 FOR_OPERATORS: list[tuple[str, str, Any]] = [
     ("POST", "/v1/adapters/{acme-private}/pin", {"pinned": True}),

@@ -84,8 +84,8 @@ class Timing:
         return {name: round(value, 6) for name, value in vars(self).items()}
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
+def new_id(prefix: str) -> str:
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 class Meter(Protocol):

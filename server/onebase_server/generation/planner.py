@@ -28,6 +28,7 @@ from onebase_server.http.schemas.generation import (
 )
 from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.processes.supervisor import EngineSupervisor
 
 _T = TypeVar("_T")
@@ -51,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What one route asks for, in the words that all routes share."""
+    """What one route asks for, in the words that all routes share. kind: what the job's id begins with."""
 
     kind: str
     prompts: tuple[Prompt, ...]
@@ -92,7 +93,7 @@ class Planner:
         base = self._base()
         prompt = await (self._chat(body, body.messages) if body.messages else self._text(body.prompt or ""))
         wanted = _Wanted(
-            kind="gen",
+            kind="gen-",
             prompts=(prompt,),
             prompt_param="messages" if body.messages else "prompt",
             max_tokens=body.max_tokens,
@@ -112,7 +113,7 @@ class Planner:
             for prompt in body.prompts()
         ]
         wanted = _Wanted(
-            kind="cmpl",
+            kind="cmpl-",
             prompts=tuple(prompts),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
@@ -125,11 +126,23 @@ class Planner:
         return replace(job, adapter=await self._model(body.model, body, job))
 
     async def chat(self, body: ChatRequest, caller: Caller) -> Job:
+        return await self._conversation("chatcmpl-", body, body.messages, caller)
+
+    async def response(self, body: ResponsesRequest, messages: Sequence[Message], caller: Caller) -> Job:
+        """messages: the request's instructions, what was said before, and its input."""
+        try:
+            return await self._conversation("resp_", body, messages, caller)
+        except InvalidRequestError as error:
+            raise _in_words_of_responses(error) from error.__cause__
+
+    async def _conversation(
+        self, kind: str, body: ChatRequest | ResponsesRequest, messages: Sequence[Message], caller: Caller
+    ) -> Job:
         base = self._base()
         self._check_model(body.model, body)
         wanted = _Wanted(
-            kind="chatcmpl",
-            prompts=(await self._chat(body, body.messages, body.reasoning_effort),),
+            kind=kind,
+            prompts=(await self._chat(body, messages, body.reasoning_effort),),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
@@ -335,6 +348,17 @@ class Planner:
                 "Ask for that or less.",
                 param="timeout_s",
             )
+
+
+def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
+    """The error, with the field's name of /v1/responses."""
+    param = error.param or ""
+    name = {"messages": "input", "max_tokens": "max_output_tokens"}.get(param.partition("[")[0])
+    if name is None:
+        return error
+    said = error.message
+    message = name + said.removeprefix(param) if said.startswith(param) else said
+    return InvalidRequestError(message, param=name, code=error.code)
 
 
 def _rendered(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.background import Threads
 from onebase_server.errors import OneBaseError, UnavailableError, status_of
+from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
@@ -87,6 +88,7 @@ class Services:
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
     planner: Planner
+    responses: KeptResponses
     residency: Residency
     adapters: AdapterService
     hub: HubAdapters

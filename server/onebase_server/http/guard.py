@@ -164,7 +164,8 @@ class Gate:
 
     def _decide(self, scope: Scope, access: Access, lost: OneBaseError | None) -> None:
         caller = self._caller(scope, access)
-        ticket = self._services.limiter.enter(caller) if access == "generate" else None
+        asks_for_text = access == "generate" and scope["method"] == "POST"
+        ticket = self._services.limiter.enter(caller) if asks_for_text else None
         limit = self._services.settings.max_body
         if announced_length(scope) > limit and not is_upload(scope):
             lost = PayloadTooLargeError(limit)

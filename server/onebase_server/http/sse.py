@@ -11,7 +11,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, error_body
+from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
 from onebase_server.generation.generation import Generation
 
 ABORT_EXTENSION = "onebase.abort"
@@ -82,8 +82,13 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """The events, and after the first one an error as an event of its own instead of a broken stream."""
+async def guarded(
+    events: AsyncIterator[bytes], failure: Callable[[OneBaseError], bytes], end: bytes
+) -> AsyncGenerator[bytes]:
+    """The events, and after the first one an error as an event of its own instead of a broken stream.
+
+    failure: makes that event. end: what ends the stream in any case.
+    """
     started = False
     try:
         async for chunk in events:
@@ -94,8 +99,9 @@ async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     except OneBaseError as error:
         if not started:
             raise
-        yield event(error_body(error))
-    yield DONE
+        yield failure(error)
+    if end:
+        yield end
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ async def generate(
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
     job = await services.planner.generate(body, caller)
-    return await _answer(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
+    return await answer_job(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
 
 
 @router.post("/v1/completions", tags=["openai"], responses=STREAMED)
@@ -40,7 +40,7 @@ async def complete(
     services.refuse_if_draining()
     job = await services.planner.completion(body, caller)
     view = CompletionView(services.tokenizer, body.model, body.usage_in_stream)
-    return await _answer(request, services, ticket, job, view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream)
 
 
 @router.post("/v1/chat/completions", tags=["openai"], responses=STREAMED)
@@ -52,7 +52,7 @@ async def chat(
     services.refuse_if_draining()
     job = await services.planner.chat(body, caller)
     view = ChatView(services.tokenizer, body.model, body.usage_in_stream)
-    return await _answer(request, services, ticket, job, view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Meter:
         self.usage.generated(self.job.tenant, names, usage)
 
 
-async def _answer(
+async def answer_job(
     request: Request,
     services: Services,
     ticket: Ticket,
@@ -97,7 +97,7 @@ async def _answer(
     await generation.start(services.residency)
     ticket.leave = generation.leave
     if stream:
-        return EventStream(generation, guarded(view.events(generation)))
+        return EventStream(generation, guarded(view.events(generation), view.failure, view.closing))
     with cancelled_when_gone(request.receive, generation):
         choices = await generation.collect()
     return json_response(view.answer(generation, choices))

@@ -179,24 +179,7 @@ class SamplingFields(Wire):
         Raises:
             FieldError: it is written in two ways, or it is too long.
         """
-        outputs, wanted = self.structured_outputs, self.response_format
-        schema = wanted.json_schema.schema_ if wanted is not None and wanted.json_schema is not None else None
-        given = {
-            "response_format": _ANY_OBJECT if wanted is not None and wanted.type == "json_object" else None,
-            "response_format.json_schema.schema": _of_schema(schema),
-            "guided_json": _of_schema(self.guided_json),
-            "guided_regex": _of("regex", self.guided_regex),
-            "guided_choice": _of_choice(self.guided_choice),
-            "guided_grammar": _of("grammar", self.guided_grammar),
-        }
-        if outputs is not None:
-            given |= {
-                "structured_outputs.json": _of_schema(outputs.json_),
-                "structured_outputs.regex": _of("regex", outputs.regex),
-                "structured_outputs.choice": _of_choice(outputs.choice),
-                "structured_outputs.grammar": _of("grammar", outputs.grammar),
-                "structured_outputs.json_object": _ANY_OBJECT if outputs.json_object else None,
-            }
+        given = self.grammars_by_field()
         found = [GrammarField(param, grammar) for param, grammar in given.items() if grammar is not None]
         if len(found) > 1:
             raise FieldError(found[1].param, f"{found[0].param} says what the text must be; leave one out")
@@ -205,6 +188,28 @@ class SamplingFields(Wire):
         if len(found[0].grammar.text) > MAX_GRAMMAR_CHARACTERS:
             raise FieldError(found[0].param, f"has more than {MAX_GRAMMAR_CHARACTERS} characters")
         return found[0]
+
+    def grammars_by_field(self) -> dict[str, Grammar | None]:
+        """Each way to write what the text must be, and what is written so."""
+        outputs, wanted = self.structured_outputs, self.response_format
+        schema = wanted.json_schema.schema_ if wanted is not None and wanted.json_schema is not None else None
+        given = {
+            "response_format": ANY_OBJECT if wanted is not None and wanted.type == "json_object" else None,
+            "response_format.json_schema.schema": of_schema(schema),
+            "guided_json": of_schema(self.guided_json),
+            "guided_regex": _of("regex", self.guided_regex),
+            "guided_choice": _of_choice(self.guided_choice),
+            "guided_grammar": _of("grammar", self.guided_grammar),
+        }
+        if outputs is not None:
+            given |= {
+                "structured_outputs.json": of_schema(outputs.json_),
+                "structured_outputs.regex": _of("regex", outputs.regex),
+                "structured_outputs.choice": _of_choice(outputs.choice),
+                "structured_outputs.grammar": _of("grammar", outputs.grammar),
+                "structured_outputs.json_object": ANY_OBJECT if outputs.json_object else None,
+            }
+        return given
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -223,14 +228,14 @@ class GrammarField:
 
 
 _SPECIAL_IN_REGEX = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/]")
-_ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
+ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
 
 
 def _of(kind: Literal["regex", "grammar"], text: str | None) -> Grammar | None:
     return None if text is None else Grammar(kind, text)
 
 
-def _of_schema(schema: JsonSchema | str | None) -> Grammar | None:
+def of_schema(schema: JsonSchema | str | None) -> Grammar | None:
     if schema is None:
         return None
     return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))

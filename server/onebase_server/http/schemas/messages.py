@@ -178,26 +178,35 @@ def _without_hints(value: Any) -> Any:
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as chat templates take it, and `strict` besides."""
-    kind = tool.get("type", "function")
+def check_kind_of_tool(kind: Any) -> None:
+    """Raises FieldError."""
     if kind != "function":
         raise FieldError("type", f"{str(kind)[:40]!r} is not served: only tools of type 'function' are")
+
+
+def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as chat templates take it, and `strict` besides."""
+    check_kind_of_tool(tool.get("type", "function"))
     function = tool.get("function")
     if not isinstance(function, dict):
         raise FieldError("function", 'must be an object, as in {"name": ..., "parameters": {...}}')
+    return tool_of(function, "function.")
+
+
+def tool_of(function: dict[str, Any], within: str) -> dict[str, Any]:
+    """The tool that a function is. within: what stands before its fields' names in errors."""
     name = function.get("name")
     if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
-        raise FieldError("function.name", f"must be 1 to {MAX_FUNCTION_NAME} letters, digits and _ - . : /")
+        raise FieldError(f"{within}name", f"must be 1 to {MAX_FUNCTION_NAME} letters, digits and _ - . : /")
     if not isinstance(function.get("description"), str | None):
-        raise FieldError("function.description", "must be a text")
+        raise FieldError(f"{within}description", "must be a text")
     if not isinstance(function.get("strict"), bool | None):
-        raise FieldError("function.strict", "must be true or false")
+        raise FieldError(f"{within}strict", "must be true or false")
     schema = function.get("parameters")
     if not isinstance(schema, dict | None) or (schema and schema.get("type", "object") != "object"):
-        raise FieldError("function.parameters", "must be the JSON schema of an object")
+        raise FieldError(f"{within}parameters", "must be the JSON schema of an object")
     if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
-        raise FieldError("function.parameters", f"has more than {MAX_SCHEMA_CHARACTERS} characters")
+        raise FieldError(f"{within}parameters", f"has more than {MAX_SCHEMA_CHARACTERS} characters")
     kept = {key: value for key, value in function.items() if value is not None}
     return {"type": "function", "function": kept}
 

@@ -63,7 +63,7 @@ class StreamOptions(Wire):
     """vLLM's: every chunk has the usage so far."""
 
 
-_DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
+DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
@@ -85,6 +85,7 @@ class OpenAIRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(default=None, description="vLLM's: of the prompt and of the answer")
 
+    ignored: ClassVar[frozenset[str]] = IGNORED
     neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {}
     reasons: ClassVar[dict[str, str]] = {}
 
@@ -97,7 +98,7 @@ class OpenAIRequest(SamplingFields):
         for key, item in value.items():
             if key in cls.model_fields:
                 kept[key] = item
-            elif key in IGNORED or item is None or item in cls.neutral.get(key, ()):
+            elif key in cls.ignored or item is None or item in cls.neutral.get(key, ()):
                 continue
             elif key in cls.neutral:
                 hint = cls.reasons.get(key, "leave it out")
@@ -134,7 +135,7 @@ class CompletionRequest(OpenAIRequest):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
 
-    neutral: ClassVar = _DEFAULTS | {"suffix": ("",), "best_of": (1,), "add_special_tokens": (True,)}
+    neutral: ClassVar = DEFAULTS | {"suffix": ("",), "best_of": (1,), "add_special_tokens": (True,)}
     reasons: ClassVar = {
         "suffix": "the base is not trained to fill in the middle; put everything into prompt",
         "best_of": "use n, which returns every completion",
@@ -160,7 +161,7 @@ class ChatRequest(OpenAIRequest, ConversationFields):
         default=None, description="changes nothing where the base's chat template does not ask for it"
     )
 
-    neutral: ClassVar = _DEFAULTS | {
+    neutral: ClassVar = DEFAULTS | {
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from onebase_server.errors import OneBaseError, error_body
 from onebase_server.generation.call_reader import CallDelta, CallFormat, Said
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.schemas.openai import UsageInStream
-from onebase_server.http.sse import event
+from onebase_server.http.sse import DONE, event
 
 Json = dict[str, Any]
 
@@ -59,6 +60,9 @@ def _chat_token(token: int, logprob: float | None, tokenizer: BaseTokenizer) -> 
 class GenerationView(ABC):
     """One route's answers: whole, or as server-sent events."""
 
+    closing = DONE
+    """What a stream ends with."""
+
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self._tokenizer = tokenizer
 
@@ -69,6 +73,10 @@ class GenerationView(ABC):
     @abstractmethod
     def events(self, generation: Generation) -> AsyncIterator[bytes]:
         """The answer as it comes, until the generation has ended. Raises what `Generation.pieces` raises."""
+
+    def failure(self, error: OneBaseError) -> bytes:
+        """The event of an error after the first event."""
+        return event(error_body(error))
 
 
 # ---- calls of tools ----------------------------------------------------------------------------

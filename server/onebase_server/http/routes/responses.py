@@ -1,0 +1,93 @@
+"""/v1/responses: OpenAI's newer way to ask for an answer, and what was answered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from onebase_server.errors import InvalidRequestError
+from onebase_server.generation.kept_responses import KeptResponse
+from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response
+from onebase_server.http.guard import needs
+from onebase_server.http.routes.generation import answer_job
+from onebase_server.http.schemas.items import conversation, items_again, kept_items
+from onebase_server.http.schemas.responses import ResponsesRequest
+from onebase_server.http.sse import STREAMED
+from onebase_server.http.views.jobs import page
+from onebase_server.http.views.responses import ResponseView
+
+router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
+ResponseId = Annotated[str, Path(max_length=200)]
+
+
+@router.post("", responses=STREAMED)
+@needs("generate")
+async def respond(
+    body: ResponsesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """The model's answer: text, or calls of functions; `model` is the base's name or an adapter's."""
+    services.refuse_if_draining()
+    responses, items = services.responses, body.items
+    if body.previous_response_id is not None:
+        kept = responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
+        before = msgspec.json.decode(kept.input) + msgspec.json.decode(kept.response)["output"]
+        items = [*items_again(before), *items]
+    job = await services.planner.response(body, conversation(body.instructions, items), caller)
+
+    def keep(response: dict[str, Any]) -> None:
+        if body.store is not False:
+            asked = msgspec.json.encode(kept_items(items))
+            made = KeptResponse(msgspec.json.encode(response), asked)
+            responses.keep(caller.tenant, job.id, made)
+
+    view = ResponseView(services.tokenizer, body, job, keep)
+    return await answer_job(request, services, ticket, job, view, body.stream)
+
+
+@router.get("/{response_id}")
+@needs("generate")
+async def get_response(
+    response_id: ResponseId, services: Provided, caller: Calling, stream: bool = False
+) -> Response:
+    """A response that was kept."""
+    if stream:
+        raise InvalidRequestError(
+            "stream: a response that was kept is told in one piece. Leave stream out.", param="stream"
+        )
+    kept = services.responses.find(caller.tenant, response_id, "response_id")
+    return Response(kept.response, media_type="application/json")
+
+
+@router.delete("/{response_id}")
+@needs("generate")
+async def delete_response(response_id: ResponseId, services: Provided, caller: Calling) -> Response:
+    """Keep a response no longer; those that went on from it stay."""
+    services.responses.delete(caller.tenant, response_id, "response_id")
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.get("/{response_id}/input_items")
+@needs("generate")
+async def list_input_items(
+    response_id: ResponseId,
+    services: Provided,
+    caller: Calling,
+    after: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    """What a response answers, with what was said before: newest first."""
+    kept = services.responses.find(caller.tenant, response_id, "response_id")
+    items: list[dict[str, Any]] = msgspec.json.decode(kept.input)
+    if order == "desc":
+        items.reverse()
+    begin = 0
+    if after is not None:
+        begin = 1 + next((index for index, item in enumerate(items) if item["id"] == after), len(items))
+        if begin > len(items):
+            raise InvalidRequestError(
+                f"after: {after!r} is none of the items. Take last_id of the page before.", param="after"
+            )
+    return json_response(page(items[begin : begin + limit], more=begin + limit < len(items)))

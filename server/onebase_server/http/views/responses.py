@@ -1,0 +1,242 @@
+"""Answers of /v1/responses, whole and streamed. Plain dicts: this is the hot path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from onebase_server.errors import OneBaseError, status_of
+from onebase_server.generation.call_reader import CallDelta, Said
+from onebase_server.generation.generation import Generation, Job, new_id
+from onebase_server.generation.stream import Piece, TokenInfo, Usage
+from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
+from onebase_server.http.sse import identified_event
+from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs
+
+_REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
+"""Why an answer is not whole, by how its row ended."""
+
+
+class _Output:
+    """The items of one answer, and the events that tell how they come about."""
+
+    def __init__(self, job: Job, tokenizer: BaseTokenizer) -> None:
+        self.items: list[Json] = []
+        self.reason: str | None = None
+        """Why it is not whole."""
+        self._tokenizer = tokenizer
+        self._reader = job.calls.reader() if job.calls is not None else None
+        self._open: Json | None = None
+        self._parts: list[str] = []
+        self._called = False
+        self._said = 0
+        self._waiting: list[TokenInfo] = []
+        self._logprobs: list[Json] = []
+
+    def feed(self, piece: Piece) -> list[Json]:
+        """What happens with a piece."""
+        ended = piece.finish_reason is not None
+        said = self._reader.feed(piece.text, end=ended) if self._reader else Said(piece.text, [])
+        self._waiting += piece.tokens
+        events = self._say(said.content) if said.content else []
+        for delta in said.calls:
+            events += self._call(delta)
+        if ended:
+            self.reason = _REASONS.get(piece.finish_reason or "")
+            if self._open is None and not self.items:
+                events += self._begin_message()
+            events += self._close("incomplete" if self.reason else "completed")
+        return events
+
+    # ---- text --------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> list[Json]:
+        events = [] if self._open is not None else self._begin_message()
+        self._parts.append(text)
+        self._said += len(text)
+        logprobs = self._take_logprobs(all=False)
+        delta = {"content_index": 0, "delta": text, "logprobs": logprobs}
+        return [*events, self._event("response.output_text.delta", **delta)]
+
+    def _take_logprobs(self, *, all: bool) -> list[Json]:
+        """Of the tokens whose text has been said; of calls there are none."""
+        count = len(self._waiting)
+        if not all:
+            count = next((n for n, token in enumerate(self._waiting) if token.offset >= self._said), count)
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        found: list[Json] = chat_logprobs(taken, self._tokenizer)["content"]
+        self._logprobs += found
+        return found
+
+    def _begin_message(self) -> list[Json]:
+        begun = self._begin({"id": new_id("msg_"), "type": "message", "role": "assistant", "content": []})
+        return [begun, self._event("response.content_part.added", content_index=0, part=_text_part("", []))]
+
+    def _end_message(self, item: Json) -> list[Json]:
+        if not self._called:
+            self._take_logprobs(all=True)
+        part = _text_part("".join(self._parts), self._logprobs)
+        done = {"content_index": 0, "text": part["text"], "logprobs": part["logprobs"]}
+        item["content"] = [part]
+        return [
+            self._event("response.output_text.done", **done),
+            self._event("response.content_part.done", content_index=0, part=part),
+        ]
+
+    # ---- calls -------------------------------------------------------------------------------
+
+    def _call(self, delta: CallDelta) -> list[Json]:
+        events: list[Json] = []
+        if delta.id is not None:
+            self._called = True
+            events += self._close("completed")
+            item = {"type": "function_call", "arguments": "", "call_id": delta.id, "name": delta.name}
+            events.append(self._begin({"id": new_id("fc_"), **item}))
+        if delta.arguments:
+            self._parts.append(delta.arguments)
+            events.append(self._event("response.function_call_arguments.delta", delta=delta.arguments))
+        return events
+
+    def _end_call(self, item: Json) -> list[Json]:
+        item["arguments"] = "".join(self._parts)
+        done = {"arguments": item["arguments"], "name": item["name"]}
+        return [self._event("response.function_call_arguments.done", **done)]
+
+    # ---- both --------------------------------------------------------------------------------
+
+    def _begin(self, item: Json) -> Json:
+        self._open, self._parts = item, []
+        return self._event("response.output_item.added", item={**item, "status": "in_progress"})
+
+    def _close(self, status: str) -> list[Json]:
+        item = self._open
+        if item is None:
+            return []
+        events = self._end_message(item) if item["type"] == "message" else self._end_call(item)
+        item["status"] = status
+        events.append(self._event("response.output_item.done", item=item))
+        self.items.append(item)
+        self._open = None
+        return events
+
+    def break_off(self) -> None:
+        """Nothing more comes: what has begun is all that there is of it."""
+        self._close("incomplete")
+
+    def _event(self, kind: str, **fields: Any) -> Json:
+        """Of the open item."""
+        made: Json = {"type": kind, "output_index": len(self.items), **fields}
+        if self._open is not None and "item" not in fields:
+            made["item_id"] = self._open["id"]
+        return made
+
+
+class ResponseView(GenerationView):
+    """One answer of POST /v1/responses.
+
+    Args:
+        keep: given the answer when it is whole or cut, before the caller has it.
+    """
+
+    closing = b""
+
+    def __init__(
+        self, tokenizer: BaseTokenizer, body: ResponsesRequest, job: Job, keep: Callable[[Json], None]
+    ) -> None:
+        super().__init__(tokenizer)
+        self._output = _Output(job, tokenizer)
+        self._keep = keep
+        self._head = {"id": job.id, "object": "response", "created_at": int(time.time()), **_asked(body)}
+        self._sequence = -1
+
+    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+        for piece in choices:
+            self._output.feed(piece)
+        return self._ended(generation)
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        begun = self._response("in_progress")
+        chunk = b"".join(self._lifecycle(kind, begun) for kind in ("created", "in_progress"))
+        async for pieces in generation.pieces():
+            for piece in pieces:
+                chunk += b"".join(map(self._event, self._output.feed(piece)))
+            if chunk:
+                yield chunk
+            chunk = b""
+        response = self._ended(generation)
+        yield self._lifecycle(response["status"], response)
+
+    def failure(self, error: OneBaseError) -> bytes:
+        self._output.break_off()
+        reason = {
+            "code": error.code,
+            "message": error.message,
+            "param": error.param,
+            "type": status_of(error)[1],
+        }
+        return self._lifecycle("failed", self._response("failed", error=reason))
+
+    def _ended(self, generation: Generation) -> Json:
+        reason, usage = self._output.reason, _usage(generation.usage)
+        if reason:
+            response = self._response("incomplete", incomplete_details={"reason": reason}, usage=usage)
+        else:
+            response = self._response("completed", completed_at=int(time.time()), usage=usage)
+        self._keep(response)
+        return response
+
+    def _response(self, status: str, **fields: Any) -> Json:
+        empty = {"error": None, "incomplete_details": None, "usage": None}
+        return {**self._head, "status": status, "output": list(self._output.items), **empty, **fields}
+
+    def _lifecycle(self, kind: str, response: Json) -> bytes:
+        return self._event({"type": f"response.{kind}", "response": response})
+
+    def _event(self, data: Json) -> bytes:
+        self._sequence += 1
+        return identified_event({**data, "sequence_number": self._sequence}, event=data["type"])
+
+
+def _asked(body: ResponsesRequest) -> Json:
+    """What was asked for, as the answer repeats it."""
+    wanted, effort = body.text.format if body.text is not None else None, body.reasoning_effort
+    choice = body.tool_choice
+    return {
+        "model": body.model,
+        "instructions": body.instructions,
+        "previous_response_id": body.previous_response_id,
+        "max_output_tokens": body.max_output_tokens,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "tools": [{"type": "function", **function} for function in body.functions],
+        "tool_choice": _plain(choice) if isinstance(choice, FlatToolChoice) else choice or "auto",
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "text": {"format": {"type": "text"} if wanted is None else _plain(wanted), "verbosity": "medium"},
+        "reasoning": {"effort": effort, "summary": None},
+        "metadata": body.metadata or {},
+        "store": body.store is not False,
+        "truncation": "disabled",
+        "background": False,
+    }
+
+
+def _plain(model: Any) -> Json:
+    made: Json = model.model_dump(by_alias=True, exclude_none=True)
+    return made
+
+
+def _text_part(text: str, logprobs: list[Json]) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+
+def _usage(usage: Usage) -> Json:
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt + usage.completion,
+    }
