@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    model_validator,
+)
 
 from onebase_engine.engine.messages import Grammar
 from onebase_server.http.schemas.generation import (
@@ -143,8 +151,24 @@ Metadata = Annotated[
 ]
 
 
+_OTHER_WORDS = {
+    "max_tokens": "it is called max_output_tokens here",
+    "response_format": "it is called text.format here",
+    "n": "a response has one answer; send the request several times",
+}
+"""Fields of the other routes, and what to do here."""
+
+
+def _leave_out_other_words(schema: dict[str, Any]) -> None:
+    """Of what the reference at /docs shows."""
+    for name in _OTHER_WORDS:
+        del schema["properties"][name]
+
+
 class ResponsesRequest(OpenAIRequest, ConversationFields):
     """Body of POST /v1/responses."""
+
+    model_config = ConfigDict(json_schema_extra=_leave_out_other_words)
 
     input: Annotated[Annotated[str, ONE] | Annotated[Items, LIST], BY_KIND]
     instructions: str | None = None
@@ -189,12 +213,9 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
 
     @model_validator(mode="after")
     def _check_response(self) -> Self:
-        if self.max_tokens is not None:
-            raise FieldError("max_tokens", "it is called max_output_tokens here")
-        if self.response_format is not None:
-            raise FieldError("response_format", "it is called text.format here")
-        if self.n not in (None, 1):
-            raise FieldError("n", "a response has one answer; send the request several times")
+        for name, hint in _OTHER_WORDS.items():
+            if getattr(self, name) is not None and (name, self.n) != ("n", 1):
+                raise FieldError(name, hint)
         return self
 
     def grammars_by_field(self) -> dict[str, Grammar | None]:
