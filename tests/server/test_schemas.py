@@ -329,7 +329,7 @@ def test_a_wrong_call_is_refused_by_its_path(message: dict[str, Any], param: str
             {"tools": [{"function": {"name": "f", "parameters": {"type": "string"}}}]},
             "tools[0].function.parameters",
         ),
-        ({"tools": [{"function": {"name": "f", "parameters": nested(70)}}]}, "tools[0]"),
+        ({"tools": [{"function": {"name": "f", "parameters": nested(400)}}]}, "tools[0]"),
         ({"chat_template_kwargs": {"a": nested(70)}}, "chat_template_kwargs"),
         ({"tools": [TOOL] * 2}, "tools"),
         ({"tools": [TOOL] * 129}, "tools"),

@@ -260,7 +260,7 @@ class ConversationFields(SamplingFields):
     ) = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: (
-        Annotated[dict[str, JsonValue], Field(max_length=64), AfterValidator(not_too_deep)] | None
+        Annotated[dict[str, JsonValue], Field(max_length=64), BeforeValidator(not_too_deep)] | None
     ) = Field(default=None, description="more variables of the base's chat template")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(

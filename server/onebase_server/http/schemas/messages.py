@@ -7,7 +7,7 @@ import re
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, model_validator
 
 from onebase_server.http.schemas.wire import (
     BY_KIND,
@@ -211,7 +211,7 @@ def tool_of(function: dict[str, Any], within: str) -> dict[str, Any]:
     return {"type": "function", "function": kept}
 
 
-ToolObject = Annotated[dict[str, JsonValue], AfterValidator(not_too_deep), AfterValidator(_a_function)]
+ToolObject = Annotated[dict[str, JsonValue], BeforeValidator(not_too_deep), AfterValidator(_a_function)]
 
 
 class FunctionChoice(Wire):

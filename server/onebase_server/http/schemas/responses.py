@@ -23,7 +23,13 @@ from onebase_server.http.schemas.generation import (
     of_schema,
 )
 from onebase_server.http.schemas.items import Items, MessageItem
-from onebase_server.http.schemas.messages import MAX_TOOLS, FunctionName, check_kind_of_tool, tool_of
+from onebase_server.http.schemas.messages import (
+    MAX_TOOLS,
+    FunctionName,
+    check_kind_of_tool,
+    not_too_deep,
+    tool_of,
+)
 from onebase_server.http.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
 from onebase_server.http.schemas.wire import (
     BY_KIND,
@@ -60,7 +66,7 @@ def _a_flat_function(tool: dict[str, Any]) -> dict[str, Any]:
     return tool_of(function, "")
 
 
-FlatTool = Annotated[dict[str, JsonValue], AfterValidator(_a_flat_function)]
+FlatTool = Annotated[dict[str, JsonValue], BeforeValidator(not_too_deep), AfterValidator(_a_flat_function)]
 
 
 class FlatNamedTool(Wire):
@@ -155,6 +161,7 @@ _OTHER_WORDS = {
     "max_tokens": "it is called max_output_tokens here",
     "response_format": "it is called text.format here",
     "n": "a response has one answer; send the request several times",
+    "return_token_ids": "/v1/chat/completions has them",
 }
 """Fields of the other routes, and what to do here."""
 
@@ -214,7 +221,8 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     @model_validator(mode="after")
     def _check_response(self) -> Self:
         for name, hint in _OTHER_WORDS.items():
-            if getattr(self, name) is not None and (name, self.n) != ("n", 1):
+            value = getattr(self, name)
+            if value not in (None, False) and (name, value) != ("n", 1):
                 raise FieldError(name, hint)
         return self
 
