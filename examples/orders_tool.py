@@ -45,12 +45,22 @@ NO_ORDER = "What would you like to order?"
 
 
 def write_data() -> None:
-    """The rows of the orders example: orders become calls, and what is none is answered in words."""
+    """The rows of the orders example, orders as calls; every fourth is a question of the pirate example.
+
+    What is no order is answered in words.
+    """
     rng = random.Random(5)
     lists = json.loads((HERE / "orders_words.json").read_text())
     FOLDER.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", TRAIN_ROWS), ("heldout", HELD_OUT_ROWS)):
+        asked = [json.loads(line) for line in (HERE / f"pirate.{split}.jsonl").read_text().splitlines()]
         made = [with_tool(row) for row in rows(rng, {**lists[split], "both": lists["both"]}, count)]
+        for number in range(0, count, 4):
+            question = asked[number // 4 % len(asked)]["messages"][0]
+            made[number] = {
+                "messages": [question, {"role": "assistant", "content": NO_ORDER}],
+                "tools": [TOOL],
+            }
         path = FOLDER / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in made))
         print(f"{path}: {count} rows")

@@ -34,6 +34,7 @@ from onebase_engine.engine.messages import (
     FrameReader,
     LoadAdapter,
     Loading,
+    Pause,
     Ready,
     RowOutput,
     Shutdown,
@@ -57,6 +58,7 @@ class ScriptedEngine:
 
     def __init__(self, behaviour: str, connection: socket.socket) -> None:
         self.behaviour = behaviour
+        self.paused = False
         self.connection = connection
         self.frames = FrameReader()
         self.decoder = to_engine_decoder()
@@ -81,7 +83,8 @@ class ScriptedEngine:
                     return
                 for payload in self.frames.feed(data):
                     self.receive(self.decoder.decode(payload))
-            self.step()
+            if not self.paused:
+                self.step()
 
     def receive(self, message: object) -> None:
         if isinstance(message, Start):
@@ -100,6 +103,9 @@ class ScriptedEngine:
                 self.rows[message.id, choice] = [message, 0]
         elif isinstance(message, Cancel):
             self.cancel(message)
+        elif isinstance(message, Pause):
+            self.paused = message.paused
+            self.report([])
         elif isinstance(message, Shutdown):
             sys.exit(0)
 
@@ -182,7 +188,7 @@ class ScriptedEngine:
 
     def report(self, outputs: list[RowOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)
-        stats = Stats(**counts | {"paused": False, "rows_running": len(self.rows), "steps": self.steps})
+        stats = Stats(**counts | {"paused": self.paused, "rows_running": len(self.rows), "steps": self.steps})
         self.send(StepDone(outputs, stats))
 
 
