@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,14 +100,14 @@ class KeyRing:
         self._used: dict[str, float] = {}
         self._notes: set[asyncio.Task[None]] = set()
 
-    def caller(self, authorization: list[str]) -> Caller:
-        """Whom the Authorization headers of a request name, by the keys as of the last look.
+    def caller(self, authorization: Sequence[str], api_key: Sequence[str] = ()) -> Caller:
+        """Whom a request's headers of these names mean, by the keys as of the last look.
 
         Raises UnauthenticatedError.
         """
         if self._is_open:
             return LOCAL
-        key = _bearer(authorization)
+        key = _given(authorization, api_key)
         record = self._keys.get(id_of(key) or "")
         if not is_key_of(key, record) or record is None:
             raise UnauthenticatedError("This API key is not known here.")
@@ -289,10 +289,19 @@ class KeyRing:
             del self._used[key_id]
 
 
-def _bearer(authorization: list[str]) -> str:
-    """The key in a request's Authorization header. Raises UnauthenticatedError."""
-    if not authorization:
+def _given(authorization: Sequence[str], api_key: Sequence[str]) -> str:
+    """The one key that a request has, in the header of either name. Raises UnauthenticatedError."""
+    given = {_bearer(authorization)} if authorization else set()
+    given |= {key.strip() for key in api_key}
+    if not given:
         raise UnauthenticatedError("This server needs an API key.", given=False)
+    if len(given) > 1:
+        raise UnauthenticatedError("The request has two different API keys, and may have one.")
+    return given.pop()
+
+
+def _bearer(authorization: Sequence[str]) -> str:
+    """The key in a request's Authorization header. Raises UnauthenticatedError."""
     scheme, _, key = authorization[0].strip().partition(" ")
     if len(authorization) > 1 or scheme.lower() != "bearer" or not key.strip():
         raise UnauthenticatedError("The Authorization header cannot be read.")

@@ -38,8 +38,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import msgspec
-
 
 class OneBaseError(Exception):
     """Base of all errors that a caller sees. `message` says what to do about it."""
@@ -91,12 +89,12 @@ class TooSlowError(OneBaseError):
 
 
 class UnauthenticatedError(OneBaseError):
-    """`given`: whether the request had an Authorization header."""
+    """`given`: whether the request had any."""
 
     def __init__(self, problem: str, *, given: bool = True) -> None:
         super().__init__(
-            f"{problem} Send `Authorization: Bearer ob-...` with a key from this server's operator "
-            "(onebase keys create).",
+            f"{problem} Send `Authorization: Bearer ob-...` (or `x-api-key: ob-...`) with a key "
+            "from this server's operator (onebase keys create).",
             code="invalid_api_key",
         )
         error = ', error="invalid_token"' if given else ""
@@ -348,7 +346,3 @@ def error_headers(error: OneBaseError) -> dict[str, str]:
     if error.retry_after is None:
         return error.headers
     return {**error.headers, "Retry-After": str(max(1, math.ceil(error.retry_after)))}
-
-
-def error_json(error: OneBaseError) -> bytes:
-    return msgspec.json.encode(error_body(error))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import anthropic
 import anyio
 import httpx2
 import openai
@@ -281,6 +282,53 @@ def test_the_openai_client_calls_a_function_and_goes_on_from_its_response(server
         assert after.usage is not None
         assert alike.usage is not None
         assert after.usage.input_tokens == alike.usage.input_tokens
+
+
+def test_the_anthropic_client_calls_tools_whole_and_streamed(server: Server, adapter: str) -> None:
+    described = {"name": "Answer", "input_schema": Answer.model_json_schema()}
+    question: Any = {"role": "user", "content": "Where?"}
+    fields: Any = {"model": adapter, "max_tokens": 300, "tools": [described], "messages": [question]}
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        made = client.messages.create(**fields, tool_choice={"type": "tool", "name": "Answer"})
+        (call,) = made.content
+        assert call.type == "tool_use"
+        assert (made.stop_reason, call.name) == ("tool_use", "Answer")
+        Answer.model_validate(call.input)
+        any_tool: Any = {"type": "any", "disable_parallel_tool_use": True}
+        with client.messages.stream(**fields, tool_choice=any_tool) as stream:
+            streamed = stream.get_final_message()
+        (again,) = streamed.content
+        assert again.type == "tool_use"
+        Answer.model_validate(again.input)
+        result: Any = {"type": "tool_result", "tool_use_id": call.id, "content": "There."}
+        talk: Any = [question, made.to_param(), {"role": "user", "content": [result]}]
+        fields |= {"messages": talk, "max_tokens": 3, "tool_choice": {"type": "none"}}
+        after = client.messages.create(**fields)
+        assert [block.type for block in after.content] == ["text"]
+        used = after.usage.input_tokens + (after.usage.cache_read_input_tokens or 0)
+        del fields["max_tokens"]
+        assert client.messages.count_tokens(**fields).input_tokens == used
+        fields |= {"messages": [question], "max_tokens": 20, "tool_choice": {"type": "any"}}
+        cut = client.messages.create(**fields)
+        assert (cut.stop_reason, [block.type for block in cut.content]) == ("max_tokens", ["tool_use"])
+
+
+def test_the_anthropic_client_streams_what_it_gets_whole_and_goes_on_from_there(server: Server) -> None:
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        (base, *_) = httpx2.get(f"{server.url}/v1/models").json()["data"]
+        fields: Any = {"model": base["id"], "max_tokens": 12, "extra_body": {"temperature": 0}}
+        fields |= {"system": "Be brief.", "messages": [{"role": "user", "content": EMOJI}]}
+        whole = client.messages.create(**fields)
+        with client.messages.stream(**fields) as stream:
+            text = "".join(stream.text_stream)
+            made = stream.get_final_message()
+        (block,) = whole.content
+        assert block.type == "text"
+        assert (text, made.stop_reason) == (block.text, "max_tokens")
+        assert made.usage.cache_read_input_tokens
+        assert made.usage.input_tokens + made.usage.cache_read_input_tokens == whole.usage.input_tokens
+        parsed = client.messages.parse(**fields | {"max_tokens": 300}, output_format=Answer)
+        assert isinstance(parsed.parsed_output, Answer)
 
 
 def test_a_schema_of_a_tool_that_cannot_be_kept_to_is_refused_as_of_tools(server: Server) -> None:

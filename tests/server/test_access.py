@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anthropic
 import httpx2
 import openai
 import pytest
@@ -70,7 +71,9 @@ def http(server: Server) -> Iterator[httpx2.Client]:
 
 
 def refused(answer: httpx2.Response, status: int, code: str) -> str:
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+    error = answer.json()["error"]
+    given = error["code"] if "code" in error else error["details"]["error_code"]
+    assert (answer.status_code, given) == (status, code), answer.text
     assert answer.headers["www-authenticate"].startswith("Bearer ")
     return str(answer.json()["error"]["message"])
 
@@ -82,12 +85,28 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     assert len(ROUTES) >= 45
     assert {path for _, path, access in ROUTES if access == "open"} == OPEN | PAGES
     any_key = {path for _, path, access in ROUTES if access == "any"}
+    assert [method for method, path, _ in ROUTES if path.startswith("/v1/models/")] == ["GET", "DELETE"]
     assert any_key == {
         "/version", "/v1/models", "/v1/models/thing", "/openapi.json", "/v1/usage", "/v1/tenants",
+        "/tokenizer_info",
     }  # fmt: skip
     for scope, beginnings in {
-        "generate": ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"),
-        "adapters": ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/audit"),
+        "generate": (
+            "/generate",
+            "/v1/completions",
+            "/v1/chat/completions",
+            "/v1/responses",
+            "/v1/messages",
+            "/tokenize",
+            "/detokenize",
+        ),
+        "adapters": (
+            "/v1/adapters",
+            "/v1/load_lora_adapter",
+            "/v1/unload_lora_adapter",
+            "/v1/audit",
+            "/v1/models/",
+        ),
         "train": ("/v1/files", "/v1/fine_tuning"),
     }.items():
         assert all(path.startswith(beginnings) for _, path, access in ROUTES if access == scope)
@@ -106,8 +125,11 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
 def test_the_openapi_file_says_which_requests_need_a_key() -> None:
     schema = create_app(NOBODY).openapi()
 
-    (name,) = schema["security"][0]
-    assert schema["components"]["securitySchemes"][name] == {"type": "http", "scheme": "bearer"}
+    schemes = [schema["components"]["securitySchemes"][name] for (name,) in schema["security"]]
+    assert schemes == [
+        {"type": "http", "scheme": "bearer"},
+        {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    ]
     free = {path for path, methods in schema["paths"].items() if methods.get("get", {}).get("security") == []}
     assert free == OPEN
 
@@ -177,8 +199,24 @@ def test_a_browser_without_a_key_gets_pages_that_say_nothing_and_a_key_of_any_sc
         ({"Authorization": "Bearer ob-0123456789abcdef-" + "A" * 43}, "not known"),
         ({"Authorization": "Bearer " + "k" * 4000}, "not known"),
         ({"Authorization": "Bearer ob-\xff"}, "not known"),
+        ({"x-api-key": "ob-0123456789abcdef-" + "A" * 43}, "not known"),
+        ({"x-api-key": ""}, "not known"),
+        ({"x-api-key": "one", "Authorization": "Bearer two"}, "two different"),
+        ({"x-api-key": "one", "Authorization": "Basic dXNlcjpwYXNz"}, "cannot be read"),
     ],
-    ids=["none", "another scheme", "no key", "two words", "a made-up key", "a long one", "not ASCII"],
+    ids=[
+        "none",
+        "another scheme",
+        "no key",
+        "two words",
+        "a made-up key",
+        "a long one",
+        "not ASCII",
+        "a made-up x-api-key",
+        "an empty x-api-key",
+        "two keys",
+        "a key beside another scheme",
+    ],
 )
 def test_without_a_key_that_is_known_every_route_that_is_not_open_answers_401(
     http: httpx2.Client, headers: dict[str, str], problem: str
@@ -200,7 +238,10 @@ def test_a_key_whose_secret_is_wrong_gets_the_answer_of_a_key_that_does_not_exis
     unknown = "ob-0123456789abcdef" + admin[len("ob-0123456789abcdef") :]
     for method, path, access in ROUTES:
         if access != "open":
-            one, other = (http.request(method, path, headers=bearer(key)) for key in (wrong, unknown))
+            one, other = (
+                http.request(method, path, headers=bearer(key) | {"X-Request-Id": "same"})
+                for key in (wrong, unknown)
+            )
             assert one.status_code == other.status_code == 401
             assert one.content == other.content
 
@@ -253,6 +294,44 @@ def test_nothing_of_a_body_is_read_before_the_key_is_checked(http: httpx2.Client
 def test_two_authorization_headers_are_refused(http: httpx2.Client, admin: str) -> None:
     headers = [("Authorization", f"Bearer {admin}"), ("Authorization", f"Bearer {admin}")]
     refused(http.get("/version", headers=headers), 401, "invalid_api_key")
+
+
+def test_a_key_may_stand_in_either_header_or_in_both(http: httpx2.Client, admin: str) -> None:
+    for headers in ({"x-api-key": admin}, {"x-api-key": admin} | bearer(admin)):
+        assert http.get("/version", headers=headers).status_code == 200
+    other = admin[:-3] + ("AAA" if not admin.endswith("AAA") else "BBB")
+    for one, two in ((admin, other), (other, admin)):
+        answer = http.get("/version", headers={"x-api-key": one} | bearer(two))
+        assert "two different API keys" in refused(answer, 401, "invalid_api_key")
+
+
+def test_the_anthropic_client_works_with_a_key_in_either_header_and_says_what_is_wrong_without(
+    server: Server, admin: str, keys: Keys
+) -> None:
+    ask: Any = {
+        "model": "smollm2-135m-instruct",
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": "hi"}],
+    }
+    for more in (
+        {"api_key": admin},
+        {"api_key": None, "default_headers": {"x-api-key": admin}},
+    ):
+        with anthropic.Anthropic(base_url=server.url, max_retries=0, **more) as client:
+            client.messages.count_tokens(model=ask["model"], messages=ask["messages"])
+    train = keys.make("train")
+    server.wait_for(lambda: httpx2.get(f"{server.url}/version", headers=bearer(train)).status_code == 200)
+    for key, error, kind in (
+        ("ob-wrong", anthropic.AuthenticationError, "authentication_error"),
+        (train, anthropic.PermissionDeniedError, "permission_error"),
+    ):
+        with (
+            anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0) as client,
+            pytest.raises(error) as refusal,
+        ):
+            client.messages.create(**ask)
+        assert refusal.value.type == kind
+        assert refusal.value.request_id == refusal.value.response.headers["x-request-id"]
 
 
 def test_the_openai_client_works_with_a_key_and_says_what_is_wrong_without(
@@ -493,6 +572,27 @@ def test_no_log_line_error_or_figure_tells_a_key(http: httpx2.Client, server: Se
         secret = key.removeprefix(key[:20])
         assert len(secret) == 43
         assert secret not in told + server.log
+
+
+def test_every_answer_has_the_callers_id_if_that_is_plain_and_else_a_new_one(
+    http: httpx2.Client, server: Server, admin: str
+) -> None:
+    for path in ("/version", "/health", "/nowhere", "/v1/models/none", "/docs"):
+        for key in ({}, bearer(admin)):
+            given = http.get(path, headers={**key, "X-Request-Id": "gate:17/%d{x}"})
+            assert given.headers["x-request-id"] == "gate:17/%d{x}", (path, key)
+            made = [http.get(path, headers=key).headers["x-request-id"] for _ in range(2)]
+            assert len(set(made)) == 2
+    for bad in (b"", b"a b", b"x" * 129, b"\xe9", b"a\tb"):
+        other = http.get("/version", headers=[(b"X-Request-Id", bad), (b"Authorization", b"Bearer x")])
+        assert re.fullmatch(r"req-[0-9a-f]{24}", other.headers["x-request-id"])
+    twice = http.get("/version", headers=[("X-Request-Id", "a"), ("X-Request-Id", "b")])
+    assert twice.headers["x-request-id"].startswith("req-")
+    body = {"prompt": "hello", "max_tokens": 1, "stream": True}
+    streamed = http.post("/generate", json=body, headers=bearer(admin) | {"X-Request-Id": "s"})
+    assert streamed.headers["x-request-id"] == "s"
+    server.wait_for(lambda: '"POST /generate HTTP/1.1" 200 s\n' in server.log, 60)
+    server.wait_for(lambda: '"GET /nowhere HTTP/1.1" 401 gate:17/%d{x}\n' in server.log, 60)
 
 
 def test_the_access_log_has_a_line_for_each_request_that_is_served_and_that_is_refused(

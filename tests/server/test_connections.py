@@ -19,8 +19,9 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.errors import ForbiddenError, OneBaseError, UnauthenticatedError, UnavailableError
-from onebase_server.http.door import Door, refusal
+from onebase_server.http.door import Door
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
+from onebase_server.http.refusals import refusal
 from onebase_server.http.server import _Server
 from onebase_server.settings import Settings
 
@@ -534,6 +535,8 @@ ANSWERED = {
     "with a broken one": GET + GET + b"G\0T",
     "too many": GET * 40,
     "for another protocol": b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n" + LAST,
+    "with an id": LAST.replace(b"\r\n\r\n", b"\r\nX-Request-Id: 100%d-{me}\r\n\r\n"),
+    "in other words": LAST.replace(b"/last", b"/v1/messages"),
     "by way of a proxy": LAST.replace(b"\r\n\r\n", b"\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n"),
 }
 ERRORS = [NO, UnauthenticatedError("Who?"), UnavailableError("Later.", code="later", retry_after=1.5)]
@@ -550,8 +553,9 @@ def always(error: OneBaseError) -> Callable[[App], ASGIApp]:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)
 def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_the_log(
-    error: OneBaseError, caplog: pytest.LogCaptureFixture
+    error: OneBaseError, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda size: "new")
     told: list[dict[str, tuple[bytes, list[str]]]] = []
     for more in ({"around": always(error)}, {"turned_away": lambda scope: error}):
         with running(**more) as server, caplog.at_level("INFO", "uvicorn.access"):  # type: ignore[arg-type]
@@ -566,6 +570,10 @@ def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_
     assert told[0] == told[1]
     assert all(received for received, _ in told[0].values())
     assert told[0]["by way of a proxy"][1][0].startswith("203.0.113.7")
+    assert told[0]["with an id"][1][0].endswith(" 100%d-{me}")
+    assert b"x-request-id: 100%d-{me}\r\n" in told[0]["with an id"][0]
+    assert all(b"x-request-id: req-new\r\n" in told[0][name][0] for name in ("a plain one", "too many"))
+    assert b'"type":"error"' in told[0]["in other words"][0]
 
 
 def test_what_is_turned_away_is_answered_in_its_turn_and_the_app_does_not_run() -> None:

@@ -46,6 +46,8 @@ def tenants(serve_scripted: Starter, tmp_path_factory: pytest.TempPathFactory) -
     operator = keys.make("admin")
     with serve_scripted("words", data_dir=keys.file.parent) as server:
         clients = [client_with(server, key) for key in (*made, operator)]
+        for client in clients:
+            client.headers["X-Request-Id"] = "same"
         yield Tenants(server, keys, *clients)
         for client in clients:
             client.close()
@@ -83,6 +85,7 @@ def own(tenants: Tenants) -> str:
     return str(tenants.other.post("/v1/files", data={"purpose": "fine-tune"}, files=rows).json()["id"])
 
 
+HELLO = [{"role": "user", "content": "hello"}]
 REQUESTS: list[tuple[str, str, Any]] = [
     ("GET", "/v1/adapters/{acme-private}", None),
     ("GET", "/v1/adapters/{acme-private}/versions", None),
@@ -99,6 +102,13 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/v1/unload_lora_adapter", {"lora_name": "{acme-private}"}),
     ("GET", "/v1/models/{acme-private}", None),
     ("GET", "/v1/models/{acme-private}@{digest}", None),
+    ("DELETE", "/v1/models/{acme-private}", None),
+    ("DELETE", "/v1/models/{acme-private}?force=true", None),
+    ("DELETE", "/v1/models/{acme-private}@{digest}?force=true", None),
+    ("DELETE", "/v1/models/own@{digest}?force=true", None),
+    ("POST", "/tokenize", {"model": "{acme-private}", "prompt": "hello"}),
+    ("POST", "/v1/messages/count_tokens", {"model": "{acme-private}", "messages": HELLO}),
+    ("POST", "/v1/messages", {"model": "{acme-private}@{digest}", "max_tokens": 2, "messages": HELLO}),
     ("POST", "/generate", {"prompt": "hello", "max_tokens": 2, "adapter": "{acme-private}"}),
     ("POST", "/generate", {"prompt": "hello", "max_tokens": 2, "adapter": "{acme-private}@{digest}"}),
     (

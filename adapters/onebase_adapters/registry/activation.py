@@ -110,3 +110,4 @@ def _switch(
         actor=actor,
         details={"previous": previous},
     )
+    session.flush()  # the row knows then when it was

@@ -525,6 +525,7 @@ def _adapter_record(row: AdapterRow) -> AdapterRecord:
         shared=row.shared,
         created_at=row.created_at,
         updated_at=row.updated_at,
+        activated_at=row.switched_at if row.active is not None else None,
         versions=tuple(_version_record(version, row, whole=False) for version in row.versions),
     )
 

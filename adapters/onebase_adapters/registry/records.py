@@ -66,7 +66,7 @@ class VersionRecord:
 class AdapterRecord:
     """One name. `active`: the digest of the version that requests by name get; `versions`: newest first.
 
-    `shared`: whether all tenants may use it and look at it.
+    `shared`: whether all tenants may use it and look at it. `activated_at`: when `active` became that.
     """
 
     tenant: str
@@ -76,6 +76,7 @@ class AdapterRecord:
     shared: bool
     created_at: float
     updated_at: float
+    activated_at: float | None
     versions: tuple[VersionRecord, ...]
 
     def version(self, digest: str) -> VersionRecord | None:

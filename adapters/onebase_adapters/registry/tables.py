@@ -19,9 +19,10 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    select,
 )
 from sqlalchemy import Double as DoubleType
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -144,6 +145,21 @@ class AuditRow(Table):
     details: Mapped[dict[str, Any] | None] = mapped_column(_Json)
 
 
+class HistoryRow(Table):
+    """One change of an adapter's active version; kept when the version is deleted."""
+
+    __tablename__ = "history"
+    __table_args__ = (Index(None, "adapter_id", "id"),)
+
+    id: Mapped[int] = mapped_column(ID, primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    action: Mapped[str] = mapped_column(String)
+    version: Mapped[str | None] = mapped_column(String)
+    previous: Mapped[str | None] = mapped_column(String)
+    actor: Mapped[str] = mapped_column(String)
+    at: Mapped[float] = mapped_column(DoubleType)
+
+
 class AdapterRow(Table):
     """One name of one tenant on one base."""
 
@@ -160,6 +176,15 @@ class AdapterRow(Table):
     created_at: Mapped[float] = mapped_column(DoubleType)
     updated_at: Mapped[float] = mapped_column(DoubleType)
     changed: Mapped[int] = mapped_column(BigInteger)
+    switched_at: Mapped[float | None] = column_property(
+        select(HistoryRow.at)
+        .where(HistoryRow.adapter_id == id)
+        .order_by(HistoryRow.id.desc())
+        .limit(1)
+        .correlate_except(HistoryRow)
+        .scalar_subquery()
+    )
+    """When another version became active, or none did."""
 
     versions: Mapped[list[VersionRow]] = relationship(
         back_populates="adapter",
@@ -205,21 +230,6 @@ class PreviousRow(Table):
     id: Mapped[int] = mapped_column(ID, primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), index=True)
     version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), index=True)
-
-
-class HistoryRow(Table):
-    """One change of an adapter's active version; kept when the version is deleted."""
-
-    __tablename__ = "history"
-    __table_args__ = (Index(None, "adapter_id", "id"),)
-
-    id: Mapped[int] = mapped_column(ID, primary_key=True)
-    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
-    action: Mapped[str] = mapped_column(String)
-    version: Mapped[str | None] = mapped_column(String)
-    previous: Mapped[str | None] = mapped_column(String)
-    actor: Mapped[str] = mapped_column(String)
-    at: Mapped[float] = mapped_column(DoubleType)
 
 
 class TrainingFileRow(Table):

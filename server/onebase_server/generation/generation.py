@@ -221,7 +221,7 @@ class Generation:
                 target.text += piece.text
                 target.tokens += piece.tokens
                 target.ids += piece.ids
-                target.finish_reason = piece.finish_reason
+                target.finish_reason, target.stop = piece.finish_reason, piece.stop
         return whole
 
     def _submit(self, index: int, prompt: Prompt) -> Submit:

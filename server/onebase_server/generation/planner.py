@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from onebase_engine.engine.messages import BaseInfo, Sampling
@@ -153,6 +154,41 @@ class Planner:
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
+
+    # ---- tokens alone ------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt with its answer. Raises UnavailableError."""
+        return self._base().max_length
+
+    async def chat_tokens(
+        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
+    ) -> list[int]:
+        """The prompt that a conversation becomes."""
+        return (await self._chat(body, messages, reasoning_effort)).tokens
+
+    async def text_tokens(self, text: str, *, special: bool) -> list[int]:
+        """special: with the tokens that the base expects around a prompt."""
+        encode = partial(self._tokenizer.encode, special=special)
+        return await self._tokens("prompt", len(text), encode, text)
+
+    async def names_of(self, tokens: Sequence[int]) -> list[str]:
+        """What the vocabulary calls tokens."""
+        return await self._threads.run(self._tokenizer.names, tokens)
+
+    async def text_of(self, tokens: Sequence[int]) -> str:
+        """The text that tokens stand for, special ones by their names."""
+        base = self._base()
+        if len(tokens) > base.max_length:
+            raise InvalidRequestError(
+                f"tokens: there are {len(tokens)}; this server's longest prompt plus completion is "
+                f"{base.max_length} (--max-length). Send them in parts.",
+                param="tokens",
+                code="context_length_exceeded",
+            )
+        _check_vocabulary("tokens", tokens, base)
+        return await self._threads.run(self._tokenizer.decode, tokens, True)
 
     # ---- parts -------------------------------------------------------------------------------
 

@@ -137,6 +137,8 @@ class Piece:
     """If they were asked for, token ids as they were computed, also those that are no part of the text: the
     stop token, and tokens of a stop string. `tokens` then has an entry for each."""
     finish_reason: FinishReason | None = None
+    stop: str | None = None
+    """The stop string that ended it."""
 
 
 class Choice:
@@ -172,19 +174,19 @@ class Choice:
     @property
     def stopped_here(self) -> bool:
         """A stop string ended the choice: the engine does not know yet."""
-        return self._stops.matched
+        return self._stops.matched is not None
 
     def feed(self, output: RowOutput) -> Piece | None:
         """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
         before = self.completion_tokens
         text = "" if self._discard_tokens else self._read_tokens(output)
-        if output.finish is not None and not self._stops.matched:
+        if output.finish is not None and not self.stopped_here:
             tail = self._decoder.flush()
             self._decoded += len(tail)
             text += self._stops.push(tail)
-            if not self._stops.matched:
+            if not self.stopped_here:
                 text += self._stops.flush()
-        if self._stops.matched:
+        if self.stopped_here:
             self.finish_reason = "stop"
         elif output.finish is not None:
             self.finish_reason = "length" if self._discard_tokens else output.finish
@@ -193,7 +195,7 @@ class Choice:
         ids = output.tokens[: self.completion_tokens - before] if self._with_ids else []
         if not text and not tokens and not ids and self.finish_reason is None:
             return None
-        return Piece(self.index, text, tokens, ids, self.finish_reason)
+        return Piece(self.index, text, tokens, ids, self.finish_reason, self._stops.matched)
 
     def _read_tokens(self, output: RowOutput) -> str:
         text = ""
@@ -208,7 +210,7 @@ class Choice:
             piece = self._decoder.push(token)
             self._decoded += len(piece)
             text += piece if self.completion_tokens < self._min_tokens else self._stops.push(piece)
-            if self._stops.matched:
+            if self.stopped_here:
                 break
         return text
 
@@ -216,7 +218,7 @@ class Choice:
         waiting = self._waiting
         if not waiting:
             return []
-        if self.finish_reason is not None and (self._with_ids or not self._stops.matched):
+        if self.finish_reason is not None and (self._with_ids or not self.stopped_here):
             ready, self._waiting = waiting, []
             return ready
         count = 0

@@ -120,11 +120,12 @@ class StopStrings:
         self._failures = [_failure_function(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
+        """The stop string that ended the text."""
 
     def push(self, piece: str) -> str:
         """Text that can no longer be part of a stop string. After a match: empty."""
-        if self.matched:
+        if self.matched is not None:
             return ""
         if not self._stops:
             return piece
@@ -134,7 +135,7 @@ class StopStrings:
             position += 1
             longest = self._advance(character)
             if longest:
-                self.matched = True
+                self.matched = text[position - longest : position]
                 self._held = ""
                 return text[: position - longest]
         keep = max(self._states)

@@ -24,6 +24,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks for training, which a template may have and plain Jinja does not know."""
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OWN_VARIABLES = frozenset(
     {
         "messages",
@@ -120,18 +121,19 @@ class BaseTokenizer:
         )
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with the special tokens that the base expects around it.
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a plain prompt, with the special tokens that the base expects around it, or without.
 
         Raises InvalidRequestError where control tokens are to be letters, and this base cannot write them.
         """
         if self._letters:
             try:
-                return [*self._before, *self._chat.encode_letters(text), *self._after]
+                ids = self._chat.encode_letters(text)
+                return [*self._before, *ids, *self._after] if special else ids
             except ControlTokenError as error:
                 raise _control_token("prompt", error) from error
-        ids: list[int] = self._tokenizer.encode(text)
-        return ids
+        made: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return made
 
     def encode_chat(self, chat: Conversation) -> list[int]:
         """Ids of a conversation, ready for the assistant's next words.
@@ -162,12 +164,25 @@ class BaseTokenizer:
                 f"The base's chat template cannot write these messages: {reason}", param="messages"
             ) from error
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of all tokens together, special ones skipped."""
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """The text of all tokens together. special: with the names of special ones, else without."""
         text: str = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
+
+    def names(self, tokens: Sequence[int]) -> list[str]:
+        """What the vocabulary calls tokens; "" where it has none of this id."""
+        return [name or "" for name in self._tokenizer.convert_ids_to_tokens(list(tokens))]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What another machine needs to write prompts as this base's tokenizer and chat template do."""
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        special = {name: getattr(self._tokenizer, name) for name in _SPECIAL}
+        return {"tokenizer_class": type(self._tokenizer).__name__, **special, "chat_template": template}
 
     def pieces(self, shown: frozenset[int] = frozenset()) -> PieceDecoder:
         """A new incremental decoder whose pieces add up to `decode` of the tokens.

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -20,10 +19,12 @@ from onebase_server.errors import (
     error_dict,
 )
 from onebase_server.http.deps import BodyError, Services, server_stopping
-from onebase_server.http.door import refusal
 from onebase_server.http.guard import Gate, Guard, describe_answers, is_upload
+from onebase_server.http.refusals import ErrorAnswer, refusal
+from onebase_server.http.request_id import request_id
 from onebase_server.http.routes import (
     adapters,
+    anthropic,
     audit,
     files,
     fine_tuning,
@@ -63,8 +64,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.gate = Gate(app, services)
     routes = (
-        generation, responses, models, adapters, vllm, files, fine_tuning, keys, usage, audit, health,
-        reference,
+        generation, responses, anthropic, models, adapters, vllm, files, fine_tuning, keys, usage, audit,
+        health, reference,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
@@ -149,14 +150,12 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     body = error_dict(str(error.detail), "invalid_request_error", f"http_{error.status_code}")
-    return _json(body, error.status_code, dict(error.headers or {}))
+    return ErrorAnswer(body, error.status_code, dict(error.headers or {}))
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:
-    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    _log.error(
+        "%s %s (%s) failed", request.method, request.url.path, request_id(request.scope), exc_info=error
+    )
     message = "The server failed on this request; its log says why. Please report it."
-    return _json(error_dict(message, "server_error", "internal_error"), 500, {})
-
-
-def _json(body: dict[str, Any], status: int, headers: dict[str, str]) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type="application/json", headers=headers)
+    return ErrorAnswer(error_dict(message, "server_error", "internal_error"), 500, {})

@@ -10,20 +10,13 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
-from fastapi import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.access import ip_address, is_loopback
-from onebase_server.errors import (
-    ForbiddenError,
-    InvalidRequestError,
-    OneBaseError,
-    error_headers,
-    error_json,
-    status_of,
-)
+from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError
+from onebase_server.http.refusals import id_headers, refusal
 from onebase_server.settings import Settings
 
 PAGES = ("/docs", "/redoc")
@@ -40,6 +33,8 @@ _ANY = "*"
 _HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
 _EXPOSED = (
     "Retry-After",
+    "x-request-id",
+    "request-id",
     *(f"x-ratelimit-{fact}-requests" for fact in ("limit", "remaining", "reset")),
     *(f"x-ratelimit-{fact}-tokens" for fact in ("limit", "remaining", "reset")),
 )
@@ -52,7 +47,7 @@ class _Gate(Protocol):
 
 
 class Door:
-    """The outermost part of the app: refuses foreign hosts and pages, and adds the security headers.
+    """The outermost part of the app: refuses foreign hosts and pages, and adds the headers of every answer.
 
     gate: decides within the app who is let in.
     """
@@ -87,7 +82,7 @@ class Door:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in (SECURITY_HEADERS | id_headers(scope)).items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -141,13 +136,6 @@ class Door:
                 code="host_not_allowed",
             )
         return given[0].lower()
-
-
-def refusal(error: OneBaseError) -> Response:
-    """An error as an answer."""
-    return Response(
-        error_json(error), status_of(error)[0], media_type="application/json", headers=error_headers(error)
-    )
 
 
 def host_name(host: str) -> str:

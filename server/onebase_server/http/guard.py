@@ -30,11 +30,11 @@ from onebase_server.errors import (
     WrongMethodError,
 )
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
-from onebase_server.http.door import refusal
+from onebase_server.http.refusals import refusal
+from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
 from onebase_server.quotas import Ticket
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs none."""
 SLASH = "%2F"
@@ -42,6 +42,8 @@ SLASH = "%2F"
 _ACCESS = "onebase_access"
 _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
+_KEY_HEADERS = (b"authorization", b"x-api-key")
+"""Where a key may stand, in the order of KeyRing.caller; some of Anthropic's clients send the second."""
 _NOT_ITS_FAULT = (429, 503)
 """Statuses of answers after which a request counts as none."""
 _TEXT_OR_NULL = {"type": ["string", "null"]}
@@ -87,9 +89,12 @@ def describe_answers(app: FastAPI) -> None:
 
     def described() -> dict[str, Any]:
         schema = plain()
-        schema["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        schema["components"]["securitySchemes"] = {
+            "api_key": {"type": "http", "scheme": "bearer"},
+            "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
         schema["components"]["schemas"]["Error"] = _ERROR
-        schema["security"] = [{"api_key": []}]
+        schema["security"] = [{"api_key": []}, {"x_api_key": []}]
         for operation in (one for path in schema["paths"].values() for one in path.values()):
             operation["responses"].pop("422", None)  # FastAPI's, in another shape
             for statuses in ("4XX", "5XX"):
@@ -182,8 +187,11 @@ class Gate:
         """Raises UnauthenticatedError, InsufficientScopeError."""
         if access == "open":
             return NOBODY
-        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
-        caller = self._services.keys.caller(headers)
+        given: dict[bytes, list[str]] = {name: [] for name in _KEY_HEADERS}
+        for name, value in scope["headers"]:
+            if name in given:
+                given[name].append(value.decode("latin-1"))
+        caller = self._services.keys.caller(*given.values())
         if not caller.may(access):
             raise InsufficientScopeError(access, caller.key)
         return caller
@@ -208,7 +216,7 @@ class Guard:
         caller: Caller = scope[CALLER]
         ticket: Ticket | None = scope.get(TICKET)
         receive = self._while_valid(caller, receive)
-        with acting(Origin(caller.key, _request_id(scope))):
+        with acting(Origin(caller.key, given_id(scope))):
             if ticket is None:
                 await self._app(scope, receive, send)
             else:
@@ -273,12 +281,3 @@ def announced_length(scope: Scope) -> int:
         if name == b"content-length" and value.isdigit():
             return int(value)
     return 0
-
-
-def _request_id(scope: Scope) -> str:
-    """The X-Request-Id of a request, which a gateway may send; "" without one, or if it is not plain."""
-    for name, value in scope["headers"]:
-        text: str = value.decode("latin-1")
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text):
-            return text
-    return ""

@@ -17,7 +17,7 @@ import sys
 import termios
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -36,10 +36,11 @@ from onebase_server.errors import (
     TooSlowError,
     UnavailableError,
     error_headers,
-    error_json,
     status_of,
 )
 from onebase_server.http.door import SECURITY_HEADERS
+from onebase_server.http.refusals import error_json, id_headers
+from onebase_server.http.request_id import RequestLog
 from onebase_server.http.sse import ABORT_EXTENSION
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,13 @@ _RESERVE = 16
 _LINGER_SECONDS = 2.0
 """A refused client is still read so long: closed at once, its kernel would throw the answer away."""
 _LOG_SECONDS = 60.0
-_SECURITY_LINES = "".join(f"{name.lower()}: {value}\r\n" for name, value in SECURITY_HEADERS.items()).encode()
+
+
+def _lines(headers: Iterable[tuple[str, object]]) -> bytes:
+    return "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode("latin-1")
+
+
+_SECURITY_LINES = _lines(SECURITY_HEADERS.items())
 _AUTHORITY = re.compile(rb"[a-z][a-z0-9+.-]*://([^/?#]*)", re.IGNORECASE)
 
 
@@ -186,7 +193,7 @@ class LimitedProtocol(HttpToolsProtocol):
         refusal = self._clients.open(self._address)
         if refusal is not None:
             self._refusal = refusal
-            transport.write(self._answer(refusal, close=True))
+            transport.write(self._answer(refusal, None, close=True))
             transport.close()
             return
         self._expect(self._limits.header_timeout, self._head_too_slow)
@@ -347,6 +354,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._parsing:
             self._next = cycle, app
             return
+        if self.access_log:
+            cycle.access_logger = RequestLog(self.access_logger, cycle.scope)  # type: ignore[assignment]
         error = None if self.flow.write_paused else self._turned_away(cycle.scope)
         if error is None:
             super()._start_asgi_task(cycle, app)
@@ -358,7 +367,7 @@ class LimitedProtocol(HttpToolsProtocol):
         scope: Any = cycle.scope
         if self.access_log:
             self._name_client(scope)
-            self.access_logger.info(
+            cycle.access_logger.info(
                 '%s - "%s %s HTTP/%s" %d',
                 get_client_addr(scope),
                 scope["method"],
@@ -367,7 +376,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 status_of(error)[0],
             )
         self.transport.write(
-            self._answer(error, close=not cycle.keep_alive, with_body=scope["method"] != "HEAD")
+            self._answer(error, scope, close=not cycle.keep_alive, with_body=scope["method"] != "HEAD")
         )
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
@@ -383,17 +392,18 @@ class LimitedProtocol(HttpToolsProtocol):
     def _proxies(self) -> Any:
         return ProxyHeadersMiddleware(_no_app, self.config.forwarded_allow_ips)
 
-    def _answer(self, error: OneBaseError, *, close: bool, with_body: bool = True) -> bytes:
-        body = error_json(error)
+    def _answer(self, error: OneBaseError, scope: Any, *, close: bool, with_body: bool = True) -> bytes:
+        """`scope`: of the request, as far as it has come; None where none has."""
+        body = error_json(error, scope)
         headers = [*error_headers(error).items(), ("content-length", len(body))]
-        lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode("latin-1")
         return b"".join(
             (
                 STATUS_LINE[status_of(error)[0]],
                 *(b"%s: %s\r\n" % header for header in self.server_state.default_headers),
-                lines,
+                _lines(headers),
                 b"content-type: application/json\r\n",
                 _SECURITY_LINES,
+                _lines(id_headers(scope).items()),
                 b"connection: close\r\n" if close else b"",
                 b"\r\n",
                 body if with_body else b"",
@@ -430,7 +440,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refused = True
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
-        self.transport.write(self._answer(self._refusal, close=True))
+        scope = None if self._reading is _Reading.NOTHING else self.scope
+        self.transport.write(self._answer(self._refusal, scope, close=True))
         self.transport.write_eof()
         self._expect(_LINGER_SECONDS, self.transport.abort)
 

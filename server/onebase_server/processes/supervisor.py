@@ -134,6 +134,8 @@ class EngineSupervisor:
     ) -> None:
         self.state = EngineState.STARTING
         self.base: BaseInfo | None = None
+        self.loaded_at: float | None = None
+        """When the base was loaded last, in Unix seconds."""
         self._listeners = listeners or EngineListeners()
         self.router = RequestRouter(queue_limit, link.send, self._listeners.busy)
         """The requests that are running."""
@@ -320,7 +322,7 @@ class EngineSupervisor:
             end(message.message)
 
     def _base_ready(self, message: Ready, base_fd: int, end: Callable[[str], None]) -> None:
-        self.base = message.base
+        self.base, self.loaded_at = message.base, time.time()
         if self._listeners.versions is not None:
             self._listeners.versions.engine_ready()
         for listener in self._listeners.base:

@@ -297,6 +297,23 @@ def test_deactivating_is_undone_by_rolling_back(registry: Registry) -> None:
     assert registry.rollback(*HERE).active == one
 
 
+def test_an_adapter_knows_since_when_its_version_is_active(registry: Registry) -> None:
+    one, two = add(registry, "a", "1"), add(registry, "a", "2")
+    assert registry.adapter(*HERE).activated_at is None
+    changes = (
+        lambda: registry.activate(*HERE, one),
+        lambda: registry.activate(*HERE, two),
+        lambda: registry.rollback(*HERE),
+    )
+    for change in changes:
+        told = change().activated_at
+        assert told == registry.history(*HERE)[0].at
+        registry.pin(*HERE, True)
+        registry.activate(*HERE, active(registry) or "")
+        assert [record.activated_at for record in registry.changes().changed] == [told]
+    assert registry.deactivate(*HERE).activated_at is None
+
+
 def test_a_version_that_is_being_proved_again_is_passed_over(registry: Registry) -> None:
     one, two, three = (add(registry, "a", text) for text in "123")
     for digest in (one, two, three):

@@ -1,4 +1,4 @@
-"""GET /v1/models: the base and every adapter, as OpenAI's clients list them."""
+"""/v1/models: the base and every adapter, as OpenAI's clients list them, and as they delete one."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from onebase_server.errors import ConflictError, UnknownAdapterError, UnknownModelError
+from onebase_adapters.registry import VersionRecord
+from onebase_server.access import Caller
+from onebase_server.adapters.catalog import label
+from onebase_server.errors import ConflictError, ForbiddenError, UnknownAdapterError, UnknownModelError
 from onebase_server.http.deps import Calling, Provided, Services, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.routes.adapters import Force
 
 router = APIRouter(prefix="/v1", tags=["openai"])
-
-
-def _model(services: Services, name: str, parent: str | None) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": services.started,
-        "owned_by": "onebase",
-        "parent": parent,
-    }
 
 
 @router.get("/models")
 @needs("any")
 async def list_models(services: Provided, caller: Calling) -> Response:
     """Everything that `model` may be."""
-    base = services.catalog.base_name
-    models = [_model(services, base, None)]
     names = services.catalog.of(caller.tenant)
-    models += [_model(services, record.name, base) for record in names if record.active]
+    versions = ((record.name, record.active_version) for record in names)
+    models = [_model(services, services.catalog.base_name, None)]
+    models += [_model(services, name, version) for name, version in versions if version is not None]
     return json_response({"object": "list", "data": models})
 
 
@@ -38,11 +32,64 @@ async def list_models(services: Provided, caller: Calling) -> Response:
 @needs("any")
 async def get_model(name: str, services: Provided, caller: Calling) -> Response:
     """One model; `name` may be an adapter's `name@version`."""
+    return json_response(_model(services, name, find_model(services, caller, name)))
+
+
+@router.delete("/models/{name:path}")
+@needs("adapters")
+async def delete_model(name: str, services: Provided, caller: Calling, force: Force = False) -> Response:
+    """Delete an adapter with all its versions, or `name@version`: by the rules of DELETE /v1/adapters."""
+    services.refuse_if_draining()
+    if name == services.catalog.base_name:
+        raise ForbiddenError(
+            f"model: {name!r} is the base, which this server is for. Adapters can be deleted.",
+            code="base_not_deletable",
+            param="model",
+        )
+    adapter, version = name, ""
+    if services.catalog.of(caller.tenant).names_version(name):
+        adapter, _, version = name.rpartition("@")
+    try:
+        if version:
+            await services.activation.delete_version(
+                caller.tenant, adapter, version, force=force, actor=caller.key
+            )
+        else:
+            await services.activation.delete(caller.tenant, adapter, force=force)
+    except UnknownAdapterError as error:
+        raise UnknownModelError(error.message) from error
+    return json_response({"id": name, "object": "model", "deleted": True})
+
+
+def find_model(services: Services, caller: Caller, name: str) -> VersionRecord | None:
+    """What a caller means by a model's name; None is the base. Raises UnknownModelError."""
     base = services.catalog.base_name
     if name == base:
-        return json_response(_model(services, base, None))
+        return None
     try:
-        services.catalog.of(caller.tenant).find(name, param="model")
+        return services.catalog.of(caller.tenant).find(name, param="model")
     except (UnknownAdapterError, ConflictError) as error:
         raise UnknownModelError(f"{error.message} The base is {base!r}.") from error
-    return json_response(_model(services, name, base))
+
+
+def _model(services: Services, name: str, version: VersionRecord | None) -> dict[str, Any]:
+    """OpenAI's fields, and vLLM's: where it comes from, and how long a prompt with its answer may be."""
+    base, supervisor = services.catalog.base_name, services.supervisor
+    created = supervisor.loaded_at or services.started if version is None else _since(services, version)
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created),
+        "owned_by": "onebase",
+        "root": base if version is None else label(version.name, version.digest),
+        "parent": None if version is None else base,
+        "max_model_len": supervisor.base.max_length if supervisor.base is not None else None,
+    }
+
+
+def _since(services: Services, version: VersionRecord) -> float:
+    """When a version became active; of one that is not, when it came."""
+    record = services.catalog.of(version.tenant).own(version.name)
+    if record is None or record.active != version.digest or record.activated_at is None:
+        return version.created_at
+    return record.activated_at

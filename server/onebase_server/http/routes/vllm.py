@@ -24,7 +24,9 @@ from onebase_server.errors import (
 )
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
+from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter(route_class=StrictRoute, tags=["vllm"])
 _ACTOR = "load_lora_adapter"
@@ -139,6 +141,41 @@ async def server_info(
 async def get_world_size() -> Response:
     """How many processes hold a part of the base: one."""
     return json_response({"world_size": 1})
+
+
+@router.post("/tokenize")
+@needs("generate")
+async def tokenize(body: TokenizeRequest, services: Provided, caller: Calling) -> Response:
+    """The tokens of a prompt, or of messages as the base's chat template writes them."""
+    services.refuse_if_draining()
+    if body.model is not None:
+        find_model(services, caller, body.model)
+    planner = services.planner
+    if body.messages is not None:
+        tokens = await planner.chat_tokens(body.conversation(), body.messages)
+    else:
+        tokens = await planner.text_tokens(body.prompt or "", special=body.add_special_tokens is not False)
+    names = await planner.names_of(tokens) if body.return_token_strs else None
+    return json_response(
+        {"count": len(tokens), "max_model_len": planner.max_length, "tokens": tokens, "token_strs": names}
+    )
+
+
+@router.post("/detokenize")
+@needs("generate")
+async def detokenize(body: DetokenizeRequest, services: Provided, caller: Calling) -> Response:
+    """The text that tokens stand for, special ones by their names."""
+    services.refuse_if_draining()
+    if body.model is not None:
+        find_model(services, caller, body.model)
+    return json_response({"prompt": await services.planner.text_of(body.tokens)})
+
+
+@router.get("/tokenizer_info")
+@needs("any")
+async def tokenizer_info(services: Provided) -> Response:
+    """The base's special tokens and its chat template."""
+    return json_response(services.tokenizer.info)
 
 
 def _allowed_folder(services: Services, caller: Caller, path: str) -> Path | None:

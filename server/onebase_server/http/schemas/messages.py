@@ -55,7 +55,7 @@ class TextPart(Wire):
     @model_validator(mode="before")
     @classmethod
     def _drop_hints(cls, value: Any) -> Any:
-        return _without_hints(value)
+        return without_hints(value)
 
 
 def _no_number(name: str) -> Any:
@@ -134,7 +134,7 @@ class Message(Wire):
     @classmethod
     def _drop_empty_extras(cls, value: Any) -> Any:
         """Clients send answers back with empty `refusal`, `audio` and so on: they mean nothing."""
-        value = _without_hints(value)
+        value = without_hints(value)
         if not isinstance(value, dict):
             return value
         kept = {key: item for key, item in value.items() if key in cls.model_fields or item not in (None, [])}
@@ -168,7 +168,7 @@ class Message(Wire):
         return made
 
 
-def _without_hints(value: Any) -> Any:
+def without_hints(value: Any) -> Any:
     """Without what says how to cache a message, which changes no text."""
     if isinstance(value, dict) and "cache_control" in value:
         return {key: item for key, item in value.items() if key != "cache_control"}
@@ -184,7 +184,7 @@ def check_kind_of_tool(kind: Any) -> None:
         raise FieldError("type", f"{str(kind)[:40]!r} is not served: only tools of type 'function' are")
 
 
-def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
+def a_function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as chat templates take it, and `strict` besides."""
     check_kind_of_tool(tool.get("type", "function"))
     function = tool.get("function")
@@ -211,7 +211,7 @@ def tool_of(function: dict[str, Any], within: str) -> dict[str, Any]:
     return {"type": "function", "function": kept}
 
 
-ToolObject = Annotated[dict[str, JsonValue], BeforeValidator(not_too_deep), AfterValidator(_a_function)]
+ToolObject = Annotated[dict[str, JsonValue], BeforeValidator(not_too_deep), AfterValidator(a_function)]
 
 
 class FunctionChoice(Wire):

@@ -19,7 +19,7 @@ from onebase_server.http.schemas.generation import (
     TokenId,
 )
 from onebase_server.http.schemas.messages import Messages
-from onebase_server.http.schemas.wire import MAX_NAME, UNKNOWN_FIELD, FieldError, Name, Wire
+from onebase_server.http.schemas.wire import FieldError, Name, Tolerant, Wire
 
 TokenList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
@@ -53,6 +53,7 @@ def _prompt_kind(prompt: Any) -> str:
 
 
 UsageInStream = Literal["never", "last", "always"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Wire):
@@ -78,34 +79,14 @@ DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
 """What clients of vLLM write although it is the default."""
 
 
-class OpenAIRequest(SamplingFields):
-    """What both routes share. Subclasses list in `neutral` the unserved fields with harmless values."""
+class OpenAIRequest(Tolerant, SamplingFields):
+    """What both routes share."""
 
     model: Name
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(default=None, description="vLLM's: of the prompt and of the answer")
 
-    ignored: ClassVar[frozenset[str]] = IGNORED
-    neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {}
-    reasons: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_changes_nothing(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        kept: dict[str, Any] = {}
-        for key, item in value.items():
-            if key in cls.model_fields:
-                kept[key] = item
-            elif key in cls.ignored or item is None or item in cls.neutral.get(key, ()):
-                continue
-            elif key in cls.neutral:
-                hint = cls.reasons.get(key, "leave it out")
-                raise FieldError(key, f"this server does not support {key} here: {hint}")
-            else:
-                raise FieldError(key[:MAX_NAME], UNKNOWN_FIELD)
-        return kept
+    ignored: ClassVar = IGNORED
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -157,7 +138,7 @@ class ChatRequest(OpenAIRequest, ConversationFields):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+    reasoning_effort: Effort | None = Field(
         default=None, description="changes nothing where the base's chat template does not ask for it"
     )
 

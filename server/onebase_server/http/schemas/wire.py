@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from onebase_server.errors import InvalidRequestError
 
 MAX_NAME = 200
 UNKNOWN_FIELD = "this server does not know this field. Remove it"
@@ -50,6 +61,50 @@ class Wire(BaseModel):
                 if key not in known:
                     raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
         return value
+
+
+class Tolerant(Wire):
+    """Takes what other servers know and changes nothing here, and refuses by name what would."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change nothing, whatever they say."""
+    neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {}
+    """Fields that are not served, with the values that change nothing; null never does."""
+    reasons: ClassVar[dict[str, str]] = {}
+    """What to do instead of such a field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept: dict[str, Any] = {}
+        for key, item in value.items():
+            if key in _names(cls):
+                kept[key] = item
+            elif key in cls.ignored or item is None or item in cls.neutral.get(key, ()):
+                continue
+            elif key in cls.neutral:
+                hint = cls.reasons.get(key, "leave it out")
+                raise FieldError(key, f"this server does not support {key} here: {hint}")
+            else:
+                raise FieldError(key[:MAX_NAME], UNKNOWN_FIELD)
+        return kept
+
+
+Model = TypeVar("Model", bound=Wire)
+
+
+def rebuilt(model: type[Model], values: dict[str, Any]) -> Model:
+    """A model of what came as another one, with the same names where it can be wrong.
+
+    Raises InvalidRequestError.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        message, param = validation_error(error.errors())
+        raise InvalidRequestError(message, param=param) from error
 
 
 def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:

@@ -105,7 +105,7 @@ def _call_delta(delta: CallDelta) -> Json:
     return {"index": delta.index, **begun, "function": function}
 
 
-def _whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:
+def whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:
     """Calls from all their parts."""
     calls: list[Json] = []
     for delta in deltas:
@@ -142,7 +142,7 @@ class GenerateView(GenerationView):
         if calls is not None:
             said = calls.read(piece)
             reason = calls.finish_reason(piece)
-            made |= {"text": said.content, "tool_calls": _whole_calls(said.calls), "finish_reason": reason}
+            made |= {"text": said.content, "tool_calls": whole_calls(said.calls), "finish_reason": reason}
         return made
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
@@ -332,7 +332,7 @@ class ChatView(OpenAIView):
             message["content"] = said.content
             reason = calls.finish_reason(piece)
             if said.calls:
-                message |= {"content": said.content or None, "tool_calls": _whole_calls(said.calls)}
+                message |= {"content": said.content or None, "tool_calls": whole_calls(said.calls)}
         return {
             "index": piece.index,
             "message": message,
