@@ -120,8 +120,14 @@ class InsufficientScopeError(ForbiddenError):
 
 
 class UnknownRouteError(OneBaseError):
-    def __init__(self, path: str) -> None:
-        super().__init__(f"There is nothing at {path}. GET /docs lists what there is.", code="http_404")
+    """`meant`: the path that is there, if this one looks like a slip."""
+
+    def __init__(self, path: str, meant: str | None = None) -> None:
+        hint = "GET /docs lists what there is."
+        if meant is not None:
+            hint = f"Did you mean {meant}? "
+            hint += "Clients of OpenAI's take the address with /v1 as base URL, others without."
+        super().__init__(f"There is nothing at {path}. {hint}", code="http_404")
 
 
 class WrongMethodError(OneBaseError):

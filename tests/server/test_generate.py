@@ -249,6 +249,12 @@ def test_a_caller_who_leaves_without_a_stream_frees_the_row(api: Any) -> None:
     api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
 
 
+def test_an_adapter_may_be_named_as_lorax_and_tgi_do(api: Any) -> None:
+    body = {"prompt": FRANCE, "max_tokens": 3, "temperature": 0}
+    named, theirs = api.generate(**body, adapter="red"), api.generate(**body, adapter_id="red")
+    assert (theirs["choices"], theirs["adapter"]) == (named["choices"], named["adapter"])
+
+
 def test_an_unknown_adapter_is_not_found(api: Any) -> None:
     error = error_of(api, 404, prompt="hi", adapter="nobody")
 

@@ -15,6 +15,40 @@ def test_a_running_server_is_healthy_and_ready(api: Any) -> None:
     assert api.http.get("/version").json()["version"] == onebase_server.__version__
 
 
+def test_the_root_says_what_this_is_and_where_things_are(api: Any) -> None:
+    said = api.http.get("/").json()
+    assert said["name"] == "OneBase"
+    for path in (*said["reference"].values(), said["health"], said["ready"]):
+        assert api.http.get(path).status_code == 200
+    assert api.http.get(f"{said['base_urls']['openai']}/models").status_code == 200
+
+
+def test_the_head_of_an_answer_is_that_of_the_whole(api: Any) -> None:
+    for path in ("/health", "/v1/models", "/"):
+        head, whole = api.http.head(path), api.http.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(whole.content))
+    assert api.http.head("/nowhere").status_code == 404
+    refused = api.http.head("/generate")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert api.http.post("/health").headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/models/", "/v1/models"),
+        ("/v1/generate", "/generate"),
+        ("/nowhere", None),
+    ],
+)
+def test_a_slip_of_the_base_url_is_told(api: Any, path: str, meant: str | None) -> None:
+    message = api.http.post(path, json={}).json()["error"]["message"]
+    assert (f"Did you mean {meant}?" in message) == (meant is not None)
+
+
 def test_status_tells_the_memory_of_the_base_and_the_engines_work(api: Any) -> None:
     before = api.http.get("/status").json()
 

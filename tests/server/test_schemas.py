@@ -337,6 +337,7 @@ def test_a_wrong_call_is_refused_by_its_path(message: dict[str, Any], param: str
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"adapter": "a", "adapter_id": "b"}, "adapter_id"),
         ({"tools": [TOOL], "ignore_eos": True}, "ignore_eos"),
         ({"tools": [TOOL], "guided_regex": "a"}, "guided_regex"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),

@@ -199,13 +199,14 @@ class Planner:
         return self._supervisor.base
 
     async def _adapter(self, body: SamplingFields, job: Job) -> AdapterChoice:
-        if body.adapter is None:
+        wanted = body.wanted_adapter
+        if wanted is None:
             return AdapterChoice()
-        if isinstance(body.adapter, str):
-            await self._pull({"adapter": body.adapter}, job)
-            reference = body.adapter
+        if isinstance(wanted, str):
+            reference = wanted
+            await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, job)
             return await self._known(lambda: self._catalog.of(job.tenant).choose(reference))
-        terms = [(term.name, term.weight) for term in body.adapter]
+        terms = [(term.name, term.weight) for term in wanted]
         await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
         return await self._known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
 
@@ -219,7 +220,7 @@ class Planner:
         return choose()
 
     def _check_model(self, model: str, body: SamplingFields) -> None:
-        if model != self._catalog.base_name and body.adapter is not None:
+        if model != self._catalog.base_name and body.wanted_adapter is not None:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",

@@ -70,6 +70,11 @@ _REFUSED = {
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
+def as_get(scope: Scope) -> Scope:
+    """A request for the head of an answer as one for the whole, of which the protocol sends the head."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
+
 def needs(access: Access) -> Callable[[Endpoint], Endpoint]:
     """Declares what a route needs: `@needs("train")` under its `@router.get(...)`. Without it: admin."""
 
@@ -115,15 +120,28 @@ class Routes:
     def find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
         """What the request's route needs. Where there is none, any key, and what its holder is told."""
         methods: set[str] = set()
+        asked = as_get(scope)
         for route in self._from_first(scope["path"]):
-            match, _ = route.matches(scope)
+            match, _ = route.matches(asked)
             if match is Match.FULL:
                 return getattr(getattr(route, "endpoint", None), _ACCESS, "admin"), None
             if match is Match.PARTIAL:
                 methods |= set(getattr(route, "methods", None) or ())
         if methods:
+            methods |= {"HEAD"} if "GET" in methods else set()
             return "any", WrongMethodError(scope["method"], scope["path"], methods)
-        return "any", UnknownRouteError(scope["path"])
+        return "any", UnknownRouteError(scope["path"], self._meant(asked))
+
+    def _meant(self, scope: Scope) -> str | None:
+        """A path of which this one may be a slip of the base URL."""
+        path: str = scope["path"].rstrip("/")
+        others = (path, f"/v1{path}", path.replace("/v1/v1/", "/v1/", 1), path.removeprefix("/v1"))
+        for other in others:
+            if other and other != scope["path"]:
+                there = {**scope, "path": other}
+                if any(route.matches(there)[0] is not Match.NONE for route in self._from_first(other)):
+                    return other
+        return None
 
     def _from_first(self, path: str) -> Iterable[BaseRoute]:
         """The routes from the first on whose path it is."""
@@ -218,7 +236,7 @@ class Guard:
         receive = self._while_valid(caller, receive)
         with acting(Origin(caller.key, given_id(scope))):
             if ticket is None:
-                await self._app(scope, receive, send)
+                await self._app(as_get(scope), receive, send)
             else:
                 await self._metered(ticket, scope, receive, send)
 

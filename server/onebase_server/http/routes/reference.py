@@ -85,6 +85,22 @@ async def openapi(request: Request) -> Response:
     return json_response(await asyncio.to_thread(request.app.openapi))  # the first time it takes long
 
 
+@router.get("/")
+@needs("open")
+async def root() -> Response:
+    """What this is, and where things are."""
+    return json_response(
+        {
+            "object": "server",
+            "name": "OneBase",
+            "reference": {"page": "/docs", "openapi": "/openapi.json"},
+            "base_urls": {"openai": "/v1", "anthropic": "/"},
+            "health": "/health",
+            "ready": "/ready",
+        }
+    )
+
+
 @router.get("/docs")
 @needs("open")
 async def docs() -> Response:
