@@ -229,6 +229,17 @@ def test_chat_instructions_come_first_and_survive_a_reset(
     ]
 
 
+def test_chat_is_less_bold_than_the_server_until_it_is_told(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, "One\n/temperature 1.5\nTwo\n/temperature\n/temperature hot\n")
+    assert main(["chat"]) == 1
+    assert main(["chat", "--temperature", "0"]) == 0
+    piped(monkeypatch, "Three\n")
+    assert main(["chat", "--temperature", "0"]) == 0
+    assert [request["temperature"] for request in asked(server)] == [0.7, 1.5, 0]
+
+
 def test_chat_lists_and_mixes_adapters_and_explains_itself(
     server: Any, shell: Transcript, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -351,6 +351,11 @@ def test_wrong_tools_are_refused_by_their_path(fields: dict[str, Any], param: st
         assert found == param
 
 
+def test_a_list_that_is_too_long_says_how_long_it_may_be() -> None:
+    message, param = refusal(GenerateRequest, {"prompt": "a", "stop": ["x"] * 17})
+    assert (message, param) == ("stop: has more than the 16 entries that are taken. Send fewer.", "stop")
+
+
 def test_what_goes_with_messages_is_refused_beside_a_prompt() -> None:
     for field in ({"tools": [TOOL]}, {"chat_template_kwargs": {"a": 1}}, {"continue_final_message": True}):
         _, param = refusal(GenerateRequest, {"prompt": "hi", **field})

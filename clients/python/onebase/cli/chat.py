@@ -30,16 +30,20 @@ HELP: Final = """\
   /adapter        show which adapter answers
   /adapters       list the server's adapters
   /system TEXT    set the instructions before the conversation; without TEXT, remove them
+  /temperature T  choose words more boldly or less, from 0 to 2; without T, show how
   /reset          forget the conversation, keep the adapter and the instructions
   /help           show this
   /quit           leave
   //TEXT          send a message that begins with a slash"""
 
 BASE_WORDS: Final = ("base", "none")
+TEMPERATURE: Final = 0.7
+"""Unless it is given: at 1 a small base loses its thread in a conversation."""
+HOTTEST: Final = 2.0
 
 _DESCRIPTION = f"""\
 Have a conversation with the base or with an adapter on it. The adapter can be changed at any
-time; the conversation continues.
+time; the conversation continues. The temperature is {TEMPERATURE} unless --temperature says otherwise.
 
 inside the conversation:
 {HELP}
@@ -137,12 +141,13 @@ class Conversation:
         self._client = client
         self._adapter = adapter
         self._system = system
-        self._sampling = sampling
+        self._sampling: SamplingFields = {"temperature": TEMPERATURE, **sampling}
         self._turns: list[Message] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "/adapter": self._switch,
             "/adapters": self._list,
             "/system": self._instruct,
+            "/temperature": self._heat,
             "/reset": self._reset,
             "/help": lambda _: note(HELP),
         }
@@ -240,6 +245,17 @@ class Conversation:
     def _instruct(self, text: str) -> None:
         self._system = text or None
         note("instructions set" if text else "instructions removed")
+
+    def _heat(self, text: str) -> None:
+        if text:
+            try:
+                temperature = float(text)
+            except ValueError:
+                temperature = -1.0
+            if not 0 <= temperature <= HOTTEST:
+                raise ValueError(f"{text!r} is no temperature: give a number from 0 to {HOTTEST:g}")
+            self._sampling["temperature"] = temperature
+        note(f"temperature: {self._sampling['temperature']:g}")
 
     def _reset(self, _: str) -> None:
         self._turns.clear()

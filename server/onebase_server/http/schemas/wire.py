@@ -147,6 +147,11 @@ def _is_field_name(part: str) -> bool:
 
 
 def _sentence(error: Any) -> str:
+    if error["type"] == "too_long" and "max_length" in error.get("ctx", {}):
+        most = error["ctx"]["max_length"]
+        if not most:
+            return "is not served: leave it out, or empty."
+        return f"has more than the {most} entries that are taken. Send fewer."
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
     value = error.get("input")
     shown = f" (it is {value!r})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
