@@ -65,12 +65,10 @@ class Open(BaseModel):
 def test_what_the_text_must_be_reaches_the_server_as_the_contract_says() -> None:
     schema = {"type": "integer"}
     assert body(schema=schema)["guided_json"] == schema
-    assert body(schema=Place)["guided_json"] == Place.model_json_schema() | {"additionalProperties": False}
+    assert body(schema=Place)["guided_json"] == Place.model_json_schema()
     assert body(schema=Open)["guided_json"] == Open.model_json_schema()
-    assert (
-        body(schema=TypeAdapter(list[Place]))["guided_json"]["$defs"]["Place"]["additionalProperties"]
-        is False
-    )
+    places = TypeAdapter(list[Place])
+    assert body(schema=places)["guided_json"] == places.json_schema()
     assert body(schema=TypeAdapter(list[int]))["guided_json"] == {
         "type": "array",
         "items": {"type": "integer"},

@@ -109,7 +109,11 @@ def test_a_chat_field_that_would_change_the_answer_is_refused_by_name(field: str
     assert "does not support" in message
 
 
-SCHEMA = {"type": "object", "properties": {"schema": {"const": "json"}}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"schema": {"const": "json"}},
+    "additionalProperties": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -349,6 +353,39 @@ def test_wrong_tools_are_refused_by_their_path(fields: dict[str, Any], param: st
         named = {"model": "m"} if request is ChatRequest else {}
         _, found = refusal(request, {"messages": USER, **named, **fields})
         assert found == param
+
+
+THING = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+CLOSED = THING | {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "kept"),
+    [
+        (THING, CLOSED),
+        (CLOSED, CLOSED),
+        (THING | {"additionalProperties": True}, THING | {"additionalProperties": True}),
+        (THING | {"required": ["b"]}, THING | {"required": ["b"]}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"type": "array", "items": THING}, {"type": "array", "items": CLOSED}),
+        ({"$defs": {"T": THING}, "$ref": "#/$defs/T"}, {"$defs": {"T": CLOSED}, "$ref": "#/$defs/T"}),
+        ({"anyOf": [THING, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
+        ({"enum": [{"properties": {}}]}, {"enum": [{"properties": {}}]}),
+        *(
+            (scattered, scattered)
+            for scattered in (
+                {"allOf": [THING, {"properties": {"b": {"type": "null"}}}]},
+                THING | {"anyOf": [{"properties": {"b": {"type": "null"}}}]},
+                {"if": THING, "then": {"properties": {"b": {"type": "null"}}}},
+            )
+        ),
+    ],
+)
+def test_objects_have_no_other_properties_than_are_described(schema: Any, kept: Any) -> None:
+    for given in (schema, json.dumps(schema)):
+        request = GenerateRequest.model_validate({"prompt": "a", "guided_json": given})
+        assert request.grammar is not None
+        assert json.loads(request.grammar.grammar.text) == kept
 
 
 def test_a_list_that_is_too_long_says_how_long_it_may_be() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from onebase_engine.engine.grammars import WHITESPACE
 from onebase_engine.engine.messages import Grammar
+from onebase_server.generation.json_schema import closed
 
 Render = Callable[..., str]
 """A template: messages, tools (keyword) and generation (keyword) to text."""
@@ -244,7 +245,7 @@ NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalPropertie
 
 def _compact(schema: Schema, *, lenient: bool = False) -> str:
     options = {"whitespace_pattern": WHITESPACE} | ({"lenient": True} if lenient else {})
-    return json.dumps({**schema, "x-guidance": options})
+    return json.dumps({**closed(schema), "x-guidance": options})
 
 
 def _quoted(text: str) -> str:

@@ -18,8 +18,6 @@ Sent: TypeAlias = Callable[[int, int], object]
 _ALWAYS: Final = frozenset({429, 503})
 _FROM_A_PROXY: Final = frozenset({502, 504})
 _PAGE: Final = 100
-_VALUES: Final = frozenset({"const", "enum", "default", "examples"})
-"""Keywords of a JSON schema whose values are no schemas."""
 _ON_THE_WIRE: Final = {
     "schema": "guided_json",
     "regex": "guided_regex",
@@ -164,30 +162,17 @@ def sampling_body(sampling: SamplingFields) -> Body:
 def schema_body(schema: object) -> object:
     """A JSON schema as JSON: as it was given, or that of a pydantic model or TypeAdapter.
 
-    A model's objects have no other fields than the model's, unless it allows them: it would drop them.
-
     Raises:
         TypeError: it is none of these.
     """
     for method in ("model_json_schema", "json_schema"):
         describe = getattr(schema, method, None)
         if callable(describe):
-            return _closed(describe())
+            return describe()
     if not isinstance(schema, Mapping):
         given = type(schema).__name__
         raise TypeError(f"schema is a {given}: give a dict, a pydantic model or a pydantic TypeAdapter")
     return dict(schema)
-
-
-def _closed(schema: object) -> object:
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {key: item if key in _VALUES else _closed(item) for key, item in schema.items()}
-    if made.get("type") == "object" and "properties" in made:
-        made.setdefault("additionalProperties", False)
-    return made
 
 
 def encode(body: Body) -> bytes:

@@ -19,8 +19,19 @@ from pydantic import (
 )
 
 from onebase_engine.engine.messages import Grammar
-from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolChoice, ToolObject, not_too_deep
-from onebase_server.http.schemas.wire import BY_KIND, LIST, OBJECT, ONE, FieldError, JsonSchema, Name, Wire
+from onebase_server.generation.json_schema import closed
+from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolChoice, ToolObject
+from onebase_server.http.schemas.wire import (
+    BY_KIND,
+    LIST,
+    OBJECT,
+    ONE,
+    FieldError,
+    JsonSchema,
+    Name,
+    Wire,
+    not_too_deep,
+)
 
 MAX_N = 128
 MAX_STOPS = 16
@@ -65,11 +76,12 @@ AdapterTerms = Annotated[list[AdapterTerm], Field(min_length=1, max_length=MAX_A
 
 def _of_an_object(text: str) -> str:
     try:
-        whole = isinstance(json.loads(text), dict)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        whole = False
-    if not whole:
+        found = None
+    if not isinstance(found, dict):
         raise ValueError("is no JSON object")
+    not_too_deep(found)
     return text
 
 
@@ -246,7 +258,9 @@ def _of(kind: Literal["regex", "grammar"], text: str | None) -> Grammar | None:
 def of_schema(schema: JsonSchema | str | None) -> Grammar | None:
     if schema is None:
         return None
-    return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+    return Grammar(
+        "json_schema", json.dumps(closed(json.loads(schema) if isinstance(schema, str) else schema))
+    )
 
 
 def _of_choice(choices: Sequence[str] | None) -> Grammar | None:

@@ -18,32 +18,16 @@ from onebase_server.http.schemas.wire import (
     FieldError,
     JsonSchema,
     Wire,
+    not_too_deep,
 )
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_FUNCTION_NAME = 128
 MAX_SCHEMA_CHARACTERS = 256 * 1024
-MAX_DEPTH = 64
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_FUNCTION_NAME)]
 _FUNCTION_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_FUNCTION_NAME}}}")
-
-
-def not_too_deep(value: Any) -> Any:
-    """What is handed to a chat template, which calls itself for each level. Raises ValueError."""
-    level, depth = [value], 0
-    while level:
-        level = [
-            part
-            for one in level
-            if isinstance(one, dict | list)
-            for part in (one.values() if isinstance(one, dict) else one)
-        ]
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"is nested more than {MAX_DEPTH} deep")
-    return value
 
 
 class TextPart(Wire):

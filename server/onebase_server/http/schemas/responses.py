@@ -27,7 +27,6 @@ from onebase_server.http.schemas.messages import (
     MAX_TOOLS,
     FunctionName,
     check_kind_of_tool,
-    not_too_deep,
     tool_of,
 )
 from onebase_server.http.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
@@ -42,6 +41,7 @@ from onebase_server.http.schemas.wire import (
     JsonSchema,
     Name,
     Wire,
+    not_too_deep,
 )
 
 MAX_METADATA = 16

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -23,7 +24,26 @@ MAX_NAME = 200
 UNKNOWN_FIELD = "this server does not know this field. Remove it"
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-JsonSchema = dict[str, JsonValue]
+MAX_DEPTH = 64
+
+
+def not_too_deep(value: Any) -> Any:
+    """What is walked level by level, such as by a chat template. Raises ValueError."""
+    level, depth = [value], 0
+    while level:
+        level = [
+            part
+            for one in level
+            if isinstance(one, dict | list)
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"is nested more than {MAX_DEPTH} deep")
+    return value
+
+
+JsonSchema = Annotated[dict[str, JsonValue], BeforeValidator(not_too_deep)]
 
 ONE, LIST = Tag("one-value"), Tag("a-list")
 """Parts of an error's location that name no field: they are no identifiers."""

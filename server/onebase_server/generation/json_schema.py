@@ -1,0 +1,56 @@
+"""JSON schemas, as they are kept to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ELSEWHERE = frozenset({"allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
+"""Keywords with which the properties of one object may be described in several places."""
+_OTHERS = frozenset({"anyOf", "oneOf", "$ref", "not"})
+"""Those that do so next to `properties`."""
+_OPEN = frozenset({"additionalProperties", "patternProperties"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+"""Keywords whose values are no schemas."""
+_NAMED = frozenset({"properties", "$defs", "definitions"})
+"""Keywords with schemas by name."""
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with objects that have no other properties than it describes.
+
+    A schema allows others unless it says `additionalProperties: false`. Those that are made of a program's
+    types leave that out, and a model goes on with an object as long as it may. What keeps to the closed
+    schema keeps to the other one too. Objects that say `additionalProperties` stay as they are, and so does a
+    schema that describes the properties of an object in several places.
+    """
+    made: dict[str, Any] = dict(schema) if _is_scattered(schema) else _closed(schema)
+    return made
+
+
+def _is_scattered(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_scattered, value))
+    if not isinstance(value, Mapping):
+        return False
+    if not _ELSEWHERE.isdisjoint(value) or ("properties" in value and not _OTHERS.isdisjoint(value)):
+        return True
+    return any(map(_is_scattered, value.values()))
+
+
+def _closed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_closed(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    made = dict(value)
+    for key, part in value.items():
+        if key in _NAMED and isinstance(part, Mapping):
+            made[key] = {name: _closed(inner) for name, inner in part.items()}
+        elif key not in _VALUES:
+            made[key] = _closed(part)
+    properties = value.get("properties")
+    required = value.get("required") or ()
+    if isinstance(properties, Mapping) and _OPEN.isdisjoint(value) and set(required) <= set(properties):
+        made["additionalProperties"] = False
+    return made
