@@ -388,6 +388,14 @@ def test_objects_have_no_other_properties_than_are_described(schema: Any, kept: 
         assert json.loads(request.grammar.grammar.text) == kept
 
 
+def test_an_unknown_field_that_is_null_is_not_given() -> None:
+    wanted = {"type": "json_object", "value": None}
+    request = GenerateRequest.model_validate({"prompt": "a", "response_format": wanted, "later": None})
+    assert request.grammar is not None
+    _, param = refusal(GenerateRequest, {"prompt": "a", "response_format": wanted | {"value": 1}})
+    assert param == "response_format.value"
+
+
 def test_a_list_that_is_too_long_says_how_long_it_may_be() -> None:
     message, param = refusal(GenerateRequest, {"prompt": "a", "stop": ["x"] * 17})
     assert (message, param) == ("stop: has more than the 16 entries that are taken. Send fewer.", "stop")

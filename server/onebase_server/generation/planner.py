@@ -182,7 +182,7 @@ class Planner:
         base = self._base()
         if len(tokens) > base.max_length:
             raise InvalidRequestError(
-                f"tokens: there are {len(tokens)}; this server's longest prompt plus completion is "
+                f"tokens: there are {len(tokens)}; this server's maximum context length is "
                 f"{base.max_length} (--max-length). Send them in parts.",
                 param="tokens",
                 code="context_length_exceeded",
@@ -328,7 +328,7 @@ class Planner:
         most = length * self._tokenizer.longest_token
         if size > most:
             raise InvalidRequestError(
-                f"{param}: has {size} characters; this server's longest prompt plus completion is {length} "
+                f"{param}: has {size} characters; this server's maximum context length is {length} "
                 f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
                 param=param,
                 code="context_length_exceeded",
@@ -428,8 +428,8 @@ def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> Non
             )
         if len(prompt.tokens) >= base.max_length:
             raise InvalidRequestError(
-                f"{param}: has {len(prompt.tokens)} tokens; this server's longest prompt plus completion "
-                f"is {base.max_length} tokens (--max-length). Shorten it.",
+                f"{param}: has {len(prompt.tokens)} tokens; this server's maximum context length, with the "
+                f"answer, is {base.max_length} tokens (--max-length). Shorten it.",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -483,7 +483,8 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
     if wanted.max_tokens > room:
         raise InvalidRequestError(
             f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are over this server's "
-            f"{base.max_length} tokens (--max-length). Ask for {room} or fewer, or shorten the prompt.",
+            f"maximum context length of {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
+            "shorten the prompt.",
             param="max_tokens",
             code="context_length_exceeded",
         )

@@ -74,13 +74,19 @@ class Wire(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, value: Any) -> Any:
-        """At the first one: pydantic would collect an error for each of a hundred thousand."""
-        if isinstance(value, dict):
-            known = _names(cls)
-            for key in value:
-                if key not in known:
-                    raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
-        return value
+        """At the first one: pydantic would collect an error for each of a hundred thousand.
+
+        One that is null is not given: clients write what newer servers of others know.
+        """
+        if not isinstance(value, dict):
+            return value
+        known, kept = _names(cls), {}
+        for key, item in value.items():
+            if key in known:
+                kept[key] = item
+            elif item is not None:
+                raise FieldError(str(key)[:MAX_NAME], UNKNOWN_FIELD)
+        return kept
 
 
 class Tolerant(Wire):
