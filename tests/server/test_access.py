@@ -92,6 +92,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     }  # fmt: skip
     for scope, beginnings in {
         "generate": (
+            "/",
             "/generate",
             "/v1/completions",
             "/v1/chat/completions",

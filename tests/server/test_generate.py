@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import pytest
+from huggingface_hub import InferenceClient
 
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation
 
@@ -247,6 +248,35 @@ def test_a_caller_who_leaves_without_a_stream_frees_the_row(api: Any) -> None:
         impatient.post("/generate", json=body)
 
     api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
+
+
+def test_hugging_faces_client_gets_texts_tokens_and_streams(api: Any) -> None:
+    with InferenceClient(model=api.server.url, token="none") as client:
+        whole = client.text_generation(FRANCE, max_new_tokens=6, details=True, top_n_tokens=2)
+        plain = api.generate(prompt=FRANCE, max_tokens=6, temperature=0, logprobs=2)["choices"][0]
+        assert whole.generated_text == plain["text"]
+        assert whole.details.finish_reason == "length"
+        assert whole.details.generated_tokens == 6
+        assert [token.id for token in whole.details.tokens] == plain["logprobs"]["token_ids"]
+        assert all(len(top) == 2 for top in whole.details.top_tokens)
+        parts = list(client.text_generation(FRANCE, max_new_tokens=6, stream=True, details=True))
+        assert "".join(part.token.text for part in parts) == parts[-1].generated_text == plain["text"]
+        assert parts[-1].details.finish_reason == "length"
+        stopped = client.text_generation(FRANCE, max_new_tokens=40, stop=["."], details=True)
+        assert stopped.details.finish_reason == "stop_sequence"
+        full = client.text_generation(FRANCE, max_new_tokens=3, return_full_text=True)
+        assert full.startswith(FRANCE)
+        red = client.text_generation(FRANCE, max_new_tokens=3, adapter_id="red")
+        assert (
+            red
+            == api.generate(prompt=FRANCE, max_tokens=3, temperature=0, adapter="red")["choices"][0]["text"]
+        )
+        chosen = client.text_generation(
+            FRANCE, max_new_tokens=9, grammar={"type": "regex", "value": "(yes|no)"}
+        )
+        assert chosen in ("yes", "no")
+    refused = api.http.post("/", json={"inputs": "a", "parameters": {"truncate": 5}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "parameters.truncate")
 
 
 def test_an_adapter_may_be_named_as_lorax_and_tgi_do(api: Any) -> None:

@@ -12,8 +12,15 @@ from onebase_server.http.deps import Admitted, Calling, Provided, Services, Stri
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.schemas.tgi import TgiRequest
 from onebase_server.http.sse import STREAMED, EventStream, cancelled_when_gone, connection_abort, guarded
-from onebase_server.http.views.generation import ChatView, CompletionView, GenerateView, GenerationView
+from onebase_server.http.views.generation import (
+    ChatView,
+    CompletionView,
+    GenerateView,
+    GenerationView,
+    TgiView,
+)
 from onebase_server.quotas import Ticket
 from onebase_server.usage import UsageMeter
 
@@ -29,6 +36,18 @@ async def generate(
     services.refuse_if_draining()
     job = await services.planner.generate(body, caller)
     return await answer_job(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
+
+
+@router.post("/", tags=["tgi"], responses=STREAMED)
+@needs("generate")
+async def generate_text(
+    body: TgiRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """Text from the base or from any adapter, as Hugging Face's clients ask TGI for it."""
+    services.refuse_if_draining()
+    job = await services.planner.generate(body.request(), caller)
+    view = TgiView(services.tokenizer, body)
+    return await answer_job(request, services, ticket, job, view, body.stream)
 
 
 @router.post("/v1/completions", tags=["openai"], responses=STREAMED)

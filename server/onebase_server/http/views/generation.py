@@ -13,6 +13,7 @@ from onebase_server.generation.generation import Generation
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.schemas.openai import UsageInStream
+from onebase_server.http.schemas.tgi import TgiRequest
 from onebase_server.http.sse import DONE, event
 
 Json = dict[str, Any]
@@ -67,7 +68,7 @@ class GenerationView(ABC):
         self._tokenizer = tokenizer
 
     @abstractmethod
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json | list[Json]:
         """The whole answer."""
 
     @abstractmethod
@@ -184,6 +185,77 @@ def _summary(generation: Generation) -> Json:
         },
         "timing": generation.timing.rounded(),
     }
+
+
+# ---- POST / ----------------------------------------------------------------------------------
+
+
+class TgiView(GenerationView):
+    """Answers of POST /, token by token where they stream."""
+
+    closing = b""
+
+    def __init__(self, tokenizer: BaseTokenizer, body: TgiRequest) -> None:
+        super().__init__(tokenizer)
+        self._begun = body.inputs if body.parameters.return_full_text else ""
+        self._details = bool(body.parameters.details)
+        self._seed = body.parameters.seed
+        self._top = body.parameters.top_n_tokens or 0
+
+    def answer(self, generation: Generation, choices: Sequence[Piece]) -> list[Json]:
+        (piece,) = choices
+        made: Json = {"generated_text": self._begun + piece.text}
+        if self._details:
+            tokens = [self._token(info, self._tokenizer.token_text(info.token)) for info in piece.tokens]
+            made["details"] = {**self._ended(piece, generation), "prefill": [], "tokens": tokens}
+            if self._top:
+                made["details"]["top_tokens"] = [self._top_tokens(info) for info in piece.tokens]
+        return [made]
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        text, index = self._begun, 0
+        async for pieces in generation.pieces():
+            chunk = b""
+            for piece in pieces:
+                text += piece.text
+                for info in piece.tokens:
+                    index += 1
+                    last = info is piece.tokens[-1]
+                    made: Json = {"index": index, "token": self._token(info, piece.text if last else "")}
+                    if self._top:
+                        made["top_tokens"] = self._top_tokens(info)
+                    ended = last and piece.finish_reason is not None
+                    details = self._ended(piece, generation) if ended else None
+                    chunk += event({**made, "generated_text": text if ended else None, "details": details})
+                if piece.finish_reason is not None and not piece.tokens:
+                    chunk += self._end(piece, generation, index + 1, text)
+            if chunk:
+                yield chunk
+
+    def _end(self, piece: Piece, generation: Generation, index: int, text: str) -> bytes:
+        """What ended the text is a token too, which has no text of its own."""
+        token = {"id": 0, "text": piece.text, "logprob": 0.0, "special": True}
+        ended = {"generated_text": text, "details": self._ended(piece, generation)}
+        return event({"index": index, "token": token, **ended})
+
+    def _ended(self, piece: Piece, generation: Generation) -> Json:
+        reason = "length" if piece.finish_reason != "stop" else "eos_token"
+        return {
+            "finish_reason": "stop_sequence" if piece.stop is not None else reason,
+            "generated_tokens": generation.usage.completion,
+            "input_length": generation.usage.prompt,
+            "seed": self._seed,
+        }
+
+    def _token(self, info: TokenInfo, text: str) -> Json:
+        return {"id": info.token, "text": text, "logprob": info.logprob, "special": False}
+
+    def _top_tokens(self, info: TokenInfo) -> list[Json]:
+        name = self._tokenizer.token_text
+        return [
+            {"id": token, "text": name(token), "logprob": logprob, "special": False}
+            for token, logprob in info.top or ()
+        ]
 
 
 # ---- OpenAI ----------------------------------------------------------------------------------
