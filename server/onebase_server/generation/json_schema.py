@@ -49,8 +49,12 @@ def _closed(value: Any) -> Any:
             made[key] = {name: _closed(inner) for name, inner in part.items()}
         elif key not in _VALUES:
             made[key] = _closed(part)
-    properties = value.get("properties")
-    required = value.get("required") or ()
-    if isinstance(properties, Mapping) and _OPEN.isdisjoint(value) and set(required) <= set(properties):
+    if _OPEN.isdisjoint(value) and _describes_all(value.get("properties"), value.get("required", [])):
         made["additionalProperties"] = False
     return made
+
+
+def _describes_all(properties: Any, required: Any) -> bool:
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return all(isinstance(name, str) and name in properties for name in required)

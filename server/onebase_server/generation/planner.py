@@ -320,6 +320,10 @@ class Planner:
             )
         except ValueError as error:
             raise InvalidRequestError(f"tools: {error}. Change them.", param="tools") from error
+        except (TypeError, AttributeError, KeyError) as error:
+            raise InvalidRequestError(
+                "tools: the parameters of one are no JSON schema. Change them.", param="tools"
+            ) from error
         return CallFormat(format, tools, grammar, named=body.named_tool is not None)
 
     async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:

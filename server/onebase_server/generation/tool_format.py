@@ -392,7 +392,10 @@ def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat | Non
             two = _rendered(render, 2, as_text)
         except Exception:  # Llama's says that it knows one call at a time
             two = None
-        return _format(render, one, two, controls) if one is not None else None
+        try:
+            return _format(render, one, two, controls) if one is not None else None
+        except Exception:
+            return None
     return None
 
 
