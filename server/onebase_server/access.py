@@ -292,7 +292,7 @@ class KeyRing:
 def _given(authorization: Sequence[str], api_key: Sequence[str]) -> str:
     """The one key that a request has, in the header of either name. Raises UnauthenticatedError."""
     given = {_bearer(authorization)} if authorization else set()
-    given |= {key.strip() for key in api_key}
+    given |= {key.strip() for key in api_key if key.strip() or not authorization}
     if not given:
         raise UnauthenticatedError("This server needs an API key.", given=False)
     if len(given) > 1:

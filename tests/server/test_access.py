@@ -24,7 +24,7 @@ from onebase import AuthenticationError, Client, PermissionDeniedError
 from onebase_adapters.registry import SCOPES
 from onebase_server.errors import UnknownRouteError, WrongMethodError
 from onebase_server.http.app import create_app
-from onebase_server.http.guard import Routes, needs
+from onebase_server.http.guard import Routes, as_get, needs
 
 from .access import Keys, bearer, client_with
 from .support import Server, Starter
@@ -32,7 +32,7 @@ from .support import Server, Starter
 NOBODY: Any = SimpleNamespace(settings=SimpleNamespace(max_body=1000))
 APP = create_app(NOBODY)
 OPEN = {"/health", "/ready"}
-PAGES = {"/docs", "/redoc", "/docs/thing"}
+PAGES = {"/", "/docs", "/redoc", "/docs/thing"}
 """Static: what they show, they fetch with a key that they ask for."""
 
 
@@ -92,7 +92,6 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     }  # fmt: skip
     for scope, beginnings in {
         "generate": (
-            "/",
             "/generate",
             "/v1/completions",
             "/v1/chat/completions",
@@ -110,7 +109,11 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
         ),
         "train": ("/v1/files", "/v1/fine_tuning"),
     }.items():
-        assert all(path.startswith(beginnings) for _, path, access in ROUTES if access == scope)
+        found = {path for _, path, access in ROUTES if access == scope}
+        assert all(path.startswith(beginnings) for path in found - {"/"})
+    assert [(method, access) for method, path, access in ROUTES if path == "/"] == [
+        ("POST", "generate"), ("GET", "open"),
+    ]  # fmt: skip
     for path in (
         "/status",
         "/metrics",
@@ -162,7 +165,7 @@ def test_a_path_leads_to_the_route_that_trying_them_all_finds(method: str, parts
     app.get("/number/{value:float}")(needs("train")(lambda value: value))
     app.get("/number/{value}")(needs("adapters")(lambda value: value))
     request = request_of(method, "/" + "/".join(parts))
-    matches = [(route.matches(request)[0], route) for route in app.routes]
+    matches = [(route.matches(as_get(request))[0], route) for route in app.routes]
     first: Any = next((route for match, route in matches if match is Match.FULL), None)
 
     access, lost = Routes(app).find(request)

@@ -116,7 +116,7 @@ def test_a_schema_of_the_answer_is_named_by_the_field_that_it_came_in(field: str
     wanted = {"type": "json_schema", "schema": SCHEMA}
     made = chat(**{field: {"format": wanted} if field == "output_config" else wanted})
     assert made.grammar is not None
-    assert json.loads(made.grammar.grammar.text) == SCHEMA
+    assert json.loads(made.grammar.grammar.text) == SCHEMA | {"additionalProperties": False}
     assert made.grammar.param == (
         "output_config.format.schema" if field == "output_config" else "output_format.schema"
     )
@@ -130,7 +130,10 @@ def test_a_schema_of_the_answer_is_named_by_the_field_that_it_came_in(field: str
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": [{"type": 3}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": 3}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": ["a"]}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [None]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [CALL]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [RESULT]}]}, "messages[0].content[0].tool_use_id"),
         (

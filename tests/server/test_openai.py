@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -141,6 +143,30 @@ def test_a_paused_server_computes_nothing_and_goes_on_with_what_it_has(api: Any)
     assert api.http.get("/is_paused").json() == {"is_paused": False}
     refused = api.http.post("/pause", params={"mode": "abort"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mode")
+
+
+def test_pauses_at_once_are_all_answered(api: Any) -> None:
+    def ask(path: str) -> int:
+        return int(httpx2.post(f"{api.server.url}{path}", timeout=30).status_code)
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(ask, ["/pause", "/resume"] * 4))
+    assert statuses == [200] * 8
+    assert ask("/resume") == 200
+
+
+def test_a_stop_string_within_a_call_ends_it_unfinished(client: openai.OpenAI, api: Any) -> None:
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris, France"]}}, "required": ["city"]}
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": city}}]
+    fields: Any = {"model": api.base, "messages": QUESTION, "tools": tools, "tool_choice": "required"}
+    fields |= {"max_completion_tokens": 60, "temperature": 0, "parallel_tool_calls": False}
+    whole = client.chat.completions.create(**fields).choices[0]
+    cut = client.chat.completions.create(**fields, stop=", F").choices[0]
+    assert (whole.finish_reason, cut.finish_reason) == ("tool_calls", "stop")
+    (call,) = cut.message.tool_calls or []
+    assert call.to_dict()["function"]["arguments"].endswith('"Paris')  # type: ignore[index]
+    few = client.chat.completions.create(**fields | {"max_completion_tokens": 3}).choices[0]
+    assert (few.message.content or "", few.message.tool_calls) == ("", None)
 
 
 def test_a_server_says_of_itself_what_vllms_clients_read(api: Any) -> None:

@@ -85,6 +85,6 @@ def test_a_method_that_is_not_possible_is_answered_with_all_that_are(
         answers = {path: http.put(path) for path in ("/v1/files", "/v1/adapters/red", "/health")}
 
     assert {answer.status_code for answer in answers.values()} == {405}
-    assert answers["/v1/files"].headers["allow"] == "GET, POST"
-    assert answers["/v1/adapters/red"].headers["allow"] == "DELETE, GET"
-    assert answers["/health"].headers["allow"] == "GET"
+    assert answers["/v1/files"].headers["allow"] == "GET, HEAD, POST"
+    assert answers["/v1/adapters/red"].headers["allow"] == "DELETE, GET, HEAD"
+    assert answers["/health"].headers["allow"] == "GET, HEAD"

@@ -392,10 +392,19 @@ def test_objects_have_no_other_properties_than_are_described(schema: Any, kept: 
 
 
 def test_an_unknown_field_that_is_null_is_not_given() -> None:
-    wanted = {"type": "json_object", "value": None}
+    wanted = {"type": "json_object", "newer": None}
     request = GenerateRequest.model_validate({"prompt": "a", "response_format": wanted, "later": None})
     assert request.grammar is not None
-    _, param = refusal(GenerateRequest, {"prompt": "a", "response_format": wanted | {"value": 1}})
+    _, param = refusal(GenerateRequest, {"prompt": "a", "response_format": wanted | {"newer": 1}})
+    assert param == "response_format.newer"
+
+
+def test_a_json_object_may_have_its_schema_as_tgi_writes_it() -> None:
+    wanted = {"type": "json_object", "value": THING}
+    request = GenerateRequest.model_validate({"prompt": "a", "response_format": wanted})
+    assert request.grammar is not None
+    assert json.loads(request.grammar.grammar.text) == CLOSED
+    _, param = refusal(GenerateRequest, {"prompt": "a", "response_format": wanted | {"type": "text"}})
     assert param == "response_format.value"
 
 

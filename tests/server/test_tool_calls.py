@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from onebase_engine.engine.grammar_process import load_tokenizer
+from onebase_engine.engine.messages import Grammar
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.call_reader import CallReader
+from onebase_server.generation.call_reader import CallFormat, CallReader
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation
 from onebase_server.generation.tool_format import Bare, Parameters, Tool, ToolFormat
 
@@ -193,9 +194,13 @@ def follows(compiler: Any, base: Base, text: str, grammar: str) -> tuple[int, in
     return taken, len(ids), bool(matcher.is_accepting())
 
 
+def calls_of(format: ToolFormat, **how: bool) -> CallFormat:
+    return CallFormat(format, TOOLS, Grammar("lark", ""), **how)
+
+
 def read(format: ToolFormat, text: str, cuts: list[int]) -> tuple[str, list[tuple[str, Any]]]:
     """The content and the calls that a reader finds in a text that comes in pieces."""
-    reader = CallReader(format, TOOLS)
+    reader = CallReader(calls_of(format))
     content, found = "", list[list[str]]()
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     pieces = [text[start:stop] for start, stop in pairwise(places)]
@@ -289,15 +294,21 @@ def test_an_answer_that_is_cut_gives_the_beginning_of_its_calls(
     family = data.draw(st.sampled_from(sorted(TEMPLATES)))
     base = bases[family]
     text = base.answer("", made if base.format.parallel else made[:1])
-    reader = CallReader(base.format, TOOLS)
+    reader = CallReader(calls_of(base.format))
     stop = data.draw(st.integers(0, len(text)))
     said = reader.feed(text[:stop], end=True)
     for index, (name, values) in enumerate(made[: reader.count]):
         mine = [delta for delta in said.calls if delta.index == index]
         assert mine[0].name == name
         whole = "".join(delta.arguments for delta in mine)
-        if index < reader.count - 1:
+        if index < reader.count - 1 or reader.whole:
             assert json.loads(whole) == values
+        elif whole:
+            with pytest.raises(json.JSONDecodeError):
+                json.loads(whole)
+    assert (reader.finish_reason("stop") == "tool_calls") == (reader.count > 0 and reader.whole)
+    if not reader.count:
+        assert not CallReader(calls_of(base.format, required=True)).feed(text[:stop], end=True).content
 
 
 @pytest.mark.parametrize("text", ["a <tool_call> b", "<tool_call>\n<tool_call> b", "x <tool_ca", " \n", "{}"])
@@ -306,6 +317,47 @@ def test_text_that_only_looks_like_a_call_is_text(bases: dict[str, Base], text: 
     for family in ("hermes", "llama"):
         content, found = read(bases[family].format, text, list(range(0, len(text), size)))
         assert (content, found) == (text, [])
+
+
+def test_an_answer_that_must_be_json_may_hold_what_triggers_a_call(bases: dict[str, Base]) -> None:
+    text = '{"a": "<tool_call>"}'
+    said = CallReader(calls_of(bases["hermes"].format, at_once=True)).feed(text, end=True)
+    assert (said.content, said.calls) == (text, [])
+    with pytest.raises(ValueError, match="response_format goes without tools"):
+        bases["llama"].format.grammar(TOOLS, "auto", parallel=True, content={"type": "object"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "value"),
+    [
+        (["string", "number"], "5", 5),
+        (["string", "integer"], "1.0", 1.0),
+        (["string", "integer"], "1.5", "1.5"),
+        (["string", "null"], "null", None),
+        (["string", "null"], "nil", "nil"),
+        (["string", "boolean"], "true", True),
+        (["string", "number"], "NaN", "NaN"),
+        (["string", "number"], "-Infinity", "-Infinity"),
+        (["string", "array"], "[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_an_argument_that_may_be_a_text_is_what_it_can_be(
+    bases: dict[str, Base], kind: list[str], written: str, value: object
+) -> None:
+    tools = {"f": Tool("f", {"type": "object", "properties": {"a": {"type": kind}}})}
+    calls = CallFormat(bases["qwen3-coder"].format, tools, Grammar("lark", ""))
+    text = f"<tool_call>\n<function=f>\n<parameter=a>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    said = CallReader(calls).feed(text, end=True)
+    assert json.loads("".join(delta.arguments for delta in said.calls)) == {"a": value}
+
+
+def test_an_argument_whose_name_cannot_be_written_is_refused(bases: dict[str, Base]) -> None:
+    for name in ("a:b", "a>\nb", "", "a b"):
+        tool = Tool("f", {"type": "object", "properties": {name: {"type": "string"}}})
+        bases["hermes"].format.grammar({"f": tool}, "auto", parallel=True)
+        for family in ("gemma", "qwen3-coder"):
+            with pytest.raises(ValueError, match="cannot write an argument"):
+                bases[family].format.grammar({"f": tool}, "auto", parallel=True)
 
 
 def test_a_strict_tool_is_refused_where_its_schema_cannot_be_kept_to(bases: dict[str, Base]) -> None:
@@ -328,6 +380,7 @@ def test_a_strict_tool_is_refused_where_its_schema_cannot_be_kept_to(bases: dict
     [
         "{{ messages[0].content }}",
         "{{ raise_exception('no') if tools or messages[-1].tool_calls }}",
+        HEAD + "{% for c in m.tool_calls %}<|im_end|>{{ c.function | tojson }}{% endfor %}" + TAIL,
         HEAD + "{{- m.tool_calls | tojson if m.tool_calls else m.content }}" + TAIL,
         HEAD + "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.id }}){% endfor %}" + TAIL,
     ],

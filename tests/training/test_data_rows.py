@@ -203,7 +203,7 @@ def test_columns_that_a_text_was_made_from_are_left_alone(row: dict[str, Any], r
 def test_a_system_message_that_is_there_already_is_not_written_twice(own: str, role: str) -> None:
     told = {"role": role, "content": own}
     parsed = parse_row({"messages": [told, USER, GOOD], "system": "Be brief."}, "supervised")
-    assert parsed == Chat([told, USER, GOOD], None, [2])
+    assert parsed == Chat([told | {"role": "system"}, USER, GOOD], None, [2])
 
 
 def test_an_empty_list_of_tool_calls_is_none() -> None:

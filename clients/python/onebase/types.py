@@ -15,7 +15,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """JSON of an object, cut off where the answer ended by max_tokens."""
+    """JSON of an object, cut off where the answer ended within it: by max_tokens or a stop string."""
 
     @property
     def values(self) -> dict[str, Any]:

@@ -44,14 +44,10 @@ class CallFormat:
     tools: Mapping[str, Tool]
     grammar: Grammar
     named: bool = False
-
-    def reader(self) -> CallReader:
-        """For one answer."""
-        return CallReader(self.format, self.tools)
-
-    def finish_reason(self, reason: str | None, calls: int) -> str | None:
-        """As OpenAI has it, where an answer that had to call one tool ends with `stop`."""
-        return "tool_calls" if reason == "stop" and calls and not self.named else reason
+    required: bool = False
+    """Whether it has to call one."""
+    at_once: bool = False
+    """Whether calls begin the answer, or there are none."""
 
 
 class CallReader:
@@ -61,16 +57,24 @@ class CallReader:
     because it was cut, loses nothing that is readable.
     """
 
-    def __init__(self, format: ToolFormat, tools: Mapping[str, Tool]) -> None:
-        self._format = format
-        self._tools = tools
+    def __init__(self, calls: CallFormat) -> None:
+        self._as_asked = calls
+        self._format = calls.format
+        self._tools = calls.tools
         self._rest = ""
         self._ended = False
         self._content: list[str] = []
         self._calls: list[CallDelta] = []
         self.count = 0
         """Calls so far."""
+        self.whole = True
+        """Whether the last one has all its arguments."""
         self._steps = self._read()
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """As OpenAI has it, where an answer that had to call one tool ends with `stop`."""
+        called = self.count > 0 and self.whole and not self._as_asked.named
+        return "tool_calls" if reason == "stop" and called else reason
 
     def feed(self, text: str, *, end: bool = False) -> Said:
         """What is certain with this text. end: there will be no more."""
@@ -95,9 +99,11 @@ class CallReader:
     def _text(self) -> Generator[None, None, bool]:
         """Read up to the first call. False: there is none."""
         format = self._format
-        while not format.trigger:
+        while self._as_asked.at_once or not format.trigger:
             if self._rest.startswith(format.opening):
                 return self._skip(len(format.opening))
+            if self._ended and self._as_asked.required:
+                return False
             if self._ended or not format.opening.startswith(self._rest):
                 yield from self._all_text()
                 return False
@@ -106,6 +112,8 @@ class CallReader:
             at = self._rest.find(format.trigger)
             if at < 0:
                 held = _held(self._rest, format.trigger)
+                if self._ended and self._as_asked.required:
+                    return False  # a call that was cut before it had a name
                 if self._ended:
                     self._say(len(self._rest))
                     return False
@@ -141,6 +149,7 @@ class CallReader:
         name, index = self._rest[:at], self.count
         self._skip(at + len(self._format.middle))
         self.count += 1
+        self.whole = False
         self._calls.append(CallDelta(index, id=self._format.new_id(), name=name))
         if made is None:
             yield from self._object(index)
@@ -164,6 +173,7 @@ class CallReader:
                     depth -= 1
                     if depth == 0:
                         self._argue(index, self._rest[: place + 1])
+                        self.whole = True
                         self._skip(place + 1)
                         return
             self._argue(index, self._rest)
@@ -178,8 +188,11 @@ class CallReader:
         before = "{"
         while True:
             while not self._rest.startswith(made.opening):
-                if self._ended or not made.opening.startswith(self._rest):
+                if not made.opening.startswith(self._rest):
                     self._argue(index, "{}" if before == "{" else "}")
+                    self.whole = True
+                    return
+                if self._ended:
                     return
                 yield
             while (at := self._rest.find(made.middle, len(made.opening))) < 0:
@@ -196,7 +209,9 @@ class CallReader:
         if kinds >= {"string"} and len(kinds) > 1:  # it is known at its end what it is
             while (at := self._rest.find(made.closing)) < 0 and not self._ended:
                 yield
-            value = self._rest if at < 0 else self._rest[:at]
+            if at < 0:
+                return
+            value = self._rest[:at]
             self._skip(len(value) + len(made.closing))
             self._argue(index, before + (value if _is_other(value, kinds) else _json(value)))
             return
@@ -251,6 +266,7 @@ class CallReader:
                 self._argue(index, {",": ", ", ":": ": "}.get(character, character))
                 key = character in "{," and within[-1:] == ["{"]
                 if not within:
+                    self.whole = True
                     return
 
     def _goes_on(self) -> Generator[None, None, bool]:
@@ -292,15 +308,43 @@ def _json(text: str) -> str:
 def _is_other(value: str, kinds: frozenset[str]) -> bool:
     """Whether a value that may be a text is JSON of another kind."""
     try:
-        made = json.loads(value)
-    except ValueError:
+        made = json.loads(value, parse_constant=_no_number)
+    except (ValueError, RecursionError):
         return False
-    return not isinstance(made, str) and (
-        "other" in kinds or ("null" if made is None else _KIND_OF[type(made)]) in kinds
-    )
+    if isinstance(made, str):
+        return False
+    found = {"null" if made is None else _KIND_OF[type(made)]}
+    if isinstance(made, int | float) and not isinstance(made, bool):
+        found |= {"number"} | ({"integer"} if float(made).is_integer() else set())
+    return "other" in kinds or not kinds.isdisjoint(found)
 
 
 _KIND_OF = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
+
+
+class TextReader:
+    """Reads an answer that calls nothing, as CallReader one that may."""
+
+    count = 0
+    whole = True
+
+    def feed(self, text: str, *, end: bool = False) -> Said:
+        return Said(text, [])
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        return reason
+
+
+AnswerReader = CallReader | TextReader
+
+
+def answer_reader(calls: CallFormat | None) -> AnswerReader:
+    """For one answer."""
+    return TextReader() if calls is None else CallReader(calls)
 
 
 def _held(text: str, marker: str, *, space: bool = True) -> int:

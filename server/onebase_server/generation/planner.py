@@ -41,6 +41,10 @@ _INLINE_CHARACTERS = 8_000
 _LONG_CHARACTERS = 100_000
 """Longer ones wait for each other, so that shorter ones have their turn and memory is taken for one."""
 _THREADS = 2
+_MESSAGE_CHARACTERS = 40
+"""What a message counts besides its text: a template writes around it."""
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG"
+"""With which transformers finds the end of the last message."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class Planner:
         base = self._base()
         if len(tokens) > base.max_length:
             raise InvalidRequestError(
-                f"tokens: there are {len(tokens)}; this server's maximum context length is "
+                f"tokens: there are {len(tokens)}. This model's maximum context length is "
                 f"{base.max_length} (--max-length). Send them in parts.",
                 param="tokens",
                 code="context_length_exceeded",
@@ -260,9 +264,13 @@ class Planner:
             tools,
             self._options(body, messages, reasoning_effort),
         )
-        size = sum(len(message["content"]) for message in chat.messages)
-        if tools or any(message.tool_calls for message in messages):
-            size += len(json.dumps([tools, [message.get("tool_calls") for message in chat.messages]]))
+        size = sum(
+            _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
+            for message in chat.messages
+        )
+        if tools or chat.options or any(message.tool_calls for message in messages):
+            calls = [message.get("tool_calls") for message in chat.messages]
+            size += len(json.dumps([tools, chat.options, calls]))
         return Prompt(await self._tokens("messages", size, self._tokenizer.encode_chat, chat))
 
     def _options(
@@ -284,6 +292,12 @@ class Planner:
             if not messages[-1].rendered()["content"].strip():
                 raise InvalidRequestError(
                     "continue_final_message: the last message is empty; there is nothing to go on from.",
+                    param="continue_final_message",
+                )
+            if messages[-1].tool_calls or _MARK in json.dumps([message.rendered() for message in messages]):
+                raise InvalidRequestError(
+                    "continue_final_message: it cannot be told where the last message ends. Leave it out, or "
+                    "send a last message without tool_calls.",
                     param="continue_final_message",
                 )
             return given | {"continue_final_message": True, "add_generation_prompt": False}
@@ -324,7 +338,14 @@ class Planner:
             raise InvalidRequestError(
                 "tools: the parameters of one are no JSON schema. Change them.", param="tools"
             ) from error
-        return CallFormat(format, tools, grammar, named=body.named_tool is not None)
+        return CallFormat(
+            format,
+            tools,
+            grammar,
+            named=body.named_tool is not None,
+            required=body.must_call,
+            at_once=content is not None,
+        )
 
     async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:
         """What `encode` makes of a text of `size` characters, in its turn."""
@@ -332,7 +353,7 @@ class Planner:
         most = length * self._tokenizer.longest_token
         if size > most:
             raise InvalidRequestError(
-                f"{param}: has {size} characters; this server's maximum context length is {length} "
+                f"{param}: has {size} characters. This model's maximum context length is {length} "
                 f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
                 param=param,
                 code="context_length_exceeded",
@@ -403,9 +424,17 @@ def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
 
 
 def _rendered(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is given: `strict` is about sampling."""
+    """What the chat template is given, as training gives it: without `strict`, which is about sampling, and
+    without nulls, which tables fill in."""
     function = {key: value for key, value in tool["function"].items() if key != "strict"}
-    return {**tool, "function": function}
+    made: dict[str, Any] = _without_nulls({**tool, "function": function})
+    return made
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _no_tools(param: str) -> InvalidRequestError:
@@ -432,8 +461,8 @@ def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> Non
             )
         if len(prompt.tokens) >= base.max_length:
             raise InvalidRequestError(
-                f"{param}: has {len(prompt.tokens)} tokens; this server's maximum context length, with the "
-                f"answer, is {base.max_length} tokens (--max-length). Shorten it.",
+                f"{param}: has {len(prompt.tokens)} tokens. This model's maximum context length is "
+                f"{base.max_length} tokens, those of the answer with them (--max-length). Shorten it.",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -486,8 +515,8 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
         return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
     if wanted.max_tokens > room:
         raise InvalidRequestError(
-            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are over this server's "
-            f"maximum context length of {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
+            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are too many. This model's "
+            f"maximum context length is {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
             "shorten the prompt.",
             param="max_tokens",
             code="context_length_exceeded",

@@ -108,8 +108,11 @@ class ToolFormat:
         """Keeps an answer to calls of these tools, by their schemas, or under `auto` to text without calls.
 
         content: what an answer without calls must be; None is any text. Raises ValueError for what a strict
-        tool asks for and this format cannot keep to, and for tools that are too large.
+        tool asks for and this format cannot keep to, for names of arguments that it cannot write, for tools
+        that are too large, and for content where calls begin like it.
         """
+        if content is not None and not self.trigger and choice == "auto":
+            raise ValueError("response_format goes without tools here: this base's calls begin like JSON")
         again = f"({self._literal(self.between)} call)*" if parallel and self.between is not None else ""
         rules = [
             f"calls: call {again} {self._literal(self.closing)} /[ \\n]{{0,2}}/",
@@ -162,6 +165,7 @@ class ToolFormat:
         closing = self._literal(made.closing)
         for number, (key, schema) in enumerate(tool.properties.items()):
             value = f"{rule}_{number}"
+            _check_name(key)
             if tool.strict and "string" in kinds(schema) and (over := schema.keys() & _NOT_AS_IT_IS):
                 raise ValueError(_cannot_keep(min(over)))
             if "string" not in kinds(schema):
@@ -331,7 +335,7 @@ class _BareGrammar:
     def _object(self, schema: Schema) -> str:
         required = schema.get("required") or ()
         pairs = [
-            (f"{_quoted(key + ':')} {self._value(value)}", key in required)
+            (f"{_quoted(_check_name(key) + ':')} {self._value(value)}", key in required)
             for key, value in sorted(schema["properties"].items(), key=lambda item: item[0].lower())
         ]
         # After each key, and whether one is written already: what may follow.
@@ -358,10 +362,18 @@ class _BareGrammar:
         return _quoted(json.dumps(value)) if not isinstance(value, list | dict) else f"{self._rule}_any"
 
 
+def _check_name(key: str) -> str:
+    """Of an argument that is written without quotes."""
+    if not _BARE_NAME.fullmatch(key):
+        raise ValueError(f"this base cannot write an argument of the name {key[:40]!r}")
+    return key
+
+
 def _cannot_keep(keyword: str) -> str:
     return f"strict is not possible with {keyword!r} here, since this base does not write arguments as JSON"
 
 
+_BARE_NAME = re.compile(r"[^\s<>:,{}\[\]\"\x00-\x1f\x7f]+")
 _NUMBER_RULE = r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/"
 _NOT_BARE = frozenset(
     ("pattern", "format", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum",
@@ -467,7 +479,11 @@ def _format(
         if closing.startswith(alone) and closing[len(alone) :].strip():
             closing = alone  # what follows is written for the answers of tools
     parts = [opening, first.middle, between or "", closing]
-    if not opening or any(probe in part for part in parts for probe in (*_NAMES, *_IDS, *_KEYS, _VALUE)):
+    if (
+        not opening
+        or _ends_a_turn(opening, one.text, controls)
+        or any(probe in part for part in parts for probe in (*_NAMES, *_IDS, *_KEYS, _VALUE))
+    ):
         return None
     trigger = next((name for name in controls if opening.startswith(name)), "")
     if not trigger:
@@ -481,6 +497,13 @@ def _format(
         if _THOUGHT.search(name) or any(name in part for part in parts)
     }
     return ToolFormat(opening, first.middle, between, closing, trigger, first.arguments, used)
+
+
+def _ends_a_turn(opening: str, text: str, controls: Mapping[str, int]) -> bool:
+    """Whether a call begins with what ends a message, as where it is a message of its own (gpt-oss)."""
+    after = text[text.find(_QUESTION) + len(_QUESTION) :].lstrip()
+    ends = next((name for name in controls if after.startswith(name)), None)
+    return ends is not None and ends in opening
 
 
 def _end(render: Render, text: str, controls: Mapping[str, int]) -> int:

@@ -83,6 +83,7 @@ async def run_server(
     try:
         await asyncio.wait({engine, jobs, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
+            services.supervisor.go_on()
             await _drain(services, server, engine)
     finally:
         services.draining = True

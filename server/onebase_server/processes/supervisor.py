@@ -152,6 +152,7 @@ class EngineSupervisor:
         self._restart_delay = 0.0
         self._stopping = False
         self._ever_ready = False
+        self._pausing = asyncio.Lock()
         self.paused = False
         """Whether the engine is to compute nothing, or was told so."""
 
@@ -182,18 +183,30 @@ class EngineSupervisor:
 
         Raises UnavailableError.
         """
+        async with self._pausing:
+            self._tell_paused(paused)
+            deadline = time.monotonic() + self._stall_timeout
+            while self.router.stats is None or self.router.stats.paused != paused:
+                await asyncio.sleep(_PAUSE_POLL_SECONDS)
+                if self.paused != paused:  # the server ends, and lets what runs end
+                    return
+                if time.monotonic() > deadline or self.unavailable() is not None:
+                    raise UnavailableError(
+                        "The engine did not answer. Try again.", code="engine_busy", retry_after=1.0
+                    )
+
+    def go_on(self) -> None:
+        """End a pause, if there is one: the server ends, and what runs may."""
+        if self.paused and self.unavailable() is None:
+            self._tell_paused(False)
+
+    def _tell_paused(self, paused: bool) -> None:
+        """Raises UnavailableError."""
         reason = self.unavailable()
         if reason is not None:
             raise reason
         self.paused = paused
         self._link.send(Pause(paused))
-        deadline = time.monotonic() + self._stall_timeout
-        while self.router.stats is None or self.router.stats.paused != paused:
-            await asyncio.sleep(_PAUSE_POLL_SECONDS)
-            if time.monotonic() > deadline or self.unavailable() is not None:
-                raise UnavailableError(
-                    "The engine did not answer. Try again.", code="engine_busy", retry_after=1.0
-                )
 
     # ---- the engine's life -------------------------------------------------------------------
 

@@ -432,7 +432,7 @@ def check_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             wanted = '{"type": "function", "function": {"name": ...}}'
             raise RowError(f"{field}[{index}]", f"a tool is written {wanted}")
-    return [_without_nulls(tool) for tool in value] or None
+    return [_without_strict(_without_nulls(tool)) for tool in value] or None
 
 
 def _message(message: Any, field: str) -> Message:
@@ -448,6 +448,7 @@ def _message(message: Any, field: str) -> Message:
         raise RowError(f"{field}.role", "missing")
     if role not in ROLES:
         raise RowError(f"{field}.role", f"{str(role)[:40]!r} is not a role: use {', '.join(ROLES)}")
+    role = "system" if role == "developer" else role  # the newer word, which templates do not know
     made: Message = {"role": role, "content": _content(given, field)}
     _take_weight(given, made, field)
     for key in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
@@ -517,12 +518,18 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         # OpenAI writes the arguments as JSON text; templates write them as JSON themselves.
         try:
-            arguments = parse_strict(arguments)
+            arguments = parse_strict(arguments or "{}")
         except RowError as error:
             raise RowError(f"{field}.function.arguments", error.reason) from None
     if not isinstance(arguments, dict):
         raise RowError(f"{field}.function.arguments", "must be an object")
     return {**_without_nulls(call), "function": {**_without_nulls(function), "arguments": arguments}}
+
+
+def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """It says how calls are sampled, and is not for the model: serving leaves it out as well."""
+    function = {key: value for key, value in tool["function"].items() if key != "strict"}
+    return {**tool, "function": function}
 
 
 def _without_nulls(value: Any) -> Any:

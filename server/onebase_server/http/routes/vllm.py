@@ -83,6 +83,7 @@ async def pause(
 
     `clear_cache` changes nothing: what is cached is kept by the content of the adapter that it belongs to.
     """
+    services.refuse_if_draining()
     if mode != "keep":
         raise InvalidRequestError(
             f"mode: {mode!r} is not served. Send keep: what runs goes on after /resume.", param="mode"

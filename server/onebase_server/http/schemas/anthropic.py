@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from onebase_server.http.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
@@ -107,14 +107,18 @@ class ToolResultBlock(_Block):
         return (_FAILED if self.is_error else "") + _text(self.content or "")
 
 
+def _type_of(value: Any) -> Any:
+    """Of a block; of what is none, that of which the error is the clearest."""
+    found = value.get("type", "text") if isinstance(value, dict) else getattr(value, "type", "text")
+    return found if isinstance(found, str) else "text"
+
+
 _BLOCKS = ("text", "tool_use", "tool_result")
 AnyBlock = Annotated[
     Annotated[TextBlock, Tag("block-text")]
     | Annotated[ToolUseBlock, Tag("block-tool_use")]
     | Annotated[ToolResultBlock, Tag("block-tool_result")],
-    Discriminator(
-        lambda value: f"block-{value.get('type', 'text') if isinstance(value, dict) else value.type}"
-    ),
+    Discriminator(lambda value: f"block-{_type_of(value)}"),
     _of_type(*_BLOCKS, otherwise=f"only {', '.join(_BLOCKS)} are"),
 ]
 AnyBlocks = Annotated[list[AnyBlock], Field(max_length=MAX_MESSAGES, fail_fast=True)]
@@ -311,7 +315,7 @@ class ConversationRequest(Tolerant):
     thinking: Annotated[Thinking, _NO_THINKING] | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(default=None, description="older than output_config.format")
-    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=64)] | None = Field(
+    chat_template_kwargs: Annotated[JsonSchema, Field(max_length=64)] | None = Field(
         default=None, description="this server's: more variables of the base's chat template"
     )
 

@@ -109,11 +109,14 @@ class ResponseFormat(Wire):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    value: JsonSchema | None = Field(default=None, description="TGI's: the schema of a json_object")
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise FieldError("json_schema", "json_schema goes with type json_schema, and only with it")
+        if self.value is not None and self.type != "json_object":
+            raise FieldError("value", "value goes with type json_object only")
         return self
 
 
@@ -214,7 +217,7 @@ class SamplingFields(Wire):
         outputs, wanted = self.structured_outputs, self.response_format
         schema = wanted.json_schema.schema_ if wanted is not None and wanted.json_schema is not None else None
         given = {
-            "response_format": ANY_OBJECT if wanted is not None and wanted.type == "json_object" else None,
+            "response_format": _of_object(wanted) if wanted is not None else None,
             "response_format.json_schema.schema": of_schema(schema),
             "guided_json": of_schema(self.guided_json),
             "guided_regex": _of("regex", self.guided_regex),
@@ -249,6 +252,12 @@ class GrammarField:
 
 _SPECIAL_IN_REGEX = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/]")
 ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
+
+
+def _of_object(wanted: ResponseFormat) -> Grammar | None:
+    if wanted.type != "json_object":
+        return None
+    return ANY_OBJECT if wanted.value is None else of_schema(wanted.value)
 
 
 def _of(kind: Literal["regex", "grammar"], text: str | None) -> Grammar | None:

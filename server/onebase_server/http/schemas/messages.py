@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -46,6 +47,14 @@ def _no_number(name: str) -> Any:
     raise ValueError(name)
 
 
+def _a_number(text: str) -> float:
+    """Raises ValueError for one that is too large."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 class FunctionCall(Wire):
     """What an assistant called. arguments: JSON of an object, as text like OpenAI's or as it is."""
 
@@ -61,7 +70,7 @@ class FunctionCall(Wire):
         found: Any = self.arguments
         if isinstance(found, str):
             try:
-                found = json.loads(found or "{}", parse_constant=_no_number)
+                found = json.loads(found or "{}", parse_constant=_no_number, parse_float=_a_number)
             except (ValueError, RecursionError):
                 found = None
         if not isinstance(found, dict):

@@ -222,7 +222,7 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     def _check_response(self) -> Self:
         for name, hint in _OTHER_WORDS.items():
             value = getattr(self, name)
-            if value not in (None, False) and (name, value) != ("n", 1):
+            if value is not None and value is not False and (name, value) != ("n", 1):
                 raise FieldError(name, hint)
         return self
 

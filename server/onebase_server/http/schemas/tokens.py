@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from onebase_server.http.schemas.generation import MAX_PROMPT_TOKENS, ConversationFields, TokenId
 from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolObject
-from onebase_server.http.schemas.wire import FieldError, Name, Tolerant, Wire, rebuilt
+from onebase_server.http.schemas.wire import FieldError, JsonSchema, Name, Tolerant, Wire, rebuilt
 
 _OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
@@ -20,7 +20,7 @@ class TokenizeRequest(Tolerant):
     prompt: str | None = None
     messages: Messages | None = None
     tools: Annotated[list[ToolObject], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[JsonSchema, Field(max_length=64)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = Field(

@@ -169,6 +169,8 @@ def _is_field_name(part: str) -> bool:
         "Message",
         "TextPart",
         "AdapterTerm",
+        "dict",
+        "list",
     }
 
 

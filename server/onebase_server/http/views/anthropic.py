@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from onebase_server.errors import OneBaseError, error_body, status_of
-from onebase_server.generation.call_reader import CallDelta, CallFormat, CallReader, Said
+from onebase_server.generation.call_reader import AnswerReader, CallDelta, answer_reader
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.stream import Piece, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
@@ -32,16 +32,16 @@ class MessageView(GenerationView):
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         (piece,) = choices
-        reader = _Reader(generation.job.calls)
-        said = reader.read(piece)
+        reader = answer_reader(generation.job.calls)
+        said = reader.feed(piece.text, end=True)
         content: list[Json] = [_text_block(said.content)] if said.content else []
         for call in whole_calls(said.calls):
             function = call["function"]
             content.append(_call_block(call["id"], function["name"], _values(function["arguments"])))
-        return {**self._head(generation, content), **reader.stop(piece)}
+        return {**self._head(generation, content), **_stop(piece, reader)}
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        blocks = _Blocks(_Reader(generation.job.calls))
+        blocks = _Blocks(answer_reader(generation.job.calls))
         chunk = b""
         begun = False
         async for pieces in generation.pieces():
@@ -52,7 +52,7 @@ class MessageView(GenerationView):
                 chunk += blocks.more(piece)
                 if piece.finish_reason:
                     usage = message_usage(generation.usage)
-                    chunk += _event("message_delta", delta=blocks.reader.stop(piece), usage=usage)
+                    chunk += _event("message_delta", delta=_stop(piece, blocks.reader), usage=usage)
                     chunk += _event("message_stop")
             if chunk:
                 yield chunk
@@ -75,37 +75,26 @@ class MessageView(GenerationView):
         }
 
 
-class _Reader:
-    """Reads an answer, and says why it ended."""
-
-    def __init__(self, calls: CallFormat | None) -> None:
-        self._calls: CallReader | None = None if calls is None else calls.reader()
-
-    def read(self, piece: Piece) -> Said:
-        """What is certain with a piece."""
-        if self._calls is None:
-            return Said(piece.text, [])
-        return self._calls.feed(piece.text, end=piece.finish_reason is not None)
-
-    def stop(self, piece: Piece) -> Json:
-        reason = _STOP_REASONS.get(piece.finish_reason or "")
-        if reason is None:
-            called = self._calls is not None and self._calls.count > 0
-            reason = "stop_sequence" if piece.stop is not None else "tool_use" if called else "end_turn"
-        return {"stop_reason": reason, "stop_sequence": piece.stop}
+def _stop(piece: Piece, reader: AnswerReader) -> Json:
+    """Why an answer ended."""
+    reason = _STOP_REASONS.get(piece.finish_reason or "")
+    if reason is None:
+        called = reader.count > 0 and reader.whole
+        reason = "stop_sequence" if piece.stop is not None else "tool_use" if called else "end_turn"
+    return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 
 class _Blocks:
     """The blocks of a streamed answer, one after the other."""
 
-    def __init__(self, reader: _Reader) -> None:
+    def __init__(self, reader: AnswerReader) -> None:
         self.reader = reader
         self._open = False
         self._index = -1
 
     def more(self, piece: Piece) -> bytes:
         """The events of what is certain with a piece."""
-        said = self.reader.read(piece)
+        said = self.reader.feed(piece.text, end=piece.finish_reason is not None)
         chunk = b""
         if said.content:
             if not self._open:

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from onebase_server.errors import OneBaseError, error_body
-from onebase_server.generation.call_reader import CallDelta, CallFormat, Said
-from onebase_server.generation.generation import Generation
+from onebase_server.generation.call_reader import CallDelta, Said, answer_reader
+from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.schemas.openai import UsageInStream
@@ -83,19 +83,18 @@ class GenerationView(ABC):
 # ---- calls of tools ----------------------------------------------------------------------------
 
 
-class _Calls:
-    """The calls in the choices of one answer."""
+class _Readers:
+    """Of the choices in one answer."""
 
-    def __init__(self, format: CallFormat, choices: int) -> None:
-        self._format = format
-        self._readers = [format.reader() for _ in range(choices)]
+    def __init__(self, job: Job) -> None:
+        self._readers = [answer_reader(job.calls) for _ in range(job.choices)]
 
     def read(self, piece: Piece) -> Said:
         """What is certain with a piece."""
         return self._readers[piece.index].feed(piece.text, end=piece.finish_reason is not None)
 
     def finish_reason(self, piece: Piece) -> str | None:
-        return self._format.finish_reason(piece.finish_reason, self._readers[piece.index].count)
+        return self._readers[piece.index].finish_reason(piece.finish_reason)
 
 
 def _call_delta(delta: CallDelta) -> Json:
@@ -124,36 +123,37 @@ class GenerateView(GenerationView):
     """Answers of POST /generate."""
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
-        calls = _calls_of(generation)
+        readers = _Readers(generation.job)
         return {
             "id": generation.job.id,
             "object": "generation",
-            "choices": [self._whole(piece, generation, calls) for piece in choices],
+            "choices": [self._whole(piece, generation, readers) for piece in choices],
             **_summary(generation),
         }
 
-    def _whole(self, piece: Piece, generation: Generation, calls: _Calls | None) -> Json:
-        wanted = generation.job.sampling.logprobs is not None
+    def _whole(self, piece: Piece, generation: Generation, readers: _Readers) -> Json:
+        job = generation.job
+        said = readers.read(piece)
         made: Json = {
             "index": piece.index,
-            "text": piece.text,
-            "finish_reason": piece.finish_reason,
-            "logprobs": flat_logprobs(piece.tokens, self._tokenizer) if wanted else None,
+            "text": said.content,
+            "finish_reason": readers.finish_reason(piece),
+            "logprobs": None
+            if job.sampling.logprobs is None
+            else flat_logprobs(piece.tokens, self._tokenizer),
         }
-        if calls is not None:
-            said = calls.read(piece)
-            reason = calls.finish_reason(piece)
-            made |= {"text": said.content, "tool_calls": whole_calls(said.calls), "finish_reason": reason}
+        if job.calls is not None:
+            made["tool_calls"] = whole_calls(said.calls)
         return made
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         job_id = generation.job.id
-        calls = _calls_of(generation)
+        readers = _Readers(generation.job)
         async for pieces in generation.pieces():
             chunk = b""
             for piece in pieces:
                 head: Json = {"id": job_id, "index": piece.index}
-                said = calls.read(piece) if calls else Said(piece.text, [])
+                said = readers.read(piece)
                 if said.content or said.calls or piece.tokens:
                     data: Json = {**head, "text": said.content}
                     if said.calls:
@@ -162,16 +162,11 @@ class GenerateView(GenerationView):
                         data["logprobs"] = flat_logprobs(piece.tokens, self._tokenizer)
                     chunk += event(data)
                 if piece.finish_reason:
-                    reason = calls.finish_reason(piece) if calls else piece.finish_reason
+                    reason = readers.finish_reason(piece)
                     chunk += event({**head, "text": "", "finish_reason": reason})
             if chunk:
                 yield chunk
         yield event({"id": job_id, "done": True, **_summary(generation)})
-
-
-def _calls_of(generation: Generation) -> _Calls | None:
-    job = generation.job
-    return None if job.calls is None else _Calls(job.calls, job.choices)
 
 
 def _summary(generation: Generation) -> Json:
@@ -274,7 +269,7 @@ class OpenAIView(GenerationView):
         self._usage = usage
 
     @abstractmethod
-    def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
+    def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
         """One choice of a whole answer."""
 
     @abstractmethod
@@ -291,8 +286,8 @@ class OpenAIView(GenerationView):
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         wanted = generation.job.sampling.logprobs is not None
-        calls = _calls_of(generation)
-        made = [self.whole(piece, calls, wanted) for piece in choices]
+        readers = _Readers(generation.job)
+        made = [self.whole(piece, readers, wanted) for piece in choices]
         if generation.job.token_ids:
             for choice, piece in zip(made, choices, strict=True):
                 self._add_ids(choice, piece, generation)
@@ -308,7 +303,7 @@ class OpenAIView(GenerationView):
         if self._usage == "last":
             head["usage"] = None
         wanted = generation.job.sampling.logprobs is not None
-        calls = _calls_of(generation)
+        readers = _Readers(generation.job)
         opening = self.opening(generation.job.choices)
         if self._usage == "always":
             head["usage"] = openai_usage(generation.usage)
@@ -318,14 +313,14 @@ class OpenAIView(GenerationView):
             if self._usage == "always":
                 head["usage"] = openai_usage(generation.usage)
             for piece in pieces:
-                said = calls.read(piece) if calls else Said(piece.text, [])
+                said = readers.read(piece)
                 if said.content or said.calls or piece.tokens or piece.ids:
                     part = self.part(piece, said, wanted and bool(piece.tokens))
                     if piece.ids:
                         self._add_ids(part, piece, generation)
                     chunk += event({**head, "choices": [part]})
                 if piece.finish_reason:
-                    reason = calls.finish_reason(piece) if calls else piece.finish_reason
+                    reason = readers.finish_reason(piece)
                     chunk += event({**head, "choices": [self.end(piece, reason)]})
             if chunk:
                 yield chunk
@@ -371,7 +366,7 @@ class CompletionView(OpenAIView):
             self._told.add(piece.index)
             choice["prompt_token_ids"] = generation.job.prompts[piece.index // generation.job.n].tokens
 
-    def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
+    def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
         made = self.part(piece, Said(piece.text, []), with_logprobs)
         return made | {"finish_reason": piece.finish_reason}
 
@@ -396,20 +391,16 @@ class ChatView(OpenAIView):
         job = generation.job
         return {"prompt_token_ids": job.prompts[0].tokens} if job.token_ids else {}
 
-    def whole(self, piece: Piece, calls: _Calls | None, with_logprobs: bool) -> Json:
-        message: Json = {"role": "assistant", "content": piece.text, "refusal": None}
-        reason: str | None = piece.finish_reason
-        if calls is not None:
-            said = calls.read(piece)
-            message["content"] = said.content
-            reason = calls.finish_reason(piece)
-            if said.calls:
-                message |= {"content": said.content or None, "tool_calls": whole_calls(said.calls)}
+    def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
+        said = readers.read(piece)
+        message: Json = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.calls:
+            message |= {"content": said.content or None, "tool_calls": whole_calls(said.calls)}
         return {
             "index": piece.index,
             "message": message,
             "logprobs": chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None,
-            "finish_reason": reason,
+            "finish_reason": readers.finish_reason(piece),
         }
 
     def opening(self, choices: int) -> list[Json]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from onebase_server.errors import OneBaseError, status_of
-from onebase_server.generation.call_reader import CallDelta, Said
+from onebase_server.generation.call_reader import CallDelta, answer_reader
 from onebase_server.generation.generation import Generation, Job, new_id
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
@@ -27,7 +27,7 @@ class _Output:
         self.reason: str | None = None
         """Why it is not whole."""
         self._tokenizer = tokenizer
-        self._reader = job.calls.reader() if job.calls is not None else None
+        self._reader = answer_reader(job.calls)
         self._open: Json | None = None
         self._parts: list[str] = []
         self._called = False
@@ -38,13 +38,15 @@ class _Output:
     def feed(self, piece: Piece) -> list[Json]:
         """What happens with a piece."""
         ended = piece.finish_reason is not None
-        said = self._reader.feed(piece.text, end=ended) if self._reader else Said(piece.text, [])
+        said = self._reader.feed(piece.text, end=ended)
         self._waiting += piece.tokens
         events = self._say(said.content) if said.content else []
         for delta in said.calls:
             events += self._call(delta)
         if ended:
             self.reason = _REASONS.get(piece.finish_reason or "")
+            if self.reason is None and not self._reader.whole:
+                self.reason = "stop"  # a stop string in a call
             if self._open is None and not self.items:
                 events += self._begin_message()
             events += self._close("incomplete" if self.reason else "completed")
