@@ -76,6 +76,7 @@ TO_ENGINE: list[protocol.ToEngine] = [
     protocol.Cancel("r"),
     protocol.LoadAdapter("d", "/a", "0" * 64),
     protocol.UnloadAdapter("d"),
+    protocol.Pause(paused=True),
     protocol.Shutdown(),
 ]
 TO_API: list[protocol.ToApi] = [
