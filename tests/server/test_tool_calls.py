@@ -311,6 +311,25 @@ def test_an_answer_that_is_cut_gives_the_beginning_of_its_calls(
         assert not CallReader(calls_of(base.format, required=True)).feed(text[:stop], end=True).content
 
 
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_arguments_are_json_exactly_when_the_call_is_whole_wherever_it_is_cut(
+    bases: dict[str, Base], family: str
+) -> None:
+    near = {"lines": ["a", 1, True], "next": None}
+    values = {"city": "", "days": 12, "near": near, "note": "x", "unit": "C"}
+    text = bases[family].answer("", [("get_weather", values)])
+    for stop in range(len(text) + 1):
+        reader = CallReader(calls_of(bases[family].format))
+        whole = "".join(delta.arguments for delta in reader.feed(text[:stop], end=True).calls)
+        try:
+            found = json.loads(whole)
+        except ValueError:
+            found = None
+        if reader.count:
+            assert reader.whole == (found is not None)
+            assert found in (None, values)
+
+
 @pytest.mark.parametrize("text", ["a <tool_call> b", "<tool_call>\n<tool_call> b", "x <tool_ca", " \n", "{}"])
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_text_that_only_looks_like_a_call_is_text(bases: dict[str, Base], text: str, size: int) -> None:

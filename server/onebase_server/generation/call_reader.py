@@ -201,24 +201,29 @@ class CallReader:
                 yield
             key = self._rest[len(made.opening) : at]
             self._skip(at + len(made.middle))
-            yield from self._value(index, f"{before}{_json(key)}: ", kinds(properties.get(key, {})), made)
+            begun = f"{before}{_json(key)}: "
+            if not (yield from self._value(index, begun, kinds(properties.get(key, {})), made)):
+                return
             before = ", "
 
-    def _value(self, index: int, before: str, kinds: frozenset[str], made: Parameters) -> Generator[None]:
-        """Read a value that ends with `made.closing`, as JSON."""
+    def _value(
+        self, index: int, before: str, kinds: frozenset[str], made: Parameters
+    ) -> Generator[None, None, bool]:
+        """Read a value that ends with `made.closing`, as JSON. False: it was cut."""
         if kinds >= {"string"} and len(kinds) > 1:  # it is known at its end what it is
             while (at := self._rest.find(made.closing)) < 0 and not self._ended:
                 yield
             if at < 0:
-                return
+                return False
             value = self._rest[:at]
-            self._skip(len(value) + len(made.closing))
             self._argue(index, before + (value if _is_other(value, kinds) else _json(value)))
-            return
+            return self._skip(len(value) + len(made.closing))
         quote = '"' if "string" in kinds else ""
         self._argue(index, before + quote)
-        if (yield from self._up_to(index, made.closing, text=bool(quote))):
-            self._argue(index, quote)
+        if not (yield from self._up_to(index, made.closing, text=bool(quote))):
+            return False
+        self._argue(index, quote)
+        return True
 
     def _up_to(self, index: int, mark: str, *, text: bool) -> Generator[None, None, bool]:
         """Hand out what stands before a mark, and skip that. False: it did not come."""
