@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoTokenizer
 
 from onebase_engine.base import default_base
 from onebase_engine.base.default_base import (
@@ -208,3 +209,30 @@ def test_the_default_base_knows_the_capital_of_france(default_folder: Path) -> N
     )
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "The capital of France is Paris" in tokenizer.decode(answer, skip_special_tokens=True)
+
+
+ITS_OWN = """{% for message in messages %}\
+{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+"""The chat template that the default base is published with."""
+
+
+@pytest.mark.parametrize("generation", [False, True])
+@pytest.mark.parametrize(
+    "roles", [["user"], ["system", "user"], ["user", "assistant", "user"], ["assistant"], ["user", "system"]]
+)
+def test_without_tools_the_chat_template_writes_what_its_own_does(roles: list[str], generation: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(fetch_default_base(), local_files_only=True)
+    messages = [{"role": role, "content": f" {role}\n\n x "} for role in roles]
+
+    def written(template: str) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+        )
+        return text
+
+    assert written(tokenizer.chat_template) == written(ITS_OWN)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from onebase_adapters.training.data.rows import plain_tool
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
@@ -256,7 +257,7 @@ class Planner:
         known = self._tokenizer.chat_template
         if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
             raise _no_tools("messages")
-        tools = [_rendered(tool) for tool in body.tools or ()] if body.calls_tools else None
+        tools = [plain_tool(tool) for tool in body.tools or ()] if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
         chat = Conversation(
@@ -421,20 +422,6 @@ def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
     said = error.message
     message = name + said.removeprefix(param) if said.startswith(param) else said
     return InvalidRequestError(message, param=name, code=error.code)
-
-
-def _rendered(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is given, as training gives it: without `strict`, which is about sampling, and
-    without nulls, which tables fill in."""
-    function = {key: value for key, value in tool["function"].items() if key != "strict"}
-    made: dict[str, Any] = _without_nulls({**tool, "function": function})
-    return made
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _no_tools(param: str) -> InvalidRequestError:

@@ -190,6 +190,8 @@ class BaseTokenizer:
         shown: special tokens whose names are part of the text.
         """
         if self._byte_level:
+            if not shown:
+                return BytePieces(self.text_bytes)
             return BytePieces(
                 lambda token: self.token_bytes(token) if token in shown else self.text_bytes(token)
             )

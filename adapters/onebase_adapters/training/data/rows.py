@@ -432,7 +432,7 @@ def check_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             wanted = '{"type": "function", "function": {"name": ...}}'
             raise RowError(f"{field}[{index}]", f"a tool is written {wanted}")
-    return [_without_strict(_without_nulls(tool)) for tool in value] or None
+    return [plain_tool(tool) for tool in value] or None
 
 
 def _message(message: Any, field: str) -> Message:
@@ -526,10 +526,12 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
     return {**_without_nulls(call), "function": {**_without_nulls(function), "arguments": arguments}}
 
 
-def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
-    """It says how calls are sampled, and is not for the model: serving leaves it out as well."""
+def plain_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as a chat template is given it, in training and in serving: without nulls, which tables fill in,
+    and without `strict`, which says how calls are sampled."""
     function = {key: value for key, value in tool["function"].items() if key != "strict"}
-    return {**tool, "function": function}
+    made: dict[str, Any] = _without_nulls({**tool, "function": function})
+    return made
 
 
 def _without_nulls(value: Any) -> Any:
