@@ -32,7 +32,7 @@ from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import AdapterRef, RowOutput, Sampling, Submit
-from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.model import Outputs, ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.lora.weights import AdapterWeights
 
@@ -192,7 +192,7 @@ class _GatedModel(ServedModel):
             if any(getattr(child, "layer_idx", None) is not None for child in module.children()):
                 module.register_forward_pre_hook(told)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Outputs:
         try:
             return super().forward(batch)
         except Exception as error:

@@ -5,7 +5,7 @@ Packed order is decodes first, then one stretch per prefill segment, then paddin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,6 +35,10 @@ class Batch:
     logits i."""
     scored: list[tuple[Segment, slice]]
     """Segments whose prompt is scored, and the logits of their tokens."""
+    hidden_rows: torch.Tensor | None
+    """[H] int64: the packed rows whose hidden states are wanted, if any are."""
+    pooled: list[tuple[Segment, slice]]
+    """Segments that are pooled, and the hidden states of their tokens."""
 
 
 class Packer:
@@ -66,6 +70,7 @@ class Packer:
         block, place = np.divmod(own, self._block_size)
         write[:count] = table[table_row[:count], block] * self._block_size + place
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
+        hidden_rows, pooled = _hidden_rows(segments, starts)
         rows = [
             (segment.row.mix, range(start, start + segment.length))
             for start, segment in zip(starts, segments, strict=False)
@@ -79,6 +84,8 @@ class Packer:
             logit_map=_grouped([(mix, (number,)) for number, mix in enumerate(mixes)], slot_of),
             sampled=sampled,
             scored=scored,
+            hidden_rows=self._tensor(np.array(hidden_rows, dtype=np.int64)) if hidden_rows else None,
+            pooled=pooled,
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -103,12 +110,24 @@ class Packer:
         scored = []
         for start, segment in zip(starts, plan.segments, strict=True):
             if segment.row.scores_prompt:
-                count = min(segment.stop, segment.row.prompt_length - 1) - segment.start
-                scored.append((segment, slice(len(rows), len(rows) + count)))
-                rows.extend(range(start, start + count))
-                mixes.extend([segment.row.mix] * count)
+                wanted = segment.scored
+                scored.append((segment, slice(len(rows), len(rows) + len(wanted))))
+                rows.extend(start + number - segment.start for number in wanted)
+                mixes.extend([segment.row.mix] * len(wanted))
         padding = self._padded(max(len(rows), 1)) - len(rows)
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
+
+
+def _hidden_rows(
+    segments: Sequence[Segment], starts: Sequence[int]
+) -> tuple[list[int], list[tuple[Segment, slice]]]:
+    rows: list[int] = []
+    pooled = []
+    for start, segment in zip(starts, segments, strict=False):
+        if wanted := segment.pooled:
+            pooled.append((segment, slice(len(rows), len(rows) + len(wanted))))
+            rows.extend(start + number - segment.start for number in wanted)
+    return rows, pooled
 
 
 def _grouped(rows: Iterable[tuple[AdapterMix, Iterable[int]]], slot_of: Mapping[str, int]) -> RowMap:

@@ -67,6 +67,8 @@ class _Computed:
     drawn: list[tuple[Row, list[Drawn]]]
     """Of each row one token, and another at each place of its draft."""
     scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
+    pooled: list[tuple[Segment, np.ndarray]]
+    """Hidden states [tokens, size] fp64 of segments that are pooled."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,15 @@ class Engine:
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's rows, or report at once why it can never run."""
         opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
-        if request.id in self._rows or request.id in opening or request.n < 1:
+        rows = len(request.branches) or request.n
+        if request.id in self._rows or request.id in opening or request.n < 1 or request.n != rows:
             # Its events could not be distinguished from the first one's, which continues.
             logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
             return
         mix = AdapterMix.of(request.adapters)
         try:
-            self.scheduler.check(len(request.prompt), request.sampling.max_tokens, len(mix.terms))
+            longest = max(map(len, request.branches), default=request.sampling.max_tokens)
+            self.scheduler.check(len(request.prompt), longest, len(mix.terms))
             check_tokens(request, self._vocabulary)
             check_scores(request)
             check_weights(mix)
@@ -181,10 +185,11 @@ class Engine:
     def _admit(self, request: protocol.Submit, mix: AdapterMix, grammar: str | None = None) -> None:
         rows: list[Row] = []
         for choice in range(request.n):
+            branch = request.branches[choice] if request.branches else []
             row = Row(
                 id=request.id,
                 choice=choice,
-                tokens=list(request.prompt),
+                tokens=request.prompt + branch,
                 sampling=request.sampling,
                 mix=mix,
                 arrival=self._arrivals,
@@ -192,6 +197,8 @@ class Engine:
                 tenant=request.tenant,
                 priority=request.priority,
                 grammar=grammar,
+                pooling=request.pooling,
+                branch=len(branch),
                 leader=rows[0] if rows else None,
             )
             self._arrivals += 1
@@ -341,13 +348,15 @@ class Engine:
         batch = self._packer.pack(plan, self.slots.slot_of)
         if self._grammars is not None:
             self._grammars.ask(plan.segments)
-        logits = self.model.forward(batch)
+        logits, hidden = self.model.forward(batch)
+        pooled = [] if hidden is None else [(one, _exactly(hidden[part])) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         wanted = logits[: len(batch.sampled)]
         masks = [] if self._grammars is None else self._masks_of(self._grammars, plan)
         drawn = iter(draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks))
         rows = [segment for segment in plan.segments if segment.samples]
-        return _Computed(plan, [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows], scores)
+        tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
+        return _Computed(plan, tokens, scores, pooled)
 
     def _masks_of(self, grammars: Grammars, plan: Plan) -> list[Mask]:
         """What each entry of `Batch.sampled` may be; nothing where no row follows a grammar."""
@@ -364,7 +373,7 @@ class Engine:
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
         """Of the prompt tokens after each of the segment's, or the row's own exception."""
         row = segment.row
-        targets = row.tokens[segment.start + 1 : segment.start + 1 + len(logits)]
+        targets = [row.tokens[number + 1] for number in segment.scored]
         try:
             return score_tokens(logits, targets, row.sampling.prompt_logprobs or 0)
         except torch.AcceleratorError:
@@ -380,8 +389,11 @@ class Engine:
             if isinstance(scores, Exception):
                 failed[row] = scores
                 continue
-            row.prompt_scores = scores if segment.start == 0 else row.prompt_scores + scores
+            afresh = segment.start <= row.first_scored
+            row.prompt_scores = scores if afresh else row.prompt_scores + scores
             row.prompt_scored = segment.stop >= row.prompt_length
+        for segment, hidden in computed.pooled:
+            _pool(segment, hidden)
         drawn_of = dict(computed.drawn)
         for segment in computed.plan.segments:
             row, drawn = segment.row, drawn_of.get(segment.row)
@@ -394,6 +406,8 @@ class Engine:
             self.counters.right_draft_tokens += max(len(taken) - 1, 0)
             if taken:
                 self._append(row, taken)
+            elif row.prefilled and not row.generates:
+                self._answer(row)
         return failed
 
     def _taken(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
@@ -438,6 +452,19 @@ class Engine:
             return
         logger.error("a row of request %s failed", row.id, exc_info=error)
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
+
+    def _answer(self, row: Row) -> None:
+        """End a row that is only read, with what it is read for."""
+        vector = None
+        if row.pooling is not None and row.pooled is not None:
+            count = row.prompt_length if row.pooling.kind == "mean" else 1
+            values = (row.pooled / count).astype("<f4")
+            if not np.isfinite(values).all():
+                message = "the hidden states are not finite: an adapter of this request overflows"
+                self._end(row, "error", code="not_finite", message=message)
+                return
+            vector = values.tobytes()
+        self._end(row, "stop", vector=vector)
 
     def _append(self, row: Row, taken: list[Drawn]) -> None:
         """Give a row its new tokens; all but the last are among its tokens already."""
@@ -487,10 +514,16 @@ class Engine:
         return {"cached_tokens": row.cached_tokens, "queue_seconds": row.queue_seconds}
 
     def _end(
-        self, row: Row, finish: protocol.FinishReason, code: str | None = None, message: str | None = None
+        self,
+        row: Row,
+        finish: protocol.FinishReason,
+        code: str | None = None,
+        message: str | None = None,
+        vector: bytes | None = None,
     ) -> None:
-        """Take a row out before its time, with its final event."""
+        """Take a row out, with its final event: before its time, or one that is only read."""
         row.finish = finish
+        scores = self._prompt_scores(row) if finish == "stop" else None
         self._outputs.append(
             RowOutput(
                 id=row.id,
@@ -498,6 +531,8 @@ class Engine:
                 finish=finish,
                 error_code=code,
                 error_message=message,
+                prompt_logprobs=scores,
+                vector=vector,
                 **self._admission(row),
             )
         )
@@ -513,6 +548,21 @@ class Engine:
             del self._rows[row.id]
         if self.versions.any_leaving:
             self._drop_unused()
+
+
+def _exactly(hidden: torch.Tensor) -> np.ndarray:
+    """In fp64, on the host."""
+    found: np.ndarray = hidden.float().cpu().numpy().astype(np.float64)
+    return found
+
+
+def _pool(segment: Segment, hidden: np.ndarray) -> None:
+    """Add hidden states to what a row has: one by one, so that chunks of another length give the same."""
+    row = segment.row
+    if row.pooled is None or segment.start == 0:
+        row.pooled = np.zeros(hidden.shape[1])
+    for one in hidden:
+        row.pooled += one
 
 
 def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
@@ -540,6 +590,7 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
         "prompt": request.prompt,
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
+        "choices": [token for branch in request.branches for token in branch],
     }
     for param, tokens in groups.items():
         for token in tokens:

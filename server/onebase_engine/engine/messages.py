@@ -112,8 +112,17 @@ class Grammar(msgspec.Struct, frozen=True):
     text: str
 
 
+class Pooling(msgspec.Struct, frozen=True):
+    """What is made of a prompt's hidden states behind the last norm: the last one, or the mean of all."""
+
+    kind: Literal["last", "mean"] = "last"
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Run one request; it becomes `n` rows that share the prompt."""
+    """Run one request; it becomes `n` rows that share the prompt.
+
+    With `pooling` or `branches` the rows are only read: each ends with its prompt, and generates nothing.
+    """
 
     id: str
     prompt: list[int]
@@ -124,6 +133,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     priority: int = 0
     """From -4 to 4: each step doubles the part of the engine that the rows may have. Beyond, it is cut."""
     grammar: Grammar | None = None
+    pooling: Pooling | None = None
+    branches: list[list[int]] = []
+    """Of each row, what follows the prompt. The logprobs of these tokens are its `prompt_logprobs`."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -247,7 +259,9 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprob] | None = None
     """One per entry of `tokens`, when asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Once, before or with the first token: one per prompt token but the first."""
+    """Once, before or with the first token: one per prompt token but the first; of a branch, one per token."""
+    vector: bytes | None = None
+    """What was pooled, fp32, little-endian."""
     finish: FinishReason | None = None
     stop_token: int | None = None
     """The token id that ended the row, when one did; it is not part of the text."""

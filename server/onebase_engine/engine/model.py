@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,15 @@ from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights
+
+
+class Outputs(NamedTuple):
+    """Of one step."""
+
+    logits: torch.Tensor
+    """[L, vocab], raw, in the model's dtype."""
+    hidden: torch.Tensor | None
+    """[H, size], behind the last norm; None where none are wanted."""
 
 
 class ServedModel:
@@ -53,6 +62,10 @@ class ServedModel:
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
         self.promise = _promise(self.kernels, [module.exact(0) for module in linear])
         """What is kept of a row's bits, in a sentence or two."""
+        self._hidden_rows: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None
+        decoder: Any = self._view.base_model
+        decoder.register_forward_hook(self._keep_hidden)
         try:
             self._attention.attach(self._view)
             self._probe()
@@ -144,15 +157,22 @@ class ServedModel:
             layer.refresh()
         return failed
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Raw logits of the batch's `logit_rows`, [L, vocab] in the model's dtype."""
+    def forward(self, batch: Batch) -> Outputs:
+        """What is wanted of a batch: the logits of its `logit_rows`, the hidden states of its `hidden_rows`."""
         self._attention.step = batch.contexts
         self._rows.tokens, self._rows.logits = batch.token_map, batch.logit_map
+        self._hidden_rows = batch.hidden_rows
         try:
-            return self._forward(batch.input_ids, batch.positions, batch.logit_rows)
+            logits = self._forward(batch.input_ids, batch.positions, batch.logit_rows)
+            return Outputs(logits, self._hidden)
         finally:
+            self._hidden_rows = self._hidden = None
             self._attention.step = None
             self._rows.tokens = self._rows.logits = RowMap()
+
+    def _keep_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._hidden_rows is not None:
+            self._hidden = output[0][0][self._hidden_rows]
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor) -> torch.Tensor:

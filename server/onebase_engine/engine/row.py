@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from onebase_engine.engine.drafts import Drafts
-from onebase_engine.engine.messages import AdapterRef, FinishReason, Sampling, TokenLogprob
+from onebase_engine.engine.messages import AdapterRef, FinishReason, Pooling, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class Row:
     priority: int = 0
     grammar: str | None = None
     """Key of the grammar that its text follows."""
+    pooling: Pooling | None = None
+    branch: int = 0
+    """So many tokens at the prompt's end are a branch."""
     leader: Row | None = None
     """The choice that prefills the shared prompt first, so that this row finds it in the prefix cache."""
     prompt_length: int = field(init=False)
@@ -95,6 +98,8 @@ class Row:
     prompt_scored: bool = False
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
     """Collected over the prefill chunks, sent at once with the first token."""
+    pooled: np.ndarray | None = None
+    """[hidden] fp64: the last hidden state, or the sum of those of all tokens up to `computed`."""
     finish: FinishReason | None = None
     drafts: Drafts | None = None
     seen: TokenCounts = field(default_factory=TokenCounts)
@@ -115,8 +120,25 @@ class Row:
         return len(self.tokens) - self.computed
 
     @property
+    def generates(self) -> bool:
+        """Whether it goes on after its prompt."""
+        return self.pooling is None and not self.branch
+
+    @property
     def scores_prompt(self) -> bool:
         return self.sampling.prompt_logprobs is not None and not self.prompt_scored
+
+    @property
+    def first_scored(self) -> int:
+        """The first token whose logits are wanted, where the prompt is scored."""
+        return self.prompt_length - self.branch - 1 if self.branch else 0
+
+    @property
+    def reusable(self) -> int:
+        """Tokens from the beginning that need not be computed again if their KV is there."""
+        if self.pooling is not None and self.pooling.kind == "mean":
+            return 0
+        return self.first_scored if self.scores_prompt else len(self.tokens) - 1
 
     @property
     def prefilled(self) -> bool:
@@ -179,7 +201,23 @@ class Segment:
     @property
     def samples(self) -> bool:
         """Whether the segment reaches the row's last token, whose logits give the next one."""
-        return self.stop == len(self.row.tokens)
+        return self.stop == len(self.row.tokens) and self.row.generates
+
+    @property
+    def scored(self) -> range:
+        """The tokens whose logits score the prompt's next ones."""
+        row = self.row
+        if not row.scores_prompt:
+            return range(0)
+        return range(max(self.start, row.first_scored), min(self.stop, row.prompt_length - 1))
+
+    @property
+    def pooled(self) -> range:
+        """The tokens whose hidden states are wanted."""
+        if self.row.pooling is None:
+            return range(0)
+        last = len(self.row.tokens) - 1
+        return range(self.start if self.row.pooling.kind == "mean" else max(self.start, last), self.stop)
 
 
 @dataclass(frozen=True)

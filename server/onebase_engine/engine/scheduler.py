@@ -210,7 +210,7 @@ class Scheduler:
         """As much of the row as the budget allows."""
         length = min(row.pending, draft.budget)
         if row.scores_prompt:
-            length = min(length, MAX_SCORED_TOKENS)
+            length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
         segment = Segment(row, row.computed, row.computed + length)
         draft.chunks[row] = segment
         draft.budget -= length
@@ -227,8 +227,8 @@ class Scheduler:
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
         for row, segment in draft.decodes.items():
-            if row.sampling.penalizes:
-                continue  # It is to say something else.
+            if row.sampling.penalizes or not row.generates:
+                continue  # It is to say something else, or nothing.
             row.drafts = row.drafts or Drafts()
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
             found = row.drafts.propose(row.tokens, most)
@@ -341,7 +341,7 @@ class Scheduler:
         False, and nothing taken, if there are not enough, or if fewer than the watermark would stay free.
         """
         self._extend_keys(row, len(row.tokens) - 1)
-        reusable = 0 if row.scores_prompt else (len(row.tokens) - 1) // self._pool.block_size
+        reusable = row.reusable // self._pool.block_size
         shared = self._pool.share(row.block_keys[:reusable])
         missing = self._pool.blocks_for(len(row.tokens)) - len(shared)
         fresh = self._pool.allocate(missing) if missing + self._watermark(row) <= self._pool.free else None
