@@ -72,6 +72,8 @@ TO_ENGINE: list[protocol.ToEngine] = [
     protocol.Submit(
         id="r", prompt=[1, 2], sampling=SAMPLING, adapters=[protocol.AdapterRef("d", 0.5)], n=3, tenant="t"
     ),
+    protocol.Submit(id="v", prompt=[1], sampling=SAMPLING, pooling=protocol.Pooling("mean")),
+    protocol.Submit(id="b", prompt=[1], sampling=SAMPLING, n=2, branches=[[2], [3, 4]]),
     protocol.Cancel("r", 1),
     protocol.Cancel("r"),
     protocol.LoadAdapter("d", "/a", "0" * 64),
@@ -87,7 +89,7 @@ TO_API: list[protocol.ToApi] = [
     protocol.AdapterUnloaded("d"),
     protocol.SlotsChanged(["d", "e"]),
     protocol.AdapterFailed(digest="d", code="c", message="m"),
-    protocol.StepDone([ROW, protocol.RowOutput(id="s")], STATS),
+    protocol.StepDone([ROW, protocol.RowOutput(id="s"), protocol.RowOutput(id="v", vector=b"1234")], STATS),
 ]
 
 

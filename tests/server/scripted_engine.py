@@ -21,6 +21,7 @@ import hashlib
 import os
 import selectors
 import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from onebase_engine.engine.messages import (
     StepDone,
     Submit,
     ToApi,
+    TokenLogprob,
     UnloadAdapter,
     encode,
     to_engine_decoder,
@@ -165,6 +167,10 @@ class ScriptedEngine:
             if not isinstance(submit, Submit) or not isinstance(count, int):
                 raise TypeError("a row is a submit and a count")
             state[1] = count + 1
+            if submit.pooling is not None or submit.branches:
+                outputs.append(self.read(submit, choice))
+                del self.rows[name, choice]
+                continue
             finish = "length" if count + 1 >= submit.sampling.max_tokens else None
             token = submit.prompt[count % len(submit.prompt)]
             cached = self.cached(submit) if count == 0 else None
@@ -175,6 +181,20 @@ class ScriptedEngine:
         self.steps += bool(outputs)
         if outputs:
             self.report(outputs)
+
+    def read(self, submit: Submit, choice: int) -> RowOutput:
+        """How often each token modulo eight is in the prompt; each token of a branch is less likely."""
+        branch = submit.branches[choice] if submit.branches else []
+        counts = [float(sum(token % 8 == number for token in submit.prompt)) for number in range(8)]
+        return RowOutput(
+            id=submit.id,
+            choice=choice,
+            finish="stop",
+            cached_tokens=self.cached(submit),
+            vector=struct.pack("<8f", *counts) if submit.pooling is not None else None,
+            prompt_logprobs=[TokenLogprob(token, -1.0 - number, []) for number, token in enumerate(branch)]
+            or None,
+        )
 
     def cached(self, submit: Submit) -> int:
         """Tokens of a prompt that come from the cache, it says: of one that the tenant sent before."""

@@ -201,6 +201,8 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_slots: int
     max_rank: int
     vocab_size: int
+    hidden_size: int = 0
+    """Numbers of a vector."""
     load_seconds: float
 
 
@@ -259,7 +261,7 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprob] | None = None
     """One per entry of `tokens`, when asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Once, before or with the first token: one per prompt token but the first; of a branch, one per token."""
+    """Once, before or with the first token: one per token of the prompt but the first, or of the branch."""
     vector: bytes | None = None
     """What was pooled, fp32, little-endian."""
     finish: FinishReason | None = None

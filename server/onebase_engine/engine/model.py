@@ -158,7 +158,7 @@ class ServedModel:
         return failed
 
     def forward(self, batch: Batch) -> Outputs:
-        """What is wanted of a batch: the logits of its `logit_rows`, the hidden states of its `hidden_rows`."""
+        """The logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
         self._attention.step = batch.contexts
         self._rows.tokens, self._rows.logits = batch.token_map, batch.logit_map
         self._hidden_rows = batch.hidden_rows

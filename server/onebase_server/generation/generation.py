@@ -1,4 +1,4 @@
-"""One validated request, from submitting it to its last piece: what all generating routes share."""
+"""One validated request, from submitting it to its last piece or vector: what all such routes share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from onebase_engine.engine.messages import Grammar, RowOutput, Sampling, Submit, TokenLogprob
+from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.errors import (
@@ -21,7 +21,15 @@ from onebase_server.errors import (
     UnavailableError,
 )
 from onebase_server.generation.call_reader import CallFormat
-from onebase_server.generation.stream import Choice, Inflight, Piece, TokenInfo, Usage, prompt_token_infos
+from onebase_server.generation.stream import (
+    Choice,
+    Inflight,
+    Piece,
+    TokenInfo,
+    Usage,
+    prompt_token_infos,
+    prompt_tokens,
+)
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
 
@@ -36,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be generated, and for which tenant. Choice `p * n + c` is completion `c` of prompt `p`."""
+    """What is to be generated or read, and for which tenant. Choice `p * n + c` is that `c` of prompt `p`."""
 
     id: str
     tenant: str
@@ -61,6 +69,9 @@ class Job:
     """Whether the answer has those of the prompts and of the choices."""
     calls: CallFormat | None = None
     """Where the answer may call tools."""
+    pooling: Pooling | None = None
+    branches: tuple[tuple[int, ...], ...] = ()
+    """Of each choice, the tokens after the prompt that are scored."""
 
     @property
     def choices(self) -> int:
@@ -69,7 +80,9 @@ class Job:
     @property
     def tokens_set_aside(self) -> int:
         """What it counts in a quota of tokens until it has ended."""
-        return sum(len(prompt.tokens) for prompt in self.prompts) + self.choices * self.expected_tokens
+        given = sum(len(prompt.tokens) for prompt in self.prompts)
+        branches = len(self.prompts) * sum(map(len, self.branches))
+        return given + branches + self.choices * self.expected_tokens
 
 
 @dataclass
@@ -98,8 +111,8 @@ class Meter(Protocol):
         """It is over. Called once, if it was submitted."""
 
 
-class Generation:
-    """A running job. `pieces` yields what became certain, step by step; `cancel` ends it early.
+class Run:
+    """A job with the engine, from its start to its end; `cancel` ends it early.
 
     Args:
         stream_limit: outputs per choice that may wait for a slow reader; None is for callers that are always
@@ -111,7 +124,6 @@ class Generation:
     def __init__(
         self,
         supervisor: EngineSupervisor,
-        tokenizer: BaseTokenizer,
         job: Job,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
@@ -122,21 +134,13 @@ class Generation:
         self._meter = meter
         self._with_engine = self._with_reader = False
         self._metered = True
-        self.usage = Usage(prompt=sum(len(prompt.tokens) for prompt in job.prompts))
-        self.timing = Timing()
         self._supervisor = supervisor
-        self._tokenizer = tokenizer
-        self._started = time.monotonic()
-        self._first_token: float | None = None
         submits = [self._submit(index, prompt) for index, prompt in enumerate(job.prompts)]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
+        self.usage = Usage(prompt=sum(map(prompt_tokens, submits)))
         limit = (stream_limit or 2**31) * job.choices
         self._inflight = Inflight(submits, limit, on_cut=on_cut, on_ended=self._rows_ended)
-        self._choices = [self._choice(index) for index in range(job.choices)]
         self._open = job.choices
-        self._cached_known: set[int] = set()
-        self._echoed: set[int] = set()
-        self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         self._deadline: asyncio.TimerHandle | None = None
         self._lease: Lease | None = None
 
@@ -193,36 +197,17 @@ class Generation:
         self._inflight.fail(error)
         self._supervisor.router.cancel(self._inflight)
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """Pieces of all choices, one list per engine step.
-
-        Raises RowFailedError when the engine ends a row with an error, EngineRestartedError when it dies,
-        CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
-        Whatever the end, rows still running are cancelled.
-        """
+    @contextlib.contextmanager
+    def _being_read(self) -> Iterator[None]:
+        """Whatever the end, rows still running are cancelled then."""
         try:
-            while self._open:
-                pieces = [piece for output in await self._inflight.take() for piece in self._feed(output)]
-                if pieces:
-                    yield pieces
+            yield
         finally:
             if self._deadline is not None:
                 self._deadline.cancel()
             if self._open:
                 self.cancel()
             self.leave()
-
-    async def collect(self) -> list[Piece]:
-        """The whole of each choice, in order."""
-        whole = [Piece(index, "") for index in range(self.job.choices)]
-        async for pieces in self.pieces():
-            for piece in pieces:
-                target = whole[piece.index]
-                target.text += piece.text
-                target.tokens += piece.tokens
-                target.ids += piece.ids
-                target.finish_reason, target.stop = piece.finish_reason, piece.stop
-        return whole
 
     def _submit(self, index: int, prompt: Prompt) -> Submit:
         job = self.job
@@ -235,7 +220,81 @@ class Generation:
             tenant=job.tenant,
             priority=job.priority,
             grammar=job.grammar,
+            pooling=job.pooling,
+            branches=[list(branch) for branch in job.branches],
         )
+
+
+class Reading(Run):
+    """A job whose rows are only read."""
+
+    async def outputs(self) -> list[RowOutput]:
+        """The last output of each choice, in their order. Raises what `Generation.pieces` raises, and
+        UnavailableError at the deadline."""
+        found: dict[int, RowOutput] = {}
+        with self._being_read():
+            while self._open:
+                for output in await self._inflight.take():
+                    if output.finish == "error":
+                        raise _row_error(output, self.job)
+                    if output.finish == "cancelled":
+                        raise UnavailableError(
+                            "timeout_s: it was not computed in time. Send less at once, or raise timeout_s.",
+                            code="timeout",
+                            retry_after=1.0,
+                        )
+                    found[self._prompt_of[output.id] * self.job.n + output.choice] = output
+                    self._open -= 1
+        self.usage.cached = sum(output.cached_tokens or 0 for output in found.values())
+        return [found[index] for index in range(self.job.choices)]
+
+
+class Generation(Run):
+    """A job that generates. `pieces` yields what became certain, step by step."""
+
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        job: Job,
+        stream_limit: int | None = None,
+        on_cut: Callable[[], None] = lambda: None,
+        *,
+        meter: Meter,
+    ) -> None:
+        super().__init__(supervisor, job, stream_limit, on_cut, meter=meter)
+        self.timing = Timing()
+        self._tokenizer = tokenizer
+        self._started = time.monotonic()
+        self._first_token: float | None = None
+        self._choices = [self._choice(index) for index in range(job.choices)]
+        self._cached_known: set[int] = set()
+        self._echoed: set[int] = set()
+        self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Pieces of all choices, one list per engine step.
+
+        Raises RowFailedError when the engine ends a row with an error, EngineRestartedError when it dies,
+        CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
+        """
+        with self._being_read():
+            while self._open:
+                pieces = [piece for output in await self._inflight.take() for piece in self._feed(output)]
+                if pieces:
+                    yield pieces
+
+    async def collect(self) -> list[Piece]:
+        """The whole of each choice, in order."""
+        whole = [Piece(index, "") for index in range(self.job.choices)]
+        async for pieces in self.pieces():
+            for piece in pieces:
+                target = whole[piece.index]
+                target.text += piece.text
+                target.tokens += piece.tokens
+                target.ids += piece.ids
+                target.finish_reason, target.stop = piece.finish_reason, piece.stop
+        return whole
 
     def _choice(self, index: int) -> Choice:
         job = self.job

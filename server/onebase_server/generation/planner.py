@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from onebase_adapters.training.data.rows import plain_tool
-from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_engine.engine.messages import BaseInfo, Pooling, Sampling
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
@@ -23,6 +23,7 @@ from onebase_server.generation.tokenization import BaseTokenizer, Conversation, 
 from onebase_server.generation.tool_format import NO_ARGUMENTS, Tool
 from onebase_server.http.schemas.generation import (
     SEED_BITS,
+    AdapterFields,
     ConversationFields,
     GenerateRequest,
     GrammarField,
@@ -30,11 +31,16 @@ from onebase_server.http.schemas.generation import (
 )
 from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.schemas.pooling import DecideRequest, EmbeddingRequest, PoolingFields, ReadingFields
 from onebase_server.http.schemas.responses import ResponsesRequest
+from onebase_server.http.schemas.wire import rebuilt
 from onebase_server.processes.supervisor import EngineSupervisor
 
 _T = TypeVar("_T")
+_U = TypeVar("_U")
 
+READ_AT_ONCE = 64
+"""Rows of a request that is only read: more wait for them, so that others find places."""
 GENERATE_TOKENS = 256
 COMPLETION_TOKENS = 16
 _INLINE_CHARACTERS = 8_000
@@ -160,6 +166,123 @@ class Planner:
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=await self._model(body.model, body, job))
 
+    # ---- reading -----------------------------------------------------------------------------
+
+    async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[Job]:
+        """Jobs whose choices, one after the other, are the vectors of the inputs."""
+        found = body.inputs()
+        texts = [one for one in found if isinstance(one, str)]
+        tokens = iter(await self._texts("input", texts))
+        prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
+        most = self._base().hidden_size
+        if body.dimensions is not None and most and body.dimensions > most:
+            raise InvalidRequestError(
+                f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
+            )
+        single = isinstance(body.input, str) or isinstance(body.input[0], int)
+        params = ["input"] if single else [f"input[{index}]" for index in range(len(prompts))]
+        return await self._read("embd-", body, prompts, params, caller)
+
+    async def pooled(self, body: PoolingFields, texts: dict[str, str], caller: Caller) -> list[Job]:
+        """The same of texts, each by the field that it is from."""
+        tokens = await self._texts(next(iter(texts)), list(texts.values()))
+        prompts = [Prompt(one, text) for one, text in zip(tokens, texts.values(), strict=True)]
+        return await self._read("score-", body, prompts, list(texts), caller)
+
+    async def _read(
+        self, kind: str, body: PoolingFields, prompts: Sequence[Prompt], params: Sequence[str], caller: Caller
+    ) -> list[Job]:
+        pooling, id = Pooling(body.pooling or "last"), new_id(kind)
+        jobs = []
+        for first in range(0, len(prompts), READ_AT_ONCE):
+            some = slice(first, first + READ_AT_ONCE)
+            job = self._reading(f"{id}.{first}", body, prompts[some], params[some], caller)
+            jobs.append(replace(job, pooling=pooling))
+        return await self._with_model(body, jobs)
+
+    async def decide(self, body: DecideRequest, caller: Caller) -> tuple[list[Job], list[Job]]:
+        """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
+        ends = body.messages is not None if body.ends is None else body.ends
+        choices = [tuple(one) for one in await self._texts("choices", body.choices, special=False)]
+        for index, one in enumerate(choices):
+            if not one:
+                raise InvalidRequestError(f"choices[{index}]: has no tokens.", param=f"choices[{index}]")
+        if ends:
+            end = self._tokenizer.end
+            if end is None:
+                raise InvalidRequestError(
+                    "ends: this base's tokenizer has no token for the end of a text. Send false.",
+                    param="ends",
+                )
+            choices = [(*one, end) for one in choices]
+        id = new_id("decide-")
+        groups: list[list[Job]] = []
+        for param, given in (("prompt", body.prompt or body.messages), ("prior", body.prior)):
+            if given is None:
+                groups.append([])
+                continue
+            if isinstance(given, str):
+                prompt = Prompt((await self._texts(param, [given]))[0], given)
+            else:
+                options = {"chat_template_kwargs": body.chat_template_kwargs}
+                prompt = await self._chat(rebuilt(ConversationFields, options), given)
+                param = "messages" if param == "prompt" else param
+            jobs = []
+            for first in range(0, len(choices), READ_AT_ONCE):
+                some = choices[first : first + READ_AT_ONCE]
+                longest = max(map(len, some))
+                job = self._reading(f"{id}.{param}{first}", body, [prompt], [param], caller, longest)
+                sampling = Sampling(max_tokens=0, prompt_logprobs=0)
+                jobs.append(replace(job, sampling=sampling, branches=tuple(some), n=len(some)))
+            groups.append(jobs)
+        after, before = groups
+        named = await self._with_model(body, after + before)
+        return named[: len(after)], named[len(after) :]
+
+    def _reading(
+        self,
+        id: str,
+        body: ReadingFields,
+        prompts: Sequence[Prompt],
+        params: Sequence[str],
+        caller: Caller,
+        more: int = 0,
+    ) -> Job:
+        """more: tokens that come after a prompt."""
+        base = self._base()
+        self._check_limits(1, body.timeout_s)
+        room, kept = base.max_length - more, body.truncate_prompt_tokens
+        if kept is not None:
+            kept = room if kept < 0 else kept
+            prompts = [Prompt(prompt.tokens[max(0, len(prompt.tokens) - kept) :]) for prompt in prompts]
+        for param, prompt in zip(params, prompts, strict=True):
+            _check_prompts([prompt], base, param, room + 1)
+        timeout_s = body.timeout_s or self._limits.max_timeout
+        return Job(
+            id=id,
+            tenant=caller.tenant,
+            priority=caller.priority,
+            prompts=tuple(prompts),
+            sampling=Sampling(max_tokens=0),
+            timeout_s=timeout_s,
+            deadline=asyncio.get_running_loop().time() + timeout_s,
+        )
+
+    async def _with_model(self, body: ReadingFields, jobs: Sequence[Job]) -> list[Job]:
+        self._check_model(body.model, body)
+        adapter = await self._model(body.model, body, jobs[0])
+        return [replace(job, adapter=adapter) for job in jobs]
+
+    async def _texts(self, param: str, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """The tokens of each, in one turn."""
+
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            return [self._tokenizer.encode(text, special=special) for text in texts]
+
+        for text in texts:
+            self._check_size(param, len(text))
+        return await self._in_turn(sum(map(len, texts)), encode, texts)
+
     # ---- tokens alone ------------------------------------------------------------------------
 
     @property
@@ -203,7 +326,7 @@ class Planner:
             raise reason or RuntimeError("ready without a base")
         return self._supervisor.base
 
-    async def _adapter(self, body: SamplingFields, job: Job) -> AdapterChoice:
+    async def _adapter(self, body: AdapterFields, job: Job) -> AdapterChoice:
         wanted = body.wanted_adapter
         if wanted is None:
             return AdapterChoice()
@@ -224,14 +347,14 @@ class Planner:
                 raise
         return choose()
 
-    def _check_model(self, model: str, body: SamplingFields) -> None:
+    def _check_model(self, model: str, body: AdapterFields) -> None:
         if model != self._catalog.base_name and body.wanted_adapter is not None:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
             )
 
-    async def _model(self, model: str, body: SamplingFields, job: Job) -> AdapterChoice:
+    async def _model(self, model: str, body: AdapterFields, job: Job) -> AdapterChoice:
         if model == self._catalog.base_name:
             return await self._adapter(body, job)
         await self._pull({"model": model}, job)
@@ -350,6 +473,10 @@ class Planner:
 
     async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:
         """What `encode` makes of a text of `size` characters, in its turn."""
+        self._check_size(param, size)
+        return await self._in_turn(size, encode, text)
+
+    def _check_size(self, param: str, size: int) -> None:
         length = self._base().max_length
         most = length * self._tokenizer.longest_token
         if size > most:
@@ -359,6 +486,8 @@ class Planner:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    async def _in_turn(self, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
         if size <= _INLINE_CHARACTERS:
             return encode(text)
         if size <= _LONG_CHARACTERS:
@@ -433,7 +562,8 @@ def _no_tools(param: str) -> InvalidRequestError:
     )
 
 
-def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> None:
+def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: int | None = None) -> None:
+    """room: one more token than a prompt may have."""
     for prompt in prompts:
         if not prompt.tokens:
             raise InvalidRequestError(
@@ -446,7 +576,7 @@ def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str) -> Non
                 f"{param}: token id {highest} is not in the vocabulary (0 to {base.vocab_size - 1}).",
                 param=param,
             )
-        if len(prompt.tokens) >= base.max_length:
+        if len(prompt.tokens) >= (base.max_length if room is None else room):
             raise InvalidRequestError(
                 f"{param}: has {len(prompt.tokens)} tokens. This model's maximum context length is "
                 f"{base.max_length} tokens, those of the answer with them (--max-length). Shorten it.",

@@ -20,6 +20,11 @@ class Usage:
     cached: int = 0
 
 
+def prompt_tokens(submit: Submit) -> int:
+    """Those that are given, branches' too."""
+    return len(submit.prompt) + sum(map(len, submit.branches))
+
+
 class Inflight:
     """A bounded mailbox: the engine's side never waits, the reader's side may.
 
@@ -41,7 +46,7 @@ class Inflight:
     ) -> None:
         self.submits = tuple(submits)
         self.open_rows = {submit.id: submit.n for submit in submits}
-        self._unseen = {submit.id: len(submit.prompt) for submit in submits}
+        self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
         self.computed = Usage()
         """What the engine has done for it, also what nobody read."""
         self.given_up = False
@@ -89,7 +94,7 @@ class Inflight:
 
     def _count(self, output: RowOutput) -> None:
         computed = self.computed
-        if output.tokens and output.id in self._unseen:
+        if (output.tokens or output.finish == "stop") and output.id in self._unseen:
             computed.prompt += self._unseen.pop(output.id)
             computed.cached += output.cached_tokens or 0
         computed.completion += len(output.tokens)

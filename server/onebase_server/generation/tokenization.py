@@ -19,6 +19,7 @@ from onebase_server.generation.tool_format import ToolFormat, read_format
 from onebase_server.settings import RawControlTokens
 
 T = TypeVar("T")
+U = TypeVar("U")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -77,6 +78,12 @@ class BaseTokenizer:
         self._bytes: dict[int, bytes] = {}
         self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
         """Characters of a text that one token can stand for, at most."""
+
+    @property
+    def end(self) -> int | None:
+        """The token with which a text ends."""
+        token: int | None = self._tokenizer.eos_token_id
+        return token
 
     @property
     def has_chat_template(self) -> bool:
@@ -255,12 +262,12 @@ def leave_torch_out() -> None:
         logging.disable(logging.NOTSET)
 
 
-def and_give_memory_back(encode: Callable[[T], list[int]], text: T) -> list[int]:
+def and_give_memory_back(encode: Callable[[T], U], text: T) -> U:
     """`encode(text)`. A tokenizer takes hundreds of bytes for each character for a moment, and the C library
     would keep them for the next text."""
-    ids = encode(text)
+    made = encode(text)
     return_freed_memory()
-    return ids
+    return made
 
 
 def _load(folder: str) -> Any:

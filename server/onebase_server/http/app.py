@@ -32,6 +32,7 @@ from onebase_server.http.routes import (
     health,
     keys,
     models,
+    pooling,
     reference,
     responses,
     usage,
@@ -64,8 +65,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.gate = Gate(app, services)
     routes = (
-        generation, responses, anthropic, models, adapters, vllm, files, fine_tuning, keys, usage, audit,
-        health, reference,
+        generation, responses, anthropic, pooling, models, adapters, vllm, files, fine_tuning, keys, usage,
+        audit, health, reference,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them

@@ -12,7 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
-from onebase_server.generation.generation import Generation
+from onebase_server.generation.generation import Generation, Run
 
 ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""
@@ -105,13 +105,13 @@ async def guarded(
 
 
 @contextlib.contextmanager
-def cancelled_when_gone(receive: Receive, generation: Generation) -> Iterator[None]:
-    """While this is open, a caller who closes the connection cancels the generation."""
+def cancelled_when_gone(receive: Receive, run: Run) -> Iterator[None]:
+    """While this is open, a caller who closes the connection cancels the run."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        generation.cancel()
+        run.cancel()
 
     task = asyncio.get_running_loop().create_task(watch())
     try:

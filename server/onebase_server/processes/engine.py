@@ -332,6 +332,7 @@ def _base_info(
         max_slots=config.max_slots,
         max_rank=config.max_rank,
         vocab_size=int(base.config.get_text_config().vocab_size),  # type: ignore[union-attr, operator]
+        hidden_size=int(base.config.get_text_config().hidden_size),  # type: ignore[union-attr, operator]
         load_seconds=seconds,
     )
 

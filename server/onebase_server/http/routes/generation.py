@@ -75,7 +75,7 @@ async def chat(
 
 
 @dataclass(frozen=True)
-class _Meter:
+class JobMeter:
     """What one job takes, for the quotas of its caller and for the usage of its tenant."""
 
     ticket: Ticket
@@ -111,7 +111,7 @@ async def answer_job(
         job,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
-        meter=_Meter(ticket, services.usage, job),
+        meter=JobMeter(ticket, services.usage, job),
     )
     await generation.start(services.residency)
     ticket.leave = generation.leave

@@ -136,7 +136,28 @@ class StructuredOutputs(Wire):
         return self
 
 
-class SamplingFields(Wire):
+class AdapterFields(Wire):
+    """What answers, and how long it may take."""
+
+    timeout_s: float | None = Field(
+        default=None, gt=0, description="seconds; then finish_reason is cancelled"
+    )
+    adapter: Annotated[Annotated[Name, ONE] | Annotated[AdapterTerms, LIST], BY_KIND] | None = None
+    adapter_id: Name | None = Field(default=None, description="one adapter, as LoRAX and TGI call it")
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if self.adapter is not None and self.adapter_id is not None:
+            raise FieldError("adapter_id", "adapter says it already; leave one out")
+        return self
+
+    @property
+    def wanted_adapter(self) -> str | list[AdapterTerm] | None:
+        """What is to answer, whichever way it was written; None is the base."""
+        return self.adapter_id if self.adapter is None else self.adapter
+
+
+class SamplingFields(AdapterFields):
     """How tokens are chosen: the fields that every route knows, under the same names.
 
     A null counts as "not given".
@@ -160,11 +181,6 @@ class SamplingFields(Wire):
     ignore_eos: bool | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_N)
     stream: bool | None = None
-    timeout_s: float | None = Field(
-        default=None, gt=0, description="seconds; then finish_reason is cancelled"
-    )
-    adapter: Annotated[Annotated[Name, ONE] | Annotated[AdapterTerms, LIST], BY_KIND] | None = None
-    adapter_id: Name | None = Field(default=None, description="one adapter, as LoRAX and TGI call it")
     response_format: ResponseFormat | None = Field(default=None, description="what the text must be")
     guided_json: SchemaOrText | None = Field(default=None, description="a JSON schema that the text keeps to")
     guided_regex: GrammarText | None = Field(default=None, description="matches the whole text")
@@ -184,16 +200,9 @@ class SamplingFields(Wire):
                 )
         if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise FieldError("min_tokens", f"min_tokens is over max_tokens ({self.max_tokens})")
-        if self.adapter is not None and self.adapter_id is not None:
-            raise FieldError("adapter_id", "adapter says it already; leave one out")
         if self.grammar is not None and self.ignore_eos:
             raise FieldError("ignore_eos", f"{self.grammar.param} says where the text ends; leave one out")
         return self
-
-    @property
-    def wanted_adapter(self) -> str | list[AdapterTerm] | None:
-        """What is to answer, whichever way it was written; None is the base."""
-        return self.adapter_id if self.adapter is None else self.adapter
 
     @cached_property
     def grammar(self) -> GrammarField | None:

@@ -38,7 +38,7 @@ IGNORED = frozenset(
 """Bookkeeping and hints of OpenAI's own service: the text is the same without them."""
 
 
-def _prompt_kind(prompt: Any) -> str:
+def prompt_kind(prompt: Any) -> str:
     """Which of the four it is, by its first item: the others need not be tried."""
     if not isinstance(prompt, list):
         return "a-text"
@@ -111,7 +111,7 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[Texts, Tag("some-texts")]
         | Annotated[TokenList, Tag("token-ids")]
         | Annotated[TokenLists, Tag("some-token-ids")],
-        Discriminator(_prompt_kind),
+        Discriminator(prompt_kind),
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None

@@ -1,0 +1,253 @@
+"""/v1/embeddings, /v1/rerank, /score and /v1/decide: what texts are, for the base or for any adapter."""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean as mean
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from onebase_engine.engine.messages import RowOutput
+from onebase_server.generation.generation import Job, Reading, new_id
+from onebase_server.generation.stream import Usage
+from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.guard import needs
+from onebase_server.http.routes.generation import JobMeter
+from onebase_server.http.schemas.pooling import (
+    DecideRequest,
+    EmbeddingRequest,
+    PoolingFields,
+    RerankRequest,
+    ScoreRequest,
+)
+from onebase_server.http.sse import cancelled_when_gone
+from onebase_server.quotas import Ticket
+
+router = APIRouter(route_class=StrictRoute, tags=["pooling"])
+
+
+@router.post("/v1/embeddings")
+@needs("generate")
+async def embed(
+    body: EmbeddingRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """A vector of each input; `model` is the base's name or an adapter's."""
+    services.refuse_if_draining()
+    jobs = await services.planner.embed(body, caller)
+    outputs, usage = await _read(request, services, ticket, jobs)
+    vectors = _vectors(outputs)[:, : body.dimensions]
+    if body.normalize is not False:
+        vectors = _to_length_one(vectors)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
+        for index, vector in enumerate(vectors)
+    ]
+    return json_response(
+        {"object": "list", "data": data, "model": body.model, "usage": _usage(usage), "id": jobs[0].id}
+    )
+
+
+@router.post("/v1/rerank")
+@router.post("/v2/rerank")
+@router.post("/rerank")
+@needs("generate")
+async def rerank(
+    body: RerankRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """The documents by how near they are to the query, the nearest first."""
+    services.refuse_if_draining()
+    pairs = [(body.query, document) for document in body.documents]
+    params = [("query", f"documents[{index}]") for index in range(len(pairs))]
+    scores, usage = await _scores(request, services, caller, ticket, body, pairs, params)
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
+    results: list[dict[str, Any]] = [
+        {"index": index, "relevance_score": scores[index]}
+        | ({} if body.return_documents is False else {"document": {"text": body.documents[index]}})
+        for index in order
+    ]
+    return json_response(
+        {"id": new_id("rerank-"), "model": body.model, "results": results, "usage": _usage(usage)}
+    )
+
+
+@router.post("/v1/score")
+@router.post("/score")
+@needs("generate")
+async def score(
+    body: ScoreRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """How near two texts are, of one pair or of many."""
+    services.refuse_if_draining()
+    first = body.first * len(body.second) if len(body.first) == 1 else body.first
+    pairs = list(zip(first, body.second, strict=True))
+    params = [
+        ("text_1" if len(body.first) == 1 else f"text_1[{index}]", f"text_2[{index}]")
+        for index in range(len(pairs))
+    ]
+    scores, usage = await _scores(request, services, caller, ticket, body, pairs, params)
+    data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
+    return json_response(
+        {
+            "id": new_id("score-"),
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model,
+            "data": data,
+            "usage": _usage(usage),
+        }
+    )
+
+
+@router.post("/v1/decide")
+@needs("generate")
+async def decide(
+    body: DecideRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """How likely each of the choices is to come next, among them."""
+    services.refuse_if_draining()
+    after, before = await services.planner.decide(body, caller)
+    outputs, usage = await _read(request, services, ticket, after + before)
+    found = [[one.logprob for one in output.prompt_logprobs or ()] for output in outputs]
+    logprobs, priors = found[: len(body.choices)], found[len(body.choices) :]
+    weigh = mean if body.normalize == "mean" else sum
+    values = [weigh(some) for some in logprobs]
+    if priors:
+        values = [value - weigh(some) for value, some in zip(values, priors, strict=True)]
+    probabilities = _softmax([value / (body.temperature or 1.0) for value in values])
+    best = max(range(len(values)), key=lambda index: probabilities[index])
+    return json_response(
+        {
+            "id": after[0].id.partition(".")[0],
+            "object": "decision",
+            "created": int(time.time()),
+            "model": body.model,
+            "choice": body.choices[best],
+            "index": best,
+            "choices": [
+                {
+                    "index": index,
+                    "text": text,
+                    "probability": probabilities[index],
+                    "logprob": sum(logprobs[index]),
+                    "prior_logprob": sum(priors[index]) if priors else None,
+                    "token_logprobs": logprobs[index],
+                }
+                for index, text in enumerate(body.choices)
+            ],
+            "usage": _usage(usage),
+        }
+    )
+
+
+# ---- how it is computed ----------------------------------------------------------------------
+
+
+@dataclass
+class _Total:
+    """What all jobs of a request take; told once, when it is over and none of them runs."""
+
+    meter: JobMeter
+    usage: Usage = field(default_factory=Usage)
+    running: int = 0
+    over: bool = False
+
+    def rows_ended(self) -> None:
+        """The request may have more."""
+
+    def used(self, usage: Usage) -> None:
+        self.usage.prompt += usage.prompt
+        self.usage.cached += usage.cached
+        self.running -= 1
+        self._tell()
+
+    def close(self) -> None:
+        self.over = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.over and not self.running:
+            self.meter.rows_ended()
+            self.meter.used(self.usage)
+
+
+async def _read(
+    request: Request, services: Services, ticket: Ticket, jobs: Sequence[Job]
+) -> tuple[list[RowOutput], Usage]:
+    """The outputs of the jobs' choices, computed one job after the other.
+
+    Raises what Ticket.admit, Run.start and Reading.outputs raise.
+    """
+    services.refuse_if_draining()
+    ticket.admit(sum(job.tokens_set_aside for job in jobs), max(job.choices for job in jobs))
+    total = _Total(JobMeter(ticket, services.usage, jobs[0]))
+    ticket.leave = lambda: None  # the total does, in any case
+    outputs: list[RowOutput] = []
+    try:
+        for job in jobs:
+            reading = Reading(services.supervisor, job, meter=total)
+            await reading.start(services.residency)
+            total.running += 1
+            with cancelled_when_gone(request.receive, reading):
+                outputs += await reading.outputs()
+    finally:
+        total.close()
+    return outputs, total.usage
+
+
+async def _scores(
+    request: Request,
+    services: Services,
+    caller: Calling,
+    ticket: Ticket,
+    body: PoolingFields,
+    pairs: Sequence[tuple[str, str]],
+    params: Sequence[tuple[str, str]],
+) -> tuple[list[float], Usage]:
+    """Of each pair of texts, the cosine between their vectors; `params`: the fields that they are from."""
+    texts = {
+        param: text
+        for names, some in zip(params, pairs, strict=True)
+        for param, text in zip(names, some, strict=True)
+    }
+    jobs = await services.planner.pooled(body, texts, caller)
+    outputs, usage = await _read(request, services, ticket, jobs)
+    vectors = dict(zip(texts, _to_length_one(_vectors(outputs)), strict=True))
+    return [float(vectors[one] @ vectors[other]) for one, other in params], usage
+
+
+def _vectors(outputs: Sequence[RowOutput]) -> np.ndarray:
+    """[outputs, size] fp64"""
+    return np.stack([np.frombuffer(output.vector or b"", "<f4") for output in outputs]).astype(np.float64)
+
+
+def _to_length_one(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: np.ndarray = vectors / np.where(lengths > 0, lengths, 1.0)
+    return scaled
+
+
+def _written(vector: np.ndarray, encoding: str | None) -> str | list[float]:
+    narrow = vector.astype("<f4")
+    return base64.b64encode(narrow.tobytes()).decode() if encoding == "base64" else narrow.tolist()
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    top = max(values)
+    weights = [math.exp(value - top) for value in values]
+    whole = sum(weights)
+    return [weight / whole for weight in weights]
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "total_tokens": usage.prompt,
+        "completion_tokens": 0,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
