@@ -40,6 +40,8 @@ __all__ = [
     "canonicalize",
 ]
 
+HEAD_FILE = "head.safetensors"
+"""Of a canonical folder: a classifier's weight and bias, which PEFT is not given."""
 _NO_TARGETS = "dummy-target-modules"
 """PEFT's own word for an adapter without matrices (`peft.utils.constants.DUMMY_TARGET_MODULES`)."""
 
@@ -55,7 +57,8 @@ def canonicalize(
 ) -> AdapterSpec:
     """Validate a PEFT adapter and write a canonical folder to `target` (empty and existing).
 
-    Tensors pass through memory a few MiB at a time. Matrices, magnitudes and token rows are written in fp32,
+    Whatever the adapter is for, the folder is one of a model for text: that has the same layers. Tensors pass
+    through memory a few MiB at a time. Matrices, magnitudes and token rows are written in fp32,
     as PEFT holds them; saved modules as they are, since PEFT brings them to the base's dtype itself.
 
     Args:
@@ -85,11 +88,15 @@ def canonicalize(
             _check_tied(file, planned, base)
         (target / CONFIG_FILE).write_text(json.dumps(_canonical_config(planned.modules, facts)))
         write_tensors(target / WEIGHTS_FILE, [_to_write(file, tensor) for tensor in planned.tensors])
+        if planned.head:
+            write_tensors(target / HEAD_FILE, [_to_write(file, tensor) for tensor in planned.head.values()])
     return AdapterSpec(
         modules=planned.modules,
         rslora=facts.rslora,
         base_name=facts.base_name,
         parameters=sum(module.parameters for module in planned.modules),
+        task=facts.task,
+        labels=planned.head["weight"].entry.shape[0] if planned.head else 0,
         dropped=tuple(entry.name for entry, _ in planned.of_base),
         warnings=planned.warnings,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from onebase_adapters.format.patterns import NamePattern, PatternError
 from onebase_adapters.format.strict_json import parse_json, shown
@@ -72,6 +72,12 @@ _READ = frozenset(
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """They leave the base's weights alone, so what was trained fits the shared base."""
 
+Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"]
+"""What an adapter is for, in PEFT's words: text, classes of a text or of its tokens, or vectors."""
+CLASSIFIERS: tuple[Task, ...] = ("SEQ_CLS", "TOKEN_CLS")
+CLASSIFIER_NAMES = ("score", "classifier")
+"""What transformers calls a classifier's head, and PEFT adds to the modules to save."""
+
 Names = tuple[str, ...] | str | None
 
 
@@ -93,6 +99,7 @@ class ConfigFacts:
     embedding; "" is the input embedding.
     """
 
+    task: Task
     base_name: str | None
     rank: int
     alpha: float
@@ -111,8 +118,12 @@ class ConfigFacts:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that its modules can have: lora or dora, saved, tokens."""
-        extra = (("saved", self.modules_to_save), ("tokens", self.token_indices))
+        """The kinds that its modules can have: lora or dora, head, saved, tokens."""
+        extra = (
+            ("head", self.task in CLASSIFIERS),
+            ("saved", self.modules_to_save),
+            ("tokens", self.token_indices),
+        )
         return ("dora" if self.dora else "lora", *(kind for kind, present in extra if present))
 
 
@@ -124,7 +135,10 @@ def check_config(raw: bytes) -> ConfigFacts:
     """
     config = _parsed(raw)
     _check_kind(config)
+    task: Task = config.get("task_type") or "CAUSAL_LM"
+    heads = CLASSIFIER_NAMES if task in CLASSIFIERS else ()
     facts = ConfigFacts(
+        task=task,
         base_name=_text(config, "base_model_name_or_path"),
         rank=_integer(config.get("r", 8), "r"),
         alpha=_finite(config.get("lora_alpha", 8), "lora_alpha"),
@@ -138,7 +152,9 @@ def check_config(raw: bytes) -> ConfigFacts:
         exclude_modules=_names(config, "exclude_modules"),
         layers_to_transform=_layer_numbers(config),
         layers_pattern=_several(config, "layers_pattern"),
-        modules_to_save=_literal_names(config, "modules_to_save"),
+        modules_to_save=tuple(
+            name for name in _literal_names(config, "modules_to_save") if name not in heads
+        ),
         token_indices=_token_indices(config.get("trainable_token_indices")),
     )
     if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
@@ -183,9 +199,10 @@ def _check_kind(config: Mapping[str, Any]) -> None:
         raise AdapterFormatError(
             "unsupported_kind", f"peft_type is {shown(config.get('peft_type'))}; only LORA is served"
         )
-    if config.get("task_type") not in ("CAUSAL_LM", None):
+    if config.get("task_type") not in (*get_args(Task), None):
         raise AdapterFormatError(
-            "unsupported_kind", f"task_type is {shown(config['task_type'])}; only CAUSAL_LM is served"
+            "unsupported_kind",
+            f"task_type is {shown(config['task_type'])}; only {', '.join(get_args(Task))} are served",
         )
     unknown = sorted(config.keys() - _READ - _DROPPED - _SWITCHED_OFF.keys())
     if unknown:

@@ -38,6 +38,16 @@ class BaseModules:
     def head(self) -> str | None:
         return next((name for name in self.layers if name.rpartition(".")[2] == "lm_head"), None)
 
+    @cached_property
+    def root(self) -> str:
+        """The module in which all are but the head: that of which transformers makes a model without one."""
+        return (self.embedding or "").partition(".")[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's hidden state behind the last norm; 0 if no head tells."""
+        return self.layers[self.head].size_in if self.head else 0
+
     def tensor(self, parameter: str) -> torch.Tensor | None:
         """The tensor of a parameter; that of a tied head, which lists leave out, is the embedding's."""
         found = self.base_tensor(parameter)

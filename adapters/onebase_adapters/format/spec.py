@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from onebase_adapters.format.config import Task
+
 
 @dataclass(frozen=True)
 class ModuleSpec:
     """One adapted module, as the tensors and the config agree on it.
+
+    A head is a classifier's, which the base does not have.
 
     `rank` and `alpha` are 0 unless the kind is lora or dora; `bias`: whether lora_B has one; `indices`: the
     tokens whose rows are replaced. A head that is tied to an embedding with such tokens follows it, with 0
@@ -16,7 +20,7 @@ class ModuleSpec:
     """
 
     name: str
-    kind: Literal["lora", "dora", "saved", "tokens"]
+    kind: Literal["lora", "dora", "saved", "tokens", "head"]
     rank: int
     alpha: float
     bias: bool
@@ -36,6 +40,9 @@ class AdapterSpec:
     rslora: bool
     base_name: str | None
     parameters: int
+    task: Task = "CAUSAL_LM"
+    labels: int = 0
+    """Classes that a classifier tells apart."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -56,5 +63,5 @@ class AdapterSpec:
 
     @property
     def targets(self) -> list[str]:
-        """Last parts of the adapted modules' names, sorted."""
-        return sorted({module.name.rpartition(".")[2] for module in self.modules})
+        """Last parts of the names of the base's modules that are adapted, sorted."""
+        return sorted({module.name.rpartition(".")[2] for module in self.modules if module.kind != "head"})

@@ -8,7 +8,13 @@ from typing import Literal
 
 import torch
 
-from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError, ConfigFacts
+from onebase_adapters.format.config import (
+    CLASSIFIER_NAMES,
+    CLASSIFIERS,
+    WEIGHTS_FILE,
+    AdapterFormatError,
+    ConfigFacts,
+)
 from onebase_adapters.format.names import (
     BaseModules,
     lora_targets,
@@ -22,6 +28,7 @@ from onebase_adapters.format.spec import ModuleSpec
 from onebase_engine.base.layers import LayerShape
 
 PREFIX = "base_model.model."
+MAX_LABELS = 1 << 14
 
 # By the end of a tensor's name: what it is, and whether that is an embedding's (None: either's).
 _ENDS: dict[str, tuple[str, bool | None]] = {
@@ -59,6 +66,8 @@ class Plan:
     by_module: Mapping[str, Tensors]
     saved: frozenset[str]
     warnings: tuple[str, ...]
+    head: Mapping[str, PlannedTensor]
+    """A classifier's weight [labels, hidden], and its bias if it has one."""
 
 
 def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, max_rank: int) -> Plan:
@@ -68,7 +77,9 @@ def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
         AdapterFormatError: a tensor is foreign, missing, misshapen, or of a kind that is not served.
     """
     saved, rows = saved_modules(facts, base), token_rows(facts, base)
-    by_module, of_base = _sorted_in(entries, base, saved)
+    head, entries = _head(entries, facts, base)
+    root = base.root if facts.task == "FEATURE_EXTRACTION" else ""
+    by_module, of_base = _sorted_in(entries, base, saved, root)
     modules, tensors = [], []
     for name in sorted(by_module.keys() | saved | rows.keys()):
         own, layer = by_module.get(name, {}), base.layers[name]
@@ -86,21 +97,50 @@ def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
         _check_shapes(name, own, shapes, spec)
         modules.append(spec)
         tensors += _planned(name, own, layer, spec, base)
+    if head:
+        modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     lora = {module.name for module in modules if module.rank}
     _check_targets(lora, facts, base, saved)
     if not modules:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
     warnings = tuple(unmet_names(facts, {module.name for module in modules}))
-    return Plan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings)
+    used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
+    planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
+    return Plan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
+
+
+def _head(
+    entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
+) -> tuple[Tensors, tuple[TensorEntry, ...]]:
+    """A classifier's own tensors, and the others."""
+    if facts.task not in CLASSIFIERS:
+        return {}, entries
+    names = {f"{PREFIX}{name}.{what}": what for name in CLASSIFIER_NAMES for what in ("weight", "bias")}
+    found = [(names[entry.name], entry) for entry in entries if entry.name in names]
+    head = dict(found)
+    if "weight" not in head or len(head) < len(found):
+        raise AdapterFormatError(
+            "incomplete",
+            f"{WEIGHTS_FILE} must have one {PREFIX}{CLASSIFIER_NAMES[0]}.weight: task_type is {facts.task}",
+        )
+    labels = (*head["weight"].shape, 0)[0]
+    fits = head["weight"].shape == (labels, base.hidden_size) and 1 <= labels <= MAX_LABELS
+    if not fits or ("bias" in head and head["bias"].shape != (labels,)):
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{WEIGHTS_FILE}: the classifier is {list(head['weight'].shape)}; this base needs 1 to "
+            f"{MAX_LABELS} labels, {base.hidden_size} numbers each, and a bias of as many labels if any",
+        )
+    return head, tuple(entry for entry in entries if entry.name not in names)
 
 
 def _sorted_in(
-    entries: tuple[TensorEntry, ...], base: BaseModules, saved: set[str]
+    entries: tuple[TensorEntry, ...], base: BaseModules, saved: set[str], root: str
 ) -> tuple[dict[str, Tensors], tuple[tuple[TensorEntry, torch.Tensor], ...]]:
     by_module: dict[str, Tensors] = {}
     of_base = []
     for entry in entries:
-        name, what, embedding = _taken_apart(entry.name, saved)
+        name, what, embedding = _taken_apart(entry.name, saved, root)
         if what is None:
             of_base.append((entry, _of_base(entry, name, base)))
             continue
@@ -117,14 +157,15 @@ def _sorted_in(
     return by_module, tuple(of_base)
 
 
-def _taken_apart(name: str, saved: set[str]) -> tuple[str, str | None, bool | None]:
+def _taken_apart(name: str, saved: set[str], root: str) -> tuple[str, str | None, bool | None]:
     """The module that a tensor belongs to, its part there, and whether that part is for embeddings only.
 
-    The part is None for a parameter of the base, whose own name is returned instead of a module's.
+    The part is None for a parameter of the base, whose own name is returned instead of a module's. `root`:
+    the module of the base in which the file's names are.
     """
     if not name.startswith(PREFIX):
         raise _foreign(name)
-    rest = name.removeprefix(PREFIX)
+    rest = f"{root}.{name.removeprefix(PREFIX)}" if root else name.removeprefix(PREFIX)
     for end, (what, embedding) in _ENDS.items():
         if rest.endswith(end):
             return rest.removesuffix(end), what, embedding
@@ -211,8 +252,13 @@ def _planned(
     replaced = base.tensor(f"{name}.weight")
     used_as = replaced.dtype if replaced is not None and replaced.is_floating_point() else None
     if spec.kind == "tokens":
-        return [PlannedTensor(entry.name, entry, used_as=used_as) for entry in own.values()]
-    return [PlannedTensor(entry.name, entry, entry.dtype, used_as) for entry in own.values()]
+        token_adapter = f"{PREFIX}{name}.token_adapter"
+        return [
+            PlannedTensor(f"{token_adapter}.{what}", entry, used_as=used_as) for what, entry in own.items()
+        ]
+    return [
+        PlannedTensor(f"{PREFIX}{name}.{what}", entry, entry.dtype, used_as) for what, entry in own.items()
+    ]
 
 
 def _fits(embedding: bool | None, layer: LayerShape) -> bool:

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from onebase_adapters.format.canonical import AdapterFormatError, AdapterSpec, canonicalize
+from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
 from onebase_adapters.proof.extract import extract
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import (
+    HEAD,
     AdapterWeights,
+    Head,
     LoraWeights,
     ModuleWeights,
     TokenRows,
@@ -71,7 +74,12 @@ def load_adapter(
         layers = adaptable_layers(base)
         spec = canonicalize(config_file, weights_file, layers, max_rank, canonical, base_tensor=own.get)
         reference = peft_model(base, canonical)
-    weights = extract(reference, _NAME)
+        # PEFT brings a saved module to the dtype of the one that it replaces.
+        head = load_file(canonical / HEAD_FILE) if spec.labels else {}
+    weights = dict(extract(reference, _NAME))
+    if head:
+        dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
+        weights[HEAD] = Head(**{part: tensor.to(dtype) for part, tensor in head.items()})
     if fingerprint(base) != before:
         raise BaseChangedError("loading an adapter changed the base")
     differing = {module.name for module in spec.modules} ^ weights.keys()
@@ -81,7 +89,10 @@ def load_adapter(
         )
     for name, module in weights.items():
         _check_finite(name, module, own)
-    changed = sum(_changes(module, base.get_submodule(name)) for name, module in weights.items())
+    changed = sum(
+        isinstance(module, Head) or _changes(module, base.get_submodule(name))
+        for name, module in weights.items()
+    )
     if not changed and not allow_noop:
         raise AdapterFormatError(
             "no_effect", "no module changes anything: the adapter would serve the bare base"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows, without_head
 
 LEAST_COMPARED = 4
 """Modules of one name that change anything: fewer tell nothing of each other."""
@@ -162,10 +162,10 @@ def measure(weights: AdapterWeights, base: nn.Module) -> dict[str, Figures]:
     model: Any = base
     head = model.get_output_embeddings()
     of_tokens = {id(model.get_input_embeddings()), id(head)}
-    modules = {name: base.get_submodule(name) for name in weights}
+    modules = {name: base.get_submodule(name) for name in without_head(weights)}
     return {
         name: figures(module, modules[name], head.weight.dtype, of_tokens=id(modules[name]) in of_tokens)
-        for name, module in weights.items()
+        for name, module in without_head(weights).items()
     }
 
 

@@ -14,7 +14,7 @@ class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
     """One adapted module of a version."""
 
     name: str
-    kind: Literal["lora", "dora", "saved", "tokens"]
+    kind: Literal["lora", "dora", "saved", "tokens", "head"]
     rank: int
     """0 unless the kind is lora or dora."""
     alpha: float
@@ -76,17 +76,29 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     """Tensors of the file that were the base's own, bit for bit, and were left out."""
     modules: list[ModuleReport]
     proof: ProofReport
+    task: str = "CAUSAL_LM"
+    """What the adapter is for, in PEFT's words."""
+    labels: int = 0
+    """Classes that a classifier tells apart."""
     warnings: list[str] = []
     """What a person should look at before the version is activated, a sentence each; nothing is blocked."""
 
 
 def what_was_shown(
-    modules: int, exact: int, tolerated: int, error_ratio: float, kernels: str, texts: int, tokens: int
+    modules: int,
+    exact: int,
+    tolerated: int,
+    error_ratio: float,
+    kernels: str,
+    texts: int,
+    tokens: int,
+    classified: int = 0,
 ) -> str:
     """What a proof has shown, in words.
 
     Args:
         tolerated: modules that were only within a hundredth of PEFT's largest output.
+        classified: texts whose classes were compared.
     """
     by = "PyTorch" if kernels == "torch" else f"the {kernels} kernels"
     found = f"{'All' if exact == modules else f'{exact} of'} {modules} modules gave PEFT's own bits by {by}"
@@ -97,4 +109,6 @@ def what_was_shown(
     found += ", for rows alone, next to another adapter's rows and next to rows without one."
     if texts:
         found += f" {texts} greedy texts of {tokens // texts} tokens were PEFT's, but for ties."
+    if classified:
+        found += f" The classes of {classified} texts were PEFT's, but for rounding."
     return found

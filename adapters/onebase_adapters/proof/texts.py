@@ -6,19 +6,20 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from onebase_adapters.format.config import Task
 from onebase_adapters.proof.modules import ProofError
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.lora.weights import HEAD, AdapterWeights, Head
 
 TIE_ROUNDINGS = 4
 """A token ties with PEFT's where its logit is within this many roundings of the largest. Attention over
@@ -91,6 +92,76 @@ class TextProver:
             on_progress(0.5 + (number + 1) / len(probes) / 2)
         return TextProof(len(probes), len(probes) * tokens, changed)
 
+    def prove_classes(
+        self,
+        classifier: nn.Module,
+        weights: AdapterWeights,
+        probes: Sequence[list[int]],
+        task: Task,
+    ) -> int:
+        """Have the engine classify the probes in one batch, and compare with `classifier`. Returns how many.
+
+        Of the same hidden state the version's head must give the classifier's logits, but for their last
+        bit; of the engine's own states, as near as rounding may bring these.
+
+        Raises:
+            ProofError: classes are not the classifier's.
+        """
+        head = weights.get(HEAD)
+        if not probes or not isinstance(head, Head):
+            return 0
+        kind: Literal["each", "last"] = "last" if task == "SEQ_CLS" else "each"
+        try:
+            found = self._read(weights, probes, protocol.Pooling(kind, head=True))
+        except BaseException:
+            self._engine = None
+            raise
+        weight = head.weight.double()
+        bias = torch.zeros(()) if head.bias is None else head.bias.double()
+        unit, tie = float(torch.finfo(head.weight.dtype).eps), tie_of(head.weight.dtype)
+        for number, probe in enumerate(probes):
+            logits, hidden = _classes(classifier, probe, kind)
+            values = torch.frombuffer(bytearray(found[number]), dtype=torch.float32).double()
+            if values.numel() != logits.numel():
+                raise ProofError(f"text {number + 1}", math.inf, "there are not as many classes as PEFT has")
+            products = hidden.abs() @ weight.abs().T
+            for got, allowed in (
+                (hidden @ weight.T + bias, unit * logits.abs() + 2.0**-20 * products),
+                (values.view(logits.shape), tie * (products + logits.abs())),
+            ):
+                most = float((got - logits).abs().max())
+                if not bool(((got - logits).abs() <= allowed).all()):
+                    message = f"the classes of text {number + 1} differ from PEFT's by {most:.2g}"
+                    raise ProofError(f"text {number + 1}", most, message)
+        return len(probes)
+
+    def _read(
+        self, weights: AdapterWeights, probes: Sequence[list[int]], pooling: protocol.Pooling
+    ) -> list[bytes]:
+        engine = self._engine_for(len(probes), max(map(len, probes)))
+        version = f"version {next(self._proofs)}"
+        engine.put_adapter(version, weights)
+        for number, probe in enumerate(probes):
+            engine.submit(
+                protocol.Submit(
+                    id=str(number),
+                    prompt=probe,
+                    sampling=protocol.Sampling(max_tokens=0),
+                    adapters=[protocol.AdapterRef(version)],
+                    pooling=pooling,
+                )
+            )
+        found: dict[str, bytes] = {}
+        while engine.busy:
+            engine.step()
+            for output in engine.take_outputs():
+                if output.vector is None:
+                    raise ProofError(output.id, 1.0, f"the engine cannot classify: {output.error_message}")
+                found[output.id] = output.vector
+        engine.unload_adapter(version)
+        engine.step()
+        return [found[str(number)] for number in range(len(probes))]
+
     def _served(
         self,
         weights: AdapterWeights,
@@ -145,6 +216,17 @@ def _check(model: nn.Module, probe: list[int], tokens: list[int], tolerance: flo
         if regret > tolerance or math.isnan(regret):
             message = f"{title} differs from PEFT's at token {place + 1}: {tokens[place]} is served there"
             raise ProofError(title, regret, message)
+
+
+@torch.inference_mode()
+def _classes(
+    classifier: Any, probe: list[int], kind: Literal["each", "last"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [tokens, labels] and hidden states [tokens, hidden], fp64, of the tokens that are classified."""
+    ids = torch.tensor([probe], device=next(classifier.parameters()).device)
+    hidden = classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].double().cpu()
+    logits = classifier(input_ids=ids, use_cache=False).logits[0].double().cpu()
+    return logits.view(-1, logits.shape[-1]), hidden if kind == "each" else hidden[-1:]
 
 
 @torch.inference_mode()

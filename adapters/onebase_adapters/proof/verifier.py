@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from onebase_adapters.proof.classifier import classifier_of
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
 from onebase_adapters.proof.outliers import Figures, measure, unusual
@@ -17,7 +19,16 @@ from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, Vers
 from onebase_adapters.proof.texts import TextProof, TextProver
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import AdapterWeights, folded, weights_bytes
+from onebase_engine.lora.weights import (
+    HEAD,
+    AdapterWeights,
+    Head,
+    ModuleWeights,
+    folded,
+    tensors_of,
+    weights_bytes,
+    without_head,
+)
 
 OnProgress = Callable[[Stage, float], None]
 _LOADED, _COMPARED = 0.15, 0.6
@@ -98,7 +109,7 @@ class Verifier:
         finished = read_packed_adapter(packed, sha256, base_id=self._base_id)
         modules = self._modules.prove(
             adapter.reference,
-            folded(finished),
+            folded(without_head(finished)),
             lambda part: on_progress("proving", _LOADED + part * (_COMPARED - _LOADED)),
         )
         texts = self._texts.prove(
@@ -108,11 +119,15 @@ class Verifier:
             probe_tokens,
             lambda part: on_progress("proving", _COMPARED + part * (1 - _COMPARED)),
         )
+        head, classified = adapter.weights.get(HEAD), 0
+        if isinstance(head, Head):
+            classifier = classifier_of(adapter.reference, adapter.spec.task, head)
+            classified = self._texts.prove_classes(classifier, finished, probes, adapter.spec.task)
         if fingerprint(self._base) != self._fingerprint:
             raise BaseChangedError("a tensor of the attached base was written to")
         measured = measure(finished, self._base)
         seconds = time.monotonic() - started
-        report = version_report(adapter, finished, measured, modules, texts, seconds)
+        report = version_report(adapter, finished, measured, modules, texts, seconds, classified)
         return ProvenVersion(report, sha256, packed.stat().st_size)
 
 
@@ -128,6 +143,7 @@ def version_report(
     modules: ModuleProof,
     texts: TextProof,
     seconds: float,
+    classified: int = 0,
 ) -> VersionReport:
     spec = adapter.spec
     return VersionReport(
@@ -148,9 +164,9 @@ def version_report(
                 rank=module.rank,
                 alpha=module.alpha,
                 parameters=module.parameters,
-                norm=measured[module.name].norm,
-                spectral_norm=measured[module.name].spectral,
-                relative_norm=measured[module.name].relative,
+                norm=measured[module.name].norm if module.name in measured else _norm(weights[module.name]),
+                spectral_norm=measured[module.name].spectral if module.name in measured else None,
+                relative_norm=measured[module.name].relative if module.name in measured else None,
             )
             for module in spec.modules
         ],
@@ -176,6 +192,13 @@ def version_report(
                 modules.kernels,
                 texts.texts,
                 texts.tokens,
+                classified,
             ),
         ),
+        task=spec.task,
+        labels=spec.labels,
     )
+
+
+def _norm(head: ModuleWeights) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for _, tensor in tensors_of(head)))

@@ -158,6 +158,9 @@ class Engine:
             check_scores(request)
             check_weights(mix)
             self.versions.check(mix, self.slots.budget)
+            if request.pooling is not None and request.pooling.head:
+                count = len(request.prompt) if request.pooling.kind == "each" else 1
+                self.versions.check_head(mix, count)
             if request.grammar is not None and self._grammars is None:
                 raise NeverFitsError("grammar_refused", "grammar", "this engine has no tokenizer")
         except NeverFitsError as error:
@@ -393,7 +396,7 @@ class Engine:
             row.prompt_scores = scores if afresh else row.prompt_scores + scores
             row.prompt_scored = segment.stop >= row.prompt_length
         for segment, hidden in computed.pooled:
-            _pool(segment, hidden)
+            self._pool(segment, hidden)
         drawn_of = dict(computed.drawn)
         for segment in computed.plan.segments:
             row, drawn = segment.row, drawn_of.get(segment.row)
@@ -456,15 +459,37 @@ class Engine:
     def _answer(self, row: Row) -> None:
         """End a row that is only read, with what it is read for."""
         vector = None
-        if row.pooling is not None and row.pooled is not None:
-            count = row.prompt_length if row.pooling.kind == "mean" else 1
-            values = (row.pooled / count).astype("<f4")
-            if not np.isfinite(values).all():
+        if row.pooling is not None:
+            values = np.stack(row.pooled)
+            if row.pooling.kind == "mean":
+                values /= row.prompt_length
+            if row.pooling.head and row.pooling.kind != "each":
+                values = np.stack([self._classified(row, one) for one in values])
+            if not np.isfinite(values.astype("<f4")).all():
                 message = "the hidden states are not finite: an adapter of this request overflows"
                 self._end(row, "error", code="not_finite", message=message)
                 return
-            vector = values.tobytes()
+            vector = values.astype("<f4").tobytes()
         self._end(row, "stop", vector=vector)
+
+    def _classified(self, row: Row, hidden: np.ndarray) -> np.ndarray:
+        """[labels] fp64. One state at a time, so that others change no bit."""
+        weight, bias = self.versions.heads[row.mix.digests[0]]
+        values: np.ndarray = weight @ hidden + bias
+        return values
+
+    def _pool(self, segment: Segment, hidden: np.ndarray) -> None:
+        """Add hidden states to what a row has: one by one, so that chunks of another length give the same."""
+        row = segment.row
+        if segment.start == 0:
+            row.pooled = []
+        if row.pooling is not None and row.pooling.kind == "each":
+            row.pooled += [self._classified(row, one) if row.pooling.head else one for one in hidden]
+            return
+        pooled = row.pooled[0] if row.pooled else np.zeros(hidden.shape[1])
+        for one in hidden:
+            pooled = pooled + one
+        row.pooled = [pooled]
 
     def _append(self, row: Row, taken: list[Drawn]) -> None:
         """Give a row its new tokens; all but the last are among its tokens already."""
@@ -554,15 +579,6 @@ def _exactly(hidden: torch.Tensor) -> np.ndarray:
     """In fp64, on the host."""
     found: np.ndarray = hidden.float().cpu().numpy().astype(np.float64)
     return found
-
-
-def _pool(segment: Segment, hidden: np.ndarray) -> None:
-    """Add hidden states to what a row has: one by one, so that chunks of another length give the same."""
-    row = segment.row
-    if row.pooled is None or segment.start == 0:
-        row.pooled = np.zeros(hidden.shape[1])
-    for one in hidden:
-        row.pooled += one
 
 
 def _smaller(part: Plan, failure: _Failure) -> list[Plan]:

@@ -113,9 +113,11 @@ class Grammar(msgspec.Struct, frozen=True):
 
 
 class Pooling(msgspec.Struct, frozen=True):
-    """What is made of a prompt's hidden states behind the last norm: the last one, or the mean of all."""
+    """What is made of a prompt's hidden states behind the last norm: the last one, the mean, or each."""
 
-    kind: Literal["last", "mean"] = "last"
+    kind: Literal["last", "mean", "each"] = "last"
+    head: bool = False
+    """As the adapter's classifier sees it."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -263,7 +265,7 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprob] | None = None
     """Once, before or with the first token: one per token of the prompt but the first, or of the branch."""
     vector: bytes | None = None
-    """What was pooled, fp32, little-endian."""
+    """What was pooled, fp32, little-endian; of `each`, one token after the other."""
     finish: FinishReason | None = None
     stop_token: int | None = None
     """The token id that ended the row, when one did; it is not part of the text."""

@@ -98,8 +98,9 @@ class Row:
     prompt_scored: bool = False
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
     """Collected over the prefill chunks, sent at once with the first token."""
-    pooled: np.ndarray | None = None
-    """[hidden] fp64: the last hidden state, or the sum of those of all tokens up to `computed`."""
+    pooled: list[np.ndarray] = field(default_factory=list)
+    """Of hidden states [hidden] fp64: the last one, or the sum of those of all tokens up to `computed`, or
+    what the classifier makes of each."""
     finish: FinishReason | None = None
     drafts: Drafts | None = None
     seen: TokenCounts = field(default_factory=TokenCounts)
@@ -136,7 +137,7 @@ class Row:
     @property
     def reusable(self) -> int:
         """Tokens from the beginning that need not be computed again if their KV is there."""
-        if self.pooling is not None and self.pooling.kind == "mean":
+        if self.pooling is not None and self.pooling.kind != "last":
             return 0
         return self.first_scored if self.scores_prompt else len(self.tokens) - 1
 
@@ -217,7 +218,7 @@ class Segment:
         if self.row.pooling is None:
             return range(0)
         last = len(self.row.tokens) - 1
-        return range(self.start if self.row.pooling.kind == "mean" else max(self.start, last), self.stop)
+        return range(max(self.start, last) if self.row.pooling.kind == "last" else self.start, self.stop)
 
 
 @dataclass(frozen=True)

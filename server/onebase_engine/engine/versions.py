@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import numpy as np
+
+from onebase_engine.engine.messages import MAX_MESSAGE_BYTES
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.scheduler import NeverFitsError
 from onebase_engine.engine.slot_table import SlotTable
-from onebase_engine.lora.weights import AdapterWeights, composable, folded, weights_bytes
+from onebase_engine.lora.weights import (
+    HEAD,
+    AdapterWeights,
+    Head,
+    composable,
+    folded,
+    weights_bytes,
+    without_head,
+)
+
+MAX_VECTOR_BYTES = MAX_MESSAGE_BYTES * 3 // 4
+"""Of one row, on the socket."""
 
 
 class Versions:
@@ -15,6 +29,9 @@ class Versions:
 
     def __init__(self) -> None:
         self.weights: dict[str, AdapterWeights] = {}
+        """What goes into slots."""
+        self.heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        """Of those that are classifiers: weight [labels, hidden] and bias [labels], fp64."""
         self._sizes: dict[str, int] = {}
         self._alone: set[str] = set()
         """Versions that are no sum of products, and so cannot be weighted or added to others."""
@@ -30,7 +47,11 @@ class Versions:
 
     def put(self, digest: str, weights: AdapterWeights) -> None:
         """Take a version in; its scales go into B where that changes no bit."""
-        self.weights[digest] = folded(weights)
+        if isinstance(head := weights.get(HEAD), Head):
+            weight = head.weight.double().numpy()
+            bias = np.zeros(len(weight)) if head.bias is None else head.bias.double().numpy()
+            self.heads[digest] = weight, bias
+        self.weights[digest] = folded(without_head(weights))
         self._sizes[digest] = weights_bytes(self.weights[digest])
         self._leaving.discard(digest)
         if not composable(weights):
@@ -47,6 +68,7 @@ class Versions:
             if slots.evict(digest):
                 self._leaving.discard(digest)
                 del self.weights[digest], self._sizes[digest]
+                self.heads.pop(digest, None)
                 self._alone.discard(digest)
                 self._dropped.append(digest)
 
@@ -75,6 +97,19 @@ class Versions:
                 "adapter",
                 f"the adapters of this request take {needed} bytes in slots and there are {slot_budget}; "
                 "raise --slot-memory",
+            )
+
+    def check_head(self, mix: AdapterMix, tokens: int) -> None:
+        """Raise NeverFitsError unless a row's adapter is one classifier, and what it says of so many tokens
+        finds room in a message."""
+        if len(mix.terms) != 1 or mix.terms[0][1] != 1.0 or mix.terms[0][0] not in self.heads:
+            raise NeverFitsError("no_classifier", "adapter", "classes need one adapter that is a classifier")
+        labels = len(self.heads[mix.digests[0]][1])
+        if 4 * labels * tokens > MAX_VECTOR_BYTES:
+            raise NeverFitsError(
+                "vector_too_large",
+                "input",
+                f"{tokens} tokens of {labels} labels each are over {MAX_VECTOR_BYTES} bytes; shorten it",
             )
 
     def _check_composes(self, mix: AdapterMix) -> None:

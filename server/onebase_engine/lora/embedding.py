@@ -41,7 +41,7 @@ class SlotEmbedding(SlotModule):
             rows = weights.rows.to(self.base.weight.dtype)
             scale = self._scale(rows.dtype)
             return partial(_own_rows, weights.indices, rows if scale is None else rows * scale)
-        if weights.bias is not None:
+        if not isinstance(weights, LoraWeights) or weights.bias is not None:
             raise self.unfit(weights)
         return None if weights.gain is None else partial(self._dora, weights)
 

@@ -21,22 +21,25 @@ import torch
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.lora.weights import (
     AdapterWeights,
+    Head,
     LoraWeights,
     ModuleWeights,
     SavedModule,
     TokenRows,
     fits,
     tensors_of,
+    without_head,
 )
 
 LAYOUT = "onebase-prepared-1"
 MAX_HEADER_BYTES = 64 << 20
 """Twice the header of the largest adapter that is accepted, with a lot to spare."""
 _CHUNK_BYTES = 1 << 20
-_KINDS: dict[str, type[LoraWeights] | type[SavedModule] | type[TokenRows]] = {
+_KINDS: dict[str, type[LoraWeights] | type[SavedModule] | type[TokenRows] | type[Head]] = {
     "lora": LoraWeights,
     "saved": SavedModule,
     "tokens": TokenRows,
+    "head": Head,
 }
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -133,7 +136,7 @@ def read_packed_adapter(
         raise PackedAdapterError(f"{path.name} is damaged: its SHA-256 is not {sha256[:12]}…")
     weights = _modules(path.name, metadata, tensors, base_id)
     if layers is not None:
-        for name, module in weights.items():
+        for name, module in without_head(weights).items():
             if name not in layers or not fits(module, layers[name]):
                 raise PackedAdapterError(f"{path.name} does not fit the base at {name:.200}; prove it again")
     return weights
@@ -224,6 +227,9 @@ def _check(module: ModuleWeights) -> None:
         fits = module.a.ndim == module.b.ndim == 2 and module.rank in module.a.shape
         fits = fits and all(v.shape == module.b.shape[:1] for v in vectors) and math.isfinite(module.scale)
         fits = fits and all(t.dtype == torch.float32 for t in (module.a, module.b, *vectors))
+    elif isinstance(module, Head):
+        fits = module.weight.ndim == 2 and module.weight.is_floating_point()
+        fits = fits and (module.bias is None or module.bias.shape == module.weight.shape[:1])
     elif isinstance(module, SavedModule):
         fits = module.bias is None or module.bias.shape == module.weight.shape[:1]
     else:

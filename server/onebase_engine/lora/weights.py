@@ -81,7 +81,25 @@ class TokenRows:
         return self
 
 
-ModuleWeights = LoraWeights | SavedModule | TokenRows
+@dataclass(frozen=True)
+class Head:
+    """What makes classes of a hidden state: no module of the base, and in no slot."""
+
+    weight: torch.Tensor
+    """[labels, hidden], in the base's dtype, as PEFT holds it."""
+    bias: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Head:
+        return moved(self, device)
+
+    def folded(self) -> Head:
+        return self
+
+
+HEAD = "score"
+"""The name of a classifier's head among an adapter's modules."""
+
+ModuleWeights = LoraWeights | SavedModule | TokenRows | Head
 AdapterWeights = Mapping[str, ModuleWeights]
 """By the full name of the base's module."""
 
@@ -117,7 +135,10 @@ def composable(weights: AdapterWeights) -> bool:
     PEFT's `add_weighted_adapter` (`cat`) drops `lora_bias`, and knows no sum of DoRA's gains, of saved
     modules or of token rows.
     """
-    return all(isinstance(module, LoraWeights) and module.plain for module in weights.values())
+    return all(
+        isinstance(module, Head) or (isinstance(module, LoraWeights) and module.plain)
+        for module in weights.values()
+    )
 
 
 def folded(weights: AdapterWeights) -> AdapterWeights:
@@ -125,8 +146,15 @@ def folded(weights: AdapterWeights) -> AdapterWeights:
     return {name: module.folded() for name, module in weights.items()}
 
 
+def without_head(weights: AdapterWeights) -> AdapterWeights:
+    """Those of the base's modules."""
+    return {name: module for name, module in weights.items() if not isinstance(module, Head)}
+
+
 def fits(module: ModuleWeights, layer: LayerShape) -> bool:
     """Whether the module's shapes are those that this layer of the base needs."""
+    if isinstance(module, Head):
+        return False
     if isinstance(module, SavedModule):
         return tuple(module.weight.shape) == layer.weight_shape
     if isinstance(module, TokenRows):

@@ -1,0 +1,264 @@
+"""Adapters that generate no text: classifiers of texts and of tokens, and encoders, as PEFT saves them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tests.tiny import randomize, save_base
+
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.proof.modules import ProofError
+from onebase_adapters.proof.texts import TextProver
+from onebase_adapters.proof.verifier import ProvenVersion, Verifier
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import peft_view
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.lora.packed_adapter import read_packed_adapter
+from onebase_engine.lora.weights import HEAD, AdapterWeights, Head
+
+CLASSES: dict[str, Any] = {
+    "SEQ_CLS": tf.AutoModelForSequenceClassification,
+    "TOKEN_CLS": tf.AutoModelForTokenClassification,
+    "FEATURE_EXTRACTION": tf.AutoModel,
+}
+LABELS = 5
+TEXTS = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 70)]
+PROBES = TEXTS[1:]
+
+
+def own_model(folder: Path, task: str, labels: int = LABELS) -> Any:
+    """transformers' model of the class, as a user of PEFT loads it."""
+    more: dict[str, Any] = {} if task == "FEATURE_EXTRACTION" else {"num_labels": labels}
+    model = CLASSES[task].from_pretrained(folder, dtype=torch.float32, **more)
+    model.config.pad_token_id = None
+    return model
+
+
+def peft_model(base: Any, task: str, adapter: Path) -> Any:
+    """PEFT's model of its own class, which has read the folder by itself, on the base's layers."""
+    model = peft_view(base).base_model
+    if task != "FEATURE_EXTRACTION":
+        config = copy.deepcopy(base.config)
+        config.num_labels, config.pad_token_id = LABELS, None
+        decoder, model = model, CLASSES[task].from_config(config, dtype=base.dtype)
+        model.model = decoder
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@pytest.fixture(scope="module", params=["fp32", "nf4"])
+def nf4(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "nf4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("llama", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, nf4: bool) -> torch.nn.Module:
+    how: dict[str, Any] = (
+        {"quantization": "nf4", "dtype": torch.bfloat16}
+        if nf4
+        else {"quantization": "none", "dtype": torch.float32}
+    )
+    return load_base(BaseSettings(folder, **how))
+
+
+@pytest.fixture(scope="module")
+def verifier(base: torch.nn.Module) -> Verifier:
+    return Verifier(base, max_rank=64, base_id="tiny")
+
+
+def save(folder: Path, target: Path, task: str, seed: int = 1, labels: int = LABELS, **settings: Any) -> Path:
+    torch.manual_seed(seed)
+    chosen: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        **copy.deepcopy(settings),  # PEFT adds to its lists
+    }
+    model = get_peft_model(own_model(folder, task, labels), LoraConfig(task_type=task, **chosen))
+    randomize(model, 0.1)
+    model.save_pretrained(target)
+    return target
+
+
+def prove(verifier: Verifier, adapter: Path, packed: Path) -> tuple[ProvenVersion, AdapterWeights]:
+    found = verifier.prove(
+        adapter / CONFIG_FILE,
+        adapter / WEIGHTS_FILE,
+        packed,
+        probes=PROBES,
+        probe_tokens=4,
+        allow_noop=False,
+        on_progress=lambda stage, fraction: None,
+    )
+    return found, read_packed_adapter(packed, found.sha256)
+
+
+def serve(
+    base: torch.nn.Module, versions: dict[str, AdapterWeights], asked: Sequence[protocol.Submit]
+) -> dict[str, np.ndarray]:
+    limits = Limits(max_rows=16, step_tokens=33, max_length=200)
+    engine = Engine(base, name="tiny", limits=limits, kv_blocks=200, slots=4)
+    for digest, weights in versions.items():
+        engine.put_adapter(digest, weights)
+    for submit in asked:
+        engine.submit(submit)
+    found: dict[str, np.ndarray] = {}
+    while engine.busy:
+        engine.step()
+        for output in engine.take_outputs():
+            assert output.error_message is None, output.error_message
+            if output.vector is not None:
+                found[output.id] = np.frombuffer(output.vector, "<f4")
+    return found
+
+
+def reading(name: str, text: list[int], digest: str, kind: Any, head: bool) -> protocol.Submit:
+    return protocol.Submit(
+        id=name,
+        prompt=text,
+        sampling=protocol.Sampling(max_tokens=0),
+        adapters=[protocol.AdapterRef(digest)],
+        pooling=protocol.Pooling(kind, head=head),
+    )
+
+
+@pytest.mark.parametrize("task", list(CLASSES))
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True}, {"modules_to_save": ["layers.0.input_layernorm"]}],
+    ids=["lora", "dora", "norm"],
+)
+def test_they_are_proved_and_served_in_one_batch_as_pefts_own_model_of_their_class(
+    folder: Path,
+    base: torch.nn.Module,
+    verifier: Verifier,
+    nf4: bool,
+    task: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    adapter = save(folder, tmp_path / "adapter", task, **settings)
+    other = save(folder, tmp_path / "other", "SEQ_CLS", seed=2, labels=3)
+    proven, weights = prove(verifier, adapter, tmp_path / "packed")
+    _, others = prove(verifier, other, tmp_path / "packed other")
+    classifies = task != "FEATURE_EXTRACTION"
+    assert (proven.report.task, proven.report.labels) == (task, LABELS if classifies else 0)
+    assert ("The classes of 2 texts were PEFT's" in proven.report.proof.shown) == classifies
+    assert ("head" in proven.report.kinds) == classifies
+
+    kind = {"SEQ_CLS": "last", "TOKEN_CLS": "each", "FEATURE_EXTRACTION": "last"}[task]
+    asked = []
+    sampling = protocol.Sampling(temperature=0, max_tokens=5)
+    for i, text in enumerate(TEXTS):
+        asked += [
+            reading(f"{i}", text, "own", kind, classifies),
+            reading(f"other{i}", text, "other", "last", True),
+            protocol.Submit(id=f"text{i}", prompt=text, sampling=sampling),
+        ]
+    found = serve(base, {"own": weights, "other": others}, asked)
+    model = peft_model(base, task, adapter)
+    for i, text in enumerate(TEXTS):
+        with torch.inference_mode():
+            output = model(input_ids=torch.tensor([text]))
+        expected = output.logits[0] if classifies else output.last_hidden_state[0, -1]
+        got = torch.from_numpy(found[str(i)].copy()).view(expected.shape)
+        allowed = 0.1 * float(expected.float().abs().max()) if nf4 else 1e-4
+        torch.testing.assert_close(got, expected.float(), atol=allowed, rtol=1e-3)
+        assert found[f"other{i}"].shape == (3,)
+    if classifies:
+        alone = serve(base, {"own": weights}, [reading("0", TEXTS[2], "own", kind, True)])
+        assert np.array_equal(alone["0"], found["2"])
+
+
+def test_a_head_that_is_not_what_the_file_says_is_no_proof(
+    folder: Path, base: torch.nn.Module, verifier: Verifier, tmp_path: Path
+) -> None:
+    adapter = save(folder, tmp_path / "adapter", "SEQ_CLS")
+    _, weights = prove(verifier, adapter, tmp_path / "packed")
+    classifier = peft_model(base, "SEQ_CLS", adapter).get_base_model()
+    head = weights[HEAD]
+    assert isinstance(head, Head)
+    texts = TextProver(base)
+    assert texts.prove_classes(classifier, weights, PROBES, "SEQ_CLS") == 2
+    for planted in (
+        Head(head.weight.roll(1, 0)),
+        Head(head.weight * 1.1),
+        Head(head.weight, torch.ones(LABELS, dtype=head.weight.dtype)),
+    ):
+        with pytest.raises(ProofError, match="classes of text 1"):
+            texts.prove_classes(classifier, {**weights, HEAD: planted}, PROBES, "SEQ_CLS")
+
+
+def test_classes_of_an_adapter_without_a_head_or_of_a_sum_are_refused(
+    base: torch.nn.Module, folder: Path, verifier: Verifier, tmp_path: Path
+) -> None:
+    _, weights = prove(verifier, save(folder, tmp_path / "a", "SEQ_CLS"), tmp_path / "packed")
+    engine = Engine(base, name="tiny", limits=Limits(8, 64, 200), kv_blocks=100, slots=4)
+    engine.put_adapter("own", weights)
+    engine.put_adapter("plain", {name: one for name, one in weights.items() if name != HEAD})
+    refs = ([], [("plain", 1.0)], [("own", 0.5)], [("own", 1.0), ("plain", 1.0)])
+    for number, terms in enumerate(refs):
+        engine.submit(
+            protocol.Submit(
+                id=str(number),
+                prompt=[5],
+                sampling=protocol.Sampling(max_tokens=0),
+                adapters=[protocol.AdapterRef(*term) for term in terms],
+                pooling=protocol.Pooling(head=True),
+            )
+        )
+    assert {output.error_code for output in engine.take_outputs()} == {"no_classifier"}
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        pytest.param({"base_model.model.score.weight": None}, "incomplete", id="no-head"),
+        pytest.param({"base_model.model.score.weight": (LABELS, 7)}, "bad_shape", id="narrow"),
+        pytest.param({"base_model.model.score.weight": (0, 128)}, "bad_shape", id="no-labels"),
+        pytest.param({"base_model.model.score.weight": (LABELS,)}, "bad_shape", id="flat"),
+        pytest.param({"base_model.model.score.bias": (3,)}, "bad_shape", id="short-bias"),
+        pytest.param({"base_model.model.score.bias": (LABELS,)}, "bad_shape", id="bias-of-another-class"),
+        pytest.param({"base_model.model.classifier.weight": (LABELS, 128)}, "incomplete", id="two-heads"),
+        pytest.param({"base_model.model.score.lora_A.weight": (8, 128)}, "unknown_module", id="lora-on-head"),
+    ],
+)
+def test_files_whose_head_does_not_fit_are_refused(
+    folder: Path, verifier: Verifier, change: dict[str, tuple[int, ...] | None], code: str, tmp_path: Path
+) -> None:
+    adapter = save(folder, tmp_path / "adapter", "SEQ_CLS")
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    for name, shape in change.items():
+        if shape is None:
+            del tensors[name]
+        else:
+            tensors[name] = torch.ones(shape)
+    save_file(tensors, adapter / WEIGHTS_FILE)
+    with pytest.raises(AdapterFormatError) as error:
+        prove(verifier, adapter, tmp_path / "packed")
+    assert error.value.code == code
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_head_in_an_adapter_for_text_is_foreign(folder: Path, verifier: Verifier, tmp_path: Path) -> None:
+    adapter = save(folder, tmp_path / "adapter", "SEQ_CLS")
+    config = adapter / CONFIG_FILE
+    config.write_text(config.read_text().replace('"SEQ_CLS"', '"CAUSAL_LM"'))
+    with pytest.raises(AdapterFormatError):
+        prove(verifier, adapter, tmp_path / "packed")
