@@ -18,6 +18,7 @@ from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Limits, Planner
+from onebase_server.generation.reading import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services, Training
 from onebase_server.http.views.adapters import AdapterViews
@@ -118,6 +119,7 @@ def assemble(
     )
     supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
+    planner = Planner(supervisor, tokenizer, parts.catalog, hub, limits)
     keys = KeyRing(
         storage.registry.keys,
         storage.registry.tenants,
@@ -132,7 +134,8 @@ def assemble(
         catalog=parts.catalog,
         tokenizer=tokenizer,
         supervisor=supervisor,
-        planner=Planner(supervisor, tokenizer, parts.catalog, hub, limits),
+        planner=planner,
+        reading=ReadingPlanner(planner, tokenizer, limits.max_timeout),
         responses=KeptResponses(settings.response_memory),
         residency=residency,
         adapters=adapters,

@@ -5,12 +5,18 @@ from __future__ import annotations
 import base64
 import math
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from onebase import Client
 from onebase_server.generation.tokenization import BaseTokenizer
 
 from .support import Server
@@ -169,6 +175,107 @@ def test_pairs_are_scored_one_to_many_and_one_to_one(scripted: Server) -> None:
         one["index"]: one["score"] for one in many["data"]
     }
     assert error["param"] == "text_1"
+
+
+# ---- adapters that generate no text ----------------------------------------------------------
+
+KINDS: dict[str, tuple[str, int]] = {
+    "sorts": ("SEQ_CLS", 4),
+    "ranks": ("SEQ_CLS", 1),
+    "tags": ("TOKEN_CLS", 3),
+    "encodes": ("FEATURE_EXTRACTION", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def reads(api: Any, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The shared server with an adapter of each kind, as PEFT saves it."""
+    classes: dict[str, Any] = {
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "TOKEN_CLS": AutoModelForTokenClassification,
+        "FEATURE_EXTRACTION": AutoModel,
+    }
+    for seed, (name, (task, labels)) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        more = {"num_labels": labels} if labels else {}
+        model = classes[task].from_pretrained(base_folder, dtype=torch.bfloat16, **more)
+        config = LoraConfig(task_type=task, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        folder = tmp_path_factory.mktemp(name)
+        get_peft_model(model, config).save_pretrained(folder)
+        with Client(api.server.url) as client:
+            client.adapters.upload(folder, name=name)
+    yield api
+    for name in KINDS:
+        api.http.delete(f"/v1/adapters/{name}", params={"force": True}).raise_for_status()
+
+
+def test_what_an_adapter_is_for_is_told_with_its_proof(reads: Any) -> None:
+    for name, (task, labels) in KINDS.items():
+        adapter = reads.http.get(f"/v1/adapters/{name}").json()
+        report = reads.http.get(f"/v1/adapters/{name}/versions/{adapter['version']}").json()["report"]
+        assert (report["task"], report["labels"]) == (task, labels)
+        assert ("head" in adapter["kinds"]) == bool(labels)
+        assert ("The classes of" in report["proof"]["shown"]) == bool(labels)
+
+
+def test_texts_are_sorted_into_classes_and_tokens_tagged(reads: Any, tokenizer: BaseTokenizer) -> None:
+    sorted_ = answer_of(reads.http, "/classify", model="sorts", input=TEXTS)
+    again = answer_of(reads.http, "/v1/classify", model="sorts", input=TEXTS[1])
+    padded = answer_of(reads.http, "/classify", model="sorts", input=TEXTS[1] + "<|im_end|><|im_end|>")
+    tags = answer_of(reads.http, "/classify", model="tags", input=TEXTS)
+
+    for index, entry in enumerate(sorted_["data"]):
+        assert entry["index"] == index
+        assert entry["num_classes"] == len(entry["probs"]) == 4
+        assert math.fsum(entry["probs"]) == pytest.approx(1)
+        assert entry["label"] == f"LABEL_{entry['probs'].index(max(entry['probs']))}"
+    assert again["data"][0]["probs"] == sorted_["data"][1]["probs"] == padded["data"][0]["probs"]
+    for text, entry in zip(TEXTS, tags["data"], strict=True):
+        assert [one["token_id"] for one in entry["tokens"]] == tokenizer.encode(text)
+        assert "".join(one["token"] for one in entry["tokens"]) == text
+        assert all(math.fsum(one["probs"]) == pytest.approx(1) for one in entry["tokens"])
+    assert sorted_["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(text)) for text in TEXTS)
+
+
+def test_a_classifier_of_one_label_scores_pairs(reads: Any) -> None:
+    joined = answer_of(reads.http, "/classify", model="ranks", input=[TEXTS[0] + text for text in TEXTS[1:3]])
+    ranked = answer_of(reads.http, "/rerank", model="ranks", query=TEXTS[0], documents=TEXTS[1:3])
+    scored = answer_of(reads.http, "/score", model="ranks", text_1=TEXTS[0], text_2=TEXTS[1:3])
+
+    scores = [one["score"] for one in scored["data"]]
+    assert scores == [one["probs"][0] for one in joined["data"]]
+    assert [one["index"] for one in ranked["results"]] == sorted((0, 1), key=lambda index: -scores[index])
+
+
+def test_an_encoder_makes_vectors_and_scores_pairs_by_them(reads: Any) -> None:
+    own = np.array(vectors(reads.http, model="encodes", input=TEXTS))
+    scored = answer_of(reads.http, "/score", model="encodes", text_1=TEXTS[0], text_2=TEXTS[1:])
+
+    assert own.tolist() != vectors(reads.http, input=TEXTS)
+    np.testing.assert_allclose([one["score"] for one in scored["data"]], own[1:] @ own[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"model": "sorts", "prompt": "x"}, "model"),
+        ("/v1/chat/completions", {"model": "tags", "messages": [{"role": "user", "content": "x"}]}, "model"),
+        ("/generate", {"model": None, "adapter": "encodes", "prompt": "x"}, "model"),
+        ("/v1/decide", {"model": "sorts", "prompt": "x", "choices": ["a", "b"]}, "model"),
+        ("/classify", {"model": "encodes", "input": "x"}, "model"),
+        ("/classify", {"model": BASE, "input": "x"}, "model"),
+        ("/classify", {"adapter": [{"name": "sorts", "weight": 0.5}], "input": "x"}, "model"),
+        ("/score", {"model": "sorts", "text_1": "x", "text_2": "y"}, "model"),
+        ("/rerank", {"model": "tags", "query": "x", "documents": ["y"]}, "model"),
+        ("/score", {"model": "ranks", "text_1": "x", "text_2": "y", "pooling": "mean"}, "pooling"),
+    ],
+)
+def test_an_adapter_is_asked_only_for_what_it_is_for(
+    reads: Any, path: str, body: dict[str, Any], param: str
+) -> None:
+    error = answer_of(reads.http, path, 400, **body)
+    assert error["param"] == param, error
+    assert error["code"] in ("adapter_task", "invalid_value")
 
 
 # ---- decisions -------------------------------------------------------------------------------

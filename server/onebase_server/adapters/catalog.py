@@ -16,6 +16,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
+from onebase_adapters.format.config import Task
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry import (
     LEAST_PREFIX,
@@ -63,6 +64,20 @@ class AdapterChoice:
     refs: tuple[AdapterRef, ...] = ()
     uses: tuple[VersionRef, ...] = ()
     label: str | list[dict[str, str | float]] | None = None
+    task: Task = "CAUSAL_LM"
+    """What the adapters are for: that of the first that generates no text."""
+    labels: int = 0
+    """Of the one that classifies."""
+
+    @property
+    def named(self) -> str | None:
+        """What a message calls it."""
+        return self.label if self.label is None or isinstance(self.label, str) else "a sum of adapters"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it is anything but one adapter as it is."""
+        return len(self.refs) != 1 or self.refs[0].weight != 1.0
 
 
 class Catalog:
@@ -283,7 +298,8 @@ class Names:
     def choose(self, reference: str, *, param: str = "adapter") -> AdapterChoice:
         version = self.find(reference, param=param)
         chosen = label(version.name, version.digest)
-        return AdapterChoice((AdapterRef(version.digest),), (VersionRef.of(version),), chosen)
+        refs = (AdapterRef(version.digest),)
+        return AdapterChoice(refs, (VersionRef.of(version),), chosen, *_task_of([version]))
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
         """The weighted sum of several adapters' deltas; the engine adds up duplicates."""
@@ -295,7 +311,17 @@ class Names:
             tuple(AdapterRef(version.digest, weight) for version, weight in found),
             tuple(VersionRef.of(version) for version, _ in found),
             [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
+            *_task_of([version for version, _ in found]),
         )
+
+
+def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int]:
+    """What they are for, and the labels of a classifier."""
+    for version in versions:
+        report = version.report or {}
+        if report.get("task", "CAUSAL_LM") != "CAUSAL_LM":
+            return report["task"], report["labels"]
+    return "CAUSAL_LM", 0
 
 
 def not_ready(version: VersionRecord, param: str | None) -> ConflictError:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from onebase_adapters.format.config import CLASSIFIERS
 from onebase_adapters.training.data.rows import plain_tool
-from onebase_engine.engine.messages import BaseInfo, Pooling, Sampling
+from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
@@ -31,16 +32,12 @@ from onebase_server.http.schemas.generation import (
 )
 from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.pooling import DecideRequest, EmbeddingRequest, PoolingFields, ReadingFields
 from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.http.schemas.wire import rebuilt
 from onebase_server.processes.supervisor import EngineSupervisor
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
 
-READ_AT_ONCE = 64
-"""Rows of a request that is only read: more wait for them, so that others find places."""
 GENERATE_TOKENS = 256
 COMPLETION_TOKENS = 16
 _INLINE_CHARACTERS = 8_000
@@ -102,8 +99,10 @@ class Planner:
         self._one_thread = Threads("tokenize-long", 1)
 
     async def generate(self, body: GenerateRequest, caller: Caller) -> Job:
-        base = self._base()
-        prompt = await (self._chat(body, body.messages) if body.messages else self._text(body.prompt or ""))
+        base = self.base()
+        prompt = await (
+            self.chat_prompt(body, body.messages) if body.messages else self._text(body.prompt or "")
+        )
         wanted = _Wanted(
             kind="gen-",
             prompts=(prompt,),
@@ -115,11 +114,11 @@ class Planner:
             answer=self._answer(body),
         )
         job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=await self._adapter(body, job))
+        return replace(job, adapter=check_generates(await self._adapter(body, job)))
 
     async def completion(self, body: CompletionRequest, caller: Caller) -> Job:
-        base = self._base()
-        self._check_model(body.model, body)
+        base = self.base()
+        self.check_model(body.model, body)
         prompts = [
             await self._text(prompt) if isinstance(prompt, str) else Prompt(prompt)
             for prompt in body.prompts()
@@ -135,7 +134,7 @@ class Planner:
             token_ids=bool(body.return_token_ids),
         )
         job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=await self._model(body.model, body, job))
+        return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
 
     async def chat(self, body: ChatRequest, caller: Caller) -> Job:
         return await self._conversation("chatcmpl-", body, body.messages, caller)
@@ -150,11 +149,11 @@ class Planner:
     async def _conversation(
         self, kind: str, body: ChatRequest | ResponsesRequest, messages: Sequence[Message], caller: Caller
     ) -> Job:
-        base = self._base()
-        self._check_model(body.model, body)
+        base = self.base()
+        self.check_model(body.model, body)
         wanted = _Wanted(
             kind=kind,
-            prompts=(await self._chat(body, messages, body.reasoning_effort),),
+            prompts=(await self.chat_prompt(body, messages, body.reasoning_effort),),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
@@ -164,116 +163,27 @@ class Planner:
             token_ids=bool(body.return_token_ids),
         )
         job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=await self._model(body.model, body, job))
+        return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
 
-    # ---- reading -----------------------------------------------------------------------------
+    # ---- tokens alone ------------------------------------------------------------------------
 
-    async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[Job]:
-        """Jobs whose choices, one after the other, are the vectors of the inputs."""
-        found = body.inputs()
-        texts = [one for one in found if isinstance(one, str)]
-        tokens = iter(await self._texts("input", texts))
-        prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
-        most = self._base().hidden_size
-        if body.dimensions is not None and most and body.dimensions > most:
-            raise InvalidRequestError(
-                f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
-            )
-        single = isinstance(body.input, str) or isinstance(body.input[0], int)
-        params = ["input"] if single else [f"input[{index}]" for index in range(len(prompts))]
-        return await self._read("embd-", body, prompts, params, caller)
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt with its answer. Raises UnavailableError."""
+        return self.base().max_length
 
-    async def pooled(self, body: PoolingFields, texts: dict[str, str], caller: Caller) -> list[Job]:
-        """The same of texts, each by the field that it is from."""
-        tokens = await self._texts(next(iter(texts)), list(texts.values()))
-        prompts = [Prompt(one, text) for one, text in zip(tokens, texts.values(), strict=True)]
-        return await self._read("score-", body, prompts, list(texts), caller)
+    async def chat_tokens(
+        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
+    ) -> list[int]:
+        """The prompt that a conversation becomes."""
+        return (await self.chat_prompt(body, messages, reasoning_effort)).tokens
 
-    async def _read(
-        self, kind: str, body: PoolingFields, prompts: Sequence[Prompt], params: Sequence[str], caller: Caller
-    ) -> list[Job]:
-        pooling, id = Pooling(body.pooling or "last"), new_id(kind)
-        jobs = []
-        for first in range(0, len(prompts), READ_AT_ONCE):
-            some = slice(first, first + READ_AT_ONCE)
-            job = self._reading(f"{id}.{first}", body, prompts[some], params[some], caller)
-            jobs.append(replace(job, pooling=pooling))
-        return await self._with_model(body, jobs)
+    async def text_tokens(self, text: str, *, special: bool) -> list[int]:
+        """special: with the tokens that the base expects around a prompt."""
+        encode = partial(self._tokenizer.encode, special=special)
+        return await self._tokens("prompt", len(text), encode, text)
 
-    async def decide(self, body: DecideRequest, caller: Caller) -> tuple[list[Job], list[Job]]:
-        """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
-        ends = body.messages is not None if body.ends is None else body.ends
-        choices = [tuple(one) for one in await self._texts("choices", body.choices, special=False)]
-        for index, one in enumerate(choices):
-            if not one:
-                raise InvalidRequestError(f"choices[{index}]: has no tokens.", param=f"choices[{index}]")
-        if ends:
-            end = self._tokenizer.end
-            if end is None:
-                raise InvalidRequestError(
-                    "ends: this base's tokenizer has no token for the end of a text. Send false.",
-                    param="ends",
-                )
-            choices = [(*one, end) for one in choices]
-        id = new_id("decide-")
-        groups: list[list[Job]] = []
-        for param, given in (("prompt", body.prompt or body.messages), ("prior", body.prior)):
-            if given is None:
-                groups.append([])
-                continue
-            if isinstance(given, str):
-                prompt = Prompt((await self._texts(param, [given]))[0], given)
-            else:
-                options = {"chat_template_kwargs": body.chat_template_kwargs}
-                prompt = await self._chat(rebuilt(ConversationFields, options), given)
-                param = "messages" if param == "prompt" else param
-            jobs = []
-            for first in range(0, len(choices), READ_AT_ONCE):
-                some = choices[first : first + READ_AT_ONCE]
-                longest = max(map(len, some))
-                job = self._reading(f"{id}.{param}{first}", body, [prompt], [param], caller, longest)
-                sampling = Sampling(max_tokens=0, prompt_logprobs=0)
-                jobs.append(replace(job, sampling=sampling, branches=tuple(some), n=len(some)))
-            groups.append(jobs)
-        after, before = groups
-        named = await self._with_model(body, after + before)
-        return named[: len(after)], named[len(after) :]
-
-    def _reading(
-        self,
-        id: str,
-        body: ReadingFields,
-        prompts: Sequence[Prompt],
-        params: Sequence[str],
-        caller: Caller,
-        more: int = 0,
-    ) -> Job:
-        """more: tokens that come after a prompt."""
-        base = self._base()
-        self._check_limits(1, body.timeout_s)
-        room, kept = base.max_length - more, body.truncate_prompt_tokens
-        if kept is not None:
-            kept = room if kept < 0 else kept
-            prompts = [Prompt(prompt.tokens[max(0, len(prompt.tokens) - kept) :]) for prompt in prompts]
-        for param, prompt in zip(params, prompts, strict=True):
-            _check_prompts([prompt], base, param, room + 1)
-        timeout_s = body.timeout_s or self._limits.max_timeout
-        return Job(
-            id=id,
-            tenant=caller.tenant,
-            priority=caller.priority,
-            prompts=tuple(prompts),
-            sampling=Sampling(max_tokens=0),
-            timeout_s=timeout_s,
-            deadline=asyncio.get_running_loop().time() + timeout_s,
-        )
-
-    async def _with_model(self, body: ReadingFields, jobs: Sequence[Job]) -> list[Job]:
-        self._check_model(body.model, body)
-        adapter = await self._model(body.model, body, jobs[0])
-        return [replace(job, adapter=adapter) for job in jobs]
-
-    async def _texts(self, param: str, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    async def texts(self, param: str, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """The tokens of each, in one turn."""
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
@@ -283,31 +193,13 @@ class Planner:
             self._check_size(param, len(text))
         return await self._in_turn(sum(map(len, texts)), encode, texts)
 
-    # ---- tokens alone ------------------------------------------------------------------------
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest prompt with its answer. Raises UnavailableError."""
-        return self._base().max_length
-
-    async def chat_tokens(
-        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
-    ) -> list[int]:
-        """The prompt that a conversation becomes."""
-        return (await self._chat(body, messages, reasoning_effort)).tokens
-
-    async def text_tokens(self, text: str, *, special: bool) -> list[int]:
-        """special: with the tokens that the base expects around a prompt."""
-        encode = partial(self._tokenizer.encode, special=special)
-        return await self._tokens("prompt", len(text), encode, text)
-
     async def names_of(self, tokens: Sequence[int]) -> list[str]:
         """What the vocabulary calls tokens."""
         return await self._threads.run(self._tokenizer.names, tokens)
 
     async def text_of(self, tokens: Sequence[int]) -> str:
         """The text that tokens stand for, special ones by their names."""
-        base = self._base()
+        base = self.base()
         if len(tokens) > base.max_length:
             raise InvalidRequestError(
                 f"tokens: there are {len(tokens)}. This model's maximum context length is "
@@ -320,7 +212,7 @@ class Planner:
 
     # ---- parts -------------------------------------------------------------------------------
 
-    def _base(self) -> BaseInfo:
+    def base(self) -> BaseInfo:
         reason = self._supervisor.unavailable()
         if reason is not None or self._supervisor.base is None:
             raise reason or RuntimeError("ready without a base")
@@ -347,14 +239,14 @@ class Planner:
                 raise
         return choose()
 
-    def _check_model(self, model: str, body: AdapterFields) -> None:
+    def check_model(self, model: str, body: AdapterFields) -> None:
         if model != self._catalog.base_name and body.wanted_adapter is not None:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
             )
 
-    async def _model(self, model: str, body: AdapterFields, job: Job) -> AdapterChoice:
+    async def choose(self, model: str, body: AdapterFields, job: Job) -> AdapterChoice:
         if model == self._catalog.base_name:
             return await self._adapter(body, job)
         await self._pull({"model": model}, job)
@@ -374,7 +266,7 @@ class Planner:
     async def _text(self, text: str) -> Prompt:
         return Prompt(await self._tokens("prompt", len(text), self._tokenizer.encode, text), text)
 
-    async def _chat(
+    async def chat_prompt(
         self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
     ) -> Prompt:
         known = self._tokenizer.chat_template
@@ -477,7 +369,7 @@ class Planner:
         return await self._in_turn(size, encode, text)
 
     def _check_size(self, param: str, size: int) -> None:
-        length = self._base().max_length
+        length = self.base().max_length
         most = length * self._tokenizer.longest_token
         if size > most:
             raise InvalidRequestError(
@@ -496,8 +388,8 @@ class Planner:
 
     def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, caller: Caller) -> Job:
         n = body.n or 1
-        self._check_limits(n * len(wanted.prompts), body.timeout_s)
-        _check_prompts(wanted.prompts, base, wanted.prompt_param)
+        self.check_limits(n * len(wanted.prompts), body.timeout_s)
+        check_prompts(wanted.prompts, base, wanted.prompt_param)
         timeout_s = body.timeout_s or self._limits.max_timeout
         scores_only = wanted.max_tokens == 0
         if scores_only and not wanted.echo:
@@ -526,7 +418,7 @@ class Planner:
             deadline=asyncio.get_running_loop().time() + timeout_s,
         )
 
-    def _check_limits(self, choices: int, timeout_s: float | None) -> None:
+    def check_limits(self, choices: int, timeout_s: float | None) -> None:
         most, longest = self._limits.max_choices, self._limits.max_timeout
         if choices > most:
             raise InvalidRequestError(
@@ -540,6 +432,17 @@ class Planner:
                 "Ask for that or less.",
                 param="timeout_s",
             )
+
+
+def check_generates(choice: AdapterChoice) -> AdapterChoice:
+    if choice.task != "CAUSAL_LM":
+        route = "POST /classify" if choice.task in CLASSIFIERS else "POST /v1/embeddings"
+        raise InvalidRequestError(
+            f"model: {choice.named!r} generates no text: its task_type is {choice.task}. Send it to {route}.",
+            param="model",
+            code="adapter_task",
+        )
+    return choice
 
 
 def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
@@ -562,7 +465,7 @@ def _no_tools(param: str) -> InvalidRequestError:
     )
 
 
-def _check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: int | None = None) -> None:
+def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: int | None = None) -> None:
     """room: one more token than a prompt may have."""
     for prompt in prompts:
         if not prompt.tokens:

@@ -86,6 +86,12 @@ class BaseTokenizer:
         return token
 
     @property
+    def padding(self) -> int | None:
+        """The token with which shorter texts are made as long as others."""
+        token: int | None = self._tokenizer.pad_token_id
+        return token
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 

@@ -24,6 +24,7 @@ from onebase_server.background import Threads
 from onebase_server.errors import OneBaseError, UnavailableError, status_of
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
+from onebase_server.generation.reading import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
 from onebase_server.http.views.adapters import AdapterViews
@@ -88,6 +89,7 @@ class Services:
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
     planner: Planner
+    reading: ReadingPlanner
     responses: KeptResponses
     residency: Residency
     adapters: AdapterService

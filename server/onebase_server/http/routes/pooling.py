@@ -1,4 +1,4 @@
-"""/v1/embeddings, /v1/rerank, /score and /v1/decide: what texts are, for the base or for any adapter."""
+"""/v1/embeddings, /classify, /v1/rerank, /score and /v1/decide: texts that are read, by any adapter."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from onebase_server.http.deps import Admitted, Calling, Provided, Services, Stri
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import JobMeter
 from onebase_server.http.schemas.pooling import (
+    ClassifyRequest,
     DecideRequest,
     EmbeddingRequest,
     PoolingFields,
@@ -39,7 +40,7 @@ async def embed(
 ) -> Response:
     """A vector of each input; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    jobs = await services.planner.embed(body, caller)
+    jobs = await services.reading.embed(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     vectors = _vectors(outputs)[:, : body.dimensions]
     if body.normalize is not False:
@@ -49,7 +50,49 @@ async def embed(
         for index, vector in enumerate(vectors)
     ]
     return json_response(
-        {"object": "list", "data": data, "model": body.model, "usage": _usage(usage), "id": jobs[0].id}
+        {
+            "object": "list",
+            "data": data,
+            "model": body.model,
+            "usage": _usage(usage),
+            "id": jobs[0].id.partition(".")[0],
+        }
+    )
+
+
+@router.post("/v1/classify")
+@router.post("/classify")
+@needs("generate")
+async def classify(
+    body: ClassifyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """The class of each input, or of each of its tokens, by an adapter that classifies."""
+    services.refuse_if_draining()
+    jobs = await services.reading.classify(body, caller)
+    outputs, usage = await _read(request, services, ticket, jobs)
+    prompts = [prompt for job in jobs for prompt in job.prompts]
+    data: list[dict[str, Any]] = []
+    for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
+        logits = _vector(output)
+        if jobs[0].adapter.task == "SEQ_CLS":
+            data.append({"index": index, **_classes(logits)})
+            continue
+        rows = logits.reshape(len(prompt.tokens), -1)
+        name = services.tokenizer.token_text
+        tokens = [
+            {"token": name(token), "token_id": token, **_classes(row)}
+            for token, row in zip(prompt.tokens, rows, strict=True)
+        ]
+        data.append({"index": index, "tokens": tokens})
+    return json_response(
+        {
+            "id": jobs[0].id.partition(".")[0],
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model,
+            "data": data,
+            "usage": _usage(usage),
+        }
     )
 
 
@@ -111,7 +154,7 @@ async def decide(
 ) -> Response:
     """How likely each of the choices is to come next, among them."""
     services.refuse_if_draining()
-    after, before = await services.planner.decide(body, caller)
+    after, before = await services.reading.decide(body, caller)
     outputs, usage = await _read(request, services, ticket, after + before)
     found = [[one.logprob for one in output.prompt_logprobs or ()] for output in outputs]
     logprobs, priors = found[: len(body.choices)], found[len(body.choices) :]
@@ -209,21 +252,31 @@ async def _scores(
     pairs: Sequence[tuple[str, str]],
     params: Sequence[tuple[str, str]],
 ) -> tuple[list[float], Usage]:
-    """Of each pair of texts, the cosine between their vectors; `params`: the fields that they are from."""
-    texts = {
-        param: text
-        for names, some in zip(params, pairs, strict=True)
-        for param, text in zip(names, some, strict=True)
-    }
-    jobs = await services.planner.pooled(body, texts, caller)
+    """Of each pair of texts, the cosine between their vectors, or what a classifier of one label says, from 0
+    to 1; `params`: the fields that they are from."""
+    jobs, fields = await services.reading.scores(body, pairs, params, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
-    vectors = dict(zip(texts, _to_length_one(_vectors(outputs)), strict=True))
+    if not fields:
+        return [_sigmoid(float(_vector(output)[0])) for output in outputs], usage
+    vectors = dict(zip(fields, _to_length_one(_vectors(outputs)), strict=True))
     return [float(vectors[one] @ vectors[other]) for one, other in params], usage
+
+
+def _vector(output: RowOutput) -> np.ndarray:
+    return np.frombuffer(output.vector or b"", "<f4").astype(np.float64)
 
 
 def _vectors(outputs: Sequence[RowOutput]) -> np.ndarray:
     """[outputs, size] fp64"""
-    return np.stack([np.frombuffer(output.vector or b"", "<f4") for output in outputs]).astype(np.float64)
+    return np.stack([_vector(output) for output in outputs])
+
+
+def _classes(logits: np.ndarray) -> dict[str, Any]:
+    """Of one text or token: the likeliest label, and the probabilities of all."""
+    values = logits.tolist()
+    probs = [_sigmoid(values[0])] if len(values) == 1 else _softmax(values)
+    best = max(range(len(probs)), key=lambda index: probs[index])
+    return {"label": f"LABEL_{best}", "probs": probs, "num_classes": len(probs)}
 
 
 def _to_length_one(vectors: np.ndarray) -> np.ndarray:
@@ -235,6 +288,11 @@ def _to_length_one(vectors: np.ndarray) -> np.ndarray:
 def _written(vector: np.ndarray, encoding: str | None) -> str | list[float]:
     narrow = vector.astype("<f4")
     return base64.b64encode(narrow.tobytes()).decode() if encoding == "base64" else narrow.tolist()
+
+
+def _sigmoid(value: float) -> float:
+    small = math.exp(-abs(value))
+    return 1 / (1 + small) if value >= 0 else small / (1 + small)
 
 
 def _softmax(values: Sequence[float]) -> list[float]:

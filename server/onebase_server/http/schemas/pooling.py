@@ -47,21 +47,10 @@ class ReadingFields(Tolerant, AdapterFields):
     }
 
 
-class PoolingFields(ReadingFields):
-    """How a text becomes a vector."""
-
-    pooling: Literal["last", "mean"] | None = Field(
-        default=None, description="of the hidden states behind the last norm; last by default"
-    )
-
-
-class EmbeddingRequest(PoolingFields):
-    """Body of POST /v1/embeddings."""
+class InputFields(ReadingFields):
+    """Texts, or their tokens."""
 
     input: Input
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(default=None, ge=1, description="keep the first so many numbers")
-    normalize: bool | None = Field(default=None, description="to length 1; true by default")
 
     def inputs(self) -> list[str | list[int]]:
         """One by one."""
@@ -70,6 +59,26 @@ class EmbeddingRequest(PoolingFields):
         if isinstance(self.input[0], int):
             return [[token for token in self.input if isinstance(token, int)]]
         return [one for one in self.input if not isinstance(one, int)]
+
+
+class PoolingFields(ReadingFields):
+    """How a text becomes a vector."""
+
+    pooling: Literal["last", "mean"] | None = Field(
+        default=None, description="of the hidden states behind the last norm; last by default"
+    )
+
+
+class EmbeddingRequest(InputFields, PoolingFields):
+    """Body of POST /v1/embeddings."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1, description="keep the first so many numbers")
+    normalize: bool | None = Field(default=None, description="to length 1; true by default")
+
+
+class ClassifyRequest(InputFields):
+    """Body of POST /classify; `model` is an adapter that classifies."""
 
 
 def _text_of(value: Any) -> Any:
