@@ -397,6 +397,31 @@ def test_the_command_keeps_an_answer_to_a_schema_and_to_choices(server: Server, 
         assert says in refused.stderr
 
 
+def test_texts_are_read_for_vectors_ranks_and_decisions(server: Server, adapter: str) -> None:
+    texts = ["A cat sleeps.", "The market fell.", "A kitten naps."]
+    with Client(server.url) as client:
+        found = client.embed(texts, adapter=adapter, pooling="mean")
+        short = client.embed(texts[0], adapter=adapter, dimensions=8, normalize=False)
+        ranked = client.rerank(texts[0], texts[1:], adapter=adapter, pooling="mean", top_n=1)
+        question = "Is Paris in France?"
+        decided = client.decide(["Yes", "No"], messages=question, prior="N/A", adapter=adapter)
+        plain = client.decide([" Paris", " Rome"], prompt="The capital of France is")
+        with pytest.raises(BadRequestError, match="does not classify"):
+            client.classify(texts, adapter=adapter)
+        with pytest.raises(ValueError, match="prompt"):
+            client.decide(["a", "b"])
+    assert len(found.vectors) == 3
+    assert len(short.vectors[0]) == 8
+    assert found.usage.prompt_tokens > 10
+    nearness = [sum(a * b for a, b in zip(found.vectors[0], one, strict=True)) for one in found.vectors[1:]]
+    (best,) = ranked
+    assert best.text == texts[1 + nearness.index(max(nearness))]
+    assert best.score == pytest.approx(max(nearness), abs=1e-5)
+    assert sum(one.probability for one in decided.options) == pytest.approx(1)
+    assert decided.options[0].prior_logprob is not None
+    assert plain.choice == " Paris"
+
+
 def test_the_command_talks_and_changes_adapter_on_the_way(server: Server, adapter: str) -> None:
     command = [sys.executable, "-m", "onebase.cli", "chat", "--temperature", "0", "--max-tokens", "8"]
     lines = f"How are you today?\n/adapter {adapter}\nHow are you today?\n"

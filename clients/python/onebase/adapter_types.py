@@ -161,6 +161,10 @@ class VersionReport:
     proof: ProofReport
     warnings: tuple[str, ...] = ()
     """What a person should look at before the version is activated. The server blocks nothing for it."""
+    task: str = "CAUSAL_LM"
+    """What it is for, in PEFT's words: text, or SEQ_CLS, TOKEN_CLS, FEATURE_EXTRACTION."""
+    labels: int = 0
+    """Classes that a classifier tells apart."""
 
 
 @dataclass(frozen=True)

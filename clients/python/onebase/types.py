@@ -126,6 +126,68 @@ class SamplingFields(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """Vectors of texts."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    """One of each text, in their order."""
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a classifier says of a text, or of one of its tokens."""
+
+    label: str
+    """The likeliest."""
+    probabilities: tuple[float, ...]
+    """Of all labels. Of a classifier with one label, how much it holds."""
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier says of one text."""
+
+    label: Label | None
+    """None of a classifier of tokens."""
+    tokens: tuple[Label, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A document, and how near it is to the query."""
+
+    index: int
+    """Its place among the documents that were sent."""
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """One of the choices of a decision."""
+
+    text: str
+    probability: float
+    """Among the choices."""
+    logprob: float
+    """Of the whole text after the prompt."""
+    prior_logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How likely each of some choices is to come next."""
+
+    choice: str
+    """The likeliest."""
+    options: tuple[Option, ...]
+    """All of them, in the order in which they were sent."""
+    usage: Usage
+
+
+@dataclass(frozen=True)
 class Logprobs:
     """Natural-log probabilities, one entry per token in each sequence."""
 

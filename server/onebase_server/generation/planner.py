@@ -165,6 +165,11 @@ class Planner:
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
 
+    @property
+    def base_name(self) -> str:
+        """What requests call the base."""
+        return self._catalog.base_name
+
     # ---- tokens alone ------------------------------------------------------------------------
 
     @property

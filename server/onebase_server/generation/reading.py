@@ -55,8 +55,8 @@ class ReadingPlanner:
         choice = jobs[0].adapter
         if choice.task not in CLASSIFIERS or choice.weighted:
             raise InvalidRequestError(
-                f"model: {choice.named or body.model!r} does not classify. Name one adapter whose task_type "
-                "is SEQ_CLS or TOKEN_CLS.",
+                f"model: {choice.named or self._planner.base_name!r} does not classify. Name one adapter whose "
+                "task_type is SEQ_CLS or TOKEN_CLS.",
                 param="model",
                 code="adapter_task",
             )
@@ -208,6 +208,7 @@ class ReadingPlanner:
         )
 
     async def _with_model(self, body: ReadingFields, jobs: Sequence[Job]) -> list[Job]:
-        self._planner.check_model(body.model, body)
-        adapter = await self._planner.choose(body.model, body, jobs[0])
+        model = body.model or self._planner.base_name
+        self._planner.check_model(model, body)
+        adapter = await self._planner.choose(model, body, jobs[0])
         return [replace(job, adapter=adapter) for job in jobs]

@@ -252,7 +252,7 @@ def _source(value: Json) -> AdapterSource:
 def _version_report(value: Json) -> VersionReport:
     return flat(
         VersionReport,
-        value,
+        {"task": "CAUSAL_LM", "labels": 0, **value},
         kinds=tuple(value["kinds"]),
         targets=tuple(value["targets"]),
         dropped=tuple(value["dropped"]),

@@ -8,19 +8,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from types import TracebackType
-from typing import Unpack
+from typing import Literal, Unpack
 
-from .._core import audit, parse, requests
+from .._core import audit, parse, reading, requests
 from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._http import Pool, Transport
 from ..types import (
     AdapterSpec,
     AuditEntry,
+    Classification,
+    Decision,
+    Embeddings,
     Generation,
     Health,
     Messages,
     Model,
+    Ranked,
     SamplingFields,
     ServerVersion,
     TenantUsage,
@@ -179,6 +183,93 @@ class Client:
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return Stream(lambda: self._http.open(call), schema=sampling.get("schema"))
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        adapter: AdapterSpec = None,
+        pooling: reading.Pooling = "last",
+        dimensions: int | None = None,
+        normalize: bool = True,
+    ) -> Embeddings:
+        """Make a vector of each text.
+
+        Args:
+            texts: 2,048 at most.
+            adapter: As for `generate`; also one that encodes.
+            pooling: The last token's hidden state, or the mean of all tokens'.
+            dimensions: Keep so many numbers of each vector; None: all.
+            normalize: Make each vector 1 long.
+
+        Raises:
+            OneBaseError: see `onebase.errors` for its kinds.
+            ValueError: there are no texts; nothing was sent.
+        """
+        call = reading.embed(texts, adapter, pooling, dimensions, normalize)
+        return self._http.ask(call, reading.parse_embeddings)
+
+    def classify(self, texts: str | Sequence[str], *, adapter: AdapterSpec) -> tuple[Classification, ...]:
+        """Say of each text, or of each of its tokens, which class it is of.
+
+        Args:
+            adapter: One that classifies: its `task_type` is SEQ_CLS or TOKEN_CLS.
+
+        Raises:
+            As `embed`.
+        """
+        return self._http.ask(reading.classify(texts, adapter), reading.parse_classifications)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        adapter: AdapterSpec = None,
+        pooling: reading.Pooling | None = None,
+        top_n: int | None = None,
+    ) -> tuple[Ranked, ...]:
+        """Sort documents by how near they are to a query, the nearest first.
+
+        Args:
+            adapter: A classifier of one label, which sees both texts; else vectors are compared.
+            pooling: How vectors are made, as for `embed`.
+            top_n: So many of the best; None: all.
+
+        Raises:
+            As `embed`.
+        """
+        call = reading.rerank(query, documents, adapter, pooling, top_n)
+        return self._http.ask(call, reading.ranked_of(documents))
+
+    def decide(
+        self,
+        choices: Sequence[str],
+        *,
+        prompt: str | None = None,
+        messages: Messages | None = None,
+        adapter: AdapterSpec = None,
+        ends: bool | None = None,
+        normalize: Literal["sum", "mean"] = "sum",
+        prior: Messages | None = None,
+        temperature: float = 1.0,
+    ) -> Decision:
+        """Say how likely each of some choices is to come next. Nothing is generated.
+
+        Args:
+            choices: 2 to 1,024 texts. After a prompt, each with the space that it begins with.
+            prompt, messages: What comes before, as for `generate`.
+            ends: Whether a choice is the whole answer; None: it is after messages.
+            normalize: Weigh a choice by the sum of its tokens' logprobs, or by their mean.
+            prior: A prompt or messages that say nothing, such as "N/A": what makes a choice likely after
+                them is taken off (https://arxiv.org/abs/2102.09690).
+            temperature: Above 1 the probabilities come nearer to each other.
+
+        Raises:
+            As `generate`.
+        """
+        call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
+        return self._http.ask(call, reading.parse_decision)
 
     def usage(
         self,

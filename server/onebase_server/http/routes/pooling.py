@@ -53,7 +53,7 @@ async def embed(
         {
             "object": "list",
             "data": data,
-            "model": body.model,
+            "model": body.model or services.catalog.base_name,
             "usage": _usage(usage),
             "id": jobs[0].id.partition(".")[0],
         }
@@ -89,7 +89,7 @@ async def classify(
             "id": jobs[0].id.partition(".")[0],
             "object": "list",
             "created": int(time.time()),
-            "model": body.model,
+            "model": body.model or services.catalog.base_name,
             "data": data,
             "usage": _usage(usage),
         }
@@ -115,7 +115,12 @@ async def rerank(
         for index in order
     ]
     return json_response(
-        {"id": new_id("rerank-"), "model": body.model, "results": results, "usage": _usage(usage)}
+        {
+            "id": new_id("rerank-"),
+            "model": body.model or services.catalog.base_name,
+            "results": results,
+            "usage": _usage(usage),
+        }
     )
 
 
@@ -140,7 +145,7 @@ async def score(
             "id": new_id("score-"),
             "object": "list",
             "created": int(time.time()),
-            "model": body.model,
+            "model": body.model or services.catalog.base_name,
             "data": data,
             "usage": _usage(usage),
         }
@@ -169,7 +174,7 @@ async def decide(
             "id": after[0].id.partition(".")[0],
             "object": "decision",
             "created": int(time.time()),
-            "model": body.model,
+            "model": body.model or services.catalog.base_name,
             "choice": body.choices[best],
             "index": best,
             "choices": [

@@ -31,7 +31,7 @@ TextOrTexts = Annotated[Annotated[Text, ONE] | Annotated[Texts, LIST], BY_KIND]
 class ReadingFields(Tolerant, AdapterFields):
     """What all of them share."""
 
-    model: Name
+    model: Name | None = Field(default=None, description="the base's by default")
     truncate_prompt_tokens: int | None = Field(
         default=None,
         ge=-1,
