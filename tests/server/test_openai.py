@@ -206,6 +206,41 @@ def test_completion_logprobs_with_echo_score_the_prompt(client: openai.OpenAI, a
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
 
 
+def test_the_logprobs_of_prompts_come_as_from_vllm(client: openai.OpenAI, api: Any) -> None:
+    extra = {"prompt_logprobs": 2}
+
+    def told(entry: Any) -> Any:
+        return entry.model_extra["prompt_logprobs"]
+
+    answer = client.completions.create(
+        model=api.base, prompt=[FRANCE, "a b"], max_tokens=1, n=2, extra_body=extra
+    )
+    echoed = client.completions.create(model=api.base, prompt=FRANCE, max_tokens=1, logprobs=2, echo=True)
+    chat = client.chat.completions.create(model=api.base, messages=QUESTION, max_tokens=1, extra_body=extra)
+
+    logprobs = echoed.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    for choice in answer.choices[:2]:
+        first, *others = told(choice)
+        assert first is None
+        assert len(others) == len(logprobs.token_logprobs) - 2
+        for one, expected in zip(others, logprobs.token_logprobs[1:], strict=False):
+            assert next(iter(one.values()))["logprob"] == expected
+            ranks = [entry["rank"] for entry in one.values() if entry["rank"] is not None]
+            assert sorted(ranks) == [1, 2]
+    assert len(told(answer.choices[2])) == 2
+    assert chat.usage is not None
+    assert told(chat)[0] is None
+    assert len(told(chat)) == chat.usage.prompt_tokens
+    bad: list[dict[str, Any]] = [{"stream": True}, {"echo": True, "logprobs": 1}]
+    for more in bad:
+        with pytest.raises(openai.BadRequestError, match="prompt_logprobs"):
+            client.completions.create(model=api.base, prompt="x", extra_body=extra, **more)
+    with pytest.raises(openai.BadRequestError, match="/v1/chat/completions has it"):
+        client.responses.create(model=api.base, input="x", extra_body=extra)
+
+
 def test_a_chat_answers_as_the_assistant(client: openai.OpenAI, api: Any) -> None:
     answer = client.chat.completions.create(
         model=api.base, messages=QUESTION, max_completion_tokens=6, temperature=0

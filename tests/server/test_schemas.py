@@ -248,7 +248,7 @@ def test_a_message_may_say_who_speaks_and_how_to_cache_it() -> None:
         ("use_beam_search", True),
         ("skip_special_tokens", False),
         ("length_penalty", 2.0),
-        ("prompt_logprobs", 1),
+        ("prompt_logprobs", -1),
         ("top_k", -2),
         ("reasoning_effort", "very"),
     ],

@@ -74,6 +74,12 @@ class Job:
     """Of each choice, the tokens after the prompt that are scored."""
 
     @property
+    def tells_prompt(self) -> bool:
+        """Whether the answer has the prompt's logprobs, and not as a part of its text."""
+        in_text = self.echo and self.sampling.logprobs is not None
+        return self.sampling.prompt_logprobs is not None and not in_text
+
+    @property
     def choices(self) -> int:
         return len(self.prompts) * self.n
 
@@ -270,7 +276,8 @@ class Generation(Run):
         self._choices = [self._choice(index) for index in range(job.choices)]
         self._cached_known: set[int] = set()
         self._echoed: set[int] = set()
-        self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+        self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+        """By the prompt's number, if they were asked for: of its tokens but the first."""
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Pieces of all choices, one list per engine step.
@@ -327,14 +334,14 @@ class Generation(Run):
             self._open -= 1
             if choice.stopped_here and output.finish is None:
                 self._supervisor.router.cancel(self._inflight, output.id, output.choice)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt] = output.prompt_logprobs
         if self.job.echo:
             return self._with_echo(choice, prompt, output, piece)
         return [piece] if piece else []
 
     def _with_echo(self, choice: Choice, prompt: int, output: RowOutput, piece: Piece | None) -> list[Piece]:
         """Before a choice's first piece: the prompt, with its logprobs when they were asked for."""
-        if output.prompt_logprobs is not None:
-            self._prompt_logprobs[prompt] = output.prompt_logprobs
         pieces = [piece] if piece else []
         if choice.index in self._echoed or (piece is None and output.prompt_logprobs is None):
             return pieces
@@ -342,7 +349,7 @@ class Generation(Run):
         source = self.job.prompts[prompt]
         tokens: list[TokenInfo] = []
         if self.job.sampling.prompt_logprobs is not None:
-            logprobs = self._prompt_logprobs.get(prompt, [])
+            logprobs = self.prompt_logprobs.get(prompt, [])
             tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
         return [Piece(choice.index, self._echo_text(source), tokens), *pieces]
 

@@ -73,6 +73,7 @@ class _Wanted:
     echo: bool
     answer: CallFormat | None = None
     token_ids: bool = False
+    prompt_logprobs: int | None = None
 
 
 class Planner:
@@ -132,6 +133,7 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
             token_ids=bool(body.return_token_ids),
+            prompt_logprobs=body.prompt_logprobs,
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
@@ -161,6 +163,7 @@ class Planner:
             echo=False,
             answer=self._answer(body),
             token_ids=bool(body.return_token_ids),
+            prompt_logprobs=body.prompt_logprobs,
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
@@ -494,7 +497,7 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
 
 
 def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling:
-    max_tokens = _token_limit(base, wanted)
+    max_tokens, told = _token_limit(base, wanted), wanted.prompt_logprobs
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     _check_vocabulary("logit_bias", bias, base)
     _check_vocabulary("stop_token_ids", body.stop_token_ids or (), base)
@@ -514,7 +517,7 @@ def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling
         max_tokens=max_tokens,
         ignore_eos=bool(body.ignore_eos),
         logprobs=wanted.logprobs,
-        prompt_logprobs=wanted.logprobs if wanted.echo else None,
+        prompt_logprobs=wanted.logprobs if wanted.echo and told is None else told,
     )
 
 

@@ -55,8 +55,8 @@ class ReadingPlanner:
         choice = jobs[0].adapter
         if choice.task not in CLASSIFIERS or choice.weighted:
             raise InvalidRequestError(
-                f"model: {choice.named or self._planner.base_name!r} does not classify. Name one adapter whose "
-                "task_type is SEQ_CLS or TOKEN_CLS.",
+                f"model: {choice.named or self._planner.base_name!r} does not classify. Name one adapter "
+                "whose task_type is SEQ_CLS or TOKEN_CLS.",
                 param="model",
                 code="adapter_task",
             )

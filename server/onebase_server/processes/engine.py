@@ -132,12 +132,18 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
             engine.check_base()
 
 
+LONG_VECTOR = 64 * 1024
+"""Bytes."""
+
+
 def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChannel) -> None:
-    """Say what a step gave. Prompt logprobs go alone: two long prompts may not fit in one message."""
-    small = [output for output in outputs if output.prompt_logprobs is None]
+    """Say what a step gave. What is long goes alone: two of them may not fit in one message."""
+    small = []
     for output in outputs:
-        if output.prompt_logprobs is not None:
+        if output.prompt_logprobs is not None or len(output.vector or b"") > LONG_VECTOR:
             channel.send(protocol.StepDone(rows=[output], stats=stats))
+        else:
+            small.append(output)
     if small or not outputs:
         channel.send(protocol.StepDone(rows=small, stats=stats))
 

@@ -72,7 +72,6 @@ DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (-1,),
-    "prompt_logprobs": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
 }
@@ -85,6 +84,9 @@ class OpenAIRequest(Tolerant, SamplingFields):
     model: Name
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(default=None, description="vLLM's: of the prompt and of the answer")
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="vLLM's: so many alternatives to each prompt token"
+    )
 
     ignored: ClassVar = IGNORED
 
@@ -92,6 +94,8 @@ class OpenAIRequest(Tolerant, SamplingFields):
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "stream_options goes with stream: true only")
+        if self.prompt_logprobs is not None and self.stream:
+            raise FieldError("prompt_logprobs", "prompt_logprobs goes without stream")
         return self
 
     @property
@@ -121,6 +125,12 @@ class CompletionRequest(OpenAIRequest):
         "suffix": "the base is not trained to fill in the middle; put everything into prompt",
         "best_of": "use n, which returns every completion",
     }
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.prompt_logprobs is not None and self.echo and self.logprobs is not None:
+            raise FieldError("prompt_logprobs", "echo with logprobs gives them too; leave one out")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""

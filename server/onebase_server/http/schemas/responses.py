@@ -158,6 +158,7 @@ Metadata = Annotated[
 
 
 _OTHER_WORDS = {
+    "prompt_logprobs": "/v1/chat/completions has it",
     "max_tokens": "it is called max_output_tokens here",
     "response_format": "it is called text.format here",
     "n": "a response has one answer; send the request several times",

@@ -294,6 +294,7 @@ class OpenAIView(GenerationView):
         return {
             **self._head(generation, self.object),
             **self._prompt_ids(generation),
+            **self._prompt_scores(generation, made),
             "choices": made,
             "usage": openai_usage(generation.usage),
         }
@@ -332,6 +333,25 @@ class OpenAIView(GenerationView):
         """What the head of an answer says of its prompt, if token ids are asked for."""
         return {}
 
+    def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
+        """As vLLM has them: of each prompt token its own logprob and those of alternatives, by token id. In
+        the choices, or what is returned in the answer."""
+        return {}
+
+    def _scores_of(self, generation: Generation, prompt: int) -> list[Json | None]:
+        name = self._tokenizer.token_text
+        made: list[Json | None] = [None]
+        for one in generation.prompt_logprobs.get(prompt, ()):
+            ranks = {token: rank for rank, (token, _) in enumerate(one.top, 1)}
+            values = {one.token: one.logprob, **dict(one.top)}
+            made.append(
+                {
+                    str(token): {"logprob": value, "rank": ranks.get(token), "decoded_token": name(token)}
+                    for token, value in values.items()
+                }
+            )
+        return made
+
     def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
         """As vLLM has them."""
         choice["token_ids"] = piece.ids
@@ -359,6 +379,12 @@ class CompletionView(OpenAIView):
         super().__init__(tokenizer, model, usage)
         self._told: set[int] = set()
         """Choices whose prompt's token ids were sent."""
+
+    def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
+        if generation.job.tells_prompt:
+            for number, choice in enumerate(choices):
+                choice["prompt_logprobs"] = self._scores_of(generation, number // generation.job.n)
+        return {}
 
     def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
         super()._add_ids(choice, piece, generation)
@@ -390,6 +416,9 @@ class ChatView(OpenAIView):
     def _prompt_ids(self, generation: Generation) -> Json:
         job = generation.job
         return {"prompt_token_ids": job.prompts[0].tokens} if job.token_ids else {}
+
+    def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
+        return {"prompt_logprobs": self._scores_of(generation, 0)} if generation.job.tells_prompt else {}
 
     def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
         said = readers.read(piece)
