@@ -205,6 +205,11 @@ class _Total:
     running: int = 0
     over: bool = False
 
+    def begin(self) -> None:
+        """From now on it is told, whatever the end."""
+        self.running += 1
+        self.meter.ticket.leave = lambda: None
+
     def rows_ended(self) -> None:
         """The request may have more."""
 
@@ -219,7 +224,7 @@ class _Total:
         self._tell()
 
     def _tell(self) -> None:
-        if self.over and not self.running:
+        if self.over and not self.running and self.meter.ticket.leave is not None:
             self.meter.rows_ended()
             self.meter.used(self.usage)
 
@@ -234,13 +239,12 @@ async def _read(
     services.refuse_if_draining()
     ticket.admit(sum(job.tokens_set_aside for job in jobs), max(job.choices for job in jobs))
     total = _Total(JobMeter(ticket, services.usage, jobs[0]))
-    ticket.leave = lambda: None  # the total does, in any case
     outputs: list[RowOutput] = []
     try:
         for job in jobs:
             reading = Reading(services.supervisor, job, meter=total)
             await reading.start(services.residency)
-            total.running += 1
+            total.begin()
             with cancelled_when_gone(request.receive, reading):
                 outputs += await reading.outputs()
     finally:
