@@ -42,7 +42,7 @@ def code_of(raw: bytes) -> str | None:
         ({"\ud800": 1}, "unknown_field", "ud800"),
         ({"peft_type": "IA3"}, "unsupported_kind", "peft_type"),
         ({"peft_type": "x" * 9999}, "unsupported_kind", "peft_type"),
-        ({"task_type": "SEQ_CLS"}, "unsupported_kind", "task_type"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "unsupported_kind", "task_type"),
         ({"bias": "all"}, "unsupported_kind", "bias"),
         ({"bias": "lora_only"}, "unsupported_kind", "bias"),
         ({"bias": None}, "unsupported_kind", "bias"),
