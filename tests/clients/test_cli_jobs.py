@@ -244,6 +244,15 @@ def test_watch_ends_with_the_job(
     assert printed(capsys, "watch", ID)["status"] == "succeeded"
     trainer.add(2, "failed", error=FAILURE, resumable=True)
     shell.run("jobs", "watch", job_id(2))
+    trainer.add(3, "paused", resumable=True)
+    shell.run("jobs", "watch", job_id(3))
+    message = "train.jsonl: 22 problems\n  line 3: not JSON\n  and 21 more"
+    broken = {"status": "failed", "error": {"code": "invalid_file", "message": message, "param": None}}
+    trainer.add(4, "validating_files")
+    problems = [{"line": 3, "field": "", "reason": "not JSON"}]
+    told = event(2, "training_file: problems", level="error", data={"problems": problems})
+    trainer.live = [(told, {}), (event(3, message, level="error", data={"code": "invalid_file"}), broken)]
+    shell.run("jobs", "watch", job_id(4))
     shell.check("jobs-watch")
     assert printed(capsys, "watch", job_id(2), status=1)["error"]["code"] == "out_of_memory"
 

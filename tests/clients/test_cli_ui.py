@@ -324,6 +324,23 @@ def test_each_phase_has_a_bar_that_says_how_far_and_how_long() -> None:
     assert proven == "✓ proving  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 3.5 s"
 
 
+def test_each_file_that_is_sent_on_its_own_has_a_bar_or_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [
+        Progress("uploading", 1.0, size, size, f"{name}.jsonl") for name, size in (("train", 2), ("eval", 1))
+    ]
+    out = screen(80, force_terminal=True)
+    with ProgressDisplay(out, lambda: 0.0) as display:
+        for step in steps:
+            display(step)
+    text = out.export_text()
+    assert "✓ sending train.jsonl" in text
+    assert "sending eval.jsonl" in text
+    with ProgressDisplay(screen(80)) as display:
+        for step in (*steps, steps[-1]):
+            display(step)
+    assert capsys.readouterr().err == "uploading train.jsonl 2 B\nuploading eval.jsonl 1 B\n"
+
+
 def test_a_failure_stops_the_bar() -> None:
     out = screen(80, force_terminal=True)
     with ProgressDisplay(out, lambda: 0.0) as display:
@@ -359,23 +376,34 @@ def test_lines_tell_a_run_where_no_bar_moves() -> None:
         measured = {"subject": "adapter", "rows": 2, "metrics": {"exact_match": 0.5}}
         display.note(parse_event(event(3, type="metrics", data=measured)))
         display.note(parse_event(event(4, "Step 3: checkpoint saved.", data={"kind": "saved"})))
+        display.show(parse_job(job(1, "queued")))
+        display.note(parse_event(event(5, "The job waits for its turn.")))
+        stale = {"phase": "validating_files", "step": 0, "steps": None}
+        display.show(parse_job(job(1, progress=stale)))
         many = [{"line": line, "reason": "bad"} for line in range(1, 31)]
-        display.note(parse_event(event(5, "bad lines", level="error", data={"problems": many})))
+        display.note(parse_event(event(6, "bad lines", level="error", data={"problems": many})))
+        display.note(parse_event(event(7, "f: 30 problems", level="error", data={"code": "invalid_file"})))
         display.show(parse_job(job(1, **succeeded())))
     lines = out.export_text().splitlines()
     steps = [line for line in lines if line.startswith("step ") and "loss 1.0000" in line]
     assert steps == [f"step {number}/100  loss 1.0000  9 s left" for number in (1, *range(5, 101, 5))]
     others = [line for line in lines if line not in steps]
-    assert others[:6] == [
+    assert others == [
         "checking the files",
-        "waiting for its turn",
         "training",
         "base: held-out loss 2.5000",
         "step 3: held-out loss 2.5000  best",
         "adapter, 2 held-out rows: exact_match 50.0%",
+        "The job waits for its turn.",
+        "starting",
     ]
-    assert others[6] == "bad lines"
-    assert others[-2:] == ["  line 20: bad", "  and 10 more: `onebase jobs events` has them"]
+
+
+def test_a_job_that_waits_when_it_is_first_seen_says_so() -> None:
+    out = screen(200)
+    with JobDisplay(out) as display:
+        display.show(parse_job(job(1, "queued")))
+    assert out.export_text() == "waiting for its turn\n"
 
 
 def test_a_bar_moves_at_a_terminal_and_what_it_was_told_stays() -> None:
@@ -407,8 +435,11 @@ def test_a_long_name_is_cut_so_that_the_list_fits(width: int) -> None:
     out = screen(width)
     out.print(table(JOB_COLUMNS, jobs, width))
     titles, first, _ = out.export_text().splitlines()
-    shown = [column.title for column in JOB_COLUMNS if width >= column.at]
-    assert titles.split() == shown
+    shown = [column for column in JOB_COLUMNS if column.title in titles.split()]
+    assert titles.split() == [column.title for column in shown]
+    assert {column.title for column in JOB_COLUMNS if not column.spare} <= {one.title for one in shown}
+    assert len(titles.rstrip()) <= width
+    assert (len(shown) == len(JOB_COLUMNS)) == (width >= 120)
     assert first.split()[:3] == [job_id(1)[:14], first.split()[1], "succeeded"]
     assert (name in first) == (width == 200)
     assert "1.2500" in first

@@ -89,7 +89,9 @@ TO_API: list[protocol.ToApi] = [
     protocol.AdapterUnloaded("d"),
     protocol.SlotsChanged(["d", "e"]),
     protocol.AdapterFailed(digest="d", code="c", message="m"),
-    protocol.StepDone([ROW, protocol.RowOutput(id="s"), protocol.RowOutput(id="v", vector=b"1234")], STATS),
+    protocol.StepDone(
+        [ROW, protocol.RowOutput(id="s"), protocol.RowOutput(id="v", vector=b"1234")], STATS, 0.5
+    ),
 ]
 
 

@@ -5,7 +5,7 @@ Run as `python scripted_engine.py BEHAVIOUR --fd N [--base-fd N]`. It loads any 
 hash is right, and dies when a row asks for one that is not loaded:
 
     words        every row gets the token ids of its prompt, one per step, over and over
-    flood        as `words`, with no pause between steps
+    flood        as `words`, with no pause between steps; each says that it took a second
     deaf         accepts requests and reports steps that never advance
     fatal        refuses to start
     die-early    exits before it is ready
@@ -23,6 +23,7 @@ import selectors
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 
 from onebase_engine.engine.messages import (
@@ -209,7 +210,8 @@ class ScriptedEngine:
     def report(self, outputs: list[RowOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)
         stats = Stats(**counts | {"paused": self.paused, "rows_running": len(self.rows), "steps": self.steps})
-        self.send(StepDone(outputs, stats))
+        at = float(self.steps) if self.behaviour == "flood" else time.monotonic()
+        self.send(StepDone(outputs, stats, at))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_others_are_served(serve_scri
             server.wait_for(lambda: http.get("/status").json()["requests"] == 0, 30)
 
             assert other.json()["choices"][0]["text"] == "wordwordword"
+            assert other.json()["timing"]["decode_s"] == 2.0  # when steps were made, not when they were read
             lazy.settimeout(30)
             assert is_cut_off(lazy)
         assert "Traceback" not in server.log

@@ -94,6 +94,24 @@ def test_what_comes_out_is_activated_as_wished(
     assert client.completions.create(model=job.fine_tuned_model, prompt="one", max_tokens=1).choices[0].text
 
 
+def test_a_job_tells_whether_its_version_is_active_now(server: Server, client: OpenAI) -> None:
+    job = run_job(server, client, "rows", extra={"name": "for-a-while", "activate": "always"})
+
+    def active() -> bool:
+        (listed,) = [one for one in client.fine_tuning.jobs.list() if one.id == job.id]
+        assert listed.activated == client.fine_tuning.jobs.retrieve(job.id).activated
+        return bool(listed.activated)
+
+    assert active()
+    with server.client() as http:
+        assert http.post("/v1/adapters/for-a-while/deactivate").is_success
+        assert not active()
+        assert http.post("/v1/adapters/for-a-while/activate", json={"version": job.version}).is_success
+        assert active()
+        assert http.delete("/v1/adapters/for-a-while").is_success
+    assert not active()
+
+
 def test_every_bad_line_is_told_and_named_with_its_file(server: Server, client: OpenAI) -> None:
     job = run_job(server, client, "broken")
     assert (job.status, job.error.code, job.error.param) == ("failed", "invalid_file", "training_file")

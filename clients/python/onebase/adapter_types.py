@@ -62,7 +62,7 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a version is on its way to being ready."""
+    """How far a version is on its way to being ready, or a file to the server."""
 
     stage: str
     """`uploading`, `pulling`, `validating` or `proving`; at the end `ready` or `failed`."""
@@ -71,6 +71,8 @@ class Progress:
     bytes_done: int | None = None
     """Sent so far, while uploading."""
     bytes_total: int | None = None
+    file: str | None = None
+    """The name of the file that is sent, where each is sent on its own."""
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], object]

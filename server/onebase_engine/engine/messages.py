@@ -303,6 +303,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
     rows: list[RowOutput]
     stats: Stats
+    at: float
+    """When the step had ended, on the monotonic clock that all processes of a machine share."""
 
 
 ToApi = Loading | Ready | Fatal | AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged | StepDone

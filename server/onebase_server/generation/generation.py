@@ -240,7 +240,7 @@ class Reading(Run):
         found: dict[int, RowOutput] = {}
         with self._being_read():
             while self._open:
-                for output in await self._inflight.take():
+                for output, _ in await self._inflight.take():
                     if output.finish == "error":
                         raise _row_error(output, self.job)
                     if output.finish == "cancelled":
@@ -287,7 +287,8 @@ class Generation(Run):
         """
         with self._being_read():
             while self._open:
-                pieces = [piece for output in await self._inflight.take() for piece in self._feed(output)]
+                made = await self._inflight.take()
+                pieces = [piece for output, at in made for piece in self._feed(output, at)]
                 if pieces:
                     yield pieces
 
@@ -319,12 +320,12 @@ class Generation(Run):
     def _echo_text(self, prompt: Prompt) -> str:
         return self._tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
-    def _feed(self, output: RowOutput) -> list[Piece]:
+    def _feed(self, output: RowOutput, at: float) -> list[Piece]:
         prompt = self._prompt_of[output.id]
         choice = self._choices[prompt * self.job.n + output.choice]
         if choice.finish_reason is not None:
             return []
-        self._measure(output, prompt)
+        self._measure(output, prompt, at)
         if output.finish == "error":
             raise _row_error(output, self.job)
         before = choice.completion_tokens
@@ -353,7 +354,7 @@ class Generation(Run):
             tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
         return [Piece(choice.index, self._echo_text(source), tokens), *pieces]
 
-    def _measure(self, output: RowOutput, prompt: int) -> None:
+    def _measure(self, output: RowOutput, prompt: int, at: float) -> None:
         if output.queue_seconds is not None:
             self.timing.queue_s = max(self.timing.queue_s, output.queue_seconds)
         if output.cached_tokens is not None and prompt not in self._cached_known:
@@ -361,11 +362,10 @@ class Generation(Run):
             self.usage.cached += output.cached_tokens
         if not output.tokens:
             return
-        now = time.monotonic()
         if self._first_token is None:
-            self._first_token = now
-            self.timing.ttft_s = now - self._started
-        self.timing.decode_s = now - self._first_token
+            self._first_token = at
+            self.timing.ttft_s = at - self._started
+        self.timing.decode_s = at - self._first_token
 
 
 @contextlib.asynccontextmanager

@@ -54,7 +54,7 @@ class Inflight:
         self.on_ended = on_ended
         self._on_cut = on_cut
         self._limit = buffer_limit
-        self._pending: list[RowOutput] = []
+        self._pending: list[tuple[RowOutput, float]] = []
         self._failure: OneBaseError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -72,8 +72,8 @@ class Inflight:
     def failed(self) -> bool:
         return self._failure is not None
 
-    def push(self, output: RowOutput) -> bool:
-        """Deliver one output. False: the reader is too slow and the request has just been cut off."""
+    def push(self, output: RowOutput, at: float) -> bool:
+        """Deliver one output, made at `at`. False: the reader is too slow, and was just cut off."""
         self._count(output)
         if output.finish is not None:
             left = self.open_rows[output.id] - 1
@@ -88,7 +88,7 @@ class Inflight:
             self.fail(SlowReaderError())
             self._on_cut()
             return False
-        self._pending.append(output)
+        self._pending.append((output, at))
         self._wake()
         return True
 
@@ -105,8 +105,11 @@ class Inflight:
             self._failure = error
             self._wake()
 
-    async def take(self) -> list[RowOutput]:
-        """All outputs since the last call, at least one. Raises what the request failed with."""
+    async def take(self) -> list[tuple[RowOutput, float]]:
+        """All outputs since the last call, at least one, each with the time at which it was made.
+
+        Raises what the request failed with.
+        """
         while not self._pending:
             if self._failure is not None:
                 raise self._failure

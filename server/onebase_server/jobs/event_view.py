@@ -48,7 +48,9 @@ def problem_events(failed: Failed) -> list[JobEvent]:
     made = []
     for start in range(0, len(failed.problems), PROBLEMS_IN_ONE):
         part = failed.problems[start : start + PROBLEMS_IN_ONE]
-        message = f"{failed.param}: bad lines {start + 1} to {start + len(part)} of {failed.problem_count}"
+        count = failed.problem_count
+        of = f"problems {start + 1} to {start + len(part)} of {count}" if count > len(part) else "problems"
+        message = f"{failed.param}: {of}"
         data = {"param": failed.param, "problems": [msgspec.to_builtins(problem) for problem in part]}
         made.append(JobEvent(now, message, level="error", data=data))
     return made

@@ -138,14 +138,14 @@ LONG_VECTOR = 64 * 1024
 
 def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChannel) -> None:
     """Say what a step gave. What is long goes alone: two of them may not fit in one message."""
-    small = []
+    at, small = time.monotonic(), []
     for output in outputs:
         if output.prompt_logprobs is not None or len(output.vector or b"") > LONG_VECTOR:
-            channel.send(protocol.StepDone(rows=[output], stats=stats))
+            channel.send(protocol.StepDone(rows=[output], stats=stats, at=at))
         else:
             small.append(output)
     if small or not outputs:
-        channel.send(protocol.StepDone(rows=small, stats=stats))
+        channel.send(protocol.StepDone(rows=small, stats=stats, at=at))
 
 
 def _report_versions(engine: Engine, channel: EngineChannel) -> None:

@@ -96,7 +96,7 @@ class RequestRouter:
             request = self._requests.get(output.id)
             if request is None:
                 continue
-            if not request.push(output):
+            if not request.push(output, step.at):
                 _log.warning("request %s is not read fast enough: cut off", output.id)
                 self.cancel(request)
             if output.finish is not None:

@@ -74,7 +74,7 @@ def upload(path: Path, progress: ProgressCallback | None) -> Call:
 
     def sent(done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress("uploading", done / total, done, total))
+            progress(Progress("uploading", done / total, done, total, path.name))
 
     return Call("POST", FILES, Form({"purpose": "fine-tune"}, "file", (path,), sent))
 

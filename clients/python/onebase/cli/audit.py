@@ -15,7 +15,7 @@ from typing import Final
 from .._sync.client import Client
 from ..types import AuditEntry
 from .command import OK, count, parser, perform, print_json
-from .ui import ROOMY, WIDE, Column, print_table, show
+from .ui import Column, print_table, show
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\
@@ -144,9 +144,9 @@ def _short(entry: AuditEntry) -> str:
 
 _COLUMNS: Final[Sequence[Column[AuditEntry]]] = (
     Column("when", _time),
-    Column("tenant", lambda entry: entry.tenant, at=WIDE),
+    Column("tenant", lambda entry: entry.tenant, spare=1),
     Column("action", lambda entry: entry.action, style=lambda _: "bold"),
     Column("target", lambda entry: entry.target, shrink=True),
-    Column("version", _short, at=ROOMY),
+    Column("version", _short, spare=2),
     Column("by", _who, shrink=True),
 )

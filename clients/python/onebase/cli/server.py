@@ -10,6 +10,7 @@ from .._core.config import sdk_version
 from .._sync.client import Client
 from ..adapter_types import Adapter
 from ..types import Model
+from .adapters.versions import targets
 from .command import OK, parser, perform, print_json
 from .ui import Column, print_table, size
 
@@ -19,8 +20,8 @@ _DESCRIPTIONS: Final = {
 }
 _TITLES: Final = ("name", "kind", "version", "rank", "parameters", "size", "changes")
 _NUMBERS: Final = ("rank", "parameters", "size")
-_FROM: Final = {"size": 56, "version": 76, "parameters": 90, "changes": 100}
-"""Narrower terminals leave the column out."""
+_SPARE: Final = {"size": 1, "version": 2, "changes": 3, "parameters": 4}
+"""Where there is no room for all columns, the last of these goes first."""
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -57,7 +58,7 @@ def _column(place: int, title: str) -> Column[tuple[str, ...]]:
         title,
         lambda row: row[place],
         right=title in _NUMBERS,
-        at=_FROM.get(title, 0),
+        spare=_SPARE.get(title, 0),
         shrink=title in ("name", "changes"),
     )
 
@@ -80,5 +81,5 @@ def _adapter_row(adapter: Adapter) -> tuple[str, ...]:
         "" if adapter.rank is None else str(adapter.rank),
         "" if adapter.parameters is None else f"{adapter.parameters:,}",
         "" if adapter.bytes is None else size(adapter.bytes),
-        " ".join(adapter.targets),
+        targets(adapter.targets),
     )

@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WIDE: Final = 100
-ROOMY: Final = 120
-"""Widths of a terminal, in characters, from which less important columns are shown."""
-
 _GAP: Final = 2
 """Blanks between columns."""
+_LEAST: Final = 24
+"""Characters that a column keeps at least where it shrinks so that others are not left out."""
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _HEIGHTS: Final = "▁▂▃▄▅▆▇█"
@@ -130,8 +128,8 @@ class Column(Generic[T]):
     cell: Callable[[T], str]
     right: bool = False
     """Whether it is aligned to the right, as numbers are."""
-    at: int = 0
-    """Narrower terminals leave the column out."""
+    spare: int = 0
+    """Columns with the highest number are left out first where there is no room for all; 0 always stays."""
     style: Callable[[T], str] = lambda _: ""
     """The style of the cell, in rich's words."""
     shrink: bool = False
@@ -153,7 +151,7 @@ def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table
     """A table of the columns that `width` has room for."""
     from rich.table import Table
 
-    chosen = [column for column in columns if width >= column.at]
+    chosen = _fitting(list(columns), items, width)
     made = Table(box=None, header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False)
     for column, room in zip(chosen, _widths(chosen, items, width), strict=True):
         made.add_column(
@@ -169,9 +167,27 @@ def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table
     return made
 
 
+def _fitting(columns: list[Column[T]], items: Sequence[T], width: int) -> list[Column[T]]:
+    """The columns without those that must be spared."""
+    needed = {
+        one.title: min(widest, max(_LEAST, len(one.title))) if one.shrink else widest
+        for one, widest in zip(columns, _longest(columns, items), strict=True)
+    }
+    while sum(needed[one.title] + _GAP for one in columns) - _GAP > width:
+        last = max(columns, key=lambda one: one.spare)
+        if not last.spare:
+            break
+        columns = [one for one in columns if one is not last]
+    return columns
+
+
+def _longest(columns: Sequence[Column[T]], items: Sequence[T]) -> list[int]:
+    return [max(len(one.title), *(len(one.cell(item)) for item in items), 0) for one in columns]
+
+
 def _widths(columns: Sequence[Column[T]], items: Sequence[T], width: int) -> list[int]:
     """As wide as the longest cell. Columns that shrink share what the others leave, the narrowest first."""
-    widths = [max(len(one.title), *(len(one.cell(item)) for item in items), 0) for one in columns]
+    widths = _longest(columns, items)
     left = width - sum(widest for one, widest in zip(columns, widths, strict=True) if not one.shrink)
     left -= _GAP * (len(columns) - 1)
     shrinking = sorted((place for place, one in enumerate(columns) if one.shrink), key=widths.__getitem__)
@@ -278,6 +294,7 @@ class ProgressDisplay:
         chosen = out or console(stderr=True)
         self._bars = _PhaseBars(chosen, clock) if can_move(chosen) else None
         self._stage: str | None = None
+        self._file: str | None = None
 
     def __enter__(self) -> ProgressDisplay:
         if self._bars is not None:
@@ -296,15 +313,17 @@ class ProgressDisplay:
         return self._stage not in (None, "uploading")
 
     def __call__(self, step: Progress) -> None:
-        new, self._stage = step.stage != self._stage, step.stage
+        new = (step.stage, step.file) != (self._stage, self._file)
+        self._stage, self._file = step.stage, step.file
         if self._bars is not None:
             self._bars.move(step)
         elif new and step.stage not in (READY, FAILED):
-            note(f"{step.stage} {size(step.bytes_total)}" if step.bytes_total else step.stage)
+            amount = size(step.bytes_total) if step.bytes_total else ""
+            note(" ".join(part for part in (step.stage, step.file, amount) if part))
 
 
 class _PhaseBars:
-    """One bar for each phase, in the order in which they come."""
+    """One bar for each phase, and for each file that is sent, in the order in which they come."""
 
     def __init__(self, out: Console, clock: Callable[[], float]) -> None:
         self._drawn = bars(out)
@@ -323,7 +342,7 @@ class _PhaseBars:
         if step.stage in (READY, FAILED):
             self._end(step.stage)
             return
-        phase = _PHASES.get(step.stage, step.stage)
+        phase = printable(" ".join(filter(None, (_PHASES.get(step.stage, step.stage), step.file))))
         if phase not in self._tasks:
             self._end(READY)
             self._began = self._clock()

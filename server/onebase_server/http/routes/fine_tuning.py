@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -21,9 +21,11 @@ from onebase_server.http.sse import STREAMED, identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,
+    Json,
     checkpoint_view,
     event_id,
     event_view,
+    is_active,
     job_view,
     number_of,
     page,
@@ -57,7 +59,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
         activate=body.activate or "if_better",
         labels=body.metadata or {},
     )
-    return _shown(job, services)
+    return await _shown(job, services)
 
 
 @router.get("")
@@ -68,15 +70,14 @@ async def list_jobs(
     """Newest first; `metadata[key]=value` picks those with that metadata."""
     labels = _labels(request.query_params)
     found = await services.training.jobs.find(caller.tenant, after=after, limit=limit + 1, labels=labels)
-    base = services.catalog.base_name
-    return json_response(page([job_view(job, base) for job in found[:limit]], more=len(found) > limit))
+    return json_response(page(await _views(found[:limit], services), more=len(found) > limit))
 
 
 @router.get("/{job_id}")
 @needs("train")
 async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """One job."""
-    return _shown(await services.training.jobs.get(caller.tenant, job_id), services)
+    return await _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/cancel")
@@ -84,7 +85,7 @@ async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
 async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """End it for good."""
     services.refuse_if_draining()
-    return _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
+    return await _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/pause")
@@ -92,7 +93,7 @@ async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Respon
 async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Let go of the machine within a step; `resume` goes on from there."""
     services.refuse_if_draining()
-    return _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
+    return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/resume")
@@ -100,7 +101,7 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Go on from the last checkpoint."""
     services.refuse_if_draining()
-    return _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
+    return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
 @router.get("/{job_id}/events", responses=STREAMED)
@@ -154,7 +155,8 @@ async def _followed(
             if not await services.keys.still_valid(caller):
                 return
             if isinstance(news, TrainingJob):
-                yield identified_event(job_view(news, services.catalog.base_name), event="done")
+                (view,) = await _views([news], services)
+                yield identified_event(view, event="done")
             elif news is None:
                 yield b": nothing new\n\n"
             else:
@@ -165,8 +167,17 @@ async def _followed(
         _log.warning("the stream of job %s ends: %s", job.id, error.message)
 
 
-def _shown(job: TrainingJob, services: Services) -> Response:
-    return json_response(job_view(job, services.catalog.base_name))
+async def _shown(job: TrainingJob, services: Services) -> Response:
+    (view,) = await _views([job], services)
+    return json_response(view)
+
+
+async def _views(jobs: Sequence[TrainingJob], services: Services) -> list[Json]:
+    """The jobs as callers see them, with what is active now, also where another server has changed that."""
+    catalog = services.catalog
+    if any(job.activated and not is_active(job, catalog.of(job.tenant)) for job in jobs):
+        await catalog.look_again()
+    return [job_view(job, catalog.base_name, catalog.of(job.tenant)) for job in jobs]
 
 
 def _adapter_name(body: CreateJobRequest, base: str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
-from onebase_server.adapters.catalog import label
+from onebase_server.adapters.catalog import Names, label
 from onebase_server.jobs.state import is_resumable
 
 Json = dict[str, Any]
@@ -33,8 +33,8 @@ def file_view(file: TrainingFile) -> Json:
     }
 
 
-def job_view(job: TrainingJob, base_name: str) -> Json:
-    """One job; `report` without the curve, which is in the result file."""
+def job_view(job: TrainingJob, base_name: str, names: Names) -> Json:
+    """One job; `report` without the curve, which is in the result file. `names`: those of its tenant."""
     recipe = (job.plan or {}).get("recipe") or job.settings
     settings = {key: value for key, value in recipe.items() if key not in ("method", "seed")}
     shown = {"n_epochs": _whole(recipe["epochs"]), **{k: recipe[k] for k in _OPENAI}}
@@ -64,13 +64,19 @@ def job_view(job: TrainingJob, base_name: str) -> Json:
         "error": _error(job),
         "name": job.name,
         "activate": job.activate,
-        "activated": job.activated,
+        "activated": None if job.activated is None else is_active(job, names),
         "version": job.version,
         "progress": job.progress,
         "estimate": (job.plan or {}).get("estimate"),
         "report": {key: report.get(key) for key in _SHORT} if report else None,
         "resumable": is_resumable(job.state, job.error_code),
     }
+
+
+def is_active(job: TrainingJob, names: Names) -> bool:
+    """Whether requests for the job's adapter get its version now."""
+    record = names.own(job.name)
+    return record is not None and job.version is not None and record.active == job.version
 
 
 def event_view(event: JobEvent) -> Json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from ..._sync.client import Client
 from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
 from ..command import OK, action_parser, perform, print_json
-from ..ui import ROOMY, WIDE, Column, console, line, note, print_table, size, table, when
+from ..ui import Column, console, line, note, print_table, size, table, when
 from .versions import (
     Reference,
     by_target,
@@ -93,13 +93,13 @@ COLUMNS: tuple[Column[Adapter], ...] = (
     Column("version", lambda item: short(item.version)),
     Column("kind", lambda item: " ".join(item.kinds)),
     Column("rank", lambda item: _known(item.rank), right=True),
-    Column("alpha", lambda item: "" if item.alpha is None else number(item.alpha), right=True, at=160),
-    Column("parameters", lambda item: f"{item.parameters:,}" if item.parameters else "", right=True, at=160),
+    Column("alpha", lambda item: "" if item.alpha is None else number(item.alpha), right=True, spare=4),
+    Column("parameters", lambda item: f"{item.parameters:,}" if item.parameters else "", right=True, spare=4),
     Column("size", lambda item: size(item.bytes) if item.bytes else "", right=True),
     Column("in", lambda item: " ".join(filter(None, (item.tier, "pinned" * item.pinned)))),
-    Column("versions", lambda item: str(item.versions), right=True, at=WIDE),
-    Column("changed", lambda item: when(item.updated_at), at=130),
-    Column("changes", lambda item: targets(item.targets), at=ROOMY, shrink=True),
+    Column("versions", lambda item: str(item.versions), right=True, spare=1),
+    Column("changed", lambda item: when(item.updated_at), spare=3),
+    Column("changes", lambda item: targets(item.targets), spare=2, shrink=True),
 )
 
 
@@ -177,14 +177,14 @@ _VERSION_COLUMNS: tuple[Column[AdapterVersion], ...] = (
         _shown_state,
         style=lambda version: state_style("active" if version.active else version.state),
     ),
-    Column("kind", lambda item: " ".join(item.report.kinds) if item.report else "", at=WIDE),
+    Column("kind", lambda item: " ".join(item.report.kinds) if item.report else "", spare=1),
     Column("rank", lambda item: str(item.report.rank) if item.report else "", right=True),
-    Column("alpha", lambda item: number(item.report.alpha) if item.report else "", right=True, at=ROOMY),
+    Column("alpha", lambda item: number(item.report.alpha) if item.report else "", right=True, spare=2),
     Column("size", lambda item: size(item.report.bytes) if item.report else "", right=True),
-    Column("changes", lambda item: targets(item.report.targets) if item.report else "", at=ROOMY),
+    Column("changes", lambda item: targets(item.report.targets) if item.report else "", spare=2),
     Column("from", came_from, shrink=True),
     Column("when", lambda item: when(item.created_at)),
-    Column("by", lambda item: item.created_by, at=ROOMY),
+    Column("by", lambda item: item.created_by, spare=2),
 )
 
 
@@ -217,18 +217,18 @@ def print_version(out: Console, version: AdapterVersion) -> None:
 def _print_modules(out: Console, modules: Sequence[ModuleReport]) -> None:
     """A line for each target, with the norms of what is added from the first layer to the last."""
     groups = by_target(modules)
-    charts = norm_charts(groups, 32 if out.width < WIDE else 48, ascii_only=out.options.ascii_only)
+    charts = norm_charts(groups, 32 if out.width < 100 else 48, ascii_only=out.options.ascii_only)
     columns: tuple[Column[tuple[str, list[ModuleReport]]], ...] = (
         Column("target", lambda item: item[0], style=lambda _: "bold"),
         Column("layers", lambda item: _layers(item[1])),
-        Column("kind", lambda item: " ".join(sorted({module.kind for module in item[1]})), at=WIDE),
+        Column("kind", lambda item: " ".join(sorted({module.kind for module in item[1]})), spare=1),
         Column("rank", lambda item: span(module.rank for module in item[1]), right=True),
         Column("alpha", lambda item: span(module.alpha for module in item[1]), right=True),
         Column(
             "parameters",
             lambda item: _parameters(item[1]),
             right=True,
-            at=WIDE,
+            spare=1,
         ),
         Column("norm", lambda item: span(float(f"{module.norm:.2g}") for module in item[1]), right=True),
         Column("by layer", lambda item: charts[item[0]], style=lambda _: "cyan"),

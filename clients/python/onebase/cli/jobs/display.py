@@ -13,18 +13,18 @@ from ..ui import bars, can_move, console, duration, line, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-MOST_PROBLEMS: Final = 20
-"""The largest number of bad lines of a file that are shown."""
 STEP_LINES: Final = 20
 """Lines about steps in all, if there is no bar."""
 
 _STATUSES: Final = {
     "validating_files": "checking the files",
     "queued": "waiting for its turn",
+    "running": "starting",
     "paused": "paused",
 }
+_ANNOUNCED: Final = frozenset({"queued", "paused"})
+"""Statuses that an event tells of as well."""
 _PHASES: Final = {
-    "validating_files": "checking the files",
     "estimating": "planning",
     "baseline": "measuring the base",
     "samples": "answering the sample prompts",
@@ -56,12 +56,15 @@ class JobDisplay(JobObserver):
             self._bar.move(job)
             return
         now = doing(job)
-        if now != self._doing and not job.ended:
+        announced = self._doing is not None and job.status in _ANNOUNCED
+        if now != self._doing and not job.ended and not announced:
             self._print(now)
         self._doing = now
         self._step_line(job)
 
     def note(self, event: TrainingEvent) -> None:
+        if event.data.get("problems") or event.data.get("code"):
+            return  # the error in which the wait ends tells why, with the bad lines
         for text, style in lines_of(event):
             self._print(text, style)
 
@@ -104,7 +107,7 @@ class _Bar:
 def doing(job: TrainingJobInfo) -> str:
     """What the job does now, in words."""
     phase = job.progress.phase if job.progress else None
-    if job.status != "running" or phase is None:
+    if job.status != "running" or phase in (None, "validating_files"):  # a check's phase is over by then
         return _STATUSES.get(job.status, job.status)
     return _PHASES.get(phase, phase)
 
@@ -136,11 +139,8 @@ def lines_of(event: TrainingEvent) -> Iterator[tuple[str, str]]:
         if data.get("code") == "invalid_file":
             text = text.partition("\n")[0]  # the events before it have the lines
         yield text, {"warn": "yellow", "error": "red"}.get(event.level, "")
-        problems = data.get("problems") or ()
-        for problem in problems[:MOST_PROBLEMS]:
+        for problem in data.get("problems") or ():
             yield f"  {_problem(problem)}", "red"
-        if len(problems) > MOST_PROBLEMS:
-            yield f"  and {len(problems) - MOST_PROBLEMS} more: `onebase jobs events` has them", "red"
 
 
 def _measured(data: Any) -> Iterator[tuple[str, str]]:

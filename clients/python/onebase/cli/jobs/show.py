@@ -15,8 +15,6 @@ from ..._sync.jobs import TrainingJob
 from ...training_types import CurvePoint, TrainingCheckpoint, TrainingEvent, TrainingJobInfo, TrainingReport
 from ..command import OK, action_parser, count, perform, print_json
 from ..ui import (
-    ROOMY,
-    WIDE,
     Column,
     console,
     duration,
@@ -160,12 +158,12 @@ COLUMNS: tuple[Column[TrainingJobInfo], ...] = (
     Column("name", lambda job: job.name, shrink=True),
     Column("status", lambda job: job.status, style=lambda job: status_style(job.status)),
     Column("step", _step, right=True),
-    Column("left", _left, right=True, at=72),
-    Column("base", lambda job: loss(job.report.loss_before) if job.report else "", right=True, at=WIDE),
+    Column("left", _left, right=True, spare=1),
+    Column("base", lambda job: loss(job.report.loss_before) if job.report else "", right=True, spare=2),
     Column("adapter", lambda job: loss(_after(job)), right=True),
     Column("active", _active),
-    Column("method", lambda job: job.method, at=ROOMY),
-    Column("created", lambda job: when(job.created_at), at=WIDE),
+    Column("method", lambda job: job.method, spare=3),
+    Column("created", lambda job: when(job.created_at), spare=2),
 )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
 from ...errors import TrainingFailedError, TrainingStoppedError
-from ..command import INTERRUPTED, OK, perform, print_json, report
-from ..ui import console, note
+from ..command import FAILED, INTERRUPTED, OK, perform, print_json
+from ..ui import console, note, printable
 from .show import find, job_parser, print_job, short
 
 _DESCRIPTIONS: Final = {
@@ -48,9 +49,9 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
     except TrainingStoppedError as error:
         if as_json:
             print_json(error.job)
-        failed = report(error, client.url)
+        print(f"onebase: {printable(_stopped(job, error))}", file=sys.stderr)
         _next_step(job, error)
-        return failed
+        return FAILED
     if as_json:
         print_json(job.info)
         return OK
@@ -59,10 +60,16 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
     return OK
 
 
+def _stopped(job: TrainingJob, error: TrainingStoppedError) -> str:
+    """What became of the job. The SDK's own sentence names the method that continues it."""
+    failed = isinstance(error, TrainingFailedError)
+    return error.message if failed else f"job {job.id} ({job.name}) is {job.status}"
+
+
 def _next_step(job: TrainingJob, error: TrainingStoppedError) -> None:
-    if not isinstance(error, TrainingFailedError) and job.status != "paused":
-        return
-    if job.resumable:
+    if error.message.rpartition("\n")[2].startswith("  and "):
+        note(f"All of them: onebase jobs events {short(job.id)} --limit 0")
+    if job.status in ("failed", "paused") and job.resumable:
         note(f"To continue from its last checkpoint: onebase jobs resume {short(job.id)}")
 
 
