@@ -10,11 +10,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import httpx2
+import jsonschema
 import pytest
 
 from .access import Keys, client_with
-from .support import Server, Starter
+from .support import CONFIG, Server, Starter, upload
+
+Json = dict[str, Any]
+BASE = "smollm2-135m-instruct"
 
 CHECKS = (
     "not_a_server_error",
@@ -78,13 +84,223 @@ def test_what_the_reference_allows_and_forbids_gets_an_answer_that_it_names(
     assert int(cases[1]) >= 60
 
 
-def test_a_method_that_is_not_possible_is_answered_with_all_that_are(
-    server: Server, callers: dict[str, str]
+@pytest.fixture(scope="module")
+def spec(server: Server, callers: dict[str, str]) -> Json:
+    with client_with(server, callers["an operator"]) as http:
+        described: Json = http.get("/openapi.json").json()
+    return described
+
+
+def operations(spec: Json) -> Iterator[tuple[str, Json]]:
+    for path, methods in spec["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method.upper()} {path}", operation
+
+
+def test_every_route_says_what_its_answers_look_like(spec: Json) -> None:
+    for name, operation in operations(spec):
+        for status, response in operation["responses"].items():
+            kinds = response.get("content", {})
+            assert all([kinds, *(kind.get("schema") for kind in kinds.values())]), (
+                f"{name} does not say what its answer {status} looks like: give its router decorator "
+                "`responses=answer(...)`, with a type of http/schemas/answers.py"
+            )
+
+
+def test_every_reference_leads_somewhere_and_nothing_is_there_for_nobody(spec: Json) -> None:
+    used = set()
+
+    def follow(part: Any) -> None:
+        if isinstance(part, list):
+            for item in part:
+                follow(item)
+        elif isinstance(part, dict):
+            target = part.get("$ref")
+            if isinstance(target, str):
+                used.add(target)
+            for item in part.values():
+                follow(item)
+
+    follow(spec)
+    known = {f"#/components/schemas/{name}" for name in spec["components"]["schemas"]}
+    assert used == known
+    twice = [name for name in known if "__" in name]
+    assert not twice, "generators of types want names of which there is one: rename one of the two classes"
+
+
+class Walk:
+    """Sends requests, and compares each answer with what the reference says of it, with no field more."""
+
+    def __init__(self, http: httpx2.Client, spec: Json) -> None:
+        self._http = http
+        self._spec = {**_closed(spec), "$schema": "https://json-schema.org/draft/2020-12/schema"}
+        paths = sorted(spec["paths"], key=lambda path: path.count("{"))
+        self._paths = {re.compile(re.sub(r"\{\w+\}", "[^/]+", path)): path for path in paths}
+        self.seen: set[str] = set()
+
+    def __call__(self, method: str, path: str, status: int = 200, **how: Any) -> Any:
+        answer = self._http.request(method, path, **how)
+        assert answer.status_code == status, answer.text
+        bare = path.partition("?")[0]
+        template = next(found for pattern, found in self._paths.items() if pattern.fullmatch(bare))
+        operation = self._spec["paths"][template][method.lower()]
+        kind = answer.headers["content-type"].partition(";")[0]
+        schema = operation["responses"][str(status)]["content"][kind]["schema"]
+        self.seen.add(f"{method} {template}")
+        if kind != "application/json":
+            return answer.text
+        found = answer.json()
+        jsonschema.validate(found, {**self._spec, **schema}, jsonschema.Draft202012Validator)
+        return found
+
+
+def _closed(part: Any) -> Any:
+    """A schema whose objects have only what it says they have."""
+    if isinstance(part, list):
+        return [_closed(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    made = {key: _closed(value) for key, value in part.items()}
+    if made.get("type") == "object" and isinstance(made.get("properties"), dict):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def test_what_routes_answer_is_what_the_reference_says_and_no_more(
+    server: Server, callers: dict[str, str], spec: Json
 ) -> None:
     with client_with(server, callers["an operator"]) as http:
-        answers = {path: http.put(path) for path in ("/v1/files", "/v1/adapters/red", "/health")}
+        walk = Walk(http, spec)
+        _ask(walk)
+        _walk_through_an_adapter(walk, http)
+        _walk_through_a_job(walk, http, server)
+        _walk_through_keys(walk)
+        for path in ("/health", "/ready", "/version", "/status", "/metrics", "/v1/audit", "/tokenizer_info"):
+            walk("GET", path)
+        for method, path in (("POST", "/pause"), ("GET", "/is_paused"), ("POST", "/resume")):
+            walk(method, path)
+        for path in ("/server_info", "/get_world_size", "/v1/usage", "/v1/usage?format=csv&group_by=day"):
+            walk("GET", path)
+    folders = {"POST /v1/load_lora_adapter"}  # needs a folder under --adapters-dir
+    missed = {name for name, _ in operations(spec)} - walk.seen - folders
+    assert not missed, "let this test send these once, and see what they answer"
 
-    assert {answer.status_code for answer in answers.values()} == {405}
-    assert answers["/v1/files"].headers["allow"] == "GET, HEAD, POST"
-    assert answers["/v1/adapters/red"].headers["allow"] == "DELETE, GET, HEAD"
-    assert answers["/health"].headers["allow"] == "GET, HEAD"
+
+def _ask(walk: Walk) -> None:
+    short = {"max_tokens": 2}
+    messages = [{"role": "user", "content": "word"}]
+    walk("POST", "/generate", json={"prompt": "word", "n": 2, "logprobs": 2, "echo": True, **short})
+    details = {"details": True, "top_n_tokens": 2, "max_new_tokens": 2}
+    walk("POST", "/", json={"inputs": "word", "parameters": details})
+    asked: Json = {"model": BASE, **short}
+    ids = {"return_token_ids": True}
+    walk("POST", "/v1/completions", json={**asked, **ids, "prompt": ["a", "b"], "logprobs": 1})
+    choice = {"logprobs": True, "top_logprobs": 2}
+    walk("POST", "/v1/chat/completions", json={**asked, **ids, **choice, "messages": messages})
+    walk("POST", "/v1/chat/completions", json={**asked, "messages": messages, "stream": True})
+    walk("POST", "/v1/messages", json={**asked, "messages": messages})
+    walk("POST", "/v1/messages/count_tokens", json={"model": BASE, "messages": messages})
+    body = {"model": BASE, "input": "word", "max_output_tokens": 16, "top_logprobs": 1}
+    response = walk("POST", "/v1/responses", json=body)["id"]
+    call = {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"}
+    said = {"role": "user", "content": "word"}
+    gave = {"type": "function_call_output", "call_id": "c", "output": "noon"}
+    more = {**body, "previous_response_id": response, "input": [said, call, gave]}
+    response = walk("POST", "/v1/responses", json=more)["id"]
+    walk("GET", f"/v1/responses/{response}")
+    walk("GET", f"/v1/responses/{response}/input_items")
+    walk("DELETE", f"/v1/responses/{response}")
+    tokens = walk("POST", "/tokenize", json={"prompt": "word", "return_token_strs": True})["tokens"]
+    walk("POST", "/detokenize", json={"tokens": tokens})
+
+
+def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
+    first = upload(http, "shop", b"one").json()["version"]
+    second = upload(http, "shop", b"two").json()["version"]
+    files = [
+        ("files", ("adapter_config.json", CONFIG)),
+        ("files", ("adapter_model.safetensors", b"three")),
+    ]
+    walk("POST", "/v1/adapters", 202, data={"name": "slow"}, files=files)
+    walk("POST", "/v1/adapters?wait=true", data={"name": "slow"}, files=files)
+    walk("POST", "/v1/adapters/shop/activate", json={"version": first})
+    walk("POST", "/v1/adapters/shop/activate", json={"version": second})
+    for action in ("rollback", "deactivate", "rollback"):
+        walk("POST", f"/v1/adapters/shop/{action}")
+    for path in ("", "/shop", "/shop/versions", f"/shop/versions/{first}", "/shop/history"):
+        walk("GET", f"/v1/adapters{path}")
+    walk("POST", "/v1/adapters/shop/pin", json={"pinned": True})
+    walk("POST", "/v1/adapters/shop/share", json={"shared": True})
+    parts = [{"name": f"shop@{first}", "weight": 1.0}, {"name": f"shop@{second}", "weight": 0.5}]
+    walk("POST", "/generate", json={"prompt": "word", "max_tokens": 1, "adapter": parts})
+    walk("GET", "/v1/models")
+    walk("GET", "/v1/models/shop")
+    walk("POST", "/v1/unload_lora_adapter", json={"lora_name": "shop"})
+    walk("DELETE", f"/v1/adapters/shop/versions/{second}")
+    walk("DELETE", "/v1/adapters/slow")
+    walk("DELETE", "/v1/models/shop")
+
+
+def _walk_through_a_job(walk: Walk, http: httpx2.Client, server: Server) -> None:
+    def job_of(content: str) -> str:
+        sent = {"file": ("a.jsonl", content.encode())}
+        file = walk("POST", "/v1/files", data={"purpose": "fine-tune"}, files=sent)["id"]
+        body = {"model": BASE, "training_file": file, "metadata": {"team": "x"}}
+        made: str = walk("POST", "/v1/fine_tuning/jobs", json=body)["id"]
+        return made
+
+    def is_now(job: str, status: str) -> bool:
+        return bool(http.get(f"/v1/fine_tuning/jobs/{job}").json()["status"] == status)
+
+    done, broken, slow = job_of("rows"), job_of("broken"), job_of("slow")
+    server.wait_for(lambda: is_now(done, "succeeded") and is_now(broken, "failed"))
+    server.wait_for(lambda: is_now(slow, "running"))
+    for job in (done, broken, slow):
+        told = walk("GET", f"/v1/fine_tuning/jobs/{job}")
+        for rest in ("/events", "/checkpoints"):
+            walk("GET", f"/v1/fine_tuning/jobs/{job}{rest}")
+    walk("POST", f"/v1/fine_tuning/jobs/{slow}/pause")
+    server.wait_for(lambda: is_now(slow, "paused"))
+    walk("POST", f"/v1/fine_tuning/jobs/{slow}/resume")
+    walk("POST", f"/v1/fine_tuning/jobs/{slow}/cancel")
+    walk("GET", "/v1/fine_tuning/jobs")
+    walk("GET", "/v1/files")
+    file = told["training_file"]
+    walk("GET", f"/v1/files/{file}")
+    walk("GET", f"/v1/files/{file}/content")
+    server.wait_for(lambda: is_now(slow, "cancelled"))
+    walk("DELETE", f"/v1/files/{file}")
+
+
+def _walk_through_keys(walk: Walk) -> None:
+    wanted = {"tenant": "acme", "scopes": ["generate"], "expires_in_s": 60, "quotas": {"rows": 2}}
+    key = walk("POST", "/v1/keys", json=wanted)["id"]
+    walk("POST", f"/v1/keys/{key}", json={"priority": 1})
+    walk("POST", "/v1/tenants/acme", json={"quotas": {"requests": 10}})
+    walk("GET", "/v1/tenants")
+    walk("DELETE", f"/v1/keys/{key}")
+    walk("GET", "/v1/keys")
+
+
+def test_a_method_that_is_not_possible_is_answered_with_all_that_are(
+    server: Server, callers: dict[str, str], spec: Json
+) -> None:
+    with client_with(server, callers["an operator"]) as http:
+        for path, methods in spec["paths"].items():
+            possible = {method.upper() for method in methods} | ({"GET"} if path == "/" else set())
+            possible |= {"HEAD"} if "GET" in possible else set()
+            answer = http.put(re.sub(r"\{\w+\}", "x", path))
+            assert answer.status_code == 405
+            assert answer.headers["allow"] == ", ".join(sorted(possible)), path
+
+
+def test_the_head_of_what_can_be_got_is_answered_without_a_body(
+    server: Server, callers: dict[str, str], spec: Json
+) -> None:
+    with client_with(server, callers["an operator"]) as http:
+        for path in ("/", "/docs", "/redoc", "/openapi.json", *spec["paths"]):
+            if path not in spec["paths"] or "get" in spec["paths"][path]:
+                there = re.sub(r"\{\w+\}", "x", path)
+                head, whole = http.head(there), http.get(there)
+                assert (head.status_code, head.content) == (whole.status_code, b""), path
+                assert head.headers["content-type"] == whole.headers["content-type"], path

@@ -98,7 +98,12 @@ def describe_answers(app: FastAPI) -> None:
             "api_key": {"type": "http", "scheme": "bearer"},
             "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
         }
-        schema["components"]["schemas"]["Error"] = _ERROR
+        schemas = schema["components"]["schemas"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        schemas["Error"] = _ERROR
+        for name, one in schemas.items():
+            one["title"] = name.replace("_", "")  # generators of types name them by it
         schema["security"] = [{"api_key": []}, {"x_api_key": []}]
         for operation in (one for path in schema["paths"].values() for one in path.values()):
             operation["responses"].pop("422", None)  # FastAPI's, in another shape

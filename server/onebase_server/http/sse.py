@@ -16,10 +16,6 @@ from onebase_server.generation.generation import Generation, Run
 
 ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
-"""`responses` of a route that may stream."""
 DONE = b"data: [DONE]\n\n"
 _READ_GRACE_SECONDS = 60.0
 """A stream whose generation has ended is read within this time, or dropped."""

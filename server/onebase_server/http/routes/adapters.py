@@ -35,6 +35,15 @@ from onebase_server.http.schemas.adapters import (
     PullRequest,
     ShareRequest,
 )
+from onebase_server.http.schemas.answers import (
+    AdapterAnswer,
+    DeletedAnswer,
+    HistoryAnswer,
+    ListAnswer,
+    VersionAnswer,
+    answer,
+    written_out,
+)
 from onebase_server.http.uploads import (
     ADAPTER_FIELDS,
     FLAGS,
@@ -47,7 +56,6 @@ from onebase_server.storage import storage_errors
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
 
-_INLINE = "#/paths/~1v1~1adapters/post/requestBody/content/application~1json/schema/$defs/{model}"
 _FLAG = {"type": "boolean", "default": False}
 _ADD_BODY: dict[str, Any] = {
     "required": True,
@@ -63,13 +71,11 @@ _ADD_BODY: dict[str, Any] = {
                 },
             }
         },
-        "application/json": {"schema": PullRequest.model_json_schema(ref_template=_INLINE)},
+        "application/json": {"schema": written_out(PullRequest.model_json_schema())},
     },
 }
 """For the reference at /docs: the route reads its body by itself."""
-_FINISHED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "It is ready, or has failed", "content": {"application/json": {}}}
-}
+_ADDED = answer(VersionAnswer, "It is under way", status=202) | answer(VersionAnswer, "It is ready")
 
 
 def _adapter_name(name: str) -> str:
@@ -82,14 +88,14 @@ _LONGEST_WAIT = 10.0
 Force = Annotated[bool, Query(description="end the requests that use it, with an error")]
 
 
-@router.get("")
+@router.get("", responses=answer(ListAnswer[AdapterAnswer]))
 @needs("adapters")
 async def list_adapters(services: Provided, caller: Calling) -> Response:
     """Every adapter: its active version, what that is made of, and where it is."""
     return json_response({"object": "list", "data": services.views.adapters(caller.tenant)})
 
 
-@router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202, responses=_FINISHED)
+@router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202, responses=_ADDED)
 @needs("adapters")
 async def add_version(
     request: Request,
@@ -179,7 +185,7 @@ async def _kept(services: Services, tenant: str, name: str, digest: str) -> Asyn
         raise
 
 
-@router.get("/{name}/versions")
+@router.get("/{name}/versions", responses=answer(ListAnswer[VersionAnswer]))
 @needs("adapters")
 async def list_versions(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """The versions of an adapter, newest first, each with its whole report."""
@@ -191,7 +197,7 @@ async def list_versions(name: AdapterName, services: Provided, caller: Calling) 
     return json_response({"object": "list", "data": data})
 
 
-@router.get("/{name}/versions/{version}")
+@router.get("/{name}/versions/{version}", responses=answer(VersionAnswer))
 @needs("adapters")
 async def get_version(
     name: AdapterName,
@@ -222,7 +228,7 @@ async def get_version(
     return json_response(services.views.version(found, caller.tenant))
 
 
-@router.delete("/{name}/versions/{version}")
+@router.delete("/{name}/versions/{version}", responses=answer(DeletedAnswer))
 @needs("adapters")
 async def delete_version(
     name: AdapterName, version: str, services: Provided, caller: Calling, force: Force = False
@@ -235,7 +241,7 @@ async def delete_version(
     return json_response({"id": f"{name}@{digest}", "object": "adapter.deleted", "deleted": True})
 
 
-@router.get("/{name}/history")
+@router.get("/{name}/history", responses=answer(ListAnswer[HistoryAnswer]))
 @needs("adapters")
 async def get_history(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """What was active when, newest first."""
@@ -254,7 +260,7 @@ async def get_history(name: AdapterName, services: Provided, caller: Calling) ->
     return json_response({"object": "list", "data": data})
 
 
-@router.post("/{name}/activate")
+@router.post("/{name}/activate", responses=answer(AdapterAnswer))
 @needs("adapters")
 async def activate(name: AdapterName, body: ActivateRequest, services: Provided, caller: Calling) -> Response:
     """Let the name point at a version. With `expected`: only if that one is active now, else 409."""
@@ -266,7 +272,7 @@ async def activate(name: AdapterName, body: ActivateRequest, services: Provided,
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/rollback")
+@router.post("/{name}/rollback", responses=answer(AdapterAnswer))
 @needs("adapters")
 async def roll_back(
     name: AdapterName, services: Provided, caller: Calling, body: ExpectedRequest | None = None
@@ -279,7 +285,7 @@ async def roll_back(
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/deactivate")
+@router.post("/{name}/deactivate", responses=answer(AdapterAnswer))
 @needs("adapters")
 async def deactivate(
     name: AdapterName, services: Provided, caller: Calling, body: EmptyRequest | None = None
@@ -290,7 +296,7 @@ async def deactivate(
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/pin")
+@router.post("/{name}/pin", responses=answer(AdapterAnswer))
 @needs("admin")
 async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: Calling) -> Response:
     """Keep the active version in host memory, which all tenants share, or no longer."""
@@ -299,7 +305,7 @@ async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: C
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/share")
+@router.post("/{name}/share", responses=answer(AdapterAnswer))
 @needs("admin")
 async def share(name: AdapterName, body: ShareRequest, services: Provided, caller: Calling) -> Response:
     """Let all tenants use the adapter and look at it, or no longer. Their own of that name comes first."""
@@ -308,14 +314,14 @@ async def share(name: AdapterName, body: ShareRequest, services: Provided, calle
     return json_response(services.views.adapter(record))
 
 
-@router.get("/{name}")
+@router.get("/{name}", responses=answer(AdapterAnswer))
 @needs("adapters")
 async def get_adapter(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """One adapter."""
     return json_response(services.views.named(caller.tenant, name))
 
 
-@router.delete("/{name}")
+@router.delete("/{name}", responses=answer(DeletedAnswer))
 @needs("adapters")
 async def delete_adapter(
     name: AdapterName, services: Provided, caller: Calling, force: Force = False

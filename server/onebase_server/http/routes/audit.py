@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 
@@ -10,6 +10,7 @@ from onebase_adapters.registry import AUDIT_ACTIONS, AUDIT_KINDS, AuditEntry
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.schemas.answers import AuditAnswer, PageAnswer, answer
 from onebase_server.http.views.jobs import number_of, page
 from onebase_server.storage import storage_errors
 
@@ -19,7 +20,7 @@ MOST = 1000
 _ID = "audit-"
 
 
-@router.get("")
+@router.get("", responses=answer(PageAnswer[AuditAnswer]))
 @needs("adapters")
 async def list_entries(
     services: Provided,
@@ -59,7 +60,7 @@ async def list_entries(
     return json_response(page([_view(entry) for entry in found[:limit]], more=len(found) > limit))
 
 
-def _view(entry: AuditEntry) -> dict[str, Any]:
+def _view(entry: AuditEntry) -> AuditAnswer:
     return {
         "object": "audit.entry",
         "id": f"{_ID}{entry.number}",

@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.schemas.answers import DeletedAnswer, FileAnswer, PageAnswer, Responses, answer
 from onebase_server.http.uploads import (
     FILE_FIELDS,
     FILE_OPTION,
@@ -41,12 +42,12 @@ _BODY: dict[str, Any] = {
     },
 }
 """For the reference at /docs: the route reads its body by itself."""
-_CONTENT: dict[int | str, dict[str, Any]] = {
+_CONTENT: Responses = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
 
 
-@router.post("", openapi_extra={"requestBody": _BODY})
+@router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer))
 @needs("train")
 async def add_file(request: Request, services: Provided, caller: Calling) -> Response:
     """Upload rows: a field `purpose` (fine-tune) and a part `file` (.jsonl, .json, .csv, .parquet)."""
@@ -69,7 +70,7 @@ async def add_file(request: Request, services: Provided, caller: Calling) -> Res
     return json_response(file_view(kept))
 
 
-@router.get("")
+@router.get("", responses=answer(PageAnswer[FileAnswer]))
 @needs("train")
 async def list_files(
     services: Provided,
@@ -86,7 +87,7 @@ async def list_files(
     return json_response(page([file_view(file) for file in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", responses=answer(FileAnswer))
 @needs("train")
 async def get_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """One file's name, size and purpose."""
@@ -103,7 +104,7 @@ async def get_content(file_id: str, services: Provided, caller: Calling) -> Resp
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", responses=answer(DeletedAnswer))
 @needs("train")
 async def delete_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """Delete it; 409 while a job that has not ended needs it."""

@@ -16,12 +16,19 @@ from onebase_server.adapters.catalog import check_name
 from onebase_server.errors import InvalidRequestError, OneBaseError
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.schemas.answers import (
+    CheckpointAnswer,
+    JobAnswer,
+    JobEventAnswer,
+    PageAnswer,
+    answer,
+    streamed_answer,
+)
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem
-from onebase_server.http.sse import STREAMED, identified_event
+from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,
-    Json,
     checkpoint_view,
     event_id,
     event_view,
@@ -40,7 +47,7 @@ After = Annotated[str | None, Query(max_length=100, description="the last id of 
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
-@router.post("")
+@router.post("", responses=answer(JobAnswer))
 @needs("train")
 async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
     """Train an adapter on the base that is served. The result is proved, and activated as `activate` says."""
@@ -62,7 +69,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
     return await _shown(job, services)
 
 
-@router.get("")
+@router.get("", responses=answer(PageAnswer[JobAnswer]))
 @needs("train")
 async def list_jobs(
     request: Request, services: Provided, caller: Calling, after: After = None, limit: Limit = 20
@@ -73,14 +80,14 @@ async def list_jobs(
     return json_response(page(await _views(found[:limit], services), more=len(found) > limit))
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", responses=answer(JobAnswer))
 @needs("train")
 async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """One job."""
     return await _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", responses=answer(JobAnswer))
 @needs("train")
 async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """End it for good."""
@@ -88,7 +95,7 @@ async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", responses=answer(JobAnswer))
 @needs("train")
 async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Let go of the machine within a step; `resume` goes on from there."""
@@ -96,7 +103,7 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
     return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", responses=answer(JobAnswer))
 @needs("train")
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Go on from the last checkpoint."""
@@ -104,7 +111,7 @@ async def resume_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
-@router.get("/{job_id}/events", responses=STREAMED)
+@router.get("/{job_id}/events", responses=streamed_answer(PageAnswer[JobEventAnswer]))
 @needs("train")
 async def list_events(
     job_id: str,
@@ -130,7 +137,7 @@ async def list_events(
     return json_response(page([event_view(event) for event in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", responses=answer(PageAnswer[CheckpointAnswer]))
 @needs("train")
 async def list_checkpoints(
     job_id: str, services: Provided, caller: Calling, after: After = None, limit: Limit = 10
@@ -172,7 +179,7 @@ async def _shown(job: TrainingJob, services: Services) -> Response:
     return json_response(view)
 
 
-async def _views(jobs: Sequence[TrainingJob], services: Services) -> list[Json]:
+async def _views(jobs: Sequence[TrainingJob], services: Services) -> list[JobAnswer]:
     """The jobs as callers see them, with what is active now, also where another server has changed that."""
     catalog = services.catalog
     if any(job.activated and not is_active(job, catalog.of(job.tenant)) for job in jobs):

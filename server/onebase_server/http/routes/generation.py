@@ -10,10 +10,17 @@ from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Usage
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.schemas.answers import (
+    ChatAnswer,
+    CompletionAnswer,
+    GeneratedAnswer,
+    TgiAnswer,
+    streamed_answer,
+)
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import STREAMED, EventStream, cancelled_when_gone, connection_abort, guarded
+from onebase_server.http.sse import EventStream, cancelled_when_gone, connection_abort, guarded
 from onebase_server.http.views.generation import (
     ChatView,
     CompletionView,
@@ -27,7 +34,7 @@ from onebase_server.usage import UsageMeter
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/generate", tags=["generate"], responses=STREAMED)
+@router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer))
 @needs("generate")
 async def generate(
     body: GenerateRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -38,7 +45,7 @@ async def generate(
     return await answer_job(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
 
 
-@router.post("/", tags=["tgi"], responses=STREAMED)
+@router.post("/", tags=["tgi"], responses=streamed_answer(list[TgiAnswer]))
 @needs("generate")
 async def generate_text(
     body: TgiRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -50,7 +57,7 @@ async def generate_text(
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 
-@router.post("/v1/completions", tags=["openai"], responses=STREAMED)
+@router.post("/v1/completions", tags=["openai"], responses=streamed_answer(CompletionAnswer))
 @needs("generate")
 async def complete(
     body: CompletionRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -62,7 +69,7 @@ async def complete(
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 
-@router.post("/v1/chat/completions", tags=["openai"], responses=STREAMED)
+@router.post("/v1/chat/completions", tags=["openai"], responses=streamed_answer(ChatAnswer))
 @needs("generate")
 async def chat(
     body: ChatRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted

@@ -13,13 +13,17 @@ from fastapi.responses import PlainTextResponse
 import onebase_server
 from onebase_server.http.deps import Provided, json_response
 from onebase_server.http.guard import NO_KEY, needs
+from onebase_server.http.schemas.answers import (
+    HealthAnswer,
+    ServerVersionAnswer,
+    StatusAnswer,
+    answer,
+)
 from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
 router = APIRouter(tags=["health"])
-_NOT_NOW: dict[int | str, dict[str, Any]] = {
-    503: {"description": "Not now", "content": {"application/json": {}}}
-}
+_HEALTH = answer(HealthAnswer) | answer(HealthAnswer, "Not now", status=503)
 _UNHEALTHY = (EngineState.STALLED, EngineState.FAILED)
 
 
@@ -29,7 +33,7 @@ def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
     return Response(body, status_code=503, media_type="application/json", headers=headers)
 
 
-@router.get("/health", openapi_extra=NO_KEY, responses=_NOT_NOW)
+@router.get("/health", openapi_extra=NO_KEY, responses=_HEALTH)
 @needs("open")
 async def health(services: Provided) -> Response:
     """200 while the server makes progress, also when the engine is still loading; 503 after a stall."""
@@ -39,7 +43,7 @@ async def health(services: Provided) -> Response:
     return json_response({"status": "ok", "engine": state.value})
 
 
-@router.get("/ready", openapi_extra=NO_KEY, responses=_NOT_NOW)
+@router.get("/ready", openapi_extra=NO_KEY, responses=_HEALTH)
 @needs("open")
 async def ready(services: Provided) -> Response:
     """200 when a request sent now would be served; 503 while loading, restarting or stopping."""
@@ -51,7 +55,7 @@ async def ready(services: Provided) -> Response:
     return json_response({"status": "ready", "engine": state.value})
 
 
-@router.get("/version")
+@router.get("/version", responses=answer(ServerVersionAnswer))
 @needs("any")
 async def version() -> Response:
     """The server's version."""
@@ -60,7 +64,7 @@ async def version() -> Response:
     )
 
 
-@router.get("/status")
+@router.get("/status", responses=answer(StatusAnswer))
 @needs("admin")
 async def status(services: Provided) -> Response:
     """What the base is and takes (bytes, tokens), and what the engine has done so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
@@ -12,6 +12,7 @@ from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
 from onebase_server.http.deps import Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.usage import Limits
+from onebase_server.http.schemas.answers import KeyAnswer, ListAnswer, NewKeyAnswer, answer
 from onebase_server.http.schemas.wire import Wire
 
 router = APIRouter(prefix="/v1/keys", route_class=StrictRoute, tags=["keys"])
@@ -39,7 +40,7 @@ class ChangeKeyRequest(Wire):
     priority: StrictInt | None = None
 
 
-@router.post("")
+@router.post("", responses=answer(NewKeyAnswer))
 @needs("admin")
 async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     """A new key. Its text is in this answer alone."""
@@ -57,28 +58,28 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     return answer
 
 
-@router.get("")
+@router.get("", responses=answer(ListAnswer[KeyAnswer]))
 @needs("admin")
 async def list_keys(services: Provided) -> Response:
     """All keys that there ever were, of all tenants, the newest first."""
     return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
 
 
-@router.post("/{key_id}")
+@router.post("/{key_id}", responses=answer(KeyAnswer))
 @needs("admin")
 async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
     """Change a key's quotas and priority: here they hold at once, on other servers within a second."""
     return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
-@router.delete("/{key_id}")
+@router.delete("/{key_id}", responses=answer(KeyAnswer))
 @needs("admin")
 async def revoke_key(key_id: str, services: Provided) -> Response:
     """Nobody can use the key any more: here at once, on other servers within a second."""
     return json_response(_view(await services.keys.revoke(key_id)))
 
 
-def _view(key: ApiKey) -> dict[str, Any]:
+def _view(key: ApiKey) -> KeyAnswer:
     return {
         "object": "api_key",
         "id": key.id,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 
 from onebase_adapters.registry import VersionRecord
@@ -13,11 +11,12 @@ from onebase_server.errors import ConflictError, ForbiddenError, UnknownAdapterE
 from onebase_server.http.deps import Calling, Provided, Services, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.adapters import Force
+from onebase_server.http.schemas.answers import DeletedAnswer, ListAnswer, ModelAnswer, answer
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-@router.get("/models")
+@router.get("/models", responses=answer(ListAnswer[ModelAnswer]))
 @needs("any")
 async def list_models(services: Provided, caller: Calling) -> Response:
     """Everything that `model` may be."""
@@ -28,14 +27,14 @@ async def list_models(services: Provided, caller: Calling) -> Response:
     return json_response({"object": "list", "data": models})
 
 
-@router.get("/models/{name:path}")
+@router.get("/models/{name:path}", responses=answer(ModelAnswer))
 @needs("any")
 async def get_model(name: str, services: Provided, caller: Calling) -> Response:
     """One model; `name` may be an adapter's `name@version`."""
     return json_response(_model(services, name, find_model(services, caller, name)))
 
 
-@router.delete("/models/{name:path}")
+@router.delete("/models/{name:path}", responses=answer(DeletedAnswer))
 @needs("adapters")
 async def delete_model(name: str, services: Provided, caller: Calling, force: Force = False) -> Response:
     """Delete an adapter with all its versions, or `name@version`: by the rules of DELETE /v1/adapters."""
@@ -72,7 +71,7 @@ def find_model(services: Services, caller: Caller, name: str) -> VersionRecord |
         raise UnknownModelError(f"{error.message} The base is {base!r}.") from error
 
 
-def _model(services: Services, name: str, version: VersionRecord | None) -> dict[str, Any]:
+def _model(services: Services, name: str, version: VersionRecord | None) -> ModelAnswer:
     """OpenAI's fields, and vLLM's: where it comes from, and how long a prompt with its answer may be."""
     base, supervisor = services.catalog.base_name, services.supervisor
     created = supervisor.loaded_at or services.started if version is None else _since(services, version)

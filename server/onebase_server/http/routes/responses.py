@@ -12,9 +12,15 @@ from onebase_server.generation.kept_responses import KeptResponse
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import answer_job
+from onebase_server.http.schemas.answers import (
+    DeletedAnswer,
+    InputItemsAnswer,
+    ResponseAnswer,
+    answer,
+    streamed_answer,
+)
 from onebase_server.http.schemas.items import conversation, items_again, kept_items
 from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.http.sse import STREAMED
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
 
@@ -22,7 +28,7 @@ router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["opena
 ResponseId = Annotated[str, Path(max_length=200)]
 
 
-@router.post("", responses=STREAMED)
+@router.post("", responses=streamed_answer(ResponseAnswer))
 @needs("generate")
 async def respond(
     body: ResponsesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -46,7 +52,7 @@ async def respond(
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 
-@router.get("/{response_id}")
+@router.get("/{response_id}", responses=answer(ResponseAnswer))
 @needs("generate")
 async def get_response(
     response_id: ResponseId, services: Provided, caller: Calling, stream: bool = False
@@ -60,7 +66,7 @@ async def get_response(
     return Response(kept.response, media_type="application/json")
 
 
-@router.delete("/{response_id}")
+@router.delete("/{response_id}", responses=answer(DeletedAnswer))
 @needs("generate")
 async def delete_response(response_id: ResponseId, services: Provided, caller: Calling) -> Response:
     """Keep a response no longer; those that went on from it stay."""
@@ -68,7 +74,7 @@ async def delete_response(response_id: ResponseId, services: Provided, caller: C
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
-@router.get("/{response_id}/input_items")
+@router.get("/{response_id}/input_items", responses=answer(InputItemsAnswer))
 @needs("generate")
 async def list_input_items(
     response_id: ResponseId,

@@ -12,6 +12,7 @@ from onebase_adapters.registry import TenantRecord
 from onebase_server.errors import ForbiddenError
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
+from onebase_server.http.schemas.answers import ListAnswer, TenantAnswer, UsageAnswer, answer
 from onebase_server.http.schemas.wire import Wire
 from onebase_server.usage import usage_csv
 
@@ -26,7 +27,7 @@ class QuotasRequest(Wire):
     quotas: Limits
 
 
-@router.get("/tenants")
+@router.get("/tenants", responses=answer(ListAnswer[TenantAnswer]))
 @needs("any")
 async def list_tenants(services: Provided, caller: Calling) -> Response:
     """Tenants, their quotas and what they have: all of them for an admin, for others their own."""
@@ -34,7 +35,7 @@ async def list_tenants(services: Provided, caller: Calling) -> Response:
     return json_response({"object": "list", "data": [_tenant_view(record) for record in found]})
 
 
-@router.post("/tenants/{tenant}")
+@router.post("/tenants/{tenant}", responses=answer(TenantAnswer))
 @needs("admin")
 async def set_quotas(
     tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided
@@ -43,7 +44,7 @@ async def set_quotas(
     return json_response(_tenant_view(await services.keys.set_quotas(tenant, body.quotas)))
 
 
-@router.get("/usage")
+@router.get("/usage", responses=answer(UsageAnswer, also=(CSV,)))
 @needs("any")
 async def get_usage(
     request: Request,
@@ -72,7 +73,7 @@ async def get_usage(
     return json_response({"object": "list", "group_by": columns, "data": data})
 
 
-def _tenant_view(record: TenantRecord) -> dict[str, Any]:
+def _tenant_view(record: TenantRecord) -> TenantAnswer:
     return {
         "object": "tenant",
         "tenant": record.tenant,

@@ -26,6 +26,16 @@ from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, j
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
+from onebase_server.http.schemas.answers import (
+    PauseAnswer,
+    PausedAnswer,
+    ServerInfoAnswer,
+    TextAnswer,
+    TokenizerAnswer,
+    TokensAnswer,
+    WorldSizeAnswer,
+    answer,
+)
 from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter(route_class=StrictRoute, tags=["vllm"])
@@ -72,7 +82,7 @@ async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, calle
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-@router.post("/pause")
+@router.post("/pause", responses=answer(PauseAnswer))
 @needs("admin")
 async def pause(
     services: Provided,
@@ -92,7 +102,7 @@ async def pause(
     return json_response({"status": "paused"})
 
 
-@router.post("/resume")
+@router.post("/resume", responses=answer(PauseAnswer))
 @needs("admin")
 async def resume(services: Provided) -> Response:
     """Go on after /pause."""
@@ -100,14 +110,14 @@ async def resume(services: Provided) -> Response:
     return json_response({"status": "resumed"})
 
 
-@router.get("/is_paused")
+@router.get("/is_paused", responses=answer(PausedAnswer))
 @needs("admin")
 async def is_paused(services: Provided) -> Response:
     """Whether /pause holds everything up."""
     return json_response({"is_paused": services.supervisor.paused})
 
 
-@router.get("/server_info")
+@router.get("/server_info", responses=answer(ServerInfoAnswer))
 @needs("admin")
 async def server_info(
     services: Provided, config_format: Annotated[str, Query(max_length=40)] = "json"
@@ -137,14 +147,14 @@ async def server_info(
     )
 
 
-@router.get("/get_world_size")
+@router.get("/get_world_size", responses=answer(WorldSizeAnswer))
 @needs("admin")
 async def get_world_size() -> Response:
     """How many processes hold a part of the base: one."""
     return json_response({"world_size": 1})
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=answer(TokensAnswer))
 @needs("generate")
 async def tokenize(body: TokenizeRequest, services: Provided, caller: Calling) -> Response:
     """The tokens of a prompt, or of messages as the base's chat template writes them."""
@@ -162,7 +172,7 @@ async def tokenize(body: TokenizeRequest, services: Provided, caller: Calling) -
     )
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=answer(TextAnswer))
 @needs("generate")
 async def detokenize(body: DetokenizeRequest, services: Provided, caller: Calling) -> Response:
     """The text that tokens stand for, special ones by their names."""
@@ -172,7 +182,7 @@ async def detokenize(body: DetokenizeRequest, services: Provided, caller: Callin
     return json_response({"prompt": await services.planner.text_of(body.tokens)})
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", responses=answer(TokenizerAnswer))
 @needs("any")
 async def tokenizer_info(services: Provided) -> Response:
     """The base's special tokens and its chat template."""

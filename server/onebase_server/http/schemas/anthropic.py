@@ -217,7 +217,7 @@ class Tool(_Block):
         return self
 
 
-class ToolChoice(Wire):
+class MessageToolChoice(Wire):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
@@ -311,7 +311,7 @@ class ConversationRequest(Tolerant):
         ]
         | None
     ) = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: MessageToolChoice | None = None
     thinking: Annotated[Thinking, _NO_THINKING] | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(default=None, description="older than output_config.format")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from onebase_adapters.registry import AdapterRecord, VersionError, VersionRecord
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import OPTIONS, AdapterService
 from onebase_server.adapters.sources import HubAdapters, PendingPull
-
-Json = dict[str, Any]
-_REPORTED = ("rank", "alpha", "parameters", "bytes")
+from onebase_server.http.schemas.answers import AdapterAnswer, VersionAnswer, VersionProblem, VersionSource
 
 
 class AdapterViews:
@@ -24,7 +22,7 @@ class AdapterViews:
         self._hub = hub
         self._residency = residency
 
-    def adapters(self, tenant: str) -> list[Json]:
+    def adapters(self, tenant: str) -> list[AdapterAnswer]:
         """All that a tenant may name; also those whose first version is still being pulled."""
         known = {record.name: self.adapter(record) for record in self._catalog.of(tenant)}
         for name in self._hub.running_names(tenant):
@@ -32,7 +30,7 @@ class AdapterViews:
                 known[name] = self.pulled_adapter(self._hub.of_name(tenant, name))
         return [known[name] for name in sorted(known)]
 
-    def named(self, tenant: str, name: str) -> Json:
+    def named(self, tenant: str, name: str) -> AdapterAnswer:
         """One adapter. Raises UnknownAdapterError."""
         pending = self._hub.of_name(tenant, name)
         names = self._catalog.of(tenant)
@@ -40,7 +38,7 @@ class AdapterViews:
             return self.pulled_adapter(pending)
         return self.adapter(names.adapter(name, param="name"))
 
-    def adapter(self, record: AdapterRecord) -> Json:
+    def adapter(self, record: AdapterRecord) -> AdapterAnswer:
         active = record.active_version
         report = active.report if active is not None else None
         shown = active if active is not None else record.versions[0] if record.versions else None
@@ -53,7 +51,10 @@ class AdapterViews:
             "state": shown.state if shown is not None else None,
             "kinds": report["kinds"] if report else [],
             "targets": report["targets"] if report else [],
-            **{key: report[key] if report else None for key in _REPORTED},
+            "rank": report["rank"] if report else None,
+            "alpha": report["alpha"] if report else None,
+            "parameters": report["parameters"] if report else None,
+            "bytes": report["bytes"] if report else None,
             "base": self._catalog.base_name,
             "tenant": record.tenant,
             "shared": record.shared,
@@ -64,7 +65,7 @@ class AdapterViews:
             "updated_at": record.updated_at,
         }
 
-    def pulled_adapter(self, pending: Sequence[PendingPull]) -> Json:
+    def pulled_adapter(self, pending: Sequence[PendingPull]) -> AdapterAnswer:
         """An adapter of which there is nothing yet but pulls."""
         newest, oldest = pending[0], pending[-1]
         return {
@@ -76,7 +77,10 @@ class AdapterViews:
             "state": _state(newest),
             "kinds": [],
             "targets": [],
-            **dict.fromkeys(_REPORTED),
+            "rank": None,
+            "alpha": None,
+            "parameters": None,
+            "bytes": None,
             "base": self._catalog.base_name,
             "tenant": newest.tenant,
             "shared": False,
@@ -87,7 +91,7 @@ class AdapterViews:
             "updated_at": newest.created_at,
         }
 
-    def version(self, version: VersionRecord, reader: str | None = None) -> Json:
+    def version(self, version: VersionRecord, reader: str | None = None) -> VersionAnswer:
         """One version; its report is as whole as the record's.
 
         reader: the tenant that reads it, if it may be another one: that is not told which key or job made it.
@@ -105,9 +109,7 @@ class AdapterViews:
             "active": record is not None and record.active == version.digest,
             "error": _error(version.error),
             "base": self._catalog.base_name,
-            "source": {
-                key: value for key, value in version.source.items() if key not in hidden and value is not None
-            },
+            "source": _source(version.source, hidden),
             "created_at": version.created_at,
             "created_by": "" if foreign else version.created_by,
             "tenant": version.tenant,
@@ -115,7 +117,7 @@ class AdapterViews:
             "report": version.report,
         }
 
-    def pull(self, pending: PendingPull) -> Json:
+    def pull(self, pending: PendingPull) -> VersionAnswer:
         """A version that is being pulled: its content, and so its digest, is not known yet."""
         reference = pending.reference
         source = {
@@ -134,7 +136,7 @@ class AdapterViews:
             "active": False,
             "error": _error(pending.error),
             "base": self._catalog.base_name,
-            "source": {key: value for key, value in source.items() if value is not None},
+            "source": _source(source),
             "created_at": pending.created_at,
             "created_by": pending.actor,
             "tenant": pending.tenant,
@@ -143,9 +145,14 @@ class AdapterViews:
         }
 
 
+def _source(source: Mapping[str, Any], hidden: Sequence[str] = ()) -> VersionSource:
+    """What is known of it."""
+    return cast(VersionSource, {k: v for k, v in source.items() if k not in hidden and v is not None})
+
+
 def _state(pending: PendingPull) -> str:
     return "pulling" if pending.failure is None else "failed"
 
 
-def _error(error: VersionError | None) -> Json | None:
+def _error(error: VersionError | None) -> VersionProblem | None:
     return None if error is None else {"code": error.code, "message": error.message}

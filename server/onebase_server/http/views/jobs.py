@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
 from onebase_server.adapters.catalog import Names, label
+from onebase_server.http.schemas.answers import (
+    CheckpointAnswer,
+    FileAnswer,
+    JobAnswer,
+    JobEventAnswer,
+    JobProblem,
+    Json,
+)
 from onebase_server.jobs.state import is_resumable
 
-Json = dict[str, Any]
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
 _DIGITS = 16
 _MULTIPLIER = "learning_rate_multiplier"
@@ -19,7 +26,7 @@ _SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adap
           "loss_after", "metrics_before", "metrics_after", "better", "peak_memory_bytes")  # fmt: skip
 
 
-def file_view(file: TrainingFile) -> Json:
+def file_view(file: TrainingFile) -> FileAnswer:
     return {
         "id": file.id,
         "object": "file",
@@ -33,7 +40,7 @@ def file_view(file: TrainingFile) -> Json:
     }
 
 
-def job_view(job: TrainingJob, base_name: str, names: Names) -> Json:
+def job_view(job: TrainingJob, base_name: str, names: Names) -> JobAnswer:
     """One job; `report` without the curve, which is in the result file. `names`: those of its tenant."""
     recipe = (job.plan or {}).get("recipe") or job.settings
     settings = {key: value for key, value in recipe.items() if key not in ("method", "seed")}
@@ -79,7 +86,7 @@ def is_active(job: TrainingJob, names: Names) -> bool:
     return record is not None and job.version is not None and record.active == job.version
 
 
-def event_view(event: JobEvent) -> Json:
+def event_view(event: JobEvent) -> JobEventAnswer:
     return {
         "object": "fine_tuning.job.event",
         "id": event_id(event.number),
@@ -91,7 +98,7 @@ def event_view(event: JobEvent) -> Json:
     }
 
 
-def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> Json:
+def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> CheckpointAnswer:
     metrics: Mapping[str, float | None] = {
         "step": float(checkpoint.step),
         "train_loss": checkpoint.train_loss,
@@ -109,7 +116,7 @@ def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> Json:
     }
 
 
-def page(data: list[Json], *, more: bool) -> Json:
+def page(data: Sequence[Mapping[str, Any]], *, more: bool) -> Json:
     """A list as OpenAI's clients page through it: `after` of the next page is `last_id`."""
     return {
         "object": "list",
@@ -151,7 +158,7 @@ def _estimated_finish(job: TrainingJob) -> int | None:
     return int(time.time() + left) if left is not None and job.state == "running" else None
 
 
-def _error(job: TrainingJob) -> Json | None:
+def _error(job: TrainingJob) -> JobProblem | None:
     if job.error is None:
         return None
     return {"code": job.error.code, "message": job.error.message, "param": wire_name(job.error.param)}

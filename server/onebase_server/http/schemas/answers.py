@@ -1,0 +1,714 @@
+"""What routes answer, for the reference. Plain dicts on the wire, which mypy compares with these types.
+
+Nothing is validated on the way out: `answer` only has a route described.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
+
+import msgspec
+from pydantic import WithJsonSchema
+from typing_extensions import TypedDict
+
+from onebase_adapters.proof.report import VersionReport
+from onebase_adapters.registry import Activate
+from onebase_engine.engine.messages import BaseInfo, Stats
+from onebase_server.adapters.residency import MemoryUse
+
+T = TypeVar("T")
+Json = dict[str, Any]
+Responses = dict[int | str, dict[str, Any]]
+"""`responses` of a route, as FastAPI takes them."""
+
+
+def answer(
+    kind: Any, description: str = "Successful Response", *, status: int = 200, also: tuple[str, ...] = ()
+) -> Responses:
+    """`responses` of a route whose answer is JSON of this type. also: media types of the same, as text."""
+    content = {media_type: {"schema": {"type": "string"}} for media_type in also}
+    return {status: {"model": kind, "description": description, "content": content}}
+
+
+def streamed_answer(kind: Any) -> Responses:
+    """`responses` of a route that answers in one piece, or by server-sent events."""
+    return answer(kind, "In one piece; or as it comes, by server-sent events", also=("text/event-stream",))
+
+
+def written_out(schema: Json) -> Json:
+    """A schema without `$defs`: what refers to one of them has it in its place. None may have itself."""
+    parts = schema.get("$defs", {})
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, list):
+            return [whole(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return whole(parts[part["$ref"].rpartition("/")[2]])
+        return {key: whole(value) for key, value in part.items() if key != "$defs"}
+
+    made: Json = whole(schema)
+    return made
+
+
+def _schema_of(struct: type[msgspec.Struct]) -> WithJsonSchema:
+    return WithJsonSchema(written_out(msgspec.json.schema(struct)))
+
+
+# ---- lists and ends ------------------------------------------------------------------------------
+
+
+class ListAnswer(TypedDict, Generic[T]):
+    """All there are."""
+
+    object: Literal["list"]
+    data: list[T]
+
+
+class PageAnswer(TypedDict, Generic[T]):
+    """A page of a list. The next one is that after `last_id`."""
+
+    object: Literal["list"]
+    data: list[T]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedAnswer(TypedDict):
+    """It is deleted."""
+
+    id: str
+    object: str
+    deleted: Literal[True]
+
+
+# ---- text ------------------------------------------------------------------------------------
+
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str
+    """JSON, as text."""
+
+
+class ToolCallAnswer(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FlatLogprobs(TypedDict):
+    """Parallel lists, with an entry for each token."""
+
+    tokens: list[str]
+    token_ids: list[int]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float | None
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class GeneratedChoice(TypedDict):
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: FlatLogprobs | None
+    tool_calls: NotRequired[list[ToolCallAnswer]]
+
+
+class WeightedAdapter(TypedDict):
+    name: str
+    weight: float
+
+
+class GeneratedUsage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class GeneratedTiming(TypedDict):
+    """Seconds: in the engine's queue, until the first token, and from the first token to the last."""
+
+    queue_s: float
+    ttft_s: float
+    decode_s: float
+
+
+class GeneratedSummary(TypedDict):
+    adapter: str | list[WeightedAdapter] | None
+    usage: GeneratedUsage
+    timing: GeneratedTiming
+
+
+class GeneratedAnswer(GeneratedSummary):
+    """Answer of POST /generate."""
+
+    id: str
+    object: Literal["generation"]
+    choices: list[GeneratedChoice]
+
+
+class TgiToken(TypedDict):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class TgiDetails(TypedDict):
+    finish_reason: str
+    generated_tokens: int
+    input_length: int
+    seed: int | None
+    prefill: list[TgiToken]
+    tokens: list[TgiToken]
+    top_tokens: NotRequired[list[list[TgiToken]]]
+
+
+class TgiAnswer(TypedDict):
+    """Answer of POST /, one in a list."""
+
+    generated_text: str
+    details: NotRequired[TgiDetails]
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+class OpenAIUsage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: FlatLogprobs | None
+    finish_reason: str | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class CompletionAnswer(TypedDict):
+    """Answer of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: OpenAIUsage
+
+
+class ChatAnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[ToolCallAnswer]]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: ChatAnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: NotRequired[list[int]]
+
+
+class ChatAnswer(TypedDict):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: OpenAIUsage
+    prompt_token_ids: NotRequired[list[int]]
+
+
+# ---- Anthropic ---------------------------------------------------------------------------------
+
+
+class TextBlockAnswer(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ToolUseAnswer(TypedDict):
+    type: Literal["tool_use"]
+    id: str
+    name: str | None
+    input: Json
+
+
+class MessageUsage(TypedDict):
+    """The prompt is the sum of three: what is new, what was put into the cache, what came from it."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    service_tier: Literal["standard"]
+
+
+class MessageAnswer(TypedDict):
+    """Answer of POST /v1/messages."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextBlockAnswer | ToolUseAnswer]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokenCountAnswer(TypedDict):
+    """Answer of POST /v1/messages/count_tokens."""
+
+    input_tokens: int
+
+
+# ---- responses ---------------------------------------------------------------------------------
+
+
+class OutputText(TypedDict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Json]
+    logprobs: NotRequired[list[ChatTokenLogprob]]
+
+
+class InputText(TypedDict):
+    type: Literal["input_text"]
+    text: str
+
+
+class MessageItemAnswer(TypedDict):
+    id: str
+    type: Literal["message"]
+    status: str
+    role: str
+    content: list[OutputText | InputText]
+
+
+class CallItemAnswer(TypedDict):
+    id: str
+    type: Literal["function_call"]
+    status: str
+    arguments: str
+    call_id: str
+    name: str
+
+
+class CallOutputItemAnswer(TypedDict):
+    id: str
+    type: Literal["function_call_output"]
+    status: str
+    call_id: str
+    output: str
+
+
+class InputTokensDetails(CachedTokens):
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(TypedDict):
+    reason: str
+
+
+class ResponseText(TypedDict):
+    format: Json
+    verbosity: str
+
+
+class ResponseReasoning(TypedDict):
+    effort: str | None
+    summary: None
+
+
+class ResponseAnswer(TypedDict):
+    """Answer of POST /v1/responses: with what was asked for, as it was taken."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: NotRequired[int]
+    status: Literal["completed", "incomplete"]
+    output: list[MessageItemAnswer | CallItemAnswer]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    usage: ResponseUsage
+    model: str
+    instructions: str | None
+    previous_response_id: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    top_logprobs: int
+    tools: list[Json]
+    tool_choice: str | Json
+    parallel_tool_calls: bool
+    text: ResponseText
+    reasoning: ResponseReasoning
+    metadata: dict[str, str]
+    store: bool
+    truncation: Literal["disabled"]
+    background: Literal[False]
+
+
+class InputItemsAnswer(PageAnswer[MessageItemAnswer | CallItemAnswer | CallOutputItemAnswer]):
+    """What a response answers."""
+
+
+# ---- models and tokens -------------------------------------------------------------------------
+
+
+class ModelAnswer(TypedDict):
+    """The base, or an adapter: then `parent` is the base, and `root` the version."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int | None
+
+
+class TokensAnswer(TypedDict):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TextAnswer(TypedDict):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerAnswer(TypedDict):
+    """Answer of GET /tokenizer_info."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+
+class AdapterAnswer(TypedDict):
+    """A name; what it is made of, and where it is, are its active version's."""
+
+    object: Literal["adapter"]
+    id: str
+    name: str
+    version: str | None
+    active: bool
+    state: str | None
+    kinds: list[str]
+    targets: list[str]
+    rank: int | None
+    alpha: float | None
+    parameters: int | None
+    bytes: int | None
+    base: str
+    tenant: str
+    shared: bool
+    pinned: bool
+    tier: str | None
+    versions: int
+    created_at: float
+    updated_at: float
+
+
+class VersionProblem(TypedDict):
+    code: str
+    message: str
+
+
+class VersionSource(TypedDict):
+    """Where its files came from: `upload`, `hub`, `folder` or `training`."""
+
+    kind: str
+    repo: NotRequired[str]
+    revision: NotRequired[str]
+    commit: NotRequired[str]
+    subfolder: NotRequired[str]
+    job: NotRequired[str]
+
+
+class VersionProgress(TypedDict):
+    stage: str
+    fraction: float | None
+
+
+Report = Annotated[Mapping[str, Any], _schema_of(VersionReport)]
+
+
+class VersionAnswer(TypedDict):
+    """One version. While it is pulled, `version` is the pull's id."""
+
+    object: Literal["adapter.version"]
+    id: str
+    name: str
+    version: str
+    state: str
+    active: bool
+    error: VersionProblem | None
+    base: str
+    source: VersionSource
+    created_at: float
+    created_by: str
+    tenant: str
+    progress: VersionProgress | None
+    report: Report | None
+
+
+class HistoryAnswer(TypedDict):
+    """What was made active, or no longer, when and by whom."""
+
+    action: str
+    version: str | None
+    previous: str | None
+    actor: str
+    at: float
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+class FileAnswer(TypedDict):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: None
+    expires_at: None
+
+
+class JobProblem(TypedDict):
+    code: str
+    message: str
+    param: str | None
+
+
+class JobAnswer(TypedDict):
+    """A training job. `hyperparameters` and `method` say what it was made with."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    model: str
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    fine_tuned_model: str | None
+    organization_id: str
+    result_files: list[str]
+    status: str
+    training_file: str
+    validation_file: str | None
+    hyperparameters: Json
+    method: Json
+    trained_tokens: int | None
+    seed: int
+    integrations: list[Json]
+    metadata: dict[str, str]
+    error: JobProblem | None
+    name: str
+    activate: Activate
+    activated: bool | None
+    """Whether requests for `name` get its version now."""
+    version: str | None
+    progress: Mapping[str, Any] | None
+    estimate: Json | None
+    report: Json | None
+    resumable: bool
+
+
+class JobEventAnswer(TypedDict):
+    object: Literal["fine_tuning.job.event"]
+    id: str
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: Mapping[str, Any] | None
+
+
+class CheckpointAnswer(TypedDict):
+    object: Literal["fine_tuning.job.checkpoint"]
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: dict[str, float]
+    step_number: int
+
+
+# ---- keys, usage and audit -----------------------------------------------------------------------
+
+
+class KeyAnswer(TypedDict):
+    object: Literal["api_key"]
+    id: str
+    tenant: str
+    name: str
+    scopes: Sequence[str]
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used_at: float | None
+    quotas: dict[str, int]
+    priority: int
+
+
+class NewKeyAnswer(KeyAnswer):
+    key: str
+    """The key itself; it is in this answer alone."""
+
+
+class TenantAnswer(TypedDict):
+    object: Literal["tenant"]
+    tenant: str
+    quotas: dict[str, int]
+    adapters: int
+    bytes: int
+    training_seconds: float
+
+
+class UsageRowAnswer(TypedDict):
+    """Of `day`, `tenant`, `base` and `adapter` it has those that the rows are grouped by."""
+
+    day: NotRequired[str]
+    tenant: NotRequired[str]
+    base: NotRequired[str]
+    adapter: NotRequired[str]
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    training_seconds: float
+    training_tokens: int
+
+
+class UsageAnswer(TypedDict):
+    object: Literal["list"]
+    group_by: list[str]
+    data: list[UsageRowAnswer]
+
+
+class AuditAnswer(TypedDict):
+    object: Literal["audit.entry"]
+    id: str
+    at: float
+    tenant: str
+    key: str
+    actor: str
+    action: str
+    target: str
+    version: str | None
+    base: str | None
+    server: str
+    request: str
+    details: Mapping[str, Any]
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+
+class HealthAnswer(TypedDict):
+    status: str
+    engine: str
+
+
+class ServerVersionAnswer(TypedDict):
+    name: Literal["onebase"]
+    version: str
+    python: str
+
+
+class EngineStatus(TypedDict):
+    state: str
+    restarts: int
+
+
+class VerifierStatus(TypedDict):
+    pid: int | None
+
+
+class StatusAnswer(TypedDict):
+    """Answer of GET /status: bytes, tokens and counts."""
+
+    base: str
+    engine: EngineStatus
+    info: Annotated[Json, _schema_of(BaseInfo)] | None
+    stats: Annotated[Json, _schema_of(Stats)] | None
+    requests: int
+    adapters: int
+    host_memory: MemoryUse
+    workshop: VerifierStatus
+
+
+class PauseAnswer(TypedDict):
+    status: Literal["paused", "resumed"]
+
+
+class PausedAnswer(TypedDict):
+    is_paused: bool
+
+
+class WorldSizeAnswer(TypedDict):
+    world_size: int
+
+
+class ServerInfoAnswer(TypedDict):
+    """The part of vLLM's configuration that its clients read."""
+
+    vllm_config: dict[str, Json]
