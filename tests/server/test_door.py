@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from onebase_server.http.door import Door
 from onebase_server.settings import Settings
 
+from .access import Keys, bearer
 from .support import Server, Starter
 
 FRIEND, EVIL = "https://tools.example", "http://evil.example"
@@ -220,6 +221,52 @@ def test_an_allowed_site_may_ask_and_read(open_to_friends: Server) -> None:
     assert preflight.headers["access-control-allow-headers"] == "authorization"
     assert answer.headers["access-control-allow-origin"] == FRIEND
     assert refused.status_code == 403
+
+
+def test_an_allowed_site_is_asked_for_no_more_than_browsers_ask_before_they_send(
+    open_to_friends: Server,
+) -> None:
+    asks = {"Origin": FRIEND, "Access-Control-Request-Headers": "x-api-key", "Sec-Fetch-Site": "cross-site"}
+    asks["Access-Control-Request-Private-Network"] = "true"
+    with open_to_friends.client() as http:
+        for method in ("GET", "HEAD", "POST", "DELETE"):
+            answer = http.options("/v1/models/x", headers=asks | {"Access-Control-Request-Method": method})
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["access-control-allow-private-network"] == "true"
+            assert "access-control-allow-credentials" not in answer.headers
+        put = http.options("/v1/models/x", headers=asks | {"Access-Control-Request-Method": "PUT"})
+    assert put.status_code == 400
+
+
+def test_an_allowed_site_may_read_refusals_too_and_what_their_headers_say(
+    serve_scripted: Starter, keys: Keys
+) -> None:
+    limited, free = keys.make("generate", quotas={"requests": 1}), keys.make("generate")
+    text = {"prompt": "a", "max_tokens": 1}
+    options = ("--allowed-origin", FRIEND, "--max-body", "1000")
+    with serve_scripted("words", *options, data_dir=keys.file.parent) as server, server.client() as http:
+        http.headers["Origin"] = FRIEND
+        unknown = http.get("/v1/models")
+        http.headers.update(bearer(limited))
+        answers = [
+            http.post("/generate", json=text),
+            http.post("/generate", json=text),
+            unknown,
+            http.get("/status"),
+            http.get("/nowhere"),
+            http.put("/generate", json=text),
+            http.post("/generate", content=b"{" * 2000, headers=bearer(free)),
+            http.get("/v1/usage?format=xml"),
+        ]
+    assert [answer.status_code for answer in answers] == [200, 429, 401, 403, 404, 405, 413, 400]
+    for answer in answers:
+        assert answer.headers["access-control-allow-origin"] == FRIEND
+        assert "Origin" in answer.headers["vary"]
+        assert "access-control-allow-credentials" not in answer.headers
+    shown = {name.lower() for name in answers[1].headers["access-control-expose-headers"].split(", ")}
+    assert {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"} <= shown & {*answers[1].headers}
+    assert {"www-authenticate"} <= shown & {*answers[2].headers}
+    assert {"allow"} <= shown & {*answers[5].headers}
 
 
 # ---- what comes back ----------------------------------------------------------------------------

@@ -32,7 +32,10 @@ SECURITY_HEADERS = {
 _ANY = "*"
 _HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
 _EXPOSED = (
+    "Allow",
     "Retry-After",
+    "WWW-Authenticate",
+    "x-should-retry",
     "x-request-id",
     "request-id",
     *(f"x-ratelimit-{fact}-requests" for fact in ("limit", "remaining", "reset")),
@@ -62,8 +65,9 @@ class Door:
             app = CORSMiddleware(
                 app,
                 allow_origins=sorted(self._origins),
-                allow_methods=("GET", "POST", "DELETE"),
+                allow_methods=("GET", "HEAD", "POST", "DELETE"),
                 allow_headers=("*",),
+                allow_private_network=True,
                 expose_headers=_EXPOSED,
             )
         self._app = app
