@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
-from pydantic import ValidationError
+from fastapi import APIRouter, FastAPI, Request
+from pydantic import ValidationError, model_validator
 
 from onebase_server.access import LOCAL, Caller
+from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.planner import Limits, Planner
+from onebase_server.generation.tool_format import ToolFormat
+from onebase_server.http.deps import LONG_BODY, StrictRoute, off_loop
+from onebase_server.http.schemas.anthropic import MessagesRequest
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.wire import Wire
@@ -212,3 +219,123 @@ def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
         assert (submit.tenant, submit.priority) == ("acme", 3)
 
     asyncio.run(play())
+
+
+# ---- off the event loop ---------------------------------------------------------------------------
+
+
+WHERE: list[str] = []
+"""The threads in which a body was looked at, in order."""
+
+
+class Watched(MessagesRequest):
+    """Notes where its fields are validated, and where it becomes a chat."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _note(cls, value: Any) -> Any:
+        WHERE.append(threading.current_thread().name)
+        return value
+
+    def chat(self, variables: frozenset[str]) -> ChatRequest:
+        WHERE.append(threading.current_thread().name)
+        return super().chat(variables)
+
+
+def reader() -> FastAPI:
+    """An app of one route, which reads bodies as all routes do."""
+    router = APIRouter(route_class=StrictRoute)
+
+    @router.post("/")
+    async def read(body: Watched, request: Request) -> dict[str, Any]:
+        chat = await off_loop(request, body.chat, frozenset())
+        return {"messages": len(chat.messages)}
+
+    app = FastAPI()
+    app.state.services = SimpleNamespace(settings=SimpleNamespace(max_body=LIMIT), reading=Threads("read", 1))
+    app.include_router(router)
+    return app
+
+
+def conversation(messages: int, **more: Any) -> bytes:
+    text = [{"type": "text", "text": "word"}] * 15
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n in range(messages)]
+    return json.dumps({"model": "m", "max_tokens": 1, "messages": turns, **more}).encode()
+
+
+def sent(body: bytes) -> httpx2.Response:
+    async def play() -> httpx2.Response:
+        transport = httpx2.ASGITransport(reader())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.post("/", content=body, headers={"Content-Type": "application/json"})
+
+    return asyncio.run(play())
+
+
+@pytest.fixture
+def where() -> Iterator[list[str]]:
+    WHERE.clear()
+    yield WHERE
+    WHERE.clear()
+
+
+@pytest.mark.parametrize(("messages", "thread"), [(1, "MainThread"), (1023, "read")])
+def test_a_long_body_is_looked_at_off_the_event_loop_and_once(
+    where: list[str], messages: int, thread: str
+) -> None:
+    body = conversation(messages)
+    assert (len(body) > LONG_BODY) == (thread == "read")
+
+    assert sent(body).json() == {"messages": messages}
+    assert where == [thread, thread]
+
+
+def test_what_is_wrong_with_a_body_is_said_alike_whatever_its_length(scripted: Server) -> None:
+    with scripted.client() as http:
+        http.headers["Content-Type"] = "application/json"
+        for temperature, nonsense in ((3, b""), (1, b"{"), (1, b'"n": 1, "n": 2}')):
+            bodies = [conversation(messages, temperature=temperature) for messages in (1, 1023)]
+            short, long = (
+                http.post("/v1/messages", content=body[:-1] + b", " * bool(nonsense) + (nonsense or b"}"))
+                for body in bodies
+            )
+            assert short.status_code == long.status_code == 400
+            said = short.json()["error"]
+            assert said["details"] == long.json()["error"]["details"]
+            assert said["type"] == "invalid_request_error"
+
+
+class WatchedFormat(ToolFormat):
+    def grammar(self, *tools: Any, **how: Any) -> Any:
+        WHERE.append(threading.current_thread().name)
+        return super().grammar(*tools, **how)
+
+
+class ToolTokenizer(SlowTokenizer):
+    chat_template = "tools tool_calls"
+    template_options: frozenset[str] = frozenset()
+    longest_token = 1000
+    tool_format = WatchedFormat("<", ">", ",", "</>", "<", None, {})
+
+    def encode_chat(self, chat: Any) -> list[int]:
+        return [1]
+
+
+@pytest.mark.parametrize(("properties", "thread"), [(1, "MainThread"), (2000, "tokenize")])
+def test_a_grammar_of_long_tools_is_made_off_the_event_loop(
+    where: list[str], properties: int, thread: str
+) -> None:
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(properties)}}
+    tool = {"type": "function", "function": {"name": "now", "parameters": schema}}
+    said = [{"role": "user", "content": "word"}]
+    body = GenerateRequest.model_validate({"messages": said, "tools": [tool], "max_tokens": 1})
+
+    job = asyncio.run(_planned(body))
+
+    assert job.calls is not None
+    assert f'"p{properties - 1}"' in job.calls.grammar.text
+    assert where == [thread]
+
+
+async def _planned(body: GenerateRequest) -> Any:
+    return await planner_of(ToolTokenizer(), 1_000_000).generate(body, LOCAL)

@@ -41,7 +41,8 @@ _U = TypeVar("_U")
 GENERATE_TOKENS = 256
 COMPLETION_TOKENS = 16
 _INLINE_CHARACTERS = 8_000
-"""Longer texts are tokenized in a thread, so that they do not hold up the streams (about 3 ms)."""
+"""Longer texts are tokenized in a thread, and longer tools made a grammar of, so that they do not hold up the
+streams (about 3 ms)."""
 _LONG_CHARACTERS = 100_000
 """Longer ones wait for each other, so that shorter ones have their turn and memory is taken for one."""
 _THREADS = 2
@@ -112,7 +113,7 @@ class Planner:
             default_tokens=GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
-            answer=self._answer(body),
+            answer=await self._answer(body),
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self._adapter(body, job)))
@@ -161,7 +162,7 @@ class Planner:
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
-            answer=self._answer(body),
+            answer=await self._answer(body),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
         )
@@ -329,10 +330,17 @@ class Planner:
             given["add_generation_prompt"] = body.add_generation_prompt
         return given
 
-    def _answer(self, body: ConversationFields) -> CallFormat | None:
+    async def _answer(self, body: ConversationFields) -> CallFormat | None:
         """How calls of tools are told from the text, where there may be any."""
         if not body.calls_tools:
             return None
+        size = len(json.dumps(body.functions)) + (len(body.grammar.grammar.text) if body.grammar else 0)
+        if size <= _INLINE_CHARACTERS:
+            return self._call_format(body)
+        return await self._threads.run(self._call_format, body)
+
+    def _call_format(self, body: ConversationFields) -> CallFormat:
+        """Its grammar is made of the tools' schemas: of long ones that takes 50 ms."""
         format = self._tokenizer.tool_format
         if format is None:
             raise InvalidRequestError(

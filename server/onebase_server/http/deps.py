@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import msgspec
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope
 
 from onebase_adapters.registry import RegistryError
 from onebase_server.access import Caller, KeyRing
@@ -21,12 +22,13 @@ from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.background import Threads
-from onebase_server.errors import OneBaseError, UnavailableError, status_of
+from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.reading import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
+from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.scheduler import JobScheduler
@@ -39,6 +41,13 @@ from onebase_server.settings import Settings
 from onebase_server.storage import Storage
 from onebase_server.usage import UsageMeter
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LONG_BODY = 64 * 1024
+"""Bytes. A longer body is read and validated in a thread: a long conversation takes a third of a second, in
+which no stream would go on."""
+READ_THREADS = 2
 COUNT_SECONDS = 5.0
 """Limit for the registry's figures; after it the others are given alone."""
 
@@ -99,6 +108,8 @@ class Services:
     views: AdapterViews
     verifier: VerifierClient
     training: Training
+    reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
+    """For bodies that are long."""
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 
@@ -138,11 +149,37 @@ class BodyError(HTTPException):
 
 
 class _StrictRequest(Request):
+    """field: FastAPI's, of what the body must be; None where the route reads it by itself."""
+
+    def __init__(self, scope: Scope, receive: Receive, field: Any) -> None:
+        super().__init__(scope, receive)
+        self._field = field
+
     async def json(self) -> Any:
+        """The body's value; of a long one what it must be, which FastAPI takes as it is."""
+        services, body = _services(self), await self.body()
+        read = strict_json.decode if len(body) <= LONG_BODY else self._validated
         try:
-            return strict_json.decode(await self.body(), _services(self).settings.max_body)
+            return await off_loop(self, read, body, services.settings.max_body)
         except OneBaseError as error:
             raise BodyError(error) from error
+
+    def _validated(self, body: bytes, most: int) -> Any:
+        value = strict_json.decode(body, most)
+        if self._field is None:
+            return value
+        model, errors = self._field.validate(value, loc=("body",))
+        if errors:
+            message, param = validation_error(errors)
+            raise InvalidRequestError(message, param=param)
+        return model
+
+
+async def off_loop(request: Request, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What the call makes of the request's body: of a long one in a thread."""
+    if len(await request.body()) <= LONG_BODY:
+        return call(*args, **kwargs)
+    return await _services(request).reading.run(call, *args, **kwargs)
 
 
 class StrictRoute(APIRoute):
@@ -152,7 +189,7 @@ class StrictRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            return await handler(_StrictRequest(request.scope, request.receive))
+            return await handler(_StrictRequest(request.scope, request.receive, self.body_field))
 
         return strict
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request, Response
 
 from onebase_server.generation.generation import new_id
-from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response
+from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
 from onebase_server.http.guard import needs
 from onebase_server.http.refusals import ANTHROPIC_ERROR
 from onebase_server.http.routes.generation import answer_job
@@ -26,17 +26,20 @@ async def create_message(
 ) -> Response:
     """The assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.chat(body.chat(services.tokenizer.template_options), caller)
+    chat = await off_loop(request, body.chat, services.tokenizer.template_options)
+    job = await services.planner.chat(chat, caller)
     view = MessageView(services.tokenizer, body.model, request.scope)
     return await answer_job(request, services, ticket, replace(job, id=new_id("msg_")), view, body.stream)
 
 
 @router.post("/count_tokens", responses=answer(TokenCountAnswer) | ANTHROPIC_ERROR)
 @needs("generate")
-async def count_tokens(body: ConversationRequest, services: Provided, caller: Calling) -> Response:
+async def count_tokens(
+    body: ConversationRequest, request: Request, services: Provided, caller: Calling
+) -> Response:
     """How many tokens a message's prompt has; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
-    chat = body.chat(services.tokenizer.template_options)
+    chat = await off_loop(request, body.chat, services.tokenizer.template_options)
     tokens = await services.planner.chat_tokens(chat, chat.messages, chat.reasoning_effort)
     return json_response({"input_tokens": len(tokens)})

@@ -8,7 +8,15 @@ from fastapi import APIRouter, Request, Response
 
 from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Usage
-from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.deps import (
+    Admitted,
+    Calling,
+    Provided,
+    Services,
+    StrictRoute,
+    json_response,
+    off_loop,
+)
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import (
     ChatAnswer,
@@ -52,7 +60,7 @@ async def generate_text(
 ) -> Response:
     """Text from the base or from any adapter, as Hugging Face's clients ask TGI for it."""
     services.refuse_if_draining()
-    job = await services.planner.generate(body.request(), caller)
+    job = await services.planner.generate(await off_loop(request, body.request), caller)
     view = TgiView(services.tokenizer, body)
     return await answer_job(request, services, ticket, job, view, body.stream)
 

@@ -9,7 +9,15 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.kept_responses import KeptResponse
-from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response
+from onebase_server.http.deps import (
+    LONG_BODY,
+    Admitted,
+    Calling,
+    Provided,
+    StrictRoute,
+    json_response,
+    off_loop,
+)
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import answer_job
 from onebase_server.http.schemas.answers import (
@@ -19,7 +27,8 @@ from onebase_server.http.schemas.answers import (
     answer,
     streamed_answer,
 )
-from onebase_server.http.schemas.items import conversation, items_again, kept_items
+from onebase_server.http.schemas.items import Items, conversation, items_again, kept_items
+from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
@@ -35,12 +44,14 @@ async def respond(
 ) -> Response:
     """The model's answer: text, or calls of functions; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    responses, items = services.responses, body.items
+    responses, before = services.responses, None
     if body.previous_response_id is not None:
-        kept = responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
-        before = msgspec.json.decode(kept.input) + msgspec.json.decode(kept.response)["output"]
-        items = [*items_again(before), *items]
-    job = await services.planner.response(body, conversation(body.instructions, items), caller)
+        before = responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
+    if before is None or len(before.input) + len(before.response) <= LONG_BODY:
+        items, messages = await off_loop(request, _conversation, body, before)
+    else:
+        items, messages = await services.reading.run(_conversation, body, before)
+    job = await services.planner.response(body, messages, caller)
 
     def keep(response: dict[str, Any]) -> None:
         if body.store is not False:
@@ -50,6 +61,15 @@ async def respond(
 
     view = ResponseView(services.tokenizer, body, job, keep)
     return await answer_job(request, services, ticket, job, view, body.stream)
+
+
+def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[Items, list[Message]]:
+    """What is to be answered, as items and as messages. Raises InvalidRequestError."""
+    items = body.items
+    if before is not None:
+        said = msgspec.json.decode(before.input) + msgspec.json.decode(before.response)["output"]
+        items = [*items_again(said), *items]
+    return items, conversation(body.instructions, items)
 
 
 @router.get("/{response_id}", responses=answer(ResponseAnswer))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
@@ -22,7 +22,7 @@ from onebase_server.errors import (
     UnknownAdapterError,
     VersionFailedError,
 )
-from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
@@ -156,14 +156,14 @@ async def get_world_size() -> Response:
 
 @router.post("/tokenize", responses=answer(TokensAnswer))
 @needs("generate")
-async def tokenize(body: TokenizeRequest, services: Provided, caller: Calling) -> Response:
+async def tokenize(body: TokenizeRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """The tokens of a prompt, or of messages as the base's chat template writes them."""
     services.refuse_if_draining()
     if body.model is not None:
         find_model(services, caller, body.model)
     planner = services.planner
     if body.messages is not None:
-        tokens = await planner.chat_tokens(body.conversation(), body.messages)
+        tokens = await planner.chat_tokens(await off_loop(request, body.conversation), body.messages)
     else:
         tokens = await planner.text_tokens(body.prompt or "", special=body.add_special_tokens is not False)
     names = await planner.names_of(tokens) if body.return_token_strs else None
