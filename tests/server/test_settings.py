@@ -118,6 +118,7 @@ def test_who_may_ask_is_a_list_in_the_environment(name: str, text: str, expected
     [
         ("allowed_origin", "tools.example"),
         ("allowed_origin", "https://a.example/"),
+        ("allowed_origin", "*"),
         ("trusted_proxy", "proxy.lan"),
     ],
 )
