@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from onebase_server.http.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
@@ -28,7 +28,9 @@ from onebase_server.http.schemas.wire import (
     JsonSchema,
     Name,
     Tolerant,
+    Typed,
     Wire,
+    of_type,
     rebuilt,
 )
 
@@ -38,18 +40,6 @@ _BETWEEN_TURNS = "\n\n"
 """Between what one side says in turns that follow each other: to templates they are one."""
 _FAILED = "Error: "
 """Before the result of a tool that failed: templates have no other place for it."""
-
-
-def _of_type(*served: str, otherwise: str) -> BeforeValidator:
-    """Refuses other types by name."""
-
-    def check(value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind not in served:
-            raise FieldError("type", f"{kind[:40]!r} is not served: {otherwise}")
-        return value
-
-    return BeforeValidator(check)
 
 
 # ---- what is said ------------------------------------------------------------------------------
@@ -80,7 +70,7 @@ class ToolUseBlock(_Block):
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.input}}
 
 
-_ONLY_TEXT = _of_type("text", otherwise="only text is")
+_ONLY_TEXT = of_type("text", otherwise="only text is")
 TextBlocks = Annotated[list[Annotated[TextBlock, _ONLY_TEXT]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 TextOrBlocks = Annotated[Annotated[str, ONE] | Annotated[TextBlocks, LIST], BY_KIND]
 
@@ -119,7 +109,7 @@ AnyBlock = Annotated[
     | Annotated[ToolUseBlock, Tag("block-tool_use")]
     | Annotated[ToolResultBlock, Tag("block-tool_result")],
     Discriminator(lambda value: f"block-{_type_of(value)}"),
-    _of_type(*_BLOCKS, otherwise=f"only {', '.join(_BLOCKS)} are"),
+    of_type(*_BLOCKS, otherwise=f"only {', '.join(_BLOCKS)} are"),
 ]
 AnyBlocks = Annotated[list[AnyBlock], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 _SPOKEN_BY: dict[str, tuple[str, ...]] = {
@@ -217,16 +207,12 @@ class Tool(_Block):
         return self
 
 
-class MessageToolChoice(Wire):
+class MessageToolChoice(Typed):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
-    @model_validator(mode="after")
-    def _check_name(self) -> Self:
-        if (self.type == "tool") != (self.name is not None):
-            raise FieldError("name", "name goes with type tool, and only with it")
-        return self
+    goes_with: ClassVar = {"name": "tool"}
 
     def chat_fields(self) -> Json:
         """OpenAI's."""
@@ -263,7 +249,7 @@ class Thinking(Wire):
     type: Literal["disabled"]
 
 
-_NO_THINKING = _of_type("disabled", otherwise='say {"type": "disabled"}, or leave thinking out')
+_NO_THINKING = of_type("disabled", otherwise='say {"type": "disabled"}, or leave thinking out')
 _THINKING_SWITCH = "enable_thinking"
 """The variable by which chat templates are told whether to think."""
 
@@ -306,7 +292,7 @@ class ConversationRequest(Tolerant):
     system: TextOrBlocks | None = None
     tools: (
         Annotated[
-            list[Annotated[Tool, _of_type("custom", otherwise="only tools of your own are")]],
+            list[Annotated[Tool, of_type("custom", otherwise="only tools of your own are")]],
             Field(max_length=MAX_TOOLS, fail_fast=True),
         ]
         | None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +20,7 @@ from pydantic import (
 
 from onebase_engine.engine.messages import Grammar
 from onebase_server.generation.json_schema import closed
-from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolChoice, ToolObject
+from onebase_server.http.schemas.messages import CHOICE_OF_TOOLS, MAX_TOOLS, Messages, ToolChoice, ToolObject
 from onebase_server.http.schemas.wire import (
     BY_KIND,
     LIST,
@@ -29,6 +29,7 @@ from onebase_server.http.schemas.wire import (
     FieldError,
     JsonSchema,
     Name,
+    Typed,
     Wire,
     not_too_deep,
 )
@@ -104,17 +105,17 @@ class NamedSchema(Wire):
     strict: bool | None = None
 
 
-class ResponseFormat(Wire):
+class ResponseFormat(Typed):
     """What the text must be: anything, a JSON object, or JSON that a schema describes."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
     value: JsonSchema | None = Field(default=None, description="TGI's: the schema of a json_object")
 
+    goes_with: ClassVar = {"json_schema": "json_schema"}
+
     @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise FieldError("json_schema", "json_schema goes with type json_schema, and only with it")
+    def _check_value(self) -> Self:
         if self.value is not None and self.type != "json_object":
             raise FieldError("value", "value goes with type json_object only")
         return self
@@ -293,7 +294,8 @@ class ConversationFields(SamplingFields):
     tools: Annotated[list[ToolObject], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            Annotated[Literal["none", "auto", "required"], ONE] | Annotated[ToolChoice, OBJECT],
+            Annotated[Literal["none", "auto", "required"], ONE]
+            | Annotated[ToolChoice, CHOICE_OF_TOOLS, OBJECT],
             Discriminator(lambda value: (ONE if isinstance(value, str) else OBJECT).tag),
         ]
         | None
@@ -341,26 +343,21 @@ class ConversationFields(SamplingFields):
     @property
     def must_call(self) -> bool:
         choice = self.tool_choice
-        if isinstance(choice, ToolChoice):
-            return choice.allowed_tools is None or choice.allowed_tools.mode == "required"
-        return choice == "required"
+        return choice == "required" if isinstance(choice, str | None) else choice.must_call
 
     @property
     def named_tool(self) -> str | None:
-        """The one that is to be called."""
+        """The one tool that is to be called, if it is named."""
         choice = self.tool_choice
-        return (
-            choice.function.name if isinstance(choice, ToolChoice) and choice.function is not None else None
-        )
+        return choice.names[0] if not isinstance(choice, str | None) and choice.type == "function" else None
 
     @property
     def callable_names(self) -> list[str]:
         """Of the tools that may be called."""
         choice = self.tool_choice
-        if isinstance(choice, ToolChoice) and choice.allowed_tools is not None:
-            return [tool.function.name for tool in choice.allowed_tools.tools]
-        named = self.named_tool
-        return [function["name"] for function in self.functions] if named is None else [named]
+        if isinstance(choice, str | None):
+            return [function["name"] for function in self.functions]
+        return choice.names
 
 
 class GenerateRequest(ConversationFields):

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.generation import new_id
 from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionCall, Message
-from onebase_server.http.schemas.wire import BY_KIND, LIST, MAX_NAME, ONE, FieldError, Wire, validation_error
+from onebase_server.http.schemas.wire import (
+    BY_KIND,
+    LIST,
+    MAX_NAME,
+    ONE,
+    Wire,
+    check_type,
+    of_type,
+    validation_error,
+)
 
 Json = dict[str, Any]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
@@ -35,11 +44,7 @@ class Part(Wire):
     @model_validator(mode="before")
     @classmethod
     def _check_kind(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind is not None and kind not in ("input_text", "output_text"):
-            raise FieldError(
-                "type", f"{str(kind)[:40]!r} is not served: only text is (input_text, output_text)"
-            )
+        check_type(value, "input_text", "output_text", otherwise="only text is (input_text, output_text)")
         return _without_hints(value)
 
 
@@ -125,13 +130,6 @@ class CallOutputItem(_Item):
 _KINDS = ("message", "function_call", "function_call_output")
 
 
-def _check_kind(value: Any) -> Any:
-    kind = _kind(value)
-    if kind not in _KINDS:
-        raise FieldError("type", f"{str(kind)[:40]!r} is not served: only {', '.join(_KINDS)} are")
-    return value
-
-
 def _kind(value: Any) -> Any:
     """A message need not say that it is one."""
     return value.get("type") or "message" if isinstance(value, dict) else "message"
@@ -142,7 +140,7 @@ Item = Annotated[
     | Annotated[CallItem, Tag("a-function_call")]
     | Annotated[CallOutputItem, Tag("a-function_call_output")],
     Discriminator(lambda value: f"a-{_kind(value)}"),
-    BeforeValidator(_check_kind),
+    of_type(*_KINDS, otherwise=f"only {', '.join(_KINDS)} are"),
 ]
 Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 _ITEMS: TypeAdapter[list[MessageItem | CallItem | CallOutputItem]] = TypeAdapter(list[Item])

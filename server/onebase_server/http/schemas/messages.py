@@ -6,7 +6,7 @@ import json
 import math
 import re
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, model_validator
 
@@ -18,14 +18,19 @@ from onebase_server.http.schemas.wire import (
     ONE,
     FieldError,
     JsonSchema,
+    Typed,
     Wire,
+    check_type,
     not_too_deep,
+    of_type,
 )
 
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_FUNCTION_NAME = 128
 MAX_SCHEMA_CHARACTERS = 256 * 1024
+
+ONLY_FUNCTIONS = "only tools of type 'function' are"
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_FUNCTION_NAME)]
 _FUNCTION_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_FUNCTION_NAME}}}")
@@ -171,15 +176,9 @@ def without_hints(value: Any) -> Any:
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-def check_kind_of_tool(kind: Any) -> None:
-    """Raises FieldError."""
-    if kind != "function":
-        raise FieldError("type", f"{str(kind)[:40]!r} is not served: only tools of type 'function' are")
-
-
 def a_function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as chat templates take it, and `strict` besides."""
-    check_kind_of_tool(tool.get("type", "function"))
+    check_type(tool, "function", otherwise=ONLY_FUNCTIONS)
     function = tool.get("function")
     if not isinstance(function, dict):
         raise FieldError("function", 'must be an object, as in {"name": ..., "parameters": {...}}')
@@ -221,16 +220,25 @@ class AllowedTools(Wire):
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
-class ToolChoice(Wire):
+class ToolChoice(Typed):
     """OpenAI's: one tool that is to be called, or some of which any may be."""
 
     type: Literal["function", "allowed_tools"]
     function: FunctionChoice | None = None
     allowed_tools: AllowedTools | None = None
 
-    @model_validator(mode="after")
-    def _check_kind(self) -> Self:
-        for kind in ("function", "allowed_tools"):
-            if (self.type == kind) != (getattr(self, kind) is not None):
-                raise FieldError(kind, f"{kind} goes with type {kind}, and only with it")
-        return self
+    goes_with: ClassVar = {"function": "function", "allowed_tools": "allowed_tools"}
+
+    @property
+    def must_call(self) -> bool:
+        return self.allowed_tools is None or self.allowed_tools.mode == "required"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tools that may be called."""
+        if self.function is not None:
+            return [self.function.name]
+        return [tool.function.name for tool in self.allowed_tools.tools] if self.allowed_tools else []
+
+
+CHOICE_OF_TOOLS = of_type("function", "allowed_tools", otherwise="only function and allowed_tools are")

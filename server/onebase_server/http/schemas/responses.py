@@ -24,9 +24,10 @@ from onebase_server.http.schemas.generation import (
 )
 from onebase_server.http.schemas.items import Items, MessageItem
 from onebase_server.http.schemas.messages import (
+    CHOICE_OF_TOOLS,
     MAX_TOOLS,
+    ONLY_FUNCTIONS,
     FunctionName,
-    check_kind_of_tool,
     tool_of,
 )
 from onebase_server.http.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
@@ -40,7 +41,9 @@ from onebase_server.http.schemas.wire import (
     FieldError,
     JsonSchema,
     Name,
+    Typed,
     Wire,
+    check_type,
     not_too_deep,
 )
 
@@ -55,7 +58,7 @@ _DEFAULTS_OF_TOOLS: dict[str, JsonValue] = {
 
 def _a_flat_function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as chat templates take it."""
-    check_kind_of_tool(tool.get("type"))
+    check_type(tool, "function", otherwise=ONLY_FUNCTIONS)
     known = {"name", "description", "parameters", "strict"}
     function = {}
     for key, value in tool.items():
@@ -74,7 +77,7 @@ class FlatNamedTool(Wire):
     name: FunctionName
 
 
-class FlatToolChoice(Wire):
+class FlatToolChoice(Typed):
     """One tool that is to be called, or some of which any may be."""
 
     type: Literal["function", "allowed_tools"]
@@ -84,23 +87,19 @@ class FlatToolChoice(Wire):
         Annotated[list[FlatNamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None
     ) = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_other_kinds(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind not in ("function", "allowed_tools"):
-            raise FieldError("type", f"{kind[:40]!r} is not served: only function and allowed_tools are")
-        return value
+    goes_with: ClassVar = {"name": "function", "mode": "allowed_tools", "tools": "allowed_tools"}
 
-    @model_validator(mode="after")
-    def _check_kind(self) -> Self:
-        for field, kind in (("name", "function"), ("mode", "allowed_tools"), ("tools", "allowed_tools")):
-            if (self.type == kind) != (getattr(self, field) is not None):
-                raise FieldError(field, f"{field} goes with type {kind}, and only with it")
-        return self
+    @property
+    def must_call(self) -> bool:
+        return self.mode != "auto"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tools that may be called."""
+        return [tool.name for tool in self.tools or ()] if self.name is None else [self.name]
 
 
-class TextFormat(Wire):
+class TextFormat(Typed):
     """What the text must be: anything, a JSON object, or JSON that a schema describes."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -109,11 +108,7 @@ class TextFormat(Wire):
     schema_: JsonSchema | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
-    @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.schema_ is not None):
-            raise FieldError("schema", "schema goes with type json_schema, and only with it")
-        return self
+    goes_with: ClassVar = {"schema_": "json_schema"}
 
 
 class TextConfig(Wire):
@@ -187,11 +182,12 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            Annotated[Literal["none", "auto", "required"], ONE] | Annotated[FlatToolChoice, OBJECT],
+            Annotated[Literal["none", "auto", "required"], ONE]
+            | Annotated[FlatToolChoice, CHOICE_OF_TOOLS, OBJECT],
             Discriminator(lambda value: (ONE if isinstance(value, str) else OBJECT).tag),
         ]
         | None
-    ) = None  # type: ignore[assignment]  # whoever reads it asks the properties below
+    ) = None  # type: ignore[assignment]  # whoever reads it asks its properties
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     include: Annotated[list[Includable], Field(max_length=16, fail_fast=True)] | None = None
@@ -240,24 +236,6 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
         if isinstance(self.input, str):
             return [MessageItem(role="user", content=self.input)]
         return self.input
-
-    @property
-    def must_call(self) -> bool:
-        choice = self.tool_choice
-        if isinstance(choice, FlatToolChoice):
-            return choice.mode != "auto"
-        return choice == "required"
-
-    @property
-    def named_tool(self) -> str | None:
-        return self.tool_choice.name if isinstance(self.tool_choice, FlatToolChoice) else None
-
-    @property
-    def callable_names(self) -> list[str]:
-        choice = self.tool_choice
-        if isinstance(choice, FlatToolChoice):
-            return [tool.name for tool in choice.tools or ()] if choice.name is None else [choice.name]
-        return [function["name"] for function in self.functions]
 
     @property
     def token_limit(self) -> int | None:

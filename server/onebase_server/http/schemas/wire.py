@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -89,6 +89,22 @@ class Wire(BaseModel):
         return kept
 
 
+class Typed(Wire):
+    """An object whose `type` says which of its other fields it has."""
+
+    type: str
+    goes_with: ClassVar[dict[str, str]] = {}
+    """Fields, and the type that each of them goes with."""
+
+    @model_validator(mode="after")
+    def _check_fields_of_type(self) -> Self:
+        for name, kind in self.goes_with.items():
+            if (self.type == kind) != (getattr(self, name) is not None):
+                shown = type(self).model_fields[name].alias or name
+                raise FieldError(shown, f"{shown} goes with type {kind}, and only with it")
+        return self
+
+
 class Tolerant(Wire):
     """Takes what other servers know and changes nothing here, and refuses by name what would."""
 
@@ -116,6 +132,20 @@ class Tolerant(Wire):
             else:
                 raise FieldError(key[:MAX_NAME], UNKNOWN_FIELD)
         return kept
+
+
+def check_type(value: Any, *served: str, otherwise: str) -> Any:
+    """The value, unless it is an object that says it is of another type. Raises FieldError."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind is not None and kind not in served:
+        shown = repr(kind[:40]) if isinstance(kind, str) else type(kind).__name__
+        raise FieldError("type", f"{shown} is not served: {otherwise}")
+    return value
+
+
+def of_type(*served: str, otherwise: str) -> BeforeValidator:
+    """Refuses objects of other types by name, before anything else in them is looked at."""
+    return BeforeValidator(lambda value: check_type(value, *served, otherwise=otherwise))
 
 
 Model = TypeVar("Model", bound=Wire)
