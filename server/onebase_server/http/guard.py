@@ -7,6 +7,7 @@ while the keys in memory are fresh: most of what is refused costs no task and no
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
 from starlette.datastructures import MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +35,7 @@ from onebase_server.errors import (
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
+from onebase_server.http.schemas.answers import ANSWER
 from onebase_server.http.uploads import is_form
 from onebase_server.quotas import Ticket
 
@@ -86,13 +90,17 @@ def needs(access: Access) -> Callable[[Endpoint], Endpoint]:
 
 
 def describe_answers(app: FastAPI) -> None:
-    """Say in the OpenAPI file that requests carry a key, and what errors look like.
+    """Say in the OpenAPI file that requests carry a key, what answers look like, and what errors do.
 
     Open routes say `security: []` themselves.
     """
-    plain = app.openapi
+    plain, answers, making = app.openapi, _take_answers(app), threading.Lock()
 
     def described() -> dict[str, Any]:
+        with making:
+            return app.openapi_schema or described_once()
+
+    def described_once() -> dict[str, Any]:
         schema = plain()
         schema["components"]["securitySchemes"] = {
             "api_key": {"type": "http", "scheme": "bearer"},
@@ -102,6 +110,7 @@ def describe_answers(app: FastAPI) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         schemas["Error"] = _ERROR
+        _add_answers(schema, answers)
         for name, one in schemas.items():
             one["title"] = name.replace("_", "")  # generators of types name them by it
         schema["security"] = [{"api_key": []}, {"x_api_key": []}]
@@ -112,6 +121,36 @@ def describe_answers(app: FastAPI) -> None:
         return schema
 
     app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
+
+
+def _take_answers(app: FastAPI) -> dict[tuple[str, str, str], Any]:
+    """The types of answers by path, method and status, which FastAPI would make validators of."""
+    found = {}
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            for status, response in route.responses.items():
+                for method in (route.methods or ()) if ANSWER in response and route.include_in_schema else ():
+                    found[route.path_format, method.lower(), str(status)] = response[ANSWER]
+            route.responses = {
+                status: {key: value for key, value in response.items() if key != ANSWER}
+                for status, response in route.responses.items()
+            }
+    return found
+
+
+def _add_answers(schema: dict[str, Any], answers: dict[tuple[str, str, str], Any]) -> None:
+    kinds = {repr(kind): TypeAdapter(kind) for kind in answers.values()}
+    made, parts = TypeAdapter.json_schemas(
+        [(name, "serialization", kind) for name, kind in kinds.items()],
+        ref_template="#/components/schemas/{model}",
+    )
+    known, new = schema["components"]["schemas"], parts["$defs"]
+    if twice := known.keys() & new.keys():
+        raise RuntimeError(f"requests and answers have types of one name: rename {', '.join(twice)}")
+    known.update(new)
+    for (path, method, status), kind in answers.items():
+        content = schema["paths"][path][method]["responses"][status].setdefault("content", {})
+        content.setdefault("application/json", {})["schema"] = made[repr(kind), "serialization"]
 
 
 class Routes:

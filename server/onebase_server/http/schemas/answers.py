@@ -1,6 +1,7 @@
 """What routes answer, for the reference. Plain dicts on the wire, which mypy compares with these types.
 
-Nothing is validated on the way out: `answer` only has a route described.
+Nothing is validated on the way out, and no schema is made before somebody asks for the reference: `answer`
+only notes a route's type, of which `guard.describe_answers` makes the schema.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ T = TypeVar("T")
 Json = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
 """`responses` of a route, as FastAPI takes them."""
+ANSWER = "answer"
+"""Key of a type there."""
 
 
 def answer(
@@ -28,7 +31,7 @@ def answer(
 ) -> Responses:
     """`responses` of a route whose answer is JSON of this type. also: media types of the same, as text."""
     content = {media_type: {"schema": {"type": "string"}} for media_type in also}
-    return {status: {"model": kind, "description": description, "content": content}}
+    return {status: {ANSWER: kind, "description": description, "content": content}}
 
 
 def streamed_answer(kind: Any) -> Responses:
