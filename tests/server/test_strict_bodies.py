@@ -318,11 +318,12 @@ class ToolTokenizer(SlowTokenizer):
     tool_format = WatchedFormat("<", ">", ",", "</>", "<", None, {})
 
     def encode_chat(self, chat: Any) -> list[int]:
+        WHERE.append(threading.current_thread().name)
         return [1]
 
 
 @pytest.mark.parametrize(("properties", "thread"), [(1, "MainThread"), (2000, "tokenize")])
-def test_a_grammar_of_long_tools_is_made_off_the_event_loop(
+def test_long_tools_are_laid_out_and_made_a_grammar_of_off_the_event_loop(
     where: list[str], properties: int, thread: str
 ) -> None:
     schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(properties)}}
@@ -334,7 +335,7 @@ def test_a_grammar_of_long_tools_is_made_off_the_event_loop(
 
     assert job.calls is not None
     assert f'"p{properties - 1}"' in job.calls.grammar.text
-    assert where == [thread]
+    assert where == [thread, thread]
 
 
 async def _planned(body: GenerateRequest) -> Any:

@@ -281,22 +281,23 @@ class Planner:
         known = self._tokenizer.chat_template
         if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
             raise _no_tools("messages")
-        tools = [plain_tool(tool) for tool in body.tools or ()] if body.calls_tools else None
+        tools = body.tools if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
-        chat = Conversation(
-            [message.rendered() for message in messages],
-            tools,
-            self._options(body, messages, reasoning_effort),
-        )
+        options = self._options(body, messages, reasoning_effort)
+        chat = Conversation([message.rendered() for message in messages], tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
             for message in chat.messages
         )
-        if tools or chat.options or any(message.tool_calls for message in messages):
-            calls = [message.get("tool_calls") for message in chat.messages]
-            size += len(json.dumps([tools, chat.options, calls]))
-        return Prompt(await self._tokens("messages", size, self._tokenizer.encode_chat, chat))
+        size += body.tool_characters if tools else 0
+        if options or any(message.tool_calls for message in messages):
+            size += len(json.dumps([options, [message.get("tool_calls") for message in chat.messages]]))
+        return Prompt(await self._tokens("messages", size, self._encoded, chat))
+
+    def _encoded(self, chat: Conversation) -> list[int]:
+        tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
+        return self._tokenizer.encode_chat(replace(chat, tools=tools))
 
     def _options(
         self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None
@@ -334,7 +335,7 @@ class Planner:
         """How calls of tools are told from the text, where there may be any."""
         if not body.calls_tools:
             return None
-        size = len(json.dumps(body.functions)) + (len(body.grammar.grammar.text) if body.grammar else 0)
+        size = body.tool_characters + (len(body.grammar.grammar.text) if body.grammar else 0)
         if size <= _INLINE_CHARACTERS:
             return self._call_format(body)
         return await self._threads.run(self._call_format, body)

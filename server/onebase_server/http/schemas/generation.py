@@ -319,6 +319,7 @@ class ConversationFields(SamplingFields):
         for name in self.callable_names:
             if name not in names:
                 raise FieldError("tool_choice", f"{name!r} is none of the tools")
+        _ = self.tool_characters
         if self.calls_tools:
             if self.ignore_eos:
                 raise FieldError("ignore_eos", "tools say where the text ends; leave one out")
@@ -334,6 +335,11 @@ class ConversationFields(SamplingFields):
     def functions(self) -> list[Any]:
         """What the tools are."""
         return [tool["function"] for tool in self.tools or ()]
+
+    @cached_property
+    def tool_characters(self) -> int:
+        """Of the tools, as JSON. Known once the request is validated."""
+        return len(json.dumps(self.tools)) if self.tools else 0
 
     @property
     def calls_tools(self) -> bool:
