@@ -67,10 +67,11 @@ _ERROR = {
         }
     },
 }
-_REFUSED = {
+REFUSED: dict[str, Any] = {
     "description": "The request is refused, or cannot be served now",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+"""What an error is, for the reference."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -117,7 +118,7 @@ def describe_answers(app: FastAPI) -> None:
         for operation in (one for path in schema["paths"].values() for one in path.values()):
             operation["responses"].pop("422", None)  # FastAPI's, in another shape
             for statuses in ("4XX", "5XX"):
-                operation["responses"].setdefault(statuses, _REFUSED)
+                operation["responses"].setdefault(statuses, REFUSED)
         return schema
 
     app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it

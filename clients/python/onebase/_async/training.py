@@ -113,7 +113,7 @@ class AsyncTraining:
             seed: Of everything random.
             metadata: Labels that `list` can search for: up to 16, of 512 characters each at most.
             model: The base to train on, as a check. A server has only one.
-            progress: Called with the bytes that are sent.
+            progress: Called with the bytes that are sent, of one file after the other: `file` is its name.
             **settings: See TrainingSettings.
 
         Raises:

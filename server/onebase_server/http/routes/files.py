@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.guard import needs
+from onebase_server.http.guard import REFUSED, needs
 from onebase_server.http.schemas.answers import DeletedAnswer, FileAnswer, PageAnswer, Responses, answer
 from onebase_server.http.uploads import (
     FILE_FIELDS,
@@ -42,9 +42,16 @@ _BODY: dict[str, Any] = {
     },
 }
 """For the reference at /docs: the route reads its body by itself."""
+_BYTES: Any = {"schema": {"type": "string", "format": "binary"}}
 _CONTENT: Responses = {
-    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+    200: {"content": {"application/octet-stream": _BYTES}},
+    206: {
+        "description": "What a header Range asks for",
+        "content": {"application/octet-stream": _BYTES, "multipart/byteranges": _BYTES},
+    },
+    "4XX": {**REFUSED, "content": {**REFUSED["content"], "text/plain": {"schema": {"type": "string"}}}},
 }
+"""Of a Range that cannot be had, the reason is told as text."""
 
 
 @router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer))
