@@ -135,7 +135,7 @@ def assemble(
         tokenizer=tokenizer,
         supervisor=supervisor,
         planner=planner,
-        reading=ReadingPlanner(planner, tokenizer, limits.max_timeout),
+        read_planner=ReadingPlanner(planner, tokenizer, limits.max_timeout),
         responses=KeptResponses(settings.response_memory),
         residency=residency,
         adapters=adapters,

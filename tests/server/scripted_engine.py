@@ -186,13 +186,15 @@ class ScriptedEngine:
     def read(self, submit: Submit, choice: int) -> RowOutput:
         """How often each token modulo eight is in the prompt; each token of a branch is less likely."""
         branch = submit.branches[choice] if submit.branches else []
-        counts = [float(sum(token % 8 == number for token in submit.prompt)) for number in range(8)]
+        values = [float(sum(token % 8 == number for token in submit.prompt)) for number in range(8)]
+        if submit.pooling is not None and submit.pooling.kind == "each":
+            values = [value for token in submit.prompt for value in (float(token % 8), 1.0)]
         return RowOutput(
             id=submit.id,
             choice=choice,
             finish="stop",
             cached_tokens=self.cached(submit),
-            vector=struct.pack("<8f", *counts) if submit.pooling is not None else None,
+            vector=struct.pack(f"<{len(values)}f", *values) if submit.pooling is not None else None,
             prompt_logprobs=[TokenLogprob(token, -1.0 - number, []) for number, token in enumerate(branch)]
             or None,
         )

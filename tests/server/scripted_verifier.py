@@ -3,7 +3,8 @@
 It stands in for the verifier beside a scripted engine, which has no base to attach. The "prepared" file is
 the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd N [--base-fd N]`:
 
-    proves    everything is proved, unless its weights begin with the word `broken`
+    proves    everything is proved, unless its weights begin with the word `broken`; what TASKS has is no
+              adapter for text
     slow      as `proves`, after a second
     dies      exits at every job
     hangs     never answers a job
@@ -19,6 +20,8 @@ import socket
 import sys
 import time
 from pathlib import Path
+
+import msgspec
 
 from onebase_adapters.proof.report import ModuleReport, ProofReport, VersionReport
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
@@ -42,6 +45,8 @@ REPORT = VersionReport(
         tokens_compared=0, texts_changed=0, base_unchanged=True, seconds=0.0,
     ),
 )  # fmt: skip
+TASKS = {b"sorts": ("SEQ_CLS", 8), b"tags": ("TOKEN_CLS", 2)}
+"""By weights: the task, and as many labels as the scripted engine tells of."""
 
 
 class ScriptedVerifier:
@@ -83,7 +88,9 @@ class ScriptedVerifier:
             return
         shutil.copyfile(job.weights_path, job.packed_path)
         sha256 = hashlib.sha256(content).hexdigest()
-        self.send(Proved(digest=job.digest, report=REPORT, sha256=sha256, bytes=len(content)))
+        task, labels = TASKS.get(content, (REPORT.task, REPORT.labels))
+        report = msgspec.structs.replace(REPORT, task=task, labels=labels)
+        self.send(Proved(digest=job.digest, report=report, sha256=sha256, bytes=len(content)))
 
 
 if __name__ == "__main__":

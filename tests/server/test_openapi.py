@@ -197,6 +197,7 @@ def _ask(walk: Walk) -> None:
     asked: Json = {"model": BASE, **short}
     ids = {"return_token_ids": True}
     walk("POST", "/v1/completions", json={**asked, **ids, "prompt": ["a", "b"], "logprobs": 1})
+    walk("POST", "/v1/completions", json={**asked, "prompt": "a b c", "prompt_logprobs": 1})
     choice = {"logprobs": True, "top_logprobs": 2}
     walk("POST", "/v1/chat/completions", json={**asked, **ids, **choice, "messages": messages})
     walk("POST", "/v1/chat/completions", json={**asked, "messages": messages, "stream": True})
@@ -214,6 +215,13 @@ def _ask(walk: Walk) -> None:
     walk("DELETE", f"/v1/responses/{response}")
     tokens = walk("POST", "/tokenize", json={"prompt": "word", "return_token_strs": True})["tokens"]
     walk("POST", "/detokenize", json={"tokens": tokens})
+    walk("POST", "/v1/embeddings", json={"input": ["a", "b"]})
+    walk("POST", "/v1/embeddings", json={"input": "a", "encoding_format": "base64"})
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        walk("POST", path, json={"query": "a", "documents": ["b", "c"]})
+    for path in ("/score", "/v1/score"):
+        walk("POST", path, json={"text_1": "a", "text_2": ["b", "c"]})
+    walk("POST", "/v1/decide", json={"prompt": "a", "choices": ["b", "c"], "prior": "d"})
 
 
 def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
@@ -235,6 +243,9 @@ def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
     walk("POST", "/v1/adapters/shop/share", json={"shared": True})
     parts = [{"name": f"shop@{first}", "weight": 1.0}, {"name": f"shop@{second}", "weight": 0.5}]
     walk("POST", "/generate", json={"prompt": "word", "max_tokens": 1, "adapter": parts})
+    for path, name in (("/classify", "sorts"), ("/v1/classify", "tags")):
+        upload(http, name, name.encode(), query="wait=true&activate=true")
+        walk("POST", path, json={"model": name, "input": ["a", "b"]})
     walk("GET", "/v1/models")
     walk("GET", "/v1/models/shop")
     walk("POST", "/v1/unload_lora_adapter", json={"lora_name": "shop"})

@@ -98,7 +98,7 @@ class Services:
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
     planner: Planner
-    reading: ReadingPlanner
+    read_planner: ReadingPlanner
     responses: KeptResponses
     residency: Residency
     adapters: AdapterService

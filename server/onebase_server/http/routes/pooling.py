@@ -19,6 +19,17 @@ from onebase_server.generation.stream import Usage
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import JobMeter
+from onebase_server.http.schemas.answers import (
+    ClassifyAnswer,
+    DecisionAnswer,
+    EmbeddingAnswer,
+    EmbeddingsAnswer,
+    LabelAnswer,
+    OpenAIUsage,
+    RerankAnswer,
+    ScoreAnswer,
+    answer,
+)
 from onebase_server.http.schemas.pooling import (
     ClassifyRequest,
     DecideRequest,
@@ -33,19 +44,19 @@ from onebase_server.quotas import Ticket
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", responses=answer(EmbeddingsAnswer))
 @needs("generate")
 async def embed(
     body: EmbeddingRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
     """A vector of each input; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    jobs = await services.reading.embed(body, caller)
+    jobs = await services.read_planner.embed(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     vectors = _vectors(outputs)[:, : body.dimensions]
     if body.normalize is not False:
         vectors = _to_length_one(vectors)
-    data = [
+    data: list[EmbeddingAnswer] = [
         {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
         for index, vector in enumerate(vectors)
     ]
@@ -60,15 +71,15 @@ async def embed(
     )
 
 
-@router.post("/v1/classify")
-@router.post("/classify")
+@router.post("/v1/classify", responses=answer(ClassifyAnswer))
+@router.post("/classify", responses=answer(ClassifyAnswer))
 @needs("generate")
 async def classify(
     body: ClassifyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
     """The class of each input, or of each of its tokens, by an adapter that classifies."""
     services.refuse_if_draining()
-    jobs = await services.reading.classify(body, caller)
+    jobs = await services.read_planner.classify(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     prompts = [prompt for job in jobs for prompt in job.prompts]
     data: list[dict[str, Any]] = []
@@ -96,9 +107,9 @@ async def classify(
     )
 
 
-@router.post("/v1/rerank")
-@router.post("/v2/rerank")
-@router.post("/rerank")
+@router.post("/v1/rerank", responses=answer(RerankAnswer))
+@router.post("/v2/rerank", responses=answer(RerankAnswer))
+@router.post("/rerank", responses=answer(RerankAnswer))
 @needs("generate")
 async def rerank(
     body: RerankRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -124,8 +135,8 @@ async def rerank(
     )
 
 
-@router.post("/v1/score")
-@router.post("/score")
+@router.post("/v1/score", responses=answer(ScoreAnswer))
+@router.post("/score", responses=answer(ScoreAnswer))
 @needs("generate")
 async def score(
     body: ScoreRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -152,14 +163,14 @@ async def score(
     )
 
 
-@router.post("/v1/decide")
+@router.post("/v1/decide", responses=answer(DecisionAnswer))
 @needs("generate")
 async def decide(
     body: DecideRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
     """How likely each of the choices is to come next, among them."""
     services.refuse_if_draining()
-    after, before = await services.reading.decide(body, caller)
+    after, before = await services.read_planner.decide(body, caller)
     outputs, usage = await _read(request, services, ticket, after + before)
     found = [[one.logprob for one in output.prompt_logprobs or ()] for output in outputs]
     logprobs, priors = found[: len(body.choices)], found[len(body.choices) :]
@@ -263,7 +274,7 @@ async def _scores(
 ) -> tuple[list[float], Usage]:
     """Of each pair of texts, the cosine between their vectors, or what a classifier of one label says, from 0
     to 1; `params`: the fields that they are from."""
-    jobs, fields = await services.reading.scores(body, pairs, params, caller)
+    jobs, fields = await services.read_planner.scores(body, pairs, params, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     if not fields:
         return [_sigmoid(float(_vector(output)[0])) for output in outputs], usage
@@ -280,7 +291,7 @@ def _vectors(outputs: Sequence[RowOutput]) -> np.ndarray:
     return np.stack([_vector(output) for output in outputs])
 
 
-def _classes(logits: np.ndarray) -> dict[str, Any]:
+def _classes(logits: np.ndarray) -> LabelAnswer:
     """Of one text or token: the likeliest label, and the probabilities of all."""
     values = logits.tolist()
     probs = [_sigmoid(values[0])] if len(values) == 1 else _softmax(values)
@@ -311,7 +322,7 @@ def _softmax(values: Sequence[float]) -> list[float]:
     return [weight / whole for weight in weights]
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> OpenAIUsage:
     return {
         "prompt_tokens": usage.prompt,
         "total_tokens": usage.prompt,

@@ -204,11 +204,22 @@ class OpenAIUsage(TypedDict):
     prompt_tokens_details: CachedTokens
 
 
+class PromptTokenLogprob(TypedDict):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
+"""Of each prompt token, by token id."""
+
+
 class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: FlatLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
 
@@ -248,7 +259,117 @@ class ChatAnswer(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: OpenAIUsage
+    prompt_logprobs: NotRequired[PromptLogprobs]
     prompt_token_ids: NotRequired[list[int]]
+
+
+# ---- texts that are read -----------------------------------------------------------------------
+
+
+class EmbeddingAnswer(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """Numbers, or in base64 their bytes: fp32, little-endian."""
+
+
+class EmbeddingsAnswer(TypedDict):
+    """Answer of POST /v1/embeddings."""
+
+    id: str
+    object: Literal["list"]
+    data: list[EmbeddingAnswer]
+    model: str
+    usage: OpenAIUsage
+
+
+class LabelAnswer(TypedDict):
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class TokenLabelAnswer(LabelAnswer):
+    token: str
+    token_id: int
+
+
+class TextLabelAnswer(LabelAnswer):
+    index: int
+
+
+class TokenLabelsAnswer(TypedDict):
+    index: int
+    tokens: list[TokenLabelAnswer]
+
+
+class ClassifyAnswer(TypedDict):
+    """Answer of POST /classify."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[TextLabelAnswer] | list[TokenLabelsAnswer]
+    usage: OpenAIUsage
+
+
+class DocumentAnswer(TypedDict):
+    text: str
+
+
+class RankedAnswer(TypedDict):
+    index: int
+    relevance_score: float
+    document: NotRequired[DocumentAnswer]
+
+
+class RerankAnswer(TypedDict):
+    """Answer of POST /v1/rerank."""
+
+    id: str
+    model: str
+    results: list[RankedAnswer]
+    usage: OpenAIUsage
+
+
+class PairScore(TypedDict):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreAnswer(TypedDict):
+    """Answer of POST /score."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: OpenAIUsage
+
+
+class OptionAnswer(TypedDict):
+    index: int
+    text: str
+    probability: float
+    logprob: float
+    prior_logprob: float | None
+    token_logprobs: list[float]
+
+
+class DecisionAnswer(TypedDict):
+    """Answer of POST /v1/decide."""
+
+    id: str
+    object: Literal["decision"]
+    created: int
+    model: str
+    choice: str
+    index: int
+    choices: list[OptionAnswer]
+    usage: OpenAIUsage
 
 
 # ---- Anthropic ---------------------------------------------------------------------------------
