@@ -35,7 +35,7 @@ from onebase_server.errors import (
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
-from onebase_server.http.schemas.answers import ANSWER
+from onebase_server.http.schemas.answers import Described
 from onebase_server.http.uploads import is_form
 from onebase_server.quotas import Ticket
 
@@ -95,7 +95,7 @@ def describe_answers(app: FastAPI) -> None:
 
     Open routes say `security: []` themselves.
     """
-    plain, answers, making = app.openapi, _take_answers(app), threading.Lock()
+    plain, making = app.openapi, threading.Lock()
 
     def described() -> dict[str, Any]:
         with making:
@@ -111,7 +111,7 @@ def describe_answers(app: FastAPI) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         schemas["Error"] = _ERROR
-        _add_answers(schema, answers)
+        _add_answers(schema, _answers(app))
         for name, one in schemas.items():
             one["title"] = name.replace("_", "")  # generators of types name them by it
         schema["security"] = [{"api_key": []}, {"x_api_key": []}]
@@ -124,19 +124,16 @@ def describe_answers(app: FastAPI) -> None:
     app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
-def _take_answers(app: FastAPI) -> dict[tuple[str, str, str], Any]:
-    """The types of answers by path, method and status, which FastAPI would make validators of."""
-    found = {}
-    for route in app.routes:
-        if isinstance(route, APIRoute):
-            for status, response in route.responses.items():
-                for method in (route.methods or ()) if ANSWER in response and route.include_in_schema else ():
-                    found[route.path_format, method.lower(), str(status)] = response[ANSWER]
-            route.responses = {
-                status: {key: value for key, value in response.items() if key != ANSWER}
-                for status, response in route.responses.items()
-            }
-    return found
+def _answers(app: FastAPI) -> dict[tuple[str, str, str], Any]:
+    """The types of answers by path, method and status."""
+    return {
+        (route.path_format, method.lower(), str(status)): response.kind
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+        for status, response in route.responses.items()
+        if isinstance(response, Described)
+        for method in route.methods or ()
+    }
 
 
 def _add_answers(schema: dict[str, Any], answers: dict[tuple[str, str, str], Any]) -> None:
@@ -145,7 +142,7 @@ def _add_answers(schema: dict[str, Any], answers: dict[tuple[str, str, str], Any
         [(name, "serialization", kind) for name, kind in kinds.items()],
         ref_template="#/components/schemas/{model}",
     )
-    known, new = schema["components"]["schemas"], parts["$defs"]
+    known, new = schema["components"]["schemas"], parts.get("$defs", {})
     if twice := known.keys() & new.keys():
         raise RuntimeError(f"requests and answers have types of one name: rename {', '.join(twice)}")
     known.update(new)

@@ -22,8 +22,14 @@ T = TypeVar("T")
 Json = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
 """`responses` of a route, as FastAPI takes them."""
-ANSWER = "answer"
-"""Key of a type there."""
+
+
+class Described(dict[str, Any]):
+    """One of a route's `responses`. kind: the type of its JSON."""
+
+    def __init__(self, kind: Any, **fields: Any) -> None:
+        super().__init__(fields)
+        self.kind = kind
 
 
 def answer(
@@ -31,7 +37,7 @@ def answer(
 ) -> Responses:
     """`responses` of a route whose answer is JSON of this type. also: media types of the same, as text."""
     content = {media_type: {"schema": {"type": "string"}} for media_type in also}
-    return {status: {ANSWER: kind, "description": description, "content": content}}
+    return {status: Described(kind, description=description, content=content)}
 
 
 def streamed_answer(kind: Any) -> Responses:
