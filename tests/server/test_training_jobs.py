@@ -267,7 +267,6 @@ def test_a_file_may_be_larger_than_a_body_and_not_larger_than_its_limit(
             "method.supervised.hyperparameters.init",
         ),
         ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size"),
-        ({"suffix": "with space"}, "suffix"),
         ({"extra_body": {"name": BASE}}, "name"),
         ({"extra_body": {"activate": "perhaps"}}, "activate"),
         ({"extra_body": {"surprise": 1}}, "surprise"),
@@ -280,6 +279,54 @@ def test_what_cannot_be_trained_is_refused_by_name(client: OpenAI, body: dict[st
         client.fine_tuning.jobs.create(**{"model": BASE, "training_file": file, **body})
     assert refused.value.param == param
     assert param in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "multi"}}}}, "supervised"),
+        ({"method": {"type": "supervised", "reinforcement": {"grader": {}}}}, "dpo"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "result file"),
+    ],
+)
+def test_what_openai_has_and_this_server_has_not_is_refused_with_what_to_do_instead(
+    client: OpenAI, body: dict[str, Any], says: str
+) -> None:
+    file = add_file(client, "rows")
+    with pytest.raises(openai.BadRequestError, match=says):
+        client.fine_tuning.jobs.create(model=BASE, training_file=file, **body)
+
+
+def test_what_openais_client_sends_for_nothing_changes_nothing(client: OpenAI) -> None:
+    file = add_file(client, "rows")
+    job = client.fine_tuning.jobs.create(
+        model=BASE, training_file=file, suffix=None, validation_file=None, seed=None, metadata=None,
+        integrations=[],
+    )  # fmt: skip
+    assert (job.object, job.integrations, job.metadata, job.seed) == ("fine_tuning.job", [], {}, 0)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "name"), [("With Space", "ft-With-Space"), ("größe:v2", "ft-gr-e-v2"), ("/..", "ft--..")]
+)
+def test_a_suffix_may_be_any_text_and_what_no_name_can_have_becomes_a_dash(
+    client: OpenAI, suffix: str, name: str
+) -> None:
+    assert make_job(client, "rows", suffix=suffix).name == name
+
+
+def test_a_file_that_is_sent_as_bytes_is_taken_for_json_lines(client: OpenAI) -> None:
+    file = client.files.create(file=b"rows", purpose="fine-tune")
+    assert file.filename == "upload.jsonl"
+    assert client.files.wait_for_processing(file.id).status == "processed"
+
+
+def test_a_file_that_would_expire_is_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="kept until they are deleted"):
+        client.files.create(
+            file=b"rows", purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
 
 
 def test_settings_are_taken_by_openais_names_and_ours_and_auto_is_the_default(

@@ -108,6 +108,56 @@ def test_a_job_makes_an_adapter_that_is_better_on_held_out_rows_and_serves(
     assert len(losses) == 1 + 5
 
 
+def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> None:
+    """As in OpenAI's guide: tools and calls, the older functions, weights, and preferences."""
+    weather = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
+    call = {"name": "get_weather", "arguments": "{}"}
+    asked = {"role": "user", "content": "Rain in Oslo?"}
+    said = {"role": "assistant", "content": "No.", "name": "bot"}
+    chats = [
+        {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {**asked, "name": "ann"},
+                {"role": "assistant", "tool_calls": [{"id": "call_1", "type": "function", "function": call}]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "dry"},
+                {**said, "weight": 0},
+                {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+                {**said, "content": "Yes.", "weight": 1},
+            ],
+            "tools": [{"type": "function", "function": weather}],
+            "parallel_tool_calls": False,
+        },
+        {
+            "messages": [
+                asked,
+                {"role": "assistant", "content": None, "function_call": call},
+                {"role": "function", "name": "get_weather", "content": "dry"},
+                said,
+            ],
+            "functions": [weather],
+        },
+    ]
+    pairs = [
+        {
+            "input": {"messages": [asked], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [said],
+            "non_preferred_output": [{"role": "assistant", "content": f"Who knows {number}?"}],
+        }
+        for number in range(2)
+    ]
+    settings: Any = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": "auto"}
+    more = {"max_steps": 1, "r": 4, "targets": ["q_proj"]}
+    for kind, rows in (("supervised", chats), ("dpo", pairs)):
+        method: Any = {"type": kind, kind: {"hyperparameters": settings | more}}
+        content = "\n".join(map(json.dumps, rows))
+        job = make_job(client, content, method=method, suffix="Guide", seed=42, metadata={"from": "openai"})
+        done = wait_job(server, client, job.id, ended)
+        assert (done.status, done.error, done.name) == ("succeeded", None, "ft-Guide")
+        assert (done.method.type, done.hyperparameters.n_epochs, done.seed) == (kind, 1, 42)
+        assert done.trained_tokens > 0
+
+
 def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
     server: Server, client: OpenAI, unbroken: Any
 ) -> None:

@@ -60,11 +60,130 @@ def test_content_may_come_in_parts_of_text() -> None:
     parsed = parse_row({"messages": [{"role": "user", "content": parts}, GOOD]}, "supervised")
     assert isinstance(parsed, Chat)
     assert parsed.messages[0]["content"] == "ab"
-    image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    assert refused({"messages": [{"role": "user", "content": image}, GOOD]}) == (
-        "messages[0].content[0]",
+    odd = [{"type": "text", "text": "a"}, {"type": "odd", "text": "b"}]
+    assert refused({"messages": [{"role": "user", "content": odd}, GOOD]}) == (
+        "messages[0].content[1]",
         "only parts of type text, each with a text, can be learned",
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("image_url", "an image (image_url)"), ("input_audio", "sound"), ("file", "a file"), (["x"], "only")],
+)
+def test_parts_that_are_no_text_are_refused_with_what_to_do(kind: Any, what: str) -> None:
+    content = [{"type": "text", "text": "What is it?"}, {"type": kind, "image_url": {"url": "data:..."}}]
+    field, reason = refused({"messages": [{"role": "user", "content": content}, GOOD]})
+    assert field == "messages[0].content[1]"
+    assert reason.startswith(what)
+    assert isinstance(kind, list) or "leave the row out" in reason
+
+
+WEATHER = {
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+OLD_CALL = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "get_weather", "arguments": {"city": "Oslo"}},
+}
+
+
+def openai_rows() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same conversation as OpenAI wrote it first, and as it writes it now."""
+    old = {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "function_call": OLD_CALL},
+            {"role": "function", "name": "get_weather", "content": "rain"},
+            {**GOOD, "weight": 1},
+        ],
+        "functions": [WEATHER],
+    }
+    new = {
+        "messages": [
+            USER,
+            {"role": "assistant", "tool_calls": [{**CALL, "function": OLD_CALL}]},
+            {"role": "tool", "name": "get_weather", "content": "rain", "tool_call_id": "call00001"},
+            GOOD,
+        ],
+        "tools": [{"type": "function", "function": WEATHER}],
+        "parallel_tool_calls": False,
+    }
+    return old, new
+
+
+def test_functions_and_function_call_are_read_as_the_tools_and_calls_that_replaced_them(
+    tmp_path: Path,
+) -> None:
+    old, new = openai_rows()
+    parsed = parse_row(old, "supervised")
+    assert parsed == parse_row(new, "supervised")
+    assert isinstance(parsed, Chat)
+    assert parsed.messages[1]["tool_calls"] == [CALL]
+    dataset = load_dataset(write_rows(tmp_path / "r.jsonl", [old, new]), base_tokenizer(), recipe())
+    one, other = (row.samples[0] for row in dataset.rows)
+    assert one.ids.tolist() == other.ids.tolist()
+    assert "get_weather" in learned(dataset.rows[0], base_tokenizer())
+
+
+def test_functions_are_read_in_a_preference_too() -> None:
+    old, _ = openai_rows()
+    call = old["messages"][1]
+    row = {
+        "input": {"messages": [USER], "functions": [WEATHER], "parallel_tool_calls": True},
+        "preferred_output": [call],
+        "non_preferred_output": [GOOD],
+    }
+    parsed = parse_row(row, "dpo")
+    assert isinstance(parsed, Choice)
+    assert isinstance(parsed.chosen, Chat)
+    assert parsed.chosen.tools == [{"type": "function", "function": WEATHER}]
+    assert parsed.chosen.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"functions": {}}, "functions"),
+        ({"functions": [{"type": "function", "function": WEATHER}]}, "functions[0]"),
+        ({"tools": [{"type": "function", "function": WEATHER}]}, "functions"),
+        ({"messages": [{**USER, "function_call": OLD_CALL}, GOOD]}, "messages[0].function_call"),
+        ({"messages": [USER, {**GOOD, "function_call": "f"}]}, "messages[1].function_call"),
+        ({"messages": [USER, {**GOOD, "function_call": {}}]}, "messages[1].function_call"),
+        (
+            {"messages": [USER, {**GOOD, "function_call": OLD_CALL, "tool_calls": [CALL]}]},
+            "messages[1].function_call",
+        ),
+        (
+            {"messages": [USER, {**GOOD, "function_call": {"name": "f", "arguments": "{"}}]},
+            "messages[1].function_call.arguments",
+        ),
+    ],
+)
+def test_functions_and_calls_that_cannot_be_read_are_refused_by_field(
+    change: dict[str, Any], field: str
+) -> None:
+    assert refused({**openai_rows()[0], **change})[0] == field
+
+
+def test_functions_that_a_shape_does_not_read_would_be_lost() -> None:
+    assert refused({"text": "a", "functions": [WEATHER]})[0] == "functions"
+
+
+def test_a_refusal_is_learned_as_the_reply_that_it_is() -> None:
+    no = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+    parsed = parse_row({"messages": [USER, no]}, "supervised")
+    assert isinstance(parsed, Chat)
+    assert parsed.messages[1] == {"role": "assistant", "content": "I cannot help with that."}
+
+
+def test_prompts_for_graders_are_refused_with_what_to_do() -> None:
+    field, reason = refused({"messages": [USER], "reference_answer": "7"})
+    assert field == "messages"
+    assert "Add the reply to learn" in reason
 
 
 @pytest.mark.parametrize(

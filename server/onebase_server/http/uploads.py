@@ -315,6 +315,11 @@ class FileForm(FormReader[FileUpload]):
     def begin_part(self, field: str, filename: str | None) -> Write | None:
         if field == "purpose":
             return self.plain_field(field)
+        if field.startswith("expires_after"):
+            raise InvalidRequestError(
+                "expires_after: files are kept until they are deleted (DELETE /v1/files/{id}). Leave it out.",
+                param="expires_after",
+            )
         if field != "file":
             return None
         if self._writer is not None:

@@ -209,8 +209,11 @@ def curve_csv(report: Mapping[str, Any]) -> bytes:
 
 
 def check_filename(filename: str) -> str:
-    """The last part of an uploaded file's name. Raises InvalidRequestError when no job could read it."""
+    """The last part of an uploaded file's name; one without an ending is taken for .jsonl: OpenAI's client
+    sends bytes as `upload`. Raises InvalidRequestError when no job could read it."""
     name = filename.replace("\\", "/").rpartition("/")[2][-MAX_FILENAME:]
+    if name and not ending(name):
+        name = f"{name[-MAX_FILENAME + len(ENDINGS[0]) :]}{ENDINGS[0]}"
     if ending(name) not in ENDINGS:
         raise InvalidRequestError(
             f"file: {filename[:80]!r} does not end in one of {', '.join(ENDINGS)}, by which jobs know how to "

@@ -79,6 +79,7 @@ def valid_unicode(text: str) -> str:
 KNOWN_FIELDS = (
     "messages",
     "tools",
+    "functions",
     "prompt",
     "completion",
     "instruction",

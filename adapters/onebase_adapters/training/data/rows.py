@@ -27,6 +27,7 @@ from onebase_adapters.training.recipe import Method
 _REMEDIES = {
     "system": "put it into the prompt, or give the row as messages",
     "tools": "give the row as messages",
+    "functions": "give the row as messages",
 }
 
 
@@ -73,8 +74,19 @@ class RowFields:
         return check_messages(self.read(key), f"{self._inside}{key}")
 
     def tools(self) -> list[dict[str, Any]] | None:
-        """The tools, if there are any."""
-        return check_tools(self.read("tools"), f"{self._inside}tools") if "tools" in self else None
+        """The tools, if there are any; `functions` is OpenAI's older name for them."""
+        if "functions" not in self:
+            return check_tools(self.read("tools"), f"{self._inside}tools") if "tools" in self else None
+        functions = self.read("functions")
+        if "tools" in self and self.given["tools"]:
+            raise RowError(f"{self._inside}functions", "the row has tools as well: leave one of the two out")
+        if not isinstance(functions, list):
+            raise RowError(f"{self._inside}functions", "must be a list of functions")
+        for index, function in enumerate(functions):
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                where = f"{self._inside}functions[{index}]"
+                raise RowError(where, 'a function is written {"name": ..., "parameters": ...}')
+        return [plain_tool({"type": "function", "function": function}) for function in functions] or None
 
     def after_system(self, messages: list[Message]) -> list[Message]:
         """Messages after the one of `system`, if the row has that field too."""
@@ -100,7 +112,7 @@ class RowFields:
         for key, remedy in _REMEDIES.items():
             if key not in self or key in self._read or _is_part_of(self.given[key], texts):
                 continue
-            if key == "tools" and self.is_text(key):
+            if key in ("tools", "functions") and self.is_text(key):
                 continue  # a column of that name: tools are a list
             others = " and ".join(dict.fromkeys(self._read))
             raise RowError(key, f"would be lost next to {others}: {remedy}")
@@ -338,7 +350,7 @@ def _shared_text(one: str, other: str) -> int:
     return cut - 1 if cut and one[cut - 1] == " " else cut
 
 
-_NEVER_PROSE = ("messages", "tools", "preferred_output", "non_preferred_output")
+_NEVER_PROSE = ("messages", "tools", "functions", "preferred_output", "non_preferred_output")
 _PROSE_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
 
 
@@ -403,10 +415,17 @@ _KEYS = (
     "name",
     "tool_calls",
     "tool_call_id",
+    "function_call",
+    "refusal",
     "reasoning_content",
     "reasoning",
     "thinking",
 )
+_MEDIA = {
+    "image_url": "an image", "input_image": "an image", "input_audio": "sound", "file": "a file",
+    "video_url": "a video",
+}  # fmt: skip
+"""Parts of a content that are no text."""
 
 
 def check_messages(value: Any, field: str) -> list[Message]:
@@ -417,7 +436,23 @@ def check_messages(value: Any, field: str) -> list[Message]:
         raise RowError(field, "the list of messages is empty")
     if len(value) > MOST_MESSAGES:
         raise RowError(field, f"{len(value)} messages are too many: at most {MOST_MESSAGES}")
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
+    made: list[Message] = []
+    calls = 0
+    for index, message in enumerate(value):
+        checked = _message(message, f"{field}[{index}]")
+        if "function_call" in checked:
+            calls += 1
+            call = {"id": _call_id(calls), "type": "function", **checked.pop("function_call")}
+            checked["tool_calls"] = [call]
+        elif checked["role"] == "function":
+            checked |= {"role": "tool", "tool_call_id": _call_id(max(1, calls))}
+        made.append(checked)
+    return made
+
+
+def _call_id(number: int) -> str:
+    """Of an older row's call, which has none; of the only length that Mistral's templates take."""
+    return f"call{number:05d}"
 
 
 def check_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
@@ -446,7 +481,7 @@ def _message(message: Any, field: str) -> Message:
     role = given.get("role")
     if role is None:
         raise RowError(f"{field}.role", "missing")
-    if role not in ROLES:
+    if role not in ROLES and role != "function":
         raise RowError(f"{field}.role", f"{str(role)[:40]!r} is not a role: use {', '.join(ROLES)}")
     role = "system" if role == "developer" else role  # the newer word, which templates do not know
     made: Message = {"role": role, "content": _content(given, field)}
@@ -458,7 +493,10 @@ def _message(message: Any, field: str) -> Message:
             made[key] = given[key]
     if "tool_calls" in given:
         made["tool_calls"] = _tool_calls(given["tool_calls"], f"{field}.tool_calls", role)
-    if role == "assistant" and not made["content"].strip() and not made.get("tool_calls"):
+    if "function_call" in given:
+        made["function_call"] = _function_call(given, f"{field}.function_call", role)
+    called = made.get("tool_calls") or made.get("function_call")
+    if role == "assistant" and not made["content"].strip() and not called:
         raise RowError(f"{field}.content", "the reply is empty")
     return made
 
@@ -473,7 +511,9 @@ def _check_keys(given: Message, field: str) -> None:
 def _content(given: Message, field: str) -> str:
     content = given.get("content")
     if content is None:
-        if given.get("tool_calls"):
+        if isinstance(given.get("refusal"), str) and given["role"] == "assistant":
+            return str(given["refusal"])
+        if given.get("tool_calls") or given.get("function_call"):
             return ""
         raise RowError(f"{field}.content", "missing")
     if isinstance(content, str):
@@ -482,7 +522,14 @@ def _content(given: Message, field: str) -> str:
         raise RowError(f"{field}.content", f"must be a text, not {type(content).__name__}")
     texts = []
     for index, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if isinstance(kind, str) and kind in _MEDIA:
+            raise RowError(
+                f"{field}.content[{index}]",
+                f"{_MEDIA[kind]} ({kind}) cannot be learned, only text: leave the row out, or say in words "
+                "what it shows",
+            )
         if not isinstance(text, str):
             raise RowError(
                 f"{field}.content[{index}]", "only parts of type text, each with a text, can be learned"
@@ -508,6 +555,22 @@ def _tool_calls(value: Any, field: str, role: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise RowError(field, "must be a list of calls")
     return [_tool_call(call, f"{field}[{index}]") for index, call in enumerate(value)]
+
+
+def _function_call(given: Message, field: str, role: str) -> dict[str, Any]:
+    """A call as OpenAI wrote it before there were tool_calls, as one of those. Raises RowError."""
+    if role != "assistant":
+        raise RowError(field, "only the assistant's messages have a function_call")
+    if given.get("tool_calls"):
+        raise RowError(field, "the message has tool_calls as well: leave one of the two out")
+    if not isinstance(given["function_call"], dict):
+        raise RowError(field, 'a call is written {"name": ..., "arguments": ...}')
+    try:
+        return _tool_call({"function": given["function_call"]}, field)
+    except RowError as error:
+        if error.field == field:
+            raise RowError(field, 'a call is written {"name": ..., "arguments": ...}') from None
+        raise RowError(error.field.replace(".function.arguments", ".arguments"), error.reason) from None
 
 
 def _tool_call(call: Any, field: str) -> dict[str, Any]:
@@ -543,6 +606,12 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+_NO_REPLY = (
+    "there is no message of the assistant. Add the reply to learn; prompts for graders (reinforcement "
+    "fine-tuning), which have none, are not trained on here"
+)
+
+
 def make_chat(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, field: str, *, first: int = 0
 ) -> Chat:
@@ -558,6 +627,6 @@ def make_chat(
             supervised.append(index)
     if not supervised:
         replies = any(message["role"] == "assistant" for message in messages)
-        why = "every reply has weight 0" if replies else "there is no message of the assistant"
+        why = "every reply has weight 0" if replies else _NO_REPLY
         raise RowError(field, f"nothing to learn: {why}")
     return Chat(plain, tools, supervised)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated
 
@@ -42,6 +43,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=
 
 MOST = 100
 _log = logging.getLogger(__name__)
+_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _LABEL, _LABEL_END = "metadata[", "]"
 After = Annotated[str | None, Query(max_length=100, description="the last id of the page before")]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
@@ -193,7 +195,8 @@ def _adapter_name(body: CreateJobRequest, base: str) -> str | None:
     if body.suffix is None:
         return None
     try:
-        return check_name(f"ft-{body.suffix}"[:MAX_NAME], base)
+        # OpenAI takes any text: what a name cannot have becomes a dash, as there.
+        return check_name(f"ft-{_NO_NAME.sub('-', body.suffix)}"[:MAX_NAME], base)
     except InvalidRequestError as error:
         raise InvalidRequestError(error.message.replace("name:", "suffix:", 1), param="suffix") from error
 

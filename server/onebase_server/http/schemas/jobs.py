@@ -19,6 +19,15 @@ _NO_KEY = frozenset('"\\')
 _OWN_FIELDS = ("method", "seed")
 """Fields of a recipe that a request sets elsewhere."""
 
+_REINFORCEMENT = (
+    "reinforcement fine-tuning with graders is not run here: train on the replies that the grader likes best "
+    "(supervised) or on pairs of them (dpo), or let TRL's AsyncGRPO sample from this server"
+)
+_INTEGRATIONS = (
+    "this server sends nothing to others: leave it out. The job's events and its result file have all "
+    "figures, by which a client can draw them"
+)
+
 EVA_GROWTH = 2
 """EVA moves rank between layers: one may get up to this many times `r`."""
 
@@ -39,6 +48,13 @@ class Method(Wire):
     type: Literal["supervised", "dpo"]
     supervised: MethodSettings | None = None
     dpo: MethodSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_graders(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (value.get("type") == "reinforcement" or value.get("reinforcement")):
+            raise FieldError("type", _REINFORCEMENT)
+        return value
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -68,7 +84,9 @@ class CreateJobRequest(Wire):
     metadata: (
         Annotated[dict[Label, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_LABELS)] | None
     ) = None
-    integrations: Annotated[list[Any], Field(max_length=0)] | None = None
+    integrations: Annotated[list[Any], Field(max_length=16)] | None = Field(
+        default=None, description="none is served: leave it out, or empty"
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -76,6 +94,8 @@ class CreateJobRequest(Wire):
             raise FieldError("hyperparameters", "they belong into method; give one of the two")
         if self.name is not None and self.suffix is not None:
             raise FieldError("suffix", "name says it all already; give one of the two")
+        if self.integrations:
+            raise FieldError("integrations", _INTEGRATIONS)
         return self
 
     @model_validator(mode="after")
