@@ -67,6 +67,29 @@ def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def test_a_job_that_goes_on_from_a_version_asks_for_it_and_shows_it_between_base_and_adapter(
+    trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["jobs", "create", str(train), "--model", "acme@3f2a9c41"]) == 0
+    assert next(iter(trainer.jobs.values()))["model"] == "acme@3f2a9c41"
+    parent = {"name": "acme", "version": "a" * 64}
+    measured = REPORT | {"loss_parent": 1.5, "metrics_parent": {"exact_match": 0.5}}
+    facts = succeeded() | {"report": measured, "parent": parent, "model": "acme@aaaaaaaaaaaa"}
+    targets = [f"model.layers.{number}.q_proj" for number in range(30)]
+    trainer.add(2, **facts)
+    trainer.add_file("file-curve", CURVE.encode())
+    trainer.jobs[job_id(2)]["method"]["supervised"]["hyperparameters"]["targets"] = targets
+    capsys.readouterr()
+    assert main(["jobs", "show", job_id(2)]) == 0
+    said = capsys.readouterr().out
+    assert ["base", "parent", "adapter"] in [line.split() for line in said.splitlines()]
+    assert ["exact_match", "25.0%", "50.0%", "75.0%"] in [line.split() for line in said.splitlines()]
+    assert "supervised on acme@aaaaaaaaaaaa" in said
+    assert "and 22 more" in said
+    shown = printed(capsys, "show", job_id(2))
+    assert (shown["parent"], shown["report"]["loss_parent"]) == (f"acme@{'a' * 64}", 1.5)
+
+
 # ---- beginning ---------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,8 @@ class Trainer:
         if body["training_file"] == NO_FILE:
             raise RefusalError(400, "file_not_found", "There is no file 'file-none'.", param="training_file")
         number = len(self.jobs) + 1
-        made = {key: body[key] for key in ("name", "training_file", "activate", "metadata") if key in body}
+        kept = ("name", "training_file", "activate", "metadata", "model")
+        made = {key: body[key] for key in kept if key in body}
         return self.jobs[self.add(number, "validating_files", event(1, "The job is created."), **made)]
 
     def _change(self, made: Json, action: str) -> Json:

@@ -74,6 +74,77 @@ def test_a_job_tells_its_steps_and_ends_with_a_curve(server: Server, client: Ope
     server.wait_for(lambda: not folder.exists())  # the version is in the store
 
 
+def test_a_job_goes_on_from_a_version_by_each_of_its_names(server: Server, client: OpenAI) -> None:
+    first = run_job(server, client, "rows", suffix="chain")
+    digest = first.version[:12]
+    spelled = f"ft:{BASE}:default:chain:{digest}"
+    for model in (first.fine_tuned_model, "ft-chain", spelled):
+        file = add_file(client, "rows")
+        job = client.fine_tuning.jobs.create(
+            model=model, training_file=file, extra_body={"name": f"next-{len(model)}"}
+        )
+        done = wait_job(server, client, job.id, ended)
+        assert (done.status, done.model) == ("succeeded", first.fine_tuned_model)
+        assert done.parent == {"name": "ft-chain", "version": first.version}
+        assert (done.method.supervised.hyperparameters.r, done.method.supervised.hyperparameters.alpha) == (
+            8,
+            16,
+        )
+        version = server.client().get(f"/v1/adapters/{done.name}/versions/{done.version}").json()
+        assert version["source"]["parent"] == {"name": "ft-chain", "version": first.version}
+    answer = client.completions.create(model=spelled, prompt="one", max_tokens=1)
+    assert answer.choices[0].text
+    assert client.models.retrieve(spelled).id == spelled
+
+
+def test_what_goes_on_from_an_own_adapter_is_by_default_one_more_version_of_it(
+    server: Server, client: OpenAI
+) -> None:
+    first = run_job(server, client, "rows", suffix="more")
+    second = run_job(server, client, "rows", model="ft-more")
+    assert second.name == "ft-more"
+    adapter = server.client().get("/v1/adapters/ft-more").json()
+    assert adapter["version"] == second.version
+    assert first.version != second.version
+    worse = run_job(server, client, "worse", model=second.fine_tuned_model)
+    assert worse.activated is False
+    said = [event.message for event in client.fine_tuning.jobs.list_events(worse.id)]
+    assert f"no better than {second.fine_tuned_model} and the base" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"model": "nobody"}, "model", "There is no adapter 'nobody'"),
+        ({"model": "ft-fixed@00000000"}, "model", "no version"),
+        ({"model": "ft:gpt-4o-mini-2024-07-18:org:fixed:7p4lURel"}, "model", "no version '7p4lURel'"),
+        ({"hyperparameters": {"r": 16}}, "hyperparameters.r", "Leave r out"),
+        ({"hyperparameters": {"targets": "attention"}}, "hyperparameters.targets", "Leave targets out"),
+        ({"hyperparameters": {"use_dora": True}}, "hyperparameters.use_dora", "ft-fixed@"),
+    ],
+)
+def test_what_does_not_go_with_the_version_that_it_goes_on_from_is_refused(
+    server: Server, client: OpenAI, body: dict[str, Any], param: str, says: str
+) -> None:
+    if server.client().get("/v1/adapters/ft-fixed").status_code == 404:
+        run_job(server, client, "rows", suffix="fixed")
+    with pytest.raises(openai.BadRequestError, match=says) as refused:
+        make_job(client, "rows", **{"model": "ft-fixed", **body})
+    assert refused.value.param == param
+
+
+def test_a_job_whose_parent_is_deleted_before_it_goes_on_says_so(server: Server, client: OpenAI) -> None:
+    first = run_job(server, client, "rows", suffix="gone")
+    job = make_job(client, "until-paused", model="ft-gone", extra={"name": "after-gone"})
+    wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step") == 5)
+    client.fine_tuning.jobs.pause(job.id)
+    assert server.client().delete("/v1/adapters/ft-gone?force=true").status_code == 200
+    blobs(server.data_dir)[sha256(first.id)].unlink()  # as the store's next sweep would
+    client.fine_tuning.jobs.resume(job.id)
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.error.code, done.error.param) == ("failed", "file_not_found", "model")
+
+
 @pytest.mark.parametrize(
     ("content", "wish", "activated"),
     [
@@ -245,7 +316,7 @@ def test_a_file_may_be_larger_than_a_body_and_not_larger_than_its_limit(
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"model": "ft-orders"}, "model"),
+        ({"model": "ft-none"}, "model"),
         ({"training_file": "file-none"}, "training_file"),
         ({"validation_file": "file-none"}, "validation_file"),
         ({"method": {"type": "reinforcement"}}, "method.type"),

@@ -108,6 +108,26 @@ def test_a_job_makes_an_adapter_that_is_better_on_held_out_rows_and_serves(
     assert len(losses) == 1 + 5
 
 
+def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
+    server: Server, client: OpenAI, unbroken: Any
+) -> None:
+    held_out = add_file(client, rows(4, start=100), "held-out.jsonl")
+    settings = {name: SETTINGS[name] for name in ("batch_size", "learning_rate")} | {"max_steps": 1}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
+    job = make_job(
+        client, rows(12, 12), model=unbroken.fine_tuned_model, method=method, validation_file=held_out
+    )
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.error, done.name) == ("succeeded", None, "orders")
+    report = done.report
+    assert report["loss_parent"] == pytest.approx(unbroken.report["loss_after"], abs=1e-6)
+    assert report["loss_before"] == pytest.approx(unbroken.report["loss_before"], abs=1e-6)
+    assert report["better"] is (report["loss_after"] < report["loss_parent"])
+    assert done.activated is report["better"]
+    taken = done.method.supervised.hyperparameters
+    assert (taken.r, taken.targets) == (4, ["q_proj", "v_proj"])
+
+
 def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> None:
     """As in OpenAI's guide: tools and calls, the older functions, weights, and preferences."""
     weather = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}, "strict": True}

@@ -44,7 +44,8 @@ def make_job(client: OpenAI, content: str, **body: Any) -> Any:
     """A job on a file of this content, under OpenAI's fields and, as `extra`, ours."""
     extra = body.pop("extra", None)
     file = add_file(client, content)
-    return client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body=extra, **body)
+    model = body.pop("model", BASE)
+    return client.fine_tuning.jobs.create(model=model, training_file=file, extra_body=extra, **body)
 
 
 def wait_job(

@@ -34,6 +34,7 @@ from onebase_adapters.registry.records import (
     Level,
     NewJob,
     OpenJob,
+    ParentVersion,
     Purpose,
     TrainingFile,
     TrainingJob,
@@ -193,7 +194,9 @@ class TrainingRecords:
             session.flush()
             session.add(_event_row(row.number, event))
             asked = ("training_file", "validation_file", "activate")
-            self._note(session, "job.created", row, {name: getattr(row, name) for name in asked})
+            parent = None if job.parent is None else f"{job.parent.name}@{job.parent.digest}"
+            details = {name: getattr(row, name) for name in asked} | {"parent": parent}
+            self._note(session, "job.created", row, details)
             return _job_record(row)
 
     def job(self, tenant: str, job_id: str) -> TrainingJob:
@@ -414,6 +417,7 @@ def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
         activate=job.activate,
         settings=plain_json(job.settings),
         labels={plain(key): plain(value) for key, value in job.labels.items()},
+        parent=None if job.parent is None else vars(job.parent),
         created_at=now,
         saved_step=0,
         deaths=0,
@@ -451,6 +455,7 @@ def _job_record(row: TrainingJobRow) -> TrainingJob:
         activated=row.activated,
         result_file=row.result_file,
         key=row.key or "",
+        parent=None if row.parent is None else ParentVersion(**row.parent),
     )
 
 

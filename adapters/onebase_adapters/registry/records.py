@@ -281,8 +281,26 @@ class JobError:
 
 
 @dataclass(frozen=True)
+class ParentVersion:
+    """The version whose training a job goes on with. config, weights: the SHA-256 of its two files."""
+
+    tenant: str
+    name: str
+    digest: str
+    config: str
+    weights: str
+
+    @classmethod
+    def of(cls, version: VersionRecord) -> ParentVersion:
+        files = version.files
+        config, weights = files.config.sha256, files.weights.sha256
+        return cls(version.tenant, version.name, version.digest, config, weights)
+
+
+@dataclass(frozen=True)
 class NewJob:
-    """What a job is made of. `settings`: the recipe as it was asked for; `server`: the one that runs it."""
+    """What a job is made of. `settings`: the recipe as it was asked for; `server`: the one that runs it;
+    `parent`: None: it begins with the base."""
 
     id: str
     tenant: str
@@ -293,6 +311,7 @@ class NewJob:
     activate: Activate
     settings: Mapping[str, Any] = field(hash=False)
     labels: Mapping[str, str] = field(hash=False)
+    parent: ParentVersion | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,7 @@ class TrainingJobRow(Table):
     activated: Mapped[bool | None] = mapped_column()
     result_file: Mapped[str | None] = mapped_column(String)
     key: Mapped[str | None] = mapped_column(String)
+    parent: Mapped[dict[str, str] | None] = mapped_column(_Json)
 
 
 class TrainingEventRow(Table):

@@ -53,6 +53,7 @@ class RunState:
     tokens: int = 0
     seconds: float = 0.0
     base_loss: float | None = None
+    parent_loss: float | None = None
     best_loss: float | None = None
     best_step: int = 0
     without_better: int = 0
@@ -170,9 +171,11 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Report:
     """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair).
 
-    better: whether the adapter is better than the base by the recipe's `best_by`; None if not measured.
+    better: whether the adapter is better than the base, and than its parent, by the recipe's `best_by`; None
+    if not measured.
     metrics_before, metrics_after: base and adapter on the same prompts, each from 0 to 1.
     losses, held_out: (step, loss).
+    parent: what training went on from; "" where that is the base. loss_parent, metrics_parent: of it.
     """
 
     name: str
@@ -193,6 +196,9 @@ class Report:
     held_out: list[tuple[int, float]]
     recipe: dict[str, Any]
     peak_memory_bytes: int
+    parent: str = ""
+    loss_parent: float | None = None
+    metrics_parent: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -278,7 +284,7 @@ def model_card(report: Report, *, repo: str | None, commit: str | None, data: Se
     parts = [
         _metadata(report, repo),
         f"# {_heading(report.name)}",
-        f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase.",
+        f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase{_parent(report)}.",
         _results(report),
         _curve(report),
         _data(data),
@@ -309,16 +315,31 @@ def _base(report: Report, repo: str | None, commit: str | None) -> str:
 
 
 def _results(report: Report) -> str:
-    rows = []
-    if report.loss_before is not None and report.loss_after is not None:
-        rows.append(["held-out loss", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}"])
-    for name in report.metrics_after:
-        before = report.metrics_before.get(name)
-        shown = "" if before is None else f"{before:.1%}"
-        rows.append([f"`{_plain(name)}`", shown, f"{report.metrics_after[name]:.1%}"])
+    head, *rows = results(report)
     if not rows:
         return "## Results\n\nNothing was held out, so nothing was measured."
-    return "## Results\n\n" + _table(["", "base", "adapter"], rows)
+    named = [[f"`{_plain(name)}`" if name in report.metrics_after else name, *rest] for name, *rest in rows]
+    return "## Results\n\n" + _table(head, named)
+
+
+def results(report: Report) -> list[list[str]]:
+    """A table of what was measured on held-out rows: its head, then one line for the loss and each metric."""
+    subjects = [("base", report.loss_before, report.metrics_before)]
+    if report.parent:
+        subjects.append(("parent", report.loss_parent, report.metrics_parent))
+    subjects.append(("adapter", report.loss_after, report.metrics_after))
+    made = [["", *(name for name, _, _ in subjects)]]
+    if report.loss_before is not None and report.loss_after is not None:
+        losses = [loss for _, loss, _ in subjects]
+        made.append(["held-out loss", *("" if loss is None else f"{loss:.4f}" for loss in losses)])
+    for metric in report.metrics_after:
+        values = [metrics.get(metric) for _, _, metrics in subjects]
+        made.append([metric, *("" if value is None else f"{value:.1%}" for value in values)])
+    return made
+
+
+def _parent(report: Report) -> str:
+    return f", going on from `{_plain(report.parent)}`" if report.parent else ""
 
 
 def _curve(report: Report) -> str:

@@ -53,6 +53,8 @@ def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
             **rewards,
         }
     if isinstance(event, events.Evaluated):
+        if event.parent:
+            return event.step, {"eval/parent_loss": event.loss}
         rewards = {f"eval/{name}": value for name, value in event.rewards.items()}
         return event.step, {"eval/loss": event.loss, **rewards}
     return 0, {}

@@ -116,6 +116,15 @@ def estimate(
     return replace(found, total_tokens=total_tokens, seconds=seconds, advice=advice)
 
 
+def tree_on_meta(config: Any) -> Any:
+    """The base's modules without memory. `config`: the base's, from transformers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config)
+
+
 def adapter_parameters(targets: Mapping[str, nn.Linear], ranks: Mapping[str, int], *, dora: bool) -> int:
     """A is [r, in] and B is [out, r] (Hu et al. 2021, section 4.1); DoRA has a magnitude for each output."""
     return sum(
@@ -168,11 +177,7 @@ class _Shapes:
         device: str,
         base_resident: bool,
     ) -> _Shapes:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
+        model = tree_on_meta(config)
         memory = estimate_memory(config, quantization, dtype=dtype)
         targets = target_layers(model, recipe.targets)
         ranks = ranks_of(targets, recipe)

@@ -61,11 +61,13 @@ class StepDone(Event, frozen=True, kw_only=True, tag="step"):
 
 
 class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
-    """Held-out loss, in nats a supervised token (DPO: its own loss). step 0 is the base."""
+    """Held-out loss, in nats a supervised token (DPO: its own loss). step 0 is the base, or the parent."""
 
     step: int
     loss: float
     best: bool
+    parent: bool = False
+    """Whether it is the loss of the adapter that training goes on from, at step 0."""
     rewards: dict[str, float] = {}
 
 
@@ -78,7 +80,8 @@ class Sampled(Event, frozen=True, kw_only=True, tag="sampled"):
 
 
 class Measured(Event, frozen=True, kw_only=True, tag="measured"):
-    """Metrics on replies generated for held-out rows, each from 0 to 1. subject: "base" or "adapter"."""
+    """Metrics on replies generated for held-out rows, each from 0 to 1. subject: "base", "parent" or
+    "adapter"."""
 
     subject: str
     metrics: dict[str, float]

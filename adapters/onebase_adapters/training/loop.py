@@ -249,6 +249,15 @@ class Trainer:
         self._listen(
             events.Evaluated(at=time.time(), step=0, loss=scores.loss, best=False, rewards=scores.rewards)
         )
+        if self.trainable.has_parent:
+            with self.trainable.at_start():
+                scores = self._held_out_scores(held_out)
+            self.state.parent_loss = scores.loss
+            self._listen(
+                events.Evaluated(
+                    at=time.time(), step=0, loss=scores.loss, best=False, parent=True, rewards=scores.rewards
+                )
+            )
         self._on_evaluation(0)
 
     def _evaluate(self, held_out: Dataset, step: int) -> float:

@@ -50,7 +50,8 @@ class Supervised:
 
 
 class Preferences:
-    """DPO (Rafailov et al. 2023): the reference is the same base with the adapter off, so it costs no memory.
+    """DPO (Rafailov et al. 2023): the reference is what training begins with: the same base with the adapter
+    off, which costs no memory, or the adapter that training goes on from.
 
     All pairs' references are computed before the first step, packed in the order of the rows: how a pair is
     packed may move its last bits, and a resumed run must find the same ones.
@@ -75,7 +76,7 @@ class Preferences:
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
         micro_tokens = decided(recipe.micro_tokens)
-        with self._trainable.evaluating(), self._trainable.without_adapter():
+        with self._trainable.evaluating(), self._trainable.at_start():
             for batch in pack(rows, range(len(rows)), micro_tokens, packing=recipe.packing):
                 found = self._likelihoods(batch)
                 differences = (found[0::2] - found[1::2]).tolist()
@@ -91,8 +92,8 @@ def dpo_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
 
-    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the base's log-likelihood of the
-    chosen one minus that of the rejected one, [pairs].
+    chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the reference's log-likelihood of
+    the chosen one minus that of the rejected one, [pairs].
     """
     margin = beta * ((chosen - rejected) - reference)
     return -nn.functional.logsigmoid(margin), margin

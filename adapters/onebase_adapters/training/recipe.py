@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import date
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from onebase_adapters.training.metrics import MetricError, check_metric
 
@@ -28,6 +28,8 @@ TrainOn = Literal["assistant", "all"]
 Init = Literal["true", "gaussian", "false", "eva"]
 
 HIGHEST_RANK = 1024
+MODEL = "model"
+"""The field that names the adapter that training goes on from, of a job and in errors."""
 MOST_TEXTS = 32
 """Metrics, and prompts that are answered during a run."""
 
@@ -410,3 +412,74 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             "best_by", f"best_by is {shown(recipe.best_by)}: write loss or one of the recipe's metrics"
         )
+
+
+# ---- training that goes on from an adapter -----------------------------------------------------------
+
+
+class Module(Protocol):
+    """One adapted module, as a proof's report or the files have it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Any: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+
+
+def own_settings(modules: Iterable[Module], *, rslora: bool, label: str) -> dict[str, Any]:
+    """The settings of a recipe that an adapter's weights decide; `targets` are whole names of layers.
+
+    Raises RecipeError: it is of a kind that is not trained here.
+    """
+    found = sorted(modules, key=lambda module: module.name)
+    for module in found:
+        if module.kind not in ("lora", "dora") or getattr(module, "bias", False):
+            what = "lora_bias" if module.kind in ("lora", "dora") else module.kind
+            raise RecipeError(
+                MODEL,
+                f"{label} cannot be trained further: its module {module.name} is of the kind {what}, and "
+                "only LoRA and DoRA on linear layers are trained here. Begin with the base or another one",
+            )
+    first = found[0]
+    return {
+        "r": first.rank,
+        "alpha": float(first.alpha),
+        "targets": [module.name for module in found],
+        "rank_pattern": {module.name: module.rank for module in found if module.rank != first.rank},
+        "alpha_pattern": {
+            module.name: float(module.alpha) for module in found if module.alpha != first.alpha
+        },
+        "use_rslora": rslora,
+        "use_dora": first.kind == "dora",
+        "init": "true",
+    }
+
+
+def continued(given: Mapping[str, Any], own: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The settings that are given, with those that the parent decides.
+
+    Raises RecipeError for one that contradicts the parent.
+    """
+    for name, value in own.items():
+        if name not in given or given[name] in (None, "auto"):
+            continue
+        asked = _plain(name, given[name], dict(recipe_fields_by_name())[name])
+        if name == "targets":
+            last = {layer.rpartition(".")[2] for layer in value}
+            agrees = isinstance(asked, tuple) and set(asked) in (set(value), last)
+            has = "layers of its own"
+        elif name == "init":
+            agrees, has = asked in (None, "true"), "weights of its own"
+        else:
+            agrees, has = asked == value, f"{name} {shown(value)}"
+        if not agrees:
+            raise RecipeError(
+                name,
+                f"{name} is {shown(given[name])}, but {label} has {has}, and training goes on from its "
+                f"weights. Leave {name} out",
+            )
+    return {**given, **own}

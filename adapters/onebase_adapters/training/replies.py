@@ -198,7 +198,7 @@ class _GatedModel(ServedModel):
             raise _PassError(error) from error
 
 
-BASE_METRICS = "base_metrics.json"
+BASE_METRICS, PARENT_METRICS = "base_metrics.json", "parent_metrics.json"
 
 
 class Measuring:
@@ -219,19 +219,29 @@ class Measuring:
         self._recipe = recipe
         self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
         self._samples = [_chat(self._tokenizer, text) for text in recipe.sample_prompts]
-        self._file = folder / BASE_METRICS
+        self._folder = folder
         self._listen = listen
         self._gate = gate
 
     def base(self) -> dict[str, float]:
         """The base's metrics; measured once in a run, however often it is resumed."""
+        return self._once("base", self._folder / BASE_METRICS)
+
+    def parent(self) -> dict[str, float]:
+        """Those of the adapter that training goes on from, if there is one; measured once, as the base's."""
+        if not self._trainable.has_parent:
+            return {}
+        with self._trainable.at_start():
+            return self._once("parent", self._folder / PARENT_METRICS)
+
+    def _once(self, subject: str, file: Path) -> dict[str, float]:
         if not self._recipe.metrics or not self._prompts:
             return {}
         with contextlib.suppress(OSError, ValueError):
-            held: dict[str, float] = json.loads(self._file.read_text())
+            held: dict[str, float] = json.loads(file.read_text())
             return held
-        found = self._measure("base")
-        write_atomically(self._file, json.dumps(found))
+        found = self._measure(subject)
+        write_atomically(file, json.dumps(found))
         return found
 
     def adapter(self) -> dict[str, float]:

@@ -39,10 +39,11 @@ from onebase_adapters.training.data.reader import find_files, load_dataset
 from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
 from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
-from onebase_adapters.training.estimate import Estimate, estimate, measured_rate
+from onebase_adapters.training.estimate import Estimate, estimate, measured_rate, tree_on_meta
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.loop import ProcessGroup, Trainer
 from onebase_adapters.training.objectives import make_objective
+from onebase_adapters.training.parent import Parent, check_parent
 from onebase_adapters.training.recipe import (
     AUTO_EVAL_SPLIT,
     MOST_HELD_OUT,
@@ -54,7 +55,7 @@ from onebase_adapters.training.recipe import (
     token_count,
 )
 from onebase_adapters.training.replies import Measuring
-from onebase_adapters.training.trainable import Trainable
+from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.identity import base_id
 from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint, load_config
 from onebase_engine.machine import peak_memory
@@ -73,6 +74,7 @@ class Job:
     the two are called, where their paths do not say it. folder: the run's own; a run that is in it continues.
     base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may
     take. base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
+    parent: the adapter that training goes on from; the recipe has its settings (`parent.continued`).
     """
 
     name: str
@@ -88,6 +90,7 @@ class Job:
     memory_limit: int | None = None
     base_resident: bool = False
     save_dtype: torch.dtype = torch.float32
+    parent: Parent | None = None
 
 
 class DoesNotFitError(Exception):
@@ -244,7 +247,9 @@ class PlannedRun:
         recipe, data = plan.recipe, plan.data
         self._job, self._plan, self._listen = job, plan, listen
         self._processes = processes or ProcessGroup()
-        self._trainable = Trainable(base, recipe, gate, eva=_eva_batches(recipe, data.train))
+        self._trainable = Trainable(
+            base, recipe, gate, eva=_eva_batches(recipe, data.train), parent=job.parent
+        )
         self._measuring = Measuring(
             self._trainable, load_tokenizer(job.base), recipe, data.held_out, job.folder, listen, gate
         )
@@ -261,6 +266,7 @@ class PlannedRun:
             on_evaluation=self._measuring.sample if self._processes.first else lambda step: None,
         )
         self._metrics_before: dict[str, float] = {}
+        self._metrics_parent: dict[str, float] = {}
 
     def train(self, until: int | None = None) -> bool:
         """Train to the end, or until a step, where it leaves a checkpoint. Returns whether it is finished."""
@@ -273,7 +279,7 @@ class PlannedRun:
         )
         self._listen(planned)
         if self._processes.first:
-            self._metrics_before = self._measuring.base()
+            self._metrics_before, self._metrics_parent = self._measuring.base(), self._measuring.parent()
         self._listen(events.Phase(at=time.time(), name="training"))
         self._trainer.run(until)
         return self._trainer.finished
@@ -297,16 +303,28 @@ class PlannedRun:
             loss_after=state.best_loss,
             metrics_before=metrics[0],
             metrics_after=metrics[1],
-            better=is_better(recipe, (state.base_loss, state.best_loss), *metrics),
+            better=self._better(metrics[1]),
             losses=state.losses,
             held_out=state.held_out,
             recipe=recipe.to_json(),
             peak_memory_bytes=peak_memory(self._trainable.device),
+            parent=job.parent.label if job.parent else "",
+            loss_parent=state.parent_loss,
+            metrics_parent=self._metrics_parent,
         )
         if self._processes.first:
             report = self._write(report)
         self._processes.wait()
         return report
+
+    def _better(self, after: dict[str, float]) -> bool | None:
+        """Whether it is better than the base, and than its parent if it has one; None if not measured."""
+        recipe, state = self._plan.recipe, self._trainer.state
+        found = [is_better(recipe, (state.base_loss, state.best_loss), self._metrics_before, after)]
+        if self._job.parent is not None:
+            losses = state.parent_loss, state.best_loss
+            found.append(is_better(recipe, losses, self._metrics_parent, after))
+        return None if None in found else all(found)
 
     def _write(self, report: Report) -> Report:
         job = self._job
@@ -500,7 +518,7 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
     identity = identity_of(job, data)
 
     def decide(before: Recipe | None) -> Plan:
-        recipe = before or resolved(job.recipe, data, config)
+        recipe = before or _of_parent(resolved(job.recipe, data, config), job, config)
         found = _estimate(job, recipe, data, config, rate)
         return Plan(found.applied_to(recipe), data, found, identity)
 
@@ -516,6 +534,18 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
         held = {"identity": identity, "recipe": plan.recipe.to_json()}
         write_atomically(job.folder / _PLAN, json.dumps(held, indent=1))
     return plan
+
+
+def _of_parent(recipe: Recipe, job: Job, config: Any) -> Recipe:
+    """The recipe, which must agree with the job's parent; with short names of layers if they mean the same.
+
+    Raises RecipeError.
+    """
+    if job.parent is None:
+        return recipe
+    model = tree_on_meta(config)
+    check_parent(recipe, job.parent, model)
+    return replace(recipe, targets=tuple(resolve_targets(model, recipe.targets)))
 
 
 def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:
@@ -555,6 +585,8 @@ def identity_of(job: Job, data: Data) -> str:
         if value != defaults.get(name) and name not in _MEMORY
     }
     parts = [asked, data.train.digest, held_out, base_id(job.base.folder, settings)]
+    if job.parent is not None:
+        parts.append(job.parent.digest)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

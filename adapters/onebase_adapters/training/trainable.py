@@ -5,7 +5,7 @@ recipe's `targets` mean.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.kernels import fuse
 from onebase_adapters.training.objectives import token_losses
+from onebase_adapters.training.parent import Parent, copied, load_parent
 from onebase_adapters.training.recipe import Recipe, RecipeError, decided
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import AdapterWeights
@@ -33,13 +34,20 @@ class Trainable:
         recipe: resolved, gradient checkpointing decided.
         gate: passed through by every layer, forwards and backwards.
         eva: micro-batches that EVA looks at, for `init="eva"`.
+        parent: the adapter whose weights training goes on from; the recipe must agree with it.
 
     Raises:
         RecipeError: a target is not a linear layer of this base.
     """
 
     def __init__(
-        self, base: nn.Module, recipe: Recipe, gate: Gate, *, eva: Iterable[MicroBatch] = ()
+        self,
+        base: nn.Module,
+        recipe: Recipe,
+        gate: Gate,
+        *,
+        eva: Iterable[MicroBatch] = (),
+        parent: Parent | None = None,
     ) -> None:
         self.base = base
         self.device = next(base.parameters()).device
@@ -48,11 +56,14 @@ class Trainable:
         self._packed.attach(tree)
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(recipe.seed)
-            self.model: Any = _with_adapter(tree, recipe)
+            self.model: Any = (
+                _with_adapter(tree, recipe) if parent is None else _from(parent, self, tree, recipe)
+            )
             if recipe.init == "eva":
                 self._initialize_by_data(eva)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+        self._parent = None if parent is None else copied(self.named_parameters())
         fuse(self.model, ADAPTER)
         if recipe.gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -104,6 +115,32 @@ class Trainable:
         with self.model.disable_adapter():
             yield
 
+    @property
+    def has_parent(self) -> bool:
+        """Whether training goes on from an adapter."""
+        return self._parent is not None
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """What training begins with, as a reference: the parent's weights, or without one the base alone."""
+        if self._parent is None:
+            with self.without_adapter():
+                yield
+            return
+        parameters = self.named_parameters()
+        now = copied(parameters)
+        self._set(parameters, self._parent)
+        try:
+            yield
+        finally:
+            self._set(parameters, now)
+
+    @staticmethod
+    def _set(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+
     def _initialize_by_data(self, batches: Iterable[MicroBatch]) -> None:
         """EVA (Paischer et al. 2024): A from the inputs' singular vectors, ranks where they explain most."""
         from peft import initialize_lora_eva_weights
@@ -142,6 +179,15 @@ def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.T
     """A layer's input as [tokens, size]; the output head gets fewer tokens than other layers."""
     states: torch.Tensor = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     return states.flatten(0, -2)
+
+
+def _from(parent: Parent, trainable: Trainable, tree: nn.Module, recipe: Recipe) -> Any:
+    targets = resolve_targets(tree, recipe.targets)
+    model = load_parent(trainable.base, tree, parent, recipe, ADAPTER)
+    config = model.peft_config[ADAPTER]
+    config.target_modules = targets  # as another run would write them
+    config.rank_pattern, config.alpha_pattern = dict(recipe.rank_pattern), dict(recipe.alpha_pattern)
+    return model
 
 
 def _with_adapter(tree: nn.Module, recipe: Recipe) -> Any:

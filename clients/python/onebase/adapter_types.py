@@ -51,13 +51,17 @@ class AdapterSource:
     """Where the files of a version came from."""
 
     kind: str
-    """`upload`, `hub` or `folder`."""
+    """`upload`, `hub`, `folder` or `training`."""
     repo: str | None = None
     revision: str | None = None
     """What was asked for, such as `main`."""
     commit: str | None = None
     """The commit that `revision` was at that moment."""
     subfolder: str | None = None
+    job: str | None = None
+    """The job that trained it."""
+    parent: str | None = None
+    """`name@version` with the whole digest, if that job went on from a version of an adapter."""
 
 
 @dataclass(frozen=True)

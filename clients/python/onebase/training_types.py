@@ -69,8 +69,12 @@ class TrainingReport:
     """Of the base's replies, each from 0 to 1."""
     metrics_after: Mapping[str, float] = field(hash=False)
     better: bool | None
-    """Whether the adapter is better by the job's `best_by`. None if that was not measured."""
+    """Whether the adapter is better than the base, and than what it went on from, by the job's `best_by`.
+    None if that was not measured."""
     peak_memory_bytes: int
+    loss_parent: float | None = None
+    """Of the version that training went on from, if there is one."""
+    metrics_parent: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class TrainingJobInfo:
     """`validating_files`, `queued`, `running`, `paused`, and in the end `succeeded`, `failed` or
     `cancelled`."""
     model: str
-    """The base that it trains on."""
+    """The base that it trains on, or the version that it goes on from."""
     method: str
     """`supervised` or `dpo`."""
     settings: Mapping[str, Any] = field(hash=False)
@@ -158,6 +162,8 @@ class TrainingJobInfo:
     error: TrainingFailure | None
     result_files: tuple[str, ...]
     """Ids of files: the curve of the losses as CSV."""
+    parent: str | None = None
+    """`name@version` with the whole digest, if training goes on from a version of an adapter."""
 
     @property
     def ended(self) -> bool:

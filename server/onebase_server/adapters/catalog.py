@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from onebase_adapters.format.config import Task
 from onebase_adapters.names import NAME_RULE, is_adapter_name
@@ -41,6 +41,8 @@ HUB_PREFIX = "hub:"
 LOOK_SECONDS = 0.05
 """Least time between two looks at the registry on behalf of requests."""
 _SHOWN = 20
+_OPENAI, _OPENAI_PARTS = "ft", 5
+Found = TypeVar("Found")
 
 _log = logging.getLogger(__name__)
 
@@ -162,6 +164,18 @@ class Catalog:
             self._looking = asyncio.get_running_loop().create_task(self._look())
         return await asyncio.shield(self._looking)
 
+    async def known(self, find: Callable[[], Found]) -> Found:
+        """What `find` finds, now or after a look at the registry: another server may just have added it.
+
+        Raises what `find` does.
+        """
+        try:
+            return find()
+        except (UnknownAdapterError, ConflictError):
+            if not await self.look_again():
+                raise
+        return find()
+
     async def _look(self) -> bool:
         counter = self._counter
         try:
@@ -264,8 +278,11 @@ class Names:
     def find(self, reference: str, *, param: str = "adapter") -> VersionRecord:
         """The version that a request means by `name`, `name@digest` or `name@prefix`.
 
+        `name@digest` may be spelled as OpenAI does, `ft:base:organization:name:digest`.
+
         Raises UnknownAdapterError, ConflictError when it is not ready.
         """
+        reference = self._ours(reference)
         if self.names_version(reference):
             name, _, wanted = reference.rpartition("@")
             version = self.version(name, wanted, param=param)
@@ -290,8 +307,18 @@ class Names:
 
     def names_version(self, reference: str) -> bool:
         """Whether it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@` too."""
+        reference = self._ours(reference)
         name, separator, _ = reference.rpartition("@")
         return bool(separator) and self.get(name) is not None and self.get(reference) is None
+
+    def _ours(self, reference: str) -> str:
+        """`name@digest` for a version that is spelled as OpenAI does; a job's `suffix` is a name with ft-."""
+        parts = reference.split(":")
+        if len(parts) != _OPENAI_PARTS or parts[0] != _OPENAI:
+            return reference
+        name, digest = parts[-2:]
+        known = next((one for one in (name, f"ft-{name}") if self.get(one) is not None), name)
+        return f"{known}@{digest}"
 
     # ---- for requests ------------------------------------------------------------------------
 

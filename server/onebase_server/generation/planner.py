@@ -17,7 +17,7 @@ from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, InvalidRequestError, UnknownAdapterError, UnknownModelError
+from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
 from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
@@ -234,19 +234,10 @@ class Planner:
         if isinstance(wanted, str):
             reference = wanted
             await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, job)
-            return await self._known(lambda: self._catalog.of(job.tenant).choose(reference))
+            return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(reference))
         terms = [(term.name, term.weight) for term in wanted]
         await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
-        return await self._known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
-
-    async def _known(self, choose: Callable[[], AdapterChoice]) -> AdapterChoice:
-        """What `choose` finds, now or after a look at the registry: another server may just have added it."""
-        try:
-            return choose()
-        except (UnknownAdapterError, ConflictError):
-            if not await self._catalog.look_again():
-                raise
-        return choose()
+        return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
 
     def check_model(self, model: str, body: AdapterFields) -> None:
         if model != self._catalog.base_name and body.wanted_adapter is not None:
@@ -260,7 +251,9 @@ class Planner:
             return await self._adapter(body, job)
         await self._pull({"model": model}, job)
         try:
-            return await self._known(lambda: self._catalog.of(job.tenant).choose(model, param="model"))
+            return await self._catalog.known(
+                lambda: self._catalog.of(job.tenant).choose(model, param="model")
+            )
         except UnknownAdapterError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onebase_adapters.registry import Origin, RegistryError, TrainingJob, VersionRecord, acting
 from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
@@ -129,7 +130,10 @@ class Delivery:
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
         """The version once its proof has ended. Raises DeliveryError when that takes too long."""
-        source, options = {"kind": "training", "job": job.id}, VersionOptions(any_base=True)
+        source: dict[str, Any] = {"kind": "training", "job": job.id}
+        if job.parent is not None:
+            source["parent"] = {"name": job.parent.name, "version": job.parent.digest}
+        options = VersionOptions(any_base=True)
         added = await self._library.add(job.tenant, job.name, files, source, options, actor=ACTOR)
         try:
             async with asyncio.timeout(self._proof_seconds):
@@ -165,5 +169,7 @@ def _message(job: TrainingJob, digest: str, *, active: bool, asked: bool, proble
     if job.activate == "never":
         return f"{model} is proved. The job asked not to activate it."
     better = (job.report or {}).get("better")
-    reason = "nothing was held out to compare it on" if better is None else "it is no better on held-out data"
+    than = f" than {label(job.parent.name, job.parent.digest)} and the base" if job.parent else ""
+    worse = f"it is no better{than} on held-out data"
+    reason = "nothing was held out to compare it on" if better is None else worse
     return f"{model} is proved. It is not activated: {reason}."

@@ -27,6 +27,10 @@ def job_event(event: events.Event) -> JobEvent | None:
             "memory_bytes": event.memory_bytes, **_rewards(event.rewards),
         })  # fmt: skip
     if isinstance(event, events.Evaluated):
+        if event.parent:
+            return _metrics(event, f"Step 0: held-out loss {event.loss:.4f} (what it goes on from)", {
+                "step": 0, "parent_loss": event.loss,
+            })  # fmt: skip
         whose = "" if event.step else " (the base)"
         return _metrics(event, f"Step {event.step}: held-out loss {event.loss:.4f}{whose}", {
             "step": event.step, "valid_loss": event.loss, "full_valid_loss": event.loss, "best": event.best,

@@ -24,10 +24,11 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.store import StoreError, StoreFullError
+from onebase_adapters.store.store import BlobMissingError, StoreError, StoreFullError
 from onebase_adapters.training.events import Event, Reason, StepDone
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
+from onebase_server.adapters.catalog import label
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownFileError
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
@@ -52,6 +53,7 @@ from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
     Failed,
+    ParentFiles,
     Stopped,
     Train,
     Trained,
@@ -138,7 +140,21 @@ class TrainerPool:
             base_repo=self.base.repo,
             base_commit=self.base.revision,
             memory_limit=self.memory,
+            parent=await self._parent(job),
         )
+
+    async def _parent(self, job: TrainingJob) -> ParentFiles | None:
+        """Raises FileGoneError, StoreError."""
+        parent, store, folder = job.parent, self.files.store, self.folders.job(job.id)
+        if parent is None:
+            return None
+        name = label(parent.name, parent.digest)
+        try:
+            config = await self.files.disk.run(store.hold, parent.config, folder / "parent_config")
+            weights = await self.files.disk.run(store.hold, parent.weights, folder / "parent_weights")
+        except BlobMissingError as error:
+            raise FileGoneError("model", f"{name} was deleted, from which training was to go on.") from error
+        return ParentFiles(label=name, digest=parent.digest, config=str(config), weights=str(weights))
 
     async def _file(
         self, job: TrainingJob, record: JobRecord, file_id: str, param: str

@@ -16,6 +16,7 @@ from onebase_adapters.registry import (
     JobEvent,
     JobStateError,
     NewJob,
+    ParentVersion,
     Tenants,
     TrainingJob,
     TrainingRecords,
@@ -74,10 +75,12 @@ class JobService:
         name: str | None,
         activate: Activate,
         labels: Mapping[str, str],
+        parent: ParentVersion | None = None,
     ) -> TrainingJob:
         """A new job. It begins when its turn comes, also after a restart.
 
         Args:
+            parent: the version that training goes on from; the recipe has its settings.
             name: of the adapter that gets the result as a version; None: made from the job's id.
 
         Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here),
@@ -98,6 +101,7 @@ class JobService:
             activate=activate,
             settings=recipe.to_json(),
             labels=labels,
+            parent=parent,
         )
         event = JobEvent(time.time(), "The job is created; its files are checked.")
         with storage_errors():

@@ -27,6 +27,7 @@ from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.estimate import measured_rate
 from onebase_adapters.training.events import Interrupted, Reason
 from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.parent import Parent
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.run import DoesNotFitError, Job, prepare, train
 from onebase_engine.base.attach import AttachError, attach
@@ -41,6 +42,7 @@ from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
     Failed,
+    ParentFiles,
     Problem,
     RunEvent,
     Stop,
@@ -187,7 +189,14 @@ def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: i
         base_commit=job.base_commit,
         memory_limit=limit,
         base_resident=True,
+        parent=_parent(job.parent),
     )
+
+
+def _parent(files: ParentFiles | None) -> Parent | None:
+    if files is None:
+        return None
+    return Parent(files.label, files.digest, Path(files.config), Path(files.weights))
 
 
 def _threads(config: EngineConfig) -> int:

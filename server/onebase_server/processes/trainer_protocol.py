@@ -18,6 +18,15 @@ MAX_PROBLEMS = 10_000
 """Bad lines that are listed; all of them are counted."""
 
 
+class ParentFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter that a job goes on from: as `training.parent.Parent`."""
+
+    label: str
+    digest: str
+    config: str
+    weights: str
+
+
 class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     """One job. Paths are of this machine."""
 
@@ -38,6 +47,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     base_commit: str | None = None
     memory_limit: int
     """Bytes; 0: half of what is free."""
+    parent: ParentFiles | None = None
 
 
 # ---- api -> trainer --------------------------------------------------------------------------

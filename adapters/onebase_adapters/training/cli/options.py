@@ -179,11 +179,24 @@ def add_recipe_options(
 
 def recipe_from(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of the options; those that were not given come from `given`. Raises UsageError."""
+    with usage_errors():
+        return parse_recipe(given_settings(options, given))
+
+
+def given_settings(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that were chosen, by options or in `given`."""
     names = [item.name for item, _ in recipe_fields()]
     chosen = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    return {**(given or {}), **chosen}
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raise a RecipeError as a UsageError that names the option."""
     try:
-        return parse_recipe({**(given or {}), **chosen})
+        yield
     except RecipeError as error:
+        names = [item.name for item, _ in recipe_fields()]
         flag = f"{option_name(error.field)}: " if error.field in names else ""
         raise UsageError(f"{flag}{error}") from error
 

@@ -27,6 +27,7 @@ from onebase_adapters.training.cli.options import (
     base_settings,
     check_adapter_name,
     find_base,
+    given_settings,
     open_console,
     print_error,
     quiet_libraries,
@@ -34,18 +35,21 @@ from onebase_adapters.training.cli.options import (
     recipe_from,
     run_progress,
     shown,
+    usage_errors,
 )
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
 if TYPE_CHECKING:
     from onebase_adapters.training.checkpoint import Report
     from onebase_adapters.training.loop import ProcessGroup
+    from onebase_adapters.training.parent import Parent
     from onebase_adapters.training.run import Job
 
 _DESCRIPTION = """\
 Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
 
   onebase train --data train.jsonl --name acme
+  onebase train --data more.jsonl --name acme-2 --from runs/acme
 
 A stopped run continues where it was: give the same command again. Several GPUs:
 accelerate launch -m onebase_adapters.training.cli.train --data train.jsonl --name acme
@@ -86,6 +90,13 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/NAME)")
+    parser.add_argument(
+        "--from",
+        dest="parent",
+        metavar="DIR",
+        type=Path,
+        help="go on from this adapter's weights: a PEFT folder, or another run's (default: a new adapter)",
+    )
     add_run_options(parser)
     parser.add_argument(
         "--report-to",
@@ -111,7 +122,9 @@ def train_parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, console: Console) -> int:
     _check_names(options)
-    recipe = recipe_from(options, recipe_file(options.recipe))
+    settings = recipe_file(options.recipe)
+    recipe = recipe_from(options, settings)
+    parent = None if options.parent is None else _parent(options.parent)
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
     from onebase_adapters.training.loop import join_processes
@@ -125,7 +138,9 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     processes = join_processes(on_cpu=options.device == "cpu")
     with Display(console, quiet=not processes.first) as display:
         resolved = find_base(options, display.loading)
-        job = _job(options, recipe, folder, resolved, processes)
+        if parent is not None:
+            recipe = _going_on(parent, given_settings(options, settings), resolved)
+        job = replace(_job(options, recipe, folder, resolved, processes), parent=parent)
         report = _run(job, options.report_to, display, processes)
     if report is None:
         return _FAILED
@@ -141,6 +156,32 @@ def _check_names(options: argparse.Namespace) -> None:
     check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
         raise UsageError(f"--push: {options.push!r} is not the name of a repository: write ORG/REPO")
+
+
+def _parent(folder: Path) -> Parent:
+    """The adapter in a folder, or in a run's. Raises UsageError."""
+    from onebase_adapters.training.parent import Parent
+
+    place = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    try:
+        return Parent.of_folder(place)
+    except OSError as error:
+        raise UsageError(
+            f"--from: {error.filename or place} cannot be read: {error.strerror or error}. Give the folder "
+            "of a PEFT adapter, or a run's. From a server's version: onebase jobs create --model NAME@VERSION"
+        ) from error
+
+
+def _going_on(parent: Parent, given: dict[str, Any], resolved: ResolvedBase) -> Any:
+    """The recipe, with what the parent decides of it. Raises UsageError."""
+    from onebase_adapters.training.estimate import tree_on_meta
+    from onebase_adapters.training.parent import modules_of
+    from onebase_adapters.training.recipe import continued, parse_recipe
+    from onebase_engine.base.load import load_config
+
+    with usage_errors():
+        own = modules_of(parent, tree_on_meta(load_config(resolved.folder)))
+        return parse_recipe(continued(given, own, parent.label))
 
 
 def _job(
@@ -302,8 +343,11 @@ class Display:
         from onebase_adapters.training.checkpoint import sparkline
 
         self._progress.stop()
+        against = f"base and {shown(report.parent)}" if report.parent else "base"
         self._console.print(
-            f"\n{shown(report.name)}: base against adapter, on held-out rows", highlight=False, style="bold"
+            f"\n{shown(report.name)}: {against} against adapter, on held-out rows",
+            highlight=False,
+            style="bold",
         )
         self._console.print(_results(report))
         self._console.print(_figures(report), highlight=False)
@@ -361,7 +405,7 @@ class Display:
         self._update("training", event.step, event.steps, facts)
 
     def _evaluated(self, event: events.Evaluated) -> None:
-        who = f"step {event.step}" if event.step else "base"
+        who = f"step {event.step}" if event.step else "parent" if event.parent else "base"
         rewards = "".join(f"  {name} {value:.3f}" for name, value in event.rewards.items())
         best = "  [green]best[/]" if event.best else ""
         self._say(f"{who}: held-out loss {event.loss:.4f}{rewards}{best}")
@@ -387,17 +431,17 @@ class Display:
 
 
 def _results(report: Report) -> Table:
+    from onebase_adapters.training.checkpoint import results
+
     table = Table()
-    table.add_column("")
-    table.add_column("base", justify="right")
-    table.add_column("adapter", justify="right")
-    if report.loss_before is not None and report.loss_after is not None:
-        table.add_row("loss", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}")
-    for name, value in report.metrics_after.items():
-        before = report.metrics_before.get(name)
-        table.add_row(shown(name), "" if before is None else f"{before:.1%}", f"{value:.1%}")
+    (first, *subjects), *rows = results(report)
+    table.add_column(first)
+    for subject in subjects:
+        table.add_column(subject, justify="right")
+    for name, *values in rows:
+        table.add_row(shown(name), *values)
     if not table.row_count:
-        table.add_row("nothing was held out", "", "")
+        table.add_row("nothing was held out", *("" for _ in subjects))
     return table
 
 

@@ -107,12 +107,14 @@ class AsyncTraining:
             name: The adapter's. The result is one more version of it. By default the server makes up a name.
             validation_file: Rows to measure on, given in the same way. By default some training rows are
                 held out.
-            activate: Activate the version once it is proven: `always`, `if_better` than the base on held-out
-                rows, or `never`.
+            activate: Activate the version once it is proven: `always`, `if_better` than the base (and than
+                what it goes on from) on held-out rows, or `never`.
             method: `supervised`, from replies, or `dpo`, from chosen and rejected ones.
             seed: Of everything random.
             metadata: Labels that `list` can search for: up to 16, of 512 characters each at most.
-            model: The base to train on, as a check. A server has only one.
+            model: What to begin with: the base (by default; a server has only one), or a version of an
+                adapter, as `name` (its active one) or `name@version`. Then training goes on from its
+                weights, with its rank and layers, and the result is a version of it unless `name` is given.
             progress: Called with the bytes that are sent, of one file after the other: `file` is its name.
             **settings: See TrainingSettings.
 

@@ -25,7 +25,7 @@ from ..adapter_types import (
 )
 from ..errors import AdapterRejectedError, UnprocessableError
 from .config import UNSET, Unset
-from .parse import Json, flat
+from .parse import Json, flat, parent_of
 from .requests import Body, Call, Form, encode
 
 CONFIG: Final = "adapter_config.json"
@@ -246,6 +246,8 @@ def _source(value: Json) -> AdapterSource:
         value.get("revision"),
         value.get("commit"),
         value.get("subfolder"),
+        value.get("job"),
+        parent_of(value),
     )
 
 

@@ -74,6 +74,12 @@ def flat(kind: type[T], value: Json, *, optional: bool = False, **others: Any) -
     return kind(**{name: others[name] if name in others else value[name] for name in names})
 
 
+def parent_of(value: Json) -> str | None:
+    """`name@version` of what a job, or a version's source, says that training went on from."""
+    parent = value.get("parent")
+    return None if parent is None else f"{parent['name']}@{parent['version']}"
+
+
 @dataclass(frozen=True)
 class Page(Generic[T]):
     """One page of a list. `last` is the id after which the next page begins, None if there is none."""

@@ -27,7 +27,7 @@ from ..training_types import (
     TrainingSettings,
 )
 from ..types import Model
-from .parse import Json, flat
+from .parse import Json, flat, parent_of
 from .requests import Body, Call, Form, encode
 
 FILES: Final = "/v1/files"
@@ -218,9 +218,19 @@ def parse_job(value: Json) -> TrainingJobInfo:
         settings=dict(method[method["type"]]["hyperparameters"]),
         metadata=dict(value["metadata"] or {}),
         progress=None if progress is None else flat(TrainingProgress, progress, optional=True),
-        report=None if report is None else flat(TrainingReport, report),
+        report=None if report is None else _report(report),
         error=None if error is None else flat(TrainingFailure, error),
         result_files=tuple(value["result_files"]),
+        parent=parent_of(value),
+    )
+
+
+def _report(value: Json) -> TrainingReport:
+    return flat(
+        TrainingReport,
+        value,
+        loss_parent=value.get("loss_parent"),
+        metrics_parent=dict(value.get("metrics_parent") or {}),
     )
 
 

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME
-from onebase_adapters.registry import TrainingJob
+from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
 from onebase_server.access import Caller
-from onebase_server.adapters.catalog import check_name
-from onebase_server.errors import InvalidRequestError, OneBaseError
+from onebase_server.adapters.catalog import check_name, label
+from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import (
@@ -25,7 +25,7 @@ from onebase_server.http.schemas.answers import (
     answer,
     streamed_answer,
 )
-from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, label_problem
+from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, ParentSettings, label_problem
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
@@ -52,21 +52,20 @@ Limit = Annotated[int, Query(ge=1, le=MOST)]
 @router.post("", responses=answer(JobAnswer))
 @needs("train")
 async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
-    """Train an adapter on the base that is served. The result is proved, and activated as `activate` says."""
+    """Train an adapter on the base that is served, or go on from a version of one (`model`). The result is
+    proved, and activated as `activate` says."""
     services.refuse_if_draining()
     base = services.catalog.base_name
-    if body.model != base:
-        raise InvalidRequestError(
-            f"model: {body.model!r} cannot be trained on; this server's base is {base!r}.", param="model"
-        )
+    parent = None if body.model == base else await _parent(body.model, services, caller)
     job = await services.training.jobs.create(
         caller.tenant,
-        body.recipe(services.settings.max_rank),
+        body.recipe(services.settings.max_rank, await _settings_of(parent, services)),
         training_file=body.training_file,
         validation_file=body.validation_file,
-        name=_adapter_name(body, base),
+        name=_adapter_name(body, base, parent, caller),
         activate=body.activate or "if_better",
         labels=body.metadata or {},
+        parent=None if parent is None else ParentVersion.of(parent),
     )
     return await _shown(job, services)
 
@@ -189,11 +188,35 @@ async def _views(jobs: Sequence[TrainingJob], services: Services) -> list[JobAns
     return [job_view(job, catalog.base_name, catalog.of(job.tenant)) for job in jobs]
 
 
-def _adapter_name(body: CreateJobRequest, base: str) -> str | None:
+async def _parent(model: str, services: Services, caller: Caller) -> VersionRecord:
+    """The version that training goes on from. Raises InvalidRequestError, ConflictError."""
+    try:
+        return await services.catalog.known(
+            lambda: services.catalog.of(caller.tenant).find(model, param="model")
+        )
+    except UnknownAdapterError as error:
+        raise InvalidRequestError(
+            f"model: {model[:80]!r} cannot be trained on: this server's base is "
+            f"{services.catalog.base_name!r}, and it is no adapter here. {error.message}",
+            param="model",
+        ) from error
+
+
+async def _settings_of(parent: VersionRecord | None, services: Services) -> ParentSettings | None:
+    if parent is None:
+        return None
+    version = await services.adapters.version(parent.tenant, parent.name, parent.digest)
+    return ParentSettings(label(version.name, version.digest), version.report or {})
+
+
+def _adapter_name(
+    body: CreateJobRequest, base: str, parent: VersionRecord | None, caller: Caller
+) -> str | None:
+    """The name that gets the result: without one, that of an own parent, else one is made of the job's id."""
     if body.name is not None:
         return check_name(body.name, base)
     if body.suffix is None:
-        return None
+        return parent.name if parent is not None and parent.tenant == caller.tenant else None
     try:
         # OpenAI takes any text: what a name cannot have becomes a dash, as there.
         return check_name(f"ft-{_NO_NAME.sub('-', body.suffix)}"[:MAX_NAME], base)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+from msgspec import convert
 from pydantic import Field, model_validator
 
+from onebase_adapters.proof.report import ModuleReport
 from onebase_adapters.registry import Activate
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
+from onebase_adapters.training.recipe import (
+    MODEL,
+    Recipe,
+    RecipeError,
+    continued,
+    own_settings,
+    parse_recipe,
+)
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.schemas.wire import FieldError, Name, Wire
 from onebase_server.http.views.jobs import wire_name
@@ -105,10 +116,10 @@ class CreateJobRequest(Wire):
                 raise FieldError("metadata", problem)
         return self
 
-    def recipe(self, max_rank: int) -> Recipe:
+    def recipe(self, max_rank: int, parent: ParentSettings | None = None) -> Recipe:
         """What is asked for, of which this server serves ranks up to `max_rank`.
 
-        Raises InvalidRequestError naming the field.
+        parent: decides the settings that are its own. Raises InvalidRequestError naming the field.
         """
         kind = self.method.type if self.method else "supervised"
         place = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
@@ -130,12 +141,28 @@ class CreateJobRequest(Wire):
         if self.seed is not None:
             given["seed"] = self.seed
         try:
+            if parent is not None:
+                given = continued(given, parent.settings(), parent.label)
             recipe = parse_recipe({**given, "method": kind})
             _check_rank(recipe, max_rank)
         except RecipeError as error:
             param = f"{place}.{wire_name(error.field)}" if error.field else place
+            param = MODEL if error.field == MODEL else param
             raise InvalidRequestError(f"{param}: {error}.", param=param) from error
         return recipe
+
+
+@dataclass(frozen=True)
+class ParentSettings:
+    """What the version that training goes on from decides. report: that of its proof, whole."""
+
+    label: str
+    report: Mapping[str, Any]
+
+    def settings(self) -> dict[str, Any]:
+        """Raises RecipeError: it is of a kind that is not trained here."""
+        modules = convert(self.report["modules"], list[ModuleReport])
+        return own_settings(modules, rslora=self.report["rslora"], label=self.label)
 
 
 def label_problem(key: str) -> str:

@@ -23,7 +23,8 @@ _DIGITS = 16
 _MULTIPLIER = "learning_rate_multiplier"
 _OPENAI = ("batch_size", _MULTIPLIER)
 _SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adapter_bytes", "loss_before",
-          "loss_after", "metrics_before", "metrics_after", "better", "peak_memory_bytes")  # fmt: skip
+          "loss_after", "metrics_before", "metrics_after", "better", "peak_memory_bytes", "loss_parent",
+          "metrics_parent")  # fmt: skip
 
 
 def file_view(file: TrainingFile) -> FileAnswer:
@@ -48,11 +49,11 @@ def job_view(job: TrainingJob, base_name: str, names: Names) -> JobAnswer:
     if job.settings[_MULTIPLIER] != "auto":  # of a plan it is 1: the rate there has it in it
         shown[_MULTIPLIER] = job.settings[_MULTIPLIER]
     kind = recipe["method"]
-    report = job.report
+    report, parent = job.report, job.parent
     return {
         "id": job.id,
         "object": "fine_tuning.job",
-        "model": base_name,
+        "model": base_name if parent is None else label(parent.name, parent.digest),
         "created_at": int(job.created_at),
         "finished_at": None if job.finished_at is None else int(job.finished_at),
         "estimated_finish": _estimated_finish(job),
@@ -70,6 +71,7 @@ def job_view(job: TrainingJob, base_name: str, names: Names) -> JobAnswer:
         "metadata": dict(job.labels),
         "error": _error(job),
         "name": job.name,
+        "parent": None if parent is None else {"name": parent.name, "version": parent.digest},
         "activate": job.activate,
         "activated": None if job.activated is None else is_active(job, names),
         "version": job.version,

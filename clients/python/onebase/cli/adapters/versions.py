@@ -124,6 +124,9 @@ def proof(proof: ProofReport) -> str:
 def came_from(version: AdapterVersion) -> str:
     """`hub acme/support@a1b2c3d`."""
     source = version.source
+    if source.parent is not None:
+        name, _, digest = source.parent.rpartition("@")
+        return f"{source.kind}, from {name}@{short(digest)}"
     if source.kind != "hub":
         return source.kind
     place = f"{source.repo or ''}" + (f"/{source.subfolder}" if source.subfolder else "")

@@ -37,6 +37,7 @@ _EXAMPLES = """\
   onebase jobs create train.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
   onebase jobs create train.jsonl --name acme --validation eval.jsonl
   onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
+  onebase jobs create more.jsonl --model acme@3f2a9c41
 """
 
 
@@ -54,7 +55,14 @@ def run(action: str, argv: list[str]) -> int:
 def _parser(action: str) -> argparse.ArgumentParser:
     made = job_parser(action, _DESCRIPTION, _EXAMPLES, one=False)
     made.add_argument("file", metavar="FILE", help="examples, or the id of an uploaded file (file-...)")
-    made.add_argument("--name", help="the adapter's name (default: the server makes one up)")
+    made.add_argument(
+        "--name", help="the adapter's name (default: that of --model's adapter, or the server makes one up)"
+    )
+    made.add_argument(
+        "--model",
+        metavar="NAME@VERSION",
+        help="go on from this version's weights, or from NAME's active one (default: begin with the base)",
+    )
     made.add_argument(
         "--validation", metavar="FILE", help="examples to measure on (default: some are held out)"
     )
@@ -95,6 +103,7 @@ def _create(client: Client, args: argparse.Namespace) -> int:
             job = client.training.create(
                 args.file,
                 name=args.name,
+                model=args.model,
                 validation_file=args.validation,
                 activate=args.activate,
                 method=args.method,

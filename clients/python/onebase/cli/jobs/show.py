@@ -39,6 +39,7 @@ _SHORT: Final = 8
 
 _CHART: Final = 48
 """Characters of a chart."""
+_MOST_TARGETS: Final = 8
 _SHOWN: Final = ("r", "alpha", "targets", "epochs", "batch_size", "learning_rate")
 
 _DESCRIPTIONS: Final = {
@@ -264,7 +265,8 @@ def _settings(job: TrainingJobInfo) -> str:
     for name in _SHOWN:
         value = job.settings.get(name)
         if isinstance(value, list):
-            value = " ".join(map(str, value))
+            more = f" and {len(value) - _MOST_TARGETS} more" if len(value) > _MOST_TARGETS else ""
+            value = " ".join(map(str, value[:_MOST_TARGETS])) + more
         if value not in (None, ""):
             parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(parts)
@@ -289,6 +291,7 @@ class _Measure:
 
     name: str
     base: str
+    parent: str
     adapter: str
     better: bool | None
 
@@ -297,7 +300,10 @@ def _print_report(out: Console, report: TrainingReport) -> None:
     measures = _measures(report)
     if measures:
         out.print()
-        out.print(table(_MEASURE_COLUMNS, measures, out.width))
+        columns = [
+            one for one in _MEASURE_COLUMNS if one.title != "parent" or any(m.parent for m in measures)
+        ]
+        out.print(table(columns, measures, out.width))
         out.print()
     speed = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.seconds else ""
     out.print(
@@ -312,14 +318,17 @@ def _print_report(out: Console, report: TrainingReport) -> None:
 
 def _measures(report: TrainingReport) -> list[_Measure]:
     rows = []
-    before, after = report.loss_before, report.loss_after
+    before, after, parent = report.loss_before, report.loss_after, report.loss_parent
     if before is not None or after is not None:
-        better = None if before is None or after is None or before == after else after < before
-        rows.append(_Measure("held-out loss", loss(before), loss(after), better))
+        best = None if before is None else min(before, before if parent is None else parent)
+        better = None if best is None or after is None or best == after else after < best
+        rows.append(_Measure("held-out loss", loss(before), loss(parent), loss(after), better))
     for name in {**report.metrics_before, **report.metrics_after}:
         one, two = report.metrics_before.get(name), report.metrics_after.get(name)
-        better = None if one is None or two is None or one == two else two > one
-        rows.append(_Measure(name, _share(one), _share(two), better))
+        own = report.metrics_parent.get(name)
+        best = None if one is None else max(one, one if own is None else own)
+        better = None if best is None or two is None or best == two else two > best
+        rows.append(_Measure(name, _share(one), _share(own), _share(two), better))
     return rows
 
 
@@ -330,6 +339,7 @@ def _share(value: float | None) -> str:
 _MEASURE_COLUMNS: tuple[Column[_Measure], ...] = (
     Column("", lambda row: row.name),
     Column("base", lambda row: row.base, right=True),
+    Column("parent", lambda row: row.parent, right=True),
     Column(
         "adapter",
         lambda row: row.adapter,
