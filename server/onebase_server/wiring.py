@@ -22,6 +22,7 @@ from onebase_server.generation.reading import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services, Training
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
@@ -119,7 +120,7 @@ def assemble(
     )
     supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    planner = Planner(supervisor, tokenizer, parts.catalog, hub, limits)
+    planner = Planner(supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits)
     keys = KeyRing(
         storage.registry.keys,
         storage.registry.tenants,
@@ -223,6 +224,7 @@ def _training(
     storage.registry.sign(folder.server)
     registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
+    checkpoints = CheckpointModels(adapters, registry, records, folder)
     pool = TrainerPool(
         records=registry,
         threads=records,
@@ -238,6 +240,7 @@ def _training(
         busy_fd=busy.fd,
         tenants=storage.registry.tenants,
         usage=usage,
+        checkpoints=checkpoints,
     )
     scheduler = JobScheduler(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(
@@ -251,4 +254,4 @@ def _training(
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, scheduler, storage, records)
+    return Training(files, jobs, scheduler, checkpoints, storage, records)

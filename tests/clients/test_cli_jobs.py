@@ -248,7 +248,10 @@ def test_checkpoints_are_a_table(
     trainer.add(1)
     shell.run("jobs", "checkpoints", ID)
     metrics = {"train_loss": 1.5}
-    trainer.checkpoints = [{"id": "ftckpt-1", "created_at": NOW, "step_number": 3, "metrics": metrics}]
+    trainer.checkpoints = [
+        {"id": "ftckpt-1", "created_at": NOW, "step_number": 3, "metrics": metrics,
+         "fine_tuned_model_checkpoint": "acme:ftjob-1:step-3"}
+    ]  # fmt: skip
     shell.run("jobs", "checkpoints", ID)
     shell.check("jobs-checkpoints")
     assert printed(capsys, "checkpoints", ID)[0]["step"] == 3

@@ -283,9 +283,12 @@ def test_events_are_paged_from_the_newest_to_the_oldest(call: Any, trainer: Trai
 def test_checkpoints_are_typed(call: Any, trainer: Trainer) -> None:
     trainer.add(1)
     metrics = {"step": 3.0, "train_loss": 1.5}
-    trainer.checkpoints = [{"id": "ftckpt-1", "created_at": NOW, "step_number": 3, "metrics": metrics}]
+    trainer.checkpoints = [
+        {"id": "ftckpt-1", "created_at": NOW, "step_number": 3, "metrics": metrics,
+         "fine_tuned_model_checkpoint": "acme:ftjob-1:step-3"}
+    ]  # fmt: skip
     assert call(on_job(job_id(1), lambda one: one.checkpoints())) == (
-        TrainingCheckpoint("ftckpt-1", NOW, 3, metrics),
+        TrainingCheckpoint("ftckpt-1", NOW, 3, "acme:ftjob-1:step-3", metrics),
     )
 
 

@@ -188,6 +188,9 @@ class ScriptedTrainer:
             checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / "new").write_bytes(bytes(100_000))
             (checkpoint / "new").replace(checkpoint / "weights")
+            (checkpoint / "adapter").mkdir(exist_ok=True)
+            (checkpoint / "adapter" / "adapter_config.json").write_text(CONFIG)
+            (checkpoint / "adapter" / "adapter_model.safetensors").write_bytes(f"{folder}{step}".encode())
         except OSError as error:
             self.send(Failed(code="disk_full", message=str(error)))
             sys.exit(0)

@@ -172,7 +172,7 @@ def planner_of(tokenizer: SlowTokenizer, max_length: int) -> Planner:
     base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, base=base)
     nothing: Any = None
-    return Planner(supervisor, tokenizer, nothing, nothing, Limits(1, 60.0))  # type: ignore[arg-type]
+    return Planner(supervisor, tokenizer, nothing, nothing, nothing, Limits(1, 60.0))  # type: ignore[arg-type]
 
 
 def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() -> None:

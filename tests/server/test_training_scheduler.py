@@ -17,6 +17,7 @@ from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, Trai
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.background import Backoff, Threads
 from onebase_server.jobs import job_run
+from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
@@ -71,12 +72,14 @@ async def followed(
 ) -> None:
     """Let a scheduler that looks and sweeps all the time run until something is so."""
     threads, notifier = Threads("records", 2), JobNotifier()
+    nothing: Any = SimpleNamespace(catalog=[])
     pool: Any = SimpleNamespace(
         records=records or registry.training,
         threads=threads,
         notifier=notifier,
         folders=storage,
         files=_files(registry, storage, threads),
+        checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
     )
     scheduler = JobScheduler(pool, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
@@ -158,6 +161,7 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
 
     async def look() -> None:
         base: Any = None
+        nothing: Any = SimpleNamespace(catalog=[])
         threads = Threads("records", 2)
         pool: Any = SimpleNamespace(
             records=records,
@@ -165,6 +169,7 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
             notifier=JobNotifier(),
             folders=storage,
             files=_files(registry, storage, threads),
+            checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
         )
         scheduler = JobScheduler(pool, most=1, look_seconds=60.0)
         scheduler.base_ready(base, b"", -1)

@@ -136,6 +136,24 @@ def job_on(
     return job, load_base(base)
 
 
+def test_a_checkpoint_holds_the_adapter_of_its_step_as_peft_has_it(tmp_path: Path) -> None:
+    folder = talking_base(tmp_path / "base")
+    parent = saved(load_base(BaseSettings(folder=folder)), tmp_path / "parent", **KINDS["patterns"])
+    job, base = job_on(tmp_path, folder, parent, max_steps=2, batch_size=4, save_every=1)
+    plan = prepare(load_config(folder), job, lambda event: None, OpenGate(), rate=None)
+    run = PlannedRun(base, job, plan, lambda event: None, OpenGate())
+    run.train(until=1)
+    first = run._trainer.trainable.named_parameters()
+    expected = {name.replace(f".{ADAPTER}", ""): one.detach().clone() for name, one in first.items()}
+    run.train()
+    place = job.folder / "checkpoints" / "step-00000001" / "adapter"
+    assert_equal(load_file(place / "adapter_model.safetensors"), expected)
+    assert sorted(path.name for path in place.iterdir() if path.name.startswith("adapter_")) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    PeftModel.from_pretrained(peft_view(base), place)
+
+
 def test_a_run_measures_base_and_parent_and_is_better_only_if_it_beats_both(tmp_path: Path) -> None:
     folder = talking_base(tmp_path / "base")
     parent = saved(load_base(BaseSettings(folder=folder)), tmp_path / "parent", **KINDS["plain"])

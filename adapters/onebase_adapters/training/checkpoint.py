@@ -20,7 +20,7 @@ from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_adapters.training.recipe import Recipe, recipe_fields
 from onebase_engine.base.load import Quantization
 
-_ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.pt", "state.json"
+_ADAPTER, _OPTIMIZER, _STATE, _PEFT = "adapter.safetensors", "optimizer.pt", "state.json", "adapter"
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -68,13 +68,24 @@ class Checkpoints:
         self.folder = folder
         self._keep = keep
 
-    def save(self, state: RunState, adapter: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> Path:
-        """Write the state after `state.step` steps and drop the oldest. Raises OSError."""
+    def save(
+        self,
+        state: RunState,
+        adapter: Mapping[str, torch.Tensor],
+        optimizer: dict[str, Any],
+        export: Callable[[Path], None] = lambda folder: None,
+    ) -> Path:
+        """Write the state after `state.step` steps and drop the oldest. Raises OSError.
+
+        export: writes the adapter as PEFT has it into an empty folder, for those who serve the checkpoint.
+        """
         target = self.folder / f"step-{state.step:08d}"
         with atomic_directory(target) as work:
             save_file(_on_cpu(adapter), work / _ADAPTER)
             _save_optimizer(optimizer, work / _OPTIMIZER)
             (work / _STATE).write_text(json.dumps(asdict(state)))
+            (work / _PEFT).mkdir()
+            export(work / _PEFT)
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
         for work in self.folder.glob(".*.part"):
@@ -243,16 +254,8 @@ def write_adapter(
         card: returns the text of README.md, given the bytes of the tensors' file.
         dtype: of the tensors in the file; whatever it is, they are loaded as fp32 again.
     """
-    config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = base
-    config.revision = commit
-    if isinstance(config.target_modules, set):
-        # Each process writes a set in another order: the same adapter would have another digest.
-        config.target_modules = sorted(config.target_modules)
     with atomic_directory(folder) as work:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            model.save_pretrained(work, save_embedding_layers=False)
+        save_peft(model, work, base=base, commit=commit)
         tensors = load_file(work / WEIGHTS)
         _check(tensors)
         if dtype != torch.float32:
@@ -262,6 +265,19 @@ def write_adapter(
         (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)
         (work / "README.md").write_text(card((work / WEIGHTS).stat().st_size), encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size
+
+
+def save_peft(model: Any, folder: Path, *, base: str, commit: str | None) -> None:
+    """Write the config and the tensors, as `write_adapter`, into a folder that is there. Raises OSError."""
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = base
+    config.revision = commit
+    if isinstance(config.target_modules, set):
+        # Each process writes a set in another order: the same adapter would have another digest.
+        config.target_modules = sorted(config.target_modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def _check(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,7 @@ class Trainer:
     Args:
         held_out: evaluated every `eval_every` steps; may be None.
         on_evaluation: called after each evaluation with the number of steps done.
+        export: as `Checkpoints.save` takes it.
         listen: gets StepDone, Evaluated and Saved.
     """
 
@@ -70,6 +72,7 @@ class Trainer:
         listen: events.Listen,
         processes: ProcessGroup | None = None,
         on_evaluation: Callable[[int], None] = lambda step: None,
+        export: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self.trainable = trainable
         self.recipe: Any = recipe
@@ -82,6 +85,7 @@ class Trainer:
         self._listen = listen
         self._processes = processes or ProcessGroup()
         self._on_evaluation = on_evaluation
+        self._export = export
         self._optimizer = make_optimizer(trainable.model, recipe)
         # Done by this process, which may have resumed from the checkpoint of a slower one.
         self._done = self._tokens = 0
@@ -287,7 +291,7 @@ class Trainer:
     def _save(self, loss: float | None) -> None:
         if self._processes.first and self.state.step not in self._checkpoints.steps():
             adapter = self.trainable.named_parameters()
-            path = self._checkpoints.save(self.state, adapter, self._optimizer.state_dict())
+            path = self._checkpoints.save(self.state, adapter, self._optimizer.state_dict(), self._export)
             self._listen(events.Saved(at=time.time(), step=self.state.step, path=path.name, loss=loss))
         self._processes.wait()
 

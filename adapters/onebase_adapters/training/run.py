@@ -32,6 +32,7 @@ from onebase_adapters.training.checkpoint import (
     Report,
     is_better,
     model_card,
+    save_peft,
     write_adapter,
 )
 from onebase_adapters.training.data.dataset import Dataset, split
@@ -264,6 +265,7 @@ class PlannedRun:
             listen=listen,
             processes=self._processes,
             on_evaluation=self._measuring.sample if self._processes.first else lambda step: None,
+            export=self._export,
         )
         self._metrics_before: dict[str, float] = {}
         self._metrics_parent: dict[str, float] = {}
@@ -317,6 +319,16 @@ class PlannedRun:
         self._processes.wait()
         return report
 
+    def _export(self, folder: Path) -> None:
+        """The adapter as it is now, for those who serve a checkpoint."""
+        base, commit = self._base_as_named()
+        save_peft(self._trainable.model, folder, base=base, commit=commit)
+
+    def _base_as_named(self) -> tuple[str, str | None]:
+        """What an adapter's config says of its base: the name, and the commit on the Hub."""
+        job = self._job
+        return job.base_repo or job.base_name, job.base_commit if job.base_repo else None
+
     def _better(self, after: dict[str, float]) -> bool | None:
         """Whether it is better than the base, and than its parent if it has one; None if not measured."""
         recipe, state = self._plan.recipe, self._trainer.state
@@ -334,11 +346,12 @@ class PlannedRun:
             lines = _data_lines(self._plan.data)
             return model_card(known, repo=job.base_repo, commit=job.base_commit, data=lines)
 
+        base, commit = self._base_as_named()
         size = write_adapter(
             self._trainable.model,
             job.folder / ADAPTER,
-            base=job.base_repo or job.base_name,
-            commit=job.base_commit if job.base_repo else None,
+            base=base,
+            commit=commit,
             card=card,
             dtype=job.save_dtype,
         )

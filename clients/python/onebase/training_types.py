@@ -111,6 +111,8 @@ class TrainingCheckpoint:
     created_at: float
     """Unix time in seconds."""
     step: int
+    model: str
+    """What `adapter=` of a request may be while the job keeps the checkpoint."""
     metrics: Mapping[str, float] = field(hash=False)
     """`train_loss` and `valid_loss`, if they were measured at this step."""
 

@@ -282,7 +282,7 @@ class Names:
 
         Raises UnknownAdapterError, ConflictError when it is not ready.
         """
-        reference = self._ours(reference)
+        reference = self.ours(reference)
         if self.names_version(reference):
             name, _, wanted = reference.rpartition("@")
             version = self.version(name, wanted, param=param)
@@ -307,11 +307,11 @@ class Names:
 
     def names_version(self, reference: str) -> bool:
         """Whether it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@` too."""
-        reference = self._ours(reference)
+        reference = self.ours(reference)
         name, separator, _ = reference.rpartition("@")
         return bool(separator) and self.get(name) is not None and self.get(reference) is None
 
-    def _ours(self, reference: str) -> str:
+    def ours(self, reference: str) -> str:
         """`name@digest` for a version that is spelled as OpenAI does; a job's `suffix` is a name with ft-."""
         parts = reference.split(":")
         if len(parts) != _OPENAI_PARTS or parts[0] != _OPENAI:

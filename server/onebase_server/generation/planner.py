@@ -33,6 +33,7 @@ from onebase_server.http.schemas.generation import (
 from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.responses import ResponsesRequest
+from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
 from onebase_server.processes.supervisor import EngineSupervisor
 
 _T = TypeVar("_T")
@@ -90,12 +91,14 @@ class Planner:
         tokenizer: BaseTokenizer,
         catalog: Catalog,
         hub: HubAdapters,
+        checkpoints: CheckpointModels,
         limits: Limits,
     ) -> None:
         self._supervisor = supervisor
         self._tokenizer = tokenizer
         self._catalog = catalog
         self._hub = hub
+        self._checkpoints = checkpoints
         self._limits = limits
         self._threads = Threads("tokenize", _THREADS)
         self._one_thread = Threads("tokenize-long", 1)
@@ -258,12 +261,18 @@ class Planner:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
     async def _pull(self, names: dict[str, str], job: Job) -> None:
-        """Fetch what is named by its Hub repository and not known yet. `names`: by the request's field."""
+        """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
+
+        names: by the request's field.
+        """
         known = self._catalog.of(job.tenant)
         for param, name in names.items():
             if name.startswith(HUB_PREFIX) and not known.names_version(name):
                 async with in_time(job.deadline):
                     await self._hub.use(job.tenant, name, param=param)
+            elif is_checkpoint(name):
+                async with in_time(job.deadline):
+                    await self._checkpoints.use(job.tenant, name, param=param)
 
     async def _text(self, text: str) -> Prompt:
         return Prompt(await self._tokens("prompt", len(text), self._tokenizer.encode, text), text)

@@ -30,6 +30,7 @@ from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
 from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
@@ -72,6 +73,7 @@ class Training:
     files: TrainingFiles
     jobs: JobService
     scheduler: JobScheduler
+    checkpoints: CheckpointModels
     storage: Storage
     threads: Threads
 

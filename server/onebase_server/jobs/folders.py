@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from onebase_adapters.registry import (
     ENDED_STATES,
@@ -141,23 +142,42 @@ def _server_id(path: Path) -> str:
     return made
 
 
+class _Models(Protocol):
+    """What was made of checkpoints: `checkpoints.CheckpointModels`."""
+
+    async def forget(self, job_id: str) -> None: ...
+
+    async def sweep(self) -> None: ...
+
+
 class GarbageCollector:
     """Deletes the folders that no job needs any more. No process may be writing into a job's folder."""
 
     def __init__(
-        self, records: TrainingRecords, threads: Threads, disk: Threads, folders: JobFolders
+        self,
+        records: TrainingRecords,
+        threads: Threads,
+        disk: Threads,
+        folders: JobFolders,
+        models: _Models,
     ) -> None:
         self._records = records
         self._threads = threads
         self._disk = disk
         self._folders = folders
+        self._models = models
+
+    async def forget(self, job_id: str) -> None:
+        """Delete what a job's run has written, and the models that were made of its checkpoints."""
+        await self._disk.run(self._folders.forget, job_id)
+        await self._models.forget(job_id)
 
     async def job_over(self, tenant: str, job_id: str) -> None:
         """Delete the folder of a job that has ended and does not go on. Raises RegistryError."""
         with suppress(UnknownJobError):
             job = await self._threads.run(self._records.job, tenant, job_id)
-            if _is_over(job.state, job.error_code):
-                await self._disk.run(self._folders.forget, job_id)
+            if is_over(job.state, job.error_code):
+                await self.forget(job_id)
 
     async def sweep(self, running: Container[str]) -> None:
         """Delete the folders of jobs that another server ended, that nobody saw end, or that have no row.
@@ -170,9 +190,11 @@ class GarbageCollector:
         ends = await self._threads.run(self._records.job_ends, self._folders.server)
         await self._disk.run(self._folders.take_over, ends)
         for job_id in await self._disk.run(self._folders.job_ids):
-            if job_id not in running and (job_id not in ends or _is_over(*ends[job_id])):
+            if job_id not in running and (job_id not in ends or is_over(*ends[job_id])):
                 await self._disk.run(self._folders.forget, job_id)
+        await self._models.sweep()
 
 
-def _is_over(state: JobState, code: str | None) -> bool:
+def is_over(state: JobState, code: str | None) -> bool:
+    """Whether a job has ended and does not go on."""
     return state in ENDED_STATES and not is_resumable(state, code)

@@ -31,6 +31,7 @@ from onebase_engine.engine.messages import EngineConfig
 from onebase_server.adapters.catalog import label
 from onebase_server.background import Threads
 from onebase_server.errors import UnknownFileError
+from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events
 from onebase_server.jobs.files import TrainingFiles
@@ -115,6 +116,7 @@ class TrainerPool:
     busy_fd: int
     tenants: Tenants
     usage: UsageMeter
+    checkpoints: CheckpointModels
     deaths: int = 0
     """Trainers that died without being stopped."""
 

@@ -49,7 +49,9 @@ class JobScheduler:
         self._sweep_seconds = sweep_seconds
         self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
-        self._garbage = GarbageCollector(self._records, self._threads, pool.files.disk, pool.folders)
+        self._garbage = GarbageCollector(
+            self._records, self._threads, pool.files.disk, pool.folders, pool.checkpoints
+        )
         self._known: dict[str, str] = {}
         """Tenants, by job id, of the jobs that were open or had a process at the last look."""
         self._begun: set[str] = set()
@@ -115,6 +117,10 @@ class JobScheduler:
             await self._garbage.sweep(self._runs)
             await self._pool.files.take_over()
             self._next_sweep = time.monotonic() + self._sweep_seconds
+
+    async def forget(self, job_id: str) -> None:
+        """Delete what a job that is over, and has no run, has left."""
+        await self._garbage.forget(job_id)
 
     async def stop(self) -> None:
         """Let trainers write a checkpoint and end; their jobs are queued for the next start."""

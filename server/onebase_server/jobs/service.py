@@ -146,7 +146,7 @@ class JobService:
             found, cancelled(found), "The job is cancelled.", "there is nothing left to cancel"
         )
         if job.server == self._folders.server and not self._scheduler.has_run(job.id):
-            await self._files.disk.run(self._folders.forget, job.id)
+            await self._scheduler.forget(job.id)
         return job
 
     async def pause(self, tenant: str, job_id: str) -> TrainingJob:

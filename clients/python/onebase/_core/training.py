@@ -239,7 +239,13 @@ def parse_event(value: Json) -> TrainingEvent:
 
 
 def parse_checkpoint(value: Json) -> TrainingCheckpoint:
-    return flat(TrainingCheckpoint, value, step=value["step_number"], metrics=dict(value["metrics"]))
+    return flat(
+        TrainingCheckpoint,
+        value,
+        step=value["step_number"],
+        model=value["fine_tuned_model_checkpoint"],
+        metrics=dict(value["metrics"]),
+    )
 
 
 def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> TrainingProgress | None:

@@ -38,6 +38,7 @@ from onebase_server.http.views.jobs import (
     number_of,
     page,
 )
+from onebase_server.jobs.checkpoints import adapter_of, is_checkpoint
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
 
@@ -191,6 +192,8 @@ async def _views(jobs: Sequence[TrainingJob], services: Services) -> list[JobAns
 async def _parent(model: str, services: Services, caller: Caller) -> VersionRecord:
     """The version that training goes on from. Raises InvalidRequestError, ConflictError."""
     try:
+        if is_checkpoint(model):
+            await services.training.checkpoints.use(caller.tenant, model, param="model")
         return await services.catalog.known(
             lambda: services.catalog.of(caller.tenant).find(model, param="model")
         )
@@ -216,7 +219,7 @@ def _adapter_name(
     if body.name is not None:
         return check_name(body.name, base)
     if body.suffix is None:
-        return parent.name if parent is not None and parent.tenant == caller.tenant else None
+        return adapter_of(parent.name) if parent is not None and parent.tenant == caller.tenant else None
     try:
         # OpenAI takes any text: what a name cannot have becomes a dash, as there.
         return check_name(f"ft-{_NO_NAME.sub('-', body.suffix)}"[:MAX_NAME], base)

@@ -45,8 +45,10 @@ async def delete_model(name: str, services: Provided, caller: Calling, force: Fo
             code="base_not_deletable",
             param="model",
         )
+    names = services.catalog.of(caller.tenant)
+    name = names.ours(name)
     adapter, version = name, ""
-    if services.catalog.of(caller.tenant).names_version(name):
+    if names.names_version(name):
         adapter, _, version = name.rpartition("@")
     try:
         if version:

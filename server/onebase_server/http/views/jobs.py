@@ -16,6 +16,7 @@ from onebase_server.http.schemas.answers import (
     JobProblem,
     Json,
 )
+from onebase_server.jobs.checkpoints import checkpoint_model
 from onebase_server.jobs.state import is_resumable
 
 EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
@@ -111,7 +112,7 @@ def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> CheckpointAnswe
         "object": "fine_tuning.job.checkpoint",
         "id": checkpoint_id(checkpoint.number),
         "created_at": int(checkpoint.at),
-        "fine_tuned_model_checkpoint": f"{job.name}:step-{checkpoint.step}",
+        "fine_tuned_model_checkpoint": checkpoint_model(job, checkpoint.step),
         "fine_tuning_job_id": job.id,
         "metrics": {key: value for key, value in metrics.items() if value is not None},
         "step_number": checkpoint.step,

@@ -46,8 +46,8 @@ _DESCRIPTIONS: Final = {
     "list": "List the jobs of a server, the newest first. Losses are of held-out rows, base and adapter.",
     "show": "Show one job: its progress or its end, its losses, and base against adapter on held-out rows.",
     "checkpoints": """\
-List the checkpoints of a job, the newest first. `resume` continues from the newest one. A job that
-has succeeded keeps none.
+List the checkpoints of a job, the newest first. `resume` continues from the newest one. While a job keeps
+one, requests may ask for it: onebase generate --adapter ADAPTER. A job that has succeeded keeps none.
 """,
     "events": """\
 Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the
@@ -188,7 +188,7 @@ _CHECKPOINT_COLUMNS: tuple[Column[TrainingCheckpoint], ...] = (
     Column("training loss", lambda item: loss(item.metrics.get("train_loss")), right=True),
     Column("held-out loss", lambda item: loss(item.metrics.get("valid_loss")), right=True),
     Column("saved", lambda item: when(item.created_at)),
-    Column("id", lambda item: item.id, style=lambda _: "dim", shrink=True),
+    Column("adapter", lambda item: item.model, style=lambda _: "dim"),
 )
 
 

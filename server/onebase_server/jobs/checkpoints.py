@@ -1,0 +1,153 @@
+"""Checkpoints of jobs as models: proved and loaded when a request first names one, gone with their files."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from onebase_adapters.registry import TrainingJob, TrainingRecords, UnknownJobError
+from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
+from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.background import Threads
+from onebase_server.errors import ConflictError, OneBaseError, UnknownAdapterError, VersionFailedError
+from onebase_server.jobs.folders import JobFolders, is_over
+from onebase_server.storage import storage_errors
+
+ADAPTER = "adapter"
+"""The folder in a checkpoint's with the adapter as PEFT has it."""
+ACTOR = "first use"
+_NAME = re.compile(r"([^:@]+):(ftjob-[0-9a-f]{1,40}):step-([0-9]{1,9})")
+
+_log = logging.getLogger(__name__)
+
+
+class _Wanted(NamedTuple):
+    name: str
+    job: str
+    step: int
+
+
+def checkpoint_model(job: TrainingJob, step: int) -> str:
+    """The name by which requests ask for a checkpoint: `acme:ftjob-5b7e0d12:step-8`. No adapter has such."""
+    return f"{job.name}:{job.id}:step-{step}"
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether it is the name of a checkpoint, of any job."""
+    return _NAME.fullmatch(name) is not None
+
+
+def adapter_of(name: str) -> str:
+    """The adapter that a checkpoint's name begins with."""
+    return name.partition(":")[0]
+
+
+class CheckpointModels:
+    """Registers checkpoints as adapters, each when it is first asked for. Called from one event loop."""
+
+    def __init__(
+        self, library: AdapterService, records: TrainingRecords, threads: Threads, folders: JobFolders
+    ) -> None:
+        self._library = library
+        self._records = records
+        self._threads = threads
+        self._folders = folders
+        self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
+
+    async def use(self, tenant: str, name: str, *, param: str) -> None:
+        """Make a checkpoint, which is there, an adapter that is proved and active, unless it is one.
+
+        Concurrent first uses wait for the same proof. Raises UnknownAdapterError when it is gone,
+        ConflictError when it lies on another server, VersionFailedError, UnavailableError, and what adding
+        an adapter raises.
+        """
+        place = await self._place(tenant, name, param)
+        record = self._library.catalog.of(tenant).own(name)
+        if record is not None and record.active is not None:
+            return
+        if place is None:
+            raise ConflictError(
+                f"{name} lies on another server, where its job runs: ask that one.",
+                code="job_state",
+                param=param,
+            )
+        key = tenant, name
+        if key not in self._first_uses:
+            task = asyncio.get_running_loop().create_task(self._first_use(tenant, name, place))
+            self._first_uses[key] = task
+            task.add_done_callback(lambda done: self._first_uses.pop(key))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(self._first_uses[key])
+
+    async def forget(self, job_id: str) -> None:
+        """Delete the adapters that were made of a job's checkpoints; those in use with the next sweep."""
+        for record in list(self._library.catalog):
+            wanted = _parsed(record.name)
+            if wanted is not None and wanted.job == job_id:
+                await self._delete(record.tenant, record.name)
+
+    async def sweep(self) -> None:
+        """Delete the adapters whose checkpoints are gone. Raises RegistryError."""
+        for record in list(self._library.catalog):
+            if is_checkpoint(record.name):
+                with suppress(OneBaseError):  # `_place` deletes what is gone
+                    await self._place(record.tenant, record.name, "model")
+
+    async def _place(self, tenant: str, name: str, param: str) -> Path | None:
+        """Where it lies; None on another server. Raises UnknownAdapterError."""
+        wanted = _parsed(name)
+        job = None
+        if wanted is not None:
+            with storage_errors(), suppress(UnknownJobError):
+                job = await self._threads.run(self._records.job, tenant, wanted.job)
+        if wanted is None or job is None or job.name != wanted.name:
+            raise UnknownAdapterError(f"There is no checkpoint {name[:200]!r}.", param=param)
+        if job.server != self._folders.server and not is_over(job.state, job.error_code):
+            return None
+        with storage_errors():
+            found = await self._threads.run(self._records.checkpoints, job)
+        for one in found:
+            place = self._folders.checkpoint(job.id, one.path) / ADAPTER
+            if one.step == wanted.step and not is_over(job.state, job.error_code) and place.is_dir():
+                return place
+        await self._delete(tenant, name)
+        instead = f"Ask for {job.name}." if job.version else "See the job's list of checkpoints."
+        raise UnknownAdapterError(
+            f"Checkpoint {name} is gone: a job keeps its latest ones, and none once it is over. {instead}",
+            param=param,
+            code="checkpoint_gone",
+        )
+
+    async def _first_use(self, tenant: str, name: str, place: Path) -> None:
+        wanted = _parsed(name)
+        with storage_errors(name):
+            files = await self._library.disk.run(self._take, place)
+        source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step} if wanted else {}
+        options = VersionOptions(activate=True, any_base=True)
+        version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)
+        version = await self._library.wait(tenant, name, version.digest)
+        if version.error is not None:
+            raise VersionFailedError(
+                f"{name} cannot be served: {version.error.message}", code=version.error.code
+            )
+
+    def _take(self, place: Path) -> VersionFiles:
+        config, weights = (self._library.store.add_file(place / file) for file in ADAPTER_FILES)
+        return VersionFiles(config, weights)
+
+    async def _delete(self, tenant: str, name: str) -> None:
+        if self._library.catalog.of(tenant).own(name) is None:
+            return
+        try:
+            await self._library.activation.delete(tenant, name, force=False)
+        except OneBaseError as error:
+            _log.info("%s stays for now: %s", name, error.message)
+
+
+def _parsed(name: str) -> _Wanted | None:
+    found = _NAME.fullmatch(name)
+    return None if found is None else _Wanted(found[1], found[2], int(found[3]))

@@ -1,0 +1,125 @@
+"""Checkpoints of jobs that requests ask for: proved on first use, gone with the job."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from .support import Server, Starter
+from .training_support import BASE, add_file, ended, job_folder, make_job, openai_client, step_of, wait_job
+
+
+@pytest.fixture(scope="module")
+def server(serve_scripted: Starter) -> Iterator[Server]:
+    with serve_scripted("words", "--train-jobs", "3") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return openai_client(server)
+
+
+def waiting(server: Server, client: OpenAI, name: str) -> Any:
+    """A job that has written a checkpoint and is paused."""
+    job = make_job(client, "until-paused", extra={"name": name})
+    wait_job(server, client, job.id, lambda job: step_of(job) == 5)
+    client.fine_tuning.jobs.pause(job.id)
+    return wait_job(server, client, job.id, lambda job: job.status == "paused")
+
+
+def newest(client: OpenAI, job_id: str) -> str:
+    return client.fine_tuning.jobs.checkpoints.list(job_id).data[0].fine_tuned_model_checkpoint
+
+
+def ask(client: OpenAI, model: str) -> str:
+    return client.completions.create(model=model, prompt="one two", max_tokens=2).choices[0].text
+
+
+def test_a_checkpoint_is_proved_when_it_is_first_asked_for_and_answers(
+    server: Server, client: OpenAI
+) -> None:
+    job = waiting(server, client, "ckpt")
+    model = newest(client, job.id)
+    assert model == f"ckpt:{job.id}:step-5"
+    assert server.client().get(f"/v1/adapters/{model}").status_code == 404
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(lambda _: ask(client, model), range(4)))
+    assert texts[0]
+    answer = server.client().post("/generate", json={"prompt": "one", "adapter": model, "max_tokens": 1})
+    assert answer.json()["adapter"].startswith(f"{model}@")
+    versions = server.client().get(f"/v1/adapters/{model}/versions").json()["data"]
+    assert [version["state"] for version in versions] == ["ready"]
+    source = versions[0]["source"]
+    assert (source["kind"], source["job"], source["step"]) == ("checkpoint", job.id, 5)
+    # Nothing of the adapter itself has changed.
+    assert server.client().get("/v1/adapters/ckpt").status_code == 404
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_checkpoint_is_gone_with_the_end_of_its_job_and_the_error_says_what_to_ask_for(
+    server: Server, client: OpenAI
+) -> None:
+    job = waiting(server, client, "over")
+    model = newest(client, job.id)
+    ask(client, model)
+    client.fine_tuning.jobs.resume(job.id)
+    done = wait_job(server, client, job.id, ended)
+    assert done.status == "succeeded"
+    server.wait_for(lambda: server.client().get(f"/v1/adapters/{model}").status_code == 404)
+    with pytest.raises(openai.NotFoundError, match=r"is gone: .* Ask for over"):
+        ask(client, model)
+    cancelled = waiting(server, client, "undone")
+    model = newest(client, cancelled.id)
+    ask(client, model)
+    client.fine_tuning.jobs.cancel(cancelled.id)
+    assert server.client().get(f"/v1/adapters/{model}").status_code == 404
+    with pytest.raises(openai.NotFoundError, match="is gone"):
+        ask(client, model)
+
+
+def test_a_checkpoint_whose_files_are_gone_is_not_served_any_more(server: Server, client: OpenAI) -> None:
+    job = waiting(server, client, "pruned")
+    model = newest(client, job.id)
+    ask(client, model)
+    shutil.rmtree(job_folder(server.data_dir, job.id) / "checkpoints")
+    with pytest.raises(openai.NotFoundError, match=r"is gone: .*list of checkpoints"):
+        ask(client, model)
+    assert server.client().get(f"/v1/adapters/{model}").status_code == 404
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    "model", ["x:ftjob-0000:step-5", "x:step-5", "x:ftjob-0000:step-5@00000000", "x:ftjob-../..:step-1"]
+)
+def test_a_checkpoint_of_no_job_is_unknown(client: OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError):
+        ask(client, model)
+
+
+def test_a_checkpoint_of_another_step_or_name_is_unknown(server: Server, client: OpenAI) -> None:
+    job = waiting(server, client, "exact")
+    for model in (f"exact:{job.id}:step-4", f"other:{job.id}:step-5"):
+        with pytest.raises(openai.NotFoundError):
+            ask(client, model)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_training_goes_on_from_a_checkpoint_as_a_version_of_its_adapter(
+    server: Server, client: OpenAI
+) -> None:
+    job = waiting(server, client, "branch")
+    model = newest(client, job.id)
+    branch = client.fine_tuning.jobs.create(model=model, training_file=add_file(client, "rows"))
+    done = wait_job(server, client, branch.id, ended)
+    assert (done.status, done.name) == ("succeeded", "branch")
+    assert done.parent["name"] == model
+    assert done.model.startswith(f"{model}@")
+    client.fine_tuning.jobs.cancel(job.id)
+    assert BASE in {one.id for one in client.models.list()}
