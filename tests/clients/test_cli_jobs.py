@@ -90,6 +90,49 @@ def test_a_job_that_goes_on_from_a_version_asks_for_it_and_shows_it_between_base
     assert (shown["parent"], shown["report"]["loss_parent"]) == (f"acme@{'a' * 64}", 1.5)
 
 
+SLICES: Any = {
+    "by": "exact_match", "against": "base", "slice_count": 2, "regressed": ["de"], "changed_count": 7,
+    "slices": [
+        {"slice": "de", "rows": 20, "measured": 12, "before": 0.5, "after": 0.25, "worse_by": 0.25,
+         "regressed": True, "loss_before": 1.0, "loss_after": 1.5, "metrics_before": {"exact_match": 0.5},
+         "metrics_after": {"exact_match": 0.25}},
+        {"slice": "fr", "rows": 20, "measured": 12, "before": 0.25, "after": 0.75, "worse_by": 0.0,
+         "regressed": False, "loss_before": 1.0, "loss_after": 0.5, "metrics_before": {"exact_match": 0.25},
+         "metrics_after": {"exact_match": 0.75}},
+    ],
+    "changed": [
+        {"line": 3, "slice": "de", "metric": "exact_match", "reference": "ja", "before": "ja",
+         "after": "\x1b[0m"},
+    ],
+}  # fmt: skip
+
+
+def test_show_has_a_table_of_slices_and_the_rows_that_are_wrong_now(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.add(1, **succeeded() | {"report": REPORT | {"slices": SLICES}, "activated": False})
+    trainer.add_file("file-curve", CURVE.encode())
+    assert main(["jobs", "show", ID]) == 0
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert ["exact_match", "by", "slice", "rows", "base", "adapter"] in lines
+    assert ["de", "12", "50.0%", "25.0%", "worse", "than", "allowed"] in lines
+    assert ["fr", "12", "25.0%", "75.0%"] in lines
+    assert "line 3 (de) was right by exact_match and is wrong: '\\x1b[0m' for 'ja'" in said
+    assert "7 rows were right and are wrong" in said
+    assert printed(capsys, "show", ID)["report"]["slices"] == SLICES
+
+
+def test_create_takes_what_a_slice_is_and_how_much_worse_one_may_get(
+    trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--max-regression", "0.02", "--slice-by", "lang")
+    assert main(["jobs", "create", str(train), *options]) == 0
+    sent = trainer.created[-1]["method"]["supervised"]["hyperparameters"]
+    assert sent == {"max_regression": 0.02, "slice_by": "lang"}
+    assert "--max-regression" in wrong(capsys, "create", str(train), "--max-regression", "much")
+
+
 # ---- beginning ---------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ class Trainer:
     """Files, jobs and what they tell."""
 
     jobs: dict[str, Json] = field(default_factory=dict)
+    created: list[Json] = field(default_factory=list)
     events: dict[str, list[Json]] = field(default_factory=dict)
     checkpoints: list[Json] = field(default_factory=list)
     files: dict[str, tuple[Json, bytes]] = field(default_factory=dict)
@@ -163,6 +164,7 @@ class Trainer:
             raise self.refusal
         if body["training_file"] == NO_FILE:
             raise RefusalError(400, "file_not_found", "There is no file 'file-none'.", param="training_file")
+        self.created.append(body)
         number = len(self.jobs) + 1
         kept = ("name", "training_file", "activate", "metadata", "model")
         made = {key: body[key] for key in kept if key in body}

@@ -14,6 +14,7 @@ several:
     dies-checking-twice  only the first two times
     full            says that the disk is full at step 3, once
     worse           the report says that the adapter is no better
+    regresses       the report says that a slice got worse by more than the job allows
     broken-adapter  the verifier refuses what comes out
     deaf            does not heed Stop
     finishes        when it is to stop, it finishes
@@ -209,6 +210,14 @@ class ScriptedTrainer:
             "better": "worse" not in words, "losses": [[1, 1.0], [2, 0.5]], "held_out": [[0, 2.0], [2, 1.0]],
             "recipe": {}, "peak_memory_bytes": 1,
         }  # fmt: skip
+        if "regresses" in words:
+            one = {"slice": "de", "rows": 12, "measured": 12, "before": 1.0, "after": 1.5, "worse_by": 0.5,
+                   "regressed": True, "loss_before": 1.0, "loss_after": 1.5, "metrics_before": {},
+                   "metrics_after": {}}  # fmt: skip
+            report["slices"] = {
+                "by": "loss", "against": "base", "slices": [one], "slice_count": 1, "regressed": ["de"],
+                "changed": [], "changed_count": 0,
+            }  # fmt: skip
         self.send(Trained(report))
 
 

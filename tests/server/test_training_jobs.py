@@ -183,6 +183,28 @@ def test_a_job_tells_whether_its_version_is_active_now(server: Server, client: O
     assert not active()
 
 
+@pytest.mark.parametrize("wish", ["if_better", "always"])
+def test_an_adapter_that_is_worse_on_a_slice_than_allowed_is_not_activated(
+    server: Server, client: OpenAI, wish: str
+) -> None:
+    settings: Any = {"max_regression": 0.02, "slice_by": "lang"}
+    job = run_job(
+        server,
+        client,
+        "regresses",
+        hyperparameters=settings,
+        extra={"name": f"slices-{wish}", "activate": wish},
+    )
+    assert (job.status, job.activated, job.report["better"]) == ("succeeded", False, True)
+    assert job.report["slices"]["regressed"] == ["de"]
+    said = next(iter(client.fine_tuning.jobs.list_events(job.id)))
+    assert "on de it is worse by more than 0.02" in said.message
+    (listed,) = [one for one in client.fine_tuning.jobs.list() if one.id == job.id]
+    assert listed.report["slices"] is None  # type: ignore[attr-defined]
+    assert server.client().get(f"/v1/adapters/slices-{wish}").json()["active"] is False
+    assert client.completions.create(model=job.fine_tuned_model, prompt="one", max_tokens=1).choices[0].text
+
+
 def test_every_bad_line_is_told_and_named_with_its_file(server: Server, client: OpenAI) -> None:
     job = run_job(server, client, "broken")
     assert (job.status, job.error.code, job.error.param) == ("failed", "invalid_file", "training_file")

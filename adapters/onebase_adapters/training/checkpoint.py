@@ -187,6 +187,7 @@ class Report:
     metrics_before, metrics_after: base and adapter on the same prompts, each from 0 to 1.
     losses, held_out: (step, loss).
     parent: what training went on from; "" where that is the base. loss_parent, metrics_parent: of it.
+    slices: as `slices.slice_report` gives it; None where the held-out rows name none.
     """
 
     name: str
@@ -210,6 +211,7 @@ class Report:
     parent: str = ""
     loss_parent: float | None = None
     metrics_parent: dict[str, float] = field(default_factory=dict)
+    slices: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -335,7 +337,30 @@ def _results(report: Report) -> str:
     if not rows:
         return "## Results\n\nNothing was held out, so nothing was measured."
     named = [[f"`{_plain(name)}`" if name in report.metrics_after else name, *rest] for name, *rest in rows]
-    return "## Results\n\n" + _table(head, named)
+    return "## Results\n\n" + _table(head, named) + _slices(report)
+
+
+def _slices(report: Report) -> str:
+    if report.slices is None:
+        return ""
+    head, *rows = slice_rows(report.slices)
+    return "\n\n" + _table(head, [[f"`{_plain(name)}`", *rest] for name, *rest in rows])
+
+
+def slice_rows(slices: Mapping[str, Any]) -> list[list[str]]:
+    """A table of `Report.slices`: its head, then a line for each slice."""
+    by_loss = slices["by"] == "loss"
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}" if by_loss else f"{value:.1%}"
+
+    made = [
+        [f"{'held-out loss' if by_loss else slices['by']} by slice", "rows", slices["against"], "adapter", ""]
+    ]
+    for one in slices["slices"]:
+        verdict = "worse than allowed" if one["regressed"] else "worse" if one["worse_by"] > 0 else ""
+        made.append([one["slice"], str(one["measured"]), shown(one["before"]), shown(one["after"]), verdict])
+    return made
 
 
 def results(report: Report) -> list[list[str]]:

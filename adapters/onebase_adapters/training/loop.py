@@ -21,6 +21,7 @@ from onebase_adapters.training.data.dataset import Dataset, Row
 from onebase_adapters.training.events import Interrupted
 from onebase_adapters.training.objectives import Objective
 from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
+from onebase_adapters.training.slices import by_slice
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.machine import peak_memory
 
@@ -287,6 +288,11 @@ class Trainer:
         batches = pack(data.rows, range(len(data)), limit, packing=packing)
         with self.trainable.evaluating():
             return self._scores(data, batches, "the held-out loss", step=self.state.step)
+
+    def slice_losses(self) -> dict[str, float]:
+        """The held-out loss of each slice, with the adapter as it is now. In all processes at once."""
+        parts = {} if self._held_out is None else by_slice(self._held_out)
+        return {name: self._held_out_scores(part).loss for name, part in parts.items()}
 
     def _save(self, loss: float | None) -> None:
         if self._processes.first and self.state.step not in self._checkpoints.steps():

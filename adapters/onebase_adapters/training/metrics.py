@@ -28,11 +28,18 @@ class Metric:
     argument: str
     about: str
     score: Score
+    decides: bool = True
+    """Whether a reply is right or wrong by it, and nothing between."""
 
 
 def check_metric(name: str) -> None:
     """Raise MetricError unless `name` is a metric."""
     _parse(name)
+
+
+def is_decided(name: str) -> bool:
+    """Whether a metric says right or wrong. Raises MetricError."""
+    return _parse(name)[0].decides
 
 
 def score(name: str, reply: str, reference: str) -> float:
@@ -133,7 +140,9 @@ def _word_f1(reply: str, reference: str, _argument: str) -> float:
 
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("", "the reply is the reference", lambda reply, ref, _: reply == ref),
-    "word_f1": Metric("", "words in common with the reference, in any order and case", _word_f1),
+    "word_f1": Metric(
+        "", "words in common with the reference, in any order and case", _word_f1, decides=False
+    ),
     "json_valid": Metric("", "the reply is JSON and nothing else", lambda reply, _, __: _parsed(reply)[1]),
     "json_equal": Metric("", "the reply is the reference's JSON, keys in any order", _json_equal),
     "json_keys": Metric("A|B|C", "the reply is a JSON object with exactly these keys", _json_keys),

@@ -256,6 +256,21 @@ class Recipe:
         32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
     )
     metric_tokens: int = _setting(128, "evaluation", "longest generated reply", low=1, high=8192)
+    slice_by: str = _setting(
+        "slice",
+        "evaluation",
+        "the field of the rows that says of which slice a row is: held-out rows are compared by slice",
+    )
+    slice_rows: int = _setting(
+        10, "evaluation", "least held-out rows of a slice for max_regression to look at it", low=1
+    )
+    max_regression: float | Auto = _setting(
+        "auto",
+        "evaluation",
+        "how much worse a slice may get, by best_by, if the adapter is to be activated (auto: no limit)",
+        low=0,
+        high=100,
+    )
     sample_prompts: tuple[str, ...] = _setting(
         (), "evaluation", "prompts that are answered at each evaluation"
     )
@@ -394,6 +409,8 @@ def _check_together(recipe: Recipe) -> None:
                 raise RecipeError(
                     field_name, f"{shown(name)} is not a layer's name: patterns are not allowed"
                 )
+    if not recipe.slice_by.strip() or len(recipe.slice_by) > 100:
+        raise RecipeError("slice_by", "slice_by is empty or over 100 characters: write the name of a field")
     if recipe.use_dora and recipe.init == "eva":
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
     if recipe.rank_pattern and recipe.init == "eva":

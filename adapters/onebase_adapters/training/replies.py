@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
-from onebase_adapters.training.data.dataset import Dataset
+from onebase_adapters.training.data.dataset import Dataset, Prompt
 from onebase_adapters.training.data.tokens import dated_tokenizer
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.metrics import mean
@@ -201,6 +201,14 @@ class _GatedModel(ServedModel):
 BASE_METRICS, PARENT_METRICS = "base_metrics.json", "parent_metrics.json"
 
 
+@dataclass(frozen=True)
+class Replies:
+    """One subject's metrics, and its replies to the held-out prompts, in their order."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+
 class Measuring:
     """Replies of the adapter as it is now, and of the base. Does nothing where the recipe asks for none."""
 
@@ -223,29 +231,35 @@ class Measuring:
         self._listen = listen
         self._gate = gate
 
-    def base(self) -> dict[str, float]:
-        """The base's metrics; measured once in a run, however often it is resumed."""
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The held-out rows that replies are generated for; none without metrics."""
+        return self._prompts if self._recipe.metrics else []
+
+    def base(self) -> Replies:
+        """The base's; measured once in a run, however often it is resumed."""
         return self._once("base", self._folder / BASE_METRICS)
 
-    def parent(self) -> dict[str, float]:
+    def parent(self) -> Replies:
         """Those of the adapter that training goes on from, if there is one; measured once, as the base's."""
         if not self._trainable.has_parent:
-            return {}
+            return Replies()
         with self._trainable.at_start():
             return self._once("parent", self._folder / PARENT_METRICS)
 
-    def _once(self, subject: str, file: Path) -> dict[str, float]:
-        if not self._recipe.metrics or not self._prompts:
-            return {}
-        with contextlib.suppress(OSError, ValueError):
-            held: dict[str, float] = json.loads(file.read_text())
-            return held
+    def _once(self, subject: str, file: Path) -> Replies:
+        if not self.prompts:
+            return Replies()
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            held = Replies(**json.loads(file.read_text()))
+            if len(held.texts) == len(self.prompts):
+                return held
         found = self._measure(subject)
-        write_atomically(file, json.dumps(found))
+        write_atomically(file, json.dumps(asdict(found)))
         return found
 
-    def adapter(self) -> dict[str, float]:
-        """The adapter's metrics, as it is now."""
+    def adapter(self) -> Replies:
+        """The adapter's, as it is now."""
         return self._measure("adapter")
 
     def sample(self, step: int) -> None:
@@ -256,16 +270,16 @@ class Measuring:
         for prompt, text in zip(self._recipe.sample_prompts, replies, strict=True):
             self._listen(events.Sampled(at=time.time(), step=step, prompt=prompt, text=text))
 
-    def _measure(self, subject: str) -> dict[str, float]:
-        if not self._recipe.metrics or not self._prompts:
-            return {}
+    def _measure(self, subject: str) -> Replies:
+        if not self.prompts:
+            return Replies()
         self._listen(events.Phase(at=time.time(), name="measuring", message=subject))
         asked = [prompt.ids.tolist() for prompt in self._prompts]
         replies = self._replies(asked, f"measuring {subject}", bare=subject == "base")
         references = [prompt.reference for prompt in self._prompts]
         found = {name: mean(name, replies, references) for name in self._recipe.metrics}
         self._listen(events.Measured(at=time.time(), subject=subject, metrics=found, rows=len(self._prompts)))
-        return found
+        return Replies(found, replies)
 
     def _replies(self, prompts: Sequence[list[int]], name: str, *, bare: bool) -> list[str]:
         def on_progress(part: float) -> None:

@@ -55,7 +55,8 @@ from onebase_adapters.training.recipe import (
     step_count,
     token_count,
 )
-from onebase_adapters.training.replies import Measuring
+from onebase_adapters.training.replies import Measuring, Replies
+from onebase_adapters.training.slices import Measured, by_slice, slice_report
 from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.identity import base_id
 from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint, load_config
@@ -267,8 +268,7 @@ class PlannedRun:
             on_evaluation=self._measuring.sample if self._processes.first else lambda step: None,
             export=self._export,
         )
-        self._metrics_before: dict[str, float] = {}
-        self._metrics_parent: dict[str, float] = {}
+        self._before, self._parent = Replies(), Replies()
 
     def train(self, until: int | None = None) -> bool:
         """Train to the end, or until a step, where it leaves a checkpoint. Returns whether it is finished."""
@@ -281,7 +281,7 @@ class PlannedRun:
         )
         self._listen(planned)
         if self._processes.first:
-            self._metrics_before, self._metrics_parent = self._measuring.base(), self._measuring.parent()
+            self._before, self._parent = self._measuring.base(), self._measuring.parent()
         self._listen(events.Phase(at=time.time(), name="training"))
         self._trainer.run(until)
         return self._trainer.finished
@@ -289,7 +289,8 @@ class PlannedRun:
     def finish(self) -> Report:
         """Measure the adapter, and write it with its report."""
         job, recipe, state = self._job, self._plan.recipe, self._trainer.state
-        metrics = self._metrics_before, self._measuring.adapter() if self._processes.first else {}
+        after = self._measuring.adapter() if self._processes.first else Replies()
+        slices = self._slices(after)
         self._listen(events.Phase(at=time.time(), name="saving"))
         report = Report(
             name=job.name,
@@ -303,21 +304,41 @@ class PlannedRun:
             adapter_bytes=0,
             loss_before=state.base_loss,
             loss_after=state.best_loss,
-            metrics_before=metrics[0],
-            metrics_after=metrics[1],
-            better=self._better(metrics[1]),
+            metrics_before=self._before.metrics,
+            metrics_after=after.metrics,
+            better=self._better(after.metrics),
             losses=state.losses,
             held_out=state.held_out,
             recipe=recipe.to_json(),
             peak_memory_bytes=peak_memory(self._trainable.device),
             parent=job.parent.label if job.parent else "",
             loss_parent=state.parent_loss,
-            metrics_parent=self._metrics_parent,
+            metrics_parent=self._parent.metrics,
+            slices=slices,
         )
         if self._processes.first:
             report = self._write(report)
         self._processes.wait()
         return report
+
+    def _slices(self, after: Replies) -> dict[str, Any] | None:
+        """What has changed in each slice of the held-out rows, against what training began with."""
+        held_out = self._plan.data.held_out
+        rows = {} if held_out is None else {name: len(part) for name, part in by_slice(held_out).items()}
+        if not rows:
+            return None
+        now = self._trainer.slice_losses()
+        with self._trainable.at_start():
+            begun = self._trainer.slice_losses()
+        before, against = (self._before, "base") if self._job.parent is None else (self._parent, "parent")
+        return slice_report(
+            self._plan.recipe,
+            rows,
+            self._measuring.prompts if self._processes.first else [],
+            Measured(begun, before.texts),
+            Measured(now, after.texts),
+            against,
+        )
 
     def _export(self, folder: Path) -> None:
         """The adapter as it is now, for those who serve a checkpoint."""
@@ -332,10 +353,10 @@ class PlannedRun:
     def _better(self, after: dict[str, float]) -> bool | None:
         """Whether it is better than the base, and than its parent if it has one; None if not measured."""
         recipe, state = self._plan.recipe, self._trainer.state
-        found = [is_better(recipe, (state.base_loss, state.best_loss), self._metrics_before, after)]
+        found = [is_better(recipe, (state.base_loss, state.best_loss), self._before.metrics, after)]
         if self._job.parent is not None:
             losses = state.parent_loss, state.best_loss
-            found.append(is_better(recipe, losses, self._metrics_parent, after))
+            found.append(is_better(recipe, losses, self._parent.metrics, after))
         return None if None in found else all(found)
 
     def _write(self, report: Report) -> Report:

@@ -49,7 +49,10 @@ from .errors import (
 )
 from .training_types import (
     Activate,
+    ChangedRow,
     CurvePoint,
+    SliceReport,
+    SliceResult,
     TrainingCallback,
     TrainingCheckpoint,
     TrainingEvent,
@@ -113,6 +116,7 @@ __all__ = [
     "AuditEntry",
     "AuthenticationError",
     "BadRequestError",
+    "ChangedRow",
     "Choice",
     "Classification",
     "Client",
@@ -146,6 +150,8 @@ __all__ = [
     "SamplingFields",
     "ServerUnavailableError",
     "ServerVersion",
+    "SliceReport",
+    "SliceResult",
     "StorageFullError",
     "Stream",
     "StreamError",

@@ -52,6 +52,58 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True)
+class SliceResult:
+    """One slice of the held-out rows: before is what training went on from, after the adapter."""
+
+    slice: str
+    rows: int
+    measured: int
+    """Rows that `before` and `after` are means over."""
+    before: float | None
+    """By the job's `best_by`: a loss, or a metric."""
+    after: float | None
+    worse_by: float
+    """0 where it is not worse."""
+    regressed: bool
+    """Whether it is worse by more than `max_regression`, on at least `slice_rows` rows."""
+    loss_before: float | None
+    loss_after: float | None
+    metrics_before: Mapping[str, float] = field(hash=False)
+    metrics_after: Mapping[str, float] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class ChangedRow:
+    """A held-out row whose reply was right, by a metric, and is wrong."""
+
+    line: int
+    slice: str
+    """"" if the row names none."""
+    metric: str
+    reference: str
+    """The row's own reply. This and the replies are cut at 500 characters."""
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """What a job has changed in each slice of its held-out rows, those first that got worse most."""
+
+    by: str
+    """The job's `best_by`."""
+    against: str
+    """`base`, or `parent` for a job that goes on from a version."""
+    slices: tuple[SliceResult, ...]
+    slice_count: int
+    """There may be more than are listed."""
+    regressed: tuple[str, ...]
+    """Slices for which the version is not activated."""
+    changed: tuple[ChangedRow, ...]
+    changed_count: int
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """The result of a job: the base before and the adapter after, on the same held-out rows."""
 
@@ -75,6 +127,8 @@ class TrainingReport:
     loss_parent: float | None = None
     """Of the version that training went on from, if there is one."""
     metrics_parent: Mapping[str, float] = field(default_factory=dict, hash=False)
+    slices: SliceReport | None = None
+    """None if the held-out rows name no slices; lists of jobs leave it out."""
 
 
 @dataclass(frozen=True)
@@ -260,5 +314,12 @@ class TrainingSettings(TypedDict, total=False):
     """Held-out rows that replies are generated for (default: 32)."""
     metric_tokens: int
     """Longest generated reply (default: 128)."""
+    slice_by: str
+    """The field of the rows that says of which slice a row is: held-out rows are compared by slice (default:
+    slice)."""
+    slice_rows: int
+    """Least held-out rows of a slice for max_regression to look at it (default: 10)."""
+    max_regression: float | str
+    """How much worse a slice may get, by best_by, if the adapter is to be activated (auto: no limit)."""
     sample_prompts: Sequence[str]
     """Prompts that are answered at each evaluation."""

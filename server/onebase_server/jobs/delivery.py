@@ -29,6 +29,7 @@ PROOFS_WAITED = 6
 """The wait for a version's proof lasts as long as this many proofs may take: others may be ahead of it."""
 LOST = "adapter_lost"
 """The trained files are gone: the job has to be trained again."""
+_SHOWN = 5
 _CODES = {"store_full": "disk_full"}
 """A job's error code, by that of its version."""
 
@@ -101,6 +102,7 @@ class Delivery:
     async def _deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
         report = job.report or {}
         asked = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
+        asked = asked and not _regressed(job)
         folder = self._folders.job(job.id) / "adapter"
         if not all((folder / file).is_file() for file in ADAPTER_FILES):
             raise DeliveryError(
@@ -160,6 +162,12 @@ class Delivery:
         return VersionFiles(config, weights)
 
 
+def _regressed(job: TrainingJob) -> list[str]:
+    """The slices that got worse by more than the job allows."""
+    found: list[str] = ((job.report or {}).get("slices") or {}).get("regressed", [])
+    return found
+
+
 def _message(job: TrainingJob, digest: str, *, active: bool, asked: bool, problem: str) -> str:
     model = label(job.name, digest)
     if active:
@@ -168,6 +176,10 @@ def _message(job: TrainingJob, digest: str, *, active: bool, asked: bool, proble
         return f"{model} is proved, but could not be activated: {problem or 'another version was chosen'}."
     if job.activate == "never":
         return f"{model} is proved. The job asked not to activate it."
+    if regressed := _regressed(job):
+        named = ", ".join(regressed[:_SHOWN]) + (", ..." if len(regressed) > _SHOWN else "")
+        limit = job.settings.get("max_regression")
+        return f"{model} is proved. It is not activated: on {named} it is worse by more than {limit:g}."
     better = (job.report or {}).get("better")
     than = f" than {label(job.parent.name, job.parent.digest)} and the base" if job.parent else ""
     worse = f"it is no better{than} on held-out data"

@@ -13,7 +13,7 @@ from onebase_server.processes.trainer_protocol import Failed
 
 PROBLEMS_IN_ONE = 500
 """Bad lines in one event."""
-_LONG = ("losses", "held_out", "recipe")
+_LONG = ("losses", "held_out", "recipe", "slices")
 """Parts of a report that the result file and the job have."""
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -350,6 +350,10 @@ class Display:
             style="bold",
         )
         self._console.print(_results(report))
+        if report.slices is not None:
+            self._console.print(_slice_table(report.slices))
+            for row in report.slices["changed"][:_MOST_CHANGED]:
+                self._console.print(shown(_changed(row)), highlight=False)
         self._console.print(_figures(report), highlight=False)
         if self._losses:
             self._console.print(f"loss {sparkline(self._losses, 48)} {self._losses[-1]:.4f}", highlight=False)
@@ -443,6 +447,29 @@ def _results(report: Report) -> Table:
     if not table.row_count:
         table.add_row("nothing was held out", *("" for _ in subjects))
     return table
+
+
+_MOST_CHANGED = 5
+
+
+def _slice_table(slices: Mapping[str, Any]) -> Table:
+    from onebase_adapters.training.checkpoint import slice_rows
+
+    (first, *others), *rows = slice_rows(slices)
+    table = Table()
+    table.add_column(first)
+    for title in others:
+        table.add_column(title, justify="right" if title else "left")
+    for name, *values in rows:
+        table.add_row(shown(name), *values, style="red" if values[-1] == "worse than allowed" else "")
+    return table
+
+
+def _changed(row: Mapping[str, Any]) -> str:
+    return (
+        f"line {row['line']} was right by {row['metric']} and is wrong: {row['after'][:80]!r} for "
+        f"{row['reference'][:80]!r}"
+    )
 
 
 def _figures(report: Report) -> str:

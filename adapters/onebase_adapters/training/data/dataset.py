@@ -140,11 +140,13 @@ class Sample:
 
     ids: [tokens] int32. supervised: [tokens], True where the token is a target of the loss; never the first.
     line: 1-based number of the row in its file (of the record, where a file has no lines).
+    slice: which slice of the data the row is of; "": of none.
     """
 
     ids: Ids
     supervised: Mask
     line: int
+    slice: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -175,6 +177,10 @@ class Preference:
     @property
     def line(self) -> int:
         return self.chosen.line
+
+    @property
+    def slice(self) -> str:
+        return self.chosen.slice
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -245,6 +251,10 @@ class Prompt:
     @property
     def line(self) -> int:
         return self.place.line
+
+    @property
+    def slice(self) -> str:
+        return self.sample.slice
 
     @property
     def reference(self) -> str:

@@ -64,13 +64,18 @@ _MAGIC = {
 
 
 def read_file(
-    path: Path, on_part: Callable[[float], None] | None = None, *, name: str | None = None
+    path: Path,
+    on_part: Callable[[float], None] | None = None,
+    *,
+    name: str | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[Item]:
     """The file's records in order, with a Problem in place of each bad line.
 
     Args:
         on_part: gets the part that was read, from 0 to 1, as reading goes on.
         name: what the file is called, if `path` does not say it (an upload); its suffix decides the format.
+        more: columns of a Parquet file to read besides those of KNOWN_FIELDS.
 
     Raises:
         DataError: the file as a whole cannot be read; OSError: or not opened.
@@ -102,7 +107,7 @@ def read_file(
         elif suffix in (".csv", ".tsv"):
             yield from csv_rows(path, "\t" if suffix == ".tsv" else ",", on_bytes, shown)
         else:
-            yield from parquet_rows(path, KNOWN_FIELDS, on_part or (lambda part: None), shown)
+            yield from parquet_rows(path, (*KNOWN_FIELDS, *more), on_part or (lambda part: None), shown)
 
 
 def _check_beginning(path: Path, shown: str, suffix: str) -> None:

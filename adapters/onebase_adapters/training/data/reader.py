@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ DEFAULT_LENGTH = 2048
 _AT_ONCE = 256
 _BYTES_AT_ONCE = 1 << 20
 _MOST_PROBLEMS = 100_000
+_LONGEST_SLICE = 100
 
 
 def load_dataset(
@@ -72,7 +73,8 @@ def load_dataset(
     shown = name or (source.name if isinstance(source, Path) else source)
     builder = _Builder(valid_unicode(shown), tokenizer, recipe)
     files = find_files(source, part) if files is None else files
-    for chunk in _chunks(_records(source, files, name, on_progress), _AT_ONCE):
+    more = (recipe.slice_by,)
+    for chunk in _chunks(_records(source, files, name, on_progress, more), _AT_ONCE):
         builder.add(chunk)
     return builder.dataset()
 
@@ -88,17 +90,20 @@ def _records(
     files: Sequence[Path],
     name: str | None,
     on_progress: Callable[[float], None] | None,
+    more: Sequence[str],
 ) -> Iterator[Item]:
     try:
         if list(files) == [Path(source)]:
-            yield from read_file(files[0], on_progress, name=name)
+            yield from read_file(files[0], on_progress, name=name, more=more)
         else:
-            yield from _all_files(files, on_progress)
+            yield from _all_files(files, on_progress, more)
     except OSError as error:
         raise DataError.of_file(name or str(source), f"cannot be read: {error.strerror or error}") from error
 
 
-def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | None) -> Iterator[Item]:
+def _all_files(
+    paths: Sequence[Path], on_progress: Callable[[float], None] | None, more: Sequence[str]
+) -> Iterator[Item]:
     """The records of several files one after the other; line numbers go on from file to file."""
     before = 0
     for index, path in enumerate(paths):
@@ -108,7 +113,7 @@ def _all_files(paths: Sequence[Path], on_progress: Callable[[float], None] | Non
                 on_progress((index + part) / len(paths))
 
         line = 0
-        for item in read_file(path, on_part):
+        for item in read_file(path, on_part, more=more):
             line = item.line
             yield replace(item, line=before + line) if line else item
         before += line
@@ -133,6 +138,7 @@ class _Builder:
     def __init__(self, source: str, tokenizer: Any, recipe: Recipe) -> None:
         self._source = source
         self._method = recipe.method
+        self._slice_by = recipe.slice_by
         self._decode = reply_decoder(tokenizer)
         self._tokens = RowTokens(
             BaseTokens(dated_tokenizer(tokenizer, recipe)),
@@ -151,19 +157,21 @@ class _Builder:
 
     def add(self, items: Sequence[Item]) -> None:
         parsed: list[tuple[Place, Parsed]] = []
+        slices: dict[Place, str] = {}
         for item in items:
             place = self._next_place(item.line)
             if isinstance(item, Problem):
                 self._problems.append((place, item.field, item.reason))
                 continue
             try:
+                slices[place] = _slice(item.value, self._slice_by)
                 parsed.append((place, parse_row(unfold(item.value), self._method)))
             except RowError as error:
                 self._problems.append((place, error.field, error.reason))
         flat = [(place.line, side) for place, row in parsed for side in _sides(row)]
         tokenized = iter(self._tokens.tokenize(flat))
         for place, row in parsed:
-            self._take(place, row, [next(tokenized) for _ in _sides(row)])
+            self._take(place, row, [_in_slice(next(tokenized), slices[place]) for _ in _sides(row)])
         if len(self._problems) > _MOST_PROBLEMS:
             raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
@@ -224,6 +232,29 @@ class _Builder:
 def _limit(recipe: Recipe, tokenizer: Any) -> int:
     wanted = DEFAULT_LENGTH if recipe.max_length == "auto" else recipe.max_length
     return min(wanted, longest_sequence(tokenizer) or wanted)
+
+
+def _slice(row: Mapping[str, Any], field: str) -> str:
+    """What a row says of its slice; "" if it says nothing. Raises RowError."""
+    value = row.get(field)
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str | int):
+        if field == Recipe.slice_by:
+            return ""  # a field of that name which means something else
+        raise RowError(field, "names the row's slice: write a text or a whole number")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if len(text) > _LONGEST_SLICE:
+        raise RowError(
+            field, f"the name of a slice has {len(text)} characters: write {_LONGEST_SLICE} at most"
+        )
+    return valid_unicode(text)
+
+
+def _in_slice(found: Tokenized | RowError, name: str) -> Tokenized | RowError:
+    if isinstance(found, RowError) or not name:
+        return found
+    return replace(found, samples=[replace(sample, slice=name) for sample in found.samples])
 
 
 def _sides(row: Parsed) -> tuple[Chat | Text, ...]:

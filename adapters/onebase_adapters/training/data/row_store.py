@@ -1,6 +1,6 @@
 """The tokenized rows of a run, in a folder: the first to read the data writes them, later processes map them.
 
-They stand in flat arrays, one file each: about 5 bytes a token, 16 a row and 40 a prompt. It is a cache: a
+They stand in flat arrays, one file each: about 5 bytes a token, 24 a row and 40 a prompt. It is a cache: a
 checksum over the key and all files tells what is damaged, incomplete or of other data, which
 counts as absent.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_adapters.training.data.dataset import Dataset, Place, Preference, Prompt, Row, Sample
 
-_FORMAT = 1
+_FORMAT = 2
 _CHECKSUM = "sha256"
 CHAT_TEMPLATE_DIR = "additional_chat_templates"
 """As in transformers: templates with a name, such as that for rows with tools."""
@@ -57,9 +57,12 @@ def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
             tokens = sum(map(len, samples))
             _write(work / f"{name}.ids.npy", "<i4", tokens, (sample.ids for sample in samples))
             _write(work / f"{name}.supervised.npy", "|b1", tokens, (sample.supervised for sample in samples))
-            facts = np.array([*map(len, samples), *(sample.line for sample in samples)], "<i8")
+            slices = {one: place for place, one in enumerate(dict.fromkeys(s.slice for s in samples))}
+            np.save(work / f"{name}.slices.npy", np.array([*slices, ""], "<U"))
+            of_slice = (slices[sample.slice] for sample in samples)
+            facts = np.array([*map(len, samples), *(sample.line for sample in samples), *of_slice], "<i8")
             sides = len(data.rows[0].samples) if data.rows else 1
-            np.save(work / f"{name}.samples.npy", facts.reshape(2, -1).T.reshape(-1, sides, 2))
+            np.save(work / f"{name}.samples.npy", facts.reshape(3, -1).T.reshape(-1, sides, 3))
             number = {id(sample): index for index, sample in enumerate(samples)} if data.prompts else {}
             prompts = [(number[id(p.sample)], p.own.start, p.own.stop, *p.place) for p in data.prompts]
             np.save(work / f"{name}.prompts.npy", np.array(prompts, "<i8").reshape(-1, 5))
@@ -87,9 +90,10 @@ def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Data
     facts = np.load(folder / f"{name}.samples.npy")
     samples: list[Sample] = []
     start = 0
-    for length, line in facts.reshape(-1, 2).tolist():
+    slices: list[str] = np.load(folder / f"{name}.slices.npy").tolist()
+    for length, line, place in facts.reshape(-1, 3).tolist():
         part = slice(start, start + length)
-        samples.append(Sample(ids[part], supervised[part], line))
+        samples.append(Sample(ids[part], supervised[part], line, slices[place]))
         start += length
     pairs = facts.shape[1] == 2
     rows: Sequence[Row] = list(map(Preference, samples[::2], samples[1::2])) if pairs else samples

@@ -15,7 +15,10 @@ from ..adapter_types import Progress, ProgressCallback
 from ..errors import APIStatusError, InvalidResponseError
 from ..training_types import (
     Activate,
+    ChangedRow,
     CurvePoint,
+    SliceReport,
+    SliceResult,
     TrainingCheckpoint,
     TrainingEvent,
     TrainingFailure,
@@ -231,6 +234,17 @@ def _report(value: Json) -> TrainingReport:
         value,
         loss_parent=value.get("loss_parent"),
         metrics_parent=dict(value.get("metrics_parent") or {}),
+        slices=None if value.get("slices") is None else _slices(value["slices"]),
+    )
+
+
+def _slices(value: Json) -> SliceReport:
+    return flat(
+        SliceReport,
+        value,
+        slices=tuple(flat(SliceResult, one) for one in value["slices"]),
+        regressed=tuple(value["regressed"]),
+        changed=tuple(flat(ChangedRow, one) for one in value["changed"]),
     )
 
 

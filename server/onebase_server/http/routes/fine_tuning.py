@@ -79,7 +79,8 @@ async def list_jobs(
     """Newest first; `metadata[key]=value` picks those with that metadata."""
     labels = _labels(request.query_params)
     found = await services.training.jobs.find(caller.tenant, after=after, limit=limit + 1, labels=labels)
-    return json_response(page(await _views(found[:limit], services), more=len(found) > limit))
+    shown = await _views(found[:limit], services, in_list=True)
+    return json_response(page(shown, more=len(found) > limit))
 
 
 @router.get("/{job_id}", responses=answer(JobAnswer))
@@ -181,12 +182,14 @@ async def _shown(job: TrainingJob, services: Services) -> Response:
     return json_response(view)
 
 
-async def _views(jobs: Sequence[TrainingJob], services: Services) -> list[JobAnswer]:
+async def _views(
+    jobs: Sequence[TrainingJob], services: Services, *, in_list: bool = False
+) -> list[JobAnswer]:
     """The jobs as callers see them, with what is active now, also where another server has changed that."""
     catalog = services.catalog
     if any(job.activated and not is_active(job, catalog.of(job.tenant)) for job in jobs):
         await catalog.look_again()
-    return [job_view(job, catalog.base_name, catalog.of(job.tenant)) for job in jobs]
+    return [job_view(job, catalog.base_name, catalog.of(job.tenant), in_list=in_list) for job in jobs]
 
 
 async def _parent(model: str, services: Services, caller: Caller) -> VersionRecord:

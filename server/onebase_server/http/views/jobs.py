@@ -42,8 +42,11 @@ def file_view(file: TrainingFile) -> FileAnswer:
     }
 
 
-def job_view(job: TrainingJob, base_name: str, names: Names) -> JobAnswer:
-    """One job; `report` without the curve, which is in the result file. `names`: those of its tenant."""
+def job_view(job: TrainingJob, base_name: str, names: Names, *, in_list: bool = False) -> JobAnswer:
+    """One job; `report` without the curve, which is in the result file, and in a list without its slices.
+
+    names: those of its tenant.
+    """
     recipe = (job.plan or {}).get("recipe") or job.settings
     settings = {key: value for key, value in recipe.items() if key not in ("method", "seed")}
     shown = {"n_epochs": _whole(recipe["epochs"]), **{k: recipe[k] for k in _OPENAI}}
@@ -78,7 +81,7 @@ def job_view(job: TrainingJob, base_name: str, names: Names) -> JobAnswer:
         "version": job.version,
         "progress": job.progress,
         "estimate": (job.plan or {}).get("estimate"),
-        "report": {key: report.get(key) for key in _SHORT} if report else None,
+        "report": None if not report else _report(report, slices=not in_list),
         "resumable": is_resumable(job.state, job.error_code),
     }
 
@@ -87,6 +90,11 @@ def is_active(job: TrainingJob, names: Names) -> bool:
     """Whether requests for the job's adapter get its version now."""
     record = names.own(job.name)
     return record is not None and job.version is not None and record.active == job.version
+
+
+def _report(report: Mapping[str, Any], *, slices: bool) -> Json:
+    shown = {key: report.get(key) for key in _SHORT}
+    return shown | {"slices": report.get("slices") if slices else None}
 
 
 def event_view(event: JobEvent) -> JobEventAnswer:

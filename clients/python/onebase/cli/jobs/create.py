@@ -37,7 +37,7 @@ _EXAMPLES = """\
   onebase jobs create train.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
   onebase jobs create train.jsonl --name acme --validation eval.jsonl
   onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
-  onebase jobs create more.jsonl --model acme@3f2a9c41
+  onebase jobs create more.jsonl --model acme@3f2a9c41 --max-regression 0.02
 """
 
 
@@ -47,6 +47,9 @@ def run(action: str, argv: list[str]) -> int:
     args = made.parse_args(argv)
     try:
         args.settings, args.labels = parse_settings(args.set), parse_labels(args.metadata)
+        for name in ("max_regression", "slice_by"):
+            if getattr(args, name) is not None:
+                args.settings[name] = getattr(args, name)
     except ValueError as error:
         made.error(str(error))
     return perform(made, args, lambda client: _create(client, args))
@@ -77,6 +80,15 @@ def _parser(action: str) -> argparse.ArgumentParser:
         choices=("supervised", "dpo"),
         default="supervised",
         help="supervised: learn the replies; dpo: prefer `chosen` to `rejected` (default: supervised)",
+    )
+    made.add_argument(
+        "--max-regression",
+        type=float,
+        metavar="X",
+        help="do not activate it if a slice of the held-out rows gets worse by more (default: no limit)",
+    )
+    made.add_argument(
+        "--slice-by", metavar="FIELD", help="the field of the rows that names their slice (default: slice)"
     )
     made.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
     made.add_argument(

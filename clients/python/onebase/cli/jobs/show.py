@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Final
 from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
-from ...training_types import CurvePoint, TrainingCheckpoint, TrainingEvent, TrainingJobInfo, TrainingReport
+from ...training_types import (
+    CurvePoint,
+    SliceReport,
+    SliceResult,
+    TrainingCheckpoint,
+    TrainingEvent,
+    TrainingJobInfo,
+    TrainingReport,
+)
 from ..command import OK, action_parser, count, perform, print_json
 from ..ui import (
     Column,
@@ -40,6 +48,7 @@ _SHORT: Final = 8
 _CHART: Final = 48
 """Characters of a chart."""
 _MOST_TARGETS: Final = 8
+_MOST_CHANGED: Final = 5
 _SHOWN: Final = ("r", "alpha", "targets", "epochs", "batch_size", "learning_rate")
 
 _DESCRIPTIONS: Final = {
@@ -305,6 +314,8 @@ def _print_report(out: Console, report: TrainingReport) -> None:
         ]
         out.print(table(columns, measures, out.width))
         out.print()
+    if report.slices is not None:
+        _print_slices(out, report.slices)
     speed = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.seconds else ""
     out.print(
         line(
@@ -314,6 +325,46 @@ def _print_report(out: Console, report: TrainingReport) -> None:
         ),
         soft_wrap=True,
     )
+
+
+def _print_slices(out: Console, found: SliceReport) -> None:
+    """A table of the slices, then the rows that were right and are wrong."""
+    by_loss = found.by == "loss"
+    name = "held-out loss" if by_loss else found.by
+
+    def shown(value: float | None) -> str:
+        return loss(value) if by_loss else _share(value)
+
+    def style(one: SliceResult) -> str:
+        return "red" if one.regressed else "yellow" if one.worse_by > 0 else ""
+
+    columns: tuple[Column[SliceResult], ...] = (
+        Column(f"{name} by slice", lambda one: one.slice, shrink=True),
+        Column("rows", lambda one: str(one.measured), right=True),
+        Column(found.against, lambda one: shown(one.before), right=True),
+        Column("adapter", lambda one: shown(one.after), right=True, style=style),
+        Column("", _verdict),
+    )
+    out.print(table(columns, found.slices, out.width))
+    more = found.slice_count - len(found.slices)
+    if more:
+        out.print(line(f"and {more} slices more"), soft_wrap=True)
+    for row in found.changed[:_MOST_CHANGED]:
+        of = f" ({row.slice})" if row.slice else ""
+        out.print(
+            line(
+                f"line {row.line}{of} was right by {row.metric} and is wrong: {row.after[:80]!r} for "
+                f"{row.reference[:80]!r}"
+            ),
+            soft_wrap=True,
+        )
+    if found.changed_count > _MOST_CHANGED:
+        out.print(line(f"{found.changed_count} rows were right and are wrong: --json lists more"))
+    out.print()
+
+
+def _verdict(one: SliceResult) -> str:
+    return "worse than allowed" if one.regressed else "worse" if one.worse_by > 0 else ""
 
 
 def _measures(report: TrainingReport) -> list[_Measure]:
