@@ -296,6 +296,7 @@ HELPS = [
     *([command] for command in sorted({**COMMANDS, **EXTRA_COMMANDS})),
     *(["adapters", action] for action in adapters.ACTIONS),
     *(["jobs", action] for action in jobs.ACTIONS),
+    ["migrate", "openai"],
     ["base", "fetch"],
     ["data", "check"],
 ]
@@ -325,6 +326,7 @@ NO_DEFAULT = {
         "--grammar FILE",
     ],
     "jobs create": ["--set NAME=VALUE", "--metadata KEY=VALUE"],
+    "migrate openai": ["--file FILE", "--set NAME=VALUE"],
     "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
     "sweep": ["--data FILE"],
     "estimate": ["--data FILE", "--rows N"],
@@ -332,7 +334,7 @@ NO_DEFAULT = {
 """Options that are required, or without which there is nothing of the kind."""
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"adapters", "jobs"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"adapters", "jobs", "migrate"}))
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -78,6 +78,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         PARSE,
     ),  # the other lines have none
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
+    (r"onebase migrate openai --file ", PARSE),  # minutes; tests/clients/test_migrate.py runs it
     (r"accelerate launch -m onebase_adapters\.training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
     (r"for name in orders pirate; do\n", PARSE),  # an hour of training

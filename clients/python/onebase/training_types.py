@@ -218,6 +218,9 @@ class TrainingJobInfo:
     error: TrainingFailure | None
     result_files: tuple[str, ...]
     """Ids of files: the curve of the losses as CSV."""
+    estimate: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What it will take, once its files are checked: `seconds` of training, `total` bytes of memory,
+    `total_tokens`, `parameters` and parts of them."""
     parent: str | None = None
     """`name@version` with the whole digest, if training goes on from a version of an adapter."""
 

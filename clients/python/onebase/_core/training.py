@@ -224,6 +224,7 @@ def parse_job(value: Json) -> TrainingJobInfo:
         report=None if report is None else _report(report),
         error=None if error is None else flat(TrainingFailure, error),
         result_files=tuple(value["result_files"]),
+        estimate=value.get("estimate"),
         parent=parent_of(value),
     )
 

@@ -36,6 +36,7 @@ Talking to a server
   chat       have a conversation; change the adapter at any time
   adapters   send adapters to the server, look at them, activate them, roll back
   jobs       let the server train adapters; watch, pause, resume, cancel
+  migrate    train again here what was fine-tuned at OpenAI
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
   audit      list who changed what: adapters, files, jobs, keys
@@ -57,6 +58,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "chat": "chat",
     "adapters": "adapters",
     "jobs": "jobs",
+    "migrate": "migrate",
     "usage": "usage",
     "audit": "audit",
     "models": "server",

@@ -55,8 +55,9 @@ _DESCRIPTIONS: Final = {
     "list": "List the jobs of a server, the newest first. Losses are of held-out rows, base and adapter.",
     "show": "Show one job: its progress or its end, its losses, and base against adapter on held-out rows.",
     "checkpoints": """\
-List the checkpoints of a job, the newest first. `resume` continues from the newest one. While a job keeps
-one, requests may ask for it: onebase generate --adapter ADAPTER. A job that has succeeded keeps none.
+List the checkpoints of a job, the newest first. `resume` continues from the newest one. While a job
+keeps one, requests may ask for it: onebase generate --adapter ADAPTER. One that has succeeded keeps
+none.
 """,
     "events": """\
 Print the events of a job, the oldest first. With --follow, all of them, and then new ones until the
@@ -253,7 +254,7 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
     out.print(
         line(f"  {job.method} on {job.model}, from {job.training_file}{validation}", "dim"), soft_wrap=True
     )
-    out.print(line(f"  {_settings(job)}", "dim"), soft_wrap=True)
+    out.print(line(f"  {settings_line(job)}", "dim"), soft_wrap=True)
     if job.status == "running":
         out.print(line(f"  {doing(job)}  {figures(job)}".rstrip()), soft_wrap=True)
     if job.error is not None:
@@ -268,7 +269,7 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
         out.print(line(f"{job.fine_tuned_model}  ") + line(state, "green" if job.activated else ""))
 
 
-def _settings(job: TrainingJobInfo) -> str:
+def settings_line(job: TrainingJobInfo) -> str:
     """`r 16, alpha 32, targets all-linear, ...`."""
     parts = []
     for name in _SHOWN:
