@@ -11,6 +11,9 @@ import openai
 import pytest
 from openai import OpenAI
 
+from onebase_server.jobs.checkpoints import adapter_of
+
+from .access import Keys
 from .support import Server, Starter
 from .training_support import BASE, add_file, ended, job_folder, make_job, openai_client, step_of, wait_job
 
@@ -123,3 +126,44 @@ def test_training_goes_on_from_a_checkpoint_as_a_version_of_its_adapter(
     assert done.model.startswith(f"{model}@")
     client.fine_tuning.jobs.cancel(job.id)
     assert BASE in {one.id for one in client.models.list()}
+
+
+def test_another_tenant_neither_asks_a_checkpoint_nor_goes_on_from_it(
+    serve_scripted: Starter, keys: Keys
+) -> None:
+    own, other = (keys.make("generate", "adapters", "train", tenant=name) for name in ("own", "other"))
+    with serve_scripted("words", data_dir=keys.file.parent) as server:
+        url = f"{server.url}/v1"
+        ours, theirs = (OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60) for key in (own, other))
+        job = make_job(ours, "until-paused", extra={"name": "secret"})
+
+        def at_five() -> bool:
+            return step_of(ours.fine_tuning.jobs.retrieve(job.id)) == 5
+
+        server.wait_for(at_five)
+        ours.fine_tuning.jobs.pause(job.id)
+        model = newest(ours, job.id)
+        assert ask(ours, model)
+        nobody = f"secret:ftjob-{'0' * 24}:step-5"
+        said = []
+        for name in (model, nobody):
+            with pytest.raises(openai.NotFoundError) as refused:
+                ask(theirs, name)
+            said.append(refused.value.message.replace(name, "NAME"))
+            with pytest.raises(openai.BadRequestError, match="There is no checkpoint"):
+                make_job(theirs, "rows", model=name)
+        assert said[0] == said[1]
+        ours.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("acme:ftjob-1f:step-2", "acme"),
+        ("hub:acme/repo", "hub:acme/repo"),
+        ("acme", "acme"),
+        ("a:b:step-2", "a:b:step-2"),
+    ],
+)
+def test_only_a_checkpoints_name_begins_with_its_adapters(name: str, adapter: str) -> None:
+    assert adapter_of(name) == adapter

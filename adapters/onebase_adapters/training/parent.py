@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from onebase_adapters.format.canonical import canonicalize
-from onebase_adapters.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, check_config
+from onebase_adapters.format.config import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    AdapterFormatError,
+    check_config,
+)
 from onebase_adapters.format.names import BaseModules
 from onebase_adapters.format.safetensors_file import TensorFile
 from onebase_adapters.format.tensors import plan
@@ -59,7 +65,8 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
     """
     own = dict(model.named_parameters(remove_duplicate=False))
     try:
-        facts = check_config(parent.config.read_bytes())
+        with parent.config.open("rb") as opened:
+            facts = check_config(opened.read(MAX_CONFIG_BYTES + 1))
         with parent.weights.open("rb") as opened:
             file = TensorFile.read_header(opened)
             base = BaseModules(adaptable_layers(model), own.get)

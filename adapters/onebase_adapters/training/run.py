@@ -327,6 +327,7 @@ class PlannedRun:
         rows = {} if held_out is None else {name: len(part) for name, part in by_slice(held_out).items()}
         if not rows:
             return None
+        self._listen(events.Phase(at=time.time(), name="measuring", message="slices"))
         now = self._trainer.slice_losses()
         with self._trainable.at_start():
             begun = self._trainer.slice_losses()
@@ -594,10 +595,17 @@ def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | N
         longest_row=max(map(len, [*rows, *held_out])),
         total_tokens=token_count(recipe, len(rows), tokens),
         supervised_part=sum(row.targets for row in rows) / max(1, tokens),
-        memory_limit=job.memory_limit,
+        memory_limit=_memory_for_run(job),
         base_resident=job.base_resident,
         rate=rate,
     )
+
+
+def _memory_for_run(job: Job) -> int | None:
+    """Bytes that the run itself may take: the parent's weights are kept, and exchanged for the run's own."""
+    if job.memory_limit is None or job.parent is None:
+        return job.memory_limit
+    return max(0, job.memory_limit - 2 * job.parent.weights.stat().st_size)
 
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:

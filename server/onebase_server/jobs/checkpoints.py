@@ -42,8 +42,8 @@ def is_checkpoint(name: str) -> bool:
 
 
 def adapter_of(name: str) -> str:
-    """The adapter that a checkpoint's name begins with."""
-    return name.partition(":")[0]
+    """The adapter whose checkpoint this is the name of; any other name as it is."""
+    return name.partition(":")[0] if is_checkpoint(name) else name
 
 
 class CheckpointModels:

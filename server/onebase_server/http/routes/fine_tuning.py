@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from onebase_adapters.names import MAX_NAME
+from onebase_adapters.names import MAX_NAME, is_adapter_name
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name, label
@@ -218,11 +218,15 @@ async def _settings_of(parent: VersionRecord | None, services: Services) -> Pare
 def _adapter_name(
     body: CreateJobRequest, base: str, parent: VersionRecord | None, caller: Caller
 ) -> str | None:
-    """The name that gets the result: without one, that of an own parent, else one is made of the job's id."""
+    """The name that gets the result: without one, that of an own parent (if it is no name of the Hub's); None
+    for one that is made of the job's id."""
     if body.name is not None:
         return check_name(body.name, base)
     if body.suffix is None:
-        return adapter_of(parent.name) if parent is not None and parent.tenant == caller.tenant else None
+        if parent is None or parent.tenant != caller.tenant:
+            return None
+        name = adapter_of(parent.name)
+        return name if is_adapter_name(name) else None
     try:
         # OpenAI takes any text: what a name cannot have becomes a dash, as there.
         return check_name(f"ft-{_NO_NAME.sub('-', body.suffix)}"[:MAX_NAME], base)
