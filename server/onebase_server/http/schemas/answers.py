@@ -600,6 +600,13 @@ class VersionProblem(TypedDict):
     message: str
 
 
+class ParentAnswer(TypedDict):
+    """The version that training went on from."""
+
+    name: str
+    version: str
+
+
 class VersionSource(TypedDict):
     """Where its files came from: `upload`, `hub`, `folder` or `training`."""
 
@@ -609,6 +616,7 @@ class VersionSource(TypedDict):
     commit: NotRequired[str]
     subfolder: NotRequired[str]
     job: NotRequired[str]
+    parent: NotRequired[ParentAnswer]
 
 
 class VersionProgress(TypedDict):
@@ -692,6 +700,7 @@ class JobAnswer(TypedDict):
     metadata: dict[str, str]
     error: JobProblem | None
     name: str
+    parent: ParentAnswer | None
     activate: Activate
     activated: bool | None
     """Whether requests for `name` get its version now."""
