@@ -34,7 +34,7 @@ PATTERNS = [
     (r"\b(_?)Async(?=[A-Z])", r"\1"),
     (r"\b__a(?=(enter|exit|iter|next)__)", "__"),
     (r"\ba(?=(next|closing)\b)", ""),
-    (r"\.a(?=(close|read)\()", "."),
+    (r"\.a(?=(close|read|iter_bytes)\()", "."),
     (r"\banyio\b", "time"),
 ]
 LEFT = re.compile(r"\b(async|await|anyio|asyncio|trio)\b|Async", re.IGNORECASE)

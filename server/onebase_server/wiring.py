@@ -143,7 +143,7 @@ def assemble(
         hub=hub,
         activation=parts.activation,
         folders=folders,
-        views=AdapterViews(adapters, hub, residency),
+        views=AdapterViews(adapters, hub, residency, base),
         verifier=parts.verifier,
         training=training,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,6 +134,18 @@ def _head(
     return head, tuple(entry for entry in entries if entry.name not in names)
 
 
+def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
+    """The module that a tensor of an adapter belongs to, and what it is there: lora_A, ..., weight, bias.
+
+    Args:
+        saved: full names of the modules that the adapter replaces.
+    """
+    module, what, _ = _taken_apart(name, saved)
+    if what is None:
+        raise _foreign(name)
+    return module, what
+
+
 def _sorted_in(
     entries: tuple[TensorEntry, ...], base: BaseModules, saved: set[str], root: str
 ) -> tuple[dict[str, Tensors], tuple[tuple[TensorEntry, torch.Tensor], ...]]:
@@ -157,7 +169,7 @@ def _sorted_in(
     return by_module, tuple(of_base)
 
 
-def _taken_apart(name: str, saved: set[str], root: str) -> tuple[str, str | None, bool | None]:
+def _taken_apart(name: str, saved: Set[str], root: str = "") -> tuple[str, str | None, bool | None]:
     """The module that a tensor belongs to, its part there, and whether that part is for embeddings only.
 
     The part is None for a parameter of the base, whose own name is returned instead of a module's. `root`:

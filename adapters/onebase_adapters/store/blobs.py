@@ -42,6 +42,10 @@ class VersionFiles:
     def digest(self) -> str:
         return version_digest(self.config.sha256, self.weights.sha256)
 
+    def of(self, name: str) -> Blob:
+        """The blob of one of ADAPTER_FILES."""
+        return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights}[name]
+
 
 def version_digest(config_sha: str, weights_sha: str) -> str:
     """SHA-256 (hex) that names a version's content, whatever its folder or its name.

@@ -69,11 +69,11 @@ class Progress:
     """How far a version is on its way to being ready, or a file to the server."""
 
     stage: str
-    """`uploading`, `pulling`, `validating` or `proving`; at the end `ready` or `failed`."""
+    """`uploading`, `pulling`, `validating` or `proving`, at the end `ready` or `failed`; or `downloading`."""
     fraction: float | None = None
     """0 to 1, None if not known. Validating and proving are one piece of work, and share one fraction."""
     bytes_done: int | None = None
-    """Sent so far, while uploading."""
+    """Sent so far, while uploading; or received."""
     bytes_total: int | None = None
     file: str | None = None
     """The name of the file that is sent, where each is sent on its own."""
@@ -222,3 +222,38 @@ class Activation:
     actor: str
     at: float
     """Unix time in seconds."""
+
+
+@dataclass(frozen=True)
+class VersionFile:
+    """One of the two files of a version."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Where the base of a version comes from."""
+
+    name: str
+    repo: str | None
+    """Its repository on the Hugging Face Hub; None if the server has it from a folder of its own."""
+    revision: str | None
+    """The commit there."""
+
+
+@dataclass(frozen=True)
+class VersionFiles:
+    """What a version consists of."""
+
+    version: str
+    """Its digest."""
+    base: BaseReference
+    files: tuple[VersionFile, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)

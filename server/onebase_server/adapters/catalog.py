@@ -234,11 +234,14 @@ class Names:
         shared = self._shared.get(version.name)
         return version.tenant == self.tenant or (shared is not None and shared.tenant == version.tenant)
 
-    def check_own(self, name: str) -> None:
-        """Raises ForbiddenError for what may be used and looked at only. What is unknown passes."""
+    def check_own(self, name: str, to: str = "change it") -> None:
+        """Raises ForbiddenError for what may be used and looked at only. What is unknown passes.
+
+        to: what only its owner may do.
+        """
         if name not in self._own and name in self._shared:
             raise ForbiddenError(
-                f"Adapter {name!r} is shared with all tenants, and only its owner may change it. "
+                f"Adapter {name!r} is shared with all tenants, and only its owner may {to}. "
                 "Upload one of your own under this name, or under another.",
                 code="adapter_read_only",
             )

@@ -40,6 +40,12 @@ class AsyncResponse:
         with translated(self._response.request):
             return await self._response.aread()
 
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The body as it arrives. Close the generator if you leave it early."""
+        with translated(self._response.request):
+            async for chunk in self._response.aiter_bytes():
+                yield chunk
+
     async def events(self) -> AsyncGenerator[ServerEvent, None]:
         """The server-sent events of the body as they arrive. Close the generator if you leave it early."""
         with translated(self._response.request):

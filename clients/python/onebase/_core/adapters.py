@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import BinaryIO, Final
 from urllib.parse import quote, urlencode
 
 from ..adapter_types import (
@@ -16,14 +18,17 @@ from ..adapter_types import (
     Adapter,
     AdapterSource,
     AdapterVersion,
+    BaseReference,
     ModuleReport,
     Progress,
     ProgressCallback,
     ProofReport,
     VersionFailure,
+    VersionFile,
+    VersionFiles,
     VersionReport,
 )
-from ..errors import AdapterRejectedError, UnprocessableError
+from ..errors import AdapterRejectedError, InvalidResponseError, UnprocessableError
 from .config import UNSET, Unset
 from .parse import Json, flat, parent_of
 from .requests import Body, Call, Form, encode
@@ -90,6 +95,72 @@ def _conversion(folder: Path) -> str:
     )
 
 
+# ---- a download --------------------------------------------------------------------------------------
+
+
+class Download:
+    """Writes the files of a version into a new folder as they arrive, and checks that they are that version's.
+
+    For a `with` block, which closes what is open. `next` begins a file; `write` takes its bytes.
+    """
+
+    def __init__(self, listing: VersionFiles, folder: Path, progress: ProgressCallback | None) -> None:
+        self._listing = listing
+        self._folder = folder
+        self._progress = progress
+        self._done = 0
+        self._sum = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Download:
+        self._folder.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def next(self, file: VersionFile) -> None:
+        """Begin one file, under its own name."""
+        if file.name not in (CONFIG, WEIGHTS):  # the server must not choose where this process writes
+            raise InvalidResponseError(f"the server names a file {file.name[:80]!r}, which no adapter has")
+        self._sum, self._file = hashlib.sha256(), (self._folder / file.name).open("wb")
+
+    def write(self, chunk: bytes) -> None:
+        """Take more of it. Raises InvalidResponseError beyond the length that was announced."""
+        self._done += len(chunk)
+        if self._file is None or self._done > self._listing.bytes:
+            raise InvalidResponseError("the server sent more than it announced")
+        self._file.write(chunk)
+        self._sum.update(chunk)
+        if self._progress is not None:
+            total = self._listing.bytes
+            self._progress(Progress("downloading", self._done / total, self._done, total))
+
+    def finish(self, file: VersionFile) -> None:
+        """End it. Raises InvalidResponseError if it is not what the server announced."""
+        if self._file is not None:
+            self._file.close()
+        if self._sum.hexdigest() != file.sha256:
+            raise InvalidResponseError(f"{file.name} arrived damaged: try again")
+
+
+def check_listing(listing: VersionFiles) -> VersionFiles:
+    """The listing, if its sums are those that its version is named by. Raises InvalidResponseError."""
+    total = hashlib.sha256()
+    sums = {file.name: file.sha256 for file in listing.files}
+    try:
+        for name in (CONFIG, WEIGHTS):
+            total.update(name.encode() + b"\0" + bytes.fromhex(sums[name]))
+    except (KeyError, ValueError) as error:
+        raise InvalidResponseError(f"the server does not list {CONFIG} and {WEIGHTS}") from error
+    if total.hexdigest() != listing.version or len(listing.files) != len(sums):
+        raise InvalidResponseError(f"the files that the server lists are not those of {listing.version[:12]}")
+    return listing
+
+
 # ---- requests ----------------------------------------------------------------------------------------
 
 
@@ -105,6 +176,14 @@ def version(name: str, digest: str, wait: float = 0.0) -> Call:
     """`wait`: seconds that the server may take until the version is ready, or has failed."""
     query = f"?{urlencode({'wait_seconds': round(wait, 3)})}" if wait else ""
     return Call("GET", _path(name, "versions", digest) + query)
+
+
+def files(name: str, digest: str) -> Call:
+    return Call("GET", _path(name, "versions", digest, "files"))
+
+
+def file(name: str, digest: str, file: str) -> Call:
+    return Call("GET", _path(name, "versions", digest, "files", file))
 
 
 def history(name: str) -> Call:
@@ -237,6 +316,14 @@ def parse_version(value: Json) -> AdapterVersion:
 
 def parse_versions(value: Json) -> tuple[AdapterVersion, ...]:
     return tuple(parse_version(item) for item in value["data"])
+
+
+def parse_files(value: Json) -> VersionFiles:
+    return VersionFiles(
+        value["version"],
+        flat(BaseReference, value["base"]),
+        tuple(flat(VersionFile, item) for item in value["data"]),
+    )
 
 
 def _source(value: Json) -> AdapterSource:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 from .._core import adapters
 from .._core.config import UNSET, Unset
 from .._core.requests import Call
-from ..adapter_types import Activation, Adapter, AdapterVersion, ProgressCallback
+from .._core.targets import atomic_target, check_free, check_space
+from ..adapter_types import Activation, Adapter, AdapterVersion, ProgressCallback, VersionFile, VersionFiles
 from ..errors import UnprocessableError
 from .http import Http
 
@@ -58,6 +60,69 @@ class Adapters:
             NotFoundError: there is no such adapter.
         """
         return self._http.ask(adapters.history(name), adapters.parse_history)
+
+    def files(self, name: str, version: str) -> VersionFiles:
+        """The files of a version, with their sizes and SHA-256 sums, and where its base comes from.
+
+        Args:
+            version: Its digest, or at least the first 8 digits.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            PermissionDeniedError: another tenant shares it, and only its owner may take it elsewhere.
+        """
+        return self._http.ask(adapters.files(name, version), adapters.parse_files)
+
+    def download(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        version: str | None = None,
+        force: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> VersionFiles:
+        """Write a version to a folder, byte for byte as it was sent or trained, for `PeftModel.from_pretrained`.
+
+        The folder appears whole or not at all, and only if its content is what the version's digest says.
+
+        Args:
+            path: The folder, which must not be there yet.
+            version: Its digest, or at least the first 8 digits; None: the active one.
+            force: Replace an adapter that is at `path`.
+            progress: Called with the bytes that have arrived.
+
+        Raises:
+            ValueError: something is at `path`, or no version is active.
+            NotFoundError: there is no such adapter or version.
+            PermissionDeniedError: another tenant shares it, and only its owner may take it elsewhere.
+            OSError: the folder cannot be written, or there is no room for it.
+        """
+        target = Path(path).expanduser().absolute()
+        check_free(target, force=force)
+        wanted = version or (self.retrieve(name)).version
+        if wanted is None:
+            raise ValueError(f"no version of {name} is active: say which one with version=")
+        listing = adapters.check_listing(self.files(name, wanted))
+        check_space(target.parent, listing.bytes, "the adapter")
+        with (
+            atomic_target(target, force=force) as work,
+            adapters.Download(listing, work, progress) as download,
+        ):
+            for file in listing.files:
+                download.next(file)
+                self._receive(name, listing.version, file, download)
+                download.finish(file)
+        return listing
+
+    def _receive(self, name: str, version: str, file: VersionFile, download: adapters.Download) -> None:
+        response = self._http.open(adapters.file(name, version, file.name))
+        try:
+            with closing(response.chunks()) as chunks:
+                for chunk in chunks:
+                    download.write(chunk)
+        finally:
+            response.close()
 
     def upload(
         self,

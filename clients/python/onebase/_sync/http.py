@@ -40,6 +40,12 @@ class Response:
         with translated(self._response.request):
             return self._response.read()
 
+    def chunks(self) -> Generator[bytes, None, None]:
+        """The body as it arrives. Close the generator if you leave it early."""
+        with translated(self._response.request):
+            for chunk in self._response.iter_bytes():
+                yield chunk
+
     def events(self) -> Generator[ServerEvent, None, None]:
         """The server-sent events of the body as they arrive. Close the generator if you leave it early."""
         with translated(self._response.request):

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
 from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
@@ -27,6 +28,7 @@ from onebase_server.errors import (
 )
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import SLASH, needs
+from onebase_server.http.routes.files import CONTENT
 from onebase_server.http.schemas.adapters import (
     ActivateRequest,
     EmptyRequest,
@@ -41,6 +43,7 @@ from onebase_server.http.schemas.answers import (
     HistoryAnswer,
     ListAnswer,
     VersionAnswer,
+    VersionFilesAnswer,
     answer,
     written_out,
 )
@@ -226,6 +229,38 @@ async def get_version(
     if wait_seconds and await services.adapters.settle(found, due - time.monotonic()):
         found = await services.adapters.version(owner, name, wanted)
     return json_response(services.views.version(found, caller.tenant))
+
+
+@router.get("/{name}/versions/{version}/files", responses=answer(VersionFilesAnswer))
+@needs("adapters")
+async def list_version_files(
+    name: AdapterName, version: str, services: Provided, caller: Calling
+) -> Response:
+    """A version's two files, with their sizes and SHA-256 sums, and the base that they belong to."""
+    found = await _own_version(services, caller, name, version)
+    return json_response(services.views.files(found))
+
+
+@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse, responses=CONTENT)
+@needs("adapters")
+async def get_version_file(
+    name: AdapterName,
+    version: str,
+    file: Literal["adapter_config.json", "adapter_model.safetensors"],
+    services: Provided,
+    caller: Calling,
+) -> Response:
+    """One of the two files, byte for byte as it was sent or trained."""
+    found = await _own_version(services, caller, name, version)
+    with storage_errors(name):
+        path = await services.adapters.disk.run(services.adapters.store.local, found.files.of(file).sha256)
+    return FileResponse(path, media_type="application/octet-stream", filename=file)
+
+
+async def _own_version(services: Services, caller: Caller, name: str, version: str) -> VersionRecord:
+    """A version whose files the caller may have: what others share may be used and looked at only."""
+    services.catalog.of(caller.tenant).check_own(name, "take its files elsewhere")
+    return await services.adapters.version(caller.tenant, name, version)
 
 
 @router.delete("/{name}/versions/{version}", responses=answer(DeletedAnswer))

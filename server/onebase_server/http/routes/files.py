@@ -43,7 +43,7 @@ _BODY: dict[str, Any] = {
 }
 """For the reference at /docs: the route reads its body by itself."""
 _BYTES: Any = {"schema": {"type": "string", "format": "binary"}}
-_CONTENT: Responses = {
+CONTENT: Responses = {
     200: {"content": {"application/octet-stream": _BYTES}},
     206: {
         "description": "What a header Range asks for",
@@ -101,7 +101,7 @@ async def get_file(file_id: str, services: Provided, caller: Calling) -> Respons
     return json_response(file_view(await services.training.files.get(caller.tenant, file_id)))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse, responses=_CONTENT)
+@router.get("/{file_id}/content", response_class=FileResponse, responses=CONTENT)
 @needs("train")
 async def get_content(file_id: str, services: Provided, caller: Calling) -> Response:
     """What is in it."""

@@ -619,6 +619,29 @@ class VersionSource(TypedDict):
     parent: NotRequired[ParentAnswer]
 
 
+class VersionFileAnswer(TypedDict):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class FilesBase(TypedDict):
+    """Where the base can be had."""
+
+    name: str
+    repo: str | None
+    revision: str | None
+
+
+class VersionFilesAnswer(TypedDict):
+    """A version's files."""
+
+    object: Literal["list"]
+    version: str
+    base: FilesBase
+    data: list[VersionFileAnswer]
+
+
 class VersionProgress(TypedDict):
     stage: str
     fraction: float | None

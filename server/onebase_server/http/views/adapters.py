@@ -6,18 +6,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from onebase_adapters.registry import AdapterRecord, VersionError, VersionRecord
+from onebase_adapters.store.blobs import ADAPTER_FILES
+from onebase_engine.base.default_base import ResolvedBase
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import OPTIONS, AdapterService
 from onebase_server.adapters.sources import HubAdapters, PendingPull
-from onebase_server.http.schemas.answers import AdapterAnswer, VersionAnswer, VersionProblem, VersionSource
+from onebase_server.http.schemas.answers import (
+    AdapterAnswer,
+    VersionAnswer,
+    VersionFilesAnswer,
+    VersionProblem,
+    VersionSource,
+)
 
 
 class AdapterViews:
     """What is known of adapters, from everywhere that knows it."""
 
-    def __init__(self, adapters: AdapterService, hub: HubAdapters, residency: Residency) -> None:
+    def __init__(
+        self, adapters: AdapterService, hub: HubAdapters, residency: Residency, base: ResolvedBase
+    ) -> None:
         self._adapters = adapters
+        self._base = base
         self._catalog = adapters.catalog
         self._hub = hub
         self._residency = residency
@@ -115,6 +126,16 @@ class AdapterViews:
             "tenant": version.tenant,
             "progress": {"stage": progress.stage, "fraction": progress.fraction} if progress else None,
             "report": version.report,
+        }
+
+    def files(self, version: VersionRecord) -> VersionFilesAnswer:
+        """What a version consists of, and where its base comes from, for those who take both elsewhere."""
+        blobs = [(name, version.files.of(name)) for name in ADAPTER_FILES]
+        return {
+            "object": "list",
+            "version": version.digest,
+            "base": {"name": self._base.name, "repo": self._base.repo, "revision": self._base.revision},
+            "data": [{"name": name, "bytes": blob.size, "sha256": blob.sha256} for name, blob in blobs],
         }
 
     def pull(self, pending: PendingPull) -> VersionAnswer:

@@ -1,0 +1,68 @@
+"""An adapter's two files read against an unquantized base: what each module gets, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from onebase_adapters.export.base_files import BaseFiles, ExportError
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError, canonicalize
+from onebase_adapters.format.config import MAX_RANK
+from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
+from onebase_adapters.format.tensors import part_of
+
+
+@dataclass(frozen=True)
+class AdapterParts:
+    """A validated adapter. `part` reads its tensors, fp32 but for those of saved modules."""
+
+    spec: AdapterSpec
+    modules: Mapping[str, ModuleSpec]
+    _file: Path
+    _names: Mapping[tuple[str, str], str]
+
+    def part(self, module: str, what: str) -> torch.Tensor:
+        """One tensor of a module: `lora_A`, `lora_B`, `lora_B.bias`, `weight`, ..."""
+        with safe_open(self._file, framework="pt") as opened:
+            found: torch.Tensor = opened.get_tensor(self._names[module, what])
+        return found
+
+    def scale(self, module: str) -> float:
+        """What PEFT multiplies B @ A of a module by."""
+        spec = self.modules[module]
+        return spec.alpha / (math.sqrt(spec.rank) if self.spec.rslora else spec.rank)
+
+
+@contextmanager
+def opened_adapter(folder: Path, base: BaseFiles) -> Iterator[AdapterParts]:
+    """The adapter in a PEFT folder, checked as a server checks it; good inside the block.
+
+    Raises:
+        ExportError: it is no adapter of this base.
+    """
+    with tempfile.TemporaryDirectory(prefix="onebase-export-") as place:
+        canonical = Path(place)
+        try:
+            spec = canonicalize(
+                folder / CONFIG_FILE,
+                folder / WEIGHTS_FILE,
+                base.layers,
+                MAX_RANK,
+                canonical,
+                base_tensor=base.parameter,
+            )
+        except AdapterFormatError as error:
+            raise ExportError(f"the adapter does not fit the base {base.name}: {error}") from error
+        weights = canonical / WEIGHTS_FILE
+        modules = {module.name: module for module in spec.modules}
+        saved = {module.name for module in spec.modules if module.kind == "saved"}
+        with safe_open(weights, framework="pt") as opened:
+            names = {part_of(name, saved): name for name in opened.keys()}  # noqa: SIM118
+        yield AdapterParts(spec, modules, weights, names)

@@ -1,0 +1,135 @@
+"""A base as it lies on disk, unquantized: its config, its layers and its tensors, one at a time.
+
+Nothing of it is loaded: merging and converting read a tensor, write it, and forget it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from onebase_engine.base.default_base import BaseError, resolve_base
+from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.load import UnsupportedBaseError, load_config
+
+INDEX_FILE = "model.safetensors.index.json"
+OnProgress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
+
+
+class ExportError(ValueError):
+    """What was asked for cannot be exported so; the message says why, and what works."""
+
+
+class BaseFiles:
+    """The files of one base in `folder`. `name`: what people call it. Raises ExportError."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        if self.config.get("quantization_config"):
+            raise ExportError(
+                f"the base in {folder} is stored quantized, and merging into rounded weights rounds them again: "
+                "name the unquantized one with --base"
+            )
+        try:
+            self._loaded_config = load_config(folder)
+        except UnsupportedBaseError as error:
+            raise ExportError(str(error)) from None
+        self.shards = self._read_shards()
+        self._shard_of = {name: shard for shard, names in self.shards.items() for name in names}
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def _read_shards(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the tensors in each safetensors file, both in order."""
+        index = self.folder / INDEX_FILE
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = sorted(set(weight_map.values()))
+        else:
+            files = ["model.safetensors"]
+        found = {}
+        for file in files:
+            if Path(file).name != file or not (self.folder / file).is_file():
+                raise ExportError(f"{self.folder} lacks {file}: name the whole base with --base")
+            with safe_open(self.folder / file, framework="pt") as opened:
+                found[file] = tuple(opened.keys())
+        return found
+
+    @property
+    def architecture(self) -> str:
+        """transformers' class of the model, such as LlamaForCausalLM."""
+        named = self.config.get("architectures") or ["unknown"]
+        return str(named[0])
+
+    @property
+    def text_config(self) -> Any:
+        """transformers' config of the text part, with its defaults."""
+        return self._loaded_config.get_text_config()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head has no weight of its own but the embedding's."""
+        return bool(getattr(self._loaded_config, "tie_word_embeddings", False))
+
+    @cached_property
+    def layers(self) -> dict[str, LayerShape]:
+        """What an adapter may adapt, by full name; from a tree without weights."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        with init_empty_weights():
+            return adaptable_layers(AutoModelForCausalLM.from_config(self._loaded_config))
+
+    @cached_property
+    def embedding(self) -> str:
+        """The full name of the input embedding."""
+        return next(name for name, layer in self.layers.items() if layer.kind == "embedding")
+
+    @cached_property
+    def head(self) -> str | None:
+        """The full name of the output head, if it is a module of its own."""
+        return next((name for name in self.layers if name.rpartition(".")[2] == "lm_head"), None)
+
+    def has(self, tensor: str) -> bool:
+        """Whether the files hold a tensor of this name."""
+        return tensor in self._shard_of
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own or mapped from its file."""
+        with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
+            found: torch.Tensor = opened.get_tensor(name)
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header alone."""
+        with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """A parameter of the model, for the checks of an adapter's files; None for a tied head's weight."""
+        if name not in self._shard_of or (self.tied and self.head and name == f"{self.head}.weight"):
+            return None
+        return self._kept.setdefault(name, self.tensor(name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the export holds weights: float16 where the base does, else bfloat16."""
+        first = self.tensor(f"{self.embedding}.weight")
+        return torch.float16 if first.dtype == torch.float16 else torch.bfloat16
+
+
+def open_base(spec: str, progress: OnProgress) -> BaseFiles:
+    """The base that `spec` names (see `resolve_base`), downloaded if need be. Raises ExportError."""
+    try:
+        resolved = resolve_base(spec, lambda message, share: progress("getting the base", share))
+    except BaseError as error:
+        raise ExportError(str(error)) from error
+    return BaseFiles(resolved.folder, resolved.repo or resolved.name)

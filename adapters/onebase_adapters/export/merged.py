@@ -1,0 +1,214 @@
+"""Base and adapter as one model in 16 bit: each weight merged from the unquantized base, one at a time.
+
+The result is PEFT's own `merge_and_unload` on the base in 16 bit, without the whole model in memory. It is not
+what a 4-bit server answers with: there the adapter stands on the rounded weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onebase_adapters.export.adapter_parts import AdapterParts, opened_adapter
+from onebase_adapters.export.base_files import INDEX_FILE, BaseFiles, ExportError, OnProgress, open_base
+from onebase_adapters.format.safetensors_file import TensorToWrite, write_tensors
+from onebase_adapters.format.spec import ModuleSpec
+
+_PIECE = 1 << 20
+"""Elements that are written at once."""
+_OTHER_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+"""Of the base: the tokenizer, the chat template, the settings of generation."""
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged model; `make` computes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+class MergedModel:
+    """What base and adapter are together.
+
+    Raises ExportError where transformers' model of the base has no place for what the adapter does.
+    """
+
+    def __init__(self, base: BaseFiles, adapter: AdapterParts) -> None:
+        self.base = base
+        self.dtype = base.dtype
+        self._adapter = adapter
+        for module in adapter.spec.modules:
+            self._check(module)
+        embedding, head = adapter.modules.get(base.embedding), adapter.modules.get(base.head or "")
+        both_rows = embedding is not None and embedding.kind == "tokens"
+        self.unties = base.tied and not both_rows and (embedding is not None or head is not None)
+        """Whether embedding and head, which share a weight in the base, are two weights from now on."""
+
+    def _check(self, module: ModuleSpec) -> None:
+        base = self.base
+        tied_head = base.tied and module.name == base.head
+        if not tied_head and not base.has(f"{module.name}.weight"):
+            raise ExportError(
+                f"the files of {base.name} do not hold {module.name}.weight under this name, so the adapter "
+                "cannot be merged into them: export it as peft"
+            )
+        if module.bias and not base.has(f"{module.name}.bias"):
+            raise ExportError(
+                f"lora_bias: the adapter adds a bias to {module.name}, which has none in {base.architecture}, so "
+                "no merged model can hold it: export it as peft"
+            )
+
+    def shards(self) -> Mapping[str, list[MergedTensor]]:
+        """The tensors of the merged model by the file of the base that they are in."""
+        base, head = self.base, f"{self.base.head}.weight"
+        found: dict[str, list[MergedTensor]] = {}
+        for shard, names in base.shards.items():
+            kept = [name for name in names if not (base.tied and name == head)]
+            found[shard] = [MergedTensor(name, base.shape(name), self._maker(name)) for name in kept]
+            if self.unties and f"{base.embedding}.weight" in kept:
+                shape = base.shape(f"{base.embedding}.weight")
+                found[shard].append(MergedTensor(head, shape, self._maker(head)))
+        return found
+
+    def _maker(self, name: str) -> Callable[[], torch.Tensor]:
+        return lambda: self.tensor(name)
+
+    @torch.inference_mode()
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the merged model, in `dtype`."""
+        module, _, parameter = name.rpartition(".")
+        stored = f"{self.base.embedding}.weight" if not self.base.has(name) or self._is_tied(name) else name
+        plain = self.base.tensor(stored)
+        if not plain.is_floating_point():
+            raise ExportError(
+                f"{name} in the files of {self.base.name} holds {plain.dtype}, no 16-bit weights"
+            )
+        found, spec = plain.to(self.dtype), self._adapter.modules.get(module)
+        if spec is None:
+            return found
+        if spec.kind == "saved":
+            return self._adapter.part(module, parameter).to(self.dtype)
+        if spec.kind == "tokens":
+            found = found.clone()
+            found[list(spec.indices)] = self._adapter.part(self.base.embedding, "trainable_tokens_delta").to(
+                self.dtype
+            )
+            return found
+        return self._with_matrices(found, spec, parameter)
+
+    def _is_tied(self, name: str) -> bool:
+        return self.base.tied and name == f"{self.base.head}.weight"
+
+    def _with_matrices(self, found: torch.Tensor, spec: ModuleSpec, parameter: str) -> torch.Tensor:
+        adapter, scale = self._adapter, self._adapter.scale(spec.name)
+        if parameter == "bias":
+            return (
+                (found + adapter.part(spec.name, "lora_B.bias") * scale).to(found.dtype)
+                if spec.bias
+                else found
+            )
+        embeds = spec.name == self.base.embedding
+        delta = adapter.part(spec.name, "lora_B") @ adapter.part(spec.name, "lora_A")
+        delta = (delta.T if embeds else delta) * scale
+        if spec.kind == "lora":
+            return (found + delta).to(found.dtype)
+        # DoRA: of each output (of an embedding: of each of its dimensions) the length is learned.
+        weight, axis = found + delta, 0 if embeds else 1
+        factor = adapter.part(spec.name, "lora_magnitude_vector") / torch.linalg.norm(weight, dim=axis)
+        return (factor.unsqueeze(axis) * weight).to(found.dtype)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the merged model."""
+        made = {key: value for key, value in self.base.config.items() if key != "torch_dtype"}
+        made["dtype"] = str(self.dtype).removeprefix("torch.")
+        return made | {"tie_word_embeddings": False} if self.unties else made
+
+
+def export(
+    adapter: Path, target: Path, *, base: str, options: Mapping[str, str], progress: OnProgress
+) -> dict[str, object]:
+    """Write base and adapter as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        adapter: a PEFT folder.
+        target: the folder to make.
+        base: as `onebase serve --base` takes it; unquantized.
+        options: none so far.
+
+    Returns what was written: `base` (its name), `base_folder` and `bytes`.
+
+    Raises:
+        ExportError: it cannot be merged; the message says why and what works.
+        OSError: the folder cannot be written.
+    """
+    files = open_base(base, progress)
+    with opened_adapter(adapter, files) as parts:
+        model = MergedModel(files, parts)
+        shards = model.shards()
+        size = sum(_bytes(tensor, model.dtype) for tensors in shards.values() for tensor in tensors)
+        check_room(target, size)
+        target.mkdir()
+        written = _Counter(size, progress)
+        for shard, tensors in shards.items():
+            write_tensors(target / shard, [_to_write(tensor, model.dtype, written) for tensor in tensors])
+    _write_others(model, target, shards, size)
+    return {"base": files.name, "base_folder": str(files.folder), "bytes": size}
+
+
+def check_room(target: Path, size: int) -> None:
+    """Raise ExportError unless the disk of `target` has room for `size` bytes."""
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise ExportError(
+            f"the export takes {size / 1e9:.2f} GB, and {target.parent} has {free / 1e9:.2f} GB free: make room, "
+            "or write it to another disk with --out"
+        )
+
+
+class _Counter:
+    """Tells how much of `size` bytes is written."""
+
+    def __init__(self, size: int, progress: OnProgress) -> None:
+        self._size, self._progress, self._done = size, progress, 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._progress("merging", self._done / self._size)
+
+
+def _bytes(tensor: MergedTensor, dtype: torch.dtype) -> int:
+    return torch.Size(tensor.shape).numel() * dtype.itemsize
+
+
+def _to_write(tensor: MergedTensor, dtype: torch.dtype, written: _Counter) -> TensorToWrite:
+    def pieces() -> Iterator[torch.Tensor]:
+        for piece in tensor.make().reshape(-1).split(_PIECE):
+            yield piece
+            written.add(piece.nbytes)
+
+    return TensorToWrite(tensor.name, dtype, tensor.shape, pieces)
+
+
+def _write_others(
+    model: MergedModel, target: Path, shards: Mapping[str, list[MergedTensor]], size: int
+) -> None:
+    """Everything but the weights."""
+    for pattern in _OTHER_FILES:
+        for file in model.base.folder.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
+    if len(shards) > 1:
+        where = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        (target / INDEX_FILE).unlink(missing_ok=True)
