@@ -36,8 +36,8 @@ class BaseFiles:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         if self.config.get("quantization_config"):
             raise ExportError(
-                f"the base in {folder} is stored quantized, and merging into rounded weights rounds them again: "
-                "name the unquantized one with --base"
+                f"the base in {folder} is stored quantized, and merging into rounded weights rounds them "
+                "again: name the unquantized one with --base"
             )
         try:
             self._loaded_config = load_config(folder)

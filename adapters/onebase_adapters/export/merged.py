@@ -1,7 +1,7 @@
 """Base and adapter as one model in 16 bit: each weight merged from the unquantized base, one at a time.
 
-The result is PEFT's own `merge_and_unload` on the base in 16 bit, without the whole model in memory. It is not
-what a 4-bit server answers with: there the adapter stands on the rounded weights.
+The result is PEFT's own `merge_and_unload` on the base in 16 bit, without the whole model in memory. It is
+not what a 4-bit server answers with: there the adapter stands on the rounded weights.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class MergedModel:
             )
         if module.bias and not base.has(f"{module.name}.bias"):
             raise ExportError(
-                f"lora_bias: the adapter adds a bias to {module.name}, which has none in {base.architecture}, so "
-                "no merged model can hold it: export it as peft"
+                f"lora_bias: the adapter adds a bias to {module.name}, which has none in "
+                f"{base.architecture}, so no merged model can hold it: export it as peft"
             )
 
     def shards(self) -> Mapping[str, list[MergedTensor]]:
@@ -97,11 +97,8 @@ class MergedModel:
         if spec.kind == "saved":
             return self._adapter.part(module, parameter).to(self.dtype)
         if spec.kind == "tokens":
-            found = found.clone()
-            found[list(spec.indices)] = self._adapter.part(self.base.embedding, "trainable_tokens_delta").to(
-                self.dtype
-            )
-            return found
+            rows = self._adapter.part(self.base.embedding, "trainable_tokens_delta")
+            return found.index_copy(0, torch.tensor(spec.indices), rows.to(self.dtype))
         return self._with_matrices(found, spec, parameter)
 
     def _is_tied(self, name: str) -> bool:
@@ -123,7 +120,8 @@ class MergedModel:
         # DoRA: of each output (of an embedding: of each of its dimensions) the length is learned.
         weight, axis = found + delta, 0 if embeds else 1
         factor = adapter.part(spec.name, "lora_magnitude_vector") / torch.linalg.norm(weight, dim=axis)
-        return (factor.unsqueeze(axis) * weight).to(found.dtype)
+        scaled: torch.Tensor = factor.unsqueeze(axis) * weight
+        return scaled.to(found.dtype)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -142,7 +140,7 @@ def export(
         adapter: a PEFT folder.
         target: the folder to make.
         base: as `onebase serve --base` takes it; unquantized.
-        options: none so far.
+        options: `name`, what the result calls itself, where its format has a place for that.
 
     Returns what was written: `base` (its name), `base_folder` and `bytes`.
 
@@ -169,8 +167,8 @@ def check_room(target: Path, size: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise ExportError(
-            f"the export takes {size / 1e9:.2f} GB, and {target.parent} has {free / 1e9:.2f} GB free: make room, "
-            "or write it to another disk with --out"
+            f"the export takes {size / 1e9:.2f} GB, and {target.parent} has {free / 1e9:.2f} GB free: make "
+            "room, or write it to another disk with --out"
         )
 
 
@@ -191,7 +189,7 @@ def _bytes(tensor: MergedTensor, dtype: torch.dtype) -> int:
 
 def _to_write(tensor: MergedTensor, dtype: torch.dtype, written: _Counter) -> TensorToWrite:
     def pieces() -> Iterator[torch.Tensor]:
-        for piece in tensor.make().reshape(-1).split(_PIECE):
+        for piece in torch.split(tensor.make().reshape(-1), _PIECE):
             yield piece
             written.add(piece.nbytes)
 

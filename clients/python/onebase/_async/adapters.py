@@ -82,7 +82,7 @@ class AsyncAdapters:
         force: bool = False,
         progress: ProgressCallback | None = None,
     ) -> VersionFiles:
-        """Write a version to a folder, byte for byte as it was sent or trained, for `PeftModel.from_pretrained`.
+        """Write a version to a folder for `PeftModel.from_pretrained`, as it was sent or trained.
 
         The folder appears whole or not at all, and only if its content is what the version's digest says.
 

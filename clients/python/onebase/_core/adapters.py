@@ -99,7 +99,7 @@ def _conversion(folder: Path) -> str:
 
 
 class Download:
-    """Writes the files of a version into a new folder as they arrive, and checks that they are that version's.
+    """Writes a version's files into a new folder as they arrive, and checks that they are that version's.
 
     For a `with` block, which closes what is open. `next` begins a file; `write` takes its bytes.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that a command writes: there whole or not at all, never over others, and only where there is room."""
+"""Files and folders that a command writes: whole or not at all, never over others, where there is room."""
 
 from __future__ import annotations
 

@@ -23,6 +23,9 @@ Look
   show NAME[@VERSION]   one with its versions, or one version with its proof
   diff A B              two side by side: targets, ranks, norms layer by layer
 
+Take elsewhere
+  export NAME[@VERSION] as a PEFT folder, a merged model, or GGUF for llama.cpp and Ollama
+
 Change
   activate NAME VERSION make a version the active one
   rollback NAME         go back to the version that was active before
@@ -41,6 +44,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "list": "show",
     "show": "show",
     "diff": "diff",
+    "export": "export",
     "activate": "change",
     "rollback": "change",
     "deactivate": "change",
