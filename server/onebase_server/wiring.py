@@ -12,6 +12,7 @@ from onebase_engine.engine.messages import Loading
 from onebase_server.access import KeyRing, is_loopback
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
@@ -141,6 +142,7 @@ def assemble(
         residency=residency,
         adapters=adapters,
         hub=hub,
+        merging=Merging(adapters, parts.verifier, max_rank=settings.max_rank, max_bytes=settings.max_upload),
         activation=parts.activation,
         folders=folders,
         views=AdapterViews(adapters, hub, residency, base),

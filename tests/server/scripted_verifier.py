@@ -29,6 +29,8 @@ from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
     FromVerifier,
+    Merge,
+    Merged,
     Progress,
     Prove,
     Proved,
@@ -72,6 +74,8 @@ class ScriptedVerifier:
             self.send(Attached(0.0))
         elif isinstance(message, Prove):
             self.prove(message)
+        elif isinstance(message, Merge):
+            self.merge(message)
         elif isinstance(message, Shutdown):
             sys.exit(0)
 
@@ -91,6 +95,16 @@ class ScriptedVerifier:
         task, labels = TASKS.get(content, (REPORT.task, REPORT.labels))
         report = msgspec.structs.replace(REPORT, task=task, labels=labels)
         self.send(Proved(digest=job.digest, report=report, sha256=sha256, bytes=len(content)))
+
+    def merge(self, job: Merge) -> None:
+        """The first one's config, and the weights of all with what each weighs, one after the other."""
+        if self.behaviour == "dies":
+            os._exit(11)
+        parts = [f"{job.method} {job.density} {job.sign} {job.seed}".encode()]
+        parts += [f"{p.weight:g}*".encode() + Path(p.weights_path).read_bytes() for p in job.parents]
+        shutil.copyfile(job.parents[0].config_path, job.config_path)
+        Path(job.weights_path).write_bytes(b" ".join(parts))
+        self.send(Merged(job.digest))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
     AdapterFormatError,
-    ConfigFacts,
     check_config,
 )
 from onebase_adapters.format.names import BaseModules, BaseTensor
@@ -86,7 +85,10 @@ def canonicalize(
         _check_of_base(file, planned)
         if facts.ensure_weight_tying:
             _check_tied(file, planned, base)
-        (target / CONFIG_FILE).write_text(json.dumps(_canonical_config(planned.modules, facts)))
+        config = exact_config(
+            planned.modules, rslora=facts.rslora, dora=facts.dora, lora_bias=facts.lora_bias
+        )
+        (target / CONFIG_FILE).write_text(json.dumps(config))
         write_tensors(target / WEIGHTS_FILE, [_to_write(file, tensor) for tensor in planned.tensors])
         if planned.head:
             write_tensors(target / HEAD_FILE, [_to_write(file, tensor) for tensor in planned.head.values()])
@@ -161,20 +163,28 @@ def _usable(file: TensorFile, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
         yield chunk
 
 
-def _canonical_config(modules: tuple[ModuleSpec, ...], facts: ConfigFacts) -> dict[str, Any]:
+def exact_config(
+    modules: Sequence[ModuleSpec],
+    *,
+    rslora: bool = False,
+    dora: bool = False,
+    lora_bias: bool = False,
+    base_name: str | None = None,
+) -> dict[str, Any]:
+    """PEFT's config of an adapter of these modules, each by its full name."""
     lora = [module for module in modules if module.rank]
     rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
     tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "use_rslora": facts.rslora,
-        "use_dora": facts.dora,
-        "lora_bias": facts.lora_bias,
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "lora_bias": lora_bias,
         "target_modules": [module.name for module in lora] or _NO_TARGETS,
         "rank_pattern": {re.escape(m.name): m.rank for m in lora if m.rank != rank},
         "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},

@@ -9,6 +9,10 @@ import msgspec
 Stage = Literal["validating", "proving"]
 """How far a version is on its way to its report."""
 
+MergeMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
+"""PEFT's names of the ways to make one adapter of several."""
+MergeSign = Literal["total", "frequency"]
+
 
 class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
     """One adapted module of a version."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from onebase_adapters.proof.classifier import classifier_of
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
 from onebase_adapters.proof.outliers import Figures, measure, unusual
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport, what_was_shown
@@ -87,6 +88,18 @@ class Verifier:
             return self._prove(config, weights, packed, probes, probe_tokens, allow_noop, on_progress)
         except BaseException:
             packed.unlink(missing_ok=True)
+            raise
+
+    def merge(self, parents: Sequence[Parent], recipe: MergeRecipe, config: Path, weights: Path) -> None:
+        """Write the two files of one adapter made of several; nothing is left of them if that fails.
+
+        Raises as `merging.merge`.
+        """
+        try:
+            merge(self._base, parents, recipe, self._max_rank, config, weights)
+        except BaseException:
+            config.unlink(missing_ok=True)
+            weights.unlink(missing_ok=True)
             raise
 
     def _prove(

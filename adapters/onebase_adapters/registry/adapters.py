@@ -47,9 +47,10 @@ _ARRIVALS: Mapping[str, AuditAction] = {
     "hub": "adapter.pulled",
     "folder": "adapter.loaded",
     "training": "adapter.trained",
+    "merge": "adapter.merged",
 }
 """By the kind of a version's source."""
-_ARRIVAL_FACTS = ("repo", "commit", "subfolder", "job")
+_ARRIVAL_FACTS = ("repo", "commit", "subfolder", "job", "method", "parents")
 """Of a version's source, in the audit log."""
 _PREFIX = re.compile(r"[0-9a-f]+")
 

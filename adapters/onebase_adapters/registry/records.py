@@ -205,11 +205,11 @@ class ApiKey:
 # ---- audit -----------------------------------------------------------------------------------
 
 AuditAction = Literal[
-    "adapter.uploaded", "adapter.pulled", "adapter.loaded", "adapter.trained", "adapter.activated",
-    "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned", "adapter.shared",
-    "adapter.unshared", "adapter.version_deleted", "adapter.deleted", "file.added", "file.deleted",
-    "job.created", "job.paused", "job.resumed", "job.cancelled", "job.succeeded", "job.failed",
-    "key.created", "key.changed", "key.revoked", "tenant.changed",
+    "adapter.uploaded", "adapter.pulled", "adapter.loaded", "adapter.trained", "adapter.merged",
+    "adapter.activated", "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned",
+    "adapter.shared", "adapter.unshared", "adapter.version_deleted", "adapter.deleted", "file.added",
+    "file.deleted", "job.created", "job.paused", "job.resumed", "job.cancelled", "job.succeeded",
+    "job.failed", "key.created", "key.changed", "key.revoked", "tenant.changed",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 READY: Final = "ready"
 FAILED: Final = "failed"
+MergeMethod: TypeAlias = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
+MergeSign: TypeAlias = Literal["total", "frequency"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class AdapterSource:
     """Where the files of a version came from."""
 
     kind: str
-    """`upload`, `hub`, `folder` or `training`."""
+    """`upload`, `hub`, `folder`, `training` or `merge`."""
     repo: str | None = None
     revision: str | None = None
     """What was asked for, such as `main`."""
@@ -62,6 +64,20 @@ class AdapterSource:
     """The job that trained it."""
     parent: str | None = None
     """`name@version` with the whole digest, if that job went on from a version of an adapter."""
+    method: str | None = None
+    """How it was merged of others; None unless it was."""
+    parents: tuple[MergeParent, ...] = ()
+    """What it was merged of."""
+
+
+@dataclass(frozen=True)
+class MergeParent:
+    """A version that another one was merged of."""
+
+    name: str
+    version: str
+    """Its digest."""
+    weight: float
 
 
 @dataclass(frozen=True)

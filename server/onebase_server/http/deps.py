@@ -18,6 +18,7 @@ from onebase_adapters.registry import RegistryError
 from onebase_server.access import Caller, KeyRing
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
@@ -105,6 +106,7 @@ class Services:
     residency: Residency
     adapters: AdapterService
     hub: HubAdapters
+    merging: Merging
     activation: Activation
     folders: Folders
     views: AdapterViews

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_adapters.proof.merging import MergeRecipe, Parent
 from onebase_adapters.proof.modules import ProofError
 from onebase_adapters.proof.report import Stage
 from onebase_adapters.proof.verifier import OnProgress, Verifier
@@ -35,6 +36,8 @@ from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
     Attached,
+    Merge,
+    Merged,
     Progress,
     Prove,
     Proved,
@@ -120,7 +123,7 @@ def _threads(config: EngineConfig) -> int:
 
 def _serve(verifier: Verifier, channel: VerifierChannel) -> int:
     while not isinstance(message := channel.receive(), Shutdown):
-        if not isinstance(message, Prove):
+        if not isinstance(message, Prove | Merge):
             logger.error("unexpected message %s", type(message).__name__)
             continue
         try:
@@ -157,33 +160,47 @@ def _signs_of_life(channel: VerifierChannel) -> Iterator[None]:
         thread.join()
 
 
-def answer(verifier: Verifier, job: Prove, on_progress: OnProgress) -> Proved | Rejected:
-    """Prove a version, or say why it is not served; then no packed adapter is left.
+def answer(verifier: Verifier, job: Prove | Merge, on_progress: OnProgress) -> Proved | Merged | Rejected:
+    """Prove a version or merge some, or say why not; then none of the job's files is left.
 
     Raises:
         BaseChangedError, torch.AcceleratorError: nothing more can be proved in this process.
         ApiGoneError: from `on_progress`.
     """
     try:
-        proven = verifier.prove(
-            Path(job.config_path),
-            Path(job.weights_path),
-            Path(job.packed_path),
-            probes=job.probes,
-            probe_tokens=job.probe_tokens,
-            allow_noop=job.allow_noop,
-            on_progress=on_progress,
-        )
+        return _merge(verifier, job) if isinstance(job, Merge) else _prove(verifier, job, on_progress)
     except (BaseChangedError, torch.AcceleratorError, ApiGoneError):
         raise
     except Exception as error:
         code = _code(error)
         if code == "proof_error":
-            logger.exception("the proof of %s failed", job.digest[:12])
+            logger.exception("the job of %s failed", job.digest[:12])
         known = isinstance(error, AdapterFormatError | ProofError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         return Rejected(digest=job.digest, code=code, message=message)
+
+
+def _prove(verifier: Verifier, job: Prove, on_progress: OnProgress) -> Proved:
+    proven = verifier.prove(
+        Path(job.config_path),
+        Path(job.weights_path),
+        Path(job.packed_path),
+        probes=job.probes,
+        probe_tokens=job.probe_tokens,
+        allow_noop=job.allow_noop,
+        on_progress=on_progress,
+    )
     return Proved(digest=job.digest, report=proven.report, sha256=proven.sha256, bytes=proven.bytes)
+
+
+def _merge(verifier: Verifier, job: Merge) -> Merged:
+    parents = [
+        Parent(parent.label, Path(parent.config_path), Path(parent.weights_path), parent.weight)
+        for parent in job.parents
+    ]
+    recipe = MergeRecipe(job.method, job.density, job.sign, job.seed)
+    verifier.merge(parents, recipe, Path(job.config_path), Path(job.weights_path))
+    return Merged(job.digest)
 
 
 def _code(error: Exception) -> str:

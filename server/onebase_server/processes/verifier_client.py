@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_adapters.store.blobs import Blob, VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
@@ -27,6 +28,9 @@ from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
     FromVerifier,
+    Merge,
+    Merged,
+    MergeParent,
     Progress,
     Prove,
     Proved,
@@ -49,6 +53,7 @@ _LAST_WORDS_SECONDS = 5.0
 BACKOFF = Backoff(0.5, 30.0)
 
 OnProgress = Callable[[Progress], None]
+Answer = TypeVar("Answer", Proved, Merged)
 
 _log = logging.getLogger(__name__)
 
@@ -252,6 +257,56 @@ class VerifierClient:
             packed.unlink(missing_ok=True)
         return Proof(msgspec.to_builtins(proved.report), blob)
 
+    async def merge(
+        self,
+        parents: Sequence[tuple[str, VersionFiles, float]],
+        *,
+        method: MergeMethod,
+        density: float | None,
+        sign: MergeSign,
+        seed: int,
+    ) -> VersionFiles:
+        """One adapter made of several, in the store; nobody has proved it yet.
+
+        Args:
+            parents: what each is called, its files and its weight.
+            method, density, sign, seed: as in `proof.merging.MergeRecipe`.
+
+        Raises:
+            RejectedError: they cannot be merged so, or it killed the process twice or took too long.
+            VerifierGoneError: there is no verifier now.
+            StoreError: the files cannot be read, or the result not be kept.
+        """
+        result = self._store.scratch() / f"merge-{secrets.token_hex(8)}"
+        config, weights = result.with_suffix(".json"), result.with_suffix(".safetensors")
+        paths = [
+            await self._disk.run(self._store.local, blob.sha256)
+            for _, files, _ in parents
+            for blob in (files.config, files.weights)
+        ]
+        job = Merge(
+            digest=result.name,
+            parents=[
+                MergeParent(label, str(paths[2 * number]), str(paths[2 * number + 1]), weight)
+                for number, (label, _, weight) in enumerate(parents)
+            ],
+            method=method,
+            density=density,
+            sign=sign,
+            seed=seed,
+            config_path=str(config),
+            weights_path=str(weights),
+        )
+        try:
+            await self._ask(job, Merged, lambda progress: None)
+            blobs = [
+                await self._disk.run(self._store.add_file, path, move=True) for path in (config, weights)
+            ]
+        finally:
+            config.unlink(missing_ok=True)
+            weights.unlink(missing_ok=True)
+        return VersionFiles(*blobs)
+
     def _keep(self, packed: Path, sha256: str) -> Blob:
         blob = self._store.add_file(packed, move=True)
         if blob.sha256 != sha256:
@@ -266,24 +321,31 @@ class VerifierClient:
         A process that died or was stopped is replaced. Cancelling a job that runs ends its process. Raises
         RejectedError and VerifierGoneError as `prove` does.
         """
+        try:
+            return await self._ask(job, Proved, on_progress)
+        except BaseException:
+            Path(job.packed_path).unlink(missing_ok=True)
+            raise
+
+    async def _ask(self, job: Prove | Merge, kind: type[Answer], on_progress: OnProgress) -> Answer:
+        """As `ask`, for any job; `kind`: what answers it."""
         async with self._turn:
             base = self._base
             if base is None:
                 raise VerifierGoneError("there is no verifier: the engine is not ready")
             try:
                 self._on_progress = on_progress
-                return await self._answer(base, job)
+                return await self._answer(base, job, kind)
             except BaseException:
                 if self._process is not None and not self._process.idle:
                     # Cancelled, or the process is lost anyway: nobody waits for what it would say.
                     self._process.kill()
-                Path(job.packed_path).unlink(missing_ok=True)
                 raise
             finally:
                 self._on_progress = None
 
-    async def _answer(self, base: _Base, job: Prove) -> Proved:
-        how = ""
+    async def _answer(self, base: _Base, job: Prove | Merge, kind: type[Answer]) -> Answer:
+        how, doing = "", "proven" if isinstance(job, Prove) else "merged"
         for _ in range(ATTEMPTS):
             process = await self._attached(base)
             process.ask(encode(job))
@@ -294,10 +356,10 @@ class VerifierClient:
                 await self._end_process()
                 raise RejectedError(
                     "proof_timeout",
-                    f"the version was not proven within {self._proof_timeout:g} s; --proof-timeout is the "
+                    f"the version was not {doing} within {self._proof_timeout:g} s; --proof-timeout is the "
                     "limit",
                 ) from None
-            if isinstance(answer, Proved):
+            if isinstance(answer, kind):
                 return answer
             if isinstance(answer, Rejected):
                 raise RejectedError(answer.code, answer.message)
@@ -308,7 +370,8 @@ class VerifierClient:
                 how = f"it answered {type(answer).__name__}"
                 await self._end_process()
         raise RejectedError(
-            "proof_crashed", f"the process that was proving this version ended {ATTEMPTS} times ({how})"
+            "proof_crashed",
+            f"the process by which this version was to be {doing} ended {ATTEMPTS} times ({how})",
         )
 
     async def _attached(self, base: _Base) -> AskedProcess[FromVerifier]:

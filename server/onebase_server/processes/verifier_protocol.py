@@ -1,7 +1,7 @@
 """What the api and the verifier say to each other, in the frames of `engine.messages`.
 
-`Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, one job
-at a time.
+`Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, and `Merge`
+→ `Alive`… → `Merged` or `Rejected`, one job at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from onebase_adapters.proof.report import Stage, VersionReport
+from onebase_adapters.proof.report import MergeMethod, MergeSign, Stage, VersionReport
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 
 # ---- api -> verifier -------------------------------------------------------------------------
@@ -45,7 +45,32 @@ class Prove(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     allow_noop: bool = False
 
 
-ToVerifier = Attach | Prove | Shutdown
+class MergeParent(msgspec.Struct, frozen=True):
+    """One adapter that is merged."""
+
+    label: str
+    """What people call it."""
+    config_path: str
+    weights_path: str
+    weight: float
+
+
+class Merge(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Make one adapter of several, and write its two files; they are proved like any other's."""
+
+    digest: str
+    """Stands in answers and in the log for that of the result, which nobody knows yet."""
+    parents: list[MergeParent]
+    method: MergeMethod
+    density: float | None
+    sign: MergeSign
+    seed: int
+    config_path: str
+    """Where to write the files; nothing is left there when the job fails."""
+    weights_path: str
+
+
+ToVerifier = Attach | Prove | Merge | Shutdown
 
 
 # ---- verifier -> api -------------------------------------------------------------------------
@@ -75,15 +100,19 @@ class Proved(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Size of the packed adapter."""
 
 
+class Merged(msgspec.Struct, frozen=True, tag=True):
+    digest: str
+
+
 class Rejected(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The version is not served. `code` is stable, `message` is for the one who uploaded it."""
+    """The version is not served, or not made. `code` is stable, `message` is for the one who asked for it."""
 
     digest: str
     code: str
     message: str
 
 
-FromVerifier = Attached | Alive | Progress | Proved | Rejected | Fatal
+FromVerifier = Attached | Alive | Progress | Proved | Merged | Rejected | Fatal
 
 
 def to_verifier_decoder() -> msgspec.msgpack.Decoder[ToVerifier]:

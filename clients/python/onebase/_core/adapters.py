@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from ..adapter_types import (
     AdapterSource,
     AdapterVersion,
     BaseReference,
+    MergeParent,
     ModuleReport,
     Progress,
     ProgressCallback,
@@ -29,6 +30,7 @@ from ..adapter_types import (
     VersionReport,
 )
 from ..errors import AdapterRejectedError, InvalidResponseError, UnprocessableError
+from ..types import AdapterWeight
 from .config import UNSET, Unset
 from .parse import Json, flat, parent_of
 from .requests import Body, Call, Form, encode
@@ -235,6 +237,34 @@ def pull(
     return Call("POST", "/v1/adapters", encode(body), idempotent=True)
 
 
+def merge(
+    parents: Mapping[str, float] | Sequence[AdapterWeight],
+    name: str,
+    *,
+    method: str,
+    density: float | None,
+    sign: str | None,
+    seed: int | None,
+    activate: bool,
+    allow_noop: bool,
+) -> Call:
+    """The call that makes one version of several. The same call makes the same version.
+
+    Raises:
+        ValueError: fewer than two adapters, or a value that JSON cannot carry.
+    """
+    if isinstance(parents, Mapping):
+        parents = [AdapterWeight(parent, weight) for parent, weight in parents.items()]
+    terms = [{"name": parent.name, "weight": parent.weight} for parent in parents]
+    if len(terms) < 2:
+        raise ValueError("parents: give at least two to be merged, each with its weight")
+    body: Body = {"name": name, "adapters": terms, "method": method}
+    given = {"density": density, "sign": sign, "seed": seed}
+    body |= {key: value for key, value in given.items() if value is not None}
+    body |= _flags(activate=activate, allow_noop=allow_noop)
+    return Call("POST", "/v1/adapters/merge", encode(body), idempotent=True)
+
+
 def activate(name: str, digest: str, expected: str | Unset | None) -> Call:
     return _post({"version": digest} | _expected(expected), name, "activate")
 
@@ -335,6 +365,8 @@ def _source(value: Json) -> AdapterSource:
         value.get("subfolder"),
         value.get("job"),
         parent_of(value),
+        value.get("method"),
+        tuple(flat(MergeParent, parent) for parent in value.get("parents", ())),
     )
 
 

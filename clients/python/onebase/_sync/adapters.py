@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,8 +12,18 @@ from .._core import adapters
 from .._core.config import UNSET, Unset
 from .._core.requests import Call
 from .._core.targets import atomic_target, check_free, check_space
-from ..adapter_types import Activation, Adapter, AdapterVersion, ProgressCallback, VersionFile, VersionFiles
+from ..adapter_types import (
+    Activation,
+    Adapter,
+    AdapterVersion,
+    MergeMethod,
+    MergeSign,
+    ProgressCallback,
+    VersionFile,
+    VersionFiles,
+)
 from ..errors import UnprocessableError
+from ..types import AdapterWeight
 from .http import Http
 
 
@@ -200,6 +211,55 @@ class Adapters:
             activate=activate,
             allow_noop=allow_noop,
             any_base=any_base,
+        )
+        return self._begin(call, activate, wait, progress)
+
+    def merge(
+        self,
+        parents: Mapping[str, float] | Sequence[AdapterWeight],
+        *,
+        name: str,
+        method: MergeMethod = "linear",
+        density: float | None = None,
+        sign: MergeSign | None = None,
+        seed: int | None = None,
+        activate: bool = True,
+        wait: bool = True,
+        allow_noop: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> AdapterVersion:
+        """Let the server make one version of several, by PEFT's `add_weighted_adapter`, and prove it.
+
+        Example:
+            >>> client.adapters.merge({"support": 0.7, "legal@3f2a9c41": 0.3}, name="both")  # doctest: +SKIP
+
+        Args:
+            parents: The weight of each adapter, by `name` or `name@version`; all plain LoRA. At most 16.
+            name: What requests ask for. A name that exists gets one more version.
+            method: `cat` is the exact weighted sum, and adds the ranks up. The others need equal ranks, which
+                the result has too; `linear` is a rough approximation of the sum.
+            density: For `ties`, `dare_linear` and `dare_ties`: the part of each matrix to keep, up to 1.
+            sign: For `ties` and `dare_ties`: whether the sign of most is found by their `total` (the default)
+                or by their `frequency`.
+            seed: For `dare_linear` and `dare_ties`: of what they drop. The same seed gives the same version.
+            activate, wait, allow_noop, progress: As for `upload`.
+
+        Raises:
+            ValueError: fewer than two adapters; nothing was sent.
+            BadRequestError: they cannot be merged so; `param` names the field.
+            NotFoundError: there is no such adapter or version.
+            PermissionDeniedError: another tenant shares one of them.
+            AdapterRejectedError: the result was not accepted.
+        """
+        call = adapters.merge(
+            parents,
+            name,
+            method=method,
+            density=density,
+            sign=sign,
+            seed=seed,
+            activate=activate,
+            allow_noop=allow_noop,
         )
         return self._begin(call, activate, wait, progress)
 

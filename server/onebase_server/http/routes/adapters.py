@@ -17,6 +17,7 @@ from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.errors import (
     EngineRestartedError,
@@ -33,6 +34,7 @@ from onebase_server.http.schemas.adapters import (
     ActivateRequest,
     EmptyRequest,
     ExpectedRequest,
+    MergeRequest,
     PinRequest,
     PullRequest,
     ShareRequest,
@@ -159,6 +161,34 @@ async def _upload(
         return await _finished(services, version)
     if version.finished:
         version = await adapters.version(caller.tenant, name, version.digest)
+    return json_response(services.views.version(version), 200 if version.finished else 202)
+
+
+@router.post("/merge", status_code=202, responses=_FINISHED)
+@needs("adapters")
+async def merge_adapters(
+    body: MergeRequest,
+    services: Provided,
+    caller: Calling,
+    wait: Annotated[bool, Query(description="answer when it is ready or has failed")] = False,
+) -> Response:
+    """A new version made of others by PEFT's add_weighted_adapter; it is proved like any other."""
+    services.refuse_if_draining()
+    name = check_name(body.name, services.catalog.base_name)
+    parents = services.merging.parents(caller.tenant, [(term.name, term.weight) for term in body.adapters])
+    await services.keys.check_room(caller, services.merging.check(parents, body.method))
+    recipe = Recipe(
+        body.method,
+        body.density,
+        (body.sign or "total") if body.method in SIGNED else None,
+        (body.seed or 0) if body.method in RANDOM else None,
+    )
+    options = VersionOptions(body.activate, body.allow_noop, any_base=True)
+    version = await services.merging.merge(caller.tenant, name, parents, recipe, options, actor=caller.key)
+    if wait:
+        return await _finished(services, version)
+    if version.finished:
+        version = await services.adapters.version(caller.tenant, name, version.digest)
     return json_response(services.views.version(version), 200 if version.finished else 202)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from onebase_server.http.schemas.wire import Name, Wire
+from onebase_adapters.proof.report import MergeMethod, MergeSign
+from onebase_server.adapters.merging import PRUNING, RANDOM, SIGNED
+from onebase_server.http.schemas.generation import MAX_ADAPTER_TERMS, MAX_WEIGHT
+from onebase_server.http.schemas.wire import FieldError, Name, Wire
 
 Text = Annotated[str, Field(min_length=1, max_length=250)]
 
@@ -29,6 +32,49 @@ class PullRequest(Wire):
     activate: bool = False
     allow_noop: bool = False
     any_base: bool = False
+
+
+class MergeTerm(Wire):
+    """One of the adapters that are merged."""
+
+    name: Name
+    weight: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+class MergeRequest(Wire):
+    """Body of POST /v1/adapters/merge."""
+
+    name: Name
+    adapters: Annotated[list[MergeTerm], Field(min_length=2, max_length=MAX_ADAPTER_TERMS, fail_fast=True)]
+    method: MergeMethod = "linear"
+    density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="the part of each matrix that ties, dare_linear and dare_ties keep"
+    )
+    sign: MergeSign | None = Field(
+        default=None, description="how ties and dare_ties find the sign of most; total by default"
+    )
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = Field(
+        default=None, description="of what dare_linear and dare_ties drop; 0 by default"
+    )
+    activate: bool = False
+    allow_noop: bool = False
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        """Refuse what the method has no use for, and ask for what it needs."""
+        for number, term in enumerate(self.adapters):
+            if term.weight == 0:
+                raise FieldError(
+                    f"adapters[{number}].weight", "is 0, which adds nothing. Leave the adapter out"
+                )
+        if self.method in PRUNING and self.density is None:
+            raise FieldError(
+                "density", f"is needed by {self.method}: the part of each matrix to keep, such as 0.5"
+            )
+        for field, methods in (("density", PRUNING), ("sign", SIGNED), ("seed", RANDOM)):
+            if getattr(self, field) is not None and self.method not in methods:
+                raise FieldError(field, f"is for {', '.join(methods)}, not for {self.method}. Leave it out")
+        return self
 
 
 class ActivateRequest(Wire):

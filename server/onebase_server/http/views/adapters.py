@@ -105,10 +105,11 @@ class AdapterViews:
     def version(self, version: VersionRecord, reader: str | None = None) -> VersionAnswer:
         """One version; its report is as whole as the record's.
 
-        reader: the tenant that reads it, if it may be another one: that is not told which key or job made it.
+        reader: the tenant that reads it, if it may be another one: that is not told which key, job or
+            adapters made it.
         """
         foreign = reader not in (None, version.tenant)
-        hidden = (OPTIONS, "job") if foreign else (OPTIONS,)
+        hidden = (OPTIONS, "job", "parents") if foreign else (OPTIONS,)
         record = self._catalog.of(version.tenant).own(version.name)
         progress = None if version.finished else self._adapters.progress(version)
         return {

@@ -17,6 +17,7 @@ the name gets the active version.
 Send
   push FOLDER           send a folder that PEFT saved, and have it proven
   pull ORG/REPO[@REV]   let the server fetch one from the Hugging Face Hub
+  merge A:0.7 B:0.3     let the server make one of several
 
 Look
   list                  all adapters
@@ -41,6 +42,7 @@ VERSION is a digest as `show` prints it; its first 8 digits are enough.
 ACTIONS: Final[Mapping[str, str]] = {
     "push": "push",
     "pull": "push",
+    "merge": "push",
     "list": "show",
     "show": "show",
     "diff": "diff",

@@ -1,15 +1,16 @@
-"""`onebase adapters push | pull`: get an adapter to the server and have it proven."""
+"""`onebase adapters push | pull | merge`: get an adapter to the server, or make it there; it is proven."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from ..._sync.client import Client
-from ...adapter_types import AdapterVersion, ProgressCallback
+from ...adapter_types import AdapterVersion, MergeMethod, MergeSign, ProgressCallback
 from ...errors import AdapterRejectedError
+from ...types import AdapterWeight
 from ..command import OK, USAGE, action_parser, perform, print_json, report
 from ..ui import ProgressDisplay, console, note
 from .versions import SHORT, short, summary
@@ -23,10 +24,21 @@ the server has proven it. The same content is the same version, so sending it ag
 Let the server fetch an adapter from the Hugging Face Hub, and wait until it is proven. The version
 records the commit. For gated repositories the server needs HF_TOKEN in its environment.
 """,
+    "merge": """\
+Let the server make one adapter of several, by PEFT's add_weighted_adapter, and wait until it is proven.
+
+  linear       needs the same rank in all; a rough approximation of the weighted sum
+  cat          the exact weighted sum; its rank is the sum of the ranks
+  ties         as linear, of the largest part of each (--density), where signs agree
+  dare_linear  as linear, of a random part of each (--density, --seed)
+  dare_ties    of a random part of each, where signs agree
+""",
 }
 _EXAMPLES: Final = {
     "push": "  onebase adapters push ./outputs/acme-support --activate\n"
     "  onebase adapters push ./outputs/checkpoint-300 --name acme-support\n",
+    "merge": "  onebase adapters merge support:0.7 legal:0.3 --name both --activate\n"
+    "  onebase adapters merge support@3f2a9c41:1 legal:0.5 --name both --method ties --density 0.5\n",
     "pull": "  onebase adapters pull acme/support-lora --activate\n"
     "  onebase adapters pull acme/loras@v2 --subfolder support --name acme-support\n",
 }
@@ -38,7 +50,10 @@ def run(action: str, argv: list[str]) -> int:
     """Run the action. Gives its exit status."""
     made = _parser(action)
     args = made.parse_args(argv)
-    begin = (_push if action == "push" else _pull)(args)
+    try:
+        begin = {"push": _push, "pull": _pull, "merge": _merge}[action](args)
+    except ValueError as error:
+        made.error(str(error))
     return perform(made, args, lambda client: _send(client, begin, args))
 
 
@@ -46,15 +61,32 @@ def _parser(action: str) -> argparse.ArgumentParser:
     made = action_parser(f"adapters {action}", _DESCRIPTIONS[action], _EXAMPLES[action])
     if action == "push":
         made.add_argument("folder", metavar="FOLDER", type=Path)
+    elif action == "merge":
+        _add_merge_options(made)
     else:
         made.add_argument("repo", metavar="ORG/REPO[@REVISION]")
         made.add_argument("--subfolder", metavar="PATH", help="the adapter's folder there (default: the top)")
-    made.add_argument("--name", help="what requests ask for (default: the folder's or repository's name)")
+    if action != "merge":
+        made.add_argument("--name", help="what requests ask for (default: the folder's or repository's name)")
     made.add_argument("--activate", action="store_true", help="activate it as soon as it is ready")
     made.add_argument("--no-wait", action="store_true", help="do not wait until it is proven")
     made.add_argument("--allow-noop", action="store_true", help="accept an adapter that changes nothing")
-    made.add_argument("--any-base", action="store_true", help="accept one that names another base")
+    if action != "merge":
+        made.add_argument("--any-base", action="store_true", help="accept one that names another base")
     return made
+
+
+def _add_merge_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("adapters", metavar="NAME[@VERSION]:WEIGHT", nargs="+", help="two or more")
+    made.add_argument("--name", required=True, help="what requests ask for")
+    made.add_argument("--method", choices=get_args(MergeMethod), default="linear", help="(default: linear)")
+    made.add_argument("--density", type=float, metavar="D", help="the part of each matrix to keep, up to 1")
+    made.add_argument(
+        "--sign",
+        choices=get_args(MergeSign),
+        help="how ties and dare_ties find the sign of most (default: total)",
+    )
+    made.add_argument("--seed", type=int, metavar="N", help="of what dare_... drop (default: 0)")
 
 
 def _push(args: argparse.Namespace) -> Begin:
@@ -83,6 +115,33 @@ def _pull(args: argparse.Namespace) -> Begin:
         any_base=args.any_base,
         progress=progress,
     )
+
+
+def _merge(args: argparse.Namespace) -> Begin:
+    terms = [_weighted(term) for term in args.adapters]
+    return lambda client, progress: client.adapters.merge(
+        terms,
+        name=args.name,
+        method=args.method,
+        density=args.density,
+        sign=args.sign,
+        seed=args.seed,
+        activate=args.activate,
+        wait=not args.no_wait,
+        allow_noop=args.allow_noop,
+        progress=progress,
+    )
+
+
+def _weighted(term: str) -> AdapterWeight:
+    """`NAME:0.7`. A name of the Hub has colons of its own. Raises ValueError."""
+    name, _, weight = term.rpartition(":")
+    try:
+        if name:
+            return AdapterWeight(name, float(weight))
+    except ValueError:
+        pass
+    raise ValueError(f"write NAME:WEIGHT, such as support:0.7, not {term!r}")
 
 
 def _send(client: Client, begin: Begin, args: argparse.Namespace) -> int:

@@ -122,11 +122,14 @@ def proof(proof: ProofReport) -> str:
 
 
 def came_from(version: AdapterVersion) -> str:
-    """`hub acme/support@a1b2c3d`."""
+    """`hub acme/support@a1b2c3d`, or `cat of 0.7*support@3f2a9c41b7d0 + 0.3*legal@5d0c2f7a9b31`."""
     source = version.source
     if source.parent is not None:
         name, _, digest = source.parent.rpartition("@")
         return f"{source.kind}, from {name}@{short(digest)}"
+    if source.parents:
+        terms = (f"{parent.weight:g}*{parent.name}@{short(parent.version)}" for parent in source.parents)
+        return f"{source.method} of {' + '.join(terms)}"
     if source.kind != "hub":
         return source.kind
     place = f"{source.repo or ''}" + (f"/{source.subfolder}" if source.subfolder else "")

@@ -1,0 +1,59 @@
+"""How far a model in 16 bit is from the answers that a server gave on its quantized base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from onebase_adapters.export.base_files import OnProgress
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Over all tokens of all answers, which were chosen greedily."""
+
+    tokens: int
+    agreeing: int
+    """Tokens that this model would have chosen too, after the same tokens before."""
+    largest: float
+    """Difference of a token's log-probability."""
+    mean: float
+
+
+@torch.inference_mode()
+def compare(
+    folder: Path,
+    answers: Sequence[tuple[Sequence[int], int, Sequence[float]]],
+    *,
+    stage: str,
+    progress: OnProgress,
+) -> dict[str, float]:
+    """Read each answer with the model in `folder`, and say how far off it is: the fields of Agreement.
+
+    Args:
+        answers: for each the tokens of prompt and answer, how many of them are the prompt's, and the
+            log-probabilities of the answer's.
+        stage: what to call this in `progress`.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    progress(stage, 0.0)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=False
+    ).eval()
+    agreeing, differences = 0, list[float]()
+    for number, (tokens, prompt, logprobs) in enumerate(answers, 1):
+        logits = model(input_ids=torch.tensor([list(tokens)])).logits[0, prompt - 1 : -1].float()
+        chosen = torch.tensor(list(tokens[prompt:]))
+        agreeing += int((logits.argmax(-1) == chosen).sum())
+        own = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        differences += (own - torch.tensor(list(logprobs))).abs().tolist()
+        progress(stage, number / len(answers))
+    count = len(differences)
+    mean = sum(differences) / max(1, count)
+    return asdict(Agreement(count, agreeing, max(differences, default=0.0), mean))

@@ -1,0 +1,92 @@
+"""An adapter as a LoRA in GGUF, which llama.cpp and Ollama put on a base of theirs.
+
+The same tensors and fields as llama.cpp's `convert_lora_to_gguf.py` writes
+(https://github.com/ggml-org/llama.cpp, MIT). llama.cpp multiplies B @ A by alpha / rank with one alpha for
+the file and the rank of each module, so ranks may differ; what it cannot say of alphas (rsLoRA, an alpha for
+some modules) goes into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from onebase_adapters.export.adapter_parts import AdapterParts, opened_adapter
+from onebase_adapters.export.base_files import BaseFiles, ExportError, OnProgress, open_base
+from onebase_adapters.export.gguf_names import Names, names_of
+from onebase_adapters.export.merged import check_room
+from onebase_adapters.format.spec import ModuleSpec
+
+_INSTEAD = "export it as merged or gguf, which hold the whole model, or as peft"
+_WHY_NOT = {
+    "dora": "DoRA scales whole weights, and a LoRA in GGUF only adds to them",
+    "saved": "modules_to_save replaces a module, and a LoRA in GGUF only adds to weights",
+    "tokens": "trainable_token_indices replaces rows, and a LoRA in GGUF only adds to weights",
+}
+"""By the kind of module."""
+
+
+def export(
+    adapter: Path, target: Path, *, base: str, options: Mapping[str, str], progress: OnProgress
+) -> dict[str, object]:
+    """Write the adapter in a PEFT folder as one GGUF file. All else as in `merged.export`."""
+    import gguf
+
+    files = open_base(base, progress)
+    with opened_adapter(adapter, files) as parts:
+        names = names_of(files)
+        check(parts, files)
+        size = 4 * parts.spec.parameters
+        check_room(target, size)
+        writer = gguf.GGUFWriter(target, names.arch_name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(options.get("name", adapter.name))
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, parts.spec.alpha)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        modules = parts.spec.modules
+        for number, module in enumerate(modules, 1):
+            for name, matrix in matrices(parts, files, names, module):
+                writer.add_tensor(name, matrix)
+            progress("converting", number / len(modules))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return {"base": files.name, "base_folder": str(files.folder), "bytes": target.stat().st_size}
+
+
+def check(adapter: AdapterParts, base: BaseFiles) -> None:
+    """Raise ExportError where a LoRA in GGUF cannot say what the adapter does."""
+    for module in adapter.spec.modules:
+        if module.kind in _WHY_NOT:
+            raise ExportError(f"{module.name}: {_WHY_NOT[module.kind]}: {_INSTEAD}")
+        if module.bias:
+            raise ExportError(f"{module.name}: a LoRA in GGUF has no bias (lora_bias): export it as peft")
+        if base.tied and module.name in (base.embedding, base.head):
+            raise ExportError(
+                f"{module.name}: embedding and head of {base.name} are one tensor in GGUF, and the adapter "
+                f"changes one of them alone: {_INSTEAD}"
+            )
+
+
+def matrices(
+    adapter: AdapterParts, base: BaseFiles, names: Names, module: ModuleSpec
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """The two matrices of a module as GGUF names them: `lora_a` [rank, in], `lora_b` [out, rank], fp32.
+
+    Of the embedding `lora_a` is [vocabulary, rank].
+    """
+    parameter = f"{module.name}.weight"
+    a, b = adapter.part(module.name, "lora_A"), adapter.part(module.name, "lora_B")
+    said = adapter.spec.alpha / module.rank
+    if (ratio := adapter.scale(module.name) / said) != 1.0:
+        b = b * ratio
+    if module.name == base.embedding:
+        a = a.T.contiguous()
+    name = names.of(parameter)
+    yield f"{name}.lora_a", a.numpy()
+    yield f"{name}.lora_b", names.rows(parameter, b).numpy()

@@ -1,0 +1,153 @@
+"""A version made of others: checked by their reports, merged by the verifier, then proved like an upload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onebase_adapters.proof.report import MergeMethod, MergeSign
+from onebase_adapters.registry import VersionRecord
+from onebase_server.adapters.catalog import label
+from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.errors import InvalidRequestError, UnavailableError, VersionFailedError
+from onebase_server.processes.verifier_client import RejectedError, VerifierClient, VerifierGoneError
+from onebase_server.storage import storage_errors
+
+PRUNING: tuple[MergeMethod, ...] = ("ties", "dare_linear", "dare_ties")
+"""Methods that keep a part of each matrix, and so need `density`."""
+RANDOM: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
+SIGNED: tuple[MergeMethod, ...] = ("ties", "dare_ties")
+_RETRY_AFTER = 5.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How versions are merged; see `proof.merging.MergeRecipe`. What a method has no use for is None."""
+
+    method: MergeMethod
+    density: float | None
+    sign: MergeSign | None
+    seed: int | None
+
+
+class Merging:
+    """Makes versions of others. Called from one event loop.
+
+    Args:
+        max_rank: of the engine's slots.
+        max_bytes: of a version's two files.
+    """
+
+    def __init__(
+        self, adapters: AdapterService, verifier: VerifierClient, *, max_rank: int, max_bytes: int
+    ) -> None:
+        self._adapters = adapters
+        self._verifier = verifier
+        self._max_rank = max_rank
+        self._max_bytes = max_bytes
+
+    def parents(self, tenant: str, terms: Sequence[tuple[str, float]]) -> list[tuple[VersionRecord, float]]:
+        """The versions that a request names (`name` or `name@version`), each with its weight.
+
+        Raises UnknownAdapterError, ConflictError (not ready), ForbiddenError (another tenant's, shared), and
+        InvalidRequestError for a version that is named twice.
+        """
+        names = self._adapters.catalog.of(tenant)
+        found: list[tuple[VersionRecord, float]] = []
+        for number, (reference, weight) in enumerate(terms):
+            version = names.find(reference, param=f"adapters[{number}].name")
+            names.check_own(version.name, "merge it into others")
+            if any(version.digest == other.digest for other, _ in found):
+                raise InvalidRequestError(
+                    f"adapters[{number}].name: {label(version.name, version.digest)} is there already. Name "
+                    "it once, with the sum of its weights.",
+                    param=f"adapters[{number}].name",
+                )
+            found.append((version, weight))
+        return found
+
+    def check(self, parents: Sequence[tuple[VersionRecord, float]], method: MergeMethod) -> int:
+        """About how many bytes the result will take. Raises InvalidRequestError for what cannot be merged."""
+        reports = [(version, version.report or {}) for version, _ in parents]
+        for number, (version, report) in enumerate(reports):
+            if set(report.get("kinds", ())) != {"lora"}:
+                kinds = " and ".join(report.get("kinds", ())) or "unknown"
+                raise InvalidRequestError(
+                    f"adapters[{number}].name: {label(version.name, version.digest)} is of kind {kinds}, and "
+                    "PEFT merges plain LoRA alone. Leave it out.",
+                    param=f"adapters[{number}].name",
+                    code="adapter_not_composable",
+                )
+        ranks = [int(report["rank"]) for _, report in reports]
+        sizes = [version.files.weights.size for version, _ in reports]
+        if method == "cat":
+            self._check_sum(ranks)
+        elif len(set(ranks)) > 1:
+            each = ", ".join(
+                f"{label(version.name, version.digest)} has {rank}"
+                for (version, _), rank in zip(reports, ranks, strict=True)
+            )
+            raise InvalidRequestError(
+                f"method: {method} needs the same rank in all adapters ({each}). Use cat, which takes any.",
+                param="method",
+            )
+        needed = sum(sizes) if method == "cat" else max(sizes)
+        if needed > self._max_bytes:
+            raise InvalidRequestError(
+                f"adapters: the result takes about {needed} bytes, over --max-upload ({self._max_bytes}). "
+                "Merge fewer, or raise it.",
+                param="adapters",
+            )
+        return needed
+
+    def _check_sum(self, ranks: Sequence[int]) -> None:
+        if (total := sum(ranks)) > self._max_rank:
+            raise InvalidRequestError(
+                f"method: cat makes rank {' + '.join(map(str, ranks))} = {total}, and this server takes "
+                f"{self._max_rank}. Merge fewer, use another method, or start it with --max-rank {total}.",
+                param="method",
+            )
+
+    async def merge(
+        self,
+        tenant: str,
+        name: str,
+        parents: Sequence[tuple[VersionRecord, float]],
+        recipe: Recipe,
+        options: VersionOptions,
+        *,
+        actor: str = "",
+    ) -> VersionRecord:
+        """Merge, and register the result, which is then proved like an upload.
+
+        Raises VersionFailedError, UnavailableError, StoreFullError.
+        """
+        called = [(label(version.name, version.digest), version.files, weight) for version, weight in parents]
+        try:
+            with storage_errors(name):
+                files = await self._verifier.merge(
+                    called,
+                    method=recipe.method,
+                    density=recipe.density,
+                    sign=recipe.sign or "total",
+                    seed=recipe.seed or 0,
+                )
+        except RejectedError as error:
+            raise VersionFailedError(error.message, code=error.code) from error
+        except VerifierGoneError as error:
+            raise UnavailableError(
+                f"Adapters cannot be merged now: {error}.",
+                code="verifier_unavailable",
+                retry_after=_RETRY_AFTER,
+            ) from error
+        given = {"density": recipe.density, "sign": recipe.sign, "seed": recipe.seed}
+        source = {
+            "kind": "merge",
+            "method": recipe.method,
+            **{key: value for key, value in given.items() if value is not None},
+            "parents": [
+                {"name": version.name, "version": version.digest, "weight": weight}
+                for version, weight in parents
+            ],
+        }
+        return await self._adapters.add(tenant, name, files, source, options, actor=actor)
