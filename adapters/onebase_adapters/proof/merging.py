@@ -144,6 +144,7 @@ def _merged_by_peft(
             model.load_adapter(str(folder), adapter_name=name)
         # PEFT gives the result the first one's config. Its scale, of rsLoRA too, is in the matrices by then.
         model.peft_config[names[0]].use_rslora = False
+        _keep_exact(model.base_model)
         torch.manual_seed(recipe.seed)
         with torch.no_grad():
             model.base_model.add_weighted_adapter(
@@ -155,6 +156,19 @@ def _merged_by_peft(
                 majority_sign_method=recipe.sign,
             )
     return extract(model, _MERGED)
+
+
+def _keep_exact(tuner: Any) -> None:
+    """Let PEFT make the merged matrices in fp32: `cat` copies into them, and they would have 16 bit."""
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    inject = tuner.inject_adapter
+
+    def inject_exact(*arguments: Any, **options: Any) -> None:
+        inject(*arguments, **options)
+        cast_adapter_dtype(tuner.model, adapter_name=_MERGED)
+
+    tuner.inject_adapter = inject_exact
 
 
 def _spec_of(name: str, module: object, layers: Mapping[str, LayerShape]) -> ModuleSpec:
