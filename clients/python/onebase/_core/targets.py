@@ -26,7 +26,7 @@ def check_free(target: Path, *, force: bool) -> None:
     if not os.path.lexists(target) or _is_empty(target):
         return
     if not force:
-        raise ValueError(f"{target} is there already: give another path, or force to replace it")
+        raise ValueError(f"{target} is there already: give another path, or replace it by force")
     if target.is_dir() and not any((target / name).is_file() for name in _OURS):
         raise ValueError(
             f"{target} holds neither an adapter nor a model, so it is not replaced: delete it first"

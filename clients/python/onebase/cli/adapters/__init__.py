@@ -25,7 +25,7 @@ Look
   diff A B              two side by side: targets, ranks, norms layer by layer
 
 Take elsewhere
-  export NAME[@VERSION] as a PEFT folder, a merged model, or GGUF for llama.cpp and Ollama
+  export NAME[@VERSION] as a PEFT folder, a merged model, or GGUF
 
 Change
   activate NAME VERSION make a version the active one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +23,13 @@ _DESCRIPTION: Final = """\
 Take a version elsewhere. The formats:
 
   peft       a folder for PeftModel.from_pretrained, byte for byte as it was sent or trained
-  merged     a folder for AutoModelForCausalLM.from_pretrained: base and adapter as one model in 16 bit
+  merged     a folder for AutoModelForCausalLM.from_pretrained: base and adapter as one model
   gguf-lora  a file for llama.cpp (--lora) and Ollama (ADAPTER), to be put on a base in GGUF
   gguf       a file for llama.cpp and Ollama: base and adapter as one model
 
-merged and gguf start from the base as it was published, in 16 bit, and the server answers from a base that it
-has rounded to fewer bits. So their answers differ somewhat. merged asks the server for a few answers and says
-by how much, and how much of that the base alone explains.
+merged and gguf are in 16 bit, from the base as it was published. The server answers from a base that
+it has rounded to fewer bits, so the answers differ somewhat. merged asks the server for a few
+answers, and says by how much, and how much of that the base alone explains.
 """
 _EXAMPLES: Final = (
     "  onebase adapters export acme-support --format peft\n"
@@ -147,7 +146,6 @@ def _plugin(name: str) -> Callable[..., Any]:
     found = next(iter(entry_points(group=PLUGINS, name=name)), None)
     if found is None:
         raise ModuleNotFoundError(f"onebase has no {name}", name="onebase_adapters")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     loaded: Callable[..., Any] = found.load()
     return loaded
 

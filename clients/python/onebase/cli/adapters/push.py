@@ -25,7 +25,8 @@ Let the server fetch an adapter from the Hugging Face Hub, and wait until it is 
 records the commit. For gated repositories the server needs HF_TOKEN in its environment.
 """,
     "merge": """\
-Let the server make one adapter of several, by PEFT's add_weighted_adapter, and wait until it is proven.
+Let the server make one adapter of several, by PEFT's add_weighted_adapter, and wait until it is
+proven.
 
   linear       needs the same rank in all; a rough approximation of the weighted sum
   cat          the exact weighted sum; its rank is the sum of the ranks
