@@ -328,6 +328,8 @@ NO_DEFAULT = {
     "jobs create": ["--set NAME=VALUE", "--metadata KEY=VALUE"],
     "migrate openai": ["--file FILE", "--set NAME=VALUE"],
     "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
+    "adapters export": ["--format {peft,merged,gguf-lora,gguf}"],
+    "adapters merge": ["--name NAME", "--density D"],
     "sweep": ["--data FILE"],
     "estimate": ["--data FILE", "--rows N"],
 }

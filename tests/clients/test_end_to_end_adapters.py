@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,11 +16,13 @@ from onebase import (
     AdapterRejectedError,
     Client,
     ConflictError,
+    Logprobs,
     NotFoundError,
     PermissionDeniedError,
     Progress,
     StreamError,
 )
+from onebase.cli import main
 
 QUESTION = "Hi, this is Mia from Lisbon, please send 3 red lamps."
 
@@ -208,3 +211,59 @@ def test_deleting_what_runs_needs_force_and_ends_it(server: Server, name: str) -
             with pytest.raises(StreamError) as ended:
                 stream.read()
         assert ended.value.code == "adapter_deleted"
+
+
+# ---- versions of others, and elsewhere -----------------------------------------------------------------
+
+
+def test_cat_answers_as_the_weighted_sum_of_a_request(server: Server, name: str) -> None:
+    weights = {"orders": 0.75, "pirate": -0.5}
+    with Client(server.url) as client:
+        made = client.adapters.merge(weights, name=name, method="cat")
+        assert (made.active, made.report.rank, made.report.proof.exact) == (True, 32, True)
+        assert made.report.proof.texts_changed > 0
+        parents = {parent.name: (parent.weight, parent.version) for parent in made.source.parents}
+        assert parents == {
+            parent: (weight, client.adapters.retrieve(parent).version) for parent, weight in weights.items()
+        }
+        how: Any = {"messages": QUESTION, "temperature": 0, "max_tokens": 12, "logprobs": 0}
+        asked: list[Any] = [name, weights, None]
+        merged, summed, base = (client.generate(adapter=adapter, **how) for adapter in asked)
+        again = client.adapters.merge(weights, name=name, method="cat")
+    assert merged.adapter == made.id
+    one, other, alone = (answer.choices[0].logprobs or Logprobs() for answer in (merged, summed, base))
+    # A random base has near ties, at which the texts may part.
+    common = len(os.path.commonprefix([one.token_ids, other.token_ids]))
+    assert common >= 3
+    assert one.token_logprobs[:common] == pytest.approx(other.token_logprobs[:common], abs=0.03)
+    assert one.token_ids[:common] != alone.token_ids[:common]
+    assert again.version == made.version
+
+
+def test_an_export_is_what_was_sent_and_what_is_served(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In 16 bit a merged model is near the served answers; how near depends on the server's 4 bit."""
+    export = ["adapters", "export", "orders", "--url", server.url, "--json"]
+    assert main([*export, "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
+    sent = files(server.adapters / "orders")
+    assert all(sent[file.name] == file.read_bytes() for file in (tmp_path / "peft").iterdir())
+    assert main([*export, "--format", "merged", "--out", str(tmp_path / "merged")]) == 2
+    assert "from a folder of its own" in capsys.readouterr().err
+
+    base = server.adapters.parent / "smollm2-135m-instruct"
+    base_option = ("--base", str(base))
+    assert main([*export, "--format", "merged", "--out", str(tmp_path / "merged"), *base_option]) == 0
+    result = json.loads(capsys.readouterr().out)
+    compared = result["compared"]
+    assert result["path"] == str(tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").exists()
+    for side in ("adapter", "base"):
+        assert compared[side]["tokens"] >= 50
+        assert 0 < compared[side]["mean"] < compared[side]["largest"] < 5
+        assert compared[side]["agreeing"] > compared[side]["tokens"] / 4
+    for form in ("gguf", "gguf-lora"):
+        target = tmp_path / f"{form}.gguf"
+        assert main([*export, "--format", form, "--out", str(target), *base_option]) == 0
+        assert target.read_bytes()[:4] == b"GGUF"
+    assert {file.name for file in tmp_path.iterdir()} == {"peft", "merged", "gguf.gguf", "gguf-lora.gguf"}

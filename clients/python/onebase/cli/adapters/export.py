@@ -27,8 +27,8 @@ Take a version elsewhere. The formats:
   gguf-lora  a file for llama.cpp (--lora) and Ollama (ADAPTER), to be put on a base in GGUF
   gguf       a file for llama.cpp and Ollama: base and adapter as one model
 
-merged and gguf are in 16 bit, from the base as it was published. The server answers from a base that
-it has rounded to fewer bits, so the answers differ somewhat. merged asks the server for a few
+merged and gguf are in 16 bit, from the base as it was published. The server answers from a base
+that it has rounded to fewer bits, so the answers differ somewhat. merged asks the server for a few
 answers, and says by how much, and how much of that the base alone explains.
 """
 _EXAMPLES: Final = (
