@@ -15,7 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.tiny import randomize, save_base
 
+from onebase_adapters.export.adapter_parts import opened_adapter
+from onebase_adapters.export.base_files import BaseFiles, ExportError
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
 from onebase_adapters.proof.modules import ProofError
 from onebase_adapters.proof.texts import TextProver
 from onebase_adapters.proof.verifier import ProvenVersion, Verifier
@@ -262,3 +265,15 @@ def test_a_head_in_an_adapter_for_text_is_foreign(folder: Path, verifier: Verifi
     config.write_text(config.read_text().replace('"SEQ_CLS"', '"CAUSAL_LM"'))
     with pytest.raises(AdapterFormatError):
         prove(verifier, adapter, tmp_path / "packed")
+
+
+def test_what_generates_no_text_is_neither_merged_nor_made_a_model(
+    folder: Path, base: torch.nn.Module, tmp_path: Path
+) -> None:
+    adapter = save(folder, tmp_path / "adapter", "SEQ_CLS")
+    parent = Parent("sorts", adapter / CONFIG_FILE, adapter / WEIGHTS_FILE, 1.0)
+    recipe = MergeRecipe("cat", None, "total", 0)
+    with pytest.raises(AdapterFormatError, match="sorts generates no text"):
+        merge(base, [parent, parent], recipe, 64, tmp_path / "config", tmp_path / "weights")
+    with pytest.raises(ExportError, match="export it as peft"), opened_adapter(adapter, BaseFiles(folder, "tiny")):
+        pass

@@ -95,6 +95,11 @@ def merge(
 
 
 def _check_plain(parent: Parent, spec: AdapterSpec) -> None:
+    if spec.task != "CAUSAL_LM":
+        raise AdapterFormatError(
+            "adapter_not_composable",
+            f"{parent.label} generates no text (its task_type is {spec.task}): leave it out",
+        )
     for module in spec.modules:
         if module.kind != "lora" or module.bias:
             kind = (

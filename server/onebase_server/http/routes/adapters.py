@@ -164,7 +164,7 @@ async def _upload(
     return json_response(services.views.version(version), 200 if version.finished else 202)
 
 
-@router.post("/merge", status_code=202, responses=_FINISHED)
+@router.post("/merge", status_code=202, responses=_ADDED)
 @needs("adapters")
 async def merge_adapters(
     body: MergeRequest,

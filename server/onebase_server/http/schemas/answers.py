@@ -601,14 +601,18 @@ class VersionProblem(TypedDict):
 
 
 class ParentAnswer(TypedDict):
-    """The version that training went on from."""
+    """A version that another one was made of, or goes on from."""
 
     name: str
     version: str
 
 
+class MergedAnswer(ParentAnswer):
+    weight: float
+
+
 class VersionSource(TypedDict):
-    """Where its files came from: `upload`, `hub`, `folder` or `training`."""
+    """Where its files came from: `upload`, `hub`, `folder`, `training` or `merge`."""
 
     kind: str
     repo: NotRequired[str]
@@ -617,6 +621,11 @@ class VersionSource(TypedDict):
     subfolder: NotRequired[str]
     job: NotRequired[str]
     parent: NotRequired[ParentAnswer]
+    method: NotRequired[str]
+    density: NotRequired[float]
+    sign: NotRequired[str]
+    seed: NotRequired[int]
+    parents: NotRequired[list[MergedAnswer]]
 
 
 class VersionFileAnswer(TypedDict):
