@@ -20,7 +20,7 @@ from tests.tiny import ADAPTERS, ARCHITECTURES, ATTENTION, save_adapter, save_ba
 from tests.training.runs import talking_base
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from onebase_adapters.export import gguf_lora, gguf_model, merged
+from onebase_adapters.export import comparison, gguf_lora, gguf_model, merged
 from onebase_adapters.export.base_files import ExportError
 from onebase_adapters.export.comparison import compare
 from onebase_adapters.export.gguf_vocabulary import read_vocabulary
@@ -166,6 +166,14 @@ def test_a_model_agrees_with_its_own_answers_and_less_with_those_of_another(tmp_
     assert other["agreeing"] < 6
     assert other["largest"] > 0.01
     assert stages == ["here"] * 4
+
+
+def test_a_model_that_memory_has_no_room_for_is_not_read(
+    bases: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "free_memory", lambda device: 1 << 10)
+    with pytest.raises(ExportError, match="GB of memory, and 0"):
+        compare(bases("llama"), [([1, 2], 1, [0.0])], stage="here", progress=lambda stage, share: None)
 
 
 # ---- a LoRA in GGUF ----------------------------------------------------------------------------

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-from onebase_adapters.export.base_files import OnProgress
+from onebase_adapters.export.base_files import ExportError, OnProgress
+from onebase_engine.machine import free_memory
+
+_CPU = torch.device("cpu")
+_MARGIN = 1.2
+"""Memory that a model and what it computes take, by its weights."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,18 @@ def compare(
         answers: for each the tokens of prompt and answer, how many of them are the prompt's, and the
             log-probabilities of the answer's.
         stage: what to call this in `progress`.
+
+    Raises:
+        ExportError: there is too little memory for the model, which is loaded whole.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    needed = _MARGIN * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if (free := free_memory(_CPU)) < needed:
+        raise ExportError(
+            f"to read with the model takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        )
     logging.disable_progress_bar()
     progress(stage, 0.0)
     model = AutoModelForCausalLM.from_pretrained(

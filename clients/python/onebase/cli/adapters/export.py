@@ -175,10 +175,13 @@ def _compare(
         served.append(_answers(client, None, lambda share: stage("asking", 0.5 + share / 2)))
     except OneBaseError as error:
         return f"the server gave no answers to compare with: {error}"
-    return {
-        "adapter": compare(merged, served[0], stage="merged", progress=stage),
-        "base": compare(base, served[1], stage="base", progress=stage),
-    }
+    try:
+        return {
+            "adapter": compare(merged, served[0], stage="merged", progress=stage),
+            "base": compare(base, served[1], stage="base", progress=stage),
+        }
+    except ValueError as error:
+        return str(error)
 
 
 def _answers(client: Client, adapter: str | None, told: Callable[[float], None]) -> list[Answer]:
