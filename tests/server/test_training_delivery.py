@@ -74,7 +74,14 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         home: Any = SimpleNamespace(job=lambda job_id: tmp_path)
         files: Any = SimpleNamespace(keep_curve=keep_curve)
         job: Any = SimpleNamespace(
-            id="ftjob-1", key="", tenant="acme", name="orders", activate=activate, report={"better": False}
+            parent=None,
+            settings={},
+            id="ftjob-1",
+            key="",
+            tenant="acme",
+            name="orders",
+            activate=activate,
+            report={"better": False},
         )
         record: Any = SimpleNamespace(current=current)
         return asyncio.run(Delivery(library, home, files, proof_seconds=0.05).deliver(job, record))
