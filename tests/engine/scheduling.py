@@ -35,10 +35,10 @@ class World:
         pool, table = BlockPool(blocks + 2, BLOCK), SlotTable(slots)
         return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
 
-    def step(self) -> Plan:
+    def step(self, background: bool = True) -> Plan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
         running = list(self.scheduler.running)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(background)
         self._check(plan, running)
         sampling = [segment.row for segment in plan.segments if segment.samples]
         for segment in plan.segments:
@@ -83,10 +83,12 @@ class World:
             assert set(segment.row.mix.digests) <= self.slots.slot_of.keys()
         kept = [row.arrival for row in before if row in running]
         lost = [row.arrival for row in before if row not in running]
-        alone = len({row.tenant for row in before}) == 1 and not self.scheduler.yielded
+        alone = len({(row.tenant, row.background) for row in before}) == 1 and not self.scheduler.yielded
         assert not alone or not kept or not lost or max(kept) < min(lost), (
             "an older row was preempted before a younger one"
         )
+        others = {segment.row for segment in plan.prefills if not segment.row.background}
+        assert not others or not any(segment.row.background for segment in segments)
         holders = [block for row in running for block in row.blocks]
         assert len(set(holders)) + self.pool.free == self.pool.capacity, "a block leaked"
         assert all(not row.blocks for row in self.scheduler.waiting)
@@ -102,6 +104,7 @@ def make_row(
     scored: bool = False,
     tenant: str = "default",
     priority: int = 0,
+    background: bool = False,
 ) -> Row:
     return Row(
         id=str(arrival),
@@ -114,4 +117,5 @@ def make_row(
         leader=leader,
         tenant=tenant,
         priority=priority,
+        background=background,
     )

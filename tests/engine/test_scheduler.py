@@ -24,6 +24,7 @@ class Traffic:
     adapters: tuple[str, ...]
     tenant: str
     priority: int
+    background: bool
     scored: bool
     follows: bool
     cancel_at: int | None
@@ -39,6 +40,7 @@ TRAFFIC = st.lists(
         adapters=st.lists(st.sampled_from("abcd"), max_size=2, unique=True).map(tuple),
         tenant=st.sampled_from("xyz"),
         priority=st.sampled_from([0, 0, 0, -4, 2]),
+        background=st.booleans(),
         scored=st.booleans(),
         follows=st.booleans(),
         cancel_at=st.none() | st.integers(0, 40),
@@ -61,6 +63,7 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
             leader=leader,
             tenant=tenant,
             priority=priority,
+            background=previous.background,
         )
     prompt = list(range(item.start, item.start + item.prompt))
     return make_row(
@@ -71,6 +74,7 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
         scored=item.scored,
         tenant=item.tenant,
         priority=item.priority,
+        background=item.background,
     )
 
 
@@ -81,9 +85,10 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     slots=st.integers(2, 3),
     max_rows=st.integers(1, 5),
     step_tokens=st.integers(1, 24),
+    joins=st.integers(0, 3),
 )
 def test_every_row_finishes_and_everything_comes_back(
-    traffic: list[Traffic], blocks: int, slots: int, max_rows: int, step_tokens: int
+    traffic: list[Traffic], blocks: int, slots: int, max_rows: int, step_tokens: int, joins: int
 ) -> None:
     world = World.create(blocks=blocks, slots=slots, max_rows=max_rows, step_tokens=step_tokens)
     coming = sorted(traffic, key=lambda item: item.at)
@@ -108,7 +113,7 @@ def test_every_row_finishes_and_everything_comes_back(
             break
         assert step < limit, "the rows do not finish"
         before, preemptions = set(world.scheduler.running), for_blocks(world)
-        plan = world.step()
+        plan = world.step(background=step % 4 <= joins)
         assert plan or not world.scheduler.rows, "rows wait for nothing"
         if for_blocks(world) > preemptions:
             assert step - last_admission > BLOCK, "a row was preempted right after an admission"
@@ -118,7 +123,8 @@ def test_every_row_finishes_and_everything_comes_back(
         assert row.finish is not None
         assert row.finish == "cancelled" or row.generated == item.max_tokens
         assert not row.blocks
-    assert world.scheduler.yielded <= sum(1 + row.generated // BLOCK for row, _ in rows)
+    if not any(row.background for row, _ in rows):
+        assert world.scheduler.yielded <= sum(1 + row.generated // BLOCK for row, _ in rows)
     assert world.pool.free == world.pool.capacity
     assert world.slots.used == 0
 

@@ -26,7 +26,7 @@ from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import Drawn, Mask, draw_apart, score_tokens
-from onebase_engine.engine.scheduler import Limits, NeverFitsError, Scheduler
+from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
@@ -123,6 +123,7 @@ class Engine:
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
+        self._pace = BackgroundPace()
         self.counters = Counters()
         self._grammars: Grammars | None = None
         if tokenizer is not None:
@@ -199,6 +200,7 @@ class Engine:
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
                 priority=request.priority,
+                background=request.background,
                 grammar=grammar,
                 pooling=request.pooling,
                 branch=len(branch),
@@ -260,7 +262,8 @@ class Engine:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
         """
         self._admit_compiled()
-        plan = self.scheduler.plan()
+        began = time.monotonic()
+        plan = self.scheduler.plan(self._pace.may_join())
         if self._apply_moves():
             plan = plan.unfinished()
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
@@ -278,6 +281,7 @@ class Engine:
             return
         for row, error in self._commit(computed).items():
             self._fail(row, error)
+        self._pace.took(plan, time.monotonic() - began)
 
     def take_outputs(self) -> list[RowOutput]:
         """What happened since the last call."""

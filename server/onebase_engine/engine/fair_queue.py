@@ -14,6 +14,9 @@ Two tenants of equal weight that both have rows waiting all the time get the sam
 
 weighted tokens, where neither lacks slots or blocks: while a tenant's counter is above the other's it is
 given no place, so it gains at most what its running rows still lack, and those are at most `max_rows`.
+
+Rows in the background (batches) come after all others. Among themselves the same holds, by accounts of their
+own: what a tenant's batch is given costs its other requests no turn.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from heapq import heappop, heappush, heapreplace
-from itertools import count
+from itertools import chain, count
 from typing import Generic, TypeVar
 
 from onebase_engine.engine.row import AdapterMix, Row, Segment
@@ -50,8 +53,9 @@ class Account:
 class Tenant(Account):
     """A tenant, its flows, and how much of it runs."""
 
-    def __init__(self, key: Hashable, credit: float) -> None:
+    def __init__(self, key: Hashable, credit: float, background: bool = False) -> None:
         super().__init__(key)
+        self.background = background
         self.flows: Accounts[Flow] = Accounts(credit)
         self.load = 0.0
         """Running rows, each divided by its weight: how fast the counter grows."""
@@ -142,7 +146,7 @@ class Turns:
 
     def __init__(
         self,
-        tenants: Iterable[Tenant],
+        tenants: Collection[Tenant],
         prefilling: dict[Tenant, dict[Flow, list[Row]]],
         among: Callable[[AdapterMix], bool] | None,
     ) -> None:
@@ -156,7 +160,8 @@ class Turns:
         self._passed.add(account)
 
     def __iter__(self) -> Iterator[Row]:
-        return _merged(self._tenants, self._of_tenant)
+        classes = ([one for one in self._tenants if one.background is each] for each in (False, True))
+        return chain.from_iterable(_merged(tenants, self._of_tenant) for tenants in classes)
 
     def _of_tenant(self, tenant: Tenant) -> Iterator[Row]:
         prefilling = dict.fromkeys(self._prefilling.get(tenant, ()))
@@ -208,7 +213,8 @@ class FairQueue:
     def __init__(self, credit: float) -> None:
         """`credit`: weighted tokens by which who begins to wait may be ahead of those who wait already."""
         self._credit = credit
-        self._tenants: Accounts[Tenant] = Accounts(credit)
+        self._tenants: dict[bool, Accounts[Tenant]] = {each: Accounts(credit) for each in (False, True)}
+        """By whether their rows are in the background."""
         self._flow_of: dict[Row, Flow] = {}
         self._count = 0
         self._plan = 0
@@ -232,15 +238,16 @@ class FairQueue:
         """Where the row is counted, while it waits or runs."""
         return self._flow_of[row]
 
-    def order(self, row: Row) -> tuple[float, float, int]:
+    def order(self, row: Row) -> tuple[bool, float, float, int]:
         """Smaller is served earlier."""
         flow = self._flow_of[row]
-        return flow.tenant.counter, flow.counter, row.arrival
+        return row.background, flow.tenant.counter, flow.counter, row.arrival
 
     def enter(self, row: Row) -> None:
         """A row that has come, and waits."""
         priority = max(-MOST_PRIORITY, min(MOST_PRIORITY, row.priority))
-        tenant = self._tenants.enter(row.tenant, lambda: Tenant(row.tenant, self._credit))
+        tenants = self._tenants[row.background]
+        tenant = tenants.enter(row.tenant, lambda: Tenant(row.tenant, self._credit, row.background))
         flow = tenant.flows.enter((row.mix, priority), lambda: Flow(tenant, row.mix, priority))
         self._flow_of[row] = flow
         self._wait(flow, row)
@@ -266,7 +273,7 @@ class FairQueue:
             flow.tenant.load -= 1 / flow.weight
         flow = self._flow_of.pop(row)
         flow.tenant.flows.leave(flow)
-        self._tenants.leave(flow.tenant)
+        self._tenants[row.background].leave(flow.tenant)
 
     def charge(self, segment: Segment) -> None:
         """Count what a step computes of a row: each prompt token once, and the token that it gives."""
@@ -297,16 +304,19 @@ class FairQueue:
         for row in prefilling:
             flow = self._flow_of[row]
             begun.setdefault(flow.tenant, {}).setdefault(flow, []).append(row)
-        waiting = [tenant for tenant in self._tenants.waiting.values() if wanted(tenant)]
+        waiting = [tenant for tenant in self._waiting() if wanted(tenant)]
         if among is not None:
             waiting = [tenant for tenant in waiting if tenant.waiting_flows(among)]
         return Turns(dict.fromkeys(begun) | dict.fromkeys(waiting), begun, among)
 
+    def _waiting(self) -> Iterator[Tenant]:
+        return chain.from_iterable(tenants.waiting.values() for tenants in self._tenants.values())
+
     def _flows(self) -> Iterator[Flow]:
-        return (flow for tenant in self._tenants.waiting.values() for flow in tenant.flows.waiting.values())
+        return (flow for tenant in self._waiting() for flow in tenant.flows.waiting.values())
 
     def _wait(self, flow: Flow, row: Row) -> None:
-        self._tenants.wait(flow.tenant, self._plan)
+        self._tenants[row.background].wait(flow.tenant, self._plan)
         flow.tenant.flows.wait(flow, self._plan)
         insort(flow.queue, row, key=_arrival)
         self._count += 1
@@ -314,7 +324,7 @@ class FairQueue:
     def _unqueue(self, flow: Flow, row: Row) -> None:
         del flow.queue[_place(flow, row)]
         flow.tenant.flows.begin(flow)
-        self._tenants.begin(flow.tenant)
+        self._tenants[row.background].begin(flow.tenant)
         self._count -= 1
 
 

@@ -138,6 +138,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pooling: Pooling | None = None
     branches: list[list[int]] = []
     """Of each row, what follows the prompt. The logprobs of these tokens are its `prompt_logprobs`."""
+    background: bool = False
+    """Rows that only fill what others leave free, whatever their priority: batches."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

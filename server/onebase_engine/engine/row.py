@@ -71,6 +71,8 @@ class Row:
     """Monotonic seconds."""
     tenant: str = "default"
     priority: int = 0
+    background: bool = False
+    """It only fills what other rows leave free."""
     grammar: str | None = None
     """Key of the grammar that its text follows."""
     pooling: Pooling | None = None

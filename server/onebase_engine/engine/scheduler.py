@@ -18,6 +18,11 @@ youngest, or that of a tenant that runs twice as much as the youngest's. A row i
 blocks stay free: the next block of each row that may still need one. Else the youngest row would be admitted
 and preempted again as soon as an older one grows. So no row is preempted for want of blocks before one has
 got `block_size` tokens after any admission.
+
+Rows in the background fill what is left. Any other row takes its place, slot and blocks from the youngest of
+them, and none of them takes anything from another row. A step that computes another row's prompt has none of
+them, and next to other rows' decodes they compute little of their own prompts; whether they may be in such
+a step at all, the caller says.
 """
 
 from __future__ import annotations
@@ -41,6 +46,14 @@ CREDIT_STEPS = 4
 """Full steps by which a tenant that asks now and then may be ahead of those that wait all the time."""
 MAX_PASSED = 32
 """Rows that may be admitted before one that lacks blocks."""
+BACKGROUND_PROMPTS = 8
+"""Next to other rows, a step computes one part in this many of its tokens of background rows' prompts."""
+BACKGROUND_TIME = 0.1
+"""By this part of their time, background rows may make the decoding of others longer."""
+BACKGROUND_CREDIT = 0.05
+"""Seconds of that which may be saved up."""
+BACKGROUND_FRESH = 32
+"""Steps with background rows after which one is measured without them."""
 MAX_TRIES = 32
 """Rows that lack blocks, adapters that lack slots, and tenants that find no place, that one walk looks at."""
 
@@ -67,9 +80,11 @@ class Limits:
 
 @dataclass
 class _Draft:
-    """A plan in the making. `budget`: tokens that are left of the step's."""
+    """A plan in the making. `budget`: tokens that are left of the step's; `background`: of them for prompts
+    in the background."""
 
     budget: int
+    background: int = 0
     decodes: dict[Row, Segment] = field(default_factory=dict)
     chunks: dict[Row, Segment] = field(default_factory=dict)
     """Of rows that prefill or have just been admitted."""
@@ -86,10 +101,46 @@ class _Draft:
         kept = any(row.passed >= MAX_PASSED for row in self.lacking)
         return self.budget <= 0 or kept or max(len(self.lacking), self.slotless, self.refused) >= MAX_TRIES
 
+    def leave_background(self) -> None:
+        """Compute nothing of rows in the background."""
+        for segments in (self.decodes, self.chunks):
+            for row in [row for row in segments if row.background]:
+                self.budget += segments.pop(row).length
+
     def plan(self) -> Plan:
         single = [segment for segment in self.chunks.values() if segment.length == 1]
         longer = [segment for segment in self.chunks.values() if segment.length > 1]
         return Plan([*self.decodes.values(), *single], longer)
+
+
+class BackgroundPace:
+    """When background rows may be in a step with other rows' decodes, by what they add to its time.
+
+    Where more rows cost next to nothing, as on most GPUs, they nearly always may. Times are seconds.
+    """
+
+    def __init__(self) -> None:
+        self._without: float | None = None
+        """What a step without them takes."""
+        self._credit = 0.0
+        self._steps = 0
+
+    def may_join(self) -> bool:
+        return self._without is not None and self._credit >= 0 and self._steps < BACKGROUND_FRESH
+
+    def took(self, plan: Plan, seconds: float) -> None:
+        """A step was computed in that time."""
+        others = [segment for segment in plan.segments if not segment.row.background]
+        if not others or any(not segment.row.background for segment in plan.prefills):
+            return
+        self._credit += BACKGROUND_TIME * seconds
+        if len(others) == len(plan.segments):
+            self._without = seconds if self._without is None else (self._without + seconds) / 2
+            self._steps = 0
+        else:
+            self._credit -= max(0.0, seconds - (self._without or 0.0))
+            self._steps += 1
+        self._credit = min(self._credit, BACKGROUND_CREDIT)
 
 
 class Scheduler:
@@ -139,9 +190,19 @@ class Scheduler:
     def add(self, row: Row) -> None:
         self.waiting.enter(row)
 
-    def plan(self) -> Plan:
-        """The next step. Rows may be admitted and preempted on the way."""
-        draft = _Draft(self.limits.step_tokens)
+    @property
+    def only_background(self) -> bool:
+        """Whether all rows that run are in the background."""
+        return all(row.background for row in self.running)
+
+    def plan(self, background: bool = True) -> Plan:
+        """The next step. Rows may be admitted and preempted on the way.
+
+        background: whether rows in the background may be in it if others run.
+        """
+        alone, tokens = self.only_background, self.limits.step_tokens
+        most = tokens if alone else max(1, tokens // BACKGROUND_PROMPTS) if background else 0
+        draft = _Draft(tokens, most)
         self._decode(draft)
         prefilling = [row for row in self.running if row.pending > 1]
         self._walk(self.waiting.in_turn(prefilling, self._may_begin()), draft)
@@ -156,6 +217,8 @@ class Scheduler:
             done = row not in self.running or row in draft.chunks or self._is_second(row, draft)
             if draft.budget > 0 and not done:
                 self._advance(row, draft)
+        if any(not row.background for row in draft.chunks):
+            draft.leave_background()
         for segment in draft.decodes.values():
             self.waiting.charge(segment)
         if self.limits.draft_tokens:
@@ -189,8 +252,9 @@ class Scheduler:
     # ---- what a step computes ----------------------------------------------------------------
 
     def _decode(self, draft: _Draft) -> None:
-        short = len(self.running) > draft.budget
-        for row in sorted(self.running, key=self.waiting.order) if short else list(self.running):
+        rows = [row for row in self.running if draft.background or not row.background]
+        short = len(rows) > draft.budget
+        for row in sorted(rows, key=self.waiting.order) if short else rows:
             ready = row.pending == 1 and draft.budget > 0 and row not in draft.preempted
             if ready and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
@@ -209,6 +273,9 @@ class Scheduler:
     def _advance(self, row: Row, draft: _Draft) -> None:
         """As much of the row as the budget allows."""
         length = min(row.pending, draft.budget)
+        if row.background:
+            length = min(length, draft.background)
+            draft.background -= length
         if row.scores_prompt:
             length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
         segment = Segment(row, row.computed, row.computed + length)
@@ -217,7 +284,12 @@ class Scheduler:
         self.waiting.charge(segment)
 
     def _is_second(self, row: Row, draft: _Draft) -> bool:
-        """Whether the step has a prompt of a tenant that runs half as much at most: it is to be short."""
+        """Whether the step has a prompt of a tenant that runs half as much at most: it is to be short.
+
+        For a row in the background: whether it has any other row's, or all that it may of the background's.
+        """
+        if row.background and (draft.background <= 0 or any(not other.background for other in draft.chunks)):
+            return True
         tenant = self.waiting.flow(row).tenant
         others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
         return any(2 * other.load <= tenant.load for other in others)
@@ -227,8 +299,9 @@ class Scheduler:
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
         for row, segment in draft.decodes.items():
-            if row.sampling.penalizes or not row.generates:
-                continue  # It is to say something else, or nothing.
+            late = row.background and not self.only_background
+            if row.sampling.penalizes or not row.generates or late:
+                continue  # It is to say something else or nothing, or to take little time.
             row.drafts = row.drafts or Drafts()
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
             found = row.drafts.propose(row.tokens, most)
@@ -248,8 +321,15 @@ class Scheduler:
         """Which tenants' rows to look at: where every place is taken, those that might take one."""
         if not self._is_full:
             return lambda tenant: True
-        most = max(self.waiting.flow(row).tenant.load for row in self.running)
-        return lambda tenant: 2 * (tenant.load + tenant.least_unit) <= most
+        most = {False: 0.0, True: 0.0}
+        for row in self.running:
+            most[row.background] = max(most[row.background], self.waiting.flow(row).tenant.load)
+
+        def might(tenant: Tenant) -> bool:
+            takes = most[True] > 0 and not tenant.background
+            return takes or 2 * (tenant.load + tenant.least_unit) <= most[tenant.background]
+
+        return might
 
     def _admit(self, row: Row, draft: _Draft, turns: Turns) -> bool:
         """Have a waiting row run, if all that it needs is there, or is given up for it."""
@@ -313,13 +393,20 @@ class Scheduler:
     def _over_served(
         self, row: Row, among: Collection[Row], yielding: Collection[Row], draft: _Draft
     ) -> Row | None:
-        """Who gives way to `row` next, once `yielding` have: the youngest of the tenant that runs most."""
+        """Who gives way to `row` next, once `yielding` have: the youngest of the tenant that runs most.
+
+        To a row that is not in the background, the youngest of those that are.
+        """
+        going = {*yielding, *draft.chunks}
+        behind = [other for other in among if other.background and other not in going]
+        if not row.background and behind:
+            return max(behind, key=lambda other: other.arrival)
         flow, own = self.waiting.flow(row), self.waiting.flow(row).tenant
         least = 2 * (own.load + (0 if row in self.running else 1 / flow.weight))
         loads: dict[Row, float] = {}
-        for other in among:
+        for other in behind if row.background else among:
             theirs = self.waiting.flow(other).tenant
-            settled = other.generated < other.yields_at or other in draft.chunks or other in yielding
+            settled = other.generated < other.yields_at or other in going
             if theirs is own or theirs.counter < own.counter or settled:
                 continue
             gone = (self.waiting.flow(one) for one in yielding)
@@ -370,13 +457,14 @@ class Scheduler:
         return self._pool.blocks_for(row.prompt_length + row.sampling.max_tokens - 1) > blocks
 
     def _grow(self, row: Row, tokens: int, draft: _Draft) -> bool:
-        """Blocks for `tokens`; preempts rows until there are. False if that was this row."""
+        """Blocks for `tokens`; preempts rows until there are, those in the background first. False if that
+        was this row."""
         while len(row.blocks) * self._pool.block_size < tokens:
             more = self._pool.allocate(1)
             if more is not None:
                 row.blocks.extend(more)
                 continue
-            youngest = self.running[-1]
+            youngest = ([other for other in self.running if other.background] or self.running)[-1]
             victim = self._over_served(youngest, self.running, (), draft) or youngest
             self._preempt(victim, draft)
             if victim is row:
