@@ -45,6 +45,8 @@ class Caller:
     scopes: frozenset[Scope]
     priority: int = 0
     """Of its requests: each step doubles their share of a busy engine."""
+    background: bool = False
+    """Whether they only fill what others leave free: rows of a batch."""
 
     @property
     def is_admin(self) -> bool:
@@ -115,7 +117,19 @@ class KeyRing:
             ended = "was revoked" if record.revoked_at is not None else "has expired"
             raise UnauthenticatedError(f"The API key {record.id} {ended}.")
         self._note_use(record)
-        return Caller(record.id, record.tenant, frozenset(record.scopes), record.priority)
+        return _caller(record)
+
+    async def caller_of(self, key_id: str) -> Caller:
+        """Whom a key's id means, for what goes on after the request that brought the key; "": whoever called
+        while no key was needed. Raises UnauthenticatedError, UnavailableError.
+        """
+        if key_id == "":
+            return LOCAL
+        await self.refresh()
+        record = self._keys.get(key_id)
+        if record is None or not record.valid_at(time.time()):
+            raise UnauthenticatedError(f"The API key {key_id} has expired or was revoked.")
+        return _caller(record)
 
     def quotas_of(self, caller: Caller) -> tuple[Quotas, Quotas]:
         """Those of the caller's key and of its tenant, as of the last look."""
@@ -287,6 +301,10 @@ class KeyRing:
             await self._threads.run(self._registry.note_use, key_id)
         except RegistryError:
             del self._used[key_id]
+
+
+def _caller(record: ApiKey) -> Caller:
+    return Caller(record.id, record.tenant, frozenset(record.scopes), record.priority)
 
 
 def _given(authorization: Sequence[str], api_key: Sequence[str]) -> str:

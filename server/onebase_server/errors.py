@@ -14,8 +14,9 @@ OneBaseError
 ├── UnknownModelError          no such model on /v1
 ├── UnknownResponseError       no such response, or none any more
 ├── UnknownKeyError            no such API key
-├── UnknownFileError           no such training file
+├── UnknownFileError           no such file
 ├── UnknownJobError            no such training job
+├── UnknownBatchError          no such batch
 ├── ConflictError              it collides with the state of what it names
 │   └── StaleActivationError   another version is active than was expected
 ├── AdapterDeletedError        its adapter was deleted by force while it ran
@@ -175,6 +176,11 @@ class UnknownJobError(OneBaseError):
         super().__init__(message, code="job_not_found", param="fine_tuning_job_id")
 
 
+class UnknownBatchError(OneBaseError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="batch_not_found", param="batch_id")
+
+
 class ConflictError(OneBaseError):
     """What the request names is in a state that does not allow it."""
 
@@ -312,6 +318,7 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     UnknownModelError: (404, "invalid_request_error"),
     UnknownFileError: (404, "invalid_request_error"),
     UnknownJobError: (404, "invalid_request_error"),
+    UnknownBatchError: (404, "invalid_request_error"),
     ConflictError: (409, "invalid_request_error"),
     StaleActivationError: (409, "invalid_request_error"),
     AdapterDeletedError: (409, "invalid_request_error"),

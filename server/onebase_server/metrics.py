@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from onebase_adapters.registry import JOB_STATES
+from onebase_adapters.registry import BATCH_STATES, JOB_STATES
+from onebase_server.batches.runner import BatchRunner
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.processes.supervisor import EngineSupervisor
 
@@ -40,14 +41,18 @@ _SERVED = (
 class Metrics:
     """Collects when asked; keeps nothing."""
 
-    def __init__(self, supervisor: EngineSupervisor, scheduler: JobScheduler) -> None:
+    def __init__(self, supervisor: EngineSupervisor, scheduler: JobScheduler, batches: BatchRunner) -> None:
         self._supervisor = supervisor
         self._scheduler = scheduler
+        self._runner = batches
 
-    def render(self, job_counts: Mapping[str, int] | None) -> bytes:
-        """Prometheus' text. job_counts: how many jobs there are in each state, if that is known."""
+    def render(
+        self, job_counts: Mapping[str, int] | None, batch_counts: Mapping[str, int] | None = None
+    ) -> bytes:
+        """Prometheus' text. job_counts, batch_counts: how many there are in each state, if that is known."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collected([*self._serving(), *self._training(job_counts)]))
+        metrics = [*self._serving(), *self._training(job_counts), *self._batches(batch_counts)]
+        registry.register(_Collected(metrics))
         return generate_latest(registry)
 
     def _serving(self) -> Iterator[Metric]:
@@ -83,6 +88,20 @@ class Metrics:
             if run.pid is not None:
                 memory.add_metric([run.job.id], private_memory(run.pid))
         yield memory
+
+    def _batches(self, counts: Mapping[str, int] | None) -> Iterator[Metric]:
+        if counts is not None:
+            batches = GaugeMetricFamily("onebase_batches", "Batches by state.", labels=["state"])
+            for state in BATCH_STATES:
+                batches.add_metric([state], counts.get(state, 0))
+            yield batches
+        yield GaugeMetricFamily(
+            "onebase_batch_rows_running", "Rows of batches under way.", value=self._runner.flying
+        )
+        rows = CounterMetricFamily("onebase_batch_rows", "Rows of batches that ended.", labels=["result"])
+        for result in ("completed", "failed"):
+            rows.add_metric([result], self._runner.answered.get(result, 0))
+        yield rows
 
 
 class _Collected:

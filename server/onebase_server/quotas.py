@@ -3,6 +3,9 @@
 A minute is any 60 seconds, not one that begins with the clock's: what was let in counts for 60 seconds from
 then on. A request is charged its prompt and the most that it may generate; when it ends, its charge becomes
 what was computed, as if that had been known from the beginning.
+
+Rows of batches are counted like requests, and let in only while less than half of a quota is used: the rest
+is left to requests that somebody waits for.
 """
 
 from __future__ import annotations
@@ -98,10 +101,15 @@ class _Owner:
     name: str
     quotas: Quotas
     account: Account
+    background: bool = False
 
     def limit(self, quota: str) -> int | None:
         limit: int | None = getattr(self.quotas, quota)
         return limit
+
+    def has_room(self, limit: int, used: int, wanted: int) -> bool:
+        """Whether so much more is within the limit: in the background, within half of it."""
+        return used + wanted <= limit and (used == 0 or not self.background or used + wanted <= limit // 2)
 
     @property
     def words(self) -> str:
@@ -139,7 +147,7 @@ class Limiter:
         for kind, name, quotas in (("key", caller.key, of_key), ("tenant", caller.tenant, of_tenant)):
             if not (quotas.requests is quotas.tokens is quotas.rows is None):
                 account = self._accounts.setdefault((kind, name), Account())
-                owners.append(_Owner(kind, name, quotas, account))
+                owners.append(_Owner(kind, name, quotas, account, caller.background))
         return owners
 
 
@@ -230,9 +238,10 @@ class Ticket:
         if wanted > limit:
             hint = "Lower max_tokens or n, shorten the prompt" if limit and rate == "tokens" else ""
             raise self._refusal(owner, rate, limit, f"this request alone counts {wanted}", hint)
-        if window.total + wanted > limit:
+        if not owner.has_room(limit, window.total, wanted):
             used = f"{window.total} are used, and this request counts {wanted}"
-            wait = window.seconds_until(limit - wanted, now)
+            most = limit // 2 if owner.background else limit
+            wait = window.seconds_until(max(0, most - wanted), now)
             raise self._refusal(owner, rate, limit, used, "", wait)
 
     def _check_rows(self, owner: _Owner, wanted: int) -> None:
@@ -243,7 +252,7 @@ class Ticket:
             raise self._refusal(
                 owner, "rows", limit, f"this request alone asks for {wanted}", "Lower n" if limit else ""
             )
-        if owner.account.rows + wanted > limit:
+        if not owner.has_room(limit, owner.account.rows, wanted):
             used = f"{owner.account.rows} are running, and this request asks for {wanted}"
             raise self._refusal(owner, "rows", limit, used, "", ROWS_RETRY_SECONDS)
 

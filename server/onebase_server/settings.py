@@ -506,13 +506,23 @@ class Settings:
         default=512_000_000,
         metadata=about(
             "training",
-            "largest training file that is taken, as in 512MB",
+            "largest file of a job or a batch that is taken, as in 512MB",
             parse=parse_size,
             metavar="SIZE",
             low=1000,
         ),
     )
 
+    batch_rows: int = field(
+        default=0,
+        metadata=about(
+            "limits",
+            "rows of batches that are answered at once, where nothing else needs the place; 0: as many as "
+            "there are places (--max-rows)",
+            low=0,
+            high=4096,
+        ),
+    )
     queue_limit: int = field(
         default=256,
         metadata=about(

@@ -33,6 +33,7 @@ from onebase_server.errors import (
     StoreFullError,
     UnavailableError,
     UnknownAdapterError,
+    UnknownBatchError,
     UnknownFileError,
     UnknownJobError,
     UnknownKeyError,
@@ -48,7 +49,7 @@ _GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
 
 _OTHERS = 0o077
 _NO_MODES = (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
-_DATA_NAMES = ("store", "cache", "training")
+_DATA_NAMES = ("store", "cache", "training", "batches")
 _STORE_NAMES = ("blobs", "tmp", "registries", "lock")
 
 _log = logging.getLogger(__name__)
@@ -286,6 +287,10 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise UnknownFileError(str(error)) from error
     except registry.UnknownJobError as error:
         raise UnknownJobError(str(error)) from error
+    except registry.UnknownBatchError as error:
+        raise UnknownBatchError(str(error)) from error
+    except registry.BatchStateError:
+        raise
     except registry.FileInUseError as error:
         raise ConflictError(
             f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"

@@ -17,6 +17,8 @@ from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.background import RegistryThreads, Threads
+from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
+from onebase_server.batches.service import BatchService
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.reading import ReadingPlanner
@@ -128,10 +130,11 @@ def assemble(
         Threads("keys", KEY_THREADS),
         open_without_keys=settings.insecure or is_loopback(settings.host),
     )
+    limiter = Limiter(keys.quotas_of)
     return Services(
         settings=settings,
         keys=keys,
-        limiter=Limiter(keys.quotas_of),
+        limiter=limiter,
         usage=usage,
         catalog=parts.catalog,
         tokenizer=tokenizer,
@@ -148,6 +151,7 @@ def assemble(
         views=AdapterViews(adapters, hub, residency, base),
         verifier=parts.verifier,
         training=training,
+        batches=_batches(settings, storage, training, keys, limiter, supervisor),
     )
 
 
@@ -256,4 +260,29 @@ def _training(
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, scheduler, checkpoints, storage, records)
+    return Training(files, jobs, scheduler, checkpoints, storage, records, folder)
+
+
+def _batches(
+    settings: Settings,
+    storage: Storage,
+    training: Training,
+    keys: KeyRing,
+    limiter: Limiter,
+    supervisor: EngineSupervisor,
+) -> BatchService:
+    records, data = storage.registry.batches, Path(settings.data_dir).expanduser().absolute()
+    parts = Parts(
+        records,
+        training.threads,
+        training.files,
+        BatchFolders(data, storage.registry_id),
+        training.folders,
+        keys,
+        limiter,
+        supervisor,
+        max_body=settings.max_body,
+        most=settings.batch_rows,
+    )
+    runner = BatchRunner(parts, settings.sync_seconds)
+    return BatchService(records, training.threads, training.files, runner, training.folders.server)

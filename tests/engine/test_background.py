@@ -14,10 +14,14 @@ from onebase_engine.engine.scheduler import (
 )
 
 
-def batch(world: World, count: int, *, first: int = 0, tokens: int = 30, tenant: str = "default") -> list[Row]:
+def batch(
+    world: World, count: int, *, first: int = 0, tokens: int = 30, tenant: str = "default"
+) -> list[Row]:
     """So many rows in the background, each with a prompt of its own."""
     rows = [
-        make_row(first + n, [100 * (first + n) + i for i in range(BLOCK)], tokens, tenant=tenant, background=True)
+        make_row(
+            first + n, [100 * (first + n) + i for i in range(BLOCK)], tokens, tenant=tenant, background=True
+        )
         for n in range(count)
     ]
     for row in rows:

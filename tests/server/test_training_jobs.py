@@ -477,9 +477,15 @@ def test_figures_for_prometheus(server: Server, client: OpenAI) -> None:
 def test_without_a_registry_nobody_is_told_that_there_are_no_jobs() -> None:
     supervisor: Any = SimpleNamespace(restarts=0, router=SimpleNamespace(stats=None))
     scheduler: Any = SimpleNamespace(deaths=0, running=[])
-    metrics = Metrics(supervisor, scheduler)
-    assert b'onebase_training_jobs{state="running"} 0.0' in metrics.render({})
-    assert b"onebase_training_jobs" not in metrics.render(None)
+    batches: Any = SimpleNamespace(flying=0, answered={})
+    metrics = Metrics(supervisor, scheduler, batches)
+    known, unknown = metrics.render({}, {}), metrics.render(None, None)
+    for counts in (
+        b'onebase_training_jobs{state="running"} 0.0',
+        b'onebase_batches{state="in_progress"} 0.0',
+    ):
+        assert counts in known
+        assert counts.partition(b"{")[0] not in unknown
 
 
 def test_with_a_share_of_nothing_a_job_stands_still_exactly_while_rows_run(serve_scripted: Starter) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
 from onebase_adapters.registry import activation, audit
+from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
@@ -76,7 +77,8 @@ class Registry:
         self.base_id = base_id
         self.base_name = base_name
         self.training = TrainingRecords(self._database, base_id)
-        """Training files and jobs, in the same database."""
+        """Files and training jobs, in the same database."""
+        self.batches = BatchRecords(self._database, base_id)
         self.keys = ApiKeys(self._database)
         """API keys, for every base."""
         self.tenants = Tenants(self._database)

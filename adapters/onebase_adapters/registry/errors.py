@@ -11,10 +11,12 @@ RegistryError
 ├── UnknownKeyError           no API key of that id
 ├── InvalidKeyError           no API key or tenant can have such a name, scope, quota, priority or end
 ├── QuotaError                the tenant has as much as its quota allows
-├── UnknownFileError          no training file of that id
-├── FileInUseError            a training job needs the file
+├── UnknownFileError          no file of that id
+├── FileInUseError            a training job or a batch needs the file
 ├── UnknownJobError           no training job of that id
-└── JobStateError             the job's state does not allow it
+├── JobStateError             the job's state does not allow it
+├── UnknownBatchError         no batch of that id
+└── BatchStateError           the batch's state does not allow it
 """
 
 from __future__ import annotations
@@ -82,11 +84,11 @@ class QuotaError(RegistryError):
 
 
 class UnknownFileError(RegistryError):
-    """There is no training file of this id."""
+    """There is no file of this id."""
 
 
 class FileInUseError(RegistryError):
-    """A job that has not ended needs the file. `job`: its id."""
+    """A job or a batch that has not ended needs the file. `job`: its id."""
 
     def __init__(self, message: str, job: str) -> None:
         super().__init__(message)
@@ -99,6 +101,18 @@ class UnknownJobError(RegistryError):
 
 class JobStateError(RegistryError):
     """The job's state does not allow it. `state`: the one it has."""
+
+    def __init__(self, message: str, state: str) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+class UnknownBatchError(RegistryError):
+    """There is no batch of this id for this base."""
+
+
+class BatchStateError(RegistryError):
+    """The batch's state does not allow it. `state`: the one it has."""
 
     def __init__(self, message: str, state: str) -> None:
         super().__init__(message)

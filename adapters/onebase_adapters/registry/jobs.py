@@ -23,7 +23,9 @@ from onebase_adapters.registry.quotas import check_adapters, check_bytes, check_
 from onebase_adapters.registry.records import (
     ENDED_STATES,
     JOB_STATES,
+    OPEN_BATCHES,
     OPEN_STATES,
+    UPLOADED,
     Activate,
     AuditAction,
     Checkpoint,
@@ -41,6 +43,7 @@ from onebase_adapters.registry.records import (
 )
 from onebase_adapters.registry.tables import (
     AdapterRow,
+    BatchRow,
     CheckpointRow,
     IdentityRow,
     TrainingEventRow,
@@ -87,7 +90,7 @@ class TrainingRecords:
             if known is not None:
                 known.bytes, known.sha256 = file.bytes, file.sha256
             else:
-                if file.purpose == "fine-tune":
+                if file.purpose in UPLOADED:
                     check_bytes(session, file.tenant, file.bytes)
                 session.add(
                     TrainingFileRow(
@@ -109,19 +112,23 @@ class TrainingRecords:
         self,
         tenant: str,
         *,
-        purpose: str | None = None,
+        purposes: Collection[str] | None = None,
+        sha256: str | None = None,
         after: str | None = None,
         limit: int,
         oldest_first: bool = False,
     ) -> list[TrainingFile]:
-        """In order of arrival, newest first unless `oldest_first`. Raises UnknownFileError for `after`."""
+        """Those of these purposes, and of this content, in order of arrival, newest first unless
+        `oldest_first`. Raises UnknownFileError for `after`."""
         number = TrainingFileRow.number
         with self._database.read() as session:
             query = select(TrainingFileRow).where(TrainingFileRow.tenant == tenant)
-            if purpose is not None:
-                query = query.where(TrainingFileRow.purpose == plain(purpose))
+            if purposes is not None:
+                query = query.where(TrainingFileRow.purpose.in_([plain(purpose) for purpose in purposes]))
+            if sha256 is not None:
+                query = query.where(TrainingFileRow.sha256 == plain(sha256))
             if after is not None:
-                place = _file(session, tenant, after).number
+                place = find_file(session, tenant, after).number
                 query = query.where(number > place if oldest_first else number < place)
             query = query.order_by(number if oldest_first else number.desc()).limit(limit)
             return [_file_record(row) for row in session.scalars(query)]
@@ -129,7 +136,7 @@ class TrainingRecords:
     def file(self, tenant: str, file_id: str) -> TrainingFile:
         """Raises UnknownFileError."""
         with self._database.read() as session:
-            return _file_record(_file(session, tenant, file_id))
+            return _file_record(find_file(session, tenant, file_id))
 
     def set_content(self, file_id: str, sha256: str) -> None:
         """The blob of a file that has none; nothing happens if the file was deleted meanwhile."""
@@ -138,7 +145,7 @@ class TrainingRecords:
             session.execute(update(TrainingFileRow).where(*without).values(sha256=sha256))
 
     def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> set[str]:
-        """Delete a file that no job needs. Returns its blob if nothing references that any more.
+        """Delete a file that no job and no batch needs. Returns its blob if nothing references that any more.
 
         Args:
             passing: errors after which a failed job may go on, and needs its files.
@@ -146,7 +153,7 @@ class TrainingRecords:
         Raises UnknownFileError, FileInUseError.
         """
         with self._database.write_uncounted() as session:
-            row = _file(session, tenant, file_id, lock=True)
+            row = find_file(session, tenant, file_id, lock=True)
             user = session.scalar(
                 select(TrainingJobRow.id).where(
                     or_(TrainingJobRow.training_file == row.id, TrainingJobRow.validation_file == row.id),
@@ -158,6 +165,11 @@ class TrainingRecords:
             )
             if user is not None:
                 raise FileInUseError(f"File {row.id} is in use: job {user} needs it.", user)
+            batch = session.scalar(
+                select(BatchRow.id).where(BatchRow.input_file == row.id, BatchRow.state.in_(OPEN_BATCHES))
+            )
+            if batch is not None:
+                raise FileInUseError(f"File {row.id} is in use: batch {batch} needs it.", batch)
             blobs = set() if row.sha256 is None else {row.sha256}
             audit.note(session, "file.deleted", row.tenant, row.id, details={"filename": row.filename})
             session.delete(row)
@@ -187,7 +199,7 @@ class TrainingRecords:
             if session.scalar(names) is None:
                 check_adapters(session, job.tenant)
             for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
-                _file(session, job.tenant, file_id, lock=True)
+                find_file(session, job.tenant, file_id, lock=True)
             row = _job_row(job, self._base_id, time.time())
             row.key = audit.current().key
             session.add(row)
@@ -378,7 +390,8 @@ def _audited(before: JobState, after: JobState) -> AuditAction | None:
     return _MOVES[after]
 
 
-def _file(session: Session, tenant: str, file_id: str, *, lock: bool = False) -> TrainingFileRow:
+def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False) -> TrainingFileRow:
+    """A tenant's file. Raises UnknownFileError."""
     query = select(TrainingFileRow).where(
         TrainingFileRow.tenant == tenant, TrainingFileRow.id == plain(file_id)
     )

@@ -145,7 +145,7 @@ def check_bytes(session: Session, tenant: str, more: int, *, lock: bool = True) 
     if kept + more > limit:
         raise QuotaError(
             f"Tenant {tenant!r} may keep {limit} bytes (its quota `bytes`): it keeps {kept}, and this is "
-            f"{more} more. Delete versions or training files, or {_ASK}.",
+            f"{more} more. Delete versions or files, or {_ASK}.",
             "bytes",
             limit,
         )
@@ -182,7 +182,10 @@ def _bytes(session: Session, tenant: str) -> int:
         .join(VersionRow.adapter)
         .where(AdapterRow.tenant == tenant)
     )
-    files = select(func.sum(TrainingFileRow.bytes)).where(TrainingFileRow.tenant == tenant)
+    # What the store has once counts once, under however many ids.
+    content = func.coalesce(TrainingFileRow.sha256, TrainingFileRow.id)
+    once = select(func.max(TrainingFileRow.bytes).label("bytes")).where(TrainingFileRow.tenant == tenant)
+    files = select(func.sum(once.group_by(content).subquery().c.bytes))
     return int(session.scalar(versions) or 0) + int(session.scalar(files) or 0)
 
 

@@ -125,7 +125,7 @@ class Quotas:
     adapters: int | None = None
     """Names, on all bases of the registry."""
     bytes: int | None = None
-    """Of versions, as they were sent or trained, and of training files."""
+    """Of versions, as they were sent or trained, and of files."""
     training_seconds: int | None = None
     """In a calendar month (UTC)."""
 
@@ -138,7 +138,7 @@ class Quotas:
 class TenantRecord:
     """One tenant: its quotas, and what it has now of what is kept.
 
-    adapters: names. bytes: of versions and training files. training_seconds: in this calendar month (UTC).
+    adapters: names. bytes: of versions and files. training_seconds: in this calendar month (UTC).
     """
 
     tenant: str
@@ -209,20 +209,21 @@ AuditAction = Literal[
     "adapter.activated", "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned",
     "adapter.shared", "adapter.unshared", "adapter.version_deleted", "adapter.deleted", "file.added",
     "file.deleted", "job.created", "job.paused", "job.resumed", "job.cancelled", "job.succeeded",
-    "job.failed", "key.created", "key.changed", "key.revoked", "tenant.changed",
+    "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
+    "batch.failed", "batch.expired", "key.created", "key.changed", "key.revoked", "tenant.changed",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))
-"""What actions begin with: `adapter`, `file`, `job`, `key`, `tenant`."""
+"""What actions begin with: `adapter`, `file`, `job`, `batch`, `key`, `tenant`."""
 
 
 @dataclass(frozen=True)
 class AuditEntry:
     """One change, by whom.
 
-    number: counts up. tenant: whose adapter, file, job or key it is. key: the id of the API key that asked;
-    "" where none is needed. actor: what acted for it, where that was no request. target: a name, or an id.
-    version: a digest. base: its name. request: the id that came with the request.
+    number: counts up. tenant: whose adapter, file, job, batch or key it is. key: the id of the API key that
+    asked; "" where none is needed. actor: what acted for it, where that was no request. target: a name, or an
+    id. version: a digest. base: its name. request: the id that came with the request.
     """
 
     number: int
@@ -242,7 +243,9 @@ class AuditEntry:
 # ---- training --------------------------------------------------------------------------------
 
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
-Purpose = Literal["fine-tune", "fine-tune-results"]
+Purpose = Literal["fine-tune", "fine-tune-results", "batch", "batch_output"]
+UPLOADED: Final[tuple[Purpose, ...]] = ("fine-tune", "batch")
+"""What users send; the rest is what jobs and batches leave."""
 Level = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
 Activate = Literal["always", "if_better", "never"]
@@ -255,7 +258,7 @@ ENDED_STATES: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """A file that jobs read, or the curve of one.
+    """A file that jobs or batches read, or what they leave.
 
     server: the one that took it in. bytes: its size. sha256: the blob with its content; None: it lies on that
     server's disk, where earlier releases kept it.
@@ -398,3 +401,65 @@ class Checkpoint:
     train_loss: float | None
     valid_loss: float | None
     number: int = 0
+
+
+# ---- batches ---------------------------------------------------------------------------------
+
+BatchState = Literal[
+    "validating", "in_progress", "finalizing", "cancelling", "completed", "failed", "expired", "cancelled"
+]
+BATCH_STATES: Final[tuple[BatchState, ...]] = get_args(BatchState)
+OPEN_BATCHES: Final[tuple[BatchState, ...]] = ("validating", "in_progress", "finalizing", "cancelling")
+"""A server has something to do for these."""
+
+
+@dataclass(frozen=True)
+class BatchError:
+    """What is wrong with a batch, or with a line of its file (counted from 1)."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class NewBatch:
+    """What a batch is made of. `server`: the one that runs it; `window`: as it was asked for, `24h`."""
+
+    id: str
+    tenant: str
+    server: str
+    endpoint: str
+    input_file: str
+    window: str
+    expires_at: float
+    labels: Mapping[str, str] | None = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Batch(NewBatch):
+    """One batch. `number` counts up in the order of creation.
+
+    key: the id of the API key that made it; "" where none is needed.
+    times: when it came into its states, by their names.
+    total: its rows, once they are checked; completed, failed: those that have an answer.
+    usage: tokens, as `prompt`, `cached` and `completion`.
+    """
+
+    number: int
+    key: str
+    state: BatchState
+    created_at: float
+    times: Mapping[str, float] = field(hash=False)
+    total: int
+    completed: int
+    failed: int
+    usage: Mapping[str, int] = field(hash=False)
+    errors: tuple[BatchError, ...]
+    output_file: str | None
+    error_file: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in OPEN_BATCHES

@@ -233,8 +233,8 @@ class PreviousRow(Table):
 
 
 class TrainingFileRow(Table):
-    """One uploaded file, or the curve of a job. Without `sha256` it is where earlier releases kept it: on the
-    disk of `server`."""
+    """One uploaded file, or what a job or a batch leaves. Without `sha256` it is where earlier releases kept
+    it: on the disk of `server`."""
 
     __tablename__ = "training_files"
 
@@ -284,6 +284,35 @@ class TrainingJobRow(Table):
     result_file: Mapped[str | None] = mapped_column(String)
     key: Mapped[str | None] = mapped_column(String)
     parent: Mapped[dict[str, str] | None] = mapped_column(_Json)
+
+
+class BatchRow(Table):
+    """One batch, of one tenant on one base; `server` is the one that runs it. times: by its states' names."""
+
+    __tablename__ = "batches"
+    __table_args__ = (Index(None, "server", "state"), Index(None, "tenant", "number"))
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    id: Mapped[str] = mapped_column(String, unique=True)
+    base_id: Mapped[str] = mapped_column(String)
+    tenant: Mapped[str] = mapped_column(String)
+    key: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String)
+    state: Mapped[str] = mapped_column(String)
+    endpoint: Mapped[str] = mapped_column(String)
+    input_file: Mapped[str] = mapped_column(String, index=True)
+    window: Mapped[str] = mapped_column(String)
+    labels: Mapped[dict[str, str] | None] = mapped_column(_Json)
+    created_at: Mapped[float] = mapped_column(DoubleType)
+    expires_at: Mapped[float] = mapped_column(DoubleType)
+    times: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
+    total: Mapped[int] = mapped_column(Integer, default=0)
+    completed: Mapped[int] = mapped_column(Integer, default=0)
+    failed: Mapped[int] = mapped_column(Integer, default=0)
+    usage: Mapped[dict[str, int]] = mapped_column(JSON, default=dict)
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(_Json)
+    output_file: Mapped[str | None] = mapped_column(String)
+    error_file: Mapped[str | None] = mapped_column(String)
 
 
 class TrainingEventRow(Table):

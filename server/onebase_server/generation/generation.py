@@ -62,6 +62,8 @@ class Job:
     expected_tokens: int = 0
     """Of a choice: max_tokens, or what is usual where the caller set none. Quotas set it aside."""
     priority: int = 0
+    background: bool = False
+    """Whether its rows only fill what others leave free."""
     grammar: Grammar | None = None
     grammar_param: str = ""
     """The field of the request that says it."""
@@ -225,6 +227,7 @@ class Run:
             n=job.n,
             tenant=job.tenant,
             priority=job.priority,
+            background=job.background,
             grammar=job.grammar,
             pooling=job.pooling,
             branches=[list(branch) for branch in job.branches],

@@ -409,7 +409,7 @@ class Planner:
         n = body.n or 1
         self.check_limits(n * len(wanted.prompts), body.timeout_s)
         check_prompts(wanted.prompts, base, wanted.prompt_param)
-        timeout_s = body.timeout_s or self._limits.max_timeout
+        timeout_s = body.timeout_s or (None if caller.background else self._limits.max_timeout)
         scores_only = wanted.max_tokens == 0
         if scores_only and not wanted.echo:
             raise InvalidRequestError(
@@ -422,6 +422,7 @@ class Planner:
             id=new_id(wanted.kind),
             tenant=caller.tenant,
             priority=caller.priority,
+            background=caller.background,
             grammar=None if guide is None else guide.grammar,
             grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
@@ -434,7 +435,7 @@ class Planner:
             echo=wanted.echo,
             scores_only=scores_only,
             timeout_s=timeout_s,
-            deadline=asyncio.get_running_loop().time() + timeout_s,
+            deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
         )
 
     def check_limits(self, choices: int, timeout_s: float | None) -> None:

@@ -196,7 +196,7 @@ class ReadingPlanner:
             prompts = [Prompt(prompt.tokens[max(0, len(prompt.tokens) - kept) :]) for prompt in prompts]
         for param, prompt in zip(params, prompts, strict=True):
             check_prompts([prompt], base, param, room + 1)
-        timeout_s = body.timeout_s or self._max_timeout
+        timeout_s = body.timeout_s or (None if caller.background else self._max_timeout)
         return Job(
             id=id,
             tenant=caller.tenant,
@@ -204,7 +204,8 @@ class ReadingPlanner:
             prompts=tuple(prompts),
             sampling=Sampling(max_tokens=0),
             timeout_s=timeout_s,
-            deadline=asyncio.get_running_loop().time() + timeout_s,
+            deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
+            background=caller.background,
         )
 
     async def _with_model(self, body: ReadingFields, jobs: Sequence[Job]) -> list[Job]:

@@ -64,6 +64,11 @@ class Inflight:
         return self.submits[0].tenant
 
     @property
+    def background(self) -> bool:
+        """Whether its rows only fill what others leave free."""
+        return self.submits[0].background
+
+    @property
     def rows(self) -> int:
         """Rows that the engine has not ended yet."""
         return sum(self.open_rows.values())

@@ -26,6 +26,7 @@ from onebase_server.http.routes import (
     adapters,
     anthropic,
     audit,
+    batches,
     files,
     fine_tuning,
     generation,
@@ -65,8 +66,8 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.gate = Gate(app, services)
     routes = (
-        generation, responses, anthropic, pooling, models, adapters, vllm, files, fine_tuning, keys, usage,
-        audit, health, reference,
+        generation, responses, anthropic, pooling, models, adapters, vllm, files, batches, fine_tuning, keys,
+        usage, audit, health, reference,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them

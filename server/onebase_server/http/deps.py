@@ -23,6 +23,7 @@ from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.background import Threads
+from onebase_server.batches.service import BatchService
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
@@ -33,6 +34,7 @@ from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.metrics import Metrics
@@ -77,16 +79,19 @@ class Training:
     checkpoints: CheckpointModels
     storage: Storage
     threads: Threads
+    folders: JobFolders
 
-    async def metrics_text(self, supervisor: EngineSupervisor) -> bytes:
-        """For Prometheus; without the jobs while the registry is away."""
+    async def counts(self) -> tuple[dict[str, int] | None, dict[str, int] | None]:
+        """How many jobs and batches there are in each state; None while the registry is away."""
+        registry = self.storage.registry
         try:
-            counts = await asyncio.wait_for(
-                self.threads.run(self.storage.registry.training.counts), COUNT_SECONDS
-            )
+            async with asyncio.timeout(COUNT_SECONDS):
+                return (
+                    await self.threads.run(registry.training.counts),
+                    await self.threads.run(registry.batches.counts),
+                )
         except (RegistryError, TimeoutError):
-            counts = None
-        return await asyncio.to_thread(Metrics(supervisor, self.scheduler).render, counts)
+            return None, None
 
 
 @dataclass
@@ -112,10 +117,16 @@ class Services:
     views: AdapterViews
     verifier: VerifierClient
     training: Training
+    batches: BatchService
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
     """For bodies that are long."""
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+
+    async def metrics_text(self) -> bytes:
+        """For Prometheus; without counts of jobs and batches while the registry is away."""
+        metrics = Metrics(self.supervisor, self.training.scheduler, self.batches.runner)
+        return await asyncio.to_thread(metrics.render, *await self.training.counts())
 
     def refuse_if_draining(self) -> None:
         if self.draining:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from onebase_server.http.deps import Services, server_stopping
 from onebase_server.http.door import Door
+from onebase_server.http.inner import InnerRequests
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.processes.link import kill_children
 from onebase_server.processes.verifier_protocol import scratch_folder
@@ -77,25 +78,28 @@ async def run_server(
     loop = asyncio.get_running_loop()
     engine = loop.create_task(services.supervisor.run())
     jobs = loop.create_task(services.training.scheduler.follow())
+    batches = loop.create_task(services.batches.runner.follow(InnerRequests(app).post))
     http = loop.create_task(server.serve(sockets=[listener]))
     first_ready = loop.create_task(_when_ready(services, on_ready))
     stopped = loop.create_task(stop.wait())
     try:
-        await asyncio.wait({engine, jobs, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({engine, jobs, batches, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
             services.supervisor.go_on()
-            await _drain(services, server, engine)
+            await asyncio.gather(_drain(services, server, engine), services.batches.runner.stop())
     finally:
         services.draining = True
         first_ready.cancel()
         stopped.cancel()
         server.should_exit = True
         await http
+        await services.batches.runner.stop()
         await services.training.scheduler.stop()
         await services.supervisor.stop()
         engine.cancel()
         jobs.cancel()
-        for task in (engine, jobs):
+        batches.cancel()
+        for task in (engine, jobs, batches):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 

@@ -13,11 +13,13 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from onebase_adapters.format.config import MAX_CONFIG_BYTES
+from onebase_adapters.registry import UPLOADED, Purpose
 from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
 from onebase_adapters.store.store import BlobWriter, Store
 from onebase_server.background import Threads
 from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
-from onebase_server.jobs.files import TrainingFiles, check_filename
+from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename
+from onebase_server.jobs.folders import ending
 from onebase_server.settings import SettingsError, parse_bool
 
 MAX_FIELD_BYTES = 1000
@@ -36,7 +38,9 @@ ADAPTER_FIELDS = (
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
 """What a form takes besides its file: boundaries, headers, fields."""
-FILE_FIELDS = "Send a field purpose with the value fine-tune, and a part called file, with a file name."
+FILE_FIELDS = (
+    f"Send a field purpose with the value {' or '.join(UPLOADED)}, and a part called file, with a file name."
+)
 
 Result = TypeVar("Result", covariant=True)
 Write = Callable[[memoryview], None]
@@ -292,7 +296,7 @@ class AdapterForm(FormReader[Upload]):
             raise InvalidRequestError(f"{field}: {error}.", param=field) from error
 
 
-# ---- a training file ------------------------------------------------------------------------------
+# ---- a file of a job or a batch -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,7 @@ class FileUpload:
     """A file that has arrived, and is not kept yet."""
 
     filename: str
+    purpose: Purpose
     writer: BlobWriter
 
 
@@ -330,16 +335,23 @@ class FileForm(FormReader[FileUpload]):
 
     def result(self) -> FileUpload:
         purpose = self.text("purpose")
-        if purpose != "fine-tune":
+        if purpose not in UPLOADED:
             raise InvalidRequestError(
-                f"purpose: {purpose[:80]!r} is not served here; files are for jobs: write fine-tune.",
+                f"purpose: {purpose[:80]!r} is not served here; files are for jobs and batches: write "
+                f"{' or '.join(UPLOADED)}.",
                 param="purpose",
             )
         if self._writer is None:
             raise InvalidRequestError(f"file: it is missing. {FILE_FIELDS}", param="file")
         if self._writer.size == 0:
             raise InvalidRequestError("file: it is empty.", param="file")
-        return FileUpload(self._filename, self._writer)
+        if purpose == "batch" and ending(self._filename) != BATCH_ENDING:
+            raise InvalidRequestError(
+                f"file: {self._filename[:80]!r} does not end in {BATCH_ENDING}: a batch's file has one "
+                "request a line. Rename it.",
+                param="file",
+            )
+        return FileUpload(self._filename, "batch" if purpose == "batch" else "fine-tune", self._writer)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -1,4 +1,4 @@
-"""Training files: uploaded, read and deleted; and the loss curves that jobs leave."""
+"""Files: what jobs and batches read, uploaded, read and deleted; and what they leave."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import io
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.registry import (
     FileInUseError,
     Purpose,
+    Scope,
     TrainingFile,
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.store import BlobMissingError, BlobWriter, Store, StoreError
+from onebase_adapters.store.store import Blob, BlobMissingError, BlobWriter, Store, StoreError
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownFileError
 from onebase_server.jobs.folders import JobFolders, ending
@@ -27,7 +28,15 @@ from onebase_server.storage import delete_blobs, storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that jobs can read."""
+BATCH_ENDING = ".jsonl"
 MAX_FILENAME = 200
+SCOPES: Mapping[Purpose, Scope] = {
+    "fine-tune": "train",
+    "fine-tune-results": "train",
+    "batch": "generate",
+    "batch_output": "generate",
+}
+"""What a key must be allowed to do with a file, by its purpose."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +64,19 @@ class TrainingFiles:
         self, tenant: str, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
     ) -> TrainingFile:
         """Make what was written a file that jobs can name. Raises StoreFullError, UnavailableError."""
-        name, server = file_id or f"file-{secrets.token_hex(12)}", self._folders.server
         with storage_errors():
             # The row comes last: a blob without one is swept, a row without a blob would be a lie.
             blob = await self.disk.run(writer.commit)
-            made = float(int(time.time()))
-            file = TrainingFile(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
+        return await self.add(tenant, blob, filename, purpose, file_id)
+
+    async def add(
+        self, tenant: str, blob: Blob, filename: str, purpose: Purpose, file_id: str | None = None
+    ) -> TrainingFile:
+        """Make what the store has a file. Raises StoreFullError, UnavailableError, QuotaExceededError."""
+        name, server = file_id or f"file-{secrets.token_hex(12)}", self._folders.server
+        made = float(int(time.time()))
+        file = TrainingFile(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
+        with storage_errors():
             return await self._threads.run(self._records.add_file, file)
 
     async def keep_curve(self, tenant: str, job_id: str, report: Mapping[str, Any]) -> str:
@@ -73,14 +89,25 @@ class TrainingFiles:
         return file_id
 
     async def find(
-        self, tenant: str, *, purpose: str | None, after: str | None, limit: int, oldest_first: bool
+        self,
+        tenant: str,
+        *,
+        purposes: Collection[str],
+        sha256: str | None,
+        after: str | None,
+        limit: int,
+        oldest_first: bool,
     ) -> list[TrainingFile]:
-        """Raises UnknownFileError (`after`), UnavailableError."""
+        """Those of these purposes, and of this content.
+
+        Raises UnknownFileError (`after`), UnavailableError.
+        """
         with storage_errors():
             return await self._threads.run(
                 self._records.files,
                 tenant,
-                purpose=purpose,
+                purposes=purposes,
+                sha256=sha256,
                 after=after,
                 limit=limit,
                 oldest_first=oldest_first,
@@ -91,8 +118,13 @@ class TrainingFiles:
         with storage_errors():
             return await self._threads.run(self._records.file, tenant, file_id)
 
-    async def usable(self, tenant: str, file_id: str, param: str) -> TrainingFile:
-        """A file that a job of this server may be given. Raises InvalidRequestError, UnavailableError."""
+    async def usable(
+        self, tenant: str, file_id: str, param: str, purpose: Purpose = "fine-tune"
+    ) -> TrainingFile:
+        """A file that a job, or a batch, of this server may be given.
+
+        Raises InvalidRequestError, UnavailableError.
+        """
         try:
             file = await self.get(tenant, file_id)
             with storage_errors():
@@ -102,21 +134,23 @@ class TrainingFiles:
             raise InvalidRequestError(
                 f"{param}: {error.message} POST /v1/files uploads one.", param=param, code="file_not_found"
             ) from error
-        if file.purpose != "fine-tune":
+        if file.purpose != purpose:
             raise InvalidRequestError(
-                f"{param}: {file.id} has the purpose {file.purpose}: upload one with purpose fine-tune.",
+                f"{param}: {file.id} has the purpose {file.purpose}: upload one with purpose {purpose}.",
                 param=param,
             )
         return file
 
     async def delete(self, tenant: str, file_id: str) -> None:
-        """Raises UnknownFileError, ConflictError while a job needs it, UnavailableError."""
+        """Raises UnknownFileError, ConflictError while a job or a batch needs it, UnavailableError."""
         file = await self.get(tenant, file_id)
         old = self._old_path(file) if file.sha256 is None else None
         with storage_errors():
             try:
                 blobs = await self._threads.run(self._records.delete_file, tenant, file_id, RESUMABLE)
             except FileInUseError as error:
+                if not error.job.startswith("ftjob-"):
+                    raise
                 await self._raise_if_elsewhere(tenant, error)
                 raise
         await delete_blobs(self.store, self.disk, blobs)
@@ -210,14 +244,14 @@ def curve_csv(report: Mapping[str, Any]) -> bytes:
 
 def check_filename(filename: str) -> str:
     """The last part of an uploaded file's name; one without an ending is taken for .jsonl: OpenAI's client
-    sends bytes as `upload`. Raises InvalidRequestError when no job could read it."""
+    sends bytes as `upload`. Raises InvalidRequestError when nothing could read it."""
     name = filename.replace("\\", "/").rpartition("/")[2][-MAX_FILENAME:]
     if name and not ending(name):
         name = f"{name[-MAX_FILENAME + len(ENDINGS[0]) :]}{ENDINGS[0]}"
     if ending(name) not in ENDINGS:
         raise InvalidRequestError(
             f"file: {filename[:80]!r} does not end in one of {', '.join(ENDINGS)}, by which jobs know how to "
-            "read it. Rename it.",
+            f"read it; a batch's file ends in {BATCH_ENDING}. Rename it.",
             param="file",
         )
     return name

@@ -33,6 +33,8 @@ class RequestRouter:
         self.stats: Stats | None = None
         """The engine's newest counts; None before its first step, and when it is gone."""
         self._shares = QueueShares()
+        """Of rows that are not in the background, which take nobody's place."""
+        self.background_rows = 0
         self._queue_limit = queue_limit
         self._send = send
         self._on_busy = on_busy
@@ -45,11 +47,17 @@ class RequestRouter:
     @property
     def open_rows(self) -> int:
         """Rows that have not ended, of all requests."""
+        return self._shares.total + self.background_rows
+
+    @property
+    def waited_rows(self) -> int:
+        """Rows that have not ended, without those in the background."""
         return self._shares.total
 
     @property
     def open_requests(self) -> int:
-        return len({id(request) for request in self._requests.values()})
+        """Those that somebody waits for: none in the background."""
+        return len({id(request) for request in self._requests.values() if not request.background})
 
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request; `max_rows` run at once and `queue_limit` more may wait.
@@ -65,15 +73,23 @@ class RequestRouter:
                 "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
                 param="n",
             )
-        if not self._shares.has_room(request.tenant, request.rows, capacity):
-            waiting = max(0, self.open_rows - max_rows)
+        has_room = (
+            self.background_rows in range(max_rows)
+            if request.background
+            else self._shares.has_room(request.tenant, request.rows, capacity)
+        )
+        if not has_room:
+            waiting = max(0, self.waited_rows - max_rows)
             wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_row * (waiting + 1))
             raise QueueFullError(waiting, self._queue_limit, wait)
         self._suspects.admit(request)
         if self.open_rows == 0:
             self.note_progress()
             self._on_busy(True)
-        self._shares.enter(request.tenant, request.rows)
+        if request.background:
+            self.background_rows += request.rows
+        else:
+            self._shares.enter(request.tenant, request.rows)
         for message in request.submits:
             self._requests[message.id] = request
             self._send(message)
@@ -117,6 +133,7 @@ class RequestRouter:
         self._requests.clear()
         self.stats = None
         self._shares.clear()
+        self.background_rows = 0
         self._on_busy(False)
         for request in ended.values():
             request.on_ended()
@@ -130,7 +147,10 @@ class RequestRouter:
         return time.monotonic() - self._last_progress if self.open_rows else 0.0
 
     def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
-        self._shares.leave(request.tenant)
+        if request.background:
+            self.background_rows -= 1
+        else:
+            self._shares.leave(request.tenant)
         if not self.open_rows:
             self._on_busy(False)
         if request_id not in request.open_rows:

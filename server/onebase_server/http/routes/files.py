@@ -1,4 +1,4 @@
-"""/v1/files: what jobs learn from, and the curves that they leave, as OpenAI's."""
+"""/v1/files: what jobs and batches read, and what they leave, as OpenAI's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
+from onebase_adapters.registry import UPLOADED, Purpose, TrainingFile
+from onebase_server.access import Caller
+from onebase_server.errors import InsufficientScopeError, InvalidRequestError
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import REFUSED, needs
 from onebase_server.http.schemas.answers import DeletedAnswer, FileAnswer, PageAnswer, Responses, answer
 from onebase_server.http.uploads import (
@@ -21,9 +23,10 @@ from onebase_server.http.uploads import (
     read_form,
 )
 from onebase_server.http.views.jobs import file_view, page
+from onebase_server.jobs.files import SCOPES
 from onebase_server.storage import storage_errors
 
-router = APIRouter(prefix="/v1/files", route_class=StrictRoute, tags=["training"])
+router = APIRouter(prefix="/v1/files", route_class=StrictRoute, tags=["files"])
 
 MOST = 10_000
 _BODY: dict[str, Any] = {
@@ -34,7 +37,7 @@ _BODY: dict[str, Any] = {
                 "type": "object",
                 "required": ["purpose", "file"],
                 "properties": {
-                    "purpose": {"type": "string", "enum": ["fine-tune"]},
+                    "purpose": {"type": "string", "enum": list(UPLOADED)},
                     "file": {"type": "string", "format": "binary"},
                 },
             }
@@ -55,9 +58,11 @@ CONTENT: Responses = {
 
 
 @router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer))
-@needs("train")
+@needs("any")
 async def add_file(request: Request, services: Provided, caller: Calling) -> Response:
-    """Upload rows: a field `purpose` (fine-tune) and a part `file` (.jsonl, .json, .csv, .parquet)."""
+    """Upload rows: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
+    .parquet too."""
+    _allowed(caller)
     services.refuse_if_draining()
     boundary = boundary_of(request, FILE_FIELDS)
     if boundary is None:
@@ -71,50 +76,80 @@ async def add_file(request: Request, services: Provided, caller: Calling) -> Res
         form = FileForm(files, boundary)
         try:
             upload = await read_form(request, form, files.disk)
-            kept = await files.keep(caller.tenant, upload.writer, upload.filename, "fine-tune")
+            _check_scope(caller, upload.purpose)
+            kept = await files.keep(caller.tenant, upload.writer, upload.filename, upload.purpose)
         finally:
             await files.disk.run(form.close)
     return json_response(file_view(kept))
 
 
 @router.get("", responses=answer(PageAnswer[FileAnswer]))
-@needs("train")
+@needs("any")
 async def list_files(
     services: Provided,
     caller: Calling,
     purpose: Annotated[str | None, Query(max_length=64)] = None,
+    sha256: Annotated[str | None, Query(max_length=64, description="of the content")] = None,
     after: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=MOST)] = MOST,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     """The files, newest first unless `order` is asc."""
+    allowed = _allowed(caller)
     found = await services.training.files.find(
-        caller.tenant, purpose=purpose, after=after, limit=limit + 1, oldest_first=order == "asc"
+        caller.tenant,
+        purposes=[each for each in allowed if purpose in (None, each)],
+        sha256=sha256,
+        after=after,
+        limit=limit + 1,
+        oldest_first=order == "asc",
     )
     return json_response(page([file_view(file) for file in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/{file_id}", responses=answer(FileAnswer))
-@needs("train")
+@needs("any")
 async def get_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """One file's name, size and purpose."""
-    return json_response(file_view(await services.training.files.get(caller.tenant, file_id)))
+    return json_response(file_view(await _file(file_id, services, caller)))
 
 
 @router.get("/{file_id}/content", response_class=FileResponse, responses=CONTENT)
-@needs("train")
+@needs("any")
 async def get_content(file_id: str, services: Provided, caller: Calling) -> Response:
     """What is in it."""
-    files = services.training.files
-    file = await files.get(caller.tenant, file_id)
-    path = await files.local(file)
+    file = await _file(file_id, services, caller)
+    path = await services.training.files.local(file)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
 @router.delete("/{file_id}", responses=answer(DeletedAnswer))
-@needs("train")
+@needs("any")
 async def delete_file(file_id: str, services: Provided, caller: Calling) -> Response:
-    """Delete it; 409 while a job that has not ended needs it."""
+    """Delete it; 409 while a job or a batch that has not ended needs it."""
     services.refuse_if_draining()
+    await _file(file_id, services, caller)
     await services.training.files.delete(caller.tenant, file_id)
     return json_response({"id": file_id, "object": "file", "deleted": True})
+
+
+async def _file(file_id: str, services: Services, caller: Caller) -> TrainingFile:
+    """Raises UnknownFileError, InsufficientScopeError."""
+    _allowed(caller)
+    file = await services.training.files.get(caller.tenant, file_id)
+    _check_scope(caller, file.purpose)
+    return file
+
+
+def _allowed(caller: Caller) -> list[Purpose]:
+    """The purposes whose files a caller may use. Raises InsufficientScopeError where there are none."""
+    allowed = [purpose for purpose, scope in SCOPES.items() if caller.may(scope)]
+    if not allowed:
+        raise InsufficientScopeError(SCOPES["fine-tune"], caller.key)
+    return allowed
+
+
+def _check_scope(caller: Caller, purpose: Purpose) -> None:
+    """Raises InsufficientScopeError."""
+    if not caller.may(SCOPES[purpose]):
+        raise InsufficientScopeError(SCOPES[purpose], caller.key)

@@ -87,4 +87,4 @@ async def status(services: Provided) -> Response:
 @needs("admin")
 async def metrics(services: Provided) -> Response:
     """Figures of training and serving in Prometheus' text format."""
-    return Response(await services.training.metrics_text(services.supervisor), media_type=CONTENT_TYPE)
+    return Response(await services.metrics_text(), media_type=CONTENT_TYPE)

@@ -54,7 +54,7 @@ async def respond(
     job = await services.planner.response(body, messages, caller)
 
     def keep(response: dict[str, Any]) -> None:
-        if body.store is not False:
+        if body.store is not False and not caller.background:
             asked = msgspec.json.encode(kept_items(items))
             made = KeptResponse(msgspec.json.encode(response), asked)
             responses.keep(caller.tenant, job.id, made)

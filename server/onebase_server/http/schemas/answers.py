@@ -701,6 +701,60 @@ class FileAnswer(TypedDict):
     status: Literal["processed"]
     status_details: None
     expires_at: None
+    sha256: str | None
+
+
+class BatchProblem(TypedDict):
+    code: str
+    line: int | None
+    message: str
+    param: str | None
+
+
+class BatchProblems(TypedDict):
+    object: Literal["list"]
+    data: list[BatchProblem]
+
+
+class BatchCounts(TypedDict):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class BatchAnswer(TypedDict):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: None
+    errors: BatchProblems | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+    waiting: str | None
+    """Why nothing of it is computed now."""
 
 
 class JobProblem(TypedDict):

@@ -45,6 +45,7 @@ EVA_GROWTH = 2
 FileId = Annotated[str, Field(min_length=1, max_length=100)]
 Settings = dict[str, Any]
 Label = Annotated[str, Field(max_length=64)]
+Labels = Annotated[dict[Label, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_LABELS)]
 
 
 class MethodSettings(Wire):
@@ -92,9 +93,7 @@ class CreateJobRequest(Wire):
     suffix: Annotated[str, Field(min_length=1, max_length=MAX_SUFFIX)] | None = None
     name: Name | None = Field(default=None, description="the adapter's; by default ft- and the suffix")
     activate: Activate | None = Field(default=None, description="if_better by default")
-    metadata: (
-        Annotated[dict[Label, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_LABELS)] | None
-    ) = None
+    metadata: Labels | None = None
     integrations: Annotated[list[Any], Field(max_length=16)] | None = Field(
         default=None, description="none is served: leave it out, or empty"
     )

@@ -39,6 +39,7 @@ def file_view(file: TrainingFile) -> FileAnswer:
         "status": "processed",
         "status_details": None,
         "expires_at": None,
+        "sha256": file.sha256,
     }
 
 

@@ -1,0 +1,196 @@
+"""Batches in the registry: what was asked for, how far it has come, how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry import audit
+from onebase_adapters.registry.audit import Origin
+from onebase_adapters.registry.database import Database, plain, plain_json
+from onebase_adapters.registry.errors import BatchStateError, RegistryError, UnknownBatchError
+from onebase_adapters.registry.jobs import find_file
+from onebase_adapters.registry.records import (
+    BATCH_STATES,
+    OPEN_BATCHES,
+    AuditAction,
+    Batch,
+    BatchError,
+    BatchState,
+    NewBatch,
+)
+from onebase_adapters.registry.tables import BatchRow
+
+_FACTS = frozenset({"total", "completed", "failed", "usage", "output_file", "error_file"})
+_AUDITED: Mapping[BatchState, AuditAction] = {
+    "cancelling": "batch.cancelling",
+    "completed": "batch.completed",
+    "failed": "batch.failed",
+    "expired": "batch.expired",
+    "cancelled": "batch.cancelled",
+}
+
+
+class BatchRecords:
+    """Batches of one base. All methods block, may be called from any thread, and are one transaction.
+
+    A batch belongs to the server that made it, which alone runs it. Any server on the registry may cancel it;
+    the owner follows what is written here. Raises RegistryBusyError, RegistryFullError and RegistryError like
+    Registry.
+    """
+
+    def __init__(self, database: Database, base_id: str) -> None:
+        self._database = database
+        self._base_id = base_id
+
+    def add(self, batch: NewBatch) -> Batch:
+        """A new batch in state `validating`. Raises UnknownFileError."""
+        with self._database.write_uncounted() as session:
+            find_file(session, batch.tenant, batch.input_file, lock=True)
+            row = BatchRow(
+                id=batch.id,
+                base_id=self._base_id,
+                tenant=batch.tenant,
+                key=audit.current().key,
+                server=batch.server,
+                state="validating",
+                endpoint=batch.endpoint,
+                input_file=batch.input_file,
+                window=batch.window,
+                labels=None if batch.labels is None else plain_json(batch.labels),
+                created_at=time.time(),
+                expires_at=batch.expires_at,
+            )
+            session.add(row)
+            session.flush()
+            asked = {"input_file": row.input_file, "endpoint": row.endpoint}
+            audit.note(session, "batch.created", row.tenant, row.id, base_id=self._base_id, details=asked)
+            return _record(row)
+
+    def batch(self, tenant: str, batch_id: str) -> Batch:
+        """Raises UnknownBatchError."""
+        with self._database.read() as session:
+            return _record(self._row(session, batch_id, tenant))
+
+    def batches(self, tenant: str, *, after: str | None = None, limit: int) -> list[Batch]:
+        """Newest first. Raises UnknownBatchError for `after`."""
+        with self._database.read() as session:
+            query = select(BatchRow).where(*self._scope(tenant))
+            if after is not None:
+                query = query.where(BatchRow.number < self._row(session, after, tenant).number)
+            return [
+                _record(row) for row in session.scalars(query.order_by(BatchRow.number.desc()).limit(limit))
+            ]
+
+    def open(self, server: str) -> list[Batch]:
+        """What a server has to do, oldest first."""
+        query = select(BatchRow).where(
+            *self._scope(), BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES)
+        )
+        with self._database.read() as session:
+            return [_record(row) for row in session.scalars(query.order_by(BatchRow.number))]
+
+    def open_ids(self, server: str) -> set[str]:
+        """The ids of a server's batches that have not ended, on any base."""
+        query = select(BatchRow.id).where(BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES))
+        with self._database.read() as session:
+            return set(session.scalars(query))
+
+    def counts(self) -> dict[str, int]:
+        """How many batches of this base there are in each state."""
+        query = select(BatchRow.state, func.count()).where(*self._scope()).group_by(BatchRow.state)
+        with self._database.read() as session:
+            return {row[0]: row[1] for row in session.execute(query)}
+
+    def move(
+        self,
+        batch_id: str,
+        state: BatchState,
+        among: Collection[BatchState],
+        *,
+        tenant: str | None = None,
+        errors: Sequence[BatchError] | None = None,
+        **facts: Any,
+    ) -> Batch:
+        """Change a batch's state, if it is one of `among`, and other fields of Batch with it.
+
+        Raises UnknownBatchError; BatchStateError when it is in another state.
+        """
+        with self._database.write_uncounted() as session:
+            row = self._row(session, batch_id, tenant, lock=True)
+            if row.state not in among or state not in BATCH_STATES:
+                raise BatchStateError(f"Batch {batch_id} is {row.state}.", row.state)
+            row.state = state
+            row.times = {**row.times, state: time.time()}
+            _set_facts(row, facts)
+            if errors is not None:
+                row.errors = [plain_json(asdict(error)) for error in errors]
+            session.flush()
+            if (action := _AUDITED.get(state)) is not None:
+                self._note(session, action, row)
+            return _record(row)
+
+    def note(self, batch_id: str, **facts: Any) -> None:
+        """How far a batch has come; `facts`: fields of Batch. Raises UnknownBatchError."""
+        with self._database.write_uncounted() as session:
+            _set_facts(self._row(session, batch_id, lock=True), facts)
+
+    def _note(self, session: Session, action: AuditAction, row: BatchRow) -> None:
+        """An entry in the audit log. What a server does by itself with a batch is done for who made it."""
+        origin = audit.current()
+        if origin == Origin():
+            origin = Origin(row.key, actor=f"batch {row.id}")
+        details: dict[str, Any] = {"completed": row.completed, "failed": row.failed, "total": row.total}
+        if row.errors:
+            details["code"] = row.errors[0]["code"]
+        audit.note(session, action, row.tenant, row.id, base_id=row.base_id, origin=origin, details=details)
+
+    def _scope(self, tenant: str | None = None) -> list[ColumnElement[bool]]:
+        conditions = [BatchRow.base_id == self._base_id]
+        return conditions if tenant is None else [*conditions, BatchRow.tenant == tenant]
+
+    def _row(
+        self, session: Session, batch_id: str, tenant: str | None = None, *, lock: bool = False
+    ) -> BatchRow:
+        query = select(BatchRow).where(*self._scope(tenant), BatchRow.id == plain(batch_id))
+        row = session.scalar(query.with_for_update() if lock else query)
+        if row is None:
+            raise UnknownBatchError(f"There is no batch {batch_id[:80]!r} on this base.")
+        return row
+
+
+def _set_facts(row: BatchRow, facts: Mapping[str, Any]) -> None:
+    for name, value in facts.items():
+        if name not in _FACTS:
+            raise RegistryError(f"{name!r} is no fact that a batch's row takes.")
+        setattr(row, name, value)
+
+
+def _record(row: BatchRow) -> Batch:
+    return Batch(
+        id=row.id,
+        tenant=row.tenant,
+        server=row.server,
+        endpoint=row.endpoint,
+        input_file=row.input_file,
+        window=row.window,
+        expires_at=row.expires_at,
+        labels=row.labels,
+        number=row.number,
+        key=row.key,
+        state=cast(BatchState, row.state),
+        created_at=row.created_at,
+        times=row.times,
+        total=row.total,
+        completed=row.completed,
+        failed=row.failed,
+        usage=row.usage,
+        errors=tuple(BatchError(**error) for error in row.errors or ()),
+        output_file=row.output_file,
+        error_file=row.error_file,
+    )

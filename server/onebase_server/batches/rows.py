@@ -1,0 +1,189 @@
+"""The file of a batch: one request a line, checked as a whole before the first is answered."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from onebase_adapters.registry import BatchError
+from onebase_server.errors import InvalidRequestError
+from onebase_server.http import strict_json
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+"""The routes whose requests a batch may hold."""
+MAX_ROWS = 50_000
+MAX_ERRORS = 100
+"""Of a file that are told; the rest is counted."""
+MAX_CUSTOM_ID = 512
+LINE_BYTES = 8 << 10
+"""What a line may hold besides its body."""
+_BOM = b"\xef\xbb\xbf"
+_CHUNK = 1 << 20
+_FIELDS = ("custom_id", "method", "url", "body")
+
+
+class Row(msgspec.Struct, forbid_unknown_fields=True):
+    """One line of a file that was checked. `body`: as it was written."""
+
+    custom_id: str
+    method: str
+    url: str
+    body: msgspec.Raw
+
+
+@dataclass
+class Checked:
+    """What a file holds: the number of its rows, and what is wrong with them."""
+
+    rows: int = 0
+    errors: list[BatchError] = field(default_factory=list)
+    more: int = 0
+    """Errors that are not among those."""
+
+    def complain(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
+        if len(self.errors) < MAX_ERRORS:
+            self.errors.append(BatchError(code, message, line, param))
+        else:
+            self.more += 1
+
+    @property
+    def problems(self) -> list[BatchError]:
+        if not self.more:
+            return self.errors
+        rest = BatchError(
+            "more_errors", f"{self.more} more lines are wrong; the first {MAX_ERRORS} are told."
+        )
+        return [*self.errors, rest]
+
+
+def check(path: Path, endpoint: str, max_body: int) -> Checked:
+    """Read the whole file, line by line. Blocks. Raises OSError.
+
+    Args:
+        endpoint: one of ENDPOINTS, the only one that rows may name.
+        max_body: bytes of one row's body.
+    """
+    checked = Checked()
+    seen: dict[bytes, int] = {}
+    with path.open("rb") as file:
+        for number, _, line in _lines(file, max_body + LINE_BYTES):
+            if line is None:
+                checked.complain(
+                    "line_too_long",
+                    f"The line is over {max_body + LINE_BYTES} bytes. Shorten it, or raise --max-body.",
+                    number,
+                )
+                continue
+            checked.rows += 1
+            if checked.rows > MAX_ROWS:
+                checked.complain(
+                    "too_many_rows", f"A batch has at most {MAX_ROWS} rows. Split the file.", number
+                )
+                break
+            _check_line(line, number, endpoint, max_body, seen, checked)
+    if not checked.rows and not checked.errors:
+        checked.complain("empty_file", "The file has no rows. Write one request a line.")
+    return checked
+
+
+def _check_line(
+    line: bytes, number: int, endpoint: str, max_body: int, seen: dict[bytes, int], checked: Checked
+) -> None:
+    try:
+        value = strict_json.decode(line, max_body)
+    except json.JSONDecodeError as error:
+        checked.complain("invalid_json_line", f"The line is no JSON: {error.msg[:200]}.", number)
+        return
+    except InvalidRequestError as error:
+        checked.complain("invalid_json_line", error.message, number, error.param)
+        return
+    if not isinstance(value, dict):
+        checked.complain("invalid_json_line", 'The line is no object: write {"custom_id": ...}.', number)
+        return
+    problem = _problem(value, endpoint)
+    if problem is not None:
+        param, code, message = problem
+        checked.complain(code, f"{param}: {message}", number, param)
+        return
+    known = blake2b(value["custom_id"].encode(errors="surrogatepass"), digest_size=16).digest()
+    first = seen.setdefault(known, number)
+    if first != number:
+        checked.complain(
+            "duplicate_custom_id",
+            f"custom_id: line {first} has {value['custom_id'][:80]!r} as well. Give each row its own.",
+            number,
+            "custom_id",
+        )
+
+
+def _problem(row: dict[str, Any], endpoint: str) -> tuple[str, str, str] | None:
+    """What is wrong with a row: the field, a code and a sentence."""
+    for name in _FIELDS:
+        if row.get(name) is None:
+            return name, "missing_required_parameter", f"it is missing. A row has {', '.join(_FIELDS)}."
+    for name in row:
+        if name not in _FIELDS:
+            return name[:80], "unknown_parameter", f"a row has no such field, but {', '.join(_FIELDS)}."
+    custom_id = row["custom_id"]
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID:
+        return "custom_id", "invalid_value", f"use a text of 1 to {MAX_CUSTOM_ID} characters."
+    if row["method"] != "POST":
+        return "method", "invalid_method", f"it is {str(row['method'])[:20]!r}; write POST."
+    if row["url"] != endpoint:
+        said = str(row["url"])[:80]
+        return "url", "invalid_url", f"it is {said!r}, and the batch is for {endpoint}. Make them the same."
+    if not isinstance(row["body"], dict):
+        return "body", "invalid_value", f"write the object that POST {endpoint} takes."
+    if row["body"].get("stream"):
+        return "body.stream", "invalid_value", "a batch's answers come in one piece. Leave it out."
+    return None
+
+
+class RowFile:
+    """The rows of a file that was checked, by their number from 0. Blocks. Raises OSError."""
+
+    def __init__(self, path: Path, max_body: int) -> None:
+        self._file = path.open("rb")
+        self._most = max_body + LINE_BYTES
+        self._places = array("q", (place for _, place, _ in _lines(self._file, self._most)))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, number: int) -> Row:
+        self._file.seek(self._places[number])
+        return msgspec.json.decode(
+            _without_mark(self._file.readline(self._most), self._places[number]), type=Row
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Each line that is not blank: its number from 1, its place, its text (None: over `most` bytes)."""
+    number, place = 0, 0
+    while line := file.readline(most + 1):
+        number, begin = number + 1, place
+        place += len(line)
+        text: bytes | None = _without_mark(line, begin)
+        if len(line) > most and not line.endswith(b"\n"):
+            text = None
+            while (rest := file.readline(_CHUNK)) and not rest.endswith(b"\n"):
+                place += len(rest)
+            place += len(rest)
+        elif not line.strip():
+            continue
+        yield number, begin, text
+
+
+def _without_mark(line: bytes, place: int) -> bytes:
+    """Without the byte order mark that some editors write."""
+    return line.removeprefix(_BOM) if place == 0 else line
