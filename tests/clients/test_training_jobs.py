@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import itertools
 import json
@@ -37,6 +38,7 @@ from onebase_adapters.training.recipe import recipe_fields, recipe_fields_by_nam
 
 pytestmark = pytest.mark.usefixtures("slept")
 ROWS = b'{"prompt": "a", "completion": "b"}\n'
+DIGEST = hashlib.sha256(ROWS).hexdigest()
 
 
 @pytest.fixture
@@ -117,7 +119,8 @@ def test_ids_are_used_as_they_are_and_all_else_is_said(call: Any, trainer: Train
         )
     )
     jobs = "/v1/fine_tuning/jobs"
-    assert [target for _, target, _ in trainer.asked] == [jobs, "/v1/files", jobs]
+    looked = f"/v1/files?purpose=fine-tune&sha256={DIGEST}&order=asc&limit=100"
+    assert [target for _, target, _ in trainer.asked] == [jobs, looked, "/v1/files", jobs]
     assert trainer.asked[-1][2] == {
         "model": "another",
         "training_file": "file-abc",
@@ -170,10 +173,10 @@ def test_what_was_uploaded_for_a_refused_job_is_deleted(call: Any, trainer: Trai
         trainer.refusal = REFUSAL
 
     trainer.add_file("file-mine", ROWS)
-    trainer.first = [models, no_file, upload_and_refuse]
+    trainer.first = [models, no_file, none_like_it, upload_and_refuse]
     with pytest.raises(BadRequestError, match="r is 0"):
         call(lambda client: client.training.create(train, r=0))
-    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "POST", "POST", "DELETE"]
+    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "GET", "POST", "POST", "DELETE"]
     with pytest.raises(BadRequestError):
         call(lambda client: client.training.create("file-mine", r=0))
     assert list(trainer.files) == ["file-mine"]
@@ -189,12 +192,38 @@ def no_file(request: Any) -> None:
 
 
 def test_a_job_that_may_have_begun_is_not_begun_again(call: Any, trainer: Trainer, train: Path) -> None:
-    trainer.first = [models, no_file, lambda request: request.reply(
+    trainer.first = [models, no_file, none_like_it, lambda request: request.reply(
         200, trainer._upload(request)), lambda request: request.hang_up()]  # fmt: skip
     with pytest.raises(APIConnectionError):
         call(lambda client: client.training.create(train))
-    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "POST", "POST"]
+    assert [method for method, _, _ in trainer.asked] == ["GET", "POST", "GET", "POST", "POST"]
     assert list(trainer.files) == ["file-1"]
+
+
+def test_the_same_content_is_sent_once_and_a_refused_job_deletes_no_file_that_was_there(
+    call: Any, trainer: Trainer, train: Path, tmp_path: Path
+) -> None:
+    first = call(lambda client: client.files.upload(train))
+    assert call(lambda client: client.files.upload(train)) == first
+    job = call(lambda client: client.training.create(train))
+    assert job.info.training_file == first.id
+    assert len(trainer.forms) == 1
+
+    def found_and_refused(request: Any) -> None:
+        trainer.refusal = REFUSAL
+        request.reply(200, {"object": "list", "data": [trainer.files[first.id][0]], "has_more": False})
+
+    trainer.first = [models, no_file, found_and_refused]
+    with pytest.raises(BadRequestError, match="r is 0"):
+        call(lambda client: client.training.create(train))
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(train.read_bytes())
+    assert call(lambda client: client.files.upload(other)).filename == "other.jsonl"
+    assert list(trainer.files) == [first.id, "file-2"]
+
+
+def none_like_it(request: Any) -> None:
+    request.reply(200, {"object": "list", "data": [], "has_more": False})
 
 
 def test_every_setting_of_a_recipe_has_its_keyword() -> None:
@@ -379,7 +408,7 @@ def test_a_field_of_the_wrong_type_is_no_answer(call: Any, trainer: Trainer, wro
 
 def test_files_are_sent_listed_read_and_deleted(call: Any, trainer: Trainer, train: Path) -> None:
     made = call(lambda client: client.files.upload(train))
-    assert made == TrainingFile("file-1", "train.jsonl", len(ROWS), "fine-tune", NOW)
+    assert made == TrainingFile("file-1", "train.jsonl", len(ROWS), "fine-tune", NOW, DIGEST)
     assert call(lambda client: client.files.get("file-1")) == made
     assert call(lambda client: client.files.content("file-1")) == ROWS
     for number in range(150):

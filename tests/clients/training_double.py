@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ class Trainer:
     def add_file(self, file_id: str, content: bytes, purpose: str = "fine-tune") -> Json:
         made = {"id": file_id, "object": "file", "bytes": len(content), "created_at": NOW}
         made |= {"filename": f"{file_id}.jsonl", "purpose": purpose, "status": "processed"}
+        made |= {"sha256": hashlib.sha256(content).hexdigest()}
         self.files[file_id] = made, content
         return made
 
@@ -125,7 +127,9 @@ class Trainer:
             case "GET", ["models"]:
                 return {"object": "list", "data": [{"id": BASE}, {"id": "orders"}]}
             case "GET", ["files"]:
-                return _page([made for made, _ in self.files.values()], query)
+                digest = query.get("sha256")
+                found = [made for made, _ in self.files.values() if digest in (None, made["sha256"])]
+                return _page(found, query)
             case "GET", ["files", file_id]:
                 return self._file(file_id)[0]
             case "DELETE", ["files", file_id]:

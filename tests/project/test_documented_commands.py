@@ -33,7 +33,7 @@ from tests.server.support import serving
 
 from onebase import Client
 from onebase._core import requests
-from onebase.cli import adapters, jobs
+from onebase.cli import adapters, batches, files, jobs
 from onebase.cli import main as onebase_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +61,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (r"onebase (generate|models|version|usage)( (?!--help)|$)", RUN),
     (r"onebase (adapters|jobs) \w+( [^-]|$)", RUN),
+    (r"onebase (batches|files) (create|list|upload)", RUN),
+    (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
     (r"onebase [a-z]+( [a-z]+)? --help$", RUN),
@@ -209,6 +211,10 @@ def folder(tmp_path: Path) -> Path:
     for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl"):
         rows = [{"prompt": f"{file} {number} until-paused ", "completion": "yes"} for number in range(4)]
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    messages = [{"role": "user", "content": "Hi"}]
+    body = {"model": "smollm2-135m-instruct", "messages": messages, "max_tokens": 2}
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(row) + "\n")
     subprocess.run(
         "git init -q . && git add train.jsonl && echo >> train.jsonl", shell=True, cwd=tmp_path, check=True
     )
@@ -317,7 +323,9 @@ def test_every_action_is_documented() -> None:
         "unpin",
         "unshare",
     }
-    assert {word[2] for word in words if word[1] == "jobs"} >= jobs.ACTIONS.keys()
+    for command in (jobs, batches, files):
+        name = command.__name__.rpartition(".")[2]
+        assert {word[2] for word in words if word[1] == name} >= command.ACTIONS.keys()
 
 
 @pytest.mark.parametrize("page", pages(RUN))

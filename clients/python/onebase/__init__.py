@@ -31,6 +31,7 @@ from .adapter_types import (
     VersionFiles,
     VersionReport,
 )
+from .batch_types import Batch, BatchCallback, BatchError, BatchResult
 from .errors import (
     AdapterRejectedError,
     APIConnectionError,
@@ -123,6 +124,10 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "BaseReference",
+    "Batch",
+    "BatchCallback",
+    "BatchError",
+    "BatchResult",
     "ChangedRow",
     "Choice",
     "Classification",

@@ -1,4 +1,4 @@
-"""What the server reports about training: files, jobs, events and checkpoints, as frozen dataclasses."""
+"""What the server reports about files and training: jobs, events and checkpoints, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ ENDED: Final = frozenset({SUCCEEDED, "failed", "cancelled"})
 """Final statuses. Only a failed job that is `resumable` can leave its own."""
 
 Activate: TypeAlias = Literal["always", "if_better", "never"]
+Purpose: TypeAlias = Literal["fine-tune", "batch"]
 TrainingMethod: TypeAlias = Literal["supervised", "dpo"]
 
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """A file that a job can learn from, or the curve that a job left."""
+    """A file that a job or a batch reads, or what one left."""
 
     id: str
     filename: str
     bytes: int
     purpose: str
-    """`fine-tune`, or `fine-tune-results` for the curve of a job."""
+    """`fine-tune` or `batch`; `fine-tune-results` for the curve of a job, `batch_output` for the answers of a
+    batch."""
     created_at: float
     """Unix time in seconds."""
+    sha256: str | None = None
+    """Of its content. None from older servers."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class RequestRouter:
                 param="n",
             )
         has_room = (
-            self.background_rows in range(max_rows)
+            self.background_rows < 2 * max_rows
             if request.background
             else self._shares.has_room(request.tenant, request.rows, capacity)
         )

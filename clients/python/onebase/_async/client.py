@@ -29,6 +29,7 @@ from ..types import (
     TenantUsage,
 )
 from .adapters import AsyncAdapters
+from .batches import AsyncBatches
 from .http import AsyncHttp
 from .keys import AsyncKeys, AsyncTenants
 from .streams import AsyncStream
@@ -98,8 +99,13 @@ class AsyncClient:
 
     @property
     def files(self) -> AsyncFiles:
-        """Files of examples that jobs learn from, and the curves that jobs leave."""
+        """Files that jobs and batches read, and what they leave."""
         return AsyncFiles(self._http)
+
+    @property
+    def batches(self) -> AsyncBatches:
+        """Files of requests that the server answers when it has room."""
+        return AsyncBatches(self._http)
 
     @property
     def training(self) -> AsyncTraining:

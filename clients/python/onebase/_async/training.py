@@ -1,4 +1,4 @@
-"""`client.files` and `client.training`: what jobs learn from, and the jobs."""
+"""`client.files` and `client.training`: what jobs and batches read, and the jobs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from pathlib import Path
 from typing import Unpack
 
 from .._core import parse, requests, training
+from .._core.parse import page_of
 from .._core.requests import Body
 from ..adapter_types import ProgressCallback
 from ..errors import APIStatusError, OneBaseError
-from ..training_types import Activate, TrainingFile, TrainingJobInfo, TrainingMethod, TrainingSettings
+from ..training_types import (
+    Activate,
+    Purpose,
+    TrainingFile,
+    TrainingJobInfo,
+    TrainingMethod,
+    TrainingSettings,
+)
 from .http import AsyncHttp
 from .jobs import AsyncTrainingJob
 
 
 class AsyncFiles:
-    """`client.files`: what jobs learn from, and the curves that jobs leave."""
+    """`client.files`: what jobs and batches read, and what they leave."""
 
     def __init__(self, http: AsyncHttp) -> None:
         self._http = http
 
-    async def upload(self, path: str | Path, *, progress: ProgressCallback | None = None) -> TrainingFile:
-        """Send a file of examples, streamed from disk. `client.training.create` does this by itself.
+    async def upload(
+        self, path: str | Path, *, purpose: Purpose = "fine-tune", progress: ProgressCallback | None = None
+    ) -> TrainingFile:
+        """Send a file, streamed from disk. `client.training.create` and `client.batches.create` do so by
+        themselves.
+
+        If the server has a file of this content, name and purpose, that one is given and nothing is sent.
 
         Args:
-            path: A .jsonl, .json, .csv or .parquet file.
+            path: For a batch a .jsonl file; for training a .json, .csv or .parquet file too.
+            purpose: `fine-tune`, or `batch`.
             progress: Called with the bytes that are sent.
 
         Raises:
@@ -34,14 +48,27 @@ class AsyncFiles:
             BadRequestError: it is of another kind, or empty.
             PayloadTooLargeError, StorageFullError: there is no room for it.
         """
-        call = training.upload(training.existing(path, "path"), progress)
-        return await self._http.ask(call, training.parse_file)
+        return (await self._upload(path, purpose, progress))[0]
+
+    async def _upload(
+        self, path: str | Path, purpose: Purpose, progress: ProgressCallback | None
+    ) -> tuple[TrainingFile, bool]:
+        """As `upload`; and whether the file is new."""
+        file = training.existing(path, "path")
+        digest = training.sha256(file)
+        call = training.same_content(digest, purpose)
+        found = (await self._http.ask(call, page_of(training.parse_file))).items
+        known = training.one_of(found, digest, file.name)
+        if known is not None:
+            return known, False
+        sent = training.upload(file, purpose, progress)
+        return await self._http.ask(sent, training.parse_file), True
 
     async def list(self, *, purpose: str | None = None) -> tuple[TrainingFile, ...]:
         """All files, the newest first.
 
         Args:
-            purpose: Only those of this purpose: `fine-tune` or `fine-tune-results`.
+            purpose: Only those of this purpose: `fine-tune`, `fine-tune-results`, `batch` or `batch_output`.
         """
         return await self._http.collect(
             lambda after, size: training.list_files(purpose, after, size), training.parse_file
@@ -68,7 +95,7 @@ class AsyncFiles:
         """Delete a file. It cannot be undone.
 
         Raises:
-            ConflictError: a job that has not ended needs it.
+            ConflictError: a job or a batch that has not ended needs it.
             NotFoundError: there is no file of this id.
         """
         await self._http.send(training.delete_file(file_id))
@@ -196,8 +223,9 @@ class _AsyncUploads:
         """The id of a file, which is sent first if it is a path."""
         if isinstance(source, str):
             return source
-        sent = await self._files.upload(source, progress=self._progress)
-        self._ids.append(sent.id)
+        sent, is_new = await self._files._upload(source, "fine-tune", self._progress)
+        if is_new:
+            self._ids.append(sent.id)
         return sent.id
 
     async def __aenter__(self) -> _AsyncUploads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from ..training_types import (
     Activate,
     ChangedRow,
     CurvePoint,
+    Purpose,
     SliceReport,
     SliceResult,
     TrainingCheckpoint,
@@ -40,13 +42,15 @@ NO_FILE: Final = "file-none"
 """The id of no file: a server's ids are hexadecimal."""
 FILE_NOT_FOUND: Final = "file_not_found"
 
+KINDS: Final = ".jsonl, .json, .csv or .parquet"
+_SAME: Final = 100
 _FILE_ID: Final = re.compile(r"file-[A-Za-z0-9_-]+")
 
 
 # ---- files -------------------------------------------------------------------------------------------
 
 
-def source(given: str | Path, argument: str) -> str | Path:
+def source(given: str | Path, argument: str, kinds: str = KINDS) -> str | Path:
     """The id of a file that the server has, or the path of one to send.
 
     Raises:
@@ -55,11 +59,11 @@ def source(given: str | Path, argument: str) -> str | Path:
     path = Path(given).expanduser()
     if isinstance(given, str) and _FILE_ID.fullmatch(given) and not path.is_file():
         return given
-    return existing(path, argument, ", or the id of an uploaded one (file-...)")
+    return existing(path, argument, kinds, ", or the id of an uploaded one (file-...)")
 
 
-def existing(given: str | Path, argument: str, otherwise: str = "") -> Path:
-    """The path of a file to send.
+def existing(given: str | Path, argument: str, kinds: str = KINDS, otherwise: str = "") -> Path:
+    """The path of a file to send, of one of these kinds.
 
     Raises:
         ValueError: there is none.
@@ -68,30 +72,45 @@ def existing(given: str | Path, argument: str, otherwise: str = "") -> Path:
     if path.is_file():
         return path
     found = "is a folder" if path.is_dir() else "is not there"
-    wanted = "give the path of a .jsonl, .json, .csv or .parquet file"
-    raise ValueError(f"{argument}: {path} {found}: {wanted}{otherwise}")
+    raise ValueError(f"{argument}: {path} {found}: give the path of a {kinds} file{otherwise}")
 
 
-def upload(path: Path, progress: ProgressCallback | None) -> Call:
+def sha256(path: Path) -> str:
+    """Of a file's content. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_content(digest: str, purpose: Purpose) -> Call:
+    """The call for the files that have this content, the oldest first."""
+    return Call("GET", query_of(FILES, purpose=purpose, sha256=digest, order="asc", limit=str(_SAME)))
+
+
+def one_of(files: Sequence[TrainingFile], digest: str, filename: str) -> TrainingFile | None:
+    """The first that has this content and this name. A server that cannot look by content lists others."""
+    return next((one for one in files if one.sha256 == digest and one.filename == filename), None)
+
+
+def upload(path: Path, purpose: Purpose, progress: ProgressCallback | None) -> Call:
     """The call that sends a file. It is not idempotent: sent twice, it makes two files."""
 
     def sent(done: int, total: int) -> None:
         if progress is not None:
             progress(Progress("uploading", done / total, done, total, path.name))
 
-    return Call("POST", FILES, Form({"purpose": "fine-tune"}, "file", (path,), sent))
+    return Call("POST", FILES, Form({"purpose": purpose}, "file", (path,), sent))
 
 
 def list_files(purpose: str | None, after: str | None, limit: int) -> Call:
-    return Call("GET", _query(FILES, purpose=purpose, after=after, limit=str(limit)))
+    return Call("GET", query_of(FILES, purpose=purpose, after=after, limit=str(limit)))
 
 
 def file(file_id: str, *rest: str) -> Call:
-    return Call("GET", _path(FILES, file_id, *rest))
+    return Call("GET", path_of(FILES, file_id, *rest))
 
 
 def delete_file(file_id: str) -> Call:
-    return Call("DELETE", _path(FILES, file_id))
+    return Call("DELETE", path_of(FILES, file_id))
 
 
 # ---- jobs --------------------------------------------------------------------------------------------
@@ -158,24 +177,24 @@ def create(body: Body, training_file: str, validation_file: str | None) -> Call:
 
 def list_jobs(metadata: Mapping[str, str] | None, after: str | None, limit: int) -> Call:
     labels = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
-    return Call("GET", _query(JOBS, after=after, limit=str(limit), **labels))
+    return Call("GET", query_of(JOBS, after=after, limit=str(limit), **labels))
 
 
 def job(job_id: str) -> Call:
-    return Call("GET", _path(JOBS, job_id))
+    return Call("GET", path_of(JOBS, job_id))
 
 
 def change(job_id: str, action: str) -> Call:
     """The call for `cancel`, `pause` or `resume`. Each is idempotent."""
-    return Call("POST", _path(JOBS, job_id, action), idempotent=True)
+    return Call("POST", path_of(JOBS, job_id, action), idempotent=True)
 
 
 def events(job_id: str, after: str | None, limit: int) -> Call:
-    return Call("GET", _query(_path(JOBS, job_id, "events"), after=after, limit=str(limit)))
+    return Call("GET", query_of(path_of(JOBS, job_id, "events"), after=after, limit=str(limit)))
 
 
 def checkpoints(job_id: str, after: str | None, limit: int) -> Call:
-    return Call("GET", _query(_path(JOBS, job_id, "checkpoints"), after=after, limit=str(limit)))
+    return Call("GET", query_of(path_of(JOBS, job_id, "checkpoints"), after=after, limit=str(limit)))
 
 
 def stream_events(job_id: str, after: str | None) -> Call:
@@ -183,17 +202,17 @@ def stream_events(job_id: str, after: str | None) -> Call:
     headers = [("Accept", "text/event-stream"), ("Cache-Control", "no-store")]
     if after is not None:
         headers.append(("Last-Event-ID", after))
-    return Call("GET", _path(JOBS, job_id, "events"), headers=tuple(headers))
+    return Call("GET", path_of(JOBS, job_id, "events"), headers=tuple(headers))
 
 
-def _path(*parts: str) -> str:
+def path_of(*parts: str) -> str:
     if not all(parts):
-        raise ValueError("the id of a job or a file is empty")
+        raise ValueError("the id of a job, a batch or a file is empty")
     first, *rest = parts
     return "/".join([first, *(quote(part, safe="") for part in rest)])
 
 
-def _query(path: str, **fields: str | None) -> str:
+def query_of(path: str, **fields: str | None) -> str:
     given = {name: value for name, value in fields.items() if value is not None}
     return f"{path}?{urlencode(given)}" if given else path
 
@@ -208,7 +227,7 @@ def _plain(value: object) -> object:
 
 
 def parse_file(value: Json) -> TrainingFile:
-    return flat(TrainingFile, value)
+    return flat(TrainingFile, value, sha256=value.get("sha256"))
 
 
 def parse_job(value: Json) -> TrainingJobInfo:

@@ -30,6 +30,7 @@ from ..types import (
     TenantUsage,
 )
 from .adapters import Adapters
+from .batches import Batches
 from .http import Http
 from .keys import Keys, Tenants
 from .streams import Stream
@@ -99,8 +100,13 @@ class Client:
 
     @property
     def files(self) -> Files:
-        """Files of examples that jobs learn from, and the curves that jobs leave."""
+        """Files that jobs and batches read, and what they leave."""
         return Files(self._http)
+
+    @property
+    def batches(self) -> Batches:
+        """Files of requests that the server answers when it has room."""
+        return Batches(self._http)
 
     @property
     def training(self) -> Training:

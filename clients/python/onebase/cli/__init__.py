@@ -37,9 +37,11 @@ Talking to a server
   adapters   send adapters to the server, look at them, activate them, roll back
   jobs       let the server train adapters; watch, pause, resume, cancel
   migrate    train again here what was fine-tuned at OpenAI
+  batches    have a file of requests answered when the server has room
+  files      what jobs and batches read, and what they leave
   usage      who used how many requests, tokens and hours of training
   models     list the base and the adapters that the server has
-  audit      list who changed what: adapters, files, jobs, keys
+  audit      list who changed what: adapters, files, jobs, batches, keys
   version    show the version of this command and of the server
 
 First steps
@@ -59,6 +61,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "adapters": "adapters",
     "jobs": "jobs",
     "migrate": "migrate",
+    "batches": "batches",
+    "files": "files",
     "usage": "usage",
     "audit": "audit",
     "models": "server",
