@@ -70,7 +70,7 @@ def test_a_batch_is_made_waited_for_and_read(client: Client, tmp_path: Path) -> 
         client.batches.cancel(batch.id)
     with pytest.raises(NotFoundError):
         client.batches.retrieve("batch_none")
-    with pytest.raises(ValueError, match="no.jsonl is not there: give the path of a .jsonl file"):
+    with pytest.raises(ValueError, match=r"no\.jsonl is not there: give the path of a \.jsonl file"):
         client.batches.create("no.jsonl")
     with pytest.raises(BadRequestError, match="endpoint"):
         client.batches.create(file, endpoint="/v1/embeddings")
@@ -146,6 +146,7 @@ def test_the_command_sends_lists_gets_and_deletes_files(
     assert "mine.jsonl is there already" in capsys.readouterr().err
     file.rename(tmp_path / "kept.jsonl")
     assert main(["files", "download", sent["id"]]) == 0
+    assert capsys.readouterr().out.startswith("mine.jsonl  ")
     assert file.read_bytes() == (tmp_path / "kept.jsonl").read_bytes()
     out = TextIOWrapper(BytesIO())
     with monkeypatch.context() as patch:

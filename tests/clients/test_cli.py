@@ -22,7 +22,19 @@ from tests.clients.golden import Transcript
 
 from onebase import __version__
 from onebase._core.adapters import parse_adapter
-from onebase.cli import COMMANDS, EXTRA_COMMANDS, HELP, PLUGINS, adapters, find_plugin, jobs, main, run_plugin
+from onebase.cli import (
+    COMMANDS,
+    EXTRA_COMMANDS,
+    HELP,
+    PLUGINS,
+    adapters,
+    batches,
+    files,
+    find_plugin,
+    jobs,
+    main,
+    run_plugin,
+)
 from onebase.cli.command import adapter_of
 from onebase.cli.server import table_rows
 from onebase.cli.ui import printable
@@ -297,6 +309,8 @@ HELPS = [
     *(["adapters", action] for action in adapters.ACTIONS),
     *(["jobs", action] for action in jobs.ACTIONS),
     ["migrate", "openai"],
+    *(["batches", action] for action in batches.ACTIONS),
+    *(["files", action] for action in files.ACTIONS),
     ["base", "fetch"],
     ["data", "check"],
 ]
@@ -327,6 +341,7 @@ NO_DEFAULT = {
     ],
     "jobs create": ["--set NAME=VALUE", "--metadata KEY=VALUE"],
     "migrate openai": ["--file FILE", "--set NAME=VALUE"],
+    "batches create": ["--metadata KEY=VALUE"],
     "train": ["--data FILE", "--name NAME", "--push ORG/REPO"],
     "adapters export": ["--format {peft,merged,gguf-lora,gguf}"],
     "adapters merge": ["--name NAME", "--density D"],
@@ -336,7 +351,9 @@ NO_DEFAULT = {
 """Options that are required, or without which there is nothing of the kind."""
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"adapters", "jobs", "migrate"}))
+@pytest.mark.parametrize(
+    "command", sorted(COMMANDS.keys() - {"adapters", "jobs", "batches", "files", "migrate"})
+)
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -13,7 +13,12 @@ from sqlalchemy.orm import Session
 from onebase_adapters.registry import audit
 from onebase_adapters.registry.audit import Origin
 from onebase_adapters.registry.database import Database, plain, plain_json
-from onebase_adapters.registry.errors import BatchStateError, RegistryError, UnknownBatchError
+from onebase_adapters.registry.errors import (
+    BatchStateError,
+    QuotaError,
+    RegistryError,
+    UnknownBatchError,
+)
 from onebase_adapters.registry.jobs import find_file
 from onebase_adapters.registry.records import (
     BATCH_STATES,
@@ -26,6 +31,8 @@ from onebase_adapters.registry.records import (
 )
 from onebase_adapters.registry.tables import BatchRow
 
+MOST_OPEN = 100
+"""Batches of one tenant that have not ended: servers look at all of them every second."""
 _FACTS = frozenset({"total", "completed", "failed", "usage", "output_file", "error_file"})
 _AUDITED: Mapping[BatchState, AuditAction] = {
     "cancelling": "batch.cancelling",
@@ -49,8 +56,20 @@ class BatchRecords:
         self._base_id = base_id
 
     def add(self, batch: NewBatch) -> Batch:
-        """A new batch in state `validating`. Raises UnknownFileError."""
+        """A new batch in state `validating`. Raises UnknownFileError, QuotaError."""
         with self._database.write_uncounted() as session:
+            mine = (
+                select(func.count())
+                .select_from(BatchRow)
+                .where(BatchRow.tenant == batch.tenant, BatchRow.state.in_(OPEN_BATCHES))
+            )
+            if (session.scalar(mine) or 0) >= MOST_OPEN:
+                raise QuotaError(
+                    f"Tenant {batch.tenant!r} has {MOST_OPEN} batches that have not ended, and may not have "
+                    "more. Wait for the end of one, or cancel one.",
+                    "batches",
+                    MOST_OPEN,
+                )
             find_file(session, batch.tenant, batch.input_file, lock=True)
             row = BatchRow(
                 id=batch.id,

@@ -614,7 +614,7 @@ class BatchRunner:
             return 0
         places = supervisor.base.max_rows
         free = max(0, places - supervisor.router.waited_rows)
-        return min(self._parts.most or places, free) + min(free, SPARE_ROWS)
+        return min(self._parts.most or places + SPARE_ROWS, free + SPARE_ROWS) if free else 0
 
     def _next(self) -> Run | None:
         """Of the tenants that have a row to be answered, the one that has the fewest under way."""

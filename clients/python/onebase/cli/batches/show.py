@@ -25,8 +25,8 @@ _DESCRIPTIONS: Final = {
     "list": "List the batches of a server, the newest first.",
     "show": "Show one batch: how far it is, how it ended, and the lines of its file that are wrong.",
     "results": """\
-Print what a batch that has ended has answered, then the rows that failed: one JSON object a line, with
-custom_id, the HTTP status and the body that a live request would have got. With --output, into a file.
+Print what a batch that has ended has answered, then the rows that failed: one JSON object a line,
+with custom_id, the HTTP status and the body that a live request would have got.
 """,
     "cancel": "End a batch. What is answered stays, in its results.",
 }
@@ -44,7 +44,7 @@ def run(action: str, argv: list[str]) -> int:
     else:
         made.add_argument("batch", metavar="ID")
     if action == "results":
-        made.add_argument("--output", metavar="FILE", help="write them here instead of printing them")
+        made.add_argument("--output", metavar="FILE", help="write them here (default: print them)")
     args = made.parse_args(argv)
     work = {"list": _list, "show": _show, "results": _results, "cancel": _cancel}[action]
     return perform(made, args, lambda client: work(client, args))

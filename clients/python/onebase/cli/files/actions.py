@@ -17,8 +17,8 @@ _DESCRIPTIONS: Final = {
     "list": "List the files of a server, the newest first.",
     "show": "Show one file's name, size and purpose.",
     "upload": """\
-Send a file: examples to train on, or a batch's requests. If the server has a file of this content, name
-and purpose, that one is given and nothing is sent.
+Send a file: examples to train on, or a batch's requests. If the server has a file of this content,
+name and purpose, that one is given and nothing is sent.
 """,
     "download": "Get what is in a file, under its name on the server unless --output says another.",
     "rm": "Delete files. One that a job or a batch still needs stays.",
@@ -44,7 +44,9 @@ def run(action: str, argv: list[str]) -> int:
     else:
         made.add_argument("file", metavar="ID")
     if action == "download":
-        made.add_argument("--output", metavar="FILE", help="where to write it; - prints it")
+        made.add_argument(
+            "--output", metavar="FILE", help="where to write it; - prints it (default: its name)"
+        )
     args = made.parse_args(argv)
     work = {"list": _list, "show": _show, "upload": _upload, "download": _download, "rm": _rm}[action]
     return perform(made, args, lambda client: work(client, args))
