@@ -42,7 +42,7 @@ class _Body(msgspec.Struct):
 
 class _Response(msgspec.Struct):
     status_code: int
-    body: _Body
+    body: msgspec.Raw
 
 
 class _Error(msgspec.Struct):
@@ -58,6 +58,7 @@ class _Record(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Record)
+_body_decoder = msgspec.json.Decoder(_Body)
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,19 @@ class Results:
         self.completed += ok
         self.failed += not ok
         self.expired |= record.error is not None and record.error.code == EXPIRED
-        used = record.response.body.usage if record.response is not None else None
+        used = None if record.response is None else _usage(record.response.body)
         if used is not None:
             details = used.prompt_tokens_details or used.input_tokens_details or _Details()
             self.usage["prompt"] += used.prompt_tokens + used.input_tokens
             self.usage["cached"] += details.cached_tokens
             self.usage["completion"] += used.completion_tokens + used.output_tokens
+
+
+def _usage(body: msgspec.Raw) -> _Usage | None:
+    try:
+        return _body_decoder.decode(body).usage
+    except msgspec.DecodeError:
+        return None
 
 
 def _write(file: BinaryIO, data: bytes) -> None:

@@ -201,6 +201,10 @@ class Run:
                     failures += 1
                     self.waiting = str(error)
                     _log.warning("batch %s waits: %s", self.batch.id, error)
+                except Exception:
+                    failures += 1
+                    self.waiting = "the server failed on the batch; its log says why"
+                    _log.exception("batch %s waits", self.batch.id)
                 finally:
                     await self._put_down()
                 await self._nap(_TROUBLE.pause(failures))
@@ -241,10 +245,10 @@ class Run:
         path = await self._input()
         checked = await parts.disk.run(check, path, batch.endpoint, parts.max_body)
         if checked.errors:
-            await self._move("failed", errors=checked.problems)
+            await self._move("validating", "failed", errors=checked.problems)
             await self._forget()
         else:
-            await self._move("in_progress", total=checked.rows)
+            await self._move("validating", "in_progress", total=checked.rows)
 
     async def _input(self) -> Path:
         """The batch's file, which stays as long as its folder does. Raises UnknownFileError, StoreError."""
@@ -297,24 +301,25 @@ class Run:
 
     async def _finalize(self) -> None:
         """Make files of what was answered, and end the batch. A break at any point loses nothing."""
-        parts, folder = self._parts, self._parts.folders.of(self.batch.id)
+        parts, folder, state = self._parts, self._parts.folders.of(self.batch.id), self.batch.state
         end: BatchState = "completed"
         errors = None
         results = self._results
         if results is None:
             results = self._results = await parts.disk.run(Results, folder, self.batch.total)
-        if self.batch.state == "cancelling":
+        if state == "cancelling":
             end = "cancelled"
         elif self._refused is not None:
             end, errors = "failed", [BatchError(self._refused.code, self._refused.message)]
         elif results.expired:
             end = "expired"
-        elif self.batch.state == "in_progress":
-            await self._move("finalizing", **self._facts(results))
+        elif state == "in_progress":
+            await self._move(state, "finalizing", **self._facts(results))
+            state = "finalizing"
         ids = {}
         for fact, name in (("output_file", OUTPUT), ("error_file", ERRORS)):
             ids[fact] = await self._keep(folder / name, name)
-        await self._move(end, errors=errors, **self._facts(results), **ids)
+        await self._move(state, end, errors=errors, **self._facts(results), **ids)
         await self._forget()
 
     async def _keep(self, path: Path, name: str) -> str | None:
@@ -330,13 +335,15 @@ class Run:
         return file_id
 
     async def _move(
-        self, state: BatchState, errors: Sequence[BatchError] | None = None, **facts: Any
+        self,
+        before: BatchState,
+        state: BatchState,
+        errors: Sequence[BatchError] | None = None,
+        **facts: Any,
     ) -> None:
-        """Raises BatchStateError when somebody else has moved the batch."""
+        """Raises BatchStateError when somebody else has moved the batch, which was `before`."""
         run, records = self._parts.threads.run, self._parts.records
-        self.batch = await run(
-            records.move, self.batch.id, state, (self.batch.state,), errors=errors, **facts
-        )
+        self.batch = await run(records.move, self.batch.id, state, (before,), errors=errors, **facts)
 
     async def _note(self, results: Results) -> None:
         await self._parts.threads.run(self._parts.records.note, self.batch.id, **self._facts(results))
@@ -489,7 +496,7 @@ class Run:
                     failures, self._stuck, self.waiting = 0, False, None
                     for result in group:
                         self._parts.answered["completed" if result.ok else "failed"] += 1
-                except OSError as error:
+                except Exception as error:
                     self._pending = group + self._pending
                     failures, self._stuck = failures + 1, True
                     self.waiting = f"answers cannot be kept in --data-dir: {error}"
@@ -523,7 +530,12 @@ class BatchRunner:
     def waiting(self, batch_id: str) -> str | None:
         """Why nothing of a batch is computed now, as far as this server knows."""
         found = self._runs.get(batch_id)
-        return None if found is None else found[0].waiting
+        if found is None:
+            return None
+        run = found[0]
+        if run.waiting is None and run.batch.state == "in_progress" and not run.flying and not self._room():
+            return "the engine is not ready, or all its places are taken by requests that are waited for"
+        return run.waiting
 
     @property
     def answered(self) -> Mapping[str, int]:

@@ -328,8 +328,9 @@ class AsyncClient:
 
         Args:
             tenant: Of one tenant. Without it a key with the scope `admin` gets all, others their own.
-            action: Such as `adapter.activated`, or all of a kind: `adapter`, `file`, `job`, `key`, `tenant`.
-            target: An adapter's name, or the id of a file, a job or a key.
+            action: Such as `adapter.activated`, or all of a kind: `adapter`, `file`, `job`, `batch`, `key`,
+                `tenant`.
+            target: An adapter's name, or the id of a file, a job, a batch or a key.
             since: Unix seconds; nothing from before.
             after: The id of an entry, after which the list begins.
             oldest_first: The other way round, so that `after` the last known entry come the new ones.

@@ -20,7 +20,8 @@ from .ui import Column, print_table, show
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\
 List who changed what, the newest first: adapters sent, activated, rolled back and deleted,
-files, jobs, API keys and quotas. With --follow the oldest first, and then new ones until Ctrl-C.
+files, jobs, batches, API keys and quotas. With --follow the oldest first, and then new ones until
+Ctrl-C.
 """
 _EXAMPLES: Final = """\
   onebase audit --target acme-support
@@ -41,7 +42,7 @@ def run(command: str, argv: list[str]) -> int:
     made.add_argument(
         "--action",
         metavar="ACTION",
-        help="such as adapter.activated, or a kind: adapter, file, job, key, tenant (default: all)",
+        help="such as adapter.activated, or a kind: adapter, file, job, batch, key, tenant (default: all)",
     )
     made.add_argument("--target", metavar="NAME", help="an adapter's name, or an id (default: all)")
     made.add_argument(
