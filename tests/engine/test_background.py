@@ -8,7 +8,9 @@ from tests.engine.scheduling import BLOCK, World, make_row
 from onebase_engine.engine.row import Plan, Row, Segment
 from onebase_engine.engine.scheduler import (
     BACKGROUND_FRESH,
+    BACKGROUND_LEAST,
     BACKGROUND_PROMPTS,
+    BACKGROUND_SECONDS,
     BACKGROUND_TIME,
     BackgroundPace,
 )
@@ -136,7 +138,7 @@ BEHIND = make_row(1, [1, 2], 9, background=True)
 
 
 def test_the_background_makes_the_decoding_of_others_a_tenth_longer_at_most() -> None:
-    pace, whole, extra = BackgroundPace(), 0.0, 0.0
+    pace, whole, extra = BackgroundPace(256), 0.0, 0.0
     assert not pace.may_join(), "what a step takes alone is not known yet"
     for _ in range(2000):
         joins = pace.may_join()
@@ -148,7 +150,7 @@ def test_the_background_makes_the_decoding_of_others_a_tenth_longer_at_most() ->
 
 
 def test_where_more_rows_cost_nothing_the_background_is_in_nearly_every_step() -> None:
-    pace, joined = BackgroundPace(), 0
+    pace, joined = BackgroundPace(256), 0
     for _ in range(1000):
         joins = pace.may_join()
         joined += joins
@@ -158,9 +160,36 @@ def test_where_more_rows_cost_nothing_the_background_is_in_nearly_every_step() -
 
 
 def test_steps_of_prompts_and_of_the_background_alone_say_nothing_about_decodes() -> None:
-    pace = BackgroundPace()
+    pace = BackgroundPace(256)
     pace.took(Plan([], [Segment(ASKED, 0, 2)]), 1.0)
     pace.took(step_of(BEHIND), 1.0)
     assert not pace.may_join()
     pace.took(step_of(ASKED), 0.03)
     assert pace.may_join()
+
+
+@pytest.mark.parametrize("speed", [200, 1000, 100_000])
+def test_a_step_of_the_background_alone_is_short_where_prompts_are_slow_and_full_where_they_are_fast(
+    speed: int,
+) -> None:
+    pace, times = BackgroundPace(2048), []
+    long = make_row(0, list(range(100_000)), 1, background=True)
+    for _ in range(50):
+        seconds = pace.prompt_tokens / speed
+        pace.took(Plan([], [Segment(long, 0, pace.prompt_tokens)]), seconds)
+        times.append(seconds)
+
+    fits = max(BACKGROUND_LEAST, min(2048, int(speed * BACKGROUND_SECONDS)))
+    assert fits / 4 <= pace.prompt_tokens <= fits
+    assert max(times[5:]) <= 1.01 * max(BACKGROUND_SECONDS, BACKGROUND_LEAST / speed)
+
+
+def test_a_step_of_the_background_alone_has_as_much_of_its_prompts_as_is_said() -> None:
+    world = World.create(max_rows=4, step_tokens=32, blocks=100)
+    rows = [make_row(n, list(range(1000 * n, 1000 * n + 20)), 4, background=True) for n in range(3)]
+    for row in rows:
+        world.scheduler.add(row)
+    assert sum(segment.length for segment in world.step(prompt_tokens=7).segments) == 7
+    while any(row.finish is None for row in rows):
+        plan = world.step(prompt_tokens=7)
+        assert sum(segment.length for segment in plan.prefills) <= 7

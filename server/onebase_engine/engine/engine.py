@@ -123,7 +123,7 @@ class Engine:
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
-        self._pace = BackgroundPace()
+        self._pace = BackgroundPace(limits.step_tokens)
         self.counters = Counters()
         self._grammars: Grammars | None = None
         if tokenizer is not None:
@@ -263,7 +263,7 @@ class Engine:
         """
         self._admit_compiled()
         began = time.monotonic()
-        plan = self.scheduler.plan(self._pace.may_join())
+        plan = self.scheduler.plan(self._pace.may_join(), self._pace.prompt_tokens)
         if self._apply_moves():
             plan = plan.unfinished()
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)

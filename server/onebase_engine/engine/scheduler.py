@@ -48,6 +48,10 @@ MAX_PASSED = 32
 """Rows that may be admitted before one that lacks blocks."""
 BACKGROUND_PROMPTS = 8
 """Next to other rows, a step computes one part in this many of its tokens of background rows' prompts."""
+BACKGROUND_SECONDS = 0.1
+"""Of a step with background rows alone, but for their decodes: who comes meanwhile waits for its end."""
+BACKGROUND_LEAST = 16
+"""Prompt tokens that such a step has in any case."""
 BACKGROUND_TIME = 0.1
 """By this part of their time, background rows may make the decoding of others longer."""
 BACKGROUND_CREDIT = 0.05
@@ -114,12 +118,17 @@ class _Draft:
 
 
 class BackgroundPace:
-    """When background rows may be in a step with other rows' decodes, by what they add to its time.
+    """When background rows may be in a step with other rows' decodes, by what they add to its time; and how
+    much of their prompts a step of theirs alone has.
 
-    Where more rows cost next to nothing, as on most GPUs, they nearly always may. Times are seconds.
+    Where more rows cost next to nothing, as on most GPUs, they nearly always may, and steps are full. Times
+    are seconds. step_tokens: of any step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step_tokens: int) -> None:
+        self.prompt_tokens = min(step_tokens, 4 * BACKGROUND_LEAST)
+        """Most tokens of prompts in a step with background rows alone."""
+        self._most = step_tokens
         self._without: float | None = None
         """What a step without them takes."""
         self._credit = 0.0
@@ -131,6 +140,8 @@ class BackgroundPace:
     def took(self, plan: Plan, seconds: float) -> None:
         """A step was computed in that time."""
         others = [segment for segment in plan.segments if not segment.row.background]
+        if not others:
+            self._fit(sum(segment.length for segment in plan.prefills), seconds)
         if not others or any(not segment.row.background for segment in plan.prefills):
             return
         self._credit += BACKGROUND_TIME * seconds
@@ -141,6 +152,14 @@ class BackgroundPace:
             self._credit -= max(0.0, seconds - (self._without or 0.0))
             self._steps += 1
         self._credit = min(self._credit, BACKGROUND_CREDIT)
+
+    def _fit(self, prompts: int, seconds: float) -> None:
+        """A step of the background alone had so many tokens of prompts."""
+        if prompts and seconds > BACKGROUND_SECONDS:
+            fitting = int(min(prompts, self.prompt_tokens) * BACKGROUND_SECONDS / seconds)
+            self.prompt_tokens = min(self._most, max(BACKGROUND_LEAST, fitting))
+        elif 2 * prompts > self.prompt_tokens and 2 * seconds < BACKGROUND_SECONDS:
+            self.prompt_tokens = min(self._most, 2 * self.prompt_tokens)
 
 
 class Scheduler:
@@ -195,13 +214,18 @@ class Scheduler:
         """Whether all rows that run are in the background."""
         return all(row.background for row in self.running)
 
-    def plan(self, background: bool = True) -> Plan:
+    def plan(self, background: bool = True, prompt_tokens: int | None = None) -> Plan:
         """The next step. Rows may be admitted and preempted on the way.
 
-        background: whether rows in the background may be in it if others run.
+        Args:
+            background: whether rows in the background may be in it if others run.
+            prompt_tokens: most of their prompts if none do; None: as many as a step has.
         """
-        alone, tokens = self.only_background, self.limits.step_tokens
-        most = tokens if alone else max(1, tokens // BACKGROUND_PROMPTS) if background else 0
+        tokens = self.limits.step_tokens
+        if self.only_background:
+            most = tokens if prompt_tokens is None else prompt_tokens
+        else:
+            most = max(1, tokens // BACKGROUND_PROMPTS) if background else 0
         draft = _Draft(tokens, most)
         self._decode(draft)
         prefilling = [row for row in self.running if row.pending > 1]
