@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,29 @@ def test_a_refused_request_takes_nothing_and_what_never_ran_gives_all_back() -> 
 )  # fmt: skip
 def test_a_time_is_written_as_openai_does(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_rows_of_batches_take_half_of_a_quota_and_leave_the_rest_to_requests() -> None:
+    clock = Clock()
+    limiter = Limiter(lambda _: (Quotas(), Quotas(requests=10, tokens=100, rows=4)), clock)
+    live = Caller("ob-1", "acme", frozenset())
+    batch = replace(live, background=True)
+    rows = [limiter.enter(batch) for _ in range(2)]
+    for ticket in rows:
+        ticket.admit(10, 1)
+    with pytest.raises(Limited, match="rows") as waits:
+        limiter.enter(batch)
+    assert waits.value.retry_after == 1.0
+    asked = limiter.enter(live)
+    asked.admit(70, 2)
+    for ticket in (*rows, asked):
+        ticket.rows_ended()
+    with pytest.raises(Limited, match="tokens") as waits:
+        limiter.enter(batch)
+    clock.now += waits.value.retry_after or 0.0
+    with pytest.raises(QuotaExceededError):
+        limiter.enter(batch).admit(101, 1)
+    limiter.enter(batch).admit(100, 4)
 
 
 # ---- a server -----------------------------------------------------------------------------------
