@@ -6,6 +6,7 @@ A longer look, by hand, at a server that may be spoiled, takes minutes:
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def test_what_routes_answer_is_what_the_reference_says_and_no_more(
         _ask(walk)
         _walk_through_an_adapter(walk, http)
         _walk_through_a_job(walk, http, server)
+        _walk_through_a_batch(walk, http, server)
         _walk_through_keys(walk)
         for path in ("/health", "/ready", "/version", "/status", "/metrics", "/v1/audit", "/tokenizer_info"):
             walk("GET", path)
@@ -294,6 +296,25 @@ def _walk_through_a_job(walk: Walk, http: httpx2.Client, server: Server) -> None
     walk("GET", f"/v1/files/{file}/content", 416, headers={"Range": "bytes=99-"})
     server.wait_for(lambda: is_now(slow, "cancelled"))
     walk("DELETE", f"/v1/files/{file}")
+
+
+def _walk_through_a_batch(walk: Walk, http: httpx2.Client, server: Server) -> None:
+    def batch_of(*urls: str) -> str:
+        rows = [
+            {"custom_id": str(number), "method": "POST", "url": url, "body": {"input": "a"}}
+            for number, url in enumerate(urls)
+        ]
+        sent = {"file": ("b.jsonl", "\n".join(map(json.dumps, rows)).encode())}
+        file = walk("POST", "/v1/files", data={"purpose": "batch"}, files=sent)["id"]
+        body = {"input_file_id": file, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+        made: str = walk("POST", "/v1/batches", json={**body, "metadata": {"team": "x"}})["id"]
+        server.wait_for(lambda: http.get(f"/v1/batches/{made}").json()["status"] in ("completed", "failed"))
+        return made
+
+    for batch in (batch_of("/v1/embeddings"), batch_of("/v1/embeddings", "/elsewhere")):
+        walk("GET", f"/v1/batches/{batch}")
+    walk("GET", "/v1/batches")
+    walk("POST", f"/v1/batches/{batch}/cancel", 409)
 
 
 def _walk_through_keys(walk: Walk) -> None:

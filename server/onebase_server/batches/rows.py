@@ -16,7 +16,16 @@ from onebase_adapters.registry import BatchError
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http import strict_json
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ENDPOINTS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/classify",
+    "/v1/rerank",
+    "/score",
+    "/v1/decide",
+)
 """The routes whose requests a batch may hold."""
 MAX_ROWS = 50_000
 MAX_ERRORS = 100

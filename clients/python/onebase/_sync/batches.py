@@ -47,7 +47,8 @@ class Batches:
             file: The path of a .jsonl file, which is uploaded; or the id of an uploaded one. Each line is
                 `{"custom_id": ..., "method": "POST", "url": endpoint, "body": {...}}`. `body` is what the
                 endpoint takes; its `model` may be another adapter in each line.
-            endpoint: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
+            endpoint: Also `/v1/completions`, `/v1/responses`, `/v1/embeddings`, `/classify`, `/v1/rerank`,
+                `/score` or `/v1/decide`.
             completion_window: From `1h` to `30d`. Rows without an answer by then are given up.
             metadata: Labels: up to 16, of 512 characters each at most.
             progress: Called with the bytes that are sent.

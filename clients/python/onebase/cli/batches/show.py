@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from ..._sync.client import Client
 from ...batch_types import Batch
 from ..command import OK, USAGE, action_parser, count, perform, print_json
-from ..ui import WIDE, Column, console, line, note, print_table, when
+from ..ui import Column, console, line, note, print_table, when
 from .display import doing, figures
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ _COLUMNS: Final[tuple[Column[Batch], ...]] = (
     Column("rows", lambda batch: f"{batch.total:,}", right=True),
     Column("answered", lambda batch: f"{batch.completed:,}", right=True),
     Column("failed", lambda batch: f"{batch.failed:,}", right=True),
-    Column("endpoint", lambda batch: batch.endpoint, at=WIDE, shrink=True),
-    Column("created", lambda batch: when(batch.created_at), at=WIDE),
+    Column("endpoint", lambda batch: batch.endpoint, spare=1, shrink=True),
+    Column("created", lambda batch: when(batch.created_at), spare=2),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from ..._sync.client import Client
 from ...training_types import TrainingFile
 from ..command import OK, USAGE, action_parser, perform, print_json
-from ..ui import WIDE, Column, ProgressDisplay, note, print_table, printable, size, when
+from ..ui import Column, ProgressDisplay, note, print_table, printable, size, when
 
 _PURPOSES: Final = ("fine-tune", "fine-tune-results", "batch", "batch_output")
 _DESCRIPTIONS: Final = {
@@ -80,7 +80,7 @@ _COLUMNS: Final[tuple[Column[TrainingFile], ...]] = (
     Column("name", lambda file: file.filename, shrink=True),
     Column("size", lambda file: size(file.bytes), right=True),
     Column("purpose", lambda file: file.purpose),
-    Column("created", lambda file: when(file.created_at), at=WIDE),
+    Column("created", lambda file: when(file.created_at), spare=1),
 )
 
 
