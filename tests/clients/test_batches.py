@@ -73,7 +73,7 @@ def test_a_batch_is_made_waited_for_and_read(client: Client, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"no\.jsonl is not there: give the path of a \.jsonl file"):
         client.batches.create("no.jsonl")
     with pytest.raises(BadRequestError, match="endpoint"):
-        client.batches.create(file, endpoint="/v1/embeddings")
+        client.batches.create(file, endpoint="/v1/models")
 
 
 def test_the_asynchronous_client_does_the_same(client: Client, server: Server, tmp_path: Path) -> None:
