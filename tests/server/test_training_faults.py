@@ -66,7 +66,8 @@ def fill_the_disk_and_resume(server: Server, job: Any, steps: int) -> None:
     """Once there is a checkpoint. The registry is on the full disk too."""
     client = openai_client(server)
     checkpoints = job_folder(server.data_dir, job.id) / "checkpoints"
-    server.wait_for(lambda: any(checkpoints.glob("[!.]*")))
+    # The best adapter so far is written before the checkpoint of its step.
+    server.wait_for(lambda: any(checkpoints.glob("[!.b]*")))
     filler = fill(server.data_dir)
     server.wait_for(lambda: not server.trainer_pids())
     filler.unlink()

@@ -210,7 +210,14 @@ def test_beside_a_job_the_base_is_there_once_and_answers_are_the_same_to_the_las
     assert answers(client) == before
     (newest,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert newest.step_number == step_of(client.fine_tuning.jobs.retrieve(job.id))
+    model = newest.fine_tuned_model_checkpoint
+    asked = client.completions.create(model=model, prompt=PROMPTS[2], max_tokens=4, temperature=0)
+    assert asked.choices[0].text
+    (version,) = server.client().get(f"/v1/adapters/{model}/versions").json()["data"]
+    assert version["report"]["proof"]["modules_compared"] == 60
     client.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.NotFoundError, match="is gone"):
+        client.completions.create(model=model, prompt="x", max_tokens=1)
 
 
 def test_every_bad_line_is_told_and_a_job_that_cannot_fit_is_refused_before_it_begins(
