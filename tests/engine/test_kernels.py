@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_engine.engine import model
+from onebase_engine.engine import fusion, model
 from onebase_engine.kernels import cpu
 from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
 from onebase_engine.kernels.interface import TILE, Contexts, Draws, RowMap
@@ -383,17 +382,28 @@ def test_python_and_c_lay_structures_out_alike() -> None:
 # ---- fewer calls ---------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("lab")
+    return Lab.create(load_base(BaseSettings(save_base("llama", folder / "base"))), folder)
+
+
+def parts(engine: Any) -> tuple[Any, Any]:
+    """The MLP and the attention of the first layer that it serves."""
+    modules = dict(engine.model._view.named_modules())
+    mlp, attention = (
+        next(module for name, module in modules.items() if name.endswith(end)) for end in ("mlp", "self_attn")
+    )
+    return mlp, attention
+
+
 def test_fused_calls_give_each_row_the_bits_of_single_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lab = Lab.create(load_base(BaseSettings(save_base("llama", tmp_path / "base"))), tmp_path)
     asked = requests(12, seed=5)
     caplog.set_level("INFO", logger="onebase_engine.engine.fusion")
     fused = lab.engine()
-    mlp, attention = (
-        next(m for name, m in fused.model._view.named_modules() if name.endswith(end))
-        for end in ("mlp", "self_attn")
-    )
+    mlp, attention = parts(fused)
     together = run(fused, asked)
     monkeypatch.setattr(model, "fuse", lambda *_: [])
     assert together == run(lab.engine(), asked)
@@ -403,6 +413,28 @@ def test_fused_calls_give_each_row_the_bits_of_single_ones(
         assert attention.q_proj.shared is attention.v_proj.shared is not None
         assert not caplog.records, "nothing was left apart"
         assert any(program is not None for program in fused.model._recorded[1]._programs.values())
+
+
+@pytest.mark.parametrize("fault", ["other bits", "an error"])
+def test_calls_that_give_other_bits_or_fail_are_not_fused_and_others_are(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    whole = fusion._gating
+
+    def wrong(module: Any, *layers: Any) -> Any:
+        forward = (lambda x: x * 2) if fault == "other bits" else (lambda x: 1 // 0)
+        return lambda: setattr(module, "forward", forward), whole(module, *layers)[1]
+
+    monkeypatch.setattr(fusion, "_gating", wrong)
+    caplog.set_level("INFO", logger="onebase_engine.engine.fusion")
+    mlp, attention = parts(lab.engine())
+    if not isinstance(attention.q_proj.kernel, NativeLinear):
+        pytest.skip("the kernels in C do not compute here")
+    assert "forward" not in vars(mlp)
+    assert "forward" in vars(attention)
+    assert attention.q_proj.shared is attention.v_proj.shared is not None
+    told = [one.message for one in caplog.records if "not fused" in one.message]
+    assert told == ["kernels: gated MLPs are not fused, which would change bits"]
 
 
 class Block(nn.Module):

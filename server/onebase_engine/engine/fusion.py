@@ -47,36 +47,58 @@ def fuse(
     Args:
         run: a pass of the whole model over rows that depend on a number, all of one count, for its logits.
     """
-    _try("layers of the same rows", run, list(_shared_rows(model, kernels)))
-    _try("positions", run, list(_rotations(model, attention)))
-    _try("gated MLPs", run, list(_gated(model, kernels)))
     recorded: list[RecordedLayer] = []
     if isinstance(kernels, CpuKernels) and kernels.adds:
         recorded = list(_recorded_layers(model, attention, kernels, rows))
-    return recorded if _try("decoder layers", run, [layer.switch for layer in recorded]) else []
+    parts = {
+        "layers of the same rows": list(_shared_rows(model, kernels)),
+        "positions": list(_rotations(model, attention)),
+        "gated MLPs": list(_gated(model, kernels)),
+    }
+    whole = [layer.switch for layer in recorded]
+    every = [switch for switches in parts.values() for switch in switches]
+    if not every and not whole:
+        return []
+    trial = _Trial(run, [run(0), run(1)])
+    # A pass over a large base takes seconds: parts are tried together, and one by one only if that fails.
+    if not trial.passes(every, (0, 1)):
+        for title, switches in parts.items():
+            if not trial.passes(switches, (0, 1)):
+                logger.info("kernels: %s are not fused, which would change bits", title)
+    # Once more the first: what was recorded with it is run again.
+    if not trial.passes(whole, (0, 1, 0)):
+        logger.info("kernels: decoder layers are not recorded, which would change bits")
+        return []
+    return recorded
 
 
 _Switch = tuple[Callable[[], None], Callable[[], None]]
 """On, and off again."""
 
 
-def _try(title: str, run: Callable[[int], torch.Tensor], switches: list[_Switch]) -> bool:
-    if not switches:
-        return False
-    expected = [run(0), run(1)]
-    for on, _ in switches:
-        on()
-    try:
-        # Once more the first: what was recorded with it is run again.
-        same = all(torch.equal(run(number), expected[number]) for number in (0, 1, 0))
-    except Exception:
-        logger.exception("kernels: %s cannot be fused", title)
-        same = False
-    if not same:
-        logger.info("kernels: %s are not fused, which would change bits", title)
-        for _, off in switches:
-            off()
-    return same
+@dataclass(frozen=True)
+class _Trial:
+    """Passes of the whole model, against its logits with nothing fused."""
+
+    run: Callable[[int], torch.Tensor]
+    expected: list[torch.Tensor]
+    """Of passes 0 and 1."""
+
+    def passes(self, switches: list[_Switch], numbers: Sequence[int]) -> bool:
+        """Turn them on, and off again unless these passes then give the bits that they gave before."""
+        if not switches:
+            return True
+        for on, _ in switches:
+            on()
+        try:
+            same = all(torch.equal(self.run(number), self.expected[number]) for number in numbers)
+        except Exception:
+            logger.exception("kernels: calls cannot be fused")
+            same = False
+        if not same:
+            for _, off in switches:
+                off()
+        return same
 
 
 def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:
