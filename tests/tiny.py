@@ -88,11 +88,12 @@ ADAPTERS: list[dict[str, Any]] = [
 biases; saved norms, head and embedding; tokens of its own. The first eight are those that compose."""
 
 
-def save_base(architecture: str, folder: Path, seed: int = 0) -> Path:
+def save_base(architecture: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
     torch.manual_seed(seed)
     config = ARCHITECTURES[architecture]()
     config.initializer_range = 0.15
+    config.num_hidden_layers = layers
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     return folder

@@ -359,15 +359,15 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Of one layer: under the interpreter each takes its time."""
     folder = tmp_path_factory.mktemp("lab")
-    return Lab.create(
-        load_base(BaseSettings(save_base("llama", folder / "base"), quantization="nf4")), folder
-    )
+    base = save_base("llama", folder / "base", layers=1)
+    return Lab.create(load_base(BaseSettings(base, quantization="nf4")), folder)
 
 
 @pytest.fixture
 def quick_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials of a model on few rows: under the interpreter each takes its time."""
+    """Trials of a model on few rows."""
     monkeypatch.setattr(model, "TILE", 4)
 
 
@@ -404,7 +404,7 @@ def test_an_engine_serves_texts_of_peft_the_same_bits_in_any_company_and_few_lau
 ) -> None:
     served = ServedModel(lab.base, 4, kernels=kernels)
     engine = lab.engine(model=served, slots=4)
-    launches = Launches(monkeypatch, served._view.model.layers[1])
+    launches = Launches(monkeypatch, served._view.model.layers[0])
     first, second = requests(2, seed=3, longest=8, tokens=3)
     asked = [replace(first, adapter=2, at=0), replace(second, adapter=1, at=1)]
     together = run(engine, asked)
