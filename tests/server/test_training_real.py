@@ -214,7 +214,8 @@ def test_beside_a_job_the_base_is_there_once_and_answers_are_the_same_to_the_las
     asked = client.completions.create(model=model, prompt=PROMPTS[2], max_tokens=4, temperature=0)
     assert asked.choices[0].text
     (version,) = server.client().get(f"/v1/adapters/{model}/versions").json()["data"]
-    assert version["report"]["proof"]["modules_compared"] == 60
+    assert version["report"]["targets"] == ["q_proj", "v_proj"]
+    assert version["report"]["proof"]["modules_changed"] > 0
     client.fine_tuning.jobs.cancel(job.id)
     with pytest.raises(openai.NotFoundError, match="is gone"):
         client.completions.create(model=model, prompt="x", max_tokens=1)
