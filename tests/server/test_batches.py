@@ -201,7 +201,7 @@ def test_a_file_with_bad_lines_fails_with_all_of_them_and_nothing_is_answered(
     ("change", "param"),
     [
         ({"input_file_id": "file-none"}, "input_file_id"),
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/models"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": "31d"}, "completion_window"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, "output_expires_after"),

@@ -60,6 +60,8 @@ def opened_adapter(folder: Path, base: BaseFiles) -> Iterator[AdapterParts]:
             )
         except AdapterFormatError as error:
             raise ExportError(f"the adapter does not fit the base {base.name}: {error}") from error
+        finally:
+            base.forget()
         if spec.task != "CAUSAL_LM":
             raise ExportError(
                 f"the adapter generates no text (its task_type is {spec.task}): export it as peft"

@@ -114,16 +114,26 @@ class BaseFiles:
             return tuple(opened.get_slice(name).get_shape())
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        """A parameter of the model, for the checks of an adapter's files; None for a tied head's weight."""
+        """A parameter of the model, for the checks of an adapter's files; None for a tied head's weight.
+
+        It is kept until `forget`: who compares addresses must find the same one twice.
+        """
         if name not in self._shard_of or (self.tied and self.head and name == f"{self.head}.weight"):
             return None
-        return self._kept.setdefault(name, self.tensor(name))
+        if name not in self._kept:
+            self._kept[name] = self.tensor(name)
+        return self._kept[name]
+
+    def forget(self) -> None:
+        """Let go of what `parameter` has read."""
+        self._kept.clear()
 
     @property
     def dtype(self) -> torch.dtype:
         """In which the export holds weights: float16 where the base does, else bfloat16."""
-        first = self.tensor(f"{self.embedding}.weight")
-        return torch.float16 if first.dtype == torch.float16 else torch.bfloat16
+        name = f"{self.embedding}.weight"
+        with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
+            return torch.float16 if opened.get_slice(name).get_dtype() == "F16" else torch.bfloat16
 
 
 def open_base(spec: str, progress: OnProgress) -> BaseFiles:
