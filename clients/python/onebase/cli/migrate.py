@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -282,6 +282,8 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
     say.print(line(f"{wanted.was} becomes the adapter {wanted.name} of {client.url}"), soft_wrap=True)
     for sentence in wanted.lost:
         say.print(line(f"  {sentence}", "yellow"), soft_wrap=True)
+    # A file that the server has is not sent again, and is others' too.
+    kept = set() if args.yes else {file.id for file in client.files.list(purpose="fine-tune")}
     try:
         with ProgressDisplay() as display:
             job = client.training.create(
@@ -302,8 +304,8 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
     if not _checked(job, stop=not args.yes):
         return follow(client, job, args.json)  # it has failed, and says so
     say.print(line(_estimate(job)), soft_wrap=True)
-    if job.status == "paused" and not args.yes and not _agreed(client, job):
-        note("Nothing was trained, and the files were deleted from the server.")
+    if job.status == "paused" and not args.yes and not _agreed(client, job, kept):
+        note("Nothing was trained, and what was sent for it was deleted from the server.")
         return FAILED
     return _train(client, job, args, wanted)
 
@@ -334,8 +336,8 @@ def _estimate(job: TrainingJob) -> str:
     return f"The rows are sound. Training takes {takes}; {settings_line(job.info)}."
 
 
-def _agreed(client: Client, job: TrainingJob) -> bool:
-    """Ask; a job that is not wanted is cancelled, and its files are deleted."""
+def _agreed(client: Client, job: TrainingJob, kept: Set[str]) -> bool:
+    """Ask; a job that is not wanted is cancelled, and its files are deleted but for those that are kept."""
     try:
         answer = input("Train it? [y/N] ")
     except (EOFError, KeyboardInterrupt):
@@ -345,7 +347,7 @@ def _agreed(client: Client, job: TrainingJob) -> bool:
         return True
     job.cancel()
     for file_id in (job.info.training_file, job.info.validation_file):
-        if file_id is not None:
+        if file_id is not None and file_id not in kept:
             with suppress(OneBaseError):
                 client.files.delete(file_id)
     return False
