@@ -27,8 +27,9 @@ from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.versions import Versions
 from onebase_engine.lora.packed_adapter import read_packed_adapter
-from onebase_engine.lora.weights import HEAD, AdapterWeights, Head
+from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, host_bytes, weights_bytes
 
 CLASSES: dict[str, Any] = {
     "SEQ_CLS": tf.AutoModelForSequenceClassification,
@@ -229,12 +230,23 @@ def test_classes_of_an_adapter_without_a_head_or_of_a_sum_are_refused(
     assert not engine.busy
 
 
+def test_a_head_counts_as_much_memory_as_the_engine_has_for_it(
+    base: torch.nn.Module, folder: Path, verifier: Verifier, tmp_path: Path
+) -> None:
+    _, weights = prove(verifier, save(folder, tmp_path / "a", "TOKEN_CLS"), tmp_path / "packed")
+    versions = Versions()
+    versions.put("own", weights)
+    held = sum(part.nbytes for part in versions.heads["own"])
+    assert host_bytes(weights) == weights_bytes(versions.weights["own"]) + held
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
         pytest.param({"base_model.model.score.weight": None}, "incomplete", id="no-head"),
         pytest.param({"base_model.model.score.weight": (LABELS, 7)}, "bad_shape", id="narrow"),
         pytest.param({"base_model.model.score.weight": (0, 128)}, "bad_shape", id="no-labels"),
+        pytest.param({"base_model.model.score.weight": (4097, 128)}, "bad_shape", id="too-many-labels"),
         pytest.param({"base_model.model.score.weight": (LABELS,)}, "bad_shape", id="flat"),
         pytest.param({"base_model.model.score.bias": (3,)}, "bad_shape", id="short-bias"),
         pytest.param({"base_model.model.score.bias": (LABELS,)}, "bad_shape", id="bias-of-another-class"),
@@ -257,6 +269,36 @@ def test_files_whose_head_does_not_fit_are_refused(
         prove(verifier, adapter, tmp_path / "packed")
     assert error.value.code == code
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["named", "all"])
+def test_an_encoder_may_have_been_trained_on_the_model_for_text(
+    folder: Path, verifier: Verifier, targets: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(tf.AutoModelForCausalLM.from_pretrained(folder), config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(
+        tmp_path / "adapter" / WEIGHTS_FILE
+    )
+    proven, _ = prove(verifier, tmp_path / "adapter", tmp_path / "packed")
+    assert proven.report.task == "FEATURE_EXTRACTION"
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_for_text_which_a_classifier_does_not_have_is_refused(
+    folder: Path, verifier: Verifier, task: str, tmp_path: Path
+) -> None:
+    adapter = save(folder, tmp_path / "adapter", task)
+    config = adapter / CONFIG_FILE
+    config.write_text(config.read_text().replace('"q_proj"', '"q_proj", "lm_head"'))
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(8, 128)
+    tensors["base_model.model.lm_head.lora_B.weight"] = torch.ones(320, 8)
+    save_file(tensors, adapter / WEIGHTS_FILE)
+    with pytest.raises(AdapterFormatError, match="lm_head is in no model whose task_type is"):
+        prove(verifier, adapter, tmp_path / "packed")
 
 
 def test_a_head_in_an_adapter_for_text_is_foreign(folder: Path, verifier: Verifier, tmp_path: Path) -> None:

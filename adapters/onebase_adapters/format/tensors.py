@@ -14,6 +14,7 @@ from onebase_adapters.format.config import (
     WEIGHTS_FILE,
     AdapterFormatError,
     ConfigFacts,
+    Task,
 )
 from onebase_adapters.format.names import (
     BaseModules,
@@ -28,7 +29,8 @@ from onebase_adapters.format.spec import ModuleSpec
 from onebase_engine.base.layers import LayerShape
 
 PREFIX = "base_model.model."
-MAX_LABELS = 1 << 14
+MAX_LABELS: Mapping[Task, int] = {"SEQ_CLS": 1 << 12, "TOKEN_CLS": 1 << 10}
+"""More would hold up the engine's other rows: a classifier sees each text, or each of its tokens."""
 
 # By the end of a tensor's name: what it is, and whether that is an embedding's (None: either's).
 _ENDS: dict[str, tuple[str, bool | None]] = {
@@ -80,6 +82,11 @@ def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
     head, entries = _head(entries, facts, base)
     root = base.root if facts.task == "FEATURE_EXTRACTION" else ""
     by_module, of_base = _sorted_in(entries, base, saved, root)
+    if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
+        raise AdapterFormatError(
+            "unknown_module",
+            f"{base.head} is in no model whose task_type is {facts.task}: PEFT would ignore it",
+        )
     modules, tensors = [], []
     for name in sorted(by_module.keys() | saved | rows.keys()):
         own, layer = by_module.get(name, {}), base.layers[name]
@@ -123,13 +130,13 @@ def _head(
             "incomplete",
             f"{WEIGHTS_FILE} must have one {PREFIX}{CLASSIFIER_NAMES[0]}.weight: task_type is {facts.task}",
         )
-    labels = (*head["weight"].shape, 0)[0]
-    fits = head["weight"].shape == (labels, base.hidden_size) and 1 <= labels <= MAX_LABELS
+    labels, most = (*head["weight"].shape, 0)[0], MAX_LABELS[facts.task]
+    fits = head["weight"].shape == (labels, base.hidden_size) and 1 <= labels <= most
     if not fits or ("bias" in head and head["bias"].shape != (labels,)):
         raise AdapterFormatError(
             "bad_shape",
             f"{WEIGHTS_FILE}: the classifier is {list(head['weight'].shape)}; this base needs 1 to "
-            f"{MAX_LABELS} labels, {base.hidden_size} numbers each, and a bias of as many labels if any",
+            f"{most} labels, {base.hidden_size} numbers each, and a bias of as many labels if any",
         )
     return head, tuple(entry for entry in entries if entry.name not in names)
 
@@ -173,11 +180,13 @@ def _taken_apart(name: str, saved: Set[str], root: str = "") -> tuple[str, str |
     """The module that a tensor belongs to, its part there, and whether that part is for embeddings only.
 
     The part is None for a parameter of the base, whose own name is returned instead of a module's. `root`:
-    the module of the base in which the file's names are.
+    the module of the base in which the file's names may be, where they do not say it themselves.
     """
     if not name.startswith(PREFIX):
         raise _foreign(name)
-    rest = f"{root}.{name.removeprefix(PREFIX)}" if root else name.removeprefix(PREFIX)
+    rest = name.removeprefix(PREFIX)
+    if root and not rest.startswith(f"{root}."):
+        rest = f"{root}.{rest}"
     for end, (what, embedding) in _ENDS.items():
         if rest.endswith(end):
             return rest.removesuffix(end), what, embedding

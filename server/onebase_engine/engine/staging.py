@@ -24,9 +24,9 @@ from onebase_engine.lora.weights import (
     AdapterWeights,
     ModuleWeights,
     folded,
+    host_bytes,
     moved,
     tensors_of,
-    weights_bytes,
 )
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class PackedAdapterLoader:
             weights,
             AdapterLoaded(
                 digest=order.digest,
-                bytes=weights_bytes(weights),
+                bytes=host_bytes(weights),
                 load_seconds=time.monotonic() - started,
             ),
         )

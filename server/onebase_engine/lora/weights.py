@@ -166,6 +166,13 @@ def fits(module: ModuleWeights, layer: LayerShape) -> bool:
     return layer.kind != "norm" and (tuple(module.a.shape), module.b.shape[0]) == (a, layer.size_out)
 
 
+def host_bytes(weights: AdapterWeights) -> int:
+    """Bytes of a version in the engine's memory, where a classifier's head is in fp64."""
+    head = weights.get(HEAD)
+    own = 0 if head is None else sum(tensor.numel() for _, tensor in tensors_of(head))
+    return weights_bytes(without_head(weights)) + 8 * own
+
+
 def weights_bytes(weights: AdapterWeights) -> int:
     """Bytes of the tensors in memory, each storage counted once (a tied head shares its embedding's)."""
     storages = {
