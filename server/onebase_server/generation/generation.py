@@ -145,6 +145,7 @@ class Run:
         self._supervisor = supervisor
         submits = [self._submit(index, prompt) for index, prompt in enumerate(job.prompts)]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
+        self._cached_known: set[int] = set()
         self.usage = Usage(prompt=sum(map(prompt_tokens, submits)))
         limit = (stream_limit or 2**31) * job.choices
         self._inflight = Inflight(submits, limit, on_cut=on_cut, on_ended=self._rows_ended)
@@ -173,6 +174,12 @@ class Run:
         if self.job.deadline is not None:
             loop = asyncio.get_running_loop()
             self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self._inflight)
+
+    def _count_cached(self, output: RowOutput, prompt: int) -> None:
+        """What the prefix cache had of a prompt: its first choice says it, the others find that one's."""
+        if output.cached_tokens is not None and prompt not in self._cached_known:
+            self._cached_known.add(prompt)
+            self.usage.cached += output.cached_tokens
 
     def _release_adapters(self) -> None:
         if self._lease is not None:
@@ -252,9 +259,10 @@ class Reading(Run):
                             code="timeout",
                             retry_after=1.0,
                         )
-                    found[self._prompt_of[output.id] * self.job.n + output.choice] = output
+                    prompt = self._prompt_of[output.id]
+                    self._count_cached(output, prompt)
+                    found[prompt * self.job.n + output.choice] = output
                     self._open -= 1
-        self.usage.cached = sum(output.cached_tokens or 0 for output in found.values())
         return [found[index] for index in range(self.job.choices)]
 
 
@@ -277,7 +285,6 @@ class Generation(Run):
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._choices = [self._choice(index) for index in range(job.choices)]
-        self._cached_known: set[int] = set()
         self._echoed: set[int] = set()
         self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         """By the prompt's number, if they were asked for: of its tokens but the first."""
@@ -360,9 +367,7 @@ class Generation(Run):
     def _measure(self, output: RowOutput, prompt: int, at: float) -> None:
         if output.queue_seconds is not None:
             self.timing.queue_s = max(self.timing.queue_s, output.queue_seconds)
-        if output.cached_tokens is not None and prompt not in self._cached_known:
-            self._cached_known.add(prompt)
-            self.usage.cached += output.cached_tokens
+        self._count_cached(output, prompt)
         if not output.tokens:
             return
         if self._first_token is None:
