@@ -124,7 +124,7 @@ def test_what_is_too_long_is_cut_if_it_may_be(scripted: Server) -> None:
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "pooling": "cls"}, "pooling"),
         ({"input": "a", "stream": True}, "stream"),
-        ({"input": "a", "truncate_prompt_tokens": 0}, "input"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"input": "a", "timeout_s": 1e9}, "timeout_s"),
         ({"input": "a", "model": "nobody"}, "model"),
     ],
@@ -255,6 +255,24 @@ def test_an_encoder_makes_vectors_and_scores_pairs_by_them(reads: Any) -> None:
     np.testing.assert_allclose([one["score"] for one in scored["data"]], own[1:] @ own[0], rtol=1e-5)
 
 
+def test_a_long_answer_about_tokens_is_whole_or_refused_with_what_it_has_room_for(
+    reads: Any, tokenizer: BaseTokenizer
+) -> None:
+    texts = [" ".join(TEXTS) * 12] * 3
+    tags = answer_of(reads.http, "/classify", model="tags", input=texts)["data"]
+    alone = answer_of(reads.http, "/classify", model="tags", input=TEXTS[0])["data"][0]["tokens"]
+    assert [[one["token_id"] for one in entry["tokens"]] for entry in tags] == [
+        tokenizer.encode(text) for text in texts
+    ]
+    assert tags[2]["tokens"][: len(alone)] == alone
+
+    labels = KINDS["tags"][1]
+    room = (1 << 21) // (labels + 8)
+    error = answer_of(reads.http, "/classify", 400, model="tags", input=[[5] * 2000] * (room // 2000 + 1))
+    assert error["param"] == "input"
+    assert f"one answer has room for {room} with the {labels} labels of each" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -267,6 +285,7 @@ def test_an_encoder_makes_vectors_and_scores_pairs_by_them(reads: Any) -> None:
         ("/classify", {"adapter": [{"name": "sorts", "weight": 0.5}], "input": "x"}, "model"),
         ("/score", {"model": "sorts", "text_1": "x", "text_2": "y"}, "model"),
         ("/rerank", {"model": "tags", "query": "x", "documents": ["y"]}, "model"),
+        ("/score", {"adapter": [{"name": "ranks", "weight": 0.5}], "text_1": "x", "text_2": "y"}, "model"),
         ("/score", {"model": "ranks", "text_1": "x", "text_2": "y", "pooling": "mean"}, "pooling"),
     ],
 )
@@ -303,6 +322,26 @@ def test_a_decision_has_the_probabilities_of_its_choices(api: Any, tokenizer: Ba
         best = max(found, key=lambda one: one["probability"])
         assert (answer["choice"], answer["index"]) == (best["text"], best["index"])
     assert answer_of(api.http, "/v1/decide", prompt=FRANCE, choices=choices)["choice"] == " Paris"
+
+
+def test_what_the_prefix_cache_had_is_told_once_for_each_prompt(api: Any) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 6 + FRANCE
+    first = answer_of(api.http, "/v1/embeddings", input=text)["usage"]
+    generated = answer_of(api.http, "/v1/completions", prompt=text, max_tokens=1)["usage"]
+    embedded = answer_of(api.http, "/v1/embeddings", input=[text, text, "x"])["usage"]
+    decided = answer_of(api.http, "/v1/decide", prompt=text, choices=[" a", " b", " c"])["usage"]
+
+    cached = generated["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached <= first["prompt_tokens"]
+    assert embedded["prompt_tokens_details"]["cached_tokens"] == 2 * cached
+    assert decided["prompt_tokens_details"]["cached_tokens"] == cached
+
+
+def test_the_least_temperature_chooses_the_likeliest(api: Any) -> None:
+    body: dict[str, Any] = {"prompt": FRANCE, "choices": [" Rome", " Paris"]}
+    answer = answer_of(api.http, "/v1/decide", **body, temperature=1e-310)
+    assert [one["probability"] for one in answer["choices"]] == [0, 1]
+    assert answer["choice"] == " Paris"
 
 
 def test_a_prior_takes_off_what_is_likely_anyway(api: Any) -> None:

@@ -27,6 +27,10 @@ from onebase_server.http.schemas.wire import rebuilt
 AT_ONCE = 64
 """Rows of a request: more wait for them, so that others find places."""
 
+MAX_TOKEN_CLASSES = 1 << 21
+TOKEN_OVERHEAD = 8
+"""Of one answer: probabilities of tokens' labels, of which a token's own name and number count as so many."""
+
 
 class ReadingPlanner:
     """Makes jobs whose rows are only read. Every method raises what those of Planner raise."""
@@ -62,6 +66,14 @@ class ReadingPlanner:
             )
         if choice.task == "SEQ_CLS":
             return [replace(job, prompts=tuple(map(self._without_padding, job.prompts))) for job in jobs]
+        count = sum(len(prompt.tokens) for job in jobs for prompt in job.prompts)
+        most = MAX_TOKEN_CLASSES // (choice.labels + TOKEN_OVERHEAD)
+        if count > most:
+            raise InvalidRequestError(
+                f"input: has {count} tokens; one answer has room for {most} with the {choice.labels} labels "
+                "of each. Send fewer texts at once.",
+                param="input",
+            )
         return [replace(job, pooling=Pooling("each", head=True)) for job in jobs]
 
     async def scores(
@@ -82,6 +94,12 @@ class ReadingPlanner:
             raise InvalidRequestError(
                 f"model: {choice.named!r} tells {choice.labels} classes apart, which is no score. Send it to "
                 "POST /classify, or name a classifier of one label, an encoder or the base.",
+                param="model",
+                code="adapter_task",
+            )
+        if choice.task == "SEQ_CLS" and choice.weighted:
+            raise InvalidRequestError(
+                "model: a classifier scores with weight 1 and alone. Name it alone, or leave it out.",
                 param="model",
                 code="adapter_task",
             )
@@ -191,6 +209,18 @@ class ReadingPlanner:
         base = self._planner.base()
         self._planner.check_limits(1, body.timeout_s)
         room, kept = base.max_length - more, body.truncate_prompt_tokens
+        if room < 1:
+            raise InvalidRequestError(
+                f"choices: one has {more} tokens. This model's maximum context length is {base.max_length} "
+                "tokens, those of the prompt with them (--max-length). Shorten it.",
+                param="choices",
+                code="context_length_exceeded",
+            )
+        if kept == 0:
+            raise InvalidRequestError(
+                "truncate_prompt_tokens: keeps no token. Send at least 1, or -1 for as many as fit.",
+                param="truncate_prompt_tokens",
+            )
         if kept is not None:
             kept = room if kept < 0 else kept
             prompts = [Prompt(prompt.tokens[max(0, len(prompt.tokens) - kept) :]) for prompt in prompts]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean as mean
 from typing import Any
 
+import msgspec
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
@@ -43,6 +44,9 @@ from onebase_server.quotas import Ticket
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
 
+INLINE_BYTES = 16 * 1024
+"""Of vectors and logits: what more makes an answer of in a thread (about 5 ms)."""
+
 
 @router.post("/v1/embeddings", responses=answer(EmbeddingsAnswer))
 @needs("generate")
@@ -53,17 +57,21 @@ async def embed(
     services.refuse_if_draining()
     jobs = await services.read_planner.embed(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
-    vectors = _vectors(outputs)[:, : body.dimensions]
-    if body.normalize is not False:
-        vectors = _to_length_one(vectors)
-    data: list[EmbeddingAnswer] = [
-        {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
-        for index, vector in enumerate(vectors)
-    ]
+
+    def embeddings() -> list[msgspec.Raw]:
+        vectors = _vectors(outputs)[:, : body.dimensions]
+        if body.normalize is not False:
+            vectors = _to_length_one(vectors)
+        made: list[EmbeddingAnswer] = [
+            {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        return _encoded(made)
+
     return json_response(
         {
             "object": "list",
-            "data": data,
+            "data": await _made_of(outputs, embeddings, services),
             "model": body.model or services.catalog.base_name,
             "usage": _usage(usage),
             "id": jobs[0].id.partition(".")[0],
@@ -82,26 +90,30 @@ async def classify(
     jobs = await services.read_planner.classify(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     prompts = [prompt for job in jobs for prompt in job.prompts]
-    data: list[dict[str, Any]] = []
-    for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
-        logits = _vector(output)
+
+    def classes() -> list[msgspec.Raw]:
         if jobs[0].adapter.task == "SEQ_CLS":
-            data.append({"index": index, **_classes(logits)})
-            continue
-        rows = logits.reshape(len(prompt.tokens), -1)
+            return _encoded(
+                {"index": index, **_classes(_vector(output))} for index, output in enumerate(outputs)
+            )
         name = services.tokenizer.token_text
-        tokens = [
-            {"token": name(token), "token_id": token, **_classes(row)}
-            for token, row in zip(prompt.tokens, rows, strict=True)
-        ]
-        data.append({"index": index, "tokens": tokens})
+        made = []
+        for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
+            rows = _vector(output).reshape(len(prompt.tokens), -1)
+            tokens = _encoded(
+                {"token": name(token), "token_id": token, **_classes(row)}
+                for token, row in zip(prompt.tokens, rows, strict=True)
+            )
+            made.append({"index": index, "tokens": tokens})
+        return _encoded(made)
+
     return json_response(
         {
             "id": jobs[0].id.partition(".")[0],
             "object": "list",
             "created": int(time.time()),
             "model": body.model or services.catalog.base_name,
-            "data": data,
+            "data": await _made_of(outputs, classes, services),
             "usage": _usage(usage),
         }
     )
@@ -178,7 +190,7 @@ async def decide(
     values = [weigh(some) for some in logprobs]
     if priors:
         values = [value - weigh(some) for value, some in zip(values, priors, strict=True)]
-    probabilities = _softmax([value / (body.temperature or 1.0) for value in values])
+    probabilities = _softmax(values, body.temperature or 1.0)
     best = max(range(len(values)), key=lambda index: probabilities[index])
     return json_response(
         {
@@ -282,6 +294,20 @@ async def _scores(
     return [float(vectors[one] @ vectors[other]) for one, other in params], usage
 
 
+async def _made_of(
+    outputs: Sequence[RowOutput], make: Callable[[], list[msgspec.Raw]], services: Services
+) -> list[msgspec.Raw]:
+    """`make()`; of many numbers in a thread, so that it does not hold up the streams."""
+    if sum(len(output.vector or b"") for output in outputs) <= INLINE_BYTES:
+        return make()
+    return await services.reading.run(make)
+
+
+def _encoded(values: Iterable[Any]) -> list[msgspec.Raw]:
+    """One by one: other threads wait for as long as one takes."""
+    return [msgspec.Raw(msgspec.json.encode(value)) for value in values]
+
+
 def _vector(output: RowOutput) -> np.ndarray:
     return np.frombuffer(output.vector or b"", "<f4").astype(np.float64)
 
@@ -315,9 +341,9 @@ def _sigmoid(value: float) -> float:
     return 1 / (1 + small) if value >= 0 else small / (1 + small)
 
 
-def _softmax(values: Sequence[float]) -> list[float]:
+def _softmax(values: Sequence[float], temperature: float = 1.0) -> list[float]:
     top = max(values)
-    weights = [math.exp(value - top) for value in values]
+    weights = [math.exp((value - top) / temperature) for value in values]
     whole = sum(weights)
     return [weight / whole for weight in weights]
 
