@@ -163,6 +163,12 @@ class Ticket:
         self._tokens: list[Charge] = []
         self._rows = 0
 
+    @property
+    def most_rows(self) -> int | None:
+        """That may run at once; None is any number."""
+        limits = [limit for owner in self._owners if (limit := owner.limit("rows")) is not None]
+        return min(limits, default=None)
+
     def enter(self) -> None:
         """Raises RateLimitError, QuotaExceededError: nothing is charged then."""
         now = self._clock()

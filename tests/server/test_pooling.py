@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 from onebase import Client
 from onebase_server.generation.tokenization import BaseTokenizer
 
-from .support import Server
+from .support import Server, Starter
 
 BASE = "smollm2-135m-instruct"
 TEXTS = ["A cat sleeps on the sofa.", "The stock market fell again.", "A kitten naps on a couch.", "x"]
@@ -93,6 +93,18 @@ def test_more_inputs_than_there_are_places_are_read_one_after_the_other(api: Any
 
     assert [one["index"] for one in answer["data"]] == list(range(400))
     assert answer["data"][399]["embedding"] == vectors(api.http, input=texts[399])[0]
+
+
+def test_a_request_has_no_more_rows_at_once_than_the_server_takes(serve_scripted: Starter) -> None:
+    texts, choices = [[number] for number in range(8)], [f" {number}" for number in range(9)]
+    with (
+        serve_scripted("words", "--max-rows", "2", "--queue-limit", "1") as server,
+        server.client() as http,
+    ):
+        found = vectors(http, input=texts, normalize=False)
+        assert found == np.eye(8).tolist()
+        decided = answer_of(http, "/v1/decide", prompt="a", choices=choices, prior="b")
+        assert [one["text"] for one in decided["choices"]] == choices
 
 
 def test_what_is_too_long_is_cut_if_it_may_be(scripted: Server) -> None:

@@ -387,6 +387,17 @@ def test_a_stream_that_is_left_gives_back_its_rows_and_its_tokens(
     assert "Lower n" in error["message"]
 
 
+def test_texts_that_are_read_have_as_many_rows_at_once_as_the_key_may_have(
+    server: Server, http: httpx2.Client, keys: Keys, tenant: str
+) -> None:
+    key = known(server, keys.make("generate", tenant=tenant, quotas={"rows": 2, "tokens": 100}))
+    body = {"input": [[5, 6]] * 7}
+    answer = http.post("/v1/embeddings", json=body, headers=bearer(key))
+    assert answer.status_code == 200
+    assert len(answer.json()["data"]) == 7
+    assert ask(http, key, max_tokens=1, n=2).status_code == 200, "all places are given back"
+
+
 def test_one_tenants_refusals_cost_others_nothing_and_a_change_holds_within_a_second(
     server: Server, http: httpx2.Client, keys: Keys, admin: str, tenant: str
 ) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
@@ -91,6 +91,20 @@ class Job:
         given = sum(len(prompt.tokens) for prompt in self.prompts)
         branches = len(self.prompts) * sum(map(len, self.branches))
         return given + branches + self.choices * self.expected_tokens
+
+    def parts(self, most: int) -> list[Job]:
+        """Jobs that are the same together, with at most so many choices each. Of one that is only read."""
+        if self.choices <= most:
+            return [self]
+        parts = []
+        for first in range(0, self.choices, most):
+            part, some = replace(self, id=f"{self.id}.{first}"), slice(first, first + most)
+            if self.branches:
+                branches = self.branches[some]
+                parts.append(replace(part, branches=branches, n=len(branches)))
+            else:
+                parts.append(replace(part, prompts=self.prompts[some]))
+        return parts
 
 
 @dataclass

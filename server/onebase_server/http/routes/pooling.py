@@ -255,11 +255,16 @@ class _Total:
 async def _read(
     request: Request, services: Services, ticket: Ticket, jobs: Sequence[Job]
 ) -> tuple[list[RowOutput], Usage]:
-    """The outputs of the jobs' choices, computed one job after the other.
+    """The outputs of the jobs' choices, computed one after the other, as many at once as have places.
 
     Raises what Ticket.admit, Run.start and Reading.outputs raise.
     """
     services.refuse_if_draining()
+    base = services.supervisor.base
+    places = (base.max_rows if base else 0) + services.settings.queue_limit
+    if ticket.most_rows is not None:
+        places = min(places, ticket.most_rows)
+    jobs = [part for job in jobs for part in job.parts(max(places, 1))]
     ticket.admit(sum(job.tokens_set_aside for job in jobs), max(job.choices for job in jobs))
     total = _Total(JobMeter(ticket, services.usage, jobs[0]))
     outputs: list[RowOutput] = []
