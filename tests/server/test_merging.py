@@ -16,8 +16,16 @@ from .support import CONFIG, Server, Starter, upload
 
 
 @pytest.fixture(scope="module")
-def server(serve_scripted: Starter, keys: Keys) -> Iterator[Server]:
-    keys.make("admin", tenant="default")
+def key_of(keys: Keys) -> dict[str, str]:
+    """Made before the server starts, which would know them a second later."""
+    return {
+        "operator": keys.make("admin", tenant="default"),
+        "acme": keys.make("adapters", "generate", tenant="acme"),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(serve_scripted: Starter, keys: Keys, key_of: dict[str, str]) -> Iterator[Server]:
     with serve_scripted(
         "words", "--max-rank", "20", "--max-upload", "2MB", data_dir=keys.file.parent
     ) as server:
@@ -25,9 +33,9 @@ def server(serve_scripted: Starter, keys: Keys) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def http(server: Server, keys: Keys) -> Iterator[httpx2.Client]:
-    """A tenant's, with two adapters, `one` and `two`."""
-    with client_with(server, keys.make("adapters", "generate", tenant="acme")) as client:
+def http(server: Server, key_of: dict[str, str]) -> Iterator[httpx2.Client]:
+    """A tenant's, with three adapters, `one`, `two` and `three`."""
+    with client_with(server, key_of["acme"]) as client:
         for name in ("one", "two", "three"):
             assert upload(client, name, name.encode(), query="activate=true&wait=true").status_code == 200
         yield client
@@ -183,9 +191,9 @@ def test_a_verifier_that_dies_of_a_merge_fails_that_alone(serve_scripted: Starte
 
 
 def test_what_others_share_is_neither_merged_nor_taken_elsewhere(
-    http: httpx2.Client, server: Server, keys: Keys
+    http: httpx2.Client, server: Server, key_of: dict[str, str]
 ) -> None:
-    with client_with(server, keys.make("admin", tenant="default")) as owner:
+    with client_with(server, key_of["operator"]) as owner:
         upload(owner, "shared-one", b"shared", query="activate=true&wait=true")
         assert owner.post("/v1/adapters/shared-one/share", json={"shared": True}).status_code == 200
         digest = digest_of(owner, "shared-one")
