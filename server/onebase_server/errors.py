@@ -298,6 +298,8 @@ CALLER_CODES = {
     "empty_prompt": 400,
     "kv_memory_exceeded": 400,
     "too_many_adapters": 400,
+    "prompt_logprobs_too_large": 400,
+    "vector_too_large": 400,
     "adapter_not_composable": 409,
 }
 """Engine error codes that the caller can cure by asking for something else, with their HTTP status."""

@@ -662,6 +662,6 @@ def check_scores(request: protocol.Submit) -> None:
         raise NeverFitsError(
             "prompt_logprobs_too_large",
             "logprobs",
-            f"echo with logprobs {top} holds at most {most} prompt tokens, this prompt has "
+            f"prompt logprobs with {top} alternatives are told of at most {most} tokens, and this prompt has "
             f"{len(request.prompt)}; lower logprobs or shorten the prompt",
         )
