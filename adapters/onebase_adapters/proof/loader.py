@@ -6,6 +6,7 @@ reference against which each served module is compared.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 
 from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
+from onebase_adapters.format.config import CLASSIFIER_NAMES, Task
 from onebase_adapters.proof.extract import extract
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
@@ -109,6 +112,53 @@ def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
         warnings.simplefilter("ignore", UserWarning)
         model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
     return model.eval()
+
+
+def classifier_of(reference: nn.Module, task: Task, head: Head) -> nn.Module:
+    """The classifier that transformers has for the base, with PEFT's layers and the version's head.
+
+    Args:
+        reference: PEFT's model of the version, on a view of the base.
+
+    Raises:
+        AdapterFormatError: transformers has none for this base, or one with another kind of head.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForTokenClassification
+    adapted: Any = reference
+    full = adapted.get_base_model()
+    config = copy.deepcopy(full.config)
+    config.num_labels = len(head.weight)
+    # Of a row alone the last token is what is classified.
+    config.pad_token_id = config.get_text_config().pad_token_id = None
+    try:
+        with init_empty_weights():
+            model = kind.from_config(config)
+    except (ValueError, AttributeError) as error:
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"task_type is {task}, and transformers has no such model for {config.model_type}",
+        ) from error
+    names = [name for name in CLASSIFIER_NAMES if isinstance(getattr(model, name, None), nn.Linear)]
+    if not names or not hasattr(model, model.base_model_prefix):
+        raise AdapterFormatError(
+            "unsupported_kind", f"task_type is {task}, and {type(model).__name__} has another kind of head"
+        )
+    name = names[0]
+    if (getattr(model, name).bias is None) != (head.bias is None):
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{type(model).__name__} has a classifier {'with' if head.bias is None else 'without'} a bias",
+        )
+    layer = nn.Linear(head.weight.shape[1], len(head.weight), bias=head.bias is not None, device="meta")
+    device = next(full.parameters()).device
+    layer.weight = nn.Parameter(head.weight.to(device), requires_grad=False)
+    if head.bias is not None:
+        layer.bias = nn.Parameter(head.bias.to(device), requires_grad=False)
+    setattr(model, name, layer)
+    setattr(model, model.base_model_prefix, full.base_model)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:

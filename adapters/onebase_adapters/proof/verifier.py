@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from onebase_adapters.proof.classifier import classifier_of
-from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_adapters.proof.loader import LoadedAdapter, classifier_of, load_adapter
 from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
 from onebase_adapters.proof.outliers import Figures, measure, unusual

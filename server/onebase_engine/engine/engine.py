@@ -360,7 +360,8 @@ class Engine:
         if self._grammars is not None:
             self._grammars.ask(plan.segments)
         logits, hidden = self.model.forward(batch)
-        pooled = [] if hidden is None else [(one, _exactly(hidden[part])) for one, part in batch.pooled]
+        exact = None if hidden is None else _exactly(hidden)
+        pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         wanted = logits[: len(batch.sampled)]
         masks = [] if self._grammars is None else self._masks_of(self._grammars, plan)
@@ -477,11 +478,12 @@ class Engine:
                 values /= row.prompt_length
             if row.pooling.head and row.pooling.kind != "each":
                 values = np.stack([self._classified(row, one) for one in values])
-            if not np.isfinite(values.astype("<f4")).all():
+            narrow = values.astype("<f4")
+            if not np.isfinite(narrow).all():
                 message = "the hidden states are not finite: an adapter of this request overflows"
                 self._end(row, "error", code="not_finite", message=message)
                 return
-            vector = values.astype("<f4").tobytes()
+            vector = narrow.tobytes()
         self._end(row, "stop", vector=vector)
 
     def _classified(self, row: Row, hidden: np.ndarray) -> np.ndarray:
@@ -511,10 +513,9 @@ class Engine:
         if row.pooling is not None and row.pooling.kind == "each":
             row.pooled += self._classified_each(row, segment.start, hidden) if row.pooling.head else hidden
             return
-        pooled = row.pooled[0] if row.pooled else np.zeros(hidden.shape[1])
+        row.pooled = row.pooled or [np.zeros(hidden.shape[1])]
         for one in hidden:
-            pooled = pooled + one
-        row.pooled = [pooled]
+            row.pooled[0] += one
 
     def _append(self, row: Row, taken: list[Drawn]) -> None:
         """Give a row its new tokens; all but the last are among its tokens already."""
