@@ -35,10 +35,10 @@ class World:
         pool, table = BlockPool(blocks + 2, BLOCK), SlotTable(slots)
         return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
 
-    def step(self, background: bool = True, prompt_tokens: int | None = None) -> Plan:
+    def step(self, background: int | None = None) -> Plan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
         running = list(self.scheduler.running)
-        plan = self.scheduler.plan(background, prompt_tokens)
+        plan = self.scheduler.plan(background)
         self._check(plan, running)
         sampling = [segment.row for segment in plan.segments if segment.samples]
         for segment in plan.segments:

@@ -9,7 +9,7 @@ from onebase_engine.engine.row import Plan, Row, Segment
 from onebase_engine.engine.scheduler import (
     BACKGROUND_FRESH,
     BACKGROUND_LEAST,
-    BACKGROUND_PROMPTS,
+    BACKGROUND_PART,
     BACKGROUND_SECONDS,
     BACKGROUND_TIME,
     BackgroundPace,
@@ -101,7 +101,7 @@ def test_what_a_tenants_batch_was_given_costs_its_other_requests_no_turn() -> No
     assert sorted(running) in (["day", "day", "night"], ["day", "night", "night"])
 
 
-def test_a_step_with_a_prompt_has_none_of_the_background_and_one_with_decodes_little_of_its_prompts() -> None:
+def test_a_step_with_a_prompt_has_none_of_the_background_and_one_with_decodes_as_much_as_is_said() -> None:
     world = World.create(max_rows=4, step_tokens=16, blocks=100)
     asked = live(world, 0, prompt=24, tokens=20)
     rows = [make_row(1 + n, list(range(1000 * n, 1000 * n + 8)), 4, background=True) for n in range(2)]
@@ -110,12 +110,12 @@ def test_a_step_with_a_prompt_has_none_of_the_background_and_one_with_decodes_li
     assert [segment.row for segment in world.step().segments] == [asked]
     assert [segment.row for segment in world.step().segments] == [asked]
 
-    plan = world.step()
+    plan = world.step(background=2)
 
     assert [segment.row for segment in plan.decodes[:1]] == [asked]
     behind = [segment for segment in plan.segments if segment.row.background]
-    assert sum(segment.length for segment in behind) == 16 // BACKGROUND_PROMPTS
-    assert [segment.row for segment in world.step(background=False).segments] == [asked]
+    assert sum(segment.length for segment in behind) == 2
+    assert [segment.row for segment in world.step(background=0).segments] == [asked]
     world.finish_all()
 
 
@@ -139,9 +139,9 @@ BEHIND = make_row(1, [1, 2], 9, background=True)
 
 def test_the_background_makes_the_decoding_of_others_a_tenth_longer_at_most() -> None:
     pace, whole, extra = BackgroundPace(256), 0.0, 0.0
-    assert not pace.may_join(), "what a step takes alone is not known yet"
+    assert not pace.joined, "what a step takes alone is not known yet"
     for _ in range(2000):
-        joins = pace.may_join()
+        joins = pace.joined > 0
         seconds = 0.070 if joins else 0.030
         pace.took(step_of(ASKED, BEHIND) if joins else step_of(ASKED), seconds)
         whole, extra = whole + seconds, extra + 0.040 * joins
@@ -152,7 +152,7 @@ def test_the_background_makes_the_decoding_of_others_a_tenth_longer_at_most() ->
 def test_where_more_rows_cost_nothing_the_background_is_in_nearly_every_step() -> None:
     pace, joined = BackgroundPace(256), 0
     for _ in range(1000):
-        joins = pace.may_join()
+        joins = pace.joined > 0
         joined += joins
         pace.took(step_of(ASKED, BEHIND) if joins else step_of(ASKED), 0.010)
 
@@ -162,34 +162,39 @@ def test_where_more_rows_cost_nothing_the_background_is_in_nearly_every_step() -
 def test_steps_of_prompts_and_of_the_background_alone_say_nothing_about_decodes() -> None:
     pace = BackgroundPace(256)
     pace.took(Plan([], [Segment(ASKED, 0, 2)]), 1.0)
-    pace.took(step_of(BEHIND), 1.0)
-    assert not pace.may_join()
+    pace.took(step_of(BEHIND), 0.04)
+    assert not pace.joined
     pace.took(step_of(ASKED), 0.03)
-    assert pace.may_join()
+    assert pace.joined == pace.alone // BACKGROUND_PART
 
 
+@pytest.mark.parametrize("decodes", [True, False])
 @pytest.mark.parametrize("speed", [200, 1000, 100_000])
-def test_a_step_of_the_background_alone_is_short_where_prompts_are_slow_and_full_where_they_are_fast(
-    speed: int,
+def test_a_step_of_the_background_alone_is_short_where_tokens_are_slow_and_full_where_they_are_fast(
+    speed: int, decodes: bool
 ) -> None:
     pace, times = BackgroundPace(2048), []
     long = make_row(0, list(range(100_000)), 1, background=True)
     for _ in range(50):
-        seconds = pace.prompt_tokens / speed
-        pace.took(Plan([], [Segment(long, 0, pace.prompt_tokens)]), seconds)
+        seconds = pace.alone / speed
+        plan = step_of(*[BEHIND] * pace.alone) if decodes else Plan([], [Segment(long, 0, pace.alone)])
+        pace.took(plan, seconds)
         times.append(seconds)
 
     fits = max(BACKGROUND_LEAST, min(2048, int(speed * BACKGROUND_SECONDS)))
-    assert fits / 4 <= pace.prompt_tokens <= fits
+    assert fits / 4 <= pace.alone <= fits
     assert max(times[5:]) <= 1.01 * max(BACKGROUND_SECONDS, BACKGROUND_LEAST / speed)
 
 
-def test_a_step_of_the_background_alone_has_as_much_of_its_prompts_as_is_said() -> None:
-    world = World.create(max_rows=4, step_tokens=32, blocks=100)
-    rows = [make_row(n, list(range(1000 * n, 1000 * n + 20)), 4, background=True) for n in range(3)]
+def test_a_step_of_the_background_alone_has_as_many_tokens_as_is_said_and_the_oldest_end_first() -> None:
+    world = World.create(max_rows=8, step_tokens=32, blocks=100)
+    rows = [make_row(n, list(range(1000 * n, 1000 * n + 20)), 4, background=True) for n in range(8)]
     for row in rows:
         world.scheduler.add(row)
-    assert sum(segment.length for segment in world.step(prompt_tokens=7).segments) == 7
-    while any(row.finish is None for row in rows):
-        plan = world.step(prompt_tokens=7)
-        assert sum(segment.length for segment in plan.prefills) <= 7
+    ended: list[Row] = []
+    while len(ended) < len(rows):
+        plan = world.step(background=3)
+        assert sum(segment.length for segment in plan.segments) <= 3
+        ended += [row for row in rows if row.finish and row not in ended]
+    assert ended == rows
+    assert all(row.generated == 4 for row in rows)

@@ -86,9 +86,10 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     max_rows=st.integers(1, 5),
     step_tokens=st.integers(1, 24),
     joins=st.integers(0, 3),
+    most=st.integers(1, 16),
 )
 def test_every_row_finishes_and_everything_comes_back(
-    traffic: list[Traffic], blocks: int, slots: int, max_rows: int, step_tokens: int, joins: int
+    traffic: list[Traffic], blocks: int, slots: int, max_rows: int, step_tokens: int, joins: int, most: int
 ) -> None:
     world = World.create(blocks=blocks, slots=slots, max_rows=max_rows, step_tokens=step_tokens)
     coming = sorted(traffic, key=lambda item: item.at)
@@ -113,7 +114,8 @@ def test_every_row_finishes_and_everything_comes_back(
             break
         assert step < limit, "the rows do not finish"
         before, preemptions = set(world.scheduler.running), for_blocks(world)
-        plan = world.step(background=step % 4 <= joins)
+        may = world.scheduler.only_background or step % 4 <= joins
+        plan = world.step(background=most if may else 0)
         assert plan or not world.scheduler.rows, "rows wait for nothing"
         if for_blocks(world) > preemptions:
             assert step - last_admission > BLOCK, "a row was preempted right after an admission"

@@ -267,7 +267,8 @@ class Engine:
         """
         self._admit_compiled()
         began = time.monotonic()
-        plan = self.scheduler.plan(self._pace.may_join(), self._pace.prompt_tokens)
+        alone = self.scheduler.only_background
+        plan = self.scheduler.plan(self._pace.alone if alone else self._pace.joined)
         if self._apply_moves():
             plan = plan.unfinished()
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)

@@ -46,12 +46,12 @@ CREDIT_STEPS = 4
 """Full steps by which a tenant that asks now and then may be ahead of those that wait all the time."""
 MAX_PASSED = 32
 """Rows that may be admitted before one that lacks blocks."""
-BACKGROUND_PROMPTS = 8
-"""Next to other rows, a step computes one part in this many of its tokens of background rows' prompts."""
 BACKGROUND_SECONDS = 0.1
-"""Of a step with background rows alone, but for their decodes: who comes meanwhile waits for its end."""
+"""Of a step with background rows alone: who comes meanwhile waits for its end."""
 BACKGROUND_LEAST = 16
-"""Prompt tokens that such a step has in any case."""
+"""Tokens that such a step may have in any case."""
+BACKGROUND_PART = 4
+"""Next to other rows, a step has one part in this many of the background's tokens that one of its own has."""
 BACKGROUND_TIME = 0.1
 """By this part of their time, background rows may make the decoding of others longer."""
 BACKGROUND_CREDIT = 0.05
@@ -84,7 +84,7 @@ class Limits:
 
 @dataclass
 class _Draft:
-    """A plan in the making. `budget`: tokens that are left of the step's; `background`: of them for prompts
+    """A plan in the making. `budget`: tokens that are left of the step's; `background`: most of them for rows
     in the background."""
 
     budget: int
@@ -105,6 +105,15 @@ class _Draft:
         kept = any(row.passed >= MAX_PASSED for row in self.lacking)
         return self.budget <= 0 or kept or max(len(self.lacking), self.slotless, self.refused) >= MAX_TRIES
 
+    def take(self, row: Row, tokens: int) -> None:
+        self.budget -= tokens
+        if row.background:
+            self.background -= tokens
+
+    def left(self, row: Row) -> int:
+        """How many more tokens the row may have."""
+        return min(self.budget, self.background) if row.background else self.budget
+
     def leave_background(self) -> None:
         """Compute nothing of rows in the background."""
         for segments in (self.decodes, self.chunks):
@@ -118,30 +127,33 @@ class _Draft:
 
 
 class BackgroundPace:
-    """When background rows may be in a step with other rows' decodes, by what they add to its time; and how
-    much of their prompts a step of theirs alone has.
+    """How many tokens a step may have of background rows: alone, as many as are computed in a short time; in
+    one with other rows' decodes a part of those, and now and then none, by what they add to its time.
 
-    Where more rows cost next to nothing, as on most GPUs, they nearly always may, and steps are full. Times
-    are seconds. step_tokens: of any step.
+    Where more rows cost next to nothing, as on most GPUs, they are in nearly every step, and steps are full.
+    Times are seconds. step_tokens: of any step.
     """
 
     def __init__(self, step_tokens: int) -> None:
-        self.prompt_tokens = min(step_tokens, 4 * BACKGROUND_LEAST)
-        """Most tokens of prompts in a step with background rows alone."""
+        self.alone = min(step_tokens, 4 * BACKGROUND_LEAST)
+        """Most tokens in a step with background rows alone."""
         self._most = step_tokens
         self._without: float | None = None
         """What a step without them takes."""
         self._credit = 0.0
         self._steps = 0
 
-    def may_join(self) -> bool:
-        return self._without is not None and self._credit >= 0 and self._steps < BACKGROUND_FRESH
+    @property
+    def joined(self) -> int:
+        """Most tokens in the next step with other rows' decodes."""
+        may = self._without is not None and self._credit >= 0 and self._steps < BACKGROUND_FRESH
+        return max(1, self.alone // BACKGROUND_PART) if may else 0
 
     def took(self, plan: Plan, seconds: float) -> None:
         """A step was computed in that time."""
         others = [segment for segment in plan.segments if not segment.row.background]
         if not others:
-            self._fit(sum(segment.length for segment in plan.prefills), seconds)
+            self._fit(sum(segment.length for segment in plan.segments), seconds)
         if not others or any(not segment.row.background for segment in plan.prefills):
             return
         self._credit += BACKGROUND_TIME * seconds
@@ -153,13 +165,13 @@ class BackgroundPace:
             self._steps += 1
         self._credit = min(self._credit, BACKGROUND_CREDIT)
 
-    def _fit(self, prompts: int, seconds: float) -> None:
-        """A step of the background alone had so many tokens of prompts."""
-        if prompts and seconds > BACKGROUND_SECONDS:
-            fitting = int(min(prompts, self.prompt_tokens) * BACKGROUND_SECONDS / seconds)
-            self.prompt_tokens = min(self._most, max(BACKGROUND_LEAST, fitting))
-        elif 2 * prompts > self.prompt_tokens and 2 * seconds < BACKGROUND_SECONDS:
-            self.prompt_tokens = min(self._most, 2 * self.prompt_tokens)
+    def _fit(self, tokens: int, seconds: float) -> None:
+        """A step of the background alone had so many tokens."""
+        if seconds > BACKGROUND_SECONDS:
+            fitting = int(min(tokens, self.alone) * BACKGROUND_SECONDS / seconds)
+            self.alone = min(self._most, max(BACKGROUND_LEAST, fitting))
+        elif 2 * tokens > self.alone and 2 * seconds < BACKGROUND_SECONDS:
+            self.alone = min(self._most, 2 * self.alone)
 
 
 class Scheduler:
@@ -214,19 +226,14 @@ class Scheduler:
         """Whether all rows that run are in the background."""
         return all(row.background for row in self.running)
 
-    def plan(self, background: bool = True, prompt_tokens: int | None = None) -> Plan:
+    def plan(self, background: int | None = None) -> Plan:
         """The next step. Rows may be admitted and preempted on the way.
 
         Args:
-            background: whether rows in the background may be in it if others run.
-            prompt_tokens: most of their prompts if none do; None: as many as a step has.
+            background: most tokens of rows in the background; None: as many as a step has.
         """
         tokens = self.limits.step_tokens
-        if self.only_background:
-            most = tokens if prompt_tokens is None else prompt_tokens
-        else:
-            most = max(1, tokens // BACKGROUND_PROMPTS) if background else 0
-        draft = _Draft(tokens, most)
+        draft = _Draft(tokens, tokens if background is None else background)
         self._decode(draft)
         prefilling = [row for row in self.running if row.pending > 1]
         self._walk(self.waiting.in_turn(prefilling, self._may_begin()), draft)
@@ -276,13 +283,13 @@ class Scheduler:
     # ---- what a step computes ----------------------------------------------------------------
 
     def _decode(self, draft: _Draft) -> None:
-        rows = [row for row in self.running if draft.background or not row.background]
-        short = len(rows) > draft.budget
+        rows = list(self.running)
+        short = len(rows) > min(draft.budget, draft.background)
         for row in sorted(rows, key=self.waiting.order) if short else rows:
-            ready = row.pending == 1 and draft.budget > 0 and row not in draft.preempted
+            ready = row.pending == 1 and draft.left(row) > 0 and row not in draft.preempted
             if ready and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
-                draft.budget -= 1
+                draft.take(row, 1)
 
     def _walk(self, turns: Turns, draft: _Draft) -> None:
         """Prompts, in turn: of rows that run, and of those that can be admitted."""
@@ -296,15 +303,12 @@ class Scheduler:
 
     def _advance(self, row: Row, draft: _Draft) -> None:
         """As much of the row as the budget allows."""
-        length = min(row.pending, draft.budget)
-        if row.background:
-            length = min(length, draft.background)
-            draft.background -= length
+        length = min(row.pending, draft.left(row))
         if row.scores_prompt:
             length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
         segment = Segment(row, row.computed, row.computed + length)
         draft.chunks[row] = segment
-        draft.budget -= length
+        draft.take(row, length)
         self.waiting.charge(segment)
 
     def _is_second(self, row: Row, draft: _Draft) -> bool:
@@ -330,13 +334,13 @@ class Scheduler:
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
             found = row.drafts.propose(row.tokens, most)
             room = len(row.blocks) * size - len(row.tokens)
-            count = min(len(found), row.drafts.worth(rows), draft.budget)
+            count = min(len(found), row.drafts.worth(rows), draft.left(row))
             if count > room and self._pool.free > spare:
                 row.blocks.extend(self._pool.allocate(1) or ())
                 room += size
             if (count := min(count, room)) > 0:
                 draft.decodes[row] = Segment(row, segment.start, segment.stop, tuple(found[:count]))
-                draft.budget -= count
+                draft.take(row, count)
                 rows += count
 
     # ---- admission ---------------------------------------------------------------------------
@@ -503,7 +507,7 @@ class Scheduler:
         self.preemptions += 1
         draft.preempted.add(row)
         if draft.decodes.pop(row, None) is not None:
-            draft.budget += 1
+            draft.take(row, -1)
 
     def _release(self, row: Row) -> None:
         self._pool.release(row.blocks)
