@@ -46,12 +46,14 @@ async def health(services: Provided) -> Response:
 @router.get("/ready", openapi_extra=NO_KEY, responses=_HEALTH)
 @needs("open")
 async def ready(services: Provided) -> Response:
-    """200 when a request sent now would be served; 503 while loading, restarting or stopping."""
+    """200 when a request sent now would be served; 503 while loading, restarting, paused or stopping."""
     state = services.supervisor.state
     if services.draining:
         return _unavailable({"status": "stopping", "engine": state.value}, 5)
     if state is not EngineState.READY:
         return _unavailable({"status": "not ready", "engine": state.value}, 2)
+    if services.supervisor.paused:
+        return _unavailable({"status": "paused", "engine": state.value}, 2)
     return json_response({"status": "ready", "engine": state.value})
 
 
