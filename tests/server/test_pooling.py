@@ -6,6 +6,7 @@ import base64
 import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,27 @@ def test_a_request_has_no_more_rows_at_once_than_the_server_takes(serve_scripted
         assert found == np.eye(8).tolist()
         decided = answer_of(http, "/v1/decide", prompt="a", choices=choices, prior="b")
         assert [one["text"] for one in decided["choices"]] == choices
+
+
+def test_a_request_that_is_being_read_in_parts_keeps_its_places_among_others(serve_scripted: Starter) -> None:
+    with (
+        serve_scripted("words", "--max-rows", "1", "--queue-limit", "1") as server,
+        server.client() as http,
+    ):
+        asked = {"model": BASE, "input": [[number] for number in range(60)]}
+        with ThreadPoolExecutor() as threads:
+            answer = threads.submit(http.post, "/v1/embeddings", json=asked)
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+
+            def flood() -> None:
+                with server.client() as other:
+                    while not answer.done():
+                        other.post("/generate", json={"prompt": "w", "max_tokens": 2})
+
+            for _ in range(3):
+                threads.submit(flood)
+        assert answer.result().status_code == 200, answer.result().text
+        assert [one["index"] for one in answer.result().json()["data"]] == list(range(60))
 
 
 def test_what_is_too_long_is_cut_if_it_may_be(scripted: Server) -> None:

@@ -74,6 +74,8 @@ class Job:
     pooling: Pooling | None = None
     branches: tuple[tuple[int, ...], ...] = ()
     """Of each choice, the tokens after the prompt that are scored."""
+    goes_on: bool = False
+    """See Inflight."""
 
     @property
     def tells_prompt(self) -> bool:
@@ -162,7 +164,9 @@ class Run:
         self._cached_known: set[int] = set()
         self.usage = Usage(prompt=sum(map(prompt_tokens, submits)))
         limit = (stream_limit or 2**31) * job.choices
-        self._inflight = Inflight(submits, limit, on_cut=on_cut, on_ended=self._rows_ended)
+        self._inflight = Inflight(
+            submits, limit, on_cut=on_cut, on_ended=self._rows_ended, goes_on=job.goes_on
+        )
         self._open = job.choices
         self._deadline: asyncio.TimerHandle | None = None
         self._lease: Lease | None = None

@@ -34,6 +34,7 @@ class Inflight:
     Args:
         on_cut: called when the request is cut off, to free a reader's connection at once.
         on_ended: called once the engine has ended the last row, or is gone with all of them.
+        goes_on: whether it is the next part of a request whose last part has just given up its places.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Inflight:
         *,
         on_cut: Callable[[], None] = lambda: None,
         on_ended: Callable[[], None] = lambda: None,
+        goes_on: bool = False,
     ) -> None:
+        self.goes_on = goes_on
         self.submits = tuple(submits)
         self.open_rows = {submit.id: submit.n for submit in submits}
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}

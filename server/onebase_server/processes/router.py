@@ -73,7 +73,7 @@ class RequestRouter:
                 "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
                 param="n",
             )
-        has_room = (
+        has_room = request.goes_on or (
             self.background_rows < 2 * max_rows
             if request.background
             else self._shares.has_room(request.tenant, request.rows, capacity)

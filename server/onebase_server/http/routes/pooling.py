@@ -6,7 +6,7 @@ import base64
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean as mean
 from typing import Any
 
@@ -270,7 +270,7 @@ async def _read(
     outputs: list[RowOutput] = []
     try:
         for job in jobs:
-            reading = Reading(services.supervisor, job, meter=total)
+            reading = Reading(services.supervisor, replace(job, goes_on=bool(outputs)), meter=total)
             await reading.start(services.residency)
             total.begin()
             with cancelled_when_gone(request.receive, reading):
