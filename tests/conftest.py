@@ -77,6 +77,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """The processes that run tests begin as forks as well."""
+    warm = Nursery.begin()
+    config.add_cleanup(warm.close)
+    subprocess.Popen = warm.popen("own")  # type: ignore[misc]
+
+
 def file_of(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
@@ -116,7 +124,7 @@ def quick_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    made = Nursery.begin()
+    made = Nursery.given() or Nursery.begin()
     yield made
     made.close()
 

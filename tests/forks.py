@@ -23,13 +23,15 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT / part) for part in ("", "server", "adapters", "clients/python")]
 PR_SET_CHILD_SUBREAPER = 36
 ABOVE = 500
 """Descriptors from here on are nobody's."""
+GIVEN = "ONEBASE_TEST_NURSERY"
+"""In the environment of a program that has a nursery of its own: the descriptor for its requests."""
 ROOM = "." * 200
 """In the command line of the program that forks, for those of what it starts."""
 
@@ -53,6 +55,12 @@ class Nursery:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)},
             )
         return cls(ours, process)
+
+    @classmethod
+    def given(cls) -> Nursery | None:
+        """That of this process, which is a fork itself."""
+        number = os.environ.pop(GIVEN, None)
+        return None if number is None else cls(socket.socket(fileno=int(number)))
 
     @classmethod
     def fork(cls) -> Nursery:
@@ -80,8 +88,10 @@ class Nursery:
         if self._process is not None:
             self._process.wait()
 
-    def popen(self, *, children: bool = False) -> type[subprocess.Popen[Any]]:
-        """`subprocess.Popen`, but for how programs of this Python begin; with `children` also theirs.
+    def popen(self, children: Literal["plain", "forks", "own"] = "plain") -> type[subprocess.Popen[Any]]:
+        """`subprocess.Popen`, but for how programs of this Python begin.
+
+        Their own children begin as any process, or as forks too, or as what they ask of `Nursery.given()`.
 
         A `preexec_fn` is not run; Ctrl-C reaches what is forked.
         """
@@ -162,7 +172,9 @@ def become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
-    if request["children"]:
+    if request["children"] == "own":
+        os.environ[GIVEN] = str(Nursery.fork()._socket.detach())
+    if request["children"] == "forks":
         subprocess.Popen = Nursery.fork().popen()  # type: ignore[misc]
         asyncio.create_subprocess_exec = create_subprocess_exec  # type: ignore[assignment]
     end_with(lambda: run(request["words"]))

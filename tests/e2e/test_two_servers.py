@@ -81,7 +81,7 @@ def test_servers_on_one_registry_and_store_serve_the_same_versions(
     base: Path, shared: tuple[list[str], dict[str, str]], nursery: Nursery, tmp_path: Path
 ) -> None:
     options, environment = shared
-    start = partial(launch, popen=nursery.popen(children=True))
+    start = partial(launch, popen=nursery.popen("forks"))
     calm, loud = (make_adapter(base, tmp_path / str(seed), seed, rank=4) for seed in (1, 2))
     command = [sys.executable, "-m", "onebase_server"]
     with (

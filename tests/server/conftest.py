@@ -91,7 +91,7 @@ def scripted(serve_scripted: Starter) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def serve_real(nursery: Nursery) -> Starter:
     """`with serve_real(*options) as server`: `onebase serve`, all of whose processes begin as forks."""
-    fork = functools.partial(launch, popen=nursery.popen(children=True))
+    fork = functools.partial(launch, popen=nursery.popen("forks"))
 
     def start(*options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
         return serving([sys.executable, "-m", "onebase_server"], *options, **{"start": fork, **how})
