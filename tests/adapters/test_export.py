@@ -291,17 +291,25 @@ def test_an_architecture_that_is_not_known_is_refused_by_name(
 # ---- a whole model in GGUF ---------------------------------------------------------------------
 
 
+FIRST_TOKENS = 600
+
+
 def with_tokenizer(base: Path, folder: Path, **config: Any) -> Path:
-    """The base with room for the default base's tokenizer, and with that."""
+    """The base with the first tokens of the default base's tokenizer, and room for them."""
     default = fetch_default_base()
     made = ARCHITECTURES["llama" if "llama" in str(base) else "qwen2" if "qwen2" in str(base) else "qwen3"]()
-    made.vocab_size, made.initializer_range = 49152 + 3, 0.15
+    made.vocab_size, made.initializer_range = FIRST_TOKENS + 3, 0.15
     for name, value in config.items():
         setattr(made, name, value)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(default / name, folder / name)
+    tokenizer = json.loads((default / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    model["vocab"] = {text: number for text, number in model["vocab"].items() if number < FIRST_TOKENS}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
