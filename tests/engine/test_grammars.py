@@ -172,6 +172,33 @@ def test_whatever_a_base_says_under_a_schema_is_json_that_keeps_to_it(
     assert answers.tokens == ask(plain, tokenizer, asked).tokens, "drafts change the text"
 
 
+NAMED = {
+    "type": "object",
+    "properties": {
+        "first_and_last_name": {"enum": ["somebody_nobody_knows", "anybody_at_all"]},
+        "postal_address": {"const": "a street without any name"},
+    },
+    "required": ["first_and_last_name", "postal_address"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("choices", [1, 5])
+def test_what_a_grammar_leaves_no_choice_about_is_computed_together(
+    engine: Engine, plain: Engine, tokenizer: Tokenizer, choices: int
+) -> None:
+    asked: Asked = {"x": (of_schema(NAMED), {"n": choices, "logprobs": 2})}
+    before = engine.counters.steps, engine.counters.right_draft_tokens
+    answers = ask(engine, tokenizer, asked)
+    steps, right = engine.counters.steps - before[0], engine.counters.right_draft_tokens - before[1]
+    alone = ask(plain, tokenizer, asked)
+    assert answers.tokens == alone.tokens
+    assert answers.scores == alone.scores
+    keeps_to(NAMED, answers, "x")
+    assert 2 * right > sum(map(len, answers.tokens.values()))
+    assert 2 * steps < choices + max(map(len, answers.tokens.values()))
+
+
 def test_no_row_notices_that_its_neighbours_follow_grammars(engine: Engine, tokenizer: Tokenizer) -> None:
     free: Asked = {name: (None, {"logprobs": 2, "max_tokens": 24, "seed": int(name)}) for name in "12"}
     alone = ask(engine, tokenizer, free)
@@ -348,6 +375,11 @@ class Follower(real.Follower):
             os._exit(1)
         return super().mask(want)
 
+    def foresee(self, tell):
+        if any("early" in self.texts.get(key, "") for _, key, *_ in tell.rows):
+            os._exit(1)
+        return super().foresee(tell)
+
     texts = {}
 
 compile_ = Follower.compile
@@ -397,6 +429,18 @@ def test_a_row_whose_masks_end_the_process_fails_alone(bad: Engine, tokenizer: T
     end = answers.ends["late"]
     assert (end.finish, end.error_code) == ("error", "grammar_refused")
     keeps_to(PERSON, answers, "good")
+
+
+def test_a_process_that_ends_of_looking_ahead_costs_nobody_an_answer(
+    bad: Engine, tokenizer: Tokenizer
+) -> None:
+    asked: Asked = {"x": (Grammar("regex", "early( on| in a long life)"), {}), "y": (of_schema(PERSON), {})}
+    answers = ask(bad, tokenizer, asked)
+    assert answers.text("x") in ("early on", "early in a long life")
+    keeps_to(PERSON, answers, "y")
+    pid = pid_of(bad)
+    assert ask(bad, tokenizer, {"y": asked["y"]}).ends["y"].finish
+    assert pid_of(bad) == pid
 
 
 def test_a_tokenizer_that_cannot_be_used_is_said(

@@ -1,4 +1,5 @@
-"""Tokens that a row will perhaps go on with, from its own text (prompt lookup, arXiv 2304.04487).
+"""Tokens that a row will perhaps go on with: what its grammar says comes next, or what came next before in
+its own text (prompt lookup, arXiv 2304.04487).
 
 A step computes them with the row's last token, as a chunk of a prompt is computed, and draws from each
 position's logits what it would have drawn step by step: as long as that is the draft, one step has given
@@ -30,15 +31,20 @@ class Drafts:
     def __init__(self) -> None:
         self.right = PRIOR
         self._draft: list[int] = []
+        self._sure = False
         self._ends: dict[int, int] = {}
         """Where each MATCHED tokens ended last."""
         self._read = 0
 
-    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """What came after the last tokens when they were last seen, up to `most` of it; none if never."""
+    def propose(self, tokens: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
+        """What is forced, or what came after the last tokens when they were last seen; up to `most` of it."""
         for end in range(max(self._read, MATCHED, len(tokens) - LOOKED_AT), len(tokens)):
             self._ends[_key(tokens, end)] = end
         self._read = len(tokens)
+        self._sure = bool(forced)
+        if forced:
+            self._draft = []
+            return list(forced[:most])
         start = self._ends.get(_key(tokens, len(tokens))) if len(tokens) > MATCHED else None
         draft: list[int] = []
         for place in range(start or 0, (start or 0) + most if start else 0):
@@ -56,7 +62,9 @@ class Drafts:
 
     def worth(self, rows: int) -> int:
         """How many tokens of a draft a step of `rows` rows gains by: the last is as likely right as what it
-        adds to the step, in parts of what a token costs without drafts."""
+        adds to the step, in parts of what a token costs without drafts. What is forced must come anyway."""
+        if self._sure:
+            return LOOKED_AT
         least = COST * rows / (1 + COST * (rows - 1))
         if self.right < least:
             return 0

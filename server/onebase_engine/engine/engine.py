@@ -266,6 +266,8 @@ class Engine:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
         """
         self._admit_compiled()
+        if self._grammars is not None:
+            self._grammars.foresee()
         began = time.monotonic()
         alone = self.scheduler.only_background
         plan = self.scheduler.plan(self._pace.alone if alone else self._pace.joined)
@@ -421,6 +423,9 @@ class Engine:
                 self._append(row, taken)
             elif row.prefilled and not row.generates:
                 self._answer(row)
+        if self._grammars is not None and self.scheduler.limits.draft_tokens:
+            going = (segment.row for segment in computed.plan.segments if segment.row.finish is None)
+            self._grammars.tell(row for row in going if row.grammar is not None and row.generated)
         return failed
 
     def _taken(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
@@ -526,6 +531,7 @@ class Engine:
             self._end(row, "error", code="not_finite", message=message)
             return
         row.tokens.append(tokens[-1])
+        row.forced = row.forced[len(tokens) :] if row.forced[: len(tokens)] == tokens else []
         self.counters.generated_tokens += len(tokens)
         if row.drafts is not None:
             row.drafts.observe(tokens)

@@ -30,13 +30,16 @@ import numpy as np
 from onebase_engine.base.chat import renamed_json
 from onebase_engine.engine.grammars import (
     COMPILING,
+    FORESEEN,
     MASK_BYTES,
     WHITESPACE,
     Begun,
     Compile,
     Compiled,
+    Forced,
     Masks,
     Started,
+    Tell,
     Want,
     request_decoder,
 )
@@ -140,21 +143,37 @@ class Follower:
             self._used.difference_update(keys)
             self._let_go()
 
+    def _follow(self, row: int, key: str, tokens: list[int]) -> Any:
+        """The row's grammar, after its new tokens; None if it was not compiled."""
+        if row not in self._rows:
+            with self._lock:
+                known = self._compiled.get(key)
+            if known is None:
+                return None
+            self._rows[row] = known.deep_copy()
+        matcher = self._rows[row]
+        if tokens:
+            matcher.consume_tokens(tokens)
+        return matcher
+
+    def foresee(self, tell: Tell) -> dict[int, list[int]]:
+        """What each row can only go on with, where that is one text alone."""
+        forced = {}
+        for row, key, tokens in tell.rows:
+            matcher = self._follow(row, key, tokens)
+            if matcher is not None and (found := matcher.compute_ff_tokens()):
+                forced[row] = found[:FORESEEN]
+        return forced
+
     def mask(self, want: Want) -> dict[int, str]:
         """Write what may come next in each row, and after each token of its draft; errors by row."""
         errors: dict[int, str] = {}
         going = []
         for row, key, tokens, draft, place in want.rows:
-            if row not in self._rows:
-                with self._lock:
-                    known = self._compiled.get(key)
-                if known is None:
-                    errors[row] = "its grammar was not compiled"
-                    continue
-                self._rows[row] = known.deep_copy()
-            matcher = self._rows[row]
-            if tokens:
-                matcher.consume_tokens(tokens)
+            matcher = self._follow(row, key, tokens)
+            if matcher is None:
+                errors[row] = "its grammar was not compiled"
+                continue
             self._masks[place : place + len(draft) + 1] = -1
             going.append((row, matcher, place, draft))
         memory = self._masks.ctypes.data, self._masks.shape[1] * MASK_BYTES, len(self._masks)
@@ -232,6 +251,8 @@ def serve(sock: socket.socket, follower: Follower | None, reason: str) -> None:
                 logger.error("masks are wanted of a process without a tokenizer")
             elif isinstance(message, Want):
                 say(Masks(message.number, follower.mask(message)))
+            elif isinstance(message, Tell):
+                say(Forced(message.number, follower.foresee(message)))
             else:
                 follower.forget(message.rows, message.keys)
 

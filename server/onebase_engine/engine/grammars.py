@@ -42,6 +42,8 @@ COMPILE_SECONDS = 10.0
 MASK_SECONDS = 5.0
 """What one grammar may take, in which everybody else's are waited for too."""
 IDLE_SECONDS = 0.01
+FORESEEN = 64
+"""Tokens of a row that are said to be forced, at most."""
 PROGRAM = ("-m", "onebase_engine.engine.grammar_process")
 DEATHS = 2
 """Of processes that had one grammar to compile and ended: then it is the grammar's fault."""
@@ -66,6 +68,13 @@ class Want(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     number: int
     rows: list[tuple[int, str, list[int], list[int], int]]
+
+
+class Tell(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Rows that have drawn tokens: their number, their grammar's key, what they have more than last time."""
+
+    number: int
+    rows: list[tuple[int, str, list[int]]]
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -98,11 +107,18 @@ class Masks(msgspec.Struct, frozen=True, tag=True, array_like=True):
     errors: dict[int, str]
 
 
-def request_decoder() -> msgspec.msgpack.Decoder[Compile | Want | Forget]:
-    return msgspec.msgpack.Decoder(Compile | Want | Forget)
+class Forced(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What the rows of a Tell can only go on with, of those that can go on with one text alone."""
+
+    number: int
+    tokens: dict[int, list[int]]
 
 
-_answers = msgspec.msgpack.Decoder(Started | Begun | Compiled | Masks)
+def request_decoder() -> msgspec.msgpack.Decoder[Compile | Want | Tell | Forget]:
+    return msgspec.msgpack.Decoder(Compile | Want | Tell | Forget)
+
+
+_answers = msgspec.msgpack.Decoder(Started | Begun | Compiled | Masks | Forced)
 
 
 class GrammarError(Exception):
@@ -155,6 +171,11 @@ class Grammars:
         """Tokens of each row that the process knows."""
         self._number = 0
         self._wanted: list[tuple[Row, Segment, int]] = []
+        self._tells = 0
+        self._telling: dict[int, Row] = {}
+        """Rows of the last Tell, until it is answered."""
+        self._blind: set[str] = set()
+        """Grammars of rows that a process was told of when it ended: of them nothing is foreseen again."""
 
     # ---- compiling --------------------------------------------------------------------------
 
@@ -182,6 +203,7 @@ class Grammars:
             self._deaths.pop(key, None)
             self._errors.pop(key, None)
             self._compiled.discard(key)
+            self._blind.discard(key)
             self._tell_gone([], [key])
 
     def arrived(self, timeout: float = 0.0) -> list[Compiled]:
@@ -258,6 +280,34 @@ class Grammars:
             found |= self._alone(one)
         return found
 
+    def tell(self, rows: Iterable[Row]) -> None:
+        """Say what rows have drawn. What they can only go on with comes into `Row.forced`, by the time that
+        `foresee` or `masks` returns, or not at all: nobody waits for it."""
+        asked = {
+            row.arrival: row
+            for row in rows
+            if row.grammar in self._compiled and row.grammar not in self._blind and not row.forced
+        }
+        if not asked:
+            return
+        self._tells += 1
+        with suppress(_GoneError):
+            self._say(Tell(self._tells, [(number, *self._news(row)) for number, row in asked.items()]))
+            self._telling = asked
+            self._told |= {number: row.generated for number, row in asked.items()}
+
+    def foresee(self) -> None:
+        """Take in what has come of what was told."""
+        if self._telling:
+            try:
+                self._receive(0.0)
+            except _GoneError as error:
+                self._stop(error)
+
+    def _news(self, row: Row) -> tuple[str, list[int]]:
+        """Its grammar's key, and the tokens that the process does not know."""
+        return row.grammar or "", row.tokens[row.prompt_length + self._told.get(row.arrival, 0) :]
+
     def forget(self, row: Row) -> None:
         """It has ended."""
         if row.grammar is not None:
@@ -289,8 +339,7 @@ class Grammars:
             if key not in self._compiled:
                 # A new process, which has to know it first; what comes after it waits in the socket.
                 self._recompile(key)
-            told = row.prompt_length + self._told.get(row.arrival, 0)
-            rows.append((row.arrival, key, row.tokens[told:], list(segment.draft), place))
+            rows.append((row.arrival, *self._news(row), list(segment.draft), place))
         self._say(Want(self._number, rows))
         for row, _, _ in wanted:
             self._told[row.arrival] = row.generated
@@ -353,6 +402,8 @@ class Grammars:
         What it was compiling is tried again, or refused after DEATHS.
         """
         self.end()
+        self._blind |= {row.grammar for row in self._telling.values() if row.grammar in self._users}
+        self._telling = {}
         asked, self._asked = list(self._asked), {}
         for key in asked:
             self._deaths[key] = self._deaths.get(key, 0) + (len(asked) == 1)
@@ -415,6 +466,11 @@ class Grammars:
             message = _answers.decode(payload)
             if isinstance(message, Masks):
                 found = message if message.number == self._number else found
+            elif isinstance(message, Forced):
+                if message.number == self._tells:
+                    for number, tokens in message.tokens.items():
+                        self._telling[number].forced = tokens
+                    self._telling = {}
             elif isinstance(message, Compiled):
                 self._take_compiled(message)
             elif isinstance(message, Started):

@@ -105,6 +105,9 @@ class Row:
     what the classifier makes of each."""
     finish: FinishReason | None = None
     drafts: Drafts | None = None
+    forced: list[int] = field(default_factory=list)
+    """What its grammar says comes next, as far as is known: a draft that is right but for how it is cut into
+    tokens."""
     seen: TokenCounts = field(default_factory=TokenCounts)
     """Of prompt and completion; counted if it is asked for."""
     completed: TokenCounts = field(default_factory=TokenCounts)

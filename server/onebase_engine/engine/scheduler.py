@@ -332,7 +332,7 @@ class Scheduler:
                 continue  # It is to say something else or nothing, or to take little time.
             row.drafts = row.drafts or Drafts()
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
-            found = row.drafts.propose(row.tokens, most)
+            found = row.drafts.propose(row.tokens, most, row.forced)
             room = len(row.blocks) * size - len(row.tokens)
             count = min(len(found), row.drafts.worth(rows), draft.left(row))
             if count > room and self._pool.free > spare:
