@@ -225,6 +225,11 @@ def test_the_openai_client_calls_tools_whole_and_streamed(server: Server) -> Non
         for call in final.tool_calls:
             assert isinstance(call.function.parsed_arguments if call.function.name == "Where" else {}, dict)
             json.loads(call.function.arguments)
+        chunks = client.chat.completions.create(**fields, tool_choice="required", seed=3, stream=True)
+        told = [chunk.choices[0].delta.tool_calls or [] for chunk in chunks]
+        assert {len(calls) for calls in told} == {0, 1}, "clients read one call of a chunk"
+        parts = [call.function.arguments or "" for (call,) in filter(None, told) if call.function]
+        assert "".join(parts) == "".join(call.function.arguments for call in final.tool_calls)
         text = client.chat.completions.create(**fields, tool_choice="none").choices[0]
         assert text.message.tool_calls is None
         cut = client.chat.completions.create(

@@ -200,7 +200,8 @@ def test_pairs_are_scored_one_to_many_and_one_to_one(scripted: Server) -> None:
         pairs = answer_of(http, "/v1/score", text_1=TEXTS, text_2=TEXTS)
         single = answer_of(http, "/score", text_1=TEXTS[0], text_2=TEXTS[1])
         documents = [{"text": text} for text in TEXTS]
-        ranked = answer_of(http, "/rerank", query=TEXTS[0], documents=documents)
+        ranked = answer_of(http, "/rerank", query=TEXTS[0], documents=documents, priority=0)
+        cut = answer_of(http, "/v2/rerank", 400, query="a", documents=TEXTS, max_tokens_per_doc=512)
         error = answer_of(http, "/score", 400, text_1=TEXTS[:2], text_2=TEXTS)
     assert math.isclose(many["data"][0]["score"], 1)
     assert [round(one["score"], 9) for one in pairs["data"]] == [1] * 4
@@ -209,6 +210,8 @@ def test_pairs_are_scored_one_to_many_and_one_to_one(scripted: Server) -> None:
         one["index"]: one["score"] for one in many["data"]
     }
     assert error["param"] == "text_1"
+    assert cut["param"] == "max_tokens_per_doc"
+    assert "truncate_prompt_tokens" in cut["message"]
 
 
 # ---- adapters that generate no text ----------------------------------------------------------

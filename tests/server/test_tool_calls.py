@@ -207,6 +207,7 @@ def read(format: ToolFormat, text: str, cuts: list[int]) -> tuple[str, list[tupl
     for index, piece in enumerate(pieces):
         said = reader.feed(piece, end=index == len(pieces) - 1)
         content += said.content
+        assert len({delta.index for delta in said.calls}) == len(said.calls)
         for delta in said.calls:
             if delta.id is not None:
                 assert delta.name is not None

@@ -30,7 +30,7 @@ class CallDelta:
 
 @dataclass(slots=True)
 class Said:
-    """What became certain of an answer: text, and calls."""
+    """What became certain of an answer: text, and one delta of each call."""
 
     content: str
     calls: list[CallDelta]
@@ -302,7 +302,9 @@ class CallReader:
             self._skip(characters)
 
     def _argue(self, index: int, text: str) -> None:
-        if text:
+        if text and self._calls and self._calls[-1].index == index:
+            self._calls[-1].arguments += text
+        elif text:
             self._calls.append(CallDelta(index, text))
 
 

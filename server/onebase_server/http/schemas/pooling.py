@@ -94,8 +94,17 @@ class RerankRequest(PoolingFields):
     top_n: int | None = Field(default=None, ge=0, description="of the best; 0 is all")
     return_documents: bool | None = None
 
-    neutral: ClassVar = ReadingFields.neutral | {"max_chunks_per_doc": (), "rank_fields": (["text"],)}
-    reasons: ClassVar = {"max_chunks_per_doc": "send the parts of a document as documents"}
+    neutral: ClassVar = ReadingFields.neutral | {
+        "max_chunks_per_doc": (),
+        "max_tokens_per_doc": (),
+        "rank_fields": (["text"],),
+        "priority": (0,),
+    }
+    reasons: ClassVar = {
+        "max_chunks_per_doc": "send the parts of a document as documents",
+        "max_tokens_per_doc": "truncate_prompt_tokens keeps the last so many tokens of each",
+        "priority": "it is that of the API key",
+    }
 
     @model_validator(mode="before")
     @classmethod

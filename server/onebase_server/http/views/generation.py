@@ -316,9 +316,13 @@ class OpenAIView(GenerationView):
             for piece in pieces:
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens or piece.ids:
-                    part = self.part(piece, said, wanted and bool(piece.tokens))
+                    first = Said(said.content, said.calls[:1])
+                    part = self.part(piece, first, wanted and bool(piece.tokens))
                     if piece.ids:
                         self._add_ids(part, piece, generation)
+                    chunk += event({**head, "choices": [part]})
+                for call in said.calls[1:]:  # as OpenAI does: clients read one call of a chunk
+                    part = self.part(Piece(piece.index, ""), Said("", [call]), False)
                     chunk += event({**head, "choices": [part]})
                 if piece.finish_reason:
                     reason = readers.finish_reason(piece)
