@@ -1,0 +1,71 @@
+"""TRL's AsyncGRPO samples on this server while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from .support import Starter
+
+PROGRAM = Path(__file__).with_name("async_grpo.py")
+
+
+@pytest.fixture(scope="module")
+def base(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a chat template that TRL knows, and tokens of quite different probabilities."""
+    made = tmp_path_factory.mktemp("grpo") / "base"
+    shutil.copytree(small_base, made)
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(8)
+    model.save_pretrained(made)
+    package = find_spec("trl")
+    assert package is not None
+    assert package.origin is not None
+    template = Path(package.origin).parent / "chat_templates" / "qwen3.jinja"
+    shutil.copyfile(template, made / "chat_template.jinja")
+    return made
+
+
+@pytest.mark.full
+def test_async_grpo_trains_on_what_the_versions_that_it_loads_say(
+    serve_real: Starter, base: Path, tmp_path: Path
+) -> None:
+    synced = tmp_path / "out" / ".vllm_lora"
+    synced.mkdir(parents=True)
+    options = ["--quantization", "none", "--dtype", "float32", "--adapters-dir", str(synced)]
+    with serve_real("--base", str(base), *options) as server, server.client() as http:
+        command = [sys.executable, str(PROGRAM), server.url, str(base), str(synced.parent)]
+        environment = os.environ | {"CI": "1", "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr[-4000:] + server.log
+        adapters = {one["name"]: one["active"] for one in http.get("/v1/adapters").json()["data"]}
+        usage = http.get("/v1/usage", params={"group_by": "adapter"}).json()["data"]
+
+    assert adapters == {
+        "trl-policy-v1": False,
+        "trl-policy-v2": False,
+        "trl-policy-v3": True,
+        "trl-policy-v4": True,
+    }
+    sampled = {one["adapter"]: one["completion_tokens"] for one in usage}
+    assert min(sampled["trl-policy-v1"], sampled["trl-policy-v2"]) > 0
+    assert "" not in sampled, "the base answered"
+    steps: list[dict[str, Any]] = [one for one in json.loads(run.stdout.splitlines()[-1]) if "kl" in one]
+    assert [one["step"] for one in steps] == [1, 2, 3]
+    for (
+        one
+    ) in steps:  # between the logprobs that came with the ids, and those that the trainer computes of them
+        assert abs(one["kl"]) < 1e-3
+        assert abs(one["ratio"] - 1) < 0.02
+        assert one["sample/staleness_max"] <= 1
