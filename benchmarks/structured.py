@@ -4,6 +4,7 @@ the schemas of the JSON Schema Test Suite (drafts 7, 2019-09 and 2020-12) at tem
 
   python benchmarks/structured.py                   # 16 rows over 4 adapters, and 1,000 schemas
   python benchmarks/structured.py --schemas 100     # a look
+  python benchmarks/structured.py --rounds 0 --corpus jsonschemabench/data --tokens 256   # of a folder
 
 The suite comes with the source of the `jsonschema` package, which pip downloads once into the user's cache.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import jsonschema_specifications
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,6 +38,7 @@ from bench.lora import make_adapters
 from onebase_engine.base.default_base import default_cache, fetch_default_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Grammar, Sampling, Submit
+from onebase_server.generation.json_schema import closed
 
 SUITE = "jsonschema==4.26.0"
 DRAFTS = {
@@ -60,15 +63,17 @@ PROMPT = "Write some JSON about the people of a small town:\n"
 
 @dataclass(frozen=True)
 class Case:
-    """A schema of the suite."""
+    """A schema, and the draft that it is of: the class that validates it."""
 
-    draft: str
     name: str
     schema: Any
+    draft: Any
 
     @property
     def grammar(self) -> Grammar:
-        return Grammar("json_schema", json.dumps(self.schema))
+        """As the server asks for it."""
+        schema = closed(self.schema) if isinstance(self.schema, dict) else self.schema
+        return Grammar("json_schema", json.dumps(schema))
 
 
 def suite(folder: Path) -> list[Case]:
@@ -87,8 +92,19 @@ def suite(folder: Path) -> list[Case]:
                 file = archive.extractfile(member)
                 groups = json.load(file) if file is not None else []
                 cases += [
-                    Case(parts[3], f"{parts[4]}: {one['description']}", one["schema"]) for one in groups
+                    Case(f"{parts[3]}/{parts[4]}: {one['description']}", one["schema"], DRAFTS[parts[3]])
+                    for one in groups
                 ]
+    return cases
+
+
+def corpus(folder: Path) -> list[Case]:
+    """All JSON files in a folder and those below it, each a schema."""
+    cases = []
+    for file in sorted(folder.rglob("*.json")):
+        schema = json.loads(file.read_text("utf-8"))
+        draft = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        cases.append(Case(str(file.relative_to(folder)), schema, draft))
     return cases
 
 
@@ -117,35 +133,45 @@ def speed(engine: Engine, prompt: list[int], guided: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def outcomes(
-    engine: Engine, tokenizer: Tokenizer, prompt: list[int], cases: list[Case]
-) -> tuple[Counter[str], list[str]]:
-    """What came of each: `valid`, `invalid`, `cut` by the limit of tokens, or the reason of a refusal.
+@dataclass
+class Outcomes:
+    """What came of schemas: how many are `valid`, `invalid`, `cut` by the limit of tokens, or have the reason
+    of a refusal. wrong: the texts that do not keep to their schema."""
 
-    And the texts that do not keep to their schema.
-    """
-    found: Counter[str] = Counter()
-    wrong: list[str] = []
+    found: Counter[str]
+    wrong: list[str]
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def outcomes(
+    engine: Engine, tokenizer: Tokenizer, prompt: list[int], cases: list[Case], most: int
+) -> Outcomes:
+    """Of one row each, of `most` tokens at most."""
+    made = Outcomes(Counter(), [])
     texts: dict[str, list[int]] = {}
     waiting = list(enumerate(cases))
     with_bar = track(waiting, "schemas", console=Console(stderr=True))
+    started = time.perf_counter()
     for number, case in with_bar:
-        sampling = Sampling(temperature=1.0, seed=number, max_tokens=200)
+        sampling = Sampling(temperature=1.0, seed=number, max_tokens=most)
         engine.submit(Submit(id=str(number), prompt=prompt, sampling=sampling, grammar=case.grammar))
         last = number == len(cases) - 1
         while engine.busy and (last or len(engine.scheduler.running) + len(engine.scheduler.waiting) >= 32):
             engine.step()
             for output in engine.take_outputs():
                 texts.setdefault(output.id, []).extend(output.tokens)
+                made.tokens += len(output.tokens)
                 if output.finish is not None:
                     one = cases[int(output.id)]
                     end = output.finish if output.finish != "error" else f"refused: {output.error_message}"
                     text = tokenizer.decode(texts.pop(output.id), skip_special_tokens=True)
                     outcome = judged(one, end, text)
-                    found[outcome] += 1
+                    made.found[outcome] += 1
                     if outcome in ("invalid", "no JSON"):
-                        wrong.append(f"{outcome}: {one.draft}/{one.name}: {text!r}")
-    return found, wrong
+                        made.wrong.append(f"{outcome}: {one.name}: {text!r}")
+    made.seconds = time.perf_counter() - started
+    return made
 
 
 def judged(case: Case, end: str, text: str) -> str:
@@ -155,8 +181,9 @@ def judged(case: Case, end: str, text: str) -> str:
         value = json.loads(text)
     except ValueError:
         return "no JSON"
+    known = {"registry": jsonschema_specifications.REGISTRY, "format_checker": case.draft.FORMAT_CHECKER}
     try:
-        return "valid" if DRAFTS[case.draft](case.schema).is_valid(value) else "invalid"
+        return "valid" if case.draft(case.schema, **known).is_valid(value) else "invalid"
     except Exception as error:
         return f"not judged: {type(error).__name__}"
 
@@ -165,8 +192,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--schemas", type=int, default=1000, help="how many of the suite (default: 1000)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the cost, in turns (default: 5)")
+    parser.add_argument("--schemas", type=int, default=1000, help="how many of them (default: 1000)")
+    parser.add_argument("--corpus", type=Path, help="a folder of schemas, such as data/ of JSONSchemaBench")
+    parser.add_argument("--tokens", type=int, default=200, help="of a text, at most (default: 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the cost, in turns, 0: none (default: 5)")
     parser.add_argument("--busy", action="store_true", help="measure although other processes compute")
     options = parser.parse_args()
     console = Console()
@@ -177,17 +206,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapters = {name: str(path) for name, path in make_adapters(base, Path(folder), ADAPTERS).items()}
         engine = load(str(base), adapters, 16, 0)
-    show_cost(console, engine, prompt, options.rounds)
-    cases = suite(default_cache() / "json-schema-test-suite")
+    if options.rounds:
+        show_cost(console, engine, prompt, options.rounds)
+    cases = corpus(options.corpus) if options.corpus else suite(default_cache() / "json-schema-test-suite")
     chosen = random.Random(0).sample(cases, min(options.schemas, len(cases)))
-    found, wrong = outcomes(engine, tokenizer, prompt, chosen)
+    made = outcomes(engine, tokenizer, prompt, chosen, options.tokens)
+    found = made.found
     table = Table("outcome", "schemas", title=f"{len(chosen)} of {len(cases)} schemas")
     refused = {reason: count for reason, count in found.items() if reason.startswith("refused")}
     for outcome in sorted(found.keys() - refused.keys(), key=lambda one: -found[one]):
         table.add_row(outcome, str(found[outcome]))
     table.add_row("refused", str(sum(refused.values())))
     console.print(table)
-    for text in wrong:
+    rate = made.tokens / made.seconds
+    console.print(f"{made.tokens} tokens, {rate:.0f} a second with compiling, up to 32 rows at once")
+    for text in made.wrong:
         console.print(text, highlight=False, markup=False)
     for reason, count in sorted(refused.items(), key=lambda item: -item[1])[:10]:
         console.print(f"{count:5} {reason}", highlight=False)

@@ -1,8 +1,9 @@
 """TRL's AsyncGRPO, as it is installed, against the server at URL: `python async_grpo.py URL BASE FOLDER`.
 
 Three steps of a LoRA that is rewarded for short answers; the last line printed is the trainer's log as JSON.
-What TRL asks of a machine with GPUs is replaced: FlashAttention, by PyTorch's; the check that vLLM is there, of
-which the trainer uses nothing; and the question for the GPU's speed. What speaks to the server is TRL's own.
+What TRL asks of a machine with GPUs is replaced: FlashAttention, by PyTorch's; the check that vLLM is there,
+of which the trainer uses nothing; and the question for the GPU's speed. TRL's own is what speaks to the
+server.
 """
 
 from __future__ import annotations
