@@ -14,26 +14,27 @@ class QueueShares:
     """
 
     def __init__(self) -> None:
-        self._taken: Counter[str] = Counter()
+        self.taken: Counter[str] = Counter()
+        """Places by tenant."""
         self.total = 0
 
     def has_room(self, tenant: str, places: int, limit: int) -> bool:
         """Whether a tenant may take so many places more."""
         if self.total + places <= limit:
             return True
-        tenants = len(self._taken) + (tenant not in self._taken)
-        return self._taken[tenant] + places <= max(1, limit // tenants)
+        tenants = len(self.taken) + (tenant not in self.taken)
+        return self.taken[tenant] + places <= max(1, limit // tenants)
 
     def enter(self, tenant: str, places: int = 1) -> None:
-        self._taken[tenant] += places
+        self.taken[tenant] += places
         self.total += places
 
     def leave(self, tenant: str, places: int = 1) -> None:
-        self._taken[tenant] -= places
+        self.taken[tenant] -= places
         self.total -= places
-        if not self._taken[tenant]:
-            del self._taken[tenant]
+        if not self.taken[tenant]:
+            del self.taken[tenant]
 
     def clear(self) -> None:
-        self._taken.clear()
+        self.taken.clear()
         self.total = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
+from onebase_server.measurements import RequestMeasurements
+from onebase_server.metrics import Metrics
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
@@ -131,6 +134,18 @@ def assemble(
         open_without_keys=settings.insecure or is_loopback(settings.host),
     )
     limiter = Limiter(keys.quotas_of)
+    batches = _batches(settings, storage, training, keys, limiter, supervisor)
+    measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
+    metrics = Metrics(
+        supervisor=supervisor,
+        catalog=parts.catalog,
+        residency=residency,
+        adapters=adapters,
+        scheduler=training.scheduler,
+        batches=batches.runner,
+        requests=measured,
+        answers=answers,
+    )
     return Services(
         settings=settings,
         keys=keys,
@@ -151,7 +166,10 @@ def assemble(
         views=AdapterViews(adapters, hub, residency, base),
         verifier=parts.verifier,
         training=training,
-        batches=_batches(settings, storage, training, keys, limiter, supervisor),
+        batches=batches,
+        measured=measured,
+        metrics=metrics,
+        answers=answers,
     )
 
 

@@ -87,7 +87,7 @@ TO_API: list[protocol.ToApi] = [
     protocol.Fatal("no"),
     protocol.AdapterLoaded(digest="d", bytes=2, load_seconds=0.5),
     protocol.AdapterUnloaded("d"),
-    protocol.SlotsChanged(["d", "e"]),
+    protocol.SlotsChanged(["d", "e"], {"e": 0.25}),
     protocol.AdapterFailed(digest="d", code="c", message="m"),
     protocol.StepDone(
         [ROW, protocol.RowOutput(id="s"), protocol.RowOutput(id="v", vector=b"1234")], STATS, 0.5

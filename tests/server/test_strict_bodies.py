@@ -214,7 +214,7 @@ def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
         caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
         job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
         parts: Any = (SimpleNamespace(), SimpleNamespace(pieces=list))
-        generation = Generation(*parts, job, meter=SimpleNamespace())  # type: ignore[arg-type]
+        generation = Generation(*parts, job, meter=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
         (submit,) = generation._inflight.submits
         assert (submit.tenant, submit.priority) == ("acme", 3)
 

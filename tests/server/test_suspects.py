@@ -66,7 +66,7 @@ async def ask(supervisor: EngineSupervisor, request: Inflight) -> int:
     supervisor.submit(request)
     count = 0
     while request.open_rows:
-        count += sum(len(output.tokens) for output, _ in await request.take())
+        count += sum(len(output.tokens) for output in await request.take())
     return count
 
 

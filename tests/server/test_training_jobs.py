@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from onebase_server.metrics import Metrics
+from onebase_server.metrics import Metrics, render
 
 from .support import Server, Starter
 from .training_support import (
@@ -470,16 +470,21 @@ def test_figures_for_prometheus(server: Server, client: OpenAI) -> None:
     assert 'onebase_training_jobs{state="running"} 1.0' in text
     assert f'onebase_training_step{{job="{job.id}"}}' in text
     assert f'onebase_trainer_memory_bytes{{job="{job.id}"}}' in text
-    assert "onebase_rows_running 0.0" in text
+    assert 'vllm:num_requests_running{engine="0",model_name="smollm2-135m-instruct"} 0.0' in text
     client.fine_tuning.jobs.cancel(job.id)
 
 
 def test_without_a_registry_nobody_is_told_that_there_are_no_jobs() -> None:
-    supervisor: Any = SimpleNamespace(restarts=0, router=SimpleNamespace(stats=None))
+    nothing: Any = SimpleNamespace(base_name="base")
     scheduler: Any = SimpleNamespace(deaths=0, running=[])
     batches: Any = SimpleNamespace(flying=0, answered={})
-    metrics = Metrics(supervisor, scheduler, batches)
-    known, unknown = metrics.render({}, {}), metrics.render(None, None)
+    metrics = Metrics(
+        supervisor=nothing, catalog=nothing, residency=nothing, adapters=nothing, scheduler=scheduler,
+        batches=batches, requests=nothing, answers=nothing,
+    )  # fmt: skip
+    known, unknown = (
+        render([*metrics._training(counts), *metrics._batch_figures(counts)]) for counts in ({}, None)
+    )
     for counts in (
         b'onebase_training_jobs{state="running"} 0.0',
         b'onebase_batches{state="in_progress"} 0.0',

@@ -140,6 +140,7 @@ class Engine:
         self._arrivals = 0
         self._outputs: list[RowOutput] = []
         self._slots_changed = False
+        self._slot_seconds: dict[str, float] = {}
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -316,18 +317,24 @@ class Engine:
             draft_tokens=self.counters.draft_tokens,
             right_draft_tokens=self.counters.right_draft_tokens,
             adapters_loaded=len(self.versions),
+            background_waiting=self.scheduler.waiting.in_background,
         )
 
-    def slots_changed(self) -> bool:
-        """Whether slots were filled or emptied since the last call."""
-        changed, self._slots_changed = self._slots_changed, False
-        return changed
+    def slots_changed(self) -> dict[str, float] | None:
+        """If slots were filled or emptied since the last call: the seconds that each new version took."""
+        if not self._slots_changed:
+            return None
+        taken, self._slot_seconds, self._slots_changed = self._slot_seconds, {}, False
+        return taken
 
     def _apply_moves(self) -> bool:
         """Bring the slots up to date. Rows whose version cannot be loaded end; says whether any did."""
         moves, self.slots.moves = self.slots.moves, {}
         self._slots_changed |= bool(moves)
         failed = self.model.move_slots(moves, self._staging.take) if moves else {}
+        for digest, began in self._staging.began.items():
+            self._slot_seconds[digest] = time.monotonic() - began
+        self._staging.began.clear()
         for slot, error in failed.items():
             logger.error("a version cannot be put into slot %d", slot, exc_info=error)
             error.__traceback__ = None  # its frames hold the version's tensors, and it itself

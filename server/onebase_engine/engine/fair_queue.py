@@ -230,6 +230,11 @@ class FairQueue:
         return flow is not None and flow.queue[_place(flow, row) :][:1] == [row]
 
     @property
+    def in_background(self) -> int:
+        """Rows that wait in the background."""
+        return sum(tenant.waiting for tenant in self._tenants[True].waiting.values())
+
+    @property
     def mixes(self) -> Iterator[AdapterMix]:
         """The adapters of the rows that wait."""
         return (flow.mix for flow in self._flows())

@@ -253,6 +253,8 @@ class SlotsChanged(msgspec.Struct, frozen=True, tag=True):
     """The versions that sit in slots now, in no order. Sent when that changes."""
 
     digests: list[str]
+    seconds: dict[str, float] = {}
+    """What it took to bring those that are new from host memory into their slots."""
 
 
 class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -298,6 +300,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of drafts that were computed, and those among them that were right."""
     right_draft_tokens: int = 0
     paused: bool = False
+    background_waiting: int = 0
+    """Of `rows_waiting`, those in the background."""
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

@@ -191,6 +191,9 @@ class Staging:
         self._sizes: dict[str, int] = {}
         self._asked: set[str] = set()
         """Versions of the rows that were asked for in this step, and are not to give way to others."""
+        self._started: dict[str, float] = {}
+        self.began: dict[str, float] = {}
+        """When the way into a slot began of the versions that were taken, on the monotonic clock."""
         self._crowded = False
         """A row waits for room in this step. Rows after it start no copies, and what they have of an
         unfinished set is freed: so the row gets its room, and no two rows wait for each other's."""
@@ -212,6 +215,7 @@ class Staging:
             return False
         for digest in fresh:
             try:
+                self._started[digest] = time.monotonic()
                 self._copies[digest] = self._copy(self._store[digest])
             except torch.OutOfMemoryError as error:
                 logger.warning("no memory to copy %s ahead of its first step: %s", digest[:12], error)
@@ -223,6 +227,7 @@ class Staging:
         """The version's tensors for its slot: the copy, if there is one, else those in host memory."""
         copy = self._copies.pop(digest, None)
         self._sizes.pop(digest, None)
+        self.began[digest] = self._started.pop(digest, time.monotonic())
         if copy is None:
             return self._store[digest]
         copy.wait()
@@ -236,7 +241,7 @@ class Staging:
         if self._copies:
             kept = self._asked if self._crowded else set(waiting)
             for digest in self._copies.keys() - kept:
-                del self._copies[digest], self._sizes[digest]
+                del self._copies[digest], self._sizes[digest], self._started[digest]
         self._asked.clear()
         self._crowded = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 from onebase_adapters.registry import (
@@ -50,6 +51,8 @@ class Activation:
         self._records = records
         self._disk = disk
         self._turn = asyncio.Lock()
+        self.changes: Counter[str] = Counter()
+        """Those that this server has made: `activate`, `rollback`, `deactivate`."""
         catalog.subscribe(self._names_changed)
 
     async def activate(
@@ -77,6 +80,7 @@ class Activation:
                     expected=expected,
                     actor=actor,
                 )
+        self.changes["activate"] += 1
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def roll_back(
@@ -92,6 +96,7 @@ class Activation:
                 record = await self._records.write(
                     self._registry.rollback, tenant, name, expected=expected, actor=actor
                 )
+        self.changes["rollback"] += 1
         await self._warm(record)
         return self._catalog.of(tenant).adapter(name, param="name")
 
@@ -101,6 +106,7 @@ class Activation:
         async with self._turn:
             with storage_errors(name):
                 await self._records.write(self._registry.deactivate, tenant, name, actor=actor)
+        self.changes["deactivate"] += 1
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from onebase_server.errors import (
     UnavailableError,
     UnknownAdapterError,
 )
+from onebase_server.histogram import LOAD_SECONDS, Histogram
 from onebase_server.queue_shares import QueueShares
 
 Tier = Literal["slot", "host", "disk"]
@@ -102,6 +104,7 @@ class CacheEntry:
     leases: int = 0
     last_used: int = 0
     unloaded: asyncio.Event = field(default_factory=asyncio.Event)
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def is_loaded(self) -> bool:
@@ -151,6 +154,10 @@ class Residency:
         self._running = False
         self._loads = 0
         self._evictions = 0
+        self.load_seconds = Histogram(LOAD_SECONDS)
+        """Of each load into host memory, with the fetching from a remote store."""
+        self.slot_seconds = Histogram(LOAD_SECONDS)
+        """Of each way from host memory into a slot."""
 
     # ---- for requests ------------------------------------------------------------------------
 
@@ -213,6 +220,31 @@ class Residency:
         if entry is None or not entry.is_loaded:
             return "disk"
         return "slot" if digest in self._slots else "host"
+
+    @property
+    def loaded(self) -> list[tuple[str, Tier, bool]]:
+        """The versions in memory, the newest use first, each with its tier and whether it is pinned."""
+        entries = sorted(self._entries.values(), key=lambda entry: -entry.last_used)
+        return [
+            (one.digest, self.tier(one.digest), one.digest in self._pinned)
+            for one in entries
+            if one.is_loaded
+        ]
+
+    @property
+    def slots_used(self) -> int:
+        """Slots with a version in them."""
+        return len(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait until their versions are loaded."""
+        return sum(lease.waits for lease in self._leases)
+
+    @property
+    def used(self) -> set[VersionRef]:
+        """What requests run with, or wait for."""
+        return {use for lease in self._leases for use in lease.uses}
 
     @property
     def memory(self) -> MemoryUse:
@@ -359,6 +391,8 @@ class Residency:
         """Take in what the engine says about versions."""
         if isinstance(message, SlotsChanged):
             self._slots = frozenset(message.digests)
+            for seconds in message.seconds.values():
+                self.slot_seconds.observe(seconds)
         elif isinstance(message, AdapterUnloaded):
             gone = self._leaving.pop(message.digest, None)
             if gone is not None:
@@ -378,6 +412,7 @@ class Residency:
                 self._on_damaged(entry.packed)
             return
         entry.bytes = message.bytes
+        self.load_seconds.observe(time.monotonic() - entry.began)
         entry.loaded.set_result(None)
         self._changed.set()
 
@@ -421,6 +456,10 @@ class Lease:
         self._waiting: asyncio.Task[object] | None = None
         self._revoked: OneBaseError | None = None
         self._released = False
+
+    @property
+    def waits(self) -> bool:
+        return self._waiting is not None
 
     @property
     def digests(self) -> list[str]:

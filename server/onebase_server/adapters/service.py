@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +31,7 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.histogram import PROOF_SECONDS, Histogram
 from onebase_server.processes.verifier_client import (
     Proof,
     RejectedError,
@@ -105,6 +108,14 @@ class AdapterService:
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[VersionRef, _Job] = {}
+        self.proofs: Counter[str] = Counter()
+        """Versions that became `ready` or `failed` here."""
+        self.proof_seconds = Histogram(PROOF_SECONDS)
+
+    @property
+    def unfinished(self) -> int:
+        """Versions that this server is proving, or will."""
+        return len(self._jobs)
 
     # ---- registering --------------------------------------------------------------------------
 
@@ -313,6 +324,7 @@ class AdapterService:
         for pause in BACKOFF.pauses():
             try:
                 await self._set_state(version, state, **facts)
+                self.proofs[state] += 1
                 return
             except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
                 raise
@@ -336,6 +348,7 @@ class AdapterService:
         known = await self._known_proof(version, job.options.allow_noop)
         if known is not None:
             return known
+        began = time.monotonic()
         try:
             return await self._verifier.prove(
                 version.files,
@@ -344,6 +357,7 @@ class AdapterService:
                 on_progress=follow,
             )
         finally:
+            self.proof_seconds.observe(time.monotonic() - began)
             await asyncio.gather(*marked)
 
     async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:

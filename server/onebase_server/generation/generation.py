@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -24,6 +25,7 @@ from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.stream import (
     Choice,
     Inflight,
+    Moments,
     Piece,
     TokenInfo,
     Usage,
@@ -32,6 +34,8 @@ from onebase_server.generation.stream import (
 )
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.processes.supervisor import EngineSupervisor
+
+_IN_VLLM = {"cancelled": "abort"}
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,12 @@ class Meter(Protocol):
     def rows_ended(self) -> None:
         """The engine has none of its rows any more."""
 
-    def used(self, usage: Usage) -> None:
-        """It is over. Called once, if it was submitted."""
+    def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+        """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
+        `stop`, `length`, `abort`, `error`."""
+
+    def token_gap(self, seconds: float) -> None:
+        """From one output of a row to its next. Called for each."""
 
 
 class Run:
@@ -165,8 +173,15 @@ class Run:
         self.usage = Usage(prompt=sum(map(prompt_tokens, submits)))
         limit = (stream_limit or 2**31) * job.choices
         self._inflight = Inflight(
-            submits, limit, on_cut=on_cut, on_ended=self._rows_ended, goes_on=job.goes_on
+            submits,
+            limit,
+            on_cut=on_cut,
+            on_ended=self._rows_ended,
+            on_gap=meter.token_gap,
+            goes_on=job.goes_on,
         )
+        self.moments = self._inflight.moments
+        self._finished: Counter[str] = Counter()
         self._open = job.choices
         self._deadline: asyncio.TimerHandle | None = None
         self._lease: Lease | None = None
@@ -182,6 +197,7 @@ class Run:
             self._lease = residency.lease(job.adapter.uses, on_revoked=self._fail, tenant=job.tenant)
             async with in_time(self.job.deadline):
                 await self._lease.ready()
+        self.moments.submitted = time.monotonic()
         try:
             self._supervisor.submit(self._inflight)
         except BaseException:
@@ -220,7 +236,10 @@ class Run:
         if self._metered or self._with_reader or (self._with_engine and not whole):
             return
         self._metered = True
-        self._meter.used(self.usage if whole else self._inflight.computed)
+        left = self.job.choices - self._finished.total()
+        if left:
+            self._finished["error" if self._inflight.broken else "abort"] += left
+        self._meter.used(self.usage if whole else self._inflight.computed, self.moments, self._finished)
 
     def cancel(self) -> None:
         """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
@@ -268,8 +287,9 @@ class Reading(Run):
         found: dict[int, RowOutput] = {}
         with self._being_read():
             while self._open:
-                for output, _ in await self._inflight.take():
+                for output in await self._inflight.take():
                     if output.finish == "error":
+                        self._finished["error"] += 1
                         raise _row_error(output, self.job)
                     if output.finish == "cancelled":
                         raise UnavailableError(
@@ -280,6 +300,7 @@ class Reading(Run):
                     prompt = self._prompt_of[output.id]
                     self._count_cached(output, prompt)
                     found[prompt * self.job.n + output.choice] = output
+                    self._finished["stop"] += 1
                     self._open -= 1
         return [found[index] for index in range(self.job.choices)]
 
@@ -298,14 +319,21 @@ class Generation(Run):
         meter: Meter,
     ) -> None:
         super().__init__(supervisor, job, stream_limit, on_cut, meter=meter)
-        self.timing = Timing()
         self._tokenizer = tokenizer
-        self._started = time.monotonic()
-        self._first_token: float | None = None
         self._choices = [self._choice(index) for index in range(job.choices)]
         self._echoed: set[int] = set()
         self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         """By the prompt's number, if they were asked for: of its tokens but the first."""
+
+    @property
+    def timing(self) -> Timing:
+        """So far."""
+        moments = self.moments
+        timing = Timing(queue_s=max(0.0, moments.begun - moments.submitted))
+        if moments.first:
+            timing.ttft_s = moments.first - moments.came
+            timing.decode_s = moments.last - moments.first
+        return timing
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Pieces of all choices, one list per engine step.
@@ -316,7 +344,7 @@ class Generation(Run):
         with self._being_read():
             while self._open:
                 made = await self._inflight.take()
-                pieces = [piece for output, at in made for piece in self._feed(output, at)]
+                pieces = [piece for output in made for piece in self._feed(output)]
                 if pieces:
                     yield pieces
 
@@ -348,18 +376,20 @@ class Generation(Run):
     def _echo_text(self, prompt: Prompt) -> str:
         return self._tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
-    def _feed(self, output: RowOutput, at: float) -> list[Piece]:
+    def _feed(self, output: RowOutput) -> list[Piece]:
         prompt = self._prompt_of[output.id]
         choice = self._choices[prompt * self.job.n + output.choice]
         if choice.finish_reason is not None:
             return []
-        self._measure(output, prompt, at)
+        self._count_cached(output, prompt)
         if output.finish == "error":
+            self._finished["error"] += 1
             raise _row_error(output, self.job)
         before = choice.completion_tokens
         piece = choice.feed(output)
         self.usage.completion += choice.completion_tokens - before
         if choice.finish_reason is not None:
+            self._finished[_IN_VLLM.get(choice.finish_reason, choice.finish_reason)] += 1
             self._open -= 1
             if choice.stopped_here and output.finish is None:
                 self._supervisor.router.cancel(self._inflight, output.id, output.choice)
@@ -381,17 +411,6 @@ class Generation(Run):
             logprobs = self.prompt_logprobs.get(prompt, [])
             tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
         return [Piece(choice.index, self._echo_text(source), tokens), *pieces]
-
-    def _measure(self, output: RowOutput, prompt: int, at: float) -> None:
-        if output.queue_seconds is not None:
-            self.timing.queue_s = max(self.timing.queue_s, output.queue_seconds)
-        self._count_cached(output, prompt)
-        if not output.tokens:
-            return
-        if self._first_token is None:
-            self._first_token = at
-            self.timing.ttft_s = at - self._started
-        self.timing.decode_s = at - self._first_token
 
 
 @contextlib.asynccontextmanager

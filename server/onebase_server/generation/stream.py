@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from onebase_engine.engine.messages import FinishReason, RowOutput, Submit, TokenLogprob
-from onebase_server.errors import OneBaseError, SlowReaderError
+from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
 from onebase_server.generation.text import PieceDecoder, StopStrings
 
 
@@ -18,6 +19,21 @@ class Usage:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+
+
+@dataclass
+class Moments:
+    """When things happened to a request, on the monotonic clock that all processes share; 0: not yet."""
+
+    came: float = field(default_factory=time.monotonic)
+    submitted: float = 0.0
+    """Its adapters were in memory, and the engine was given it."""
+    begun: float = 0.0
+    """The first step of the row that waited longest."""
+    first: float = 0.0
+    """Its first token."""
+    last: float = 0.0
+    """Its last token, or the end of what is only read."""
 
 
 def prompt_tokens(submit: Submit) -> int:
@@ -35,6 +51,7 @@ class Inflight:
         on_cut: called when the request is cut off, to free a reader's connection at once.
         on_ended: called once the engine has ended the last row, or is gone with all of them.
         goes_on: whether it is the next part of a request whose last part has just given up its places.
+        on_gap: called with the seconds from one of a row's outputs to the next.
     """
 
     def __init__(
@@ -45,6 +62,7 @@ class Inflight:
         on_cut: Callable[[], None] = lambda: None,
         on_ended: Callable[[], None] = lambda: None,
         goes_on: bool = False,
+        on_gap: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.goes_on = goes_on
         self.submits = tuple(submits)
@@ -52,12 +70,15 @@ class Inflight:
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
         self.computed = Usage()
         """What the engine has done for it, also what nobody read."""
+        self.moments = Moments()
+        self._last_at: dict[tuple[str, int], float] = {}
+        self._on_gap = on_gap
         self.given_up = False
         """Nobody waits for it any more: its rows end before their time."""
         self.on_ended = on_ended
         self._on_cut = on_cut
         self._limit = buffer_limit
-        self._pending: list[tuple[RowOutput, float]] = []
+        self._pending: list[RowOutput] = []
         self._failure: OneBaseError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -80,9 +101,14 @@ class Inflight:
     def failed(self) -> bool:
         return self._failure is not None
 
+    @property
+    def broken(self) -> bool:
+        """Whether it failed, and not because its caller left or was too slow."""
+        return self.failed and not isinstance(self._failure, ClientGoneError | SlowReaderError)
+
     def push(self, output: RowOutput, at: float) -> bool:
         """Deliver one output, made at `at`. False: the reader is too slow, and was just cut off."""
-        self._count(output)
+        self._count(output, at)
         if output.finish is not None:
             left = self.open_rows[output.id] - 1
             if left:
@@ -96,16 +122,28 @@ class Inflight:
             self.fail(SlowReaderError())
             self._on_cut()
             return False
-        self._pending.append((output, at))
+        self._pending.append(output)
         self._wake()
         return True
 
-    def _count(self, output: RowOutput) -> None:
+    def _count(self, output: RowOutput, at: float) -> None:
         computed = self.computed
         if (output.tokens or output.finish == "stop") and output.id in self._unseen:
             computed.prompt += self._unseen.pop(output.id)
             computed.cached += output.cached_tokens or 0
         computed.completion += len(output.tokens)
+        moments = self.moments
+        if output.queue_seconds is not None:
+            moments.begun = max(moments.begun, moments.submitted + output.queue_seconds)
+        if output.tokens:
+            row = (output.id, output.choice)
+            before = self._last_at.get(row)
+            if before is not None:
+                self._on_gap(at - before)
+            self._last_at[row] = moments.last = at
+            moments.first = moments.first or at
+        elif output.finish == "stop":
+            moments.last = at
 
     def fail(self, error: OneBaseError) -> None:
         """End the request: outputs already here are still taken, then `error` is raised."""
@@ -113,8 +151,8 @@ class Inflight:
             self._failure = error
             self._wake()
 
-    async def take(self) -> list[tuple[RowOutput, float]]:
-        """All outputs since the last call, at least one, each with the time at which it was made.
+    async def take(self) -> list[RowOutput]:
+        """All outputs since the last call, at least one.
 
         Raises what the request failed with.
         """

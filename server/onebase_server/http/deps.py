@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -37,7 +38,8 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
-from onebase_server.metrics import Metrics
+from onebase_server.measurements import RequestMeasurements
+from onebase_server.metrics import Metrics, render
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.quotas import Limiter, Ticket
@@ -118,6 +120,10 @@ class Services:
     verifier: VerifierClient
     training: Training
     batches: BatchService
+    measured: RequestMeasurements
+    metrics: Metrics
+    answers: Counter[tuple[str, int]]
+    """By route and status, what the server has answered since the start."""
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
     """For bodies that are long."""
     started: int = field(default_factory=lambda: int(time.time()))
@@ -125,8 +131,8 @@ class Services:
 
     async def metrics_text(self) -> bytes:
         """For Prometheus; without counts of jobs and batches while the registry is away."""
-        metrics = Metrics(self.supervisor, self.training.scheduler, self.batches.runner)
-        return await asyncio.to_thread(metrics.render, *await self.training.counts())
+        collected = self.metrics.collect(*await self.training.counts())
+        return await asyncio.to_thread(render, collected)
 
     def refuse_if_draining(self) -> None:
         if self.draining:

@@ -8,6 +8,7 @@ that are not browsers send neither of the latter.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.access import ip_address, is_loopback
-from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError
+from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError, status_of
 from onebase_server.http.refusals import id_headers, refusal
 from onebase_server.settings import Settings
 
@@ -41,6 +42,8 @@ _EXPOSED = (
     *(f"x-ratelimit-{fact}-requests" for fact in ("limit", "remaining", "reset")),
     *(f"x-ratelimit-{fact}-tokens" for fact in ("limit", "remaining", "reset")),
 )
+NO_ROUTE = "none"
+"""Counted as the route of what no route has answered."""
 _SHOWN = 200
 """Characters of a header that an error repeats."""
 
@@ -52,11 +55,18 @@ class _Gate(Protocol):
 class Door:
     """The outermost part of the app: refuses foreign hosts and pages, and adds the headers of every answer.
 
-    gate: decides within the app who is let in.
+    gate: decides within the app who is let in. answers: counts them by route and status.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, gate: _Gate | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        gate: _Gate | None = None,
+        answers: Counter[tuple[str, int]] | None = None,
+    ) -> None:
         self._gate = gate
+        self._answers = Counter() if answers is None else answers
         names = (*settings.allowed_host, settings.host)
         self._hosts = {name if ip_address(name) else host_name(name) for name in names}
         self._any_address = not is_loopback(settings.host)
@@ -79,12 +89,14 @@ class Door:
             if self._gate is not None and not (asked_by_page and self._origins):  # CORS may add to the answer
                 self._gate.admit_at_once(scope)
         except OneBaseError as error:
+            self._answers[NO_ROUTE, status_of(error)[0]] += 1
             return error
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                self._answers[_route(scope), message["status"]] += 1
                 headers = MutableHeaders(scope=message)
                 for name, value in (SECURITY_HEADERS | id_headers(scope)).items():
                     headers.setdefault(name, value)
@@ -140,6 +152,12 @@ class Door:
                 code="host_not_allowed",
             )
         return given[0].lower()
+
+
+def _route(scope: Scope) -> str:
+    """The address with names left out, so that there are as many as the app has routes."""
+    path: str = getattr(scope.get("route"), "path_format", NO_ROUTE)
+    return path
 
 
 def host_name(host: str) -> str:

@@ -151,7 +151,7 @@ def _end_at_once(status: int) -> None:
 
 
 def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    door = Door(app, settings, app.state.gate)
+    door = Door(app, settings, app.state.gate, app.state.services.answers)
     connections = Connections(_connection_limits(settings))
     protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=door.turned_away)
     config = uvicorn.Config(

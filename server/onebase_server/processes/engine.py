@@ -152,8 +152,10 @@ def _report_versions(engine: Engine, channel: EngineChannel) -> None:
     """Say which versions have left memory, and which sit in slots when that has changed."""
     for digest in engine.versions.take_dropped():
         channel.send(protocol.AdapterUnloaded(digest))
-    if engine.slots_changed():
-        channel.send(protocol.SlotsChanged(sorted(engine.slots.slot_of)))
+    seconds = engine.slots_changed()
+    if seconds is not None:
+        digests = sorted(engine.slots.slot_of)
+        channel.send(protocol.SlotsChanged(digests, {one: seconds[one] for one in digests if one in seconds}))
 
 
 def _handle(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader, message: Received) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
@@ -15,6 +16,11 @@ from onebase_server.queue_shares import QueueShares
 _log = logging.getLogger(__name__)
 _LONGEST_RETRY_AFTER = 30.0
 _SMOOTHING = 0.1
+TOTALS = (
+    "steps", "preemptions", "prompt_tokens", "generated_tokens", "cached_tokens", "draft_tokens",
+    "right_draft_tokens",
+)  # fmt: skip
+"""The fields of an engine's Stats that only grow."""
 
 
 class RequestRouter:
@@ -32,6 +38,8 @@ class RequestRouter:
     ) -> None:
         self.stats: Stats | None = None
         """The engine's newest counts; None before its first step, and when it is gone."""
+        self._past: Counter[str] = Counter()
+        """Totals of the engines that are gone."""
         self._shares = QueueShares()
         """Of rows that are not in the background, which take nobody's place."""
         self.background_rows = 0
@@ -58,6 +66,15 @@ class RequestRouter:
     def open_requests(self) -> int:
         """Those that somebody waits for: none in the background."""
         return len({id(request) for request in self._requests.values() if not request.background})
+
+    @property
+    def tenants(self) -> dict[str, int]:
+        """Rows that have not ended by tenant, without those in the background."""
+        return dict(self._shares.taken)
+
+    def total(self, field: str) -> int:
+        """One of TOTALS, of all engines since the start."""
+        return self._past[field] + (getattr(self.stats, field) if self.stats is not None else 0)
 
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request; `max_rows` run at once and `queue_limit` more may wait.
@@ -131,6 +148,7 @@ class RequestRouter:
         """The engine is gone, and its rows with it."""
         ended = {id(request): request for request in self._requests.values()}
         self._requests.clear()
+        self._past = Counter({field: self.total(field) for field in TOTALS})
         self.stats = None
         self._shares.clear()
         self.background_rows = 0

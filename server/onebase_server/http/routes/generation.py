@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
 from onebase_server.generation.generation import Generation, Job
-from onebase_server.generation.stream import Usage
+from onebase_server.generation.stream import Moments, Usage
 from onebase_server.http.deps import (
     Admitted,
     Calling,
@@ -36,6 +37,7 @@ from onebase_server.http.views.generation import (
     GenerationView,
     TgiView,
 )
+from onebase_server.measurements import RequestMeasurements
 from onebase_server.quotas import Ticket
 from onebase_server.usage import UsageMeter
 
@@ -91,16 +93,22 @@ async def chat(
 
 @dataclass(frozen=True)
 class JobMeter:
-    """What one job takes, for the quotas of its caller and for the usage of its tenant."""
+    """What one job takes, for the quotas of its caller, the usage of its tenant and the metrics."""
 
     ticket: Ticket
     usage: UsageMeter
+    measured: RequestMeasurements
     job: Job
 
     def rows_ended(self) -> None:
         self.ticket.rows_ended()
 
-    def used(self, usage: Usage) -> None:
+    def token_gap(self, seconds: float) -> None:
+        if not self.job.background:
+            self.measured.token_gap.observe(seconds)
+
+    def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+        self.measured.ended(self.job, usage, moments, finished)
         self.ticket.settle(usage.prompt + usage.completion)
         names = [use.name for use in self.job.adapter.uses]
         self.usage.generated(self.job.tenant, names, usage)
@@ -126,7 +134,7 @@ async def answer_job(
         job,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
-        meter=JobMeter(ticket, services.usage, job),
+        meter=JobMeter(ticket, services.usage, services.measured, job),
     )
     await generation.start(services.residency)
     ticket.leave = generation.leave

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean as mean
@@ -16,7 +17,7 @@ from fastapi import APIRouter, Request, Response
 
 from onebase_engine.engine.messages import RowOutput
 from onebase_server.generation.generation import Job, Reading, new_id
-from onebase_server.generation.stream import Usage
+from onebase_server.generation.stream import Moments, Usage
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import JobMeter
@@ -225,6 +226,8 @@ class _Total:
 
     meter: JobMeter
     usage: Usage = field(default_factory=Usage)
+    moments: Moments | None = None
+    finished: Counter[str] = field(default_factory=Counter)
     running: int = 0
     over: bool = False
 
@@ -236,7 +239,12 @@ class _Total:
     def rows_ended(self) -> None:
         """The request may have more."""
 
-    def used(self, usage: Usage) -> None:
+    def token_gap(self, seconds: float) -> None:
+        """Nothing is generated."""
+
+    def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+        self.moments = moments if self.moments is None else replace(self.moments, last=moments.last)
+        self.finished += finished
         self.usage.prompt += usage.prompt
         self.usage.cached += usage.cached
         self.running -= 1
@@ -247,9 +255,9 @@ class _Total:
         self._tell()
 
     def _tell(self) -> None:
-        if self.over and not self.running and self.meter.ticket.leave is not None:
+        if self.over and not self.running and self.moments is not None:
             self.meter.rows_ended()
-            self.meter.used(self.usage)
+            self.meter.used(self.usage, self.moments, self.finished)
 
 
 async def _read(
@@ -266,7 +274,7 @@ async def _read(
         places = min(places, ticket.most_rows)
     jobs = [part for job in jobs for part in job.parts(max(places, 1))]
     ticket.admit(sum(job.tokens_set_aside for job in jobs), max(job.choices for job in jobs))
-    total = _Total(JobMeter(ticket, services.usage, jobs[0]))
+    total = _Total(JobMeter(ticket, services.usage, services.measured, jobs[0]))
     outputs: list[RowOutput] = []
     try:
         for job in jobs:
