@@ -24,7 +24,7 @@ from onebase_server.batches.runner import BatchRunner
 from onebase_server.histogram import Histogram
 from onebase_server.jobs.job_run import Run
 from onebase_server.jobs.scheduler import JobScheduler
-from onebase_server.measurements import RequestMeasurements
+from onebase_server.measurements import MOST_ADAPTERS, RequestMeasurements
 from onebase_server.processes.supervisor import EngineState, EngineSupervisor
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -131,6 +131,11 @@ class Metrics:
             yield self._gauge(name, "The part of the KV cache that rows hold, 0 to 1.", used)
         for field, name, text in _COUNTED:
             yield self._counter(name, text, router.total(field))
+        rows = GaugeMetricFamily("onebase_tenant_rows", "Rows that have not ended.", labels=["tenant"])
+        tenants = sorted(router.tenants.items(), key=lambda one: -one[1])
+        for tenant, count in tenants[:MOST_ADAPTERS]:
+            rows.add_metric([tenant], count)
+        yield rows
         if base is not None:
             info = {"block_size": str(base.block_size), "num_gpu_blocks": str(base.kv_blocks)}
             info |= {"cache_dtype": "auto", "enable_prefix_caching": "True"}

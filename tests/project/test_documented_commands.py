@@ -60,6 +60,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"curl http://127\.0\.0\.1:8000/", RUN),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
     (r"onebase (generate|models|version|usage)( (?!--help)|$)", RUN),
+    (r"onebase top( --once)?$", RUN),
+    (r"onebase top --json ", PARSE),  # never ends
     (r"onebase (adapters|jobs) \w+( [^-]|$)", RUN),
     (r"onebase (batches|files) (create|list|upload)", RUN),
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's

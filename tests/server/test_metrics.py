@@ -39,9 +39,9 @@ VLLM = {
     "lora_adapter_load_seconds",
 }
 OURS = {
-    "gauge": "adapters host_memory_bytes engine_state versions_unfinished training_jobs training_step "
-    "training_steps training_loss training_eval_loss training_tokens_per_second trainer_memory_bytes batches "
-    "batch_rows_running",
+    "gauge": "tenant_rows adapters host_memory_bytes engine_state versions_unfinished training_jobs "
+    "training_step training_steps training_loss training_eval_loss training_tokens_per_second "
+    "trainer_memory_bytes batches batch_rows_running",
     "counter": "adapter_loads adapter_evictions adapter_requests adapter_prompt_tokens "
     "adapter_generation_tokens engine_restarts engine_steps http_answers proofs activations trainer_deaths "
     "batch_rows",

@@ -10,6 +10,7 @@ from ._async.client import AsyncClient
 from ._async.jobs import AsyncTrainingJob
 from ._async.streams import AsyncEventStream, AsyncStream
 from ._core.config import Timeout, sdk_version
+from ._core.metrics import Metrics
 from ._sync.client import Client
 from ._sync.jobs import TrainingJob
 from ._sync.streams import EventStream, Stream
@@ -148,6 +149,7 @@ __all__ = [
     "MergeSign",
     "Message",
     "Messages",
+    "Metrics",
     "Model",
     "ModuleReport",
     "NewApiKey",

@@ -12,6 +12,7 @@ from typing import Literal, Unpack
 from .._core import audit, parse, reading, requests
 from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import AsyncPool, AsyncTransport
 from ..types import (
     AdapterSpec,
@@ -369,6 +370,15 @@ class AsyncClient:
     async def version(self) -> ServerVersion:
         """The server's version."""
         return await self._http.ask(requests.VERSION, parse.version)
+
+    async def metrics(self) -> Metrics:
+        """The server's figures of now, as Prometheus gets them.
+
+        Raises:
+            PermissionDeniedError: the server has API keys, and yours lacks the scope `admin`.
+        """
+        reply = await self._http.send(METRICS)
+        return parse_metrics(reply.body.decode())
 
     async def close(self) -> None:
         """Close the connections. The client cannot be used after that."""

@@ -13,6 +13,7 @@ from typing import Literal, Unpack
 from .._core import audit, parse, reading, requests
 from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import Pool, Transport
 from ..types import (
     AdapterSpec,
@@ -368,6 +369,15 @@ class Client:
     def version(self) -> ServerVersion:
         """The server's version."""
         return self._http.ask(requests.VERSION, parse.version)
+
+    def metrics(self) -> Metrics:
+        """The server's figures of now, as Prometheus gets them.
+
+        Raises:
+            PermissionDeniedError: the server has API keys, and yours lacks the scope `admin`.
+        """
+        reply = self._http.send(METRICS)
+        return parse_metrics(reply.body.decode())
 
     def close(self) -> None:
         """Close the connections. The client cannot be used after that."""
