@@ -13,7 +13,7 @@ from pathlib import Path
 _EVERY = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP", "COLUMNS", "NO_COLOR",
     "XDG_CACHE_HOME", "PYTHON*", "LD_*", "NIX_LD*", "MALLOC_*", "TCMALLOC_*", "MIMALLOC_*", "GLIBC_TUNABLES",
-    "COVERAGE_*",
+    "COVERAGE_*", "ONEBASE_LOG_FORMAT",
 )  # fmt: skip
 """A name, or with `*` the beginning of names."""
 _COMPUTING = (

@@ -25,6 +25,7 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_adapters.training.cli.options import Parser
+from onebase_engine.logs import LOG_FORMAT, set_up_logs
 from onebase_server.settings import (
     Settings,
     SettingsError,
@@ -73,13 +74,15 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
         settings = load_settings(options)
     except SettingsError as error:
         parser.error(str(error))
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    as_json = settings.log_format == "json"
+    os.environ[LOG_FORMAT] = settings.log_format  # which the other processes get, and those that they start
+    set_up_logs("api", settings.log_level.upper(), settings.log_format)
     for quiet in ("httpx", "alembic"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each form that is none
     from onebase_server.startup import StartupError, run
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=as_json)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _LOG_WIDTH
     try:
@@ -87,6 +90,8 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     except StartupError as error:
         from onebase_server.console import print_failure
 
+        if as_json:
+            logging.getLogger(__name__).critical("%s", error)
         print_failure(console, str(error))
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -20,6 +21,8 @@ from onebase_server.adapters.catalog import Catalog, label
 from onebase_server.settings import Settings
 
 _MOST_ADAPTERS = 20
+
+_log = logging.getLogger(__name__)
 
 
 def readable_bytes(count: float) -> str:
@@ -70,6 +73,8 @@ class LoadingDisplay:
         self._progress.update(self._task, description=stage, completed=max(0.0, min(1.0, fraction)))
         if stage != self._stage and not self._live:
             self._console.print(f"{stage} ...", highlight=False)
+            if self._console.quiet:  # the log is JSON
+                _log.info("%s", stage)
         self._stage = stage
 
     def loading(self, message: Loading) -> None:

@@ -23,6 +23,7 @@ Device = Literal["auto", "cuda", "cpu"]
 CpuWeights = Literal["quantized", "bf16"]
 RawControlTokens = Literal["allow", "letters"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
 _DURATION = re.compile(r"(\d{1,6})([dhms])")
@@ -211,6 +212,10 @@ class Settings:
     )
     log_level: LogLevel = field(
         default="info", metadata=about("server", "least important messages that are logged")
+    )
+    log_format: LogFormat = field(
+        default="text",
+        metadata=about("server", "how it logs: lines for people, or one JSON object a line"),
     )
     access_log: bool = field(default=False, metadata=about("server", "log one line per request"))
     drain_timeout: float = field(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import uvloop
 from rich.console import Console
 
+import onebase_server
 from onebase_adapters.registry import RegistryError
 from onebase_server.access import is_loopback
 from onebase_server.adapters.sources import FolderError, find_adapters
@@ -134,6 +135,8 @@ class _Server:
 
         def ready() -> None:
             display.close()
+            if settings.log_format == "json":
+                _log.info("OneBase %s is ready at %s", onebase_server.__version__, url_of(listener))
             if supervisor.base is not None:
                 print_summary(
                     console,

@@ -16,7 +16,6 @@ import resource
 import secrets
 import signal
 import socket
-import sys
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +43,7 @@ from onebase_engine.engine.grammars import (
     request_decoder,
 )
 from onebase_engine.engine.messages import FrameReader, Grammar, encode
+from onebase_engine.logs import set_up_logs
 from onebase_engine.machine import return_freed_memory
 
 MEMORY_BYTES = 4 << 30
@@ -266,7 +266,7 @@ def main() -> None:
     with suppress(OSError, AttributeError):  # elsewhere than on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s grammars %(message)s", stream=sys.stderr)
+    set_up_logs("grammars", logging.INFO)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     settings = json.loads(arguments.settings)

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
+from onebase_engine.logs import REQUEST
 from onebase_server.access import Caller
 from onebase_server.batches.runner import Answer
 from onebase_server.errors import (
@@ -159,11 +160,14 @@ class InnerRequests:
             else:
                 pieces.append(message.get("body", b""))
 
+        of_request = REQUEST.set({"request_id": request_id})
         try:
             await self._app(scope, receive, send)
         except Exception:
             if not pieces:  # else the log has it, and this is the answer that says so
                 raise
+        finally:
+            REQUEST.reset(of_request)
         return Answer(status, told, b"".join(pieces))
 
 

@@ -15,9 +15,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onebase_engine.logs import REQUEST
 from onebase_server.access import ip_address, is_loopback
 from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError, status_of
 from onebase_server.http.refusals import id_headers, refusal
+from onebase_server.http.request_id import request_id
 from onebase_server.settings import Settings
 
 PAGES = ("/docs", "/redoc")
@@ -94,6 +96,8 @@ class Door:
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        REQUEST.set({"request_id": request_id(scope)})  # of the request's own task
+
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._answers[_route(scope), message["status"]] += 1

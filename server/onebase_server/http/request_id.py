@@ -8,6 +8,8 @@ import secrets
 from collections.abc import MutableMapping
 from typing import Any
 
+from onebase_engine.logs import FIELDS
+
 REQUEST_ID = "onebase.request_id"
 """Key of a request's id in its ASGI scope."""
 HEADER = "x-request-id"
@@ -35,11 +37,20 @@ def _new_id() -> str:
 
 
 class RequestLog(logging.LoggerAdapter[logging.Logger]):
-    """Ends each line with a request's id."""
+    """uvicorn's access log of one request: with its id, and without its query, which may hold anything."""
 
     def __init__(self, logger: logging.Logger, scope: Any) -> None:
         super().__init__(logger)
         self._id = request_id(scope)
 
+    def info(self, msg: object, *args: object, **kwargs: Any) -> None:
+        """args: as uvicorn gives them: the client, the method, the path with its query, HTTP's version, the
+        status."""
+        client, method, path, version, status = args
+        path = str(path).partition("?")[0]
+        fields = {"client": client, "method": method, "path": path, "status": status}
+        told = {FIELDS: {"request_id": self._id, **fields}}
+        super().info("%s %s", msg % (client, method, path, version, status), self._id, extra=told)  # type: ignore[operator]
+
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        return f"{msg} {self._id.replace('%', '%%')}", kwargs
+        return msg, kwargs

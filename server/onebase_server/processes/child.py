@@ -9,7 +9,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from onebase_engine.engine.messages import FrameReader, encode
+from onebase_engine.logs import set_up_logs
 from onebase_engine.transformers_index import remember_transformers_index
 
 GOODBYE_SECONDS = 5.0
@@ -49,7 +49,7 @@ def begin(name: str, *, niceness: int = 0) -> Inherited:
     parser.add_argument("--base-fd", type=int, help="file descriptor of the memory that holds the base")
     parser.add_argument("--busy-fd", type=int, help="file descriptor of the byte that says whether rows run")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s {name} %(message)s", stream=sys.stderr)
+    set_up_logs(name, logging.INFO)
     _silence_libraries()
     # Ctrl-C in a terminal reaches every process; the api decides when a child ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

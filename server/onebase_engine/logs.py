@@ -1,0 +1,78 @@
+"""What each process writes to stderr: lines for people, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+LOG_FORMAT = "ONEBASE_LOG_FORMAT"
+"""`text` or `json`. The api's setting of that name, by which its children learn of it."""
+REQUEST: ContextVar[Mapping[str, str]] = ContextVar("onebase_request", default={})  # noqa: B039 (never changed)
+"""What is logged on behalf of a request says of it: `request_id`, and `trace_id` where it is traced."""
+FIELDS = "fields"
+"""Key of `extra` in a call of a logger: a mapping of more that a line in JSON says."""
+
+
+def set_up_logs(process: str, level: int | str, form: str | None = None) -> None:
+    """Log to stderr from now on. `process`: its name in the lines; form: by default what LOG_FORMAT says."""
+    chosen = form or os.environ.get(LOG_FORMAT, "text")
+    handler = logging.StreamHandler(sys.stderr)
+    if chosen == "json":
+        handler.setFormatter(JsonFormatter(process))
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_in_thread
+    else:
+        name = "%(name)s:" if process == "api" else process
+        handler.setFormatter(TextFormatter(f"%(levelname)s {name} %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class TextFormatter(logging.Formatter):
+    """Ends the first line with the id of the request, unless it has it already."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's)
+        text = super().formatMessage(record)
+        request = REQUEST.get().get("request_id", "")
+        return text if request in text else f"{text} {request}"
+
+
+class JsonFormatter(logging.Formatter):
+    """An object with `time` (RFC 3339), `level`, `process`, `logger`, `message`, and what is known beyond."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "pid": record.process,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **REQUEST.get(),
+            **getattr(record, FIELDS, {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("onebase").critical("the process ends", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None:
+        logging.getLogger("onebase").error("a thread ended", exc_info=failed.exc_value)
