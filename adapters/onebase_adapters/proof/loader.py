@@ -123,13 +123,26 @@ def classifier_of(reference: nn.Module, task: Task, head: Head) -> nn.Module:
     Raises:
         AdapterFormatError: transformers has none for this base, or one with another kind of head.
     """
+    adapted: Any = reference
+    full = adapted.get_base_model()
+    layer = nn.Linear(head.weight.shape[1], len(head.weight), bias=head.bias is not None, device="meta")
+    device = next(full.parameters()).device
+    layer.weight = nn.Parameter(head.weight.to(device), requires_grad=False)
+    if head.bias is not None:
+        layer.bias = nn.Parameter(head.bias.to(device), requires_grad=False)
+    return classifier_with(full, task, layer).eval()
+
+
+def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
+    """The classifier that transformers has for a model for text, over its decoder, with `layer` as its head.
+
+    Raises AdapterFormatError as `classifier_of`.
+    """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForTokenClassification
-    adapted: Any = reference
-    full = adapted.get_base_model()
     config = copy.deepcopy(full.config)
-    config.num_labels = len(head.weight)
+    config.num_labels = layer.out_features
     # Of a row alone the last token is what is classified.
     config.pad_token_id = config.get_text_config().pad_token_id = None
     try:
@@ -146,19 +159,14 @@ def classifier_of(reference: nn.Module, task: Task, head: Head) -> nn.Module:
             "unsupported_kind", f"task_type is {task}, and {type(model).__name__} has another kind of head"
         )
     name = names[0]
-    if (getattr(model, name).bias is None) != (head.bias is None):
+    if (getattr(model, name).bias is None) != (layer.bias is None):
         raise AdapterFormatError(
             "bad_shape",
-            f"{type(model).__name__} has a classifier {'with' if head.bias is None else 'without'} a bias",
+            f"{type(model).__name__} has a classifier {'with' if layer.bias is None else 'without'} a bias",
         )
-    layer = nn.Linear(head.weight.shape[1], len(head.weight), bias=head.bias is not None, device="meta")
-    device = next(full.parameters()).device
-    layer.weight = nn.Parameter(head.weight.to(device), requires_grad=False)
-    if head.bias is not None:
-        layer.bias = nn.Parameter(head.bias.to(device), requires_grad=False)
     setattr(model, name, layer)
     setattr(model, model.base_model_prefix, full.base_model)
-    return model.eval()  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]
 
 
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.store.atomic_files import atomic_directory
+from onebase_adapters.training.classes import BASE_BY, confusion_rows, figure_rows
 from onebase_adapters.training.recipe import Recipe, recipe_fields
 from onebase_engine.base.load import Quantization
 
@@ -180,7 +181,8 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair).
+    """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair;
+    classification: a row, the base's as `classes` says).
 
     better: whether the adapter is better than the base, and than its parent, by the recipe's `best_by`; None
     if not measured.
@@ -188,6 +190,7 @@ class Report:
     losses, held_out: (step, loss).
     parent: what training went on from; "" where that is the base. loss_parent, metrics_parent: of it.
     slices: as `slices.slice_report` gives it; None where the held-out rows name none.
+    classes: as `classes.class_report` gives it; None without labels, or where nothing was held out.
     """
 
     name: str
@@ -212,6 +215,7 @@ class Report:
     loss_parent: float | None = None
     metrics_parent: dict[str, float] = field(default_factory=dict)
     slices: dict[str, Any] | None = None
+    classes: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -235,6 +239,8 @@ def is_better(
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+"""Of a classifier: the base's with the names of the labels, as transformers writes and reads it."""
 
 
 def write_adapter(
@@ -270,7 +276,7 @@ def write_adapter(
 
 
 def save_peft(model: Any, folder: Path, *, base: str, commit: str | None) -> None:
-    """Write the config and the tensors, as `write_adapter`, into a folder that is there. Raises OSError."""
+    """Write the configs and the tensors, as `write_adapter`, into a folder that is there. Raises OSError."""
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = commit
@@ -280,6 +286,8 @@ def save_peft(model: Any, folder: Path, *, base: str, commit: str | None) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model.save_pretrained(folder, save_embedding_layers=False)
+    if config.task_type == "SEQ_CLS":
+        model.get_base_model().config.save_pretrained(folder)
 
 
 def _check(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -304,6 +312,7 @@ def model_card(report: Report, *, repo: str | None, commit: str | None, data: Se
         f"# {_heading(report.name)}",
         f"A LoRA adapter for {_base(report, repo, commit)}, trained with OneBase{_parent(report)}.",
         _results(report),
+        _classes(report),
         _curve(report),
         _data(data),
         _settings(report),
@@ -323,7 +332,8 @@ class DataLine:
 def _metadata(report: Report, repo: str | None) -> str:
     base = [f"base_model: {json.dumps(repo)}"] if repo else []
     tags = "lora, qlora, onebase" if report.quantization == "nf4" else "lora, onebase"
-    lines = ["library_name: peft", *base, "pipeline_tag: text-generation", f"tags: [{tags}]"]
+    pipeline = "text-classification" if _classifies(report) else "text-generation"
+    lines = ["library_name: peft", *base, f"pipeline_tag: {pipeline}", f"tags: [{tags}]"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -338,6 +348,30 @@ def _results(report: Report) -> str:
         return "## Results\n\nNothing was held out, so nothing was measured."
     named = [[f"`{_plain(name)}`" if name in report.metrics_after else name, *rest] for name, *rest in rows]
     return "## Results\n\n" + _table(head, named) + _slices(report)
+
+
+def _classifies(report: Report) -> bool:
+    return report.recipe.get("method") == "classification"
+
+
+def _classes(report: Report) -> str:
+    """How well labels are told from each other, as tables."""
+    if report.classes is None:
+        return ""
+    tables = [
+        _table(head, [[f"`{_plain(name)}`", *cells] for name, *cells in rows])
+        for head, *rows in (figure_rows(report.classes), _named_heads(confusion_rows(report.classes)))
+    ]
+    lines = [f"Base: {BASE_BY[report.classes['base_by']]}.", tables[0]]
+    return "\n\n".join(
+        ["## Labels", *lines, "Held-out rows, by their label and by the one given:", tables[1]]
+    )
+
+
+def _named_heads(rows: list[list[str]]) -> list[list[str]]:
+    """A label in a table's head may hold Markdown."""
+    (first, *names), *rest = rows
+    return [[_plain(first), *(f"`{_plain(name)}`" for name in names)], *rest]
 
 
 def _slices(report: Report) -> str:
@@ -429,13 +463,30 @@ def _value(value: Any) -> str:
 
 def _use(report: Report, repo: str | None) -> str:
     base = json.dumps(repo or report.base)
+    trained_in = _TRAINED_IN[report.quantization]
+    if _classifies(report):
+        return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+config = AutoConfig.from_pretrained("<this folder or repository>")  # has the names of the labels
+base = AutoModelForSequenceClassification.from_pretrained({base}, config=config){trained_in}
+model = PeftModel.from_pretrained(base, "<this folder or repository>")
+```
+
+```
+onebase serve --base {repo or _plain(report.base)} --adapter {_plain(report.name)}=<this folder>
+curl localhost:8000/classify -d '{{"model": "{_plain(report.name)}", "input": ["..."]}}'
+```"""
     return f"""## Use
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base}){_TRAINED_IN[report.quantization]}
+base = AutoModelForCausalLM.from_pretrained({base}){trained_in}
 model = PeftModel.from_pretrained(base, "<this folder or repository>")
 ```
 

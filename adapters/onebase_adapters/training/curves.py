@@ -42,7 +42,7 @@ def open_curves(names: Sequence[str], job: Job) -> Iterator[events.Listen]:
 def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
     """The step of an event, and what it adds to which curves."""
     if isinstance(event, events.StepDone):
-        rewards = {f"train/{name}": value for name, value in event.rewards.items()}
+        figures = {f"train/{name}": value for name, value in _figures(event).items()}
         return event.step, {
             "train/loss": event.loss,
             "train/learning_rate": event.learning_rate,
@@ -50,14 +50,18 @@ def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
             "train/tokens_per_second": event.tokens_per_second,
             "train/epoch": event.epoch,
             "memory/peak_bytes": float(event.memory_bytes),
-            **rewards,
+            **figures,
         }
     if isinstance(event, events.Evaluated):
         if event.parent:
             return event.step, {"eval/parent_loss": event.loss}
-        rewards = {f"eval/{name}": value for name, value in event.rewards.items()}
-        return event.step, {"eval/loss": event.loss, **rewards}
+        figures = {f"eval/{name}": value for name, value in _figures(event).items()}
+        return event.step, {"eval/loss": event.loss, **figures}
     return 0, {}
+
+
+def _figures(event: events.StepDone | events.Evaluated) -> dict[str, float]:
+    return event.rewards if event.accuracy is None else {"accuracy": event.accuracy}
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def estimate(
     longest_row: int,
     total_tokens: int | None = None,
     supervised_part: float = 1.0,
+    labels: int = 0,
     memory_limit: int | None = None,
     base_resident: bool = False,
     rate: float | None = None,
@@ -99,6 +100,7 @@ def estimate(
         longest_row: tokens of the longest row; of a preference, of both its replies with the prompt.
         total_tokens: of the whole run, all epochs.
         supervised_part: of the tokens; all, if nothing is known.
+        labels: of a classifier, which computes no logits of the vocabulary; 0 for text.
         memory_limit: bytes that the process may take.
         base_resident: the base is in memory already, of another process, and costs nothing.
         rate: FLOP/s of the machine, as `machine.measured_rate`.
@@ -108,6 +110,8 @@ def estimate(
     """
     shapes = _Shapes.of(config, recipe, quantization, dtype, torch.device(device).type, base_resident)
     shapes = replace(shapes, row=max(1, longest_row), supervised_part=supervised_part, limit=memory_limit)
+    if labels:
+        shapes = shapes.of_classifier(labels, config.get_text_config().hidden_size)
     found = _decide(shapes, recipe)
     seconds = None
     if rate and total_tokens is not None:
@@ -194,6 +198,11 @@ class _Shapes:
             linear_weights=sum(layer.in_features * layer.out_features for layer in layers),
             head_weights=head.weight.numel(),
         )
+
+    def of_classifier(self, labels: int, hidden: int) -> _Shapes:
+        """The same with a head [labels, hidden], which is trained, in the place of the output head."""
+        parameters = self.parameters + labels * hidden
+        return replace(self, parameters=parameters, supervised_part=0.0, head_weights=labels * hidden)
 
     def with_micro_batch(self, tokens: int, checkpointing: bool) -> Estimate:
         """The estimate for micro-batches of `tokens` tokens."""

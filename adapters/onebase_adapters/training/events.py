@@ -41,7 +41,8 @@ class Planned(Event, frozen=True, kw_only=True, tag="planned"):
 
 
 class StepDone(Event, frozen=True, kw_only=True, tag="step"):
-    """After each optimizer step. loss: mean over the step's supervised tokens, in nats."""
+    """After each optimizer step. loss: mean over the step's supervised tokens (classification: its rows), in
+    nats."""
 
     step: int
     steps: int
@@ -58,10 +59,13 @@ class StepDone(Event, frozen=True, kw_only=True, tag="step"):
     """Of the process, at most until now (resident set on the CPU, allocated on CUDA)."""
     rewards: dict[str, float] = {}
     """DPO: accuracy, margin."""
+    accuracy: float | None = None
+    """Classification: part of the step's rows whose label was the likeliest."""
 
 
 class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
-    """Held-out loss, in nats a supervised token (DPO: its own loss). step 0 is the base, or the parent."""
+    """Held-out loss, in nats a supervised token (DPO: its own loss; classification: a row). step 0 is the
+    base, or the parent."""
 
     step: int
     loss: float
@@ -69,6 +73,8 @@ class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     parent: bool = False
     """Whether it is the loss of the adapter that training goes on from, at step 0."""
     rewards: dict[str, float] = {}
+    accuracy: float | None = None
+    """Classification: part of the held-out rows whose label was the likeliest."""
 
 
 class Sampled(Event, frozen=True, kw_only=True, tag="sampled"):
@@ -80,8 +86,8 @@ class Sampled(Event, frozen=True, kw_only=True, tag="sampled"):
 
 
 class Measured(Event, frozen=True, kw_only=True, tag="measured"):
-    """Metrics on replies generated for held-out rows, each from 0 to 1. subject: "base", "parent" or
-    "adapter"."""
+    """Metrics on held-out rows, by the replies generated for them or by the labels given to them, each from
+    0 to 1. subject: "base", "parent" or "adapter"."""
 
     subject: str
     metrics: dict[str, float]

@@ -41,13 +41,14 @@ class TrainingDivergedError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did. loss: mean over supervised tokens (DPO: pairs), nats."""
+    """What one step did. loss: mean over supervised tokens (DPO: pairs; classification: rows), nats."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     tokens: int
-    rewards: dict[str, float]
+    figures: dict[str, Any]
+    """As events have them: rewards or accuracy."""
 
 
 class Trainer:
@@ -57,6 +58,8 @@ class Trainer:
         held_out: evaluated every `eval_every` steps; may be None.
         on_evaluation: called after each evaluation with the number of steps done.
         export: as `Checkpoints.save` takes it.
+        base_scores: what the base makes of the held-out rows, where its own loss on them is not meant: it has
+            no head of a classifier. Called in the first process.
         listen: gets StepDone, Evaluated and Saved.
     """
 
@@ -74,6 +77,7 @@ class Trainer:
         processes: ProcessGroup | None = None,
         on_evaluation: Callable[[int], None] = lambda step: None,
         export: Callable[[Path], None] = lambda folder: None,
+        base_scores: Callable[[], Scores] | None = None,
     ) -> None:
         self.trainable = trainable
         self.recipe: Any = recipe
@@ -87,6 +91,7 @@ class Trainer:
         self._processes = processes or ProcessGroup()
         self._on_evaluation = on_evaluation
         self._export = export
+        self._base_scores = base_scores
         self._optimizer = make_optimizer(trainable.model, recipe)
         # Done by this process, which may have resumed from the checkpoint of a slower one.
         self._done = self._tokens = 0
@@ -156,7 +161,7 @@ class Trainer:
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         tokens = sum(batch.tokens for batch in batches)
-        return Step(scores.loss, float(norm), rate, tokens, scores.rewards)
+        return Step(scores.loss, float(norm), rate, tokens, self._figures(scores))
 
     def _scores(
         self, data: Dataset, batches: Sequence[MicroBatch], what: str, *, step: int, backwards: bool = False
@@ -215,7 +220,7 @@ class Trainer:
                 tokens_per_second=self._tokens / self._seconds,
                 seconds_left=self._seconds / self._done * (self.steps - done),
                 memory_bytes=peak_memory(self.trainable.device),
-                rewards=step.rewards,
+                **step.figures,
             )
         )
 
@@ -246,13 +251,22 @@ class Trainer:
             rows = [rows[number] for number in sorted(chosen)]
         return [*rows, *(self._held_out.rows if self._held_out is not None else ())]
 
+    def _figures(self, scores: Scores) -> dict[str, Any]:
+        """What an event says of a batch besides its loss."""
+        if self.recipe.method == "classification":
+            return {"accuracy": scores.rewards.get("accuracy")}
+        return {"rewards": scores.rewards}
+
     def _evaluate_base(self, held_out: Dataset) -> None:
-        with self.trainable.without_adapter():
-            scores = self._held_out_scores(held_out)
+        if self._base_scores is not None:
+            scores = self._processes.decide(self._base_scores)
+        else:
+            with self.trainable.without_adapter():
+                scores = self._held_out_scores(held_out)
         self.state.base_loss = scores.loss
         self.state.held_out.append((0, scores.loss))
         self._listen(
-            events.Evaluated(at=time.time(), step=0, loss=scores.loss, best=False, rewards=scores.rewards)
+            events.Evaluated(at=time.time(), step=0, loss=scores.loss, best=False, **self._figures(scores))
         )
         if self.trainable.has_parent:
             with self.trainable.at_start():
@@ -260,7 +274,12 @@ class Trainer:
             self.state.parent_loss = scores.loss
             self._listen(
                 events.Evaluated(
-                    at=time.time(), step=0, loss=scores.loss, best=False, parent=True, rewards=scores.rewards
+                    at=time.time(),
+                    step=0,
+                    loss=scores.loss,
+                    best=False,
+                    parent=True,
+                    **self._figures(scores),
                 )
             )
         self._on_evaluation(0)
@@ -277,13 +296,13 @@ class Trainer:
             state.without_better += 1
         state.held_out.append((step, scores.loss))
         self._listen(
-            events.Evaluated(at=time.time(), step=step, loss=scores.loss, best=best, rewards=scores.rewards)
+            events.Evaluated(at=time.time(), step=step, loss=scores.loss, best=best, **self._figures(scores))
         )
         self._on_evaluation(step)
         return scores.loss
 
     def _held_out_scores(self, data: Dataset) -> Scores:
-        """The mean loss of all held-out rows, nats a supervised token (DPO: a pair)."""
+        """The mean loss of all held-out rows, nats a supervised token (DPO, classification: a row)."""
         limit, packing = self.recipe.micro_tokens, self.recipe.packing
         batches = pack(data.rows, range(len(data)), limit, packing=packing)
         with self.trainable.evaluating():
@@ -326,12 +345,12 @@ _NAMES = ("accuracy", "margin")
 
 @dataclass
 class Scores:
-    """Sums over micro-batches, then means. sums: [3] fp64: loss, DPO's accuracy and margin."""
+    """Sums over micro-batches, then means. sums: [3] fp64: loss, accuracy, DPO's margin."""
 
     sums: torch.Tensor
     loss: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict)
-    _named: bool = False
+    _named: set[str] = field(default_factory=set)
 
     @classmethod
     def empty(cls, device: torch.device) -> Scores:
@@ -342,7 +361,7 @@ class Scores:
         for place, name in enumerate(_NAMES, start=1):
             if name in rewards:
                 self.sums[place] += rewards[name]
-                self._named = True
+                self._named.add(name)
 
     def sum_over(self, processes: ProcessGroup, step: int, what: str, bad: list[int]) -> None:
         """Sum over all processes. `bad`: lines of the rows whose loss was not finite in this one.
@@ -354,11 +373,18 @@ class Scores:
         if count:
             raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
 
+    @classmethod
+    def known(cls, loss: float, rewards: dict[str, float]) -> Scores:
+        """Means that were found elsewhere."""
+        return cls(torch.zeros(0), loss, rewards)
+
     def over(self, weight: int) -> Scores:
         """Divide the sums by the rows' weight."""
         loss, *rewards = (self.sums / weight).tolist()
         self.loss = loss
-        self.rewards = dict(zip(_NAMES, rewards, strict=True)) if self._named else {}
+        self.rewards = {
+            name: value for name, value in zip(_NAMES, rewards, strict=True) if name in self._named
+        }
         return self
 
 

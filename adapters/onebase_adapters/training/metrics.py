@@ -1,13 +1,14 @@
 """What is measured on generated replies, each from 0 to 1. No metric runs code or patterns from outside.
 
 A metric is a name, or a name and what it asks for: `contains:TEXT`. Spaces around a reply and around its
-reference never count; the case of letters does.
+reference never count; the case of letters does. Of labels, which a classifier gives instead of replies:
+accuracy and F1.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +33,28 @@ class Metric:
     """Whether a reply is right or wrong by it, and nothing between."""
 
 
+@dataclass(frozen=True)
+class LabelFigures:
+    """How well one label is told from all others. precision is 0 where it was never given."""
+
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
 def check_metric(name: str) -> None:
     """Raise MetricError unless `name` is a metric."""
     _parse(name)
 
 
 def is_decided(name: str) -> bool:
-    """Whether a metric says right or wrong. Raises MetricError."""
-    return _parse(name)[0].decides
+    """Whether a metric says right or wrong of a reply or a label. Raises MetricError."""
+    return name == "accuracy" or (name != "f1" and _parse(name)[0].decides)
 
 
 def score(name: str, reply: str, reference: str) -> float:
-    """How good a reply is, from 0 to 1.
+    """How good a reply is, from 0 to 1; by `accuracy` a label.
 
     Args:
         reply: what the model wrote.
@@ -52,6 +63,8 @@ def score(name: str, reply: str, reference: str) -> float:
     Raises:
         MetricError: there is no such metric.
     """
+    if name == "accuracy":
+        return float(reply == reference)
     metric, argument = _parse(name)
     return float(metric.score(reply.strip(), reference.strip(), argument))
 
@@ -60,6 +73,27 @@ def mean(name: str, replies: list[str], references: list[str]) -> float:
     """The mean score of replies to as many rows; 0.0 for none."""
     scores = [score(name, *pair) for pair in zip(replies, references, strict=True)]
     return sum(scores) / len(scores) if scores else 0.0
+
+
+def label_figures(references: Sequence[str], given: Sequence[str]) -> dict[str, LabelFigures]:
+    """Of each label that a row has or was given, in the order of the letters."""
+    rows, answers = Counter(references), Counter(given)
+    right = Counter(label for label, answer in zip(references, given, strict=True) if label == answer)
+    return {
+        label: LabelFigures(
+            rows=rows[label],
+            precision=right[label] / answers[label] if answers[label] else 0.0,
+            recall=right[label] / rows[label] if rows[label] else 0.0,
+            f1=2 * right[label] / (rows[label] + answers[label]),
+        )
+        for label in sorted(rows | answers)
+    }
+
+
+def macro_f1(references: Sequence[str], given: Sequence[str]) -> float:
+    """The mean F1 of all labels that a row has or was given, each counting alike; 0.0 for no rows."""
+    found = label_figures(references, given).values()
+    return sum(one.f1 for one in found) / len(found) if found else 0.0
 
 
 def describe() -> str:

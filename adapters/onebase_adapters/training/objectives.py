@@ -1,4 +1,4 @@
-"""The loss that a run makes smaller: cross-entropy of the replies, or DPO's."""
+"""The loss that a run makes smaller: cross-entropy of the replies or of the labels, or DPO's."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def make_objective(trainable: Trainable, recipe: Recipe) -> Objective:
     """The objective of the recipe's method."""
     if recipe.method == "supervised":
         return Supervised(trainable)
+    if recipe.method == "classification":
+        return Classes(trainable)
     return Preferences(trainable, decided(recipe.beta))
 
 
@@ -47,6 +49,24 @@ class Supervised:
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, _ = self._trainable.losses(batch)
         return losses.sum(), {}
+
+
+class Classes:
+    """Cross-entropy of each row's label, by the classifier's head at its last token."""
+
+    def __init__(self, trainable: Trainable) -> None:
+        self._trainable = trainable
+        self._number = {label: number for number, label in enumerate(trainable.labels)}
+
+    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+        """Nothing is needed."""
+
+    def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = self._trainable.class_logits(batch)
+        labels = [self._number[sample.label] for sample in batch.samples]
+        targets = torch.tensor(labels, device=logits.device)
+        right = (logits.argmax(1) == targets).sum().detach()
+        return nn.functional.cross_entropy(logits, targets, reduction="sum"), {"accuracy": right}
 
 
 class Preferences:

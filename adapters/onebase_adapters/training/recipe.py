@@ -20,7 +20,7 @@ from onebase_adapters.training.metrics import MetricError, check_metric
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
 Auto = Literal["auto"]
 Value = TypeVar("Value", int, float)
-Method = Literal["supervised", "dpo"]
+Method = Literal["supervised", "dpo", "classification"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 TooLong = Literal["refuse", "truncate", "drop"]
@@ -32,6 +32,9 @@ MODEL = "model"
 """The field that names the adapter that training goes on from, of a job and in errors."""
 MOST_TEXTS = 32
 """Metrics, and prompts that are answered during a run."""
+NO_PARENT = "a classifier is trained from the base, with a head of its own: name no adapter to go on from"
+CLASS_METRICS = ("accuracy", "f1")
+"""What is measured of a classifier, on every held-out row: F1 is the mean of all labels' (macro)."""
 
 _REFUSED_INITS = {
     **dict.fromkeys(
@@ -160,7 +163,9 @@ class Recipe:
     """One training run's settings, checked. Lengths are tokens, batch sizes rows."""
 
     method: Method = _setting(
-        "supervised", "method", "supervised: learn the replies; dpo: prefer `chosen` to `rejected`"
+        "supervised",
+        "method",
+        "supervised: learn the replies; dpo: prefer `chosen` to `rejected`; classification: learn `label`",
     )
     beta: float | Auto = _setting(
         "auto", "method", "DPO's beta: how close to stay to the base (auto: 0.1)", above=0, high=100
@@ -250,7 +255,10 @@ class Recipe:
         "one_of:A|B|C, min_characters:N, max_characters:N",
     )
     best_by: str = _setting(
-        "loss", "evaluation", "what decides whether the adapter is better: loss or one of the metrics"
+        "loss",
+        "evaluation",
+        "what decides whether the adapter is better: loss or one of the metrics; for classification loss, "
+        "accuracy or f1",
     )
     metric_rows: int = _setting(
         32, "evaluation", "held-out rows that replies are generated for", low=1, high=10_000
@@ -284,6 +292,11 @@ class Recipe:
         """The settings as `parse_recipe` takes them."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that held-out rows are measured by, before and after."""
+        return CLASS_METRICS if self.method == "classification" else self.metrics
 
 
 def recipe_fields() -> Iterator[tuple[Field[Any], Any]]:
@@ -417,6 +430,8 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError("rank_pattern", "EVA chooses each layer's rank itself: leave the pattern out")
     if recipe.method == "dpo" and recipe.train_on == "all":
         raise RecipeError("train_on", "DPO compares the replies: leave train_on at assistant")
+    if recipe.method == "classification":
+        _check_classification(recipe)
     if recipe.template_date != "auto" and not is_date(recipe.template_date):
         reason = "write a day as in 2026-01-31, or auto"
         raise RecipeError("template_date", f"template_date is {shown(recipe.template_date)}: {reason}")
@@ -425,10 +440,22 @@ def _check_together(recipe: Recipe) -> None:
             check_metric(metric)
         except MetricError as error:
             raise RecipeError("metrics", str(error)) from error
-    if recipe.best_by != "loss" and recipe.best_by not in recipe.metrics:
-        raise RecipeError(
-            "best_by", f"best_by is {shown(recipe.best_by)}: write loss or one of the recipe's metrics"
-        )
+    if recipe.best_by != "loss" and recipe.best_by not in recipe.measured:
+        known = "accuracy or f1" if recipe.method == "classification" else "one of the recipe's metrics"
+        raise RecipeError("best_by", f"best_by is {shown(recipe.best_by)}: write loss, or {known}")
+
+
+def _check_classification(recipe: Recipe) -> None:
+    """Refuse what is about replies: a classifier writes none. Raises RecipeError."""
+    for name, used in (("metrics", recipe.metrics), ("sample_prompts", recipe.sample_prompts)):
+        if used:
+            raise RecipeError(
+                name,
+                f"{name}: a classifier writes no replies to measure or show; accuracy and F1 are measured "
+                f"anyway. Leave {name} out",
+            )
+    if recipe.train_on == "all":
+        raise RecipeError("train_on", "classification learns the label: leave train_on at assistant")
 
 
 # ---- training that goes on from an adapter -----------------------------------------------------------

@@ -19,11 +19,12 @@ from torch import nn
 
 from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
-from onebase_adapters.training.data.dataset import Dataset, Prompt
+from onebase_adapters.training.data.dataset import Dataset
 from onebase_adapters.training.data.tokens import dated_tokenizer
 from onebase_adapters.training.events import Gate, Listen
 from onebase_adapters.training.metrics import mean
 from onebase_adapters.training.recipe import Recipe
+from onebase_adapters.training.slices import Question
 from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.chat import ChatTokenizer
 from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
@@ -86,6 +87,49 @@ def generate_replies(
         except _PassError as error:
             raise error.cause from None
     return [tokenizer.decode(row.reply, skip_special_tokens=True) for row in rows]
+
+
+def score_choices(
+    base: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[int]],
+    *,
+    on_progress: Callable[[float], None],
+    wait: Callable[[], None],
+) -> list[list[float]]:
+    """The log-likelihood of each choice after each prompt, nats, [prompts][choices], by the bare base: what
+    `/v1/decide` adds up.
+
+    Args:
+        prompts, choices: token ids each. wait, on_progress: as in `generate_replies`.
+
+    Raises UnsupportedBaseError as `generate_replies`.
+    """
+    longest = max(map(len, choices))
+    found = [[0.0] * len(choices) for _ in prompts]
+    rows = -(-(max(map(len, prompts)) + longest) // _BLOCK)
+    at_once = min(len(choices), _MAX_ROWS)
+    try:
+        engine = _engine(base, rows, max(BATCH_TOKENS // _BLOCK, rows * at_once), frozenset(), wait)
+        for number, prompt in enumerate(prompts):
+            for first in range(0, len(choices), at_once):
+                some = [list(choice) for choice in choices[first : first + at_once]]
+                sampling = Sampling(max_tokens=0, prompt_logprobs=0)
+                submit = Submit(
+                    id="choices", prompt=list(prompt), sampling=sampling, n=len(some), branches=some
+                )
+                engine.submit(submit)
+                while engine.busy:
+                    engine.step()
+                for output in engine.take_outputs():
+                    if output.finish == "error":
+                        raise RuntimeError(f"the choices cannot be compared: {output.error_message}")
+                    logprobs = [one.logprob for one in output.prompt_logprobs or ()]
+                    found[number][first + output.choice] = sum(logprobs)
+            on_progress((number + 1) / len(prompts))
+    except _PassError as error:
+        raise error.cause from None
+    return found
 
 
 def stop_ids(base: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -203,10 +247,13 @@ BASE_METRICS, PARENT_METRICS = "base_metrics.json", "parent_metrics.json"
 
 @dataclass(frozen=True)
 class Replies:
-    """One subject's metrics, and its replies to the held-out prompts, in their order."""
+    """One subject's metrics, and its replies to the held-out prompts, in their order: of a classifier the
+    labels, with the loss of each row in nats. how: what gave the labels."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    how: str = ""
 
 
 class Measuring:
@@ -226,15 +273,15 @@ class Measuring:
         self._tokenizer = dated_tokenizer(tokenizer, recipe)
         self._recipe = recipe
         self._prompts = list(held_out.prompts[: recipe.metric_rows]) if held_out is not None else []
-        self._samples = [_chat(self._tokenizer, text) for text in recipe.sample_prompts]
+        self._samples = [as_chat(self._tokenizer, text) for text in recipe.sample_prompts]
         self._folder = folder
         self._listen = listen
         self._gate = gate
 
     @property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> Sequence[Question]:
         """The held-out rows that replies are generated for; none without metrics."""
-        return self._prompts if self._recipe.metrics else []
+        return self._prompts if self._recipe.metrics else ()
 
     def base(self) -> Replies:
         """The base's; measured once in a run, however often it is resumed."""
@@ -296,7 +343,7 @@ class Measuring:
         )
 
 
-def _chat(tokenizer: Any, text: str) -> list[int]:
+def as_chat(tokenizer: Any, text: str) -> list[int]:
     """A user's message as the base's chat template renders it; as it is, if the base has none."""
     if not tokenizer.chat_template:
         return list(tokenizer(text)["input_ids"])

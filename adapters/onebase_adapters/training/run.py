@@ -35,19 +35,22 @@ from onebase_adapters.training.checkpoint import (
     save_peft,
     write_adapter,
 )
-from onebase_adapters.training.data.dataset import Dataset, split
+from onebase_adapters.training.classes import Classifying, LabelledRow, class_report
+from onebase_adapters.training.data.dataset import Dataset, check_labels, split
 from onebase_adapters.training.data.reader import find_files, load_dataset
 from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
 from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
 from onebase_adapters.training.estimate import Estimate, estimate, measured_rate, tree_on_meta
 from onebase_adapters.training.events import Gate, Listen
-from onebase_adapters.training.loop import ProcessGroup, Trainer
+from onebase_adapters.training.loop import ProcessGroup, Scores, Trainer
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.parent import Parent, check_parent
 from onebase_adapters.training.recipe import (
     AUTO_EVAL_SPLIT,
+    MODEL,
     MOST_HELD_OUT,
+    NO_PARENT,
     Recipe,
     RecipeError,
     parse_recipe,
@@ -56,7 +59,7 @@ from onebase_adapters.training.recipe import (
     token_count,
 )
 from onebase_adapters.training.replies import Measuring, Replies
-from onebase_adapters.training.slices import Measured, by_slice, slice_report
+from onebase_adapters.training.slices import Measured, by_slice, mean_by_slice, slice_report
 from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.identity import base_id
 from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint, load_config
@@ -250,11 +253,23 @@ class PlannedRun:
         self._job, self._plan, self._listen = job, plan, listen
         self._processes = processes or ProcessGroup()
         self._trainable = Trainable(
-            base, recipe, gate, eva=_eva_batches(recipe, data.train), parent=job.parent
+            base,
+            recipe,
+            gate,
+            eva=_eva_batches(recipe, data.train),
+            parent=job.parent,
+            labels=data.train.labels,
         )
-        self._measuring = Measuring(
-            self._trainable, load_tokenizer(job.base), recipe, data.held_out, job.folder, listen, gate
-        )
+        tokenizer, held_out = load_tokenizer(job.base), data.held_out
+        self._measuring: Measuring
+        if self._trainable.labels:
+            self._measuring = Classifying(
+                self._trainable, tokenizer, recipe, data.train, held_out, job.folder, listen, gate
+            )
+        else:
+            self._measuring = Measuring(
+                self._trainable, tokenizer, recipe, held_out, job.folder, listen, gate
+            )
         self._trainer = Trainer(
             self._trainable,
             make_objective(self._trainable, recipe),
@@ -267,6 +282,7 @@ class PlannedRun:
             processes=self._processes,
             on_evaluation=self._measuring.sample if self._processes.first else lambda step: None,
             export=self._export,
+            base_scores=self._base_scores if self._trainable.labels else None,
         )
         self._before, self._parent = Replies(), Replies()
 
@@ -315,11 +331,23 @@ class PlannedRun:
             loss_parent=state.parent_loss,
             metrics_parent=self._parent.metrics,
             slices=slices,
+            classes=self._classes(after),
         )
         if self._processes.first:
             report = self._write(report)
         self._processes.wait()
         return report
+
+    def _base_scores(self) -> Scores:
+        """What the base, which has no head, makes of the held-out rows."""
+        losses, metrics = self._before.losses, self._before.metrics
+        return Scores.known(sum(losses) / len(losses), {"accuracy": metrics["accuracy"]})
+
+    def _classes(self, after: Replies) -> dict[str, Any] | None:
+        rows = [row for row in self._measuring.prompts if isinstance(row, LabelledRow)]
+        if not rows or not self._processes.first:
+            return None
+        return class_report(self._trainable.labels, rows, self._before, after)
 
     def _slices(self, after: Replies) -> dict[str, Any] | None:
         """What has changed in each slice of the held-out rows, against what training began with."""
@@ -328,10 +356,14 @@ class PlannedRun:
         if not rows:
             return None
         self._listen(events.Phase(at=time.time(), name="measuring", message="slices"))
-        now = self._trainer.slice_losses()
-        with self._trainable.at_start():
-            begun = self._trainer.slice_losses()
         before, against = (self._before, "base") if self._job.parent is None else (self._parent, "parent")
+        if self._trainable.labels:
+            asked = self._measuring.prompts
+            begun, now = (mean_by_slice(asked, one.losses) for one in (before, after))
+        else:
+            now = self._trainer.slice_losses()
+            with self._trainable.at_start():
+                begun = self._trainer.slice_losses()
         return slice_report(
             self._plan.recipe,
             rows,
@@ -513,6 +545,8 @@ def _read_rows(
         rows, held_out = split(rows, AUTO_EVAL_SPLIT, recipe.seed, limit=MOST_HELD_OUT)
     else:
         rows, held_out = split(rows, recipe.eval_split, recipe.seed, limit=len(rows))
+    if recipe.method == "classification":
+        check_labels(rows, held_out)
     parts = {_TRAIN: replace(rows, prompts=())}
     return parts | {_HELD_OUT: held_out} if len(held_out) else parts
 
@@ -550,6 +584,8 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
     """
     if not len(data.train):
         raise RecipeError("training_file", "no row is left to train on: add rows, or hold out fewer")
+    if job.parent is not None and job.recipe.method == "classification":
+        raise RecipeError(MODEL, NO_PARENT)
     identity = identity_of(job, data)
 
     def decide(before: Recipe | None) -> Plan:
@@ -595,6 +631,7 @@ def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | N
         longest_row=max(map(len, [*rows, *held_out])),
         total_tokens=token_count(recipe, len(rows), tokens),
         supervised_part=sum(row.targets for row in rows) / max(1, tokens),
+        labels=len(data.train.labels),
         memory_limit=_memory_for_run(job),
         base_resident=job.base_resident,
         rate=rate,

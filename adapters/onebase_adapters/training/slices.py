@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from onebase_adapters.training.data.dataset import Dataset, Prompt
-from onebase_adapters.training.metrics import is_decided, score
+from onebase_adapters.training.data.dataset import Dataset
+from onebase_adapters.training.metrics import is_decided, macro_f1, score
 from onebase_adapters.training.recipe import Recipe
 
 MOST_SLICES = 100
@@ -19,12 +19,24 @@ MOST_SLICES = 100
 MOST_CHANGED = 20
 _LONGEST = 500
 """Characters of a text in a report."""
-LOSS = "loss"
+LOSS, F1 = "loss", "f1"
+
+
+class Question(Protocol):
+    """A held-out row that subjects are measured on. reference: what would be right."""
+
+    @property
+    def reference(self) -> str: ...
+    @property
+    def slice(self) -> str: ...
+    @property
+    def line(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One subject. losses: by slice, nats a supervised token. replies: to the prompts, in their order."""
+    """One subject. losses: by slice, nats a supervised token (classification: a row). replies: to the
+    prompts, in their order."""
 
     losses: Mapping[str, float]
     replies: Sequence[str]
@@ -39,10 +51,19 @@ def by_slice(data: Dataset) -> dict[str, Dataset]:
     return {name: Dataset(found) for name, found in rows.items()}
 
 
+def mean_by_slice(rows: Sequence[Question], values: Sequence[float]) -> dict[str, float]:
+    """The mean of the rows' values in each slice; none of rows without values."""
+    parts: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=False):
+        if row.slice:
+            parts.setdefault(row.slice, []).append(value)
+    return {name: sum(some) / len(some) for name, some in parts.items()}
+
+
 def slice_report(
     recipe: Recipe,
     rows: Mapping[str, int],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Question],
     before: Measured,
     after: Measured,
     against: str,
@@ -79,11 +100,12 @@ class _Scores:
     of_slice: dict[str, dict[str, float]]
 
     @classmethod
-    def of(cls, recipe: Recipe, prompts: Sequence[Prompt], replies: Sequence[str]) -> _Scores:
+    def of(cls, recipe: Recipe, prompts: Sequence[Question], replies: Sequence[str]) -> _Scores:
         references = [prompt.reference for prompt in prompts] if replies else []
         rows = {
             name: [score(name, *pair) for pair in zip(replies, references, strict=True)]
-            for name in (recipe.metrics if replies else ())
+            for name in (recipe.measured if replies else ())
+            if name != F1
         }
         means: dict[str, dict[str, float]] = {}
         for name, values in rows.items():
@@ -92,6 +114,12 @@ class _Scores:
                 parts.setdefault(prompt.slice, []).append(value)
             for part, some in parts.items():
                 means.setdefault(part, {})[name] = sum(some) / len(some)
+        if F1 in recipe.measured and replies:
+            pairs: dict[str, list[tuple[str, str]]] = {}
+            for prompt, reply in zip(prompts, replies, strict=True):
+                pairs.setdefault(prompt.slice, []).append((prompt.reference, reply))
+            for part, found in pairs.items():
+                means.setdefault(part, {})[F1] = macro_f1(*zip(*found, strict=True))
         return cls(rows, means)
 
 
@@ -130,13 +158,13 @@ def _slice(
 
 def _changed(
     recipe: Recipe,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Question],
     measured: tuple[Measured, Measured],
     scores: Sequence[_Scores],
 ) -> list[dict[str, Any]]:
     """Rows whose reply was right and is wrong, by the metrics that say so."""
     found = []
-    for metric in filter(is_decided, recipe.metrics):
+    for metric in filter(is_decided, recipe.measured):
         pairs = zip(*(one.of_row.get(metric, []) for one in scores), strict=True)
         for number, (before, after) in enumerate(pairs):
             if before > after:

@@ -4,6 +4,7 @@ recipe's `targets` mean.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
+from onebase_adapters.proof.loader import classifier_with
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
@@ -21,7 +24,7 @@ from onebase_adapters.training.objectives import token_losses
 from onebase_adapters.training.parent import Parent, copied, load_parent
 from onebase_adapters.training.recipe import Recipe, RecipeError, decided
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
 
 ADAPTER = "default"
 
@@ -35,9 +38,10 @@ class Trainable:
         gate: passed through by every layer, forwards and backwards.
         eva: micro-batches that EVA looks at, for `init="eva"`.
         parent: the adapter whose weights training goes on from; the recipe must agree with it.
+        labels: of a classifier, in the order of its head's rows; none for text.
 
     Raises:
-        RecipeError: a target is not a linear layer of this base.
+        RecipeError: a target is not a linear layer of this base, or there is no classifier for it.
     """
 
     def __init__(
@@ -48,17 +52,23 @@ class Trainable:
         *,
         eva: Iterable[MicroBatch] = (),
         parent: Parent | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         self.base = base
+        self.labels = tuple(labels)
         self.device = next(base.parameters()).device
         self._packed = PackedAttention(gate)
         tree: Any = peft_view(base)
         self._packed.attach(tree)
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(recipe.seed)
-            self.model: Any = (
-                _with_adapter(tree, recipe) if parent is None else _from(parent, self, tree, recipe)
-            )
+            self.model: Any
+            if labels:
+                self.model = _classifier(tree, recipe, self.labels)
+            elif parent is None:
+                self.model = _with_adapter(tree, recipe)
+            else:
+                self.model = _from(parent, self, tree, recipe)
             if recipe.init == "eva":
                 self._initialize_by_data(eva)
         for parameter in self.parameters():
@@ -94,9 +104,37 @@ class Trainable:
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    def class_logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Of a classifier: [samples, labels] fp32, read off each sample's last token."""
+        packed = batch.tensors(self.device)
+        states = self._states(packed.ids, packed.positions, packed.lengths)
+        ends = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
+        # The head is served in the base's dtype: what is learned, and measured, is that one.
+        exact = self._head.weight
+        rounded = exact + (exact.to(states.dtype).float() - exact).detach()
+        return nn.functional.linear(states[ends].float(), rounded)
+
+    def _states(self, ids: torch.Tensor, positions: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """A classifier's hidden states behind the last norm, [T, hidden]."""
+        self._packed.set_lengths(lengths, self.device)
+        decoder = self.model.get_base_model().base_model
+        output = decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        states: torch.Tensor = output.last_hidden_state[0]
+        return states
+
+    @property
+    def _head(self) -> nn.Linear:
+        """The classifier's own, which is trained."""
+        head: nn.Linear = self.model.get_base_model().score.modules_to_save[ADAPTER]
+        return head
+
     def weights(self) -> AdapterWeights:
         """The adapter as it is now, for a slot. On the CPU these are the tensors that training changes."""
-        return extract(self.model, ADAPTER)
+        found = dict(extract(self.model, ADAPTER))
+        if isinstance(head := found.get(HEAD), SavedModule):
+            dtype = self.base.get_output_embeddings().weight.dtype  # type: ignore[operator]
+            found[HEAD] = Head(head.weight.to(dtype))
+        return found
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -146,6 +184,9 @@ class Trainable:
         from peft import initialize_lora_eva_weights
 
         def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+            if self.labels:
+                self._states(inputs["input_ids"], inputs["position_ids"], inputs["lengths"].tolist())
+                return
             self._packed.set_lengths(inputs["lengths"].tolist(), self.device)
             model(
                 input_ids=inputs["input_ids"],
@@ -190,14 +231,41 @@ def _from(parent: Parent, trainable: Trainable, tree: nn.Module, recipe: Recipe)
     return model
 
 
-def _with_adapter(tree: nn.Module, recipe: Recipe) -> Any:
+def _classifier(tree: Any, recipe: Recipe, labels: Sequence[str]) -> Any:
+    """transformers' classifier of texts with a new head, over the tree's decoder, and PEFT's adapter on it.
+
+    Raises RecipeError: there is none for this base.
+    """
+    if _head_name(tree) in target_layers(tree, recipe.targets):
+        raise RecipeError("targets", "lm_head is in no classifier: leave it out")
+    targets = resolve_targets(tree, recipe.targets)
+    config = tree.config.get_text_config()
+    head = nn.Linear(config.hidden_size, len(labels), bias=False)
+    nn.init.normal_(head.weight, std=getattr(config, "initializer_range", None) or 0.02)
+    try:
+        model: Any = classifier_with(tree, "SEQ_CLS", head.to(next(tree.parameters()).device))
+    except AdapterFormatError as error:
+        raise RecipeError("method", f"classification: {error}; choose another base") from error
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise RecipeError("method", f"{type(model).__name__} calls its head otherwise; choose another base")
+    # Its own for a while had no padding, which is only right for a row alone.
+    model.config = copy.deepcopy(tree.config)
+    model.config.architectures = [type(model).__name__]
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: number for number, label in enumerate(labels)}
+    return _with_adapter(model, recipe, targets, "SEQ_CLS")
+
+
+def _with_adapter(
+    tree: nn.Module, recipe: Recipe, targets: Sequence[str] | None = None, task: Task = "CAUSAL_LM"
+) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=recipe.r,
         lora_alpha=decided(recipe.alpha),
-        target_modules=resolve_targets(tree, recipe.targets),
+        target_modules=list(targets) if targets is not None else resolve_targets(tree, recipe.targets),
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
         lora_dropout=recipe.dropout,

@@ -339,6 +339,14 @@ def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
+def without_padding(tokens: list[int], padding: int | None) -> list[int]:
+    """As transformers' classifiers see a text: they take the last token that is no padding."""
+    count = len(tokens)
+    while count > 1 and tokens[count - 1] == padding:
+        count -= 1
+    return tokens[:count]
+
+
 def _texts(messages: Messages, tools: Tools, options: Options) -> Iterator[tuple[str, str, bool]]:
     """Field, text and whether the application itself says it, of every text that a template may write."""
     for index, message in enumerate(messages):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
+from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
 from onebase_server.access import Caller
 from onebase_server.errors import InvalidRequestError
@@ -126,11 +127,7 @@ class ReadingPlanner:
         return [replace(one, adapter=choice) for one in jobs], list(fields)
 
     def _without_padding(self, prompt: Prompt) -> Prompt:
-        """As transformers' classifiers see a text: they take the last token that is no padding."""
-        tokens, count = prompt.tokens, len(prompt.tokens)
-        while count > 1 and tokens[count - 1] == self._tokenizer.padding:
-            count -= 1
-        return replace(prompt, tokens=tokens[:count])
+        return replace(prompt, tokens=without_padding(prompt.tokens, self._tokenizer.padding))
 
     async def _inputs(self, body: InputFields) -> tuple[list[Prompt], list[str]]:
         """The prompts, and the fields that they are from."""

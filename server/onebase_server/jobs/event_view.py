@@ -13,7 +13,7 @@ from onebase_server.processes.trainer_protocol import Failed
 
 PROBLEMS_IN_ONE = 500
 """Bad lines in one event."""
-_LONG = ("losses", "held_out", "recipe", "slices")
+_LONG = ("losses", "held_out", "recipe", "slices", "classes")
 """Parts of a report that the result file and the job have."""
 
 
@@ -24,7 +24,7 @@ def job_event(event: events.Event) -> JobEvent | None:
             "step": event.step, "total_steps": event.steps, "epoch": event.epoch, "train_loss": event.loss,
             "learning_rate": event.learning_rate, "grad_norm": event.grad_norm,
             "tokens_per_second": event.tokens_per_second, "seconds_left": event.seconds_left,
-            "memory_bytes": event.memory_bytes, **_rewards(event.rewards),
+            "memory_bytes": event.memory_bytes, "train_accuracy": event.accuracy, **_rewards(event.rewards),
         })  # fmt: skip
     if isinstance(event, events.Evaluated):
         if event.parent:
@@ -34,12 +34,13 @@ def job_event(event: events.Event) -> JobEvent | None:
         whose = "" if event.step else " (the base)"
         return _metrics(event, f"Step {event.step}: held-out loss {event.loss:.4f}{whose}", {
             "step": event.step, "valid_loss": event.loss, "full_valid_loss": event.loss, "best": event.best,
-            **_rewards(event.rewards),
+            "valid_accuracy": event.accuracy, **_rewards(event.rewards),
         })  # fmt: skip
     if isinstance(event, events.Measured):
         figures = ", ".join(f"{name} {value:.3f}" for name, value in event.metrics.items())
+        given = "Labels" if "accuracy" in event.metrics else "Replies"
         return _metrics(
-            event, f"Replies of the {event.subject}: {figures}", msgspec.to_builtins(event) | {"type": None}
+            event, f"{given} of the {event.subject}: {figures}", msgspec.to_builtins(event) | {"type": None}
         )
     if isinstance(event, events.Progress):
         return None

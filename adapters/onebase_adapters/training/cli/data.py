@@ -26,7 +26,7 @@ from onebase_adapters.training.cli.options import (
     printable,
     recipe_from,
 )
-from onebase_adapters.training.data.dataset import Dataset
+from onebase_adapters.training.data.dataset import DataError, Dataset, check_labels
 from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
 from onebase_engine.transformers_index import remember_transformers_index
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _SOUND, _PROBLEMS, _USAGE = 0, 1, 2
 _BAR = 40
 _SHOWN_ROWS = 8
+_SHOWN_LABELS = 40
 _CONTROL_TOKEN = re.compile(
     r"<\|[^|<>]{1,40}\|>|</?s>|<(?:bos|eos|pad|(?:start|end)_of_turn)>|\[/?[A-Z_]{3,20}\]"
 )
@@ -44,7 +45,8 @@ _CONTROL_TOKEN = re.compile(
 _EPILOG = """\
 Files end in .jsonl, .json, .csv, .tsv or .parquet; org/name[:split][@revision] is a data set on the
 Hub. A row is a chat (messages), prompt and completion, instruction and output, or text; with
---method dpo chosen and rejected. The formats: docs/training-data.md.
+--method dpo chosen and rejected; with --method classification text and label. The formats:
+docs/training-data.md.
 
 Exit status: 0 sound, 1 problems found, 2 wrong options.
 """
@@ -100,7 +102,17 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     if problems:
         _print_problems(problems, options.json, console)
         return _PROBLEMS
-    made = report(loaded[0], loaded[1] if len(loaded) > 1 else None, tokenizer)
+    evaluation = loaded[1] if len(loaded) > 1 else None
+    if recipe.method == "classification":
+        try:
+            check_labels(loaded[0], evaluation)
+        except DataError as error:
+            source = (
+                options.data if evaluation is None or error.source != evaluation.source else options.eval_data
+            )
+            _print_problems(_problems(source, error), options.json, console)
+            return _PROBLEMS
+    made = report(loaded[0], evaluation, tokenizer)
     if options.json:
         print(json.dumps(made.to_json(), indent=2))
     else:
@@ -118,7 +130,6 @@ def _load(
     problems: list[dict[str, Any]],
 ) -> None:
     """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
-    from onebase_adapters.training.data.dataset import DataError
     from onebase_adapters.training.data.reader import load_dataset
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
@@ -133,10 +144,14 @@ def _load(
             )
         )
     except DataError as error:
-        problems += [
-            {"file": source, "line": problem.line, "field": problem.field, "reason": problem.reason}
-            for problem in error.problems
-        ]
+        problems += _problems(source, error)
+
+
+def _problems(source: str, error: DataError) -> list[dict[str, Any]]:
+    return [
+        {"file": source, "line": problem.line, "field": problem.field, "reason": problem.reason}
+        for problem in error.problems
+    ]
 
 
 def _tokenizer(base: str, bar: Progress) -> Any:
@@ -203,7 +218,11 @@ def render(report: DataReport, console: Console) -> None:
     for each, title in zip(both, ("Lengths, in tokens", "Lengths of the evaluation data"), strict=False):
         if len(each.histogram) > 1:
             console.print(Text(f"\n{title}", "bold"))
-            _print_histogram(each, console)
+            _print_bars([(_range(low, high, console), count) for low, high, count in each.histogram], console)
+    for each, title in zip(both, ("Labels", "Labels of the evaluation data"), strict=False):
+        if each.labels:
+            console.print(Text(f"\n{title}", "bold"))
+            _print_labels(each, console)
     for each in both:
         for line in _warnings(each):
             console.print(Text(f"! {line}", "yellow"), soft_wrap=not console.is_terminal)
@@ -250,6 +269,8 @@ def _facts(reports: Sequence[DataReport]) -> dict[str, list[str]]:
         rows["same prompt there"] = [_count(reports[0].same_prompt), ""]
     if all(each.samples == each.rows for each in reports):
         del rows["samples"]
+    if reports[0].labels:
+        rows["learned"] = [f"one of {len(each.labels):,} labels a row" for each in reports]
     return rows
 
 
@@ -261,19 +282,34 @@ def _count(lines: Sequence[object]) -> str:
     return f"{len(lines):,}" if lines else "none"
 
 
-def _print_histogram(report: DataReport, console: Console) -> None:
-    most = max(count for _, _, count in report.histogram)
-    dash, block = ("–", "█") if _unicode(console) else ("-", "#")
+def _range(low: int, high: int, console: Console) -> str:
+    dash = "–" if _unicode(console) else "-"
+    return f"{low:,}{dash}{high:,}" if high > low else f"{low:,}"
+
+
+def _print_labels(report: DataReport, console: Console) -> None:
+    bars = [(_on_one_line(label), rows) for label, rows in report.labels.items()]
+    _print_bars(bars[:_SHOWN_LABELS], console)
+    if len(bars) > _SHOWN_LABELS:
+        rest = sum(rows for _, rows in bars[_SHOWN_LABELS:])
+        console.print(Text(f"and {len(bars) - _SHOWN_LABELS:,} more labels of {rest:,} rows", "dim"))
+
+
+def _print_bars(bars: Sequence[tuple[str, int]], console: Console) -> None:
+    """Names with their counts; with bars at a terminal."""
+    most = max(count for _, count in bars)
+    block = "█" if _unicode(console) else "#"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(justify="right", style="dim", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    for low, high, count in report.histogram:
+    for label, count in bars:
         length = round(_BAR * count / most) or (1 if count else 0)
-        label = f"{low:,}{dash}{high:,}" if high > low else f"{low:,}"
         if not console.is_terminal:
             _print_line(console, label, f"{count:,}")
             continue
-        table.add_row(label, Text(block * length, "cyan").append(f" {count:,}" if count else "", "default"))
+        table.add_row(
+            Text(label, "dim"), Text(block * length, "cyan").append(f" {count:,}" if count else "", "default")
+        )
     if console.is_terminal:
         console.print(table)
 
@@ -296,6 +332,16 @@ def _warnings(report: DataReport) -> Iterable[str]:
         yield f"{source}: truncated: {named(report.truncated)}"
     if report.dropped:
         yield f"{source}: dropped as too long: {named(report.dropped)}"
+    if report.uneven:
+        counts = list(report.labels.items())
+        (most, many), (least, few) = counts[0], counts[-1]
+        yield (
+            f"{source}: the labels are uneven: {many:,} rows of {printable(most)!r}, {few:,} of "
+            f"{printable(least)!r}. Look at F1, which counts all labels alike"
+        )
+    if report.not_held_out:
+        labels = [repr(printable(one)) for one in report.not_held_out[:_SHOWN_ROWS]]
+        yield f"{source}: no row of the evaluation data has {', '.join(labels)}{_more(report.not_held_out)}"
 
 
 def _more(rows: Sequence[object]) -> str:
@@ -306,10 +352,11 @@ def _more(rows: Sequence[object]) -> str:
 def _print_examples(report: DataReport, console: Console) -> None:
     unicode = _unicode(console)
     marks = ("«", "»") if unicode else (">>", "<<")
-    key = Text("\nAs the model sees it: ").append(f"{marks[0]}learned{marks[1]}", "bold green")
+    learned = "the label is read here" if report.labels else "learned"
+    key = Text("\nAs the model sees it: ").append(f"{marks[0]}{learned}{marks[1]}", "bold green")
     console.print(key.append(", ").append("only read", "dim"))
     for example in report.examples:
-        side = f", {example.side}" if example.side else ""
+        side = f", {printable(example.side or example.label)}" if example.side or example.label else ""
         number = example.row if report.named_by == "row" else example.line
         title = Text(f"{report.named_by} {number}{side}", "bold")
         text = _example(example, marks, unicode)

@@ -29,7 +29,7 @@ from onebase_adapters.training.cli.options import (
     recipe_from,
     size,
 )
-from onebase_adapters.training.data.dataset import DataError
+from onebase_adapters.training.data.dataset import DataError, check_labels
 from onebase_adapters.training.recipe import (
     Recipe,
     RecipeError,
@@ -66,6 +66,7 @@ Only the base's config is read; a repository on the Hub gives config.json and no
   onebase estimate --rows 2000 --row-tokens 300
 """
 _BAR = 24
+_FEWEST_LABELS = 2
 _BARS_FROM = 72
 """Width of a terminal, in characters, from which bars have room."""
 _PARTS = (
@@ -137,6 +138,7 @@ def _estimate(options: argparse.Namespace) -> int:
     amount = (_read(options, recipe) if options.data else _amount(options)).without_held_out(recipe)
     recipe = resolve(recipe, rows=amount.rows or 1000, held_out=0, base_limit=limit)
     machine = _machine(options)
+    classifies = recipe.method == "classification"
     made = estimate(
         config,
         recipe,
@@ -146,6 +148,7 @@ def _estimate(options: argparse.Namespace) -> int:
         longest_row=amount.longest or decided(recipe.max_length),
         total_tokens=token_count(recipe, amount.rows, amount.tokens) if amount.rows else None,
         supervised_part=amount.supervised_part,
+        labels=(amount.labels or _FEWEST_LABELS) if classifies else 0,
         memory_limit=machine.memory,
         base_resident=options.resident,
         rate=machine.rate,
@@ -159,12 +162,14 @@ def _estimate(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Amount:
-    """Of data. rows: 0 is unknown. tokens: of all rows. longest: row in tokens, None is max_length."""
+    """Of data. rows: 0 is unknown. tokens: of all rows. longest: row in tokens, None is max_length. labels: 0
+    is unknown."""
 
     rows: int
     tokens: int
     longest: int | None
     supervised_part: float = 1.0
+    labels: int = 0
 
     def without_held_out(self, recipe: Recipe) -> _Amount:
         """What is trained on: the rest is held out, of rows of the mean length."""
@@ -183,11 +188,15 @@ def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
     """Tokenize the data, which needs the base's tokenizer but none of its weights. Raises DataError."""
     from onebase_adapters.training.data.reader import load_dataset
 
-    rows = load_dataset(options.data, find_tokenizer(options.base), recipe).rows
+    data = load_dataset(options.data, find_tokenizer(options.base), recipe)
+    rows = data.rows
+    if recipe.method == "classification":
+        check_labels(data, None)
     if not rows:
         raise UsageError(f"--data: {options.data} has no rows")
     tokens = sum(map(len, rows))
-    return _Amount(len(rows), tokens, max(map(len, rows)), sum(row.targets for row in rows) / tokens)
+    learned = sum(row.targets for row in rows) / tokens
+    return _Amount(len(rows), tokens, max(map(len, rows)), learned, len(data.labels))
 
 
 def _dtype(options: argparse.Namespace) -> Any:

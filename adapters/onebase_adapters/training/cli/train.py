@@ -350,6 +350,8 @@ class Display:
             style="bold",
         )
         self._console.print(_results(report))
+        if report.classes is not None:
+            self._show_classes(report.classes)
         if report.slices is not None:
             self._console.print(_slice_table(report.slices))
             for row in report.slices["changed"][:_MOST_CHANGED]:
@@ -366,6 +368,13 @@ class Display:
             highlight=False,
             soft_wrap=True,
         )
+
+    def _show_classes(self, classes: Mapping[str, Any]) -> None:
+        from onebase_adapters.training.classes import BASE_BY, confusion_rows, figure_rows
+
+        self._console.print(f"base: {BASE_BY[classes['base_by']].partition(': ')[2]}", highlight=False)
+        for rows in (figure_rows(classes), confusion_rows(classes)):
+            self._console.print(_table(rows))
 
     def _phase(self, event: events.Phase) -> None:
         text = _PHASES.get(event.name, event.name)
@@ -411,6 +420,8 @@ class Display:
     def _evaluated(self, event: events.Evaluated) -> None:
         who = f"step {event.step}" if event.step else "parent" if event.parent else "base"
         rewards = "".join(f"  {name} {value:.3f}" for name, value in event.rewards.items())
+        if event.accuracy is not None:
+            rewards = f"  accuracy {event.accuracy:.1%}"
         best = "  [green]best[/]" if event.best else ""
         self._say(f"{who}: held-out loss {event.loss:.4f}{rewards}{best}")
 
@@ -446,6 +457,18 @@ def _results(report: Report) -> Table:
         table.add_row(shown(name), *values)
     if not table.row_count:
         table.add_row("nothing was held out", *("" for _ in subjects))
+    return table
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    """A head, and rows with a name and figures."""
+    (first, *others), *rest = rows
+    table = Table()
+    table.add_column(shown(first))
+    for title in others:
+        table.add_column(shown(title), justify="right")
+    for row in rest:
+        table.add_row(*map(shown, row))
     return table
 
 
@@ -490,7 +513,7 @@ def _duration(seconds: float) -> str:
 
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "README.md")
 
 
 def is_repo_name(name: str) -> bool:

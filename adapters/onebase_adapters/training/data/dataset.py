@@ -8,7 +8,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +21,9 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+MOST_LABELS, LONGEST_LABEL = 1000, 100
+"""Labels that a classifier is trained to tell apart, and characters of one."""
+NO_REGRESSION = "to learn a score (regression) is not trained here. Write the names of classes"
 _DIGEST_BYTES = 16
 _SHOWN = 20
 _LIKE = 0.84
@@ -131,7 +137,15 @@ class Choice:
     rejected: Chat | Text
 
 
-Parsed = Chat | Text | Choice
+@dataclass(frozen=True)
+class Labelled:
+    """What is classified, and its label."""
+
+    row: Chat | Text
+    label: str
+
+
+Parsed = Chat | Text | Choice | Labelled
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -139,14 +153,16 @@ class Sample:
     """One tokenized row.
 
     ids: [tokens] int32. supervised: [tokens], True where the token is a target of the loss; never the first.
+    Of a row with a label, only the last is: there the classifier's head reads.
     line: 1-based number of the row in its file (of the record, where a file has no lines).
-    slice: which slice of the data the row is of; "": of none.
+    slice: which slice of the data the row is of; "": of none. label: "" where none is learned.
     """
 
     ids: Ids
     supervised: Mask
     line: int
     slice: str = ""
+    label: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -181,6 +197,10 @@ class Preference:
     @property
     def slice(self) -> str:
         return self.chosen.slice
+
+    @property
+    def label(self) -> str:
+        return ""
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -264,7 +284,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of one file, in its order. All are Sample, or all are Preference.
+    """Rows of one file, in its order. All are Sample, or all are Preference; all have a label, or none has.
 
     prompts: one for each row that ends in a reply, for metrics on generated replies.
     What only a report on the file needs is not kept with the rows (see `row_store`). source: the file's name.
@@ -292,11 +312,57 @@ class Dataset:
                 total.update(f"{len(row.samples)} {len(sample)} ".encode())
                 total.update(sample.ids.astype("<i4").tobytes())
                 total.update(sample.supervised.tobytes())
+                if sample.label:
+                    total.update(f"{sample.label}\0".encode())
         return total.hexdigest()
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """All that the rows have, in order: whole numbers by size, else by their letters."""
+        found = {row.label for row in self.rows} - {""}
+        return tuple(sorted(found, key=int if are_numbers(found) else None))
+
+    def label_counts(self) -> dict[str, int]:
+        """How many rows have each label, the most frequent first."""
+        return dict(Counter(row.label for row in self.rows if row.label).most_common())
 
     def places(self) -> list[Place]:
         """Where each row comes from: a row of the file may have made several."""
         return [key.place for key in self.keys for _ in range(key.samples)]
+
+
+def are_numbers(labels: Iterable[str]) -> bool:
+    """Whether all labels are whole numbers, which say nothing of what they stand for."""
+    return all(re.fullmatch(r"-?\d{1,90}", label, re.ASCII) for label in labels)
+
+
+def check_labels(train: Dataset, held_out: Dataset | None) -> None:
+    """Raise DataError unless there are labels to tell apart, and training has all that are held out."""
+    known = train.labels
+    if len(known) < 2:
+        reason = f"every row has the label {known[0]!r}: give rows of two labels at least"
+        raise DataError.of_file(train.source, reason)
+    if not are_numbers(known) and all(map(_is_number, known)):
+        raise DataError(train.source, [Problem(0, "label", f"the labels are numbers: {NO_REGRESSION}")])
+    if len(known) > MOST_LABELS:
+        reason = (
+            f"there are {len(known):,} labels, and {MOST_LABELS:,} is the most: is `label` what to learn?"
+        )
+        raise DataError(train.source, [Problem(0, "label", reason)])
+    problems = [
+        Problem(row.line, "label", f"no row to train on has {row.label!r}: add some, or leave this one out")
+        for row in (held_out.rows if held_out is not None else ())
+        if row.label not in train.labels
+    ]
+    if held_out is not None and problems:
+        raise DataError(held_out.source, problems)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
 
 
 def row_key(place: Place, row: Parsed, samples: int) -> Key:
@@ -308,6 +374,8 @@ def row_key(place: Place, row: Parsed, samples: int) -> Key:
 def _plain(row: Parsed) -> Any:
     if isinstance(row, Choice):
         return [_plain(row.chosen), _plain(row.rejected)]
+    if isinstance(row, Labelled):
+        return [_plain(row.row), row.label]
     if isinstance(row, Text):
         return [row.prompt or "", row.reply]
     return [row.tools, row.messages]
@@ -317,6 +385,8 @@ def _prompt(row: Parsed) -> Any:
     """What comes before the last reply."""
     if isinstance(row, Choice):
         return _prompt(row.chosen)
+    if isinstance(row, Labelled):
+        return _plain(row.row)
     if isinstance(row, Text):
         return row.prompt
     return [row.tools, row.messages[:-1]] if row.messages[-1]["role"] == "assistant" else None
@@ -341,35 +411,47 @@ def _normal(value: Any) -> Any:
 def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[Dataset, Dataset]:
     """Training rows and held-out rows, both in their order.
 
-    Rows that say the same are on one side, so that nothing held out is trained on word by word. The seed and
-    what the rows say decide which of them are held out, not their order. What was dropped stays on record
-    with the training rows.
+    Rows that say the same are on one side, so that nothing held out is trained on word by word; rows with
+    labels, whatever their label is. Each label keeps a row to train on. The seed and what the rows say decide
+    which of them are held out, not their order. What was dropped stays on record with the training rows.
 
     Args:
         part: of the rows to hold out, 0 to 0.9; above 0 at least one, if there are two different ones.
         limit: most rows held out, unless even the smallest group of rows that say the same is larger.
     """
     groups: dict[bytes, list[int]] = {}
+    labels = {
+        key.place.row: row.label for key, row in zip(dataset.keys, dataset.rows, strict=False) if row.label
+    }
     for key in dataset.keys:
-        groups.setdefault(key.content, []).append(key.place.row)
+        content = key.prompt if labels and key.prompt else key.content
+        groups.setdefault(content, []).append(key.place.row)
     wanted = min(limit, round(part * len(dataset.keys)))
     if part > 0 and len(groups) > 1:
         wanted = max(1, wanted)
-    held = _held_out(groups, wanted, seed)
+    held = _held_out(groups, wanted, seed, labels)
     return (
         _part(dataset, lambda place: place.row not in held, dataset.dropped),
         _part(dataset, lambda place: place.row in held, ()),
     )
 
 
-def _held_out(groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int) -> set[int]:
-    """Numbers of at most `wanted` rows, in whole groups; of the smallest group if none is that small."""
+def _held_out(
+    groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int, labels: Mapping[int, str]
+) -> set[int]:
+    """Numbers of at most `wanted` rows, in whole groups; of the smallest group if none is that small.
+
+    labels: of rows, of which each is left to at least one other row.
+    """
+    left = Counter(labels.values())
     order = sorted(groups, key=lambda content: hashlib.sha256(f"{seed} {content.hex()}".encode()).digest())
     held: set[int] = set()
     for content in order[:-1]:
-        if len(held) + len(groups[content]) <= wanted:
+        taken = Counter(labels[row] for row in groups[content] if row in labels)
+        if len(held) + len(groups[content]) <= wanted and all(left[one] > taken[one] for one in taken):
             held.update(groups[content])
-    if wanted and not held and len(order) > 1:
+            left -= taken
+    if wanted and not held and len(order) > 1 and not labels:
         held.update(groups[min(order, key=lambda content: len(groups[content]))])
     return held
 

@@ -13,6 +13,7 @@ from onebase_adapters.training.data.dataset import (
     DataError,
     Dataset,
     Key,
+    Labelled,
     Parsed,
     Place,
     Preference,
@@ -26,7 +27,7 @@ from onebase_adapters.training.data.dataset import (
 )
 from onebase_adapters.training.data.files import Item, Record, read_file
 from onebase_adapters.training.data.hub import fetch, parse_dataset_id
-from onebase_adapters.training.data.rows import parse_row, unfold
+from onebase_adapters.training.data.rows import LABEL_FIELDS, parse_row, unfold
 from onebase_adapters.training.data.tokens import (
     BaseTokens,
     RowTokens,
@@ -73,7 +74,7 @@ def load_dataset(
     shown = name or (source.name if isinstance(source, Path) else source)
     builder = _Builder(valid_unicode(shown), tokenizer, recipe)
     files = find_files(source, part) if files is None else files
-    more = (recipe.slice_by,)
+    more = (recipe.slice_by, *(LABEL_FIELDS if recipe.method == "classification" else ()))
     for chunk in _chunks(_records(source, files, name, on_progress, more), _AT_ONCE):
         builder.add(chunk)
     return builder.dataset()
@@ -145,6 +146,7 @@ class _Builder:
             everything=recipe.train_on == "all" and recipe.method == "supervised",
             limit=_limit(recipe, tokenizer),
             too_long=recipe.too_long,
+            classified=recipe.method == "classification",
         )
         self._place = Place(0, 0)
         self._shared_lines: set[int] = set()
@@ -171,7 +173,8 @@ class _Builder:
         flat = [(place.line, side) for place, row in parsed for side in _sides(row)]
         tokenized = iter(self._tokens.tokenize(flat))
         for place, row in parsed:
-            self._take(place, row, [_in_slice(next(tokenized), slices[place]) for _ in _sides(row)])
+            label = row.label if isinstance(row, Labelled) else ""
+            self._take(place, row, [_named(next(tokenized), slices[place], label) for _ in _sides(row)])
         if len(self._problems) > _MOST_PROBLEMS:
             raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
@@ -251,11 +254,14 @@ def _slice(row: Mapping[str, Any], field: str) -> str:
     return valid_unicode(text)
 
 
-def _in_slice(found: Tokenized | RowError, name: str) -> Tokenized | RowError:
-    if isinstance(found, RowError) or not name:
+def _named(found: Tokenized | RowError, part: str, label: str) -> Tokenized | RowError:
+    """With the row's slice, and its label."""
+    if isinstance(found, RowError) or not (part or label):
         return found
-    return replace(found, samples=[replace(sample, slice=name) for sample in found.samples])
+    return replace(found, samples=[replace(sample, slice=part, label=label) for sample in found.samples])
 
 
 def _sides(row: Parsed) -> tuple[Chat | Text, ...]:
-    return (row.chosen, row.rejected) if isinstance(row, Choice) else (row,)
+    if isinstance(row, Choice):
+        return row.chosen, row.rejected
+    return (row.row if isinstance(row, Labelled) else row,)

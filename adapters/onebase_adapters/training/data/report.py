@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ _BARS = 10
 _MOST_SEGMENTS = 40
 _LONGEST_SEGMENT = 800
 _MOST_NAMED = 1000
+_UNEVEN = 10
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,15 @@ class Example:
     """One row as the model sees it. row: its number in the file. side: of a preference, "chosen" or
     "rejected", else "".
 
-    segments: text with its control tokens, and whether it is learned.
+    segments: text with its control tokens, and whether it is learned; of a row with a label, whether the
+    label is read there.
     """
 
     row: int
     line: int
     side: str
     segments: Sequence[tuple[str, bool]]
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class DataReport:
     begin on one line.
     truncated, dropped: rows. duplicates: (row, earlier row that says the same).
     leakage: rows whose content is in `evaluation`. same_prompt: rows that only ask the same as one there.
+    labels: rows of each, the most frequent first. not_held_out: labels that no row in `evaluation` has.
     """
 
     source: str
@@ -62,6 +66,14 @@ class DataReport:
     examples: Sequence[Example]
     evaluation: DataReport | None = None
     named_by: Literal["line", "row"] = "line"
+    labels: Mapping[str, int] = field(default_factory=dict)
+    not_held_out: Sequence[str] = ()
+
+    @property
+    def uneven(self) -> bool:
+        """Whether a label has many times the rows of another."""
+        counts = self.labels.values()
+        return bool(counts) and max(counts) > _UNEVEN * min(counts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; lists of rows are cut after 1000, and counted in `counts`."""
@@ -88,11 +100,18 @@ class DataReport:
                     "line": example.line,
                     "side": example.side,
                     "segments": [{"text": text, "supervised": learned} for text, learned in example.segments],
+                    **({"label": example.label} if example.label else {}),
                 }
                 for example in self.examples
             ],
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
-        }
+        } | self._labels_json()
+
+    def _labels_json(self) -> dict[str, Any]:
+        if not self.labels:
+            return {}
+        counts = [{"label": label, "rows": rows} for label, rows in self.labels.items()]
+        return {"labels": counts, "uneven_labels": self.uneven, "labels_not_held_out": [*self.not_held_out]}
 
 
 def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataReport:
@@ -129,6 +148,8 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
         examples=list(_examples(train.rows, train.places(), tokenizer)),
         evaluation=report(evaluation, None, tokenizer) if evaluation else None,
         named_by="row" if train.lines_shared else "line",
+        labels=train.label_counts(),
+        not_held_out=[one for one in train.labels if one not in evaluation.labels] if evaluation else (),
     )
 
 
@@ -166,7 +187,7 @@ def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> I
     for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():
         sides = ("",) if isinstance(rows[index], Sample) else ("chosen", "rejected")
         for side, sample in zip(sides, rows[index].samples, strict=True):
-            yield Example(*places[index], side, _segments(sample, tokenizer))
+            yield Example(*places[index], side, _segments(sample, tokenizer), sample.label)
 
 
 def _segments(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -1,6 +1,6 @@
 """The tokenized rows of a run, in a folder: the first to read the data writes them, later processes map them.
 
-They stand in flat arrays, one file each: about 5 bytes a token, 24 a row and 40 a prompt. It is a cache: a
+They stand in flat arrays, one file each: about 5 bytes a token, 32 a row and 40 a prompt. It is a cache: a
 checksum over the key and all files tells what is damaged, incomplete or of other data, which
 counts as absent.
 """
@@ -18,8 +18,10 @@ import numpy as np
 from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_adapters.training.data.dataset import Dataset, Place, Preference, Prompt, Row, Sample
 
-_FORMAT = 2
+_FORMAT = 3
 _CHECKSUM = "sha256"
+_FACTS = 4
+"""Of each sample: its length, its line, the places of its slice and of its label."""
 CHAT_TEMPLATE_DIR = "additional_chat_templates"
 """As in transformers: templates with a name, such as that for rows with tools."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -57,12 +59,15 @@ def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
             tokens = sum(map(len, samples))
             _write(work / f"{name}.ids.npy", "<i4", tokens, (sample.ids for sample in samples))
             _write(work / f"{name}.supervised.npy", "|b1", tokens, (sample.supervised for sample in samples))
-            slices = {one: place for place, one in enumerate(dict.fromkeys(s.slice for s in samples))}
-            np.save(work / f"{name}.slices.npy", np.array([*slices, ""], "<U"))
-            of_slice = (slices[sample.slice] for sample in samples)
-            facts = np.array([*map(len, samples), *(sample.line for sample in samples), *of_slice], "<i8")
+            facts: list[Iterable[int]] = [map(len, samples), (sample.line for sample in samples)]
+            for what in ("slice", "label"):
+                named = [getattr(sample, what) for sample in samples]
+                places = {one: place for place, one in enumerate(dict.fromkeys(named))}
+                np.save(work / f"{name}.{what}s.npy", np.array([*places, ""], "<U"))
+                facts.append([places[one] for one in named])
+            flat = np.array([number for some in facts for number in some], "<i8")
             sides = len(data.rows[0].samples) if data.rows else 1
-            np.save(work / f"{name}.samples.npy", facts.reshape(3, -1).T.reshape(-1, sides, 3))
+            np.save(work / f"{name}.samples.npy", flat.reshape(_FACTS, -1).T.reshape(-1, sides, _FACTS))
             number = {id(sample): index for index, sample in enumerate(samples)} if data.prompts else {}
             prompts = [(number[id(p.sample)], p.own.start, p.own.stop, *p.place) for p in data.prompts]
             np.save(work / f"{name}.prompts.npy", np.array(prompts, "<i8").reshape(-1, 5))
@@ -90,10 +95,10 @@ def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Data
     facts = np.load(folder / f"{name}.samples.npy")
     samples: list[Sample] = []
     start = 0
-    slices: list[str] = np.load(folder / f"{name}.slices.npy").tolist()
-    for length, line, place in facts.reshape(-1, 3).tolist():
+    slices, labels = (np.load(folder / f"{name}.{what}.npy").tolist() for what in ("slices", "labels"))
+    for length, line, in_slice, label in facts.reshape(-1, _FACTS).tolist():
         part = slice(start, start + length)
-        samples.append(Sample(ids[part], supervised[part], line, slices[place]))
+        samples.append(Sample(ids[part], supervised[part], line, slices[in_slice], labels[label]))
         start += length
     pairs = facts.shape[1] == 2
     rows: Sequence[Row] = list(map(Preference, samples[::2], samples[1::2])) if pairs else samples

@@ -13,8 +13,11 @@ from typing import Any
 
 from onebase_adapters.training.data.dataset import (
     KNOWN_FIELDS,
+    LONGEST_LABEL,
+    NO_REGRESSION,
     Chat,
     Choice,
+    Labelled,
     Message,
     Parsed,
     RowError,
@@ -126,6 +129,8 @@ def _says_the_same(message: Message, system: str) -> bool:
 def _texts(parsed: Parsed) -> list[str]:
     if isinstance(parsed, Choice):
         return [*_texts(parsed.chosen), *_texts(parsed.rejected)]
+    if isinstance(parsed, Labelled):
+        return _texts(parsed.row)
     if isinstance(parsed, Chat):
         return [message["content"] for message in parsed.messages]
     return [parsed.prompt or "", parsed.reply]
@@ -139,6 +144,7 @@ def _is_part_of(value: Any, texts: Sequence[str]) -> bool:
 
 
 _SUPERVISED_SHAPES = "messages, prompt and completion, instruction and output, or text"
+_LABELLED_SHAPES = "text (or prompt, or messages) and label"
 _DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and non_preferred_output"
 
 
@@ -149,7 +155,8 @@ def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
     keys are left alone; misspelled ones are refused, and so is a system message that would be lost, or tools.
     """
     fields = RowFields(row)
-    parsed = parse_preference(fields) if method == "dpo" else _supervised(fields)
+    parse = {"dpo": parse_preference, "classification": _labelled, "supervised": _supervised}[method]
+    parsed = parse(fields)
     if parsed is None:
         raise RowError("", _unknown_shape(fields.given, method))
     fields.check_nothing_lost(parsed)
@@ -193,6 +200,48 @@ def _instruction(row: RowFields) -> Chat:
     return make_chat(row.after_system(messages), row.tools(), "output")
 
 
+LABEL_FIELDS = ("label", "labels", "text_pair")
+"""What a row with a label may have next to KNOWN_FIELDS; the last two are refused."""
+_SEVERAL = "several labels of one row (multi-label) are not learned: give one"
+
+
+def _labelled(row: RowFields) -> Labelled | None:
+    if "text_pair" in row:
+        raise RowError("text_pair", "pairs of texts are not read: write both into text, as will be asked")
+    if "messages" in row:
+        row.check_spelling(("messages", "system", "label"))
+        messages = row.after_system(row.messages("messages"))
+        return Labelled(
+            Chat([{k: v for k, v in one.items() if k != "weight"} for one in messages], None, ()), _label(row)
+        )
+    for name in ("text", "prompt"):
+        if name in row:
+            row.check_spelling((name, "label"))
+            return Labelled(Text(None, row.text(name)), _label(row))
+    return None
+
+
+def _label(row: RowFields) -> str:
+    """The row's label as a text. Raises RowError."""
+    if "label" not in row and "labels" in row:
+        raise RowError(
+            "labels", "several labels of one row (multi-label) are not learned: give one, as label"
+        )
+    value = row.read("label")
+    if isinstance(value, list | dict):
+        raise RowError("label", "several labels of one row (multi-label) are not learned: give one")
+    if isinstance(value, float):
+        raise RowError("label", f"{value:g} is no whole number: {NO_REGRESSION}")
+    label = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    if not label:
+        raise RowError("label", "the text is empty")
+    if len(label) > LONGEST_LABEL:
+        raise RowError("label", f"it has {len(label)} characters: write {LONGEST_LABEL} at most")
+    if not label.isprintable():
+        raise RowError("label", "it has characters that cannot be printed: write a name on one line")
+    return label
+
+
 def _unknown_shape(row: Mapping[str, Any], method: Method) -> str:
     keys = ", ".join(str(key)[:40] for key in list(row)[:8]) or "nothing"
     if method == "supervised" and ("chosen" in row or "preferred_output" in row):
@@ -201,7 +250,8 @@ def _unknown_shape(row: Mapping[str, Any], method: Method) -> str:
         return f"the method is dpo, which takes {_DPO_SHAPES}; for this row set method to supervised"
     if "conversations" in row:
         return "conversations is not read: write it as messages, each with role and content"
-    wanted = _DPO_SHAPES if method == "dpo" else _SUPERVISED_SHAPES
+    shapes = {"dpo": _DPO_SHAPES, "classification": _LABELLED_SHAPES, "supervised": _SUPERVISED_SHAPES}
+    wanted = shapes[method]
     return f"the row has {keys}; give {wanted}"
 
 

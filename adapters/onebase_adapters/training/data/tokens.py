@@ -22,7 +22,7 @@ import numpy as np
 from onebase_adapters.format.strict_json import parse_json
 from onebase_adapters.training.data.dataset import Chat, RowError, Sample, Text
 from onebase_adapters.training.recipe import Recipe, TooLong
-from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around, without_padding
 
 _ASKS_FOR_IT = "strftime_now"
 
@@ -45,7 +45,8 @@ class BaseTokens:
         self.chat = ChatTokenizer(tokenizer)
         self.end: int | None = tokenizer.eos_token_id
         self.stops = stop_tokens(tokenizer)
-        self._begin, _ = tokens_around(tokenizer)
+        self._begin, self._after = tokens_around(tokenizer)
+        self._padding: int | None = tokenizer.pad_token_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any special token that is not written in it."""
@@ -55,6 +56,10 @@ class BaseTokens:
         """A plain text's ids after the tokens that the base expects first, unless they are there already."""
         begun = ids[: len(self._begin)] == self._begin
         return ids if begun else [*self._begin, *ids]
+
+    def as_asked(self, ids: list[int], *, plain: bool) -> list[int]:
+        """What a classifier that is served reads: of a text's ids (`plain`), or of a conversation's."""
+        return without_padding([*self._begin, *ids, *self._after] if plain else ids, self._padding)
 
     def go_on(self, text: str) -> list[int]:
         """Ids of text that follows other text: some tokenizers put a space before the very first word."""
@@ -176,12 +181,12 @@ class ChatTokens:
         except ControlTokenError as error:
             raise RowError(error.field or "messages", str(error)) from error
 
-    def render(self, chat: Chat) -> str:
-        """The whole conversation as text. Raises RowError."""
+    def render(self, chat: Chat, *, generation: bool = False) -> str:
+        """The whole conversation as text, ready for a reply if `generation`. Raises RowError."""
         if not self._base.template:
             raise RowError("messages", _NO_TEMPLATE)
         self._check(chat)
-        return self._render(chat, len(chat.messages), False)
+        return self._render(chat, len(chat.messages), generation)
 
     def pieces(self, chat: Chat, text: str, ids: list[int]) -> list[Piece]:
         """What to learn of a conversation, usually one piece. Raises RowError.
@@ -326,9 +331,21 @@ class Tokenized:
 
 
 class RowTokens:
-    """Turns chats and texts into samples of at most `limit` tokens."""
+    """Turns chats and texts into samples of at most `limit` tokens.
 
-    def __init__(self, base: BaseTokens, *, everything: bool, limit: int, too_long: TooLong) -> None:
+    classified: of each only the last token is supervised, of the ids that `/classify` makes of it.
+    """
+
+    def __init__(
+        self,
+        base: BaseTokens,
+        *,
+        everything: bool,
+        limit: int,
+        too_long: TooLong,
+        classified: bool = False,
+    ) -> None:
+        self._classified = classified
         self._base = base
         self._chats = ChatTokens(base, everything=everything)
         self._everything = everything
@@ -345,6 +362,9 @@ class RowTokens:
         made: list[Tokenized | RowError] = []
         for line, row in rows:
             try:
+                if self._classified:
+                    made.append(self._read(line, next(texts) if isinstance(row, Text) else next(chats)))
+                    continue
                 if isinstance(row, Text):
                     pieces = [self._text(row, next(texts), None if row.prompt is None else next(prompts))]
                 else:
@@ -359,7 +379,7 @@ class RowTokens:
         texts: list[str | RowError] = []
         for chat in chats:
             try:
-                texts.append(self._chats.render(chat))
+                texts.append(self._chats.render(chat, generation=self._classified))
             except RowError as error:
                 texts.append(error)
         good = [text for text in texts if isinstance(text, str)]
@@ -370,6 +390,20 @@ class RowTokens:
                 return [error]
             return [self._rendered([chat])[0] for chat in chats]
         return [(text, next(ids)) if isinstance(text, str) else text for text in texts]
+
+    def _read(self, line: int, found: list[int] | tuple[str, list[int]] | RowError) -> Tokenized:
+        """The row as a classifier is asked about it. Raises RowError."""
+        if isinstance(found, RowError):
+            raise found
+        plain = isinstance(found, list)
+        ids = self._base.as_asked(found if isinstance(found, list) else found[1], plain=plain)
+        if not ids:
+            raise RowError("text", "the base's tokenizer makes no token of it")
+        if not self._is_kept(len(ids)):
+            return Tokenized([], None, False)
+        kept = np.array(ids[: self._limit], dtype=np.int32)
+        last = np.arange(len(kept)) == len(kept) - 1
+        return Tokenized([Sample(kept, last, line)], None, len(ids) > self._limit)
 
     def _chat(self, chat: Chat, rendered: tuple[str, list[int]] | RowError) -> list[Piece]:
         if isinstance(rendered, RowError):

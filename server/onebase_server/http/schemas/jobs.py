@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from msgspec import convert
 from pydantic import Field, model_validator
@@ -13,12 +13,14 @@ from onebase_adapters.proof.report import ModuleReport
 from onebase_adapters.registry import Activate
 from onebase_adapters.training.recipe import (
     MODEL,
+    NO_PARENT,
     Recipe,
     RecipeError,
     continued,
     own_settings,
     parse_recipe,
 )
+from onebase_adapters.training.recipe import Method as RecipeMethod
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.schemas.wire import FieldError, Name, Wire
 from onebase_server.http.views.jobs import wire_name
@@ -55,11 +57,12 @@ class MethodSettings(Wire):
 
 
 class Method(Wire):
-    """How to train: `supervised` on replies, or `dpo` on pairs of replies."""
+    """How to train: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels."""
 
-    type: Literal["supervised", "dpo"]
+    type: Literal["supervised", "dpo", "classification"]
     supervised: MethodSettings | None = None
     dpo: MethodSettings | None = None
+    classification: MethodSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -70,14 +73,14 @@ class Method(Wire):
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
-        other = "dpo" if self.type == "supervised" else "supervised"
-        if getattr(self, other) is not None:
-            raise FieldError(other, f"method.type is {self.type}: leave {other} out")
+        for other in get_args(RecipeMethod):
+            if other != self.type and getattr(self, other) is not None:
+                raise FieldError(other, f"method.type is {self.type}: leave {other} out")
         return self
 
     @property
     def settings(self) -> Settings:
-        chosen = self.supervised if self.type == "supervised" else self.dpo
+        chosen: MethodSettings | None = getattr(self, self.type)
         return (chosen.hyperparameters if chosen else None) or {}
 
 
@@ -141,6 +144,8 @@ class CreateJobRequest(Wire):
             given["seed"] = self.seed
         try:
             if parent is not None:
+                if kind == "classification":
+                    raise RecipeError(MODEL, NO_PARENT)
                 given = continued(given, parent.settings(), parent.label)
             recipe = parse_recipe({**given, "method": kind})
             _check_rank(recipe, max_rank)

@@ -44,7 +44,7 @@ def file_view(file: TrainingFile) -> FileAnswer:
 
 
 def job_view(job: TrainingJob, base_name: str, names: Names, *, in_list: bool = False) -> JobAnswer:
-    """One job; `report` without the curve, which is in the result file, and in a list without its slices.
+    """One job; `report` without the curve, which is in the result file, in a list without slices and classes.
 
     names: those of its tenant.
     """
@@ -95,7 +95,7 @@ def is_active(job: TrainingJob, names: Names) -> bool:
 
 def _report(report: Mapping[str, Any], *, slices: bool) -> Json:
     shown = {key: report.get(key) for key in _SHORT}
-    return shown | {"slices": report.get("slices") if slices else None}
+    return shown | {name: report.get(name) if slices else None for name in ("slices", "classes")}
 
 
 def event_view(event: JobEvent) -> JobEventAnswer:
