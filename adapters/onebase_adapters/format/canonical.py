@@ -92,15 +92,21 @@ def canonicalize(
         write_tensors(target / WEIGHTS_FILE, [_to_write(file, tensor) for tensor in planned.tensors])
         if planned.head:
             write_tensors(target / HEAD_FILE, [_to_write(file, tensor) for tensor in planned.head.values()])
+    labels = planned.head["weight"].entry.shape[0] if planned.head else 0
+    names, warnings = facts.label_names, planned.warnings
+    if names and len(names) != labels:
+        warnings = (*warnings, f"id2label names {len(names)} labels, and there are {labels}: it is not used")
+        names = ()
     return AdapterSpec(
         modules=planned.modules,
         rslora=facts.rslora,
         base_name=facts.base_name,
         parameters=sum(module.parameters for module in planned.modules),
         task=facts.task,
-        labels=planned.head["weight"].entry.shape[0] if planned.head else 0,
+        labels=labels,
+        label_names=names,
         dropped=tuple(entry.name for entry, _ in planned.of_base),
-        warnings=planned.warnings,
+        warnings=warnings,
     )
 
 

@@ -6,6 +6,7 @@ field has one rule: it is read and checked, or it never acts and is dropped, or 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -15,6 +16,8 @@ from onebase_adapters.format.strict_json import parse_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MODEL_CONFIG_FILE = "config.json"
+"""Of a classifier's model, as transformers writes it, with the names of the labels, which PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6
@@ -66,6 +69,7 @@ _READ = frozenset(
         "inference_mode",
         "peft_version",
         "revision",
+        "id2label",
     ]
 )
 
@@ -75,6 +79,8 @@ _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal",
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"]
 """What an adapter is for, in PEFT's words: text, classes of a text or of its tokens, or vectors."""
 CLASSIFIERS: tuple[Task, ...] = ("SEQ_CLS", "TOKEN_CLS")
+MOST_LABELS, LONGEST_LABEL, LABEL_CHARACTERS = 4096, 200, 1 << 16
+"""Names of labels, characters of one, and of all together."""
 CLASSIFIER_NAMES = ("score", "classifier")
 """What transformers calls a classifier's head, and PEFT adds to the modules to save."""
 
@@ -114,6 +120,8 @@ class ConfigFacts:
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
+    """Of a classifier's labels, in the order of its head's rows; empty if they have none."""
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -155,6 +163,7 @@ def check_config(raw: bytes) -> ConfigFacts:
         modules_to_save=tuple(
             name for name in _literal_names(config, "modules_to_save") if name not in heads
         ),
+        label_names=_label_names(config.get("id2label")) if heads else (),
         token_indices=_token_indices(config.get("trainable_token_indices")),
     )
     if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
@@ -180,17 +189,66 @@ def check_config(raw: bytes) -> ConfigFacts:
     return facts
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def with_labels(raw: bytes, model_config: bytes | None) -> bytes:
+    """The bytes of an `adapter_config.json`, to which `id2label` of the `config.json` next to it is added.
+
+    A version consists of two files, so the names go into this one; PEFT leaves the field alone. Of an adapter
+    that does not classify, or of names that are none (`LABEL_0`), nothing is changed.
+
+    Raises AdapterFormatError: `config.json` of a classifier cannot be read. The names are for `check_config`.
+    """
+    if model_config is None or not names_labels(raw):
+        return raw
+    names = _parsed(model_config, MODEL_CONFIG_FILE).get("id2label")
+    if names is None or (isinstance(names, dict) and all(names[key] == f"LABEL_{key}" for key in names)):
+        return raw
+    return json.dumps({**_parsed(raw), "id2label": names}, indent=2, sort_keys=True).encode()
+
+
+def names_labels(raw: bytes) -> bool:
+    """Whether `config.json` may have something to add: a classifier that names no labels itself."""
+    try:
+        config = _parsed(raw)
+    except AdapterFormatError:
+        return False  # which `check_config` will say
+    return config.get("task_type") in CLASSIFIERS and config.get("id2label") is None
+
+
+def _label_names(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    count = len(value) if isinstance(value, dict) else 0
+    if not 1 <= count <= MOST_LABELS or value.keys() != {str(number) for number in range(count)}:
+        raise AdapterFormatError(
+            "bad_config", f"id2label must name labels 0, 1, 2 and so on, {MOST_LABELS} at most"
+        )
+    names = [value[str(number)] for number in range(count)]
+    for number, name in enumerate(names):
+        fits = isinstance(name, str) and 0 < len(name) <= LONGEST_LABEL and name.isprintable()
+        if not fits:
+            raise AdapterFormatError(
+                "bad_config",
+                f"id2label[{number}] must be a text of 1 to {LONGEST_LABEL} characters that can be printed, "
+                f"got {shown(name)}",
+            )
+    if len(set(names)) < count:
+        raise AdapterFormatError("bad_config", "id2label gives two labels the same name")
+    if sum(map(len, names)) > LABEL_CHARACTERS:
+        raise AdapterFormatError(
+            "bad_config", f"id2label has over {LABEL_CHARACTERS} characters altogether: shorten the names"
+        )
+    return tuple(names)
+
+
+def _parsed(raw: bytes, name: str = CONFIG_FILE) -> dict[str, Any]:
     if len(raw) > MAX_CONFIG_BYTES:
-        raise AdapterFormatError("bad_config", f"{CONFIG_FILE} is over {MAX_CONFIG_BYTES} bytes")
+        raise AdapterFormatError("bad_config", f"{name} is over {MAX_CONFIG_BYTES} bytes")
     try:
         config = parse_json(raw)
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(
-            "bad_config", f"{CONFIG_FILE} is not valid JSON: {str(error)[:200]}"
-        ) from None
+        raise AdapterFormatError("bad_config", f"{name} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(config, dict):
-        raise AdapterFormatError("bad_config", f"{CONFIG_FILE} must hold a JSON object")
+        raise AdapterFormatError("bad_config", f"{name} must hold a JSON object")
     return config
 
 

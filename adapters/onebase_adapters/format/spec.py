@@ -43,6 +43,8 @@ class AdapterSpec:
     task: Task = "CAUSAL_LM"
     labels: int = 0
     """Classes that a classifier tells apart."""
+    label_names: tuple[str, ...] = ()
+    """Of all of them, or of none."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from onebase_adapters.format.config import MAX_CONFIG_BYTES, MODEL_CONFIG_FILE, names_labels
 from onebase_adapters.hub.confinement import confine
 from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
 from onebase_adapters.store.blobs import ADAPTER_FILES
@@ -164,6 +165,7 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
     folder = f"{request['subfolder']}/" if request["subfolder"] else ""
     names = [folder + name for name in ADAPTER_FILES]
     sizes = [_size(request, name) for name in names]
+    labels = folder + MODEL_CONFIG_FILE
     total = sum(sizes)
     if total > request["max_bytes"]:
         raise _TooLargeError(total)
@@ -183,7 +185,22 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
         if done > request["max_bytes"]:
             raise _TooLargeError(done)
         say({"done": done})
+    if _names_labels(Path(paths[0])):
+        with suppress(EntryNotFoundError):  # in the cache alone too
+            if _size(request, labels) <= MAX_CONFIG_BYTES:
+                paths.append(_file(request, labels))
     return {"paths": paths, "sha256": [_expected_sum(path) for path in paths]}
+
+
+def _names_labels(config: Path) -> bool:
+    """Whether it is a classifier's, the names of whose labels another file may have."""
+    with config.open("rb") as file:
+        return names_labels(file.read(MAX_CONFIG_BYTES + 1))
+
+
+def _file(request: dict[str, Any], name: str) -> str:
+    """A small file's path in the cache."""
+    return hf_hub_download(request["repo"], name, revision=request["commit"], force_download=request["force"])
 
 
 def _size(request: dict[str, Any], name: str) -> int:

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters.format.config import MAX_CONFIG_BYTES, AdapterFormatError, with_labels
 from onebase_adapters.hub.reference import (
     HubError,
     HubReference,
@@ -89,7 +90,8 @@ def pull(
     cancel: threading.Event | None = None,
     stall_seconds: float = 60.0,
 ) -> VersionFiles:
-    """Fetch an adapter's two files of one commit into the store; nothing else of the repository.
+    """Fetch an adapter's two files of one commit into the store, the names of a classifier's labels with
+    them; nothing else of the repository.
 
     Args:
         max_bytes: for both files together; compared before the transfer, and again while it lasts.
@@ -107,9 +109,10 @@ def pull(
     }
     for again in (False, True):
         paths, expected = _fetch({**request, "force": again}, progress, cancel, stall_seconds)
-        blobs = [store.add_file(_of_repo(path, ref.repo)) for path in paths]
+        places = [_of_repo(path, ref.repo) for path in paths]
+        blobs = [store.add_file(place) for place in places[: len(ADAPTER_FILES)]]
         if all(map(_is_right, blobs, expected)):
-            return VersionFiles(*blobs)
+            return VersionFiles(_with_labels(store, places, blobs[0]), blobs[1])
     raise HubError(
         "hub_damaged", f"What the Hub sent for {ref} is not what its own hash says: try again later."
     )
@@ -125,9 +128,26 @@ def _fetch(
             total = message.get("total", total)
             if "done" in message and progress is not None:
                 progress(message["done"], total)
-            if "paths" in message and len(message["paths"]) == len(ADAPTER_FILES):
+            if "paths" in message and len(message["paths"]) in (len(ADAPTER_FILES), len(ADAPTER_FILES) + 1):
                 return message["paths"], message["sha256"]
     raise HubError("hub_unreachable", f"The process that fetches {request['repo']} ended without an answer.")
+
+
+def _with_labels(store: Store, places: Sequence[Path], config: Blob) -> Blob:
+    """The config with the names of labels that the third file has, if there is one. Raises HubError."""
+    if len(places) == len(ADAPTER_FILES):
+        return config
+    own, _, model = (_beginning(place) for place in places)
+    try:
+        found = with_labels(own, model)
+    except AdapterFormatError as error:
+        raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
+    return config if found == own else store.add_bytes(found)
+
+
+def _beginning(place: Path) -> bytes:
+    with place.open("rb") as file:
+        return file.read(MAX_CONFIG_BYTES + 1)
 
 
 def _of_repo(path: str, repo: str) -> Path:

@@ -84,6 +84,8 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the adapter is for, in PEFT's words."""
     labels: int = 0
     """Classes that a classifier tells apart."""
+    label_names: list[str] = []
+    """Of all of them, in their order; empty if the files name none."""
     warnings: list[str] = []
     """What a person should look at before the version is activated, a sentence each; nothing is blocked."""
 

@@ -209,6 +209,7 @@ def version_report(
         ),
         task=spec.task,
         labels=spec.labels,
+        label_names=list(spec.label_names),
     )
 
 

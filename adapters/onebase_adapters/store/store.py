@@ -148,6 +148,12 @@ class Store:
                     writer.write(chunk)
             return writer.commit()
 
+    def add_bytes(self, content: bytes) -> Blob:
+        """Take a small content in. Raises StoreFullError, StoreError."""
+        with self.writer() as writer:
+            writer.write(content)
+            return writer.commit()
+
     def new_part(self) -> PartFile:
         """A temporary file on the store's disk (a remote store's: the cache's)."""
         return self._local.new_part()

@@ -187,6 +187,8 @@ class VersionReport:
     """What it is for, in PEFT's words: text, or SEQ_CLS, TOKEN_CLS, FEATURE_EXTRACTION."""
     labels: int = 0
     """Classes that a classifier tells apart."""
+    label_names: tuple[str, ...] = ()
+    """Of all of them, in their order; empty if its files name none."""
 
 
 @dataclass(frozen=True)

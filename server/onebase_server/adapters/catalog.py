@@ -70,6 +70,8 @@ class AdapterChoice:
     """What the adapters are for: that of the first that generates no text."""
     labels: int = 0
     """Of the one that classifies."""
+    label_names: tuple[str, ...] = ()
+    """Of all its labels, or of none."""
 
     @property
     def named(self) -> str | None:
@@ -345,13 +347,13 @@ class Names:
         )
 
 
-def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int]:
-    """What they are for, and the labels of a classifier."""
+def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int, tuple[str, ...]]:
+    """What they are for, and the labels of a classifier with their names."""
     for version in versions:
         report = version.report or {}
         if report.get("task", "CAUSAL_LM") != "CAUSAL_LM":
-            return report["task"], report["labels"]
-    return "CAUSAL_LM", 0
+            return report["task"], report["labels"], tuple(report.get("label_names", ()))
+    return "CAUSAL_LM", 0, ()
 
 
 def not_ready(version: VersionRecord, param: str | None) -> ConflictError:

@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from onebase_adapters.format.config import MAX_CONFIG_BYTES
+from onebase_adapters.format.config import (
+    MAX_CONFIG_BYTES,
+    MODEL_CONFIG_FILE,
+    AdapterFormatError,
+    with_labels,
+)
 from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
     HubError,
@@ -26,7 +31,13 @@ from onebase_adapters.hub.pull import (
     resolve,
 )
 from onebase_adapters.registry import DEFAULT_TENANT, VersionError, VersionRecord
-from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, VersionFiles, version_digest
+from onebase_adapters.store.blobs import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    VersionFiles,
+    version_digest,
+)
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import check_name
@@ -165,7 +176,7 @@ class Folders:
         except ConflictError as error:
             _log.warning("%s It is served anyway, since its folder was given by name.", error.message)
         with _readable(name, folder), storage_errors(name):
-            files = await self._adapters.disk.run(self._take, folder)
+            files = await self._adapters.disk.run(take_folder, self._adapters.store, folder)
         return await self._adapters.add(
             tenant,
             name,
@@ -175,10 +186,6 @@ class Folders:
             actor=actor,
             wait_for_verifier=wait_for_verifier,
         )
-
-    def _take(self, folder: Path) -> VersionFiles:
-        config, weights = (self._adapters.store.add_file(folder / file) for file in ADAPTER_FILES)
-        return VersionFiles(config, weights)
 
     async def _serve(self, version: VersionRecord) -> None:
         """Activate what was given at start, unless another version of the name was chosen since."""
@@ -205,22 +212,41 @@ class Folders:
         await self._activation.activate(version.tenant, version.name, version.digest, actor=STARTUP_ACTOR)
 
 
+def take_folder(store: Store, folder: Path) -> VersionFiles:
+    """Store the files of an adapter, with the names of its labels. Raises InvalidRequestError, StoreError,
+    OSError."""
+    config = store.add_bytes(_config_of(folder))
+    return VersionFiles(config, store.add_file(folder / WEIGHTS_FILE))
+
+
 def _digest(folder: Path) -> str:
     """The digest of a folder's content, without storing it."""
-    sums = []
-    for file in ADAPTER_FILES:
-        with (folder / file).open("rb") as opened:
-            sums.append(hashlib.file_digest(opened, "sha256").hexdigest())
-    return version_digest(*sums)
+    config = hashlib.sha256(_config_of(folder)).hexdigest()
+    with (folder / WEIGHTS_FILE).open("rb") as opened:
+        return version_digest(config, hashlib.file_digest(opened, "sha256").hexdigest())
 
 
 def _read_config(folder: Path, max_bytes: int) -> bytes:
-    config = folder / CONFIG_FILE
     if sum((folder / file).stat().st_size for file in ADAPTER_FILES) > max_bytes:
         raise PayloadTooLargeError(max_bytes, "--max-upload")
-    if config.stat().st_size > MAX_CONFIG_BYTES:
+    return _config_of(folder)
+
+
+def _config_of(folder: Path) -> bytes:
+    """The adapter's config, to which a classifier's names of labels are added. Raises InvalidRequestError."""
+    model = folder / MODEL_CONFIG_FILE
+    try:
+        return with_labels(_bounded(folder / CONFIG_FILE), _bounded(model) if model.is_file() else None)
+    except AdapterFormatError as error:
+        raise InvalidRequestError(f"{folder}: {error}.") from error
+
+
+def _bounded(config: Path) -> bytes:
+    with config.open("rb") as file:
+        found = file.read(MAX_CONFIG_BYTES + 1)
+    if len(found) > MAX_CONFIG_BYTES:
         raise InvalidRequestError(f"{config} is over {MAX_CONFIG_BYTES} bytes, which no PEFT config is.")
-    return config.read_bytes()
+    return found
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
@@ -12,7 +13,12 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from onebase_adapters.format.config import MAX_CONFIG_BYTES
+from onebase_adapters.format.config import (
+    MAX_CONFIG_BYTES,
+    MODEL_CONFIG_FILE,
+    AdapterFormatError,
+    with_labels,
+)
 from onebase_adapters.registry import UPLOADED, Purpose
 from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
 from onebase_adapters.store.store import BlobWriter, Store
@@ -33,8 +39,10 @@ _BATCH_BYTES = 1 << 20
 FLAGS = ("activate", "allow_noop", "any_base")
 _FILES_FIELD = "files"
 ADAPTER_FIELDS = (
-    f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}."
+    f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}; "
+    f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels."
 )
+_SMALL = (CONFIG_FILE, MODEL_CONFIG_FILE)
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
 """What a form takes besides its file: boundaries, headers, fields."""
@@ -227,7 +235,7 @@ def malformed(reason: str) -> InvalidRequestError:
 
 @dataclass(frozen=True)
 class Upload:
-    """One upload: its fields, its config as it was sent, and its files once they are committed."""
+    """One upload: its fields, its config as it will be kept, and its files once they are committed."""
 
     name: str
     flags: dict[str, bool]
@@ -237,15 +245,16 @@ class Upload:
 
 
 class AdapterForm(FormReader[Upload]):
-    """Writes both files as they arrive; `close` deletes them unless they were committed.
+    """Writes the weights as they arrive; `close` deletes them unless they were committed.
 
     Raises also StoreFullError, StoreError.
     """
 
     def __init__(self, store: Store, boundary: bytes, limit: int) -> None:
         self._store = store
-        self._config = bytearray()
-        self._writers: dict[str, BlobWriter] = {}
+        self._small: dict[str, bytearray] = {}
+        self._config = b""
+        self._weights: BlobWriter | None = None
         super().__init__(boundary, limit=limit, option="--max-upload", how=ADAPTER_FIELDS)
 
     def begin_part(self, field: str, filename: str | None) -> Write | None:
@@ -254,40 +263,51 @@ class AdapterForm(FormReader[Upload]):
         return self.plain_field(field) if field == "name" or field in FLAGS else None
 
     def result(self) -> Upload:
-        missing = [name for name in ADAPTER_FILES if name not in self._writers]
+        given = {*self._small, *([WEIGHTS_FILE] if self._weights is not None else ())}
+        missing = [name for name in ADAPTER_FILES if name not in given]
         if missing:
             raise InvalidRequestError(f"files: {missing[0]} is missing. {ADAPTER_FIELDS}", param=_FILES_FIELD)
         name = self.text("name")
         flags = {flag: self._flag(flag) for flag in FLAGS if flag in self.fields}
-        return Upload(name, flags, bytes(self._config), self._commit)
+        model = self._small.get(MODEL_CONFIG_FILE)
+        try:
+            self._config = with_labels(
+                bytes(self._small[CONFIG_FILE]), None if model is None else bytes(model)
+            )
+        except AdapterFormatError as error:
+            raise InvalidRequestError(f"files: {error}.", param=_FILES_FIELD) from error
+        return Upload(name, flags, self._config, self._commit)
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.abort()
+        if self._weights is not None:
+            self._weights.abort()
 
     def _commit(self) -> VersionFiles:
-        config, weights = (self._writers[name].commit() for name in ADAPTER_FILES)
-        return VersionFiles(config, weights)
+        if self._weights is None:
+            raise RuntimeError("committed before the form's result")
+        return VersionFiles(self._store.add_bytes(self._config), self._weights.commit())
 
     def _begin_file(self, name: str) -> Write:
-        if name not in ADAPTER_FILES:
+        if name not in (*ADAPTER_FILES, MODEL_CONFIG_FILE):
             raise InvalidRequestError(
                 f"files: {name[:80]!r} is not one of the two files of an adapter. {ADAPTER_FIELDS}",
                 param=_FILES_FIELD,
             )
-        if name in self._writers:
+        if name in self._small or (name == WEIGHTS_FILE and self._weights is not None):
             raise InvalidRequestError(f"files: {name} is there twice. Send it once.", param=_FILES_FIELD)
-        writer = self._writers[name] = self._store.writer()
-        return writer.write if name == WEIGHTS_FILE else self._write_config
+        if name in _SMALL:
+            self._small[name] = bytearray()
+            return partial(self._keep, name)
+        self._weights = self._store.writer()
+        return self._weights.write
 
-    def _write_config(self, data: memoryview) -> None:
-        if len(self._config) + len(data) > MAX_CONFIG_BYTES:
+    def _keep(self, name: str, data: memoryview) -> None:
+        if len(self._small[name]) + len(data) > MAX_CONFIG_BYTES:
             raise InvalidRequestError(
-                f"files: {CONFIG_FILE} is over {MAX_CONFIG_BYTES} bytes, which no PEFT config is.",
+                f"files: {name} is over {MAX_CONFIG_BYTES} bytes, which no config is.",
                 param=_FILES_FIELD,
             )
-        self._config += data
-        self._writers[CONFIG_FILE].write(data)
+        self._small[name] += data
 
     def _flag(self, field: str) -> bool:
         try:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import TrainingJob, TrainingRecords, UnknownJobError
-from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
 from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.adapters.sources import take_folder
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, OneBaseError, UnknownAdapterError, VersionFailedError
 from onebase_server.jobs.folders import JobFolders, is_over
@@ -125,7 +125,7 @@ class CheckpointModels:
     async def _first_use(self, tenant: str, name: str, place: Path) -> None:
         wanted = _parsed(name)
         with storage_errors(name):
-            files = await self._library.disk.run(self._take, place)
+            files = await self._library.disk.run(take_folder, self._library.store, place)
         source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step} if wanted else {}
         options = VersionOptions(activate=True, any_base=True)
         version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)
@@ -134,10 +134,6 @@ class CheckpointModels:
             raise VersionFailedError(
                 f"{name} cannot be served: {version.error.message}", code=version.error.code
             )
-
-    def _take(self, place: Path) -> VersionFiles:
-        config, weights = (self._library.store.add_file(place / file) for file in ADAPTER_FILES)
-        return VersionFiles(config, weights)
 
     async def _delete(self, tenant: str, name: str) -> None:
         if self._library.catalog.of(tenant).own(name) is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from onebase_adapters.registry import Origin, RegistryError, TrainingJob, VersionRecord, acting
@@ -13,6 +12,7 @@ from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.adapters.sources import take_folder
 from onebase_server.background import Backoff
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
@@ -112,7 +112,7 @@ class Delivery:
             )
         result_file = await self._files.keep_curve(job.tenant, job.id, report)
         with storage_errors(job.name):
-            files = await self._library.disk.run(self._take, folder)
+            files = await self._library.disk.run(take_folder, self._library.store, folder)
         version = await self._proved(job, files)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)
@@ -156,10 +156,6 @@ class Delivery:
             return ""
         failure = await self._library.activate_with_retries(version)
         return failure.message if failure else ""
-
-    def _take(self, folder: Path) -> VersionFiles:
-        config, weights = (self._library.store.add_file(folder / file) for file in ADAPTER_FILES)
-        return VersionFiles(config, weights)
 
 
 def _regressed(job: TrainingJob) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,9 @@ from .requests import Body, Call, Form, encode
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLE: Final = "adapter_model.bin"
+MODEL_CONFIG: Final = "config.json"
+MOST_CONFIG_BYTES: Final = 1 << 20
+_CLASSIFIERS: Final = ("SEQ_CLS", "TOKEN_CLS")
 
 LIST: Final = Call("GET", "/v1/adapters")
 
@@ -51,10 +55,11 @@ _WANTED: Final = "give a folder with both files, as `PeftModel.save_pretrained` 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The two files of an adapter, as PEFT saves them."""
+    """The two files of an adapter, as PEFT saves them. labels: of a classifier, a file that names them."""
 
     config: Path
     weights: Path
+    labels: Path | None = None
 
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
@@ -71,7 +76,20 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {' and '.join(missing)}{_remedy(folder, missing)}")
-    return AdapterFolder(folder / CONFIG, folder / WEIGHTS)
+    return AdapterFolder(folder / CONFIG, folder / WEIGHTS, _labels_of(folder))
+
+
+def _labels_of(folder: Path) -> Path | None:
+    """The file that names a classifier's labels, if there is one."""
+    model = folder / MODEL_CONFIG
+    if not model.is_file() or (folder / CONFIG).stat().st_size > MOST_CONFIG_BYTES:
+        return None
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (ValueError, RecursionError):
+        return None  # which the server will say
+    classifies = isinstance(config, dict) and config.get("task_type") in _CLASSIFIERS
+    return model if classifies else None
 
 
 def _remedy(folder: Path, missing: list[str]) -> str:
@@ -206,7 +224,7 @@ def upload(
     form = Form(
         {"name": name} | dict.fromkeys(flags, "true"),
         "files",
-        (folder.config, folder.weights),
+        tuple(file for file in (folder.config, folder.labels, folder.weights) if file is not None),
         None if progress is None else lambda done, total: progress(_sent(done, total)),
     )
     return Call("POST", "/v1/adapters", form, idempotent=True)
@@ -374,6 +392,7 @@ def _version_report(value: Json) -> VersionReport:
     return flat(
         VersionReport,
         {"task": "CAUSAL_LM", "labels": 0, **value},
+        label_names=tuple(value.get("label_names", ())),
         kinds=tuple(value["kinds"]),
         targets=tuple(value["targets"]),
         dropped=tuple(value["dropped"]),

@@ -91,18 +91,19 @@ async def classify(
     jobs = await services.read_planner.classify(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     prompts = [prompt for job in jobs for prompt in job.prompts]
+    labels = jobs[0].adapter.label_names
 
     def classes() -> list[msgspec.Raw]:
         if jobs[0].adapter.task == "SEQ_CLS":
             return _encoded(
-                {"index": index, **_classes(_vector(output))} for index, output in enumerate(outputs)
+                {"index": index, **_classes(_vector(output), labels)} for index, output in enumerate(outputs)
             )
         name = services.tokenizer.token_text
         made = []
         for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
             rows = _vector(output).reshape(len(prompt.tokens), -1)
             tokens = _encoded(
-                {"token": name(token), "token_id": token, **_classes(row)}
+                {"token": name(token), "token_id": token, **_classes(row, labels)}
                 for token, row in zip(prompt.tokens, rows, strict=True)
             )
             made.append({"index": index, "tokens": tokens})
@@ -330,12 +331,14 @@ def _vectors(outputs: Sequence[RowOutput]) -> np.ndarray:
     return np.stack([_vector(output) for output in outputs])
 
 
-def _classes(logits: np.ndarray) -> LabelAnswer:
-    """Of one text or token: the likeliest label, and the probabilities of all."""
+def _classes(logits: np.ndarray, labels: Sequence[str]) -> LabelAnswer:
+    """Of one text or token: the likeliest label, and the probabilities of all. labels: their names, if they
+    have some."""
     values = logits.tolist()
     probs = [_sigmoid(values[0])] if len(values) == 1 else _softmax(values)
     best = max(range(len(probs)), key=lambda index: probs[index])
-    return {"label": f"LABEL_{best}", "probs": probs, "num_classes": len(probs)}
+    label = labels[best] if labels else f"LABEL_{best}"
+    return {"label": label, "probs": probs, "num_classes": len(probs)}
 
 
 def _to_length_one(vectors: np.ndarray) -> np.ndarray:
