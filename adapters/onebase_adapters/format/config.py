@@ -17,7 +17,7 @@ from onebase_adapters.format.strict_json import parse_json, shown
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_CONFIG_FILE = "config.json"
-"""Of a classifier's model, as transformers writes it, with the names of the labels, which PEFT does not save."""
+"""A classifier's model, as transformers writes it, with the names of the labels, which PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6

@@ -1,8 +1,8 @@
 """What is measured on generated replies, each from 0 to 1. No metric runs code or patterns from outside.
 
 A metric is a name, or a name and what it asks for: `contains:TEXT`. Spaces around a reply and around its
-reference never count; the case of letters does. Of labels, which a classifier gives instead of replies:
-accuracy and F1.
+reference never count; the case of letters does. Of labels, which a classifier gives in place of replies, there
+are accuracy and F1.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def check_metric(name: str) -> None:
 
 
 def is_decided(name: str) -> bool:
-    """Whether a metric says right or wrong of a reply or a label. Raises MetricError."""
-    return name == "accuracy" or (name != "f1" and _parse(name)[0].decides)
+    """Whether a metric says right or wrong. Raises MetricError."""
+    return _parse(name)[0].decides
 
 
 def score(name: str, reply: str, reference: str) -> float:
-    """How good a reply is, from 0 to 1; by `accuracy` a label.
+    """How good a reply is, from 0 to 1.
 
     Args:
         reply: what the model wrote.
@@ -63,8 +63,6 @@ def score(name: str, reply: str, reference: str) -> float:
     Raises:
         MetricError: there is no such metric.
     """
-    if name == "accuracy":
-        return float(reply == reference)
     metric, argument = _parse(name)
     return float(metric.score(reply.strip(), reference.strip(), argument))
 

@@ -19,7 +19,7 @@ MOST_SLICES = 100
 MOST_CHANGED = 20
 _LONGEST = 500
 """Characters of a text in a report."""
-LOSS, F1 = "loss", "f1"
+LOSS, ACCURACY, F1 = "loss", "accuracy", "f1"
 
 
 class Question(Protocol):
@@ -92,6 +92,10 @@ def slice_report(
     }
 
 
+def _score(name: str, reply: str, reference: str) -> float:
+    return float(reply == reference) if name == ACCURACY else score(name, reply, reference)
+
+
 @dataclass(frozen=True)
 class _Scores:
     """of_row: each metric's score of each prompt. of_slice: their means, by slice."""
@@ -103,7 +107,7 @@ class _Scores:
     def of(cls, recipe: Recipe, prompts: Sequence[Question], replies: Sequence[str]) -> _Scores:
         references = [prompt.reference for prompt in prompts] if replies else []
         rows = {
-            name: [score(name, *pair) for pair in zip(replies, references, strict=True)]
+            name: [_score(name, *pair) for pair in zip(replies, references, strict=True)]
             for name in (recipe.measured if replies else ())
             if name != F1
         }
@@ -164,7 +168,8 @@ def _changed(
 ) -> list[dict[str, Any]]:
     """Rows whose reply was right and is wrong, by the metrics that say so."""
     found = []
-    for metric in filter(is_decided, recipe.measured):
+    decided = [name for name in recipe.measured if name == ACCURACY or (name != F1 and is_decided(name))]
+    for metric in decided:
         pairs = zip(*(one.of_row.get(metric, []) for one in scores), strict=True)
         for number, (before, after) in enumerate(pairs):
             if before > after:

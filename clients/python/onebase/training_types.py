@@ -12,7 +12,7 @@ ENDED: Final = frozenset({SUCCEEDED, "failed", "cancelled"})
 
 Activate: TypeAlias = Literal["always", "if_better", "never"]
 Purpose: TypeAlias = Literal["fine-tune", "batch"]
-TrainingMethod: TypeAlias = Literal["supervised", "dpo"]
+TrainingMethod: TypeAlias = Literal["supervised", "dpo", "classification"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,53 @@ class SliceReport:
 
 
 @dataclass(frozen=True)
+class LabelFigures:
+    """How well one label is told from the others, on held-out rows."""
+
+    label: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class ConfusedLabels:
+    """Held-out rows of one label that were given another."""
+
+    label: str
+    given: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """How one subject classifies the held-out rows."""
+
+    labels: tuple[LabelFigures, ...]
+    """Of more than 100 labels, those that are told worst."""
+    confusion: tuple[tuple[int, ...], ...] | None
+    """Rows by their label, and in it by the one given, both in the order of ClassReport.labels; None where
+    there are more than 20."""
+    confused: tuple[ConfusedLabels, ...]
+    """The most frequent mistakes."""
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """A classifier that a job has trained, next to the base without training."""
+
+    labels: tuple[str, ...]
+    rows: int
+    """Held-out ones."""
+    base_by: str
+    """How the base, which has no head, classifies: `decide`, by the label's name that it finds likeliest, or
+    `most_frequent`, always as most rows to train on are labelled."""
+    base: ClassFigures
+    adapter: ClassFigures
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """The result of a job: the base before and the adapter after, on the same held-out rows."""
 
@@ -133,6 +180,8 @@ class TrainingReport:
     metrics_parent: Mapping[str, float] = field(default_factory=dict, hash=False)
     slices: SliceReport | None = None
     """None if the held-out rows name no slices; lists of jobs leave it out."""
+    classes: ClassReport | None = None
+    """Of the method classification; lists of jobs leave it out."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +246,7 @@ class TrainingJobInfo:
     model: str
     """The base that it trains on, or the version that it goes on from."""
     method: str
-    """`supervised` or `dpo`."""
+    """`supervised`, `dpo` or `classification`."""
     settings: Mapping[str, Any] = field(hash=False)
     """All hyperparameters. Those that were "auto" are decided once the files are checked."""
     seed: int
@@ -316,7 +365,8 @@ class TrainingSettings(TypedDict, total=False):
     word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, min_characters:N,
     max_characters:N."""
     best_by: str
-    """What decides whether the adapter is better: loss or one of the metrics (default: loss)."""
+    """What decides whether the adapter is better: loss or one of the metrics; for classification loss, accuracy
+    or f1 (default: loss)."""
     metric_rows: int
     """Held-out rows that replies are generated for (default: 32)."""
     metric_tokens: int

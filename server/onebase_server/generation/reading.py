@@ -19,9 +19,9 @@ from onebase_server.http.schemas.pooling import (
     ClassifyRequest,
     DecideRequest,
     EmbeddingRequest,
-    InputFields,
     PoolingFields,
     ReadingFields,
+    inputs_of,
 )
 from onebase_server.http.schemas.wire import rebuilt
 
@@ -48,13 +48,18 @@ class ReadingPlanner:
             raise InvalidRequestError(
                 f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
             )
-        prompts, params = await self._inputs(body)
+        prompts, params = await self._inputs(body.input)
         jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"))
         return await self._with_model(body, jobs)
 
     async def classify(self, body: ClassifyRequest, caller: Caller) -> list[Job]:
         """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
-        prompts, params = await self._inputs(body)
+        if body.input is not None:
+            prompts, params = await self._inputs(body.input)
+        else:
+            options = {"chat_template_kwargs": body.chat_template_kwargs}
+            chat = rebuilt(ConversationFields, options)
+            prompts, params = [await self._planner.chat_prompt(chat, body.messages or [])], ["messages"]
         jobs = self._pooled("classify-", body, prompts, params, caller, Pooling(head=True))
         jobs = await self._with_model(body, jobs)
         choice = jobs[0].adapter
@@ -129,12 +134,14 @@ class ReadingPlanner:
     def _without_padding(self, prompt: Prompt) -> Prompt:
         return replace(prompt, tokens=without_padding(prompt.tokens, self._tokenizer.padding))
 
-    async def _inputs(self, body: InputFields) -> tuple[list[Prompt], list[str]]:
+    async def _inputs(
+        self, given: str | list[str] | list[int] | list[list[int]]
+    ) -> tuple[list[Prompt], list[str]]:
         """The prompts, and the fields that they are from."""
-        found = body.inputs()
+        found = inputs_of(given)
         tokens = iter(await self._planner.texts("input", [one for one in found if isinstance(one, str)]))
         prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
-        single = isinstance(body.input, str) or isinstance(body.input[0], int)
+        single = isinstance(given, str) or isinstance(given[0], int)
         return prompts, ["input"] if single else [f"input[{index}]" for index in range(len(prompts))]
 
     def _pooled(

@@ -216,17 +216,23 @@ class AsyncClient:
         return await self._http.ask(call, reading.parse_embeddings)
 
     async def classify(
-        self, texts: str | Sequence[str], *, adapter: AdapterSpec
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        adapter: AdapterSpec,
+        messages: Messages | None = None,
     ) -> tuple[Classification, ...]:
         """Say of each text, or of each of its tokens, which class it is of.
 
         Args:
             adapter: One that classifies: its `task_type` is SEQ_CLS or TOKEN_CLS.
+            messages: In place of texts: one conversation, as the base's chat template writes it.
 
         Raises:
-            As `embed`.
+            As `embed`. ValueError: neither or both of `texts` and `messages`; nothing was sent.
         """
-        return await self._http.ask(reading.classify(texts, adapter), reading.parse_classifications)
+        call = reading.classify(texts, messages, adapter)
+        return await self._http.ask(call, reading.parse_classifications)
 
     async def rerank(
         self,

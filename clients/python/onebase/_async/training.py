@@ -136,7 +136,8 @@ class AsyncTraining:
                 held out.
             activate: Activate the version once it is proven: `always`, `if_better` than the base (and than
                 what it goes on from) on held-out rows, or `never`.
-            method: `supervised`, from replies, or `dpo`, from chosen and rejected ones.
+            method: `supervised`, from replies; `dpo`, from chosen and rejected ones; or `classification`,
+                from texts and their labels.
             seed: Of everything random.
             metadata: Labels that `list` can search for: up to 16, of 512 characters each at most.
             model: What to begin with: the base (by default; a server has only one), or a version of an

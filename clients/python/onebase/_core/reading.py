@@ -33,8 +33,13 @@ def embed(
     return _call("/v1/embeddings", adapter, body | {"dimensions": dimensions, "encoding_format": "float"})
 
 
-def classify(texts: str | Sequence[str], adapter: AdapterSpec) -> Call:
-    return _call("/classify", adapter, {"input": _texts("texts", texts)})
+def classify(texts: str | Sequence[str] | None, messages: Messages | None, adapter: AdapterSpec) -> Call:
+    """Raises ValueError for neither or both of `texts` and `messages`."""
+    if (texts is None) == (messages is None):
+        raise ValueError("give either texts or messages (a conversation)")
+    if texts is not None:
+        return _call("/classify", adapter, {"input": _texts("texts", texts)})
+    return _call("/classify", adapter, {"messages": messages_body(messages or ())})
 
 
 def rerank(

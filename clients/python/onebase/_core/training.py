@@ -17,7 +17,11 @@ from ..errors import APIStatusError, InvalidResponseError
 from ..training_types import (
     Activate,
     ChangedRow,
+    ClassFigures,
+    ClassReport,
+    ConfusedLabels,
     CurvePoint,
+    LabelFigures,
     Purpose,
     SliceReport,
     SliceResult,
@@ -255,6 +259,26 @@ def _report(value: Json) -> TrainingReport:
         loss_parent=value.get("loss_parent"),
         metrics_parent=dict(value.get("metrics_parent") or {}),
         slices=None if value.get("slices") is None else _slices(value["slices"]),
+        classes=None if value.get("classes") is None else _classes(value["classes"]),
+    )
+
+
+def _classes(value: Json) -> ClassReport:
+    return flat(
+        ClassReport,
+        value,
+        labels=tuple(value["labels"]),
+        base=_class_figures(value["base"]),
+        adapter=_class_figures(value["adapter"]),
+    )
+
+
+def _class_figures(value: Json) -> ClassFigures:
+    matrix = value["confusion"]
+    return ClassFigures(
+        labels=tuple(flat(LabelFigures, one) for one in value["labels"]),
+        confusion=None if matrix is None else tuple(map(tuple, matrix)),
+        confused=tuple(flat(ConfusedLabels, one) for one in value["confused"]),
     )
 
 

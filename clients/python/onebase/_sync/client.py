@@ -216,16 +216,24 @@ class Client:
         call = reading.embed(texts, adapter, pooling, dimensions, normalize)
         return self._http.ask(call, reading.parse_embeddings)
 
-    def classify(self, texts: str | Sequence[str], *, adapter: AdapterSpec) -> tuple[Classification, ...]:
+    def classify(
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        adapter: AdapterSpec,
+        messages: Messages | None = None,
+    ) -> tuple[Classification, ...]:
         """Say of each text, or of each of its tokens, which class it is of.
 
         Args:
             adapter: One that classifies: its `task_type` is SEQ_CLS or TOKEN_CLS.
+            messages: In place of texts: one conversation, as the base's chat template writes it.
 
         Raises:
-            As `embed`.
+            As `embed`. ValueError: neither or both of `texts` and `messages`; nothing was sent.
         """
-        return self._http.ask(reading.classify(texts, adapter), reading.parse_classifications)
+        call = reading.classify(texts, messages, adapter)
+        return self._http.ask(call, reading.parse_classifications)
 
     def rerank(
         self,

@@ -52,13 +52,14 @@ class InputFields(ReadingFields):
 
     input: Input
 
-    def inputs(self) -> list[str | list[int]]:
-        """One by one."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [[token for token in self.input if isinstance(token, int)]]
-        return [one for one in self.input if not isinstance(one, int)]
+
+def inputs_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The texts, or their tokens, one by one."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [one for one in given if not isinstance(one, int)]
 
 
 class PoolingFields(ReadingFields):
@@ -77,8 +78,22 @@ class EmbeddingRequest(InputFields, PoolingFields):
     normalize: bool | None = Field(default=None, description="to length 1; true by default")
 
 
-class ClassifyRequest(InputFields):
+class ClassifyRequest(ReadingFields):
     """Body of POST /classify; `model` is an adapter that classifies."""
+
+    input: Input | None = None
+    messages: Messages | None = Field(
+        default=None, description="in place of input: a conversation, as the base's chat template writes it"
+    )
+    chat_template_kwargs: Annotated[JsonSchema, Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _check_input(self) -> Self:
+        if (self.input is None) == (self.messages is None):
+            raise FieldError("input", "give either input or messages")
+        if self.messages is None and self.chat_template_kwargs:
+            raise FieldError("chat_template_kwargs", "chat_template_kwargs goes with messages only")
+        return self
 
 
 def _text_of(value: Any) -> Any:

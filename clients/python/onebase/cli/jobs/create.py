@@ -37,6 +37,7 @@ _EXAMPLES = """\
   onebase jobs create train.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
   onebase jobs create train.jsonl --name acme --validation eval.jsonl
   onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
+  onebase jobs create texts.jsonl --name topics --method classification --set best_by=f1
   onebase jobs create more.jsonl --model acme@3f2a9c41 --max-regression 0.02
 """
 
@@ -77,9 +78,10 @@ def _parser(action: str) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--method",
-        choices=("supervised", "dpo"),
+        choices=("supervised", "dpo", "classification"),
         default="supervised",
-        help="supervised: learn the replies; dpo: prefer `chosen` to `rejected` (default: supervised)",
+        help="supervised: learn the replies; dpo: prefer `chosen` to `rejected`; classification: learn "
+        "`label` (default: supervised)",
     )
     made.add_argument(
         "--max-regression",

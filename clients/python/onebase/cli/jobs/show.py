@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
@@ -13,7 +13,9 @@ from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
 from ...training_types import (
+    ClassReport,
     CurvePoint,
+    LabelFigures,
     SliceReport,
     SliceResult,
     TrainingCheckpoint,
@@ -49,6 +51,12 @@ _CHART: Final = 48
 """Characters of a chart."""
 _MOST_TARGETS: Final = 8
 _MOST_CHANGED: Final = 5
+_WIDEST_MATRIX: Final = 10
+_MOST_CONFUSED: Final = 10
+_BASE_BY: Final = {
+    "decide": "the label whose name it finds likeliest (/v1/decide)",
+    "most_frequent": "always the label that most rows to train on have",
+}
 _SHOWN: Final = ("r", "alpha", "targets", "epochs", "batch_size", "learning_rate")
 
 _DESCRIPTIONS: Final = {
@@ -315,6 +323,8 @@ def _print_report(out: Console, report: TrainingReport) -> None:
         ]
         out.print(table(columns, measures, out.width))
         out.print()
+    if report.classes is not None:
+        _print_classes(out, report.classes)
     if report.slices is not None:
         _print_slices(out, report.slices)
     speed = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.seconds else ""
@@ -326,6 +336,38 @@ def _print_report(out: Console, report: TrainingReport) -> None:
         ),
         soft_wrap=True,
     )
+
+
+def _print_classes(out: Console, found: ClassReport) -> None:
+    """A table of the labels, then a matrix of what is taken for what, or the most frequent mistakes."""
+    base = {one.label: _share(one.f1) for one in found.base.labels}
+    columns: tuple[Column[LabelFigures], ...] = (
+        Column("label", lambda one: one.label, shrink=True),
+        Column("rows", lambda one: str(one.rows), right=True),
+        Column("F1 of the base", lambda one: base.get(one.label, ""), right=True),
+        Column("F1", lambda one: _share(one.f1), right=True),
+        Column("precision", lambda one: _share(one.precision), right=True),
+        Column("recall", lambda one: _share(one.recall), right=True),
+    )
+    out.print(
+        line(f"The base without training: {_BASE_BY.get(found.base_by, found.base_by)}."), soft_wrap=True
+    )
+    out.print(table(columns, found.adapter.labels, out.width))
+    matrix = found.adapter.confusion
+    if matrix is not None and len(matrix) <= _WIDEST_MATRIX:
+        rows = list(zip(found.labels, matrix, strict=True))
+        named = [Column[tuple[str, tuple[int, ...]]]("label \\ given", lambda row: row[0], shrink=True)]
+        for place, label in enumerate(found.labels):
+            named.append(Column(label, _cell(place), right=True, shrink=True))
+        out.print(table(named, rows, out.width))
+        return
+    for one in found.adapter.confused[:_MOST_CONFUSED]:
+        some = "1 row" if one.rows == 1 else f"{one.rows} rows"
+        out.print(line(f"{one.label}: taken for {one.given} in {some}"), soft_wrap=True)
+
+
+def _cell(place: int) -> Callable[[tuple[str, tuple[int, ...]]], str]:
+    return lambda row: str(row[1][place])
 
 
 def _print_slices(out: Console, found: SliceReport) -> None:
