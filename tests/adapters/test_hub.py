@@ -136,6 +136,42 @@ def test_the_two_files_come_and_nothing_else(hub: HubStandIn, store: Store) -> N
     assert not [path for path in hub.requests() if "README" in path or "optimizer" in path]
 
 
+CLASSIFIER = b'{"peft_type": "LORA", "task_type": "SEQ_CLS"}'
+NAMED = b'{"id2label": {"0": "no", "1": "yes"}, "model_type": "llama"}'
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ({"config.json": NAMED}, {"0": "no", "1": "yes"}),
+        ({"config.json": b'{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}'}, None),
+        ({"config.json": NAMED, "adapter_config.json": CONFIG}, None),
+        ({}, None),
+    ],
+    ids=["named", "by-number", "for-text", "none"],
+)
+def test_the_names_of_a_classifiers_labels_come_with_its_config(
+    hub: HubStandIn, store: Store, files: dict[str, bytes], names: dict[str, str] | None
+) -> None:
+    repo = FILES | {"adapter_config.json": CLASSIFIER} | files
+    commit = hub.add_repo("acme/support", repo)
+    config, weights = contents(store, pull(REF, commit, store, MANY))
+    assert (json.loads(config).get("id2label"), weights) == (names, WEIGHTS)
+    if names is None:
+        assert config == repo["adapter_config.json"]
+    again = contents(store, pull(REF, commit, store, MANY))  # of what is in the cache
+    assert again == (config, weights)
+
+
+def test_a_classifiers_config_that_cannot_be_read_is_refused(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo(
+        "acme/support", FILES | {"adapter_config.json": CLASSIFIER, "config.json": b'{"a": NaN}'}
+    )
+    with pytest.raises(HubError, match=r"config\.json is not valid JSON") as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "bad_config"
+
+
 def test_a_branch_a_tag_and_a_pull_request_resolve_to_their_commits(hub: HubStandIn) -> None:
     old = hub.add_repo("acme/support", FILES, ("v1", "refs/pr/1"))
     new = hub.add_repo("acme/support", {**FILES, "adapter_config.json": b"{}"})

@@ -123,6 +123,33 @@ def test_show_has_a_table_of_slices_and_the_rows_that_are_wrong_now(
     assert printed(capsys, "show", ID)["report"]["slices"] == SLICES
 
 
+def test_show_says_how_labels_are_told_apart(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"label": "ja", "rows": 3, "precision": 0.75, "recall": 1.0, "f1": 0.857}
+    poor = {"label": "\x1b[0m", "rows": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    figures = {
+        "labels": [good, poor],
+        "confusion": [[3, 0], [1, 0]],
+        "confused": [{"label": "\x1b[0m", "given": "ja", "rows": 1}],
+    }
+    base = {"labels": [good | {"f1": 0.5}], "confusion": None, "confused": []}
+    classes: Any = {
+        "labels": ["ja", "\x1b[0m"], "rows": 4, "base_by": "decide", "base": base, "adapter": figures,
+    }  # fmt: skip
+    trainer.add(1, **succeeded() | {"report": REPORT | {"classes": classes}})
+    trainer.add_file("file-curve", CURVE.encode())
+    assert main(["jobs", "show", ID]) == 0
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert "\x1b" not in said
+    assert ["ja", "3", "50.0%", "85.7%", "75.0%", "100.0%"] in lines
+    assert ["ja", "3", "0"] in lines
+    assert "the label whose name it finds likeliest" in said
+    assert printed(capsys, "show", ID)["report"]["classes"] == classes
+    classes["adapter"] = figures | {"confusion": None}
+    assert main(["jobs", "show", ID]) == 0
+    assert "taken for ja in 1 row" in capsys.readouterr().out
+
+
 def test_create_takes_what_a_slice_is_and_how_much_worse_one_may_get(
     trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +189,9 @@ def test_create_passes_on_all_that_it_is_told(trainer: Trainer, capsys: pytest.C
     body = trainer.asked[-1][2]
     assert (body["method"], body["activate"]) == ({"type": "dpo", "dpo": {"hyperparameters": {}}}, "never")
     assert (body["metadata"], body["validation_file"]) == ({"team": "a=b"}, "file-2")
+    printed(capsys, "create", "file-1", "--method", "classification", "--set", "best_by=f1")
+    classification = {"type": "classification", "classification": {"hyperparameters": {"best_by": "f1"}}}
+    assert trainer.asked[-1][2]["method"] == classification
 
 
 def test_what_cannot_be_sent_is_a_wrong_argument(

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from onebase import Client
-from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tokenization import BaseTokenizer, Conversation
 
 from .support import Server, Starter
 
@@ -224,6 +224,10 @@ KINDS: dict[str, tuple[str, int]] = {
 }
 
 
+TAGS = ("<b>noun</b>", "verb", "\u00e9tat")
+"""Names of labels, which are data: nothing is made of what looks like HTML."""
+
+
 @pytest.fixture(scope="module")
 def reads(api: Any, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The shared server with an adapter of each kind, as PEFT saves it."""
@@ -239,6 +243,9 @@ def reads(api: Any, base_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         config = LoraConfig(task_type=task, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         folder = tmp_path_factory.mktemp(name)
         get_peft_model(model, config).save_pretrained(folder)
+        if name == "tags":
+            model.config.id2label = dict(enumerate(TAGS))
+            model.config.save_pretrained(folder)
         with Client(api.server.url) as client:
             client.adapters.upload(folder, name=name)
     yield api
@@ -253,6 +260,13 @@ def test_what_an_adapter_is_for_is_told_with_its_proof(reads: Any) -> None:
         assert (report["task"], report["labels"]) == (task, labels)
         assert ("head" in adapter["kinds"]) == bool(labels)
         assert ("The classes of" in report["proof"]["shown"]) == bool(labels)
+        assert report["label_names"] == (list(TAGS) if name == "tags" else [])
+    with Client(reads.server.url) as client:
+        version = client.adapters.get("tags").version
+        assert version is not None
+        report = client.adapters.version("tags", version).report
+    assert report is not None
+    assert report.label_names == TAGS
 
 
 def test_texts_are_sorted_into_classes_and_tokens_tagged(reads: Any, tokenizer: BaseTokenizer) -> None:
@@ -271,7 +285,26 @@ def test_texts_are_sorted_into_classes_and_tokens_tagged(reads: Any, tokenizer: 
         assert [one["token_id"] for one in entry["tokens"]] == tokenizer.encode(text)
         assert "".join(one["token"] for one in entry["tokens"]) == text
         assert all(math.fsum(one["probs"]) == pytest.approx(1) for one in entry["tokens"])
+        for one in entry["tokens"]:
+            assert one["label"] == TAGS[one["probs"].index(max(one["probs"]))]
     assert sorted_["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(text)) for text in TEXTS)
+
+
+def test_a_conversation_is_classified_as_the_chat_template_writes_it(
+    reads: Any, tokenizer: BaseTokenizer
+) -> None:
+    messages = [{"role": "user", "content": "Where is my parcel?"}]
+    ids = tokenizer.encode_chat(Conversation(messages))
+    found = answer_of(reads.http, "/classify", model="sorts", messages=messages)
+    assert found["data"] == answer_of(reads.http, "/classify", model="sorts", input=ids)["data"]
+    with Client(reads.server.url) as client:
+        (said,) = client.classify(messages=messages, adapter="sorts")
+        assert said.label is not None
+        assert list(said.label.probs) == found["data"][0]["probs"]
+        with pytest.raises(ValueError, match="either texts or messages"):
+            client.classify("x", messages=messages, adapter="sorts")
+    for body in ({}, {"input": "x", "messages": messages}):
+        assert answer_of(reads.http, "/classify", 400, model="sorts", **body)["param"] == "input"
 
 
 def test_a_classifier_of_one_label_scores_pairs(reads: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from openai import OpenAI
 from .support import Server, Starter
 from .training_support import BASE, add_file, ended, make_job, messages, openai_client, wait_job
 
+MOODS = ("unhappy", "happy")
 COLORS, ITEMS = ("red", "blue", "green", "black"), ("shirt", "hat", "shoe", "coat")
 SETTINGS: dict[str, Any] = {
     "max_steps": 4, "batch_size": 2, "r": 4, "targets": ["q_proj", "v_proj"], "learning_rate": 5e-3,
@@ -126,6 +128,58 @@ def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
     assert done.activated is report["better"]
     taken = done.method.supervised.hyperparameters
     assert (taken.r, taken.targets) == (4, ["q_proj", "v_proj"])
+
+
+def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
+    server: Server, client: OpenAI
+) -> None:
+    def texts(count: int, start: int) -> str:
+        found = [
+            (f"This {ITEMS[n % 4]} is {'good' if n % 2 else 'bad'}", n % 2)
+            for n in range(start, start + count)
+        ]
+        return "".join(json.dumps({"text": text, "label": MOODS[label]}) + "\n" for text, label in found)
+
+    held_out = add_file(client, texts(6, 50), "held-out.jsonl")
+    settings = {name: SETTINGS[name] for name in ("max_steps", "r", "targets", "learning_rate", "eval_every")}
+    method: Any = {
+        "type": "classification",
+        "classification": {"hyperparameters": settings | {"batch_size": 8}},
+    }
+    job = make_job(client, texts(16, 0), method=method, validation_file=held_out, extra={"name": "moods"})
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.error, done.method.type) == ("succeeded", None, "classification")
+    report = done.report
+    assert set(report["metrics_after"]) == {"accuracy", "f1"}
+    assert report["better"] is (report["loss_after"] < report["loss_before"])
+    assert done.activated is report["better"]
+    classes = report["classes"]
+    assert (classes["labels"], classes["rows"], classes["base_by"]) == (sorted(MOODS), 6, "decide")
+    said = messages(client, job.id)
+    assert any("Labels of the adapter: accuracy" in message for message in said)
+
+    rows = [json.loads(line) for line in texts(6, 50).splitlines()]
+    ask = f"Which label fits this text? Answer with one of: {', '.join(sorted(MOODS))}"
+    with server.client() as http:
+        version = http.get(f"/v1/adapters/moods/versions/{done.version}").json()["report"]
+        assert (version["task"], version["label_names"]) == ("SEQ_CLS", sorted(MOODS))
+        body = {"model": done.fine_tuned_model, "input": [row["text"] for row in rows]}
+        data = http.post("/classify", json=body).json()["data"]
+        right = 0
+        for row in rows:
+            asked = [{"role": "user", "content": f"{row['text']}\n\n{ask}"}]
+            decided = http.post("/v1/decide", json={"messages": asked, "choices": sorted(MOODS)}).json()
+            right += decided["choice"] == row["label"]
+    assert report["metrics_before"]["accuracy"] == pytest.approx(right / 6)
+    given = [one["label"] for one in data]
+    assert report["metrics_after"]["accuracy"] == pytest.approx(
+        sum(label == row["label"] for label, row in zip(given, rows, strict=True)) / 6
+    )
+    losses = [
+        -math.log(one["probs"][sorted(MOODS).index(row["label"])])
+        for one, row in zip(data, rows, strict=True)
+    ]
+    assert report["loss_after"] == pytest.approx(sum(losses) / 6, abs=0.05)
 
 
 def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> None:

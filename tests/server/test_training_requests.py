@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.jobs import CreateJobRequest
+from onebase_server.http.schemas.jobs import CreateJobRequest, Method, ParentSettings
 
 from .support import Starter
 from .training_support import BASE
@@ -57,6 +58,30 @@ def test_texts_that_the_registry_would_read_again_and_again_are_bounded(
     with pytest.raises(InvalidRequestError, match="at most") as refused:
         recipe(**settings)
     assert refused.value.param == f"hyperparameters.{field}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"metrics": ["exact_match"]}, "metrics"),
+        ({"best_by": "word_f1"}, "best_by"),
+        ({"tools": []}, "tools"),
+    ],
+)
+def test_a_classifier_is_asked_for_no_replies(settings: dict[str, Any], field: str) -> None:
+    def body(**given: Any) -> CreateJobRequest:
+        method = {"type": "classification", "classification": {"hyperparameters": given}}
+        return CreateJobRequest.model_validate({"model": BASE, "training_file": "file-1", "method": method})
+
+    with pytest.raises(InvalidRequestError) as refused:
+        body(**settings).recipe(64)
+    assert refused.value.param == f"method.classification.hyperparameters.{field}"
+    assert body(best_by="f1", r=4).recipe(64).method == "classification"
+    with pytest.raises(InvalidRequestError, match="trained from the base") as refused:
+        body().recipe(64, ParentSettings("acme@1", {"modules": [], "rslora": False}))
+    assert refused.value.param == "model"
+    with pytest.raises(ValidationError, match="leave dpo out"):
+        Method.model_validate({"type": "classification", "dpo": {}})
 
 
 def test_texts_within_their_bounds_are_taken() -> None:

@@ -67,6 +67,18 @@ BAD = {
         NAME + part("activate", b"perhaps") + CONFIG_PART + WEIGHTS_PART + END,
         "activate",
     ),
+    "a model's config too large": (
+        NAME + CONFIG_PART + part("files", b" " * (1 << 20) + b"{}", "config.json"),
+        "1048576",
+    ),
+    "a classifier's config of no JSON": (
+        NAME
+        + part("files", b'{"task_type": "TOKEN_CLS"}', "adapter_config.json")
+        + part("files", b"[", "config.json")
+        + WEIGHTS_PART
+        + END,
+        "config.json is not valid JSON",
+    ),
     "a config too large": (NAME + part("files", b" " * (1 << 20) + b"{}", "adapter_config.json"), "1048576"),
     "many parts": (NAME + part("activate", b"1") * 50 + END, "activate"),
     "many headers": (part("name", b"x", None, b"X-A: b\r\n" * 50) + END, "header"),

@@ -67,6 +67,18 @@ def preferences(count: int, seed: int = 0) -> Dataset:
     return dataset(rows)
 
 
+def labelled(count: int, seed: int = 0, labels: tuple[str, ...] = ("no", "so-so", "yes")) -> Dataset:
+    """Random texts; the label says which token is their last but one."""
+    rng = np.random.default_rng(seed)
+    rows: list[Row] = []
+    for line in range(1, count + 1):
+        ids = rng.integers(3, VOCABULARY, int(rng.integers(16, 44))).astype(np.int32)
+        label = int(rng.integers(len(labels)))
+        ids[-2] = 40 + 60 * label
+        rows.append(Sample(ids, np.arange(len(ids)) == len(ids) - 1, line, label=labels[label]))
+    return dataset(rows)
+
+
 def dataset(rows: list[Row] | list[Sample]) -> Dataset:
     return Dataset(list(rows))
 
@@ -90,7 +102,7 @@ def trainer(
     gate: Gate | None = None,
     **more: Any,
 ) -> Trainer:
-    made = Trainable(base, recipe, gate or OpenGate(), **more)
+    made = Trainable(base, recipe, gate or OpenGate(), labels=data.labels, **more)
     return Trainer(
         made,
         make_objective(made, recipe),

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 from tests.disks import small_disk
-from tests.training.runs import assert_equal, preferences, recipe_for, samples, trainer, weights
+from tests.training.runs import (
+    assert_equal,
+    labelled,
+    preferences,
+    recipe_for,
+    samples,
+    trainer,
+    weights,
+)
 
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.events import Interrupted, Reason
@@ -27,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8-bit optimizer": {"optimizer": "adamw_8bit", "r": 32},
     "LoRA+ and linear": {"lora_plus_ratio": 8.0, "schedule": "linear"},
     "dpo": {"method": "dpo"},
+    "classification": {"method": "classification", "dropout": 0.1},
 }
 
 
@@ -66,8 +75,8 @@ def test_stopped_after_a_step_and_resumed_it_is_the_same_run(base: torch.nn.Modu
 def test_paused_within_steps_and_resumed_it_is_the_same_run(
     name: str, base: torch.nn.Module, tmp_path: Path
 ) -> None:
-    data = preferences(12) if name == "dpo" else samples(12)
-    held_out = preferences(4, 1) if name == "dpo" else samples(4, 1)
+    make = {"dpo": preferences, "classification": labelled}.get(name, samples)
+    data, held_out = make(12), make(4, 1)
     recipe = recipe_for(data, eval_every=2, save_every=3, max_steps=7, **SETTINGS[name])
     whole = trainer(base, recipe, data, tmp_path / "whole", held_out=held_out)
     expected = whole.run()

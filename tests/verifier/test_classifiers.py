@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.tiny import randomize, save_base
 from onebase_adapters.export.adapter_parts import opened_adapter
 from onebase_adapters.export.base_files import BaseFiles, ExportError
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.format.config import check_config, with_labels
 from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
 from onebase_adapters.proof.modules import ProofError
 from onebase_adapters.proof.texts import TextProver
@@ -269,6 +271,75 @@ def test_files_whose_head_does_not_fit_are_refused(
         prove(verifier, adapter, tmp_path / "packed")
     assert error.value.code == code
     assert not (tmp_path / "packed").exists()
+
+
+def named(adapter: Path, names: Any) -> Path:
+    """The folder as a server keeps it, with these names of labels next to it."""
+    config = adapter / CONFIG_FILE
+    model = json.dumps({"model_type": "llama", "id2label": names}).encode()
+    config.write_bytes(with_labels(config.read_bytes(), model))
+    return adapter
+
+
+def test_labels_are_called_what_the_models_config_calls_them(
+    folder: Path, verifier: Verifier, tmp_path: Path
+) -> None:
+    names = ["a", "b <i>", "\u00e9", "d", "e"]
+    adapter = named(
+        save(folder, tmp_path / "adapter", "SEQ_CLS"), {str(n): one for n, one in enumerate(names)}
+    )
+    proven, _ = prove(verifier, adapter, tmp_path / "packed")
+    assert (proven.report.label_names, proven.report.warnings) == (names, [])
+    fewer = named(save(folder, tmp_path / "fewer", "SEQ_CLS"), {"0": "a", "1": "b"})
+    proven, _ = prove(verifier, fewer, tmp_path / "packed")
+    assert proven.report.label_names == []
+    assert proven.report.warnings == ["id2label names 2 labels, and there are 5: it is not used"]
+    with pytest.warns(UserWarning, match="id2label"):
+        assert LoraConfig.from_pretrained(adapter).r == 8
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a"],
+        {"0": "a", "2": "b"},
+        {"0": "a", "01": "b"},
+        {"0": 1},
+        {"0": ""},
+        {"0": "a\x1b[2J"},
+        {"0": "a\u202e"},
+        {"0": "a\ud800"},
+        {"0": "a" * 201},
+        {"0": "a", "1": "a"},
+        {str(n): f"label {n}" for n in range(4097)},
+        {str(n): f"{n:0190}" for n in range(400)},
+        {},
+    ],
+    ids=range(13),
+)
+def test_names_of_labels_that_are_none_are_refused(names: Any) -> None:
+    config = b'{"peft_type": "LORA", "task_type": "TOKEN_CLS", "id2label": %s}' % json.dumps(names).encode()
+    with pytest.raises(AdapterFormatError, match=r"id2label|JSON") as refused:
+        check_config(config)
+    assert refused.value.code == "bad_config"
+
+
+def test_names_are_only_taken_for_a_classifier_that_has_none() -> None:
+    model = b'{"id2label": {"0": "a"}}'
+    for raw in (
+        b'{"task_type": "CAUSAL_LM"}',
+        b'{"task_type": "SEQ_CLS", "id2label": {"0": "own"}}',
+        b'{"task_type": ["SEQ_CLS"]}',
+        b"[]",
+    ):
+        assert with_labels(raw, model) == raw
+    raw = b'{"task_type": "SEQ_CLS"}'
+    assert json.loads(with_labels(raw, model)) == {"task_type": "SEQ_CLS", "id2label": {"0": "a"}}
+    assert with_labels(raw, None) == with_labels(raw, b"{}") == raw
+    assert with_labels(raw, b'{"id2label": {"0": "LABEL_0"}}') == raw
+    for bad in (b"", b"[1]", b"{" + b" " * (1 << 20) + b"}"):
+        with pytest.raises(AdapterFormatError, match=r"config\.json"):
+            with_labels(raw, bad)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["named", "all"])

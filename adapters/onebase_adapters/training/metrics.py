@@ -1,8 +1,8 @@
 """What is measured on generated replies, each from 0 to 1. No metric runs code or patterns from outside.
 
 A metric is a name, or a name and what it asks for: `contains:TEXT`. Spaces around a reply and around its
-reference never count; the case of letters does. Of labels, which a classifier gives in place of replies, there
-are accuracy and F1.
+reference never count; the case of letters does. Of labels, which a classifier gives in place of replies,
+there are accuracy and F1.
 """
 
 from __future__ import annotations

@@ -365,8 +365,8 @@ class TrainingSettings(TypedDict, total=False):
     word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, min_characters:N,
     max_characters:N."""
     best_by: str
-    """What decides whether the adapter is better: loss or one of the metrics; for classification loss, accuracy
-    or f1 (default: loss)."""
+    """What decides whether the adapter is better: loss or one of the metrics; for classification loss,
+    accuracy or f1 (default: loss)."""
     metric_rows: int
     """Held-out rows that replies are generated for (default: 32)."""
     metric_tokens: int

@@ -208,6 +208,8 @@ _SEVERAL = "several labels of one row (multi-label) are not learned: give one"
 def _labelled(row: RowFields) -> Labelled | None:
     if "text_pair" in row:
         raise RowError("text_pair", "pairs of texts are not read: write both into text, as will be asked")
+    if "label" not in row and "labels" in row:
+        raise RowError("labels", f"{_SEVERAL}, as label")
     if "messages" in row:
         row.check_spelling(("messages", "system", "label"))
         messages = row.after_system(row.messages("messages"))
@@ -223,13 +225,9 @@ def _labelled(row: RowFields) -> Labelled | None:
 
 def _label(row: RowFields) -> str:
     """The row's label as a text. Raises RowError."""
-    if "label" not in row and "labels" in row:
-        raise RowError(
-            "labels", "several labels of one row (multi-label) are not learned: give one, as label"
-        )
     value = row.read("label")
     if isinstance(value, list | dict):
-        raise RowError("label", "several labels of one row (multi-label) are not learned: give one")
+        raise RowError("label", _SEVERAL)
     if isinstance(value, float):
         raise RowError("label", f"{value:g} is no whole number: {NO_REGRESSION}")
     label = str(value).lower() if isinstance(value, bool) else str(value).strip()

@@ -155,7 +155,7 @@ def table(columns: Iterable[Column[T]], items: Sequence[T], width: int) -> Table
     made = Table(box=None, header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False)
     for column, room in zip(chosen, _widths(chosen, items, width), strict=True):
         made.add_column(
-            column.title,
+            line(column.title),
             justify="right" if column.right else "left",
             no_wrap=True,
             overflow="ellipsis",
