@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run tools/setup.sh
 
-.PHONY: help setup base demo test lint format check bench clean
+.PHONY: help setup base demo test lint format check audit bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -46,10 +46,18 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@echo "==> shellcheck and hadolint"
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 	@$(BIN)/hadolint Dockerfile
+	@echo "==> what deploy/ and .github/ hold"
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/kubernetes-validate --quiet --strict deploy/kubernetes/cpu/onebase.yaml
 
 check: ## Everything that continuous integration checks: lint, then every test in all combinations
 	@$(MAKE) lint
 	@$(MAKE) test SELECT=
+
+audit: setup ## Ask PyPI for known vulnerabilities of what is installed
+	@$(BIN)/python -m pip install --quiet "pip-audit>=2.10,<3"
+	@$(BIN)/pip-audit --skip-editable
 
 bench: base ## Measure OneBase next to vLLM, llama.cpp, PEFT and TRL, which it installs (BENCH_ARGS=--quick: a look)
 	@exec $(BIN)/python benchmarks/goals.py $(BENCH_ARGS)

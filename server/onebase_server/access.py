@@ -26,8 +26,9 @@ from onebase_server.background import Threads
 from onebase_server.errors import ForbiddenError, UnauthenticatedError, UnavailableError
 from onebase_server.storage import storage_errors
 
-Access = Scope | Literal["any", "open"]
-"""What a route needs: a scope, any valid key, or nothing."""
+Access = Scope | Literal["any", "open", "metrics"]
+"""What a route needs: a scope, any valid key, or nothing; `metrics`: nothing if the server's settings say so,
+else `admin`."""
 KEY_SECONDS = 1.0
 """A server knows of a new, a revoked or another key after this time at the latest."""
 _ANSWER_SECONDS = 5.0

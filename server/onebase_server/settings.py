@@ -210,6 +210,14 @@ class Settings:
     port: int = field(
         default=8000, metadata=about("server", "port to listen on; 0 takes any free one", low=0, high=65535)
     )
+    open_metrics: bool = field(
+        default=False,
+        metadata=about(
+            "server",
+            "answer GET /metrics without an API key, for gateways and scrapers that send none: whoever reaches "
+            "the server reads the names of tenants and adapters there, and how much they are used",
+        ),
+    )
     log_level: LogLevel = field(
         default="info", metadata=about("server", "least important messages that are logged")
     )

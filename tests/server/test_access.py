@@ -593,6 +593,18 @@ def test_no_log_line_error_or_figure_tells_a_key(http: httpx2.Client, server: Se
         assert secret not in told + server.log
 
 
+def test_figures_are_open_where_the_operator_says_so_and_nothing_else_is(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    keys = Keys(tmp_path)
+    keys.make("admin")
+    keys.close()
+    with serve_scripted("words", "--open-metrics", data_dir=tmp_path) as server, server.client() as http:
+        assert "vllm:num_requests_running" in http.get("/metrics").text
+        for path in ("/status", "/v1/models", "/openapi.json"):
+            assert http.get(path).status_code == 401
+
+
 def test_every_answer_has_the_callers_id_if_that_is_plain_and_else_a_new_one(
     http: httpx2.Client, server: Server, admin: str
 ) -> None:

@@ -225,7 +225,10 @@ class Gate:
         if raw.startswith(_ADAPTERS.encode() + b"/"):
             segments = raw.partition(b"?")[0].decode("latin-1").split("/")
             scope["path"] = "/".join(unquote(segment).replace("/", SLASH) for segment in segments)
-        return self._routes.find(scope)
+        access, lost = self._routes.find(scope)
+        if access == "metrics":
+            access = "open" if self._services.settings.open_metrics else "admin"
+        return access, lost
 
     def _decide(self, scope: Scope, access: Access, lost: OneBaseError | None) -> None:
         caller = self._caller(scope, access)

@@ -86,7 +86,7 @@ async def status(services: Provided) -> Response:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-@needs("admin")
+@needs("metrics")
 async def metrics(services: Provided) -> Response:
     """Figures of training and serving in Prometheus' text format."""
     return Response(await services.metrics_text(), media_type=CONTENT_TYPE)

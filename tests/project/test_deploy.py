@@ -1,0 +1,60 @@
+"""What deploy/ says of the server is true of it. That its files are well formed, `make lint` checks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from onebase_server.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+FILES = sorted(path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".service"))
+OTHERS = {"CACHE", "PORT", "API_KEY", "IMAGE"}
+"""Of the cache, the image's own, of clients, and of compose.yaml."""
+DRAIN = next(field.default for field in fields(Settings) if field.name == "drain_timeout")
+USER = 10001
+
+
+def manifest(kind: str) -> Any:
+    documents = yaml.safe_load_all((DEPLOY / "kubernetes/cpu/onebase.yaml").read_text(encoding="utf-8"))
+    return next(one for one in documents if one["kind"] == kind)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_each_setting_that_is_named_is_one_of_the_servers(path: Path) -> None:
+    known = {field.name.upper() for field in fields(Settings)} | OTHERS
+    named = set(re.findall(r"\bONEBASE_([A-Z_]+)\b", path.read_text(encoding="utf-8")))
+    assert named <= known
+
+
+def test_whoever_ends_the_server_waits_until_running_requests_have_finished() -> None:
+    pod = manifest("Deployment")["spec"]["template"]["spec"]
+    before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= DRAIN + before + 10
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    assert int(compose["services"]["onebase"]["stop_grace_period"].removesuffix("s")) >= DRAIN + 10
+    unit = (DEPLOY / "onebase.service").read_text(encoding="utf-8")
+    assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0]) >= DRAIN + 10
+
+
+def test_a_pod_runs_as_the_images_user_and_writes_only_where_the_image_keeps_things() -> None:
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert f"USER {USER}:{USER}" in image
+    pod = manifest("Deployment")["spec"]["template"]["spec"]
+    assert {pod["securityContext"][name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {USER}
+    kept = re.findall(r"^VOLUME (.+)$", image, re.MULTILINE)[0].split()
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} == {*kept, "/tmp"}
+
+
+def test_the_names_by_which_pods_call_the_service_are_let_in() -> None:
+    service = manifest("Service")["metadata"]["name"]
+    allowed = manifest("ConfigMap")["data"]["ONEBASE_ALLOWED_HOST"].split(",")
+    assert {service, f"{service}.onebase", f"{service}.onebase.svc"} <= set(allowed)
