@@ -86,9 +86,10 @@ class RequestMeasurements:
             self.queue.observe(moments.begun - moments.submitted)
         if finished["abort"] or finished["error"]:
             return
+        begun = moments.begun or moments.submitted
         self.whole.observe(moments.last - moments.came)
-        self.inference.observe(moments.last - moments.begun)
-        self.prefill.observe((moments.first or moments.last) - moments.begun)
+        self.inference.observe(moments.last - begun)
+        self.prefill.observe((moments.first or moments.last) - begun)
         if moments.first:
             self.decode.observe(moments.last - moments.first)
             more = usage.completion / job.choices - 1

@@ -31,6 +31,10 @@ _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
+OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""OpenTelemetry's own variables. The setting is the name of one where that says where traces go."""
+
+
 class SettingsError(ValueError):
     """A setting that cannot be used; the message names it and says what would be right."""
 
@@ -224,6 +228,15 @@ class Settings:
     log_format: LogFormat = field(
         default="text",
         metadata=about("server", "how it logs: lines for people, or one JSON object a line"),
+    )
+    otlp_endpoint: str = field(
+        default="",
+        metadata=about(
+            "server",
+            "send traces there by OTLP over HTTP, as in http://localhost:4318; by default where "
+            "OTEL_EXPORTER_OTLP_ENDPOINT says, else nowhere",
+            metavar="URL",
+        ),
     )
     access_log: bool = field(default=False, metadata=about("server", "log one line per request"))
     drain_timeout: float = field(
@@ -653,6 +666,8 @@ def load_settings(options: Mapping[str, Any], environ: Mapping[str, str] | None 
         text = environ.get(environment_name(item.name))
         if text is not None:
             values[item.name] = _parse(item, kind, text)
+    if not values.get("otlp_endpoint") and environ.get("OTEL_SDK_DISABLED", "").lower() != "true":
+        values["otlp_endpoint"] = next((name for name in OTEL_ENDPOINTS if environ.get(name)), "")
     if not values.get("data_dir"):
         values["data_dir"] = str(default_data_dir(environ))
     return Settings(**values)

@@ -31,6 +31,7 @@ from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, StorageError, chosen_device, keep_private, open_storage
+from onebase_server.traces import Tracing, TracingError
 from onebase_server.wiring import Commands, assemble
 
 if TYPE_CHECKING:
@@ -163,13 +164,22 @@ class _Server:
             for task in upkeep:
                 task.cancel()
             await services.usage.close()
+            await asyncio.to_thread(services.tracing.close)
             self.storage.registry.close()
 
     def _services(self, display: LoadingDisplay) -> Services:
         try:
             return assemble(
-                self.settings, self.base, self.storage, self.given, self.commands, display.loading
+                self.settings,
+                self.base,
+                self.storage,
+                self.given,
+                self.commands,
+                display.loading,
+                Tracing(self.settings.otlp_endpoint),
             )
+        except TracingError as error:
+            raise StartupError(str(error)) from error
         except (DataDirError, StorageError) as error:
             raise StartupError(str(error)) from error
         except TokenizerError as error:

@@ -44,6 +44,7 @@ from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, V
 from onebase_server.quotas import Limiter
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage, host_memory
+from onebase_server.traces import Tracing
 from onebase_server.usage import UsageMeter
 
 RECORD_THREADS = 4
@@ -106,18 +107,19 @@ def assemble(
     given: Sequence[tuple[str, Path]],
     commands: Commands,
     on_loading: Callable[[Loading], None],
+    tracing: Tracing,
 ) -> Services:
     """All parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
     link, busy = EngineLink(), BusyFlag.make()
-    parts = _adapter_parts(settings, base, storage, tokenizer, link, threads, commands.verifier)
+    parts = _adapter_parts(settings, base, storage, tokenizer, link, threads, commands.verifier, tracing)
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
     pulls = Pulls(storage.store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
     hub = HubAdapters(adapters, pulls)
     usage = UsageMeter(storage.registry.usage, threads.records, base.name)
-    training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer)
+    training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
     listeners = EngineListeners(
         versions=residency,
         base=(training.scheduler, parts.verifier),
@@ -168,6 +170,7 @@ def assemble(
         training=training,
         batches=batches,
         measured=measured,
+        tracing=tracing,
         metrics=metrics,
         answers=answers,
     )
@@ -181,6 +184,7 @@ def _adapter_parts(
     link: EngineLink,
     threads: _Threads,
     command: Sequence[str],
+    tracing: Tracing,
 ) -> _AdapterParts:
     """`command` starts the verifier."""
     registry, store, (records, disk) = storage.registry, storage.store, threads
@@ -204,7 +208,15 @@ def _adapter_parts(
     )
     activation = Activation(registry, store, catalog, residency, records, disk)
     service = AdapterService(
-        registry, store, catalog, activation, verifier, base_names=base.names, records=records, disk=disk
+        registry,
+        store,
+        catalog,
+        activation,
+        verifier,
+        base_names=base.names,
+        records=records,
+        disk=disk,
+        tracing=tracing,
     )
     return _AdapterParts(catalog, residency, verifier, activation, service)
 
@@ -238,6 +250,7 @@ def _training(
     threads: _Threads,
     usage: UsageMeter,
     command: Sequence[str],
+    tracing: Tracing,
 ) -> Training:
     """The training of one engine's base. Raises DataDirError.
 
@@ -265,6 +278,7 @@ def _training(
         tenants=storage.registry.tenants,
         usage=usage,
         checkpoints=checkpoints,
+        tracing=tracing,
     )
     scheduler = JobScheduler(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(

@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -174,8 +176,9 @@ class ScriptedEngine:
                 continue
             finish = "length" if count + 1 >= submit.sampling.max_tokens else None
             token = submit.prompt[count % len(submit.prompt)]
-            cached = self.cached(submit) if count == 0 else None
-            row = RowOutput(id=name, choice=choice, tokens=[token], finish=finish, cached_tokens=cached)
+            row = RowOutput(id=name, choice=choice, tokens=[token], finish=finish)
+            if count == 0:
+                row = msgspec.structs.replace(row, cached_tokens=self.cached(submit), queue_seconds=0.0)
             outputs.append(row)
             if finish:
                 del self.rows[name, choice]

@@ -19,6 +19,7 @@ from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
+from onebase_server.traces import Tracing
 
 from .scripted_verifier import REPORT
 
@@ -68,6 +69,7 @@ class House:
             base_names=("base",),
             records=records,
             disk=disk,
+            tracing=Tracing(),
         )
         with store.writer() as config, store.writer() as weights:
             config.write(b"{}")

@@ -105,11 +105,11 @@ def speak(http: httpx2.Client, client: openai.OpenAI) -> None:
         ("/generate", {"prompt": CANARY, "max_tokens": 4, "stop": [CANARY]}),
         ("/generate", {"prompt": CANARY, "max_tokens": -1}),
         ("/generate", {"prompt": CANARY, "temperature": CANARY}),
-        ("/generate", {"prompt": CANARY, CANARY: CANARY}),
-        ("/generate", {"prompt": CANARY, "adapter": "none"}),
-        ("/generate", {"prompt": CANARY, "guided_regex": f"({CANARY}"}),
-        ("/generate", {"prompt": CANARY, "guided_grammar": f"start: {CANARY} nothing"}),
-        ("/generate", {"prompt": CANARY, "guided_json": {"type": CANARY}}),
+        ("/generate", {"prompt": CANARY, CANARY: CANARY, "max_tokens": 2}),
+        ("/generate", {"prompt": CANARY, "adapter": "none", "max_tokens": 2}),
+        ("/generate", {"prompt": CANARY, "guided_regex": f"({CANARY}", "max_tokens": 2}),
+        ("/generate", {"prompt": CANARY, "guided_grammar": f"start: {CANARY} nothing", "max_tokens": 2}),
+        ("/generate", {"prompt": CANARY, "guided_json": {"type": CANARY}, "max_tokens": 2}),
         ("/generate", {"prompt": CANARY, "max_tokens": 4, "guided_json": schema}),
         ("/v1/chat/completions", {"model": BASE, "messages": messages, "max_tokens": 4, "user": CANARY}),
         ("/v1/chat/completions", {"model": BASE, "messages": messages, "max_tokens": 4, "tools": [tool]}),
@@ -127,7 +127,7 @@ def speak(http: httpx2.Client, client: openai.OpenAI) -> None:
         http.post(path, content=json.dumps(body).encode()[:-1])
     http.post("/generate", json={"prompt": CANARY, "stream": True, "max_tokens": 3}).read()
     for headers in (bearer(CANARY), bearer(f"ob-0123456789abcdef.{CANARY}"), {"x-api-key": CANARY}):
-        http.post("/generate", json={"prompt": "x"}, headers=headers)
+        http.post("/generate", json={"prompt": "x", "max_tokens": 1}, headers=headers)
     odd = {
         "cookie": CANARY,
         "user-agent": CANARY,

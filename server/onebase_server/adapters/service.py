@@ -40,6 +40,7 @@ from onebase_server.processes.verifier_client import (
 )
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage import storage_errors
+from onebase_server.traces import Tracing, failed
 
 BACKOFF = Backoff(0.5, 30.0)
 """Between tries to record or to activate what is ready, while the registry is away, the engine restarts or
@@ -97,6 +98,7 @@ class AdapterService:
         base_names: tuple[str, ...],
         records: RegistryThreads,
         disk: Threads,
+        tracing: Tracing,
     ) -> None:
         self.store = store
         self.catalog = catalog
@@ -105,6 +107,7 @@ class AdapterService:
         self._registry = registry
         self._verifier = verifier
         self._base_names = base_names
+        self._tracing = tracing
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[VersionRef, _Job] = {}
@@ -350,12 +353,17 @@ class AdapterService:
             return known
         began = time.monotonic()
         try:
-            return await self._verifier.prove(
-                version.files,
-                allow_noop=job.options.allow_noop,
-                wait_for_verifier=wait_for_verifier,
-                on_progress=follow,
-            )
+            with self._tracing.span("prove", _told(version)) as span:
+                try:
+                    return await self._verifier.prove(
+                        version.files,
+                        allow_noop=job.options.allow_noop,
+                        wait_for_verifier=wait_for_verifier,
+                        on_progress=follow,
+                    )
+                except RejectedError as error:
+                    failed(span, error.code)
+                    raise
         finally:
             self.proof_seconds.observe(time.monotonic() - began)
             await asyncio.gather(*marked)
@@ -386,6 +394,15 @@ class AdapterService:
             await self._set_state(version, "proving")
         except registry_errors.RegistryError as error:
             _log.warning("version %s of %s: %s", version.digest[:12], version.name, error)
+
+
+def _told(version: VersionRecord) -> dict[str, str]:
+    """What the span of a proof says."""
+    return {
+        "onebase.adapter": version.name,
+        "onebase.version": version.digest,
+        "onebase.tenant": version.tenant,
+    }
 
 
 def _origin_of(version: VersionRecord) -> Origin:

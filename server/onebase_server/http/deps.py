@@ -45,6 +45,7 @@ from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.quotas import Limiter, Ticket
 from onebase_server.settings import Settings
 from onebase_server.storage import Storage
+from onebase_server.traces import Tracing
 from onebase_server.usage import UsageMeter
 
 P = ParamSpec("P")
@@ -121,6 +122,7 @@ class Services:
     training: Training
     batches: BatchService
     measured: RequestMeasurements
+    tracing: Tracing
     metrics: Metrics
     answers: Counter[tuple[str, int]]
     """By route and status, what the server has answered since the start."""

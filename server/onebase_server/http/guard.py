@@ -281,7 +281,7 @@ class Guard:
         receive = self._while_valid(caller, receive)
         with acting(Origin(caller.key, given_id(scope))):
             if ticket is None:
-                await self._app(as_get(scope), receive, send)
+                await self._services.tracing.serve(self._app, as_get(scope), receive, send)
             else:
                 await self._metered(ticket, scope, receive, send)
 
@@ -327,7 +327,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, receive, telling)
+            await self._services.tracing.serve(self._app, scope, receive, telling)
         finally:
             ticket.close()
 

@@ -73,6 +73,8 @@ class JobRecord:
         self.retries = True
         """Whether to try again while the registry is away. If not, its error is raised, and `close` tries
         only once."""
+        self.state = job.state
+        """The state that the run has written last."""
         self.progress = dict(job.progress or {})
         """The newest figures of the run."""
         self._id = job.id
@@ -109,6 +111,7 @@ class JobRecord:
             while_delivered=move.while_delivered,
             **facts,
         )
+        self.state = job.state
         self._notifier.notify(self._id)
         return job
 

@@ -60,6 +60,7 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     TrainJob,
 )
+from onebase_server.traces import Tracing, failed
 from onebase_server.usage import UsageMeter
 
 RunKind = Literal["check", "train"]
@@ -117,6 +118,7 @@ class TrainerPool:
     tenants: Tenants
     usage: UsageMeter
     checkpoints: CheckpointModels
+    tracing: Tracing
     deaths: int = 0
     """Trainers that died without being stopped."""
 
@@ -248,8 +250,20 @@ class Run:
     # ---- from start to end -------------------------------------------------------------------
 
     async def _run(self) -> None:
+        told = {
+            "onebase.job": self.job.id,
+            "onebase.adapter": self.job.name,
+            "onebase.tenant": self.job.tenant,
+        }
         try:
-            await self._do()
+            with self._pool.tracing.span("check job" if self.kind == "check" else "train job", told) as span:
+                await self._do()
+                span.set_attribute("onebase.job.state", self._record.state)
+                for field in ("step", "tokens"):
+                    if field in self.progress:
+                        span.set_attribute(f"onebase.job.{field}", self.progress[field])
+                if self._record.state == "failed":
+                    failed(span, "failed")
         finally:
             self._released.set()
 

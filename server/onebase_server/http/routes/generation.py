@@ -39,6 +39,7 @@ from onebase_server.http.views.generation import (
 )
 from onebase_server.measurements import RequestMeasurements
 from onebase_server.quotas import Ticket
+from onebase_server.traces import RequestSpans
 from onebase_server.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
@@ -99,6 +100,7 @@ class JobMeter:
     usage: UsageMeter
     measured: RequestMeasurements
     job: Job
+    spans: RequestSpans | None = None
 
     def rows_ended(self) -> None:
         self.ticket.rows_ended()
@@ -109,6 +111,8 @@ class JobMeter:
 
     def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
         self.measured.ended(self.job, usage, moments, finished)
+        if self.spans is not None:
+            self.spans.ended(usage, moments, finished)
         self.ticket.settle(usage.prompt + usage.completion)
         names = [use.name for use in self.job.adapter.uses]
         self.usage.generated(self.job.tenant, names, usage)
@@ -128,13 +132,15 @@ async def answer_job(
     """
     services.refuse_if_draining()
     ticket.admit(job.tokens_set_aside, job.choices)
+    base = services.catalog.base_name
+    spans = services.tracing.of_request(job, request.scope, base, stream=bool(stream))
     generation = Generation(
         services.supervisor,
         services.tokenizer,
         job,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
-        meter=JobMeter(ticket, services.usage, services.measured, job),
+        meter=JobMeter(ticket, services.usage, services.measured, job, spans),
     )
     await generation.start(services.residency)
     ticket.leave = generation.leave

@@ -275,7 +275,8 @@ async def _read(
         places = min(places, ticket.most_rows)
     jobs = [part for job in jobs for part in job.parts(max(places, 1))]
     ticket.admit(sum(job.tokens_set_aside for job in jobs), max(job.choices for job in jobs))
-    total = _Total(JobMeter(ticket, services.usage, services.measured, jobs[0]))
+    spans = services.tracing.of_request(jobs[0], request.scope, services.catalog.base_name)
+    total = _Total(JobMeter(ticket, services.usage, services.measured, jobs[0], spans))
     outputs: list[RowOutput] = []
     try:
         for job in jobs:
