@@ -266,7 +266,7 @@ class Metrics:
         yield _total("onebase_trainer_deaths", "Trainers that died by themselves.", self._scheduler.deaths)
         runs = [run for run in self._scheduler.running if run.kind == "train"]
         for field, name, text in _PROGRESS:
-            figures = GaugeMetricFamily(name, text, labels=["job"])
+            figures = GaugeMetricFamily(name, text, labels=["job_id"])
             for run in runs:
                 value = run.progress.get(field)
                 if value is not None:
@@ -318,7 +318,7 @@ class _TrainerMemory(GaugeMetricFamily):
 
     def __init__(self, runs: Sequence[Run]) -> None:
         super().__init__(
-            "onebase_trainer_memory_bytes", "Private memory of the trainer's process.", labels=["job"]
+            "onebase_trainer_memory_bytes", "Private memory of the trainer's process.", labels=["job_id"]
         )
         self._pids = [(run.job.id, run.pid) for run in runs if run.pid is not None]
 

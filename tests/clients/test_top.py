@@ -70,10 +70,10 @@ onebase_adapter_requests_total{{tenant="beta",adapter="smollm2-135m-instruct"}} 
 onebase_adapter_generation_tokens_total{{tenant="beta",adapter="smollm2-135m-instruct"}} {10 * look}
 onebase_training_jobs{{state="running"}} 1
 onebase_training_jobs{{state="queued"}} 2
-onebase_training_step{{job="ftjob-3f2a9c41"}} 40
-onebase_training_steps{{job="ftjob-3f2a9c41"}} 100
-onebase_training_loss{{job="ftjob-3f2a9c41"}} 1.234
-onebase_training_tokens_per_second{{job="ftjob-3f2a9c41"}} 812
+onebase_training_step{{job_id="ftjob-3f2a9c41"}} 40
+onebase_training_steps{{job_id="ftjob-3f2a9c41"}} 100
+onebase_training_loss{{job_id="ftjob-3f2a9c41"}} 1.234
+onebase_training_tokens_per_second{{job_id="ftjob-3f2a9c41"}} 812
 """
 
 

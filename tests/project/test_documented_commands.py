@@ -74,7 +74,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/orders_tool\.py data$", RUN),
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
-    (r"onebase serve --(base|adapter) ", PARSE),  # other bases, and folders that are not there
+    (r"onebase serve --(base|adapter|otlp-endpoint) ", PARSE),  # other bases, and folders that are not there
     (r"onebase serve --host ", PARSE),  # the whole network
     (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends
     (
@@ -90,6 +90,9 @@ TABLE: tuple[tuple[str, str], ...] = (
     # What others made, or what changes the machine, is not run at all.
     (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),
     (r"git clone <this repository> onebase && cd onebase$", "has no address yet"),
+    (r"sudo apt-get install -y prometheus$", "Debian's package"),
+    (r"prometheus --config", "Debian's package; serves for ever"),
+    (r"sudo (mkdir|cp) ", "changes the machine"),
     (r"docker (build|run|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,9 +21,10 @@ from onebase_server.generation.generation import Job, Prompt
 from onebase_server.generation.stream import Moments, Usage
 from onebase_server.histogram import Histogram
 from onebase_server.measurements import MOST_ADAPTERS, OTHERS, RequestMeasurements
+from onebase_server.settings import Settings
 
 from .conftest import Api
-from .support import Server, Starter, upload
+from .support import ROOT, Server, Starter, upload
 
 BASE = "smollm2-135m-instruct"
 ENGINE = {"model_name": BASE, "engine": "0"}
@@ -280,3 +282,71 @@ def test_a_sum_of_adapters_counts_for_each_of_them() -> None:
     measured = RequestMeasurements()
     measured.ended(job("a", "b"), Usage(2, 3), Moments(), Counter(stop=1))
     assert {adapter for _, adapter, _ in measured.uses(lambda *names: True)} == {"a", "b"}
+
+
+# ---- who reads them -------------------------------------------------------------------------------
+
+
+def sample_names() -> dict[str, str]:
+    """Of each sample the family."""
+    ends = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    return {name + end: name for name, kind in FAMILIES.items() for end in ends[kind]}
+
+
+def expressions() -> list[tuple[str, str]]:
+    """What the dashboard asks Prometheus for, with the text of each legend."""
+    dashboard = json.loads((ROOT / "deploy/grafana/onebase.json").read_text())
+    return [
+        (target["expr"], target["legendFormat"])
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+    ]
+
+
+def test_the_dashboard_asks_for_samples_and_labels_that_there_are(http: httpx2.Client) -> None:
+    http.post("/generate", json={"prompt": "one two", "max_tokens": 2})
+    families, known = scrape(http), sample_names()
+    assert len(expressions()) > 50
+    for expression, legend in expressions():
+        names = re.findall(r"\b(?:vllm:|onebase_)\w+", expression)
+        assert names, expression
+        for name in names:
+            assert name in known, expression
+        asked = set(re.findall(r"\{\{(\w+)\}\}", legend))
+        asked |= {
+            label for some in re.findall(r"\bby \(([\w, ]+)\)", expression) for label in some.split(", ")
+        }
+        asked |= set(re.findall(r'(\w+)=~?"', expression))
+        has = {label for name in names for one in families[known[name]].samples for label in one.labels}
+        idle = {"job_id", "tenant"} if re.search("train|tenant_rows", expression) else set()
+        assert asked <= has | idle | {"instance"}, expression
+
+
+def test_each_family_is_documented() -> None:
+    page = (ROOT / "docs/observability.md").read_text()
+    for name in FAMILIES:
+        bare = name.removeprefix("vllm:")
+        assert re.search(rf"`(?:vllm:)?{bare}(?:_total)?[`{{]", page) or f"`{name}" in page, name
+
+
+def test_prometheus_and_grafana_find_what_is_named_to_them() -> None:
+    scraped = (ROOT / "deploy/prometheus.yml").read_text()
+    assert f"127.0.0.1:{Settings().port}" in scraped
+    dashboard = json.loads((ROOT / "deploy/grafana/onebase.json").read_text())
+    variables = {one["name"] for one in dashboard["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard)))
+    assert used <= variables | {"__rate_interval", "__all"}
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    for place, one in enumerate(dashboard["panels"]):
+        for other in dashboard["panels"][:place]:
+            assert not overlap(one["gridPos"], other["gridPos"]), (one["title"], other["title"])
+
+
+def overlap(one: dict[str, int], other: dict[str, int]) -> bool:
+    return (
+        one["x"] < other["x"] + other["w"]
+        and other["x"] < one["x"] + one["w"]
+        and one["y"] < other["y"] + other["h"]
+        and other["y"] < one["y"] + one["h"]
+    )

@@ -468,8 +468,8 @@ def test_figures_for_prometheus(server: Server, client: OpenAI) -> None:
     wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step", 0) > 2)
     text = server.client().get("/metrics").text
     assert 'onebase_training_jobs{state="running"} 1.0' in text
-    assert f'onebase_training_step{{job="{job.id}"}}' in text
-    assert f'onebase_trainer_memory_bytes{{job="{job.id}"}}' in text
+    assert f'onebase_training_step{{job_id="{job.id}"}}' in text
+    assert f'onebase_trainer_memory_bytes{{job_id="{job.id}"}}' in text
     assert 'vllm:num_requests_running{engine="0",model_name="smollm2-135m-instruct"} 0.0' in text
     client.fine_tuning.jobs.cancel(job.id)
 

@@ -329,12 +329,12 @@ def _adapters(before: Metrics, now: Metrics, passed: float) -> list[AdapterLoad]
 
 
 def _jobs(now: Metrics) -> list[JobLoad]:
-    steps = now.by("onebase_training_steps", "job")
-    losses = now.by("onebase_training_loss", "job")
-    speeds = now.by("onebase_training_tokens_per_second", "job")
+    steps = now.by("onebase_training_steps", "job_id")
+    losses = now.by("onebase_training_loss", "job_id")
+    speeds = now.by("onebase_training_tokens_per_second", "job_id")
     return [
         JobLoad(job, int(step), int(steps.get(job, 0)), losses.get(job), speeds.get(job))
-        for job, step in now.by("onebase_training_step", "job").items()
+        for job, step in now.by("onebase_training_step", "job_id").items()
     ]
 
 
