@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import llguidance
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -19,7 +21,7 @@ from onebase_engine.engine.messages import Grammar
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.call_reader import CallFormat, CallReader
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation
-from onebase_server.generation.tool_format import Bare, Parameters, Tool, ToolFormat
+from onebase_server.generation.tool_format import Bare, Parameters, Pythonic, Tool, ToolFormat
 
 CONTROLS = ["[TOOL_CALLS]", "<|tool_call|>", "<|tool_call>", "<tool_call|>", '<|"|>', "</s>", "<|thought|>"]
 JSON_CALL = '{"name": "' + "{{ c.function.name }}" + '", "%s": ' + "{{ c.function.arguments | tojson }}" + "}"
@@ -69,6 +71,18 @@ TEMPLATES = {
     + "{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}</function>\n</tool_call>"
     + "{% endfor %}{{ '<|im_end|>\\n' }}"
     + TAIL,
+    "lfm2": HEAD
+    + "{{- m.content }}{% if m.tool_calls %}<|tool_call|>[{% for c in m.tool_calls %}{{ c.function.name }}("
+    + "{% for k, v in c.function.arguments.items() %}{{ k }}="
+    + '{{ "\'" + v + "\'" if v is string else v | tojson if v is mapping else v }}'
+    + "{{ ', ' if not loop.last }}"
+    + "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]<|tool_call|>{% endif %}{{ '<|im_end|>\\n' }}"
+    + TAIL,
+    "pythonic": HEAD
+    + "{%- if not m.tool_calls %}{{- m.content }}{% else %}[{% for c in m.tool_calls %}{{ c.function.name }}("
+    + "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }}{{ ', ' if not loop.last }}"
+    + "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]{% endif %}{{ '<|im_end|>' }}"
+    + TAIL,
 }
 SCHEMA = {
     "type": "object",
@@ -91,6 +105,7 @@ SCHEMA = {
         }
     },
 }
+KINDS = {"gemma": Bare, "qwen3-coder": Parameters, "lfm2": Pythonic, "pythonic": Pythonic}
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
 TOOLS = {"get_weather": Tool("get_weather", SCHEMA), "now": Tool("now", EMPTY)}
 OFFERED = [
@@ -135,13 +150,19 @@ calls = st.lists(
 )
 
 
+def holds_quotes(value: Any) -> bool:
+    """LFM2's templates write texts between quotes as they are, so that these end where a quote is."""
+    if isinstance(value, list | tuple | dict):
+        return any(map(holds_quotes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and not {"'", "\\"}.isdisjoint(value)
+
+
 class Base:
     """A tokenizer with each family's control tokens, and what its grammars are compiled with."""
 
-    def __init__(self, folder: Path, template: str) -> None:
-        self.tokenizer = BaseTokenizer(str(folder))
-        self.tokenizer._tokenizer.chat_template = template
-        found = self.tokenizer.tool_format
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self.tokenizer = tokenizer
+        found = tokenizer.tool_format
         assert found is not None
         self.format = found
 
@@ -176,7 +197,12 @@ def folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bases(folder: Path) -> dict[str, Base]:
-    return {name: Base(folder, template) for name, template in TEMPLATES.items()}
+    made = {}
+    for name, template in TEMPLATES.items():
+        tokenizer = BaseTokenizer(str(folder))
+        tokenizer._tokenizer.chat_template = template
+        made[name] = Base(tokenizer)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +252,8 @@ def read(format: ToolFormat, text: str, cuts: list[int]) -> tuple[str, list[tupl
         ("granite", '<|tool_call|>[{"name": "', '", "arguments": ', "}]", "<|tool_call|>"),
         ("gemma", "<|tool_call>call:", "", "<tool_call|>", "<|tool_call>"),
         ("qwen3-coder", "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "<tool_call>"),
+        ("lfm2", "<|tool_call|>[", "(", "]<|tool_call|>", "<|tool_call|>"),
+        ("pythonic", "[", "(", "]", ""),
     ],
 )
 def test_a_template_says_how_calls_are_written(
@@ -234,7 +262,7 @@ def test_a_template_says_how_calls_are_written(
     found = bases[family].format
     assert (found.opening, found.middle, found.closing, found.trigger) == (opening, middle, closing, trigger)
     assert found.parallel == (family != "llama")
-    assert type(found.arguments) is {"gemma": Bare, "qwen3-coder": Parameters}.get(family, type(None))
+    assert type(found.arguments) is KINDS.get(family, type(None))
     assert len(found.new_id()) == (9 if family == "mistral" else 29)
 
 
@@ -247,8 +275,9 @@ def test_what_a_template_writes_is_read_back_and_follows_its_grammar(
     base = bases[family]
     if not base.format.parallel:
         made = made[:1]
+    assume(family != "lfm2" or not holds_quotes(made))
     text = base.answer(said, made)
-    said = said if family in ("hermes", "qwen3-coder") else ""
+    said = said if family in ("hermes", "qwen3-coder", "lfm2") else ""
 
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
     assert read(base.format, text, cuts) == (said, made)
@@ -294,6 +323,7 @@ def test_an_answer_that_is_cut_gives_the_beginning_of_its_calls(
 ) -> None:
     family = data.draw(st.sampled_from(sorted(TEMPLATES)))
     base = bases[family]
+    assume(family != "lfm2" or not holds_quotes(made))
     text = base.answer("", made if base.format.parallel else made[:1])
     reader = CallReader(calls_of(base.format))
     stop = data.draw(st.integers(0, len(text)))
@@ -371,11 +401,39 @@ def test_an_argument_that_may_be_a_text_is_what_it_can_be(
     assert json.loads("".join(delta.arguments for delta in said.calls)) == {"a": value}
 
 
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("'it\\'s \\\\ \\n'", "it's \\ \n"),
+        ('"\\u00e9 \\xa0"', "\u00e9 \xa0"),
+        ("True", True),
+        ("None", None),
+        ("[ 'a', {\"b\":[False,-1.5e3]} ]", ["a", {"b": [False, -1500.0]}]),
+        ("{}", {}),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 100])
+def test_values_in_python_are_read_as_json(
+    bases: dict[str, Base], compiler: Any, written: str, value: object, size: int
+) -> None:
+    text = f"[get_weather(city={written}, days=3)]"
+    reader = CallReader(calls_of(bases["pythonic"].format))
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    found = [delta.arguments for piece in pieces for delta in reader.feed(piece).calls]
+    assert json.loads("".join(found)) == {"city": value, "days": 3}
+    anything = {"get_weather": Tool("get_weather", {"properties": {"city": {}, "days": {"type": "integer"}}})}
+    grammar = bases["pythonic"].format.grammar(anything, "auto", parallel=True).text
+    taken, whole, ends = follows(
+        compiler, bases["pythonic"], text.replace("[ ", "[").replace(" ]", "]"), grammar
+    )
+    assert (taken, ends) == (whole, True)
+
+
 def test_an_argument_whose_name_cannot_be_written_is_refused(bases: dict[str, Base]) -> None:
     for name in ("a:b", "a>\nb", "", "a b"):
         tool = Tool("f", {"type": "object", "properties": {name: {"type": "string"}}})
         bases["hermes"].format.grammar({"f": tool}, "auto", parallel=True)
-        for family in ("gemma", "qwen3-coder"):
+        for family in ("gemma", "qwen3-coder", "pythonic"):
             with pytest.raises(ValueError, match="cannot write an argument"):
                 bases[family].format.grammar({"f": tool}, "auto", parallel=True)
 
@@ -403,12 +461,68 @@ def test_a_strict_tool_is_refused_where_its_schema_cannot_be_kept_to(bases: dict
         HEAD + "{% for c in m.tool_calls %}<|im_end|>{{ c.function | tojson }}{% endfor %}" + TAIL,
         HEAD + "{{- m.tool_calls | tojson if m.tool_calls else m.content }}" + TAIL,
         HEAD + "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.id }}){% endfor %}" + TAIL,
+        HEAD
+        + "[{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments.items() %}"
+        "{{ k }}={{ v }}, {% endfor %}){% endfor %}]" + TAIL,  # a text or not: nobody knows
     ],
 )
 def test_a_template_whose_calls_cannot_be_read_has_no_format(folder: Path, template: str) -> None:
     tokenizer = BaseTokenizer(str(folder))
     tokenizer._tokenizer.chat_template = template
     assert tokenizer.tool_format is None
+
+
+def templates_of_models(names: Iterable[str]) -> dict[str, str]:
+    """Chat templates as the models have them, from the TRL package."""
+    package = find_spec("trl")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "chat_templates"
+    return {name: (folder / f"{name}.jinja").read_text() for name in names}
+
+
+@pytest.fixture(scope="module")
+def of_models(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BaseTokenizer]:
+    """A tokenizer with the template of a model, and the control tokens of all."""
+    made = tmp_path_factory.mktemp("models")
+    templates = templates_of_models((*READ, *NOT_READ))
+    found = {name for text in templates.values() for name in re.findall(r"<\|?/?\w+\|?>", text)}
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.add_tokens(sorted(found - {"<|im_start|>", "<|im_end|>"}))
+    tokenizer.save_pretrained(made)
+
+    def with_template(name: str) -> BaseTokenizer:
+        one = BaseTokenizer(str(made))
+        one._tokenizer.chat_template = templates[name]
+        return one
+
+    return with_template
+
+
+READ = [
+    "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl", "qwen3_5_think", "qwen3_6", "qwen3_8", "llama3_1",
+    "llama3_2", "gemma4", "gemma4_v3", "gemma4_v5", "glm4moe", "nemotron_3_nano", "nemotron_3_ultra",
+    "lfm2_v2", "lfm2_2_5", "lfm2_2_5_v2",
+]  # fmt: skip
+NOT_READ = ["gptoss", "muse_glimmer", "deepseekv3", "gemma3", "lfm2", "llama3", "cohere2"]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_calls_of_models_are_read_by_their_own_templates(
+    of_models: Callable[[str], BaseTokenizer], name: str
+) -> None:
+    base = Base(of_models(name))
+    near = {"lines": ["a", 1, True]}
+    made = [("get_weather", {"city": "Den Haag", "days": 12, "near": near, "unit": "C"}), ("now", {})]
+    made = made if base.format.parallel else made[:1]
+    assert read(base.format, base.answer("", made), [])[1] == made
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_templates_that_write_no_calls_or_others_have_no_format(
+    of_models: Callable[[str], BaseTokenizer], name: str
+) -> None:
+    assert of_models(name).tool_format is None
 
 
 def test_control_tokens_in_arguments_and_tools_are_letters(bases: dict[str, Base]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from onebase_server.generation.tool_format import (
     ID_CHARACTERS,
     Bare,
     Parameters,
+    Pythonic,
     Tool,
     ToolFormat,
     kinds,
@@ -155,6 +157,8 @@ class CallReader:
             yield from self._object(index)
         elif isinstance(made, Bare):
             yield from self._bare(index, made.mark)
+        elif isinstance(made, Pythonic):
+            yield from self._python(index)
         else:
             yield from self._one_by_one(index, name, made)
 
@@ -274,6 +278,52 @@ class CallReader:
                     self.whole = True
                     return
 
+    def _python(self, index: int) -> Generator[None]:
+        self._argue(index, "{")
+        depth = 0
+        while True:
+            found = _PYTHON.match(self._rest)
+            if found is None:
+                if self._ended:
+                    return
+                yield
+                continue
+            self._skip(found.end())
+            kind, text = found.lastgroup, found[0]
+            if kind == "end" and not depth:
+                self._argue(index, "}")
+                self.whole = True
+                return
+            if kind == "quote":
+                self._argue(index, '"')
+                if not (yield from self._python_text(index, text)):
+                    return
+                self._argue(index, '"')
+            elif kind == "key":
+                self._argue(index, f"{_json(found['key'])}: ")
+            elif kind == "mark":
+                depth += (text in "[{") - (text in "]}")
+                self._argue(index, text + " " * (text in ",:"))
+            elif kind == "word":
+                self._argue(index, _AS_JSON.get(text, text))
+
+    def _python_text(self, index: int, mark: str) -> Generator[None, None, bool]:
+        """Hand out what stands before the mark, and skip that. False: it did not come."""
+        while True:
+            if self._rest.startswith(mark):
+                return self._skip(1)
+            if found := re.match(rf"[^{mark}\\]+", self._rest):
+                self._argue(index, _json(found[0])[1:-1])
+                self._skip(found.end())
+            elif found := _ESCAPE.match(self._rest):
+                code = f"\\u00{found[1]}" if found[1] else found[0]
+                self._argue(index, "'" if code == "\\'" else code)
+                self._skip(found.end())
+            elif self._ended:
+                return False
+            else:
+                yield
+
     def _goes_on(self) -> Generator[None, None, bool]:
         """Whether another call follows; then up to its name."""
         between = self._format.between
@@ -306,6 +356,15 @@ class CallReader:
             self._calls[-1].arguments += text
         elif text:
             self._calls.append(CallDelta(index, text))
+
+
+_PYTHON = re.compile(
+    r"""\s+|(?P<key>[^\s=(),:'"{}\[\]]+)=|(?P<word>[^\s=(),:'"{}\[\]]+)(?=[\s,:)}\]])"""
+    r"""|(?P<mark>[\[\]{},:])|(?P<end>\))|(?P<quote>['"])"""
+)
+"""What arguments in Python are made of, once it is certain what it is."""
+_ESCAPE = re.compile(r"""\\(?:['"\\nrtbf]|x([0-9a-fA-F]{2})|u[0-9a-fA-F]{4})""")
+_AS_JSON = {"True": "true", "False": "false", "None": "null"}
 
 
 def _json(text: str) -> str:

@@ -56,6 +56,11 @@ class Bare:
 
 
 @dataclass(frozen=True)
+class Pythonic:
+    """Arguments as a call in Python has them: KEY=VALUE, ...). Values are Python's, or JSON's."""
+
+
+@dataclass(frozen=True)
 class ToolFormat:
     """An answer with calls: opening NAME middle ARGUMENTS [between NAME middle ARGUMENTS]* closing.
 
@@ -69,7 +74,7 @@ class ToolFormat:
     closing: str
     trigger: str
     """What `opening` begins with and no other text has; empty: calls begin the answer, or there are none."""
-    arguments: Parameters | Bare | None
+    arguments: Parameters | Bare | Pythonic | None
     """None: they are one JSON object."""
     controls: Mapping[str, int]
     """Control tokens that the format has in it, and those of thinking, by their texts."""
@@ -161,6 +166,8 @@ class ToolFormat:
             raise ValueError(_cannot_keep(min(over)))
         if isinstance(made, Bare):
             return _BareGrammar(rule, self._literal(made.mark), tool).rules()
+        if isinstance(made, Pythonic):
+            return _PythonGrammar(rule, "", tool).rules()
         rules, written = [], []
         closing = self._literal(made.closing)
         for number, (key, schema) in enumerate(tool.properties.items()):
@@ -263,6 +270,9 @@ def _escaped(text: str) -> str:
 class _BareGrammar:
     """Rules for arguments with bare keys, in the order of the alphabet, as templates write them."""
 
+    comma = '","'
+    true, false, null = '"true"', '"false"', '"null"'
+
     def __init__(self, rule: str, mark: str, tool: Tool) -> None:
         self._rule = rule
         self._mark = mark
@@ -321,8 +331,8 @@ class _BareGrammar:
             "string": f"{self._rule}_text",
             "integer": "/-?(0|[1-9][0-9]*)/",
             "number": _NUMBER_RULE,
-            "boolean": '("true" | "false")',
-            "null": '"null"',
+            "boolean": f"({self.true} | {self.false})",
+            "null": f"({self.null})",
         }
         return known.get(kind, f"{self._rule}_any")
 
@@ -330,25 +340,27 @@ class _BareGrammar:
         if " " in item:  # written once: lists of lists would double it at each level
             name = f"{self._rule}_{len(self._rules)}"
             self._rules[name], item = item, name
-        return f'"[" ({item} ("," {item})*)? "]"'
+        return f'"[" ({item} ({self.comma} {item})*)? "]"'
 
     def _object(self, schema: Schema) -> str:
+        in_order = sorted(schema["properties"].items(), key=lambda item: item[0].lower())
+        pairs = {key: f"{_quoted(_check_name(key) + ':')} {self._value(value)}" for key, value in in_order}
+        return f'"{{" {self._members(pairs, schema, _BRACE)}'
+
+    def _members(self, pairs: dict[str, str], schema: Schema, end: str) -> str:
+        """The pairs of keys and values that there may be, each once and in this order, and the end."""
         required = schema.get("required") or ()
-        pairs = [
-            (f"{_quoted(_check_name(key) + ':')} {self._value(value)}", key in required)
-            for key, value in sorted(schema["properties"].items(), key=lambda item: item[0].lower())
-        ]
         # After each key, and whether one is written already: what may follow.
-        follows = {False: '"}"', True: '"}"'}
-        for pair, needed in reversed(pairs):
+        follows = {False: end, True: end}
+        for key, pair in reversed(pairs.items()):
             made = {}
-            for written, comma in ((False, ""), (True, '"," ')):
+            for written, comma in ((False, ""), (True, f"{self.comma} ")):
                 name = f"{self._rule}_{len(self._rules)}"
                 with_it = f"{comma}{pair} {follows[True]}"
-                self._rules[name] = with_it if needed else f"{with_it} | {follows[written]}"
+                self._rules[name] = with_it if key in required else f"{with_it} | {follows[written]}"
                 made[written] = name
             follows = made
-        return f'"{{" {follows[False]}'
+        return follows[False]
 
     def _reference(self, path: str) -> str:
         if path not in self._names:
@@ -362,9 +374,71 @@ class _BareGrammar:
         return _quoted(json.dumps(value)) if not isinstance(value, list | dict) else f"{self._rule}_any"
 
 
-def _check_name(key: str) -> str:
+_BRACE = '"}"'
+
+
+class _PythonGrammar(_BareGrammar):
+    """Rules for arguments as Python has them, in the order of the schema. Words and quotes may be JSON's."""
+
+    comma = "/, ?/"
+    true, false, null = '"True" | "true"', '"False" | "false"', '"None" | "null"'
+
+    def rules(self) -> list[str]:
+        """Raises ValueError for what a strict tool asks for and this cannot keep to."""
+        rule, schema = self._rule, self._tool.resolved(self._tool.schema)
+        text, anything, free = f"{rule}_text", f"{rule}_any", f"{rule}_object"
+        self._rules[text] = _PYTHON_TEXT
+        words = f"{self.true} | {self.false} | {self.null}"
+        self._rules[anything] = f"{text} | {_NUMBER_RULE} | {words} | {free} | {self._list(anything)}"
+        pair = f"{text} {_COLON} {anything}"
+        self._rules[free] = f'"{{" ({pair} ({self.comma} {pair})*)? "}}"'
+        if schema.keys().isdisjoint({"properties", "additionalProperties"}):
+            pair = f'/{_PYTHON_NAME.pattern}/ "=" {anything}'
+            self._rules[rule] = f'({pair} ({self.comma} {pair})*)? ")"'
+        else:
+            properties = schema.get("properties") or {}
+            pairs = {
+                key: f"{_quoted(_check_name(key, _PYTHON_NAME) + '=')} {self._value(value)}"
+                for key, value in properties.items()
+            }
+            self._rules[rule] = self._members(pairs, schema, '")"')
+        return [f"{name}: {made}" for name, made in self._rules.items()]
+
+    def _object(self, schema: Schema) -> str:
+        pairs = {
+            key: f"({_either_quotes(key)}) {_COLON} {self._value(value)}"
+            for key, value in schema["properties"].items()
+        }
+        return f'"{{" {self._members(pairs, schema, _BRACE)}'
+
+    def _constant(self, value: Any) -> str:
+        if isinstance(value, str):
+            return _either_quotes(value)
+        if isinstance(value, bool):
+            return self.true if value else self.false
+        return self.null if value is None else super()._constant(value)
+
+
+def _either_quotes(text: str) -> str:
+    inner = _quoted(text)[1:-1].replace('\\"', '"').replace("'", "\\'")
+    return " | ".join(map(_quoted, (_quoted(text), f"'{inner}'")))
+
+
+_PYTHON_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+_COLON = "/: ?/"
+_PYTHON_TEXT = (
+    "/"
+    + "|".join(
+        rf"{mark}([^{mark}\\]|\\([{mark}\\nrtbf]|x[0-9a-fA-F]{{2}}|u[0-9a-fA-F]{{4}}))*{mark}"
+        for mark in ("'", '"')
+    )
+    + "/"
+)
+
+
+def _check_name(key: str, taken: re.Pattern[str] | None = None) -> str:
     """Of an argument that is written without quotes."""
-    if not _BARE_NAME.fullmatch(key):
+    if not (taken or _BARE_NAME).fullmatch(key):
         raise ValueError(f"this base cannot write an argument of the name {key[:40]!r}")
     return key
 
@@ -526,11 +600,12 @@ class _Call:
     name: int
     stop: int
     middle: str
-    arguments: Parameters | Bare | None
+    arguments: Parameters | Bare | Pythonic | None
 
 
 _OBJECT = re.compile(rf'\{{\s*"{_KEYS[0]}"\s*:\s*"{_VALUE}"\s*,\s*"{_KEYS[1]}"\s*:\s*{_NUMBER}\s*\}}')
 _BARE = re.compile(rf"\{{{_KEYS[0]}:([^\s]+?){_VALUE}\1,{_KEYS[1]}:{_NUMBER}\}}")
+_PYTHON = re.compile(rf"(\s*\(){_KEYS[0]}=(['\"]){_VALUE}\2, ?{_KEYS[1]}={_NUMBER}\)")
 _ONE_BY_ONE = re.compile(rf"([^<]*)(<.*?){_KEYS[0]}(.*?){_VALUE}(.*?){_KEYS[1]}(.*?){_NUMBER}", re.DOTALL)
 
 
@@ -543,6 +618,8 @@ def _call(probe: _Probe, index: int) -> _Call | None:
         return _Call(name, found.end(), probe.text[after : found.start()], None)
     if found := _BARE.search(probe.text, after):
         return _Call(name, found.end(), probe.text[after : found.start()], Bare(found[1]))
+    if found := _PYTHON.match(probe.text, after):
+        return _Call(name, found.end(), found[1], Pythonic())
     if not (found := _ONE_BY_ONE.match(probe.text, after)):
         return None
     head, opening, middle, then, again = found.groups()
