@@ -150,6 +150,19 @@ def test_show_says_how_labels_are_told_apart(trainer: Trainer, capsys: pytest.Ca
     assert "taken for ja in 1 row" in capsys.readouterr().out
 
 
+def test_the_first_digits_of_an_id_show_as_much_as_the_whole(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.add(1, **succeeded() | {"report": REPORT | {"slices": SLICES}})
+    trainer.add_file("file-curve", CURVE.encode())
+    said = [
+        (main(["jobs", "show", name]), capsys.readouterr().out) for name in (ID, ID[: len("ftjob-") + 23])
+    ]
+    assert said[0] == said[1]
+    assert "by slice" in said[0][1]
+    assert trainer.asked[-2][1] == f"/v1/fine_tuning/jobs/{ID}"
+
+
 def test_create_takes_what_a_slice_is_and_how_much_worse_one_may_get(
     trainer: Trainer, train: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,9 +262,8 @@ def test_what_an_adapter_is_for_is_told_with_its_proof(reads: Any) -> None:
         assert ("The classes of" in report["proof"]["shown"]) == bool(labels)
         assert report["label_names"] == (list(TAGS) if name == "tags" else [])
     with Client(reads.server.url) as client:
-        version = client.adapters.get("tags").version
-        assert version is not None
-        report = client.adapters.version("tags", version).report
+        (version,) = client.adapters.versions("tags")
+        report = client.adapters.version("tags", version.version).report
     assert report is not None
     assert report.label_names == TAGS
 
@@ -300,7 +299,7 @@ def test_a_conversation_is_classified_as_the_chat_template_writes_it(
     with Client(reads.server.url) as client:
         (said,) = client.classify(messages=messages, adapter="sorts")
         assert said.label is not None
-        assert list(said.label.probs) == found["data"][0]["probs"]
+        assert list(said.label.probabilities) == found["data"][0]["probs"]
         with pytest.raises(ValueError, match="either texts or messages"):
             client.classify("x", messages=messages, adapter="sorts")
     for body in ({}, {"input": "x", "messages": messages}):

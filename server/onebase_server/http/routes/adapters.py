@@ -111,8 +111,9 @@ async def add_version(
 ) -> Response:
     """A new version: two files as multipart/form-data, or a Hub repository as JSON.
 
-    Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors), and
-    perhaps `activate`, `allow_noop`, `any_base`. The same content is the same version.
+    Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors; of a
+    classifier also config.json, whose names of labels the first one gets), and perhaps `activate`,
+    `allow_noop`, `any_base`. The same content is the same version.
     """
     services.refuse_if_draining()
     boundary = boundary_of(request, ADAPTER_FIELDS)
@@ -280,7 +281,7 @@ async def get_version_file(
     services: Provided,
     caller: Calling,
 ) -> Response:
-    """One of the two files, byte for byte as it was sent or trained."""
+    """One of the two files, byte for byte as it was sent or trained, but for names of labels."""
     found = await _own_version(services, caller, name, version)
     with storage_errors(name):
         path = await services.adapters.disk.run(services.adapters.store.local, found.files.of(file).sha256)

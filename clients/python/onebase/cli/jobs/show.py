@@ -121,7 +121,8 @@ def find(client: Client, wanted: str) -> TrainingJob:
     found = [job for job in client.training.list() if job.id.removeprefix(PREFIX).startswith(digits)]
     if len(found) > 1:
         raise ValueError(f"the ids of several jobs begin like this: {', '.join(job.id for job in found)}")
-    return found[0] if found else client.training.get(f"{PREFIX}{digits}")
+    # A list has no slices and classes.
+    return client.training.get(found[0].id if found else f"{PREFIX}{digits}")
 
 
 def short(job_id: str) -> str:
