@@ -34,7 +34,8 @@ class _Library:
         names = {"acme": SimpleNamespace(own=lambda name: SimpleNamespace(active=self.active))}
         self.catalog = SimpleNamespace(of_digest=lambda digest: [self.known], of=names.__getitem__)
         self.disk = Threads("disk", 1)
-        self.store = SimpleNamespace(add_file=lambda path: SimpleNamespace(sha256="0" * 64, size=1))
+        blob = SimpleNamespace(sha256="0" * 64, size=1)
+        self.store = SimpleNamespace(add_file=lambda path: blob, add_bytes=lambda content: blob)
 
     async def add(self, tenant: str, name: str, files: Any, source: Any, wishes: Any, *, actor: str) -> Any:
         self.wishes.append(wishes)
