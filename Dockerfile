@@ -32,7 +32,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
-RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3]"
+RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3,otel]"
 
 FROM build AS build-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -41,7 +41,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
-RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3]"
+RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3,otel]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
 RUN groupadd --gid 10001 onebase \

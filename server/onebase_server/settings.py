@@ -218,7 +218,7 @@ class Settings:
         default=False,
         metadata=about(
             "server",
-            "answer GET /metrics without an API key, for gateways and scrapers that send none: whoever reaches "
+            "answer GET /metrics without an API key, for gateways and scrapers without one: whoever reaches "
             "the server reads the names of tenants and adapters there, and how much they are used",
         ),
     )
