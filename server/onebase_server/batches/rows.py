@@ -28,6 +28,8 @@ ENDPOINTS = (
 )
 """The routes whose requests a batch may hold."""
 MAX_ROWS = 50_000
+MAX_LINES = 2 * MAX_ROWS
+"""Blank ones too: half a gigabyte of them would be read for minutes."""
 MAX_ERRORS = 100
 """Of a file that are told; the rest is counted."""
 MAX_CUSTOM_ID = 512
@@ -35,6 +37,8 @@ LINE_BYTES = 8 << 10
 """What a line may hold besides its body."""
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20
+_ANY = 1 << 62
+"""Bytes, where lines were checked before."""
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -83,12 +87,21 @@ def check(path: Path, endpoint: str, max_body: int) -> Checked:
     seen: dict[bytes, int] = {}
     with path.open("rb") as file:
         for number, _, line in _lines(file, max_body + LINE_BYTES):
+            if number > MAX_LINES:
+                checked.complain(
+                    "too_many_lines",
+                    f"A file has at most {MAX_LINES} lines, blank ones too. Leave those out.",
+                    number,
+                )
+                break
             if line is None:
                 checked.complain(
                     "line_too_long",
                     f"The line is over {max_body + LINE_BYTES} bytes. Shorten it, or raise --max-body.",
                     number,
                 )
+                continue
+            if not line:
                 continue
             checked.rows += 1
             if checked.rows > MAX_ROWS:
@@ -156,28 +169,29 @@ def _problem(row: dict[str, Any], endpoint: str) -> tuple[str, str, str] | None:
 
 
 class RowFile:
-    """The rows of a file that was checked, by their number from 0. Blocks. Raises OSError."""
+    """The rows of a file that was checked, by their number from 0. Blocks. Raises OSError.
 
-    def __init__(self, path: Path, max_body: int) -> None:
+    With a lower --max-body since the check it has the same rows: its route refuses those that are too long.
+    """
+
+    def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
-        self._most = max_body + LINE_BYTES
-        self._places = array("q", (place for _, place, _ in _lines(self._file, self._most)))
+        self._places = array("q", (place for _, place, line in _lines(self._file, _ANY) if line))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def read(self, number: int) -> Row:
-        self._file.seek(self._places[number])
-        return msgspec.json.decode(
-            _without_mark(self._file.readline(self._most), self._places[number]), type=Row
-        )
+        place = self._places[number]
+        self._file.seek(place)
+        return msgspec.json.decode(_without_mark(self._file.readline(), place), type=Row)
 
     def close(self) -> None:
         self._file.close()
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Each line that is not blank: its number from 1, its place, its text (None: over `most` bytes)."""
+    """Each line: its number from 1, its place, its text (b"": it is blank; None: over `most` bytes)."""
     number, place = 0, 0
     while line := file.readline(most + 1):
         number, begin = number + 1, place
@@ -189,7 +203,7 @@ def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]
                 place += len(rest)
             place += len(rest)
         elif not line.strip():
-            continue
+            text = b""
         yield number, begin, text
 
 

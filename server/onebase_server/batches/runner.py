@@ -260,7 +260,7 @@ class Run:
     async def _answer_rows(self) -> None:
         """Until every row has a record, or the batch is to end without. Raises OSError, ..."""
         disk, folder, batch = self._parts.disk, self._parts.folders.of(self.batch.id), self.batch
-        self._rows = await disk.run(RowFile, await self._input(), self._parts.max_body)
+        self._rows = await disk.run(RowFile, await self._input())
         self._results = results = await disk.run(Results, folder, batch.total)
         self._left, self._has_more, self._ahead, self._again = results.left(), True, deque(), []
         self.waiting, self._feeds = None, True
