@@ -149,6 +149,14 @@ def test_records_are_as_openai_s_and_their_tokens_are_summed(tmp_path: Path) -> 
     results.close()
 
 
+@pytest.mark.parametrize(
+    "body", [b"", b"Internal Server Error", b'{"a":\n1}', b'{"a":1}}', b"[" * 9999 + b"]" * 9999]
+)
+def test_an_answer_that_could_not_be_read_again_is_none(body: bytes) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        answered(BATCH, 0, "a", 200, "req", body)
+
+
 @given(cut=st.integers(0, 400), junk=st.binary(max_size=60), failed=st.booleans())
 def test_wherever_a_kill_cuts_a_record_the_whole_ones_count_and_the_rest_is_answered_again(
     tmp_path_factory: pytest.TempPathFactory, cut: int, junk: bytes, failed: bool

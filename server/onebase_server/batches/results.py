@@ -71,11 +71,17 @@ class Result:
 
 
 def answered(batch_id: str, number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Result:
-    """The record of a row that a route has answered. body: JSON."""
+    """The record of a row that a route has answered. body: JSON on one line.
+
+    Raises ValueError, RecursionError: it is something else, and could not be read again.
+    """
     head = {"id": record_id(batch_id, number), "custom_id": custom_id}
     response = {"status_code": status, "request_id": request_id, "body": msgspec.Raw(body)}
-    record = {**head, "response": response, "error": None}
-    return Result(number, status < 400, msgspec.json.encode(record) + b"\n")
+    record = msgspec.json.encode({**head, "response": response, "error": None})
+    _decoder.decode(record)
+    if b"\n" in record:
+        raise ValueError(f"the answer to row {number} is not on one line")
+    return Result(number, status < 400, record + b"\n")
 
 
 def unanswered(batch_id: str, number: int, custom_id: str, code: str, message: str) -> Result:
