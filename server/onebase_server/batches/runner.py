@@ -275,8 +275,8 @@ class Run:
                 async with asyncio.timeout(_NOTE_SECONDS):
                     await self._changed.wait()
         await self._land()
-        if not self.stopping and self._is_late and self.batch.state == "in_progress":
-            await self._expire(self._rows, results)
+        if not self.stopping and self._refused is None and self.batch.state == "in_progress":
+            await self._expire(self._rows, results)  # by the clock, which is asked once: it may go back
 
     def _is_over(self, results: Results) -> bool:
         done = results.completed + results.failed >= self.batch.total
@@ -288,7 +288,7 @@ class Run:
         return time.time() >= self.batch.expires_at
 
     async def _expire(self, rows: RowFile, results: Results) -> None:
-        """Say of each row that is left that it was too late for it."""
+        """Say of each row that is left, if any is, that it was too late for it."""
         message = "The request could not be answered before the batch's completion window ended."
         left = list(results.left())
         for begin in range(0, len(left), _GROUP):

@@ -1,0 +1,88 @@
+"""One batch's run by itself, on a registry and a store of its own; the test is its route and its clock."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from onebase_adapters.registry import NewBatch, Registry, TrainingFile
+from onebase_adapters.store.store import Store
+from onebase_server.access import LOCAL
+from onebase_server.background import Threads
+from onebase_server.batches import runner
+from onebase_server.batches.runner import Answer, BatchFolders, Parts, Run
+from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.folders import JobFolders
+
+from .test_batch_files import line
+
+BATCH = "batch_0123456789abcdef01234567"
+BUSY = Answer(503, {}, msgspec.json.encode({"error": {"code": "adapter_unavailable", "message": "Not now."}}))
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="base", base_name="base")
+    made.migrate()
+    yield made
+    made.close()
+
+
+def made(registry: Registry, place: Path, sizes: list[int], *, expires_in: float) -> Run:
+    """The run of a new batch whose rows have bodies of these sizes. For a running event loop."""
+    store, jobs = Store(str(place / "store"), place / "cache"), JobFolders(place, "registry-1")
+    threads, disk = Threads("records", 2), Threads("disk", 2)
+    with store.writer() as writer:
+        for number, size in enumerate(sizes):
+            writer.write(json.dumps(line(str(number), body={"prompt": "x" * size})).encode() + b"\n")
+        blob = writer.commit()
+    files = TrainingFiles(registry.training, store, jobs, threads, disk, limit=1 << 30)
+    kept = TrainingFile("file-1", "default", jobs.server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
+    registry.training.add_file(kept)
+    batch = registry.batches.add(
+        NewBatch(
+            id=BATCH, tenant="default", server=jobs.server, endpoint="/v1/chat/completions",
+            input_file="file-1", window="24h", expires_at=time.time() + expires_in, labels=None,
+        )
+    )  # fmt: skip
+
+    async def post(*asked: object) -> Answer:
+        return BUSY
+
+    async def caller_of(key: str) -> Any:
+        return LOCAL
+
+    keys: Any = SimpleNamespace(caller_of=caller_of)
+    limiter: Any = SimpleNamespace(enter=lambda caller: None)
+    folders, nobody = BatchFolders(place, "registry-1"), SimpleNamespace()
+    parts: Any = Parts(
+        registry.batches, threads, files, folders, jobs, keys, limiter, nobody,  # type: ignore[arg-type]
+        max_body=1 << 21, most=0, post=post,
+    )  # fmt: skip
+    return Run(parts, batch)
+
+
+def test_rows_of_a_batch_that_is_late_are_expired_though_the_clock_goes_back_meanwhile(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, back = time.time() + 7200, time.time()
+    told = iter([late])
+    clock = SimpleNamespace(time=lambda: next(told, back), monotonic=time.monotonic)
+    monkeypatch.setattr(runner, "time", clock)
+
+    async def whole() -> None:
+        run = made(registry, tmp_path, [1] * 3, expires_in=3600)
+        await run.work()
+
+    asyncio.run(whole())
+
+    batch = registry.batches.batch("default", BATCH)
+    assert (batch.state, batch.completed, batch.failed) == ("expired", 0, 3)
