@@ -16,8 +16,9 @@ import pytest
 from onebase_adapters.registry import NewBatch, Registry, TrainingFile
 from onebase_adapters.store.store import Store
 from onebase_server.access import LOCAL
-from onebase_server.background import Threads
+from onebase_server.background import Backoff, Threads
 from onebase_server.batches import runner
+from onebase_server.batches.rows import RowFile
 from onebase_server.batches.runner import Answer, BatchFolders, Parts, Run
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
@@ -86,3 +87,36 @@ def test_rows_of_a_batch_that_is_late_are_expired_though_the_clock_goes_back_mea
 
     batch = registry.batches.batch("default", BATCH)
     assert (batch.state, batch.completed, batch.failed) == ("expired", 0, 3)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(60, 1 << 19), (3000, 1)])
+def test_a_batch_of_which_nothing_can_be_answered_holds_few_rows_in_memory(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, size: int
+) -> None:
+    held = [0]
+    monkeypatch.setattr(runner, "_ROW_AGAIN", Backoff(3600.0, 3600.0))
+    monkeypatch.setattr(runner, "_NOTE_SECONDS", 0.01)
+
+    async def whole() -> None:
+        run = made(registry, tmp_path, [size] * rows, expires_in=3600)
+        read_ahead, idle = run._read_ahead, 0
+
+        async def counted(file: RowFile) -> None:
+            nonlocal idle
+            await read_ahead(file)
+            idle = 0 if run.has_turn else idle + 1
+            held[:] = [len(bytes(turn.row.body)) for turn in (*run._ahead, *run._again)]
+
+        monkeypatch.setattr(run, "_read_ahead", counted)
+        work = asyncio.get_running_loop().create_task(run.work())
+        while idle < 3:
+            if run.has_turn:
+                await run.begin_row()
+            await asyncio.sleep(0)
+        run.stop()
+        await work
+
+    asyncio.run(whole())
+
+    assert 0 < len(held) <= runner.HELD_ROWS + 64
+    assert sum(held) <= runner.HELD_BYTES + (2 << 20)

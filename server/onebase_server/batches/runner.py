@@ -75,7 +75,9 @@ _TICK_SECONDS = 0.1
 _NOTE_SECONDS = 1.0
 """From one note of a batch's progress in the registry to the next."""
 _AHEAD_ROWS, _AHEAD_BYTES = 64, 1 << 20
-"""Read before their turn."""
+"""Read before their turn, at once."""
+HELD_ROWS, HELD_BYTES = 1024, 8 << 20
+"""Of one batch in memory, with those that are tried again: from there on no more are read."""
 _GROUP = 256
 _TROUBLE = Backoff(1.0, 30.0)
 _ROW_AGAIN = Backoff(0.5, 30.0)
@@ -379,7 +381,10 @@ class Run:
     # ---- rows --------------------------------------------------------------------------------
 
     async def _read_ahead(self, rows: RowFile) -> None:
-        if len(self._ahead) >= _AHEAD_ROWS // 2 or not self._has_more:
+        held = [*self._ahead, *self._again]
+        if len(self._ahead) >= _AHEAD_ROWS // 2 or len(held) >= HELD_ROWS or not self._has_more:
+            return
+        if sum(memoryview(turn.row.body).nbytes for turn in held) >= HELD_BYTES:
             return
 
         def read() -> list[_Turn]:
