@@ -388,6 +388,21 @@ def test_a_shared_adapter_is_used_and_read_by_all_and_changed_by_its_owner_alone
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "adapter_read_only"), place
 
 
+def test_of_what_a_shared_adapter_was_trained_others_read_nothing(tenants: Tenants) -> None:
+    http, rows = tenants.operator, {"file": ("a.jsonl", b'{"text": "rows"}')}
+    file = http.post("/v1/files", data={"purpose": "fine-tune"}, files=rows).json()["id"]
+    for name, model in (("secret-draft", BASE), ("published", "secret-draft")):
+        body = {"model": model, "training_file": file, "name": name, "activate": "always"}
+        job = http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+        status = f"/v1/fine_tuning/jobs/{job}"
+        tenants.server.wait_for(lambda path=status: http.get(path).json()["status"] == "succeeded")
+    http.post("/v1/adapters/published/share", json={"shared": True})
+
+    mine, theirs = (one.get("/v1/adapters/published/versions").json() for one in (http, tenants.other))
+    assert mine["data"][0]["source"]["parent"]["name"] == "secret-draft"
+    assert theirs["data"][0]["source"] == {"kind": "training"}
+
+
 def test_a_tenants_own_adapter_comes_before_a_shared_one_of_its_name(tenants: Tenants) -> None:
     theirs = upload(tenants.operator, "both", b"shared", query="wait=true&activate=true").json()["version"]
     tenants.operator.post("/v1/adapters/both/share", json={"shared": True})

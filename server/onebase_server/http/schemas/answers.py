@@ -612,7 +612,7 @@ class MergedAnswer(ParentAnswer):
 
 
 class VersionSource(TypedDict):
-    """Where its files came from: `upload`, `hub`, `folder`, `training` or `merge`."""
+    """Where its files came from: `upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`."""
 
     kind: str
     repo: NotRequired[str]
@@ -620,6 +620,7 @@ class VersionSource(TypedDict):
     commit: NotRequired[str]
     subfolder: NotRequired[str]
     job: NotRequired[str]
+    step: NotRequired[int]
     parent: NotRequired[ParentAnswer]
     method: NotRequired[str]
     density: NotRequired[float]

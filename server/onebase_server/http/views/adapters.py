@@ -109,7 +109,7 @@ class AdapterViews:
             adapters made it.
         """
         foreign = reader not in (None, version.tenant)
-        hidden = (OPTIONS, "job", "parents") if foreign else (OPTIONS,)
+        hidden = (OPTIONS, "job", "step", "parent", "parents") if foreign else (OPTIONS,)
         record = self._catalog.of(version.tenant).own(version.name)
         progress = None if version.finished else self._adapters.progress(version)
         return {
