@@ -131,3 +131,13 @@ def test_more_keys_than_a_job_can_have_are_refused(http: httpx2.Client) -> None:
     for many in (17, 1100):
         answer = jobs(http, **{f"key{number}": "x" for number in range(many)})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata")
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "SEQ_CLS"])
+def test_a_job_does_not_go_on_from_what_generates_no_text(task: str) -> None:
+    module = {"name": "q_proj", "kind": "lora", "rank": 8, "alpha": 16.0, "parameters": 64, "norm": 1.0}
+    parent = ParentSettings("acme@1", {"task": task, "modules": [module], "rslora": False})
+    body = CreateJobRequest.model_validate({"model": "acme", "training_file": "file-1"})
+    with pytest.raises(InvalidRequestError, match=f"acme@1 cannot be trained further.*{task}") as refused:
+        body.recipe(64, parent)
+    assert refused.value.param == "model"

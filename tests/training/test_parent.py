@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 def saved(base: torch.nn.Module, folder: Path, **config: Any) -> Path:
     """An adapter as PEFT makes and saves it, that changes much."""
     torch.manual_seed(3)
-    made = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config)
+    made = LoraConfig(**{"task_type": "CAUSAL_LM", "init_lora_weights": False, **config})
     get_peft_model(peft_view(base), made).save_pretrained(folder)
     return folder
 
@@ -257,11 +257,24 @@ def test_settings_that_say_what_the_parent_is_are_taken(base: torch.nn.Module, t
     assert continued({"alpha": "auto", "r": None}, settings, "p")["alpha"] == 8.0
 
 
-def test_an_adapter_of_another_kind_or_base_is_refused(base: torch.nn.Module, tmp_path: Path) -> None:
-    folder = saved(base, tmp_path / "bias", r=4, target_modules=["q_proj"], lora_bias=True)
-    with pytest.raises(RecipeError, match="lora_bias") as refused:
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is no linear layer"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "its task_type is FEATURE_EXTRACTION"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(
+    base: torch.nn.Module, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    folder = saved(base, tmp_path / "other", **{"r": 4, "target_modules": ["q_proj"], **config})
+    with pytest.raises(RecipeError, match=says) as refused:
         own(base, folder)
     assert refused.value.field == MODEL
+
+
+def test_an_adapter_of_another_base_is_refused(base: torch.nn.Module, tmp_path: Path) -> None:
     small = load_base(BaseSettings(folder=talking_base(tmp_path / "other")))
     with pytest.raises(RecipeError, match="cannot be trained further on this base"):
         own(base, saved(small, tmp_path / "small", r=4, target_modules=["q_proj"]))

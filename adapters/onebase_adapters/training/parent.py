@@ -69,11 +69,19 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
             facts = check_config(opened.read(MAX_CONFIG_BYTES + 1))
         with parent.weights.open("rb") as opened:
             file = TensorFile.read_header(opened)
-            base = BaseModules(adaptable_layers(model), own.get)
-            modules = plan(file.entries, facts, base, HIGHEST_RANK).modules
+            layers = adaptable_layers(model)
+            modules = plan(file.entries, facts, BaseModules(layers, own.get), HIGHEST_RANK).modules
     except (AdapterFormatError, OSError) as error:
         raise RecipeError(MODEL, f"{parent.label} cannot be trained further on this base: {error}") from error
-    return own_settings(modules, rslora=facts.rslora, label=parent.label)
+    settings = own_settings(modules, task=facts.task, rslora=facts.rslora, label=parent.label)
+    for name in settings["targets"]:
+        if layers[name].kind != "linear":
+            raise RecipeError(
+                MODEL,
+                f"{parent.label} cannot be trained further: its module {name} is no linear layer, and only "
+                "those are trained here. Begin with the base or another one",
+            )
+    return settings
 
 
 def check_parent(recipe: Recipe, parent: Parent, model: nn.Module) -> None:

@@ -474,11 +474,17 @@ class Module(Protocol):
     def alpha(self) -> float: ...
 
 
-def own_settings(modules: Iterable[Module], *, rslora: bool, label: str) -> dict[str, Any]:
+def own_settings(modules: Iterable[Module], *, task: str, rslora: bool, label: str) -> dict[str, Any]:
     """The settings of a recipe that an adapter's weights decide; `targets` are whole names of layers.
 
     Raises RecipeError: it is of a kind that is not trained here.
     """
+    if task != "CAUSAL_LM":
+        raise RecipeError(
+            MODEL,
+            f"{label} cannot be trained further: it generates no text (its task_type is {task}). Begin with "
+            "the base or another one",
+        )
     found = sorted(modules, key=lambda module: module.name)
     for module in found:
         if module.kind not in ("lora", "dora") or getattr(module, "bias", False):

@@ -166,7 +166,8 @@ class ParentSettings:
     def settings(self) -> dict[str, Any]:
         """Raises RecipeError: it is of a kind that is not trained here."""
         modules = convert(self.report["modules"], list[ModuleReport])
-        return own_settings(modules, rslora=self.report["rslora"], label=self.label)
+        task = self.report.get("task", "CAUSAL_LM")
+        return own_settings(modules, task=task, rslora=self.report["rslora"], label=self.label)
 
 
 def label_problem(key: str) -> str:
