@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 
 from onebase_adapters.store.blobs import version_digest
+from onebase_server.adapters.merging import MOST_MERGES, Merging, Recipe
+from onebase_server.adapters.service import VersionOptions
+from onebase_server.errors import InvalidRequestError, UnavailableError, VersionFailedError
+from onebase_server.processes.verifier_client import RejectedError
 
 from .access import Keys, client_with
 from .support import CONFIG, Server, Starter, upload
@@ -178,6 +184,18 @@ def test_a_result_that_is_too_large_is_refused_before_it_is_made(http: httpx2.Cl
     assert merge(http, name="same-size", method="linear", adapters=big).status_code in (200, 422)
 
 
+def test_a_result_is_in_fp32_though_the_files_are_not() -> None:
+    report = {"kinds": ["lora"], "rank": 4, "parameters": 100}
+    files = SimpleNamespace(weights=SimpleNamespace(size=200))
+    halves: Any = [
+        (SimpleNamespace(name=name, digest="0" * 64, report=report, files=files), 1.0) for name in ("a", "b")
+    ]
+    nothing: Any = None
+    assert Merging(nothing, nothing, max_rank=8, max_bytes=800).check(halves, "cat") == 800
+    with pytest.raises(InvalidRequestError, match="about 800 bytes, over --max-upload"):
+        Merging(nothing, nothing, max_rank=8, max_bytes=799).check(halves, "cat")
+
+
 def test_a_verifier_that_dies_of_a_merge_fails_that_alone(serve_scripted: Starter, tmp_path: Any) -> None:
     with serve_scripted("words", data_dir=tmp_path / "data") as server, server.client() as own:
         for name in ("one", "two"):
@@ -188,6 +206,38 @@ def test_a_verifier_that_dies_of_a_merge_fails_that_alone(serve_scripted: Starte
         assert "was to be merged ended 2 times" in error["message"]
         assert own.get("/v1/adapters/both").status_code == 404
         assert own.get("/v1/adapters/one").json()["active"] is True
+
+
+def test_few_merges_of_a_tenant_wait_at_once_and_others_still_may() -> None:
+    async def tried() -> None:
+        asked, done = [], asyncio.Event()
+
+        async def hold(*parents: object, **how: object) -> None:
+            asked.append(parents)
+            await done.wait()
+            raise RejectedError("enough", "That is all.")
+
+        verifier: Any = SimpleNamespace(merge=hold)
+        nothing: Any = None
+        merging = Merging(nothing, verifier, max_rank=8, max_bytes=1)
+
+        async def one(tenant: str) -> None:
+            recipe, options = Recipe("linear", None, None, None), VersionOptions()
+            with pytest.raises(VersionFailedError):
+                await merging.merge(tenant, "both", [], recipe, options)
+
+        async with asyncio.TaskGroup() as group:
+            for tenant in (*["acme"] * MOST_MERGES, "rival"):
+                group.create_task(one(tenant))
+            await asyncio.sleep(0)
+            assert len(asked) == MOST_MERGES + 1
+            with pytest.raises(UnavailableError) as busy:
+                await one("acme")
+            assert busy.value.code == "merges_busy"
+            done.set()
+        await one("acme")
+
+    asyncio.run(tried())
 
 
 def test_what_others_share_is_neither_merged_nor_taken_elsewhere(

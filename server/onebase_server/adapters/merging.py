@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_adapters.registry import VersionRecord
+from onebase_adapters.store.blobs import VersionFiles
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.errors import InvalidRequestError, UnavailableError, VersionFailedError
@@ -17,6 +19,9 @@ PRUNING: tuple[MergeMethod, ...] = ("ties", "dare_linear", "dare_ties")
 """Methods that keep a part of each matrix, and so need `density`."""
 RANDOM: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
 SIGNED: tuple[MergeMethod, ...] = ("ties", "dare_ties")
+MOST_MERGES = 4
+"""Of one tenant that run or wait: they are short requests, and others' proofs wait for them."""
+_FP32 = 4
 _RETRY_AFTER = 5.0
 
 
@@ -45,6 +50,7 @@ class Merging:
         self._verifier = verifier
         self._max_rank = max_rank
         self._max_bytes = max_bytes
+        self._merges: Counter[str] = Counter()
 
     def parents(self, tenant: str, terms: Sequence[tuple[str, float]]) -> list[tuple[VersionRecord, float]]:
         """The versions that a request names (`name` or `name@version`), each with its weight.
@@ -79,7 +85,8 @@ class Merging:
                     code="adapter_not_composable",
                 )
         ranks = [int(report["rank"]) for _, report in reports]
-        sizes = [version.files.weights.size for version, _ in reports]
+        # The result is in fp32, whatever the files are in.
+        sizes = [max(v.files.weights.size, _FP32 * int(report["parameters"])) for v, report in reports]
         if method == "cat":
             self._check_sum(ranks)
         elif len(set(ranks)) > 1:
@@ -122,24 +129,18 @@ class Merging:
 
         Raises VersionFailedError, UnavailableError, StoreFullError.
         """
-        called = [(label(version.name, version.digest), version.files, weight) for version, weight in parents]
+        if self._merges[tenant] >= MOST_MERGES:
+            raise UnavailableError(
+                f"{MOST_MERGES} merges of tenant {tenant!r} run or wait already. Send it when one is done.",
+                code="merges_busy",
+                retry_after=_RETRY_AFTER,
+            )
+        self._merges[tenant] += 1
         try:
             with storage_errors(name):
-                files = await self._verifier.merge(
-                    called,
-                    method=recipe.method,
-                    density=recipe.density,
-                    sign=recipe.sign or "total",
-                    seed=recipe.seed or 0,
-                )
-        except RejectedError as error:
-            raise VersionFailedError(error.message, code=error.code) from error
-        except VerifierGoneError as error:
-            raise UnavailableError(
-                f"Adapters cannot be merged now: {error}.",
-                code="verifier_unavailable",
-                retry_after=_RETRY_AFTER,
-            ) from error
+                files = await self._files(parents, recipe)
+        finally:
+            self._merges[tenant] -= 1
         given = {"density": recipe.density, "sign": recipe.sign, "seed": recipe.seed}
         source = {
             "kind": "merge",
@@ -151,3 +152,23 @@ class Merging:
             ],
         }
         return await self._adapters.add(tenant, name, files, source, options, actor=actor)
+
+    async def _files(self, parents: Sequence[tuple[VersionRecord, float]], recipe: Recipe) -> VersionFiles:
+        """Raises VersionFailedError, UnavailableError, StoreError."""
+        called = [(label(version.name, version.digest), version.files, weight) for version, weight in parents]
+        try:
+            return await self._verifier.merge(
+                called,
+                method=recipe.method,
+                density=recipe.density,
+                sign=recipe.sign or "total",
+                seed=recipe.seed or 0,
+            )
+        except RejectedError as error:
+            raise VersionFailedError(error.message, code=error.code) from error
+        except VerifierGoneError as error:
+            raise UnavailableError(
+                f"Adapters cannot be merged now: {error}.",
+                code="verifier_unavailable",
+                retry_after=_RETRY_AFTER,
+            ) from error
