@@ -200,8 +200,9 @@ def original_rows(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
         ADAPTERS[2],
         next(settings for settings in ADAPTERS if settings.get("use_rslora")),
         next(settings for settings in ADAPTERS if settings.get("rank_pattern")),
+        {"r": 4, "lora_alpha": 0, "alpha_pattern": {"q_proj": -8}, "target_modules": ["q_proj", "v_proj"]},
     ],
-    ids=["plain", "rslora", "ranks and alphas of their own"],
+    ids=["plain", "rslora", "ranks and alphas of their own", "an alpha of 0"],
 )
 def test_a_lora_in_gguf_adds_what_peft_adds(base: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     adapter = adapter_of(base, settings, tmp_path / "adapter")

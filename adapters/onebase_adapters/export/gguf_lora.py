@@ -45,7 +45,7 @@ def export(
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(options.get("name", adapter.name))
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, parts.spec.alpha)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _alpha(parts))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         modules = parts.spec.modules
         for number, module in enumerate(modules, 1):
@@ -82,7 +82,7 @@ def matrices(
     """
     parameter = f"{module.name}.weight"
     a, b = adapter.part(module.name, "lora_A"), adapter.part(module.name, "lora_B")
-    said = adapter.spec.alpha / module.rank
+    said = _alpha(adapter) / module.rank
     if (ratio := adapter.scale(module.name) / said) != 1.0:
         b = b * ratio
     if module.name == base.embedding:
@@ -90,3 +90,8 @@ def matrices(
     name = names.of(parameter)
     yield f"{name}.lora_a", a.numpy()
     yield f"{name}.lora_b", names.rows(parameter, b).numpy()
+
+
+def _alpha(adapter: AdapterParts) -> float:
+    """The file's. 0 would mean to llama.cpp that B @ A is added as it is."""
+    return adapter.spec.alpha or 1.0
