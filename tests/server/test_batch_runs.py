@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,19 +13,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from onebase_adapters.registry import NewBatch, Registry, TrainingFile
+from onebase_adapters.registry import Batch, NewBatch, Registry, TrainingFile
 from onebase_adapters.store.store import Store
 from onebase_server.access import LOCAL
 from onebase_server.background import Backoff, Threads
 from onebase_server.batches import runner
 from onebase_server.batches.rows import RowFile
-from onebase_server.batches.runner import Answer, BatchFolders, Parts, Run
+from onebase_server.batches.runner import Answer, BatchFolders, BatchRunner, Parts, Run
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 
 from .test_batch_files import line
 
-BATCH = "batch_0123456789abcdef01234567"
 BUSY = Answer(503, {}, msgspec.json.encode({"error": {"code": "adapter_unavailable", "message": "Not now."}}))
 
 
@@ -37,38 +36,46 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     made.close()
 
 
-def made(registry: Registry, place: Path, sizes: list[int], *, expires_in: float) -> Run:
-    """The run of a new batch whose rows have bodies of these sizes. For a running event loop."""
+async def post(*asked: object) -> Answer:
+    return BUSY
+
+
+def parts_in(registry: Registry, place: Path) -> Parts:
+    """For a running event loop. Its engine is never ready."""
     store, jobs = Store(str(place / "store"), place / "cache"), JobFolders(place, "registry-1")
     threads, disk = Threads("records", 2), Threads("disk", 2)
-    with store.writer() as writer:
-        for number, size in enumerate(sizes):
-            writer.write(json.dumps(line(str(number), body={"prompt": "x" * size})).encode() + b"\n")
-        blob = writer.commit()
     files = TrainingFiles(registry.training, store, jobs, threads, disk, limit=1 << 30)
-    kept = TrainingFile("file-1", "default", jobs.server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
-    registry.training.add_file(kept)
-    batch = registry.batches.add(
-        NewBatch(
-            id=BATCH, tenant="default", server=jobs.server, endpoint="/v1/chat/completions",
-            input_file="file-1", window="24h", expires_at=time.time() + expires_in, labels=None,
-        )
-    )  # fmt: skip
-
-    async def post(*asked: object) -> Answer:
-        return BUSY
 
     async def caller_of(key: str) -> Any:
         return LOCAL
 
     keys: Any = SimpleNamespace(caller_of=caller_of)
     limiter: Any = SimpleNamespace(enter=lambda caller: None)
-    folders, nobody = BatchFolders(place, "registry-1"), SimpleNamespace()
-    parts: Any = Parts(
-        registry.batches, threads, files, folders, jobs, keys, limiter, nobody,  # type: ignore[arg-type]
+    supervisor: Any = SimpleNamespace(base=None)
+    folders = BatchFolders(place, "registry-1")
+    return Parts(
+        registry.batches, threads, files, folders, jobs, keys, limiter, supervisor,
         max_body=1 << 21, most=0, post=post,
     )  # fmt: skip
-    return Run(parts, batch)
+
+
+def added(
+    registry: Registry, parts: Parts, name: str, sizes: list[int], *, tenant: str = "default"
+) -> Batch:  # fmt: skip
+    """A new batch whose rows have bodies of these sizes."""
+    with parts.files.store.writer() as writer:
+        for number, size in enumerate(sizes):
+            writer.write(json.dumps(line(str(number), body={"prompt": "x" * size})).encode() + b"\n")
+        blob = writer.commit()
+    server = parts.jobs.server
+    file = TrainingFile(f"file-{name}", tenant, server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
+    registry.training.add_file(file)
+    return registry.batches.add(
+        NewBatch(
+            id=f"batch_{name}", tenant=tenant, server=server, endpoint="/v1/chat/completions",
+            input_file=file.id, window="24h", expires_at=time.time() + 3600, labels=None,
+        )
+    )  # fmt: skip
 
 
 def test_rows_of_a_batch_that_is_late_are_expired_though_the_clock_goes_back_meanwhile(
@@ -80,12 +87,12 @@ def test_rows_of_a_batch_that_is_late_are_expired_though_the_clock_goes_back_mea
     monkeypatch.setattr(runner, "time", clock)
 
     async def whole() -> None:
-        run = made(registry, tmp_path, [1] * 3, expires_in=3600)
-        await run.work()
+        parts = parts_in(registry, tmp_path)
+        await Run(parts, added(registry, parts, "late", [1] * 3)).work()
 
     asyncio.run(whole())
 
-    batch = registry.batches.batch("default", BATCH)
+    batch = registry.batches.batch("default", "batch_late")
     assert (batch.state, batch.completed, batch.failed) == ("expired", 0, 3)
 
 
@@ -98,7 +105,8 @@ def test_a_batch_of_which_nothing_can_be_answered_holds_few_rows_in_memory(
     monkeypatch.setattr(runner, "_NOTE_SECONDS", 0.01)
 
     async def whole() -> None:
-        run = made(registry, tmp_path, [size] * rows, expires_in=3600)
+        parts = parts_in(registry, tmp_path)
+        run = Run(parts, added(registry, parts, "large", [size] * rows))
         read_ahead, idle = run._read_ahead, 0
 
         async def counted(file: RowFile) -> None:
@@ -120,3 +128,32 @@ def test_a_batch_of_which_nothing_can_be_answered_holds_few_rows_in_memory(
 
     assert 0 < len(held) <= runner.HELD_ROWS + 64
     assert sum(held) <= runner.HELD_BYTES + (2 << 20)
+
+
+def test_a_tenant_with_many_batches_keeps_no_other_s_from_its_turn(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MOST_RUNS", 3)
+
+    async def until(reached: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not reached():
+                await asyncio.sleep(0.01)
+
+    async def whole() -> None:
+        parts = parts_in(registry, tmp_path)
+        for number in range(6):
+            added(registry, parts, f"acme-{number}", [1], tenant="acme")
+        followed = BatchRunner(parts, look_seconds=0.01)
+        follow = asyncio.get_running_loop().create_task(followed.follow(post))
+        await until(lambda: followed._runs.keys() == {f"batch_acme-{number}" for number in range(3)})
+
+        added(registry, parts, "rival", [1], tenant="rival")
+        await until(lambda: followed._runs.keys() == {"batch_acme-0", "batch_acme-1", "batch_rival"})
+
+        registry.batches.move("batch_acme-5", "cancelling", ("validating",))
+        await until(lambda: registry.batches.batch("acme", "batch_acme-5").state == "cancelled")
+        await followed.stop()
+        follow.cancel()
+
+    asyncio.run(whole())

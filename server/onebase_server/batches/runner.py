@@ -63,7 +63,7 @@ from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.quotas import Limiter, Ticket
 
 MOST_RUNS = 32
-"""Batches that have rows in the engine by turns; further ones wait, but of each tenant one is among them."""
+"""Batches that have rows in the engine by turns, of each tenant as many; further ones wait."""
 MOST_TRIES = 8
 """Of one row whose answer says that the server or its engine failed; the last answer stays."""
 SPARE_ROWS = 2
@@ -218,7 +218,7 @@ class Run:
             self._changed.set()
 
     def stop(self) -> None:
-        """The server ends: what runs may end too, and what does not is answered after the next start."""
+        """Put it down: what runs may end, and what does not is answered when it is taken up again."""
         self._stopped.set()
         self._changed.set()
 
@@ -592,10 +592,14 @@ class BatchRunner:
         for batch in found:
             if batch.id in self._runs and batch.state == "cancelling":
                 self._runs[batch.id][0].cancel()
-        for batch in _in_turn([batch for batch in found if batch.id not in self._runs]):
+        chosen = _in_turn(found)[:MOST_RUNS]
+        for batch_id in self._runs.keys() - {batch.id for batch in chosen}:
+            self._runs[batch_id][0].stop()  # for a tenant that has fewer: it goes on when its turn comes
+        for batch in chosen:
             if len(self._runs) >= MOST_RUNS or self._ending:
                 break
-            self._begin(batch)
+            if batch.id not in self._runs:
+                self._begin(batch)
         if time.monotonic() >= self._next_sweep:
             kept = await parts.threads.run(parts.records.open_ids, parts.jobs.server)
             await parts.disk.run(parts.folders.keep_only, kept)
@@ -643,13 +647,14 @@ class BatchRunner:
 
 
 def _in_turn(batches: Sequence[Batch]) -> list[Batch]:
-    """Each tenant's oldest first, then each one's second, and so on."""
+    """Those that only end, then each tenant's oldest, then each one's second, and so on."""
     seen: Counter[str] = Counter()
     placed = []
     for batch in sorted(batches, key=lambda batch: batch.number):
-        placed.append((seen[batch.tenant], batch.number, batch))
-        seen[batch.tenant] += 1
-    return [batch for _, _, batch in sorted(placed, key=lambda one: one[:2])]
+        ends = batch.state == "cancelling"
+        placed.append((not ends, seen[batch.tenant], batch.number, batch))
+        seen[batch.tenant] += not ends
+    return [batch for *_, batch in sorted(placed, key=lambda one: one[:3])]
 
 
 def _refusal(error: OneBaseError) -> Answer:
