@@ -163,6 +163,7 @@ def test_another_tenant_neither_asks_a_checkpoint_nor_goes_on_from_it(
         ("hub:acme/repo", "hub:acme/repo"),
         ("acme", "acme"),
         ("a:b:step-2", "a:b:step-2"),
+        ("acme:ftjob-1f:step-02", "acme:ftjob-1f:step-02"),
     ],
 )
 def test_only_a_checkpoints_name_begins_with_its_adapters(name: str, adapter: str) -> None:

@@ -20,7 +20,7 @@ from onebase_server.storage import storage_errors
 ADAPTER = "adapter"
 """The folder in a checkpoint's with the adapter as PEFT has it."""
 ACTOR = "first use"
-_NAME = re.compile(r"([^:@]+):(ftjob-[0-9a-f]{1,40}):step-([0-9]{1,9})")
+_NAME = re.compile(r"([^:@]+):(ftjob-[0-9a-f]{1,40}):step-([1-9][0-9]{0,8})")
 
 _log = logging.getLogger(__name__)
 
