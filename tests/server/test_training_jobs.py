@@ -133,16 +133,24 @@ def test_what_does_not_go_with_the_version_that_it_goes_on_from_is_refused(
     assert refused.value.param == param
 
 
-def test_a_job_whose_parent_is_deleted_before_it_goes_on_says_so(server: Server, client: OpenAI) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_a_job_goes_on_though_its_parent_is_deleted_and_says_so_if_its_own_copy_is_gone_too(
+    server: Server, client: OpenAI, own: bool
+) -> None:
     first = run_job(server, client, "rows", suffix="gone")
-    job = make_job(client, "until-paused", model="ft-gone", extra={"name": "after-gone"})
+    job = make_job(client, "until-paused", model="ft-gone", extra={"name": f"after-gone-{own}"})
     wait_job(server, client, job.id, lambda job: (job.progress or {}).get("step") == 5)
     client.fine_tuning.jobs.pause(job.id)
     assert server.client().delete("/v1/adapters/ft-gone?force=true").status_code == 200
     blobs(server.data_dir)[sha256(first.id)].unlink()  # as the store's next sweep would
+    if not own:
+        (job_folder(server.data_dir, job.id) / "parent_weights").unlink()
     client.fine_tuning.jobs.resume(job.id)
     done = wait_job(server, client, job.id, ended)
-    assert (done.status, done.error.code, done.error.param) == ("failed", "file_not_found", "model")
+    if own:
+        assert done.status == "succeeded"
+    else:
+        assert (done.status, done.error.code, done.error.param) == ("failed", "file_not_found", "model")
 
 
 @pytest.mark.parametrize(

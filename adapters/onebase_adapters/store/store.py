@@ -188,14 +188,19 @@ class Store:
             return path
         return self._fetch(sha256, self._remote)
 
-    def hold(self, sha256: str, target: Path) -> Path:
+    def hold(self, sha256: str, target: Path, *, own: bool = False) -> Path:
         """As `local`, for one who reads later or slowly: what is returned outlives eviction from the cache.
 
         It is the blob itself in a local store, which evicts nothing; else a link to it, or on another disk a
         copy, in place of `target`.
+
+        Args:
+            own: it outlives the blob's deletion too: it is `target` in any case, as it is if it is whole.
         """
+        if own and _is_whole(target, sha256):
+            return target
         path = self.local(sha256)
-        if self._remote is None:
+        if self._remote is None and not own:
             return path
         with store_errors(f"holding {sha256} in {target}"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -305,6 +310,14 @@ def local_folder(url: str) -> Path | None:
             f"{redacted(url)}: a file URL needs three slashes and a whole path: file:///data/store."
         )
     return Path(unquote(parts.path))
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    try:
+        check_content(path, sha256)
+    except StoreError:
+        return False
+    return True
 
 
 def _checked(sha256: str) -> str:

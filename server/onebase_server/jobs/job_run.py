@@ -148,14 +148,15 @@ class TrainerPool:
         )
 
     async def _parent(self, job: TrainingJob) -> ParentFiles | None:
-        """Raises FileGoneError, StoreError."""
-        parent, store, folder = job.parent, self.files.store, self.folders.job(job.id)
+        """The job's own from its check on: the version may be deleted while the job waits for its turn, as a
+        checkpoint is at the end of its job. Raises FileGoneError, StoreError."""
+        parent, run, folder = job.parent, self.files.disk.run, self.folders.job(job.id)
         if parent is None:
             return None
-        name = label(parent.name, parent.digest)
+        name, hold = label(parent.name, parent.digest), self.files.store.hold
         try:
-            config = await self.files.disk.run(store.hold, parent.config, folder / "parent_config")
-            weights = await self.files.disk.run(store.hold, parent.weights, folder / "parent_weights")
+            config = await run(hold, parent.config, folder / "parent_config", own=True)
+            weights = await run(hold, parent.weights, folder / "parent_weights", own=True)
         except BlobMissingError as error:
             raise FileGoneError("model", f"{name} was deleted, from which training was to go on.") from error
         return ParentFiles(label=name, digest=parent.digest, config=str(config), weights=str(weights))
