@@ -136,7 +136,9 @@ def main() -> None:
         ("heldout", HELD_OUT, 1, HELD_OUT_ROWS),
     ):
         lines = [json.dumps(row) + "\n" for row in rows(sentences, part, count, seed=part)]
-        (HERE / f"intents.{name}.jsonl").write_text("".join(lines))
+        path = HERE / f"intents.{name}.jsonl"
+        path.write_text("".join(lines))
+        print(f"{path}: {len(lines)} rows")
 
 
 if __name__ == "__main__":
