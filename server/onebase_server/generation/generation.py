@@ -139,8 +139,9 @@ class Meter(Protocol):
         """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
         `stop`, `length`, `abort`, `error`."""
 
-    def token_gap(self, seconds: float) -> None:
-        """From one output of a row to its next. Called for each."""
+    @property
+    def token_gap(self) -> Callable[[float], None]:
+        """Called with the seconds from each output of a row to its next."""
 
 
 class Run:

@@ -137,11 +137,11 @@ class Inflight:
             moments.begun = max(moments.begun, moments.submitted + output.queue_seconds)
         if output.tokens:
             row = (output.id, output.choice)
-            before = self._last_at.get(row)
-            if before is not None:
-                self._on_gap(at - before)
+            if row in self._last_at:
+                self._on_gap(at - self._last_at[row])
+            else:
+                moments.first = moments.first or at
             self._last_at[row] = moments.last = at
-            moments.first = moments.first or at
         elif output.finish == "stop":
             moments.last = at
 

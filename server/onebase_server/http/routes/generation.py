@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -92,6 +93,10 @@ async def chat(
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 
+def _uncounted(seconds: float) -> None:
+    """Rows of batches are in no histogram."""
+
+
 @dataclass(frozen=True)
 class JobMeter:
     """What one job takes, for the quotas of its caller, the usage of its tenant and the metrics."""
@@ -105,9 +110,9 @@ class JobMeter:
     def rows_ended(self) -> None:
         self.ticket.rows_ended()
 
-    def token_gap(self, seconds: float) -> None:
-        if not self.job.background:
-            self.measured.token_gap.observe(seconds)
+    @property
+    def token_gap(self) -> Callable[[float], None]:
+        return _uncounted if self.job.background else self.measured.token_gap.observe
 
     def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
         self.measured.ended(self.job, usage, moments, finished)

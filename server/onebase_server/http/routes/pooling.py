@@ -240,8 +240,9 @@ class _Total:
     def rows_ended(self) -> None:
         """The request may have more."""
 
-    def token_gap(self, seconds: float) -> None:
-        """Nothing is generated."""
+    @property
+    def token_gap(self) -> Callable[[float], None]:
+        return self.meter.token_gap
 
     def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
         self.moments = moments if self.moments is None else replace(self.moments, last=moments.last)
