@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.clients.real_server import Server
 
 from onebase import Client
-from onebase.cli import main
+from onebase.cli import main, migrate
 from onebase.cli.migrate import MOST_JOB_BYTES, Wanted, read_wanted
 
 WAS = "ft:gpt-4o-mini-2024-07-18:acme:Support v2:7p4lURel"
@@ -216,6 +217,15 @@ def test_a_no_leaves_nothing_on_the_server_and_a_yes_trains(
         assert asked == ["Train it? [y/N] "]
         assert "Nothing was trained" in capsys.readouterr().err
         (job,) = [one for one in client.training.list() if one.name == "declined"]
+        assert job.status == "cancelled"
+        assert {file.id for file in client.files.list()} == before
+
+        def interrupt(seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(migrate, "time", SimpleNamespace(sleep=interrupt))
+        assert main(["migrate", "openai", "--file", str(rows), "--name", "interrupted", *slow]) == 1
+        (job,) = [one for one in client.training.list() if one.name == "interrupted"]
         assert job.status == "cancelled"
         assert {file.id for file in client.files.list()} == before
 

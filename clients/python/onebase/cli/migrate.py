@@ -301,12 +301,16 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
         note(f"onebase: {error}")
         return USAGE
     note(f"{job.id}: the rows are being checked.")
-    if not _checked(job, stop=not args.yes):
-        return follow(client, job, args.json)  # it has failed, and says so
+    try:
+        if not _checked(job, stop=not args.yes):
+            return follow(client, job, args.json)  # it has failed, and says so
+    except KeyboardInterrupt:
+        if args.yes:
+            raise
+        return _taken_back(client, job, kept)
     say.print(line(_estimate(job)), soft_wrap=True)
-    if job.status == "paused" and not args.yes and not _agreed(client, job, kept):
-        note("Nothing was trained, and what was sent for it was deleted from the server.")
-        return FAILED
+    if job.status == "paused" and not args.yes and not _agreed(job):
+        return _taken_back(client, job, kept)
     return _train(client, job, args, wanted)
 
 
@@ -336,8 +340,8 @@ def _estimate(job: TrainingJob) -> str:
     return f"The rows are sound. Training takes {takes}; {settings_line(job.info)}."
 
 
-def _agreed(client: Client, job: TrainingJob, kept: Set[str]) -> bool:
-    """Ask; a job that is not wanted is cancelled, and its files are deleted but for those that are kept."""
+def _agreed(job: TrainingJob) -> bool:
+    """Ask, and let the job go on if it is wanted."""
     try:
         answer = input("Train it? [y/N] ")
     except (EOFError, KeyboardInterrupt):
@@ -345,12 +349,18 @@ def _agreed(client: Client, job: TrainingJob, kept: Set[str]) -> bool:
     if answer.strip().lower() in ("y", "yes"):
         job.resume()
         return True
+    return False
+
+
+def _taken_back(client: Client, job: TrainingJob, kept: Set[str]) -> int:
+    """Cancel a job that is not wanted, and delete its files but for those that are kept. Gives the status."""
     job.cancel()
     for file_id in (job.info.training_file, job.info.validation_file):
         if file_id is not None and file_id not in kept:
             with suppress(OneBaseError):
                 client.files.delete(file_id)
-    return False
+    note("Nothing was trained, and what was sent for it was deleted from the server.")
+    return FAILED
 
 
 def _train(client: Client, job: TrainingJob, args: argparse.Namespace, wanted: Wanted) -> int:
