@@ -32,7 +32,8 @@ from onebase_adapters.registry.records import (
 from onebase_adapters.registry.tables import BatchRow
 
 MOST_OPEN = 100
-"""Batches of one tenant that have not ended: servers look at all of them every second."""
+"""Batches of one tenant on one server and base that have not ended: it looks at all of them every second.
+Those of a server or a base that is gone do not count."""
 _FACTS = frozenset({"total", "completed", "failed", "usage", "output_file", "error_file"})
 _AUDITED: Mapping[BatchState, AuditAction] = {
     "cancelling": "batch.cancelling",
@@ -61,12 +62,12 @@ class BatchRecords:
             mine = (
                 select(func.count())
                 .select_from(BatchRow)
-                .where(BatchRow.tenant == batch.tenant, BatchRow.state.in_(OPEN_BATCHES))
+                .where(*self._scope(batch.tenant), *_open_on(batch.server))
             )
             if (session.scalar(mine) or 0) >= MOST_OPEN:
                 raise QuotaError(
-                    f"Tenant {batch.tenant!r} has {MOST_OPEN} batches that have not ended, and may not have "
-                    "more. Wait for the end of one, or cancel one.",
+                    f"Tenant {batch.tenant!r} has {MOST_OPEN} batches that have not ended on this server, "
+                    "and may not have more. Wait for the end of one, or cancel one.",
                     "batches",
                     MOST_OPEN,
                 )
@@ -108,15 +109,13 @@ class BatchRecords:
 
     def open(self, server: str) -> list[Batch]:
         """What a server has to do, oldest first."""
-        query = select(BatchRow).where(
-            *self._scope(), BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES)
-        )
+        query = select(BatchRow).where(*self._scope(), *_open_on(server))
         with self._database.read() as session:
             return [_record(row) for row in session.scalars(query.order_by(BatchRow.number))]
 
     def open_ids(self, server: str) -> set[str]:
         """The ids of a server's batches that have not ended, on any base."""
-        query = select(BatchRow.id).where(BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES))
+        query = select(BatchRow.id).where(*_open_on(server))
         with self._database.read() as session:
             return set(session.scalars(query))
 
@@ -181,6 +180,11 @@ class BatchRecords:
         if row is None:
             raise UnknownBatchError(f"There is no batch {batch_id[:80]!r} on this base.")
         return row
+
+
+def _open_on(server: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Of a server, and not ended."""
+    return BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES)
 
 
 def _set_facts(row: BatchRow, facts: Mapping[str, Any]) -> None:

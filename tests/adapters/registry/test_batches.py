@@ -110,6 +110,8 @@ def test_a_tenant_has_so_many_open_ones_and_no_more(
     with pytest.raises(QuotaError, match="has 2 batches that have not ended"):
         registry.batches.add(new(2))
     registry.batches.add(new(3, "rival", input_file="file-2"))
+    registry.batches.add(new(5, server="server-2"))
+    module.BatchRecords(registry.batches._database, "another base").add(new(6))
     registry.batches.move("batch_0", "cancelling", ("validating",))
     registry.batches.move("batch_0", "cancelled", ("cancelling",))
     registry.batches.add(new(4))
