@@ -386,6 +386,10 @@ def test_a_shared_adapter_is_used_and_read_by_all_and_changed_by_its_owner_alone
         place = f"/v1/adapters/house/{path}".replace("/?", "?")
         answer = tenants.one.request(method, place, json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "adapter_read_only"), place
+    rows = {"file": ("a.jsonl", b'{"text": "rows"}')}
+    file = tenants.one.post("/v1/files", files=rows, data={"purpose": "fine-tune"}).json()["id"]
+    further = tenants.one.post("/v1/fine_tuning/jobs", json={"model": "house", "training_file": file})
+    assert (further.status_code, further.json()["error"]["code"]) == (403, "adapter_read_only")
 
 
 def test_of_what_a_shared_adapter_was_trained_others_read_nothing(tenants: Tenants) -> None:

@@ -63,7 +63,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
         body.recipe(services.settings.max_rank, await _settings_of(parent, services)),
         training_file=body.training_file,
         validation_file=body.validation_file,
-        name=_adapter_name(body, base, parent, caller),
+        name=_adapter_name(body, base, parent),
         activate=body.activate or "if_better",
         labels=body.metadata or {},
         parent=None if parent is None else ParentVersion.of(parent),
@@ -193,13 +193,17 @@ async def _views(
 
 
 async def _parent(model: str, services: Services, caller: Caller) -> VersionRecord:
-    """The version that training goes on from. Raises InvalidRequestError, ConflictError."""
+    """The caller's version that training goes on from: of another's, what comes out would tell its weights.
+
+    Raises InvalidRequestError, ConflictError, ForbiddenError.
+    """
     try:
         if is_checkpoint(model):
             await services.training.checkpoints.use(caller.tenant, model, param="model")
-        return await services.catalog.known(
-            lambda: services.catalog.of(caller.tenant).find(model, param="model")
-        )
+        adapters = services.catalog.of(caller.tenant)
+        found = await services.catalog.known(lambda: adapters.find(model, param="model"))
+        adapters.check_own(found.name, "train it further")
+        return found
     except UnknownAdapterError as error:
         raise InvalidRequestError(
             f"model: {model[:80]!r} cannot be trained on: this server's base is "
@@ -215,15 +219,13 @@ async def _settings_of(parent: VersionRecord | None, services: Services) -> Pare
     return ParentSettings(label(version.name, version.digest), version.report or {})
 
 
-def _adapter_name(
-    body: CreateJobRequest, base: str, parent: VersionRecord | None, caller: Caller
-) -> str | None:
-    """The name that gets the result: without one, that of an own parent (if it is no name of the Hub's); None
-    for one that is made of the job's id."""
+def _adapter_name(body: CreateJobRequest, base: str, parent: VersionRecord | None) -> str | None:
+    """The name that gets the result: without one, the parent's (if it is no name of the Hub's); None for one
+    that is made of the job's id."""
     if body.name is not None:
         return check_name(body.name, base)
     if body.suffix is None:
-        if parent is None or parent.tenant != caller.tenant:
+        if parent is None:
             return None
         name = adapter_of(parent.name)
         return name if is_adapter_name(name) else None
