@@ -276,7 +276,7 @@ PENALIZED = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_pena
 def guess(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
     """Make every draft one that goes on as one of the texts does, and every third one wrong somewhere."""
 
-    def propose(self: Drafts, tokens: list[int], most: int) -> list[int]:
+    def propose(self: Drafts, tokens: list[int], most: int, forced: list[int]) -> list[int]:
         text = next((text for text in texts if text[: len(tokens)] == tokens), [])
         draft = text[len(tokens) : len(tokens) + most]
         if len(tokens) % 3 == 0 and len(draft) > 2:
@@ -395,3 +395,15 @@ def test_drafts_are_left_out_where_they_do_not_pay() -> None:
     for _ in range(40):
         drafts.observe([4, 1, 2, 3])
     assert drafts.worth(16) > 4, "right ones, although none was computed"
+
+
+def test_what_is_forced_is_tried_whatever_was_right_before() -> None:
+    drafts = Drafts()
+    for _ in range(40):
+        drafts.propose([1, 2, 3, 4, 1, 2, 3], 4)
+        drafts.observe([9])
+    assert drafts.propose([1, 2, 3, 4, 1, 2, 3, 9], 4, [5, 6, 7, 8, 9]) == [5, 6, 7, 8]
+    assert drafts.worth(64) > 4
+    drafts.observe([1])
+    assert drafts.propose([1, 2, 3, 4, 1, 2, 3, 9, 1], 4) == []
+    assert drafts.worth(1) == 0
