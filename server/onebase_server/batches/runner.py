@@ -65,7 +65,9 @@ from onebase_server.quotas import Limiter, Ticket
 MOST_RUNS = 32
 """Batches that have rows in the engine by turns, of each tenant as many; further ones wait."""
 MOST_TRIES = 8
-"""Of one row whose answer says that the server or its engine failed; the last answer stays."""
+"""Of one row whose steps fail; the last answer stays."""
+ABSENT_TRIES = 32
+"""Of one that is answered 503, in a quarter of an hour: an adapter that is proved again takes minutes."""
 SPARE_ROWS = 2
 """Rows beyond the free places, so that one that ends is followed at once."""
 STOP_SECONDS = 10.0
@@ -467,7 +469,9 @@ class Run:
             self._pause(turn, _seconds(answer.headers.get("retry-after")), message)
         elif code == "crash_suspect":
             self._try_again(turn, turn.tries, message)
-        elif (answer.status == 503 or code == "step_failed") and turn.tries + 1 < MOST_TRIES:
+        elif turn.tries + 1 < (
+            MOST_TRIES if code == "step_failed" else ABSENT_TRIES if answer.status == 503 else 0
+        ):
             self._try_again(turn, turn.tries + 1, message)
         else:
             self.waiting = None
