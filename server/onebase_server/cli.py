@@ -1,4 +1,4 @@
-"""`onebase serve`, `base`, `keys` and `tenants`: the commands that need the server's packages."""
+"""`onebase serve`, `base`, `keys`, `tenants` and `backup`: the commands that need the server's packages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
@@ -144,6 +145,41 @@ A change holds within a second, on every server of the registry.
 """
 
 
+_BACKUP = """\
+Copy what a server keeps to a folder, while it serves. Run it on the machine of the
+server, as the user that it runs as, and with the same --data-dir, --registry and --store.
+
+The folder is then a data folder: `onebase serve --data-dir FOLDER` serves it. A second
+backup into it copies only the files that are new.
+"""
+
+
+def backup(argv: Sequence[str]) -> int:
+    """`onebase backup FOLDER`. Exit status: 0, or 1 with the reason."""
+    parser = Parser(prog="onebase backup", description=_BACKUP)
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="where the copy is to be; it is made if it is not there"
+    )
+    _add_registry(parser, "data_dir", "registry", "store")
+    arguments = parser.parse_args(list(argv))
+    from onebase_server.console import print_failure
+    from onebase_server.storage import StorageError, back_up, keep_private
+
+    console = Console(stderr=True)
+    keep_private()
+    try:
+        given = {name: getattr(arguments, name) for name in ("data_dir", "registry", "store")}
+        for place in back_up(load_settings(given), Path(arguments.folder)):
+            console.print(
+                f"Not in this backup: {place}. Copy it by its own tools, the registry first.", style="yellow"
+            )
+    except (SettingsError, StorageError) as error:
+        print_failure(console, str(error))
+        return 1
+    console.print(f"Serve the copy with: onebase serve --data-dir {arguments.folder}", soft_wrap=True)
+    return 0
+
+
 def keys(argv: Sequence[str]) -> int:
     """`onebase keys create | list | set | revoke`: on the registry itself, whether or not a server runs."""
     arguments = keys_parser().parse_args(list(argv))
@@ -273,9 +309,9 @@ def _add_quota(parser: argparse.ArgumentParser, names: Sequence[str], *, require
     )
 
 
-def _add_registry(parser: argparse.ArgumentParser) -> None:
+def _add_registry(parser: argparse.ArgumentParser, *names: str) -> None:
     fields = {item.name: (item, kind) for item, kind in setting_fields()}
-    for name in ("data_dir", "registry"):
+    for name in names or ("data_dir", "registry"):
         parser.add_argument(option_name(name), **_argument(*fields[name]))
 
 

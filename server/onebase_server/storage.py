@@ -6,12 +6,14 @@ import asyncio
 import errno
 import logging
 import os
+import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from onebase_adapters.store.store import GRACE, Store, StoreError, local_folder
 from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_engine.environment import computing_environment
 from onebase_engine.machine import NO_LIMIT, total_memory
+from onebase_engine.redaction import redacted
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
@@ -189,6 +192,74 @@ def _registry_url(settings: Settings) -> str:
     if not settings.registry:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
     return settings.registry or f"sqlite:///{data / 'registry.db'}"
+
+
+def back_up(settings: Settings, target: Path) -> list[str]:
+    """Copy the registry, the store and the files of jobs and batches to a folder, while servers use them.
+
+    `target` is then a data folder of its own: it may be served, or take the place of the old one. A second
+    time only new blobs are copied. The registry comes first: the store has a version's files before the
+    registry names them, and blobs never change, so that the copy has all files that its registry names but
+    those that are deleted meanwhile. Blocks. Returns what is not on a disk here, and was left out. Raises
+    StorageError.
+    """
+    data, target = (Path(path).expanduser().absolute() for path in (settings.data_dir, target))
+    left_out = []
+    try:
+        registry, blobs = (
+            sqlite_file(_registry_url(settings)),
+            local_folder(settings.store or str(data / "store")),
+        )
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if target.resolve().is_relative_to(data.resolve()):
+            raise StorageError(f"{target} lies in the data folder {data}: choose another folder.")
+        if any((target / f"registry.db{ending}").exists() for ending in ("-wal", "-shm", "-journal")):
+            raise StorageError(f"A server uses {target}, or was killed there: choose another folder.")
+        if registry is not None and not registry.exists():
+            raise StorageError(f"{registry} is not there: name the server's --data-dir and --registry.")
+        if registry is None:
+            left_out.append(f"the registry {redacted(settings.registry)}")
+        else:
+            _copy_registry(registry, target / "registry.db")
+        if blobs is None:
+            left_out.append(f"the store {redacted(settings.store)}")
+        else:
+            _copy_files(blobs / "blobs", target / "store/blobs", skip=True)
+            _copy_files(blobs / "registries", target / "store/registries")
+        for name in ("training", "batches"):
+            shutil.rmtree(target / name, ignore_errors=True)
+            _copy_files(data / name, target / name)
+        os.sync()
+    except (OSError, StoreError, sqlite3.Error) as error:
+        raise StorageError(
+            f"The backup is not whole ({error}): try again, or choose another folder."
+        ) from error
+    return left_out
+
+
+def _copy_registry(file: Path, target: Path) -> None:
+    """As one transaction sees it. Raises sqlite3.Error, OSError."""
+    work = target.with_name(f"{target.name}.part")
+    work.unlink(missing_ok=True)
+    with (
+        closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as live,
+        closing(sqlite3.connect(work)) as copy,
+    ):
+        live.backup(copy)
+    work.replace(target)
+
+
+def _copy_files(folder: Path, target: Path, *, skip: bool = False) -> None:
+    """All files but those that vanish meanwhile, and with `skip` those that are there. Raises OSError."""
+    for inside, _, names in os.walk(folder):
+        into = target / Path(inside).relative_to(folder)
+        into.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in names:
+            if not (skip and (into / name).exists()):
+                work = into / f"{name}.part"
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(Path(inside, name), work)
+                    work.replace(into / name)
 
 
 def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Storage:
