@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run tools/setup.sh
 
-.PHONY: help setup base demo test lint format check audit bench clean
+.PHONY: help setup base demo test lint docs format check audit bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,11 +38,13 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@echo "==> mypy"
 	@$(BIN)/mypy
 	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
-	@$(BIN)/mypy tools/generate_sync.py
+	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
+	@echo "==> the documentation site"
+	@$(MAKE) docs
 	@echo "==> shellcheck and hadolint"
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 	@$(BIN)/hadolint Dockerfile
@@ -50,6 +52,10 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/kubernetes-validate --quiet --strict deploy/kubernetes/cpu/onebase.yaml
+
+docs: setup ## Build the documentation site into build/site, with every link checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site: look at it with $(BIN)/mkdocs serve"
 
 check: ## Everything that continuous integration checks: lint, then every test in all combinations
 	@$(MAKE) lint

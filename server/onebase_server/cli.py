@@ -169,14 +169,18 @@ def backup(argv: Sequence[str]) -> int:
     keep_private()
     try:
         given = {name: getattr(arguments, name) for name in ("data_dir", "registry", "store")}
-        for place in back_up(load_settings(given), Path(arguments.folder)):
-            console.print(
-                f"Not in this backup: {place}. Copy it by its own tools, the registry first.", style="yellow"
-            )
+        left_out = back_up(load_settings(given), Path(arguments.folder))
     except (SettingsError, StorageError) as error:
         print_failure(console, str(error))
         return 1
-    console.print(f"Serve the copy with: onebase serve --data-dir {arguments.folder}", soft_wrap=True)
+    if left_out:
+        console.print(
+            f"Not in this backup: {' and '.join(left_out)}. Copy that by its own tools, the registry first.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"Serve the copy with: onebase serve --data-dir {arguments.folder}", soft_wrap=True)
     return 0
 
 

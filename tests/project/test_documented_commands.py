@@ -74,7 +74,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/orders_tool\.py data$", RUN),
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
-    (r"onebase serve --(base|adapter|otlp-endpoint) ", PARSE),  # other bases, and folders that are not there
+    (r"onebase serve --(base|adapter|data-dir|otlp-endpoint) ", PARSE),  # other bases, and folders that are not there
+    (r"onebase backup /", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
     (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends
     (
@@ -96,6 +97,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"docker (build|run|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
+    (r"(mv|cp -a|pg_dump|pg_restore|aws s3 sync) ", "other programs, on what is not there"),
 )
 
 MORE = {
@@ -210,7 +212,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     for file in (EXAMPLES / "orders").iterdir():
         shutil.copy(file, tmp_path)
-    for place, source, alpha in (("acme-support", "orders", 30), ("legal", "pirate", 15)):
+    outputs = (("acme-support", "orders", 30), ("acme-support-2", "orders", 31), ("legal", "pirate", 15))
+    for place, source, alpha in outputs:
         copied(EXAMPLES / source, tmp_path / "outputs" / place, lora_alpha=alpha)
     copied(EXAMPLES / "orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
     for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl"):
@@ -456,7 +459,6 @@ def test_every_snippet_of_the_sdks_page_runs(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ONEBASE_URL", server.url)
-    copied(EXAMPLES / "orders", folder / "outputs" / "acme-support-2", lora_alpha=31)
     (folder / "train.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
     whole = requests.sampling_body
     monkeypatch.setattr(requests, "sampling_body", lambda sampling: whole({"max_tokens": 4, **sampling}))

@@ -230,7 +230,7 @@ class AsyncAdapters:
     ) -> AdapterVersion:
         """Let the server make one version of several, by PEFT's `add_weighted_adapter`, and prove it.
 
-        Example:
+        Examples:
             >>> client.adapters.merge({"support": 0.7, "legal@3f2a9c41": 0.3}, name="both")  # doctest: +SKIP
 
         Args:

@@ -22,7 +22,7 @@ from .training import AsyncFiles
 class AsyncBatches:
     """`client.batches`: files of requests that the server answers when it has room.
 
-    Example:
+    Examples:
         >>> batch = await client.batches.create("requests.jsonl")  # doctest: +SKIP
         >>> batch = await client.batches.wait(batch.id)  # doctest: +SKIP
         >>> for row in await client.batches.results(batch):  # doctest: +SKIP

@@ -40,7 +40,7 @@ from .training import AsyncFiles, AsyncTraining
 class AsyncClient:
     """Talks to one OneBase server from asyncio or trio. Close it, or use it in an `async with` block.
 
-    Example:
+    Examples:
         >>> async with AsyncClient() as client:  # doctest: +SKIP
         ...     answer = await client.chat("What is the capital of France?", adapter="acme-support")
         ...     print(answer.text)
@@ -164,7 +164,7 @@ class AsyncClient:
             adapter, **sampling: As for `generate`.
 
         Raises:
-            As `generate`.
+            OneBaseError: As `generate`.
         """
         return await self.generate(messages=messages, adapter=adapter, **sampling)
 
@@ -178,14 +178,15 @@ class AsyncClient:
     ) -> AsyncStream:
         """As `generate`, piece by piece. The request is sent on entering the `async with` block.
 
-        Example:
+        Examples:
             >>> async with client.stream("Once upon a time") as stream:  # doctest: +SKIP
             ...     async for piece in stream:
             ...         print(piece.text, end="", flush=True)
             ...     print(stream.result.usage)
 
         Raises:
-            As `generate`, on entering; StreamError while iterating.
+            OneBaseError: As `generate`, on entering.
+            StreamError: While iterating.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return AsyncStream(lambda: self._http.open(call), schema=sampling.get("schema"))
@@ -229,7 +230,8 @@ class AsyncClient:
             messages: In place of texts: one conversation, as the base's chat template writes it.
 
         Raises:
-            As `embed`. ValueError: neither or both of `texts` and `messages`; nothing was sent.
+            OneBaseError: As `embed`.
+            ValueError: Neither or both of `texts` and `messages`; nothing was sent.
         """
         call = reading.classify(texts, messages, adapter)
         return await self._http.ask(call, reading.parse_classifications)
@@ -251,7 +253,7 @@ class AsyncClient:
             top_n: So many of the best; None: all.
 
         Raises:
-            As `embed`.
+            OneBaseError: As `embed`.
         """
         call = reading.rerank(query, documents, adapter, pooling, top_n)
         return await self._http.ask(call, reading.ranked_of(documents))
@@ -280,7 +282,7 @@ class AsyncClient:
             temperature: Above 1 the probabilities come nearer to each other.
 
         Raises:
-            As `generate`.
+            OneBaseError: As `generate`.
         """
         call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
         return await self._http.ask(call, reading.parse_decision)

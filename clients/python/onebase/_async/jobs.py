@@ -25,7 +25,7 @@ from .streams import AsyncEventStream
 class AsyncTrainingJob(JobView):
     """A job on the server. Its properties are as the server reported them last.
 
-    Example:
+    Examples:
         >>> job = await client.training.get("ftjob-3f2a9c41")  # doctest: +SKIP
         >>> await job.wait()  # doctest: +SKIP
         >>> print(job.report)  # doctest: +SKIP

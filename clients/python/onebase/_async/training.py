@@ -123,7 +123,7 @@ class AsyncTraining:
     ) -> AsyncTrainingJob:
         """Begin to train an adapter. The job waits for its turn, and goes on without this process.
 
-        Example:
+        Examples:
             >>> job = await client.training.create("train.jsonl", name="acme", r=8)  # doctest: +SKIP
             >>> await job.wait()  # doctest: +SKIP
             >>> job.report.loss_after  # doctest: +SKIP

@@ -22,7 +22,7 @@ from .training import Files
 class Batches:
     """`client.batches`: files of requests that the server answers when it has room.
 
-    Example:
+    Examples:
         >>> batch = client.batches.create("requests.jsonl")  # doctest: +SKIP
         >>> batch = client.batches.wait(batch.id)  # doctest: +SKIP
         >>> for row in client.batches.results(batch):  # doctest: +SKIP

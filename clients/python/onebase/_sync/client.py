@@ -41,7 +41,7 @@ from .training import Files, Training
 class Client:
     """Talks to one OneBase server. Safe to share between threads. Close it, or use it in a `with` block.
 
-    Example:
+    Examples:
         >>> with Client() as client:  # doctest: +SKIP
         ...     answer = client.chat("What is the capital of France?", adapter="acme-support")
         ...     print(answer.text)
@@ -165,7 +165,7 @@ class Client:
             adapter, **sampling: As for `generate`.
 
         Raises:
-            As `generate`.
+            OneBaseError: As `generate`.
         """
         return self.generate(messages=messages, adapter=adapter, **sampling)
 
@@ -179,14 +179,15 @@ class Client:
     ) -> Stream:
         """As `generate`, piece by piece. The request is sent on entering the `with` block.
 
-        Example:
+        Examples:
             >>> with client.stream("Once upon a time") as stream:  # doctest: +SKIP
             ...     for piece in stream:
             ...         print(piece.text, end="", flush=True)
             ...     print(stream.result.usage)
 
         Raises:
-            As `generate`, on entering; StreamError while iterating.
+            OneBaseError: As `generate`, on entering.
+            StreamError: While iterating.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return Stream(lambda: self._http.open(call), schema=sampling.get("schema"))
@@ -230,7 +231,8 @@ class Client:
             messages: In place of texts: one conversation, as the base's chat template writes it.
 
         Raises:
-            As `embed`. ValueError: neither or both of `texts` and `messages`; nothing was sent.
+            OneBaseError: As `embed`.
+            ValueError: Neither or both of `texts` and `messages`; nothing was sent.
         """
         call = reading.classify(texts, messages, adapter)
         return self._http.ask(call, reading.parse_classifications)
@@ -252,7 +254,7 @@ class Client:
             top_n: So many of the best; None: all.
 
         Raises:
-            As `embed`.
+            OneBaseError: As `embed`.
         """
         call = reading.rerank(query, documents, adapter, pooling, top_n)
         return self._http.ask(call, reading.ranked_of(documents))
@@ -281,7 +283,7 @@ class Client:
             temperature: Above 1 the probabilities come nearer to each other.
 
         Raises:
-            As `generate`.
+            OneBaseError: As `generate`.
         """
         call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
         return self._http.ask(call, reading.parse_decision)

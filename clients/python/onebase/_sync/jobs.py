@@ -26,7 +26,7 @@ from .streams import EventStream
 class TrainingJob(JobView):
     """A job on the server. Its properties are as the server reported them last.
 
-    Example:
+    Examples:
         >>> job = client.training.get("ftjob-3f2a9c41")  # doctest: +SKIP
         >>> job.wait()  # doctest: +SKIP
         >>> print(job.report)  # doctest: +SKIP

@@ -124,7 +124,7 @@ class Training:
     ) -> TrainingJob:
         """Begin to train an adapter. The job waits for its turn, and goes on without this process.
 
-        Example:
+        Examples:
             >>> job = client.training.create("train.jsonl", name="acme", r=8)  # doctest: +SKIP
             >>> job.wait()  # doctest: +SKIP
             >>> job.report.loss_after  # doctest: +SKIP

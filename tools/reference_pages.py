@@ -1,0 +1,291 @@
+"""What MkDocs adds to docs/ when it builds the site: pages made from code, and links as GitHub reads them.
+
+A hook of mkdocs.yml. The settings are those of `onebase serve`'s own parser; the routes come from the OpenAPI
+file of the app, which is put together here without a server, a base or a port.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from fastapi.routing import APIRoute
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "server"), str(ROOT / "adapters"), str(ROOT / "clients/python")]
+
+from onebase_server.cli import serve_parser  # noqa: E402
+from onebase_server.http.app import create_app  # noqa: E402
+from onebase_server.http.deps import Services  # noqa: E402
+from onebase_server.settings import Settings, environment_name, setting_fields  # noqa: E402
+
+Json = dict[str, Any]
+
+ROUTES = {
+    "text": (
+        "Text",
+        {
+            "generate": "OneBase's own",
+            "openai": "OpenAI's",
+            "anthropic": "Anthropic's",
+            "tgi": "TGI's",
+        },
+    ),
+    "reading": ("Vectors, classes, scores", {"pooling": "Texts that are read"}),
+    "adapters": ("Adapters", {"adapters": "Adapters and versions", "vllm": "vLLM's"}),
+    "training": ("Training, batches, files", {"training": "Jobs", "batches": "Batches", "files": "Files"}),
+    "access": (
+        "Keys, quotas, usage, audit",
+        {"keys": "Keys", "usage": "Quotas and usage", "audit": "Audit"},
+    ),
+    "server": ("The server itself", {"health": "Health"}),
+}
+"""Pages of routes: the name, the title, and the OpenAPI file's tags that are on it, with their titles."""
+
+_log = logging.getLogger("mkdocs.hooks")
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^\s*(```|~~~)")
+_BLOCK = re.compile(r"^(\s*)([-*] |\d+\. |\|)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made from code."""
+    logging.getLogger("onebase_server").setLevel(logging.ERROR)
+    app = create_app(cast(Services, SimpleNamespace(settings=Settings())))
+    api = app.openapi()
+    scopes = {
+        (method, route.path_format): getattr(route.endpoint, "onebase_access", "admin")
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    made = {"reference/settings.md": settings_page(), "reference/openapi.json": json.dumps(api, indent=1)}
+    tags = {tag for operations in api["paths"].values() for one in operations.values() for tag in one["tags"]}
+    if missing := tags - {tag for _, on_page in ROUTES.values() for tag in on_page}:
+        raise ValueError(f"ROUTES in tools/reference_pages.py has no page for the tags {sorted(missing)}")
+    for name, (title, on_page) in ROUTES.items():
+        made[f"reference/routes-{name}.md"] = RoutesPage(api, scopes, on_page).text(title)
+    for path, content in made.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """As GitHub shows it: lists and tables need no empty line before them; links may leave docs/."""
+    here = posixpath.dirname(page.file.src_uri)
+
+    def link(match: re.Match[str]) -> str:
+        label, target = match.groups()
+        whole = posixpath.normpath(posixpath.join("docs", here, target))
+        if re.match(r"[a-z]+:|#|/", target) or whole.startswith("docs/"):
+            return match[0]
+        if not (ROOT / whole.partition("#")[0]).exists():
+            _log.warning("%s links to %s, which is not there", page.file.src_uri, target)
+        if config.repo_url:
+            return f"[{label}]({config.repo_url.rstrip('/')}/blob/main/{whole})"
+        return f"`{whole}`" if label == posixpath.basename(whole) else label
+
+    return "\n".join(line if code else _LINK.sub(link, line) for line, code in _with_empty_lines(markdown))
+
+
+def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
+    """The lines, an empty one before each list and table; and whether a line is code."""
+    before, code = "", False
+    for line in markdown.split("\n"):
+        if _FENCE.match(line):
+            code = not code
+        elif not code and _BLOCK.match(line) and before.strip():
+            kind = "|" if line.lstrip().startswith("|") else "-"
+            goes_on = (
+                before.startswith("|") if kind == "|" else bool(re.match(r"\s*([-*]|\d+\.) |\s+\S", before))
+            )
+            if not goes_on:
+                yield "", False
+        yield line, code or bool(_FENCE.match(line))
+        before = line
+
+
+def settings_page() -> str:
+    """Every option of `onebase serve` as a table, by the groups of its help."""
+    parser = serve_parser()
+    fields = {item.name: item for item, _ in setting_fields()}
+    lines = [
+        "# Settings",
+        "",
+        "Every setting of a server, made from its code. A value comes from the command line, else from the "
+        "environment, else it is the default. Sizes are bytes, or have a suffix: `2GB` (powers of 1000), "
+        "`512MiB` (of 1024). Times are seconds, lengths are tokens. `onebase serve --help` prints the same.",
+    ]
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest in fields]
+        if not actions:
+            continue
+        title = str(group.title)
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", "| option | what | default |", "|---|---|---|"]
+        for action in actions:
+            text, _, default = str(action.help).replace("%%", "%").rpartition(" (default: ")
+            text, default = (text, default[:-1]) if text else (str(action.help), "")
+            meta = fields[action.dest].metadata
+            limits = _limits(meta["low"], meta["high"])
+            if action.choices:
+                limits = "one of " + ", ".join(f"`{choice}`" for choice in action.choices)
+            name = f"`{action.option_strings[0]}`{{ #{action.dest} }}<br>`{environment_name(action.dest)}`"
+            said = _cell(text[0].upper() + text[1:]) + (f". <small>{limits}</small>" if limits else "")
+            lines.append(f"| {name} | {said} | {f'`{default}`' if default not in ('', 'none') else '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _limits(low: float | None, high: float | None) -> str:
+    if low is None:
+        return ""
+    return f"at least {low:,g}" if high is None else f"{low:,g} to {high:,g}"
+
+
+def _cell(text: str) -> str:
+    """Text for a table's cell: what would be markup is not."""
+    text = re.sub(r"(?<![`\w])(--[a-z][a-z-]+|<[^>\s]*>|'[^']*\*')", r"`\1`", " ".join(text.split()))
+    return text.replace("|", "\\|")
+
+
+class RoutesPage:
+    """The routes with certain tags, their fields and answers, and then each object that these are made of.
+
+    scopes: of each method and path, what a key needs.
+    """
+
+    def __init__(self, api: Json, scopes: Mapping[tuple[str, str], str], tags: Mapping[str, str]) -> None:
+        self._schemas: Json = api["components"]["schemas"]
+        self._scopes, self._tags = scopes, tags
+        self._routes: dict[str, list[tuple[str, str, Json]]] = defaultdict(list)
+        for path, operations in api["paths"].items():
+            for method, operation in operations.items():
+                for tag in tags:
+                    if tag in operation["tags"]:
+                        self._routes[tag].append((method.upper(), path, operation))
+        self._objects: dict[str, Json] = {}
+        """Those that are named on the page, by name, in the order in which they are."""
+
+    def text(self, title: str) -> str:
+        """The page, as Markdown."""
+        lines = [
+            f"# {title}",
+            "",
+            "Made from the [OpenAPI file](openapi.json) of this release. What the fields do, with examples: "
+            "[HTTP](../http.md). Errors have [one shape](../http.md#errors) on every route.",
+        ]
+        for tag, title in self._tags.items():
+            lines += ["", f"## {title}"]
+            for method, path, operation in self._routes[tag]:
+                lines += self._route(method, path, operation)
+        lines += ["", "## Objects"]
+        done: set[str] = set()
+        while waiting := [name for name in self._objects if name not in done]:
+            for name in waiting:
+                done.add(name)
+                lines += ["", f"### {name}", "", *self._object(self._objects[name])]
+        return "\n".join(lines) + "\n"
+
+    def _route(self, method: str, path: str, operation: Json) -> Iterator[str]:
+        scope = self._scopes[method, path]
+        needs = {"open": "No key needed.", "any": "Any key."}.get(scope, f"Scope `{scope}`.")
+        said = " ".join(str(operation.get("description", "")).split())
+        yield from ("", f"### `{method} {path}`", "", f"{said} {needs}")
+        rows = [
+            (one["name"], one.get("description", ""), one["schema"], one.get("required", False))
+            for one in operation.get("parameters", ())
+            if one["in"] != "path"
+        ]
+        if rows:
+            yield from ("", '??? abstract "In the query"', "")
+            yield from (f"    {line}" for line in self._table(rows))
+        for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+            form = " of the form" if "multipart" in kind else ""
+            yield from ("", f'??? abstract "Fields{form}"', "")
+            yield from (f"    {line}" for line in self._object(self._resolved(content["schema"])))
+        answers = [
+            f"{status}, {self._answer(answer)}"
+            for status, answer in operation["responses"].items()
+            if status[0] == "2"
+        ]
+        yield from ("", f"Answers {'; '.join(answers)}.")
+
+    def _answer(self, answer: Json) -> str:
+        kinds = [
+            self._type(content.get("schema", {})) + ("" if kind == "application/json" else f" (`{kind}`)")
+            for kind, content in answer.get("content", {}).items()
+        ]
+        return " or ".join(kinds) or "nothing"
+
+    def _resolved(self, schema: Json) -> Json:
+        name = schema.get("$ref", "").rpartition("/")[2]
+        return cast(Json, self._schemas[name]) if name else schema
+
+    def _object(self, schema: Json) -> list[str]:
+        """An object's fields as a table; of anything else what it is."""
+        lines = [" ".join(str(schema["description"]).split()), ""] if "description" in schema else []
+        needed = schema.get("required", [])
+        rows = [
+            (name, field.get("description", ""), field, name in needed)
+            for name, field in schema.get("properties", {}).items()
+        ]
+        return lines + (self._table(rows) if rows else [self._type({**schema, "title": ""})])
+
+    def _table(self, rows: list[tuple[str, str, Json, bool]]) -> list[str]:
+        lines = ["| field | what it is | |", "|---|---|---|"]
+        for name, said, schema, needed in rows:
+            default = schema.get("default")
+            beside = "needed" if needed else f"`{json.dumps(default)}`" if default is not None else ""
+            told = "; ".join(part for part in (_cell(said), beside) if part)
+            lines.append(f"| `{name}` | {self._type(schema)} | {told} |")
+        return lines
+
+    def _type(self, schema: Json) -> str:
+        """What a value is, in words; objects by their names, which then stand at the end of the page."""
+        if "$ref" in schema:
+            whole = self._resolved(schema)
+            if str(whole.get("title", "")).startswith(("ListAnswer", "PageAnswer")):
+                return f"a list, whose `data` are of {self._type(whole['properties']['data']['items'])}"
+            return self._named(schema["$ref"].rpartition("/")[2], whole)
+        for key in ("anyOf", "oneOf", "allOf"):
+            if key in schema:
+                kinds = [self._type(one) for one in schema[key] if one.get("type") != "null"]
+                return " or ".join(dict.fromkeys(kinds)) or "null"
+        if "const" in schema or "enum" in schema:
+            values = schema.get("enum", [schema.get("const")])
+            return " or ".join(f"`{json.dumps(value)}`" for value in values).replace("|", "\\|")
+        kinds = schema.get("type", "any value")
+        kind = next(one for one in kinds if one != "null") if isinstance(kinds, list) else kinds
+        if kind == "array":
+            return f"list of {self._type(schema.get('items', {}))}"
+        if kind == "object" and schema.get("properties"):
+            return self._named(schema.get("title") or "object", schema)
+        if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+            return f"object of {self._type(schema['additionalProperties'])}"
+        return f"{'text' if kind == 'string' else kind}{_range(schema)}"
+
+    def _named(self, name: str, schema: Json) -> str:
+        if not schema.get("properties"):
+            return self._type(schema)
+        self._objects.setdefault(name, schema)
+        return f"[{name}](#{name.lower()})"
+
+
+def _range(schema: Json) -> str:
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if low is not None and high is not None and abs(high) < 1e9:
+        return f", {low:g} to {high:g}"
+    if "maxLength" in schema:
+        return f", up to {schema['maxLength']:,} characters"
+    return ""
