@@ -99,6 +99,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "\n".join(line if code else _LINK.sub(link, line) for line, code in _with_empty_lines(markdown))
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Warn of a table that became a paragraph."""
+    if found := re.search(r"<p>\|.*", html):
+        _log.warning("%s has a table that is none: %s", page.file.src_uri, found[0])
+    return html
+
+
 def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
     """The lines, an empty one before each list and table; and whether a line is code."""
     before, code = "", False
@@ -106,10 +113,7 @@ def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
         if _FENCE.match(line):
             code = not code
         elif not code and _BLOCK.match(line) and before.strip():
-            kind = "|" if line.lstrip().startswith("|") else "-"
-            goes_on = (
-                before.startswith("|") if kind == "|" else bool(re.match(r"\s*([-*]|\d+\.) |\s+\S", before))
-            )
+            goes_on = re.match(r"\s*\|" if line.lstrip()[0] == "|" else r"\s*([-*]|\d+\.) |\s+\S", before)
             if not goes_on:
                 yield "", False
         yield line, code or bool(_FENCE.match(line))
@@ -245,7 +249,7 @@ class RoutesPage:
         lines = ["| field | what it is | |", "|---|---|---|"]
         for name, said, schema, needed in rows:
             default = schema.get("default")
-            beside = "needed" if needed else f"`{json.dumps(default)}`" if default is not None else ""
+            beside = "needed" if needed else f"default `{json.dumps(default)}`" if default is not None else ""
             told = "; ".join(part for part in (_cell(said), beside) if part)
             lines.append(f"| `{name}` | {self._type(schema)} | {told} |")
         return lines

@@ -24,7 +24,17 @@ def test_the_commands_are_found_by_the_sdk() -> None:
     found = {entry.name: entry.load() for entry in entry_points(group="onebase.commands")}
 
     assert (found["serve"], found["base"]) == (serve, base)
-    assert found.keys() == {"serve", "base", "keys", "tenants", "train", "data", "estimate", "sweep"}
+    assert found.keys() == {
+        "serve",
+        "base",
+        "keys",
+        "tenants",
+        "backup",
+        "train",
+        "data",
+        "estimate",
+        "sweep",
+    }
 
 
 def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ A server (needs: pip install 'onebase[server]')
   base       download a base ahead of time: onebase base fetch
   keys       make, list, change and revoke API keys, on the server's machine
   tenants    limit what tenants may ask for and keep, on the server's machine
+  backup     copy what a server keeps, while it serves, on its machine
 
 Training (needs: pip install 'onebase[train]')
   train      make an adapter from examples, in a process of its own
@@ -81,6 +82,7 @@ EXTRA_COMMANDS: Final[Mapping[str, str]] = {
     "base": "server",
     "keys": "server",
     "tenants": "server",
+    "backup": "server",
     "train": "train",
     "data": "train",
     "estimate": "train",
