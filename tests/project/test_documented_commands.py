@@ -74,7 +74,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"python examples/orders_tool\.py data$", RUN),
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
-    (r"onebase serve --(base|adapter|data-dir|otlp-endpoint) ", PARSE),  # other bases, and folders that are not there
+    (
+        r"onebase serve --(base|adapter|data-dir|otlp-endpoint) ",
+        PARSE,
+    ),  # other bases, and folders that are not there
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
     (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends

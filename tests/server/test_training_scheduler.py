@@ -24,6 +24,7 @@ from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import FileGoneError, Run
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import is_resumable
+from onebase_server.traces import Tracing
 
 JOB = "ftjob-1"
 
@@ -266,14 +267,18 @@ async def checked(
 
     records = registry.training
     pool: Any = SimpleNamespace(
-        records=records, threads=Threads("records", 2), notifier=JobNotifier(), train_job=train_job
+        records=records,
+        threads=Threads("records", 2),
+        notifier=JobNotifier(),
+        train_job=train_job,
+        tracing=Tracing(),
     )
     run = Run(pool, records.job("default", JOB), "check", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_run, "BACKOFF", Backoff(pause, pause))
         run.begin()
         if stop:
-            await asked.wait()
+            await asyncio.wait_for(asked.wait(), 60)
             records.move(JOB, "paused", ("validating_files",))
             run.stop("pause", 60.0)
         await run.ended()

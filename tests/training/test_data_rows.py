@@ -335,12 +335,16 @@ def test_the_examples_of_the_documentation_are_read_as_it_says() -> None:
     text = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text()
     blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     parsed = [
-        parse_row(item.value, "dpo" if "chosen" in block else "supervised")
+        parse_row(
+            item.value,
+            "dpo" if "chosen" in block else "classification" if '"label"' in block else "supervised",
+        )
         for block in blocks
         for item in json_array(io.BytesIO(block.encode()), lambda _count: None, "docs")
         if isinstance(item, Record)
     ]
-    assert [type(row).__name__ for row in parsed] == ["Chat", "Text", "Chat", "Text", *["Choice"] * 5]
+    told = [type(row).__name__ for row in parsed]
+    assert told == ["Chat", "Text", "Chat", "Text", *["Choice"] * 5, *["Labelled"] * 3]
 
 
 CHATS = Choice(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
