@@ -194,6 +194,10 @@ def _registry_url(settings: Settings) -> str:
     return settings.registry or f"sqlite:///{data / 'registry.db'}"
 
 
+BACKUP_MARK = ".onebase-backup"
+"""In a folder whose files a backup may replace."""
+
+
 def back_up(settings: Settings, target: Path) -> list[str]:
     """Copy the registry, the store and the files of jobs and batches to a folder, while servers use them.
 
@@ -215,8 +219,11 @@ def back_up(settings: Settings, target: Path) -> list[str]:
             raise StorageError(f"{target} lies in the data folder {data}: choose another folder.")
         if any((target / f"registry.db{ending}").exists() for ending in ("-wal", "-shm", "-journal")):
             raise StorageError(f"A server uses {target}, or was killed there: choose another folder.")
+        if any(target.iterdir()) and not (target / BACKUP_MARK).exists():
+            raise StorageError(f"{target} holds other files: choose an empty folder, or that of a backup.")
         if registry is not None and not registry.exists():
             raise StorageError(f"{registry} is not there: name the server's --data-dir and --registry.")
+        (target / BACKUP_MARK).touch()
         if registry is None:
             left_out.append(f"the registry {redacted(settings.registry)}")
         else:

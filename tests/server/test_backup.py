@@ -59,16 +59,22 @@ def test_a_copy_made_while_versions_come_and_go_is_served_with_all_that_it_names
             assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_a_backup_does_not_touch_a_folder_that_a_server_uses(
+def test_a_backup_does_not_touch_a_folder_that_a_server_or_somebody_else_uses(
     serve_scripted: Starter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, other = tmp_path / "data", tmp_path / "other"
+    data, other, mine = tmp_path / "data", tmp_path / "other", tmp_path / "mine"
+    (mine / "training").mkdir(parents=True)
     with serve_scripted("words", data_dir=data) as server, serve_scripted("words", data_dir=other) as used:
         server.wait_ready()
         used.wait_ready()
-        for folder, reason in ((other, "uses"), (data / "copy", "lies in the data folder")):
+        for folder, reason in (
+            (other, "uses"),
+            (data / "copy", "lies in the data folder"),
+            (mine, "holds other files"),
+        ):
             assert backup([str(folder), "--data-dir", str(data)]) == 1
             assert reason in " ".join(capsys.readouterr().err.split())
+    assert (mine / "training").exists()
     assert backup([str(tmp_path / "copy"), "--data-dir", str(tmp_path / "nothing")]) == 1
     assert "is not there" in " ".join(capsys.readouterr().err.split())
 

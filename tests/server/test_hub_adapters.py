@@ -274,7 +274,7 @@ def test_a_hub_that_hangs_holds_up_nobody_else_and_the_request_as_long_as_its_ti
         clients = [open_requests.enter_context(server.client()) for _ in range(6)]
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             waiting = [
-                pool.submit(generate, client, f"hub:acme/slow{number}", timeout_s=10)
+                pool.submit(generate, client, f"hub:acme/slow{number}", timeout_s=7)
                 for number, client in enumerate(clients)
             ]
             time.sleep(0.5)
