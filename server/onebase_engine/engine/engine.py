@@ -538,7 +538,8 @@ class Engine:
             self._end(row, "error", code="not_finite", message=message)
             return
         row.tokens.append(tokens[-1])
-        row.forced = row.forced[len(tokens) :] if row.forced[: len(tokens)] == tokens else []
+        if row.forced:
+            row.forced = row.forced[len(tokens) :] if row.forced[: len(tokens)] == tokens else []
         self.counters.generated_tokens += len(tokens)
         if row.drafts is not None:
             row.drafts.observe(tokens)

@@ -284,7 +284,8 @@ class Scheduler:
 
     def _decode(self, draft: _Draft) -> None:
         rows = list(self.running)
-        short = len(rows) > min(draft.budget, draft.background)
+        behind = sum(row.background for row in rows)
+        short = len(rows) > draft.budget or 0 < draft.background < behind
         for row in sorted(rows, key=self.waiting.order) if short else rows:
             ready = row.pending == 1 and draft.left(row) > 0 and row not in draft.preempted
             if ready and self._grow(row, len(row.tokens), draft):
