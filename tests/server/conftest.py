@@ -20,6 +20,7 @@ from tests.forks import Nursery
 from tests.training.runs import talking_base
 from transformers import AutoModelForCausalLM
 
+from onebase_adapters.registry import Registry
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.generation.tokenization import BaseTokenizer
 
@@ -149,3 +150,11 @@ def api(serve_real: Starter, base_folder: Path, tmp_path_factory: pytest.TempPat
     with serve_real(*options, data_dir=data_dir) as server, server.client() as http:
         digests = {entry["id"]: entry["version"] for entry in http.get("/v1/adapters").json()["data"]}
         yield Api(server, http, "smollm2-135m-instruct", adapters, digests, data_dir)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="base", base_name="base")
+    made.migrate()
+    yield made
+    made.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +26,6 @@ from onebase_server.jobs.folders import JobFolders
 from .test_batch_files import line
 
 BUSY = Answer(503, {}, msgspec.json.encode({"error": {"code": "adapter_unavailable", "message": "Not now."}}))
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="base", base_name="base")
-    made.migrate()
-    yield made
-    made.close()
 
 
 async def post(*asked: object) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +27,6 @@ from onebase_server.jobs.state import is_resumable
 from onebase_server.traces import Tracing
 
 JOB = "ftjob-1"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="base", base_name="base")
-    made.migrate()
-    yield made
-    made.close()
 
 
 @pytest.fixture
