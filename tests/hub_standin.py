@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -344,7 +343,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[begin : begin + faults.piece])
             self.wfile.flush()
             if faults.pause:
-                time.sleep(faults.pause)
+                self.standin.closing.wait(faults.pause)
         while faults.endless and not self.standin.closing.is_set():
             self.wfile.write(b"x" * _PIECE)
             self.close_connection = True

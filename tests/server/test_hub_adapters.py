@@ -252,7 +252,7 @@ def test_an_adapter_of_another_base_on_the_hub_is_a_conflict(http: httpx2.Client
     assert pull(http, "acme/foreign", name="foreign", any_base=True).status_code == 200
 
 
-def test_a_hub_that_hangs_holds_up_nobody_else_and_the_request_as_long_as_its_timeout_says(
+def test_a_slow_hub_holds_up_nobody_else_and_the_request_as_long_as_its_timeout_says(
     http: httpx2.Client, hub: HubStandIn, server: Server
 ) -> None:
     upload(http, "local", b"local", query="wait=true&activate=true").raise_for_status()
@@ -269,7 +269,9 @@ def test_a_hub_that_hangs_holds_up_nobody_else_and_the_request_as_long_as_its_ti
 
     streaming = threading.Thread(target=stream)
     streaming.start()
-    hub.faults.hang = True
+    for number in range(6):
+        hub.add_repo(f"acme/slow{number}", files(b"slow" * 1000))
+    hub.faults.pause, hub.faults.piece = 1.0, 16
     with contextlib.ExitStack() as open_requests:
         clients = [open_requests.enter_context(server.client()) for _ in range(6)]
         with concurrent.futures.ThreadPoolExecutor(6) as pool:

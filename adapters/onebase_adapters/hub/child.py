@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, file_download, hf_hub_download, hf_hub_url
@@ -70,7 +70,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request = json.loads(sys.stdin.buffer.readline())
     _confine(request)
-    threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Whatever a library prints must not look like one of our lines.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -101,9 +101,11 @@ def _confine(request: dict[str, Any]) -> None:
     )
 
 
-def _end_with_parent(stdin: BinaryIO) -> None:
+def _end_with_parent() -> None:
     """When nobody waits any more, stop as by Ctrl-C, so that half a file does not stay in the cache."""
-    stdin.read()
+    # Not through sys.stdin: an interpreter that ends waits a second for the lock of a reader.
+    while os.read(sys.stdin.fileno(), 1 << 10):
+        pass
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     time.sleep(_LAST_SECONDS)
     os._exit(1)
