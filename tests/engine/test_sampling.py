@@ -312,3 +312,37 @@ def test_kernels_draw_what_pytorch_does_for_vocabularies_of_any_size(
             kept = weights >= min(weights[token], weights[expected.token]) * (1 - 1e-5)
             between = (weights * kept)[first + 1 : last + 1].sum() - weights[last]
             assert between <= 2e-6 * weights.sum(), (token, expected.token, float(between / weights.sum()))
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32]))
+    count = data.draw(st.integers(1, 6))
+    vocab = data.draw(st.sampled_from([40, 64, 257]))
+    raw = logits(data.draw(st.integers(0, 99)), count, vocab, dtype)
+    words = -(-vocab // 32)
+    masks: list[sampling.Mask] = []
+    rows = []
+    plain = raw.clone()
+    for number in range(count):
+        rows.append(
+            row(
+                temperature=data.draw(st.sampled_from([0.0, 1.0])),
+                logit_bias=data.draw(st.sampled_from([{}, {1: 2.0}])),  # such rows are in fp32
+                seed=number,
+            )
+        )
+        allowed = data.draw(st.sets(st.integers(0, vocab - 1), min_size=1))
+        if data.draw(st.booleans()):
+            masks.append(None)
+            continue
+        bits = np.zeros(words * 32, dtype=np.uint8)
+        bits[list(allowed)] = 1
+        masks.append(np.packbits(bits, bitorder="little").view(np.int32))
+        plain[number, torch.from_numpy(bits[:vocab]) == 0] = -torch.inf
+
+    drawn = sampling.draw(raw, rows, EOS, chosen[0], masks)
+
+    expected = [draw(plain[number : number + 1], [rows[number]], EOS)[0] for number in range(count)]
+    assert [one.token for one in drawn] == [one.token for one in expected]

@@ -69,7 +69,8 @@ def draw(
     chosen = kernels.draw(own, _draws(rows))
     if changed := sorted({*adjusted, *masked}):
         # The row's own logits must be finite as well, those that were taken away included.
-        finite = torch.isfinite(logits[changed].amax(-1)).tolist()
+        theirs = logits if len(changed) == len(rows) else logits[changed]
+        finite = torch.isfinite(theirs.amax(-1)).tolist()
         for i, known in zip(changed, finite, strict=True):
             chosen[i] = chosen[i] if known else None
     scores: dict[int, TokenLogprob] = {}
@@ -89,17 +90,21 @@ def draw(
 
 def _forbid(own: list[torch.Tensor], rows: Sequence[int], masks: np.ndarray) -> None:
     """Take from these of the rows' logits what their masks [rows, words] do not allow."""
-    vocabulary = len(own[rows[0]])
-    allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little", count=vocabulary)
-    forbidden = torch.from_numpy(allowed).to(own[rows[0]].device) == 0
+    first = own[rows[0]]
+    allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little", count=len(first))
+    # As bf16, inf where a token is allowed and -inf where not: the smaller of this and the logit is left.
+    # It takes a tenth of masked_fill's time on the CPU.
+    signs = torch.from_numpy(allowed).to(torch.int16).sub_(1).bitwise_and_(-0x8000)
+    bounds = signs.bitwise_or_(0x7F80).view(torch.bfloat16).to(first.device)
     for dtype in {own[i].dtype for i in rows}:  # those that were adjusted are in fp32
         numbers = [number for number, i in enumerate(rows) if own[i].dtype == dtype]
-        theirs = forbidden if len(numbers) == len(rows) else forbidden[numbers]
-        made = torch.stack([own[rows[number]] for number in numbers]).masked_fill_(theirs, -torch.inf)
+        theirs = (bounds if len(numbers) == len(rows) else bounds[numbers]).to(dtype)
+        made = torch.stack([own[rows[number]] for number in numbers])
+        torch.minimum(made, theirs, out=made)
         known = torch.isfinite(made.amax(-1)).tolist()
-        for number, row, mask, some in zip(numbers, made, theirs, known, strict=True):
+        for number, row, bound, some in zip(numbers, made, theirs, known, strict=True):
             # Where min_tokens took what the grammar ends with, or a bias did, the grammar is what holds.
-            own[rows[number]] = row if some else torch.zeros_like(row).masked_fill_(mask, -torch.inf)
+            own[rows[number]] = row if some else bound.clamp(max=0)
 
 
 def _draws(rows: Sequence[Row | Ahead]) -> Draws:
