@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Measures structured output on the engine: what a grammar costs a token in a mixed batch, and what comes of
-the schemas of the JSON Schema Test Suite (drafts 7, 2019-09 and 2020-12) at temperature 1.
+"""Measures structured output on the engine: what a grammar costs a token in a mixed batch, that of tools too,
+and what comes of the schemas of the JSON Schema Test Suite (drafts 7, 2019-09 and 2020-12) at temperature 1.
 
   python benchmarks/structured.py                   # 16 rows over 4 adapters, and 1,000 schemas
   python benchmarks/structured.py --schemas 100     # a look
@@ -39,6 +39,8 @@ from onebase_engine.base.default_base import default_cache, fetch_default_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Grammar, Sampling, Submit
 from onebase_server.generation.json_schema import closed
+from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tool_format import Tool, ToolChoice
 
 SUITE = "jsonschema==4.26.0"
 DRAFTS = {
@@ -108,11 +110,11 @@ def corpus(folder: Path) -> list[Case]:
     return cases
 
 
-def speed(engine: Engine, prompt: list[int], guided: int) -> float:
-    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow a schema."""
-    grammar = Grammar("json_schema", json.dumps(ENDLESS))
+def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: int) -> float:
+    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar."""
     for row in range(ROWS):
-        sampling = Sampling(temperature=1.0, seed=row, max_tokens=TOKENS, ignore_eos=row >= guided)
+        ends = {"min_tokens": TOKENS} if row < guided else {"ignore_eos": True}
+        sampling = Sampling(temperature=1.0, seed=row, max_tokens=TOKENS, **ends)
         engine.submit(
             Submit(
                 id=str(row),
@@ -207,7 +209,7 @@ def main() -> None:
         adapters = {name: str(path) for name, path in make_adapters(base, Path(folder), ADAPTERS).items()}
         engine = load(str(base), adapters, 16, 0)
     if options.rounds:
-        show_cost(console, engine, prompt, options.rounds)
+        show_cost(console, engine, base, prompt, options.rounds)
     cases = corpus(options.corpus) if options.corpus else suite(default_cache() / "json-schema-test-suite")
     chosen = random.Random(0).sample(cases, min(options.schemas, len(cases)))
     made = outcomes(engine, tokenizer, prompt, chosen, options.tokens)
@@ -226,19 +228,37 @@ def main() -> None:
         console.print(f"{count:5} {reason}", highlight=False)
 
 
-def show_cost(console: Console, engine: Engine, prompt: list[int], rounds: int) -> None:
-    speed(engine, prompt, ROWS)
-    times: dict[int, list[float]] = {0: [], ROWS // 2: [], ROWS: []}
+def show_cost(console: Console, engine: Engine, base: Path, prompt: list[int], rounds: int) -> None:
+    schema = Grammar("json_schema", json.dumps(ENDLESS))
+    calls = {choice: tools(base, choice) for choice in ("auto", "required")}
+    cases: dict[str, tuple[Grammar | None, int]] = {
+        "none": (None, 0),
+        f"{ROWS // 2} of {ROWS} under a schema": (schema, ROWS // 2),
+        f"{ROWS} of {ROWS} under a schema": (schema, ROWS),
+        f"{ROWS // 2} of {ROWS} with tools, in text": (calls["auto"], ROWS // 2),
+        f"{ROWS} of {ROWS} with tools, in text": (calls["auto"], ROWS),
+        f"{ROWS} of {ROWS} with tools, in a call": (calls["required"], ROWS),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for grammar, guided in cases.values():
+        speed(engine, prompt, grammar, guided)
     for _ in track(range(rounds), "cost", console=Console(stderr=True)):
-        for guided, found in times.items():
-            found.append(speed(engine, prompt, guided))
-    table = Table("rows under a schema", "tokens/s", "to none", title=f"{ROWS} rows over {ADAPTERS} adapters")
-    for guided, found in times.items():
-        ratios = [one / plain for one, plain in zip(found, times[0], strict=True)]
-        table.add_row(
-            f"{guided} of {ROWS}", f"{statistics.median(found):.0f}", f"{statistics.median(ratios):.3f}"
-        )
+        for name, (grammar, guided) in cases.items():
+            times[name].append(speed(engine, prompt, grammar, guided))
+    table = Table("rows", "tokens/s", "to none", title=f"{ROWS} rows over {ADAPTERS} adapters")
+    for name, found in times.items():
+        ratios = [one / plain for one, plain in zip(found, times["none"], strict=True)]
+        table.add_row(name, f"{statistics.median(found):.0f}", f"{statistics.median(ratios):.3f}")
     console.print(table)
+
+
+def tools(base: Path, choice: ToolChoice) -> Grammar:
+    """Of one tool whose arguments do not end, as the server makes it of the base's chat template."""
+    format = BaseTokenizer(str(base)).tool_format
+    if format is None:
+        raise RuntimeError("the default base's chat template knows tools")
+    schema = {"type": "object", "properties": {"people": ENDLESS}, "required": ["people"]}
+    return format.grammar({"add": Tool("add", schema)}, choice, parallel=True)
 
 
 if __name__ == "__main__":

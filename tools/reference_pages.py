@@ -28,10 +28,15 @@ sys.path[:0] = [str(ROOT / "server"), str(ROOT / "adapters"), str(ROOT / "client
 from onebase_server.cli import serve_parser  # noqa: E402
 from onebase_server.http.app import create_app  # noqa: E402
 from onebase_server.http.deps import Services  # noqa: E402
+from onebase_server.http.guard import access_of  # noqa: E402
+from onebase_server.http.openapi import ANY, KEYED  # noqa: E402
 from onebase_server.settings import Settings, environment_name, setting_fields  # noqa: E402
 
 Json = dict[str, Any]
 
+JSON_TYPE = "application/json"
+EVERYWHERE = ANY | KEYED
+"""Statuses of errors that most routes may send."""
 ROUTES = {
     "text": (
         "Text",
@@ -65,7 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     app = create_app(cast(Services, SimpleNamespace(settings=Settings())))
     api = app.openapi()
     scopes = {
-        (method, route.path_format): getattr(route.endpoint, "onebase_access", "admin")
+        (method, route.path_format): access_of(route)
         for route in app.routes
         if isinstance(route, APIRoute)
         for method in route.methods or ()
@@ -186,7 +191,8 @@ class RoutesPage:
             f"# {title}",
             "",
             "Made from the [OpenAPI file](openapi.json) of this release. What the fields do, with examples: "
-            "[HTTP](../http.md). Errors have [one shape](../http.md#errors) on every route.",
+            "[HTTP](../http.md). Errors have [one shape](../http.md#errors) on every route; any may "
+            f"answer with {', '.join(map(str, sorted(EVERYWHERE)))}.",
         ]
         for tag, title in self._tags.items():
             lines += ["", f"## {title}"]
@@ -222,11 +228,16 @@ class RoutesPage:
             for status, answer in operation["responses"].items()
             if status[0] == "2"
         ]
-        yield from ("", f"Answers {'; '.join(answers)}.")
+        errors = sorted(set(map(int, operation["responses"])) - EVERYWHERE)
+        own = ", ".join(str(status) for status in errors if status >= 400)
+        refused = f" Own errors: {own}." if own else ""
+        yield from ("", f"Answers {'; '.join(answers)}.{refused}")
 
     def _answer(self, answer: Json) -> str:
         kinds = [
-            self._type(content.get("schema", {})) + ("" if kind == "application/json" else f" (`{kind}`)")
+            f"events: {self._type(content['x-itemSchema'])}"
+            if "x-itemSchema" in content
+            else self._type(content.get("schema", {})) + (f" (`{kind}`)" if kind != JSON_TYPE else "")
             for kind, content in answer.get("content", {}).items()
         ]
         return " or ".join(kinds) or "nothing"

@@ -57,4 +57,6 @@ def bearer(key: str) -> dict[str, str]:
 
 def client_with(server: Server, key: str) -> httpx2.Client:
     """A client that sends the key."""
-    return httpx2.Client(base_url=server.url, timeout=60, headers=bearer(key))
+    http = server.client(60)
+    http.headers.update(bearer(key))
+    return http

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -16,9 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from types import SimpleNamespace
+from typing import IO, Any, Protocol, cast
 
 import httpx2
+from fastapi.routing import APIRoute
+
+from onebase_server.http.app import create_app
+from onebase_server.http.deps import Services
+from onebase_server.settings import Settings
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -52,7 +60,8 @@ class Server:
         return "".join(self._lines)
 
     def client(self, timeout: float = 300.0) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=timeout)
+        """What it answers must have a status that the OpenAPI file names."""
+        return httpx2.Client(base_url=self.url, timeout=timeout, event_hooks={"response": [is_told]})
 
     def wait_ready(self) -> None:
         self.wait_for(lambda: self.status_of("/ready") == 200)
@@ -97,6 +106,34 @@ class Server:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+
+@functools.cache
+def told_statuses() -> list[tuple[re.Pattern[str], dict[str, set[str]]]]:
+    """By the paths of the routes that are in the OpenAPI file: the statuses that it names by method."""
+    app = create_app(cast(Services, SimpleNamespace(settings=Settings())))
+    paths: dict[str, Any] = app.openapi()["paths"]
+    return [
+        (
+            route.path_regex,
+            {method.upper(): set(one["responses"]) for method, one in paths[route.path_format].items()},
+        )
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+    ]
+
+
+def is_told(answer: httpx2.Response) -> None:
+    """Fails where the answer's status is not one that the OpenAPI file names for its route."""
+    method = "GET" if answer.request.method == "HEAD" else answer.request.method
+    path = answer.request.url.raw_path.decode().partition("?")[0]
+    for known, told in told_statuses():
+        if known.fullmatch(path) and method in told:
+            assert str(answer.status_code) in told[method], (
+                f"{method} {path} answered {answer.status_code}, which its `responses` do not name: "
+                f"add it to `answer(...)` of the route. {answer.read().decode()}"
+            )
+            return
 
 
 def children(pid: int) -> list[int]:

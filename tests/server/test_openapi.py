@@ -149,14 +149,21 @@ class Walk:
         operation = self._spec["paths"][template][method.lower()]
         kind = answer.headers["content-type"].partition(";")[0]
         described = operation["responses"]
-        told = described.get(str(status)) or described[f"{status // 100}XX"]
-        schema = told["content"][kind]["schema"]
+        told = described[str(status)]["content"][kind]
         self.seen.add(f"{method} {template}")
+        if kind == "text/event-stream":
+            for line in answer.text.split("\n"):
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    self._validate(json.loads(line.removeprefix("data: ")), told["x-itemSchema"])
+            return answer.text
         if kind != "application/json":
             return answer.text
         found = answer.json()
-        jsonschema.validate(found, {**self._spec, **schema}, jsonschema.Draft202012Validator)
+        self._validate(found, told["schema"])
         return found
+
+    def _validate(self, found: Any, schema: Json) -> None:
+        jsonschema.validate(found, {**self._spec, **schema}, jsonschema.Draft202012Validator)
 
 
 def _closed(part: Any) -> Any:
@@ -204,11 +211,23 @@ def _ask(walk: Walk) -> None:
     walk("POST", "/v1/completions", json={**asked, "prompt": "a b c", "prompt_logprobs": 1})
     choice = {"logprobs": True, "top_logprobs": 2}
     walk("POST", "/v1/chat/completions", json={**asked, **ids, **choice, "messages": messages})
-    walk("POST", "/v1/chat/completions", json={**asked, "messages": messages, "stream": True})
-    walk("POST", "/v1/messages", json={**asked, "messages": messages})
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    streamed = {"stream": True, "max_tokens": 4}
+    for more in ({"stream_options": {"include_usage": True}}, {"tools": [tool], "tool_choice": "required"}):
+        body = {**asked, **ids, **choice, **streamed, "messages": messages, "n": 2, **more}
+        walk("POST", "/v1/chat/completions", json=body)
+    walk("POST", "/v1/completions", json={**asked, **ids, **streamed, "prompt": "a", "logprobs": 1})
+    walk("POST", "/generate", json={"prompt": "word", "n": 2, "logprobs": 2, "echo": True, **streamed})
+    walk("POST", "/", json={"inputs": "word", "stream": True, "parameters": details})
+    used = {"name": "now", "input_schema": {"type": "object"}}
+    for more in ({}, {"stream": True}, {"stream": True, "tools": [used], "tool_choice": {"type": "any"}}):
+        walk("POST", "/v1/messages", json={**asked, "messages": messages, **more})
     walk("POST", "/v1/messages/count_tokens", json={"model": BASE, "messages": messages})
     body = {"model": BASE, "input": "word", "max_output_tokens": 16, "top_logprobs": 1}
     response = walk("POST", "/v1/responses", json=body)["id"]
+    flat = {"type": "function", "name": "now", "parameters": {"type": "object"}}
+    for more in ({}, {"tools": [flat], "tool_choice": "required"}):
+        walk("POST", "/v1/responses", json={**body, "stream": True, **more})
     call = {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"}
     said = {"role": "user", "content": "word"}
     gave = {"type": "function_call_output", "call_id": "c", "output": "noon"}
@@ -282,6 +301,7 @@ def _walk_through_a_job(walk: Walk, http: httpx2.Client, server: Server) -> None
         told = walk("GET", f"/v1/fine_tuning/jobs/{job}")
         for rest in ("/events", "/checkpoints"):
             walk("GET", f"/v1/fine_tuning/jobs/{job}{rest}")
+    walk("GET", f"/v1/fine_tuning/jobs/{done}/events?stream=true")
     walk("POST", f"/v1/fine_tuning/jobs/{slow}/pause")
     server.wait_for(lambda: is_now(slow, "paused"))
     walk("POST", f"/v1/fine_tuning/jobs/{slow}/resume")

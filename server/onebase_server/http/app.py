@@ -22,7 +22,8 @@ from onebase_server.errors import (
     error_dict,
 )
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services, server_stopping
-from onebase_server.http.guard import Gate, Guard, describe_answers, is_upload
+from onebase_server.http.guard import Gate, Guard, is_upload
+from onebase_server.http.openapi import describe
 from onebase_server.http.refusals import ErrorAnswer, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.http.routes import (
@@ -75,7 +76,7 @@ def create_app(services: Services) -> FastAPI:
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
-    describe_answers(app)
+    describe(app)
     app.add_exception_handler(OneBaseError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)

@@ -7,7 +7,6 @@ while the keys in memory are fresh: most of what is refused costs no task and no
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -15,8 +14,6 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
-from pydantic import TypeAdapter
 from starlette.datastructures import MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,7 +32,6 @@ from onebase_server.errors import (
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
-from onebase_server.http.schemas.answers import Described
 from onebase_server.http.uploads import is_form
 from onebase_server.quotas import Ticket
 
@@ -50,28 +46,6 @@ _KEY_HEADERS = (b"authorization", b"x-api-key")
 """Where a key may stand, in the order of KeyRing.caller; some of Anthropic's clients send the second."""
 _NOT_ITS_FAULT = (429, 503)
 """Statuses of answers after which a request counts as none."""
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string", "description": "what is wrong, and the way out"},
-                "type": {"type": "string"},
-                "param": {**_TEXT_OR_NULL, "description": "the field of the request"},
-                "code": {**_TEXT_OR_NULL, "description": "stable, for programs"},
-            },
-        }
-    },
-}
-REFUSED: dict[str, Any] = {
-    "description": "The request is refused, or cannot be served now",
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-}
-"""What an error is, for the reference."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -90,65 +64,10 @@ def needs(access: Access) -> Callable[[Endpoint], Endpoint]:
     return declare
 
 
-def describe_answers(app: FastAPI) -> None:
-    """Say in the OpenAPI file that requests carry a key, what answers look like, and what errors do.
-
-    Open routes say `security: []` themselves.
-    """
-    plain, making = app.openapi, threading.Lock()
-
-    def described() -> dict[str, Any]:
-        with making:
-            return app.openapi_schema or described_once()
-
-    def described_once() -> dict[str, Any]:
-        schema = plain()
-        schema["components"]["securitySchemes"] = {
-            "api_key": {"type": "http", "scheme": "bearer"},
-            "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-        }
-        schemas = schema["components"]["schemas"]
-        for unused in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(unused, None)
-        schemas["Error"] = _ERROR
-        _add_answers(schema, _answers(app))
-        for name, one in schemas.items():
-            one["title"] = name.replace("_", "")  # generators of types name them by it
-        schema["security"] = [{"api_key": []}, {"x_api_key": []}]
-        for operation in (one for path in schema["paths"].values() for one in path.values()):
-            operation["responses"].pop("422", None)  # FastAPI's, in another shape
-            for statuses in ("4XX", "5XX"):
-                operation["responses"].setdefault(statuses, REFUSED)
-        return schema
-
-    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
-
-
-def _answers(app: FastAPI) -> dict[tuple[str, str, str], Any]:
-    """The types of answers by path, method and status."""
-    return {
-        (route.path_format, method.lower(), str(status)): response.kind
-        for route in app.routes
-        if isinstance(route, APIRoute) and route.include_in_schema
-        for status, response in route.responses.items()
-        if isinstance(response, Described)
-        for method in route.methods or ()
-    }
-
-
-def _add_answers(schema: dict[str, Any], answers: dict[tuple[str, str, str], Any]) -> None:
-    kinds = {repr(kind): TypeAdapter(kind) for kind in answers.values()}
-    made, parts = TypeAdapter.json_schemas(
-        [(name, "serialization", kind) for name, kind in kinds.items()],
-        ref_template="#/components/schemas/{model}",
-    )
-    known, new = schema["components"]["schemas"], parts.get("$defs", {})
-    if twice := known.keys() & new.keys():
-        raise RuntimeError(f"requests and answers have types of one name: rename {', '.join(twice)}")
-    known.update(new)
-    for (path, method, status), kind in answers.items():
-        content = schema["paths"][path][method]["responses"][status].setdefault("content", {})
-        content.setdefault("application/json", {})["schema"] = made[repr(kind), "serialization"]
+def access_of(route: BaseRoute) -> Access:
+    """What a route needs."""
+    found: Access = getattr(getattr(route, "endpoint", None), _ACCESS, "admin")
+    return found
 
 
 class Routes:
@@ -166,7 +85,7 @@ class Routes:
         for route in self._from_first(scope["path"]):
             match, _ = route.matches(asked)
             if match is Match.FULL:
-                return getattr(getattr(route, "endpoint", None), _ACCESS, "admin"), None
+                return access_of(route), None
             if match is Match.PARTIAL:
                 methods |= set(getattr(route, "methods", None) or ())
         if methods:

@@ -24,47 +24,6 @@ _KINDS = {
     503: "overloaded_error",
 }
 """Anthropic's names of errors by status; others are the caller's or the server's."""
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-ANTHROPIC_ERROR: dict[int | str, dict[str, Any]] = {
-    statuses: {
-        "description": "The request is refused, or cannot be served now",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["type", "error", "request_id"],
-                    "properties": {
-                        "type": {"const": "error"},
-                        "request_id": {"type": "string"},
-                        "error": {
-                            "type": "object",
-                            "required": ["type", "message", "details"],
-                            "properties": {
-                                "type": {"type": "string"},
-                                "message": {
-                                    "type": "string",
-                                    "description": "what is wrong, and the way out",
-                                },
-                                "details": {
-                                    "type": "object",
-                                    "properties": {
-                                        "error_code": {
-                                            **_TEXT_OR_NULL,
-                                            "description": "stable, for programs",
-                                        },
-                                        "param": {**_TEXT_OR_NULL, "description": "the field of the request"},
-                                    },
-                                },
-                            },
-                        },
-                    },
-                }
-            }
-        },
-    }
-    for statuses in ("4XX", "5XX")
-}
-"""`responses` of a route of Anthropic's."""
 
 
 def is_anthropic(scope: Any) -> bool:

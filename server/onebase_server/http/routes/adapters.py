@@ -80,7 +80,9 @@ _ADD_BODY: dict[str, Any] = {
     },
 }
 """For the reference at /docs: the route reads its body by itself."""
-_ADDED = answer(VersionAnswer, "It is under way", status=202) | answer(VersionAnswer, "It is ready")
+_ADDED = answer(VersionAnswer, 404, 409, 422, 429, 507, description="It is ready") | answer(
+    VersionAnswer, description="It is under way", status=202
+)
 
 
 def _adapter_name(name: str) -> str:
@@ -219,7 +221,7 @@ async def _kept(services: Services, tenant: str, name: str, digest: str) -> Asyn
         raise
 
 
-@router.get("/{name}/versions", responses=answer(ListAnswer[VersionAnswer]))
+@router.get("/{name}/versions", responses=answer(ListAnswer[VersionAnswer], 404))
 @needs("adapters")
 async def list_versions(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """The versions of an adapter, newest first, each with its whole report."""
@@ -231,7 +233,7 @@ async def list_versions(name: AdapterName, services: Provided, caller: Calling) 
     return json_response({"object": "list", "data": data})
 
 
-@router.get("/{name}/versions/{version}", responses=answer(VersionAnswer))
+@router.get("/{name}/versions/{version}", responses=answer(VersionAnswer, 404))
 @needs("adapters")
 async def get_version(
     name: AdapterName,
@@ -262,7 +264,7 @@ async def get_version(
     return json_response(services.views.version(found, caller.tenant))
 
 
-@router.get("/{name}/versions/{version}/files", responses=answer(VersionFilesAnswer))
+@router.get("/{name}/versions/{version}/files", responses=answer(VersionFilesAnswer, 404))
 @needs("adapters")
 async def list_version_files(
     name: AdapterName, version: str, services: Provided, caller: Calling
@@ -294,7 +296,7 @@ async def _own_version(services: Services, caller: Caller, name: str, version: s
     return await services.adapters.version(caller.tenant, name, version)
 
 
-@router.delete("/{name}/versions/{version}", responses=answer(DeletedAnswer))
+@router.delete("/{name}/versions/{version}", responses=answer(DeletedAnswer, 404, 409, 507))
 @needs("adapters")
 async def delete_version(
     name: AdapterName, version: str, services: Provided, caller: Calling, force: Force = False
@@ -307,7 +309,7 @@ async def delete_version(
     return json_response({"id": f"{name}@{digest}", "object": "adapter.deleted", "deleted": True})
 
 
-@router.get("/{name}/history", responses=answer(ListAnswer[HistoryAnswer]))
+@router.get("/{name}/history", responses=answer(ListAnswer[HistoryAnswer], 404))
 @needs("adapters")
 async def get_history(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """What was active when, newest first."""
@@ -326,7 +328,7 @@ async def get_history(name: AdapterName, services: Provided, caller: Calling) ->
     return json_response({"object": "list", "data": data})
 
 
-@router.post("/{name}/activate", responses=answer(AdapterAnswer))
+@router.post("/{name}/activate", responses=answer(AdapterAnswer, 404, 409, 422, 429, 507))
 @needs("adapters")
 async def activate(name: AdapterName, body: ActivateRequest, services: Provided, caller: Calling) -> Response:
     """Let the name point at a version. With `expected`: only if that one is active now, else 409."""
@@ -338,7 +340,7 @@ async def activate(name: AdapterName, body: ActivateRequest, services: Provided,
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/rollback", responses=answer(AdapterAnswer))
+@router.post("/{name}/rollback", responses=answer(AdapterAnswer, 404, 409, 507))
 @needs("adapters")
 async def roll_back(
     name: AdapterName, services: Provided, caller: Calling, body: ExpectedRequest | None = None
@@ -351,7 +353,7 @@ async def roll_back(
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/deactivate", responses=answer(AdapterAnswer))
+@router.post("/{name}/deactivate", responses=answer(AdapterAnswer, 404, 507))
 @needs("adapters")
 async def deactivate(
     name: AdapterName, services: Provided, caller: Calling, body: EmptyRequest | None = None
@@ -362,7 +364,7 @@ async def deactivate(
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/pin", responses=answer(AdapterAnswer))
+@router.post("/{name}/pin", responses=answer(AdapterAnswer, 404, 507))
 @needs("admin")
 async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: Calling) -> Response:
     """Keep the active version in host memory, which all tenants share, or no longer."""
@@ -371,7 +373,7 @@ async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: C
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/share", responses=answer(AdapterAnswer))
+@router.post("/{name}/share", responses=answer(AdapterAnswer, 404, 507))
 @needs("admin")
 async def share(name: AdapterName, body: ShareRequest, services: Provided, caller: Calling) -> Response:
     """Let all tenants use the adapter and look at it, or no longer. Their own of that name comes first."""
@@ -380,14 +382,14 @@ async def share(name: AdapterName, body: ShareRequest, services: Provided, calle
     return json_response(services.views.adapter(record))
 
 
-@router.get("/{name}", responses=answer(AdapterAnswer))
+@router.get("/{name}", responses=answer(AdapterAnswer, 404))
 @needs("adapters")
 async def get_adapter(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """One adapter."""
     return json_response(services.views.named(caller.tenant, name))
 
 
-@router.delete("/{name}", responses=answer(DeletedAnswer))
+@router.delete("/{name}", responses=answer(DeletedAnswer, 404, 409, 507))
 @needs("adapters")
 async def delete_adapter(
     name: AdapterName, services: Provided, caller: Calling, force: Force = False

@@ -9,17 +9,17 @@ from fastapi import APIRouter, Request, Response
 from onebase_server.generation.generation import new_id
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
 from onebase_server.http.guard import needs
-from onebase_server.http.refusals import ANTHROPIC_ERROR
 from onebase_server.http.routes.generation import answer_job
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer, answer, streamed_answer
 from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
+from onebase_server.http.schemas.events import MessageEvent
 from onebase_server.http.views.anthropic import MessageView
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthropic"])
 
 
-@router.post("", responses=streamed_answer(MessageAnswer) | ANTHROPIC_ERROR)
+@router.post("", responses=streamed_answer(MessageAnswer, MessageEvent))
 @needs("generate")
 async def create_message(
     body: MessagesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -32,7 +32,7 @@ async def create_message(
     return await answer_job(request, services, ticket, replace(job, id=new_id("msg_")), view, body.stream)
 
 
-@router.post("/count_tokens", responses=answer(TokenCountAnswer) | ANTHROPIC_ERROR)
+@router.post("/count_tokens", responses=answer(TokenCountAnswer, 404))
 @needs("generate")
 async def count_tokens(
     body: ConversationRequest, request: Request, services: Provided, caller: Calling

@@ -20,7 +20,7 @@ MOST = 100
 BatchId = Annotated[str, Path(max_length=100)]
 
 
-@router.post("", responses=answer(BatchAnswer))
+@router.post("", responses=answer(BatchAnswer, 404, 507))
 @needs("generate")
 async def create_batch(body: CreateBatchRequest, services: Provided, caller: Calling) -> Response:
     """Answer each request of an uploaded file when the server has room for it."""
@@ -36,7 +36,7 @@ async def create_batch(body: CreateBatchRequest, services: Provided, caller: Cal
     return _shown(batch, services)
 
 
-@router.get("", responses=answer(PageAnswer[BatchAnswer]))
+@router.get("", responses=answer(PageAnswer[BatchAnswer], 404))
 @needs("generate")
 async def list_batches(
     services: Provided,
@@ -50,14 +50,14 @@ async def list_batches(
     return json_response(page(views, more=len(found) > limit))
 
 
-@router.get("/{batch_id}", responses=answer(BatchAnswer))
+@router.get("/{batch_id}", responses=answer(BatchAnswer, 404))
 @needs("generate")
 async def get_batch(batch_id: BatchId, services: Provided, caller: Calling) -> Response:
     """One batch."""
     return _shown(await services.batches.get(caller.tenant, batch_id), services)
 
 
-@router.post("/{batch_id}/cancel", responses=answer(BatchAnswer))
+@router.post("/{batch_id}/cancel", responses=answer(BatchAnswer, 404, 409, 507))
 @needs("generate")
 async def cancel_batch(batch_id: BatchId, services: Provided, caller: Calling) -> Response:
     """End it; what was answered stays."""

@@ -11,8 +11,15 @@ from onebase_adapters.registry import UPLOADED, Purpose, TrainingFile
 from onebase_server.access import Caller
 from onebase_server.errors import InsufficientScopeError, InvalidRequestError
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import REFUSED, needs
-from onebase_server.http.schemas.answers import DeletedAnswer, FileAnswer, PageAnswer, Responses, answer
+from onebase_server.http.guard import needs
+from onebase_server.http.schemas.answers import (
+    DeletedAnswer,
+    FileAnswer,
+    PageAnswer,
+    Responses,
+    answer,
+    refused,
+)
 from onebase_server.http.uploads import (
     FILE_FIELDS,
     FILE_OPTION,
@@ -46,18 +53,20 @@ _BODY: dict[str, Any] = {
 }
 """For the reference at /docs: the route reads its body by itself."""
 _BYTES: Any = {"schema": {"type": "string", "format": "binary"}}
-CONTENT: Responses = {
+_TEXT: Any = {"schema": {"type": "string"}}
+CONTENT: Responses = refused(404) | {
     200: {"content": {"application/octet-stream": _BYTES}},
     206: {
         "description": "What a header Range asks for",
         "content": {"application/octet-stream": _BYTES, "multipart/byteranges": _BYTES},
     },
-    "4XX": {**REFUSED, "content": {**REFUSED["content"], "text/plain": {"schema": {"type": "string"}}}},
+    400: {"content": {"text/plain": _TEXT}},
+    416: {"content": {"text/plain": _TEXT}},
 }
 """Of a Range that cannot be had, the reason is told as text."""
 
 
-@router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer))
+@router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer, 429, 507))
 @needs("any")
 async def add_file(request: Request, services: Provided, caller: Calling) -> Response:
     """Upload rows: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
@@ -83,7 +92,7 @@ async def add_file(request: Request, services: Provided, caller: Calling) -> Res
     return json_response(file_view(kept))
 
 
-@router.get("", responses=answer(PageAnswer[FileAnswer]))
+@router.get("", responses=answer(PageAnswer[FileAnswer], 404))
 @needs("any")
 async def list_files(
     services: Provided,
@@ -107,7 +116,7 @@ async def list_files(
     return json_response(page([file_view(file) for file in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{file_id}", responses=answer(FileAnswer))
+@router.get("/{file_id}", responses=answer(FileAnswer, 404))
 @needs("any")
 async def get_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """One file's name, size and purpose."""
@@ -123,7 +132,7 @@ async def get_content(file_id: str, services: Provided, caller: Calling) -> Resp
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
-@router.delete("/{file_id}", responses=answer(DeletedAnswer))
+@router.delete("/{file_id}", responses=answer(DeletedAnswer, 404, 409, 507))
 @needs("any")
 async def delete_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """Delete it; 409 while a job or a batch that has not ended needs it."""

@@ -23,8 +23,8 @@ from onebase_server.http.schemas.answers import (
     JobEventAnswer,
     PageAnswer,
     answer,
-    streamed_answer,
 )
+from onebase_server.http.schemas.events import JobEvent
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, ParentSettings, label_problem
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
@@ -50,7 +50,7 @@ After = Annotated[str | None, Query(max_length=100, description="the last id of 
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
-@router.post("", responses=answer(JobAnswer))
+@router.post("", responses=answer(JobAnswer, 404, 409, 422, 429, 507))
 @needs("train")
 async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
     """Train an adapter on the base that is served, or go on from a version of one (`model`). The result is
@@ -71,7 +71,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
     return await _shown(job, services)
 
 
-@router.get("", responses=answer(PageAnswer[JobAnswer]))
+@router.get("", responses=answer(PageAnswer[JobAnswer], 404))
 @needs("train")
 async def list_jobs(
     request: Request, services: Provided, caller: Calling, after: After = None, limit: Limit = 20
@@ -83,14 +83,14 @@ async def list_jobs(
     return json_response(page(shown, more=len(found) > limit))
 
 
-@router.get("/{job_id}", responses=answer(JobAnswer))
+@router.get("/{job_id}", responses=answer(JobAnswer, 404))
 @needs("train")
 async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """One job."""
     return await _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/cancel", responses=answer(JobAnswer))
+@router.post("/{job_id}/cancel", responses=answer(JobAnswer, 404, 409, 507))
 @needs("train")
 async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """End it for good."""
@@ -98,7 +98,7 @@ async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/pause", responses=answer(JobAnswer))
+@router.post("/{job_id}/pause", responses=answer(JobAnswer, 404, 409, 507))
 @needs("train")
 async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Let go of the machine within a step; `resume` goes on from there."""
@@ -106,7 +106,7 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
     return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/resume", responses=answer(JobAnswer))
+@router.post("/{job_id}/resume", responses=answer(JobAnswer, 404, 409, 429, 507))
 @needs("train")
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Go on from the last checkpoint."""
@@ -114,7 +114,7 @@ async def resume_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
-@router.get("/{job_id}/events", responses=streamed_answer(PageAnswer[JobEventAnswer]))
+@router.get("/{job_id}/events", responses=answer(PageAnswer[JobEventAnswer], 404, event=JobEvent))
 @needs("train")
 async def list_events(
     job_id: str,
@@ -140,7 +140,7 @@ async def list_events(
     return json_response(page([event_view(event) for event in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{job_id}/checkpoints", responses=answer(PageAnswer[CheckpointAnswer]))
+@router.get("/{job_id}/checkpoints", responses=answer(PageAnswer[CheckpointAnswer], 404))
 @needs("train")
 async def list_checkpoints(
     job_id: str, services: Provided, caller: Calling, after: After = None, limit: Limit = 10

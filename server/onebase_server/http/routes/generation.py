@@ -27,6 +27,7 @@ from onebase_server.http.schemas.answers import (
     TgiAnswer,
     streamed_answer,
 )
+from onebase_server.http.schemas.events import ChatEvent, CompletionEvent, GenerateEvent, TgiEvent
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.tgi import TgiRequest
@@ -46,7 +47,7 @@ from onebase_server.usage import UsageMeter
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer))
+@router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
 @needs("generate")
 async def generate(
     body: GenerateRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -57,7 +58,7 @@ async def generate(
     return await answer_job(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
 
 
-@router.post("/", tags=["tgi"], responses=streamed_answer(list[TgiAnswer]))
+@router.post("/", tags=["tgi"], responses=streamed_answer(list[TgiAnswer], TgiEvent))
 @needs("generate")
 async def generate_text(
     body: TgiRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -69,7 +70,7 @@ async def generate_text(
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 
-@router.post("/v1/completions", tags=["openai"], responses=streamed_answer(CompletionAnswer))
+@router.post("/v1/completions", tags=["openai"], responses=streamed_answer(CompletionAnswer, CompletionEvent))
 @needs("generate")
 async def complete(
     body: CompletionRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -81,7 +82,7 @@ async def complete(
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 
-@router.post("/v1/chat/completions", tags=["openai"], responses=streamed_answer(ChatAnswer))
+@router.post("/v1/chat/completions", tags=["openai"], responses=streamed_answer(ChatAnswer, ChatEvent))
 @needs("generate")
 async def chat(
     body: ChatRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted

@@ -23,7 +23,7 @@ from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
 
 router = APIRouter(tags=["health"])
-_HEALTH = answer(HealthAnswer) | answer(HealthAnswer, "Not now", status=503)
+_HEALTH = answer(HealthAnswer) | answer(HealthAnswer, description="Not now", status=503)
 _UNHEALTHY = (EngineState.STALLED, EngineState.FAILED)
 
 

@@ -40,7 +40,7 @@ class ChangeKeyRequest(Wire):
     priority: StrictInt | None = None
 
 
-@router.post("", responses=answer(NewKeyAnswer))
+@router.post("", responses=answer(NewKeyAnswer, 507))
 @needs("admin")
 async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     """A new key. Its text is in this answer alone."""
@@ -65,14 +65,14 @@ async def list_keys(services: Provided) -> Response:
     return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
 
 
-@router.post("/{key_id}", responses=answer(KeyAnswer))
+@router.post("/{key_id}", responses=answer(KeyAnswer, 404, 507))
 @needs("admin")
 async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
     """Change a key's quotas and priority: here they hold at once, on other servers within a second."""
     return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
-@router.delete("/{key_id}", responses=answer(KeyAnswer))
+@router.delete("/{key_id}", responses=answer(KeyAnswer, 404, 507))
 @needs("admin")
 async def revoke_key(key_id: str, services: Provided) -> Response:
     """Nobody can use the key any more: here at once, on other servers within a second."""

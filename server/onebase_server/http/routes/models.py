@@ -27,14 +27,14 @@ async def list_models(services: Provided, caller: Calling) -> Response:
     return json_response({"object": "list", "data": models})
 
 
-@router.get("/models/{name:path}", responses=answer(ModelAnswer))
+@router.get("/models/{name:path}", responses=answer(ModelAnswer, 404))
 @needs("any")
 async def get_model(name: str, services: Provided, caller: Calling) -> Response:
     """One model; `name` may be an adapter's `name@version`."""
     return json_response(_model(services, name, find_model(services, caller, name)))
 
 
-@router.delete("/models/{name:path}", responses=answer(DeletedAnswer))
+@router.delete("/models/{name:path}", responses=answer(DeletedAnswer, 404, 409, 507))
 @needs("adapters")
 async def delete_model(name: str, services: Provided, caller: Calling, force: Force = False) -> Response:
     """Delete an adapter with all its versions, or `name@version`: by the rules of DELETE /v1/adapters."""

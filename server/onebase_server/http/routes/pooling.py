@@ -22,6 +22,7 @@ from onebase_server.http.deps import Admitted, Calling, Provided, Services, Stri
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import JobMeter
 from onebase_server.http.schemas.answers import (
+    MODEL_REFUSED,
     ClassifyAnswer,
     DecisionAnswer,
     EmbeddingAnswer,
@@ -49,7 +50,7 @@ INLINE_BYTES = 16 * 1024
 """Of vectors and logits: what more makes an answer of in a thread (about 5 ms)."""
 
 
-@router.post("/v1/embeddings", responses=answer(EmbeddingsAnswer))
+@router.post("/v1/embeddings", responses=answer(EmbeddingsAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def embed(
     body: EmbeddingRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -80,8 +81,8 @@ async def embed(
     )
 
 
-@router.post("/v1/classify", responses=answer(ClassifyAnswer))
-@router.post("/classify", responses=answer(ClassifyAnswer))
+@router.post("/v1/classify", responses=answer(ClassifyAnswer, *MODEL_REFUSED))
+@router.post("/classify", responses=answer(ClassifyAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def classify(
     body: ClassifyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -121,9 +122,9 @@ async def classify(
     )
 
 
-@router.post("/v1/rerank", responses=answer(RerankAnswer))
-@router.post("/v2/rerank", responses=answer(RerankAnswer))
-@router.post("/rerank", responses=answer(RerankAnswer))
+@router.post("/v1/rerank", responses=answer(RerankAnswer, *MODEL_REFUSED))
+@router.post("/v2/rerank", responses=answer(RerankAnswer, *MODEL_REFUSED))
+@router.post("/rerank", responses=answer(RerankAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def rerank(
     body: RerankRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -149,8 +150,8 @@ async def rerank(
     )
 
 
-@router.post("/v1/score", responses=answer(ScoreAnswer))
-@router.post("/score", responses=answer(ScoreAnswer))
+@router.post("/v1/score", responses=answer(ScoreAnswer, *MODEL_REFUSED))
+@router.post("/score", responses=answer(ScoreAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def score(
     body: ScoreRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -177,7 +178,7 @@ async def score(
     )
 
 
-@router.post("/v1/decide", responses=answer(DecisionAnswer))
+@router.post("/v1/decide", responses=answer(DecisionAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def decide(
     body: DecideRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted

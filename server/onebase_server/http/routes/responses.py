@@ -27,6 +27,7 @@ from onebase_server.http.schemas.answers import (
     answer,
     streamed_answer,
 )
+from onebase_server.http.schemas.events import ResponseEvent
 from onebase_server.http.schemas.items import Items, conversation, items_again, kept_items
 from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.responses import ResponsesRequest
@@ -37,7 +38,7 @@ router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["opena
 ResponseId = Annotated[str, Path(max_length=200)]
 
 
-@router.post("", responses=streamed_answer(ResponseAnswer))
+@router.post("", responses=streamed_answer(ResponseAnswer, ResponseEvent))
 @needs("generate")
 async def respond(
     body: ResponsesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -72,7 +73,7 @@ def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[
     return items, conversation(body.instructions, items)
 
 
-@router.get("/{response_id}", responses=answer(ResponseAnswer))
+@router.get("/{response_id}", responses=answer(ResponseAnswer, 404))
 @needs("generate")
 async def get_response(
     response_id: ResponseId, services: Provided, caller: Calling, stream: bool = False
@@ -86,7 +87,7 @@ async def get_response(
     return Response(kept.response, media_type="application/json")
 
 
-@router.delete("/{response_id}", responses=answer(DeletedAnswer))
+@router.delete("/{response_id}", responses=answer(DeletedAnswer, 404))
 @needs("generate")
 async def delete_response(response_id: ResponseId, services: Provided, caller: Calling) -> Response:
     """Keep a response no longer; those that went on from it stay."""
@@ -94,7 +95,7 @@ async def delete_response(response_id: ResponseId, services: Provided, caller: C
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
-@router.get("/{response_id}/input_items", responses=answer(InputItemsAnswer))
+@router.get("/{response_id}/input_items", responses=answer(InputItemsAnswer, 404))
 @needs("generate")
 async def list_input_items(
     response_id: ResponseId,

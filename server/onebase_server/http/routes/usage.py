@@ -35,7 +35,7 @@ async def list_tenants(services: Provided, caller: Calling) -> Response:
     return json_response({"object": "list", "data": [_tenant_view(record) for record in found]})
 
 
-@router.post("/tenants/{tenant}", responses=answer(TenantAnswer))
+@router.post("/tenants/{tenant}", responses=answer(TenantAnswer, 507))
 @needs("admin")
 async def set_quotas(
     tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided

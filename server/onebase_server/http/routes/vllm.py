@@ -35,6 +35,7 @@ from onebase_server.http.schemas.answers import (
     TokensAnswer,
     WorldSizeAnswer,
     answer,
+    refused,
 )
 from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -42,7 +43,9 @@ router = APIRouter(route_class=StrictRoute, tags=["vllm"])
 _ACTOR = "load_lora_adapter"
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+@router.post(
+    "/v1/load_lora_adapter", response_class=PlainTextResponse, responses=refused(404, 409, 422, 429, 507)
+)
 @needs("adapters")
 async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter: a folder under --adapters-dir, or a Hub repository that --hub-allow permits."""
@@ -68,7 +71,7 @@ async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: C
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=refused(404, 507))
 @needs("adapters")
 async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, caller: Calling) -> Response:
     """Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}."""
@@ -154,7 +157,7 @@ async def get_world_size() -> Response:
     return json_response({"world_size": 1})
 
 
-@router.post("/tokenize", responses=answer(TokensAnswer))
+@router.post("/tokenize", responses=answer(TokensAnswer, 404))
 @needs("generate")
 async def tokenize(body: TokenizeRequest, request: Request, services: Provided, caller: Calling) -> Response:
     """The tokens of a prompt, or of messages as the base's chat template writes them."""
@@ -172,7 +175,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
     )
 
 
-@router.post("/detokenize", responses=answer(TextAnswer))
+@router.post("/detokenize", responses=answer(TextAnswer, 404))
 @needs("generate")
 async def detokenize(body: DetokenizeRequest, services: Provided, caller: Calling) -> Response:
     """The text that tokens stand for, special ones by their names."""

@@ -1,7 +1,7 @@
 """What routes answer, for the reference. Plain dicts on the wire, which mypy compares with these types.
 
 Nothing is validated on the way out, and no schema is made before somebody asks for the reference: `answer`
-only notes a route's type, of which `guard.describe_answers` makes the schema.
+only notes a route's type, of which openapi.py makes the schema.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
 
 import msgspec
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 from typing_extensions import TypedDict
 
 from onebase_adapters.proof.report import VersionReport
@@ -22,27 +22,49 @@ T = TypeVar("T")
 Json = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
 """`responses` of a route, as FastAPI takes them."""
+MODEL_REFUSED = (404, 409, 422, 507)
+"""Statuses of errors of a request to a model, which may be an adapter that comes from the Hub first."""
 
 
 class Described(dict[str, Any]):
-    """One of a route's `responses`. kind: the type of its JSON."""
+    """One of a route's `responses`. kind: the type of its JSON. event: that of what it streams."""
 
-    def __init__(self, kind: Any, **fields: Any) -> None:
+    def __init__(self, kind: Any, event: Any = None, **fields: Any) -> None:
         super().__init__(fields)
         self.kind = kind
+        self.event = event
+
+
+def refused(*statuses: int) -> Responses:
+    """`responses` of a route's errors, but for those that any route may send (see openapi.py)."""
+    return {one: {} for one in statuses}
 
 
 def answer(
-    kind: Any, description: str = "Successful Response", *, status: int = 200, also: tuple[str, ...] = ()
+    kind: Any,
+    *errors: int,
+    description: str = "Successful Response",
+    status: int = 200,
+    event: Any = None,
+    also: tuple[str, ...] = (),
 ) -> Responses:
-    """`responses` of a route whose answer is JSON of this type. also: media types of the same, as text."""
-    content = {media_type: {"schema": {"type": "string"}} for media_type in also}
-    return {status: Described(kind, description=description, content=content)}
+    """`responses` of a route whose answer is JSON of this type.
+
+    Args:
+        errors: their statuses, as in `refused`.
+        event: the type of what it streams as server-sent events, if it does.
+        also: media types of the same, as text.
+    """
+    texts = also if event is None else ("text/event-stream", *also)
+    content = {media_type: {"schema": {"type": "string"}} for media_type in texts}
+    made: Responses = {status: Described(kind, event, description=description, content=content)}
+    return made | refused(*errors)
 
 
-def streamed_answer(kind: Any) -> Responses:
-    """`responses` of a route that answers in one piece, or by server-sent events."""
-    return answer(kind, "In one piece; or as it comes, by server-sent events", also=("text/event-stream",))
+def streamed_answer(kind: Any, event: Any) -> Responses:
+    """`responses` of a route for text, which answers in one piece, or by server-sent events."""
+    told = "In one piece; or as it comes, by server-sent events"
+    return answer(kind, *MODEL_REFUSED, description=told, event=event)
 
 
 def written_out(schema: Json) -> Json:
@@ -64,6 +86,47 @@ def written_out(schema: Json) -> Json:
 
 def _schema_of(struct: type[msgspec.Struct]) -> WithJsonSchema:
     return WithJsonSchema(written_out(msgspec.json.schema(struct)))
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+Told = Annotated[str, Field(description="what is wrong, and the way out")]
+ErrorCode = Annotated[str | None, Field(description="stable, for programs")]
+ErrorParam = Annotated[str | None, Field(description="the field of the request")]
+
+
+class ErrorDetails(TypedDict):
+    """Some errors have more fields, as their quota or the version that is active."""
+
+    message: Told
+    type: str
+    param: ErrorParam
+    code: ErrorCode
+
+
+class Error(TypedDict):
+    """Of every route but Anthropic's."""
+
+    error: ErrorDetails
+
+
+class AnthropicErrorDetails(TypedDict):
+    """What Anthropic's shape has no place for."""
+
+    error_code: ErrorCode
+    param: NotRequired[ErrorParam]
+
+
+class AnthropicErrorBody(TypedDict):
+    type: str
+    message: Told
+    details: AnthropicErrorDetails
+
+
+class AnthropicError(TypedDict):
+    type: Literal["error"]
+    request_id: str
+    error: AnthropicErrorBody
 
 
 # ---- lists and ends ------------------------------------------------------------------------------
@@ -400,6 +463,9 @@ class MessageUsage(TypedDict):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+
+
+class MessageAnswerUsage(MessageUsage):
     service_tier: Literal["standard"]
 
 
@@ -413,7 +479,7 @@ class MessageAnswer(TypedDict):
     content: list[TextBlockAnswer | ToolUseAnswer]
     stop_reason: str | None
     stop_sequence: str | None
-    usage: MessageUsage
+    usage: MessageAnswerUsage
 
 
 class TokenCountAnswer(TypedDict):
@@ -492,18 +558,15 @@ class ResponseReasoning(TypedDict):
     summary: None
 
 
-class ResponseAnswer(TypedDict):
-    """Answer of POST /v1/responses: with what was asked for, as it was taken."""
+class ResponseHead(TypedDict):
+    """What was asked for, as it was taken, and what was answered."""
 
     id: str
     object: Literal["response"]
     created_at: int
     completed_at: NotRequired[int]
-    status: Literal["completed", "incomplete"]
     output: list[MessageItemAnswer | CallItemAnswer]
-    error: None
     incomplete_details: IncompleteDetails | None
-    usage: ResponseUsage
     model: str
     instructions: str | None
     previous_response_id: str | None
@@ -520,6 +583,14 @@ class ResponseAnswer(TypedDict):
     store: bool
     truncation: Literal["disabled"]
     background: Literal[False]
+
+
+class ResponseAnswer(ResponseHead):
+    """Answer of POST /v1/responses."""
+
+    status: Literal["completed", "incomplete"]
+    error: None
+    usage: ResponseUsage
 
 
 class InputItemsAnswer(PageAnswer[MessageItemAnswer | CallItemAnswer | CallOutputItemAnswer]):

@@ -1,0 +1,115 @@
+"""The OpenAPI file: who may ask, what each answer looks like, and which errors each route sends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
+
+from onebase_server.http.guard import access_of
+from onebase_server.http.refusals import is_anthropic
+from onebase_server.http.schemas.answers import AnthropicError, Described, Error, Json
+
+ANY = {400, 403, 408, 413, 431, 500}
+"""What any request may get: one that is malformed, slow or too large, and one that meets a fault."""
+KEYED = {401, 503}
+"""What any request may get that needs a key; 503: the keys cannot be read now."""
+_COUNTED = {429}
+"""What a request for text may get."""
+_TOLD = {
+    400: "A field, a header or the body must change: `param` names the field",
+    401: "No API key, or none that is valid",
+    403: "The API key lacks the scope, or the server's operator does not allow it",
+    404: "What the request names is not there",
+    408: "The request did not arrive in time",
+    409: "What the request names is in a state that does not allow it",
+    413: "The body, or what it asks for, is over a limit",
+    416: "The file does not have this range",
+    422: "The version was found not to be fit to be served, or the request ended engines again and again",
+    429: "A quota is used up, or too much is waiting",
+    431: "The address and headers are over their limit",
+    500: "A fault of the server, or of the engine in this request",
+    503: "The request cannot be served now",
+    507: "The server has no space left",
+}
+_RETRY_AFTER: Json = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
+_WAITING_HELPS = {429, 503}
+
+
+def describe(app: FastAPI) -> None:
+    """Make `app.openapi` say that requests carry a key, what answers look like, and what errors do.
+
+    Open routes say `security: []` themselves.
+    """
+    plain, making = app.openapi, threading.Lock()
+
+    def described() -> dict[str, Any]:
+        with making:
+            if app.openapi_schema is None:
+                app.openapi_schema = _described(app, plain())
+            return app.openapi_schema
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation has it
+
+
+def _described(app: FastAPI, schema: Json) -> Json:
+    schema["components"]["securitySchemes"] = {
+        "api_key": {"type": "http", "scheme": "bearer"},
+        "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    schemas = schema["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    places = [place for route in _routes(app) for place in _answers(route, schema)]
+    kinds = {repr(kind): TypeAdapter(kind) for _, _, kind in places}
+    made, parts = TypeAdapter.json_schemas(
+        [(name, "serialization", kind) for name, kind in kinds.items()],
+        ref_template="#/components/schemas/{model}",
+    )
+    new = parts.get("$defs", {})
+    if twice := schemas.keys() & new.keys():
+        raise RuntimeError(f"requests and answers have types of one name: rename {', '.join(twice)}")
+    schemas.update(new)
+    for place, key, kind in places:
+        place[key] = made[repr(kind), "serialization"]
+    for name, one in schemas.items():
+        one["title"] = name.replace("_", "")  # generators of types name them by it
+    schema["security"] = [{"api_key": []}, {"x_api_key": []}]
+    return schema
+
+
+def _routes(app: FastAPI) -> Iterator[APIRoute]:
+    return (route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema)
+
+
+def _answers(route: APIRoute, schema: Json) -> Iterator[tuple[Json, str, Any]]:
+    """Where in the file which types of a route's answers belong."""
+    error = AnthropicError if is_anthropic({"path": route.path_format}) else Error
+    access = access_of(route)
+    for method in route.methods or ():
+        responses: Json = schema["paths"][route.path_format][method.lower()]["responses"]
+        responses.pop("422", None)  # FastAPI's, in another shape
+        sent = {status for status in route.responses if isinstance(status, int)} | ANY
+        sent |= set() if access == "open" else KEYED
+        sent |= _COUNTED if access == "generate" and method == "POST" else set()
+        for status in sorted(sent):
+            described = route.responses.get(status, {})
+            told = responses.setdefault(str(status), {})
+            content = told.setdefault("content", {})
+            if isinstance(described, Described):
+                yield content.setdefault("application/json", {}), "schema", described.kind
+                if described.event is not None:
+                    yield content["text/event-stream"], "x-itemSchema", described.event
+            elif status >= 400:
+                told["description"] = _TOLD[status]
+                if status in _WAITING_HELPS:
+                    told["headers"] = _RETRY_AFTER
+                if status in ANY or not content:
+                    yield content.setdefault("application/json", {}), "schema", error
+        ordered = {status: responses[status] for status in sorted(responses)}
+        responses.clear()
+        responses.update(ordered)
