@@ -133,10 +133,10 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
 
 
 def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
-    """A line for each key, without what is secret."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name"):
-        table.add_column(title, no_wrap=title in ("id", "tenant"), overflow="fold")
+    """A line for each key, or a block where lines would not fit, without what is secret."""
+    titles = ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name")
+    table = Table(*titles, box=None, pad_edge=False, header_style="bold")
+    blocks = Table.grid(padding=(0, 2, 0, 0))
     now = time.time()
     for key in keys:
         state = "valid" if key.valid_at(now) else "revoked" if key.revoked_at is not None else "expired"
@@ -144,7 +144,12 @@ def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
         limits = _quotas(key.quotas) + (f" priority={key.priority}" if key.priority else "")
         cells = (key.id, key.tenant, ",".join(key.scopes), state, *times, limits, key.name)
         table.add_row(*map(escape, cells))
-    console.print(table, highlight=False)
+        if blocks.row_count:
+            blocks.add_row()
+        for title, cell in zip(titles, cells, strict=True):
+            blocks.add_row(f"[bold]{title}[/]", escape(cell))
+    fits = table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum <= console.width
+    console.print(table if fits else blocks, highlight=False)
 
 
 def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:

@@ -42,6 +42,29 @@ def test_a_key_is_made_shown_once_listed_and_revoked(
     assert ("acme" in last, "revoked" in first) == (True, True)
 
 
+def test_on_a_narrow_terminal_keys_are_blocks_whose_words_are_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
+    made = ["keys", "create", "--scope", "generate,adapters", "--name", "web shop"]
+    made += ["--quota", "requests=600,rows=16"]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(made) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
+    for title, value in (
+        ("tenant", "default"),
+        ("scopes", "generate,adapters"),
+        ("quotas", "requests=600,rows=16"),
+        ("name", "web shop"),
+    ):
+        assert f"{title:9}  {value}" in lines
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(made) == 0
+    heading, line = capsys.readouterr().err.splitlines()[:2]
+    assert heading.split()[0] == "id"
+    assert line.split()[1:3] == ["default", "generate,adapters"]
+
+
 def test_quotas_are_set_for_keys_and_tenants_and_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
