@@ -58,9 +58,20 @@ ROUTES = {
 }
 """Pages of routes: the name, the title, and the OpenAPI file's tags that are on it, with their titles."""
 
+ELSEWHERE = {
+    "what-works.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
+    "benchmarks.md": "benchmarks/README.md",
+}
+"""Pages of the site that are kept outside docs/, and where. Of the README: what works, and not."""
+
 _log = logging.getLogger("mkdocs.hooks")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^\s*(```|~~~)")
+_CODE_WORD = re.compile(r"<code>([^\s<>&]+)</code>")
+_BREAK = re.compile(r"(?<=\w[_/,.:{}])(?=[^_/,.:{}])")
 _BLOCK = re.compile(r"^(\s*)([-*] |\d+\. |\|)")
 
 
@@ -81,6 +92,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         raise ValueError(f"ROUTES in tools/reference_pages.py has no page for the tags {sorted(missing)}")
     for name, (title, on_page) in ROUTES.items():
         made[f"reference/routes-{name}.md"] = RoutesPage(api, scopes, on_page).text(title)
+    for path, source in ELSEWHERE.items():
+        made[path] = (ROOT / source).read_text()
+    sections = re.findall(r"^## What .*?(?=^## )", made["what-works.md"], re.DOTALL | re.MULTILINE)
+    if not sections:
+        raise ValueError("README.md has no section `## What ...`, of which the site makes a page")
+    made["what-works.md"] = "\n".join(["# What works, and what does not yet\n", *sections])
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -88,27 +105,46 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """As GitHub shows it: lists and tables need no empty line before them; links may leave docs/."""
-    here = posixpath.dirname(page.file.src_uri)
+    if page.file.src_uri.startswith(("quick-start", "concepts/", "how-to/")):
+        page.meta.setdefault("search", {"boost": 2})
+    elif page.file.src_uri == "reference/settings.md":
+        page.meta.setdefault("search", {"boost": 3})
+    source = ELSEWHERE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    pages = {there: here for here, there in ELSEWHERE.items()}
 
     def link(match: re.Match[str]) -> str:
         label, target = match.groups()
-        whole = posixpath.normpath(posixpath.join("docs", here, target))
-        if re.match(r"[a-z]+:|#|/", target) or whole.startswith("docs/"):
+        if re.match(r"[a-z]+:|#|/", target):
             return match[0]
-        if not (ROOT / whole.partition("#")[0]).exists():
+        path, mark, anchor = target.partition("#")
+        whole = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if whole in pages or whole.startswith("docs/"):
+            place = pages.get(whole) or whole.removeprefix("docs/")
+            if (ROOT / whole).is_dir():
+                place += "/README.md"
+            place = posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or ".")
+            return f"[{label}]({place}{mark}{anchor})"
+        if not (ROOT / whole).exists():
             _log.warning("%s links to %s, which is not there", page.file.src_uri, target)
         if config.repo_url:
-            return f"[{label}]({config.repo_url.rstrip('/')}/blob/main/{whole})"
+            return f"[{label}]({config.repo_url.rstrip('/')}/blob/main/{whole}{mark}{anchor})"
         return f"`{whole}`" if label == posixpath.basename(whole) else label
 
     return "\n".join(line if code else _LINK.sub(link, line) for line, code in _with_empty_lines(markdown))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Warn of a table that became a paragraph."""
+    """Warn of a table that became a paragraph, and say where words of code may be broken."""
     if found := re.search(r"<p>\|.*", html):
         _log.warning("%s has a table that is none: %s", page.file.src_uri, found[0])
-    return html
+    return _CODE_WORD.sub(_breakable, html)
+
+
+def _breakable(match: re.Match[str]) -> str:
+    word = match[1]
+    if len(word) <= 22:
+        return f'<code class="whole">{word}</code>'
+    return f"<code>{_BREAK.sub('<wbr>', word)}</code>"
 
 
 def _with_empty_lines(markdown: str) -> Iterator[tuple[str, bool]]:
