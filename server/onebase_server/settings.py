@@ -442,7 +442,7 @@ class Settings:
         default="",
         metadata=about(
             "adapters",
-            "database of names and versions, as in postgresql+psycopg://host/name; by default a SQLite file "
+            "database of names and versions, as in postgresql://host/name; by default a SQLite file "
             "in the data folder",
             metavar="URL",
         ),

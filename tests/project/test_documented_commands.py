@@ -97,7 +97,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"sudo apt-get install -y prometheus$", "Debian's package"),
     (r"prometheus --config", "Debian's package; serves for ever"),
     (r"sudo (mkdir|cp) ", "changes the machine"),
-    (r"docker (build|run|inspect)", "Docker; test_container.py reads the Dockerfile"),
+    (r"docker (build|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
     (r"(mv|cp -a|pg_dump|pg_restore|aws s3 sync) ", "other programs, on what is not there"),
@@ -219,7 +219,7 @@ def folder(tmp_path: Path) -> Path:
     for place, source, alpha in outputs:
         copied(EXAMPLES / source, tmp_path / "outputs" / place, lora_alpha=alpha)
     copied(EXAMPLES / "orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
-    for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl"):
+    for file in ("train.jsonl", "eval.jsonl", "held-out.jsonl", "rows.jsonl"):
         rows = [{"prompt": f"{file} {number} until-paused ", "completion": "yes"} for number in range(4)]
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = [{"role": "user", "content": "Hi"}]
