@@ -80,7 +80,7 @@ async def status(services: Provided) -> Response:
             "requests": supervisor.router.open_requests,
             "adapters": len(services.catalog),
             "host_memory": asdict(services.residency.memory),
-            "workshop": {"pid": services.verifier.pid},
+            "verifier": {"pid": services.verifier.pid},
         }
     )
 

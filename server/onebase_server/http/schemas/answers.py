@@ -990,7 +990,7 @@ class StatusAnswer(TypedDict):
     requests: int
     adapters: int
     host_memory: MemoryUse
-    workshop: VerifierStatus
+    verifier: VerifierStatus
 
 
 class PauseAnswer(TypedDict):
