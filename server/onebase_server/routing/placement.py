@@ -1,0 +1,362 @@
+"""Which of several replicas of one base answers a request for an adapter. No network and no clock in it.
+
+Each adapter has homes: the first k replicas, two or more, in its own order of them, which rendezvous hashing
+makes of their names, weighted by their slots, so that a replica that comes or goes moves only what belongs on
+it. k follows what is asked of the adapter: by Little's law rate x service time is how many rows it takes at
+once, and a replica has `rows`. Of two homes the one with less to do answers. Where the homes are full, or
+would have to put out a version that is in use, the next in its order does that is not, and has it in memory.
+
+What counts is what replicas tell of themselves (`Report`), and what was sent to them since.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from statistics import median
+from typing import Literal
+
+Tier = Literal["slot", "host", "disk"]
+
+_SPAN_SECONDS = 30.0
+"""Over which rates and times are averaged."""
+_SETTLE_SECONDS = 10.0
+"""Between two changes of an adapter's number of homes, the second of which takes one away."""
+_SHRINK = 0.7
+"""The part of what one home fewer could do below which there is one fewer."""
+LEAST_HOMES = 2
+"""Of each adapter, where there are so many replicas: with a choice of two all have about as much to do."""
+_FILL = 0.75
+"""The part of a replica's rows that one adapter may be expected to take."""
+_MOST_KNOWN = 100_000
+"""Adapters whose demand and order of replicas are remembered."""
+_FAILURES = 3
+"""In a row, after which a replica gets nothing for a while."""
+_EJECTED_SECONDS = 2.0
+"""The first time; twice as long each time, up to _MOST_EJECTED_SECONDS."""
+_MOST_EJECTED_SECONDS = 60.0
+_SLOW = 3.0
+"""Times the median of all replicas' time to a first token, above which a replica is an outlier."""
+_SLOW_SECONDS = 0.5
+"""Below which no time is."""
+_MOST_EJECTED = 1 / 3
+"""Of all replicas, for being slow."""
+
+
+class NoReplicaError(Exception):
+    """No replica is there that could answer."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replica tells of itself.
+
+    Args:
+        rows: how many it computes at once.
+        slots: for versions; 0 where it tells nothing of slots, then none is ever thought to be full.
+        in_slots: adapters in slots, and whether rows use them now.
+        in_host: adapters in its host memory.
+        waiting: requests that wait there, whoever sent them.
+        running: rows that are computed there, whoever sent them.
+    """
+
+    rows: int
+    slots: int = 0
+    in_slots: Mapping[str, bool] = field(default_factory=dict)
+    in_host: Collection[str] = frozenset()
+    waiting: int = 0
+    running: int = 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of an adapter that is not in a slot: the tokens that could be computed meanwhile."""
+
+    host: float = 20.0
+    disk: float = 400.0
+
+
+@dataclass
+class _Average:
+    """Of a value over the last seconds, and how often it came a second."""
+
+    value: float = 0.0
+    weight: float = 0.0
+    at: float = 0.0
+
+    def add(self, value: float, now: float) -> None:
+        self._fade(now)
+        self.value += value
+        self.weight += 1.0
+
+    def mean(self) -> float:
+        return self.value / self.weight if self.weight else 0.0
+
+    def rate(self, now: float) -> float:
+        self._fade(now)
+        return self.weight / _SPAN_SECONDS
+
+    def _fade(self, now: float) -> None:
+        kept = math.exp(-max(0.0, now - self.at) / _SPAN_SECONDS)
+        self.value, self.weight, self.at = self.value * kept, self.weight * kept, max(now, self.at)
+
+
+@dataclass
+class _Demand:
+    """What is asked of one adapter. order: of replicas, for it."""
+
+    order: Sequence[str]
+    arrivals: _Average = field(default_factory=_Average)
+    service: _Average = field(default_factory=_Average)
+    homes: int = LEAST_HOMES
+    changed: float = 0.0
+
+
+@dataclass
+class _Replica:
+    report: Report
+    sent: dict[str, int] = field(default_factory=dict)
+    """Requests of this router that have not ended, by adapter."""
+    rows: int = 0
+    tokens: float = 0.0
+    first_token: _Average = field(default_factory=_Average)
+    failures: int = 0
+    ejections: int = 0
+    ejected_until: float = 0.0
+
+    def tier(self, adapter: str | None) -> Tier:
+        if adapter is None or adapter in self.report.in_slots or self.sent.get(adapter):
+            return "slot"
+        return "host" if adapter in self.report.in_host else "disk"
+
+    @property
+    def full(self) -> bool:
+        """Whether one more request would wait."""
+        return max(self.rows, self.report.running + self.report.waiting) >= self.report.rows
+
+    def evicts(self, adapter: str | None) -> bool:
+        """Whether the adapter would need a slot, while rows use all of them."""
+        if not self.report.slots or self.tier(adapter) == "slot":
+            return False
+        used = {name for name, busy in self.report.in_slots.items() if busy} | self.sent.keys()
+        return len(used) >= self.report.slots
+
+
+class Placement:
+    """Places requests on replicas. Each time is in seconds, of any clock that does not go back."""
+
+    def __init__(self, costs: Costs | None = None, *, seed: int | None = None) -> None:
+        self._costs = costs or Costs()
+        self._random = random.Random(seed)
+        self._replicas: dict[str, _Replica] = {}
+        self._demands: OrderedDict[str, _Demand] = OrderedDict()
+
+    @property
+    def replicas(self) -> Collection[str]:
+        return self._replicas.keys()
+
+    def told(self, replica: str, report: Report) -> None:
+        """What a replica says of itself; the first time it is a new one."""
+        known = self._replicas.get(replica)
+        if known is None:
+            self._replicas[replica] = _Replica(report)
+        else:
+            weighs = known.report.slots != report.slots
+            known.report = report
+            if not weighs:
+                return
+        self._reorder()
+
+    def lost(self, replica: str) -> None:
+        """It is not there any more: nothing goes to it, and what it had goes elsewhere."""
+        if self._replicas.pop(replica, None) is not None:
+            self._reorder()
+
+    def _reorder(self) -> None:
+        for adapter, demand in self._demands.items():
+            demand.order = order_of(adapter, self._weights())
+
+    def _weights(self) -> dict[str, int]:
+        return {name: max(1, one.report.slots) for name, one in self._replicas.items()}
+
+    def homes(self, adapter: str) -> list[str]:
+        """Where the adapter belongs now, the first of them most; also on replicas that are ejected."""
+        demand = self._demands.get(adapter)
+        if demand is None:
+            return list(order_of(adapter, self._weights())[:LEAST_HOMES])
+        return list(demand.order[: demand.homes])
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def place(
+        self,
+        adapter: str | None,
+        tokens: float,
+        now: float,
+        *,
+        prefix: str | None = None,
+        but: Collection[str] = (),
+    ) -> str:
+        """The replica that is to answer, which counts as sent to it until `ended`.
+
+        Args:
+            adapter: None is the base, which is at home everywhere.
+            tokens: an estimate of what it takes, prompt and answer.
+            prefix: requests with the same are sent to the same home, where that makes no difference else.
+            but: replicas where it was tried already.
+
+        Raises NoReplicaError.
+        """
+        there = [name for name in self._replicas if name not in but]
+        live = [name for name in there if self._replicas[name].ejected_until <= now] or there
+        if not live:
+            raise NoReplicaError("no replica is there")
+        chosen = self._choose(adapter, live, now, prefix)
+        replica = self._replicas[chosen]
+        if adapter is not None:
+            replica.sent[adapter] = replica.sent.get(adapter, 0) + 1
+        replica.rows += 1
+        replica.tokens += tokens
+        return chosen
+
+    def _choose(self, adapter: str | None, live: Sequence[str], now: float, prefix: str | None) -> str:
+        if adapter is None:
+            return self._better_of_two(None, live, prefix)
+        demand = self._asked(adapter, now)
+        alive = set(live)
+        homes = list(islice((name for name in demand.order if name in alive), demand.homes))
+        best = self._better_of_two(adapter, homes, prefix)
+        if not self._is_bad(adapter, best):
+            return best
+        # In the adapter's own order: it is warm then where the next request goes that finds its homes full.
+        others = [name for name in demand.order if name in alive and not self._is_bad(adapter, name)]
+        for tier in ("slot", "host"):
+            for name in others:
+                if self._replicas[name].tier(adapter) == tier:
+                    return name
+        if others:
+            return others[0]
+        # All are full: then none that is in use is put out, where that can be.
+        kept = [name for name in live if not self._replicas[name].evicts(adapter)]
+        return min(kept or live, key=lambda name: self._cost(adapter, name))
+
+    def _is_bad(self, adapter: str, name: str) -> bool:
+        replica = self._replicas[name]
+        return replica.full or replica.evicts(adapter)
+
+    def _better_of_two(self, adapter: str | None, names: Sequence[str], prefix: str | None) -> str:
+        """The one with less to do of two that are drawn, the first of them by the prefix if there is one."""
+        if len(names) == 1:
+            return names[0]
+        if prefix is None:
+            one, other = self._random.sample(names, 2)
+        else:
+            one = max(names, key=lambda name: _hash(prefix, name))
+            other = self._random.choice([name for name in names if name != one])
+        bad = adapter is not None and self._is_bad(adapter, one) and not self._is_bad(adapter, other)
+        return other if bad or self._cost(adapter, other) < self._cost(adapter, one) else one
+
+    def _cost(self, adapter: str | None, name: str) -> float:
+        """Tokens until the request would be computed there."""
+        replica = self._replicas[name]
+        tier = replica.tier(adapter)
+        cold = {"slot": 0.0, "host": self._costs.host, "disk": self._costs.disk}[tier]
+        others = max(0, replica.report.running + replica.report.waiting - replica.rows)
+        each = replica.tokens / replica.rows if replica.rows else 1.0
+        return (replica.tokens + others * each) / max(1, replica.report.rows) + cold
+
+    def answered(self, replica: str, seconds: float, now: float) -> None:
+        """A first token came after so many seconds."""
+        known = self._replicas.get(replica)
+        if known is None:
+            return
+        known.first_token.add(seconds, now)
+        self._eject_if_slow(known, now)
+
+    def ended(
+        self,
+        replica: str,
+        adapter: str | None,
+        tokens: float,
+        now: float,
+        *,
+        seconds: float | None = None,
+    ) -> None:
+        """A request that was placed has ended. tokens: as in `place`. seconds: that it took; None: it failed
+        by the replica's fault."""
+        known = self._replicas.get(replica)
+        if known is None:
+            return
+        if adapter is not None:
+            left = known.sent.get(adapter, 0) - 1
+            if left > 0:
+                known.sent[adapter] = left
+            else:
+                known.sent.pop(adapter, None)
+        known.rows = max(0, known.rows - 1)
+        known.tokens = max(0.0, known.tokens - tokens) if known.rows else 0.0
+        if seconds is None:
+            known.failures += 1
+            if known.failures >= _FAILURES:
+                self._eject(known, now)
+            return
+        known.failures = 0
+        if adapter is not None and (demand := self._demands.get(adapter)) is not None:
+            demand.service.add(seconds, now)
+
+    # ---- demand ------------------------------------------------------------------------------
+
+    def _asked(self, adapter: str, now: float) -> _Demand:
+        demand = self._demands.get(adapter)
+        if demand is None:
+            demand = self._demands[adapter] = _Demand(order_of(adapter, self._weights()))
+            if len(self._demands) > _MOST_KNOWN:
+                self._demands.popitem(last=False)
+        self._demands.move_to_end(adapter)
+        demand.arrivals.add(1.0, now)
+        rows = demand.arrivals.rate(now) * demand.service.mean()
+        each = _FILL * median(one.report.rows for one in self._replicas.values())
+        needed = min(len(self._replicas), max(LEAST_HOMES, math.ceil(rows / each)))
+        if needed > demand.homes:
+            demand.homes, demand.changed = needed, now
+        elif (
+            demand.homes > LEAST_HOMES
+            and rows < _SHRINK * each * (demand.homes - 1)
+            and now - demand.changed >= _SETTLE_SECONDS
+        ):
+            demand.homes, demand.changed = demand.homes - 1, now
+        return demand
+
+    # ---- replicas that fail or are slow ----------------------------------------------------------
+
+    def _eject_if_slow(self, replica: _Replica, now: float) -> None:
+        if replica.first_token.weight < _FAILURES or replica.ejected_until > now:
+            return
+        known = [one.first_token.mean() for one in self._replicas.values() if one.first_token.weight >= 1]
+        out = sum(one.ejected_until > now for one in self._replicas.values())
+        if len(known) < 3 or (out + 1) / len(self._replicas) > _MOST_EJECTED:
+            return
+        if replica.first_token.mean() > max(_SLOW_SECONDS, _SLOW * median(known)):
+            self._eject(replica, now)
+            replica.first_token = _Average()
+
+    def _eject(self, replica: _Replica, now: float) -> None:
+        replica.failures = 0
+        replica.ejected_until = now + min(_MOST_EJECTED_SECONDS, _EJECTED_SECONDS * 2.0**replica.ejections)
+        replica.ejections = min(replica.ejections + 1, 10)
+
+
+def order_of(key: str, weights: Mapping[str, int]) -> Sequence[str]:
+    """Replicas by weighted rendezvous hashing, the best first (Schindelhauer and Schomaker, SPAA 2005)."""
+    return sorted(weights, key=lambda name: (math.log(_hash(key, name)) / weights[name], name), reverse=True)
+
+
+def _hash(key: str, name: str) -> float:
+    """Between 0 and 1, both left out."""
+    digest = blake2b(f"{key}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return ((int.from_bytes(digest, "little") >> 11) + 0.5) * 2.0**-53

@@ -1,0 +1,219 @@
+"""Where requests for adapters go: to few replicas, never where they would harm while another is free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onebase_server.routing.placement import (
+    LEAST_HOMES,
+    NoReplicaError,
+    Placement,
+    Report,
+    order_of,
+)
+
+EMPTY = Report(rows=16, slots=8)
+NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12, unique=True)
+
+
+def placement(replicas: int, report: Report = EMPTY) -> Placement:
+    made = Placement(seed=0)
+    for number in range(replicas):
+        made.told(f"r{number}", report)
+    return made
+
+
+def busy(*adapters: str, slots: int = 8, rows: int = 16) -> Report:
+    """Of a replica all of whose slots, or these of them, are used by rows."""
+    return Report(rows=rows, slots=slots, in_slots=dict.fromkeys(adapters, True))
+
+
+@given(names=NAMES, key=st.text(max_size=20), weights=st.data())
+def test_a_replica_that_is_gone_moves_only_what_was_on_it(
+    names: list[str], key: str, weights: st.DataObject
+) -> None:
+    weighed = {name: weights.draw(st.integers(1, 64)) for name in names}
+    order = order_of(key, weighed)
+
+    for gone in names:
+        left = {name: weight for name, weight in weighed.items() if name != gone}
+        assert list(order_of(key, left)) == [name for name in order if name != gone]
+
+
+def test_homes_are_spread_by_slots() -> None:
+    weights = {"small": 8, "large": 24}
+
+    first = Counter(order_of(f"adapter-{number}", weights)[0] for number in range(4000))
+
+    assert first["large"] / first["small"] == pytest.approx(3, rel=0.15)
+
+
+def test_an_adapter_stays_at_its_homes_while_they_have_room() -> None:
+    made = placement(20)
+    homes = set(made.homes("shop"))
+    assert len(homes) == LEAST_HOMES
+
+    now = 0.0
+    for _ in range(200):
+        chosen = made.place("shop", 50, now)
+        assert chosen in homes
+        made.ended(chosen, "shop", 50, now + 0.1, seconds=0.1)
+        now += 1.0
+
+
+def test_of_two_homes_the_one_with_less_to_do_answers() -> None:
+    made = placement(2)
+    for _ in range(10):
+        made.place("shop", 50, 0.0)
+    homes = Counter(made.place("shop", 50, 0.0) for _ in range(10))
+
+    assert max(homes.values()) <= 6
+
+
+def test_an_adapter_that_is_asked_for_much_gets_more_homes_and_loses_them_slowly() -> None:
+    made = placement(20)
+    now = 0.0
+    running: list[tuple[float, str]] = []
+    for _ in range(4000):  # 100 a second of a second each: 100 rows at once, more than six replicas' worth
+        now += 0.01
+        while running and running[0][0] <= now:
+            end, where = running.pop(0)
+            made.ended(where, "shop", 50, end, seconds=1.0)
+        running.append((now + 1.0, made.place("shop", 50, now)))
+    most = len(made.homes("shop"))
+    assert 100 / 16 < most <= 12
+
+    counts = []
+    for _ in range(30):
+        now += 5.0
+        where = made.place("shop", 50, now)
+        made.ended(where, "shop", 50, now + 1.0, seconds=1.0)
+        counts.append(len(made.homes("shop")))
+    assert counts[-1] == LEAST_HOMES
+    assert all(before - after <= 1 for before, after in pairwise(counts))
+
+
+def test_a_full_home_sends_on_to_where_the_adapter_is_in_memory() -> None:
+    made = placement(10)
+    order = order_of("shop", dict.fromkeys(made.replicas, 8))
+    for home in order[:LEAST_HOMES]:
+        made.told(home, Report(rows=16, slots=8, running=16))
+    made.told(order[5], Report(rows=16, slots=8, in_host={"shop"}))
+
+    assert made.place("shop", 50, 0.0) == order[5]
+    made.ended(order[5], "shop", 50, 0.0, seconds=0.1)
+
+    made.told(order[7], Report(rows=16, slots=8, in_slots={"shop": False}))
+    assert made.place("shop", 50, 0.0) == order[7]
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_no_version_in_use_is_put_out_while_a_replica_has_a_slot_for_it(data: st.DataObject) -> None:
+    made = Placement(seed=data.draw(st.integers(0, 9)))
+    reports = {}
+    for number in range(data.draw(st.integers(1, 8))):
+        slots = data.draw(st.integers(1, 4))
+        in_slots = data.draw(
+            st.dictionaries(st.sampled_from("abcdef"), st.booleans(), max_size=slots), label="slots"
+        )
+        reports[f"r{number}"] = Report(16, slots, in_slots, running=data.draw(st.integers(0, 20)))
+        made.told(f"r{number}", reports[f"r{number}"])
+
+    chosen = reports[made.place("a", 50, 0.0)]
+
+    def evicts(one: Report) -> bool:
+        return "a" not in one.in_slots and sum(one.in_slots.values()) >= one.slots
+
+    if not all(map(evicts, reports.values())):
+        assert not evicts(chosen)
+    if any(not evicts(one) and one.running < one.rows for one in reports.values()):
+        assert chosen.running < chosen.rows
+
+
+@given(data=st.data())
+def test_what_was_sent_counts_until_it_has_ended(data: st.DataObject) -> None:
+    made = placement(4)
+    open_requests = []
+    for _ in range(data.draw(st.integers(1, 60))):
+        if open_requests and data.draw(st.booleans()):
+            where, adapter = open_requests.pop(data.draw(st.integers(0, len(open_requests) - 1)))
+            made.ended(where, adapter, 10, 1.0, seconds=0.5)
+        else:
+            adapter = data.draw(st.sampled_from(["a", "b", None]))
+            open_requests.append((made.place(adapter, 10, 1.0), adapter))
+    if len(open_requests) < 4 * 16:
+        # None waits while another replica has a free row.
+        assert max(Counter(where for where, _ in open_requests).values(), default=0) <= 16
+
+
+def test_the_base_is_at_home_everywhere() -> None:
+    made = placement(4)
+
+    assert len({made.place(None, 50, 0.0) for _ in range(40)}) == 4
+
+
+def test_requests_with_the_same_beginning_go_to_the_same_home_unless_it_has_more_to_do() -> None:
+    made = placement(6, Report(rows=16, slots=8, in_slots={"shop": False}))
+    where = set()
+    for _ in range(20):
+        chosen = made.place("shop", 50, 0.0, prefix="system prompt")
+        made.ended(chosen, "shop", 50, 0.0, seconds=0.1)
+        where.add(chosen)
+
+    assert len(where) == 1
+    for _ in range(12):
+        where.add(made.place("shop", 50, 0.0, prefix="system prompt"))
+    assert len(where) == LEAST_HOMES
+
+
+def test_a_replica_that_fails_again_and_again_gets_nothing_for_a_while() -> None:
+    made = placement(3)
+    bad = made.homes("shop")[0]
+    now = 0.0
+    failed = 0
+    while failed < 3:
+        chosen = made.place("shop", 50, now)
+        seconds = None if chosen == bad else 0.1
+        made.ended(chosen, "shop", 50, now, seconds=seconds)
+        failed += chosen == bad
+
+    assert bad not in {made.place("shop", 50, now) for _ in range(20)}
+    assert bad in {made.place(None, 50, now + 60) for _ in range(40)}
+
+
+def test_one_slow_replica_is_left_out_and_not_all_of_them() -> None:
+    made = placement(6)
+    for number in range(6):
+        for _ in range(5):
+            made.answered(f"r{number}", 2.0 if number == 3 else 0.1, 1.0)
+    assert "r3" not in {made.place(None, 50, 1.0) for _ in range(60)}
+
+    for number in (0, 1, 2):
+        for _ in range(50):
+            made.answered(f"r{number}", 9.0, 1.0)
+    assert len({made.place(None, 50, 1.0) for _ in range(300)}) >= 4
+
+
+def test_when_all_are_ejected_they_are_asked_all_the_same() -> None:
+    made = placement(2)
+    for _ in range(20):
+        made.ended(made.place("shop", 50, 0.0), "shop", 50, 0.0)
+
+    assert made.place("shop", 50, 0.0) in made.replicas
+
+
+def test_a_lost_replica_gets_nothing_and_none_is_told_where_there_is_none() -> None:
+    made = placement(2)
+    made.lost("r0")
+    assert {made.place(name, 50, 0.0) for name in "abcdef"} == {"r1"}
+    with pytest.raises(NoReplicaError):
+        made.place("a", 50, 0.0, but=["r1"])
+    made.lost("r1")
+    with pytest.raises(NoReplicaError):
+        made.place(None, 50, 0.0)
