@@ -8,12 +8,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL_SCRIPTS := .ci/run tools/setup.sh
 
-.PHONY: help setup base demo test lint docs format check audit bench clean
+# The console is built from clients/web when its sources are newer than what was built last.
+WEB := clients/web
+WEB_BUILT := server/onebase_server/web/index.html
+WEB_MODULES := $(WEB)/node_modules/.package-lock.json
+WEB_SOURCES := $(shell find $(WEB) -path $(WEB)/node_modules -prune -o -type f ! -name '*.md' ! -name '*.test.ts' -print)
+NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
+
+.PHONY: help setup base demo test lint docs format check audit bench console clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: base ## Serve the base and two adapters, watch them answer at once, try your own requests
+demo: base console ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
 
 # Files of tests run side by side, four at most: one more than there are cores, since tests also wait, as far as
@@ -27,22 +34,26 @@ SELECT ?= -m "not full"
 # Bytecode is written whatever the environment says: without it each of hundreds of processes compiles the sources.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: base ## Run the tests, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
+test: base console ## Run the tests, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
 	@echo "==> Running the tests"
 	@$(PYTEST) $(SELECT) $(PYTEST_ARGS)
 
-lint: setup ## Check style, types, import rules, shell scripts and the Dockerfile
+lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, shell scripts and the Dockerfile
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
 	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
-	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py
+	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py tools/console_types.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
+	@echo "==> the console"
+	@$(BIN)/python tools/console_types.py --check
+	@$(NPM) run --silent check
+	@$(NPM) run --silent test
 	@echo "==> the documentation site"
 	@$(MAKE) docs
 	@echo "==> shellcheck and hadolint"
@@ -52,6 +63,16 @@ lint: setup ## Check style, types, import rules, shell scripts and the Dockerfil
 	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/kubernetes-validate --quiet --strict deploy/kubernetes/cpu/onebase.yaml
+
+console: setup $(WEB_BUILT) ## Build the console, the page at /console (done by demo and test when needed)
+
+$(WEB_BUILT): $(WEB_SOURCES) $(WEB_MODULES)
+	@echo "==> Building the console"
+	@$(NPM) run --silent build
+
+$(WEB_MODULES): $(WEB)/package-lock.json $(WEB)/package.json | setup
+	@echo "==> Installing what the console is built with"
+	@$(NPM) ci
 
 docs: setup ## Build the documentation site into build/site, with every link checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -81,4 +102,4 @@ base: setup ## Fetch the default base into the user's cache (done by demo and te
 	@$(BIN)/onebase base fetch
 
 clean: ## Remove .venv and the tools' caches; the cached base stays
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	@rm -rf $(VENV) $(WEB)/node_modules server/onebase_server/web .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -276,6 +276,8 @@ def print_next_steps(server: Server, adapter: str, console: Console) -> None:
     text = f"""
 The server is running: {server.url} (its log: {server.log})
 
+In a browser, side by side: {server.url}/console
+
 From another terminal, in this folder:
 
   curl {server.url}/generate -H 'Content-Type: application/json' \\

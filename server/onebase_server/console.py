@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from importlib.resources import files
 from types import TracebackType
 from typing import Self
 
@@ -81,6 +82,11 @@ class LoadingDisplay:
         self.update(message.stage, message.fraction)
 
 
+def console_is_built() -> bool:
+    """Whether the package has the page that /console serves."""
+    return (files(onebase_server) / "web" / "index.html").is_file()
+
+
 def print_summary(
     console: Console, settings: Settings, base: BaseInfo, catalog: Catalog, url: str, *, keys: bool
 ) -> None:
@@ -101,6 +107,8 @@ def print_summary(
     for title, text in zip(["adapters", *[""] * len(lines)], lines, strict=False):
         table.add_row(title, text)
     table.add_row("listening", f"{url}   (API reference: {url}/docs)")
+    if console_is_built():
+        table.add_row("console", f"{url}/console")
     if keys:
         table.add_row("API keys", "each request needs one: onebase keys list")
     console.print()

@@ -9,6 +9,7 @@ OneBaseError
 ├── ForbiddenError             this server's operator does not allow it
 │   └── InsufficientScopeError the API key lacks the scope that the route needs
 ├── UnknownRouteError          there is nothing at the request's path
+├── ConsoleMissingError        the files of the page were not built
 ├── WrongMethodError           there is, but not for its method
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
@@ -129,6 +130,15 @@ class UnknownRouteError(OneBaseError):
             hint = f"Did you mean {meant}? "
             hint += "Clients of OpenAI's take the address with /v1 as base URL, others without."
         super().__init__(f"There is nothing at {path}. {hint}", code="http_404")
+
+
+class ConsoleMissingError(OneBaseError):
+    def __init__(self) -> None:
+        super().__init__(
+            "This server was installed without the console. In a clone, `make console` builds it; packages "
+            "from PyPI have it.",
+            code="console_missing",
+        )
 
 
 class WrongMethodError(OneBaseError):
@@ -313,6 +323,7 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     ForbiddenError: (403, "permission_error"),
     InsufficientScopeError: (403, "permission_error"),
     UnknownRouteError: (404, "invalid_request_error"),
+    ConsoleMissingError: (404, "invalid_request_error"),
     WrongMethodError: (405, "invalid_request_error"),
     UnknownResponseError: (404, "invalid_request_error"),
     UnknownKeyError: (404, "invalid_request_error"),

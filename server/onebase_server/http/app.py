@@ -31,6 +31,7 @@ from onebase_server.http.routes import (
     anthropic,
     audit,
     batches,
+    console,
     files,
     fine_tuning,
     generation,
@@ -72,7 +73,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.gate = Gate(app, services)
     routes = (
         generation, responses, anthropic, pooling, models, adapters, vllm, files, batches, fine_tuning, keys,
-        usage, audit, health, reference,
+        usage, audit, health, reference, console,
     )  # fmt: skip
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them

@@ -22,7 +22,7 @@ from onebase_server.http.refusals import id_headers, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.settings import Settings
 
-PAGES = ("/docs", "/redoc")
+PAGES = ("/console", "/console/", "/docs", "/redoc")
 """What a link on another site may open: pages that do nothing by being opened."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; form-action 'none'; frame-ancestors 'none'",

@@ -1,4 +1,4 @@
-"""/v1/keys: who may use this registry's servers. The first key is made by `onebase keys create`."""
+"""/v1/keys, /v1/key: who may use this registry's servers. The first key is made by `onebase keys create`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
-from onebase_server.http.deps import Provided, StrictRoute, json_response
+from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.guard import needs
 from onebase_server.http.routes.usage import Limits
-from onebase_server.http.schemas.answers import KeyAnswer, ListAnswer, NewKeyAnswer, answer
+from onebase_server.http.schemas.answers import CallerAnswer, KeyAnswer, ListAnswer, NewKeyAnswer, answer
 from onebase_server.http.schemas.wire import Wire
 
-router = APIRouter(prefix="/v1/keys", route_class=StrictRoute, tags=["keys"])
+router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["keys"])
 
 
 class CreateKeyRequest(Wire):
@@ -40,7 +40,15 @@ class ChangeKeyRequest(Wire):
     priority: StrictInt | None = None
 
 
-@router.post("", responses=answer(NewKeyAnswer, 507))
+@router.get("/key", responses=answer(CallerAnswer))
+@needs("any")
+async def own_key(caller: Calling) -> Response:
+    """Whom this request comes from, and what it may do."""
+    scopes = sorted(caller.scopes)
+    return json_response({"object": "caller", "key": caller.key, "tenant": caller.tenant, "scopes": scopes})
+
+
+@router.post("/keys", responses=answer(NewKeyAnswer, 507))
 @needs("admin")
 async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     """A new key. Its text is in this answer alone."""
@@ -58,21 +66,21 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     return answer
 
 
-@router.get("", responses=answer(ListAnswer[KeyAnswer]))
+@router.get("/keys", responses=answer(ListAnswer[KeyAnswer]))
 @needs("admin")
 async def list_keys(services: Provided) -> Response:
     """All keys that there ever were, of all tenants, the newest first."""
     return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
 
 
-@router.post("/{key_id}", responses=answer(KeyAnswer, 404, 507))
+@router.post("/keys/{key_id}", responses=answer(KeyAnswer, 404, 507))
 @needs("admin")
 async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
     """Change a key's quotas and priority: here they hold at once, on other servers within a second."""
     return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
-@router.delete("/{key_id}", responses=answer(KeyAnswer, 404, 507))
+@router.delete("/keys/{key_id}", responses=answer(KeyAnswer, 404, 507))
 @needs("admin")
 async def revoke_key(key_id: str, services: Provided) -> Response:
     """Nobody can use the key any more: here at once, on other servers within a second."""

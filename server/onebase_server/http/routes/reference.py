@@ -93,6 +93,7 @@ async def root() -> Response:
         {
             "object": "server",
             "name": "OneBase",
+            "console": "/console",
             "reference": {"page": "/docs", "openapi": "/openapi.json"},
             "base_urls": {"openai": "/v1", "anthropic": "/"},
             "health": "/health",

@@ -911,6 +911,14 @@ class NewKeyAnswer(KeyAnswer):
     """The key itself; it is in this answer alone."""
 
 
+class CallerAnswer(TypedDict):
+    object: Literal["caller"]
+    key: str
+    """The key's id; "" where no keys are needed."""
+    tenant: str
+    scopes: Sequence[str]
+
+
 class TenantAnswer(TypedDict):
     object: Literal["tenant"]
     tenant: str

@@ -1,0 +1,13 @@
+// The views that there are, in the order of the navigation. A view that a key's scopes do not allow is not shown.
+import type { Component } from 'svelte'
+import type { Scope } from '../api/client'
+import Compare from './Compare.svelte'
+
+export interface View {
+  id: string
+  title: string
+  scope: Scope
+  component: Component
+}
+
+export const VIEWS: View[] = [{ id: 'compare', title: 'Compare', scope: 'generate', component: Compare as Component }]

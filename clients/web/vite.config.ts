@@ -1,0 +1,44 @@
+import { readdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { brotliCompressSync, constants, gzipSync } from 'node:zlib'
+import { svelte } from '@sveltejs/vite-plugin-svelte'
+import { defineConfig, type Plugin } from 'vitest/config'
+
+const OUT = '../../server/onebase_server/web'
+const SERVER = process.env.ONEBASE_URL ?? 'http://127.0.0.1:8000'
+
+/** Next to each script, style and picture the same in gzip and brotli: the server only hands them out. */
+function compressed(): Plugin {
+  return {
+    name: 'compressed',
+    apply: 'build',
+    async closeBundle() {
+      const folder = join(import.meta.dirname, OUT, 'assets')
+      for (const name of await readdir(folder)) {
+        const content = await readFile(join(folder, name))
+        await writeFile(join(folder, `${name}.gz`), gzipSync(content, { level: 9 }))
+        const params = { [constants.BROTLI_PARAM_QUALITY]: 11 }
+        await writeFile(join(folder, `${name}.br`), brotliCompressSync(content, { params }))
+      }
+    },
+  }
+}
+
+export default defineConfig({
+  plugins: [svelte(), compressed()],
+  build: {
+    outDir: OUT,
+    emptyOutDir: true,
+    assetsInlineLimit: 0,
+    target: 'es2023',
+    modulePreload: { polyfill: false },
+    reportCompressedSize: false,
+  },
+  // The page is /console, behind a proxy perhaps /any/console: all addresses are relative.
+  base: './',
+  experimental: {
+    renderBuiltUrl: (file, { hostType }) => (hostType === 'html' ? `console/${file}` : { relative: true }),
+  },
+  server: { proxy: Object.fromEntries(['/v1', '/generate', '/ready', '/status', '/version'].map((path) => [path, SERVER])) },
+  test: { include: ['src/**/*.test.ts'], environment: 'node' },
+})
