@@ -27,11 +27,20 @@ RUN apt-get update \
 RUN python -m venv /opt/onebase
 WORKDIR /src
 
+# The console: files for browsers, the same on every machine.
+FROM --platform=$BUILDPLATFORM node:24-bookworm-slim AS console
+WORKDIR /src/clients/web
+COPY clients/web/package.json clients/web/package-lock.json clients/web/.npmrc ./
+RUN --mount=type=cache,target=/root/.npm npm ci
+COPY clients/web ./
+RUN npm run build
+
 FROM build AS build-cuda
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
+COPY --from=console /src/server/onebase_server/web server/onebase_server/web
 RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3,otel]"
 
 FROM build AS build-cpu
@@ -41,6 +50,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
+COPY --from=console /src/server/onebase_server/web server/onebase_server/web
 RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3,otel]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime

@@ -35,7 +35,13 @@ def types() -> str:
         source, made = Path(folder) / "openapi.json", Path(folder) / "schema.d.ts"
         source.write_text(json.dumps(api))
         node = Path(sys.executable).with_name(COMMAND[0])
-        command = [str(node) if node.exists() else COMMAND[0], *COMMAND[1:], str(source), "--output", str(made)]
+        command = [
+            str(node) if node.exists() else COMMAND[0],
+            *COMMAND[1:],
+            str(source),
+            "--output",
+            str(made),
+        ]
         done = subprocess.run(command, cwd=WEB, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"openapi-typescript failed: {done.stdout}{done.stderr}")
@@ -50,7 +56,10 @@ def main() -> int:
     if TARGET.exists() and TARGET.read_text() == made:
         return 0
     if check:
-        print(f"{TARGET} is not what the server's OpenAPI file says: run tools/console_types.py", file=sys.stderr)
+        print(
+            f"{TARGET} is not what the server's OpenAPI file says: run tools/console_types.py",
+            file=sys.stderr,
+        )
         return 1
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(made)

@@ -135,6 +135,7 @@ export class Compare {
   columns = $state<Column[]>([])
   message = $state('')
   settings = $state<Settings>({ ...DEFAULTS })
+  #shown: URLSearchParams | null = null
 
   get running(): boolean {
     return this.columns.some((column) => column.running)
@@ -201,6 +202,9 @@ export class Compare {
 
   /** Show what a link says, as far as it can be read. Nothing is sent. */
   fromParams(params: URLSearchParams): void {
+    // The view may come and go, and keeps what it had; so does one without a link.
+    if (params === this.#shown || !params.size) return
+    this.#shown = params
     this.stop()
     const number = (name: string, low: number, high: number, whole: boolean) => {
       const text = params.get(name)

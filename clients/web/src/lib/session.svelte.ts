@@ -46,7 +46,6 @@ class Session {
   /** A key that was replaced meanwhile may be refused: that says nothing about the new one. */
   #wanted(error: ApiError, used: string): void {
     if (used !== this.#key) return
-    this.caller = null
     this.asked = used ? error.message : ''
   }
 

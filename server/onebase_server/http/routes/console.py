@@ -27,7 +27,7 @@ POLICY = (
     "require-trusted-types-for 'script'; trusted-types svelte-trusted-html"
 )
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_NAME = re.compile(r"[A-Za-z0-9_-]+-[A-Za-z0-9_-]{8}(\.css|\.js|\.svg)")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-[A-Za-z0-9_-]{8}(\.css|\.js|\.svg)")
 """As Vite calls what it builds: with a hash of the content, so that it never changes."""
 _ENCODINGS = {"br": ".br", "gzip": ".gz"}
 """The best first."""

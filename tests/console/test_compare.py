@@ -1,0 +1,248 @@
+"""Compare: one message, several columns, all from one mixed batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+from tests.server.support import SOURCES, Server, Starter, make_folder, pace
+
+from .conftest import SIZES, Look
+
+ORDER = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon."
+EVIL = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script>'
+UNSEEN = "\u202egnp.exe\u0007"
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_the_base_two_adapters_and_a_mix_answer_one_message_as_the_api_does(
+    real: Server, look: Look, size: str
+) -> None:
+    mix = [{"name": "orders", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
+    with look(real, size) as visit:
+        visit.open("#/compare?c=b&c=a:orders&c=a:pirate&c=m:orders*0.7%2Bpirate*0.3&n=16")
+        visit.ask(ORDER)
+        answers = visit.answers
+        marked = [column.locator("mark").all_inner_texts() for column in visit.page.locator(".column").all()]
+        figures = visit.page.locator(".column dd").all_inner_texts()
+        assert visit.violations() == []
+
+    with real.client() as http:
+        body = {"messages": [{"role": "user", "content": ORDER}], "temperature": 0, "max_tokens": 16}
+        alone = [
+            http.post("/generate", json=body | ({"adapter": adapter} if adapter else {})).json()
+            for adapter in (None, "orders", "pirate", mix)
+        ]
+    texts = [answer["choices"][0]["text"] for answer in alone]
+    assert [text.strip() for text in answers] == [text.strip() for text in texts]
+    assert marked[0] == []
+    for text, (mark,) in zip(texts[1:], marked[1:], strict=True):
+        pairs = zip(text, texts[0], strict=False)
+        common = next(at for at, (one, base) in enumerate(pairs) if one != base)
+        assert text.strip().endswith(mark.strip())
+        assert len(text) - len(mark) <= common
+        assert " " not in text[len(text) - len(mark) : common]
+    for column in range(4):
+        speed, ttft, cached, tokens = figures[4 * column : 4 * column + 4]
+        assert float(speed) > 0
+        assert ttft.endswith(" ms")
+        assert cached.endswith(f" of {alone[column]['usage']['prompt_tokens']}")
+        assert int(tokens) == alone[column]["usage"]["completion_tokens"]
+
+
+def test_without_a_link_the_base_and_the_first_adapters_are_asked_by_keyboard_alone(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        visit.open()
+        expect(visit.page.get_by_label("Message to all columns")).to_be_focused()
+        visit.page.keyboard.type("one two")
+        visit.page.keyboard.press("Enter")
+        expect(visit.page.locator("[aria-live=polite]")).to_have_text("3 answers complete.")
+        titles = visit.page.locator(".column .who").all_inner_texts()
+        assert [title.strip() for title in titles] == ["smollm2-135m-instruct", "orders", "pirate"]
+        assert len(set(visit.answers)) == 1
+        assert visit.page.locator("mark").count() == 0  # the same text leaves nowhere
+
+
+def test_all_columns_stream_at_once_and_stop_together(
+    serve_scripted: Starter, tmp_path: Path, look: Look
+) -> None:
+    for name in ("orders", "pirate"):
+        make_folder(tmp_path, name)
+    with (
+        pace(tmp_path) as (environment, step),
+        serve_scripted("paced", "--adapters-dir", str(tmp_path), environment=environment) as server,
+        look(server) as visit,
+    ):
+        visit.open("#/compare?c=b&c=a:orders&c=a:pirate&c=b&c=b&c=b&n=4000")
+        visit.page.get_by_label("Message to all columns").fill("one two three four five six seven")
+        visit.page.get_by_role("button", name="Ask all 6").click()
+        with server.client() as http:
+            step(24)
+            expect(visit.page.locator(".answer .text")).to_have_count(6)
+            step(24)
+            stop = visit.page.get_by_role("button", name="Stop")
+            expect(stop).to_be_visible()
+            stop.click()
+            expect(visit.page.get_by_text("Stopped by you.")).to_have_count(6)
+            step(24)
+            server.wait_for(lambda: http.get("/status").json()["stats"]["rows_running"] == 0)
+        assert all(visit.answers)
+        expect(visit.page.get_by_role("button", name="Ask all 6")).to_be_enabled()
+
+
+def test_a_column_is_added_changed_and_removed(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/compare?c=b")
+        page.get_by_role("button", name="Column", exact=True).click()
+        page.get_by_placeholder("Add a column").press_sequentially("weighted")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("slider")).to_have_count(2)
+        slider = page.get_by_role("slider", name="pirate")
+        slider.focus()
+        for _ in range(4):
+            page.keyboard.press("ArrowRight")
+        expect(page.locator(".term output").last).to_have_text("0.70")
+        page.get_by_role("button", name="Leave orders out of the mix").click()
+        expect(page.locator(".term")).to_have_count(1)
+        page.get_by_role("button", name="Add an adapter to the mix").click()
+        page.get_by_role("option", name="orders").click()
+        expect(page.locator(".term")).to_have_count(2)
+        page.get_by_role("button", name="pirate × 0.7 + orders × 0.5: choose who answers here").click()
+        page.get_by_role("option", name="orders").click()
+        expect(page.get_by_role("heading", name="orders")).to_be_visible()
+        page.get_by_role("button", name="Remove orders").click()
+        page.get_by_role("button", name="Remove smollm2").click()
+        expect(page.get_by_text("No column is left.")).to_be_visible()
+
+
+def test_a_given_version_answers_and_the_link_and_the_copies_name_it(words: Server, look: Look) -> None:
+    with words.client() as http:
+        digest = http.get("/v1/adapters/orders").json()["version"]
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/compare?c=a:orders&n=5&seed=3&t=0.5&s=Be%20brief.&m=It%27s%20%22one%22")
+        version = page.get_by_label("Version of orders")
+        version.select_option(digest)
+        copied = {}
+        for shape in ("JSON", "curl", "Python"):
+            page.get_by_label("Copy the request to orders").click()
+            page.get_by_role("button", name=shape, exact=True).click()
+            expect(page.locator("[aria-live=polite]")).to_have_text(f"{shape} copied.")
+            copied[shape] = page.evaluate("navigator.clipboard.readText()")
+        page.get_by_role("button", name="Ask").click()
+        page.locator("[aria-live=polite]", has_text="complete").wait_for(state="attached")
+        (sent,) = (one.post_data_json for one in visit.requests if one.url.endswith("/generate"))
+        (answer,) = visit.answers
+        page.get_by_role("button", name="Copy a link to this view").click()
+        link = page.evaluate("navigator.clipboard.readText()")
+
+    wanted = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": 'It\'s "one"'},
+        ],
+        "adapter": f"orders@{digest}",
+        "temperature": 0.5,
+        "max_tokens": 5,
+        "seed": 3,
+    }
+    assert json.loads(copied["JSON"]) == wanted
+    assert sent == wanted | {"stream": True}
+    by_curl = run(["bash", "-c", copied["curl"]])
+    assert json.loads(by_curl)["choices"][0]["text"].strip() == answer.strip()
+    assert run([sys.executable, "-c", copied["Python"]]).strip() == answer.strip()
+    with look(words) as other:
+        other.page.goto(link)
+        expect(other.page.get_by_label("Version of orders")).to_have_value(digest)
+        expect(other.page.get_by_label("Message to all columns")).to_have_value('It\'s "one"')
+        expect(other.page.get_by_label("System prompt")).to_have_value("Be brief.")
+        expect(other.page.get_by_label("Seed")).to_have_value("3")
+        assert not [one for one in other.requests if one.method != "GET"]  # a link asks nothing by itself
+
+
+def run(command: list[str]) -> str:
+    environment = os.environ | {"PYTHONPATH": SOURCES}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_an_error_is_shown_in_the_servers_words_and_the_other_columns_answer(
+    words: Server, look: Look
+) -> None:
+    with words.client() as http:
+        refused = http.post("/generate", json={"prompt": "x", "adapter": "nobody"}).json()["error"]["message"]
+    with look(words, errors=("404",)) as visit:
+        visit.open("#/compare?c=a:nobody&c=b&n=3")
+        visit.ask("hello")
+        expect(visit.page.get_by_role("alert").first).to_contain_text(refused)
+        expect(visit.page.locator("[aria-live=polite]")).to_have_text("1 answer complete, 1 failed.")
+        assert len(visit.answers) == 1
+        assert visit.violations() == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_names_and_texts_with_markup_and_unseen_characters_are_only_ever_text(
+    words: Server, look: Look, size: str
+) -> None:
+    with look(words, size, errors=("404", "400")) as visit:
+        visit.open()
+        visit.page.evaluate("hash => { location.hash = hash }", link_with_names(EVIL + UNSEEN))
+        visit.ask(f"{EVIL} {UNSEEN} ok")
+        page = visit.page
+        expect(page.locator(".answer .text").first).to_contain_text("<script>")
+        expect(page.locator(".answer .hidden", has_text="U+202E").first).to_be_visible()
+        expect(page.locator(".who .hidden", has_text="U+202E").first).to_be_visible()
+        assert page.title() == "Compare · OneBase"
+        assert page.locator("main img, main script").count() == 0
+        assert not page.evaluate("document.body.innerText.match(/[\\u202e\\u0007]/)")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert visit.violations() == []
+
+
+def link_with_names(name: str) -> str:
+    from urllib.parse import quote, urlencode
+
+    quoted = quote(name, safe="")
+    return "#/compare?" + urlencode(
+        [("c", "b"), ("c", f"a:{quoted}"), ("c", f"m:{quoted}*0.5"), ("n", "120")]
+    )
+
+
+def test_what_a_link_says_wrongly_is_left_out(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        visit.open("#/compare?c=b&c=a:x@main&c=m:x*1e9&c=%ff&c=a:%25&t=NaN&n=1e99&seed=-1&m=hi")
+        expect(visit.page.locator(".column")).to_have_count(1)
+        visit.ask("hello")
+        (sent,) = (one.post_data_json for one in visit.requests if one.url.endswith("/generate"))
+
+    assert sent == {
+        "messages": [{"role": "user", "content": "hello"}],
+        "temperature": 0,
+        "max_tokens": 128,
+        "stream": True,
+    }
+
+
+@pytest.mark.parametrize("how", [{"size": "narrow"}, {"zoom": True}])
+def test_it_fits_360_pixels_and_twice_the_size(words: Server, look: Look, how: dict[str, Any]) -> None:
+    # At 200% a window of 1440 by 900 has as much room as one of 720 by 450.
+    viewport = {"viewport": {"width": 720, "height": 450}} if how.get("zoom") else {}
+    with look(words, how.get("size", "desktop")) as visit:
+        if viewport:
+            visit.page.set_viewport_size(viewport["viewport"])
+        visit.open("#/compare?c=b&c=m:orders*0.5%2Bpirate*0.5")
+        visit.ask("hello there")
+        visit.page.get_by_text("Settings").click()
+        assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for part in ("Message to all columns", "System prompt"):
+            visit.page.get_by_label(part).scroll_into_view_if_needed()
+            expect(visit.page.get_by_label(part)).to_be_in_viewport()
+        assert visit.violations() == []
