@@ -341,6 +341,7 @@ def _walk_through_keys(walk: Walk) -> None:
     wanted = {"tenant": "acme", "scopes": ["generate"], "expires_in_s": 60, "quotas": {"rows": 2}}
     key = walk("POST", "/v1/keys", json=wanted)["id"]
     walk("POST", f"/v1/keys/{key}", json={"priority": 1})
+    walk("GET", "/v1/key")
     walk("POST", "/v1/tenants/acme", json={"quotas": {"requests": 10}})
     walk("GET", "/v1/tenants")
     walk("DELETE", f"/v1/keys/{key}")

@@ -13,11 +13,13 @@ class Models {
   /** Of adapters that were asked about, the newest first. */
   versions = $state.raw<Record<string, Version[]>>({})
 
-  /** Throws ApiError. */
+  /** Learn it all again, versions that were asked about too. Throws ApiError. */
   async load(): Promise<void> {
     const { data: all } = await data(api.GET('/v1/models'))
     this.base = all[0]?.id ?? ''
     this.adapters = all.slice(1)
+    // Of an adapter that is gone the old ones stay: its column says by itself that nobody is called so.
+    await Promise.all(Object.keys(this.versions).map((name) => this.loadVersions(name).catch(() => {})))
   }
 
   has(name: string): boolean {
