@@ -5,7 +5,9 @@ import { svelte } from '@sveltejs/vite-plugin-svelte'
 import { defineConfig, type Plugin } from 'vitest/config'
 
 const OUT = '../../server/onebase_server/web'
-const SERVER = process.env.ONEBASE_URL ?? 'http://127.0.0.1:8000'
+/** Where `npm run dev` sends requests. The page's own Host stays, or the server would take it for another site's. */
+const SERVER = { target: process.env.ONEBASE_URL ?? 'http://127.0.0.1:8000', changeOrigin: false }
+const ROUTES = ['/v1', '/generate', '/ready', '/status', '/version']
 
 /** Next to each script, style and picture the same in gzip and brotli: the server only hands them out. */
 function compressed(): Plugin {
@@ -39,6 +41,6 @@ export default defineConfig({
   experimental: {
     renderBuiltUrl: (file, { hostType }) => (hostType === 'html' ? `console/${file}` : { relative: true }),
   },
-  server: { proxy: Object.fromEntries(['/v1', '/generate', '/ready', '/status', '/version'].map((path) => [path, SERVER])) },
+  server: { proxy: Object.fromEntries(ROUTES.map((path) => [path, SERVER])) },
   test: { include: ['src/**/*.test.ts'], environment: 'node' },
 })

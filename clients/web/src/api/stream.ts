@@ -4,15 +4,12 @@ import { ApiError, AWAY, ROOT, authorized, credentials, errorOf, refuse, type Sc
 export type GenerateRequest = Schemas['GenerateRequest']
 export type FinishReason = 'stop' | 'tool_calls' | 'length' | 'cancelled' | 'error'
 
-export interface Summary {
-  adapter: unknown
-  usage: { prompt_tokens: number; completion_tokens: number; cached_tokens: number }
-  timing: { queue_s: number | null; ttft_s: number | null; decode_s: number | null }
-}
+/** The last event: what the answer took. */
+export type Summary = Schemas['GenerationEnd']
 
 export type GenerateEvent =
-  | { text: string; index: number; finish_reason?: FinishReason; done?: undefined }
-  | ({ done: true } & Summary)
+  | (Schemas['TextEvent'] & { finish_reason?: FinishReason; done?: undefined })
+  | Summary
 
 /** The events of a stream's bytes, one after the other; without the [DONE] at the end. */
 export async function* eventsOf(bytes: ReadableStream<Uint8Array>): AsyncGenerator<unknown> {
