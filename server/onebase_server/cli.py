@@ -1,4 +1,4 @@
-"""`onebase serve`, `base`, `keys`, `tenants` and `backup`: the commands that need the server's packages."""
+"""`onebase serve`, `route`, `base`, `keys`, `tenants`, `backup`: what needs the server's packages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -51,6 +52,19 @@ The first answer:
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
        -d '{"prompt": "The capital of France is", "max_tokens": 16}'
 """
+_ROUTE = """\
+One address for several servers of one base: each request goes where its adapter is in memory, or belongs.
+
+The servers share a registry (PostgreSQL) and a store (S3, or a folder that all of them see). They check the
+keys of requests themselves.
+"""
+_ROUTE_SETTINGS = (
+    "host", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
+    "allowed_origin", "trusted_proxy", "max_connections", "max_connections_per_host", "max_header",
+    "max_header_lines", "header_timeout", "body_timeout", "min_body_rate", "keep_alive_timeout",
+    "write_timeout", "max_body",
+)  # fmt: skip
+_REPLICA_KEY = "ONEBASE_REPLICA_KEY"
 _LOG_WIDTH = 200
 """Characters, so that no line of a log is broken."""
 _GROUPS = {
@@ -96,6 +110,76 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
         print_failure(console, str(error))
         return 1
     return 0
+
+
+def route(argv: Sequence[str]) -> int:
+    """`onebase route`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options."""
+    parser = route_parser()
+    options = vars(parser.parse_args(list(argv)))
+    urls, key_file = options.pop("replica"), options.pop("key_file")
+    try:
+        settings = load_settings({name: value for name, value in options.items() if value is not None})
+        key = os.environ.get(_REPLICA_KEY) if key_file is None else Path(key_file).read_text().strip()
+    except (SettingsError, OSError) as error:
+        parser.error(str(error))
+    set_up_logs("route", settings.log_level.upper(), settings.log_format)
+    for quiet in ("httpx", "httpx2"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    import asyncio
+
+    from onebase_server.console import address_error, print_failure, print_replicas
+    from onebase_server.http.server import bind, url_of
+    from onebase_server.routing.proxy import Route
+    from onebase_server.routing.proxy import serve as serve_route
+
+    console = Console(stderr=True, quiet=settings.log_format == "json")
+    try:
+        listener = bind(settings)
+    except OSError as error:
+        print_failure(console, address_error(settings, error))
+        return 1
+
+    async def run() -> None:
+        made = Route(urls, key=key or None, max_body=settings.max_body)
+
+        def show() -> None:
+            print_replicas(console, url_of(listener), made.replicas.values())
+
+        await serve_route(made, settings, listener, show)
+
+    asyncio.run(run())
+    return 0
+
+
+def route_parser() -> argparse.ArgumentParser:
+    """The options of `onebase route`: its own, and those of `onebase serve` that are about connections."""
+    parser = Parser(prog="onebase route", usage="onebase route --replica URL [options]", description=_ROUTE)
+    parser.add_argument(
+        "--replica",
+        action="append",
+        required=True,
+        type=_checked(replica_url),
+        metavar="URL",
+        help="a server of the base, as in http://10.0.0.7:8000; once for each",
+    )
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"a file with an admin key, by which their metrics are read (or {_REPLICA_KEY} in the "
+        "environment); not needed where they have --open-metrics",
+    )
+    _add_registry(parser, *_ROUTE_SETTINGS)
+    return parser
+
+
+def replica_url(text: str) -> str:
+    """Scheme, host and port of a server's address. Raises SettingsError."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise SettingsError(f"{text!r} is no address of a server: give one as http://host:8000.")
+    if parts.username or parts.password:
+        raise SettingsError("an address has no password in it: give the key with --key-file.")
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def base(argv: Sequence[str]) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,9 @@ from onebase_engine.engine.messages import BaseInfo, Loading
 from onebase_server.access import is_loopback
 from onebase_server.adapters.catalog import Catalog, label
 from onebase_server.settings import Settings
+
+if TYPE_CHECKING:
+    from onebase_server.routing.proxy import Replica
 
 _MOST_ADAPTERS = 20
 
@@ -177,6 +180,15 @@ def _quotas(quotas: Quotas) -> str:
 
 def _day(at: float | None) -> str:
     return "never" if at is None else time.strftime("%Y-%m-%d", time.gmtime(at))
+
+
+def print_replicas(console: Console, url: str, replicas: Iterable[Replica]) -> None:
+    """The address, and the servers behind it: which of them are ready."""
+    console.print(f"OneBase routes on [bold]{url}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for one in replicas:
+        table.add_row(escape(one.url), "ready" if one.ready else f"away: {escape(one.why)}")
+    console.print(table, highlight=False)
 
 
 def print_failure(console: Console, message: str) -> None:

@@ -234,6 +234,10 @@ class Metrics:
         for one in EngineState:
             state.add_metric([one.value], supervisor.state is one)
         yield state
+        if supervisor.base is not None:
+            yield GaugeMetricFamily(
+                "onebase_max_rows", "Rows that are computed at once, at most.", supervisor.base.max_rows
+            )
         yield _total("onebase_engine_restarts", "Engines started after the first one.", supervisor.restarts)
         yield _total("onebase_engine_steps", "Steps of the engine.", router.total("steps"))
         answers = CounterMetricFamily(

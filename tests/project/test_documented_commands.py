@@ -78,6 +78,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         r"onebase serve --(base|adapter|data-dir|otlp-endpoint) ",
         PARSE,
     ),  # other bases, and folders that are not there
+    (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
     (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends

@@ -26,6 +26,7 @@ def test_the_commands_are_found_by_the_sdk() -> None:
     assert (found["serve"], found["base"]) == (serve, base)
     assert found.keys() == {
         "serve",
+        "route",
         "base",
         "keys",
         "tenants",

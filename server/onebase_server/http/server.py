@@ -33,8 +33,8 @@ _LAST_BYTES_SECONDS = 5
 """After the drain, for what is already written but not yet sent."""
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals alone: `run_server` owns them."""
+class QuietServer(uvicorn.Server):
+    """Leaves signals alone: who starts it owns them."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -72,7 +72,8 @@ async def run_server(
     `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError.
     """
     settings = services.settings
-    server = _Server(_uvicorn_config(app, settings))
+    door = Door(app, settings, app.state.gate, services.answers)
+    server = QuietServer(uvicorn_config(door, settings))
     stop = asyncio.Event()
     _install_signals(services, stop)
     loop = asyncio.get_running_loop()
@@ -109,7 +110,7 @@ async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
     on_ready()
 
 
-async def _drain(services: Services, server: _Server, engine: asyncio.Task[None]) -> None:
+async def _drain(services: Services, server: QuietServer, engine: asyncio.Task[None]) -> None:
     """Wait until running requests have ended, for at most the drain timeout.
 
     Uploads and those that wait for a proof, a pull or a load are running too: not only what the engine has.
@@ -150,8 +151,8 @@ def _end_at_once(status: int) -> None:
     os._exit(status)
 
 
-def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    door = Door(app, settings, app.state.gate, app.state.services.answers)
+def uvicorn_config(door: Door, settings: Settings) -> uvicorn.Config:
+    """For an app behind the door, within the settings' limits on connections."""
     connections = Connections(_connection_limits(settings))
     protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=door.turned_away)
     config = uvicorn.Config(

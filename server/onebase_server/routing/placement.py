@@ -75,10 +75,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of an adapter that is not in a slot: the tokens that could be computed meanwhile."""
+    """Of an adapter that is not in a slot, as tokens of a row that a request would rather wait for.
 
-    host: float = 20.0
-    disk: float = 400.0
+    From disk it takes longer than that, once: where it came it is the next time.
+    """
+
+    host: float = 1.0
+    disk: float = 7.0
 
 
 @dataclass
@@ -135,9 +138,18 @@ class _Replica:
         return "host" if adapter in self.report.in_host else "disk"
 
     @property
+    def load(self) -> int:
+        """Requests that it has."""
+        return max(self.rows, self.report.running + self.report.waiting)
+
+    @property
     def full(self) -> bool:
         """Whether one more request would wait."""
-        return max(self.rows, self.report.running + self.report.waiting) >= self.report.rows
+        return self.load >= self.report.rows
+
+    @property
+    def tokens_each(self) -> float:
+        return self.tokens / self.rows if self.rows else 1.0
 
     def evicts(self, adapter: str | None) -> bool:
         """Whether the adapter would need a slot, while rows use all of them."""
@@ -233,17 +245,16 @@ class Placement:
         best = self._better_of_two(adapter, homes, prefix)
         if not self._is_bad(adapter, best):
             return best
-        # In the adapter's own order: it is warm then where the next request goes that finds its homes full.
-        others = [name for name in demand.order if name in alive and not self._is_bad(adapter, name)]
-        for tier in ("slot", "host"):
-            for name in others:
-                if self._replicas[name].tier(adapter) == tier:
-                    return name
-        if others:
-            return others[0]
-        # All are full: then none that is in use is put out, where that can be.
-        kept = [name for name in live if not self._replicas[name].evicts(adapter)]
-        return min(kept or live, key=lambda name: self._cost(adapter, name))
+        # Where it begins first; in the adapter's own order, so that it is in memory there the next time.
+        kept = [name for name in demand.order if name in alive and not self._replicas[name].evicts(adapter)]
+        warm = (
+            name
+            for name in kept
+            if self._cold(adapter, name) < self._costs.disk and not self._is_bad(adapter, name)
+        )
+        return next(warm, None) or min(
+            kept or live, key=lambda name: self._wait(name) + self._cold(adapter, name)
+        )
 
     def _is_bad(self, adapter: str, name: str) -> bool:
         replica = self._replicas[name]
@@ -262,13 +273,21 @@ class Placement:
         return other if bad or self._cost(adapter, other) < self._cost(adapter, one) else one
 
     def _cost(self, adapter: str | None, name: str) -> float:
-        """Tokens until the request would be computed there."""
+        """What a replica has to do, and would have to do first, in tokens that each of its rows computes."""
         replica = self._replicas[name]
-        tier = replica.tier(adapter)
-        cold = {"slot": 0.0, "host": self._costs.host, "disk": self._costs.disk}[tier]
         others = max(0, replica.report.running + replica.report.waiting - replica.rows)
-        each = replica.tokens / replica.rows if replica.rows else 1.0
-        return (replica.tokens + others * each) / max(1, replica.report.rows) + cold
+        rows = max(1, replica.report.rows)
+        return (replica.tokens + others * replica.tokens_each) / rows + self._cold(adapter, name)
+
+    def _cold(self, adapter: str | None, name: str) -> float:
+        tier = self._replicas[name].tier(adapter)
+        return {"slot": 0.0, "host": self._costs.host, "disk": self._costs.disk}[tier]
+
+    def _wait(self, name: str) -> float:
+        """Until a row is free, in tokens of a row."""
+        replica = self._replicas[name]
+        over = replica.load - replica.report.rows + 1
+        return max(0, over) * replica.tokens_each / max(1, replica.report.rows)
 
     def answered(self, replica: str, seconds: float, now: float) -> None:
         """A first token came after so many seconds."""

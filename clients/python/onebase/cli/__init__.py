@@ -21,6 +21,7 @@ One base model in memory, and a LoRA adapter of its own for every request.
 
 A server (needs: pip install 'onebase[server]')
   serve      load a base and serve it, with its adapters, over HTTP
+  route      one address for several servers of one base
   base       download a base ahead of time: onebase base fetch
   keys       make, list, change and revoke API keys, on the server's machine
   tenants    limit what tenants may ask for and keep, on the server's machine
@@ -79,6 +80,7 @@ The SDK itself imports neither server nor torch."""
 
 EXTRA_COMMANDS: Final[Mapping[str, str]] = {
     "serve": "server",
+    "route": "server",
     "base": "server",
     "keys": "server",
     "tenants": "server",

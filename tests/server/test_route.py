@@ -1,0 +1,288 @@
+"""`onebase route`: one address for several servers, as a process before three of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from onebase_server.routing.proxy import Asked, asked, read_report
+
+from .support import SOURCES, Server, Starter, free_port, launch, upload
+
+BASE = "smollm2-135m-instruct"
+NAMES = [f"shop{number}" for number in range(6)]
+
+
+@contextlib.contextmanager
+def routing(servers: list[Server], folder: Path, *options: str) -> Iterator[Server]:
+    """`onebase route` before the servers, ready."""
+    port = free_port()
+    replicas = [part for server in servers for part in ("--replica", server.url)]
+    command = [sys.executable, "-c", "import sys; from onebase.cli import main; sys.exit(main())", "route"]
+    environment = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200"}
+    process = launch([*command, "--port", str(port), *replicas, *options], environment, -1)
+    route = Server(process, port, folder)
+    try:
+        route.wait_ready()
+        yield route
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(serve_scripted: Starter) -> Iterator[list[Server]]:
+    with contextlib.ExitStack() as running:
+        made = [running.enter_context(serve_scripted("words")) for _ in range(3)]
+        for server in made:
+            with server.client() as http:
+                for name in NAMES:
+                    upload(http, name, name.encode(), query="wait=true&activate=true").raise_for_status()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def route(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with routing(servers, tmp_path_factory.mktemp("route"), "--max-body", "100KB") as made:
+        yield made
+
+
+@pytest.fixture
+def http(route: Server) -> Iterator[httpx2.Client]:
+    with route.client() as client:
+        yield client
+
+
+def counted(http: httpx2.Client, name: str) -> dict[str, float]:
+    """A counter of the route by replica, or of none."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == name:
+                found[sample.labels.get("replica", "")] = sample.value
+    return found
+
+
+def generate(http: httpx2.Client, adapter: Any = None, **body: Any) -> httpx2.Response:
+    named = {} if adapter is None else {"adapter": adapter}
+    return http.post("/generate", json={"prompt": "one two", "max_tokens": 3, **named, **body})
+
+
+def test_an_adapters_requests_go_to_its_homes_and_the_bases_to_all(
+    http: httpx2.Client, servers: list[Server]
+) -> None:
+    where: dict[str | None, Counter[str]] = {}
+    for name in (*NAMES, None):
+        before = counted(http, "onebase_route_requests_total")
+        for number in range(12):  # the same beginning would go to the same server
+            answer = generate(http, name, prompt=f"{number} one two")
+            assert answer.status_code == 200, answer.text
+            assert (answer.json()["adapter"] or "").partition("@")[0] == (name or "")
+        after = counted(http, "onebase_route_requests_total")
+        where[name] = Counter({url: int(after[url] - before.get(url, 0)) for url in after})
+
+    assert all(len(+where[name]) <= 2 for name in NAMES)
+    assert len(+where[None]) == 3
+    assert set().union(*(+where[name] for name in NAMES)) == {server.url for server in servers}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "a b", "adapter": "shop1", "max_tokens": 4}),
+        ("/v1/completions", {"model": "shop1", "prompt": "a b", "max_tokens": 4}),
+        (
+            "/v1/chat/completions",
+            {"model": BASE, "messages": [{"role": "user", "content": "a b"}], "max_tokens": 4},
+        ),
+        ("/v1/messages", {"model": BASE, "messages": [{"role": "user", "content": "a b"}], "max_tokens": 4}),
+        ("/", {"inputs": "a b", "parameters": {"max_new_tokens": 4}}),
+    ],
+)
+def test_a_stream_passes_with_the_same_events(
+    http: httpx2.Client, servers: list[Server], path: str, body: dict[str, Any]
+) -> None:
+    def events(client: httpx2.Client) -> list[list[str]]:
+        found = []
+        with client.stream("POST", path, json={"stream": True, **body}) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            found = [line for line in answer.iter_lines() if line]
+        return [sorted(json.loads(line[6:])) if line[5:7] == " {" else [line] for line in found]
+
+    with servers[0].client() as direct:
+        assert events(http) == events(direct)
+
+
+def test_errors_limits_and_heads_are_the_servers_own(http: httpx2.Client, servers: list[Server]) -> None:
+    with servers[0].client() as direct:
+        for wrong in ({"prompt": 7}, {"prompt": "a", "temperature": 9}, {"prompt": "a", "adapter": "none"}):
+            ours, theirs = http.post("/generate", json=wrong), direct.post("/generate", json=wrong)
+            assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
+        assert http.get("/nothing").json() == direct.get("/nothing").json()
+        assert (
+            http.head("/v1/models").headers["content-length"]
+            == (direct.head("/v1/models").headers["content-length"])
+        )
+        assert http.get("/v1/adapters").json()["object"] == "list"
+        encoded = "/v1/adapters/hub%3Aorg%2Frepo"
+        assert http.get(encoded).json() == direct.get(encoded).json()
+    broken = http.post("/generate", content=b"{", headers={"content-type": "application/json"})
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_value")
+    large = generate(http, prompt="x" * 200_000)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "payload_too_large")
+    alone = http.post("/pause")
+    assert (alone.status_code, alone.json()["error"]["code"]) == (503, "of_one_server")
+
+
+def test_an_upload_passes_through(http: httpx2.Client) -> None:
+    answer = upload(http, "routed", b"routed", query="wait=true")
+
+    assert answer.status_code == 200
+    assert answer.json()["state"] == "ready"
+
+
+def test_a_response_is_found_on_the_server_that_has_it(http: httpx2.Client) -> None:
+    body = {"model": BASE, "input": "a b", "max_output_tokens": 16}
+    known = [http.post("/v1/responses", json=body).json()["id"] for _ in range(6)]
+
+    for number, response in enumerate(known):
+        assert http.get(f"/v1/responses/{response}").json()["id"] == response
+        more = http.post("/v1/responses", json={**body, "previous_response_id": response})
+        assert more.status_code == 200, (number, more.text)
+    missing = http.get("/v1/responses/resp_none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "response_not_found")
+
+
+def test_a_server_that_dies_ends_its_streams_with_an_error_and_is_left_out(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as running:
+        behind = [running.enter_context(serve_scripted("words")) for _ in range(2)]
+        route = running.enter_context(routing(behind, tmp_path))
+        http = running.enter_context(route.client())
+        streams = [
+            running.enter_context(
+                http.stream("POST", "/generate", json={"prompt": "a b", "max_tokens": 80_000, "stream": True})
+            )
+            for _ in range(2)
+        ]
+        lines = [stream.iter_lines() for stream in streams]
+        for one in lines:
+            assert next(one).startswith("data: ")
+        behind[0].signal(signal.SIGKILL)
+
+        # Asked at once, before anybody has looked: what cannot be reached is tried elsewhere.
+        for _ in range(6):
+            assert generate(http).status_code == 200
+        ends = []
+        for one in lines:
+            seen = 0
+            for line in one:
+                seen += line.startswith("data: ")
+                if "replica_lost" in line or seen > 300:
+                    ends.append(line)
+                    break
+        assert sum("replica_lost" in line for line in ends) == 1
+        lost = next(line for line in ends if "replica_lost" in line)
+        assert json.loads(lost.removeprefix("data: "))["error"]["type"] == "service_unavailable"
+        assert "away" in route.log or wait(lambda: "is away" in route.log)
+
+        behind[1].signal(signal.SIGKILL)
+        assert wait(lambda: http.get("/ready").status_code == 503)
+        refused = generate(http)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_replica")
+        assert refused.headers["retry-after"] == "2"
+
+
+def test_a_server_that_stops_gets_nothing_more_and_a_route_that_stops_ends_what_it_has(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as running:
+        behind = [running.enter_context(serve_scripted("words")) for _ in range(2)]
+        route = running.enter_context(routing(behind, tmp_path))
+        http = running.enter_context(route.client())
+        behind[0].signal(signal.SIGTERM)
+        for _ in range(10):
+            assert generate(http).status_code == 200
+
+        body = {"prompt": "a b", "max_tokens": 60, "stream": True}
+        with http.stream("POST", "/generate", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            route.signal(signal.SIGTERM)
+            rest = list(lines)
+        assert rest[-2] == "data: [DONE]" or "data: [DONE]" in rest
+        assert route.exit_status() == 0
+
+
+def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
+    from onebase_server.cli import route
+
+    for wrong in ("10.0.0.7:8000", "http://", "ftp://a", "http://a/v1", "http://me:secret@a:1"):
+        with pytest.raises(SystemExit) as caught:
+            route(["--replica", wrong])
+        assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        route(["--replica", "http://a:1", "--key-file", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("body", "adapter"),
+    [
+        ({"model": "shop@abc"}, "shop"),
+        ({"model": BASE}, None),
+        ({"adapter": [{"name": "b", "weight": 1}, {"name": "a@x", "weight": 2}]}, "a+b"),
+        ({"adapter_id": "shop", "model": BASE}, "shop"),
+        ({"inputs": "x", "parameters": {"adapter_id": "shop"}}, "shop"),
+        ({"adapter": "hub:org/repo@main"}, "hub:org/repo@main"),
+        ({"adapter": {}, "model": 7}, None),
+        ([], None),
+    ],
+)
+def test_the_adapter_of_a_request_is_read_off_its_body(body: Any, adapter: str | None) -> None:
+    assert asked(json.dumps(body).encode(), frozenset({BASE})).adapter == adapter
+
+
+@given(st.binary(max_size=200))
+def test_a_body_that_cannot_be_read_is_left_to_a_server(body: bytes) -> None:
+    assert isinstance(asked(body, frozenset()), Asked)
+
+
+def test_deep_bodies_do_no_harm() -> None:
+    assert asked(b"[" * 100_000, frozenset()) == Asked()
+
+
+def test_a_servers_metrics_are_its_report(servers: list[Server]) -> None:
+    with servers[0].client() as http:
+        report, bases = read_report(http.get("/metrics").text)
+
+    assert bases == {BASE}
+    assert report.rows >= 1
+    assert report.slots >= 1
+    assert set(report.in_slots) <= {*NAMES, "routed"}
+    with pytest.raises(ValueError, match="num_requests_running"):
+        read_report("")
