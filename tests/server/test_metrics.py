@@ -41,7 +41,7 @@ VLLM = {
     "lora_adapter_load_seconds",
 }
 OURS = {
-    "gauge": "tenant_rows adapters host_memory_bytes engine_state versions_unfinished training_jobs "
+    "gauge": "tenant_rows adapters host_memory_bytes engine_state max_rows versions_unfinished training_jobs "
     "training_step training_steps training_loss training_eval_loss training_tokens_per_second "
     "trainer_memory_bytes batches batch_rows_running",
     "counter": "adapter_loads adapter_evictions adapter_requests adapter_prompt_tokens "

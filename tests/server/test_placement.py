@@ -108,8 +108,18 @@ def test_a_full_home_sends_on_to_where_the_adapter_is_in_memory() -> None:
     assert made.place("shop", 50, 0.0) == order[5]
     made.ended(order[5], "shop", 50, 0.0, seconds=0.1)
 
-    made.told(order[7], Report(rows=16, slots=8, in_slots={"shop": False}))
-    assert made.place("shop", 50, 0.0) == order[7]
+    made.told(order[4], Report(rows=16, slots=8, in_slots={"shop": False}))
+    assert made.place("shop", 50, 0.0) == order[4]
+
+
+def test_a_request_waits_a_little_for_a_home_rather_than_to_begin_cold() -> None:
+    made = placement(3)
+    homes = set(made.homes("shop"))
+    for _ in range(2 * 16):
+        assert made.place("shop", 50, 0.0) in homes
+
+    assert made.place("shop", 50, 0.0) in homes
+    assert not {made.place("shop", 50, 0.0) for _ in range(2 * 16)} <= homes
 
 
 @given(data=st.data())
@@ -133,7 +143,7 @@ def test_no_version_in_use_is_put_out_while_a_replica_has_a_slot_for_it(data: st
     if not all(map(evicts, reports.values())):
         assert not evicts(chosen)
     if any(not evicts(one) and one.running < one.rows for one in reports.values()):
-        assert chosen.running < chosen.rows
+        assert chosen.running < chosen.rows or "a" in chosen.in_slots  # where it waits a little
 
 
 @given(data=st.data())
@@ -148,8 +158,8 @@ def test_what_was_sent_counts_until_it_has_ended(data: st.DataObject) -> None:
             adapter = data.draw(st.sampled_from(["a", "b", None]))
             open_requests.append((made.place(adapter, 10, 1.0), adapter))
     if len(open_requests) < 4 * 16:
-        # None waits while another replica has a free row.
-        assert max(Counter(where for where, _ in open_requests).values(), default=0) <= 16
+        # While another replica has a free row, none waits for longer than it takes to begin cold.
+        assert max(Counter(where for where, _ in open_requests).values(), default=0) <= 16 + 12
 
 
 def test_the_base_is_at_home_everywhere() -> None:

@@ -149,11 +149,13 @@ def test_errors_limits_and_heads_are_the_servers_own(http: httpx2.Client, server
     assert (alone.status_code, alone.json()["error"]["code"]) == (503, "of_one_server")
 
 
-def test_an_upload_passes_through(http: httpx2.Client) -> None:
-    answer = upload(http, "routed", b"routed", query="wait=true")
+def test_an_upload_passes_through_and_is_found_where_it_went(http: httpx2.Client) -> None:
+    answer = upload(http, "routed", b"routed", query="wait=true&activate=true")
 
     assert answer.status_code == 200
     assert answer.json()["state"] == "ready"
+    for number in range(6):  # these servers share no registry
+        assert generate(http, "routed", prompt=f"{number}").status_code == 200
 
 
 def test_a_response_is_found_on_the_server_that_has_it(http: httpx2.Client) -> None:
@@ -255,6 +257,8 @@ def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
     [
         ({"model": "shop@abc"}, "shop"),
         ({"model": BASE}, None),
+        ({"model": "HuggingFaceTB/SmolLM2-135M-Instruct"}, None),
+        ({"model": "ft:smollm2:acme:shop:0123"}, "shop"),
         ({"adapter": [{"name": "b", "weight": 1}, {"name": "a@x", "weight": 2}]}, "a+b"),
         ({"adapter_id": "shop", "model": BASE}, "shop"),
         ({"inputs": "x", "parameters": {"adapter_id": "shop"}}, "shop"),

@@ -33,6 +33,9 @@ LEAST_HOMES = 2
 """Of each adapter, where there are so many replicas: with a choice of two all have about as much to do."""
 _FILL = 0.75
 """The part of a replica's rows that one adapter may be expected to take."""
+_PATIENCE = 5.0
+"""Tokens of a row for which a request rather waits than to begin where its adapter is on disk. For itself it
+would be right to wait longer; but the next ones have it in memory there."""
 _MOST_KNOWN = 100_000
 """Adapters whose demand and order of replicas are remembered."""
 _FAILURES = 3
@@ -75,13 +78,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of an adapter that is not in a slot, as tokens of a row that a request would rather wait for.
-
-    From disk it takes longer than that, once: where it came it is the next time.
-    """
+    """Of an adapter that is not in a slot: the tokens that a row could compute meanwhile."""
 
     host: float = 1.0
-    disk: float = 7.0
+    disk: float = 40.0
 
 
 @dataclass
@@ -253,7 +253,7 @@ class Placement:
             if self._cold(adapter, name) < self._costs.disk and not self._is_bad(adapter, name)
         )
         return next(warm, None) or min(
-            kept or live, key=lambda name: self._wait(name) + self._cold(adapter, name)
+            kept or live, key=lambda name: self._wait(name) + min(_PATIENCE, self._cold(adapter, name))
         )
 
     def _is_bad(self, adapter: str, name: str) -> bool:

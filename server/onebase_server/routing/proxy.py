@@ -52,8 +52,8 @@ _HOP_BY_HOP = frozenset(
     }
 )  # fmt: skip
 _OF_ONE_SERVER = ("/pause", "/resume", "/is_paused", "/status", "/server_info", "/get_world_size")
-_ELSEWHERE = (b"response_not_found",)
-"""Codes of errors that say that another server may know."""
+_ELSEWHERE = (b"response_not_found", b"model_not_found", b"adapter_not_found")
+"""Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
 _TEXT = frozenset(
     {
         "/", "/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
@@ -100,8 +100,8 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
     inner = parameters if isinstance(parameters, dict) else {}
     named = [fields.get("adapter"), fields.get("adapter_id"), inner.get("adapter_id"), fields.get("model")]
     adapter = next((name for one in named if (name := _name(one)) is not None), None)
-    if adapter in bases:
-        adapter = None
+    if adapter is not None and adapter.rpartition("/")[2].lower() in {base.lower() for base in bases}:
+        adapter = None  # by its name here, or on the Hub
     limits = (fields.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
     most = next((one for one in limits if isinstance(one, int) and one > 0), _ANSWER_TOKENS)
     return Asked(adapter, len(body) / 4 + min(most, 4 * _ANSWER_TOKENS), _beginning(fields))
@@ -110,7 +110,10 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
 def _name(value: Any) -> str | None:
     """An adapter's, without its version; those of a weighted sum go together."""
     if isinstance(value, str) and value:
-        return value if value.startswith("hub:") else value.partition("@")[0]
+        if value.startswith("hub:"):
+            return value
+        parts = value.split(":")  # ft:base:organization:name:version
+        return parts[3] if parts[0] == "ft" and len(parts) > 3 else value.partition("@")[0]
     if isinstance(value, list) and value:
         names = [_name(one.get("name")) if isinstance(one, dict) else None for one in value]
         return "+".join(sorted(name for name in names if name is not None)) or None
