@@ -67,7 +67,7 @@ def test_an_adapter_stays_at_its_homes_while_they_have_room() -> None:
 
 
 def test_of_two_homes_the_one_with_less_to_do_answers() -> None:
-    made = placement(2)
+    made = placement(2, Report(rows=16, slots=8, in_slots={"shop": False}))
     for _ in range(10):
         made.place("shop", 50, 0.0)
     homes = Counter(made.place("shop", 50, 0.0) for _ in range(10))
