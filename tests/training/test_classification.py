@@ -16,6 +16,7 @@ from tests.training.data_support import write_rows
 from tests.training.runs import labelled, recipe_for, trainer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from onebase_adapters.format.config import check_config, with_labels
 from onebase_adapters.training.checkpoint import Report
 from onebase_adapters.training.cli.data import main as data_main
 from onebase_adapters.training.cli.estimate import main as estimate_main
@@ -117,6 +118,21 @@ def test_rows_are_read_of_any_format_and_labels_are_found_in_order(tmp_path: Pat
     assert loaded(tmp_path, other).digest != found.digest
 
 
+def test_labels_that_are_the_same_number_have_one_order_in_every_process(tmp_path: Path) -> None:
+    same = ["0" * count + "7" for count in range(9)]
+    found = loaded(tmp_path, [{"text": f"text {label}", "label": label} for label in same]).labels
+    assert found == tuple(sorted(same))
+
+
+def test_a_row_that_is_cut_within_padding_is_read_where_transformers_reads_it(tmp_path: Path) -> None:
+    text = f"one two three four five six{'<|im_end|>' * 4} and more"
+    (row,) = loaded(tmp_path, [{"text": text, "label": "a"}], max_length=8, too_long="truncate").rows
+    (sample,) = row.samples
+    served = BaseTokenizer(str(resolve_base(DEFAULT_BASE).folder))
+    assert sample.ids.tolist() == served.encode("one two three four five six")
+    assert sample.supervised.tolist() == [False] * 5 + [True]
+
+
 def test_a_row_is_read_as_classify_reads_it(tmp_path: Path) -> None:
     served = BaseTokenizer(str(resolve_base(DEFAULT_BASE).folder))
     asked = [
@@ -141,14 +157,23 @@ def test_a_row_is_read_as_classify_reads_it(tmp_path: Path) -> None:
         (rows(4, ["same"]), "two labels"),
         ([{"text": "x", "label": "0.5"}, {"text": "y", "label": "1.25"}], "regression"),
         ([{"text": f"x {n}", "label": f"l{n}"} for n in range(MOST_LABELS + 1)], "1,000"),
+        ([{"text": f"x {n}", "label": f"{n:0100}l"[1:]} for n in range(656)], "65,536"),
     ],
-    ids=["one", "numbers", "many"],
+    ids=["one", "numbers", "many", "long"],
 )
 def test_labels_that_cannot_be_told_apart_are_refused(
     tmp_path: Path, given: list[dict[str, Any]], why: str
 ) -> None:
     with pytest.raises(DataError, match=why):
         check_labels(loaded(tmp_path, given), None)
+
+
+def test_the_names_of_all_labels_that_can_be_trained_on_can_be_served(tmp_path: Path) -> None:
+    most = [f"\N{BLACK HEART SUIT}{n:098}l" for n in range(655)]
+    check_labels(loaded(tmp_path, [{"text": f"x {n}", "label": one} for n, one in enumerate(most)]), None)
+    config = json.dumps({"id2label": dict(enumerate(most)), "label2id": dict.fromkeys(most, 0)}, indent=2)
+    bare = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 1, "target_modules": ["q_proj"]}
+    assert check_config(with_labels(json.dumps(bare).encode(), config.encode())).label_names == tuple(most)
 
 
 def test_a_held_out_label_that_is_not_trained_on_names_its_row(

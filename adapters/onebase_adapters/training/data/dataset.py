@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onebase_adapters.format.config import LABEL_CHARACTERS
+
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 MOST_LABELS, LONGEST_LABEL = 1000, 100
@@ -318,9 +320,11 @@ class Dataset:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """All that the rows have, in order: whole numbers by size, else by their letters."""
+        """All that the rows have, in order: whole numbers by size (1 and 01 by their letters), else by their
+        letters."""
         found = {row.label for row in self.rows} - {""}
-        return tuple(sorted(found, key=int if are_numbers(found) else None))
+        by_size = are_numbers(found)
+        return tuple(sorted(found, key=lambda label: (int(label) if by_size else 0, label)))
 
     def label_counts(self) -> dict[str, int]:
         """How many rows have each label, the most frequent first."""
@@ -349,10 +353,14 @@ def check_labels(train: Dataset, held_out: Dataset | None) -> None:
             f"there are {len(known):,} labels, and {MOST_LABELS:,} is the most: is `label` what to learn?"
         )
         raise DataError(train.source, [Problem(0, "label", reason)])
+    if (characters := sum(map(len, known))) > LABEL_CHARACTERS:
+        reason = f"all labels together have {characters:,} characters, and {LABEL_CHARACTERS:,} is the most"
+        raise DataError(train.source, [Problem(0, "label", f"{reason}: shorten them")])
+    among = set(known)
     problems = [
         Problem(row.line, "label", f"no row to train on has {row.label!r}: add some, or leave this one out")
         for row in (held_out.rows if held_out is not None else ())
-        if row.label not in train.labels
+        if row.label not in among
     ]
     if held_out is not None and problems:
         raise DataError(held_out.source, problems)

@@ -59,7 +59,11 @@ class BaseTokens:
 
     def as_asked(self, ids: list[int], *, plain: bool) -> list[int]:
         """What a classifier that is served reads: of a text's ids (`plain`), or of a conversation's."""
-        return without_padding([*self._begin, *ids, *self._after] if plain else ids, self._padding)
+        return self.unpadded([*self._begin, *ids, *self._after] if plain else ids)
+
+    def unpadded(self, ids: list[int]) -> list[int]:
+        """Up to the token at which a classifier's head reads."""
+        return without_padding(ids, self._padding)
 
     def go_on(self, text: str) -> list[int]:
         """Ids of text that follows other text: some tokenizers put a space before the very first word."""
@@ -401,7 +405,7 @@ class RowTokens:
             raise RowError("text", "the base's tokenizer makes no token of it")
         if not self._is_kept(len(ids)):
             return Tokenized([], None, False)
-        kept = np.array(ids[: self._limit], dtype=np.int32)
+        kept = np.array(self._base.unpadded(ids[: self._limit]), dtype=np.int32)
         last = np.arange(len(kept)) == len(kept) - 1
         return Tokenized([Sample(kept, last, line)], None, len(ids) > self._limit)
 
