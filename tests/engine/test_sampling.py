@@ -346,3 +346,12 @@ def test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there(data: st.DataO
 
     expected = [draw(plain[number : number + 1], [rows[number]], EOS)[0] for number in range(count)]
     assert [one.token for one in drawn] == [one.token for one in expected]
+
+
+def test_what_a_penalty_makes_infinite_fails_its_row_with_a_grammar_as_without() -> None:
+    raw = logits(3)
+    raw[0, 6] = 2.0
+    over = row(temperature=0.0, repetition_penalty=1e-40)
+    everything = np.full(-(-VOCAB // 32), -1, dtype=np.int32)
+    assert draw(raw, [over], EOS)[0].token is None
+    assert sampling.draw(raw, [over], EOS, chosen[0], [everything])[0].token is None

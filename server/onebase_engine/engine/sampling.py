@@ -101,9 +101,10 @@ def _forbid(own: list[torch.Tensor], rows: Sequence[int], masks: np.ndarray) -> 
         theirs = (bounds if len(numbers) == len(rows) else bounds[numbers]).to(dtype)
         made = torch.stack([own[rows[number]] for number in numbers])
         torch.minimum(made, theirs, out=made)
-        known = torch.isfinite(made.amax(-1)).tolist()
+        # What a penalty made infinite is left: such a row fails, as without a grammar.
+        known = (made.amax(-1) != -torch.inf).tolist()
         for number, row, bound, some in zip(numbers, made, theirs, known, strict=True):
-            # Where min_tokens took what the grammar ends with, or a bias did, the grammar is what holds.
+            # Where min_tokens took what the grammar ends with, the grammar is what holds.
             own[rows[number]] = row if some else bound.clamp(max=0)
 
 
