@@ -378,7 +378,10 @@ class Follower(real.Follower):
     def foresee(self, tell):
         if any("early" in self.texts.get(key, "") for _, key, *_ in tell.rows):
             os._exit(1)
-        return super().foresee(tell)
+        lies = {number: [2**31 - 1] for number, key, _ in tell.rows if "foreign" in self.texts.get(key, "")}
+        if any("unknown" in self.texts.get(key, "") for _, key, *_ in tell.rows):
+            lies[10**6] = [1]
+        return super().foresee(tell) | lies
 
     texts = {}
 
@@ -441,6 +444,17 @@ def test_a_process_that_ends_of_looking_ahead_costs_nobody_an_answer(
     pid = pid_of(bad)
     assert ask(bad, tokenizer, {"y": asked["y"]}).ends["y"].finish
     assert pid_of(bad) == pid
+
+
+@pytest.mark.parametrize("word", ["foreign", "unknown"])
+def test_a_process_that_names_tokens_or_rows_that_there_are_not_costs_nobody_an_answer(
+    bad: Engine, tokenizer: Tokenizer, word: str
+) -> None:
+    asked: Asked = {"x": (Grammar("regex", f"{word} (words|letters)"), {}), "y": (of_schema(PERSON), {})}
+    answers = ask(bad, tokenizer, asked | {"free": (None, {"max_tokens": 9})})
+    assert answers.text("x") in (f"{word} words", f"{word} letters")
+    keeps_to(PERSON, answers, "y")
+    assert answers.ends["free"].finish == "length"
 
 
 def test_a_tokenizer_that_cannot_be_used_is_said(

@@ -141,6 +141,7 @@ class Grammars:
     def __init__(self, folder: Path, vocabulary: int, eos_ids: Iterable[int], places: int) -> None:
         self._masks = np.zeros((places, -(-vocabulary // 32)), dtype=np.int32)
         """[places, words], which the process writes once there is one."""
+        self._vocabulary = vocabulary
         self._settings = {
             "folder": str(folder),
             "vocabulary": vocabulary,
@@ -468,9 +469,7 @@ class Grammars:
                 found = message if message.number == self._number else found
             elif isinstance(message, Forced):
                 if message.number == self._tells:
-                    for number, tokens in message.tokens.items():
-                        self._telling[number].forced = tokens
-                    self._telling = {}
+                    self._take_forced(message)
             elif isinstance(message, Compiled):
                 self._take_compiled(message)
             elif isinstance(message, Started):
@@ -479,6 +478,15 @@ class Grammars:
             elif message.key in self._asked:
                 self._asked[message.key] = time.monotonic() + COMPILE_SECONDS
         return found
+
+    def _take_forced(self, message: Forced) -> None:
+        """Raises _GoneError: what is said cannot be, and a step would fail of it."""
+        known = range(self._vocabulary)
+        for number, tokens in message.tokens.items():
+            if number not in self._telling or not all(token in known for token in tokens):
+                raise _GoneError("names tokens or rows that there are not")
+            self._telling[number].forced = tokens
+        self._telling = {}
 
     def _take_compiled(self, message: Compiled) -> None:
         self._deaths.pop(message.key, None)
