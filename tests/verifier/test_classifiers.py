@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Sequence
@@ -340,6 +341,15 @@ def test_names_are_only_taken_for_a_classifier_that_has_none() -> None:
     for bad in (b"", b"[1]", b"{" + b" " * (1 << 20) + b"}"):
         with pytest.raises(AdapterFormatError, match=r"config\.json"):
             with_labels(raw, bad)
+
+
+def test_names_that_are_nested_deep_cost_no_more_than_their_bytes() -> None:
+    raw = b'{"task_type": "SEQ_CLS"}'
+    deep = b'{"id2label": ' + b"[" * 900 + b",".join([b"1"] * 1000) + b"]" * 900 + b"}"
+    assert len(with_labels(raw, deep)) < 2 * len(deep)
+    for depth in (*range(900, 1100), 10_000, 100_000):
+        with contextlib.suppress(AdapterFormatError):
+            with_labels(raw, b'{"id2label": ' + b"[" * depth + b"]" * depth + b"}")
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["named", "all"])

@@ -202,7 +202,11 @@ def with_labels(raw: bytes, model_config: bytes | None) -> bytes:
     names = _parsed(model_config, MODEL_CONFIG_FILE).get("id2label")
     if names is None or (isinstance(names, dict) and all(names[key] == f"LABEL_{key}" for key in names)):
         return raw
-    return json.dumps({**_parsed(raw), "id2label": names}, indent=2, sort_keys=True).encode()
+    try:
+        # Without line breaks: each would begin with as many spaces as what it is in is deep.
+        return json.dumps({**_parsed(raw), "id2label": names}, sort_keys=True).encode()
+    except RecursionError:
+        raise AdapterFormatError("bad_config", f"{MODEL_CONFIG_FILE} is nested too deep") from None
 
 
 def names_labels(raw: bytes) -> bool:
