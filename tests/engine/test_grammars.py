@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from onebase_engine.base.load import BaseSettings, eos_ids, load_base
 from onebase_engine.engine import grammars
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.grammar_process import Follower, load_tokenizer
 from onebase_engine.engine.messages import Grammar
 from onebase_engine.engine.scheduler import Limits
 from onebase_server.http.schemas.generation import GenerateRequest
@@ -444,6 +446,17 @@ def test_a_process_that_ends_of_looking_ahead_costs_nobody_an_answer(
     pid = pid_of(bad)
     assert ask(bad, tokenizer, {"y": asked["y"]}).ends["y"].finish
     assert pid_of(bad) == pid
+
+
+def test_in_a_long_text_that_is_forced_nothing_is_looked_ahead(folder: Path, base: nn.Module) -> None:
+    size = int(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    masks = np.zeros((1, -(-size // 32)), dtype=np.int32)
+    follower = Follower(load_tokenizer(folder, size, [*eos_ids(base)]), masks, before=0)
+    for key, length in (("short", 200), ("long", 200_000)):
+        assert follower.compile(key, of_schema({"const": "word " * (length // 5)})).error is None
+    for _ in range(2):
+        seen = follower.foresee(grammars.Tell(1, [(0, "short", []), (1, "long", []), (2, "long", [])]))
+        assert seen.keys() == {0}
 
 
 @pytest.mark.parametrize("word", ["foreign", "unknown"])

@@ -17,6 +17,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -53,6 +54,9 @@ KEPT_BYTES = 256 << 20
 KEPT_GRAMMARS = 1000
 MOST_BYTES = 1 << 30
 """What all of them may take."""
+FORESEE_SECONDS = 0.005
+"""Of the processor, for what one row can only go on with. A long text takes more, and as much again for each
+mask of a draft: in its grammar nothing is foreseen again."""
 PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,8 @@ class Follower:
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._used: set[str] = set()
         self._rows: dict[int, Any] = {}
+        self._costly: set[str] = set()
+        """Grammars in which nothing is foreseen, see FORESEE_SECONDS."""
         self._lock = threading.Lock()
         self._before = before
 
@@ -139,6 +145,7 @@ class Follower:
     def forget(self, rows: list[int], keys: list[str]) -> None:
         for row in rows:
             self._rows.pop(row, None)
+        self._costly.difference_update(keys)
         with self._lock:
             self._used.difference_update(keys)
             self._let_go()
@@ -161,7 +168,13 @@ class Follower:
         forced = {}
         for row, key, tokens in tell.rows:
             matcher = self._follow(row, key, tokens)
-            if matcher is not None and (found := matcher.compute_ff_tokens()):
+            if matcher is None or key in self._costly:
+                continue
+            began = time.thread_time()
+            found = matcher.compute_ff_tokens()
+            if time.thread_time() - began > FORESEE_SECONDS:
+                self._costly.add(key)
+            elif found:
                 forced[row] = found[:FORESEEN]
         return forced
 
