@@ -383,6 +383,7 @@ class Follower(real.Follower):
         lies = {number: [2**31 - 1] for number, key, _ in tell.rows if "foreign" in self.texts.get(key, "")}
         if any("unknown" in self.texts.get(key, "") for _, key, *_ in tell.rows):
             lies[10**6] = [1]
+        lies |= {number: "words" for number, key, _ in tell.rows if "garbled" in self.texts.get(key, "")}
         return super().foresee(tell) | lies
 
     texts = {}
@@ -459,7 +460,7 @@ def test_in_a_long_text_that_is_forced_nothing_is_looked_ahead(folder: Path, bas
         assert seen.keys() == {0}
 
 
-@pytest.mark.parametrize("word", ["foreign", "unknown"])
+@pytest.mark.parametrize("word", ["foreign", "unknown", "garbled"])
 def test_a_process_that_names_tokens_or_rows_that_there_are_not_costs_nobody_an_answer(
     bad: Engine, tokenizer: Tokenizer, word: str
 ) -> None:

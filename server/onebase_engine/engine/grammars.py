@@ -462,9 +462,12 @@ class Grammars:
             raise _GoneError("ended") from error
         if not data:
             raise _GoneError("ended")
+        try:
+            messages = [_answers.decode(payload) for payload in self._reader.feed(data)]
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise _GoneError(f"says what is no message ({error})") from error
         found: Masks | None = None
-        for payload in self._reader.feed(data):
-            message = _answers.decode(payload)
+        for message in messages:
             if isinstance(message, Masks):
                 found = message if message.number == self._number else found
             elif isinstance(message, Forced):
