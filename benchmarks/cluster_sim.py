@@ -516,8 +516,9 @@ def draw(found: dict[str, dict[str, Outcome]], options: argparse.Namespace, file
         if label.startswith("TTFT"):
             panel.set_yscale("log")
     figure.suptitle(f"{options.replicas} replicas, {options.adapters:,} adapters")
-    axes[0][0].legend(frameon=False)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(file, dpi=110)
 
 
