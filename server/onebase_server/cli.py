@@ -53,10 +53,10 @@ The first answer:
        -d '{"prompt": "The capital of France is", "max_tokens": 16}'
 """
 _ROUTE = """\
-One address for several servers of one base: each request goes where its adapter is in memory, or belongs.
+One address for several servers of one base: each request goes where its adapter is, or belongs.
 
-The servers share a registry (PostgreSQL) and a store (S3, or a folder that all of them see). They check the
-keys of requests themselves.
+The servers share a registry (PostgreSQL) and a store (S3, or a folder that all of them see). They
+check the keys of requests themselves.
 """
 _ROUTE_SETTINGS = (
     "host", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
