@@ -347,6 +347,7 @@ NO_DEFAULT = {
     "adapters merge": ["--name NAME", "--density D"],
     "sweep": ["--data FILE"],
     "estimate": ["--data FILE", "--rows N"],
+    "route": ["--replica URL", "--key-file FILE"],
 }
 """Options that are required, or without which there is nothing of the kind."""
 
