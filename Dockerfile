@@ -17,43 +17,55 @@
 # libraries, so the CUDA image needs only the driver, which NVIDIA's container toolkit brings in.
 ARG PYTHON_VERSION=3.12
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS build
+FROM python:${PYTHON_VERSION}-slim-trixie AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 # The compiler is for the CPU's kernels, and stays behind in this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-RUN python -m venv /opt/onebase
+RUN python -m venv --without-pip /opt/onebase
+ENV PIP_PYTHON=/opt/onebase/bin/python
 WORKDIR /src
 
 # The console: files for browsers, the same on every machine.
-FROM --platform=$BUILDPLATFORM node:24-bookworm-slim AS console
+FROM --platform=$BUILDPLATFORM node:24-trixie-slim AS console
 WORKDIR /src/clients/web
 COPY clients/web/package.json clients/web/package-lock.json clients/web/.npmrc ./
 RUN --mount=type=cache,target=/root/.npm npm ci
 COPY clients/web ./
 RUN npm run build
 
-FROM build AS build-cuda
+# What OneBase needs, one requirement a line: the layers with PyTorch are made again only when this list changes.
+FROM build AS requirements
+COPY pyproject.toml ./
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
+    print(*p['dependencies'], *(r for x in ('server', 'train', 'postgres', 's3', 'otel') for r in e[x]), sep='\n')" > requirements.txt
+
+FROM build AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY clients clients
 COPY --from=console /src/server/onebase_server/web server/onebase_server/web
-RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3,otel]"
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
+
+FROM build AS build-cuda
+COPY --from=requirements /src/requirements.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip pip install --requirement requirements.txt
 
 FROM build AS build-cpu
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/onebase/bin/pip install "torch>=2.9" --index-url https://download.pytorch.org/whl/cpu
-COPY pyproject.toml README.md LICENSE ./
-COPY server server
-COPY adapters adapters
-COPY clients clients
-COPY --from=console /src/server/onebase_server/web server/onebase_server/web
-RUN --mount=type=cache,target=/root/.cache/pip /opt/onebase/bin/pip install ".[server,train,postgres,s3,otel]"
+RUN --mount=type=cache,target=/root/.cache/pip pip install "torch>=2.9" --index-url https://download.pytorch.org/whl/cpu
+COPY --from=requirements /src/requirements.txt ./
+# bitsandbytes brings a library for each CUDA and ROCm: more than 100 MB.
+RUN --mount=type=cache,target=/root/.cache/pip pip install --requirement requirements.txt \
+    && rm --force /opt/onebase/lib/python*/site-packages/bitsandbytes/libbitsandbytes_cuda*.so \
+        /opt/onebase/lib/python*/site-packages/bitsandbytes/libbitsandbytes_rocm*.so
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
+FROM python:${PYTHON_VERSION}-slim-trixie AS runtime
+LABEL org.opencontainers.image.title="OneBase" \
+    org.opencontainers.image.description="One 4-bit base model, and every LoRA adapter on it, served without a restart." \
+    org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --gid 10001 onebase \
     && useradd --uid 10001 --gid 10001 --create-home onebase \
     && install --directory --owner=10001 --group=10001 /var/cache/onebase \
@@ -76,6 +88,7 @@ ENTRYPOINT ["onebase", "serve", "--host", "0.0.0.0"]
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/onebase /opt/onebase
+COPY --from=own /opt/onebase /opt/onebase
 
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -88,3 +101,4 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 USER 10001:10001
 COPY --from=build-cuda /opt/onebase /opt/onebase
+COPY --from=own /opt/onebase /opt/onebase

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -75,3 +76,17 @@ def test_each_target_serves_as_an_ordinary_user_with_its_own_environment(target:
     assert 'ENTRYPOINT ["onebase", "serve", "--host", "0.0.0.0"]' in runtime
     own = DOCKERFILE[DOCKERFILE.index(f"AS {target}\n") :].split("FROM")[0]
     assert f"COPY --from=build-{target} /opt/onebase /opt/onebase" in own
+    assert "COPY --from=own /opt/onebase /opt/onebase" in own
+
+
+def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses(tmp_path: Path) -> None:
+    command = re.search(r"^RUN (python -c .*?> requirements\.txt)$", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert command
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-ec", command[1]], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    project = tomllib.loads(text)["project"]
+    extras = {name: set(some) for name, some in project["optional-dependencies"].items()}
+    wanted = set(project["dependencies"]).union(*(extras[name] for name in extras.keys() - {"dev", "track"}))
+    assert set((tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
