@@ -82,9 +82,11 @@ check: ## Everything that continuous integration checks: lint, then every test i
 	@$(MAKE) lint
 	@$(MAKE) test SELECT=
 
+# Without +cpu and the like, since PyPI knows those versions by their plain names. What it does not know fails the audit.
 audit: setup ## Ask PyPI for known vulnerabilities of what is installed
 	@$(BIN)/python -m pip install --quiet "pip-audit>=2.10,<3"
-	@$(BIN)/pip-audit --skip-editable
+	@$(BIN)/python -m pip list --format freeze --exclude-editable | sed 's/+.*//' >$(VENV)/installed.txt
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/installed.txt
 
 bench: base ## Measure OneBase next to vLLM, llama.cpp, PEFT and TRL, which it installs (BENCH_ARGS=--quick: a look)
 	@exec $(BIN)/python benchmarks/goals.py $(BENCH_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def test_whoever_ends_the_server_waits_until_running_requests_have_finished() ->
     assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0]) >= DRAIN + 10
 
 
+def test_a_process_that_is_killed_for_memory_does_not_end_the_service() -> None:
+    assert "\nOOMPolicy=continue\n" in (DEPLOY / "onebase.service").read_text(encoding="utf-8")
+
+
+def test_open_webui_is_not_given_the_admins_key() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert "ONEBASE_API_KEY" not in str(services["open-webui"])
+
+
 def test_a_pod_runs_as_the_images_user_and_writes_only_where_the_image_keeps_things() -> None:
     image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert f"USER {USER}:{USER}" in image
@@ -58,3 +68,20 @@ def test_the_names_by_which_pods_call_the_service_are_let_in() -> None:
     service = manifest("Service")["metadata"]["name"]
     allowed = manifest("ConfigMap")["data"]["ONEBASE_ALLOWED_HOST"].split(",")
     assert {service, f"{service}.onebase", f"{service}.onebase.svc"} <= set(allowed)
+
+
+@pytest.mark.parametrize("name", ["onebase-1.0-py3-none-manylinux_2_28_x86_64.whl", "onebase-1.0.tar.gz"])
+def test_a_release_installs_the_one_distribution_that_has_a_pytorch(tmp_path: Path, name: str) -> None:
+    """Also next to a wheel for musl, which cibuildwheel builds as well."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / name).touch()
+    if name.endswith(".whl"):
+        (tmp_path / "dist/onebase-1.0-py3-none-musllinux_1_2_x86_64.whl").touch()
+    script = next(step["run"] for step in workflow["jobs"]["serve"]["steps"] if "run" in step)
+    installed = re.search(r"pip install (\"\$\(.*\[server\]\")", script)
+    assert installed
+    told = subprocess.run(
+        ["sh", "-ec", f"printf %s {installed[1]}"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == f"{tmp_path}/dist/{name}[server]"
