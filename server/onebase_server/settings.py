@@ -451,7 +451,7 @@ class Settings:
         default=1.0,
         metadata=about(
             "adapters",
-            "seconds between two looks at what other servers changed in the registry",
+            "seconds between two looks at what other servers changed in the registry, if it does not tell",
             low=0.05,
             high=3600,
         ),

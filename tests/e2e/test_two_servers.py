@@ -1,4 +1,5 @@
-"""Two servers on one PostgreSQL and one object store: what is proved at one is served by both."""
+"""Two servers on one PostgreSQL and one object store: what is proved at one is served by both, and each is told
+of what the other changes."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def shared(base: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
             region_name="us-east-1",
         ).create_bucket(Bucket="onebase")
         options = ["--registry", postgres.database(), "--store", "s3://onebase/adapters"]
-        options += ["--base", str(base), "--sync-seconds", "1", "--kv-memory", "50MB"]
+        options += ["--base", str(base), "--sync-seconds", "3600", "--kv-memory", "50MB"]
         options += ["--max-rows", "4", "--threads", "1"]
         yield options, environment
         bucket.stop()

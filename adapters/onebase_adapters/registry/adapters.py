@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, select
@@ -111,6 +111,10 @@ class Registry:
     def change_counter(self) -> int:
         """A number that every write raises, whichever server made it; cheap to ask for."""
         return self._database.counter()
+
+    def told(self, changed: Callable[[], None]) -> AbstractContextManager[None]:
+        """As `Database.told`."""
+        return self._database.told(changed)
 
     def snapshot(self, tenant: str | None = None) -> list[AdapterRecord]:
         """All adapters of this base by name, of one tenant or of all; reports without their modules."""

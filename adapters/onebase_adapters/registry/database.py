@@ -8,7 +8,8 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from onebase_engine.redaction import redacted, without_secrets
 _WAIT_SECONDS = 30.0
 _COUNTER_ID = 1
 _MIGRATION_LOCK = 0x6F6E_6562_6173_65  # "onebase", for pg_advisory_xact_lock
+_CHANNEL = "onebase_changes"
+_LISTEN_SECONDS = 0.2
+"""After which a thread that listens sees that it is to end, and between two tries to connect."""
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _READ = "onebase_read"
 _LITTLE_SPACE = 1 << 20
@@ -100,6 +104,42 @@ class Database:
             if counter is None:
                 raise RegistryError(f"{self.place} has no change counter: it was not migrated.")
             yield session, counter
+            if self._file is None:  # PostgreSQL sends it when the transaction is committed
+                session.execute(text(f"NOTIFY {_CHANNEL}"))
+
+    @contextmanager
+    def told(self, changed: Callable[[], None]) -> Iterator[None]:
+        """While this is open, call `changed`, in a thread, soon after each counted write of any server.
+
+        PostgreSQL tells; SQLite does not, and a connection that is lost may miss some: look now and then too.
+        """
+        if self._file is not None:
+            yield
+            return
+        stop = threading.Event()
+        thread = threading.Thread(target=self._listen, args=(changed, stop), name="registry", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _listen(self, changed: Callable[[], None], stop: threading.Event) -> None:
+        dialect: Any = self.engine.dialect
+        while not stop.is_set():
+            try:
+                with self.engine.connect() as connection:
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
+                    connection.exec_driver_sql(f"LISTEN {_CHANNEL}")
+                    driver: Any = connection.connection.driver_connection
+                    connection.detach()  # from the pool, whose next user would listen as well
+                    changed()  # what was written before it listened
+                    while not stop.is_set():
+                        for _ in driver.notifies(timeout=_LISTEN_SECONDS, stop_after=1):
+                            changed()
+            except (exc.SQLAlchemyError, OSError, dialect.dbapi.Error):  # who looks says what is wrong
+                stop.wait(_LISTEN_SECONDS)
 
     @contextmanager
     def write_uncounted(self) -> Iterator[Session]:

@@ -7,6 +7,7 @@ not known yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
 import time
@@ -137,10 +138,23 @@ class Catalog:
         self._subscribers.append(subscriber)
 
     async def watch(self, seconds: float) -> None:
-        """Look every `seconds` seconds, for ever, also while the registry cannot be reached."""
+        """Look when the registry tells of a change, and every `seconds` seconds, for ever, also while the
+        registry cannot be reached."""
+        told, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def changed() -> None:
+            loop.call_soon_threadsafe(told.set)
+
+        with self._registry.told(changed):
+            await self._watch(seconds, told)
+
+    async def _watch(self, seconds: float, told: asyncio.Event) -> None:
         away = False
         while True:
-            await asyncio.sleep(seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await told.wait()
+            told.clear()
             try:
                 if await self._calls.run(self._registry.change_counter) != self._counter:
                     await self.refresh()

@@ -294,3 +294,34 @@ def test_a_postgresql_without_space_says_so_keeps_what_it_has_and_works_again() 
         add_long()
         assert registry.version(*HERE, added[-1]).source == long
         registry.close()
+
+
+def test_postgresql_tells_each_server_of_what_another_wrote_and_again_after_a_lost_connection(
+    kind: str, open_registry: Open
+) -> None:
+    writer, reader = open_registry(), open_registry()
+    told = threading.Event()
+
+    with reader.told(told.set):
+        if kind == "sqlite":  # which cannot
+            add(writer, "acme", "1")
+            assert not told.wait(0.1)
+            return
+        assert told.wait(60)  # it listens
+        for name in ("acme", "other"):
+            told.clear()
+            add(writer, name, name)
+            assert told.wait(60)
+        told.clear()
+        with writer._database.engine.connect() as connection:
+            ended = connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+                )
+            )
+            assert ended.all() == [(True,)]
+        assert told.wait(60)  # what it may have missed meanwhile
+    told.clear()
+    add(writer, "third", "3")
+    assert not told.wait(0.3)
