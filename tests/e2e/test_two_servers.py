@@ -1,5 +1,5 @@
-"""Two servers on one PostgreSQL and one object store: what is proved at one is served by both, and each is told
-of what the other changes."""
+"""Two servers on one PostgreSQL and one object store: what is proved at one is served by both, and each is
+told of what the other changes."""
 
 from __future__ import annotations
 
