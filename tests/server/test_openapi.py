@@ -218,6 +218,11 @@ def _ask(walk: Walk) -> None:
         walk("POST", "/v1/chat/completions", json=body)
     walk("POST", "/v1/completions", json={**asked, **ids, **streamed, "prompt": "a", "logprobs": 1})
     walk("POST", "/generate", json={"prompt": "word", "n": 2, "logprobs": 2, "echo": True, **streamed})
+    parts = [
+        {"prompt": "word", "n": 2, "logprobs": 2, "max_tokens": 4},
+        {"prompt": "word", "adapter": "nobody"},
+    ]
+    walk("POST", "/generate/many", json={"requests": parts})
     walk("POST", "/", json={"inputs": "word", "stream": True, "parameters": details})
     used = {"name": "now", "input_schema": {"type": "object"}}
     for more in ({}, {"stream": True}, {"stream": True, "tools": [used], "tool_choice": {"type": "any"}}):

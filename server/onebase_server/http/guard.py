@@ -44,7 +44,7 @@ _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
 """Where a key may stand, in the order of KeyRing.caller; some of Anthropic's clients send the second."""
-_NOT_ITS_FAULT = (429, 503)
+NOT_ITS_FAULT = (429, 503)
 """Statuses of answers after which a request counts as none."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -238,7 +238,7 @@ class Guard:
 
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if message["status"] in _NOT_ITS_FAULT:
+                if message["status"] in NOT_ITS_FAULT:
                     ticket.give_back()
                 headers = MutableHeaders(scope=message)
                 for name, value in ticket.headers().items():

@@ -101,7 +101,10 @@ def _answers(route: APIRoute, schema: Json) -> Iterator[tuple[Json, str, Any]]:
             told = responses.setdefault(str(status), {})
             content = told.setdefault("content", {})
             if isinstance(described, Described):
-                yield content.setdefault("application/json", {}), "schema", described.kind
+                if described.kind is not None:
+                    yield content.setdefault("application/json", {}), "schema", described.kind
+                else:
+                    content.pop("application/json", None)  # FastAPI's
                 if described.event is not None:
                     yield content["text/event-stream"], "x-itemSchema", described.event
             elif status >= 400:

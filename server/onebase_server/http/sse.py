@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
-from onebase_server.generation.generation import Generation, Run
 
 ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""
@@ -42,27 +41,35 @@ def connection_abort(scope: Scope) -> Callable[[], None]:
     return abort
 
 
+class Cancellable(Protocol):
+    """What goes on until it has ended, or nobody wants it."""
+
+    def cancel(self) -> None:
+        """Nobody wants the rest."""
+
+
 class EventStream(Response):
-    """Streams a generation's events.
+    """Streams events of what runs, which takes at most `seconds`.
 
     The status line waits for the first event: until then an error is still an HTTP error. A caller
-    who leaves cancels the generation; one who does not read is cut off, and the engine never waits.
+    who leaves cancels what runs; one who does not read is cut off, and the engine never waits.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, run: Cancellable, events: AsyncGenerator[bytes], seconds: float) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._generation = generation
+        self._run = run
         self._events = events
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = asyncio.get_running_loop().call_later(
-            (self._generation.job.timeout_s or 0.0) + _READ_GRACE_SECONDS, connection_abort(scope)
+            self._seconds + _READ_GRACE_SECONDS, connection_abort(scope)
         )
         try:
-            with cancelled_when_gone(receive, self._generation):
+            with cancelled_when_gone(receive, self._run):
                 async with contextlib.aclosing(self._events):
                     await self._send_all(send)
         finally:
@@ -101,8 +108,8 @@ async def guarded(
 
 
 @contextlib.contextmanager
-def cancelled_when_gone(receive: Receive, run: Run) -> Iterator[None]:
-    """While this is open, a caller who closes the connection cancels the run."""
+def cancelled_when_gone(receive: Receive, run: Cancellable) -> Iterator[None]:
+    """While this is open, a caller who closes the connection cancels what runs."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -114,3 +121,57 @@ def cancelled_when_gone(receive: Receive, run: Run) -> Iterator[None]:
         yield
     finally:
         task.cancel()
+
+
+class Merged:
+    """Events of several sources in one stream, as they come. The first error of a source ends all."""
+
+    def __init__(self, sources: Sequence[AsyncGenerator[bytes]], end: bytes) -> None:
+        self._sources = sources
+        self._end = end
+        self._tasks: list[asyncio.Task[None]] = []
+        self._gone = False
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: each source is closed, and `events` raises ClientGoneError."""
+        self._gone = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """What all sources yield, then `end`.
+
+        Raises what a source raises, and ClientGoneError.
+        """
+        # Few may wait here: what a slow reader leaves must fill the mailboxes of its requests.
+        waiting: asyncio.Queue[bytes] = asyncio.Queue(len(self._sources))
+
+        async def drain(source: AsyncGenerator[bytes]) -> None:
+            async with contextlib.aclosing(source):
+                async for chunk in source:
+                    await waiting.put(chunk)
+
+        self._tasks = [asyncio.create_task(drain(source)) for source in self._sources]
+        ended = asyncio.gather(*self._tasks)
+        taking = asyncio.create_task(waiting.get())
+        try:
+            while True:
+                await asyncio.wait((taking, ended), return_when=asyncio.FIRST_COMPLETED)
+                chunks = []
+                if taking.done():
+                    chunks.append(taking.result())
+                    taking = asyncio.create_task(waiting.get())
+                while not waiting.empty():
+                    chunks.append(waiting.get_nowait())
+                if chunks:
+                    yield b"".join(chunks)
+                elif ended.done():
+                    break
+            if self._gone:
+                raise ClientGoneError()
+            await ended
+        finally:
+            for task in (taking, *self._tasks):
+                task.cancel()
+            await asyncio.gather(taking, ended, *self._tasks, return_exceptions=True)
+        yield self._end

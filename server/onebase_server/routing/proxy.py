@@ -56,9 +56,10 @@ _ELSEWHERE = (b"response_not_found", b"model_not_found", b"adapter_not_found")
 """Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
 _TEXT = frozenset(
     {
-        "/", "/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
-        "/v1/messages/count_tokens", "/v1/embeddings", "/v1/classify", "/classify", "/v1/rerank",
-        "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize", "/detokenize",
+        "/", "/generate", "/generate/many", "/v1/completions", "/v1/chat/completions", "/v1/responses",
+        "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/classify", "/classify",
+        "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score", "/v1/decide", "/tokenize",
+        "/detokenize",
     }
 )  # fmt: skip
 """Paths of requests that may be sent again to another server, whatever came of the first."""
@@ -96,6 +97,9 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
         return Asked()
     if not isinstance(fields, dict):
         return Asked()
+    many = fields.get("requests")
+    if isinstance(many, list) and many and isinstance(many[0], dict):
+        fields = many[0]  # of those that go together the first decides
     parameters = fields.get("parameters")
     inner = parameters if isinstance(parameters, dict) else {}
     named = [fields.get("adapter"), fields.get("adapter_id"), inner.get("adapter_id"), fields.get("model")]

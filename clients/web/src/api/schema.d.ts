@@ -25,6 +25,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/generate/many": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Generate Many
+         * @description Several requests over one connection, from one batch: each event says which of them it is about.
+         */
+        post: operations["generate_many_generate_many_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/": {
         parameters: {
             query?: never;
@@ -2097,6 +2117,14 @@ export interface components {
         FunctionChoice: {
             /** Name */
             name: string;
+        };
+        /**
+         * GenerateManyRequest
+         * @description Body of POST /generate/many: bodies of POST /generate. What is wrong with one is its own error.
+         */
+        GenerateManyRequest: {
+            /** Requests */
+            requests: components["schemas"]["GenerateRequest"][];
         };
         /**
          * GenerateRequest
@@ -4187,6 +4215,87 @@ export interface components {
             data: components["schemas"]["VersionAnswer"][];
         };
         /**
+         * ManyChoiceEnd
+         * @description Why a choice of one request ended.
+         */
+        ManyChoiceEnd: {
+            /** Id */
+            id: string;
+            /** Index */
+            index: number;
+            /**
+             * Text
+             * @constant
+             */
+            text: "";
+            /** Finish Reason */
+            finish_reason: string;
+            /**
+             * Request
+             * @description which of the requests it is about, from 0
+             */
+            request: number;
+        };
+        /**
+         * ManyError
+         * @description The last of one request, which was refused or failed. The others go on.
+         */
+        ManyError: {
+            error: components["schemas"]["ErrorDetails"];
+            /**
+             * Request
+             * @description which of the requests it is about, from 0
+             */
+            request: number;
+            /**
+             * Status
+             * @description that the error has at POST /generate
+             */
+            status: number;
+        };
+        /**
+         * ManyGenerationEnd
+         * @description The last of one request. `[DONE]` comes after the last of all.
+         */
+        ManyGenerationEnd: {
+            /** Adapter */
+            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
+            usage: components["schemas"]["GeneratedUsage"];
+            timing: components["schemas"]["GeneratedTiming"];
+            /** Id */
+            id: string;
+            /**
+             * Done
+             * @constant
+             */
+            done: true;
+            /**
+             * Request
+             * @description which of the requests it is about, from 0
+             */
+            request: number;
+        };
+        /**
+         * ManyTextEvent
+         * @description New text of a choice of one request.
+         */
+        ManyTextEvent: {
+            /** Id */
+            id: string;
+            /** Index */
+            index: number;
+            /** Text */
+            text: string;
+            /** Tool Calls */
+            tool_calls?: components["schemas"]["CallDelta"][];
+            logprobs?: components["schemas"]["FlatLogprobs"];
+            /**
+             * Request
+             * @description which of the requests it is about, from 0
+             */
+            request: number;
+        };
+        /**
          * MemoryUse
          * @description Host memory for versions, in bytes, and the loads and evictions since the start.
          */
@@ -5498,6 +5607,115 @@ export interface operations {
             /** @description The server has no space left */
             507: {
                 headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    generate_many_generate_many_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GenerateManyRequest"];
+            };
+        };
+        responses: {
+            /** @description Events of all requests, as they come */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/event-stream": string;
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
                     [name: string]: unknown;
                 };
                 content: {

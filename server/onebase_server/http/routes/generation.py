@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
+from onebase_server.access import Caller
+from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
 from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Moments, Usage
 from onebase_server.http.deps import (
@@ -19,19 +21,33 @@ from onebase_server.http.deps import (
     json_response,
     off_loop,
 )
-from onebase_server.http.guard import needs
+from onebase_server.http.guard import NOT_ITS_FAULT, needs
 from onebase_server.http.schemas.answers import (
     ChatAnswer,
     CompletionAnswer,
     GeneratedAnswer,
     TgiAnswer,
+    answer,
     streamed_answer,
 )
-from onebase_server.http.schemas.events import ChatEvent, CompletionEvent, GenerateEvent, TgiEvent
-from onebase_server.http.schemas.generation import GenerateRequest
+from onebase_server.http.schemas.events import (
+    ChatEvent,
+    CompletionEvent,
+    GenerateEvent,
+    GenerateManyEvent,
+    TgiEvent,
+)
+from onebase_server.http.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import EventStream, cancelled_when_gone, connection_abort, guarded
+from onebase_server.http.sse import (
+    DONE,
+    EventStream,
+    Merged,
+    cancelled_when_gone,
+    connection_abort,
+    guarded,
+)
 from onebase_server.http.views.generation import (
     ChatView,
     CompletionView,
@@ -56,6 +72,56 @@ async def generate(
     services.refuse_if_draining()
     job = await services.planner.generate(body, caller)
     return await answer_job(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
+
+
+@router.post(
+    "/generate/many",
+    tags=["generate"],
+    responses=answer(None, description="Events of all requests, as they come", event=GenerateManyEvent),
+)
+@needs("generate")
+async def generate_many(
+    body: GenerateManyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+) -> Response:
+    """Several requests over one connection, from one batch: each event says which of them it is about."""
+    services.refuse_if_draining()
+    ticket.give_back()  # each of them counts by itself
+    sources = [_events_of(number, one, request, services, caller) for number, one in enumerate(body.bodies)]
+    merged = Merged(sources, DONE)
+    return EventStream(merged, merged.events(), services.settings.max_timeout)
+
+
+async def _events_of(
+    number: int,
+    body: GenerateRequest | OneBaseError,
+    request: Request,
+    services: Services,
+    caller: Caller,
+) -> AsyncGenerator[bytes]:
+    """Of one of several requests, its error too. Raises ClientGoneError, SlowReaderError."""
+    view, begun = GenerateView(services.tokenizer, number), False
+    ticket = generation = None
+    try:
+        ticket = services.limiter.enter(caller)
+        if isinstance(body, OneBaseError):
+            raise body
+        job = await services.planner.generate(body, caller)
+        generation = await begin(request, services, ticket, job, stream=True)
+        async for chunk in view.events(generation):
+            begun = True
+            yield chunk
+        generation = None
+    except (ClientGoneError, SlowReaderError):
+        raise
+    except OneBaseError as error:
+        if ticket is not None and not begun and status_of(error)[0] in NOT_ITS_FAULT:
+            ticket.give_back()
+        yield view.failure(error)
+    finally:
+        if generation is not None:
+            generation.cancel()
+        if ticket is not None:
+            ticket.close()
 
 
 @router.post("/", tags=["tgi"], responses=streamed_answer(list[TgiAnswer], TgiEvent))
@@ -134,12 +200,25 @@ async def answer_job(
 ) -> Response:
     """Run the job, in one piece or streamed.
 
-    Raises what Ticket.admit, Generation.start and `pieces` raise.
+    Raises what `begin` and Generation.pieces raise.
     """
+    generation = await begin(request, services, ticket, job, stream=bool(stream))
+    if stream:
+        events = guarded(view.events(generation), view.failure, view.closing)
+        return EventStream(generation, events, job.timeout_s or 0.0)
+    with cancelled_when_gone(request.receive, generation):
+        choices = await generation.collect()
+    return json_response(view.answer(generation, choices))
+
+
+async def begin(
+    request: Request, services: Services, ticket: Ticket, job: Job, *, stream: bool
+) -> Generation:
+    """The job, with the engine. Raises what Ticket.admit and Generation.start raise."""
     services.refuse_if_draining()
     ticket.admit(job.tokens_set_aside, job.choices)
     base = services.catalog.base_name
-    spans = services.tracing.of_request(job, request.scope, base, stream=bool(stream))
+    spans = services.tracing.of_request(job, request.scope, base, stream=stream)
     generation = Generation(
         services.supervisor,
         services.tokenizer,
@@ -150,8 +229,4 @@ async def answer_job(
     )
     await generation.start(services.residency)
     ticket.leave = generation.leave
-    if stream:
-        return EventStream(generation, guarded(view.events(generation), view.failure, view.closing))
-    with cancelled_when_gone(request.receive, generation):
-        choices = await generation.collect()
-    return json_response(view.answer(generation, choices))
+    return generation

@@ -27,7 +27,7 @@ MODEL_REFUSED = (404, 409, 422, 507)
 
 
 class Described(dict[str, Any]):
-    """One of a route's `responses`. kind: the type of its JSON. event: that of what it streams."""
+    """One of a route's `responses`. kind: the type of its JSON, or None. event: that of what it streams."""
 
     def __init__(self, kind: Any, event: Any = None, **fields: Any) -> None:
         super().__init__(fields)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from onebase_server.http.schemas.answers import (
@@ -78,6 +79,33 @@ class GenerationEnd(GeneratedSummary):
 
 
 GenerateEvent = TextEvent | ChoiceEnd | GenerationEnd | Error
+
+# ---- POST /generate/many -------------------------------------------------------------------------
+
+
+class _OfRequest(TypedDict):
+    request: Annotated[int, Field(description="which of the requests it is about, from 0")]
+
+
+class ManyTextEvent(TextEvent, _OfRequest):
+    """New text of a choice of one request."""
+
+
+class ManyChoiceEnd(ChoiceEnd, _OfRequest):
+    """Why a choice of one request ended."""
+
+
+class ManyGenerationEnd(GenerationEnd, _OfRequest):
+    """The last of one request. `[DONE]` comes after the last of all."""
+
+
+class ManyError(Error, _OfRequest):
+    """The last of one request, which was refused or failed. The others go on."""
+
+    status: Annotated[int, Field(description="that the error has at POST /generate")]
+
+
+GenerateManyEvent = ManyTextEvent | ManyChoiceEnd | ManyGenerationEnd | ManyError
 
 # ---- POST / --------------------------------------------------------------------------------------
 

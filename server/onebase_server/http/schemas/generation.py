@@ -15,10 +15,14 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
 from onebase_engine.engine.messages import Grammar
+from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.json_schema import closed
 from onebase_server.http.schemas.messages import CHOICE_OF_TOOLS, MAX_TOOLS, Messages, ToolChoice, ToolObject
 from onebase_server.http.schemas.wire import (
@@ -32,6 +36,7 @@ from onebase_server.http.schemas.wire import (
     Typed,
     Wire,
     not_too_deep,
+    validation_error,
 )
 
 MAX_N = 128
@@ -48,6 +53,7 @@ MAX_TOKENS = 1_000_000
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 4096
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
+MAX_MANY = 64
 SEED_BITS = 63
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -387,3 +393,26 @@ class GenerateRequest(ConversationFields):
         if self.echo and self.calls_tools:
             raise FieldError("echo", "echo goes without tools")
         return self
+
+
+def _or_why_not(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """The request, or the error that it alone gets."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        message, param = validation_error(error.errors())
+        return InvalidRequestError(message, param=param)
+
+
+class GenerateManyRequest(Wire):
+    """Body of POST /generate/many: bodies of POST /generate. What is wrong with one is its own error."""
+
+    requests: Annotated[
+        list[Annotated[GenerateRequest, WrapValidator(_or_why_not)]],
+        Field(min_length=1, max_length=MAX_MANY, fail_fast=True),
+    ]
+
+    @property
+    def bodies(self) -> list[GenerateRequest | InvalidRequestError]:
+        """In their order, each validated or refused."""
+        return [*self.requests]

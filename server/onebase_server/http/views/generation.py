@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from onebase_server.errors import OneBaseError, error_body
+from onebase_server.errors import OneBaseError, error_body, status_of
 from onebase_server.generation.call_reader import CallDelta, Said, answer_reader
 from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
@@ -120,7 +120,16 @@ def whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:
 
 
 class GenerateView(GenerationView):
-    """Answers of POST /generate."""
+    """Answers of POST /generate; with `request`, events of that one of POST /generate/many."""
+
+    def __init__(self, tokenizer: BaseTokenizer, request: int | None = None) -> None:
+        super().__init__(tokenizer)
+        self._of: Json = {} if request is None else {"request": request}
+
+    def failure(self, error: OneBaseError) -> bytes:
+        if not self._of:
+            return super().failure(error)
+        return event({**self._of, "status": status_of(error)[0], **error_body(error)})
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         readers = _Readers(generation.job)
@@ -152,7 +161,7 @@ class GenerateView(GenerationView):
         async for pieces in generation.pieces():
             chunk = b""
             for piece in pieces:
-                head: Json = {"id": job_id, "index": piece.index}
+                head: Json = {**self._of, "id": job_id, "index": piece.index}
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens:
                     data: Json = {**head, "text": said.content}
@@ -166,7 +175,7 @@ class GenerateView(GenerationView):
                     chunk += event({**head, "text": "", "finish_reason": reason})
             if chunk:
                 yield chunk
-        yield event({"id": job_id, "done": True, **_summary(generation)})
+        yield event({**self._of, "id": job_id, "done": True, **_summary(generation)})
 
 
 def _summary(generation: Generation) -> Json:
