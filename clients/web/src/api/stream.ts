@@ -11,6 +11,8 @@ export type GenerateEvent =
   | (Schemas['TextEvent'] & { finish_reason?: FinishReason; done?: undefined })
   | Summary
 
+type Event = Record<string, unknown>
+
 /** The events of a stream's bytes, one after the other; without the [DONE] at the end. */
 export async function* eventsOf(bytes: ReadableStream<Uint8Array>): AsyncGenerator<unknown> {
   const decoder = new TextDecoder()
@@ -34,25 +36,46 @@ export async function* eventsOf(bytes: ReadableStream<Uint8Array>): AsyncGenerat
   }
 }
 
-/** POST /generate, streamed. Ends with the event that is `done`. Throws ApiError; what `signal` aborts just ends. */
-export async function* generate(body: GenerateRequest, signal: AbortSignal): AsyncGenerator<GenerateEvent> {
+/** What a route streams. Throws ApiError; what `signal` aborts just ends. */
+async function* streamed(path: string, body: unknown, signal: AbortSignal): AsyncGenerator<Event> {
   const used = credentials.key()
   const headers = authorized(new Headers({ 'Content-Type': 'application/json' }))
-  let whole = false
   try {
-    const init = { method: 'POST', headers, body: JSON.stringify({ ...body, stream: true }), signal }
-    const answer = await fetch(`${ROOT}generate`, init)
+    const answer = await fetch(`${ROOT}${path}`, { method: 'POST', headers, body: JSON.stringify(body), signal })
     if (!answer.ok || !answer.body) refuse(errorOf(answer.status, await answer.json().catch(() => null)), used)
-    for await (const event of eventsOf(answer.body)) {
-      if ((event as { error?: unknown }).error) throw errorOf(answer.status, event)
-      const said = event as GenerateEvent
-      whole ||= said.done === true
-      yield said
-    }
+    yield* eventsOf(answer.body) as AsyncGenerator<Event>
   } catch (error) {
     if (signal.aborted) return
-    if (error instanceof ApiError) throw error
-    throw new ApiError(0, null, AWAY)
+    throw error instanceof ApiError ? error : new ApiError(0, null, AWAY)
   }
-  if (!whole && !signal.aborted) throw new ApiError(0, null, 'The connection ended before the answer did.')
+}
+
+const cutOff = () => new ApiError(0, null, 'The connection ended before the answer did.')
+
+/** POST /generate, streamed. Ends with the event that is `done`. Throws ApiError; what `signal` aborts just ends. */
+export async function* generate(body: GenerateRequest, signal: AbortSignal): AsyncGenerator<GenerateEvent> {
+  let whole = false
+  for await (const event of streamed('generate', { ...body, stream: true }, signal)) {
+    if (event.error) throw errorOf(200, event)
+    whole ||= event.done === true
+    yield event as unknown as GenerateEvent
+  }
+  if (!whole && !signal.aborted) throw cutOff()
+}
+
+/**
+ * POST /generate/many: each event with the number of its request, whose last one is `done` or an error of its own.
+ * Throws ApiError where all failed together; what `signal` aborts just ends.
+ */
+export async function* generateMany(
+  requests: GenerateRequest[],
+  signal: AbortSignal,
+): AsyncGenerator<[number, GenerateEvent | ApiError]> {
+  const open = new Set(requests.keys())
+  for await (const event of streamed('generate/many', { requests }, signal)) {
+    const at = event.request as number
+    if (event.error || event.done) open.delete(at)
+    yield [at, event.error ? errorOf(event.status as number, event) : (event as unknown as GenerateEvent)]
+  }
+  if (!signal.aborted) for (const at of open) yield [at, cutOff()]
 }

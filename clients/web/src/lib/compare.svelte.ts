@@ -1,15 +1,16 @@
-// One message to several columns at once, and what they answer.
-import { ApiError } from '../api/client'
-import { generate, type FinishReason, type GenerateRequest, type Summary } from '../api/stream'
+// One message to several columns at once, and their conversations.
+import type { GenerateRequest } from '../api/stream'
 import { announcer } from './announce.svelte'
-import { onFrame } from './frames'
 import { models } from './models.svelte'
-import { server } from './server.svelte'
+import { answer, Reply } from './reply.svelte'
 import { BASE, adapterField, decodeTarget, encodeTarget, titleOf, type Target } from './target'
+import type { Alternative, Token } from './tokens'
 
-/** A browser keeps 6 connections to one server, and each column that streams takes one. */
-export const MOST_COLUMNS = 6
+/** As many as POST /generate/many takes. */
+export const MOST_COLUMNS = 64
 export const MOST_TOKENS = 4096
+/** Of each token, where probabilities are asked for. */
+const ALTERNATIVES = 8
 
 export interface Settings {
   temperature: number
@@ -17,29 +18,24 @@ export interface Settings {
   /** null: another one each time. */
   seed: number | null
   system: string
+  /** A JSON schema and a list of tools, as they are written; '' for none. */
+  schema: string
+  tools: string
+  /** Whether each token tells how likely it was, and what else was. */
+  probabilities: boolean
 }
 
-const DEFAULTS: Settings = { temperature: 0, maxTokens: 128, seed: null, system: '' }
+const DEFAULTS: Settings = { temperature: 0, maxTokens: 128, seed: null, system: '', schema: '', tools: '', probabilities: false }
 
-export type ColumnState = 'empty' | 'waiting' | 'streaming' | 'done' | 'stopped' | 'failed'
+type Messages = NonNullable<GenerateRequest['messages']>
 
 let made = 0
 
-/** One column: who answers, and the answer to the last message. */
+/** One column: who answers, and what was said so far. */
 export class Column {
   readonly id = (made += 1)
   target = $state<Target>(BASE)
-  state = $state<ColumnState>('empty')
-  text = $state('')
-  finish = $state<FinishReason | null>(null)
-  summary = $state.raw<Summary | null>(null)
-  error = $state.raw<ApiError | null>(null)
-  /** Pieces a second while it streams: about as many as tokens. */
-  speed = $state<number | null>(null)
-  #abort: AbortController | null = null
-  #pending = ''
-  #pieces = 0
-  #firstAt = 0
+  replies = $state<Reply[]>([])
 
   constructor(target: Target) {
     this.target = target
@@ -49,84 +45,47 @@ export class Column {
     return titleOf(this.target, models.base)
   }
 
-  get running(): boolean {
-    return this.state === 'waiting' || this.state === 'streaming'
+  get last(): Reply | null {
+    return this.replies.at(-1) ?? null
   }
 
-  /** Tokens a second after the first one, by the server's clock; while it streams by this page's. */
-  get tokensPerSecond(): number | null {
-    const { usage, timing } = this.summary ?? {}
-    if (!usage || !timing?.decode_s || usage.completion_tokens < 2) return this.summary ? null : this.speed
-    return (usage.completion_tokens - 1) / timing.decode_s
+  get running(): boolean {
+    return this.last?.running ?? false
+  }
+
+  /** The answer to a message of the view. */
+  replyTo(round: number): Reply | null {
+    return this.replies.find((reply) => reply.round === round) ?? null
   }
 
   clear(): void {
     this.stop()
-    this.state = 'empty'
-    this.#begin()
+    this.replies = []
   }
 
   stop(): void {
-    this.#abort?.abort()
-    this.#abort = null
-    if (this.running) {
-      this.#show()
-      this.state = 'stopped'
-    }
+    for (const reply of this.replies) reply.stop()
   }
 
-  async run(body: GenerateRequest): Promise<void> {
+  /** Forget what was said from a message of the view on. */
+  cut(round: number): void {
     this.stop()
-    this.#begin()
-    this.state = 'waiting'
-    const abort = (this.#abort = new AbortController())
-    server.streams += 1
-    const ended = onFrame(() => this.#show())
-    try {
-      for await (const event of generate(body, abort.signal)) {
-        if (this.#abort !== abort) return
-        if (event.done) this.summary = event
-        else this.#take(event.text, event.finish_reason)
-      }
-      if (this.#abort === abort) {
-        this.#show()
-        this.state = 'done'
-      }
-    } catch (error) {
-      if (this.#abort !== abort) return
-      this.#show()
-      this.state = 'failed'
-      this.error = error instanceof ApiError ? error : new ApiError(0, null, String(error))
-    } finally {
-      ended()
-      server.streams -= 1
-      server.noteError(this.error)
-    }
+    this.replies = this.replies.filter((reply) => reply.round < round)
   }
 
-  #begin(): void {
-    this.text = this.#pending = ''
-    this.finish = this.summary = this.error = this.speed = null
-    this.#pieces = 0
-  }
-
-  #take(text: string, finish: FinishReason | undefined): void {
-    if (text) {
-      this.#pieces += 1
-      if (this.#pieces === 1) this.#firstAt = performance.now()
-    }
-    this.#pending += text
-    this.finish = finish ?? this.finish
-  }
-
-  /** Once a frame: what came since the last one. */
-  #show(): void {
-    if (!this.#pending) return
-    this.text += this.#pending
-    this.#pending = ''
-    this.state = 'streaming'
-    const seconds = (performance.now() - this.#firstAt) / 1000
-    if (seconds > 0.25) this.speed = (this.#pieces - 1) / seconds
+  /** What was said before a reply; without one all that was. What failed was never said. */
+  before(reply: Reply | null): Messages {
+    const end = reply ? this.replies.indexOf(reply) : this.replies.length
+    return this.replies.slice(0, end).flatMap((one): Messages => {
+      if (!one.said && !one.calls.length) return []
+      const calls = one.calls.map(({ id, name, arguments: given }) => ({
+        id, type: 'function' as const, function: { name, arguments: given },
+      }))
+      return [
+        { role: 'user', content: one.message },
+        { role: 'assistant', content: one.said, ...(calls.length ? { tool_calls: calls } : {}) },
+      ]
+    })
   }
 }
 
@@ -134,7 +93,10 @@ export class Column {
 export class Compare {
   columns = $state<Column[]>([])
   message = $state('')
+  /** Which of the messages is being written anew. */
+  editing = $state<number | null>(null)
   settings = $state<Settings>({ ...DEFAULTS })
+  #round = 0
   #shown: URLSearchParams | null = null
 
   get running(): boolean {
@@ -150,6 +112,20 @@ export class Compare {
     return this.columns.length >= MOST_COLUMNS
   }
 
+  get begun(): boolean {
+    return this.columns.some((column) => column.replies.length)
+  }
+
+  /** Why the tools cannot be sent; '' where they can. */
+  get toolsProblem(): string {
+    try {
+      if (this.settings.tools.trim()) JSON.parse(this.settings.tools)
+      return ''
+    } catch (error) {
+      return `This is not JSON yet: ${(error as Error).message}.`
+    }
+  }
+
   add(target: Target): void {
     if (!this.full) this.columns.push(new Column(target))
   }
@@ -159,44 +135,102 @@ export class Compare {
     this.columns = this.columns.filter((one) => one.id !== column.id)
   }
 
-  /** The request of a column. */
-  bodyOf(column: Column): GenerateRequest {
-    const { system, temperature, maxTokens, seed } = this.settings
-    const messages = [{ role: 'user' as const, content: this.message }]
-    const adapter = adapterField(column.target)
+  /** A request to a column: these messages after the system prompt. */
+  request(target: Target, messages: Messages): GenerateRequest {
+    const { system, temperature, maxTokens, seed, schema, tools, probabilities } = this.settings
+    const adapter = adapterField(target)
     return {
       messages: system.trim() ? [{ role: 'system' as const, content: system }, ...messages] : messages,
       ...(adapter === null ? {} : { adapter }),
       temperature,
       max_tokens: maxTokens,
       ...(seed === null ? {} : { seed }),
+      ...(schema.trim() ? { guided_json: schema } : {}),
+      ...(tools.trim() && !this.toolsProblem ? { tools: JSON.parse(tools) as NonNullable<GenerateRequest['tools']> } : {}),
+      ...(probabilities ? { logprobs: ALTERNATIVES } : {}),
     }
   }
 
+  /** What a column is asked next, or was asked last. */
+  bodyOf(column: Column): GenerateRequest {
+    const { last } = column
+    if (last && !this.message.trim()) return this.#bodyFor(column, last)
+    return this.request(column.target, [...column.before(null), { role: 'user', content: this.message }])
+  }
+
+  #bodyFor(column: Column, reply: Reply): GenerateRequest {
+    const asked: Messages = [...column.before(reply), { role: 'user', content: reply.message }]
+    if (!reply.begun) return this.request(column.target, asked)
+    const goesOn = this.request(column.target, [...asked, { role: 'assistant', content: reply.begun }])
+    return { ...goesOn, continue_final_message: true }
+  }
+
+  /** Send what is written to all columns; what is written anew takes the place of what was said from there on. */
   async run(): Promise<void> {
-    if (!this.message.trim() || !this.columns.length) return
-    const columns = [...this.columns]
-    announcer.say(`${count(columns.length, 'answer')} on the way.`)
-    await Promise.all(columns.map((column) => column.run(this.bodyOf(column))))
-    const failed = columns.filter((column) => column.state === 'failed').length
-    const whole = columns.filter((column) => column.state === 'done').length
+    if (!this.message.trim() || !this.columns.length || this.toolsProblem || this.running) return
+    if (this.editing !== null) for (const column of this.columns) column.cut(this.editing)
+    this.editing = null
+    this.#round += 1
+    const asks = this.columns.map((column) => {
+      column.replies.push(new Reply(this.message, this.#round))
+      return { column, reply: column.last as Reply }
+    })
+    this.message = ''
+    await this.#answer(asks)
+  }
+
+  /** Go on in one column as if another token had come. */
+  async goOn(column: Column, reply: Reply, token: Token, other: Alternative): Promise<void> {
+    if (this.running) return
+    column.cut(reply.round + 1)
+    const kept = reply.tokens.filter(({ start }) => start < token.start)
+    const begun = reply.text.slice(0, token.start) + other.text
+    reply.restart(begun, [...kept, { ...token, ...other, end: begun.length }])
+    await this.#answer([{ column, reply }])
+  }
+
+  async #answer(asks: { column: Column; reply: Reply }[]): Promise<void> {
+    announcer.say(`${count(asks.length, 'answer')} on the way.`)
+    await answer(asks.map(({ column, reply }) => ({ reply, body: this.#bodyFor(column, reply) })))
+    const failed = asks.filter(({ reply }) => reply.state === 'failed').length
+    const whole = asks.filter(({ reply }) => reply.state === 'done').length
     announcer.say(`${count(whole, 'answer')} complete${failed ? `, ${failed} failed` : ''}.`)
+  }
+
+  /** Have a message that was sent in hand again. */
+  edit(reply: Reply): void {
+    this.editing = reply.round
+    this.message = reply.message
+  }
+
+  stopEditing(): void {
+    this.editing = null
+    this.message = ''
+  }
+
+  startOver(): void {
+    this.editing = null
+    for (const column of this.columns) column.clear()
   }
 
   stop(): void {
     for (const column of this.columns) column.stop()
   }
 
-  /** For a link: who answers, the message and the settings; never an answer. */
+  /** For a link: who answers, the first message and the settings; never an answer. */
   toParams(): URLSearchParams {
-    const { temperature, maxTokens, seed, system } = this.settings
+    const { temperature, maxTokens, seed, system, schema, tools, probabilities } = this.settings
+    const message = this.message || (this.columns.find((column) => column.last)?.replies[0]?.message ?? '')
     const params = new URLSearchParams()
     for (const column of this.columns) params.append('c', encodeTarget(column.target))
-    if (this.message) params.set('m', this.message)
+    if (message) params.set('m', message)
     if (system) params.set('s', system)
     if (temperature !== DEFAULTS.temperature) params.set('t', String(temperature))
     if (maxTokens !== DEFAULTS.maxTokens) params.set('n', String(maxTokens))
     if (seed !== null) params.set('seed', String(seed))
+    if (schema) params.set('schema', schema)
+    if (tools) params.set('tools', tools)
+    if (probabilities) params.set('p', '1')
     return params
   }
 
@@ -213,12 +247,16 @@ export class Compare {
     }
     const targets = params.getAll('c').slice(0, MOST_COLUMNS).map(decodeTarget)
     this.columns = targets.filter((target) => target !== null).map((target) => new Column(target))
+    this.editing = null
     this.message = params.get('m') ?? ''
     this.settings = {
       temperature: number('t', 0, 2, false) ?? DEFAULTS.temperature,
       maxTokens: number('n', 1, MOST_TOKENS, true) ?? DEFAULTS.maxTokens,
       seed: number('seed', 0, Number.MAX_SAFE_INTEGER, true),
       system: params.get('s') ?? '',
+      schema: params.get('schema') ?? '',
+      tools: params.get('tools') ?? '',
+      probabilities: params.get('p') === '1',
     }
   }
 
@@ -230,7 +268,7 @@ export class Compare {
   }
 }
 
-function count(number: number, what: string): string {
+export function count(number: number, what: string): string {
   return `${number} ${what}${number === 1 ? '' : 's'}`
 }
 
