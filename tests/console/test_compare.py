@@ -81,21 +81,23 @@ def test_all_columns_stream_at_once_and_stop_together(
         serve_scripted("paced", "--adapters-dir", str(tmp_path), environment=environment) as server,
         look(server) as visit,
     ):
-        visit.open("#/compare?c=b&c=a:orders&c=a:pirate&c=b&c=b&c=b&n=4000")
+        visit.open(f"#/compare?{'&'.join(['c=b', 'c=a:orders', 'c=a:pirate', 'c=b'] * 3)}&n=4000")
         visit.page.get_by_label("Message to all columns").fill("one two three four five six seven")
-        visit.page.get_by_role("button", name="Ask all 6").click()
+        visit.page.get_by_role("button", name="Ask all 12").click()
         with server.client() as http:
             step(24)
-            expect(visit.page.locator(".answer .text")).to_have_count(6)
+            expect(visit.page.locator(".answer .text")).to_have_count(12)
             step(24)
             stop = visit.page.get_by_role("button", name="Stop")
             expect(stop).to_be_visible()
             stop.click()
-            expect(visit.page.get_by_text("Stopped by you.")).to_have_count(6)
+            expect(visit.page.get_by_text("Stopped by you.")).to_have_count(12)
             step(24)
             server.wait_for(lambda: http.get("/status").json()["stats"]["rows_running"] == 0)
         assert all(visit.answers)
-        expect(visit.page.get_by_role("button", name="Ask all 6")).to_be_enabled()
+        expect(visit.page.get_by_role("button", name="Ask all 12")).to_be_visible()
+        (sent,) = (one for one in visit.requests if one.method == "POST")
+        assert len(sent.post_data_json["requests"]) == 12
 
 
 def test_a_column_is_added_changed_and_removed(words: Server, look: Look) -> None:

@@ -64,6 +64,7 @@ class Blind {
     announcer.say('2 answers on the way.')
     await answer(asks)
     if (this.pair !== pair) return
+    if (!this.waits && !compare.message) compare.message = message
     announcer.say(this.waits ? '2 answers complete. Press 1 or 2 for the better one, 0 for a tie.' : 'They did not both answer. Ask again.')
   }
 

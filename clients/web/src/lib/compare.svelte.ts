@@ -97,6 +97,8 @@ export class Compare {
   editing = $state<number | null>(null)
   settings = $state<Settings>({ ...DEFAULTS })
   #round = 0
+  /** The message that nobody answered, and that is in hand again. */
+  #failed: number | null = null
   #shown: URLSearchParams | null = null
 
   get running(): boolean {
@@ -168,15 +170,21 @@ export class Compare {
   /** Send what is written to all columns; what is written anew takes the place of what was said from there on. */
   async run(): Promise<void> {
     if (!this.message.trim() || !this.columns.length || this.toolsProblem || this.running) return
-    if (this.editing !== null) for (const column of this.columns) column.cut(this.editing)
-    this.editing = null
+    const from = this.editing ?? this.#failed
+    if (from !== null) for (const column of this.columns) column.cut(from)
+    this.editing = this.#failed = null
     this.#round += 1
+    const { message } = this
     const asks = this.columns.map((column) => {
-      column.replies.push(new Reply(this.message, this.#round))
+      column.replies.push(new Reply(message, this.#round))
       return { column, reply: column.last as Reply }
     })
     this.message = ''
     await this.#answer(asks)
+    if (asks.every(({ reply }) => reply.state === 'failed') && !this.message) {
+      this.message = message
+      this.#failed = asks[0]?.reply.round ?? null
+    }
   }
 
   /** Go on in one column as if another token had come. */
@@ -209,7 +217,7 @@ export class Compare {
   }
 
   startOver(): void {
-    this.editing = null
+    this.editing = this.#failed = null
     for (const column of this.columns) column.clear()
   }
 
@@ -247,7 +255,7 @@ export class Compare {
     }
     const targets = params.getAll('c').slice(0, MOST_COLUMNS).map(decodeTarget)
     this.columns = targets.filter((target) => target !== null).map((target) => new Column(target))
-    this.editing = null
+    this.editing = this.#failed = null
     this.message = params.get('m') ?? ''
     this.settings = {
       temperature: number('t', 0, 2, false) ?? DEFAULTS.temperature,
