@@ -116,14 +116,15 @@ export class Reply {
     this.#left()
   }
 
-  /** Once a frame: what came since the last one. */
-  show(): void {
-    if (!this.#pending) return
+  /** Once a frame: what came since the last one. Returns the length of a text that has changed. */
+  show(): number {
+    if (!this.#pending) return 0
     this.text += this.#pending
     this.#pending = ''
     if (this.running) this.state = 'streaming'
     const seconds = (performance.now() - this.#firstAt) / 1000
     if (seconds > 0.25) this.speed = (this.#pieces - 1) / seconds
+    return this.text.length
   }
 
   #end(state: ReplyState): void {
@@ -140,7 +141,7 @@ export async function answer(asks: { reply: Reply; body: GenerateRequest }[]): P
   const abort = new AbortController()
   for (const reply of replies) reply.begin(() => replies.some((one) => one.running) || abort.abort())
   server.streams += 1
-  const ended = onFrame(() => replies.forEach((reply) => reply.show()))
+  const ended = replies.map((reply) => onFrame(() => reply.show()))
   try {
     const [alone, ...others] = bodies
     if (alone && !others.length) {
@@ -152,7 +153,7 @@ export async function answer(asks: { reply: Reply; body: GenerateRequest }[]): P
     const said = error instanceof ApiError ? error : new ApiError(0, null, String(error))
     for (const reply of replies) reply.fail(said)
   } finally {
-    ended()
+    for (const end of ended) end()
     server.streams -= 1
   }
 }
