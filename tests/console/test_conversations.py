@@ -1,4 +1,4 @@
-"""Compare, message after message: conversations, messages that are edited, tokens that are taken otherwise."""
+"""Compare, message after message: conversations, edited messages, tokens that are taken otherwise."""
 
 from __future__ import annotations
 

@@ -264,6 +264,8 @@ def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
         ({"inputs": "x", "parameters": {"adapter_id": "shop"}}, "shop"),
         ({"adapter": "hub:org/repo@main"}, "hub:org/repo@main"),
         ({"adapter": {}, "model": 7}, None),
+        ({"requests": [{"prompt": "x", "adapter": "shop@abc"}, {"prompt": "x"}]}, "shop"),
+        ({"requests": [7]}, None),
         ([], None),
     ],
 )

@@ -105,7 +105,9 @@ def _answers(route: APIRoute, schema: Json) -> Iterator[tuple[Json, str, Any]]:
                     yield content.setdefault("application/json", {}), "schema", described.kind
                 else:
                     content.pop("application/json", None)  # FastAPI's
-                    content["text/event-stream"] = {}  # Schemathesis holds each event to a schema of the whole
+                    content[
+                        "text/event-stream"
+                    ] = {}  # Schemathesis holds each event to a schema of the whole
                 if described.event is not None:
                     yield content["text/event-stream"], "x-itemSchema", described.event
             elif status >= 400:
