@@ -145,7 +145,7 @@ def test_a_key_that_is_revoked_while_the_page_is_open_is_asked_for_again(
 def test_a_server_that_goes_away_and_comes_back_is_shown_and_gone_on_with(
     serve_scripted: Starter, look: Look
 ) -> None:
-    with serve_scripted("words") as first, look(first, errors=("ERR_",)) as visit:
+    with serve_scripted("words") as first, look(first, errors=("ERR_", "503")) as visit:
         page = visit.page
         visit.open("#/compare?c=b&n=40")
         visit.ask("hello")
