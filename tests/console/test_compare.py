@@ -104,6 +104,7 @@ def test_a_column_is_added_changed_and_removed(words: Server, look: Look) -> Non
     with look(words) as visit:
         page = visit.page
         visit.open("#/compare?c=b")
+        expect(page.get_by_role("button", name="Remove smollm2")).to_be_visible()  # what there is, is known
         page.get_by_role("button", name="Column", exact=True).click()
         page.get_by_placeholder("Add a column").press_sequentially("weighted")
         page.keyboard.press("Enter")
