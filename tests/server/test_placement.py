@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from onebase_server.routing.placement import (
     LEAST_HOMES,
@@ -227,3 +228,124 @@ def test_a_lost_replica_gets_nothing_and_none_is_told_where_there_is_none() -> N
     made.lost("r1")
     with pytest.raises(NoReplicaError):
         made.place(None, 50, 0.0)
+
+
+def test_what_is_refused_says_nothing_of_how_long_answers_take_or_of_the_replica() -> None:
+    made = placement(8)
+    now = 0.0
+    for _ in range(600):  # each takes ten seconds, and nine of ten are refused at once
+        now += 0.1
+        for number in range(10):
+            where = made.place("shop", 50, now)
+            made.ended(where, "shop", 50, now, seconds=None if number else 10.0, refused=bool(number))
+    assert len(made.homes("shop")) == 8
+
+
+def test_a_replica_that_failed_long_ago_is_left_out_for_as_short_as_the_first_time() -> None:
+    made = placement(2)
+    now = 0.0
+
+    def fails(times: int) -> None:
+        for _ in range(times):
+            made.ended("r0", None, 50, now)
+
+    for _ in range(10):
+        fails(3)
+    now = 10_000.0
+    made.ended("r0", None, 50, now, seconds=0.1)
+    fails(3)
+    assert "r0" not in {made.place(None, 50, now + 1) for _ in range(20)}
+    assert "r0" in {made.place(None, 50, now + 3) for _ in range(20)}
+
+
+def test_a_replica_that_comes_back_still_has_what_it_had() -> None:
+    made = placement(2)
+    here = [name for name in (made.place(None, 50, 0.0) for _ in range(20)) if name == "r0"]
+    assert here
+    made.lost("r0")
+    made.told("r0", EMPTY)
+    more = 0
+    for _ in here:  # what ends now began before
+        more += made.place(None, 50, 0.0) == "r0"
+        made.ended("r0", None, 50, 0.0, seconds=0.1)
+    assert made._replicas["r0"].rows == more
+
+
+NAMED = st.sampled_from(["a", "b", "\ud800", "", "x\0y", "+", "c" * 600]) | st.text(max_size=3) | st.none()
+PLACES = st.sampled_from(["r0", "r1", "http://[::1]:1", "", "\0"])
+REPORTS = st.builds(
+    Report,
+    rows=st.integers(1, 40),
+    slots=st.integers(-1, 5),
+    in_slots=st.dictionaries(st.sampled_from("abc"), st.booleans(), max_size=3),
+    in_host=st.frozensets(st.sampled_from("abc")),
+    waiting=st.integers(0, 50),
+    running=st.integers(0, 50),
+)
+
+
+class Life(RuleBasedStateMachine):
+    """Replicas come, change, go and come back while requests run. The clock may stand still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = Placement(seed=0)
+        self.there: set[str] = set()
+        self.open: list[tuple[str, str | None, float]] = []
+        self.now = 0.0
+
+    @rule(seconds=st.sampled_from([0.0, 0.0, 0.5, 3.0, 70.0]))
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(name=PLACES, report=REPORTS)
+    def told(self, name: str, report: Report) -> None:
+        self.made.told(name, report)
+        self.there.add(name)
+
+    @rule(name=PLACES)
+    def lost(self, name: str) -> None:
+        self.made.lost(name)
+        self.there.discard(name)
+
+    @rule(adapter=NAMED, tokens=st.floats(0, 1e6), but=st.sets(PLACES, max_size=2), prefix=NAMED)
+    def placed(self, adapter: str | None, tokens: float, but: set[str], prefix: str | None) -> None:
+        if self.there <= but:
+            with pytest.raises(NoReplicaError):
+                self.made.place(adapter, tokens, self.now, prefix=prefix, but=but)
+            return
+        where = self.made.place(adapter, tokens, self.now, prefix=prefix, but=but)
+        assert where in self.there - but
+        self.open.append((where, adapter, tokens))
+
+    @rule(data=st.data(), seconds=st.none() | st.floats(0, 1e4), refused=st.booleans())
+    def ended(self, data: st.DataObject, seconds: float | None, refused: bool) -> None:
+        if self.open:
+            where, adapter, tokens = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+            self.made.ended(where, adapter, tokens, self.now, seconds=seconds, refused=refused)
+
+    @rule(name=PLACES, seconds=st.floats(0, 1e4), times=st.integers(1, 5))
+    def answered(self, name: str, seconds: float, times: int) -> None:
+        for _ in range(times):
+            self.made.answered(name, seconds, self.now)
+
+    @invariant()
+    def each_replica_has_what_was_sent_to_it(self) -> None:
+        rows = Counter(where for where, _, _ in self.open)
+        sent = Counter((where, adapter) for where, adapter, _ in self.open if adapter is not None)
+        for name, one in self.made._replicas.items():
+            assert one.rows == rows[name]
+            assert one.sent == {adapter: count for (where, adapter), count in sent.items() if where == name}
+            assert one.tokens >= 0
+        assert set(self.made._gone) == set(rows) - self.there
+        assert set(self.made.replicas) == self.there
+
+    @invariant()
+    def homes_are_replicas_that_are_there(self) -> None:
+        homes = self.made.homes("a")
+        assert len(set(homes)) == len(homes) >= min(LEAST_HOMES, len(self.there))
+        assert set(homes) <= self.there
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=40)

@@ -84,7 +84,7 @@ class Costs:
     disk: float = 40.0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Average:
     """Of a value over the last seconds, and how often it came a second."""
 
@@ -109,11 +109,12 @@ class _Average:
         self.value, self.weight, self.at = self.value * kept, self.weight * kept, max(now, self.at)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Demand:
-    """What is asked of one adapter. order: of replicas, for it."""
+    """What is asked of one adapter. order: of replicas, for it, as they were at `ordered`."""
 
-    order: Sequence[str]
+    order: Sequence[str] = ()
+    ordered: int = -1
     arrivals: _Average = field(default_factory=_Average)
     service: _Average = field(default_factory=_Average)
     homes: int = LEAST_HOMES
@@ -166,6 +167,11 @@ class Placement:
         self._costs = costs or Costs()
         self._random = random.Random(seed)
         self._replicas: dict[str, _Replica] = {}
+        self._gone: dict[str, _Replica] = {}
+        """Those that are not there, while requests that were sent to them have not ended."""
+        self._weights: dict[str, int] = {}
+        self._changes = 0
+        """Of the weights."""
         self._demands: OrderedDict[str, _Demand] = OrderedDict()
 
     @property
@@ -176,32 +182,33 @@ class Placement:
         """What a replica says of itself; the first time it is a new one."""
         known = self._replicas.get(replica)
         if known is None:
-            self._replicas[replica] = _Replica(report)
-        else:
-            weighs = known.report.slots != report.slots
-            known.report = report
-            if not weighs:
-                return
-        self._reorder()
+            known = self._replicas[replica] = self._gone.pop(replica, _Replica(report))
+        known.report = report
+        if self._weights.get(replica) != max(1, report.slots):
+            self._weigh()
 
     def lost(self, replica: str) -> None:
         """It is not there any more: nothing goes to it, and what it had goes elsewhere."""
-        if self._replicas.pop(replica, None) is not None:
-            self._reorder()
+        known = self._replicas.pop(replica, None)
+        if known is None:
+            return
+        if known.rows:
+            self._gone[replica] = _Replica(known.report, known.sent, known.rows, known.tokens)
+        self._weigh()
 
-    def _reorder(self) -> None:
-        for adapter, demand in self._demands.items():
-            demand.order = order_of(adapter, self._weights())
+    def _weigh(self) -> None:
+        self._weights = {name: max(1, one.report.slots) for name, one in self._replicas.items()}
+        self._changes += 1
 
-    def _weights(self) -> dict[str, int]:
-        return {name: max(1, one.report.slots) for name, one in self._replicas.items()}
+    def _order(self, adapter: str, demand: _Demand) -> Sequence[str]:
+        if demand.ordered != self._changes:
+            demand.order, demand.ordered = order_of(adapter, self._weights), self._changes
+        return demand.order
 
     def homes(self, adapter: str) -> list[str]:
         """Where the adapter belongs now, the first of them most; also on replicas that are ejected."""
-        demand = self._demands.get(adapter)
-        if demand is None:
-            return list(order_of(adapter, self._weights())[:LEAST_HOMES])
-        return list(demand.order[: demand.homes])
+        demand = self._demands.get(adapter) or _Demand()
+        return list(self._order(adapter, demand)[: demand.homes])
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -241,12 +248,13 @@ class Placement:
             return self._better_of_two(None, live, prefix)
         demand = self._asked(adapter, now)
         alive = set(live)
-        homes = list(islice((name for name in demand.order if name in alive), demand.homes))
+        order = self._order(adapter, demand)
+        homes = list(islice((name for name in order if name in alive), demand.homes))
         best = self._better_of_two(adapter, homes, prefix)
         if not self._is_bad(adapter, best):
             return best
         # Where it begins first; in the adapter's own order, so that it is in memory there the next time.
-        kept = [name for name in demand.order if name in alive and not self._replicas[name].evicts(adapter)]
+        kept = [name for name in order if name in alive and not self._replicas[name].evicts(adapter)]
         warm = (
             name
             for name in kept
@@ -305,10 +313,11 @@ class Placement:
         now: float,
         *,
         seconds: float | None = None,
+        refused: bool = False,
     ) -> None:
         """A request that was placed has ended. tokens: as in `place`. seconds: that it took; None: it failed
-        by the replica's fault."""
-        known = self._replicas.get(replica)
+        by the replica's fault. refused: nothing was computed, which is nobody's fault."""
+        known = self._replicas.get(replica) or self._gone.get(replica)
         if known is None:
             return
         if adapter is not None:
@@ -319,12 +328,20 @@ class Placement:
                 known.sent.pop(adapter, None)
         known.rows = max(0, known.rows - 1)
         known.tokens = max(0.0, known.tokens - tokens) if known.rows else 0.0
+        if replica in self._gone:
+            if not known.rows:
+                del self._gone[replica]
+            return
+        if refused:
+            return
         if seconds is None:
             known.failures += 1
             if known.failures >= _FAILURES:
                 self._eject(known, now)
             return
         known.failures = 0
+        if now > known.ejected_until + _MOST_EJECTED_SECONDS:
+            known.ejections = 0
         if adapter is not None and (demand := self._demands.get(adapter)) is not None:
             demand.service.add(seconds, now)
 
@@ -333,7 +350,7 @@ class Placement:
     def _asked(self, adapter: str, now: float) -> _Demand:
         demand = self._demands.get(adapter)
         if demand is None:
-            demand = self._demands[adapter] = _Demand(order_of(adapter, self._weights()))
+            demand = self._demands[adapter] = _Demand()
             if len(self._demands) > _MOST_KNOWN:
                 self._demands.popitem(last=False)
         self._demands.move_to_end(adapter)
