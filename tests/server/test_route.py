@@ -149,6 +149,13 @@ def test_errors_limits_and_heads_are_the_servers_own(http: httpx2.Client, server
     assert (alone.status_code, alone.json()["error"]["code"]) == (503, "of_one_server")
 
 
+def test_a_page_that_comes_from_the_route_may_use_it(http: httpx2.Client, route: Server) -> None:
+    from_page = {"Origin": route.url, "Sec-Fetch-Site": "same-origin"}
+    assert http.post("/generate", json={"prompt": "a", "max_tokens": 1}, headers=from_page).status_code == 200
+    foreign = http.post("/generate", json={"prompt": "a"}, headers={"Origin": "https://evil.example"})
+    assert foreign.json()["error"]["code"] == "origin_not_allowed"
+
+
 def test_an_upload_passes_through_and_is_found_where_it_went(http: httpx2.Client) -> None:
     answer = upload(http, "routed", b"routed", query="wait=true&activate=true")
 
@@ -166,6 +173,8 @@ def test_a_response_is_found_on_the_server_that_has_it(http: httpx2.Client) -> N
         assert http.get(f"/v1/responses/{response}").json()["id"] == response
         more = http.post("/v1/responses", json={**body, "previous_response_id": response})
         assert more.status_code == 200, (number, more.text)
+    for response in known:
+        assert http.delete(f"/v1/responses/{response}").status_code == 200
     missing = http.get("/v1/responses/resp_none")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "response_not_found")
 

@@ -7,29 +7,30 @@ to do is read off its `/metrics`, as other gateways do.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
 import httpx2
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from onebase_server.errors import OneBaseError, PayloadTooLargeError, UnavailableError
+from onebase_server.errors import InvalidRequestError, OneBaseError, PayloadTooLargeError, UnavailableError
 from onebase_server.http.door import Door
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
+from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config
-from onebase_server.http.sse import DONE
+from onebase_server.http.sse import DONE, connection_abort
 from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.routing.placement import NoReplicaError, Placement, Report
 from onebase_server.settings import Settings
@@ -38,8 +39,27 @@ LOOK_SECONDS = 0.5
 """Between two looks at a server."""
 _LOOK_TIMEOUT = 3.0
 _CONNECT_SECONDS = 2.0
+_TIMEOUT = {"timeout": httpx2.Timeout(None, connect=_CONNECT_SECONDS).as_dict()}
 _AWAY = 2
 """Looks in a row that get no answer, after which a server is away."""
+_METRICS_BYTES = 16 << 20
+"""Of a server's metrics at most."""
+_MOST_BROKEN = 2
+"""Servers that one request may break: what ends one would end the next."""
+_MOST_REFUSED = 3
+"""Servers that are asked again where one has no room, or does not know an adapter."""
+_KEPT_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), seconds)
+        for name, seconds in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+        if hasattr(socket, name)
+    ),
+)
+"""A machine that is gone without a word is noticed within half a minute."""
+_NULL = msgspec.Raw(b"null")
+_NAME_CHARACTERS = 512
+"""Of a name that is remembered."""
 _ANSWER_TOKENS = 128
 """Of a request that names no limit."""
 _PREFIX_CHARACTERS = 512
@@ -47,12 +67,24 @@ _PROBLEM_BYTES = 64 << 10
 """Of an answer that may be tried elsewhere, which is read whole."""
 _HOP_BY_HOP = frozenset(
     {
-        "connection", "content-length", "host", "keep-alive", "proxy-authenticate", "proxy-authorization",
-        "te", "trailer", "transfer-encoding", "upgrade",
+        b"connection", b"content-length", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+        b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
     }
 )  # fmt: skip
+_OURS = frozenset(
+    {
+        b"host", b"expect", b"x-request-id",
+        b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto",
+        b"x-real-ip",
+        b"origin", b"sec-fetch-site",
+    }
+)  # fmt: skip
+"""Headers of a request that servers are told by us, or that `Door` has checked: they go by another name."""
+_DATE = frozenset({b"date"})
+"""Of an answer, which gets its own."""
 _OF_ONE_SERVER = ("/pause", "/resume", "/is_paused", "/status", "/server_info", "/get_world_size")
-_ELSEWHERE = (b"response_not_found", b"model_not_found", b"adapter_not_found")
+_KEPT_BY_ONE = b"response_not_found"
+_LEARNT = (b"model_not_found", b"adapter_not_found")
 """Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
 _TEXT = frozenset(
     {
@@ -65,6 +97,7 @@ _TEXT = frozenset(
 """Paths of requests that may be sent again to another server, whatever came of the first."""
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def replica_lost() -> UnavailableError:
@@ -89,57 +122,94 @@ class Asked:
     prefix: str | None = None
 
 
+class _Body(msgspec.Struct):
+    """The fields that are looked at; of the others no object is made."""
+
+    adapter: Any = None
+    adapter_id: Any = None
+    model: Any = None
+    parameters: msgspec.Raw = _NULL
+    max_tokens: msgspec.Raw = _NULL
+    max_completion_tokens: msgspec.Raw = _NULL
+    max_output_tokens: msgspec.Raw = _NULL
+    system: msgspec.Raw = _NULL
+    instructions: msgspec.Raw = _NULL
+    prompt: msgspec.Raw = _NULL
+    inputs: msgspec.Raw = _NULL
+    input: msgspec.Raw = _NULL
+    messages: msgspec.Raw = _NULL
+    requests: msgspec.Raw = _NULL
+
+
+class _Parameters(msgspec.Struct):
+    adapter_id: Any = None
+
+
+class _Message(msgspec.Struct):
+    content: msgspec.Raw = _NULL
+
+
 def asked(body: bytes, bases: frozenset[str]) -> Asked:
     """Of a body that may be anything: what cannot be read is for a server to refuse."""
-    try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError, ValueError):
+    fields = _read(body, _Body)
+    if fields is None:
         return Asked()
-    if not isinstance(fields, dict):
-        return Asked()
-    many = fields.get("requests")
-    if isinstance(many, list) and many and isinstance(many[0], dict):
-        fields = many[0]  # of those that go together the first decides
-    parameters = fields.get("parameters")
-    inner = parameters if isinstance(parameters, dict) else {}
-    named = [fields.get("adapter"), fields.get("adapter_id"), inner.get("adapter_id"), fields.get("model")]
+    many = _read(fields.requests, list[msgspec.Raw])
+    if many:
+        fields = _read(many[0], _Body) or fields  # of those that go together the first decides
+    inner = _read(fields.parameters, _Parameters)
+    named = (fields.adapter, fields.adapter_id, inner.adapter_id if inner else None, fields.model)
     adapter = next((name for one in named if (name := _name(one)) is not None), None)
     if adapter is not None and adapter.rpartition("/")[2].lower() in {base.lower() for base in bases}:
         adapter = None  # by its name here, or on the Hub
-    limits = (fields.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
-    most = next((one for one in limits if isinstance(one, int) and one > 0), _ANSWER_TOKENS)
+    given = (fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens)
+    limits = (_read(one, int) for one in given)
+    most = next((one for one in limits if one is not None and one > 0), _ANSWER_TOKENS)
     return Asked(adapter, len(body) / 4 + min(most, 4 * _ANSWER_TOKENS), _beginning(fields))
+
+
+def _read(data: bytes | msgspec.Raw, kind: type[T]) -> T | None:
+    """None for what is not of that kind."""
+    if data is _NULL:
+        return None
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return None
 
 
 def _name(value: Any) -> str | None:
     """An adapter's, without its version; those of a weighted sum go together."""
     if isinstance(value, str) and value:
-        if value.startswith("hub:"):
-            return value
-        parts = value.split(":")  # ft:base:organization:name:version
-        return parts[3] if parts[0] == "ft" and len(parts) > 3 else value.partition("@")[0]
+        name = value[:_NAME_CHARACTERS]
+        if name.startswith("hub:"):
+            return name
+        parts = name.split(":")  # ft:base:organization:name:version
+        return parts[3] if parts[0] == "ft" and len(parts) > 3 else name.partition("@")[0]
     if isinstance(value, list) and value:
         names = [_name(one.get("name")) if isinstance(one, dict) else None for one in value]
-        return "+".join(sorted(name for name in names if name is not None)) or None
+        return "+".join(sorted(name for name in names if name is not None))[:_NAME_CHARACTERS] or None
     return None
 
 
-def _beginning(fields: Mapping[str, Any]) -> str | None:
-    for name in ("system", "instructions", "prompt", "inputs", "input"):
-        if isinstance(fields.get(name), str):
-            return str(fields[name])[:_PREFIX_CHARACTERS]
-    messages = fields.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-        text = messages[0].get("content")
-        return text[:_PREFIX_CHARACTERS] if isinstance(text, str) else None
-    return None
+def _beginning(fields: _Body) -> str | None:
+    for one in (fields.system, fields.instructions, fields.prompt, fields.inputs, fields.input):
+        if (text := _read(one, str)) is not None:
+            return text[:_PREFIX_CHARACTERS]
+    messages = _read(fields.messages, list[msgspec.Raw])
+    first = _read(messages[0], _Message) if messages else None
+    text = _read(first.content, str) if first else None
+    return None if text is None else text[:_PREFIX_CHARACTERS]
 
 
 # ---- what a server tells of itself -----------------------------------------------------------------
 
 
 def read_report(text: str) -> tuple[Report, frozenset[str]]:
-    """A server's metrics as a report, and the names of its base. Raises ValueError for what has none."""
+    """A server's metrics as a report, and the names of its base. Raises ValueError for what has none.
+
+    The text may be anything: KeyError, IndexError and OverflowError are raised too.
+    """
     found: dict[str, float] = {}
     slots: dict[str, bool] = {}
     host: set[str] = set()
@@ -209,11 +279,17 @@ class Route:
         self.replicas = {url: Replica(url) for url in urls}
         self.placement = Placement()
         self._clock = clock
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._max_body = max_body
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
-        self._timeout = httpx2.Timeout(None, connect=_CONNECT_SECONDS)
-        self._client = httpx2.AsyncClient(limits=limits, timeout=self._timeout, trust_env=False)
+        trust = httpx2.create_ssl_context(trust_env=False)
+        # One each: a pool looks through all of its connections at each request.
+        self._ways = {
+            url: httpx2.AsyncHTTPTransport(
+                verify=trust, trust_env=False, limits=limits, socket_options=_KEPT_ALIVE
+            )
+            for url in urls
+        }
         self._known = CollectorRegistry()
         self._ready = Gauge(
             "onebase_route_ready", "1 for a server that answers.", ["replica"], registry=self._known
@@ -227,7 +303,8 @@ class Route:
         return frozenset().union(*(one.bases for one in self.replicas.values()))
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for way in self._ways.values():
+            await way.aclose()
 
     # ---- looking -----------------------------------------------------------------------------
 
@@ -243,18 +320,17 @@ class Route:
     async def look(self, replica: Replica) -> None:
         """See whether a server is ready, and what it has to do."""
         try:
-            ready = await self._client.get(f"{replica.url}/ready", timeout=_LOOK_TIMEOUT)
-            if ready.status_code != 200:
-                self._is_away(replica, f"/ready answers {ready.status_code}", at_once=True)
-                return
-            told = await self._client.get(
-                f"{replica.url}/metrics", headers=self._headers, timeout=_LOOK_TIMEOUT
-            )
-            if told.status_code != 200:
-                self._is_away(replica, f"/metrics answers {told.status_code}", at_once=True)
-                return
-            report, bases = read_report(told.text)
-        except (httpx2.HTTPError, ValueError) as error:
+            async with asyncio.timeout(_LOOK_TIMEOUT):
+                for path in ("/ready", "/metrics"):
+                    status, told = await self._ask(replica.url, path)
+                    if status != 200:
+                        self._is_away(replica, f"{path} answers {status}", at_once=True)
+                        return
+            report, bases = read_report(told.decode("utf-8", "replace"))
+        except TimeoutError:
+            self._is_away(replica, "does not answer in time", at_once=False)
+            return
+        except Exception as error:  # of a text and a server that may be anything: looking goes on
             self._is_away(replica, str(error) or type(error).__name__, at_once=False)
             return
         replica.missed, replica.bases = 0, bases
@@ -263,6 +339,20 @@ class Route:
             replica.ready = True
             _log.warning("%s is ready", replica.url)
         self._ready.labels(replica.url).set(1)
+
+    async def _ask(self, url: str, path: str) -> tuple[int, bytes]:
+        """Status and body. Raises ValueError for one that is too large."""
+        sent = httpx2.Request("GET", url + path, headers=self._headers, extensions=_TIMEOUT)
+        answer = await self._ways[url].handle_async_request(sent)
+        try:
+            body = bytearray()
+            async for piece in answer.aiter_raw():
+                body += piece
+                if len(body) > _METRICS_BYTES:
+                    raise ValueError(f"{path} is over {_METRICS_BYTES >> 20} MB")
+            return answer.status_code, bytes(body)
+        finally:
+            await answer.aclose()
 
     def _is_away(self, replica: Replica, why: str, *, at_once: bool) -> None:
         replica.missed += 1
@@ -279,18 +369,21 @@ class Route:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
-        request = Request(scope, receive)
-        try:
-            answer = await self._answer(request)
-        except OneBaseError as error:
-            answer = refusal(error)
-        except ClientDisconnect:
-            return
-        with contextlib.suppress(ClientDisconnect):
-            await answer(scope, receive, send)
+        client = _Client(scope, receive)
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.leaves, group.cancel_scope)
+            try:
+                answer = await self._answer(client)
+                await answer(scope, receive, send)
+            except OneBaseError as error:
+                await refusal(error)(scope, receive, send)
+            except ClientDisconnect:
+                pass
+            finally:
+                group.cancel_scope.cancel()
 
-    async def _answer(self, request: Request) -> Response:
-        path = request.url.path
+    async def _answer(self, client: _Client) -> ASGIApp:
+        request, path = client.request, client.path
         if path == "/health":
             return _json({"status": "ok", "servers": len(self.placement.replicas)})
         if path == "/ready":
@@ -305,25 +398,19 @@ class Route:
             )
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind in ("application/json", ""):
-            body = await self._read(request)
-            return await self._pass_on(request, asked(body, self.bases), body, path in _TEXT)
+            body = await client.whole(self._max_body)
+            return await self._pass_on(client, asked(body, self.bases), body, path in _TEXT)
         if request.method in ("GET", "HEAD", "DELETE", "OPTIONS"):
-            return await self._pass_on(request, Asked(), b"", request.method != "DELETE")
-        return await self._pass_on(request, Asked(), request.stream(), False)
-
-    async def _read(self, request: Request) -> bytes:
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._max_body:
-                raise PayloadTooLargeError(self._max_body)
-        return bytes(body)
+            client.unread()
+            return await self._pass_on(client, Asked(), b"", request.method != "DELETE")
+        return await self._pass_on(client, Asked(), client.pieces(), False)
 
     async def _pass_on(
-        self, request: Request, wanted: Asked, body: bytes | AsyncIterator[bytes], again: bool
-    ) -> Response:
+        self, client: _Client, wanted: Asked, body: bytes | AsyncIterator[bytes], again: bool
+    ) -> ASGIApp:
         """The answer of the first server that has one. again: whether one that broke may have computed it."""
         tried: list[str] = []
+        broken = refused = 0
         problem: Response | None = None
         while True:
             now = self._clock()
@@ -345,70 +432,145 @@ class Route:
                 self._again.inc()
             sending = _Sending(self.placement, self._clock, url, wanted, now)
             try:
-                answer = await self._send(request, url, body)
+                answer = await self._send(client, url, body)
+            except httpx2.LocalProtocolError as error:
+                sending.refused()
+                raise InvalidRequestError(
+                    "Headers: a server would not take them. Send plain ones.", code="invalid_http"
+                ) from error
             except httpx2.TransportError as error:
-                sending.failed()
-                _log.warning("%s broke: %s", url, error or type(error).__name__)
                 begun = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-                if not isinstance(body, bytes) or (begun and not again):
+                if begun and not isinstance(body, bytes):  # for what it sends, or how slowly
+                    sending.refused()
+                else:
+                    sending.failed()
+                _log.warning("%s broke: %s", url, error or type(error).__name__)
+                broken += begun
+                if begun and (not again or broken >= _MOST_BROKEN):
                     raise replica_lost() from error
                 continue
             except BaseException:
                 sending.ended()
                 raise
-            sending.answered()
-            maybe = answer.status_code == 503 or (again and answer.status_code in (404, 502, 504))
+            streamed = _is_events(answer)
+            if streamed:
+                sending.answered()
+            maybe = answer.status_code in (404, 503) or (again and answer.status_code in (502, 504))
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
-                return self._streamed(request.scope, answer, sending)
-            problem = await _whole(answer)
-            sending.ended()
-            if answer.status_code == 404 and not any(code in bytes(problem.body) for code in _ELSEWHERE):
+                return _Passing(answer, sending, self._lost)
+            problem = await _whole(answer, sending)
+            if answer.status_code == 404 and _KEPT_BY_ONE in bytes(problem.body):
+                continue
+            refused += 1
+            known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
+            if known or refused >= _MOST_REFUSED:
                 return problem
 
-    async def _send(self, request: Request, url: str, body: bytes | AsyncIterator[bytes]) -> httpx2.Response:
-        raw: bytes = request.scope.get("raw_path") or request.url.path.encode()
-        query: bytes = request.scope.get("query_string", b"")
-        target = (
-            url + raw.partition(b"?")[0].decode("latin-1") + (f"?{query.decode('latin-1')}" if query else "")
-        )
-        headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
-        if request.client is not None:
-            headers.append(("x-forwarded-for", request.client.host))
-        length = request.headers.get("content-length")
+    async def _send(self, client: _Client, url: str, body: bytes | AsyncIterator[bytes]) -> httpx2.Response:
+        scope = client.request.scope
+        headers = _passed(scope["headers"], _OURS)
+        headers.append((b"x-request-id", request_id(scope).encode("latin-1")))
+        if client.request.client is not None:
+            headers.append((b"x-forwarded-for", client.request.client.host.encode("latin-1", "replace")))
+        headers.append((b"x-forwarded-proto", scope["scheme"].encode()))
+        length = client.request.headers.get("content-length")
         if not isinstance(body, bytes) and length is not None:
-            headers.append(("content-length", length))
-        limits = {"timeout": self._timeout.as_dict()}
+            headers.append((b"content-length", length.encode("latin-1")))
         sent = httpx2.Request(
-            request.method, target, headers=headers, content=body or None, extensions=limits
+            client.request.method,
+            url,
+            headers=headers,
+            content=body or None,
+            extensions=_TIMEOUT | {"target": client.target},
         )
-        return await self._client.send(sent, stream=True)
+        return await self._ways[url].handle_async_request(sent)
 
-    def _streamed(self, scope: Scope, answer: httpx2.Response, sending: _Sending) -> Response:
-        kept = [(name, value) for name, value in answer.headers.multi_items() if name not in _HOP_BY_HOP]
-        length = answer.headers.get("content-length")
-        made = StreamingResponse(self._pieces(scope, answer, sending), answer.status_code)
-        made.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept]
-        if length is not None:
-            made.raw_headers.append((b"content-length", length.encode("latin-1")))
-        return made
 
-    async def _pieces(
-        self, scope: Scope, answer: httpx2.Response, sending: _Sending
-    ) -> AsyncGenerator[bytes]:
-        """The body as it comes, with the same bytes. A stream of events that breaks ends with an error."""
-        try:
-            async for piece in answer.aiter_raw():
+class _Client:
+    """Who asks: what it sends, and whether it is still there."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.request = Request(scope, receive)
+        self.path: str = scope["path"]
+        self._receive = receive
+        self._read = anyio.Event()
+        """Its body, or it will not be: what comes now is only that it leaves."""
+
+    @property
+    def target(self) -> bytes:
+        """The address as it was sent. Raises InvalidRequestError for one that is no path."""
+        scope = self.request.scope
+        raw: bytes = (scope.get("raw_path") or self.path.encode()).partition(b"?")[0]
+        if not raw.startswith(b"/"):
+            raise InvalidRequestError(
+                "The request's address does not begin with a slash.", code="invalid_http"
+            )
+        query: bytes = scope.get("query_string", b"")
+        return raw + (b"?" + query if query else b"")
+
+    async def whole(self, most: int) -> bytes:
+        """The body. Raises PayloadTooLargeError, ClientDisconnect."""
+        body = bytearray()
+        async for piece in self.pieces():
+            body += piece
+            if len(body) > most:
+                raise PayloadTooLargeError(most)
+        return bytes(body)
+
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        """The body as it comes. Raises ClientDisconnect."""
+        async for piece in self.request.stream():
+            if piece:
                 yield piece
-        except httpx2.TransportError as error:
-            sending.failed()
-            self._lost.inc()
-            _log.warning("%s broke in an answer: %s", sending.url, error or type(error).__name__)
-            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-                raise
-            yield _lost_event(scope)
+        self._read.set()
+
+    def unread(self) -> None:
+        """The body is not wanted."""
+        self._read.set()
+
+    async def leaves(self, answering: anyio.CancelScope) -> None:
+        """Ends the answer once nobody waits for it."""
+        await self._read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        answering.cancel()
+
+
+class _Passing:
+    """A server's answer as it comes, with the same bytes. Events that break off end with an error."""
+
+    def __init__(self, answer: httpx2.Response, sending: _Sending, lost: Counter) -> None:
+        self._answer = answer
+        self._sending = sending
+        self._lost = lost
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._answer
+        headers = _passed(answer.headers.raw, _DATE)
+        length = answer.headers.get("content-length")
+        if length is not None and answer.status_code != 304:  # of a body that is not sent
+            headers.append((b"content-length", length.encode("latin-1")))
+        try:
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+            try:
+                async for piece in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except httpx2.TransportError as error:
+                self._sending.failed()
+                self._lost.inc()
+                _log.warning("%s broke in an answer: %s", self._sending.url, error or type(error).__name__)
+                if not _is_events(answer):
+                    connection_abort(scope)()
+                    await asyncio.sleep(0)  # until the connection knows of it
+                    return
+                await send({"type": "http.response.body", "body": _lost_event(scope), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            sending.ended()
-            await answer.aclose()
+            if answer.status_code < 400:
+                self._sending.ended()
+            self._sending.refused()
+            with anyio.CancelScope(shield=True):
+                await answer.aclose()
 
 
 class _Sending:
@@ -434,11 +596,15 @@ class _Sending:
     def ended(self) -> None:
         self._end(self._clock() - self._since)
 
-    def _end(self, seconds: float | None) -> None:
+    def refused(self) -> None:
+        """It says nothing of the server, nor of how long an answer takes."""
+        self._end(None, refused=True)
+
+    def _end(self, seconds: float | None, *, refused: bool = False) -> None:
         if not self._over:
             self._over = True
-            wanted = self._wanted
-            self._placement.ended(self.url, wanted.adapter, wanted.tokens, self._clock(), seconds=seconds)
+            name, tokens = self._wanted.adapter, self._wanted.tokens
+            self._placement.ended(self.url, name, tokens, self._clock(), seconds=seconds, refused=refused)
 
 
 def _is_short(answer: httpx2.Response) -> bool:
@@ -446,15 +612,35 @@ def _is_short(answer: httpx2.Response) -> bool:
     return length.isdigit() and int(length) <= _PROBLEM_BYTES
 
 
-async def _whole(answer: httpx2.Response) -> Response:
+async def _whole(answer: httpx2.Response, sending: _Sending) -> Response:
     try:
         content = b"".join([piece async for piece in answer.aiter_raw()])
     except httpx2.TransportError:
         return refusal(replica_lost())
     finally:
-        await answer.aclose()
-    kept = {name: value for name, value in answer.headers.items() if name not in _HOP_BY_HOP}
-    return Response(content, answer.status_code, kept)
+        sending.refused()
+        with anyio.CancelScope(shield=True):
+            await answer.aclose()
+    made = Response(content, answer.status_code)
+    made.raw_headers = [*_passed(answer.headers.raw, _DATE), (b"content-length", b"%d" % len(content))]
+    return made
+
+
+def _is_events(answer: httpx2.Response) -> bool:
+    """Whether it is a stream, the head of which comes with its first event."""
+    kind: str = answer.headers.get("content-type", "")
+    return kind.startswith("text/event-stream")
+
+
+def _passed(headers: Iterable[tuple[bytes, bytes]], but: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+    """Headers that go on: without those of one connection, which it may name itself."""
+    found = [(name.lower(), value.strip(b" \t")) for name, value in headers]
+    named = {
+        one.strip().lower() for name, value in found if name == b"connection" for one in value.split(b",")
+    }
+    return [
+        (name, value) for name, value in found if not (name in _HOP_BY_HOP or name in but or name in named)
+    ]
 
 
 def _lost_event(scope: Scope) -> bytes:

@@ -1,0 +1,332 @@
+"""A route between clients that send anything and servers that answer anything, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from onebase_server.http.door import Door
+from onebase_server.http.server import QuietServer, uvicorn_config
+from onebase_server.routing import proxy
+from onebase_server.routing.proxy import Route, asked, read_report
+from onebase_server.settings import Settings
+
+from .test_route import wait
+
+METRICS = b'vllm:num_requests_running{model_name="base"} 0\nonebase_max_rows 16\n'
+Answer = Callable[["Behind", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def answer(content: bytes, head: bytes = b"content-type: application/json", status: int = 200) -> bytes:
+    return b"HTTP/1.1 %d X\r\n%s\r\ncontent-length: %d\r\n\r\n%s" % (status, head, len(content), content)
+
+
+class Behind:
+    """A server that speaks as it is told: by path, what it writes, or what it does."""
+
+    def __init__(self, answers: dict[str, bytes | Answer]) -> None:
+        self.answers: dict[str, bytes | Answer] = {
+            "/ready": answer(b"{}"),
+            "/metrics": answer(METRICS),
+        } | answers
+        self.heads: list[bytes] = []
+        self.gone = 0
+        """Clients that left while they were to wait."""
+        self.url = ""
+
+    async def start(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        return server
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                path = head.split(b" ")[1].decode().partition("?")[0]
+                if path not in ("/ready", "/metrics"):
+                    self.heads.append(head)
+                told = self.answers.get(path, answer(b"{}"))
+                if not isinstance(told, bytes):
+                    await told(self, reader, writer)
+                    break
+                length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+                await reader.readexactly(int(length or 0))
+                writer.write(told)
+                if b"\r\n\r\n" not in told or b"connection: close" in told:
+                    await writer.drain()
+                    break
+        writer.close()
+
+
+async def never(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(1 << 16):
+        pass
+    behind.gone += 1
+
+
+class Running:
+    """A route in a thread, before servers."""
+
+    def __init__(self, behind: list[Behind], clock: Callable[[], float] | None, nobody: str | None) -> None:
+        self.behind = behind
+        self._nobody = [] if nobody is None else [nobody]
+        self._clock = {} if clock is None else {"clock": clock}
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        assert self._started.wait(60)
+
+    async def _run(self) -> None:
+        servers = [await one.start() for one in self.behind]
+        self.route = Route(
+            [*(one.url for one in self.behind), *self._nobody], key=None, max_body=100_000, **self._clock
+        )
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        settings = Settings(port=self.port)
+        self._server = QuietServer(uvicorn_config(Door(self.route, settings), settings))
+        await asyncio.gather(*map(self.route.look, self.route.replicas.values()))
+        following = asyncio.create_task(self.route.follow())
+        self._started.set()
+        await self._server.serve(sockets=[listener])
+        following.cancel()
+        await self.route.close()
+        for one in servers:
+            one.close()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(60)
+
+    def client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def say(self, data: bytes) -> bytes:
+        """What is answered to these bytes, until the end of the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(data)
+            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+    def ask(self, line: bytes, *headers: bytes, body: bytes = b"") -> bytes:
+        heads = [line + b" HTTP/1.1", b"Host: localhost", b"Connection: close", *headers]
+        return self.say(b"\r\n".join(heads) + b"\r\n\r\n" + body)
+
+    def heads(self) -> list[bytes]:
+        """Of the requests that servers got since the last time."""
+        found = [head for one in self.behind for head in one.heads]
+        for one in self.behind:
+            one.heads.clear()
+        return found
+
+    def open_requests(self) -> int:
+        return sum(one.rows for one in self.route.placement._replicas.values())
+
+
+@contextlib.contextmanager
+def before(
+    *answers: dict[str, Any], clock: Callable[[], float] | None = None, nobody: str | None = None
+) -> Iterator[Running]:
+    """nobody: an address where there is no server."""
+    running = Running([Behind(one) for one in answers], clock, nobody)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+ODD = {
+    "/cut": b"HTTP/1.1 200 X\r\ncontent-length: 9\r\nconnection: close\r\n\r\n{}",
+    "/half": b"HTTP/1.1 200 X\r\ncontent-t",
+    "/busy": answer(b"{}", status=503),
+    "/unknown": answer(b'{"error":{"code":"adapter_not_found"}}', status=404),
+    "/kept": answer(b'{"error":{"code":"response_not_found"}}', status=404),
+    "/never": never,
+    "/same": b"HTTP/1.1 304 X\r\ncontent-length: 20\r\n\r\n",
+    "/odd": answer(
+        b"{}",
+        "x-euro: €\r\nset-cookie: a\r\nset-cookie: b\r\ndate: then\r\nx-hop: 1\r\nconnection: x-hop".encode(),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def odd() -> Iterator[Running]:
+    with before(*[ODD] * 5) as running:
+        yield running
+
+
+@pytest.mark.parametrize("target", [b"*@127.0.0.1:%d/x", b"*.127.0.0.1:%d/x", b"*"])
+def test_no_address_makes_a_request_go_to_another_server(odd: Running, target: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(0)
+        refused = odd.ask(b"GET " + (target % other.getsockname()[1] if b"%" in target else target))
+
+        assert refused.startswith(b"HTTP/1.1 400")
+        with pytest.raises(BlockingIOError):
+            other.accept()
+    assert not odd.heads()
+
+
+@pytest.mark.parametrize(
+    "target", [b"/v1/../pause", b"//host/x", b"/a%2Fb%00%zz", b'/a?q="{|}^`<>%zz', b"/%2e%2e/a?b?c"]
+)
+def test_servers_get_the_address_as_it_was_sent(odd: Running, target: bytes) -> None:
+    assert odd.ask(b"GET " + target).startswith(b"HTTP/1.1 200")
+    (head,) = odd.heads()
+    assert head.startswith(b"GET " + target + b" HTTP/1.1\r\n")
+
+
+def test_headers_of_a_connection_a_page_or_another_proxy_end_at_the_route(odd: Running) -> None:
+    sent = [
+        b"Authorization: Bearer key \t", "X-Name: é".encode(), b"Connection: X-Hop", b"X-Hop: 1",
+        b"Proxy-Connection: keep-alive", b"X-Forwarded-For: 10.1.1.1, 10.2.2.2", b"X-Forwarded-Host: evil",
+        b"Forwarded: for=10.3.3.3", b"Origin: http://localhost", b"Sec-Fetch-Site: same-origin",
+        b"X-Request-Id: mine",
+    ]  # fmt: skip
+    assert odd.ask(b"POST /x", *sent, b"Expect: 100-continue", b"Content-Length: 2", body=b"{}")
+    (head,) = odd.heads()
+    got = [line for line in head.decode().lower().split("\r\n")[1:] if line]
+    named = {line.partition(": ")[0] for line in got}
+
+    assert {
+        "authorization: bearer key",
+        "x-name: é",
+        "x-forwarded-for: 10.2.2.2",
+        "x-request-id: mine",
+    } <= set(got)
+    assert named == {
+        "host", "authorization", "x-name", "x-request-id", "x-forwarded-for", "x-forwarded-proto",
+        "content-length",
+    }  # fmt: skip
+
+
+def test_headers_of_an_answer_pass_byte_for_byte_but_for_those_of_its_connection(odd: Running) -> None:
+    head = odd.ask(b"GET /odd").partition(b"\r\n\r\n")[0]
+
+    assert head.startswith(b"HTTP/1.1 200")
+    assert "x-euro: €".encode() in head
+    assert head.count(b"set-cookie: ") == 2
+    assert head.count(b"\r\ndate: ") == 1
+    assert b"x-hop" not in head
+    assert odd.ask(b"GET /same").startswith(b"HTTP/1.1 304")
+
+
+@pytest.mark.parametrize(("path", "most"), [("/busy", 3), ("/unknown", 3), ("/kept", 5), ("/half", 2)])
+def test_a_request_is_sent_on_to_few_servers(odd: Running, path: str, most: int) -> None:
+    odd.heads()
+    odd.ask(b"GET " + path.encode())
+    assert len(odd.heads()) == most
+
+
+def test_what_may_have_been_done_is_not_sent_twice(odd: Running) -> None:
+    odd.heads()
+    refused = odd.ask(b"POST /half", b"Content-Type: application/json", b"Content-Length: 2", body=b"{}")
+    assert b"replica_lost" in refused
+    assert len(odd.heads()) == 1
+
+
+def test_an_answer_that_is_cut_off_is_seen_to_be_and_is_one_line_in_the_log(
+    odd: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with odd.client() as http, pytest.raises(httpx2.TransportError):
+        http.get("/cut")
+
+    assert "broke in an answer" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert wait(lambda: odd.open_requests() == 0)
+
+
+@pytest.mark.parametrize(
+    "head", ["GET /never", "POST /never\nContent-Type: application/json", "POST /never\nContent-Type: a/b"]
+)
+def test_a_client_that_leaves_before_the_answer_ends_its_request(odd: Running, head: str) -> None:
+    def gone() -> int:
+        return sum(one.gone for one in odd.behind)
+
+    before = gone()
+    line, *more = head.encode().split(b"\n")
+    body = b"{}" if more else b""
+    heads = [line + b" HTTP/1.1", b"Host: localhost", b"Content-Length: %d" % len(body), *more]
+    with socket.create_connection(("127.0.0.1", odd.port)) as connection:
+        connection.sendall(b"\r\n".join(heads) + b"\r\n\r\n" + body)
+        assert wait(lambda: odd.open_requests() == 1)
+
+    assert wait(lambda: gone() == before + 1)
+    assert wait(lambda: odd.open_requests() == 0)
+
+
+def test_an_upload_to_a_server_that_is_not_there_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "LOOK_SECONDS", 600.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with before({}, nobody=nobody) as running, running.client() as http:
+        for _ in range(3):
+            running.route.placement.lost(nobody)  # and with it what failed there
+            running.route.placement.told(nobody, read_report(METRICS.decode())[0])
+            for _ in range(2):
+                assert http.post("/v1/files", files={"file": b"abc"}).status_code == 200
+        assert "onebase_route_retries_total 0.0" not in http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        b"vllm:num_requests_running +Inf\n",
+        METRICS + b'vllm:lora_adapter_loaded{level="gpu"} 1\n',
+        b"vllm:num_requests_running{{\n",
+        b"\xff\xfe",
+        b"#" * 20_000_000,
+        "slow",
+    ],
+)
+def test_a_server_whose_metrics_are_none_is_away_and_the_others_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, metrics: Any
+) -> None:
+    async def slow(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 99999\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"#")
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(proxy, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(proxy, "_LOOK_TIMEOUT", 1.0)
+    with before({}, {}) as running, running.client() as http:
+        bad, good = running.behind
+        bad.answers["/metrics"] = slow if metrics == "slow" else answer(metrics)
+        assert wait(lambda: http.get("/ready").json()["servers"] == 1)
+        good.answers["/ready"] = answer(b"{}", status=503)
+        assert wait(lambda: http.get("/ready").json()["servers"] == 0)
+
+
+def test_long_answers_do_not_make_a_server_look_slow() -> None:
+    now = [0.0]
+
+    async def long(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        now[0] += 5.0
+        writer.write(answer(b"{}", b"connection: close"))
+
+    with before({}, {}, {"/generate": long}, clock=lambda: now[0]) as running, running.client() as http:
+        for number in range(40):
+            assert http.post("/generate", json={"prompt": f"{number}"}).status_code == 200
+        late = running.behind[2]
+        before_that = len(late.heads)
+        for number in range(40):
+            http.post("/generate", json={"prompt": f"{number}"})
+        assert len(late.heads) - before_that >= 5
+
+
+def test_no_more_than_the_beginning_of_a_name_is_remembered() -> None:
+    for name in ("x" * 90_000, [{"name": "x" * 600}] * 100):
+        adapter = asked(json.dumps({"adapter": name}).encode(), frozenset()).adapter
+        assert adapter is not None
+        assert len(adapter) <= 512
