@@ -17,6 +17,7 @@ import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from onebase_server.routing.proxy import Asked, asked, read_report
@@ -301,3 +302,15 @@ def test_a_servers_metrics_are_its_report(servers: list[Server]) -> None:
     assert set(report.in_slots) <= {*NAMES, "routed"}
     with pytest.raises(ValueError, match="num_requests_running"):
         read_report("")
+
+
+@given(names=st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=5))
+def test_names_of_any_characters_are_read_as_they_are_written(names: set[str]) -> None:
+    known = CollectorRegistry()
+    Gauge("vllm:num_requests_running", "", ["model_name"], registry=known).labels("base").set(2)
+    loaded = Gauge("vllm:lora_adapter_loaded", "", ["adapter_name", "level"], registry=known)
+    for name in names:
+        loaded.labels(name, "gpu").set(1)
+
+    report, bases = read_report(generate_latest(known).decode())
+    assert (set(report.in_slots), report.running, bases) == (names, 2, {"base"})
