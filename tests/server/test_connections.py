@@ -22,7 +22,7 @@ from onebase_server.errors import ForbiddenError, OneBaseError, UnauthenticatedE
 from onebase_server.http.door import Door
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.http.refusals import refusal
-from onebase_server.http.server import _Server
+from onebase_server.http.server import QuietServer
 from onebase_server.settings import Settings
 
 LONG = 30.0
@@ -117,7 +117,7 @@ def running(
         around(app), http=protocol, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=0
     )
     config.timeout_keep_alive = keep_alive  # type: ignore[assignment]
-    server = _Server(config)
+    server = QuietServer(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     wait_for(lambda: server.started)

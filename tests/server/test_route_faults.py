@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from onebase_server.http.door import Door
-from onebase_server.http.server import QuietServer, uvicorn_config
+from onebase_server.http.server import QuietServer, bind, uvicorn_config
 from onebase_server.routing import proxy
 from onebase_server.routing.proxy import Route, asked, read_report
 from onebase_server.settings import Settings
@@ -306,6 +306,22 @@ def test_a_server_whose_metrics_are_none_is_away_and_the_others_are_looked_at(
         assert wait(lambda: http.get("/ready").json()["servers"] == 1)
         good.answers["/ready"] = answer(b"{}", status=503)
         assert wait(lambda: http.get("/ready").json()["servers"] == 0)
+
+
+def test_small_pieces_are_not_held_back_until_earlier_ones_are_acknowledged() -> None:
+    async def held_back() -> bool:
+        listener = bind(Settings(port=0))
+        made: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        server = await asyncio.start_server(lambda _, writer: made.put(writer), sock=listener)
+        async with server:
+            _, ours = await asyncio.open_connection(*listener.getsockname())
+            theirs = await made.get()
+            option = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for one in (ours, theirs):
+                one.close()
+            return not option
+
+    assert not asyncio.run(held_back())
 
 
 def test_long_answers_do_not_make_a_server_look_slow() -> None:

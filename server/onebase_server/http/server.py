@@ -44,7 +44,8 @@ class QuietServer(uvicorn.Server):
 def bind(settings: Settings) -> socket.socket:
     """A listening socket, taken before anything slow begins. Raises OSError when the address is in use."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named, or asyncio takes its connections for others than TCP's, and leaves Nagle's algorithm on.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
