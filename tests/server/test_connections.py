@@ -308,6 +308,15 @@ def test_a_request_that_asks_for_another_protocol_is_read_as_if_it_had_not(
     assert b"upgrade" not in dict(lenient.app.seen[0]["headers"])
 
 
+def test_one_that_asks_for_another_protocol_and_for_the_end_gets_its_answer_and_the_end(
+    lenient: Running,
+) -> None:
+    for head in (b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n", b"Connection: close\r\n" + UPGRADE):
+        with lenient.connect() as connection:
+            connection.sendall(POST + head + b"Content-Length: 4\r\n\r\nabcd" + GET)
+            assert statuses(until_closed(connection)) == [200]
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -240,8 +240,12 @@ class LimitedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # For the parser all that follows is another protocol: a body would be the next request.
-            self._parse(self._without_upgrade() + data[upgrade.args[0] :])
+            # For the parser all that follows is another protocol: a body would be the next request. And one
+            # that has read `Connection: close` reads nothing more.
+            head = self._without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._parse(head + data[upgrade.args[0] :])
             return
         self._check_unparsed(before, len(data))
 
