@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -174,8 +175,18 @@ def route_parser() -> argparse.ArgumentParser:
 
 def replica_url(text: str) -> str:
     """Scheme, host and port of a server's address. Raises SettingsError."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+    try:
+        parts = urlsplit(text)
+        wrong = parts.port == 0 or not parts.hostname or re.search(r"[\s%*]", text) is not None
+    except ValueError:
+        wrong = True
+    if (
+        wrong
+        or parts.scheme not in ("http", "https")
+        or parts.path.strip("/")
+        or parts.query
+        or parts.fragment
+    ):
         raise SettingsError(f"{text!r} is no address of a server: give one as http://host:8000.")
     if parts.username or parts.password:
         raise SettingsError("an address has no password in it: give the key with --key-file.")
