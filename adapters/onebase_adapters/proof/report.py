@@ -88,6 +88,10 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of all of them, in their order; empty if the files name none."""
     warnings: list[str] = []
     """What a person should look at before the version is activated, a sentence each; nothing is blocked."""
+    base_layers: int = 0
+    """Of the base; 0 in reports from before this was told, as is what follows empty."""
+    base_linears: list[str] = []
+    """The base's linear modules by what they are called in any of its layers, experts as one."""
 
 
 def what_was_shown(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from onebase_engine.lora.weights import (
 OnProgress = Callable[[Stage, float], None]
 _LOADED, _COMPARED = 0.15, 0.6
 """Parts of the work that are done when PEFT has loaded the version, and when its modules are compared."""
+_IN_LAYER = re.compile(r"\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Verifier:
             raise BaseChangedError("a tensor of the attached base was written to")
         measured = measure(finished, self._base)
         seconds = time.monotonic() - started
-        report = version_report(adapter, finished, measured, modules, texts, seconds, classified)
+        report = version_report(adapter, finished, measured, modules, texts, seconds, self._base, classified)
         return ProvenVersion(report, sha256, packed.stat().st_size)
 
 
@@ -155,9 +157,11 @@ def version_report(
     modules: ModuleProof,
     texts: TextProof,
     seconds: float,
+    base: nn.Module,
     classified: int = 0,
 ) -> VersionReport:
     spec = adapter.spec
+    layers, linears = layers_of(base)
     return VersionReport(
         kinds=spec.kinds,
         rank=spec.rank,
@@ -210,7 +214,20 @@ def version_report(
         task=spec.task,
         labels=spec.labels,
         label_names=list(spec.label_names),
+        base_layers=layers,
+        base_linears=linears,
     )
+
+
+def layers_of(base: nn.Module) -> tuple[int, list[str]]:
+    """How many layers a base has, and what the linear modules in them are called, each name once."""
+    numbers, names = set[str](), dict[str, None]()
+    for name, module in base.named_modules():
+        found = _IN_LAYER.search(name)
+        if found and isinstance(module, nn.Linear):
+            numbers.add(found[1])
+            names[".".join(part for part in found[2].split(".") if not part.isdigit())] = None
+    return len(numbers), list(names)
 
 
 def _norm(head: ModuleWeights) -> float:

@@ -5376,6 +5376,10 @@ export interface components {
                 label_names: string[];
                 /** @default [] */
                 warnings: string[];
+                /** @default 0 */
+                base_layers: number;
+                /** @default [] */
+                base_linears: string[];
             } | null;
         };
         /** VersionFileAnswer */
