@@ -1,6 +1,7 @@
 // The views that there are, in the order of the navigation. A view that a key's scopes do not allow is not shown.
 import type { Component } from 'svelte'
 import type { Scope } from '../api/client'
+import Adapters from './Adapters.svelte'
 import Compare from './Compare.svelte'
 
 export interface View {
@@ -10,4 +11,7 @@ export interface View {
   component: Component
 }
 
-export const VIEWS: View[] = [{ id: 'compare', title: 'Compare', scope: 'generate', component: Compare as Component }]
+export const VIEWS: View[] = [
+  { id: 'compare', title: 'Compare', scope: 'generate', component: Compare as Component },
+  { id: 'adapters', title: 'Adapters', scope: 'adapters', component: Adapters as Component },
+]
