@@ -70,6 +70,15 @@ class Visit:
     def answers(self) -> list[str]:
         return self.page.locator(".answer .text").all_inner_texts()
 
+    def too_wide(self) -> list[str]:
+        """What goes beyond the right side of the page, but for what scrolls by itself."""
+        found: list[str] = self.page.evaluate(
+            """[...document.querySelectorAll('main *')]
+                .filter(one => one.getBoundingClientRect().right > innerWidth + 1 && !one.closest('.scroll'))
+                .map(one => one.outerHTML.slice(0, 100))"""
+        )
+        return found
+
     def violations(self) -> list[str]:
         """What axe-core finds wrong with the page as it is, by the rules of WCAG 2.2 A and AA."""
         session = self.page.context.new_cdp_session(self.page)

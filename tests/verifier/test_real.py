@@ -101,8 +101,8 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
     assert all(module.norm > (module.spectral_norm or 0) > 0 for module in report.modules)
     assert all(0 < (module.relative_norm or 0) < 0.1 for module in report.modules)
     assert report.base_layers == 30
-    attention = [f"self_attn.{part}_proj" for part in "qkvo"]
-    assert sorted(report.base_linears) == sorted([*attention, *(f"mlp.{one}_proj" for one in ("gate", "up", "down"))])
+    parts = {"self_attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+    assert report.base_linears == [f"{where}.{one}_proj" for where, names in parts.items() for one in names]
     assert report.warnings == []
     weights = read_packed_adapter(prepared, proved.sha256, base_id=BASE_ID)
     assert weights.keys() == {module.name for module in report.modules}

@@ -114,6 +114,7 @@ class Adapters {
     const { path } = this.#params
     if (version === null) await data(api.DELETE('/v1/adapters/{name}', { params: { path, query } }))
     else await data(api.DELETE('/v1/adapters/{name}/versions/{version}', { params: { path: { ...path, version }, query } }))
+    if (version === null || this.versions.length === 1) this.open('') // it is gone
     await this.#changed()
   }
 

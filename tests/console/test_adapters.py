@@ -1,0 +1,348 @@
+"""Adapters: ten thousand in a list, and all that can be done with one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+from tests.hub_standin import HubStandIn
+from tests.server.access import Keys, client_with
+from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upload, upload_folder
+from tests.server.test_many_adapters import MODULES, REPORT, add, copies, register
+
+from onebase_adapters.registry import VersionFiles
+from onebase_server.settings import Settings
+from onebase_server.storage import open_storage
+
+from .conftest import ROOT, SIZES, Look, Visit
+
+MANY = 10_000
+EVIL = "<b>\u202egnp.exe</b>"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def many(serve_scripted: Starter, base_folder: Path, quick_folder: Path) -> Iterator[Server]:
+    """Ten thousand adapters, and one whose texts are not nice."""
+    data_dir = quick_folder / "many"
+    storage = open_storage(Settings(data_dir=str(data_dir)), "smollm2-135m-instruct", base_folder)
+    config, prepared = add(storage.store, b"{}"), add(storage.store, b"prepared")
+    for number in range(10):
+        register(storage.registry, number, config, prepared)
+    copies(data_dir / "registry.db", MANY // 10)
+    digest = hashlib.sha256(b"evil").hexdigest()
+    files = VersionFiles(config, add(storage.store, b"evil"))
+    modules = [MODULES[0] | {"name": f"m.layers.0.{EVIL}", "relative_norm": 0.5}]
+    proof = {
+        "modules_compared": 1, "modules_changed": 1, "rows": 1, "exact": True, "largest_difference": 0.0,
+        "texts": 0, "tokens_compared": 0, "texts_changed": 0, "base_unchanged": True, "seconds": 1.0,
+    }  # fmt: skip
+    report = REPORT | {
+        "targets": [EVIL], "base_name": EVIL, "task": "SEQ_CLS", "labels": 2, "label_names": [EVIL, "b"],
+        "warnings": [f"Look at {EVIL}."], "modules": modules, "proof": proof | {"shown": EVIL},
+    }  # fmt: skip
+    storage.registry.add_version("evil", files.digest, files, {"kind": "hub", "repo": EVIL, "commit": digest})
+    storage.registry.set_state("default", "evil", files.digest, "ready", report=report, prepared=prepared)
+    storage.registry.close()
+    with serve_scripted("words", data_dir=data_dir) as server:
+        yield server
+
+
+def payload(name: str, weights: str = "weights", config: str = CONFIG) -> list[dict[str, Any]]:
+    """An adapter's two files, as a page's input takes them."""
+    return [
+        {"name": "adapter_config.json", "mimeType": "application/json", "buffer": config.encode()},
+        {"name": WEIGHTS, "mimeType": "application/octet-stream", "buffer": f"{name} {weights}".encode()},
+    ]
+
+
+def drop(page: Page, files: list[dict[str, Any]]) -> None:
+    """Drop files on the place for them."""
+    texts = [[one["name"], base64.b64encode(one["buffer"]).decode()] for one in files]
+    transfer = page.evaluate_handle(
+        """files => {
+            const transfer = new DataTransfer()
+            for (const [name, text] of files) transfer.items.add(new File([atob(text)], name))
+            return transfer
+        }""",
+        texts,
+    )
+    page.get_by_role("group", name="Choose files").dispatch_event("drop", {"dataTransfer": transfer})
+
+
+def add_by_page(visit: Visit, name: str, files: list[dict[str, Any]], *, dropped: bool = False) -> None:
+    page = visit.page
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_label("Name", exact=True).fill(name)
+    if dropped:
+        drop(page, files)
+    else:
+        page.locator("input[type=file]").set_input_files(files)  # type: ignore[arg-type]
+    page.get_by_role("button", name="Upload").click()
+
+
+def confirm(page: Page, verb: str, *means: str) -> None:
+    """Read what it means, and do it."""
+    dialog = page.get_by_role("dialog")
+    for sentence in means:
+        expect(dialog).to_contain_text(sentence)
+    dialog.get_by_role("button", name=verb).click()
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_ten_thousand_are_listed_of_which_only_those_seen_are_in_the_page(
+    many: Server, look: Look, size: str
+) -> None:
+    with look(many, size) as visit:
+        page = visit.page
+        visit.open("#/adapters")
+        expect(page.get_by_text(f"{MANY + 1:,} adapters")).to_be_visible()
+        rows = page.locator(".line")
+        assert 5 < rows.count() < 60
+        assert visit.violations() == []
+        page.locator(".line a").first.focus()
+        page.keyboard.press("End")
+        last = page.get_by_role("link", name="tenant-9999")
+        expect(last).to_be_focused()
+        assert 5 < rows.count() < 60
+        page.keyboard.press("ArrowUp")
+        expect(page.get_by_role("link", name="tenant-9998")).to_be_focused()
+        page.get_by_label("Search adapters").fill("TENANT 77")
+        expect(page.get_by_role("status").filter(has_text="of 10,001 adapters")).to_be_visible()
+        shown = page.locator(".line a").all_inner_texts()
+        assert shown
+        assert all("77" in name for name in shown)
+        page.get_by_label("Search adapters").fill("")
+        page.get_by_label("State").select_option("active")
+        expect(page.get_by_text("Nothing fits.")).to_be_visible()
+        page.get_by_label("State").select_option("")
+        page.get_by_label("Tier").select_option("none")
+        page.wait_for_url("**tier=none")
+        page.reload()
+        expect(page.get_by_label("Tier")).to_have_value("none")
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_texts_of_an_adapter_are_never_html_and_show_what_is_hidden(
+    many: Server, look: Look, size: str
+) -> None:
+    with look(many, size) as visit:
+        page = visit.page
+        visit.open("#/adapters?name=evil")
+        expect(page.get_by_role("heading", name="Where it acts")).to_be_visible()
+        text = page.locator("article").inner_text()
+        assert text.count("<b>U+202Egnp.exe</b>") >= 6
+        assert "\u202e" not in page.inner_text("body")
+        assert page.locator("article b").count() == 0
+        assert visit.violations() == []
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_an_adapter_is_dropped_proved_and_active_and_its_page_says_so(
+    words: Server, look: Look, size: str
+) -> None:
+    name = f"dropped-{size}"
+    with look(words, size) as visit:
+        page = visit.page
+        visit.open("#/adapters")
+        add_by_page(visit, name, payload(name), dropped=True)
+        expect(page.get_by_role("heading", name=name)).to_be_visible()
+        expect(page.get_by_text("Active, in host memory")).to_be_visible()
+        expect(page.locator(".time")).to_contain_text("Uploaded")
+        expect(page.locator(".time")).to_contain_text("Activated")
+        assert visit.violations() == []
+        page.get_by_role("link", name="Ask it").click()
+        expect(page.get_by_role("heading", name=name)).to_be_visible()  # a column of Compare
+    with words.client() as http:
+        assert http.get(f"/v1/adapters/{name}").json()["active"] is True
+
+
+def test_what_is_wrong_with_an_upload_is_told_in_the_servers_words(words: Server, look: Look) -> None:
+    wrong = CONFIG.replace("LORA", "LOHA")
+    with words.client() as http:
+        refused = upload(http, "x", b"w", wrong).json()["error"]["message"]
+        broken = upload(http, "x", b"broken y").json()["error"]["message"]
+    with look(words, errors=("400", "422")) as visit:
+        page = visit.page
+        visit.open("#/adapters")
+        page.get_by_role("button", name="Add", exact=True).click()
+        drop(page, payload("x")[:1])
+        expect(page.get_by_role("alert")).to_contain_text(f"add {WEIGHTS}")
+        expect(page.get_by_role("button", name="Upload")).to_be_disabled()
+        page.get_by_label("Name", exact=True).fill("refused")
+        drop(page, payload("x", config=wrong))
+        page.get_by_role("button", name="Upload").click()
+        expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text(refused)
+        assert visit.violations() == []
+        drop(page, [payload("broken")[0], payload("broken", "refused")[1]])
+        page.get_by_label("Name", exact=True).fill("not-proved")
+        page.get_by_role("button", name="Upload").click()
+        expect(page.locator(".time").get_by_role("alert")).to_contain_text(broken)
+        expect(page.locator(".time .state")).to_have_text("Failed")
+
+
+def test_one_is_pulled_from_the_hub_or_why_not_is_told(
+    serve_scripted: Starter, look: Look, tmp_path: Path
+) -> None:
+    with HubStandIn() as hub:
+        commit = hub.add_repo("acme/lora", {"adapter_config.json": CONFIG.encode(), WEIGHTS: b"hub"})
+        with (
+            serve_scripted("words", environment=hub.environment(tmp_path)) as server,
+            look(server, errors=("404",)) as visit,
+        ):
+            page = visit.page
+            visit.open("#/adapters")
+            expect(page.get_by_text("There is no adapter yet.")).to_be_visible()
+            for repo in ("acme/absent", "acme/lora"):
+                page.get_by_role("button", name="Add", exact=True).click()
+                page.get_by_role("radio", name="Hugging Face Hub").check()
+                page.get_by_label("Repository").fill(repo)
+                page.get_by_label("Name, if not its reference").fill(repo.partition("/")[2])
+                assert visit.violations() == []
+                page.get_by_role("button", name="Pull").click()
+                expect(page.get_by_role("dialog")).to_have_count(0)
+                if repo == "acme/absent":
+                    expect(page.locator(".time").get_by_role("alert")).to_contain_text("acme/absent")
+            expect(page.locator(".time")).to_contain_text(f"commit {commit[:12]}")
+            expect(page.get_by_text("Active, in host memory")).to_be_visible()
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_versions_are_activated_rolled_back_and_deleted_and_the_time_line_says_by_whom(
+    keyed: Server, keys: Keys, look: Look, size: str
+) -> None:
+    name, key = f"life-{size}", keys.make("admin")
+    with client_with(keyed, key) as http:
+        keyed.wait_for(lambda: http.get("/v1/key").status_code == 200)
+        first, second = (
+            upload(http, name, f"{name} {number}".encode()).json()["version"] for number in (1, 2)
+        )
+        http.post(f"/v1/adapters/{name}/activate", json={"version": first}).raise_for_status()
+
+        def active() -> str | None:
+            found: str | None = http.get(f"/v1/adapters/{name}").json()["version"]
+            return found
+
+        with look(keyed, size, errors=("401", "409", "404")) as visit:
+            page = visit.page
+            visit.open(f"#/adapters?name={name}")
+            page.get_by_label("API key", exact=True).fill(key)
+            page.keyboard.press("Enter")
+            page.get_by_role("button", name=f"Activate {second[:12]}").click()
+            expect(page.locator(".time")).to_contain_text(f"by {keys.record(key).id}")
+            expect(page.get_by_role("button", name=f"Activate {first[:12]}")).to_be_visible()
+            assert active() == second
+            page.get_by_role("button", name="Roll back").click()
+            expect(page.locator(".time")).to_contain_text("Rolled back to")
+            assert active() == first
+            page.get_by_role("button", name="Pin").click()
+            expect(page.get_by_role("button", name="Pinned")).to_have_attribute("aria-pressed", "true")
+            page.get_by_role("button", name="Share").click()
+            assert visit.violations() == []
+            confirm(page, "Share", "Every tenant of this server may use it", "Nobody else may change it")
+            expect(page.get_by_text("shared with all tenants")).to_be_visible()
+            page.get_by_role("button", name=f"Delete {first[:12]}").click()
+            confirm(page, "Delete", "It is active: the server asks for force.")
+            expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("adapter_in_use")
+            confirm(page, "Delete by force", "end now")
+            expect(page.get_by_role("button", name=f"Delete {first[:12]}")).to_have_count(0)
+            expect(page.get_by_text("Not active, pinned")).to_be_visible()
+            page.get_by_role("button", name=f"Activate {second[:12]}").click()
+            page.get_by_role("button", name="Deactivate").click()
+            confirm(page, "Deactivate", "are answered 404 from now on")
+            expect(page.locator(".time")).to_contain_text("Deactivated")
+            page.get_by_role("button", name="Delete", exact=True).click()
+            confirm(page, "Delete", "cannot be undone")
+            expect(page.get_by_role("heading", name=name)).to_have_count(0)
+            assert http.get(f"/v1/adapters/{name}").status_code == 404
+
+
+def test_an_adapter_that_requests_use_is_deleted_by_force_alone(
+    serve_scripted: Starter, tmp_path: Path, look: Look
+) -> None:
+    make_folder(tmp_path, "busy")
+    with (
+        pace(tmp_path) as (environment, step),
+        serve_scripted("paced", "--adapters-dir", str(tmp_path), environment=environment) as server,
+        look(server, errors=("409",)) as visit,
+    ):
+        page = visit.page
+        visit.open("#/compare?c=a:busy&n=4000&m=one%20two%20three")
+        page.get_by_role("button", name="Ask").click()
+        step(8)
+        with look(server, errors=("409",)) as other:
+            other.open("#/adapters?name=busy")
+            other.page.get_by_role("button", name="Delete", exact=True).click()
+            confirm(other.page, "Delete")
+            confirm(other.page, "Delete by force", "adapter_deleted")
+            expect(other.page.get_by_text("There is no adapter yet.")).to_be_visible()
+        step(64)
+        expect(page.locator(".answer").get_by_role("alert")).to_contain_text("deleted")
+
+
+def test_a_key_without_admin_is_not_shown_what_it_may_not_do(keyed: Server, keys: Keys, look: Look) -> None:
+    mine, theirs = keys.make("adapters", tenant="mine"), keys.make("admin", tenant="theirs")
+    with client_with(keyed, mine) as http, client_with(keyed, theirs) as other:
+        keyed.wait_for(lambda: http.get("/v1/key").status_code == other.get("/v1/key").status_code == 200)
+        upload(http, "own", b"own")
+        upload(other, "lent", b"lent", query="wait=true&activate=true")
+        other.post("/v1/adapters/lent/share", json={"shared": True}).raise_for_status()
+    with look(keyed, errors=("401",)) as visit:
+        page = visit.page
+        visit.open("#/adapters?name=own")
+        page.get_by_label("API key", exact=True).fill(mine)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="Delete", exact=True)).to_be_visible()
+        for name in ("Pin", "Share"):
+            expect(page.get_by_role("button", name=name)).to_have_count(0)
+        expect(page.get_by_role("link", name="Ask it")).to_have_count(0)
+        page.get_by_role("link", name="lent").click()
+        expect(page.get_by_text("shared with all tenants by theirs")).to_be_visible()
+        expect(page.get_by_role("button", name="Delete")).to_have_count(0)
+
+
+@pytest.mark.parametrize("size", [*SIZES])
+def test_the_picture_has_the_figures_of_the_report_and_two_versions_differ_in_it(
+    real: Server, look: Look, size: str
+) -> None:
+    with real.client() as http:
+        pirate = upload_folder(http, "orders", ROOT / "examples/adapters/pirate").json()
+        orders = next(one for one in http.get("/v1/adapters/orders/versions").json()["data"] if one["active"])
+    with look(real, size, color_scheme="dark" if size == "phone" else "light") as visit:
+        page = visit.page
+        visit.open("#/adapters?name=orders")
+        table = page.get_by_role("table").filter(has_text="self_attn.q_proj")
+        cells = table.locator("tbody tr")
+        expect(cells).to_have_count(7)
+        modules = {one["name"]: one for one in orders["report"]["modules"]}
+        for row in ("self_attn.q_proj", "mlp.up_proj"):
+            said = cells.filter(has_text=row).locator("td .unseen").all_text_contents()
+            assert len(said) == 30
+            for layer, text in enumerate(said):
+                module = modules.get(f"model.layers.{layer}.{row}")
+                if module is None:
+                    assert text == "not adapted"
+                else:
+                    assert float(text.partition("%")[0]) == pytest.approx(
+                        100 * module["relative_norm"], rel=0.05
+                    )
+        assert visit.violations() == []
+        page.get_by_role("group", name="Layers by module").focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        first = orders["report"]["base_linears"][0]
+        expect(page.locator(".readout")).to_contain_text(f"Layer 1 {first}")
+        page.get_by_label("norm of the update").check()
+        expect(page.locator(".readout")).to_contain_text("norm ")
+        page.get_by_label("Compared with").select_option(pirate["version"])
+        expect(page.locator("figcaption")).to_contain_text(f"than {pirate['version'][:12]}")
+        change = cells.filter(has_text="mlp.up_proj").locator("td .unseen").first.text_content() or ""
+        assert change.endswith("before, norm 0 now")
+        assert set(table.locator(".sign").all_text_contents()) >= {"+", "−"}
+        assert visit.violations() == []
+        assert visit.too_wide() == []
