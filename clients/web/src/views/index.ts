@@ -3,6 +3,7 @@ import type { Component } from 'svelte'
 import type { Scope } from '../api/client'
 import Adapters from './Adapters.svelte'
 import Compare from './Compare.svelte'
+import Training from './Training.svelte'
 
 export interface View {
   id: string
@@ -14,4 +15,5 @@ export interface View {
 export const VIEWS: View[] = [
   { id: 'compare', title: 'Compare', scope: 'generate', component: Compare as Component },
   { id: 'adapters', title: 'Adapters', scope: 'adapters', component: Adapters as Component },
+  { id: 'training', title: 'Training', scope: 'train', component: Training as Component },
 ]

@@ -1,0 +1,238 @@
+// Jobs, and what each tells while it runs.
+import { ApiError, api, data, type Schemas } from '../api/client'
+import { follow, type Job, type JobEvent } from '../api/follow'
+import { upload } from '../api/upload'
+import { Curve } from './curves'
+import { models } from './models.svelte'
+import { server } from './server.svelte'
+
+export type { Job } from '../api/follow'
+export type TrainingFile = Omit<Schemas['FileAnswer'], 'status_details' | 'expires_at'>
+
+const PAGE = 100
+const MOST_MESSAGES = 1000
+/** Between two times that charts are drawn anew: they may have many points. */
+const DRAW_MS = 250
+const AGAIN_MS = 1500
+
+export const ended = (job: Pick<Job, 'status'>): boolean => ['succeeded', 'failed', 'cancelled'].includes(job.status)
+
+export interface DataReport {
+  source: string
+  rows: number
+  samples: number
+  tokens: number
+  supervised_tokens: number
+  shortest: number
+  median: number
+  longest: number
+  counts: Record<string, number>
+  named_by: string
+  histogram: { from: number; to: number; samples: number }[]
+  examples: { row: number; line: number; side: string; label?: string; segments: { text: string; supervised: boolean }[] }[]
+  evaluation: DataReport | null
+}
+
+export interface Sample {
+  step: number
+  prompt: string
+  text: string
+}
+
+export interface Slice {
+  slice: string
+  rows: number
+  before: number | null
+  after: number | null
+  regressed: boolean
+}
+
+export interface Report {
+  steps: number
+  best_step: number
+  tokens: number
+  seconds: number
+  loss_before: number | null
+  loss_after: number | null
+  loss_parent: number | null
+  metrics_before: Record<string, number> | null
+  metrics_after: Record<string, number> | null
+  better: boolean
+  peak_memory_bytes: number
+  slices: { by: string; against: string; slices: Slice[]; slice_count: number; regressed: string[]; changed: { line: number; slice: string; metric: string; reference: string; before: string; after: string }[]; changed_count: number } | null
+}
+
+/** One job, followed from its first event on. */
+export class Run {
+  job = $state.raw<Job | null>(null)
+  problem = $state.raw<ApiError | null>(null)
+  /** Grows whenever the curves below have more, a few times a second at most. */
+  drawn = $state(0)
+  readonly train = new Curve()
+  readonly heldOut = new Curve()
+  readonly rate = new Curve()
+  messages = $state.raw<JobEvent[]>([])
+  samples = $state.raw<Sample[]>([])
+  data = $state.raw<DataReport | null>(null)
+  problems = $state.raw<{ line: number; field: string; reason: string }[]>([])
+  #stop = new AbortController()
+  #after = ''
+  #timer: ReturnType<typeof setTimeout> | undefined
+  #new: JobEvent[] = []
+  #listened = 0
+
+  constructor(readonly id: string) {}
+
+  start(): () => void {
+    void this.#follow()
+    return () => {
+      this.#stop.abort()
+      clearTimeout(this.#timer)
+    }
+  }
+
+  /** Learn the job. Returns when to look again, in milliseconds. */
+  async load(): Promise<number> {
+    try {
+      const path = { job_id: this.id }
+      this.job = await data(api.GET('/v1/fine_tuning/jobs/{job_id}', { params: { path } }))
+      this.problem = null
+    } catch (error) {
+      this.problem = noted(error)
+    }
+    return this.job && ended(this.job) ? 15_000 : 1500
+  }
+
+  async act(what: 'pause' | 'resume' | 'cancel'): Promise<void> {
+    const params = { path: { job_id: this.id } }
+    const calls = {
+      pause: () => api.POST('/v1/fine_tuning/jobs/{job_id}/pause', { params }),
+      resume: () => api.POST('/v1/fine_tuning/jobs/{job_id}/resume', { params }),
+      cancel: () => api.POST('/v1/fine_tuning/jobs/{job_id}/cancel', { params }),
+    }
+    this.job = await data(calls[what]())
+    // A job that goes on after its end tells more.
+    if (what === 'resume' && !this.#listened) void this.#follow()
+    void training.load()
+  }
+
+  async #follow(): Promise<void> {
+    const { signal } = this.#stop
+    this.#listened += 1
+    while (!signal.aborted) {
+      try {
+        for await (const news of follow(this.id, this.#after, signal)) {
+          for (const { event, job } of news) {
+            if (event) this.#take(event)
+            else this.job = job
+          }
+          this.#draw()
+          if (news.at(-1)?.job) {
+            this.#listened -= 1
+            void training.load()
+            void models.load().catch(() => {})
+            return
+          }
+        }
+      } catch (error) {
+        if (error instanceof ApiError && error.status === 404) {
+          this.problem = error
+          return
+        }
+        server.noteError(error)
+      }
+      await new Promise((resolve) => setTimeout(resolve, AGAIN_MS))
+    }
+  }
+
+  #take(event: JobEvent): void {
+    this.#after = event.id
+    const told = event.data ?? {}
+    const step = Number(told.step ?? 0)
+    if (typeof told.train_loss === 'number') this.train.add(step, told.train_loss)
+    if (typeof told.learning_rate === 'number') this.rate.add(step, told.learning_rate)
+    if (typeof told.valid_loss === 'number') this.heldOut.add(step, told.valid_loss)
+    if (event.type === 'metrics' && told.valid_loss === undefined && told.parent_loss === undefined && told.subject === undefined) return
+    this.#new.push(event)
+  }
+
+  /** Show what has come, not more often than can be seen. */
+  #draw(): void {
+    this.#timer ??= setTimeout(() => {
+      this.#timer = undefined
+      const came = this.#new
+      this.#new = []
+      this.drawn += 1
+      if (!came.length) return
+      this.messages = [...this.messages, ...came].slice(-MOST_MESSAGES)
+      const kind = (event: JobEvent) => event.data?.kind
+      const sampled = came.filter((event) => kind(event) === 'sampled').map((event) => event.data as unknown as Sample)
+      if (sampled.length) this.samples = [...this.samples.filter((one) => !sampled.some((two) => two.step === one.step && two.prompt === one.prompt)), ...sampled]
+      const checked = came.findLast((event) => kind(event) === 'data_checked')
+      if (checked) this.data = (checked.data as { report: DataReport }).report
+      const bad = came.flatMap((event) => (event.data?.problems as typeof this.problems | undefined) ?? [])
+      if (bad.length) this.problems = [...this.problems, ...bad]
+    }, DRAW_MS)
+  }
+}
+
+class Training {
+  jobs = $state.raw<Job[] | null>(null)
+  more = $state(false)
+  files = $state.raw<TrainingFile[]>([])
+  problem = $state.raw<ApiError | null>(null)
+  #wanted = PAGE
+
+  /** Learn the jobs. Returns when to look again, in milliseconds. */
+  async load(): Promise<number> {
+    try {
+      const found: Job[] = []
+      let more = true
+      while (more && found.length < this.#wanted) {
+        const after = found.at(-1)?.id
+        const query = { limit: PAGE, ...(after ? { after } : {}) }
+        const page = await data(api.GET('/v1/fine_tuning/jobs', { params: { query } }))
+        found.push(...page.data)
+        more = page.has_more
+      }
+      this.jobs = found
+      this.more = more
+      this.problem = null
+    } catch (error) {
+      this.problem = noted(error)
+    }
+    return this.jobs?.some((job) => !ended(job)) ? 2000 : 6000
+  }
+
+  async showMore(): Promise<void> {
+    this.#wanted += PAGE
+    await this.load()
+  }
+
+  async loadFiles(): Promise<void> {
+    const query = { purpose: 'fine-tune' as const, limit: PAGE }
+    this.files = (await data(api.GET('/v1/files', { params: { query } }))).data
+  }
+
+  /** Send a file. Throws ApiError. */
+  async send(file: File, sent: (part: number) => void, signal: AbortSignal): Promise<string> {
+    const form = new FormData()
+    form.append('purpose', 'fine-tune')
+    form.append('file', file, file.name)
+    return (await upload<TrainingFile>('v1/files', form, sent, signal)).id
+  }
+
+  /** Throws ApiError. */
+  async create(body: Schemas['CreateJobRequest']): Promise<Job> {
+    const job = await data(api.POST('/v1/fine_tuning/jobs', { body }))
+    void this.load()
+    return job
+  }
+}
+
+export const training = new Training()
+
+function noted(error: unknown): ApiError {
+  server.noteError(error)
+  return error instanceof ApiError ? error : new ApiError(500, null, String(error))
+}
