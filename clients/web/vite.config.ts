@@ -7,7 +7,7 @@ import { defineConfig, type Plugin } from 'vitest/config'
 const OUT = '../../server/onebase_server/web'
 /** Where `npm run dev` sends requests. The page's own Host stays, or the server would take it for another site's. */
 const SERVER = { target: process.env.ONEBASE_URL ?? 'http://127.0.0.1:8000', changeOrigin: false }
-const ROUTES = ['/v1', '/generate', '/ready', '/status', '/metrics', '/version']
+const ROUTES = ['/v1', '/generate', '/ready', '/status', '/version']
 
 /** Next to each script, style and picture the same in gzip and brotli: the server only hands them out. */
 function compressed(): Plugin {

@@ -116,8 +116,9 @@ def test_what_a_keys_scopes_do_not_allow_is_not_shown(keyed: Server, keys: Keys,
         visit.open("#/compare")
         visit.page.get_by_label("API key", exact=True).fill(key)
         visit.page.keyboard.press("Enter")
-        expect(visit.page.get_by_text("This key may do nothing that the console shows.")).to_be_visible()
-        expect(visit.page.get_by_role("link", name="Compare")).to_have_count(0)
+        expect(visit.page.get_by_role("link", name="Training")).to_be_visible()
+        for name in ("Compare", "Adapters", "Server"):
+            expect(visit.page.get_by_role("link", name=name)).to_have_count(0)
         expect(visit.page.get_by_label("Message to all columns")).to_have_count(0)
         assert visit.violations() == []
 

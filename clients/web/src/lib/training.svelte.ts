@@ -39,6 +39,12 @@ export interface Sample {
   text: string
 }
 
+interface BadLine {
+  line: number
+  field: string
+  reason: string
+}
+
 export interface Slice {
   slice: string
   rows: number
@@ -74,7 +80,7 @@ export class Run {
   messages = $state.raw<JobEvent[]>([])
   samples = $state.raw<Sample[]>([])
   data = $state.raw<DataReport | null>(null)
-  problems = $state.raw<{ line: number; field: string; reason: string }[]>([])
+  problems = $state.raw<BadLine[]>([])
   #stop = new AbortController()
   #after = ''
   #timer: ReturnType<typeof setTimeout> | undefined
@@ -169,8 +175,9 @@ export class Run {
       const sampled = came.filter((event) => kind(event) === 'sampled').map((event) => event.data as unknown as Sample)
       if (sampled.length) this.samples = [...this.samples.filter((one) => !sampled.some((two) => two.step === one.step && two.prompt === one.prompt)), ...sampled]
       const checked = came.findLast((event) => kind(event) === 'data_checked')
-      if (checked) this.data = (checked.data as { report: DataReport }).report
-      const bad = came.flatMap((event) => (event.data?.problems as typeof this.problems | undefined) ?? [])
+      const report = (checked?.data as { report: DataReport } | undefined)?.report
+      if (Array.isArray(report?.examples)) this.data = report
+      const bad = came.flatMap((event) => (event.data?.problems as BadLine[] | undefined) ?? [])
       if (bad.length) this.problems = [...this.problems, ...bad]
     }, DRAW_MS)
   }

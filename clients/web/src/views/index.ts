@@ -3,6 +3,7 @@ import type { Component } from 'svelte'
 import type { Scope } from '../api/client'
 import Adapters from './Adapters.svelte'
 import Compare from './Compare.svelte'
+import Server from './Server.svelte'
 import Training from './Training.svelte'
 
 export interface View {
@@ -16,4 +17,5 @@ export const VIEWS: View[] = [
   { id: 'compare', title: 'Compare', scope: 'generate', component: Compare as Component },
   { id: 'adapters', title: 'Adapters', scope: 'adapters', component: Adapters as Component },
   { id: 'training', title: 'Training', scope: 'train', component: Training as Component },
+  { id: 'server', title: 'Server', scope: 'admin', component: Server as Component },
 ]

@@ -1,0 +1,212 @@
+"""Training: a file becomes a job, which is watched, paused, cancelled, and compared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+from tests.server.support import Server, Starter
+from tests.server.test_training_real import rows
+from tests.server.training_support import add_file, make_job, openai_client, run_job
+
+from .conftest import Look, Visit
+
+
+@pytest.fixture(scope="module")
+def tiny(serve_real: Starter, small_base: Path) -> Iterator[Server]:
+    """A real engine, verifier and trainer on a base that is trained in a moment."""
+    with serve_real("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1") as server:
+        yield server
+
+
+def train(visit: Visit, content: str, name: str, *, file: str = "rows.jsonl") -> None:
+    """Choose a file, and begin; other settings are as they stand."""
+    page = visit.page
+    payload = {"name": file, "mimeType": "application/jsonl", "buffer": content.encode()}
+    page.locator("dialog .drop input[type=file]").set_input_files([payload])  # type: ignore[list-item]
+    page.get_by_label("Name of the adapter").fill(name)
+    page.get_by_role("dialog").get_by_role("button", name="Train").click()
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: Look, size: str) -> None:
+    name, evil = f"real-{size}", "What is <b>this</b>\u202e?"
+    with look(tiny, size, color_scheme="dark" if size == "phone" else "light") as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        assert visit.violations() == []
+        for label, value in {"Passes over the rows": "2", "Rank": "4", "Rows in a step": "4"}.items():
+            page.get_by_label(label).fill(value)
+        page.get_by_label("Prompts that are answered").fill(f"I want 3 blue hats please\n{evil}")
+        page.get_by_text("More", exact=True).click()
+        page.get_by_label("Steps between evaluations").fill("2")
+        page.get_by_label("More settings").fill('{"learning_rate": 0.005, "metrics": ["word_f1"]}')
+        train(visit, rows(20), name, file="<b>rows</b>.jsonl")
+        expect(page.get_by_role("heading", name=name)).to_be_visible()
+        expect(page.get_by_role("heading", name="Before and after")).to_be_visible()
+        assert visit.violations() == []
+        assert visit.too_wide() == []
+        figures = page.get_by_role("table").filter(has_text="word_f1").inner_text()
+        events = page.get_by_text("events", exact=False).first
+        expect(events).to_be_visible()
+        text = page.locator("article").inner_text()
+        replies = page.locator(".sample")
+        expect(replies).to_have_count(2)
+        assert replies.last.locator(".prompt").inner_text() == "What is <b>this</b>U+202E?"
+        learned = page.locator(".example mark").first.inner_text()
+        page.get_by_role("combobox", name="after step").select_option("0")
+        base, now = replies.first.locator(".reply").all_inner_texts()
+        assert base == now  # step 0 is the base
+        page.get_by_text("The evaluations as a table").click()
+        evaluated = page.get_by_role("table").filter(has_text="(best)").locator("tbody tr").all_inner_texts()
+        page.get_by_role("button", name="Loss by step: closer").click()
+        page.get_by_role("button", name="All steps").first.click()
+        expect(page.get_by_role("button", name="All steps")).to_have_count(0)
+
+    with tiny.client() as http:
+        job = http.get("/v1/fine_tuning/jobs").json()["data"][0]
+        told = http.get(f"/v1/fine_tuning/jobs/{job['id']}/events?limit=100").json()["data"]
+    report = job["report"]
+    assert job["name"] == name
+    assert f"{report['loss_before']:.2f}"[:3] in figures
+    (checked,) = (one["data"]["report"] for one in told if (one["data"] or {}).get("kind") == "data_checked")
+    assert checked["source"] in text
+    assert '"color"' in learned
+    measured = [event["data"] for event in told if "valid_loss" in (event["data"] or {})]
+    assert [int(row.split()[0]) for row in evaluated] == sorted(one["step"] for one in measured)
+    method = job["method"]["supervised"]["hyperparameters"]
+    assert (method["r"], method["n_epochs"], method["batch_size"], method["eval_every"]) == (4, 2, 4, 2)
+    assert method["sample_prompts"] == ["I want 3 blue hats please", evil]
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_a_job_is_watched_paused_resumed_and_cancelled(words: Server, look: Look, size: str) -> None:
+    name = f"slow-{size}"
+    with look(words, size) as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        train(visit, "slow", name)
+        expect(page.get_by_text("It trains")).to_be_visible()
+        steps = page.locator(".progress p")
+        expect(steps).to_contain_text("of 3,000")
+        first = steps.inner_text()
+        expect(steps).not_to_have_text(first)  # by itself
+        expect(page.get_by_role("figure", name="Loss by step")).to_be_visible()
+        page.get_by_role("button", name="Pause").click()
+        expect(page.get_by_role("button", name="Resume")).to_be_visible()
+        expect(page.locator("article .state")).to_have_text("Paused")
+        assert visit.violations() == []
+        page.get_by_role("button", name="Resume").click()
+        expect(page.get_by_text("It trains")).to_be_visible()
+        page.get_by_role("button", name="Cancel").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("it cannot be resumed")
+        assert visit.violations() == []
+        dialog.get_by_role("button", name="Cancel the job").click()
+        expect(page.locator("article .state")).to_have_text("Cancelled")
+        expect(page.get_by_role("button", name="Resume")).to_have_count(0)
+    with words.client() as http:
+        assert http.get("/v1/fine_tuning/jobs").json()["data"][0]["status"] == "cancelled"
+
+
+def test_what_is_wrong_with_a_file_or_a_setting_is_told_in_the_servers_words(
+    words: Server, look: Look
+) -> None:
+    with look(words, errors=("400",)) as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        page.get_by_text("More", exact=True).click()
+        page.get_by_label("More settings").fill("[1")
+        train(visit, "broken", "bad")
+        expect(page.get_by_role("alert")).to_contain_text("this is no JSON")
+        page.get_by_label("More settings").fill('{"rnak": 4}')
+        page.get_by_role("dialog").get_by_role("button", name="Train").click()
+        expect(page.get_by_role("alert")).to_contain_text("rnak")
+        assert visit.violations() == []
+        page.get_by_label("More settings").fill("")
+        page.get_by_role("dialog").get_by_role("button", name="Train").click()
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        expect(page.locator("article .state")).to_have_text("Failed")
+        expect(page.get_by_role("alert")).to_contain_text("invalid_file")
+        table = page.get_by_role("table", name="What is wrong with the file")
+        expect(table).to_contain_text("line 3 is bad")
+        assert visit.violations() == []
+
+
+def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Server, look: Look) -> None:
+    client = openai_client(words)
+    job = run_job(words, client, "regresses")
+    with look(words) as visit:
+        visit.open(f"#/training?job={job.id}")
+        came = visit.page.locator("section").filter(has_text="Before and after").last
+        expect(came).to_contain_text("worse on 1 slice, for which it is not activated")
+        row = visit.page.get_by_role("table", name="By slice").locator("tbody tr")
+        assert row.all_inner_texts() == ["de\t12\t1\t1.5\tworse than allowed"]
+        assert visit.violations() == []
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(
+    words: Server, look: Look, size: str
+) -> None:
+    client = openai_client(words)
+    jobs = [
+        run_job(
+            words,
+            client,
+            f"rows {seed}",
+            method={"type": "supervised", "supervised": {"hyperparameters": {"r": seed}}},
+            extra={"name": f"run-{seed}"},
+        )
+        for seed in (4, 8)
+    ]
+    with look(words, size) as visit:
+        page = visit.page
+        visit.open("#/training")
+        for job in jobs:
+            page.get_by_label(f"Compare the run of {job.name}, {job.id[-6:]}").check()
+        page.get_by_role("radio", name="training loss").check()
+        table = page.get_by_role("table", name="The runs in figures")
+        expect(table.locator("tr").filter(has_text="succeeded")).to_have_count(1)
+        expect(table.locator("tr", has=page.get_by_text("r", exact=True))).to_contain_text("4")
+        legend = page.locator(".u-legend")
+        expect(legend).to_contain_text(f"run-8 ({jobs[1].id[-6:]})")
+        assert visit.violations() == []
+        assert visit.too_wide() == []
+        page.wait_for_url("**run=**run=**")
+        page.reload()
+        expect(page.get_by_role("region", name="Runs compared")).to_be_visible()
+
+
+def test_a_job_goes_on_being_watched_when_the_server_is_back(serve_scripted: Starter, look: Look) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "long", extra={"name": "kept"})
+        with look(server, errors=("ERR_",)) as visit:
+            visit.open(f"#/training?job={job.id}")
+            expect(visit.page.get_by_text("It trains")).to_be_visible()
+            server.process.kill()
+            server.exit_status()
+            expect(visit.page.get_by_text("This page goes on by itself once it can.")).to_be_visible()
+            options = ["--port", str(server.port)]
+            with serve_scripted("words", *options, data_dir=server.data_dir, ready=False):
+                expect(visit.page.locator("article .state")).to_have_text("Done")
+                expect(visit.page.get_by_text("Training loss 0.01 at step 100.")).to_be_visible()
+
+
+def test_a_file_that_is_there_may_be_chosen_again(words: Server, look: Look) -> None:
+    client = openai_client(words)
+    file = add_file(client, "rows again", "again.jsonl")
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        page.get_by_label("Or a file that is there").select_option(file)
+        page.get_by_role("dialog").get_by_role("button", name="Train").click()
+        expect(page.locator("article .state")).to_have_text("Done")
+        assert client.fine_tuning.jobs.list(limit=1).data[0].training_file == file
