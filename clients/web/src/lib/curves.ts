@@ -35,12 +35,20 @@ export class Curve {
 
 /** Curves on the same steps: `[steps, values of the first, ...]`, null where one has none. */
 export function aligned(curves: Pick<Curve, 'steps' | 'values'>[]): [number[], ...(number | null)[][]] {
-  const steps = [...new Set(curves.flatMap((curve) => curve.steps))].sort((one, two) => one - two)
-  const at = new Map(steps.map((step, index) => [step, index]))
-  const columns = curves.map((curve) => {
-    const column = new Array<number | null>(steps.length).fill(null)
-    curve.steps.forEach((step, index) => (column[at.get(step) ?? 0] = curve.values[index] ?? null))
-    return column
-  })
-  return [steps, ...columns]
+  const steps: number[] = []
+  const columns: (number | null)[][] = curves.map(() => [])
+  const at = curves.map(() => 0)
+  // Each curve's steps are in order: one walk through all, since a run may have very many.
+  for (;;) {
+    let next = Infinity
+    curves.forEach((curve, one) => (next = Math.min(next, curve.steps[at[one] ?? 0] ?? Infinity)))
+    if (next === Infinity) return [steps, ...columns]
+    steps.push(next)
+    curves.forEach((curve, one) => {
+      const index = at[one] ?? 0
+      const here = curve.steps[index] === next
+      columns[one]?.push(here ? (curve.values[index] ?? null) : null)
+      if (here) at[one] = index + 1
+    })
+  }
 }

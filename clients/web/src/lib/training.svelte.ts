@@ -11,8 +11,9 @@ export type TrainingFile = Omit<Schemas['FileAnswer'], 'status_details' | 'expir
 
 const PAGE = 100
 const MOST_MESSAGES = 1000
-/** Between two times that charts are drawn anew: they may have many points. */
+/** Between two times that charts are drawn anew, and more of it for each point that they have. */
 const DRAW_MS = 250
+const DRAW_MS_A_POINT = 0.02
 const AGAIN_MS = 1500
 
 export const ended = (job: Pick<Job, 'status'>): boolean => ['succeeded', 'failed', 'cancelled'].includes(job.status)
@@ -179,7 +180,7 @@ export class Run {
       if (Array.isArray(report?.examples)) this.data = report
       const bad = came.flatMap((event) => (event.data?.problems as BadLine[] | undefined) ?? [])
       if (bad.length) this.problems = [...this.problems, ...bad]
-    }, DRAW_MS)
+    }, DRAW_MS + DRAW_MS_A_POINT * this.train.steps.length)
   }
 }
 
