@@ -113,8 +113,8 @@ def corpus(folder: Path) -> list[Case]:
 def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: int, least: int = 0) -> float:
     """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar.
 
-    least: tokens before which no row ends, by min_tokens, which takes time too; 0: the grammar has no end, and
-    other rows pass over theirs.
+    least: tokens before which no row ends, by min_tokens, which takes time too; 0: the grammar has no end,
+    and other rows pass over theirs.
     """
     for row in range(ROWS):
         endless = not least and row >= guided
