@@ -54,9 +54,9 @@ KEPT_BYTES = 256 << 20
 KEPT_GRAMMARS = 1000
 MOST_BYTES = 1 << 30
 """What all of them may take."""
-FORESEE_SECONDS = 0.005
-"""Of the processor, for what one row can only go on with. A long text takes more, and as much again for each
-mask of a draft: in its grammar nothing is foreseen again."""
+FORESEE_TOKENS, FORESEE_SECONDS = 512, 0.05
+"""Of what one row can only go on with, and of the processor for it. A longer text takes too much, and as much
+again for each mask of a draft: in its grammar nothing is foreseen again."""
 PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Follower:
         self._used: set[str] = set()
         self._rows: dict[int, Any] = {}
         self._costly: set[str] = set()
-        """Grammars in which nothing is foreseen, see FORESEE_SECONDS."""
+        """Grammars in which nothing is foreseen, see FORESEE_TOKENS."""
         self._lock = threading.Lock()
         self._before = before
 
@@ -172,7 +172,7 @@ class Follower:
                 continue
             began = time.thread_time()
             found = matcher.compute_ff_tokens()
-            if time.thread_time() - began > FORESEE_SECONDS:
+            if len(found) > FORESEE_TOKENS or time.thread_time() - began > FORESEE_SECONDS:
                 self._costly.add(key)
             elif found:
                 forced[row] = found[:FORESEEN]
