@@ -37,7 +37,7 @@ small_base = of_server.small_base
 serve_real, keys = of_server.serve_real, of_server.keys
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
