@@ -105,9 +105,8 @@ def _answers(route: APIRoute, schema: Json) -> Iterator[tuple[Json, str, Any]]:
                     yield content.setdefault("application/json", {}), "schema", described.kind
                 else:
                     content.pop("application/json", None)  # FastAPI's
-                    content[
-                        "text/event-stream"
-                    ] = {}  # Schemathesis holds each event to a schema of the whole
+                    # No schema: Schemathesis would hold each event to it.
+                    content["text/event-stream"] = {}
                 if described.event is not None:
                     yield content["text/event-stream"], "x-itemSchema", described.event
             elif status >= 400:

@@ -33,6 +33,8 @@ LEAST_HOMES = 2
 """Of each adapter, where there are so many replicas: with a choice of two all have about as much to do."""
 _FILL = 0.75
 """The part of a replica's rows that one adapter may be expected to take."""
+_COLD: dict[Tier, float] = {"slot": 0.0, "host": 1.0, "disk": 40.0}
+"""Tokens that a row could compute until an adapter that is there is in a slot."""
 _PATIENCE = 5.0
 """Tokens of a row for which a request rather waits than to begin where its adapter is on disk. For itself it
 would be right to wait longer; but the next ones have it in memory there."""
@@ -74,14 +76,6 @@ class Report:
     in_host: Collection[str] = frozenset()
     waiting: int = 0
     running: int = 0
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of an adapter that is not in a slot: the tokens that a row could compute meanwhile."""
-
-    host: float = 1.0
-    disk: float = 40.0
 
 
 @dataclass(slots=True)
@@ -163,8 +157,7 @@ class _Replica:
 class Placement:
     """Places requests on replicas. Each time is in seconds, of any clock that does not go back."""
 
-    def __init__(self, costs: Costs | None = None, *, seed: int | None = None) -> None:
-        self._costs = costs or Costs()
+    def __init__(self, *, seed: int | None = None) -> None:
         self._random = random.Random(seed)
         self._replicas: dict[str, _Replica] = {}
         self._gone: dict[str, _Replica] = {}
@@ -258,7 +251,7 @@ class Placement:
         warm = (
             name
             for name in kept
-            if self._cold(adapter, name) < self._costs.disk and not self._is_bad(adapter, name)
+            if self._replicas[name].tier(adapter) != "disk" and not self._is_bad(adapter, name)
         )
         return next(warm, None) or min(
             kept or live, key=lambda name: self._wait(name) + min(_PATIENCE, self._cold(adapter, name))
@@ -288,8 +281,7 @@ class Placement:
         return (replica.tokens + others * replica.tokens_each) / rows + self._cold(adapter, name)
 
     def _cold(self, adapter: str | None, name: str) -> float:
-        tier = self._replicas[name].tier(adapter)
-        return {"slot": 0.0, "host": self._costs.host, "disk": self._costs.disk}[tier]
+        return _COLD[self._replicas[name].tier(adapter)]
 
     def _wait(self, name: str) -> float:
         """Until a row is free, in tokens of a row."""
