@@ -26,7 +26,7 @@ from onebase_engine.base.load import BaseSettings, eos_ids, load_base
 from onebase_engine.engine import grammars
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.grammar_process import Follower, load_tokenizer
+from onebase_engine.engine.grammar_process import Follower, load_tokenizer, resident_bytes
 from onebase_engine.engine.messages import Grammar
 from onebase_engine.engine.scheduler import Limits
 from onebase_server.http.schemas.generation import GenerateRequest
@@ -452,7 +452,7 @@ def test_a_process_that_ends_of_looking_ahead_costs_nobody_an_answer(
 def test_in_a_long_text_that_is_forced_nothing_is_looked_ahead(folder: Path, base: nn.Module) -> None:
     size = int(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
     masks = np.zeros((1, -(-size // 32)), dtype=np.int32)
-    follower = Follower(load_tokenizer(folder, size, [*eos_ids(base)]), masks, before=0)
+    follower = Follower(load_tokenizer(folder, size, [*eos_ids(base)]), masks, resident_bytes())
     for key, length in (("short", 200), ("long", 200_000)):
         assert follower.compile(key, of_schema({"const": "word " * (length // 5)})).error is None
     for _ in range(2):
