@@ -53,6 +53,9 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 FROM build AS build-cuda
 COPY --from=requirements /src/requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install --requirement requirements.txt
+# Triton has its way to the driver compiled when it starts: by what stands in for a compiler, which has it ready.
+COPY deploy/triton.sh ./
+RUN sh triton.sh /opt/onebase
 
 FROM build AS build-cpu
 RUN --mount=type=cache,target=/root/.cache/pip pip install "torch>=2.9" --index-url https://download.pytorch.org/whl/cpu
@@ -92,13 +95,6 @@ COPY --from=own /opt/onebase /opt/onebase
 
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    TRITON_CACHE_DIR=/var/cache/onebase/triton
-USER 0:0
-# Triton compiles its way to the driver once, in C. Without a compiler PyTorch's own kernels compute.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
-USER 10001:10001
+    TRITON_CACHE_DIR=/var/cache/onebase/triton CC=/opt/onebase/libexec/cc
 COPY --from=build-cuda /opt/onebase /opt/onebase
 COPY --from=own /opt/onebase /opt/onebase

@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
-SHELL_SCRIPTS := .ci/run tools/setup.sh
+SHELL_SCRIPTS := .ci/run tools/setup.sh deploy/triton.sh
 
 # The console is built from clients/web when its sources are newer than what was built last.
 WEB := clients/web

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -90,3 +91,51 @@ def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses
     extras = {name: set(some) for name, some in project["optional-dependencies"].items()}
     wanted = set(project["dependencies"]).union(*(extras[name] for name in extras.keys() - {"dev", "track"}))
     assert set((tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="gcc and nm are needed")
+def test_the_gpu_image_starts_triton_without_a_compiler_and_compiles_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    subprocess.run(["sh", ROOT / "deploy/triton.sh", tmp_path], check=True, timeout=120)
+    ready = tmp_path / "libexec"
+    assert f"CC=/opt/onebase{str(ready / 'cc').removeprefix(str(tmp_path))}" in DOCKERFILE
+    # A driver that has all that is called, in place of the one that comes with a GPU.
+    undefined = subprocess.check_output(["nm", "-D", "-u", ready / "driver.so"], text=True)
+    calls = {"cuInit", *re.findall(r"U (cu\w+)$", undefined, re.MULTILINE)}
+    (tmp_path / "driver.c").write_text(
+        "\n".join(f"int {call}(void) {{ return 0; }}" for call in sorted(calls))
+    )
+    driver = tmp_path / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", tmp_path / "driver.c", "-o", driver]
+    subprocess.run(command, check=True, timeout=60)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmp", "cp", "sh"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    script = (
+        "from triton.backends.nvidia.driver import CudaUtils\n"
+        "from triton.runtime.build import compile_module_from_src\n"
+        "print(CudaUtils().launch)\n"
+        "compile_module_from_src('int more;', 'more')\n"
+    )
+    started = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            "PATH": str(tools),
+            "CC": str(ready / "cc"),
+            "LD_LIBRARY_PATH": str(tmp_path),
+            "TRITON_LIBCUDA_PATH": str(tmp_path),
+            "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "built-in function launch" in started.stdout, started.stderr
+    assert "This image has no compiler" in started.stderr
+    assert started.returncode == 1
+    assert "apt-get" not in DOCKERFILE[DOCKERFILE.index("AS runtime") :]
