@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from tests.server.support import SOURCES, Server, Starter, make_folder, pace
 
 from .conftest import SIZES, Look
@@ -69,6 +69,23 @@ def test_without_a_link_the_base_and_the_first_adapters_are_asked_by_keyboard_al
         assert [title.strip() for title in titles] == ["smollm2-135m-instruct", "orders", "pirate"]
         assert len(set(visit.answers)) == 1
         assert visit.page.locator("mark").count() == 0  # the same text leaves nowhere
+
+
+def test_a_message_sent_before_the_adapters_are_known_goes_to_them_once_they_are(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        held: list[Route] = []
+        visit.page.route("**/v1/models", lambda one: held.append(one))
+        visit.open()
+        visit.page.get_by_label("Message to all columns").fill("one two")
+        visit.page.keyboard.press("Enter")
+        visit.page.wait_for_timeout(600)  # in which the address would be written
+        assert "#" not in visit.page.url
+        expect(visit.page.get_by_text("No column is left")).to_be_hidden()
+        for one in held:
+            one.continue_()
+        expect(visit.page.locator("[aria-live=polite]")).to_have_text("3 answers complete.")
 
 
 def test_all_columns_stream_at_once_and_stop_together(
