@@ -111,7 +111,8 @@ def corpus(folder: Path) -> list[Case]:
 
 
 def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: int, least: int = 0) -> float:
-    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar.
+    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar, while
+    all of them run: what a grammar forces comes several tokens a step, and fewer rows are slower a token.
 
     least: tokens before which no row ends, by min_tokens, which takes time too; 0: the grammar has no end,
     and other rows pass over theirs.
@@ -130,15 +131,19 @@ def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: in
                 grammar=grammar if row < guided else None,
             )
         )
-    tokens, started = 0, 0.0
+    tokens, started, ended = 0, 0.0, 0.0
     while engine.busy:
         engine.step()
         outputs = engine.take_outputs()
+        if ended:
+            continue
         if outputs and not started:
             started = time.perf_counter()  # prompts and compiling are over
             continue
         tokens += sum(len(output.tokens) for output in outputs)
-    return tokens / (time.perf_counter() - started)
+        if any(output.finish for output in outputs):
+            ended = time.perf_counter()
+    return tokens / (ended - started)
 
 
 @dataclass
