@@ -352,7 +352,7 @@ def test_every_method_does_what_the_reference_does(
     zeros = np.zeros(3)
     greedy = Draws(zeros, zeros.astype(np.int64), zeros + 1, zeros, zeros)
     rows = [*random(2, 500, seed=seed), torch.full((500,), float("nan"))]
-    drawn = [one.draw(rows, greedy) for one in (kernels, ReferenceKernels())]
+    drawn = [one.draw(rows, greedy, [None] * 3) for one in (kernels, ReferenceKernels())]
     assert drawn[0] == drawn[1] == [int(rows[0].argmax()), int(rows[1].argmax()), None]
 
 
@@ -376,7 +376,7 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
     assert ctypes.sizeof(cpu._Attention) == 6 * 8 + 2 * 8 + 2 * 4 + 8
     assert ctypes.sizeof(cpu.Call) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
-    assert ctypes.sizeof(cpu._Draw) == 4 * 8 + 4 * 4
+    assert ctypes.sizeof(cpu._Draw) == 5 * 8 + 4 * 4
 
 
 # ---- fewer calls ---------------------------------------------------------------------------

@@ -319,7 +319,7 @@ def test_kernels_draw_what_pytorch_does_for_vocabularies_of_any_size(
 def test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32]))
     count = data.draw(st.integers(1, 6))
-    vocab = data.draw(st.sampled_from([40, 64, 257]))
+    vocab = data.draw(st.sampled_from([40, 64, 257, 4099]))
     raw = logits(data.draw(st.integers(0, 99)), count, vocab, dtype)
     words = -(-vocab // 32)
     masks: list[sampling.Mask] = []
@@ -329,7 +329,9 @@ def test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there(data: st.DataO
         rows.append(
             row(
                 temperature=data.draw(st.sampled_from([0.0, 1.0])),
-                logit_bias=data.draw(st.sampled_from([{}, {1: 2.0}])),  # such rows are in fp32
+                logit_bias=dict(data.draw(st.sampled_from([{}, {1: 2.0}]))),  # such rows are in fp32
+                top_k=data.draw(st.sampled_from([0, 3])),
+                top_p=data.draw(st.sampled_from([1.0, 0.5])),
                 seed=number,
             )
         )
@@ -339,13 +341,31 @@ def test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there(data: st.DataO
             continue
         bits = np.zeros(words * 32, dtype=np.uint8)
         bits[list(allowed)] = 1
+        bits[vocab:] = data.draw(st.integers(0, 1))  # of no token
+        if data.draw(st.booleans()):
+            raw[number, list(allowed)] = plain[number, list(allowed)] = -torch.inf
         masks.append(np.packbits(bits, bitorder="little").view(np.int32))
-        plain[number, torch.from_numpy(bits[:vocab]) == 0] = -torch.inf
+        forbidden = torch.from_numpy(bits[:vocab]) == 0
+        # What a grammar allows is allowed, however unlikely.
+        if forbidden.any() and (plain[number, ~forbidden] == -torch.inf).all():
+            plain[number] = 0
+            rows[number].sampling.logit_bias.clear()
+        plain[number, forbidden] = -torch.inf
 
     drawn = sampling.draw(raw, rows, EOS, chosen[0], masks)
 
     expected = [draw(plain[number : number + 1], [rows[number]], EOS)[0] for number in range(count)]
     assert [one.token for one in drawn] == [one.token for one in expected]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_fail_their_row_where_a_grammar_forbids_them_too(value: float) -> None:
+    raw = logits(3, 2)
+    raw[1, 7] = value
+    but_7 = np.array([~(1 << 7)] * (-(-VOCAB // 32)), dtype=np.int32)
+    tokens = [one.token for one in sampling.draw(raw, [row(), row()], EOS, chosen[0], [but_7, but_7])]
+    assert tokens[0] is not None
+    assert tokens[1] is None
 
 
 def test_what_a_penalty_makes_infinite_fails_its_row_with_a_grammar_as_without() -> None:

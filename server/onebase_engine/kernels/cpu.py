@@ -33,7 +33,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, with sanitizers say."""
-ABI = 3
+ABI = 4
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
@@ -110,8 +110,9 @@ class _Draw(ctypes.Structure):
     """How one row's token is drawn."""
 
     _fields_ = (
-        ("logits", c_void_p), ("wide", c_int64), ("top_k", c_int64), ("uniform", c_double),
-        ("temperature", c_float), ("top_p", c_float), ("min_p", c_float), ("token", c_int32),
+        ("logits", c_void_p), ("allowed", c_void_p), ("wide", c_int64), ("top_k", c_int64),
+        ("uniform", c_double), ("temperature", c_float), ("top_p", c_float), ("min_p", c_float),
+        ("token", c_int32),
     )  # fmt: skip
 
 
@@ -374,15 +375,18 @@ class CpuKernels:
         self.run(call, [x, other], None, None)
         return y
 
-    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
+    def draw(
+        self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
+    ) -> list[int | None]:
         if any(row.dtype not in (torch.bfloat16, torch.float32) for row in logits):
             raise TypeError("tokens are drawn from logits in bf16 or fp32")
         logits = [row.contiguous() for row in logits]
+        masks = [None if mask is None else mask.ctypes.data for mask in allowed]
         rows = (_Draw * len(logits))(
             *(
-                _Draw(row.data_ptr(), row.dtype == torch.float32, *settings)
-                for row, *settings in zip(
-                    logits, draws.top_k.tolist(), draws.uniform.tolist(), draws.temperature.tolist(),
+                _Draw(row.data_ptr(), mask, row.dtype == torch.float32, *settings)
+                for row, mask, *settings in zip(
+                    logits, masks, draws.top_k.tolist(), draws.uniform.tolist(), draws.temperature.tolist(),
                     draws.top_p.tolist(), draws.min_p.tolist(), strict=True,
                 )
             )

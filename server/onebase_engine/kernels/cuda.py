@@ -717,8 +717,10 @@ class CudaKernels:
     ) -> CudaAttention:
         return CudaAttention(keys, values, block_size, scaling, softcap, window)
 
-    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
-        return self._reference.draw(logits, draws)
+    def draw(
+        self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
+    ) -> list[int | None]:
+        return self._reference.draw(logits, draws, allowed)
 
 
 @cache

@@ -160,6 +160,12 @@ class Kernels(Protocol):
         """Attention of one layer: keys, values [kv_heads, slots, dim] are its KV cache."""
         ...
 
-    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
-        """The next token of each row of logits [vocab], bf16 or fp32; None if its largest is not finite."""
+    def draw(
+        self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
+    ) -> list[int | None]:
+        """The next token of each row of logits [vocab], bf16 or fp32; None if its largest is not finite.
+
+        allowed: of each row the tokens that may be drawn, a bit each, the first in the lowest, int32
+            [ceil(vocab / 32)]; None: all. If all of these are at minus infinity, they are equally likely.
+        """
         ...

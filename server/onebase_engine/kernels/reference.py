@@ -68,9 +68,12 @@ class ReferenceKernels:
             keys, values, block_size, _Scores(scaling, softcap, window), tiled=self.tiled
         )
 
-    def draw(self, logits: Sequence[torch.Tensor], draws: Draws) -> list[int | None]:
+    def draw(
+        self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
+    ) -> list[int | None]:
         raw = torch.stack(list(logits)).float()
         finite = torch.isfinite(raw.amax(dim=-1)).tolist()
+        _forbid(raw, {row: mask for row, mask in enumerate(allowed) if mask is not None and finite[row]})
         tokens = raw.argmax(dim=-1)
         random = [row for row, known in enumerate(finite) if known and draws.temperature[row] > 0]
         if random:
@@ -381,6 +384,19 @@ def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 # ---- draws -------------------------------------------------------------------------------------
+
+
+def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> None:
+    """Take from these rows of `logits` [rows, vocab] fp32 what their masks do not allow."""
+    if not masks:
+        return
+    words = np.stack(list(masks.values()))
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
+    allowed = torch.from_numpy(bits).to(logits.device).bool()
+    rows = list(masks)
+    made = logits[rows].masked_fill_(~allowed, -torch.inf)
+    nothing = made.amax(-1, keepdim=True) == -torch.inf
+    logits[rows] = made.masked_fill_(allowed & nothing, 0)
 
 
 def _sample(logits: torch.Tensor, draws: Draws, rows: list[int]) -> torch.Tensor:

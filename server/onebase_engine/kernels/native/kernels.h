@@ -80,13 +80,15 @@ typedef struct {
 } onebase_qkv;
 
 /* How a row's token is drawn from its logits: the largest with a temperature of 0, else by `uniform`, in [0, 1),
- * from those that top_k (0: all), top_p and min_p leave, in this order. */
+ * from those that top_k (0: all), top_p and min_p leave, in this order. If all that are allowed are at minus
+ * infinity, they are drawn as if all of them were at 0. */
 typedef struct {
   const void *logits; /* bf16, or float if `wide` */
+  const uint32_t *allowed; /* a bit of each token, the first in the lowest, that may be drawn; NULL: all may */
   int64_t wide, top_k;
   double uniform;
   float temperature, top_p, min_p;
-  int32_t token; /* the result: -1 where the largest logit is no finite number */
+  int32_t token; /* the result: -1 where the largest of all logits is no finite number */
 } onebase_draw;
 
 /* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:

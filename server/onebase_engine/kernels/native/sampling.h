@@ -13,8 +13,18 @@ typedef struct {
   int64_t size;
 } drawing;
 
+/* Of the 16 tokens from `first` on, those that may be drawn. */
+static inline uint32_t allowed_of(const onebase_draw *row, int64_t first) {
+  return row->allowed ? row->allowed[first / 32] >> first % 32 & 0xffff : 0xffff;
+}
+
+static inline ints lanes_of(uint32_t bits) {
+  const words places = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return (places & bits) != 0;
+}
+
 /* 16 logits from `first` on; minus infinity from the vocabulary's end on. */
-static inline floats logits_of(const onebase_draw *row, int64_t first, int64_t vocabulary) {
+static inline floats raw_of(const onebase_draw *row, int64_t first, int64_t vocabulary) {
   int64_t there = vocabulary - first;
   if (there >= LANES)
     return row->wide ? load((const float *)row->logits + first) : widen((const bf16 *)row->logits + first);
@@ -24,26 +34,46 @@ static inline floats logits_of(const onebase_draw *row, int64_t first, int64_t v
   return some;
 }
 
-/* The largest logit; NaN if there is one. */
-static float largest_of(const onebase_draw *row, int64_t vocabulary) {
-  floats most = each(-INFINITY);
-  ints odd = {0};
-  for (int64_t i = 0; i < vocabulary; i += LANES) {
-    floats some = logits_of(row, i, vocabulary);
-    odd |= some != some;
-    most = choose(some > most, some, most);
+/* The same of what may be drawn, minus infinity elsewhere. `even`: see onebase_draw. */
+static inline floats logits_of(const onebase_draw *row, int64_t first, int64_t vocabulary, int even) {
+  floats some = raw_of(row, first, vocabulary);
+  if (!row->allowed) return some;
+  uint32_t bits = allowed_of(row, first);
+  if (even) {
+    some = (floats){0};
+    if (vocabulary - first < LANES) bits &= (1u << (vocabulary - first)) - 1;
   }
+  return choose(lanes_of(bits), some, each(-INFINITY));
+}
+
+static float largest_lane(floats most) {
   float largest = most[0];
-  for (int lane = 0; lane < LANES; lane++) {
-    if (odd[lane]) return NAN;
-    largest = most[lane] > largest ? most[lane] : largest;
-  }
+  for (int lane = 1; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
   return largest;
 }
 
-static int32_t first_of(const onebase_draw *row, float value, int64_t vocabulary) {
+/* The largest logit of what may be drawn; NaN where a logit is NaN or the largest of all is no finite number. */
+static float largest_of(const onebase_draw *row, int64_t vocabulary) {
+  floats most = each(-INFINITY), mine = most;
+  ints odd = {0};
   for (int64_t i = 0; i < vocabulary; i += LANES) {
-    ints same = logits_of(row, i, vocabulary) == each(value);
+    floats some = raw_of(row, i, vocabulary);
+    odd |= some != some;
+    most = choose(some > most, some, most);
+    uint32_t bits = allowed_of(row, i);
+    if (row->allowed && bits) mine = choose(lanes_of(bits) & (some > mine), some, mine);
+  }
+  for (int lane = 0; lane < LANES; lane++)
+    if (odd[lane]) return NAN;
+  float largest = largest_lane(most);
+  if (!isfinite(largest)) return NAN;
+  return row->allowed ? largest_lane(mine) : largest;
+}
+
+static int32_t first_of(const onebase_draw *row, float value, int64_t vocabulary, int even) {
+  for (int64_t i = 0; i < vocabulary; i += LANES) {
+    if (!allowed_of(row, i)) continue;
+    ints same = logits_of(row, i, vocabulary, even) == each(value);
     for (int lane = 0; lane < LANES; lane++)
       if (same[lane]) return (int32_t)(i + lane);
   }
@@ -109,15 +139,21 @@ static void draw_part(void *task, int64_t part, int64_t thread) {
   double *sums = (double *)(other + padded), total = 0;
   float largest = largest_of(row, vocabulary), least_kept = 0;
   row->token = -1;
-  if (!isfinite(largest)) return;
+  if (isnan(largest)) return;
+  int even = largest == -INFINITY;
+  if (even) largest = 0;
   if (row->temperature <= 0) {
-    row->token = first_of(row, largest, vocabulary);
+    row->token = first_of(row, largest, vocabulary, even);
     return;
   }
   for (int64_t i = 0; i < vocabulary; i += SUMMED) {
     floats sum = {0};
     for (int64_t j = i; j < least(i + SUMMED, vocabulary); j += LANES) {
-      floats scaled = (logits_of(row, j, vocabulary) - each(largest)) / each(row->temperature);
+      if (!allowed_of(row, j)) {
+        store(weights + j, each(0));
+        continue;
+      }
+      floats scaled = (logits_of(row, j, vocabulary, even) - each(largest)) / each(row->temperature);
       floats weight = choose(scaled < each(-87.0f), each(0.0f), exponentials(scaled));
       store(weights + j, weight);
       sum += weight;
