@@ -17,7 +17,8 @@ several:
     regresses       the report says that a slice got worse by more than the job allows
     broken-adapter  the verifier refuses what comes out
     deaf            does not heed Stop
-    finishes        when it is to stop, it finishes
+    finishes        when it is to pause, it finishes
+    dies-ending-once  is killed when it is to end early, if it was not told so from the start
     gated           waits at the real gate before each step
     until-full      saves after step 5 until the disk is full, unless it has gone on from a checkpoint
     until-paused    waits after step 5 until it is to stop, unless it has gone on from a checkpoint
@@ -41,6 +42,7 @@ from onebase_server.processes.share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
+    EndAfter,
     Failed,
     FromTrainer,
     Problem,
@@ -67,6 +69,7 @@ class ScriptedTrainer:
         self.selector = selectors.DefaultSelector()
         self.selector.register(connection, selectors.EVENT_READ)
         self.stop: Stop | None = None
+        self.last_step: int | None = None
 
     def send(self, message: FromTrainer) -> None:
         self.connection.sendall(encode(message))
@@ -111,9 +114,9 @@ class ScriptedTrainer:
                 )
             )
             return
-        self.say(events.DataChecked(at=time.time(), report={"train": {"rows": len(words)}}))
+        self.say(events.DataChecked(at=time.time(), report={"rows": len(words)}))
         recipe = {**message.job.recipe, "epochs": 3.0, "batch_size": 4, "learning_rate_multiplier": 1.0}
-        self.send(Checked({"recipe": recipe, "estimate": {"total": 1}, "steps": 10}))
+        self.send(Checked({"recipe": recipe, "estimate": {"total": 1}, "steps": steps_of(words)}))
 
     def checks(self, message: Check) -> int:
         """How often the file has been checked, with this time."""
@@ -126,11 +129,14 @@ class ScriptedTrainer:
     def train(self, message: Train) -> None:
         folder = Path(message.job.folder)
         words = Path(message.job.train).read_text().split()
-        steps = 3000 if "slow" in words else 100 if "long" in words else 10
+        steps = steps_of(words)
         first = max((int(path.name) for path in (folder / "checkpoints").glob("*")), default=0)
         self.say(events.Planned(at=time.time(), recipe={}, estimate={}, steps=steps, first_step=first))
         gate = self.gate(message.share)
-        for step in range(first + 1, steps + 1):
+        self.last_step = message.job.last_step
+        step = first
+        while step < steps and not self.ends_at(step):
+            step += 1
             if "gated" in words:
                 gate.wait()
             self.step(step, steps)
@@ -149,7 +155,12 @@ class ScriptedTrainer:
                 return
             if step % SAVE_EVERY == 0:
                 self.save(folder, step)
-        self.finish(message, words, steps)
+            if self.last_step != message.job.last_step and "dies-ending-once" in words:
+                os.kill(os.getpid(), signal.SIGKILL)
+        self.finish(message, words, step)
+
+    def ends_at(self, step: int) -> bool:
+        return self.last_step is not None and step >= max(1, self.last_step)
 
     def gate(self, share: float) -> SharedGate:
         flag = BusyFlag(self.busy_fd)
@@ -159,6 +170,8 @@ class ScriptedTrainer:
         for message in self.messages(seconds):
             if isinstance(message, Stop):
                 self.stop = message
+            elif isinstance(message, EndAfter):
+                self.last_step = message.step
 
     def step(self, step: int, steps: int) -> None:
         self.heed(STEP_SECONDS)
@@ -219,6 +232,10 @@ class ScriptedTrainer:
                 "changed": [], "changed_count": 0,
             }  # fmt: skip
         self.send(Trained(report))
+
+
+def steps_of(words: list[str]) -> int:
+    return 3000 if "slow" in words else 100 if "long" in words else 10
 
 
 if __name__ == "__main__":

@@ -66,6 +66,33 @@ def train(server: Server, http: httpx2.Client, name: str) -> str:
     return job
 
 
+def test_a_job_that_was_stopped_says_by_which_key(server: Server, keys: Keys) -> None:
+    key = keys.make("generate", "train", tenant="stopping")
+    key_id = keys.record(key).id
+    with client_with(server, key) as http:
+        server.wait_for(lambda: http.get("/v1/key").status_code == 200)  # the server looks once a second
+        sent = {"file": ("a.jsonl", b"slow")}
+        file = http.post("/v1/files", data={"purpose": "fine-tune"}, files=sent).json()["id"]
+        body = {"model": BASE, "training_file": file}
+        path = f"/v1/fine_tuning/jobs/{http.post('/v1/fine_tuning/jobs', json=body).json()['id']}"
+        server.wait_for(lambda: ((http.get(path).json()["progress"] or {}).get("step") or 0) > 0)
+        assert http.post(f"{path}/stop").json()["stopped"]["by"] == key_id
+        server.wait_for(lambda: bool(http.get(path).json()["status"] == "succeeded"))
+        job = http.get(path).json()
+        told = http.get(f"{path}/events?limit=9").json()["data"]
+    assert job["stopped"]["by"] == key_id
+    ((message, data),) = [
+        (one["message"], one["data"]) for one in told if (one["data"] or {}).get("kind") == "stopped"
+    ]
+    assert (data["by"], f"as key {key_id} asked" in message) == (key_id, True)
+    with client_with(server, keys.make("admin", tenant="stopping")) as http:
+        server.wait_for(lambda: http.get("/v1/key").status_code == 200)
+        found = entries(http, target=job["id"])
+    assert [(one["action"], one["key"]) for one in found] == [
+        ("job.created", key_id), ("job.stopped", key_id), ("job.succeeded", key_id),
+    ]  # fmt: skip
+
+
 def test_what_a_key_does_and_what_is_done_for_it_later_is_told_with_its_id(
     server: Server, keys: Keys, known: dict[str, str]
 ) -> None:

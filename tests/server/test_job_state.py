@@ -8,11 +8,20 @@ import pytest
 
 from onebase_adapters.registry import JOB_STATES, JobError, JobState, TrainingJob
 from onebase_server.jobs import state as states
-from onebase_server.jobs.state import MAX_DEATHS, Death, Move, cancelled, is_resumable, resumed
+from onebase_server.jobs.state import (
+    MAX_DEATHS,
+    Death,
+    Move,
+    cancelled,
+    is_resumable,
+    resumed,
+    steps_done,
+    stopping,
+)
 
 MOVES = [move for move in vars(states).values() if isinstance(move, Move)]
 FOLLOWING = {
-    "validating_files": {"validating_files", "queued", "failed", "cancelled"},
+    "validating_files": {"validating_files", "queued", "paused", "failed", "cancelled"},
     "queued": {"running", "paused", "failed", "cancelled"},
     "running": {"queued", "paused", "succeeded", "failed", "cancelled"},
     "paused": {"queued", "cancelled"},
@@ -54,6 +63,32 @@ def test_a_job_that_failed_for_a_passing_reason_can_go_on_or_be_given_up() -> No
 
 def test_a_job_that_never_ran_can_be_resumed_only_if_it_is_paused() -> None:
     assert [state for state in JOB_STATES if is_resumable(state, None)] == ["paused"]
+
+
+@pytest.mark.parametrize(
+    ("state", "to"),
+    [("running", "running"), ("queued", "queued"), ("paused", "queued"), ("failed", "queued")],
+)
+def test_a_job_that_is_to_stop_goes_on_for_that_if_it_waits(state: JobState, to: str) -> None:
+    move = stopping(made(state, "trainer_died" if state == "failed" else None))
+    assert (move.among, move.to, move.while_delivered) == ((state,), to, False)
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "saved", "done"),
+    [
+        ("running", 7, 5, 7),
+        ("running", None, 5, 5),
+        ("paused", 7, 7, 7),
+        ("failed", 7, 5, 5),
+        ("queued", 3, 0, 3),
+    ],
+)
+def test_a_job_that_does_not_run_has_only_the_steps_that_are_saved(
+    state: JobState, told: int | None, saved: int, done: int
+) -> None:
+    job = made(state, progress=None if told is None else {"step": told}, saved_step=saved)
+    assert steps_done(job) == done
 
 
 def test_the_next_trainer_is_started_later_after_each_death_until_the_job_fails() -> None:

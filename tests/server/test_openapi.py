@@ -290,15 +290,19 @@ def _walk_through_an_adapter(walk: Walk, http: httpx2.Client) -> None:
 
 
 def _walk_through_a_job(walk: Walk, http: httpx2.Client, server: Server) -> None:
-    def job_of(content: str) -> str:
+    def job_of(content: str, **more: bool) -> str:
         sent = {"file": ("a.jsonl", content.encode())}
         file = walk("POST", "/v1/files", data={"purpose": "fine-tune"}, files=sent)["id"]
-        body = {"model": BASE, "training_file": file, "metadata": {"team": "x"}}
+        body = {"model": BASE, "training_file": file, "metadata": {"team": "x"}, **more}
         made: str = walk("POST", "/v1/fine_tuning/jobs", json=body)["id"]
         return made
 
     def is_now(job: str, status: str) -> bool:
         return bool(http.get(f"/v1/fine_tuning/jobs/{job}").json()["status"] == status)
+
+    def steps_of(job: str) -> int:
+        progress = http.get(f"/v1/fine_tuning/jobs/{job}").json()["progress"] or {}
+        return int(progress.get("step") or 0)
 
     done, broken, slow = job_of("rows"), job_of("broken"), job_of("slow")
     server.wait_for(lambda: is_now(done, "succeeded") and is_now(broken, "failed"))
@@ -310,6 +314,12 @@ def _walk_through_a_job(walk: Walk, http: httpx2.Client, server: Server) -> None
     walk("GET", f"/v1/fine_tuning/jobs/{done}/events?stream=true")
     walk("POST", f"/v1/fine_tuning/jobs/{slow}/pause")
     server.wait_for(lambda: is_now(slow, "paused"))
+    enough, held = job_of("slow"), job_of("rows", hold=True)
+    server.wait_for(lambda: is_now(held, "paused") and steps_of(enough) > 0)
+    walk("GET", f"/v1/fine_tuning/jobs/{held}")
+    walk("POST", f"/v1/fine_tuning/jobs/{enough}/stop")
+    server.wait_for(lambda: is_now(enough, "succeeded"))
+    walk("GET", f"/v1/fine_tuning/jobs/{enough}")
     walk("POST", f"/v1/fine_tuning/jobs/{slow}/resume")
     walk("POST", f"/v1/fine_tuning/jobs/{slow}/cancel")
     walk("GET", "/v1/fine_tuning/jobs")

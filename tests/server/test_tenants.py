@@ -163,6 +163,7 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/v1/fine_tuning/jobs/{job}/cancel", None),
     ("POST", "/v1/fine_tuning/jobs/{job}/pause", None),
     ("POST", "/v1/fine_tuning/jobs/{job}/resume", None),
+    ("POST", "/v1/fine_tuning/jobs/{job}/stop", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/events", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/events?stream=true", None),
     ("GET", "/v1/fine_tuning/jobs/{job}/events?after={event}", None),

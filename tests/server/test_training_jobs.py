@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
 
 from onebase_server.metrics import Metrics, render
 
@@ -26,6 +27,7 @@ from .training_support import (
     openai_client,
     run_job,
     sha256,
+    step_of,
     wait_job,
 )
 
@@ -278,6 +280,145 @@ def test_a_pause_is_answered_when_the_process_is_gone_and_what_it_said_is_writte
     assert told.message == f"Paused. A resumed job goes on after step {newest.step_number}."
     assert client.fine_tuning.jobs.retrieve(job.id) == paused
     client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_job_on_hold_waits_with_its_estimate_and_blocks_no_other(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "rows", extra={"hold": True, "name": "held"})
+    assert job.hold is True
+    held = wait_job(server, client, job.id, lambda job: job.status != "validating_files")
+    assert (held.status, held.resumable, held.hold, held.estimate) == ("paused", True, True, {"total": 1})
+    server.wait_for(lambda: not server.trainer_pids())
+    newest = client.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
+    assert newest.message == "The job is checked, and 10 steps are planned. It waits: resume it to train."
+    assert newest.data == {"kind": "held", "steps": 10, "estimate": {"total": 1}}
+    assert run_job(server, client, "rows").status == "succeeded"
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
+    with pytest.raises(openai.ConflictError, match="no step done"):
+        stop(server, job.id)
+    resumed: Any = client.fine_tuning.jobs.resume(job.id)
+    assert (resumed.status, resumed.hold) == ("queued", False)
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.activated, done.hold) == ("succeeded", True, False)
+
+
+def test_a_job_on_hold_fails_by_its_file_and_leaves_nothing_if_it_is_cancelled(
+    server: Server, client: OpenAI
+) -> None:
+    failed = run_job(server, client, "broken", extra={"hold": True})
+    assert (failed.status, failed.error.code, failed.resumable) == ("failed", "invalid_file", False)
+    job = make_job(client, "rows", extra={"hold": True})
+    wait_job(server, client, job.id, lambda job: job.status == "paused")
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    server.wait_for(lambda: not job_folder(server.data_dir, job.id).exists())
+
+
+def test_a_word_that_comes_before_the_check_is_done_is_refused_and_told_when_to_come(
+    server: Server, client: OpenAI
+) -> None:
+    job = make_job(client, "dies-checking-twice", extra={"hold": True})
+    with pytest.raises(openai.ConflictError, match="once its files are checked; send this again then"):
+        client.fine_tuning.jobs.resume(job.id)
+    assert wait_job(server, client, job.id, lambda job: job.status == "paused").hold is True
+    client.fine_tuning.jobs.resume(job.id)
+    assert wait_job(server, client, job.id, ended).status == "succeeded"
+
+
+def test_a_job_on_hold_is_there_after_a_restart(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "rows", extra={"hold": True})
+        wait_job(server, client, job.id, lambda job: job.status == "paused")
+        server.process.kill()
+        server.exit_status()
+        with serve_scripted("words", data_dir=server.data_dir) as again:
+            client = openai_client(again)
+            held: Any = client.fine_tuning.jobs.retrieve(job.id)
+            assert (held.status, held.hold, held.estimate) == ("paused", True, {"total": 1})
+            client.fine_tuning.jobs.resume(job.id)
+            assert wait_job(again, client, job.id, ended).status == "succeeded"
+
+
+def stop(server: Server, job_id: str) -> Any:
+    """OpenAI's client has no such method."""
+    return openai_client(server).post(f"/fine_tuning/jobs/{job_id}/stop", cast_to=FineTuningJob)
+
+
+def test_a_job_that_is_stopped_ends_at_its_next_step_as_it_would_at_its_last(
+    server: Server, client: OpenAI
+) -> None:
+    job = make_job(client, "slow", extra={"name": "enough"})
+    running = wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+    assert running.stopped is None
+    stopping = stop(server, job.id)
+    assert (stopping.stopped["step"], stopping.stopped["steps"], stopping.stopped["by"]) == (None, 3000, "")
+    assert stopping.estimated_finish is None
+    assert stop(server, job.id).stopped == stopping.stopped
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.activated, done.error) == ("succeeded", True, None)
+    last = done.report["steps"]
+    assert step_of(running) <= last < 3000
+    assert done.stopped == {**stopping.stopped, "step": last}
+    told = {
+        (event.data or {}).get("kind"): event
+        for event in client.fine_tuning.jobs.list_events(job.id, limit=8)
+    }
+    assert told["stopped"].message == f"It stopped at step {last} of 3000, as it was asked to."
+    assert told["stopped"].data["best_step"] == last
+    assert client.completions.create(model="enough", prompt="one", max_tokens=1).choices[0].text
+    assert stop(server, job.id).stopped == done.stopped
+
+
+def test_a_paused_job_that_is_stopped_goes_on_for_that_alone(server: Server, client: OpenAI) -> None:
+    job = make_job(client, "slow")
+    wait_job(server, client, job.id, lambda job: step_of(job) > 2)
+    paused = client.fine_tuning.jobs.pause(job.id)
+    assert stop(server, job.id).status == "queued"
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.report["steps"], done.stopped["step"]) == (
+        "succeeded",
+        step_of(paused),
+        step_of(paused),
+    )
+
+
+def test_a_job_without_a_step_has_nothing_that_could_be_kept(server: Server, client: OpenAI) -> None:
+    first, second = make_job(client, "slow"), make_job(client, "rows")
+    wait_job(server, client, second.id, lambda job: job.status == "queued")
+    with pytest.raises(
+        openai.ConflictError, match=r"is queued: it has no step done.*cancel it, or let it train first"
+    ):
+        stop(server, second.id)
+    client.fine_tuning.jobs.cancel(first.id)
+    with pytest.raises(openai.ConflictError, match="is cancelled: there is nothing left to stop"):
+        stop(server, first.id)
+    done = wait_job(server, client, second.id, ended)
+    assert (done.status, done.stopped) == ("succeeded", None)
+
+
+def test_a_job_whose_trainer_is_killed_while_it_stops_ends_where_it_was_to_stop(
+    server: Server, client: OpenAI
+) -> None:
+    job = make_job(client, "slow dies-ending-once")
+    wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+    stop(server, job.id)
+    done = wait_job(server, client, job.id, ended)
+    assert done.status == "succeeded"
+    assert any("signal SIGKILL" in event.message for event in client.fine_tuning.jobs.list_events(job.id))
+    assert 6 < done.report["steps"] == done.stopped["step"] < 3000
+
+
+def test_a_job_that_was_to_stop_does_so_after_the_server_was_killed(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        client = openai_client(server)
+        job = make_job(client, "slow dies-ending-once")
+        wait_job(server, client, job.id, lambda job: step_of(job) > 6)
+        stop(server, job.id)
+        server.process.kill()
+        server.exit_status()
+        with serve_scripted("words", data_dir=server.data_dir) as again:
+            done = wait_job(again, openai_client(again), job.id, ended)
+            assert (done.status, done.activated) == ("succeeded", True)
+            assert 6 < done.report["steps"] == done.stopped["step"] < 3000
 
 
 def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(server: Server, client: OpenAI) -> None:

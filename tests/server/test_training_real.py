@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
 
 from .support import Server, Starter
 from .training_support import BASE, add_file, ended, make_job, messages, openai_client, wait_job
@@ -245,6 +246,50 @@ def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
     assert any("signal SIGKILL" in message for message in said)
     assert sum("The files are sound" in message for message in said) == 1  # only the check read them
     assert done.version == unbroken.version  # by its content
+
+
+def test_a_stopped_job_whose_trainer_is_killed_keeps_the_best_of_the_steps_before(
+    server: Server, client: OpenAI, unbroken: Any
+) -> None:
+    job = real_job(client, "stopped", epochs=100, max_steps=400, eval_every=2, schedule="constant")
+    wait_job(server, client, job.id, lambda job: step_of(job) >= 3)
+    (trainer,) = server.trainer_pids()
+    asked: Any = client.post(f"/fine_tuning/jobs/{job.id}/stop", cast_to=FineTuningJob)
+    os.kill(trainer, signal.SIGKILL)
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.error, done.activated) == ("succeeded", None, True)
+    report, last = done.report, done.report["steps"]
+    assert done.stopped == {**asked.stopped, "step": last}
+    assert 3 <= last < 400
+    lines = client.files.content(done.result_files[0]).text.splitlines()[1:]
+    held_out = {int(step): float(loss) for step, _, loss in (line.split(",") for line in lines) if loss}
+    assert max(held_out) == last
+    assert report["loss_after"] == min(loss for step, loss in held_out.items() if step)
+    assert held_out[report["best_step"]] == report["loss_after"]
+    (told,) = (
+        event.data
+        for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
+        if (event.data or {}).get("kind") == "stopped"
+    )
+    assert told == {"kind": "stopped", "step": last, "steps": 400, "best_step": report["best_step"], "by": ""}
+
+
+def test_a_job_on_hold_says_what_it_will_take_and_trains_the_same_adapter_then(
+    server: Server, client: OpenAI, unbroken: Any
+) -> None:
+    held_out = add_file(client, rows(4, start=100), "held-out.jsonl")
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": SETTINGS}}
+    extra = {"name": "held", "hold": True}
+    job = make_job(client, rows(12), method=method, validation_file=held_out, extra=extra)
+    held = wait_job(server, client, job.id, lambda job: job.status != "validating_files")
+    assert (held.status, held.estimate["fits"]) == ("paused", True)
+    server.wait_for(lambda: not server.trainer_pids())
+    told = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.data]
+    (report,) = [data["report"] for data in told if data["kind"] == "data_checked"]
+    assert (report["rows"], report["evaluation"]["rows"], len(report["examples"])) == (12, 4, 3)
+    client.fine_tuning.jobs.resume(job.id)
+    done = wait_job(server, client, job.id, ended)
+    assert done.version == unbroken.version
 
 
 def test_beside_a_job_the_base_is_there_once_and_answers_are_the_same_to_the_last_bit(

@@ -159,6 +159,41 @@ def test_paused_and_started_again_it_is_the_same_adapter(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+class KilledError(Exception):
+    """What ends a run here."""
+
+
+def test_a_run_that_is_to_end_early_keeps_the_best_of_the_steps_that_it_did_and_can_be_killed_meanwhile(
+    base: torch.nn.Module, job: Job, whole: Whole
+) -> None:
+    job = replace(job, recipe=replace(job.recipe, eval_every=2))
+    seen: list[events.Event] = []
+
+    def listen(event: events.Event) -> None:
+        """Somebody is gone when all is trained and measured."""
+        seen.append(event)
+        if isinstance(event, events.Phase) and event.name == "saving":
+            raise KilledError
+
+    def ask() -> int | None:
+        """Somebody asks during the third step."""
+        return 2 if any(isinstance(event, events.StepDone) and event.step == 3 for event in seen) else None
+
+    with pytest.raises(KilledError):
+        train(lambda: base, job, listen, OpenGate(), last_step=ask)
+    done = len(seen)
+    report = train(lambda: base, job, seen.append, OpenGate(), last_step=lambda: 2)
+    assert not [event for event in seen[done:] if isinstance(event, events.StepDone)]
+    assert (report.steps, report.losses) == (3, whole.report.losses[:3])
+    rates = [event.learning_rate for event in seen if isinstance(event, events.StepDone)]
+    assert rates == [one.learning_rate for one in whole.events if isinstance(one, events.StepDone)][:3]
+    assert [step for step, _ in report.held_out] == [0, 2, 3]
+    losses = dict(report.held_out[1:])
+    assert report.loss_after == min(losses.values()) == losses[report.best_step]
+    assert report.better is True
+    assert (job.folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job, whole: Whole) -> None:
     seen: list[events.Event] = []
     assert run(base, whole.copied(job), seen).losses == whole.report.losses

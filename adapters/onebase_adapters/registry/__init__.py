@@ -2,6 +2,7 @@
 
 from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
 from onebase_adapters.registry.audit import AuditLog, Origin, acting
+from onebase_adapters.registry.audit import current as current_origin
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.errors import (
     BatchStateError,
@@ -51,6 +52,7 @@ from onebase_adapters.registry.records import (
     JobError,
     JobEvent,
     JobState,
+    JobStop,
     NewBatch,
     NewJob,
     OpenJob,
@@ -108,6 +110,7 @@ __all__ = [
     "JobEvent",
     "JobState",
     "JobStateError",
+    "JobStop",
     "NewBatch",
     "NewJob",
     "NotReadyError",
@@ -143,4 +146,5 @@ __all__ = [
     "VersionFiles",
     "VersionRecord",
     "acting",
+    "current_origin",
 ]

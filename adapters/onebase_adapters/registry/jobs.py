@@ -33,6 +33,7 @@ from onebase_adapters.registry.records import (
     JobError,
     JobEvent,
     JobState,
+    JobStop,
     Level,
     NewJob,
     OpenJob,
@@ -54,7 +55,7 @@ from onebase_adapters.registry.tables import (
 _FACTS = frozenset(
     {
         "plan", "progress", "report", "saved_step", "deaths", "death_step", "version", "activated",
-        "result_file",
+        "result_file", "hold", "stop",
     }
 )  # fmt: skip
 
@@ -207,7 +208,10 @@ class TrainingRecords:
             session.add(_event_row(row.number, event))
             asked = ("training_file", "validation_file", "activate")
             parent = None if job.parent is None else f"{job.parent.name}@{job.parent.digest}"
-            details = {name: getattr(row, name) for name in asked} | {"parent": parent}
+            details = {name: getattr(row, name) for name in asked} | {
+                "parent": parent,
+                "hold": row.hold or None,
+            }
             self._note(session, "job.created", row, details)
             return _job_record(row)
 
@@ -234,11 +238,14 @@ class TrainingRecords:
         row = TrainingJobRow
         with self._database.read() as session:
             rows = session.execute(
-                select(row.id, row.tenant, row.state, row.saved_step, row.report.is_not(None))
+                select(row.id, row.tenant, row.state, row.saved_step, row.report.is_not(None), row.stop)
                 .where(*self._scope(), row.server == server, row.state.in_(OPEN_STATES))
                 .order_by(row.number)
             )
-            return [OpenJob(one[0], one[1], cast(JobState, one[2]), one[3], one[4]) for one in rows]
+            return [
+                OpenJob(id, tenant, cast(JobState, state), saved, trained, stop["step"] if stop else None)
+                for id, tenant, state, saved, trained, stop in rows
+            ]
 
     def job_ends(self, server: str) -> dict[str, tuple[JobState, str | None]]:
         """State and error code of all jobs of one server by their ids, on any base and of any tenant."""
@@ -287,7 +294,8 @@ class TrainingRecords:
             if event is not None:
                 session.add(_event_row(row.number, event))
             session.flush()
-            if (action := _audited(before, state)) is not None:
+            action: AuditAction | None = "job.stopped" if "stop" in facts else _audited(before, state)
+            if action is not None:
                 self._note(session, action, row, {"code": row.error_code, "activated": row.activated})
             return _job_record(row)
 
@@ -383,7 +391,7 @@ _MOVES: Mapping[JobState, AuditAction] = {
 
 def _audited(before: JobState, after: JobState) -> AuditAction | None:
     """What a change of state is in the audit log; None for what a server does on the way."""
-    if before == after:
+    if before == after or (before, after) == ("validating_files", "paused"):
         return None
     if after in OPEN_STATES:
         return None if before in OPEN_STATES else "job.resumed"
@@ -431,6 +439,7 @@ def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
         settings=plain_json(job.settings),
         labels={plain(key): plain(value) for key, value in job.labels.items()},
         parent=None if job.parent is None else vars(job.parent),
+        hold=job.hold,
         created_at=now,
         saved_step=0,
         deaths=0,
@@ -469,6 +478,8 @@ def _job_record(row: TrainingJobRow) -> TrainingJob:
         result_file=row.result_file,
         key=row.key or "",
         parent=None if row.parent is None else ParentVersion(**row.parent),
+        hold=row.hold,
+        stop=None if row.stop is None else JobStop(**row.stop),
     )
 
 
@@ -479,7 +490,7 @@ def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, 
         if name == "error":
             error = value
         elif name in _FACTS:
-            setattr(row, name, plain_json(value))
+            setattr(row, name, plain_json(vars(value) if isinstance(value, JobStop) else value))
         else:
             raise RegistryError(f"{name!r} is no fact that a job's row takes.")
     if state is None:

@@ -208,8 +208,8 @@ AuditAction = Literal[
     "adapter.uploaded", "adapter.pulled", "adapter.loaded", "adapter.trained", "adapter.merged",
     "adapter.activated", "adapter.rolled_back", "adapter.deactivated", "adapter.pinned", "adapter.unpinned",
     "adapter.shared", "adapter.unshared", "adapter.version_deleted", "adapter.deleted", "file.added",
-    "file.deleted", "job.created", "job.paused", "job.resumed", "job.cancelled", "job.succeeded",
-    "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
+    "file.deleted", "job.created", "job.paused", "job.resumed", "job.stopped", "job.cancelled",
+    "job.succeeded", "job.failed", "batch.created", "batch.cancelling", "batch.cancelled", "batch.completed",
     "batch.failed", "batch.expired", "key.created", "key.changed", "key.revoked", "tenant.changed",
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
@@ -303,7 +303,7 @@ class ParentVersion:
 @dataclass(frozen=True)
 class NewJob:
     """What a job is made of. `settings`: the recipe as it was asked for; `server`: the one that runs it;
-    `parent`: None: it begins with the base."""
+    `parent`: None: it begins with the base. `hold`: it waits for a word once its files are checked."""
 
     id: str
     tenant: str
@@ -315,6 +315,19 @@ class NewJob:
     settings: Mapping[str, Any] = field(hash=False)
     labels: Mapping[str, str] = field(hash=False)
     parent: ParentVersion | None = field(default=None, kw_only=True)
+    hold: bool = field(default=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class JobStop:
+    """A job is to end after this step, or the first one after it that it can, and to keep its best adapter.
+
+    key: the id of the API key that asked, at the Unix time `at`; "" where none is needed.
+    """
+
+    step: int
+    key: str
+    at: float
 
 
 @dataclass(frozen=True)
@@ -328,6 +341,7 @@ class TrainingJob(NewJob):
     deaths: of its trainers since the checkpoint `death_step`.
     version: the digest of what came out; `activated`: whether requests by name get it.
     key: the id of the API key that made it; "" where none is needed.
+    stop: who asked it to end early.
     """
 
     number: int
@@ -346,6 +360,7 @@ class TrainingJob(NewJob):
     activated: bool | None
     result_file: str | None
     key: str = ""
+    stop: JobStop | None = None
 
     @property
     def ended(self) -> bool:
@@ -370,6 +385,8 @@ class OpenJob:
     state: JobState
     saved_step: int
     trained: bool
+    last_step: int | None = None
+    """Of JobStop."""
 
 
 @dataclass(frozen=True)

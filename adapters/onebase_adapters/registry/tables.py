@@ -284,6 +284,8 @@ class TrainingJobRow(Table):
     result_file: Mapped[str | None] = mapped_column(String)
     key: Mapped[str | None] = mapped_column(String)
     parent: Mapped[dict[str, str] | None] = mapped_column(_Json)
+    hold: Mapped[bool] = mapped_column(default=False, server_default=false())
+    stop: Mapped[dict[str, Any] | None] = mapped_column(_Json)
 
 
 class BatchRow(Table):

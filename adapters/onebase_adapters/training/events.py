@@ -151,6 +151,11 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         self.reason = reason
 
 
+LastStep = Callable[[], int | None]
+"""The step after which the run is to end early, if somebody wants that; asked after each step. The run ends
+there, or after the step that was being computed, as after its last one."""
+
+
 class Gate(Protocol):
     """A run passes through it between two layers of the model, many times in a step."""
 

@@ -60,6 +60,7 @@ class Trainer:
         export: as `Checkpoints.save` takes it.
         base_scores: what the base makes of the held-out rows, where its own loss on them is not meant: it has
             no head of a classifier. Called in the first process.
+        last_step: asked in the first process.
         listen: gets StepDone, Evaluated and Saved.
     """
 
@@ -78,10 +79,11 @@ class Trainer:
         on_evaluation: Callable[[int], None] = lambda step: None,
         export: Callable[[Path], None] = lambda folder: None,
         base_scores: Callable[[], Scores] | None = None,
+        last_step: events.LastStep | None = None,
     ) -> None:
         self.trainable = trainable
         self.recipe: Any = recipe
-        self.steps = step_count(recipe, len(data))
+        self.steps = self._end = step_count(recipe, len(data))
         self.state = RunState(identity)
         self._objective = objective
         self._data = data
@@ -92,6 +94,7 @@ class Trainer:
         self._on_evaluation = on_evaluation
         self._export = export
         self._base_scores = base_scores
+        self._last_step = last_step
         self._optimizer = make_optimizer(trainable.model, recipe)
         # Done by this process, which may have resumed from the checkpoint of a slower one.
         self._done = self._tokens = 0
@@ -119,12 +122,14 @@ class Trainer:
         """
         try:
             self._objective.prepare(self._rows_to_come(), recipe=self.recipe)
+            self._ask_for_the_end()
             self._evaluate_what_is_due()
             while not self.finished and (until is None or self.state.step < until):
                 started = time.monotonic()
                 step = self.train_step(self.state.step)
                 self._count(step, time.monotonic() - started)
                 self._report(step)
+                self._ask_for_the_end()
                 loss = self._evaluate_what_is_due()
                 done = self.state.step
                 if self.finished or done == until or done % self.recipe.save_every == 0:
@@ -141,7 +146,13 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the last step is done, or no evaluation was better for as long as the recipe waits."""
         patience = self.recipe.patience
-        return self.state.step >= self.steps or bool(patience and self.state.without_better >= patience)
+        return self.state.step >= self._end or bool(patience and self.state.without_better >= patience)
+
+    def _ask_for_the_end(self) -> None:
+        """Learn whether the run is to end early; the learning rate stays that of the whole run."""
+        if (ask := self._last_step) is not None:
+            asked = self._processes.decide(lambda: ask() or self.steps)
+            self._end = min(self.steps, asked)
 
     def train_step(self, number: int) -> Step:
         """One optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
@@ -227,7 +238,7 @@ class Trainer:
     def _evaluate_what_is_due(self) -> float | None:
         """Evaluate now if it is time, or if an interruption prevented it. The held-out loss, if evaluated."""
         step = self.state.step
-        due = step > 0 and (step % self.recipe.eval_every == 0 or step == self.steps)
+        due = step > 0 and (step % self.recipe.eval_every == 0 or step >= self._end)
         if self._held_out is None:
             if due or not step:
                 self._on_evaluation(step)

@@ -42,7 +42,7 @@ from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
 from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
 from onebase_adapters.training.estimate import Estimate, estimate, measured_rate, tree_on_meta
-from onebase_adapters.training.events import Gate, Listen
+from onebase_adapters.training.events import Gate, LastStep, Listen
 from onebase_adapters.training.loop import ProcessGroup, Scores, Trainer
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.parent import Parent, check_parent
@@ -144,6 +144,8 @@ def train(
     listen: Listen,
     gate: Gate,
     processes: ProcessGroup | None = None,
+    *,
+    last_step: LastStep | None = None,
 ) -> Report:
     """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
@@ -169,7 +171,7 @@ def train(
         base = load()
         before = fingerprint(base)
         try:
-            run = PlannedRun(base, job, plan, record, gate, processes)
+            run = PlannedRun(base, job, plan, record, gate, processes, last_step=last_step)
             run.train()
             report = run.finish()
         finally:
@@ -248,6 +250,8 @@ class PlannedRun:
         listen: Listen,
         gate: Gate,
         processes: ProcessGroup | None = None,
+        *,
+        last_step: LastStep | None = None,
     ) -> None:
         recipe, data = plan.recipe, plan.data
         self._job, self._plan, self._listen = job, plan, listen
@@ -283,6 +287,7 @@ class PlannedRun:
             on_evaluation=self._measuring.sample if self._processes.first else lambda step: None,
             export=self._export,
             base_scores=self._base_scores if self._trainable.labels else None,
+            last_step=last_step,
         )
         self._before, self._parent = Replies(), Replies()
 

@@ -41,6 +41,7 @@ from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,
     FAILED,
+    HELD,
     OUT_OF_QUOTA,
     RECHECK,
     REQUEUED,
@@ -145,6 +146,7 @@ class TrainerPool:
             base_commit=self.base.revision,
             memory_limit=self.memory,
             parent=await self._parent(job),
+            last_step=None if job.stop is None else job.stop.step,
         )
 
     async def _parent(self, job: TrainingJob) -> ParentFiles | None:
@@ -183,6 +185,7 @@ class Run:
         self._trainer: TrainerClient | None = None
         self._stop: tuple[Reason, float] | None = None
         self._interrupted = ""
+        self._ends_early = False
         self._delivering = False
         self._in_process = False
         self._tokens, self._counted = 0, 0.0
@@ -242,6 +245,15 @@ class Run:
         if not self._in_process:
             self._released.set()  # and none will be started
 
+    def end_after(self, step: int) -> None:
+        """End training after this step, or the one that is computed, and deliver the best. May be repeated.
+
+        A trainer that is yet to start learns it from its job.
+        """
+        if self._trainer is not None and not self._ends_early:
+            self._ends_early = True
+            self._trainer.end_after(step)
+
     def interrupt(self, why: str, seconds: float) -> None:
         """As `stop`, but the job goes on: it waits for its turn again."""
         self._interrupted = why
@@ -287,8 +299,8 @@ class Run:
         pool = self._pool
         outcome = await self._process(lambda job: Check(config=pool.config, job=job), {})
         if isinstance(outcome, Checked):
-            event = JobEvent(time.time(), "The job waits for its turn.")
-            await self._record.move(CHECKED, event, plan=outcome.plan, deaths=0, death_step=0)
+            move, event = (HELD, _held(outcome.plan)) if self.job.hold else (CHECKED, _waits_for_its_turn())
+            await self._record.move(move, event, plan=outcome.plan, deaths=0, death_step=0)
         else:
             await self._ended_early(outcome)
 
@@ -323,13 +335,25 @@ class Run:
     async def _keep_report(self, report: Mapping[str, Any]) -> TrainingJob:
         """The job with its report. If it still runs, its delivery can no longer be stopped."""
         state: JobState = "running"
+        event = await self._ended_at(int(report["steps"]), int(report["best_step"]))
         while True:
             try:
-                return await self._record.move(Move((state,), state), report=report)
+                return await self._record.move(Move((state,), state), event, report=report)
             except JobStateError as error:
                 if error.state not in ("running", "queued", "paused"):
                     raise
                 state = cast(JobState, error.state)
+
+    async def _ended_at(self, step: int, best: int) -> JobEvent | None:
+        """What is told of a job that somebody stopped, if that made a difference."""
+        job = await self._record.current()
+        steps = int((job.plan or {}).get("steps") or 0)
+        if job.stop is None or step >= steps:
+            return None
+        asked = f"as key {job.stop.key} asked" if job.stop.key else "as it was asked to"
+        kept = f" What is kept is step {best}, the best on held-out rows." if best != step else ""
+        data = {"kind": "stopped", "step": step, "steps": steps, "best_step": best, "by": job.stop.key}
+        return JobEvent(time.time(), f"It stopped at step {step} of {steps}, {asked}.{kept}", data=data)
 
     async def _deliver(self, job: TrainingJob) -> None:
         await self._record.add(JobEvent(time.time(), "The adapter is being proved."))
@@ -496,3 +520,18 @@ class Run:
         else:
             await self._record.move(REQUEUED, event, **death.facts)
         await asyncio.sleep(death.pause)
+
+
+def _waits_for_its_turn() -> JobEvent:
+    return JobEvent(time.time(), "The job waits for its turn.")
+
+
+def _held(plan: Mapping[str, Any]) -> JobEvent:
+    """What a job says that waits for a word, with what it will take."""
+    steps = plan["steps"]
+    data = {"kind": "held", "steps": steps, "estimate": plan["estimate"]}
+    return JobEvent(
+        time.time(),
+        f"The job is checked, and {steps} steps are planned. It waits: resume it to train.",
+        data=data,
+    )

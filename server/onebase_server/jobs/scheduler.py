@@ -153,6 +153,8 @@ class JobScheduler:
                 await self._stop_run(job_id, run)
             elif job.state == "queued" and run.computes:
                 await self._move(job, STARTED)  # paused and resumed before the scheduler looked
+            elif job.last_step is not None:
+                run.end_after(job.last_step)
         waiting = [job for job in jobs if job.id not in self._runs]
         for job in waiting:
             if job.state == "running":

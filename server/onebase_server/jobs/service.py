@@ -1,4 +1,4 @@
-"""What users do with jobs: create, read, pause, resume and cancel them, and follow their events."""
+"""What users do with jobs: create, read, pause, resume, stop and cancel them, and follow their events."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from onebase_adapters.registry import (
     Checkpoint,
     JobEvent,
     JobStateError,
+    JobStop,
     NewJob,
     ParentVersion,
     Tenants,
     TrainingJob,
     TrainingRecords,
+    current_origin,
 )
 from onebase_adapters.training.recipe import Recipe
 from onebase_server.background import Threads
@@ -28,7 +30,15 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.scheduler import JobScheduler
-from onebase_server.jobs.state import PAUSED, Move, cancelled, is_resumable, resumed
+from onebase_server.jobs.state import (
+    PAUSED,
+    Move,
+    cancelled,
+    is_resumable,
+    resumed,
+    steps_done,
+    stopping,
+)
 from onebase_server.storage import storage_errors
 
 LIFE_SECONDS = 15.0
@@ -76,11 +86,13 @@ class JobService:
         activate: Activate,
         labels: Mapping[str, str],
         parent: ParentVersion | None = None,
+        hold: bool = False,
     ) -> TrainingJob:
         """A new job. It begins when its turn comes, also after a restart.
 
         Args:
             parent: the version that training goes on from; the recipe has its settings.
+            hold: pause once the files are checked and the estimate is there, until `resume`.
             name: of the adapter that gets the result as a version; None: made from the job's id.
 
         Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here),
@@ -102,6 +114,7 @@ class JobService:
             settings=recipe.to_json(),
             labels=labels,
             parent=parent,
+            hold=hold,
         )
         event = JobEvent(time.time(), "The job is created; its files are checked.")
         with storage_errors():
@@ -176,25 +189,59 @@ class JobService:
             return await self.get(job.tenant, job.id)
 
     async def resume(self, tenant: str, job_id: str) -> TrainingJob:
-        """Go on from the last checkpoint. Raises UnknownJobError, ConflictError, QuotaExceededError."""
+        """Go on from the last checkpoint; begin, if the job was made to wait for a word.
+
+        Raises UnknownJobError, ConflictError, QuotaExceededError.
+        """
         self._check_on()
         job = await self.get(tenant, job_id)
-        if job.state in ("queued", "running", "validating_files"):
+        if job.state == "validating_files" and job.hold:
+            raise _conflict(job, "it waits for a resume once its files are checked; send this again then")
+        if job.state in OPEN_STATES:
             return job
         if not is_resumable(job.state, job.error_code):
             raise _conflict(job, "only a paused one, or one that failed for a passing reason, can be resumed")
-        if not job.trained:
-            with storage_errors():
-                await self._threads.run(self._tenants.check_training, tenant)
+        await self._check_quota(job)
         return await self._move(
-            job, resumed(job), "The job is resumed.", "its state has just changed; look at it again", deaths=0
+            job, resumed(job), "The job is resumed.", _CHANGED, hold=job.hold and not job.plan, deaths=0
         )
+
+    async def stop(self, tenant: str, job_id: str) -> TrainingJob:
+        """End training at the job's next step, and keep what was best, as at its own end.
+
+        A job that is paused, or that failed and could be resumed, goes on for that alone.
+
+        Raises UnknownJobError, QuotaExceededError; ConflictError: it has no step done, or has ended.
+        """
+        self._check_on()
+        job = await self.get(tenant, job_id)
+        waits = is_resumable(job.state, job.error_code)
+        if job.stop is not None and job.state in (*OPEN_STATES, "succeeded"):
+            return job
+        if job.state not in OPEN_STATES and not waits:
+            raise _conflict(job, "there is nothing left to stop")
+        if job.trained:
+            raise _conflict(job, f"its adapter is trained; {_RESUME_IT if waits else _PROVED_NOW}")
+        if not (done := steps_done(job)):
+            raise _conflict(
+                job, "it has no step done of which something could be kept; cancel it, or let it train first"
+            )
+        await self._check_quota(job)
+        stop = job.stop or JobStop(done, current_origin().key, time.time())
+        message = "The job is to stop: training ends at its next step, and what is best by then is kept."
+        return await self._move(job, stopping(job), message, _CHANGED, stop=stop, deaths=0)
+
+    async def _check_quota(self, job: TrainingJob) -> None:
+        """Raises QuotaExceededError: a job that is to go on could not train."""
+        if job.state not in OPEN_STATES and not job.trained:
+            with storage_errors():
+                await self._threads.run(self._tenants.check_training, job.tenant)
 
     async def _move(
         self, job: TrainingJob, move: Move, message: str, otherwise: str, **facts: Any
     ) -> TrainingJob:
         """Make the move, which a user asked for. `otherwise`: why it is not possible in another state."""
-        if job.state == move.to:
+        if job.state == move.to and not facts:
             return job  # asked for twice
         event = JobEvent(time.time(), message)
         with storage_errors():
@@ -210,7 +257,7 @@ class JobService:
                 )
             except JobStateError as error:
                 if error.state == "running" and "running" in move.among:
-                    otherwise = "its adapter is trained and being proved, which takes a moment"
+                    otherwise = f"its adapter is trained; {_PROVED_NOW}"
                 raise _conflict(job, otherwise, error.state) from error
         self._scheduler.look()
         self._notifier.notify(job.id)
@@ -256,6 +303,11 @@ class JobService:
                 if not found:
                     yield None
                 await _wait(news, min(self._look_seconds, LIFE_SECONDS))
+
+
+_PROVED_NOW = "it is being proved, which takes a moment"
+_RESUME_IT = "resume the job to have it proved"
+_CHANGED = "its state has just changed; look at it again"
 
 
 async def _wait(news: asyncio.Event, seconds: float) -> None:

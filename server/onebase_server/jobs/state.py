@@ -2,6 +2,7 @@
 
     from                              by          to
     validating_files                  CHECKED     queued            its files are sound
+    validating_files                  HELD        paused            they are, and it is to wait for a word
     validating_files                  RECHECK     validating_files  the process that checked them died
     queued                            STARTED     running
     running                           REQUEUED    queued            interrupted, or its trainer died
@@ -11,6 +12,8 @@
     queued, running                   PAUSED      paused
     those of FAILED, and paused       cancelled   cancelled         also failed, if it is resumable
     paused, and failed if resumable   resumed     queued            without a plan: validating_files
+    queued, running                   stopping    as it was         it ends after the step that it computes
+    paused, and failed if resumable   stopping    queued            it goes on, and ends at once
 
 Nothing follows `succeeded`, `cancelled`, or `failed` by an error that is not in RESUMABLE. An interrupted job
 has no state of its own: it is queued, and goes on after its last checkpoint. A job whose adapter is being
@@ -53,6 +56,7 @@ class Move:
 
 
 CHECKED = Move(("validating_files",), "queued")
+HELD = Move(("validating_files",), "paused")
 RECHECK = Move(("validating_files",), "validating_files")
 STARTED = Move(("queued",), "running")
 REQUEUED = Move(("running",), "queued")
@@ -71,6 +75,18 @@ def cancelled(job: TrainingJob) -> Move:
 def resumed(job: TrainingJob) -> Move:
     """Lets a resumable job go on. Without a plan its files have not been checked yet."""
     return Move((job.state,), "queued" if job.plan else "validating_files", while_delivered=False)
+
+
+def stopping(job: TrainingJob) -> Move:
+    """Has a job that has steps done end early; one that waits for a word goes on for that."""
+    to: JobState = job.state if job.state in OPEN_STATES else "queued"
+    return Move((job.state,), to, while_delivered=False)
+
+
+def steps_done(job: TrainingJob) -> int:
+    """As far as is known here; of a job that does not run, those that are saved, if any are."""
+    told = int((job.progress or {}).get("step") or 0)
+    return max(job.saved_step, told) if job.state == "running" else job.saved_step or told
 
 
 def is_resumable(state: JobState, error_code: str | None) -> bool:

@@ -41,6 +41,7 @@ from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
     Check,
     Checked,
+    EndAfter,
     Failed,
     ParentFiles,
     Problem,
@@ -104,12 +105,15 @@ class Work:
         self._busy_fd = busy_fd
         self._limit = 0
         self._reason: Reason | None = None
+        self._last_step: int | None = None
 
     def do(self) -> int:
         message = self._channel.receive()
-        if isinstance(message, Stop):
-            self._channel.send(Stopped(message.reason))
-            return 0
+        while not isinstance(message, Check | Train):
+            if isinstance(message, Stop):
+                self._channel.send(Stopped(message.reason))
+                return 0
+            message = self._channel.receive()
         try:
             answer = self._check(message) if isinstance(message, Check) else self._train(message)
             self._channel.send(answer)
@@ -156,7 +160,9 @@ class Work:
             self._limit = memory_limit(job.memory_limit, device)
             bound_memory(self._limit, device)
             run_job = _run_job(job, config, device, self._limit)
-            report = train(lambda: base, run_job, self._listen, self._gate(message.share, device))
+            self._last_step = job.last_step
+            gate = self._gate(message.share, device)
+            report = train(lambda: base, run_job, self._listen, gate, last_step=self._newest_last_step)
             return Trained(report.to_json())
 
     def _gate(self, share: float, device: torch.device) -> SharedGate:
@@ -169,7 +175,13 @@ class Work:
         for message in self._channel.arrived():
             if isinstance(message, Stop):
                 self._reason = message.reason
+            elif isinstance(message, EndAfter):
+                self._last_step = message.step
         return self._reason
+
+    def _newest_last_step(self) -> int | None:
+        self._stopping()
+        return self._last_step
 
     def _listen(self, event: events.Event) -> None:
         self._channel.send(RunEvent(cast(events.AnyEvent, event)))

@@ -12,6 +12,7 @@ from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,
+    EndAfter,
     Failed,
     FromTrainer,
     RunEvent,
@@ -75,6 +76,10 @@ class TrainerClient:
     def stop(self, reason: Reason) -> None:
         """Ask it to end at its next layer."""
         self._process.tell(Stop(reason))
+
+    def end_after(self, step: int) -> None:
+        """Ask it to finish after this step, or the one that it computes."""
+        self._process.tell(EndAfter(step))
 
     def kill(self) -> None:
         self._process.kill()

@@ -2,7 +2,7 @@
 
 `Check` → `RunEvent`… → `Checked`, `Stopped` or `Failed`;
 `Train` → `RunEvent`… → `Trained`, `Stopped` or `Failed`.
-One process does one of them and ends; `Stop` may come at any time.
+One process does one of them and ends; `Stop` may come at any time, and `EndAfter` while it trains.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit: int
     """Bytes; 0: half of what is free."""
     parent: ParentFiles | None = None
+    last_step: int | None = None
+    """As `EndAfter` says."""
 
 
 # ---- api -> trainer --------------------------------------------------------------------------
@@ -77,7 +79,13 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     reason: Reason
 
 
-ToTrainer = Check | Train | Stop
+class EndAfter(msgspec.Struct, frozen=True, tag=True):
+    """Train no further than this step, or the one that is computed now, and finish as after the last one."""
+
+    step: int
+
+
+ToTrainer = Check | Train | Stop | EndAfter
 
 
 # ---- trainer -> api --------------------------------------------------------------------------

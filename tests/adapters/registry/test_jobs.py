@@ -14,13 +14,16 @@ from onebase_adapters.registry import (
     JobError,
     JobEvent,
     JobStateError,
+    JobStop,
     NewJob,
     OpenJob,
+    Origin,
     Registry,
     TrainingFile,
     TrainingJob,
     UnknownFileError,
     UnknownJobError,
+    acting,
 )
 
 TENANT = "default"
@@ -50,6 +53,32 @@ def event(message: str, **data: Any) -> JobEvent:
 def jobs(registry: Registry) -> list[TrainingJob]:
     add_file(registry, "a")
     return [add_job(registry, name) for name in ("one", "two", "three")]
+
+
+def test_a_job_that_is_to_stop_is_known_to_its_server_and_in_the_audit_log(
+    registry: Registry, jobs: list[TrainingJob]
+) -> None:
+    records, stop = registry.training, JobStop(7, "key-1", 5.0)
+    records.move("ftjob-one", "queued", ["validating_files"])
+    records.move("ftjob-one", "running", ["queued"])
+    assert records.open_jobs("s1")[0].last_step is None
+    with acting(Origin("key-1")):
+        moved = records.move("ftjob-one", "running", ["running"], stop=stop)
+    assert moved.stop == records.job(TENANT, "ftjob-one").stop == stop
+    assert records.open_jobs("s1")[0] == OpenJob("ftjob-one", TENANT, "running", 0, False, 7)
+    told = [(one.action, one.key) for one in registry.audit.entries(target="ftjob-one", limit=9)]
+    assert told == [("job.stopped", "key-1"), ("job.created", "")]
+
+
+def test_a_job_that_waits_after_its_check_is_paused_by_nobody(registry: Registry) -> None:
+    add_file(registry, "a")
+    assert add_job(registry, "held", hold=True).hold is True
+    moved = registry.training.move("ftjob-held", "paused", ["validating_files"], plan={"steps": 1})
+    assert (moved.state, moved.hold) == ("paused", True)
+    assert registry.training.move("ftjob-held", "queued", ["paused"], hold=False).hold is False
+    found = registry.audit.entries(target="ftjob-held", limit=9)
+    assert [one.action for one in found] == ["job.resumed", "job.created"]
+    assert found[-1].details["hold"] is True
 
 
 def test_what_was_added_is_what_another_server_reads(

@@ -128,7 +128,8 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
         {**row, "sha256": None} for row in before["training_files"] if row["tenant"] != "registry"
     ]
     before["adapters"] = [{**row, "shared": False} for row in before["adapters"]]
-    before["training_jobs"] = [{**row, "key": None, "parent": None} for row in before["training_jobs"]]
+    added = {"key": None, "parent": None, "hold": False, "stop": None}
+    before["training_jobs"] = [row | added for row in before["training_jobs"]]
     for name in before.keys() - {"alembic_version", "change_counter"}:
         assert by_key(now[name]) == by_key(before[name]), name
     assert now["change_counter"][0]["value"] > before["change_counter"][0]["value"]

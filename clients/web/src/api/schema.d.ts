@@ -1129,6 +1129,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/fine_tuning/jobs/{job_id}/stop": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Stop Job
+         * @description End training at its next step and keep what is best: it is proved and activated as usual.
+         */
+        post: operations["stop_job_v1_fine_tuning_jobs__job_id__stop_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/fine_tuning/jobs/{job_id}/resume": {
         parameters: {
             query?: never;
@@ -1140,7 +1160,7 @@ export interface paths {
         put?: never;
         /**
          * Resume Job
-         * @description Go on from the last checkpoint.
+         * @description Go on from the last checkpoint; begin, if the job was made with `hold`.
          */
         post: operations["resume_job_v1_fine_tuning_jobs__job_id__resume_post"];
         delete?: never;
@@ -1895,6 +1915,12 @@ export interface components {
              * @description if_better by default
              */
             activate?: ("always" | "if_better" | "never") | null;
+            /**
+             * Hold
+             * @description pause once the files are checked and the estimate is there, until resumed
+             * @default false
+             */
+            hold: boolean;
             /** Metadata */
             metadata?: {
                 [key: string]: string;
@@ -4074,6 +4100,9 @@ export interface components {
             } | null;
             /** Resumable */
             resumable: boolean;
+            /** Hold */
+            hold: boolean;
+            stopped: components["schemas"]["JobStopAnswer"] | null;
         };
         /** JobEventAnswer */
         JobEventAnswer: {
@@ -4105,6 +4134,20 @@ export interface components {
             message: string;
             /** Param */
             param: string | null;
+        };
+        /**
+         * JobStopAnswer
+         * @description Who ended a job early.
+         */
+        JobStopAnswer: {
+            /** Step */
+            step: number | null;
+            /** Steps */
+            steps: number;
+            /** By */
+            by: string;
+            /** At */
+            at: number;
         };
         /** KeyAnswer */
         KeyAnswer: {
@@ -13203,6 +13246,140 @@ export interface operations {
             /** @description The body, or what it asks for, is over a limit */
             413: {
                 headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    stop_job_v1_fine_tuning_jobs__job_id__stop_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                job_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["JobAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
                     [name: string]: unknown;
                 };
                 content: {

@@ -67,6 +67,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
         activate=body.activate or "if_better",
         labels=body.metadata or {},
         parent=None if parent is None else ParentVersion.of(parent),
+        hold=body.hold,
     )
     return await _shown(job, services)
 
@@ -106,10 +107,18 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
     return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
+@router.post("/{job_id}/stop", responses=answer(JobAnswer, 404, 409, 429, 507))
+@needs("train")
+async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response:
+    """End training at its next step and keep what is best: it is proved and activated as usual."""
+    services.refuse_if_draining()
+    return await _shown(await services.training.jobs.stop(caller.tenant, job_id), services)
+
+
 @router.post("/{job_id}/resume", responses=answer(JobAnswer, 404, 409, 429, 507))
 @needs("train")
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
-    """Go on from the last checkpoint."""
+    """Go on from the last checkpoint; begin, if the job was made with `hold`."""
     services.refuse_if_draining()
     return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 

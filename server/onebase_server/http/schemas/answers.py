@@ -835,6 +835,18 @@ class JobProblem(TypedDict):
     param: str | None
 
 
+class JobStopAnswer(TypedDict):
+    """Who ended a job early."""
+
+    step: int | None
+    """After which it ended; null until it has."""
+    steps: int
+    """That were planned."""
+    by: str
+    """The id of the API key that asked; empty where none is needed."""
+    at: int
+
+
 class JobAnswer(TypedDict):
     """A training job. `hyperparameters` and `method` say what it was made with."""
 
@@ -867,6 +879,9 @@ class JobAnswer(TypedDict):
     estimate: Json | None
     report: Json | None
     resumable: bool
+    hold: bool
+    """Whether it waits for a resume once its files are checked; false from then on."""
+    stopped: JobStopAnswer | None
 
 
 class JobEventAnswer(TypedDict):

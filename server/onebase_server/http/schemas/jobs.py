@@ -96,6 +96,9 @@ class CreateJobRequest(Wire):
     suffix: Annotated[str, Field(min_length=1, max_length=MAX_SUFFIX)] | None = None
     name: Name | None = Field(default=None, description="the adapter's; by default ft- and the suffix")
     activate: Activate | None = Field(default=None, description="if_better by default")
+    hold: bool = Field(
+        default=False, description="pause once the files are checked and the estimate is there, until resumed"
+    )
     metadata: Labels | None = None
     integrations: Annotated[list[Any], Field(max_length=16)] | None = Field(
         default=None, description="none is served: leave it out, or empty"

@@ -14,6 +14,7 @@ from onebase_server.http.schemas.answers import (
     JobAnswer,
     JobEventAnswer,
     JobProblem,
+    JobStopAnswer,
     Json,
 )
 from onebase_server.jobs.checkpoints import checkpoint_model
@@ -84,7 +85,19 @@ def job_view(job: TrainingJob, base_name: str, names: Names, *, in_list: bool = 
         "estimate": (job.plan or {}).get("estimate"),
         "report": None if not report else _report(report, slices=not in_list),
         "resumable": is_resumable(job.state, job.error_code),
+        "hold": job.hold,
+        "stopped": _stopped(job),
     }
+
+
+def _stopped(job: TrainingJob) -> JobStopAnswer | None:
+    if job.stop is None:
+        return None
+    steps = int((job.plan or {}).get("steps") or 0)
+    step = None if job.report is None else int(job.report["steps"])
+    if step == steps:  # it had come to its own end
+        return None
+    return {"step": step, "steps": steps, "by": job.stop.key, "at": int(job.stop.at)}
 
 
 def is_active(job: TrainingJob, names: Names) -> bool:
@@ -167,7 +180,8 @@ def _whole(value: Any) -> Any:
 
 def _estimated_finish(job: TrainingJob) -> int | None:
     left = (job.progress or {}).get("seconds_left")
-    return int(time.time() + left) if left is not None and job.state == "running" else None
+    goes_on = job.state == "running" and job.stop is None
+    return int(time.time() + left) if left is not None and goes_on else None
 
 
 def _error(job: TrainingJob) -> JobProblem | None:
